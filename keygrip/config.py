@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, Node, OmegaConf
 
 # Settings and options that have a new name: old dotted key or old `group=option` -> new one. A key stands for all
 # below it. Each is refused with its new name for one version.
@@ -169,6 +169,7 @@ def register_options() -> None:
 
     A first line ``# @package ...`` holds for all sections.
     """
+    OmegaConf.register_new_resolver("mandatory", _refuse_without_value, replace=True)
     for file in sorted(config_folder().rglob(OPTIONS)):
         group = file.parent.relative_to(config_folder()).as_posix()
         package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
@@ -181,6 +182,17 @@ def register_options() -> None:
                 provider="keygrip",
             )
     ConfigStore.instance().repo = _SharedOptions(ConfigStore.instance().repo)
+
+
+def _refuse_without_value(*, _node_: Node) -> None:
+    """``${mandatory:}``: a setting of a recipe that the user must give. Hydra's ``???`` does not serve: merged over a
+    value, as a recipe is, it leaves that value.
+
+    Raises:
+        SettingError: always; where the setting is given, nothing calls this.
+    """
+    key = _node_._get_full_key(None)
+    raise SettingError(f"the setting {key} has no value: give {key}=...")
 
 
 class _SharedOptions(dict[str, Any]):

@@ -28,6 +28,7 @@ from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
 LOCAL = {"protocol_whitelist": "file"}  # a playlist in place of a video must not reach the network
 SEEK_S = 8.0  # to a wanted frame further ahead; as long as key frames are usually apart
 FURTHEST_BACK_S = 60.0  # a key frame may lie before what was decoded already, but not so far
+CUT_OFF_S = 0.25  # packets that end so long before the file's own length: a part of it is missing
 TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
 QUARTER_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 Converted = TypeVar("Converted")
@@ -232,8 +233,8 @@ def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
 
 def duration_s(source: bytes | str | Path) -> float:
     """Seconds of the images in a video file, or in its content as bytes. Raises ValueError: it cannot be read."""
-    with guard("the video cannot be decoded"), _opened(source) as (_, stream):
-        return _length(source, stream)
+    with guard("the video cannot be decoded"), _opened(source) as (container, stream):
+        return _length(source, container, stream)
 
 
 def frames_at(
@@ -272,7 +273,7 @@ def _frames_at(
 ) -> list[Converted]:
     found: list[Converted] = []
     with guard("the video cannot be decoded"), _opened(source) as (container, stream):
-        duration = _length(source, stream)
+        duration = _length(source, container, stream)
         wanted = times(duration)
         start: float | None = None
         shown: Any = None
@@ -343,20 +344,57 @@ def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _length(source: bytes | str | Path, stream: Any) -> float:
-    """Seconds of a video stream. Matroska and WebM give only the length of the longest stream, sound included, counted
-    from 0: there it is that of the packets."""
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
+def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
+    """Seconds of a video stream: as its header says, or as its packets show where they say more or the header nothing.
+
+    The header of an mp4 counts in decoding order, which with B-frames and uneven times may end long before the last
+    frame is shown. That of an AVI is as long as the file, of which a part may be missing; the number of frames is whole.
+    Matroska and WebM give only the length of the longest stream, sound included, counted from 0.
+
+    Raises:
+        ValueError: no frames, or the packets end before the time that the file says.
+    """
+    if stream.duration is None or stream.time_base is None:
+        return _length_of_packets(source)
+    declared = float(stream.duration * stream.time_base)
+    if container.format.name == "avi" and stream.frames and stream.average_rate:
+        declared = max(declared, float(stream.frames / stream.average_rate))
     with _opened(source) as (again, images):
-        packets = again.demux(images)
-        shown = sorted((p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard)
+        first = images.start_time or 0
+        try:
+            again.seek(first + images.duration, stream=images)  # to the last key frame
+            packets = again.demux(images)
+            shown = sorted((p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard)
+        except av.FFmpegError:  # it cannot be sought in, or breaks off there: decoding says what is missing
+            return declared
+        last, duration = shown[-1] if shown else (first, 0)
+        if len(shown) > 1:  # durations of packets are those of decoding order too
+            duration = min(duration, last - shown[-2][0])
+        return max(declared, float((last + duration - first) * images.time_base))
+
+
+def _length_of_packets(source: bytes | str | Path) -> float:
+    """Seconds of a video stream by its packets, for containers that say no more than the length of the whole."""
+    shown: list[tuple[int, int]] = []
+    whole = 0.0  # when the packets of all streams end
+    with _opened(source) as (container, images):
+        for packet in container.demux():
+            if packet.pts is None or packet.is_discard:
+                continue
+            whole = max(whole, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index == images.index:
+                shown.append((packet.pts, packet.duration or 0))
         if not shown:
             raise ValueError("it holds no frames")
+        shown.sort()
         first, (last, duration) = shown[0][0], shown[-1]
-        if not duration and len(shown) > 1:
-            duration = last - shown[-2][0]
-        return float((last + duration - first) * images.time_base)
+        gaps = [after - before for (before, _), (after, _) in itertools.pairwise(shown)]
+        told = None if container.duration is None else container.duration / av.time_base
+        # the last frame may be shown for longer than its packet says, but hardly for twice as long as any before it
+        slack = CUT_OFF_S + 2 * float(max(gaps, default=0) * images.time_base)
+        if told is not None and whole + slack < told:
+            raise ValueError(f"it says it lasts {told:.1f} s and ends after {whole:.1f} s: it is cut off or damaged")
+        return float((last + (duration or (gaps[-1] if gaps else 0)) - first) * images.time_base)
 
 
 # ---- whole videos ----------------------------------------------------------------------------------------------------

@@ -16,16 +16,26 @@ from keygrip.data.video import VideoWriter, duration_s, frames_at, read_video, w
 from keygrip.data.video_text.conversations import decode_video, describe_video_text
 
 
-def write(path: Path, times: Sequence[float], fps: int, audio_s: float = 0.0, tick: int = 1000) -> Path:
-    """A video in which the frame at `times[n]` has the shade 20 + 10 n, with a silent sound track."""
+def write(
+    path: Path,
+    times: Sequence[float],
+    fps: int,
+    audio_s: float = 0.0,
+    tick: int = 1000,
+    b_frames: int = 0,
+    noise: int = 0,
+) -> Path:
+    """A video in which the frame at `times[n]` has the shade 20 + 10 (n mod 20), with a silent sound track."""
+    rng = np.random.default_rng(0)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, tick)
-        stream.options = {"bf": "0"}
+        stream.options = {"bf": str(b_frames)}
         sound = file.add_stream("aac", rate=16000) if audio_s else None
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + 10 * number, np.uint8), format="rgb24")
+            shade = rng.integers(-noise, noise + 1, (48, 64, 3)) + 20 + 10 * (number % 20)
+            frame = av.VideoFrame.from_ndarray(shade.clip(0, 255).astype(np.uint8), format="rgb24")
             frame.pts, frame.time_base = round(time * tick), Fraction(1, tick)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
@@ -129,6 +139,31 @@ def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:
     for content in (half, b"", b"\0" * 4000):
         with pytest.raises(ValueError, match="the video"):
             frames_at(content, lambda _: [0, 1.9], lambda image: image)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
+def test_uneven_times_with_b_frames_lose_no_end(tmp_path: Path, ending: str) -> None:
+    """The header of an mp4 counts in decoding order: it says 1.1 s of 9."""
+    path = write(tmp_path / f"a.{ending}", [n / 10 for n in range(10)] + [9.0], 10, b_frames=3)
+    assert duration_s(path) == pytest.approx(9.1, abs=0.01)
+    shown = frames_at(str(path), lambda _: [0, 1, 8.9, 9.05], lambda image: np.asarray(image))
+    assert numbers(np.stack(shown)) == [0, 9, 9, 10]
+
+
+@pytest.mark.parametrize("ending", ["mkv", "webm", "avi"])
+@pytest.mark.parametrize("audio_s", [0.0, 4.0])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, ending: str, audio_s: float) -> None:
+    """Its header says how long it was, and what is there can be decoded."""
+    if ending == "webm":
+        path = tmp_path / "a.webm"
+        write(tmp_path / "a.mkv", [n / 10 for n in range(40)], 10, audio_s, noise=60).rename(path)
+    else:
+        path = write(tmp_path / f"a.{ending}", [n / 10 for n in range(40)], 10, audio_s, noise=60)
+    assert len(decode_video(str(path), 16, "stretch")) == 4
+    whole = path.read_bytes()
+    for share in (0.25, 0.4):  # behind that an AVI has little but its index
+        with pytest.raises(ValueError, match=r"says it lasts 4\.\d s|cannot be decoded"):
+            decode_video(whole[: int(share * len(whole))], 16, "stretch")
 
 
 def test_writing_neither_darkens_nor_tints(tmp_path: Path) -> None:
