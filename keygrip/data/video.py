@@ -348,8 +348,8 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
     """Seconds of a video stream: as its header says, or as its packets show where they say more or the header nothing.
 
     The header of an mp4 counts in decoding order, which with B-frames and uneven times may end long before the last
-    frame is shown. That of an AVI is as long as the file, of which a part may be missing; the number of frames is whole.
-    Matroska and WebM give only the length of the longest stream, sound included, counted from 0.
+    frame is shown. That of an AVI is as long as the file, of which a part may be missing; the number of frames is
+    whole. Matroska and WebM give only the length of the longest stream, sound included, counted from 0.
 
     Raises:
         ValueError: no frames, or the packets end before the time that the file says.

@@ -23,8 +23,9 @@ class ShardSource:
     """One source of a mixture.
 
     Args:
-        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, of which
-            `val_fraction` of the samples (by a hash of their keys: always the same) is for validation. None: `make`.
+        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, alone or as
+            `train/` without `val/`, of which `val_fraction` of the samples (by a hash of their keys: always the same)
+            is for validation. None: `make`.
         make: how the set is made where it is missing.
         share: of all training samples; None: a lead source, each sample once an epoch.
         kinds: only conversations of these kinds; None: all.
@@ -63,29 +64,17 @@ class ShardSource:
         if self.train_only and split != "train":
             return None
         place = self.place
-        local = not is_remote(place)
-        if local and not Path(place).is_dir():
+        if not is_remote(place) and not Path(place).is_dir():
             raise FileNotFoundError(
                 f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
                 "folder with data.sources.NAME.root=PATH"
             )
-        whole = (Path(place) / MANIFEST).is_file() if local else self._exists(f"{place}/{MANIFEST}")
-        if not whole:
-            part = f"{place.rstrip('/')}/{split}"
-            there = (Path(part) / MANIFEST).is_file() if local else self._exists(f"{part}/{MANIFEST}")
-            if not there:
-                if split == "train":
-                    raise FileNotFoundError(
-                        f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
-                        f"step=manifest root={place}/train`"
-                    )
-                return None
-            shards = ShardSet(part, cache_dir, cache_gb)
-            chosen = np.arange(len(shards))
-        else:
-            if split == "test":
-                return None
-            shards = ShardSet(place, cache_dir, cache_gb)
+        folder, divided = self._folder_of(place, split)
+        if folder is None or (divided and split == "test"):
+            return None
+        shards = ShardSet(folder, cache_dir, cache_gb)
+        chosen = np.arange(len(shards))
+        if divided:
             chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
         if self.kinds is not None:
             wanted = set(self.kinds)
@@ -102,9 +91,26 @@ class ShardSource:
             chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
         return shards, chosen
 
+    def _folder_of(self, place: str, split: str) -> tuple[str | None, bool]:
+        """The shard set that holds a split, and whether training and validation divide it; None where there is none."""
+        if self._is_set(place):
+            return place, True
+        train, part = f"{place.rstrip('/')}/train", f"{place.rstrip('/')}/{split}"
+        if not self._is_set(train):
+            raise FileNotFoundError(
+                f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
+                f"step=manifest root={place}`"
+            )
+        # of a set that is made without val/, another source has the held-out samples
+        if self.root is not None and split != "test" and not self._is_set(f"{place.rstrip('/')}/val"):
+            return train, True
+        return (part if self._is_set(part) else None), False
+
     @staticmethod
-    def _exists(url: str) -> bool:
+    def _is_set(place: str) -> bool:
+        if not is_remote(place):
+            return (Path(place) / MANIFEST).is_file()
         import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(f"{place.rstrip('/')}/{MANIFEST}")
         return bool(filesystem.exists(path))

@@ -242,9 +242,11 @@ def test_questions_are_chosen_anew_each_epoch() -> None:
     assert min(drawn.values()) > 150  # 200 expected, standard deviation 12
 
 
-def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path) -> None:
-    write_set(tmp_path / "small", [1] * 100)
-    write_set(tmp_path / "large", [1] * 200)
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path, folder: str) -> None:
+    """So does one of which there is train/ alone."""
+    write_set(tmp_path / "small" / folder, [1] * 100)
+    write_set(tmp_path / "large" / folder, [1] * 200)
     held: list[set[str]] = []
     for name in ("small", "large"):
         source = ShardSource(tmp_path / name, val_fraction=0.2)
