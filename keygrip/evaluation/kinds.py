@@ -153,10 +153,26 @@ class Evaluated:
 
         Raises:
             UntrustedPartError: the configuration names what may not be built. ValueError: the data have no such
-                setting.
+                setting, or no such part: a source that is not there has nothing that could be changed.
         """
         stored = OmegaConf.create(plain(self.config.data))
+        _refuse_unknown_parts(stored, changes or {}, "data")
         return build_stored(plain(OmegaConf.merge(stored, dict(changes or {}))), "data", self.trust)
+
+
+def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -> None:
+    """Raises ValueError: `changes` set something of a part that the stored mapping of parts does not have."""
+    for name, value in changes.items():
+        if not isinstance(value, Mapping):
+            continue
+        parts = {str(key): node for key, node in stored.items()} if isinstance(stored, DictConfig) else {}
+        of_parts = [node for node in parts.values() if isinstance(node, DictConfig) and "_target_" in node]
+        if parts.get(name) is not None:
+            _refuse_unknown_parts(parts[name], value, f"{place}.{name}")
+        elif of_parts and "_target_" not in value and "_target_" not in parts:
+            close = nearest(f"{place}.{name}", [f"{place}.{key}" for key in parts])
+            hint = f"the nearest is {close!r}" if close else f"it has {', '.join(parts)}"
+            raise ValueError(f"the run's {place} has no {name!r}: {hint}")
 
 
 def checked_kind(name: str | None, what: str) -> str:

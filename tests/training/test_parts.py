@@ -135,6 +135,24 @@ def test_the_data_of_a_run_is_built_under_the_same_rules(trained: Path, tmp_path
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_change_of_a_source_that_is_not_there_is_refused(trained: Path, tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
+    part = {"_target_": "keygrip.data.video_text.shard_source.ShardSource", "root": None}
+    config = read_checkpoint(trained)["keygrip"]["config"]
+    config["data"] = {
+        "_target_": "keygrip.data.video_text.datamodule.VideoTexts",
+        "sources": {"tours": part, "b": None},
+    }
+    evaluated = Evaluated(None, OmegaConf.create(config), trained, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"data\.sources has no 'tour': the nearest is 'data\.sources\.tours'"):
+        evaluated.stored_data({"sources": {"tour": {"root": "x"}}})
+    with pytest.raises(ValueError, match=r"data\.sources has no 'zzzz': it has tours, b"):
+        evaluated.stored_data({"sources": {"zzzz": {"root": "x"}}})
+
+
 def test_a_package_is_trusted_by_name_alone(trained: Path) -> None:
     with pytest.raises(UntrustedPartError, match=r"toy_parts\.ToyModule .*trust=\[toy_parts\] if you do"):
         load_module(trained)
