@@ -262,6 +262,8 @@ def _refuse_renamed(override: str) -> None:
         if key == "ablation" and "/" not in option and system in _ABLATED:
             moved = f"ablation={_ABLATED[system]}/{name}"
             new = RENAMED.get(moved, moved)
+            if new.partition("=")[2] not in group_options("ablation"):
+                new = None
         if new is not None:
             raise SettingError(f"{key}={option} is now {new}")
     new = new_name(key)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from configs import assert_fits, composed, nodes
 from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError
 
 from keygrip.config import (
     SettingError,
@@ -13,6 +14,7 @@ from keygrip.config import (
     compose,
     config_folder,
     known_keys,
+    leaves_of,
     nearest,
     quoted,
     refuse_unread,
@@ -97,3 +99,23 @@ def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
 def test_values_of_an_override() -> None:
     assert values_of("checkpoint", "runs/a,'runs/b, c'") == ["runs/a", "runs/b, c"]
     assert values_of("checkpoint", "???") == values_of("checkpoint", "lr=1") == values_of("checkpoint", "null") == []
+
+
+def test_recipes_ask_for_what_they_must_be_given() -> None:
+    """`???` would leave what stands there already: a stage would begin with random weights in place of those before."""
+    asking: dict[str, set[str]] = {}
+    for file in (config_folder() / "experiment").glob("*.yaml"):
+        assert "???" not in file.read_text(encoding="utf-8"), file
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for name, node in content.items() if file.stem == "options" else [(file.stem, content)]:
+            asked = {".".join(key) for key, value in leaves_of(node, ()) if value == "${mandatory:}"}
+            if asked:
+                asking[name] = asked
+    assert asking.keys() >= {"vlm_stage2", "vlm_long_videos", "vlm_encoder_probe", "yam_dinov3"}
+    for name, settings in asking.items():
+        cfg = compose("train", [f"experiment={name}"])
+        for setting in settings:
+            with pytest.raises(
+                InterpolationResolutionError, match=f"the setting {setting} has no value: give {setting}="
+            ):
+                OmegaConf.select(cfg, setting)

@@ -9,6 +9,7 @@ import filecmp
 import logging
 import math
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,8 @@ def _question(
 ) -> ChoiceQuestion:
     if not 0 <= answer < len(options) or len(options) < 2:
         raise ValueError(f"answer {answer} of {len(options)} options")
+    if len(options) > len(string.ascii_uppercase):
+        raise ValueError(f"{len(options)} options: there are letters for {len(string.ascii_uppercase)}")
     return ChoiceQuestion(video, question.strip(), options, answer, task, clip, groups)
 
 

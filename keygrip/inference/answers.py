@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from keygrip.artifacts import atomic_write
-from keygrip.data.bad_samples import guard, parse_json, read_text
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.video_chat import BATCH_ROWS, VideoChat
@@ -71,13 +71,19 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     given = [name for name in ("video", "question") if not OmegaConf.is_missing(cfg, name)]
     if cfg.conversations is not None and (given or cfg.figure is not None):
         raise ValueError("conversations=FILE stands in place of video and question, and has no figure: leave them out")
+    if cfg.figure is not None and Path(cfg.figure).is_dir():
+        raise ValueError(
+            f"figure={cfg.figure} is a folder: name a file in it, such as {Path(cfg.figure) / 'where.png'}"
+        )
     if cfg.figure is not None and cfg.stream:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
-    talks = None if cfg.conversations is None else read_conversations(cfg.conversations)
+    talks, broken = (None, {}) if cfg.conversations is None else read_conversations(cfg.conversations)
     paths: list[Any] = [] if talks is not None else _listed(cfg.video)
     questions = [] if talks is not None else [str(each) for each in _listed(cfg.question) if each is not None]
     if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
+    if any(path is not None and not str(path).strip() for path in paths):
+        raise ValueError("video='': a path is empty; name a file or folder (video=null: text alone)")
     if paths and not any(path is None or Path(str(path)).exists() for path in paths):
         raise FileNotFoundError(f"there is no video, image or folder at {paths[0]}")
     if cfg.figure is not None and len(paths) * len(questions) > MOST_STRIPS:
@@ -97,7 +103,11 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if cfg.max_frames is not None:
         module.image_options["max_frames"] = cfg.max_frames
     started = time.perf_counter()
-    found = _continued(module, talks, mode, cfg) if talks is not None else _asked(module, paths, questions, mode, cfg)
+    found = (
+        _continued(module, talks, broken, mode, cfg)
+        if talks is not None
+        else _asked(module, paths, questions, mode, cfg)
+    )
     return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
 
 
@@ -108,30 +118,41 @@ def _listed(given: Any) -> list[Any]:
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 
-def read_conversations(path: str | Path) -> list[list[Any]]:
+def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str]]:
     """The conversations of a JSON Lines file: each line a list of messages, or an object with `messages`.
 
+    Returns:
+        The conversations, and by number why one has another form; it stands empty among them.
+
     Raises:
-        FileNotFoundError: no such file. ValueError: a line has another form, or there is none.
+        FileNotFoundError: no such file. ValueError: it holds none.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"conversations={path}: there is no such file")
     talks: list[list[Any]] = []
+    broken: dict[int, str] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines
         if not line.strip():
             continue
-        with guard(f"{path}, line {number}"):
-            content = parse_json(line, "JSON")
-            talk = content.get("messages") if isinstance(content, dict) else content
-            if not isinstance(talk, list) or not talk:
-                raise ValueError("it is no list of messages, nor an object with messages")
-            talks.append(talk)
-    if not talks:
-        raise ValueError(f"conversations={path}: it holds no conversation")
-    return talks
+        talk: Any = None
+        try:
+            with guard(f"{path}, line {number}"):
+                content = parse_json(line, "JSON")
+                talk = content.get("messages") if isinstance(content, dict) else content
+                if not isinstance(talk, list) or not talk:
+                    raise ValueError("it is no list of messages, nor an object with messages")
+        except BadSample as error:
+            broken[len(talks)] = str(error)
+            talk = []
+        talks.append(talk)
+    if len(broken) == len(talks):
+        raise ValueError(broken[0] if broken else f"conversations={path}: it holds no conversation")
+    return talks, broken
 
 
-def _continued(module: FoveatedVLMModule, talks: Sequence[list[Any]], mode: str, cfg: DictConfig) -> dict[str, Any]:
+def _continued(
+    module: FoveatedVLMModule, talks: Sequence[list[Any]], broken: dict[int, str], mode: str, cfg: DictConfig
+) -> dict[str, Any]:
     chat = VideoChat(module)
     how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
     left_out: dict[int, str] = {}
@@ -145,6 +166,7 @@ def _continued(module: FoveatedVLMModule, talks: Sequence[list[Any]], mode: str,
                 left_out[number] = str(error)
     else:
         texts = chat.generate(talks, *how, cfg.batch_frames, left_out)
+    left_out |= broken  # the line that could not be read says more than the conversation that it is not
     if len(left_out) == len(talks):
         raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
     for number, reason in left_out.items():

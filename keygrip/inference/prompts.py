@@ -161,7 +161,7 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
 def _visual(item: Mapping[str, Any], kind: str) -> Any:
     """What an item shows: a path, a PIL image or an array. Raises ValueError: nothing, or what lies elsewhere."""
     given = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
-    if given is None:
+    if given is None or (isinstance(given, str) and not given.strip()):  # an empty path would be the present folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if isinstance(given, str) and ADDRESS.match(given):
         raise ValueError(f"{given[:80]!r} is an address, and nothing is fetched: download it and give its local path")

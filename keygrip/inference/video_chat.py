@@ -125,9 +125,12 @@ class VideoChat:
 
         Raises:
             ValueError, FileNotFoundError: as `check`, before anything is decoded; as `PromptReader.read`; a temperature
-                that is negative or not finite.
+                that is negative or not finite, no new token, or no list.
         """
         check_temperature(temperature)
+        _check_count(max_new_tokens)
+        if isinstance(conversations, Mapping | str):
+            raise ValueError('a conversation is a list of messages: [{"role": "user", "content": ...}]')
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         wanted: Any = conversations if several else [conversations]
         how = mode or self.module.network.modes[-1]
@@ -181,6 +184,7 @@ class VideoChat:
     ) -> Iterator[str]:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
         check_temperature(temperature)
+        _check_count(max_new_tokens)
         how = mode or self.module.network.modes[-1]
         self.check(messages, how, streamed=True)
         prompt = self.reader.read(messages)
@@ -277,3 +281,8 @@ def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
     return all(
         value.dtype == stored[name].dtype and torch.equal(value.cpu(), stored[name]) for name, value in weights.items()
     )
+
+
+def _check_count(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")

@@ -48,11 +48,15 @@ def rows_of(
     return TextRows(ids.to(device), lengths, places, list(videos), list(frame_counts), seconds)
 
 
+LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
+
+
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError: it is negative or not finite."""
-    if not (math.isfinite(temperature) and temperature >= 0):
+    """Raises ValueError: it is negative or not finite, or so near to 0 that logits overflow."""
+    if not (math.isfinite(temperature) and (temperature == 0 or temperature >= LEAST_TEMPERATURE)):
         raise ValueError(
-            f"temperature={temperature}: give 0 (the most probable token) or a number above it (tokens are drawn)"
+            f"temperature={temperature}: give 0 (the most probable token) or a number of at least {LEAST_TEMPERATURE} "
+            "(tokens are drawn)"
         )
 
 

@@ -24,6 +24,7 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
 STREAMED_MODES = ("autoregressive", "coarse_only")
+MOST_SECONDS = 2.0**20  # 12 days; times of float32 are still a sixteenth of a second apart
 UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
@@ -137,6 +138,11 @@ class StreamingSession:
     def _time_of(self, second: float | None) -> float:
         last = self._second
         taken = (0.0 if last is None else last + 1.0) if second is None else float(second)
+        if MOST_SECONDS < taken < math.inf:
+            raise ValueError(
+                f"a frame of second {taken:.10g}: seconds count from the video's beginning, up to {MOST_SECONDS:.0f}; "
+                "take that of the first frame away"
+            )
         if not math.isfinite(taken) or (last is not None and taken < last):
             behind = "the first one" if last is None else f"behind one of second {last:g}"
             raise ValueError(f"a frame of second {taken:g}, {behind}: seconds are finite and do not fall back")
@@ -248,6 +254,8 @@ class VideoStream:
         """
         images = self.module.image_options
         if not isinstance(frame, Image.Image):
+            if not isinstance(frame, np.ndarray):
+                raise ValueError(f"a frame is uint8 [H, W, 3] or a PIL image, not {type(frame).__name__}")
             if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype != np.uint8:
                 raise ValueError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
             frame = Image.fromarray(frame)

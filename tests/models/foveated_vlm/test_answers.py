@@ -142,12 +142,12 @@ def test_a_video_of_more_frames_than_the_model_numbers_is_named_and_the_others_a
     assert "3 frames and the model numbers 2" in left["reason"]
 
 
-@pytest.mark.parametrize("temperature", ["-1", "nan", "inf", "-0.5"])
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf", "-0.5", "1e-40"])
 def test_a_temperature_that_is_none_is_refused_before_the_model_is_loaded(
     run: Run, videos: list[Path], temperature: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(answers, "load_module")
-    with pytest.raises(ValueError, match=rf"temperature={temperature}.*: give 0 .* or a number above it"):
+    with pytest.raises(ValueError, match=rf"temperature={temperature}.*: give 0 .* or a number of at least"):
         run(listed(videos), "question=Sure?", f"temperature={temperature}")
 
 
@@ -212,7 +212,7 @@ def test_conversations_that_cannot_be_read_are_named_and_the_others_answered(run
         [{"role": "user", "content": "Which digit?"}],
     ]
     file = videos[0].parent / "talks.jsonl"
-    file.write_text("\n".join(map(json.dumps, talks)))
+    file.write_text("\n".join([*map(json.dumps, talks), "no json", '{"messages": []}']))
     found = run(f"conversations={file}")
     assert [each["conversation"] for each in found["answers"]] == [2, 8]
     reasons = {
@@ -222,6 +222,8 @@ def test_conversations_that_cannot_be_read_are_named_and_the_others_answered(run
         "5": "the content of a user's message is '3': it is text or a list of items",
         "6": "a message is no object but 'hello'",
         "7": "begins with an answer",
+        "9": "talks.jsonl, line 9: ",
+        "10": "talks.jsonl, line 10: it is no list of messages",
     }
     assert found["unreadable"].keys() == reasons.keys()
     assert all(reason in found["unreadable"][number] for number, reason in reasons.items())
@@ -242,9 +244,13 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.delattr(answers, "load_module")
     file = videos[0].parent / "talks.jsonl"
-    file.write_text('[{"role": "user", "content": "?"}]\n{"turns": []}\n')
-    with pytest.raises(ValueError, match=r"talks\.jsonl, line 2: it is no list of messages"):
+    file.write_text('{"turns": []}\nno json\n')
+    with pytest.raises(ValueError, match=r"talks\.jsonl, line 1: it is no list of messages"):
         run(f"conversations={file}")
+    with pytest.raises(ValueError, match="video='': a path is empty"):
+        run("video=''", "question=Sure?")
+    with pytest.raises(ValueError, match=r"figure=.* is a folder: name a file in it"):
+        run(listed(videos), "question=Sure?", f"figure={videos[0].parent}")
     with pytest.raises(ValueError, match="in place of video and question"):
         run(f"conversations={file}", "question=Sure?")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):

@@ -186,6 +186,12 @@ def test_seconds_that_are_none_or_fall_back_are_refused_and_leave_the_stream_as_
             ValueError, match=rf"a frame of second {bad:g}, behind one of second 5: .* do not fall back"
         ):
             tried.push(frames[1], bad)
+    for bad in (1.7e9, 1e39):  # the time of day, and what float32 has no number for
+        with pytest.raises(ValueError, match="seconds count from the video's beginning"):
+            tried.push(frames[1], bad)
+    for odd in ([1], None, "frame.png"):
+        with pytest.raises(ValueError, match=r"a frame is uint8 \[H, W, 3\] or a PIL image, not"):
+            tried.push(odd)  # type: ignore[arg-type]
     for stream in (tried, other):
         stream.push(frames[1], 5.0)  # several cameras, or a clock of whole seconds
         stream.push(frames[2], 7.25)

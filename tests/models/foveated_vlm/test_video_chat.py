@@ -514,3 +514,15 @@ def test_a_temperature_that_is_none_is_refused(chat: VideoChat, temperature: flo
     ):
         with pytest.raises(ValueError, match=r"temperature=.*: give 0"):
             refused()
+
+
+def test_what_is_no_conversation_and_no_length_is_refused(chat: VideoChat) -> None:
+    with pytest.raises(ValueError, match="a conversation is a list of messages"):
+        chat.generate(user("Which?"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an item of type image has none"):
+        chat.generate([{"role": "user", "content": [{"type": "image", "image": ""}]}])
+    for none in (0, -5):
+        with pytest.raises(ValueError, match=f"max_new_tokens={none}: it must be at least 1"):
+            chat.generate([user("Which?")], none)
+        with pytest.raises(ValueError, match=f"max_new_tokens={none}: it must be at least 1"):
+            chat.stream([user("Which?")], none)

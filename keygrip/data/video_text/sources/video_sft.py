@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,14 +162,34 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
         raise ValueError(f"it has {' and '.join(names)}: their order is not known")
     named = entry[names[0]] if names else []
     media = []
-    for name in [named] if isinstance(named, str) else named:
+    for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
         # relative to the list or to the whole folder: both are usual
-        media.append(next((folder / name for folder in (beside, source) if (folder / name).is_file()), beside / name))
-    said = next(entry[name] for name in TURNS if name in entry)
+        places = [_below(source, folder, name) for folder in (beside, source)]
+        media.append(next((place for place in places if place.is_file()), places[0]))
+    key_of_turns = next(name for name in TURNS if name in entry)
+    said = _listed(entry[key_of_turns], key_of_turns)
+    if not all(isinstance(turn, Mapping) for turn in said):
+        raise ValueError(f"a turn of its `{key_of_turns}` is no object")
     turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
     return Entry(key, tuple(media), turns, collection, answers=_answers(entry.get("answers")))
+
+
+def _listed(given: Any, name: str) -> list[Any]:
+    if not isinstance(given, list):
+        raise ValueError(f"its `{name}` is no list")
+    return given
+
+
+def _below(source: Path, folder: Path, name: object) -> Path:
+    """A file that a list names. Raises ValueError: it lies outside the collection."""
+    if not isinstance(name, str):
+        raise ValueError(f"it names a file by {str(name)[:80]!r}, which is no text")
+    path = Path(os.path.normpath(folder / name))
+    if not path.is_relative_to(os.path.normpath(source)):
+        raise ValueError(f"it names the file {name[:200]!r}, which lies outside of {source}")
+    return path
 
 
 def _answers(given: Any) -> tuple[str, ...]:

@@ -413,18 +413,31 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
             "videos": ["videos/a.mp4"],
             "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
         },
+        {"id": 10, "video": "../secret.mp4", "conversations": said},
+        {"id": 11, "image": "/etc/passwd", "conversations": said},
+        {"id": 12, "videos": 7, "conversations": said},
+        {"id": 13, "videos": ["videos/a.mp4", 7], "conversations": said},
+        {"id": 14, "video": "videos/a.mp4", "conversations": "What?"},
+        {"id": 15, "video": "videos/a.mp4", "conversations": ["What?"]},
     ]
+    write_video(tmp_path / "secret.mp4", 4)
     (source / "scenes.json").write_text(json.dumps([{"scene": 1}]))
     (source / "list.json").write_text(json.dumps(entries))
     (source / "more.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries[:1]))
-    report = video_sft(source, tmp_path / "set", SIZE, workers=1)
-    assert (report["samples"], report["failed"]) == (5, 5)
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.8)
+    assert (report["samples"], report["failed"]) == (5, 11)
     reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text()))
     for why in (
         "and none of video, videos, image, images names one",
         "it has video and image",
         "entry 7 of",
         "gone.mp4",
+        "it names the file '../secret.mp4', which lies outside of",
+        "it names the file '/etc/passwd', which lies outside of",
+        "its `videos` is no list",
+        "it names a file by '7', which is no text",
+        "its `conversations` is no list",
+        "a turn of its `conversations` is no object",
     ):
         assert why in reasons
     assert "scenes.json is not read: none of its 1 entries has conversations or messages" in caplog.text
