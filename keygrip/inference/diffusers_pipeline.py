@@ -40,6 +40,7 @@ from keygrip.training.checkpoints import load_module
 from keygrip.training.strategies import automatic_precision
 
 CLASS = "PatchDiTPipeline"
+OUTPUTS = ("pil", "np", "pt")
 STUB = "pipeline"  # the file of the folder that diffusers' own DiffusionPipeline executes where it is told to
 STUB_TEXT = f'''"""keygrip's class, for diffusers' DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
 
@@ -190,6 +191,10 @@ class PatchDiTPipeline(DiffusionPipeline):
                 several frames, or a way of sampling that is impossible or without effect.
         """
         module: PatchDiTModule = self.transformer.module
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be at least 1")
         given = {
             **{"steps": num_inference_steps, "guidance": guidance, "solver": solver, "interval": interval},
             **{"text_scale": text_scale, "dino_scale": dino_scale, "full_scale": full_scale, "cls_scale": cls_scale},
@@ -288,6 +293,8 @@ class PatchDiTPipeline(DiffusionPipeline):
         stride = module.encoders.latent_stride
         if height is not None or width is not None:
             sides = (height if width is None else width), (width if height is None else height)
+            if any(side is not None and side != int(side) for side in sides):
+                raise ValueError(f"height={height}, width={width}: both are whole numbers of pixels")
             bucket = Bucket(int(sides[0] or 0), int(sides[1] or 0))
             step = stride * module.network.patch_size
             if min(bucket.width, bucket.height) < step or bucket.width % step or bucket.height % step:

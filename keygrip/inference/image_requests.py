@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     """
     if cfg.samples < 1 or cfg.batch_size < 1:
         raise ValueError("samples and batch_size must be at least 1")
+    if cfg.samples > MOST_REQUESTS:
+        raise ValueError(f"samples={cfg.samples}: at most {MOST_REQUESTS} images are drawn by one command")
     if cfg.seed not in SEEDS:
         raise ValueError(f"seed={cfg.seed} is out of range: give a number from {SEEDS[0]} to {SEEDS[-1]}")
     images: list[str] = [] if cfg.image is None else texts_of("image", cfg.image)
@@ -66,6 +69,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
         shared = tuple(images) if cfg.blend else tuple(images[:1])
         if len(images) > 1 and not cfg.blend:
             raise ValueError(f"{len(images)} images for a file of prompts: give one, or blend=true")
+        _check_count(len(pairs), cfg.samples)
         found = [(prompt, (image,) if image else shared, seed) for prompt, image, seed in pairs]
         return [
             SampleRequest(prompt, own, (cfg.seed if seed is None else seed) + n)
@@ -82,6 +86,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     else:
         sets = [(image,) for image in images] or [()]
     count = max(len(prompts), len(sets))
+    _check_count(count, cfg.samples)
     for name, values in (("prompt", prompts), ("image", sets)):
         if len(values) not in (1, count):
             raise ValueError(f"{len(prompts)} prompts and {len(sets)} images: give as many of each, or one {name}")
@@ -92,6 +97,11 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
         for n in range(count)
         for seed in range(cfg.samples)
     ]
+
+
+def _check_count(rows: int, samples: int) -> None:
+    if rows * samples > MOST_REQUESTS:
+        raise ValueError(f"{samples} samples of {rows} requests each: at most {MOST_REQUESTS} images by one command")
 
 
 def texts_of(name: str, value: Any) -> list[str]:
@@ -148,7 +158,11 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
                 lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
                 rows = [(n, parse_json(line, f"line {n}")) for n, line in lines]
             elif path.suffix == ".csv":
-                rows = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 2))
+                table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+                twice = [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]
+                if twice:
+                    raise ValueError(f"line 1: the column {twice[0]} stands there twice")
+                rows = [(table.line_num, row) for row in table]
             else:
                 raise ValueError(f"prompts are a .txt, .jsonl or .csv file, not {path.suffix or 'one without ending'}")
             if not rows:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
 
+MOST_PIXELS = 2**24  # of an image: 4096 x 4096
 GRID_ROWS = 24  # rows of one grid file
 
 
@@ -72,7 +74,14 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     )
     assert isinstance(module, PatchDiTModule)
     if cfg.lora is not None:
+        if module.adapter is not None:
+            raise ValueError(
+                f"lora={cfg.lora}: {cfg.checkpoint} was itself trained with LoRA, whose weights are in it; leave lora "
+                "out, or name the checkpoint that it began with"
+            )
         load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
+        if module.guide is not None:  # it knows nothing of the adapter
+            module.guide, module.sampling = None, replace(module.sampling, guide_scale=0.0)
     given = {field.name: cfg.get(field.name) for field in fields(Sampling)}
     sampling = module.sampling_with(given)
     words, images = any((r.prompt or "").strip() for r in requests), any(r.images for r in requests)
@@ -126,8 +135,9 @@ def buckets_of(
     stride = module.encoders.latent_stride
     trained = [Bucket(width * stride, height * stride) for height, width in module.statistics.latent_sizes]
     found: dict[str, Bucket] = {}
+    name = "image" if steering.start_image is None else "start_image"
     for image in dict.fromkeys(steering.start_image or (r.images[0] if r.images else "") for r in requests):
-        found[image] = nearest_bucket(*image_size(image), trained) if image else usual
+        found[image] = nearest_bucket(*image_size(image, name), trained) if image else usual
     return [found[steering.start_image or (r.images[0] if r.images else "")] for r in requests]
 
 
@@ -147,6 +157,8 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
     except (TypeError, ValueError):
         raise ValueError(f"size={size}: give a number (square), WIDTHxHEIGHT or [WIDTH,HEIGHT], in pixels") from None
     step = stride * module.network.patch_size
+    if bucket.width * bucket.height > MOST_PIXELS:
+        raise ValueError(f"size={size}: an image has at most {MOST_PIXELS} pixels")
     if min(bucket.width, bucket.height) < step or bucket.width % step or bucket.height % step:
         raise ValueError(f"size={size}: both sides must be multiples of {step} pixels")
     if bucket not in trained:
@@ -196,6 +208,10 @@ def draw(
             with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
                 seeds = [request.seed for request in batch]
                 found = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
+            if not bool(torch.isfinite(found).all()):
+                raise ValueError(
+                    "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
+                )
             if below is not None:  # pixels that stay are those of the file, whatever the autoencoder makes of them
                 found = below[1] * found + (1 - below[1]) * below[0]
             images |= dict(zip(numbers, found, strict=True))
@@ -227,7 +243,12 @@ def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -
 def write(
     folder: Path, requests: Sequence[SampleRequest], images: Sequence[Tensor], references: Sequence[Sequence[Tensor]]
 ) -> tuple[list[Path], list[Path]]:
-    """The files: every image, and grids with a row for each pair of words and references, the references first."""
+    """The files: every image, and grids with a row for each pair of words and references, the references first.
+
+    Raises:
+        ValueError: a folder has the name of one. OSError: they cannot be written; none of them is there then, but
+            files of their names that were there before may be gone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[tuple[Any, ...], tuple[str, list[Tensor]]] = {}
     for request, drawn, shown in zip(requests, images, references, strict=True):
@@ -240,9 +261,15 @@ def write(
     for start in range(0, len(titled), GRID_ROWS):
         grids.append(folder / (f"grid_{start // GRID_ROWS:02d}.png" if start else "grid.png"))
         frames.append(image_grid(titled[start : start + GRID_ROWS]))
-    for path, frame in zip([*files, *grids], frames, strict=True):
-        with atomic_write(path) as file:
-            Image.fromarray(frame).save(file, "PNG")
+    for path in (*files, *grids):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and an image would have its name: give another run_dir")
+    with ExitStack() as undone:
+        for path, frame in zip([*files, *grids], frames, strict=True):
+            with atomic_write(path) as file:
+                Image.fromarray(frame).save(file, "PNG")
+            undone.callback(path.unlink, missing_ok=True)
+        undone.pop_all()
     return files, grids
 
 

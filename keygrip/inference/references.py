@@ -12,9 +12,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
 
-from keygrip.data.bad_samples import BadSample
+from keygrip.data.bad_samples import BadSample, open_image
 from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
-from keygrip.data.image_text.decoding import decode_image, size_of
+from keygrip.data.image_text.decoding import decode_image, refuse_transparency, size_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -42,14 +42,15 @@ class Reference:
         return torch.from_numpy(self.pixels.copy()).permute(2, 0, 1) / 255
 
 
-def image_size(image: str) -> tuple[int, int]:
-    """(width, height) of a file. Raises FileNotFoundError, ValueError: there is none, or it cannot be read."""
+def image_size(image: str, name: str = "image") -> tuple[int, int]:
+    """(width, height) of a file, which the setting `name` gives. Raises FileNotFoundError, ValueError: there is none,
+    or it cannot be read."""
     if not Path(image).exists():
-        raise FileNotFoundError(f"image={image}: there is no such file")
+        raise FileNotFoundError(f"{name}={image}: there is no such file")
     try:
         return size_of(image)
     except BadSample as error:
-        raise ValueError(f"image={image} cannot be read as an image: {error.what}") from error
+        raise ValueError(f"{name}={image} cannot be read as an image: {error.what}") from error
 
 
 def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "image") -> Reference:
@@ -81,9 +82,15 @@ def open_mask(mask: str, of: Reference, name: str) -> Tensor:
 
     Raises:
         FileNotFoundError, ValueError: there is none, it cannot be read, or it has another shape than the image, so
-            that nobody knows which part of the image it covers.
+            that nobody knows which part of the image it covers; or parts of it are transparent, which says nothing.
     """
-    return mask_of(_decoded(mask, name), of, f"{name}={mask}")
+    whole = _decoded(mask, name)
+    try:
+        with open_image(mask) as image:
+            refuse_transparency(image)
+    except BadSample as error:
+        raise ValueError(f"{name}={mask} cannot be read as a mask: {error.what}") from error
+    return mask_of(whole, of, f"{name}={mask}")
 
 
 def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
@@ -161,6 +168,8 @@ def edit_of(module: PatchDiTModule, start: Reference, redraw: Tensor | None, str
     pixels = torch.from_numpy(start.pixels.copy()).permute(2, 0, 1)[None]
     latents = module.statistics.normalised("latent", module.encoders.encode_images(pixels).to(module.device))
     cells = None if redraw is None else cell_mask(redraw, module.encoders.latent_stride)[None].to(module.device)
+    if cells is not None and not bool(cells.any()):
+        raise ValueError("redraw is nowhere at least half white: nothing would be drawn anew")
     return Edit(latents.expand(count, -1, -1, -1), strength, None if cells is None else cells.expand(count, -1, -1, -1))
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from keygrip.data.image_text.crops import Bucket
-from keygrip.data.image_text.decoding import refuse_frames, upright
+from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
 from keygrip.inference.idle_guidance import refuse_idle_guidance
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
@@ -72,6 +73,9 @@ class SteeredImages:
     ) -> None:
         self.module = module
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        odd = next((each for each in prompts if not isinstance(each, str)), None)
+        if len(prompts) > sum(isinstance(each, str) for each in prompts):
+            raise ValueError(f"prompt holds {odd!r}, which is no text")
         images, masks = opened(image, "image"), opened(image_mask, "image_mask")
         if blend and len(images) < 2:
             raise ValueError("blend=True puts several images together: give image=[IMAGE, IMAGE]")
@@ -87,6 +91,8 @@ class SteeredImages:
         self.prompts = prompts * self.count if len(prompts) == 1 else prompts
         self.steering = steering * self.count if len(steering) == 1 else steering
         self.masks = masks
+        for name, given in (("image_mask", image_mask), ("redraw", redraw)):
+            refuse_transparent(given, name)
         if start_image is None and not (redraw is None and strength is None):
             raise ValueError("strength and redraw are for start_image: leave them out")
         self.start_image = next(iter(opened(start_image, "start_image")), None)
@@ -132,6 +138,15 @@ class SteeredImages:
         return Start(edit_of(self.module, start, mask, self.strength, total), start.shown, mask)
 
 
+def refuse_transparent(masks: Images, name: str) -> None:
+    """Raises ValueError: a mask has transparent parts."""
+    for number, mask in enumerate([masks] if isinstance(masks, Image.Image) else masks or []):
+        try:
+            refuse_transparency(mask)
+        except ValueError as error:
+            raise ValueError(f"{name} {number} cannot be used: {error}") from error
+
+
 def opened(images: Images, name: str) -> list[Image.Image]:
     """One image or several as 8-bit RGB, turned as their cameras say.
 
@@ -142,7 +157,10 @@ def opened(images: Images, name: str) -> list[Image.Image]:
         ValueError: one has several frames or pages, or cannot be converted.
     """
     found = []
-    for number, image in enumerate([images] if isinstance(images, Image.Image) else images or []):
+    listed: Sequence[Any] = () if images is None else images if isinstance(images, list | tuple) else (images,)
+    for number, image in enumerate(listed):
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name} {number} is a {type(image).__name__}: give PIL images")
         try:
             refuse_frames(image)
             found.append(upright(image))

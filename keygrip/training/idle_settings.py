@@ -78,8 +78,15 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
             without = _composed([each for each in overrides if each != ablation])
         except ConfigCompositionException:  # another override sets what this one brings
             continue
-        if with_it == without:
+        if with_it == without and not _replaced(overrides, ablation, with_it):
             raise SettingError(f"{ablation} changes nothing here: what it sets is so already; leave it out")
+
+
+def _replaced(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
+    """Whether the ablation does something by itself, in place of which other overrides set other values."""
+    choices = [each for each in overrides if "." not in each.partition("=")[0]]
+    alone = _composed(choices)
+    return bool(alone != _composed([each for each in choices if each != ablation]) and alone != with_it)
 
 
 def _sets_something(ablation: str) -> bool:

@@ -122,6 +122,8 @@ def test_conditions_name_settings_that_there_are() -> None:
         (DIT, "patch_dit/no_final_modulation", False),
         ((*DIT, "optimizer=adamw"), "patch_dit/no_rotary", False),
         (DIT, "patch_dit/none", False),  # it says so
+        ((*DIT, "model.dropout.masked_patches=0.7"), "patch_dit/masked_patches", False),  # another share
+        ((*DIT, "model.dropout.masked_patches=0.3"), "patch_dit/masked_patches", True),
         ((*DIT, "model.guide.at_step=3"), "patch_dit/early_guide", False),  # what only it brings
         ((*DIT, "model.network.qk_norm=false"), "patch_dit/no_qk_norm", True),
     ],

@@ -84,6 +84,16 @@ def refuse_frames(image: Image.Image) -> None:
         raise ValueError(f"it has {frames} frames or pages: save the one that is meant as a file of its own")
 
 
+def refuse_transparency(image: Image.Image) -> None:
+    """Raises ValueError: parts of a mask are transparent; whether these count as black or as white is not known."""
+    if _may_be_transparent(image) and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
+        raise ValueError("parts of it are transparent, and a mask is black and white: save it without transparency")
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST) -> Image.Image:
     """8-bit RGB of an image of any mode.
 
@@ -98,7 +108,7 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST) -
     exponent = _gamma_exponent(image)
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent)).convert("RGB")
-    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    transparent = _may_be_transparent(image)
     profile = image.info.get("icc_profile")
     if transparent or image.mode in ("P", "PA"):
         image = image.convert("RGBA" if transparent else "RGB")

@@ -151,11 +151,18 @@ def remove_stale(root: Path) -> None:
                 path.unlink()
 
 
-def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses to mix two sets in a folder; notes the settings of a new one. Raises ValueError: other settings."""
+def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -> None:
+    """Refuses to mix two sets in a folder; notes the settings of a new one.
+
+    Args:
+        new: nothing has been written to the folder, whatever settings are noted there.
+
+    Raises:
+        ValueError: other settings.
+    """
     path = root / SETTINGS_FILE
     now = json.loads(json.dumps(settings, default=str))
-    if not path.is_file():
+    if new or not path.is_file():
         write_json(path, now)
         return
     stored = read_json(path)

@@ -15,6 +15,7 @@ logit-normal times and the shift of the noise levels from Esser et al., "Scaling
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -26,6 +27,7 @@ from torch.distributions import Gamma
 from keygrip.training.parts import model_part
 
 Solver = Literal["euler", "heun", "adams_bashforth"]
+MOST_STEPS = 10_000  # of sampling: far above any that is of use
 SOLVERS: tuple[Solver, ...] = ("euler", "heun", "adams_bashforth")
 
 
@@ -134,8 +136,10 @@ def noise_levels(steps: int, shift: float = 1.0) -> list[float]:
     Args:
         shift: above 1 spends more of the steps near noise: s' = shift s / (1 + (shift - 1) s), for large images.
     """
-    if steps < 1 or shift <= 0:
-        raise ValueError(f"Sampling needs at least one step and a positive shift, got steps={steps}, shift={shift}.")
+    if not 1 <= steps <= MOST_STEPS or not 0 < shift < math.inf:
+        raise ValueError(
+            f"Sampling needs 1 to {MOST_STEPS} steps and a positive, finite shift, got steps={steps}, shift={shift}."
+        )
     even = [1 - index / steps for index in range(steps)] + [0.0]
     return [shift * level / (1 + (shift - 1) * level) for level in even]
 

@@ -51,11 +51,10 @@ Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
-# What guidance=none leaves without effect.
-GUIDED = (
-    *("text_scale", "dino_scale", "full_scale", "cls_scale", "guide_scale", "interval"),
-    *("text_rescale", "dino_rescale", "full_rescale"),
-)
+SCALES = ("text_scale", "dino_scale", "full_scale", "guide_scale")
+RESCALES = ("text_rescale", "dino_rescale", "full_rescale")
+GUIDED = (*SCALES, "cls_scale", "interval", *RESCALES)  # what guidance=none leaves without effect
+MOST_SCALE = 1000.0  # far above any that is of use, and far below what overflows
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
 
 
@@ -66,6 +65,14 @@ class Term(NamedTuple):
     scale: float
     told: str
     untold: str
+
+
+def _interval(given: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(level) for level in given)
+    except (TypeError, ValueError):
+        raise ValueError(f"interval={given}: give two noise levels, [LOWEST,HIGHEST].") from None
+    return low, high
 
 
 @model_part
@@ -106,6 +113,10 @@ class Sampling:
             raise ValueError(f"guidance={self.guidance!r}: must be one of {', '.join(GUIDANCE)}.")
         if self.guidance != "independent" and self.full_scale:
             raise ValueError(f"full_scale={self.full_scale} has no effect with guidance={self.guidance}: 0.")
+        for name in (*SCALES, *RESCALES, "cls_scale", "timestep_shift"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= MOST_SCALE:  # NaN too
+                raise ValueError(f"{name}={value}: must be a finite number up to {MOST_SCALE:g}.")
         if self.cls_scale is not None and self.cls_scale < 0:
             raise ValueError(f"cls_scale={self.cls_scale}: must not be negative.")
         if self.guide_scale and self.guidance == "none":
@@ -113,9 +124,9 @@ class Sampling:
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"interval={list(self.interval)}: noise levels between 0 and 1, the lower one first.")
-        if min(self.text_scale, self.dino_scale, self.full_scale, self.guide_scale) < 0:
-            raise ValueError("Guidance scales must not be negative: text_scale, dino_scale, full_scale, guide_scale.")
-        for name in ("text_rescale", "dino_rescale", "full_rescale"):
+        if min(getattr(self, name) for name in SCALES) < 0:
+            raise ValueError(f"Guidance scales must not be negative: {', '.join(SCALES)}.")
+        for name in RESCALES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie in 0..1.")
         if self.solver not in SOLVERS:
@@ -133,9 +144,11 @@ class Sampling:
             raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
         given = {name: value for name, value in changes.items() if value is not None}
         if "interval" in given:
-            low, high = given["interval"]
-            given["interval"] = (float(low), float(high))
+            given["interval"] = _interval(given["interval"])
+        if given.get("guidance") == "none":  # what the model itself has beside other guidance falls away with it
+            given = {"full_scale": 0.0, "guide_scale": 0.0} | given
         found = replace(self, **given)
+        given = {name: value for name, value in given.items() if changes.get(name) is not None}
         idle = [f"{name}={given[name]}" for name in GUIDED if name in given]
         if found.guidance == "none" and idle:
             raise ValueError(

@@ -13,6 +13,7 @@ from dit_parts import SMALL, write_images
 from PIL import Image
 
 from keygrip import sample, train
+from keygrip.artifacts import atomic_write
 from keygrip.config import compose
 
 
@@ -93,6 +94,10 @@ def test_a_size_that_was_not_trained_on_is_said(
         ([], "nothing to draw"),
         (["prompt=thing", "size=17"], "multiples of 4"),
         (["prompt=thing", "size=large"], "give a number"),
+        (["prompt=thing", "size=1000000"], "at most 16777216 pixels"),
+        (["prompt=thing", "samples=100000000"], "at most 100000 images"),
+        (["prompt=[a,b,c]", "samples=50000"], "50000 samples of 3 requests each: at most 100000 images"),
+        (["prompt=thing", "interval=0.5"], "give two noise levels"),
         (["prompt=thing", "dino_scale=2"], "no effect without image"),
         (["prompt=thing", "guidance=independent", "full_scale=2"], "prompt and image together"),
         (["prompt=[a,b]", "image=[a,b,c]"], "2 prompts and 3 images"),
@@ -105,8 +110,10 @@ def test_errors(overrides: list[str], message: str, drawn: Callable[..., dict[st
 
 
 def test_missing_files(drawn: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match=r"^image=nowhere\.png: there is no such file"):
         drawn("image=nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"^start_image=nowhere\.png: there is no such file"):
+        drawn("start_image=nowhere.png", "prompt=thing")
     (tmp_path / "words.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         drawn(f"image={tmp_path / 'words.png'}")
@@ -141,6 +148,8 @@ def test_a_file_of_prompts(drawn: Callable[..., dict[str, Any]], trained: Path, 
         ("a.jsonl", '{"prompt": 3}', "line 1: its prompt is not text"),
         ("a.jsonl", '\n{"seed": 3}', "line 2: it has neither prompt nor image"),
         ("a.csv", "prompt,seed\nx,many\n", "line 2: its seed 'many'"),
+        ("a.csv", 'prompt,seed\na,1\n"a red cube,2\nb,3\n', "unexpected end of data"),
+        ("a.csv", "prompt,seed,prompt\nx,1,y\n", "the column prompt stands there twice"),
         ("a.txt", "\n\n", "it holds no prompt"),
         ("a.xml", "x", "not .xml"),
     ],
@@ -185,6 +194,45 @@ def test_an_image_that_stays_where_it_is_not_redrawn(
         for s in (0.1, 0.9)
     )
     assert near < 0.6 * far
+
+
+def test_masks_that_say_nothing_are_refused(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    mask = np.zeros((40, 60, 4), np.uint8)
+    mask[..., :3] = 255
+    mask[:, :30, 3] = 255
+    Image.fromarray(mask).save(tmp_path / "alpha.png")
+    Image.new("L", (60, 40)).save(tmp_path / "black.png")
+    start = [f"start_image={trained / 'one.png'}", "prompt=thing"]
+    with pytest.raises(ValueError, match=r"redraw=.*alpha\.png .*parts of it are transparent"):
+        drawn(*start, f"redraw={tmp_path / 'alpha.png'}")
+    with pytest.raises(ValueError, match=r"image_mask=.*alpha\.png .*parts of it are transparent"):
+        drawn("prompt=thing", f"image={trained / 'one.png'}", f"image_mask={tmp_path / 'alpha.png'}")
+    with pytest.raises(ValueError, match="redraw is nowhere at least half white"):
+        drawn(*start, f"redraw={tmp_path / 'black.png'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_cannot_all_be_written_leave_none(
+    drawn: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keygrip.inference import images
+
+    (tmp_path / "out" / "002_seed2.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"002_seed2\.png is a folder"):
+        drawn("prompt=thing", "samples=3", "steps=1")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["002_seed2.png"]
+
+    def full(path: Path) -> Any:
+        if path.name == "grid.png":
+            raise OSError(28, "no space left")
+        return atomic_write(path)
+
+    monkeypatch.setattr(images, "atomic_write", full)
+    with pytest.raises(OSError, match="no space left"):
+        drawn("prompt=thing", "samples=3", "steps=1", name="full")
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_several_references_and_their_regions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -178,7 +179,13 @@ def test_the_network_comes_back_in_its_mode() -> None:
         ({"text_scale": -1.0}, "not be negative"),
         ({"dino_rescale": 2.0}, "dino_rescale=2"),
         ({"solver": "rk4"}, "one of euler"),
-        ({"steps": 0}, "at least one step"),
+        ({"steps": 0}, "1 to 10000 steps"),
+        ({"steps": 999999999}, "1 to 10000 steps"),
+        ({"timestep_shift": math.inf}, "timestep_shift=inf: must be a finite number"),
+        ({"timestep_shift": math.nan}, "timestep_shift=nan: must be a finite number"),
+        ({"text_scale": math.nan}, "text_scale=nan: must be a finite number"),
+        ({"cls_scale": math.inf}, "cls_scale=inf: must be a finite number"),
+        ({"guide_scale": 1e39}, "guide_scale=.*: must be a finite number up to 1000"),
         ({"guidance": "both"}, "guidance='both'"),
         ({"guidance": "dino_then_text", "full_scale": 1.0}, "full_scale=1.0 has no effect"),
         ({"cls_scale": -1.0}, "must not be negative"),
@@ -189,6 +196,19 @@ def test_the_network_comes_back_in_its_mode() -> None:
 def test_errors_name_the_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("interval", [0.5, [0.5], [None, 1], ["a", "b"], [0.1, 0.2, 0.3]])
+def test_intervals_that_are_none_are_named(interval: Any) -> None:
+    with pytest.raises(ValueError, match=r"interval=.*: give two noise levels, \[LOWEST,HIGHEST\]"):
+        Sampling().changed({"interval": interval})
+
+
+def test_without_guidance_what_the_model_has_beside_it_falls_away() -> None:
+    own = Sampling(guidance="independent", full_scale=1.0, guide_scale=0.4)
+    assert own.changed({"guidance": "none"}) == replace(own, guidance="none", full_scale=0.0, guide_scale=0.0)
+    with pytest.raises(ValueError, match=r"text_scale=2\.0: no effect with guidance=none"):
+        own.changed({"guidance": "none", "text_scale": 2.0})
 
 
 # ---- one condition after the other, and images that are drawn anew ---------------------------------------------------

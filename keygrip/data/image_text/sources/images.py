@@ -35,7 +35,7 @@ from keygrip.data.image_text.sources.jobs import (
     jobs_of,
     unread_images,
 )
-from keygrip.data.image_text.sources.listing import Item, frozen_items, last_entries
+from keygrip.data.image_text.sources.listing import ITEMS_FILE, Item, frozen_items, last_entries
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.shards.set_writer import check_settings, remove_stale
@@ -191,7 +191,8 @@ def images(
         "decoding": DECODING,
         **({"keep_images": True} if keep_images else {}),  # sets that were begun without it go on
     }
-    check_settings(root, settings)
+    # a folder in which nothing was listed holds no shards, whatever was tried there
+    check_settings(root, settings, new=not (root / ITEMS_FILE).is_file())
 
     def unread_of(items: Sequence[Item]) -> dict[str, str] | None:
         jobs = jobs_of(root, items, images_per_shard)

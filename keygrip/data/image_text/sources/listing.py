@@ -50,6 +50,7 @@ class Item:
         duplicate: of another image, which keeps its captions: left out and no failure.
         generation: how many times the list had been extended when it was added; shards hold one generation each.
         content: SHA-256 of a file that is taken on again after a shard could not take it; else empty.
+        stamp: of the file when it was listed, see `stamp_of`; empty: not known, or it cannot be used.
     """
 
     key: str
@@ -60,6 +61,13 @@ class Item:
     duplicate: bool = False
     generation: int = 0
     content: str = ""
+    stamp: str = ""
+
+
+def stamp_of(path: Path) -> str:
+    """Text that changes when a file is written again: its size and modification time."""
+    found = path.stat()
+    return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
@@ -234,7 +242,9 @@ def list_items(
     ):
         for path, (captions, bucket, reason) in zip(paths, pool.map(examine, paths), strict=True):
             name = path.relative_to(source).as_posix().encode(errors="backslashreplace").decode()
-            items.append(Item(key_of(name, taken), name, captions, bucket.name if bucket else None, reason))
+            stamp = stamp_of(source / name) if bucket else ""
+            called = bucket.name if bucket else None
+            items.append(Item(key_of(name, taken), name, captions, called, reason, stamp=stamp))
             bar.update()
     if wrapped:
         log.warning(
@@ -397,7 +407,13 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
     encoded = [item for path, item in last.items() if item.bucket and path not in unread]
     changed = [item.path for item in encoded if item.path in now and now[item.path].captions != item.captions]
     gone = [item.path for item in encoded if item.path not in now]
-    for what, paths in (("have other captions than when they were encoded", changed), ("are gone", gone)):
+    stamps = {item.path: (item.stamp, now[item.path].stamp) for item in encoded if item.path in now}
+    written = [path for path, (before, after) in stamps.items() if before and before != after]
+    for what, paths in (
+        ("have other captions than when they were encoded", changed),
+        ("were written again since they were listed", written),
+        ("are gone", gone),
+    ):
         if paths:
             log.warning(
                 "%d images %s (%s, ...): their samples stay as they are; a new root is made from all",

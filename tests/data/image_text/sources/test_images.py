@@ -291,6 +291,24 @@ def test_other_settings_in_a_folder_are_refused(source: Path, tmp_path: Path) ->
         prepared(source, tmp_path, small_encoders("colour"))
 
 
+def test_a_folder_in_which_nothing_was_listed_is_still_new(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images"):
+        prepared(tmp_path / "empty", tmp_path / "root")
+    assert prepared(source, tmp_path / "root", size=48)["samples"] == 13
+
+
+def test_a_picture_that_was_replaced_is_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared(source, tmp_path / "root")
+    before = contents(tmp_path / "root")
+    prepared(source, tmp_path / "root")
+    assert "written again" not in caplog.text
+    picture(source / "square.5.png", shade=77)
+    prepared(source, tmp_path / "root")
+    assert "1 images were written again since they were listed (square.5.png, ...): their samples stay" in caplog.text
+    assert contents(tmp_path / "root") == before
+
+
 def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path: Path) -> None:
     path = source / "square.5.png"
     path.write_bytes(path.read_bytes()[:200])  # its header is whole
