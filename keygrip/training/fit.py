@@ -77,6 +77,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
     datamodule = instantiate(built.data, _convert_="all")
     module = build_module(resolved)
+    if isinstance(module, System):
+        module.check_length(cfg.max_steps)
     trained = _trained_before(folder, resumed_step) if resume else {}
     started_in = _write_start(folder, cfg, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):

@@ -66,6 +66,9 @@ class System(LightningModule):
 
     # -- before training ----------------------------------------------------------------------------------------------
 
+    def check_length(self, max_steps: int) -> None:
+        """Raises ValueError: a run of so many steps (-1: no limit) leaves out something that the settings ask for."""
+
     def loss(self, batch: Any) -> Tensor:
         """The loss of a training step on a batch; nothing is logged."""
         name = type(self).__name__

@@ -253,9 +253,10 @@ class PatchDiTModule(System):
         """Blocks, which are used through their `forward` alone."""
         return [*self.network.blocks, *([] if self.guide is None else self.guide.network.blocks)]
 
-    def on_train_start(self) -> None:
+    def check_length(self, max_steps: int) -> None:
+        """Raises ValueError: the guide's step is not reached."""
         if self.guide is not None:
-            self.guide.check(self.trainer.max_steps)
+            self.guide.check(max_steps)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.guide is not None:

@@ -138,6 +138,8 @@ def test_a_guide_is_the_same_under_fsdp(
 def test_guides_that_cannot_be_are_refused(overrides: Callable[..., list[str]]) -> None:
     with pytest.raises(ValueError, match=r"at_step=3 is not reached in max_steps=3"):
         train.run(compose("train", overrides("short", "max_steps=3", *GUIDED)))
+    with pytest.raises(ValueError, match=r"at_step=3 is not reached in max_steps=3"):
+        train.run(compose("train", overrides("dry", "max_steps=3", "dry_run=true", *GUIDED)))
     with pytest.raises(InstantiationException, match=r"guide_scale=1\.0 has no effect without model\.guide"):
         train.run(compose("train", overrides("none", "max_steps=3", "model.sampling.guide_scale=1.0")))
     with pytest.raises(InstantiationException, match=r"at_step=0: must be at least 1"):

@@ -115,11 +115,13 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def texts_of(value: Any) -> tuple[str, ...] | None:
-    """The captions of a field: a text, or a list of texts and nulls; None where it is neither."""
+    """The captions of a field: a text, or a list of texts and nulls, which are empty ones; None where it is neither."""
+    if value is None:
+        return ()
     listed = value if isinstance(value, list) else [value]
     if not all(text is None or isinstance(text, str) for text in listed):
         return None
-    return tuple(dict.fromkeys(text for text in listed if text is not None))
+    return tuple(dict.fromkeys(text or "" for text in listed))
 
 
 def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path] | None = None) -> tuple[str, ...]:
@@ -211,6 +213,7 @@ def list_items(
     folders = sorted({path.parent for path in beside if path.name.lower() in CAPTION_FILES})
     listed, taken = _of_these(source, paths, folders), set[str]()
     wrapped: list[str] = []
+    partly: list[str] = []
 
     def examine(path: Path) -> tuple[tuple[str, ...], Bucket | None, str]:
         name = path.relative_to(source).as_posix()
@@ -223,6 +226,8 @@ def list_items(
             regular_file(path)
             told = (*listed.get(name, ()), *captions_beside(path, wrapped, capitals))
             captions = tuple(dict.fromkeys(caption for caption in told if caption.strip()))
+            if captions and not all(caption.strip() for caption in told):
+                partly.append(name)
             if not captions:
                 raise BadSample(name, "its caption is empty" if told else "it has no caption")
             width, height = size_of(path)
@@ -246,6 +251,10 @@ def list_items(
             called = bucket.name if bucket else None
             items.append(Item(key_of(name, taken), name, captions, called, reason, stamp=stamp))
             bar.update()
+    if partly:
+        log.warning(
+            "%d images have empty captions beside others, which are left out (%s, ...)", len(partly), min(partly)
+        )
     if wrapped:
         log.warning(
             "%d caption files have several lines, which are read as one caption (%s, ...); several captions stand in "

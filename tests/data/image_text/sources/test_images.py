@@ -298,6 +298,19 @@ def test_a_folder_in_which_nothing_was_listed_is_still_new(source: Path, tmp_pat
     assert prepared(source, tmp_path / "root", size=48)["samples"] == 13
 
 
+def test_empty_captions_beside_others_are_counted(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (source / "wide" / "1.json").write_text(json.dumps({"captions": ["one", "two", None, ""]}))
+    (source / "wide" / "2.json").write_text(json.dumps({"captions": [None, ""]}))
+    report = prepared(source, tmp_path / "root")
+    assert "1 images have empty captions beside others, which are left out (wide/1.png, ...)" in caplog.text
+    assert report["samples"] == 12
+    failed = (tmp_path / "root" / "failed.jsonl").read_text()
+    assert "wide/2.png" in failed
+    assert "its caption is empty" in failed
+
+
 def test_a_picture_that_was_replaced_is_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared(source, tmp_path / "root")
     before = contents(tmp_path / "root")
