@@ -93,6 +93,8 @@ class ImageSuite:
     clip: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.cases, str):
+            raise ValueError(f"cases={self.cases}: give a list, cases=[{self.cases}]")
         unknown = [case for case in self.cases or () if case not in CASES]
         if unknown:
             raise ValueError(f"cases={unknown}: choose of {', '.join(CASES)}")

@@ -88,10 +88,18 @@ def write_export(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions of any new file; safetensors itself makes it its owner's alone."""
+    """Writes a safetensors file with the permissions of any new file; safetensors itself makes it its owner's alone.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full.
+    """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path, metadata)
+    copied = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    try:
+        save_file(copied, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)
 
 
