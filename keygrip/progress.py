@@ -35,6 +35,7 @@ class Progress(tqdm):
         shown: bool = True,
     ) -> None:
         self._on_terminal = sys.stderr.isatty()
+        self._written: float | None = None  # count of the last line
         super().__init__(
             iterable,
             desc=desc,
@@ -52,8 +53,10 @@ class Progress(tqdm):
         """Draws the bar, or writes a line."""
         if self._on_terminal:
             return super().display(msg, pos)
-        self.fp.write(f"{line(self.desc, self.format_dict, self.postfix)}\n")
-        self.fp.flush()
+        if self.n != self._written:  # tqdm draws a bar anew where nothing was added, too
+            self._written = self.n
+            self.fp.write(f"{line(self.desc, self.format_dict, self.postfix)}\n")
+            self.fp.flush()
         return True
 
     def close(self) -> None:
@@ -69,7 +72,8 @@ def line(what: str | None, values: dict[str, Any], postfix: str | None = None) -
     """One line of progress: ``record pick: 40 of 150 demos, 3.1 per second, 35 s left``."""
     count, total, elapsed = values["n"], values["total"], values["elapsed"]
     unit = values["unit"]
-    parts = [f"{count:g}{'' if total is None else f' of {total:g}'} {unit}{'' if count == 1 and not total else 's'}"]
+    plural = "es" if unit.endswith(("ch", "sh", "s", "x")) else "s"
+    parts = [f"{count:g}{'' if total is None else f' of {total:g}'} {unit}{'' if count == 1 and not total else plural}"]
     rate = values["rate"] or (count / elapsed if elapsed else None)
     if rate:
         parts.append(f"{rate:.3g} per second")
