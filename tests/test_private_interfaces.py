@@ -28,6 +28,7 @@ PRIVATE = {
     "_internal": "training/sweeps.py",
     "_subclasses": "training/memory.py",  # tests/training/test_memory.py counts with both
     "_python_dispatch": "training/memory.py",
+    "_get_full_key": "config.py",  # tests/test_configs.py reads the messages that it makes
     "_freeze_rand_vec": "envs/metaworld/environment.py",  # tests/envs/metaworld draws positions by seed through it
     "_inheriting": "training/main_guard.py",
 }
