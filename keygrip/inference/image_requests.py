@@ -54,8 +54,6 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     """
     if cfg.samples < 1 or cfg.batch_size < 1:
         raise ValueError("samples and batch_size must be at least 1")
-    if cfg.samples > MOST_REQUESTS:
-        raise ValueError(f"samples={cfg.samples}: at most {MOST_REQUESTS} images are drawn by one command")
     if cfg.seed not in SEEDS:
         raise ValueError(f"seed={cfg.seed} is out of range: give a number from {SEEDS[0]} to {SEEDS[-1]}")
     images: list[str] = [] if cfg.image is None else texts_of("image", cfg.image)

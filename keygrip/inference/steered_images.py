@@ -73,10 +73,10 @@ class SteeredImages:
     ) -> None:
         self.module = module
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        odd = next((each for each in prompts if not isinstance(each, str)), None)
-        if len(prompts) > sum(isinstance(each, str) for each in prompts):
-            raise ValueError(f"prompt holds {odd!r}, which is no text")
-        images, masks = opened(image, "image"), opened(image_mask, "image_mask")
+        odd = [each for each in prompts if not isinstance(each, str)]
+        if odd:
+            raise ValueError(f"prompt holds {odd[0]!r}, which is no text")
+        images, masks = opened(image, "image"), opened(image_mask, "image_mask", mask=True)
         if blend and len(images) < 2:
             raise ValueError("blend=True puts several images together: give image=[IMAGE, IMAGE]")
         steering = [images] if blend else [[each] for each in images]
@@ -91,12 +91,10 @@ class SteeredImages:
         self.prompts = prompts * self.count if len(prompts) == 1 else prompts
         self.steering = steering * self.count if len(steering) == 1 else steering
         self.masks = masks
-        for name, given in (("image_mask", image_mask), ("redraw", redraw)):
-            refuse_transparent(given, name)
         if start_image is None and not (redraw is None and strength is None):
             raise ValueError("strength and redraw are for start_image: leave them out")
         self.start_image = next(iter(opened(start_image, "start_image")), None)
-        self.redraw = next(iter(opened(redraw, "redraw")), None)
+        self.redraw = next(iter(opened(redraw, "redraw", mask=True)), None)
         self.strength = strength_of(strength, redraw is not None)
 
     @property
@@ -138,23 +136,14 @@ class SteeredImages:
         return Start(edit_of(self.module, start, mask, self.strength, total), start.shown, mask)
 
 
-def refuse_transparent(masks: Images, name: str) -> None:
-    """Raises ValueError: a mask has transparent parts."""
-    for number, mask in enumerate([masks] if isinstance(masks, Image.Image) else masks or []):
-        try:
-            refuse_transparency(mask)
-        except ValueError as error:
-            raise ValueError(f"{name} {number} cannot be used: {error}") from error
-
-
-def opened(images: Images, name: str) -> list[Image.Image]:
+def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
     """One image or several as 8-bit RGB, turned as their cameras say.
 
     Args:
-        name: of the setting, for messages.
+        name: of the setting, for messages. mask: they are masks, of which no part may be transparent.
 
     Raises:
-        ValueError: one has several frames or pages, or cannot be converted.
+        ValueError: one is no PIL image, has several frames or pages, or cannot be converted.
     """
     found = []
     listed: Sequence[Any] = () if images is None else images if isinstance(images, list | tuple) else (images,)
@@ -163,6 +152,8 @@ def opened(images: Images, name: str) -> list[Image.Image]:
             raise ValueError(f"{name} {number} is a {type(image).__name__}: give PIL images")
         try:
             refuse_frames(image)
+            if mask:
+                refuse_transparency(image)
             found.append(upright(image))
         except ValueError as error:
             raise ValueError(f"{name} {number} cannot be used: {error}") from error

@@ -14,8 +14,8 @@ from keygrip.training.strategies import named_precision
 
 log = logging.getLogger(__name__)
 
-# Settings that may differ when a run is resumed: they do not change which weights a step leads to.
-LENGTH = ("max_steps", "max_epochs", "max_minutes")
+LENGTH = ("max_steps", "max_epochs", "max_minutes")  # may differ too when a run is resumed
+# Settings that may differ between two runs of one kind: they do not change which weights a step leads to.
 MAY_DIFFER = (
     *("val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger"),
