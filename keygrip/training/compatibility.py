@@ -54,6 +54,24 @@ def refuse_odd_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"seed={cfg.seed}: must lie in 0 to {LARGEST_SEED - 1}")
 
 
+def refuse_missing_weights(settings: Mapping[str, Any]) -> None:
+    """Refuses runs, checkpoints and files to start from that are not there, before other weights are fetched.
+
+    Args:
+        settings: plain; pretraining stages, which are no text yet, see to themselves.
+
+    Raises:
+        FileNotFoundError: names the setting.
+    """
+    for group in ("model", "backbone"):
+        start = (settings.get(group) or {}).get("init_from")
+        if isinstance(start, str) and not Path(start).exists():
+            raise FileNotFoundError(
+                f"{group}.init_from={start}: there is no run folder, checkpoint or file of weights; give the run "
+                "before this one, or null to start without"
+            )
+
+
 def batch_type(node: Mapping[str, Any] | None) -> type | None:
     """The type of batch that a model learns from or a data module gives, from the `batch_type` of its class: a type, or
     a function from the settings to one. None where the class does not say."""

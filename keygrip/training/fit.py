@@ -24,7 +24,7 @@ from keygrip.config import SettingError, TrainSchema, refuse_unread
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module
-from keygrip.training.compatibility import refuse_odd_numbers, refuse_unfit
+from keygrip.training.compatibility import refuse_missing_weights, refuse_odd_numbers, refuse_unfit
 from keygrip.training.compute import Compute
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
@@ -76,6 +76,10 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
     datamodule = instantiate(built.data, _convert_="all")
+    if resume is None:
+        refuse_missing_weights(plain)
+    if hasattr(datamodule, "refuse_missing"):
+        datamodule.refuse_missing()
     module = build_module(resolved)
     if isinstance(module, System):
         module.check_length(cfg.max_steps)

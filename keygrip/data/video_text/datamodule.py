@@ -144,6 +144,12 @@ class VideoTexts(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
+    def refuse_missing(self) -> None:
+        """Raises FileNotFoundError: a source that nothing makes is not there. Asked before weights are fetched."""
+        for source in self.sources.values():
+            if source.root is not None or source.make is None:
+                source.refuse_missing()
+
     def prepare_data(self) -> None:
         """Makes the sources that can be made, and lets the collator prepare itself."""
         for source in self.sources.values():

@@ -55,6 +55,15 @@ class ShardSource:
             raise ValueError("a source needs a root: the folder or URL of its shards (data.sources.NAME.root=PATH)")
         return str(self.make.root)
 
+    def refuse_missing(self) -> None:
+        """Raises FileNotFoundError: the shards are to lie in a folder that is not there."""
+        place = self.place
+        if not is_remote(place) and not Path(place).is_dir():
+            raise FileNotFoundError(
+                f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
+                "folder with data.sources.NAME.root=PATH"
+            )
+
     def open(self, split: str, cache_dir: str | Path | None, cache_gb: float) -> tuple[ShardSet, np.ndarray] | None:
         """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
 
@@ -63,12 +72,8 @@ class ShardSource:
         """
         if self.train_only and split != "train":
             return None
+        self.refuse_missing()
         place = self.place
-        if not is_remote(place) and not Path(place).is_dir():
-            raise FileNotFoundError(
-                f"no shards at {place}: prepare them first (`python -m keygrip.prepare step=...`), or name another "
-                "folder with data.sources.NAME.root=PATH"
-            )
         folder, divided = self._folder_of(place, split)
         if folder is None or (divided and split == "test"):
             return None

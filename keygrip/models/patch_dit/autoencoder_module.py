@@ -18,7 +18,7 @@ from keygrip.training.parts import model_part
 from keygrip.training.system import System
 
 
-@model_part
+@model_part(from_checkpoint={"init_from": None})
 class AutoencoderModule(System):
     """Mean absolute error of pixels and of their differences to neighbours, and a little pull of the posterior towards
     a standard normal distribution.
@@ -28,10 +28,14 @@ class AutoencoderModule(System):
     Args:
         network: the autoencoder. encoders: of the shards, which hold pixels exactly. optimizer: the recipe.
         difference_weight: of the error of differences. kl_weight: of the mean divergence per number of a latent.
-        shown: images that validation shows.
+        shown: images that validation shows. init_from: run folder or checkpoint of such an autoencoder whose weights
+            are the start. decoder_only: the encoder stays as `init_from` has it, so that a model of its latents need
+            not be trained anew. latent_noise: largest standard deviation of the noise on what the decoder is given in
+            training, in standard deviations of a latent's channel; drawn for each image from 0 on. What a diffusion
+            model draws is never quite a latent of an image.
 
     Raises:
-        ValueError: negative weights, or encoders whose latents are not pixels.
+        ValueError: negative weights, encoders whose latents are not pixels, or `decoder_only` without `init_from`.
     """
 
     batch_type = ImageTextBatch
@@ -50,10 +54,15 @@ class AutoencoderModule(System):
         difference_weight: float = 1.0,
         kl_weight: float = 1e-4,
         shown: int = 6,
+        init_from: str | None = None,
+        decoder_only: bool = False,
+        latent_noise: float = 0.0,
     ) -> None:
         super().__init__(optimizer)
-        if min(difference_weight, kl_weight) < 0 or shown < 1:
-            raise ValueError("model: difference_weight and kl_weight must not be negative, shown above 0")
+        if min(difference_weight, kl_weight, latent_noise) < 0 or shown < 1:
+            raise ValueError(
+                "model: difference_weight, kl_weight and latent_noise must not be negative, and shown must be above 0"
+            )
         packing = encoders.autoencoder
         if not isinstance(packing, PixelPacking):
             raise ValueError(
@@ -62,6 +71,8 @@ class AutoencoderModule(System):
             )
         self.network, self.packing = network, packing
         self.difference_weight, self.kl_weight, self.shown = difference_weight, kl_weight, shown
+        self.init_from, self.decoder_only, self.latent_noise = init_from, decoder_only, latent_noise
+        network.encoder.requires_grad_(not decoder_only)
 
     def sharded_parts(self) -> list[Any]:
         """Residual blocks, which are used through their `forward` alone."""
@@ -80,6 +91,10 @@ class AutoencoderModule(System):
                     f"images of {columns * self.packing.stride} x {rows * self.packing.stride} pixels do not divide by "
                     f"model.network.stride={self.network.stride}"
                 )
+        if self.init_from is not None:
+            self.take_weights(self.init_from, "an autoencoder")
+        elif self.decoder_only:
+            raise ValueError("model.decoder_only=true keeps a trained encoder: name its run with model.init_from=RUN")
 
     def pixels(self, batch: ImageTextBatch) -> Tensor:
         """Images [B, 3, H, W] in -1..1."""
@@ -89,10 +104,15 @@ class AutoencoderModule(System):
         """Of each image, [B] each: `pixels`, `differences`, `kl` and their weighted sum `total`.
 
         Args:
-            sampled: latents are drawn from the posterior; otherwise its mean.
+            sampled: latents are drawn from the posterior, with `latent_noise`; otherwise its mean.
         """
         mean, log_variance = self.network.posterior(pixels)
-        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if sampled else mean
+        latents = mean
+        if sampled:
+            latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        if sampled and self.latent_noise:
+            unit = self.latent_noise * mean.detach().std(dim=(0, 2, 3), keepdim=True)
+            latents = latents + unit * torch.rand_like(mean[:, :1, :1, :1]) * torch.randn_like(mean)
         error = self.network.decode(latents).float() - pixels
         found = {
             "pixels": error.abs().mean(dim=(1, 2, 3)),

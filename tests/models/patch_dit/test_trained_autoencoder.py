@@ -159,3 +159,55 @@ def test_shards_of_something_else_than_pixels_are_refused(run: Path, tmp_path: P
         module.set_statistics(data.statistics)
     with pytest.raises(ValueError, match="hold pixels exactly"):
         AutoencoderModule(ConvAutoencoder(**SIZES), encoders_of(run), AdamW(1e-3))
+
+
+def test_a_decoder_alone_is_trained_on_from_a_run_with_noise_on_its_latents(run: Path, tmp_path: Path) -> None:
+    """The encoder stays to the bit, EMA included, so that models of its latents stay valid; the decoder changes."""
+    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
+    small = [o for o in SMALL if not o.startswith("model")]
+    data = f"data.root={run.parent / 'images'}"
+    train.run(
+        compose(
+            "train",
+            [
+                *("model=image_autoencoder", *small, *sizes, data, f"model.init_from={run}", "max_steps=2"),
+                *("model.decoder_only=true", "model.latent_noise=0.5", f"run_dir={tmp_path / 'on'}"),
+            ],
+        )
+    )
+    before, after = load_module(run), load_module(tmp_path / "on")
+    assert isinstance(before, AutoencoderModule)
+    assert isinstance(after, AutoencoderModule)
+    for name, value in before.network.state_dict().items():
+        assert torch.equal(value, after.network.state_dict()[name]) == name.startswith("encoder."), name
+
+
+def test_latent_noise_is_of_each_image_and_in_standard_deviations() -> None:
+    """By its largest strength, at which the decoder's input is off by a uniform share of so many deviations."""
+    module = AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), latent_noise=0.5)
+    pixels = images(64)
+    mean, _ = module.network.posterior(pixels)
+    given: list[Tensor] = []
+    decode = module.network.decode
+    module.network.decode = lambda latents: given.append(latents) or decode(latents)  # type: ignore[assignment, func-returns-value, method-assign]
+    with torch.no_grad():
+        module.network.encoder[-1].weight[SIZES["channels"] :] = 0  # variances of exp(-20): no posterior to add
+        module.network.encoder[-1].bias[SIZES["channels"] :] = -20
+        module.losses(pixels, sampled=True)
+        module.losses(pixels, sampled=False)
+    noise = (given[0] - mean) / mean.std(dim=(0, 2, 3), keepdim=True)
+    strengths = noise.std(dim=(1, 2, 3))
+    assert float(strengths.max()) < 0.6
+    assert float(strengths.min()) < 0.1
+    assert float(strengths.mean()) == pytest.approx(0.25, abs=0.06)
+    torch.testing.assert_close(given[1], mean)
+
+
+def test_a_decoder_alone_needs_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [o for o in SMALL if not o.startswith("model")]
+    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
+    common = ["model=image_autoencoder", *small, *sizes, f"data.root={run.parent / 'images'}", "max_steps=1"]
+    with pytest.raises(ValueError, match=r"model\.decoder_only=true keeps a trained encoder: name its run"):
+        train.run(compose("train", [*common, "model.decoder_only=true", f"run_dir={tmp_path / 'run'}"]))
+    with pytest.raises(ValueError, match="latent_noise must not be negative"):
+        AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), latent_noise=-1.0)
