@@ -58,7 +58,7 @@ class ShardReport:
     name: str
     problems: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)  # of images and text
+    contents: list[tuple[str, str]] = field(default_factory=list)  # digests of images and text, and whose
     media: list[str] = field(default_factory=list)  # of images and videos alone, of samples with text
     kinds: Counter[str] = field(default_factory=Counter)
     frames: Counter[int] = field(default_factory=Counter)
@@ -172,7 +172,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
             if fault:
                 report.problems.append(f"{shards.where(sample)}: {fault}")
         report.frames[int(shards.columns["frames"][sample])] += 1
-        report.digests.append(_digest(parts))
+        report.contents.append((_digest(parts), shards.where(sample)))
         if shown := {name: part for name, part in parts.items() if name not in TEXT_MEMBERS}:
             report.media.append(_digest(shown))
     return report
@@ -193,14 +193,16 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
     report.has["latents"] += LATENT in parts
     report.has["patches"] += PATCHES in parts
     report.has["text"] += TEXT in parts and TEXT_MASK in parts
+    name = shards.where(sample)
     if not set(NEEDED) - set(parts):
         report.has["complete"] += 1
         try:
             found = read_image_text(shards, sample, with_image=True)
+            if (source := found.record.get("source")) is not None:
+                name = f"{source} ({name})"
             if not found.record.get("caption"):
                 report.has["without_caption"] += 1
             if (thumbnail := thumbnail_in(found.record)) is not None:
-                name = f"{found.record.get('source', found.key)} ({shards.where(sample)})"
                 report.thumbnails[name] = thumbnail
         except BadSample as error:
             report.problems.append(str(error))
@@ -209,7 +211,7 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
     if unknown:
         report.problems.append(_unknown_member(shards.where(sample), unknown[0], ", ".join(NEEDED)))
     # The image alone: with another caption or in another file it must not stand on both sides of a split either.
-    report.digests.append(_digest({LATENT: parts[LATENT]} if LATENT in parts else parts))
+    report.contents.append((_digest({LATENT: parts[LATENT]} if LATENT in parts else parts), name))
 
 
 def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
@@ -238,14 +240,18 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
             futures = [pool.submit(examine_shard, *job) for job in jobs]
             reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
     problems = [problem for report in reports for problem in report.problems]
-    for what in ("keys", "digests"):
-        seen: dict[str, str] = {}
-        for report in reports:
-            for number, value in enumerate(getattr(report, what)):
-                if value in seen:
-                    name = f"the key {value}" if what == "keys" else "the same content"
-                    problems.append(f"{name} occurs twice: in {seen[value]} and in {report.name} (sample {number})")
-                seen[value] = report.name
+    keys: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    for report in reports:
+        for number, key in enumerate(report.keys):
+            where = f"{report.name} (sample {number})"
+            if key in keys:
+                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {where}")
+            keys[key] = where
+        for digest, name in report.contents:
+            if digest in contents:
+                problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
+            contents[digest] = name
     report_shared(reports)
     for place in split_folders(root):
         manifest = read_json(Path(place) / MANIFEST)
