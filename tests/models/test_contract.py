@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contract_parts import EVALUATE, QUICK, observation
 from hydra.utils import get_class
 
 import keygrip
@@ -41,10 +42,6 @@ OPTIONS = {
         *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
     )
 }
-QUICK = [
-    *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
-    *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),
-]
 FOLDERS = ("data", "runs")
 
 
@@ -55,22 +52,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
-
-
-def observation(policy: Any) -> dict[str, Any]:
-    """What a policy says that it needs, of a camera that looks at the table."""
-    generator, arms = np.random.default_rng(0), len(policy.needs.arms)
-    view = {
-        "image": generator.integers(0, 255, (96, 128, 3), dtype=np.uint8),
-        "intrinsics": np.array([[120.0, 0, 64], [0, 120.0, 48], [0, 0, 1]]),
-        "world_to_camera": np.array([[0, -1.0, 0, 0], [-0.6, 0, -0.8, 0.3], [0.8, 0, -0.6, 0.5], [0, 0, 0, 1]]),
-    }
-    pose = {
-        "position": np.tile([0.3, 0.0, 0.1], (arms, 1)),
-        "quaternion": np.tile([1.0, 0, 0, 0], (arms, 1)),
-        "gripper": np.ones(arms),
-    }
-    return view | pose | {"instruction": "pick the red cube", "cameras": dict.fromkeys(policy.needs.cameras, view)}
 
 
 def use(module: System, file: Path) -> None:
@@ -87,20 +68,6 @@ def use(module: System, file: Path) -> None:
         assert encoders.quick_fingerprint == module.statistics.encoders  # type: ignore[union-attr]
     elif module.evaluation_kind == "video_text":
         assert module.tokenizer.decode(module.tokenizer.encode("which digit?")) == "which digit?"  # type: ignore[union-attr, operator]
-
-
-EVALUATE = {
-    "policy": ["simulate=false"],
-    "video_text": ["limit_batches=1", "max_new_tokens=2", "split=val"],
-    "image_text": [
-        "cases=[reconstruction]",
-        "images=2",
-        "shown=1",
-        "sampling.steps=1",
-        "split=val",
-        "features.steps=2",
-    ],
-}
 
 
 @pytest.mark.parametrize(

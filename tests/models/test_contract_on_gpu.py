@@ -1,0 +1,106 @@
+"""Every model on a pretended GPU: a step of training with validation and images, its checkpoint, and what it is for.
+
+Losses are those of the CPU. A tensor, an index or a generator that was left on the CPU ends the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contract_parts import EVALUATE, QUICK, observation
+from hydra.utils import get_class
+from PIL import Image
+from pretended_gpu import pretended_gpu
+
+import keygrip
+from keygrip import generate, sample
+from keygrip.config import compose, group_options
+from keygrip.evaluation.attribute_classifier import ClassifierOptions
+
+pytestmark = pytest.mark.slow
+
+CASES = {name: (f"model={name}",) for name in group_options("model")} | {
+    "patch_dit_with_a_guide": (
+        *("model=patch_dit", "ablation=patch_dit/early_guide", "model.guide.at_step=1"),
+        "model.sampling.guide_scale=0.4",
+    ),
+    "patch_dit_with_alignment": ("model=patch_dit", "ablation=patch_dit/repa"),
+    "patch_dit_with_a_detail_head": ("model=patch_dit", "ablation=patch_dit/detail_head"),
+    "patch_dit_with_masked_patches": ("model=patch_dit", "ablation=patch_dit/masked_patches"),
+    "volume_query_of_two_views": (
+        *("model=volume_query", "model.network.world_views=true", "data.cameras=[over,front]"),
+        *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
+    ),
+}
+DRAWN = (
+    ("image=a.png", "samples=2"),
+    ("start_image=a.png", "strength=0.5"),
+    ("start_image=a.png", "redraw=mask.png", "image=b.png", "image_mask=mask.png"),
+    ("image=[a.png,b.png]", "blend=true", "text_rescale=0.5", "solver=heun", "interval=[0.1,0.9]"),
+    ("image=a.png", "solver=adams_bashforth", "guidance=dino_then_text"),
+)
+ANSWERED = (
+    ("video=a.png", "question=[what,which digit?]"),
+    ("video=a.png", "question=what", "temperature=1.0"),
+    ("video=a.png", "question=what", "temperature=1.0", "stream=true"),
+    ("video=null", "question=hello"),
+    ("video=a.png", "question=what", "figure=figure.png", "mode=coarse_fine"),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that all models work in, with two images and a mask."""
+    folder, generator = tmp_path_factory.mktemp("contract_on_gpu"), np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    Image.fromarray(np.repeat(np.uint8([[255], [0]]), 32, axis=0).repeat(64, axis=1)).save(folder / "mask.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def use(kind: str | None, run: Path, tmp_path: Path) -> None:
+    """What a model of that evaluation kind is for."""
+    if kind == "policy":
+        policy: Any = keygrip.load_policy(run, device="cuda")
+        for _ in range(2):
+            plan = policy.plan(observation(policy))
+        assert np.isfinite(plan.position).all()
+    elif kind == "image_text":
+        common = [f"checkpoint={run}", "prompt=a red cube", "steps=2"]
+        for number, options in enumerate(DRAWN):
+            sample.run(compose("sample", [*common, f"run_dir={tmp_path / str(number)}", *options]))
+    elif kind == "video_text":
+        for options in ANSWERED:
+            generate.run(compose("generate", [f"checkpoint={run}", "max_new_tokens=4", *options]))
+        frames = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
+        module: Any = keygrip.load(run).to("cuda")
+        session = module.stream("which digit?")
+        for frame in frames:
+            session.push(frame)
+        assert session.answer() == "".join(session.stream())
+    if kind is not None:
+        keygrip.evaluate(run, EVALUATE[kind])
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_model_trains_and_works_on_a_gpu(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
+    kind: Any = get_class(compose("train", [*CASES[name], "run_dir=x"]).model._target_)
+    overrides = [*CASES[name], *QUICK, *kind.toy_overrides, "max_steps=2"]
+    here = keygrip.train([*overrides, f"run_dir={home / 'runs' / name}-cpu"])  # and makes the data
+    on_gpu = home / "runs" / f"{name}-gpu"
+    with pretended_gpu():
+        found = keygrip.train([*overrides, "strategy=gpu", f"run_dir={on_gpu}"])
+        use(kind.evaluation_kind, on_gpu, tmp_path)
+    losses = [key for key in here["metrics"] if "loss" in key]
+    assert losses or kind.evaluation_kind == "policy"
+    for key in losses:
+        assert found["metrics"][key] == pytest.approx(here["metrics"][key], rel=1e-3), key

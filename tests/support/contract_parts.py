@@ -1,0 +1,41 @@
+"""What every model is asked for in the contract suites: a step of training, a plan, an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+QUICK = [
+    *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
+    *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),
+]
+
+EVALUATE = {
+    "policy": ["simulate=false"],
+    "video_text": ["limit_batches=1", "max_new_tokens=2", "split=val"],
+    "image_text": [
+        "cases=[reconstruction]",
+        "images=2",
+        "shown=1",
+        "sampling.steps=1",
+        "split=val",
+        "features.steps=2",
+    ],
+}
+
+
+def observation(policy: Any) -> dict[str, Any]:
+    """What a policy says that it needs, of a camera that looks at the table."""
+    generator, arms = np.random.default_rng(0), len(policy.needs.arms)
+    view = {
+        "image": generator.integers(0, 255, (96, 128, 3), dtype=np.uint8),
+        "intrinsics": np.array([[120.0, 0, 64], [0, 120.0, 48], [0, 0, 1]]),
+        "world_to_camera": np.array([[0, -1.0, 0, 0], [-0.6, 0, -0.8, 0.3], [0.8, 0, -0.6, 0.5], [0, 0, 0, 1]]),
+    }
+    pose = {
+        "position": np.tile([0.3, 0.0, 0.1], (arms, 1)),
+        "quaternion": np.tile([1.0, 0, 0, 0], (arms, 1)),
+        "gripper": np.ones(arms),
+    }
+    return view | pose | {"instruction": "pick the red cube", "cameras": dict.fromkeys(policy.needs.cameras, view)}
