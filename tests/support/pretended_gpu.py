@@ -14,17 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.fabric.accelerators.cuda as lightning_cuda
 import pytest
 import torch
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-
-from keygrip.training.strategies import Strategy
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -269,22 +264,9 @@ def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.
     return apply
 
 
-class _Accelerator(CPUAccelerator):
-    def setup_device(self, device: torch.device) -> None:
-        """Nothing to set up."""
-
-
-def _trainer_arguments(strategy: Strategy) -> dict[str, Any]:
-    return {
-        "strategy": SingleDeviceStrategy(device=CUDA, accelerator=_Accelerator()),
-        "use_distributed_sampler": False,
-        "precision": "32-true",
-    }
-
-
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Within it torch has a GPU, and `keygrip.train` computes on it in one process and float32."""
+    """Within it torch has one GPU, without bf16."""
     load, save = torch.load, torch.save
 
     def load_there(file: Any, map_location: Any = None, **options: Any) -> Any:
@@ -301,7 +283,10 @@ def pretended_gpu() -> Iterator[None]:
             "is_available": lambda: True,
             "device_count": lambda: 1,
             "current_device": lambda: 0,
+            "set_device": lambda _: None,
             "get_device_name": lambda *_: "a pretended GPU",
+            "get_device_capability": lambda *_: (7, 0),
+            "empty_cache": lambda: None,
             "is_bf16_supported": lambda *_, **__: False,
             "is_current_stream_capturing": lambda: False,
             "synchronize": lambda *_: None,
@@ -313,8 +298,6 @@ def pretended_gpu() -> Iterator[None]:
         patch.setattr(torch.accelerator, "current_accelerator", lambda **_: CUDA)
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
         patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
-        patch.setattr(lightning_cuda, "_check_cuda_matmul_precision", lambda _: None)
-        patch.setattr(Strategy, "trainer_arguments", _trainer_arguments)
         patch.setattr(nn.Module, "_apply", _apply_to({}))
         patch.setattr(torch, "Generator", _AnyGenerator)
         patch.setattr(torch, "load", load_there)
