@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
+from pretended_gpu import pretended_gpu
 
 import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks.gpu import Figures
@@ -51,6 +52,15 @@ class TestParts:
         if name.startswith("train_"):
             flop = [value for figure, value in figures.items() if figure.endswith("_step_tflop")]
             assert min(flop) > 0
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", DISTINCT)
+    def test_runs_on_a_pretended_gpu(self, name: str) -> None:
+        """All that it computes with is on the GPU."""
+        figures: Figures = {}
+        with pretended_gpu(bf16=True):
+            instantiate(compose("bench").gpu[name], _convert_="all").run(True, figures)
+        assert figures
 
     @pytest.mark.slow
     def test_real_sizes_compose(self) -> None:

@@ -265,8 +265,8 @@ def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """Within it torch has one GPU, without bf16."""
+def pretended_gpu(bf16: bool = False) -> Iterator[None]:
+    """Within it torch has one GPU, which knows bf16 or does not. Autocast to it changes nothing."""
     load, save = torch.load, torch.save
 
     def load_there(file: Any, map_location: Any = None, **options: Any) -> Any:
@@ -287,7 +287,7 @@ def pretended_gpu() -> Iterator[None]:
             "get_device_name": lambda *_: "a pretended GPU",
             "get_device_capability": lambda *_: (7, 0),
             "empty_cache": lambda: None,
-            "is_bf16_supported": lambda *_, **__: False,
+            "is_bf16_supported": lambda *_, **__: bf16,
             "is_current_stream_capturing": lambda: False,
             "synchronize": lambda *_: None,
             "reset_peak_memory_stats": lambda *_: None,
