@@ -64,8 +64,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def use(kind: str | None, run: Path, tmp_path: Path) -> None:
-    """What a model of that evaluation kind is for."""
+def use(kind: str | None, run: Path, tmp_path: Path, streams: bool) -> None:
+    """What a model of that evaluation kind is for; `streams`: it answers about videos that have not ended."""
     if kind == "policy":
         policy: Any = keygrip.load_policy(run, device="cuda")
         for _ in range(2):
@@ -76,8 +76,9 @@ def use(kind: str | None, run: Path, tmp_path: Path) -> None:
         for number, options in enumerate(DRAWN):
             sample.run(compose("sample", [*common, f"run_dir={tmp_path / str(number)}", *options]))
     elif kind == "video_text":
-        for options in ANSWERED:
+        for options in ANSWERED if streams else ANSWERED[:2]:
             generate.run(compose("generate", [f"checkpoint={run}", "max_new_tokens=4", *options]))
+    if streams:
         frames = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
         module: Any = keygrip.load(run).to("cuda")
         session = module.stream("which digit?")
@@ -99,7 +100,8 @@ def test_a_model_trains_and_works_on_a_gpu(
     on_gpu = home / "runs" / f"{name}-gpu"
     with pretended_gpu():
         found = keygrip.train([*overrides, "strategy=gpu", f"run_dir={on_gpu}"])
-        use(kind.evaluation_kind, on_gpu, tmp_path)
+        streams = kind.evaluation_kind == "video_text" and name != "pooled_vlm"
+        use(kind.evaluation_kind, on_gpu, tmp_path, streams)
     losses = [key for key in here["metrics"] if "loss" in key]
     assert losses or kind.evaluation_kind == "policy"
     for key in losses:
