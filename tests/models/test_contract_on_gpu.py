@@ -58,7 +58,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder, generator = tmp_path_factory.mktemp("contract_on_gpu"), np.random.default_rng(0)
     for name in ("a", "b"):
         Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    Image.fromarray(np.repeat(np.uint8([[255], [0]]), 32, axis=0).repeat(64, axis=1)).save(folder / "mask.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

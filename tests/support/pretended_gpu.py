@@ -42,22 +42,22 @@ class OnGPU(Tensor):
     """A tensor that says it lies on the GPU; `held` is the one of the CPU that it computes with."""
 
     held: Tensor
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls: type[OnGPU], held: Tensor) -> OnGPU:
         # C++ takes it for a tensor of the CPU: with the other name it would ask the driver for streams.
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
             layout=held.layout,
-            device="cpu",
+            device=CPU,
         )
         made.held = held
         return made
@@ -65,11 +65,13 @@ class OnGPU(Tensor):
     def get_device(self) -> int:
         return 0
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnGPU({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _compute(operation, args, kwargs or {})
 
 
@@ -118,18 +120,18 @@ class _Up(torch.autograd.Function):
         return OnGPU(x.detach().clone())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return _held(gradient)  # type: ignore[no-any-return]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _held(gradient)
 
 
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _held(x).detach().clone()  # type: ignore[no-any-return]
+        return _held(x).detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return _pretended(gradient)  # type: ignore[no-any-return]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _pretended(gradient)
 
 
 def moved(x: Tensor, device: Any) -> Tensor:
@@ -137,11 +139,11 @@ def moved(x: Tensor, device: Any) -> Tensor:
     kind = x.device.type if device is None else torch.device(device).type
     if kind == x.device.type or kind == "meta":
         return x
-    return (_Up if kind == "cuda" else _Down).apply(x)  # type: ignore[no-any-return]
+    return (_Up if kind == "cuda" else _Down).apply(x)
 
 
 class _GPUGenerator(Generator):
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
+    device = property(lambda self: CUDA)
 
     def manual_seed(self, seed: int) -> Generator:
         super().manual_seed(seed)
