@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from dit_parts import SMALL
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from image_sets import SQUARE, drawn, small_encoders, write_images
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from keygrip import train
@@ -22,6 +24,7 @@ from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, TrainedAutoencoder
 from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
+from keygrip.training.pretraining import PretrainingStage, with_run_folders
 
 SIZES = {"channels": 4, "stride": 4, "width": 8}
 
@@ -211,3 +214,15 @@ def test_a_decoder_alone_needs_a_run(run: Path, tmp_path: Path, capsys: pytest.C
         train.run(compose("train", [*common, "model.decoder_only=true", f"run_dir={tmp_path / 'run'}"]))
     with pytest.raises(ValueError, match="latent_noise must not be negative"):
         AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), latent_noise=-1.0)
+
+
+def test_the_recipe_of_a_decoder_begins_with_that_of_its_autoencoder() -> None:
+    """Its stage is the one that the transformer's recipe trains too: equal latents, one folder."""
+    stages = {}
+    for name in ("image_decoder_128px", "dit_robot_images_latents_128px"):
+        resolved: Any = OmegaConf.to_container(compose("train", [f"experiment={name}", "run_dir=x"]), resolve=True)
+        wanted: dict[Path, PretrainingStage] = {}
+        with_run_folders(resolved, wanted)
+        stages[name] = set(wanted)
+    assert stages["image_decoder_128px"] == stages["dit_robot_images_latents_128px"]
+    assert len(stages["image_decoder_128px"]) == 1
