@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from keygrip.models.patch_dit.figures import image_grid
 from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, ResidualBlock
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
 
 
@@ -39,6 +39,7 @@ class AutoencoderModule(System):
     """
 
     batch_type = ImageTextBatch
+    read_where: ClassVar = {"kl_weight": ReadWhere("decoder_only", False)}
     toy_overrides = (
         *("data=robot_images", "encoders=tiny", "data.make.options.train=32", "data.make.options.val=8"),
         *("data.make.options.test=8", "data.make.options.processes=1", "data.batch_size=2"),
