@@ -5,7 +5,8 @@ raises `MixedDevices` on any machine, with the rules of CUDA: scalars of the CPU
 read and write a tensor of the GPU, a copy may cross, numpy reads nothing from the GPU. The random numbers are those of
 the CPU, so that a run computes the same as there.
 
-Speed, memory and kernels of CUDA are not pretended, nor autocast, nor streams.
+Speed, memory, kernels and streams of CUDA are not pretended. Autocast follows the rules of the CPU: what it computes in
+bf16 it does on a GPU too, but for norms and softmax, which return float32 there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ WRITE = {
     *(aten.index_put.default, aten.index_put_.default),
     *(aten._index_put_impl_.default, aten._unsafe_index_put.default),
 }
-inference_mode = torch.inference_mode
+autocast, inference_mode = torch.autocast, torch.inference_mode
+is_autocast_enabled, get_autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 Generator = torch.Generator
 
 
@@ -158,6 +160,13 @@ class _GeneratorKind(type):
         return _GPUGenerator() if torch.device(device).type == "cuda" else Generator(device)
 
 
+class _Autocast(autocast):  # type: ignore[misc, valid-type]
+    """Autocast on the GPU by the rules of the CPU."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
 class _AnyGenerator(metaclass=_GeneratorKind):
     """In the place of torch.Generator, which asks the driver."""
 
@@ -268,7 +277,7 @@ def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.
 
 @contextmanager
 def pretended_gpu(bf16: bool = False) -> Iterator[None]:
-    """Within it torch has one GPU, which knows bf16 or does not. Autocast to it changes nothing."""
+    """Within it torch has one GPU, which knows bf16 or does not."""
     load, save = torch.load, torch.save
 
     def load_there(file: Any, map_location: Any = None, **options: Any) -> Any:
@@ -302,6 +311,9 @@ def pretended_gpu(bf16: bool = False) -> Iterator[None]:
         patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
         patch.setattr(nn.Module, "_apply", _apply_to({}))
         patch.setattr(torch, "Generator", _AnyGenerator)
+        patch.setattr(torch, "autocast", _Autocast)
+        patch.setattr(torch, "is_autocast_enabled", lambda device_type="cuda": is_autocast_enabled("cpu"))
+        patch.setattr(torch, "get_autocast_dtype", lambda device_type: get_autocast_dtype("cpu"))
         patch.setattr(torch, "load", load_there)
         patch.setattr(torch, "save", save_from)
         with _Operations(), _Calls():
