@@ -366,6 +366,28 @@ def dit_recipes() -> str:
     return markdown(header, rows)
 
 
+def dit_decoders() -> str:
+    """One transformer at 128 px, drawn through its autoencoder's decoder as it was and trained on."""
+    record = read("dit_images")["decoders_128px"]
+    columns = {
+        "autoencoder alone: PSNR, dB": ("autoencoder", "psnr_db", 1),
+        "its Frechet distance": ("autoencoder", "frechet", 2),
+        "words and features: SSIM": ("reconstruction", "ssim", 3),
+        "their Frechet distance": ("reconstruction", "frechet", 2),
+        "grain": ("reconstruction", "grain", 3),
+        "words alone: Frechet distance": ("text_only", "frechet", 2),
+        "exactly the named objects": ("text_only", "objects_as_named", 2),
+    }
+    rows = [
+        [each["decoder"], *(f"{each['cases'][case][key]:.{digits}f}" for case, key, digits in columns.values())]
+        for each in record["decoders"]
+    ]
+    real = record["real"]
+    shown = {"frechet": 2, "grain": 3, "objects_as_named": 2}
+    rows.append(["real images", *(f"{real[k]:.{shown[k]}f}" if k in shown else "" for _, k, _ in columns.values())])
+    return markdown(["decoder", *columns], rows)
+
+
 def dit_ablations() -> str:
     """One switch of the small recipe changed at a time: mean over training seeds, lowest to highest."""
     record = read("dit_ablations")
@@ -880,6 +902,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_detail_head,
             dit_few_steps,
             dit_recipes,
+            dit_decoders,
             dit_ablations,
             dit_latents,
             dit_latents_128px,
