@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract_parts import EVALUATE, QUICK, observation
+from contract_parts import EVALUATE, OPTIONS, QUICK, observation
 from hydra.utils import get_class
 
 import keygrip
@@ -35,13 +35,6 @@ VARIANTS = (
 )  # of modules that are here anyway
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
 STAGES = ("depth_reader", "image_autoencoder")
-# Options that change what a model is given.
-OPTIONS = {
-    "volume_query_of_two_views": (
-        *("model=volume_query", "model.network.world_views=true", "data.cameras=[over,front]"),
-        *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
-    )
-}
 FOLDERS = ("data", "runs")
 
 

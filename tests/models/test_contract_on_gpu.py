@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract_parts import EVALUATE, QUICK, observation
+from contract_parts import EVALUATE, OPTIONS, QUICK, observation
 from hydra.utils import get_class
 from PIL import Image
 from pretended_gpu import pretended_gpu
@@ -24,19 +24,19 @@ from keygrip.evaluation.attribute_classifier import ClassifierOptions
 
 pytestmark = pytest.mark.slow
 
-CASES = {name: (f"model={name}",) for name in group_options("model")} | {
-    "patch_dit_with_a_guide": (
-        *("model=patch_dit", "ablation=patch_dit/early_guide", "model.guide.at_step=1"),
-        "model.sampling.guide_scale=0.4",
-    ),
-    "patch_dit_with_alignment": ("model=patch_dit", "ablation=patch_dit/repa"),
-    "patch_dit_with_a_detail_head": ("model=patch_dit", "ablation=patch_dit/detail_head"),
-    "patch_dit_with_masked_patches": ("model=patch_dit", "ablation=patch_dit/masked_patches"),
-    "volume_query_of_two_views": (
-        *("model=volume_query", "model.network.world_views=true", "data.cameras=[over,front]"),
-        *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
-    ),
-}
+CASES = (
+    {name: (f"model={name}",) for name in group_options("model")}
+    | {
+        "patch_dit_with_a_guide": (
+            *("model=patch_dit", "ablation=patch_dit/early_guide", "model.guide.at_step=1"),
+            "model.sampling.guide_scale=0.4",
+        ),
+        "patch_dit_with_alignment": ("model=patch_dit", "ablation=patch_dit/repa"),
+        "patch_dit_with_a_detail_head": ("model=patch_dit", "ablation=patch_dit/detail_head"),
+        "patch_dit_with_masked_patches": ("model=patch_dit", "ablation=patch_dit/masked_patches"),
+    }
+    | OPTIONS
+)
 DRAWN = (
     ("image=a.png", "samples=2"),
     ("start_image=a.png", "strength=0.5"),

@@ -6,6 +6,13 @@ from typing import Any
 
 import numpy as np
 
+# Options that change what a model is given.
+OPTIONS = {
+    "volume_query_of_two_views": (
+        *("model=volume_query", "model.network.world_views=true", "data.cameras=[over,front]"),
+        *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
+    )
+}
 QUICK = [
     *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
     *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),
