@@ -111,9 +111,9 @@ class AutoencoderModule(System):
         latents = mean
         if sampled:
             latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        if sampled and self.latent_noise:
-            unit = self.latent_noise * mean.detach().std(dim=(0, 2, 3), keepdim=True)
-            latents = latents + unit * torch.rand_like(mean[:, :1, :1, :1]) * torch.randn_like(mean)
+            if self.latent_noise:
+                unit = self.latent_noise * mean.detach().std(dim=(0, 2, 3), keepdim=True)
+                latents = latents + unit * torch.rand_like(mean[:, :1, :1, :1]) * torch.randn_like(mean)
         error = self.network.decode(latents).float() - pixels
         found = {
             "pixels": error.abs().mean(dim=(1, 2, 3)),

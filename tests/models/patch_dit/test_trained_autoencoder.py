@@ -76,22 +76,20 @@ def encoders_of(run: Path | str | None) -> Encoders:
     return Encoders(TrainedAutoencoder(None if run is None else str(run), **SIZES), plain.text, plain.view, "grey")
 
 
+def settings(folder: Path) -> list[str]:
+    """Of a small autoencoder on the images of a folder."""
+    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
+    small = [option for option in SMALL if not option.startswith("model")]
+    return ["model=image_autoencoder", *small, *sizes, f"data.root={folder / 'images'}"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the command on small images of exact pixels."""
     folder = tmp_path_factory.mktemp("autoencoder")
     write_images(folder / "images", {SQUARE: 8}, small_encoders())
-    small = [o for o in SMALL if not o.startswith("model")]
-    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
-    train.run(
-        compose(
-            "train",
-            [
-                *("model=image_autoencoder", *small, *sizes, f"data.root={folder / 'images'}"),
-                *(f"run_dir={folder / 'run'}", "max_steps=2", "val_every_n_steps=2"),
-            ],
-        )
-    )
+    more = [f"run_dir={folder / 'run'}", "max_steps=2", "val_every_n_steps=2"]
+    train.run(compose("train", [*settings(folder), *more]))
     return folder / "run"
 
 
@@ -166,18 +164,8 @@ def test_shards_of_something_else_than_pixels_are_refused(run: Path, tmp_path: P
 
 def test_a_decoder_alone_is_trained_on_from_a_run_with_noise_on_its_latents(run: Path, tmp_path: Path) -> None:
     """The encoder stays to the bit, EMA included, so that models of its latents stay valid; the decoder changes."""
-    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
-    small = [o for o in SMALL if not o.startswith("model")]
-    data = f"data.root={run.parent / 'images'}"
-    train.run(
-        compose(
-            "train",
-            [
-                *("model=image_autoencoder", *small, *sizes, data, f"model.init_from={run}", "max_steps=2"),
-                *("model.decoder_only=true", "model.latent_noise=0.5", f"run_dir={tmp_path / 'on'}"),
-            ],
-        )
-    )
+    more = [f"model.init_from={run}", "model.decoder_only=true", "model.latent_noise=0.5", "max_steps=2"]
+    train.run(compose("train", [*settings(run.parent), *more, f"run_dir={tmp_path / 'on'}"]))
     before, after = load_module(run), load_module(tmp_path / "on")
     assert isinstance(before, AutoencoderModule)
     assert isinstance(after, AutoencoderModule)
@@ -206,12 +194,10 @@ def test_latent_noise_is_of_each_image_and_in_standard_deviations() -> None:
     torch.testing.assert_close(given[1], mean)
 
 
-def test_a_decoder_alone_needs_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = [o for o in SMALL if not o.startswith("model")]
-    sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
-    common = ["model=image_autoencoder", *small, *sizes, f"data.root={run.parent / 'images'}", "max_steps=1"]
+def test_a_decoder_alone_needs_a_run(run: Path, tmp_path: Path) -> None:
+    more = ["model.decoder_only=true", "max_steps=1", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match=r"model\.decoder_only=true keeps a trained encoder: name its run"):
-        train.run(compose("train", [*common, "model.decoder_only=true", f"run_dir={tmp_path / 'run'}"]))
+        train.run(compose("train", [*settings(run.parent), *more]))
     with pytest.raises(ValueError, match="latent_noise must not be negative"):
         AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), latent_noise=-1.0)
 
