@@ -44,10 +44,14 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
             (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
         )
         others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
-        close_key = nearest(full, known_keys(config_name, others))
+        known = known_keys(config_name, others)
+        given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
+        if full in known and given is not None:
+            return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"
+        close_key = nearest(full, known)
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
         group = full.partition(".")[0].partition("@")[0]
-        if models_with(group) and group not in known_keys(config_name, others):
+        if models_with(group) and group not in known:
             hint = f"{with_group(group)}; {hint}"
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
     mandatory = re.search(r"Missing mandatory value: (\S+)", causes)

@@ -354,7 +354,8 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
     Raises:
         ValueError: no frames, or the packets end before the time that the file says.
     """
-    if stream.duration is None or stream.time_base is None:
+    # libav may give a stream of Matroska the length of the whole all the same
+    if stream.duration is None or stream.time_base is None or "matroska" in container.format.name:
         return _length_of_packets(source)
     declared = float(stream.duration * stream.time_base)
     if container.format.name == "avi" and stream.frames and stream.average_rate:

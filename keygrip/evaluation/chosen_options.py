@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from keygrip.evaluation.text_metrics import normalised_answer
 
@@ -47,38 +48,66 @@ NOT = re.compile(
 )
 
 
+# Words behind which an option of yes or no stands for itself, and not for a part of a sentence ("there is no cat").
+ENDS_NO = rf"\s*(?:[.,;:!)\]}}]|$|{REASON})"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of a question: ``plain``, by the VQA rule; ``literal``, in lower case with signs (C++, -5, 50%);
+    ``last``, the letter of the last one."""
+
+    plain: list[str]
+    literal: list[str]
+    last: str
+
+    @classmethod
+    def of(cls, options: Sequence[str]) -> _Options:
+        literal = [_literal(unicodedata.normalize("NFKC", option)) for option in options]
+        # Of articles and signs alone ("A", "-") the VQA rule leaves nothing.
+        plain = [normalised_answer(option) or option for option in literal]
+        return cls(plain, literal, chr(ord("A") + len(options) - 1))
+
+
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """Which option an answer names: by its words alone, by a letter ("B", "(b)", "B. red", "Answer: B", "**B**"), or
     by words among others; None: none, or several.
 
     A word is no letter: "A person jumps" and "The answer is A person" do not name A. Behind words that announce an
     answer every other letter names its option, whatever follows ("The answer is B as shown"); A, and I, do so before
-    punctuation and words that give a reason. What a model thinks before it answers (`<think>`), and a repetition of
-    all options, is no answer.
+    punctuation and words that give a reason. Words that are denied ("not the red cube") name nothing, nor does the "no"
+    of a sentence ("there is no cat"). What a model thinks before it answers (`<think>`), and a repetition of all
+    options, is no answer.
     """
-    plain = [normalised_answer(unicodedata.normalize("NFKC", option)) for option in options]
+    known = _Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     tagged = TAGGED.findall(said)
     said = WRAPPED.sub(lambda match: match.group(1) or " ", tagged[-1] if tagged else said).strip()
-    own = normalised_answer(" ".join(said.split()))
-    last = chr(ord("A") + len(options) - 1)
-    if plain.count(own) == 1 and _alone(said, last, plain) is None:  # of options that are letters, the letter counts
-        return plain.index(own)
+    own = " ".join(said.split())
+    if not own:
+        return None
+    letter = re.fullmatch(r"[\W_]*[a-z][.:)\]}\s]*", own.lower()) is not None  # of options that are letters, it counts
+    for ours, theirs in ((_literal(own), known.literal), (normalised_answer(own), known.plain)):
+        if theirs.count(ours) == 1 and ours and not letter:
+            return theirs.index(ours)
     said = _without_repetition(BESIDE_CJK.sub(" ", said), options)
     text = " ".join(said.split())
-    if re.fullmatch(rf"[\W_]*[A-{last}](?:(?:\s*[,;/&]\s*|\s+and\s+|\s+or\s+)+[A-{last}])+[\W_]*", text):
-        return None
-    first_line = _alone(said.partition("\n")[0], last, plain)
+    first_line = _alone(said.partition("\n")[0], known)
     if first_line is not None:
         return first_line
-    for find in (_alone, _leading, _said, _anywhere):
-        found = find(text, last, plain)
+    listed = _listed(text, known)
+    if listed is not None:
+        return listed.pop() if len(listed) == 1 else None
+    for find in (_alone, _leading, _said, _anywhere, _by_words):
+        found = find(text, known)
         if found is not None:
             return found
-    own = normalised_answer(text)
-    named = [number for number, option in enumerate(plain) if option and re.search(rf"\b{re.escape(option)}\b", own)]
-    longest = [n for n in named if not any(n != m and _inside(plain[n], plain[m]) for m in named)]
-    return longest[0] if len(longest) == 1 else None
+    return None
+
+
+def _literal(text: str) -> str:
+    """In lower case with its signs, without a full stop."""
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 def _without_repetition(text: str, options: Sequence[str]) -> str:
@@ -90,32 +119,47 @@ def _without_repetition(text: str, options: Sequence[str]) -> str:
     return re.sub(r"\W+".join(lettered), " ", text, flags=re.IGNORECASE).strip()
 
 
-def _inside(short: str, long: str) -> bool:
-    """Whether an option's words are part of another's that was named as well ("red" of "dark red")."""
-    return len(short) < len(long) and re.search(rf"\b{re.escape(short)}\b", long) is not None
-
-
 def _number(letter: str) -> int:
     return ord(letter.upper()) - ord("A")
 
 
-def _alone(text: str, last: str, plain: Sequence[str]) -> int | None:
+def _another(last: str) -> str:
+    """Pattern of a further letter behind one ("B or C", "(B), (C)", "B, maybe C"): none of them is the answer."""
+    return (
+        r"[)\]}.:]?\s*(?:[,;/&]|[,;]?\s*\b(?:or|and)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
+        rf"(?:(?:the\s+)?(?:option|choice|letter)\s+)?[(\[{{]*[A-{last}](?:[)\]}}]|\b(?!\s+[a-z])|\b(?=\s+(?:or|and)\b))"
+    )
+
+
+def _listed(text: str, known: _Options) -> set[int] | None:
+    """The letters of a text that has nothing else, two or more of them; None: it is another text."""
+    last, between = known.last, r"[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)[(\[{]*"
+    if not re.fullmatch(rf"[\W_]*[A-{last}](?:{between}[A-{last}])+[\W_]*", text):
+        return None
+    letters = re.findall(rf"[A-{last}]", text)
+    if len(letters) == 2 and known.literal[_number(letters[0])] == letters[1].lower():
+        return {_number(letters[0])}  # "B. A" of an option that is the letter A
+    return {_number(letter) for letter in letters}
+
+
+def _alone(text: str, known: _Options) -> int | None:
     """Nothing but a letter, with any punctuation."""
-    match = re.fullmatch(rf"[\W_]*([A-{last}a-{last.lower()}])[\W_]*", text)
+    match = re.fullmatch(rf"[\W_]*([A-{known.last}a-{known.last.lower()}])[\W_]*", text)
     return _number(match.group(1)) if match else None
 
 
-def _leading(text: str, last: str, plain: Sequence[str]) -> int | None:
+def _leading(text: str, known: _Options) -> int | None:
     """A letter first, set off from what follows, or followed by that option's words. Where options are gone through
     ("A: wrong. B: right. The answer is B.") the letter that the text arrives at."""
+    last, plain = known.last, known.plain
     match = re.match(
-        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])\s*(?:[)\]}}.:]|[,;](?!\s*[A-{last}]\b)|\s[-–—]\s|-\s)", text
+        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)", text
     )
     if match:
         number, rest = _number(match.group(1)), text[match.end() :]
         if plain[number] and normalised_answer(rest).startswith(plain[number]):
             return number
-        arrived = _announced((SAYS, CONCLUDES), rest, last, plain)
+        arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
         return number if arrived is None else arrived
     reasoned = re.match(rf"([A-{last}])\s+(?:because|since)\b|((?![AI])[A-{last}])\s+{REASON}", text)
@@ -127,17 +171,18 @@ def _leading(text: str, last: str, plain: Sequence[str]) -> int | None:
     return None
 
 
-def _said(text: str, last: str, plain: Sequence[str]) -> int | None:
+def _said(text: str, known: _Options) -> int | None:
     """A letter behind words that say that an answer follows, or before words that say that it is the answer."""
-    found = _announced((SAYS, CONCLUDES, MENTIONS, I_SAY), text, last, plain)
-    return _stated(text, last) if found is None else found
+    found = _announced((SAYS, CONCLUDES, MENTIONS, I_SAY), text, known)
+    return _stated(text, known.last) if found is None else found
 
 
-def _announced(announcements: Sequence[str], text: str, last: str, plain: Sequence[str]) -> int | None:
+def _announced(announcements: Sequence[str], text: str, known: _Options) -> int | None:
     """The letter behind the first of these announcements that has one; its last such letter, and none that is denied or
     is one of several."""
+    last = known.last
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])\s*(?:[)\]}}.,;:]|$)"
-    several = rf"(?![)\]}}]?\s*(?:or|and|[/&])\s*(?:(?:option|choice)\s+)?[(\[]?[A-{last}]\b)"
+    several = rf"(?!{_another(last)})"
     for says in announcements:
         found: list[tuple[int, int]] = []
         for letter in (upper + several, lower):
@@ -147,8 +192,12 @@ def _announced(announcements: Sequence[str], text: str, last: str, plain: Sequen
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
                     continue
+                signed = _begins_literally(text[match.start(1) :], known)
+                if signed is not None:  # "The answer is C++"
+                    found.append((match.start(1), signed))
+                    continue
                 if re.match(r"\s+[a-z]", behind) and not re.match(rf"\s+{REASON}|{RIGHT}", behind):
-                    named = _begins_with(text[match.start(1) :], plain)
+                    named = _begins_with(text[match.start(1) :], known.plain)
                     if named is not None:  # "The answer is C major"
                         found.append((match.start(1), named))
                     if named is not None or says != SAYS or match.group(1) in "AI":
@@ -166,6 +215,17 @@ def _begins_with(text: str, plain: Sequence[str]) -> int | None:
     return max(begun, key=lambda number: len(plain[number]), default=None)
 
 
+def _begins_literally(text: str, known: _Options) -> int | None:
+    """The option with which a text begins and which is a letter with signs (C#, A+)."""
+    own = text.lower()
+    begun = [
+        number
+        for number, option in enumerate(known.literal)
+        if re.fullmatch(r"[a-z][^\w\s]+", option) and re.match(rf"{re.escape(option)}(?![^\s.,;:!?)])", own)
+    ]
+    return max(begun, key=lambda number: len(known.literal[number]), default=None)
+
+
 def _stated(text: str, last: str) -> int | None:
     """The first letter that is said to be the answer."""
     for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?(?:{RIGHT})", text):
@@ -174,12 +234,13 @@ def _stated(text: str, last: str) -> int | None:
     return None
 
 
-def _anywhere(text: str, last: str, plain: Sequence[str]) -> int | None:
+def _anywhere(text: str, known: _Options) -> int | None:
     """The one letter in brackets, or the one capital that is no word of a sentence."""
+    last = known.last
     bracketed = {_number(letter) for letter in re.findall(rf"[(\[]([A-{last}])[)\]]", text)}
     if len(bracketed) == 1:
         return bracketed.pop()
-    if re.search(rf"\b[A-{last}]\b\s*(?:or|and|/|,)\s*(?:option\s+)?[A-{last}]\b", text):
+    if re.search(rf"\b[A-{last}]\b{_another(last)}", text):
         return None
     capitals = [
         match.group(1)
@@ -192,3 +253,36 @@ def _anywhere(text: str, last: str, plain: Sequence[str]) -> int | None:
 def _is_letter(letter: str, behind: str) -> bool:
     """Whether a capital before this text is no word of a sentence."""
     return not re.match(r"\s+[a-z]", behind) or (letter not in "AI" and re.match(rf"\s+{REASON}", behind) is not None)
+
+
+def _by_words(text: str, known: _Options) -> int | None:
+    """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
+    plain = ["" if option == "no" else option for option in known.plain]  # without points and commas none is an answer
+    for own, options in ((text.lower(), known.literal), (normalised_answer(text), plain)):
+        found = [
+            (match.start(), match.end(), number)
+            for number, option in enumerate(options)
+            if option not in ("", "a", "i")
+            for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
+            if option != "no" or _answers_no(own, match.start(), match.end())
+        ]
+        longest = [this for this in found if not any(_inside(this, other) for other in found)]
+        named = {
+            number
+            for start, _, number in longest
+            if not NOT.search(re.sub(r"\b(?:the|an?)\s+$", "", own[:start], flags=re.IGNORECASE))
+        }
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def _inside(this: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Whether words from start to end are part of longer ones."""
+    return other[0] <= this[0] and this[1] <= other[1] and other[1] - other[0] > this[1] - this[0]
+
+
+def _answers_no(text: str, start: int, end: int) -> bool:
+    """Whether a "no" there is an answer, and not a part of a sentence ("there is no cat")."""
+    begins = not text[:start].strip() and not re.match(r"\s+(?:idea|clue|answer|option|information|way)\b", text[end:])
+    return begins or re.match(ENDS_NO, text[end:]) is not None

@@ -76,7 +76,7 @@ class KeygripModel(lmms):
         self.device = torch.device(own if device in (None, "cuda") else device)  # where lmms-eval gathers counts
         module: Any = load_module(checkpoint, map_location=str(self.device), expected=FoveatedVLMModule)
         self.module: FoveatedVLMModule = module.eval()
-        self.mode = mode or self.module.network.modes[-1]
+        self.mode = mode or self.module.answer_mode
         if self.mode not in self.module.network.modes:
             raise ValueError(
                 f"mode={self.mode}: {type(self.module.network).__name__} has {', '.join(self.module.network.modes)}"

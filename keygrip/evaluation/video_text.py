@@ -235,14 +235,17 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """
     module: Any = evaluated.module
     chosen = module.network.modes if cfg.mode is None else cfg.mode
-    modes = [chosen] if isinstance(chosen, str) else list(chosen)
+    modes = [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
+    if not modes:
+        raise ValueError(f"mode=[]: {type(module.network).__name__} has {', '.join(module.network.modes)}")
+    for name in ("max_frames", "max_new_tokens", "limit_batches"):
+        if cfg[name] is not None and cfg[name] < 1:
+            raise ValueError(f"{name}={cfg[name]}: it must be at least 1")
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {}
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
     if cfg.max_frames is not None:
-        if cfg.max_frames < 1:
-            raise ValueError(f"max_frames={cfg.max_frames}: it must be at least 1")
         module.image_options = {**module.image_options, "max_frames": cfg.max_frames}
     # before anything that takes hours
     benchmarks = {name: read_benchmark(name, root) for name, root in (plain(cfg.vqa_benchmarks) or {}).items()}
@@ -250,6 +253,11 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("split=none and no vqa_benchmarks: there is nothing to evaluate")
     if cfg.vqa_answers is not None and not benchmarks:
         raise ValueError(f"vqa_answers={cfg.vqa_answers} holds the answers to vqa_benchmarks: name one")
+    if cfg.vqa_answers is not None and Path(cfg.vqa_answers).is_dir():
+        raise ValueError(
+            f"vqa_answers={cfg.vqa_answers} is a folder: name a file in it, such as "
+            f"{Path(cfg.vqa_answers) / 'answers.jsonl'}"
+        )
     if cfg.split != "none":
         frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
         datamodule = evaluated.stored_data((plain(cfg.data) or {}) | frames)

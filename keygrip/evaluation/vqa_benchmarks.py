@@ -132,7 +132,9 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str]:
             entries = pyarrow.parquet.read_table(file).to_pylist()
         for entry in entries:
             with _named(file, entry):
-                options = tuple(re.sub(r"^\s*[A-Z][.)]\s*", "", option).strip() for option in entry["options"])
+                options = tuple(
+                    re.sub(r"^\s*[A-Z][.)]\s*", "", option).strip() for option in _options(entry["options"])
+                )
                 video = videos.find(entry["videoID"], "data")
                 if video is None:
                     yield str(entry["videoID"])
@@ -157,7 +159,7 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str]:
             if not isinstance(entry, dict) or "candidates" not in entry:
                 continue  # MLVU's open questions
             with _named(file, entry):
-                options = tuple(str(option) for option in entry["candidates"])
+                options = _options(entry["candidates"])
                 name, clip = str(entry["video"]), _clip(entry)
                 folder = MVBENCH_FOLDERS.get(file.stem, file.stem)
                 video = videos.find(name, folder)
@@ -172,6 +174,13 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str]:
                 task = str(entry.get("question_type") or file.stem)
                 answer = options.index(str(entry["answer"]))
                 yield _question(video, entry["question"], options, answer, task, clip)
+
+
+def _options(given: Any) -> tuple[str, ...]:
+    """Raises ValueError: they are no list of texts and numbers."""
+    if not isinstance(given, list) or not all(isinstance(option, str | int | float) for option in given):
+        raise ValueError(f"its candidates {str(given)[:80]} are no list of texts")
+    return tuple(str(option) for option in given)
 
 
 # What an entry of either form gives: a question, or the name of its video, which is not there.

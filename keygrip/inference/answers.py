@@ -97,7 +97,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         trust=tuple(cfg.trust),
     )
     assert isinstance(module, FoveatedVLMModule)
-    mode = cfg.mode or module.network.modes[-1]
+    mode = cfg.mode or module.answer_mode
     if mode not in module.network.modes:
         raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
     if cfg.max_frames is not None:

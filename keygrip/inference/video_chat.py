@@ -129,11 +129,12 @@ class VideoChat:
         """
         check_temperature(temperature)
         _check_count(max_new_tokens)
+        _check_count(batch_frames, "batch_frames")
         if isinstance(conversations, Mapping | str):
             raise ValueError('a conversation is a list of messages: [{"role": "user", "content": ...}]')
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         wanted: Any = conversations if several else [conversations]
-        how = mode or self.module.network.modes[-1]
+        how = mode or self.module.answer_mode
         unfit: dict[int, str] = {}
         for number, messages in enumerate(wanted):
             try:
@@ -185,7 +186,7 @@ class VideoChat:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
         check_temperature(temperature)
         _check_count(max_new_tokens)
-        how = mode or self.module.network.modes[-1]
+        how = mode or self.module.answer_mode
         self.check(messages, how, streamed=True)
         prompt = self.reader.read(messages)
         self._check_room(prompt, max_new_tokens)
@@ -283,6 +284,6 @@ def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _check_count(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+def _check_count(count: int, name: str = "max_new_tokens") -> None:
+    if count < 1:
+        raise ValueError(f"{name}={count}: it must be at least 1")

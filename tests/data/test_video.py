@@ -75,6 +75,15 @@ def test_time_stamps_in_milliseconds_lose_no_frame(tmp_path: Path) -> None:
     assert numbers(decode_video(str(path), 16, "stretch")) == [0, 3, 6]
 
 
+def test_matroska_of_few_frames_beside_longer_sound_is_read(tmp_path: Path) -> None:
+    """libav gives the images the length of the whole there, as if they were cut off."""
+    path = write(tmp_path / "a.mkv", [0, 1, 2, 3], 1, audio_s=20.0)
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].duration is not None
+    assert duration_s(path) == pytest.approx(4.0, abs=0.05)
+    assert numbers(decode_video(str(path), 16, "stretch")) == [0, 1, 2, 3]
+
+
 def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", [0.0, 2.5, 5.0, 5.5], 2)
     shown = frames_at(str(path), lambda _: [0, 1, 2, 2.4, 2.6, 4.9, 5.0, 5.6], lambda image: np.asarray(image))

@@ -126,3 +126,67 @@ def test_the_ninth_letter_is_also_a_word() -> None:
     assert chosen_option("Answer: I think it is H because of it", options) == 7
     assert chosen_option("The answer is I because of it", options) == 8
     assert chosen_option("The answer is I.", options) == 8
+
+
+XYZ, YES_NO, REDS = ["x", "y", "z"], ["Yes", "No"], ["red", "dark red", "blue", "green"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        *(("", ["A", "B", "C"]), ("...", ["A", "B", "C"]), ("the", ["A", "B"]), ("<think>never ends", ["A", "B"])),
+        ("", ["-", "left", "right"]),
+    ],
+)
+def test_no_words_are_no_answer_though_an_option_is_an_article_or_a_sign(said: str, options: list[str]) -> None:
+    assert chosen_option(said, options) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("C++", ["C", "C++", "C#"], 1), ("The answer is C++.", ["C", "C++", "C#"], 1), ("C#", ["C", "C++", "C#"], 2)),
+        *(("-5", ["5", "-5"], 1), ("The answer is -5.", ["5", "-5"], 1), ("50%", ["50", "50%"], 1)),
+        *(("3:30", ["3:30", "3 30"], 0), ("B. C", ["A", "C", "B"], 1)),
+    ],
+)
+def test_signs_tell_options_apart(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        ("It is not the red cube", ["the blue cube", "the red cube"], None),
+        ("It isn't the red cube", ["blue cube", "red cube"], None),
+        ("It's the red cube, not the blue cube.", ["the blue cube", "the red cube"], 1),
+        *(("The cube is not red.", ["red", "blue"], None), ("It is not dark red", REDS, None)),
+        *(("It is red, not dark red", REDS, 0), ("It is dark red", REDS, 1)),
+        *(("There is no cat in the video", YES_NO, None), ("I have no idea.", YES_NO, None)),
+        *(("No idea", YES_NO, None), ("Yes, there is no cube", YES_NO, 0), ("There is no cat, so yes", YES_NO, 0)),
+        *(("No, there is not.", YES_NO, 1), ("No there isn't", YES_NO, 1), ("The answer is no.", YES_NO, 1)),
+    ],
+)
+def test_what_is_denied_is_not_named(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(
+            "(A) or (B)",
+            "A) or B)",
+            "(A), (B)",
+            "(A) and (C)",
+            "A. and C.",
+            "(B) or (C)",
+            "B, or C",
+            "It's (A) or (B).",
+        ),
+        *("The answer is B, C.", "Option B, C", "The answer is B or maybe C", "A. B. C."),
+        "Option A and B are incorrect.",
+    ],
+)
+def test_several_letters_name_none(said: str) -> None:
+    assert chosen_option(said, XYZ) is None

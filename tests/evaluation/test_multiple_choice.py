@@ -142,7 +142,7 @@ def test_generated_answers_are_as_long_as_the_setting_allows(
         video_text, "read_benchmark", lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0)
     )
     settings = {"mode": "coarse_fine", "split": "none", "vqa_answers": None, "vqa_benchmarks": {"mvbench": "x"}}
-    cfg = OmegaConf.create({**settings, "max_frames": None, "max_new_tokens": most})
+    cfg = OmegaConf.create({**settings, "max_frames": None, "limit_batches": None, "max_new_tokens": most})
     evaluate_answers(SimpleNamespace(module=module), cfg)  # type: ignore[arg-type]
     assert lengths == [most]
 
@@ -194,6 +194,7 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
             "mode": "coarse_fine",
             "split": "none",
             "max_frames": None,
+            "limit_batches": None,
             "max_new_tokens": 4,
             "vqa_answers": str(tmp_path / "answers.jsonl"),
             "vqa_benchmarks": {name: str(tmp_path / folder) for name, folder in folders.items()},
@@ -216,6 +217,10 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
     for changed, words in (
         ({"vqa_benchmarks": {}, "split": "val"}, "name one"),
         ({"vqa_benchmarks": {}, "vqa_answers": None}, "nothing"),
+        ({"vqa_answers": str(tmp_path)}, "is a folder: name a file in it"),
+        ({"mode": []}, r"mode=\[\]: FoveatedVLM has coarse_only"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: it must be at least 1"),
+        ({"limit_batches": -1}, "limit_batches=-1: it must be at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             evaluate_answers(SimpleNamespace(module=made), OmegaConf.create({**cfg, **changed}))  # type: ignore[arg-type]

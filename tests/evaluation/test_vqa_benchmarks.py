@@ -251,3 +251,12 @@ def test_another_video_of_the_same_name_is_not_taken(tmp_path: Path) -> None:
     assert videos.find("X1.mp4", "sta/sta_video") == own  # not its namesake in star/
     assert videos.find("v.1", "data") == videos.find("v.1.mp4", "data") == tmp_path / "v.1"
     assert videos.find("v", "data") is None
+
+
+@pytest.mark.parametrize("candidates", [{"A": "x", "B": "y"}, "ab", [["x"], ["y"]]])
+def test_candidates_of_another_form_are_refused(tmp_path: Path, candidates: Any) -> None:
+    video(tmp_path / "videos" / "a.mp4")
+    entry = {"video": "a.mp4", "question": "Which?", "candidates": candidates, "answer": "A"}
+    write(tmp_path / "task.json", [entry])
+    with pytest.raises(ValueError, match="no list of texts"):
+        read_benchmark("mvbench", tmp_path)

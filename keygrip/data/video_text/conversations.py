@@ -288,8 +288,10 @@ def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
 
 
 def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: it is broken, cut off or too large."""
+    """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: it is broken, cut off, too large or animated."""
     with open_image(content) as opened:
+        if getattr(opened, "n_frames", 1) > 1 and opened.format in ("GIF", "PNG", "WEBP"):
+            raise ValueError(f"it is an animated {opened.format}: give a video file, or its first frame as an image")
         if fit == "stretch":
             opened.draft("RGB", (size, size))
         return shown_image(opened, size, fit)

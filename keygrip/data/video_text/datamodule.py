@@ -126,8 +126,13 @@ class VideoTexts(ResumableData):
             raise ValueError(f"data.fit must be one of {', '.join(FITS)}, not {fit!r}")
         if not 1 <= max_frames <= MOST_FRAMES:
             raise ValueError(f"data.max_frames must be 1 to {MOST_FRAMES}, not {max_frames}")
-        if isinstance(questions, int) and questions < 1:
-            raise ValueError(f"data.questions must be at least 1, not {questions}; null takes all")
+        for name, chosen in (("questions", questions), ("val_questions", val_questions)):
+            if isinstance(chosen, int) and chosen < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {chosen}; null takes all")
+            if isinstance(chosen, Mapping) and min(chosen.values(), default=0) < 0:
+                raise ValueError(f"data.{name} counts questions of each kind, from 0, not {dict(chosen)}")
+        if max_val_samples is not None and max_val_samples < 1:
+            raise ValueError(f"data.max_val_samples must be at least 1, not {max_val_samples}; null takes all")
         self.collator, self.image_size, self.fit, self.max_frames = collator, image_size, fit, max_frames
         self.batch_size, self.seed = batch_size, seed
         self.questions, self.val_questions = questions, val_questions

@@ -252,12 +252,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
 
-    def stream(
-        self, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
-    ) -> VideoStream:
+    def stream(self, question: str, mode: str | None = None, seconds: Sequence[float] | None = None) -> VideoStream:
         """A question about a video that is still coming: `push(frame)`, and `answer()` at any time.
 
         Args:
+            mode: see `StreamingSession`; None: `answer_mode`.
             seconds: when its frames were taken, where that is known before (see `VideoStream`).
 
         Raises:
@@ -265,7 +264,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         """
         if not isinstance(self.network, FoveatedVLM):
             raise ValueError(f"{type(self.network).__name__} has no stream: the foveated model has")
-        return VideoStream(self.eval(), question, mode, seconds)
+        return VideoStream(self.eval(), question, mode or self.answer_mode, seconds)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)
@@ -382,6 +381,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if self.refinement and "coarse_fine" in modes:
             modes[REFINED] = ("coarse_fine", self.refinement)
         return modes
+
+    @property
+    def answer_mode(self) -> str:
+        """The mode in which it answers where none is asked for: the network's last, or the coarse one where queries for
+        another were never trained."""
+        return "coarse_only" if self.mode == "coarse_only" else self.network.modes[-1]
 
     def _attended(self) -> str:
         """The mode whose attention is reported: the one used at inference where it is validated."""

@@ -225,12 +225,15 @@ class VideoStream:
             it, and so cannot follow a camera. One with `frame_clock="seconds"` can: see `push`.
 
     Raises:
-        ValueError: a mode in which a frame depends on later ones, or seconds that are needed and not known.
+        ValueError: a question that is no text, a mode in which a frame depends on later ones, or seconds that are
+            needed and not known.
     """
 
     def __init__(
         self, module: Any, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
     ) -> None:
+        if not isinstance(question, str):
+            raise ValueError(f"a question is a text, not {type(question).__name__}")
         self.module = module
         text = module.collator.prompt((Turn("user", question),), seconds)
         self.session = StreamingSession(module.network, module.tokenizer, mode)
@@ -263,7 +266,13 @@ class VideoStream:
         self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
     def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """Pieces of the answer to what was seen so far, as they come; together they are `answer()`."""
+        """Pieces of the answer to what was seen so far, as they come; together they are `answer()`.
+
+        Raises:
+            ValueError: no new token.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
         tokens = self.session.tokens(self._rest, max_new_tokens, temperature, seed)
         yield from pieces(self.module.tokenizer, tokens)
 

@@ -298,6 +298,9 @@ def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:
         ({"fit": "shrink"}, r"data\.fit must be one of stretch, crop, pad, not 'shrink'"),
         ({"max_frames": 5000}, r"data\.max_frames must be 1 to 4096, not 5000"),
         ({"questions": 0}, r"data\.questions must be at least 1"),
+        ({"val_questions": -3}, r"data\.val_questions must be at least 1, not -3"),
+        ({"val_questions": {"mark": -1}}, r"data\.val_questions counts questions of each kind, from 0"),
+        ({"max_val_samples": 0}, r"data\.max_val_samples must be at least 1, not 0"),
     ):
         with pytest.raises(ValueError, match=message):
             VideoTexts(source, CharacterCollator(), 8, 12, **options)  # type: ignore[arg-type]

@@ -137,6 +137,25 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     for frame, said in ((np.zeros((28, 28, 3)), "float64"), (np.zeros((28, 28), np.uint8), r"uint8 \[28, 28\]")):
         with pytest.raises(ValueError, match=rf"a frame is uint8 \[H, W, 3\], not {said}"):
             module.stream("?").push(frame)
+    with pytest.raises(ValueError, match="a question is a text, not NoneType"):
+        module.stream(None)  # type: ignore[arg-type]
+    stream = module.stream("?")
+    stream.push(np.zeros((28, 28, 3), np.uint8))
+    with pytest.raises(ValueError, match="max_new_tokens=0: it must be at least 1"):
+        stream.answer(0)
+
+
+def test_a_model_of_coarse_passes_alone_answers_so(tmp_path: Path) -> None:
+    """Queries of the fine pass are as they were drawn there."""
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="fine")
+    frames = video(3)
+    assert module.answer_mode == "autoregressive"
+    module.mode = "coarse_only"
+    stream = module.stream(QUESTION)
+    for frame in frames:
+        stream.push(frame)
+    assert stream.session.mode == module.answer_mode == "coarse_only"
+    assert stream.answer(12) == whole(module, frames, "coarse_only")
 
 
 def test_frames_of_a_camera_are_brought_to_the_models_size(tmp_path: Path) -> None:

@@ -402,6 +402,9 @@ def test_the_processor_takes_what_transformers_processors_are_given_or_says_what
     ):
         with pytest.raises(ValueError, match=r"text=, images= and videos= are not taken: give conversations"):
             refused()
+    for refused in (lambda: processor(talk[0]), lambda: processor.apply_chat_template(talk[0])):
+        with pytest.raises(ValueError, match="a conversation is a list of messages"):
+            refused()
     for refused in (
         lambda: processor(talk, return_tensors="np"),
         lambda: processor.apply_chat_template(talk, tokenize=True, return_tensors="tf"),
@@ -526,3 +529,5 @@ def test_what_is_no_conversation_and_no_length_is_refused(chat: VideoChat) -> No
             chat.generate([user("Which?")], none)
         with pytest.raises(ValueError, match=f"max_new_tokens={none}: it must be at least 1"):
             chat.stream([user("Which?")], none)
+        with pytest.raises(ValueError, match=f"batch_frames={none}: it must be at least 1"):
+            chat.generate([user("Which?")], batch_frames=none)

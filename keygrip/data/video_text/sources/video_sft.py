@@ -160,6 +160,8 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     names = [name for name in MEDIA if entry.get(name)]
     if len(names) > 1:
         raise ValueError(f"it has {' and '.join(names)}: their order is not known")
+    if entry.get("start") is not None or entry.get("end") is not None:
+        raise ValueError("it has `start` or `end`: clips are not cut here, cut the video first")
     named = entry[names[0]] if names else []
     media = []
     for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):

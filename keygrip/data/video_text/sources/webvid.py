@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,12 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                     rows[key] = WebVidRow(key, source, "", f"{key}: it has no videoid or no page_dir")
                     continue
                 key = line["videoid"].strip()
-                video = source / "videos" / line["page_dir"].strip() / f"{key}.mp4"
+                videos = os.path.normpath(source / "videos")
+                video = Path(os.path.normpath(Path(videos, line["page_dir"].strip(), f"{key}.mp4")))
+                if not video.is_relative_to(videos) or "/" in key:
+                    problem = f"row {number} of {path.name}: its video {str(video)[:200]} lies outside of {videos}"
+                    rows[problem] = WebVidRow(f"row {number} of {path.name}", source, "", problem)
+                    continue
                 row = rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
                 if row.text != (line["name"] or ""):
                     again.append(key)

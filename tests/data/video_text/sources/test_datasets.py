@@ -190,6 +190,8 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
     source = tmp_path / "download"
     lines = [("11", "a", "A dog runs."), ("12", "a", "A cat sleeps."), ("13", "b", "Gone."), ("14", "b", " ")]
     lines += [("11", "a", "A dog runs again."), ("15", "b", "Cut off.")]
+    write_video(tmp_path / "secret.mp4", 1)
+    lines += [("../../../secret", "a", "x"), ("secret", "../..", "x"), (str(tmp_path / "secret"), "", "x")]
     for name, folder, seconds in (("11", "a", 3), ("12", "a", 0.5), ("14", "b", 1), ("15", "b", 6)):
         path = write_video(source / "videos" / folder / f"{name}.mp4", seconds)
         if name == "15":
@@ -198,9 +200,11 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
         writer.writerows([(key, "https://example.org", "PT00H00M03S", folder, name) for key, folder, name in lines])
-    report = webvid(source, tmp_path / "set", SIZE, videos_per_shard=2, workers=2, max_failed_share=0.7)
-    assert (report["samples"], report["failed"]) == (2, 3)
+    report = webvid(source, tmp_path / "set", SIZE, videos_per_shard=2, workers=2, max_failed_share=0.8)
+    assert (report["samples"], report["failed"]) == (2, 6)
     found = samples(tmp_path / "set")
+    reasons = "".join(path.read_text() for path in (tmp_path / "set").rglob("*.failed.json"))
+    assert reasons.count("lies outside of") == 3
     assert shades(found["11"].frames) == [0, 1, 2]
     assert len(found["12"].frames) == 1
     assert [turn.text for turn in found["11"].conversations[0].turns] == [REQUEST, "A dog runs."]
@@ -419,13 +423,17 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         {"id": 13, "videos": ["videos/a.mp4", 7], "conversations": said},
         {"id": 14, "video": "videos/a.mp4", "conversations": "What?"},
         {"id": 15, "video": "videos/a.mp4", "conversations": ["What?"]},
+        {"id": 16, "video": "videos/a.mp4", "conversations": said, "start": 1, "end": 2},
+        {"id": 17, "video": "videos/moving.webp", "conversations": said},
     ]
     write_video(tmp_path / "secret.mp4", 4)
+    still = [Image.fromarray(np.full((20, 30, 3), shade, np.uint8)) for shade in (40, 90)]
+    still[0].save(source / "videos" / "moving.webp", save_all=True, append_images=still[1:])
     (source / "scenes.json").write_text(json.dumps([{"scene": 1}]))
     (source / "list.json").write_text(json.dumps(entries))
     (source / "more.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries[:1]))
     report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.8)
-    assert (report["samples"], report["failed"]) == (5, 11)
+    assert (report["samples"], report["failed"]) == (5, 13)
     reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text()))
     for why in (
         "and none of video, videos, image, images names one",
@@ -438,6 +446,8 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         "it names a file by '7', which is no text",
         "its `conversations` is no list",
         "a turn of its `conversations` is no object",
+        "it has `start` or `end`",
+        "it is an animated WEBP",
     ):
         assert why in reasons
     assert "scenes.json is not read: none of its 1 entries has conversations or messages" in caplog.text
