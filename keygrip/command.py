@@ -27,7 +27,7 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
-from keygrip.training.signals import Interrupted, SweepInterrupted
+from keygrip.training.signals import RECEIVED, Interrupted, SweepInterrupted, unmasked
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
@@ -70,7 +70,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
             return run(cfg)
-        except Exception as error:
+        except Exception as caught:
+            error = unmasked(caught)
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would add lines of its own
             return None
@@ -99,7 +100,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     except SweepInterrupted as stop:
         _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
         code = 128 + stop.signal_number
-    except Exception as error:
+    except Exception as caught:
+        error = unmasked(caught)
         if isinstance(error, Interrupted) and _helper_process():
             sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
         if debug:
@@ -235,7 +237,10 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 def _sigterm_raises() -> Iterator[None]:
     """SIGTERM becomes an exception, so that temporary files and child processes are cleaned up on the way out."""
 
+    RECEIVED.clear()
+
     def handler(number: int, frame: Any) -> None:
+        RECEIVED.append(number)
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     try:

@@ -29,6 +29,7 @@ WRITERS = {
     "lora": "keygrip.inference.adapters.write_adapter",
     "diffusers": "keygrip.inference.diffusers_pipeline.write_pipeline",
 }
+WHERE = {"diffusers": "transformer"}  # where in such a folder `keygrip.load` finds the model
 MERGED = "keygrip.models.nn.lora.merged_checkpoint"  # the content and weights of the model without LoRA
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
@@ -76,7 +77,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
     usage = getattr(module, "usage", None)
-    card = folder.model_card(target.name, content, weights, which, read_result(run_folder), usage)
+    content[checkpoints.WEIGHTS_ARE] = which
+    loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
+    card = folder.model_card(loaded, content, weights, which, read_result(run_folder), usage)
     if cfg.format in WRITERS:
         try:
             write = get_method(WRITERS[cfg.format])

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,25 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
         command.entry_point("prepare", prepare.print_report)
     assert stop.value.code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch's `load_state_dict` does, which takes every exception for weights that do not fit."""
+    from keygrip import command
+
+    def loads_weights(cfg: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise ValueError(f"the weights do not fit: {error}") from error
+
+    monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
+    with pytest.raises(SystemExit) as stop:
+        command.entry_point("prepare", loads_weights)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == "keygrip: stopped by SIGTERM"
 
 
 @pytest.mark.parametrize(

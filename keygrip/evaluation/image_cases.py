@@ -98,6 +98,10 @@ class ImageSuite:
         unknown = [case for case in self.cases or () if case not in CASES]
         if unknown:
             raise ValueError(f"cases={unknown}: choose of {', '.join(CASES)}")
+        if self.cases is not None and not self.cases:
+            raise ValueError(f"cases=[]: choose of {', '.join(CASES)}; null: all")
+        if not self.text_scales or not self.dino_scales or not self.step_counts:
+            raise ValueError("text_scales, dino_scales and step_counts must not be empty: leave the case out in cases")
         if self.batch_size is not None and self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: at least 2, since images of a batch are paired")
         if min(self.images, self.grid_images, self.shown, *self.step_counts) < 1:
@@ -367,7 +371,7 @@ class Suite:
         each = max(1, self.options.shown // 4)
         table = []
         for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
-            sampling = replace(self.sampling, text_scale=text, dino_scale=dino)
+            sampling = self.sampling.replaced(text_scale=text, dino_scale=dino)
             found, first = self._drawn_so(self.scaled_case, sampling)
             if found:
                 table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(found)})
@@ -380,7 +384,7 @@ class Suite:
         """Figures of images from words alone for each text scale."""
         table = []
         for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
-            found, _ = self._drawn_so("text_only", replace(self.sampling, text_scale=float(text)))
+            found, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
             if found:
                 table.append({"text_scale": float(text), **self._with_grain_off(found)})
         return table

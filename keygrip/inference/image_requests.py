@@ -175,10 +175,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
     if not isinstance(row, Mapping) or set(row) - set(COLUMNS):
         raise ValueError(f"{where}: a row has {', '.join(COLUMNS)} and nothing else")
-    found = {name: row.get(name) or None for name in ("prompt", "image")}
-    for name, value in found.items():
-        if value is not None and not isinstance(value, str):
+    for name in ("prompt", "image"):
+        if not isinstance(row.get(name), str | None):
             raise ValueError(f"{where}: its {name} is not text")
+    found = {name: row.get(name) or None for name in ("prompt", "image")}
     seed = row.get("seed")
     if seed in (None, ""):
         seed = None

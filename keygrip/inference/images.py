@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -67,6 +68,8 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     """
     requests = requested(cfg)
     steering = steering_of(cfg, requests)
+    if cfg.run_dir:  # before anything is drawn
+        _refuse_folder(Path(cfg.run_dir))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module = load_module(
@@ -271,6 +274,13 @@ def write(
             undone.callback(path.unlink, missing_ok=True)
         undone.pop_all()
     return files, grids
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Raises ValueError: no folder can be made there. Nothing is made yet: a failure leaves nothing behind."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"run_dir={folder}: {there} is {'not writable' if there.is_dir() else 'no folder'}")
 
 
 def _folder_beside(checkpoint: Path) -> Path:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
 FORMAT = 3
+WEIGHTS_ARE = "weights_are"  # of an export: which weights it holds, in words
 LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint of the weights' size
 
 
@@ -261,7 +262,7 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[s
     state = dict(checkpoint["state_dict"])
     ema = checkpoint.get(EMA_STATE)
     if not use_ema or ema is None or ema["updates"] == 0:
-        return state, "of the last step"
+        return state, str(checkpoint.get(WEIGHTS_ARE, "of the last step"))
     state.update({name: value.to(state[name].dtype) for name, value in ema["parameters"].items()})
     return state, f"EMA of {ema['updates']} steps"
 

@@ -19,6 +19,19 @@ class Interrupted(Exception):
         return type(self), (str(self), self.signal_number)
 
 
+RECEIVED: list[int] = []  # numbers of signals that ended this command
+
+
+def unmasked(error: Exception) -> Exception:
+    """The `Interrupted` that libraries made another error of (torch's `load_state_dict` collects all exceptions as
+    weights that do not fit), or the error itself."""
+    if not RECEIVED or isinstance(error, Interrupted):
+        return error
+    stop = Interrupted(f"stopped by {signal.Signals(RECEIVED[-1]).name}", RECEIVED[-1])
+    stop.__cause__ = error
+    return stop
+
+
 class SweepInterrupted(BaseException):
     """The same for a sweep. Not an ``Exception``: Hydra takes those for one failed job and starts the next."""
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
 from keygrip.training.run_folder import CHECKPOINT
-from keygrip.training.signals import Interrupted, SweepInterrupted
+from keygrip.training.signals import Interrupted, SweepInterrupted, unmasked
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,13 @@ def run_job(
             cfg.resume = (folder / CHECKPOINT).is_file()
     try:
         _refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
-        figures = run(cfg)
+        try:
+            figures = run(cfg)
+        except Exception as error:
+            stopped = unmasked(error)
+            if stopped is error:
+                raise
+            raise stopped from error
     except Interrupted as stop:
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
         raise SweepInterrupted(stop.signal_number, str(stop)) from stop

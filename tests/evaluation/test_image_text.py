@@ -266,6 +266,9 @@ def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, 
     assert cases["dino_swap"]["images"] == cases["another_picture"]["images"] == 6
     with pytest.raises(ValueError, match="batch_size=1: at least 2"):
         ImageSuite(batch_size=1)
+    for empty in ({"cases": []}, {"text_scales": []}, {"dino_scales": []}, {"step_counts": []}):
+        with pytest.raises(ValueError, match=r"cases=\[\]: choose of|must not be empty"):
+            ImageSuite(**empty)
 
 
 def test_a_case_that_was_asked_for_and_has_no_image_is_an_error(

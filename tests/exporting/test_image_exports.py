@@ -18,6 +18,7 @@ from keygrip.config import compose
 from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
 from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.patch_dit.context import Conditions
+from keygrip.training.checkpoints import read_checkpoint, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,10 @@ def test_a_pipeline_of_diffusers_draws_the_same_images(trained: Path, tmp_path: 
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     export.run(compose("export", [f"checkpoint={trained / 'run'}", f"to={tmp_path / 'pipe'}", "format=diffusers"]))
+    inside = tmp_path / "pipe" / "transformer"
+    assert 'keygrip.load("pipe/transformer")' in (inside / "README.md").read_text()
+    found = weights_of(read_checkpoint(trained / "run" / "checkpoints" / "last.ckpt"))[1]
+    assert weights_of(read_checkpoint(inside))[1] == found != "of the last step"
     pipeline = PatchDiTPipeline.from_pretrained(str(tmp_path / "pipe"))
     pipeline.set_progress_bar_config(disable=True)
     options = [f"checkpoint={trained / 'run'}", "prompt=a red thing", f"image={trained / 'one.png'}", "seed=3"]

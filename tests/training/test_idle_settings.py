@@ -40,7 +40,7 @@ VLA = ("model=geometry_vla", "data=yam_language")
             "data.sources.tours.root=null",
         ),
         (DIT, "model.init_from_min_share=0.9", "model.init_from=run"),
-        (DIT, "+model.init_from_renames.a=b", "model.init_from=run"),
+        (DIT, "model.init_from_renames=[[a,b]]", "model.init_from=run"),
         ((*DIT, "data.root=here"), "data.make.options.train=5", "data.root=null"),
         (VLA, "model.network.geom_qformer_heads=4", "model.network.geom_compression_type=qformer"),
         ((*VLA, "model.network.geom_inject_to_dit=false"), "model.network.geom_dit_tokens=4", ""),

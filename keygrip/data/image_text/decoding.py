@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,7 +26,7 @@ from keygrip.data.bad_samples import HOSTILE, open_image
 EXIF_ORIENTATION = 0x0112
 ORIENTATIONS = range(2, 9)  # that turn or mirror
 TURNED_BY_A_QUARTER = range(5, 9)  # of EXIF's orientations 1..8; any other number is no orientation and turns nothing
-TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 256, 257, 258, 262, 0
 DEEPEST = 65535  # white of 16-bit grey
 MATTE = (255, 255, 255)
 SCREEN_GAMMA = 2.2
@@ -42,8 +43,13 @@ def size_of(path: Path | str) -> tuple[int, int]:
     """
     with open_image(path) as image:
         refuse_frames(image)
+        # Pillow turns a TIFF by itself when it decodes it, and some versions say the turned size before.
+        stored = (image.width, image.height)
+        if image.format == "TIFF":
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            stored = (tags[TIFF_WIDTH], tags[TIFF_HEIGHT])
         turned = image.getexif().get(EXIF_ORIENTATION, 1) in TURNED_BY_A_QUARTER
-        return (image.height, image.width) if turned else (image.width, image.height)
+        return stored[::-1] if turned else stored
 
 
 def decode_image(path: Path | str) -> Image.Image:

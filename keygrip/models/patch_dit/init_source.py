@@ -94,7 +94,18 @@ class InitSource:
                 f"{'null' if shift_tokens is None else shift_tokens} gives for images of its size. Give "
                 f"model.shift_tokens={'null' if theirs is None else plain(theirs)}"
             )
+        if student is not None and self.model.get("few_steps") is not None:
+            raise ValueError(
+                f"model.init_from={self.path} is itself a student of few steps, drawn without guidance: name its "
+                "teacher's run"
+            )
         sampling = self.model.get("sampling")
+        if student is not None and isinstance(sampling, Mapping) and sampling.get("guide_scale"):
+            log.warning(
+                "%s is drawn with guide_scale=%s; model.few_steps has no guide, and its student learns the teacher "
+                "without one",
+                *(self.path, sampling["guide_scale"]),
+            )
         drawn = sampling.get("timestep_shift", 1.0) if isinstance(sampling, Mapping) else 1.0
         if student is not None and drawn != student:
             raise ValueError(
@@ -114,9 +125,13 @@ def read_source(path: str | Path) -> InitSource:
     if file.is_dir() or is_signed(file):
         return _keygrip_source(str(path), read_checkpoint(file))
     if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return InitSource(str(path), load_file(file))
+        try:
+            return InitSource(str(path), load_file(file))
+        except SafetensorError as error:
+            raise ValueError(f"init_from={file} is not a safetensors file, or is cut off: {error}") from error
     try:
         content = load_tensors(file)
     except ValueError as error:

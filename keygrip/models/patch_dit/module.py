@@ -26,7 +26,7 @@ from keygrip.models.patch_dit.init_source import StatisticsOf, normalise_as, rea
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
-from keygrip.models.patch_dit.warm_start import warm_start
+from keygrip.models.patch_dit.warm_start import rename_rules, warm_start
 from keygrip.training.distributed import global_mean
 from keygrip.training.loggers import takes_images
 from keygrip.training.monitors import RangeChecks
@@ -73,6 +73,7 @@ class PatchDiTModule(System):
         "init_from_statistics": ReadWhere("init_from"),
         "monitor_from_step": ReadWhere("monitor_every_n_steps"),
         "shown": ReadWhere("log_images_every_n_steps"),
+        "timesteps": ReadWhere("few_steps", None),
     }
     batch_type = ImageTextBatch
     evaluation_kind = "image_text"
@@ -101,7 +102,7 @@ class PatchDiTModule(System):
         log_images_every_n_steps: int = 500,
         shown: int = 6,
         init_from_min_share: float = 0.5,
-        init_from_renames: Mapping[str, str] | None = None,
+        init_from_renames: Mapping[str, str] | Sequence[Sequence[str]] | None = None,
         lora: LoRA | None = None,
         few_steps: FewSteps | None = None,
         shift_tokens: int | None = None,
@@ -120,8 +121,11 @@ class PatchDiTModule(System):
         self.network = network(
             latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
         )
-        if dropout.masked_patches and not self.network.use_dino_patches:
-            raise ValueError("model.dropout.masked_patches has no effect without patches (use_dino_patches=false): 0")
+        for name in ("masked_patches", "cls_alone", "patches_alone"):
+            if getattr(dropout, name) and not self.network.use_dino_patches:
+                raise ValueError(f"model.dropout.{name} has no effect without patches (use_dino_patches=false): 0")
+            if getattr(dropout, name) and few_steps is not None and name != "masked_patches":
+                raise ValueError(f"model.dropout.{name} has no effect with model.few_steps, which drops whole kinds: 0")
         sizes = self.network.width, encoders.dino_dim, self.network.depth
         self.alignment = None if alignment is None else alignment(*sizes)
         if self.alignment is not None:
@@ -129,7 +133,7 @@ class PatchDiTModule(System):
         self.statistics = FeatureStatistics(encoders.latent_channels, encoders.dino_dim)
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
         self.init_from, self.init_from_min_share = init_from, init_from_min_share
-        self.init_from_renames = dict(init_from_renames or {})
+        self.init_from_renames = rename_rules(init_from_renames)
         if init_from_statistics not in get_args(StatisticsOf):
             choices = ", ".join(get_args(StatisticsOf))
             raise ValueError(f"model.init_from_statistics={init_from_statistics} is not one of {choices}")

@@ -52,7 +52,13 @@ GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_di
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
 SCALES = ("text_scale", "dino_scale", "full_scale", "guide_scale")
-RESCALES = ("text_rescale", "dino_rescale", "full_rescale")
+# Each with the scales of the terms that it brings back.
+RESCALED = {
+    "text_rescale": ("text_scale",),
+    "dino_rescale": ("dino_scale", "cls_scale"),
+    "full_rescale": ("full_scale",),
+}
+RESCALES = tuple(RESCALED)
 GUIDED = (*SCALES, "cls_scale", "interval", *RESCALES)  # what guidance=none leaves without effect
 MOST_SCALE = 1000.0  # far above any that is of use, and far below what overflows
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
@@ -111,6 +117,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
             raise ValueError(f"guidance={self.guidance!r}: must be one of {', '.join(GUIDANCE)}.")
+        for name, scales in RESCALED.items():
+            if getattr(self, name) and not any(getattr(self, scale) for scale in scales):
+                raise ValueError(f"{name}={getattr(self, name)} has no effect with {scales[0]}=0: 0.")
         if self.guidance != "independent" and self.full_scale:
             raise ValueError(f"full_scale={self.full_scale} has no effect with guidance={self.guidance}: 0.")
         for name in (*SCALES, *RESCALES, "cls_scale", "timestep_shift"):
@@ -133,6 +142,13 @@ class Sampling:
             raise ValueError(f"solver={self.solver!r}: must be one of {', '.join(SOLVERS)}.")
         noise_levels(self.steps, self.timestep_shift)  # refuses what it cannot divide
 
+    def replaced(self, **parts: Any) -> Sampling:
+        """With these parts in place of its own; a term that they leave out takes its rescale with it."""
+        for name, scales in RESCALED.items():
+            if not any(parts.get(scale, getattr(self, scale)) for scale in scales):
+                parts.setdefault(name, 0.0)
+        return replace(self, **parts)
+
     def changed(self, changes: Mapping[str, Any]) -> Sampling:
         """This way of drawing with some parts changed, by name; None leaves a part as it is.
 
@@ -147,7 +163,7 @@ class Sampling:
             given["interval"] = _interval(given["interval"])
         if given.get("guidance") == "none":  # what the model itself has beside other guidance falls away with it
             given = {"full_scale": 0.0, "guide_scale": 0.0} | given
-        found = replace(self, **given)
+        found = self.replaced(**given)
         given = {name: value for name, value in given.items() if changes.get(name) is not None}
         idle = [f"{name}={given[name]}" for name in GUIDED if name in given]
         if found.guidance == "none" and idle:

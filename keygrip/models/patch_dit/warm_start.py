@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -154,8 +154,9 @@ def take(
             f"init_from={source}: {share:.1%} of the network's numbers fit by name and shape, fewer than "
             f"model.init_from_min_share={min_share:g}. Not found: {', '.join(missing[:6]) or 'none'}; left over: "
             f"{', '.join(sorted(set(found) - set(own))[:6]) or 'none'}; of another shape: "
-            f"{', '.join(reshaped[:3]) or 'none'}. Translate names with model.init_from_renames={{PATTERN: NAME}}"
+            f"{', '.join(reshaped[:3]) or 'none'}. Translate names with model.init_from_renames=[[PATTERN,NAME]]"
         )
+    _refuse_unfit_numbers({name: found[name] for name in loaded}, source)
     for name in loaded:
         own[name].copy_(found[name])
     layers = {f"{name}.bias" for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
@@ -205,6 +206,15 @@ def refuse_other_function(
         )
 
 
+def rename_rules(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> dict[str, str]:
+    """Rules of `model.init_from_renames`, pairs in their order or a mapping. Raises ValueError: no pair of texts."""
+    pairs: list[Sequence[str]] = list(given.items() if isinstance(given, Mapping) else given or ())
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"model.init_from_renames holds {pair!r}: give pairs, [[PATTERN,NAME],...]")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
 def translated(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor], renames: Mapping[str, str], patch_size: int = 1
 ) -> dict[str, Tensor]:
@@ -215,7 +225,7 @@ def translated(
         patch_size: of the network, by which the output layer's rows are put in order.
 
     Raises:
-        ValueError: a rule is no regular expression.
+        ValueError: a rule is no regular expression or changes no name, or two tensors come to have one name.
     """
     for pattern in renames:
         try:
@@ -223,18 +233,42 @@ def translated(
         except re.error as error:
             raise ValueError(f"model.init_from_renames: {pattern!r} is no regular expression ({error})") from error
     found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    idle = set(renames)
     for name, value in weights.items():
         plain = _own_name(name, own)
         for pattern, replacement in renames.items():
-            plain = plain if plain in own else re.sub(pattern, replacement, plain)
+            renamed = plain if plain in own else re.sub(pattern, replacement, plain)
+            idle -= {pattern} if renamed != plain else set()
+            plain = renamed
         if plain not in own:
             for pattern, replacement in USUAL.items():
                 plain = plain if plain in own else re.sub(pattern, replacement, plain)
             value = _in_our_order(plain, value, own, patch_size) if plain in own else value
         parts = _split(plain, value)
         fits = plain in own or any(part in own for part in parts)
-        found |= parts if fits else {_own_name(name, own): value}
+        new = parts if fits else {_own_name(name, own): value}
+        for part in new.keys() & found.keys():
+            if not torch.equal(found[part], new[part]):
+                raise ValueError(
+                    f"{origin[part]} and {name} of the file are both {part} of the network, and differ: leave one set "
+                    "of weights (such as the EMA) in the file"
+                )
+        found |= new
+        origin |= dict.fromkeys(new, name)
+    if idle:
+        raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
     return _projected(found, own)
+
+
+def _refuse_unfit_numbers(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError: weights that are quantised, whose scales are not known here, or not finite."""
+    for name, value in weights.items():
+        if not value.is_floating_point() or value.element_size() < 2:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"init_from={source}: {name} holds numbers of {kind}: give weights that are not quantised")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"init_from={source}: {name} holds NaN or infinite numbers: the file is damaged")
 
 
 def _in_our_order(name: str, value: Tensor, own: Mapping[str, Tensor], patch_size: int) -> Tensor:

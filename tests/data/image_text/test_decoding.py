@@ -42,6 +42,18 @@ def test_images_of_conversations_are_those_of_shards(tmp_path: Path, name: str) 
         np.testing.assert_array_equal(shown_image(opened, EDGE, "pad"), np.asarray(decode_image(tmp_path / name)))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["tif", "jpg", "png", "webp"])
+def test_the_header_tells_the_size_after_the_turn(tmp_path: Path, ending: str, orientation: int) -> None:
+    """Pillow itself turns a TIFF, and nothing else."""
+    noted = Image.Exif()
+    noted[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(np.zeros((11, 20, 3), np.uint8)).save(path, exif=noted)
+    wanted = (11, 20) if orientation in range(5, 9) else (20, 11)
+    assert size_of(path) == decode_image(path).size == wanted
+
+
 def test_a_profile_of_another_colour_space_changes_nothing(tmp_path: Path) -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     Image.fromarray(PLAIN).save(tmp_path / "a.png", icc_profile=lab.tobytes())

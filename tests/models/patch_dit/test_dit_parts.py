@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from keygrip.models.patch_dit.figures import TITLE, image_grid
 from keygrip.models.patch_dit.init_source import read_source
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
 from keygrip.models.patch_dit.network import Tapped
-from keygrip.models.patch_dit.warm_start import take, warm_start
+from keygrip.models.patch_dit.warm_start import rename_rules, take, warm_start
 from keygrip.training.monitors import RangeChecks
 
 # ---- alignment -------------------------------------------------------------------------------------------------------
@@ -115,6 +116,47 @@ def test_everything_that_fits_is_taken_and_the_rest_is_listed() -> None:
     assert "6 of another shape" in lines[3]
 
 
+def test_two_sets_of_weights_in_a_file_are_refused() -> None:
+    """Which of them counted would be a matter of their order."""
+    network = small_dit(seed=1)
+    both = {f"model.{name}": value for name, value in network.state_dict().items()}
+    take(small_dit(seed=2), both | {f"ema.{name}": value for name, value in network.state_dict().items()}, "there")
+    both |= {f"ema.{name}": value + 1 for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"model\..* and ema\..* of the file are both .* leave one set of weights"):
+        take(small_dit(seed=2), both, "there")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: (127 * value).to(torch.int8), "latent_in.weight holds numbers of int8: .* not quantised"),
+        (lambda value: value.to(torch.float8_e4m3fn), "latent_in.weight holds numbers of float8_e4m3fn"),
+        (lambda value: value * float("nan"), "latent_in.weight holds NaN or infinite numbers"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
+    weights = dict(small_dit(seed=1).state_dict())
+    weights["latent_in.weight"] = change(weights["latent_in.weight"])
+    target = small_dit(seed=2)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        take(target, weights, "there")
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_rules_of_renaming_are_pairs_that_rename() -> None:
+    weights = {name.replace("latent_in", "entry"): v for name, v in small_dit(seed=1).state_dict().items()}
+    target = small_dit(seed=2)
+    report = take(target, weights, "there", rename_rules([["^entry", "latent_in"]]))
+    assert report.missing == []
+    assert torch.equal(target.latent_in.weight, weights["entry.weight"])
+    with pytest.raises(ValueError, match=r"init_from_renames: '\^exit' changes no name"):
+        take(small_dit(), weights, "there", rename_rules({"^entry": "latent_in", "^exit": "latent_out"}))
+    for none in (["ab"], [["a"]], [["a", 1]]):
+        with pytest.raises(ValueError, match="give pairs"):
+            rename_rules(none)  # type: ignore[arg-type]
+
+
 def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
     torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="none of its 1 tensors fits"):
@@ -122,6 +164,9 @@ def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         read_source(tmp_path / "broken.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"broken\.safetensors is not a safetensors file, or is cut off"):
+        read_source(tmp_path / "broken.safetensors")
     with pytest.raises(FileNotFoundError):
         read_source(tmp_path / "nowhere.pt")
 

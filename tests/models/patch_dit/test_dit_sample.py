@@ -196,6 +196,14 @@ def test_an_image_that_stays_where_it_is_not_redrawn(
     assert near < 0.6 * far
 
 
+def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for where in ("file", "file/below"):
+        cfg = compose("sample", ["checkpoint=none", "prompt=thing", f"run_dir={tmp_path / where}"])
+        with pytest.raises(ValueError, match=r"run_dir=.*: .*file is no folder"):
+            sample.run(cfg)
+
+
 def test_masks_that_say_nothing_are_refused(
     drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
 ) -> None:

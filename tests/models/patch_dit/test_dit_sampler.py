@@ -191,11 +191,22 @@ def test_the_network_comes_back_in_its_mode() -> None:
         ({"cls_scale": -1.0}, "must not be negative"),
         ({"guide_scale": -1.0}, "must not be negative"),
         ({"guide_scale": 1.0, "guidance": "none"}, "guide_scale=1.0 has no effect"),
+        ({"full_rescale": 0.5}, "full_rescale=0.5 has no effect with full_scale=0"),
+        ({"text_scale": 0.0, "text_rescale": 0.5}, "text_rescale=0.5 has no effect with text_scale=0"),
     ],
 )
 def test_errors_name_the_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_a_term_that_is_left_out_takes_its_rescale_with_it() -> None:
+    own = Sampling(text_rescale=0.5, dino_rescale=0.5)
+    assert own.changed({"text_scale": 0.0}).text_rescale == 0.0
+    assert own.replaced(dino_scale=0.0).dino_rescale == 0.0
+    assert own.replaced(dino_scale=0.0, cls_scale=1.0).dino_rescale == 0.5
+    with pytest.raises(ValueError, match=r"text_rescale=1\.0 has no effect with text_scale=0"):
+        own.changed({"text_scale": 0.0, "text_rescale": 1.0})
 
 
 @pytest.mark.parametrize("interval", [0.5, [0.5], [None, 1], ["a", "b"], [0.1, 0.2, 0.3]])

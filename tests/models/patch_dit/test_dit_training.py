@@ -146,6 +146,26 @@ def test_guides_that_cannot_be_are_refused(overrides: Callable[..., list[str]]) 
         train.run(compose("train", overrides("zero", "max_steps=3", *GUIDED, "model.guide.at_step=0")))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["model.network.use_dino_patches=false", "model.dropout.cls_alone=0.5"],
+            "dropout.cls_alone .*without patches",
+        ),
+        (["model.network.use_dino_patches=false", "model.dropout.patches_alone=1"], "patches_alone .*without patches"),
+        (
+            ["experiment=dit_few_steps", "model.init_from=run", "model.dropout.cls_alone=0.5"],
+            "cls_alone has no effect with model.few_steps",
+        ),
+    ],
+)
+def test_dropout_without_effect_is_refused(options: list[str], message: str) -> None:
+    experiment = [] if options[0].startswith("experiment") else ["experiment=dit_robot_images"]
+    with pytest.raises(InstantiationException, match=message):
+        build_module(OmegaConf.to_container(compose("train", [*experiment, *options]), resolve=True))  # type: ignore[arg-type]
+
+
 class Recorded:
     """Stands in for a logger and its writer of TensorBoard."""
 

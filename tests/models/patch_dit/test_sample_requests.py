@@ -43,6 +43,13 @@ def test_what_is_no_text_is_refused(overrides: list[str], given: str) -> None:
         asked(*overrides)
 
 
+@pytest.mark.parametrize("none", [0, [], False, {}])
+def test_what_is_no_text_in_a_file_is_refused(none: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": none, "image": "a.png"}))
+    with pytest.raises(ValueError, match=r"line 1: its prompt is not text"):
+        asked(f"prompts={tmp_path / 'a.jsonl'}")
+
+
 def test_numbers_are_text_and_null_is_no_prompt() -> None:
     assert [request.prompt for request in asked("prompt=[7,a red cube]")] == ["7", "a red cube"]
     found = asked("prompt=[null,a red cube]", "image=a.png")

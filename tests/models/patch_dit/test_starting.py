@@ -122,6 +122,14 @@ def test_a_shift_by_resolution_that_changes_nothing_at_the_sources_size_is_free(
     InitSource("weights.pt", {}).refuse_other_shift(16, patch_size=1, student=3.0)
 
 
+def test_a_student_is_no_teacher_and_a_teachers_guide_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    sampling = {"timestep_shift": 3.0, "guide_scale": 0.4}
+    with pytest.raises(ValueError, match="is itself a student of few steps"):
+        InitSource("few", {}, {}, {"few_steps": {}, "sampling": sampling}).refuse_other_shift(None, 1, student=3.0)
+    InitSource("guided", {}, {}, {"sampling": sampling}).refuse_other_shift(None, 1, student=3.0)
+    assert "guided is drawn with guide_scale=0.4; model.few_steps has no guide" in caplog.text
+
+
 def test_normalisation_of_another_width_or_none_is_said() -> None:
     statistics = FeatureStatistics(3, 4)
     given = {f"{kind}_{part}": torch.full((5,), 2.0) for kind in NORMALISED for part in ("mean", "std")}
