@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
+from keygrip.models.nn.flow_matching import noise_levels
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Sampling
 
@@ -35,6 +36,12 @@ def refuse_idle_guidance(
     both += ["guidance"] if "guidance" in given and sampling.guidance not in OF_ONE else []
     if both and not (words and images):
         raise ValueError(f"{both[0]} is for prompt and image together: leave it out")
+    sizes = module.statistics.latent_sizes
+    if "interval" in given and sizes and not any(_visits(module, size, sampling) for size in sizes):
+        raise ValueError(
+            f"interval={list(sampling.interval)} has no effect: none of the {sampling.steps} steps has a noise level "
+            "in it; guidance=none draws so"
+        )
     patches = module.network.use_dino_patches
     idle = [name for name, has in (("image_mask", masks), ("cls_scale", "cls_scale" in given)) if has]
     if idle and not patches:
@@ -45,3 +52,10 @@ def refuse_idle_guidance(
         log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
     if masks and not module.dropout.masked_patches:
         log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches is 0)")
+
+
+def _visits(module: PatchDiTModule, size: tuple[int, int], sampling: Sampling) -> bool:
+    """Whether a step at latents of (h, w) has a noise level with guidance."""
+    low, high = sampling.interval
+    levels = noise_levels(sampling.steps, module.sampling_at(size, sampling).timestep_shift)
+    return any(low <= level <= high for level in levels[:-1])

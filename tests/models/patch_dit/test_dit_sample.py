@@ -196,6 +196,12 @@ def test_an_image_that_stays_where_it_is_not_redrawn(
     assert near < 0.6 * far
 
 
+def test_an_interval_between_the_steps_is_refused(drawn: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"interval=\[0\.01, 0\.02\] has no effect: none of the 3 steps"):
+        drawn("prompt=thing", "steps=3", "interval=[0.01,0.02]")
+    assert drawn("prompt=thing", "steps=3", "interval=[0.01,1]")["sampling"]["interval"] == (0.01, 1.0)
+
+
 def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in ("file", "file/below"):
