@@ -69,9 +69,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
-            return run(cfg)
-        except Exception as caught:
-            error = unmasked(caught)
+            return unmasked(run, cfg)
+        except Exception as error:
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would add lines of its own
             return None
@@ -100,8 +99,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     except SweepInterrupted as stop:
         _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
         code = 128 + stop.signal_number
-    except Exception as caught:
-        error = unmasked(caught)
+    except Exception as error:
         if isinstance(error, Interrupted) and _helper_process():
             sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
         if debug:

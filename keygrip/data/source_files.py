@@ -6,6 +6,7 @@ macOS leaves notes beside files on disks and in archives that are not its own: `
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 MACOS_NOTES = "__MACOSX"
@@ -25,3 +26,15 @@ def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
     """
     found = folder.rglob("*") if below else folder.glob("*")
     return sorted(path for path in found if path.name.lower().endswith(endings) and not is_hidden(path))
+
+
+def file_below(source: Path, folder: Path, name: str) -> Path:
+    """A file of a collection that a list of it names, relative to a folder there.
+
+    Raises:
+        ValueError: it lies outside the collection.
+    """
+    path = Path(os.path.normpath(folder / name))
+    if not path.is_relative_to(os.path.normpath(source)):
+        raise ValueError(f"it names the file {name[:200]!r}, which lies outside of {source}")
+    return path

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from keygrip.data.batches import normalised
-from keygrip.inference.prompts import Message, PromptReader, check
+from keygrip.inference.prompts import Message, PromptReader, check, refuse_message
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
@@ -99,7 +99,7 @@ class KeygripProcessor(ProcessorMixin):
                 "'user', 'content': [{'type': 'video', 'video': 'a.mp4'}, {'type': 'text', 'text': 'What happens?'}]}])"
             )
         _check_tensors(return_tensors)
-        _check_list(conversations)
+        refuse_message(conversations)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         talks: Any = conversations if several else [conversations]
         for talk in talks:
@@ -152,7 +152,7 @@ class KeygripProcessor(ProcessorMixin):
         """
         _check_tensors(return_tensors)
         if not tokenize:
-            _check_list(conversation)
+            refuse_message(conversation)
             several = bool(conversation) and not isinstance(conversation[0], Mapping)
             talks: Any = conversation if several else [conversation]
             said = [self._with_system(talk) for talk in talks]
@@ -170,11 +170,6 @@ class KeygripProcessor(ProcessorMixin):
         if self.system is None or (talk and talk[0].get("role") == "system"):
             return talk
         return [{"role": "system", "content": self.system}, *talk]
-
-
-def _check_list(conversations: Any) -> None:
-    if isinstance(conversations, Mapping | str):
-        raise ValueError('a conversation is a list of messages: [{"role": "user", "content": ...}]')
 
 
 def _check_tensors(return_tensors: str | None) -> None:

@@ -108,6 +108,12 @@ class PromptReader:
         return fitted, tuple(map(float, kept))
 
 
+def refuse_message(conversations: Any) -> None:
+    """Raises ValueError: a message or a text in the place of conversations."""
+    if isinstance(conversations, Mapping | str):
+        raise ValueError('a conversation is a list of messages: [{"role": "user", "content": ...}]')
+
+
 def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
     """Checks a conversation without decoding anything; its turns, with a `MARK` for each image and video.
 

@@ -19,12 +19,21 @@ import torch
 from torch import Tensor
 
 from keygrip.exporting.folder import model_card, write_export
-from keygrip.inference.prompts import MARK, Message, Prompt, PromptReader, at_its_place, check, padded_frames
+from keygrip.inference.prompts import (
+    MARK,
+    Message,
+    Prompt,
+    PromptReader,
+    at_its_place,
+    check,
+    padded_frames,
+    refuse_message,
+)
 from keygrip.models.foveated_vlm.generation import check_room, check_temperature, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, pieces
-from keygrip.training.checkpoints import load_module, read_checkpoint, run_content, weights_of
+from keygrip.training.checkpoints import WEIGHTS_ARE, load_module, read_checkpoint, run_content, weights_of
 from keygrip.training.integrity import refuse_unfit_weights
 
 BATCH_ROWS = 64  # conversations that are answered together at most
@@ -66,6 +75,7 @@ class VideoChat:
         weights = self.module.state_dict()
         content, which = self._described(weights)
         files, facts = self.module.export_files()
+        content[WEIGHTS_ARE] = which
         card = model_card(Path(folder).name, content, weights, which, {}, self.module.usage)
         return write_export(folder, content, weights, card, files=files, facts=facts)
 
@@ -130,8 +140,7 @@ class VideoChat:
         check_temperature(temperature)
         _check_count(max_new_tokens)
         _check_count(batch_frames, "batch_frames")
-        if isinstance(conversations, Mapping | str):
-            raise ValueError('a conversation is a list of messages: [{"role": "user", "content": ...}]')
+        refuse_message(conversations)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         wanted: Any = conversations if several else [conversations]
         how = mode or self.module.answer_mode

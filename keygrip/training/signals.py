@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -22,14 +24,17 @@ class Interrupted(Exception):
 RECEIVED: list[int] = []  # numbers of signals that ended this command
 
 
-def unmasked(error: Exception) -> Exception:
-    """The `Interrupted` that libraries made another error of (torch's `load_state_dict` collects all exceptions as
-    weights that do not fit), or the error itself."""
-    if not RECEIVED or isinstance(error, Interrupted):
-        return error
-    stop = Interrupted(f"stopped by {signal.Signals(RECEIVED[-1]).name}", RECEIVED[-1])
-    stop.__cause__ = error
-    return stop
+def unmasked(run: Callable[[Any], Any], cfg: Any) -> Any:
+    """``run(cfg)``, whose `Interrupted` stays one where a library makes another error of it: torch's `load_state_dict`
+    collects all exceptions as weights that do not fit."""
+    try:
+        return run(cfg)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if not RECEIVED:
+            raise
+        raise Interrupted(f"stopped by {signal.Signals(RECEIVED[-1]).name}", RECEIVED[-1]) from error
 
 
 class SweepInterrupted(BaseException):

@@ -86,13 +86,7 @@ def run_job(
             cfg.resume = (folder / CHECKPOINT).is_file()
     try:
         _refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
-        try:
-            figures = run(cfg)
-        except Exception as error:
-            stopped = unmasked(error)
-            if stopped is error:
-                raise
-            raise stopped from error
+        figures = unmasked(run, cfg)
     except Interrupted as stop:
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
         raise SweepInterrupted(stop.signal_number, str(stop)) from stop

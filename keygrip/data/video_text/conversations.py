@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
-from keygrip.data.image_text.decoding import upright
+from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
@@ -288,10 +288,9 @@ def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
 
 
 def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: it is broken, cut off, too large or animated."""
+    """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: broken, cut off, too large, several frames."""
     with open_image(content) as opened:
-        if getattr(opened, "n_frames", 1) > 1 and opened.format in ("GIF", "PNG", "WEBP"):
-            raise ValueError(f"it is an animated {opened.format}: give a video file, or its first frame as an image")
+        refuse_frames(opened)
         if fit == "stretch":
             opened.draft("RGB", (size, size))
         return shown_image(opened, size, fit)

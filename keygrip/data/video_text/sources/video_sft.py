@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
-from keygrip.data.source_files import files_in
+from keygrip.data.source_files import file_below, files_in
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
@@ -188,10 +187,7 @@ def _below(source: Path, folder: Path, name: object) -> Path:
     """A file that a list names. Raises ValueError: it lies outside the collection."""
     if not isinstance(name, str):
         raise ValueError(f"it names a file by {str(name)[:80]!r}, which is no text")
-    path = Path(os.path.normpath(folder / name))
-    if not path.is_relative_to(os.path.normpath(source)):
-        raise ValueError(f"it names the file {name[:200]!r}, which lies outside of {source}")
-    return path
+    return file_below(source, folder, name)
 
 
 def _answers(given: Any) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.shards.writer import compressed_shards, tar_files
-from keygrip.data.source_files import files_in
+from keygrip.data.source_files import file_below, files_in
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     TEXT,
@@ -167,11 +166,13 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                     rows[key] = WebVidRow(key, source, "", f"{key}: it has no videoid or no page_dir")
                     continue
                 key = line["videoid"].strip()
-                videos = os.path.normpath(source / "videos")
-                video = Path(os.path.normpath(Path(videos, line["page_dir"].strip(), f"{key}.mp4")))
-                if not video.is_relative_to(videos) or "/" in key:
-                    problem = f"row {number} of {path.name}: its video {str(video)[:200]} lies outside of {videos}"
-                    rows[problem] = WebVidRow(f"row {number} of {path.name}", source, "", problem)
+                try:
+                    video = file_below(source, source / "videos" / line["page_dir"].strip(), f"{key}.mp4")
+                    if "/" in key:  # it names the sample in its shard
+                        raise ValueError(f"its videoid {key[:200]!r} is a path")
+                except ValueError as error:
+                    key = f"row {number} of {path.name}"
+                    rows[key] = WebVidRow(key, source, "", f"{key}: {error}")
                     continue
                 row = rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
                 if row.text != (line["name"] or ""):

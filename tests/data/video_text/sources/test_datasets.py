@@ -192,6 +192,7 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
     lines += [("11", "a", "A dog runs again."), ("15", "b", "Cut off.")]
     write_video(tmp_path / "secret.mp4", 1)
     lines += [("../../../secret", "a", "x"), ("secret", "../..", "x"), (str(tmp_path / "secret"), "", "x")]
+    lines += [("../a/11", "b", "x")]
     for name, folder, seconds in (("11", "a", 3), ("12", "a", 0.5), ("14", "b", 1), ("15", "b", 6)):
         path = write_video(source / "videos" / folder / f"{name}.mp4", seconds)
         if name == "15":
@@ -201,10 +202,11 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
         writer.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
         writer.writerows([(key, "https://example.org", "PT00H00M03S", folder, name) for key, folder, name in lines])
     report = webvid(source, tmp_path / "set", SIZE, videos_per_shard=2, workers=2, max_failed_share=0.8)
-    assert (report["samples"], report["failed"]) == (2, 6)
+    assert (report["samples"], report["failed"]) == (2, 7)
     found = samples(tmp_path / "set")
     reasons = "".join(path.read_text() for path in (tmp_path / "set").rglob("*.failed.json"))
     assert reasons.count("lies outside of") == 3
+    assert "its videoid '../a/11' is a path" in reasons
     assert shades(found["11"].frames) == [0, 1, 2]
     assert len(found["12"].frames) == 1
     assert [turn.text for turn in found["11"].conversations[0].turns] == [REQUEST, "A dog runs."]
@@ -447,7 +449,7 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         "its `conversations` is no list",
         "a turn of its `conversations` is no object",
         "it has `start` or `end`",
-        "it is an animated WEBP",
+        "it has 2 frames or pages",
     ):
         assert why in reasons
     assert "scenes.json is not read: none of its 1 entries has conversations or messages" in caplog.text
