@@ -122,6 +122,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch_folder(beside: str | Path) -> Iterator[Path]:
+    """An empty hidden folder beside ``beside``, for files that are moved from it; removed when the block ends.
+
+    Raises:
+        DiskFullError: the disk or the quota is full.
+    """
+    target = Path(beside)
+    temporary = temporary_beside(target)
+    temporary.mkdir()
+    try:
+        with full_disk_is_named(target):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     """Holds an exclusive lock on a file, across processes; the lock ends with the block or with the process.
 

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 
-from keygrip.artifacts import atomic_write
+from keygrip.artifacts import scratch_folder
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
 from keygrip.inference.idle_guidance import refuse_idle_guidance
+from keygrip.inference.image_files import (
+    files_of,
+    move_files,
+    nearest_existing,
+    refuse_folder,
+    write_grids,
+    write_image,
+)
 from keygrip.inference.image_requests import SampleRequest, requested, texts_of
 from keygrip.inference.references import (
     Reference,
     conditions_of,
+    decoded_file,
     edit_of,
     image_size,
     open_mask,
     open_reference,
 )
 from keygrip.inference.steered_images import strength_of
-from keygrip.models.patch_dit.figures import as_bytes, image_grid
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 from keygrip.progress import Progress
@@ -41,7 +46,6 @@ from keygrip.training.strategies import automatic_precision
 log = logging.getLogger(__name__)
 
 MOST_PIXELS = 2**24  # of an image: 4096 x 4096
-GRID_ROWS = 24  # rows of one grid file
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     """
     requests = requested(cfg)
     steering = steering_of(cfg, requests)
-    if cfg.run_dir:  # before anything is drawn
-        _refuse_folder(Path(cfg.run_dir))
+    if cfg.run_dir:  # before the model is read
+        refuse_folder(Path(cfg.run_dir))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module = load_module(
@@ -91,17 +95,28 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     named = {name for name, value in given.items() if value is not None}
     refuse_idle_guidance(module, named, sampling, words, images, masks=bool(steering.image_masks))
     buckets = buckets_of(cfg.size, module, requests, steering)
+    files = files_of(requests, buckets)
+    target = Path(cfg.run_dir) if cfg.run_dir else _samples_of(file)
+    files.refuse_names(target)
+
+    def shown(number: int) -> list[Tensor]:
+        opened = (open_reference(image, buckets[number], module.encoders) for image in requests[number].images)
+        return [reference.shown for reference in opened]
+
     started = time.perf_counter()
-    drawn, references = draw(module, requests, buckets, sampling, cfg.batch_size, steering)
-    wall_s = time.perf_counter() - started
-    folder = Path(cfg.run_dir) if cfg.run_dir else _folder_beside(file)
-    files, grids = write(folder, requests, drawn, references)
+    with scratch_folder(nearest_existing(target) / "samples") as scratch:  # on the same disk
+        for number, image in draw(module, requests, buckets, sampling, cfg.batch_size, steering):
+            write_image(scratch / files.images[number], image)
+        wall_s = time.perf_counter() - started
+        write_grids(scratch, files, shown)
+        folder = target if cfg.run_dir else new_folder(target, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        move_files(scratch, folder, files)
     sizes = [[bucket.width, bucket.height] for bucket in buckets]
     log.info("%d images of %s in %.1f s: %s", len(requests), buckets[0].name, wall_s, folder)
     return {
-        "images": [str(path) for path in files],
-        "grid": str(grids[0]),
-        "grids": [str(path) for path in grids],
+        "images": [str(folder / name) for name in files.images],
+        "grid": str(folder / files.grids[0]),
+        "grids": [str(folder / name) for name in files.grids],
         "prompts": [request.prompt for request in requests],
         "references": [request.reference for request in requests],
         "seeds": [request.seed for request in requests],
@@ -187,22 +202,24 @@ def draw(
     sampling: Sampling,
     batch_size: int,
     steering: Steering,
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Images ``[3, H, W]`` in 0..1 on the CPU, and the references of each as they were cropped."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Number of a request and its image ``[3, H, W]`` in 0..1 on the CPU, batch by batch; no batch is kept."""
     encoders = module.ready_encoders()
-    opened: dict[tuple[str, Bucket], Reference] = {}
-    for request, bucket in zip(requests, buckets, strict=True):
-        for image in request.images:
-            if (image, bucket) not in opened:
-                opened[image, bucket] = open_reference(image, bucket, encoders)
     stride = encoders.latent_stride
     half = automatic_precision(module.device.type == "cuda") == "bf16-mixed"
     batches = list(batches_of(requests, buckets, batch_size))
-    images: dict[int, Tensor] = {}
+    if len(batches) > 1:  # before anything is drawn
+        for image in dict.fromkeys(image for request in requests for image in request.images):
+            decoded_file(image, "image")
+    opened: dict[str, Reference] = {}  # of one batch
     with Progress(total=len(batches) * sampling.steps, desc="sampling", unit="step", leave=False) as bar:
         for numbers in batches:
             bucket, batch = buckets[numbers[0]], [requests[number] for number in numbers]
-            references = [[opened[image, bucket] for image in request.images] for request in batch]
+            opened = {
+                image: open_reference(image, bucket, encoders)
+                for image in dict.fromkeys(image for request in batch for image in request.images)
+            }
+            references = [[opened[image] for image in request.images] for request in batch]
             prompts = [] if batch[0].prompt is None else [str(request.prompt) for request in batch]
             masks = _masks_of(references, steering.image_masks)
             conditions = conditions_of(module, prompts, references, masks, bucket)
@@ -217,9 +234,7 @@ def draw(
                 )
             if below is not None:  # pixels that stay are those of the file, whatever the autoencoder makes of them
                 found = below[1] * found + (1 - below[1]) * below[0]
-            images |= dict(zip(numbers, found, strict=True))
-    shown = [[opened[image, b].shown for image in r.images] for r, b in zip(requests, buckets, strict=True)]
-    return [images[number] for number in range(len(requests))], shown
+            yield from zip(numbers, found, strict=True)
 
 
 def _edit(
@@ -243,47 +258,7 @@ def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -
     return masks
 
 
-def write(
-    folder: Path, requests: Sequence[SampleRequest], images: Sequence[Tensor], references: Sequence[Sequence[Tensor]]
-) -> tuple[list[Path], list[Path]]:
-    """The files: every image, and grids with a row for each pair of words and references, the references first.
-
-    Raises:
-        ValueError: a folder has the name of one. OSError: they cannot be written; none of them is there then, but
-            files of their names that were there before may be gone.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[tuple[Any, ...], tuple[str, list[Tensor]]] = {}
-    for request, drawn, shown in zip(requests, images, references, strict=True):
-        key = request.prompt, request.images, tuple(drawn.shape)  # titles are no key: they leave out folders
-        rows.setdefault(key, (request.title, list(shown)))[1].append(drawn)
-    titled = [(title, torch.stack(row)) for title, row in rows.values()]
-    files = [folder / f"{n:03d}_seed{request.seed}.png" for n, request in enumerate(requests)]
-    frames = [as_bytes(image[None])[0] for image in images]
-    grids = []
-    for start in range(0, len(titled), GRID_ROWS):
-        grids.append(folder / (f"grid_{start // GRID_ROWS:02d}.png" if start else "grid.png"))
-        frames.append(image_grid(titled[start : start + GRID_ROWS]))
-    for path in (*files, *grids):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder, and an image would have its name: give another run_dir")
-    with ExitStack() as undone:
-        for path, frame in zip([*files, *grids], frames, strict=True):
-            with atomic_write(path) as file:
-                Image.fromarray(frame).save(file, "PNG")
-            undone.callback(path.unlink, missing_ok=True)
-        undone.pop_all()
-    return files, grids
-
-
-def _refuse_folder(folder: Path) -> None:
-    """Raises ValueError: no folder can be made there. Nothing is made yet: a failure leaves nothing behind."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"run_dir={folder}: {there} is {'not writable' if there.is_dir() else 'no folder'}")
-
-
-def _folder_beside(checkpoint: Path) -> Path:
-    """A new folder for these samples in the run's own."""
+def _samples_of(checkpoint: Path) -> Path:
+    """The folder of a run in which each command's samples have a folder of their own."""
     run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return new_folder(run_folder / "samples", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return run_folder / "samples"

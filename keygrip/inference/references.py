@@ -62,7 +62,7 @@ def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "
     Raises:
         FileNotFoundError, ValueError: there is none, or it cannot be read.
     """
-    return reference_of(_decoded(image, name), bucket, encoders, image)
+    return reference_of(decoded_file(image, name), bucket, encoders, image)
 
 
 def reference_of(whole: Image, bucket: Bucket, encoders: Encoders, called: str) -> Reference:
@@ -84,7 +84,7 @@ def open_mask(mask: str, of: Reference, name: str) -> Tensor:
         FileNotFoundError, ValueError: there is none, it cannot be read, or it has another shape than the image, so
             that nobody knows which part of the image it covers; or parts of it are transparent, which says nothing.
     """
-    whole = _decoded(mask, name)
+    whole = decoded_file(mask, name)
     try:
         with open_image(mask) as image:
             refuse_transparency(image)
@@ -109,7 +109,7 @@ def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32).mean(axis=2) / 255)[None]
 
 
-def _decoded(image: str, name: str) -> Image:
+def decoded_file(image: str, name: str) -> Image:
     """A whole image in RGB. Raises FileNotFoundError, ValueError: there is none, or it cannot be read."""
     if not Path(image).exists():
         raise FileNotFoundError(f"{name}={image}: there is no such file")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,7 +233,7 @@ def test_masks_that_say_nothing_are_refused(
 def test_images_that_cannot_all_be_written_leave_none(
     drawn: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keygrip.inference import images
+    from keygrip.inference import image_files
 
     (tmp_path / "out" / "002_seed2.png").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"002_seed2\.png is a folder"):
@@ -243,10 +245,76 @@ def test_images_that_cannot_all_be_written_leave_none(
             raise OSError(28, "no space left")
         return atomic_write(path)
 
-    monkeypatch.setattr(images, "atomic_write", full)
+    monkeypatch.setattr(image_files, "atomic_write", full)
     with pytest.raises(OSError, match="no space left"):
         drawn("prompt=thing", "samples=3", "steps=1", name="full")
-    assert not list((tmp_path / "full").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_batch_is_kept(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of images fit: while a batch is drawn, the one before last and its references are gone."""
+    from keygrip.inference import images
+    from keygrip.models.patch_dit.module import PatchDiTModule
+
+    alive: list[tuple[int, int]] = []
+    kept: dict[str, list[weakref.ref[Any]]] = {"images": [], "references": []}
+    draw, open_reference = PatchDiTModule.draw, images.open_reference
+
+    def remembered(kind: str, value: Any) -> Any:
+        kept[kind].append(weakref.ref(value))
+        return value
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        alive.append((sum(r() is not None for r in kept["images"]), sum(r() is not None for r in kept["references"])))
+        return remembered("images", draw(*args, **kwargs))
+
+    monkeypatch.setattr(PatchDiTModule, "draw", count)
+    monkeypatch.setattr(images, "open_reference", lambda *a: remembered("references", open_reference(*a)))
+    rows = []
+    for number in range(8):
+        Image.new("RGB", (60, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png"}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    result = drawn(f"prompts={tmp_path / 'prompts.jsonl'}", "batch_size=2", "steps=1")
+    assert len(result["images"]) == 8
+    assert len(alive) == 4
+    assert max(images for images, _ in alive) <= 1
+    assert max(references for _, references in alive) <= 4
+
+
+def test_a_broken_reference_is_said_before_anything_is_drawn(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keygrip.models.patch_dit.module import PatchDiTModule
+
+    whole = (trained / "one.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its size can be read
+    monkeypatch.setattr(PatchDiTModule, "draw", lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(ValueError, match=r"image=.*cut\.png cannot be read as an image"):
+        drawn(f"image=[{trained / 'one.png'},{tmp_path / 'cut.png'}]", "batch_size=1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_of_a_grid_has_an_end(
+    drawn: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keygrip.inference import image_files
+
+    titles: list[str] = []
+    real = image_files.image_grid
+    monkeypatch.setattr(image_files, "GRID_COLUMNS", 2)
+    monkeypatch.setattr(image_files, "image_grid", lambda rows: titles.extend(t for t, _ in rows) or real(rows))
+    result = drawn("prompt=thing", "samples=5", "steps=1", "size=16")
+    assert titles == ["thing (the first 2 of 5)"]
+    assert len(result["images"]) == 5
+    scale = 6  # images below 96 pixels are shown larger
+    first = pixels(result["images"][0]).repeat(scale, axis=0).repeat(scale, axis=1)
+    grid = pixels(result["grid"])
+    assert grid.shape[1] == 2 * (16 * scale + 2)
+    np.testing.assert_array_equal(grid[-first.shape[0] - 1 : -1, 1 : 1 + first.shape[1]], first)
 
 
 def test_several_references_and_their_regions(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import keygrip.sample  # declares the schema  # noqa: F401
 from keygrip.config import compose
 from keygrip.data.image_text.crops import Bucket
 from keygrip.inference import images
+from keygrip.inference.image_files import files_of
 from keygrip.inference.image_requests import SampleRequest, requested
 from keygrip.inference.references import open_mask, open_reference
 
@@ -119,16 +119,8 @@ def test_a_mask_of_another_shape_is_refused(tmp_path: Path, size: tuple[int, int
 # ---- grids -----------------------------------------------------------------------------------------------------------
 
 
-def test_references_of_one_name_have_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[Any] = []
-    real = images.image_grid
-
-    def seen(titled: Any) -> Any:
-        rows.extend((title, len(row)) for title, row in titled)
-        return real(titled)
-
-    monkeypatch.setattr(images, "image_grid", seen)
+def test_references_of_one_name_have_rows_of_their_own() -> None:
     requests = [SampleRequest("x", (f"{folder}/ref.png",), seed) for folder in "ab" for seed in (0, 1)]
-    drawn, references = [torch.rand(3, 16, 16) for _ in requests], [[torch.zeros(3, 16, 16)] for _ in requests]
-    images.write(tmp_path, requests, drawn, references)
-    assert rows == [("ref.png: x", 3)] * 2  # the reference, and an image of each seed
+    files = files_of(requests, [SQUARE] * 4)
+    assert files.rows == (("ref.png: x", (0, 1)), ("ref.png: x", (2, 3)))
+    assert files.images == ("000_seed0.png", "001_seed1.png", "002_seed0.png", "003_seed1.png")
