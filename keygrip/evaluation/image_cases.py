@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,13 @@ UNASKED = {
     "changed_words": CHANGED_NONE,
     "scales": CHANGED_NONE,
 }
+# Settings that only some cases read.
+NEEDS = {
+    "text_scales": ("scales",),
+    "dino_scales": ("scales",),
+    "step_counts": ("steps",),
+    "replace_words": ("changed_words", "scales"),
+}
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -73,7 +80,8 @@ class ImageSuite:
             kind is clip, and otherwise they are not.
 
     Raises:
-        ValueError: an unknown case, a number below 1, or a word to replace that is none.
+        ValueError: an unknown case, a number below 1, a word to replace that is none, or a setting of a case that is
+            not among `cases`.
     """
 
     cases: Sequence[str] | None = None
@@ -113,6 +121,16 @@ class ImageSuite:
         for word in self.replace_words:
             if not WORD.fullmatch(str(word)):
                 raise ValueError(f"replace_words: {word!r} is not a single word")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Raises ValueError: a setting has no effect, because its case is left out."""
+        for name, needed in NEEDS.items():
+            usual: Any = ImageSuite.__dataclass_fields__[name].default
+            default = [] if usual is MISSING else list(usual)
+            if self.cases is None or set(needed) & set(self.cases) or list(getattr(self, name)) == default:
+                continue
+            raise ValueError(f"{name} has no effect without the case {' or '.join(needed)} in cases: leave it out")
 
 
 @dataclass(frozen=True)

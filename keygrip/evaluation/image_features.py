@@ -49,7 +49,7 @@ class FeatureOptions:
             spread evenly over the set; they are held in memory, 786 kB each at 512 px.
 
     Raises:
-        ValueError: an unknown kind, or weights that it does not take or lacks.
+        ValueError: an unknown kind, weights that it does not take or lacks, or settings of another kind.
     """
 
     kind: str = "trained"
@@ -76,6 +76,15 @@ class FeatureOptions:
             )
         if self.width % 4:
             raise ValueError(f"features.width={self.width} must divide by 4")
+        if self.kind != "dinov3":
+            self._refuse_idle(["variant"], "of dinov3")
+        if self.kind != "trained":
+            self._refuse_idle(["width", "steps", "batch_size", "lr", "training_images"], "of an encoder trained here")
+
+    def _refuse_idle(self, names: list[str], whose: str) -> None:
+        for name in names:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"features.{name} is {whose} and has no effect with features.kind={self.kind}")
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,8 @@ def test_the_encoder_is_trained_on_so_many_images_at_most(tmp_path: Path, monkey
         ({"kind": "inception"}, "name its file"),
         ({"weights": "a.pt"}, "leave weights out"),
         ({"steps": 0}, "at least 1"),
+        ({"variant": "dinov3_vitb16"}, "variant is of dinov3 and has no effect with features.kind=trained"),
+        ({"kind": "clip", "weights": "a", "steps": 9}, "steps is of an encoder trained here and has no effect"),
     ],
 )
 def test_feature_options(options: dict[str, object], message: str) -> None:

@@ -33,7 +33,11 @@ from keygrip.training.checkpoints import build_module
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
 FAST = FeatureOptions(width=8, steps=2, batch_size=4)
 SETTINGS: dict[str, Any] = {"images": 6, "grid_images": 2, "shown": 4, "classifier": QUICK, "features": FAST}
-SETTINGS |= {"batch_size": 4, "text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0), "step_counts": (1, 2)}
+SETTINGS |= {"batch_size": 4}
+OF_CASES: dict[str, dict[str, Any]] = {
+    "scales": {"text_scales": (1.0, 3.0), "dino_scales": (0.0, 2.0)},
+    "steps": {"step_counts": (1, 2)},
+}
 # the encoders of image_sets, as overrides
 ENCODERS = ["encoders.text.length=8", "encoders.text.width=8"]
 
@@ -95,9 +99,15 @@ def _centre(weight: torch.Tensor) -> torch.Tensor:
 SEEN = TrainedClassifier(Seer(), ClassifierError(4, 0.1, 0.1, 1.0, 1.0, 1.0), "seer")  # type: ignore[arg-type]
 
 
+def quick(**options: Any) -> ImageSuite:
+    """Of few images and, for the cases that are asked for, of few settings."""
+    asked = [settings for case, settings in OF_CASES.items() if case in (options.get("cases") or CASES)]
+    return ImageSuite(**{name: v for part in (SETTINGS, *asked, options) for name, v in part.items()})
+
+
 def suite_of(root: Path, classifier: TrainedClassifier | None = SEEN, **options: Any) -> Suite:
     data = shards(root)
-    return Suite(module_for(data), data, classifier, ImageSuite(**{**SETTINGS, **options}))
+    return Suite(module_for(data), data, classifier, quick(**options))
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -216,9 +226,9 @@ def test_sampling_can_be_changed(root: Path) -> None:
 def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     without = module_for(data, "model.network.use_dino_patches=false")
-    assert "shuffled_patches" not in Suite(without, data, SEEN, ImageSuite(**SETTINGS)).cases()
+    assert "shuffled_patches" not in Suite(without, data, SEEN, quick()).cases()
     with pytest.raises(ValueError, match="the network has no patches"):
-        Suite(without, data, SEEN, ImageSuite(**SETTINGS, cases=["shuffled_patches"])).cases()
+        Suite(without, data, SEEN, quick(cases=["shuffled_patches"])).cases()
     blind = suite_of(root, None)
     assert blind.cases() == ["reconstruction", "dino_swap", "text_only", "shuffled_patches", "scales", "steps"]
     assert (blind.scaled_case, suite_of(root).scaled_case) == ("reconstruction", "changed_words")
@@ -229,11 +239,11 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
         suite_of(root, sampling={"guidance": "none", "text_scale": 6})
     drawn = module_for(data, "model.sampling.guidance=none", "model.sampling.timestep_shift=1")
     drawn.few_steps = FewSteps(drawn.sampling.steps, 1, drawn.sampling)
-    assert not {"steps", "scales"} & set(Suite(drawn, data, SEEN, ImageSuite(**SETTINGS)).cases())
+    assert not {"steps", "scales"} & set(Suite(drawn, data, SEEN, quick()).cases())
     with pytest.raises(ValueError, match="steps cannot be evaluated: the model is a student"):
-        Suite(drawn, data, SEEN, ImageSuite(**SETTINGS, cases=["steps"])).cases()
+        Suite(drawn, data, SEEN, quick(cases=["steps"])).cases()
     with pytest.raises(ValueError, match="a student of 2 windows is drawn with"):
-        Suite(drawn, data, SEEN, ImageSuite(**SETTINGS, sampling={"steps": 4}))
+        Suite(drawn, data, SEEN, quick(sampling={"steps": 4}))
     with pytest.raises(ValueError, match="give replace_words"):
         suite_of(root, None, cases=["changed_words"]).cases()
     told = suite_of(root, None, replace_words={"cube": "ball"})
@@ -251,6 +261,9 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
         ({"lpips": "vgg"}, "choose auto or none"),
         ({"split": "tset"}, "choose val or test"),
         ({"replace_words": {"hot dog": "cat"}}, "'hot dog' is not a single word"),
+        ({"cases": ["text_only"], "replace_words": {"dog": "cat"}}, "replace_words has no effect without the case"),
+        ({"cases": ["steps"], "text_scales": [1.0]}, "text_scales has no effect without the case scales"),
+        ({"cases": ["scales"], "step_counts": [4]}, "step_counts has no effect without the case steps"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
@@ -261,8 +274,8 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
 def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:
     data = ImageShards(batch_size=1, root=root, num_workers=0)
     data.setup()
-    options = {**SETTINGS, "batch_size": None, "cases": ["dino_swap"]}
-    cases = run_suite(module_for(data), data, ImageSuite(**options), tmp_path)[0]["cases"]
+    options = {"batch_size": None, "cases": ["dino_swap"]}
+    cases = run_suite(module_for(data), data, quick(**options), tmp_path)[0]["cases"]
     assert cases["dino_swap"]["images"] == cases["another_picture"]["images"] == 6
     with pytest.raises(ValueError, match="batch_size=1: at least 2"):
         ImageSuite(batch_size=1)
@@ -277,12 +290,12 @@ def test_a_case_that_was_asked_for_and_has_no_image_is_an_error(
     alone: dict[str, Any] = {"images": 1, "grid_images": 1}
     with pytest.raises(ValueError, match="dino_swap applies to none of the images: no batch holds two of one bucket"):
         suite_of(root, **alone, cases=["dino_swap"]).evaluate()
-    words = {**alone, "replace_words": {"zebra": "horse"}}
+    words: dict[str, Any] = {**alone, "replace_words": {"zebra": "horse"}}
     with pytest.raises(ValueError, match="changed_words applies to none of the images: no caption holds a word"):
         suite_of(root, **words, cases=["changed_words"]).evaluate()
     data = shards(root)
     with pytest.raises(ValueError, match="scales applies to none"):
-        run_suite(module_for(data), data, ImageSuite(**{**SETTINGS, **words, "cases": ["scales"]}), tmp_path)
+        run_suite(module_for(data), data, quick(**words, cases=["scales"]), tmp_path)
     with caplog.at_level("WARNING"):
         suite_of(root, **alone).evaluate()
     assert "dino_swap applies to none of the images" in caplog.text
@@ -292,7 +305,7 @@ def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 6}, small_encoders(), {"train": 0, "val": 50})
     data = shards(tmp_path)
     with pytest.raises(ValueError, match="has no test images: choose another split"):
-        Suite(module_for(data), data, SEEN, ImageSuite(**SETTINGS)).evaluate()
+        Suite(module_for(data), data, SEEN, quick()).evaluate()
 
 
 # ---- distances -------------------------------------------------------------------------------------------------------
@@ -341,7 +354,7 @@ def test_means_are_over_pictures_and_not_over_batches() -> None:
 
 def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
-    figures, pictures = run_suite(module_for(data), data, ImageSuite(**SETTINGS), tmp_path / "out")
+    figures, pictures = run_suite(module_for(data), data, quick(), tmp_path / "out")
     assert set(figures["cases"]) == {*CASES, "another_picture", "real"} - {"scales", "steps"}
     curve = [(row["case"], row["steps"], row["evaluations"]) for row in figures["steps"]]  # three and two branches
     assert curve == [("reconstruction", 1, 3), ("reconstruction", 2, 6), ("text_only", 1, 2), ("text_only", 2, 4)]
@@ -382,8 +395,8 @@ def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path
     pytest.importorskip("transformers")
     write_tiny_clip(tmp_path)
     cases = ["reconstruction", "text_only", "changed_words", "scales"]
-    told = {**SETTINGS, "cases": cases, "clip": str(tmp_path), "replace_words": {"cube": "ball"}, "text_scales": (2.0,)}
-    suite = Suite(module_for(shards(root)), shards(root), None, ImageSuite(**told))
+    told = {"cases": cases, "clip": str(tmp_path), "replace_words": {"cube": "ball"}, "text_scales": (2.0,)}
+    suite = Suite(module_for(shards(root)), shards(root), None, quick(**told))
     found = suite.evaluate()
     assert {"clip_similarity"} <= set.intersection(*(set(figures) for figures in found.values()))
     assert found["real"]["clip_similarity"] != found["another_picture"]["clip_similarity"]
@@ -399,7 +412,7 @@ def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path
 def test_the_same_model_gives_the_same_figures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     module = module_for(data)
-    options = ImageSuite(**{**SETTINGS, "cases": ["reconstruction", "shuffled_patches"]})
+    options = quick(cases=["reconstruction", "shuffled_patches"])
     first, second = (run_suite(module, data, options, tmp_path / name)[0] for name in "ab")
     assert first == second
 
@@ -409,7 +422,7 @@ def test_shuffled_patches_change_what_is_drawn_only_where_they_have_places(root:
     drawn = {}
     for places in (True, False):
         module = module_for(data, f"model.network.patch_positions={str(places).lower()}")
-        suite = Suite(module, data, SEEN, ImageSuite(**SETTINGS))
+        suite = Suite(module, data, SEEN, quick())
         batch, real, numbers = next(iter(suite.batches(4)))
         size = (batch.latents.shape[2], batch.latents.shape[3])
         cases = [suite.ask(case, batch, real, numbers) for case in ("reconstruction", "shuffled_patches")]
