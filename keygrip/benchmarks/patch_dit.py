@@ -177,17 +177,17 @@ class DiTCurve:
         """For each setting `distance`, `ms` an image and branch `evaluations`, under names such as `heun_10_...`."""
         count = self.quick_samples if quick else self.samples
         with threads(self.threads):
-            network, conditions, size, usual = self._trained(
+            network, conditions, size, usual, guide = self._trained(
                 count, self.quick_train_steps if quick else self.train_steps
             )
             steps = self.quick_exact_steps if quick else self.exact_steps
             everywhere = replace(usual, interval=(0.0, 1.0), solver="heun", steps=steps)
-            exact = sample(network, conditions, size, everywhere, range(count))
+            exact = sample(network, conditions, size, everywhere, range(count), guide=guide)
             figures: dict[str, float] = {"latent_std": round(float(exact.std()), 4)}
             for solver, steps, low, high in Progress(self.settings, desc="settings", unit="setting", leave=False):
                 sampling = replace(usual, solver=solver, steps=int(steps), interval=(float(low), float(high)))
                 drawn, seconds, evaluations = timed(
-                    network, conditions, size, sampling, range(count), 1 if quick else 3
+                    network, conditions, size, sampling, range(count), 1 if quick else 3, guide
                 )
                 name = f"{solver}_{steps}" + ("" if (low, high) == (0, 1) else f"_interval_{low:g}_{high:g}")
                 figures[f"{name}_distance"] = round(float((drawn - exact).pow(2).mean().sqrt()), 4)
@@ -195,16 +195,20 @@ class DiTCurve:
                 figures[f"{name}_evaluations"] = evaluations
         return figures
 
-    def _trained(self, count: int, train_steps: int) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling]:
+    def _trained(
+        self, count: int, train_steps: int
+    ) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling, PatchDiT | None]:
+        """Network, conditions, size of the latents, sampling, and the guide where the model has one."""
         if self.checkpoint is None:
             toy, usual = ToyImages(), Sampling(text_scale=3.0, dino_scale=2.0)
-            return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual
+            return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual, None
 
         module = load_module(self.checkpoint, expected=PatchDiTModule)
         assert isinstance(module, PatchDiTModule)
         batch = held_out_batch(self.checkpoint, count)
         size = batch.latents.shape[2], batch.latents.shape[3]
-        return module.network, module.statistics.conditions(batch), size, module.sampling_at(size)
+        conditions, way = module.statistics.conditions(batch), module.sampling_at(size)
+        return module.network, conditions, size, way, module.guide_network
 
 
 def held_out_batch(checkpoint: str, count: int) -> ImageTextBatch:
@@ -231,20 +235,24 @@ def timed(
     sampling: Sampling,
     seeds: Sequence[int],
     repetitions: int,
+    guide: PatchDiT | None = None,
 ) -> tuple[Tensor, float, int]:
-    """A sample, the median of the times it took in seconds, and evaluations of branches for each image."""
+    """A sample, the median of the times it took in seconds, and evaluations of branches (the guide's is one) for each
+    image."""
     rows: list[int] = []
-    hook = network.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    networks = [each for each in (network, guide) if each is not None]
+    hooks = [each.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0]))) for each in networks]
     device = next(network.parameters()).device
     seconds = []
     for _ in range(repetitions):
         rows.clear()
         synchronise(device)
         started = time.perf_counter()
-        drawn = sample(network, conditions, size, sampling, seeds)
+        drawn = sample(network, conditions, size, sampling, seeds, guide=guide)
         synchronise(device)
         seconds.append(time.perf_counter() - started)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return drawn, float(np.median(seconds)), sum(rows) // len(seeds)
 
 

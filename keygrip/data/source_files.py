@@ -6,8 +6,11 @@ macOS leaves notes beside files on disks and in archives that are not its own: `
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 MACOS_NOTES = "__MACOSX"
 
@@ -24,8 +27,39 @@ def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
     Args:
         endings: in lower case; several dots may be in one (".tar.gz"). below: in all folders below it too.
     """
-    found = folder.rglob("*") if below else folder.glob("*")
+    found = everything_below(folder) if below else folder.glob("*")
     return sorted(path for path in found if path.name.lower().endswith(endings) and not is_hidden(path))
+
+
+def everything_below(folder: Path) -> list[Path]:
+    """All files and folders below a folder, in the order of paths; linked folders too.
+
+    What several ways lead to is there once: a link to a folder that is read anyway is said in the log and not followed.
+    """
+    found: list[Path] = []
+    read: set[str] = set()
+    twice: list[Path] = []
+    above = {str(path) for path in Path(os.path.realpath(folder)).parents}
+    waiting = [folder]
+    while waiting:
+        here, linked = waiting, list[Path]()
+        for start in here:
+            if os.path.realpath(start) in read | above:
+                twice.append(start)
+                continue
+            for place, folders, files in os.walk(start):
+                real = os.path.realpath(place)
+                if real in read:  # below a linked folder
+                    folders.clear()
+                    continue
+                read.add(real)
+                paths = [Path(place, name) for name in folders]
+                found += [*paths, *(Path(place, name) for name in files)]
+                linked += [path for path in paths if path.is_symlink()]
+        waiting = sorted(linked)  # after everything that lies there by itself, so that a way without links comes first
+    if twice:
+        log.warning("%d links lead to folders that are read anyway (%s, ...)", len(twice), twice[0])
+    return sorted(found)
 
 
 def file_below(source: Path, folder: Path, name: str) -> Path:

@@ -216,11 +216,11 @@ def classifier_for(
         ValueError: there are no held-out images to test it on.
     """
     options = options or ClassifierOptions()
-    first = next(iter(data.held_out("val", 1)), None)
-    if first is None:
-        raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
-    if not has_evidence(first.records):
+    firsts = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
+    if not all(first is None or has_evidence(first.records) for first in firsts.values()):
         return None
+    if firsts["val"] is None:
+        raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
     told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
     fingerprint = hashlib.sha256(json.dumps({**told, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"attribute_classifier-{fingerprint}.pt"

@@ -118,9 +118,11 @@ class ImageSuite:
             raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
         if self.split not in ("train", "val", "test"):
             raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
-        for word in self.replace_words:
-            if not WORD.fullmatch(str(word)):
-                raise ValueError(f"replace_words: {word!r} is not a single word")
+        for word, other in self.replace_words.items():
+            if not isinstance(word, str) or not WORD.fullmatch(word):
+                raise ValueError(f"replace_words: {word!r} is not a single word (a number in quotes is one)")
+            if not isinstance(other, str):
+                raise ValueError(f"replace_words: {word} would become {other!r}, which is no text: put it in quotes")
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
@@ -166,8 +168,24 @@ class Suite:
         folder = options.clip or (options.features.weights if options.features.kind == "clip" else None)
         self.clip = None if folder is None else ClipSimilarity(folder)
         self.colours = [] if classifier is None else classifier.network.colours
+        self._refuse_impossible()
         self._grids: dict[str, list[tuple[Asked, tuple[int, int], int]]] = {}
         self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
+
+    def _refuse_impossible(self) -> None:
+        """Before anything is drawn. Raises ValueError: a way of sampling that is impossible or without effect."""
+        for text in self.options.text_scales:
+            for dino in self.options.dino_scales:
+                self.sampling.replaced(text_scale=float(text), dino_scale=float(dino))
+        for steps in self.options.step_counts:
+            replace(self.sampling, steps=int(steps))
+        sizes = self.module.statistics.latent_sizes
+        guided = [self.module.sampling_at(size, self.sampling).is_guided() for size in sizes]
+        if self.options.sampling.get("interval") is not None and sizes and not any(guided):
+            raise ValueError(
+                f"sampling.interval={list(self.sampling.interval)} has no effect: none of the {self.sampling.steps} "
+                "steps has a noise level in it; sampling.guidance=none draws so"
+            )
 
     @cached_property
     def features(self) -> FeatureEncoder:

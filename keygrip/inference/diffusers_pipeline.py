@@ -31,7 +31,7 @@ from torch import Tensor
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
-from keygrip.inference.steered_images import SteeredImages
+from keygrip.inference.steered_images import MOST_PIXELS, NOT_FINITE, SteeredImages
 from keygrip.models.nn.flow_matching import integrate, noise_levels, shifted
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -193,8 +193,8 @@ class PatchDiTPipeline(DiffusionPipeline):
         module: PatchDiTModule = self.transformer.module
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be at least 1")
+        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be a whole number, at least 1")
         given = {
             **{"steps": num_inference_steps, "guidance": guidance, "solver": solver, "interval": interval},
             **{"text_scale": text_scale, "dino_scale": dino_scale, "full_scale": full_scale, "cls_scale": cls_scale},
@@ -213,6 +213,8 @@ class PatchDiTPipeline(DiffusionPipeline):
         encoders, device = module.ready_encoders(), module.device
         conditions = steered.conditions(bucket).interleaved(num_images_per_prompt)
         total, stride = steered.count * num_images_per_prompt, encoders.latent_stride
+        if isinstance(generator, list | tuple) and len(generator) != total:
+            raise ValueError(f"{len(generator)} generators for {total} images: give one, or one for each image")
         shape = (total, module.network.latent_channels, bucket.height // stride, bucket.width // stride)
         noise = (
             randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
@@ -242,6 +244,8 @@ class PatchDiTPipeline(DiffusionPipeline):
             time = self.scheduler.timesteps[number]
             told = callback_on_step_end(self, number, time, {"latents": x}) or {}
             changed: Tensor = told.get("latents", x)
+            if not isinstance(changed, Tensor) or changed.shape != x.shape:
+                raise ValueError(f"callback_on_step_end gives latents that are no tensor of shape {list(x.shape)}")
             if changed is not x and sampling.solver != "euler":
                 raise ValueError(
                     f"callback_on_step_end gives other latents, and solver={sampling.solver} takes steps of its own: "
@@ -264,6 +268,8 @@ class PatchDiTPipeline(DiffusionPipeline):
 
                     x = integrate(velocity_at, x, sigmas, sampling.solver, on_step)
             drawn = encoders.decode_latents(module.statistics.restored(x)).cpu()
+        if not bool(torch.isfinite(drawn).all()):
+            raise ValueError(NOT_FINITE)
         if start is not None and start.redrawn is not None:  # pixels that stay are the image's own
             drawn = start.redrawn * drawn + (1 - start.redrawn) * start.pixels
         shown: Any = drawn
@@ -297,6 +303,10 @@ class PatchDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"height={height}, width={width}: both are whole numbers of pixels")
             bucket = Bucket(int(sides[0] or 0), int(sides[1] or 0))
             step = stride * module.network.patch_size
+            if bucket.width * bucket.height > MOST_PIXELS:
+                raise ValueError(
+                    f"height={bucket.height}, width={bucket.width}: an image has at most {MOST_PIXELS} pixels"
+                )
             if min(bucket.width, bucket.height) < step or bucket.width % step or bucket.height % step:
                 raise ValueError(
                     f"height={bucket.height}, width={bucket.width}: both must be multiples of {step} pixels"

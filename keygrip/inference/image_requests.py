@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.csv_tables import table_rows
 
 COLUMNS = ("prompt", "image", "seed")
 MOST_REQUESTS = 100_000
+BLENDED = "blend=true puts several images together: give image=[FILE,FILE]"
 SEEDS = range(-(2**63), 2**63)  # torch takes them, and those that follow from them by `samples`
 
 
@@ -65,6 +64,8 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
             raise ValueError(f"{cfg.prompts} names images itself: leave image out")
         pairs = [(row["prompt"], row["image"], row["seed"]) for row in rows]
         shared = tuple(images) if cfg.blend else tuple(images[:1])
+        if cfg.blend and len(images) < 2:
+            raise ValueError(BLENDED)
         if len(images) > 1 and not cfg.blend:
             raise ValueError(f"{len(images)} images for a file of prompts: give one, or blend=true")
         _check_count(len(pairs), cfg.samples)
@@ -79,7 +80,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
         raise ValueError('nothing to draw: give prompt="...", image=FILE, or both')
     if cfg.blend:
         if len(images) < 2:
-            raise ValueError("blend=true puts several images together: give image=[FILE,FILE]")
+            raise ValueError(BLENDED)
         sets: list[tuple[str, ...]] = [tuple(images)]
     else:
         sets = [(image,) for image in images] or [()]
@@ -89,7 +90,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
         if len(values) not in (1, count):
             raise ValueError(f"{len(prompts)} prompts and {len(sets)} images: give as many of each, or one {name}")
     if None in prompts and not images:
-        raise ValueError(f"prompt {prompts.index(None)} of the list is null and there is no image: nothing to draw")
+        raise ValueError(f"prompt {prompts.index(None)} of the list is empty and there is no image: nothing to draw")
     return [
         SampleRequest(prompts[n % len(prompts)], sets[n % len(sets)], cfg.seed + seed)
         for n in range(count)
@@ -115,12 +116,14 @@ def texts_of(name: str, value: Any) -> list[str]:
 
 
 def prompts_of(value: Any) -> list[str | None]:
-    """The prompts of the command line; null, alone or in a list, is none: the image alone steers then.
+    """The prompts of the command line; null or a blank one, alone or in a list, is none: the image alone steers then.
 
     Raises:
         ValueError: what is neither text nor null.
     """
-    return [None if each is None else _text("prompt", each) for each in _each(value)]
+    return [
+        None if each is None or not _text("prompt", each).strip() else _text("prompt", each) for each in _each(value)
+    ]
 
 
 def _each(value: Any) -> list[Any]:
@@ -156,11 +159,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
                 lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
                 rows = [(n, parse_json(line, f"line {n}")) for n, line in lines]
             elif path.suffix == ".csv":
-                table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-                twice = [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]
-                if twice:
-                    raise ValueError(f"line 1: the column {twice[0]} stands there twice")
-                rows = [(table.line_num, row) for row in table]
+                rows = list(table_rows(text))
             else:
                 raise ValueError(f"prompts are a .txt, .jsonl or .csv file, not {path.suffix or 'one without ending'}")
             if not rows:
@@ -178,7 +177,7 @@ def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
     for name in ("prompt", "image"):
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"{where}: its {name} is not text")
-    found = {name: row.get(name) or None for name in ("prompt", "image")}
+    found = {name: (row.get(name) or "").strip() or None for name in ("prompt", "image")}
     seed = row.get("seed")
     if seed in (None, ""):
         seed = None

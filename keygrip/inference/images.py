@@ -16,7 +16,7 @@ from torch import Tensor
 from keygrip.artifacts import scratch_folder
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
-from keygrip.inference.idle_guidance import refuse_idle_guidance
+from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
 from keygrip.inference.image_files import (
     files_of,
     move_files,
@@ -35,7 +35,7 @@ from keygrip.inference.references import (
     open_mask,
     open_reference,
 )
-from keygrip.inference.steered_images import strength_of
+from keygrip.inference.steered_images import MOST_PIXELS, NOT_FINITE, strength_of
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 from keygrip.progress import Progress
@@ -44,8 +44,6 @@ from keygrip.training.run_folder import new_folder
 from keygrip.training.strategies import automatic_precision
 
 log = logging.getLogger(__name__)
-
-MOST_PIXELS = 2**24  # of an image: 4096 x 4096
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,16 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
             module.guide, module.sampling = None, replace(module.sampling, guide_scale=0.0)
     given = {field.name: cfg.get(field.name) for field in fields(Sampling)}
     sampling = module.sampling_with(given)
-    words, images = any((r.prompt or "").strip() for r in requests), any(r.images for r in requests)
+    told = Told(
+        words=any(r.prompt for r in requests),
+        images=any(r.images for r in requests),
+        both=any(r.prompt and r.images for r in requests),
+        masks=bool(steering.image_masks),
+        strength=None if steering.start_image is None else steering.strength,
+        redraws_a_part=steering.redraw is not None,
+    )
     named = {name for name, value in given.items() if value is not None}
-    refuse_idle_guidance(module, named, sampling, words, images, masks=bool(steering.image_masks))
+    refuse_idle_guidance(module, named, sampling, told)
     buckets = buckets_of(cfg.size, module, requests, steering)
     files = files_of(requests, buckets)
     target = Path(cfg.run_dir) if cfg.run_dir else _samples_of(file)
@@ -229,9 +234,7 @@ def draw(
                 seeds = [request.seed for request in batch]
                 found = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
             if not bool(torch.isfinite(found).all()):
-                raise ValueError(
-                    "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
-                )
+                raise ValueError(NOT_FINITE)
             if below is not None:  # pixels that stay are those of the file, whatever the autoencoder makes of them
                 found = below[1] * found + (1 - below[1]) * below[0]
             yield from zip(numbers, found, strict=True)

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
-from keygrip.inference.idle_guidance import refuse_idle_guidance
+from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 
 Images = Image.Image | Sequence[Image.Image] | None
+MOST_PIXELS = 2**24  # of a drawn image: 4096 x 4096
+NOT_FINITE = "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
 USUAL_STRENGTH = 0.6  # of an image that is changed as a whole
 
 
@@ -111,8 +113,16 @@ class SteeredImages:
         Raises:
             ValueError: names the first of them.
         """
-        words = any(prompt.strip() for prompt in self.prompts)
-        refuse_idle_guidance(self.module, given, sampling, words, bool(self.steering), masks=bool(self.masks))
+        words, images = any(prompt.strip() for prompt in self.prompts), bool(self.steering)
+        told = Told(
+            words=words,
+            images=images,
+            both=words and images,
+            masks=bool(self.masks),
+            strength=None if self.start_image is None else self.strength,
+            redraws_a_part=self.redraw is not None,
+        )
+        refuse_idle_guidance(self.module, given, sampling, told)
 
     def conditions(self, bucket: Bucket) -> Conditions:
         """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape."""

@@ -90,6 +90,8 @@ def test_another_classifier_s_file_is_refused(root: Path) -> None:
 def test_without_ground_truth_there_is_no_classifier(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0, "val": 100}, evidence=False)
     assert classifier_for(shards(tmp_path), small_encoders()) is None
+    write_images(tmp_path / "two", {SQUARE: 8}, small_encoders(), {"train": 0, "test": 100}, evidence=False)
+    assert classifier_for(shards(tmp_path / "two"), small_encoders()) is None  # no validation images needed
 
 
 def test_a_classifier_that_could_not_be_tested_is_not_trained(tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
         ({"lpips": "vgg"}, "choose auto or none"),
         ({"split": "tset"}, "choose val or test"),
         ({"replace_words": {"hot dog": "cat"}}, "'hot dog' is not a single word"),
+        ({"replace_words": {"red": 3}}, "red would become 3, which is no text"),
+        ({"replace_words": {3: "red"}}, "3 is not a single word"),
         ({"cases": ["text_only"], "replace_words": {"dog": "cat"}}, "replace_words has no effect without the case"),
         ({"cases": ["steps"], "text_scales": [1.0]}, "text_scales has no effect without the case scales"),
         ({"cases": ["scales"], "step_counts": [4]}, "step_counts has no effect without the case steps"),
@@ -269,6 +271,17 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ImageSuite(**options)
+
+
+def test_ways_of_sampling_that_cannot_be_are_said_before_anything_is_drawn(root: Path) -> None:
+    for options, said in (
+        ({"text_scales": (1.0, -1.0)}, "text_scale"),
+        ({"dino_scales": (float("nan"),)}, "dino_scale"),
+        ({"step_counts": (1, 20_000)}, "steps"),
+        ({"sampling": {"steps": 2, "interval": (0.01, 0.02)}}, "none of the 2 steps has a noise level in it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            suite_of(root, **options)
 
 
 def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:

@@ -289,11 +289,23 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ({"dino_scale": 2.0}, "dino_scale has no effect without image"),
         ({"full_scale": 2.0, "guidance": "independent"}, "full_scale is for prompt and image together"),
         ({"interval": (0.5, 0.2)}, "the lower one first"),
+        ({"height": 10**6, "width": 10**6}, "an image has at most 16777216 pixels"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5: must be a whole number"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt=True: must be a whole number"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
+        ({"callback_on_step_end": lambda *_: {"latents": None}}, "gives latents that are no tensor of shape"),
+        ({"start_image": one, "strength": 1.0}, "strength=1 without redraw leaves nothing"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline("a red thing", **given)
     with pytest.raises(ValueError, match="3 prompts and 2 images: give as many"):
         pipeline(["a red thing"] * 3, [one, two])
+    with pytest.raises(ValueError, match="2 generators for 3 images"):
+        pipeline(["a red thing"] * 3, generator=[torch.Generator()] * 2)
+    with torch.no_grad():
+        pipeline.transformer.module.network.latent_out.weight.mul_(1e30)
+    with pytest.raises(ValueError, match="what was drawn is not finite"):
+        pipeline("a red thing", output_type="np")
 
 
 @pytest.mark.slow

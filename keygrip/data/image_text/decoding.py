@@ -112,10 +112,16 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST) -
         ValueError: its numbers have no known white, or cannot be converted.
     """
     exponent = _gamma_exponent(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent)).convert("RGB")
-    transparent = _may_be_transparent(image)
     profile = image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent))
+        return (_without_profile(grey, profile) if profile else grey).convert("RGB")
+    transparent = _may_be_transparent(image)
+    if transparent and profile and image.mode in ("L", "LA"):  # a grey profile says nothing of RGBA
+        alpha = image.convert("RGBA").getchannel("A")
+        image = _without_profile(image.convert("L"), profile).convert("RGB")
+        image.putalpha(alpha)
+        profile = None
     if transparent or image.mode in ("P", "PA"):
         image = image.convert("RGBA" if transparent else "RGB")
     image = _without_profile(image, profile) if profile else image

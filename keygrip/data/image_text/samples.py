@@ -191,6 +191,11 @@ def missing_parts(row: Mapping[str, Any]) -> list[str]:
     return [name for name, column in sizes.items() if not row[column]]
 
 
+def captions_of(record: Mapping[str, Any]) -> list[str]:
+    """All captions of a sample's record, one at least; empty where it has none."""
+    return list(record.get("captions") or [record.get("caption", "")])
+
+
 def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image: bool = False) -> ImageTextSample:
     """A sample, in float32.
 
@@ -210,25 +215,27 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
         raise BadSample(f"{where}: it has no {', '.join(missing)}")
     with guard(where):
         record = read_record(parts)
-        several = record.get("captions") or [record.get("caption", "")]
+        several = captions_of(record)
+        called = {name: name for name in NEEDED}  # parts of a further caption stand in the places of the first one's
         if caption % len(several):
             names = text_names(caption % len(several))
             other = lower_case(shards.read(sample, names))
             if set(names) - set(other):
                 raise ValueError(f"it has no {', '.join(sorted(set(names) - set(other)))}")
             parts |= {TEXT: other[names[0]], TEXT_MASK: other[names[1]]}
+            called |= {TEXT: names[0], TEXT_MASK: names[1]}
             record["caption"] = several[caption % len(several)]
-        arrays = {name: parse_npy(parts[name], name) for name in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
+        arrays = {name: parse_npy(parts[name], called[name]) for name in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
         for name, array in arrays.items():
             if array.dtype.kind not in ("biu" if name == TEXT_MASK else "fiu"):
-                raise ValueError(f"{name} holds {array.dtype}, not numbers")
+                raise ValueError(f"{called[name]} holds {array.dtype}, not numbers")
         mask = arrays[TEXT_MASK].astype(bool)
         with np.errstate(over="ignore"):
             values = {name: arrays[name].astype(np.float32) for name in (CLS, PATCHES, LATENT, TEXT)}
         grid = grid_of(record, len(values[PATCHES]))
         for name, array in values.items():
             if not np.isfinite(array).all():
-                raise ValueError(f"{name} holds numbers that are not finite")
+                raise ValueError(f"{called[name]} holds numbers that are not finite")
         states, tokens = values[TEXT], int(mask.sum())
         if (
             values[CLS].ndim != 1
@@ -236,10 +243,12 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
             or values[LATENT].ndim != 3
             or states.ndim != 2
         ):
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
+            shapes = ", ".join(f"{called[name]} {list(array.shape)}" for name, array in values.items())
             raise ValueError(f"its parts do not belong together: {shapes}")
         if mask.ndim != 1 or not mask[:tokens].all() or not tokens <= len(states) <= len(mask):
-            raise ValueError(f"{TEXT_MASK} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}")
+            raise ValueError(
+                f"{called[TEXT_MASK]} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}"
+            )
     image = None
     if IMAGE in parts:
         with open_image(parts[IMAGE], where) as opened:

@@ -25,6 +25,7 @@ from keygrip.data.image_text.samples import (
     PATCHES,
     TEXT,
     TEXT_MASK,
+    captions_of,
     describe_image_text,
     is_image_text,
     read_image_text,
@@ -198,6 +199,8 @@ def _examine_image(shards: ShardSet, sample: int, parts: Parts, report: ShardRep
         report.has["complete"] += 1
         try:
             found = read_image_text(shards, sample, with_image=True)
+            for caption in range(1, len(captions_of(found.record))):
+                read_image_text(shards, sample, caption=caption)
             if (source := found.record.get("source")) is not None:
                 name = f"{source} ({name})"
             if not found.record.get("caption"):

@@ -149,6 +149,20 @@ class Sampling:
                 parts.setdefault(name, 0.0)
         return replace(self, **parts)
 
+    def levels(self, strength: float = 1.0) -> list[float]:
+        """The noise levels of the steps, falling to 0.
+
+        Args:
+            strength: that of an `Edit`, from which they fall, in so many fewer steps.
+        """
+        steps = max(1, round(self.steps * strength))
+        return [strength * level for level in noise_levels(steps, self.timestep_shift)]
+
+    def is_guided(self, strength: float = 1.0) -> bool:
+        """Whether a step has a noise level within `interval`. strength: as of `levels`."""
+        low, high = self.interval
+        return any(low <= level <= high for level in self.levels(strength)[:-1])
+
     def changed(self, changes: Mapping[str, Any]) -> Sampling:
         """This way of drawing with some parts changed, by name; None leaves a part as it is.
 
@@ -384,11 +398,9 @@ def sample(
     training = network.training
     network.eval()
     velocities = Velocities(network, conditions, len(seeds), size[1] / size[0], together, cached, trimmed, guide)
-    levels, start, kept = noise_levels(sampling.steps, sampling.timestep_shift), noise, None
+    levels, start, kept = sampling.levels(1.0 if edit is None else edit.strength), noise, None
     if edit is not None:
         latents = edit.latents.to(noise)
-        steps = max(1, round(sampling.steps * edit.strength))
-        levels = [edit.strength * level for level in noise_levels(steps, sampling.timestep_shift)]
         start = (1 - edit.strength) * latents + edit.strength * noise
         # Along this velocity the straight path leads from the noise exactly to the latents, with every solver.
         kept = None if edit.mask is None else (edit.mask.to(noise), noise - latents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,45 @@ def test_no_caption_is_lost_without_a_word(tmp_path: Path, caplog: pytest.LogCap
     ]
     assert "names 1 files that are not in" in caplog.text
     assert "1 captions are longer than the text encoder takes" in caplog.text
+
+
+def grey_profile(gamma: float) -> bytes:
+    """An ICC profile of grey by hand (version 2.1: description, copyright, white point and one gamma)."""
+
+    def numbers(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    white = numbers(0.9642, 1.0, 0.8249)  # D50
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(78),
+        b"cprt": b"text" + bytes(4) + b"none\0",
+        b"wtpt": b"XYZ " + bytes(4) + white,
+        b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)),
+    }
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = b"lcms\x02\x10\0\0mntrGRAYXYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp"
+    head = struct.pack(">I", 128 + len(table) + len(body)) + head + bytes(28) + white
+    return head.ljust(128, b"\0") + table + body
+
+
+@pytest.mark.parametrize("kind", ["8 bit", "16 bit png", "16 bit tiff", "alpha", "one transparent value"])
+def test_a_profile_of_grey_is_followed_in_every_kind_of_grey(tmp_path: Path, kind: str) -> None:
+    """Grey that is proportional to light: a mid-grey is 188 on a screen of sRGB."""
+    grey = np.arange(0, 256, dtype=np.uint8)[None].repeat(4, 0)
+    light = grey / 255
+    screen = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
+    path, options = tmp_path / ("a.tif" if "tiff" in kind else "a.png"), {"icc_profile": grey_profile(1.0)}
+    image = Image.fromarray(grey.astype(np.uint16) * 257 if "16" in kind else grey)
+    if kind == "alpha":
+        image.putalpha(Image.fromarray(np.full_like(grey, 255)))
+    if kind == "one transparent value":
+        options["transparency"] = 7  # type: ignore[assignment]
+        screen[grey == 7] = 255  # laid over white
+    image.save(path, **options)
+    found = np.asarray(decode_image(path)).astype(int)
+    off = np.abs(found - screen[..., None])
+    assert off[grey >= 16].max() <= 2
+    assert off.max() <= 12  # LittleCMS computes 8 bits with tables that are coarse near black

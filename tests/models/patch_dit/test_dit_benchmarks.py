@@ -94,7 +94,8 @@ def test_the_curve_of_a_run_is_drawn_as_that_run_is(tmp_path: Path) -> None:
     options = ["model.sampling.timestep_shift=3", "model.sampling.guidance=dino_then_text", "max_steps=1"]
     train.run(compose("train", [*SMALL, *options, f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
     curve = DiTCurve(str(tmp_path / "run"), 1, 1, 4, 4, 8, 8, settings=[["euler", 4, 0, 1]], threads=1)
-    _, conditions, size, sampling = curve._trained(4, 1)
+    _, conditions, size, sampling, guide = curve._trained(4, 1)
+    assert guide is None
     assert (sampling.timestep_shift, sampling.guidance) == (3, "dino_then_text")
     batch = held_out_batch(str(tmp_path / "run"), 4)
     assert size == tuple(batch.latents.shape[2:])
@@ -104,6 +105,18 @@ def test_the_curve_of_a_run_is_drawn_as_that_run_is(tmp_path: Path) -> None:
     assert {"euler_4_distance", "euler_4_ms"} <= curve.run(quick=True).keys()
     with pytest.raises(ValueError, match="fewer than 99 val images of one size"):
         held_out_batch(str(tmp_path / "run"), 99)
+
+
+@pytest.mark.slow
+def test_the_curve_of_a_run_with_a_guide_is_drawn_with_it(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "images")
+    options = ["ablation=patch_dit/early_guide", "model.guide.at_step=1", "max_steps=2"]
+    options += ["model.sampling.guide_scale=0.5", f"data.root={root}", f"run_dir={tmp_path / 'run'}"]
+    train.run(compose("train", [*SMALL, *options]))
+    settings = [["euler", 4, 0, 1], ["euler", 4, 0.3, 0.8]]
+    figures = DiTCurve(str(tmp_path / "run"), 1, 1, 4, 4, 8, 8, settings=settings, threads=1).run(quick=True)
+    assert figures["euler_4_evaluations"] == 16  # of three branches and the guide
+    assert figures["euler_4_distance"] > 0
 
 
 def test_toy_pictures_are_learned() -> None:

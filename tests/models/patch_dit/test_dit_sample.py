@@ -204,6 +204,35 @@ def test_an_interval_between_the_steps_is_refused(drawn: Callable[..., dict[str,
     assert drawn("prompt=thing", "steps=3", "interval=[0.01,1]")["sampling"]["interval"] == (0.01, 1.0)
 
 
+def test_an_interval_is_that_of_the_steps_from_the_start_image(
+    drawn: Callable[..., dict[str, Any]], trained: Path
+) -> None:
+    """Three steps at strength 0.5 are two, at 0.5 and 0.25; at strength 0.3 one, at 0.3."""
+    start = [f"start_image={trained / 'one.png'}", "prompt=thing", "steps=3", "timestep_shift=1", "text_scale=4"]
+    guided = drawn(*start, "strength=0.5", "interval=[0.4,0.6]", name="guided")
+    everywhere = drawn(*start, "strength=0.5", "interval=[0.2,0.6]", name="everywhere")
+    assert not np.array_equal(pixels(guided["images"][0]), pixels(everywhere["images"][0]))
+    with pytest.raises(ValueError, match=r"interval=\[0\.5, 1\.0\] has no effect: none of the 1 steps"):
+        drawn(*start, "strength=0.3", "interval=[0.5,1]")
+
+
+def test_a_start_image_of_which_nothing_is_left_is_refused(drawn: Callable[..., dict[str, Any]], trained: Path) -> None:
+    with pytest.raises(ValueError, match="strength=1 without redraw leaves nothing of start_image"):
+        drawn(f"start_image={trained / 'one.png'}", "prompt=thing", "strength=1")
+
+
+def test_a_scale_of_both_needs_a_row_with_both(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a red thing"}, {"image": str(trained / "one.png")}]
+    (tmp_path / "apart.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = ["guidance=independent", "full_scale=3", "steps=1"]
+    with pytest.raises(ValueError, match="full_scale is for prompt and image together"):
+        drawn(f"prompts={tmp_path / 'apart.jsonl'}", *own)
+    (tmp_path / "both.jsonl").write_text(json.dumps({**rows[0], **rows[1]}))
+    assert drawn(f"prompts={tmp_path / 'both.jsonl'}", *own)["sampling"]["full_scale"] == 3
+
+
 def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in ("file", "file/below"):
@@ -392,6 +421,10 @@ def test_a_student_is_drawn_as_it_was_trained_and_in_no_other_way(trained: Path,
     ):
         with pytest.raises(ValueError, match=said):
             run(override)
+    start = f"start_image={trained / 'one.png'}"
+    with pytest.raises(ValueError, match=r"start_image at strength=0\.6: a student of few steps"):
+        run(start)
+    assert run(start, f"redraw={trained / 'two.png'}")["images"]  # from noise alone, with a part that stays
 
 
 def test_masks_and_scales_of_patches_are_refused_where_the_model_has_none(trained: Path, tmp_path: Path) -> None:

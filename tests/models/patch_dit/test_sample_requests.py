@@ -54,8 +54,25 @@ def test_numbers_are_text_and_null_is_no_prompt() -> None:
     assert [request.prompt for request in asked("prompt=[7,a red cube]")] == ["7", "a red cube"]
     found = asked("prompt=[null,a red cube]", "image=a.png")
     assert [(request.prompt, request.images) for request in found] == [(None, ("a.png",)), ("a red cube", ("a.png",))]
-    with pytest.raises(ValueError, match="prompt 1 of the list is null and there is no image: nothing to draw"):
+    with pytest.raises(ValueError, match="prompt 1 of the list is empty and there is no image: nothing to draw"):
         asked("prompt=[a red cube,null]")
+
+
+def test_blank_words_are_none(tmp_path: Path) -> None:
+    for prompt in ("''", "'  '"):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            asked(f"prompt={prompt}")
+        assert asked(f"prompt={prompt}", "image=a.png")[0].prompt is None
+    (tmp_path / "a.csv").write_text("prompt,image,seed\n  ,,1\n")
+    with pytest.raises(ValueError, match="line 2: it has neither prompt nor image"):
+        asked(f"prompts={tmp_path / 'a.csv'}")
+
+
+def test_one_image_is_not_blended_with_prompts_of_a_file_either(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("thing")
+    for given in ("[]", "[a.png]"):
+        with pytest.raises(ValueError, match="blend=true puts several images together"):
+            asked(f"prompts={tmp_path / 'a.txt'}", f"image={given}", "blend=true")
 
 
 def test_a_mask_that_is_no_text_is_refused() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import posixpath
@@ -13,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from keygrip.artifacts import locked, sha256_file, write_text
-from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json, read_json, read_text, regular_file
+from keygrip.data.bad_samples import BadSample, open_image, regular_file
 from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import decode_image, size_of
-from keygrip.data.source_files import is_hidden
+from keygrip.data.image_text.sources.captions import CAPTION_FILES, captions_beside, find_captions
+from keygrip.data.source_files import everything_below, is_hidden
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -34,11 +32,8 @@ OTHER_SUFFIXES = (
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 )
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes: no images
-CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
-FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text", "captions")
 ITEMS_FILE = ".items.jsonl"
 KEY_BYTES = 80
-MAX_LIST_BYTES = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,7 @@ class Item:
         duplicate: of another image, which keeps its captions: left out and no failure.
         generation: how many times the list had been extended when it was added; shards hold one generation each.
         content: SHA-256 of a file that is taken on again after a shard could not take it; else empty.
+        sha256: of the file when it was listed; empty: not known, or it cannot be used.
         stamp: of the file when it was listed, see `stamp_of`; empty: not known, or it cannot be used.
     """
 
@@ -62,96 +58,13 @@ class Item:
     generation: int = 0
     content: str = ""
     stamp: str = ""
+    sha256: str = ""
 
 
 def stamp_of(path: Path) -> str:
     """Text that changes when a file is written again: its size and modification time."""
     found = path.stat()
     return f"{found.st_size}:{found.st_mtime_ns}"
-
-
-def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file name from a folder's lists (metadata.jsonl, captions.csv, ...); empty without one.
-
-    A file has all captions that any list, row and column has for it; a caption may be a list of texts.
-
-    Returns:
-        an empty tuple for a file whose caption is missing or is not text.
-
-    Raises:
-        ValueError: a list that cannot be read, or without the columns of file and caption.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    lists = [path for path in folder.iterdir() if path.name.lower() in CAPTION_FILES]
-    for path in sorted(lists, key=lambda path: (CAPTION_FILES.index(path.name.lower()), path.name)):
-        for name, captions in _rows_of(path):
-            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
-    return found
-
-
-def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """File name and captions of each row of a list. Raises ValueError as `find_captions`."""
-    try:
-        text = read_text(path, MAX_LIST_BYTES)
-        with guard(path):
-            if path.suffix.lower() == ".csv":
-                rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
-            else:
-                numbered = enumerate(text.split("\n"), 1)
-                rows = [parse_json(line, f"line {number}") for number, line in numbered if line.strip()]
-            names = next(name for name in FILE_NAMES if name in rows[0])
-            next(name for row in rows for name in CAPTION_NAMES if name in row)
-            for row in rows:
-                if not isinstance(row[names], str):
-                    raise ValueError(f"{str(row[names])[:80]!r} does not name a file")
-            told = ((row[names], [texts_of(row.get(name)) or () for name in CAPTION_NAMES]) for row in rows)
-            return [(name, tuple(text for texts in columns for text in texts)) for name, columns in told]
-    except (BadSample, StopIteration) as error:
-        reason = error.what if isinstance(error, BadSample) else "a column is missing"
-        raise ValueError(
-            f"{path} is not a list of captions: it needs one of the columns {', '.join(FILE_NAMES)} and one of "
-            f"{', '.join(CAPTION_NAMES)} ({reason}); repair it, or rename it if it is another kind of file"
-        ) from error
-
-
-def texts_of(value: Any) -> tuple[str, ...] | None:
-    """The captions of a field: a text, or a list of texts and nulls, which are empty ones; None where it is neither."""
-    if value is None:
-        return ()
-    listed = value if isinstance(value, list) else [value]
-    if not all(text is None or isinstance(text, str) for text in listed):
-        return None
-    return tuple(dict.fromkeys(text or "" for text in listed))
-
-
-def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path] | None = None) -> tuple[str, ...]:
-    """The captions of an image from `<name>.txt` and `<name>.caption` (one each) and `<name>.json` ("caption", "text"
-    and "captions", all of them).
-
-    Args:
-        wrapped: takes the names of text files of several lines, which are one caption.
-        capitals: files whose ending is in capitals, by their path with the ending in lower case.
-
-    Raises:
-        BadSample: they cannot be read, or are not text.
-    """
-    found: list[str] = []
-    usual = [path.with_suffix(suffix) for suffix in (".txt", ".caption", ".json")]
-    files = [file for each in usual for file in (each, (capitals or {}).get(each)) if file is not None]
-    for file in (file for file in files if file.exists()):
-        if file.suffix.lower() != ".json":
-            lines = [line for line in read_text(file).splitlines() if line.strip()]
-            found.append(" ".join(" ".join(lines).split()))
-            if len(lines) > 1:
-                wrapped.append(file.name)
-            continue
-        content = read_json(file)
-        told = content if isinstance(content, dict) else {}
-        columns = [texts_of(told.get(name)) for name in CAPTION_NAMES]
-        if None in columns:
-            raise BadSample(file, "its caption is not text")
-        found += (text for texts in columns for text in texts or ())
-    return tuple(dict.fromkeys(found))
 
 
 def key_of(name: str, taken: set[str]) -> str:
@@ -189,7 +102,7 @@ def list_items(
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    every = sorted(path for path in source.rglob("*") if not path.is_dir())
+    every = [path for path in everything_below(source) if not path.is_dir()]
     hidden = [path for path in every if is_hidden(path)]
     if hidden:
         log.warning("%d hidden files in %s are not read (%s, ...)", len(hidden), source, hidden[0].relative_to(source))
@@ -375,11 +288,31 @@ def frozen_items(
         if unread is None:
             return items
         used = {path: item.captions for path, item in last_entries(items).items() if item.bucket and path not in unread}
-        found = extended(items, list_items(source, buckets, enlargement, progress, used), source, unread)
+        listed = with_hashes(list_items(source, buckets, enlargement, progress, used), source, items, progress)
+        found = extended(items, listed, source, unread)
         if found != items:
             info.unlink(missing_ok=True)
             write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in found))
         return found
+
+
+def with_hashes(items: Sequence[Item], source: Path, before: Sequence[Item], progress: bool) -> list[Item]:
+    """With the SHA-256 of each file that is used, by which an image is known when its file has another name.
+
+    Args:
+        before: of an earlier list, whose hashes hold for files that were not written since.
+    """
+    known = {(item.path, item.stamp): item.sha256 for item in before if item.sha256 and item.stamp}
+
+    def hashed(item: Item) -> Item:
+        if item.bucket is None:
+            return item
+        return replace(item, sha256=known.get((item.path, item.stamp)) or sha256_file(source / item.path))
+
+    shown = progress and any(item.bucket and (item.path, item.stamp) not in known for item in items)
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(hashed, items)
+        return list(Progress(found, total=len(items), desc=f"hash {source}", unit="image", shown=shown))
 
 
 def read_item(line: str) -> Item:
@@ -405,8 +338,8 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
     if not items:
         return list(found)
     generation = 1 + max(item.generation for item in items)
-    now = {item.path: item for item in found}
     last = last_entries(items)
+    now = _without_encoded(found, [item for path, item in last.items() if item.bucket and path not in unread])
     kept = []
     for item in items:
         new = now.get(item.path)
@@ -442,6 +375,22 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
     if any(item.bucket for item in added):
         log.info("%d images came to the source since the list was made", sum(item.bucket is not None for item in added))
     return [*kept, *repaired, *added]
+
+
+def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str, Item]:
+    """What is found by path, without images whose content is encoded from a file that is gone: renamed files, and
+    copies whose original was removed. Their samples are there."""
+    paths = {item.path for item in found}
+    gone = {item.sha256: item.path for item in encoded if item.sha256 and item.path not in paths}
+    own = {item.path for item in encoded}
+    now = {}
+    for item in found:
+        first = gone.get(item.sha256) if item.bucket and item.path not in own else None
+        if first is not None:
+            reason = f"the same file as {first}, which is gone and was encoded: its sample stays"
+            item = replace(item, bucket=None, reason=reason, duplicate=True)
+        now[item.path] = item
+    return now
 
 
 def _taken_on_again(source: Path, tried: Item, new: Item) -> Item | None:

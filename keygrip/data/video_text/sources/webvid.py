@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.csv_tables import table_columns, table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.shards.writer import compressed_shards, tar_files
@@ -156,11 +155,11 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
     again: list[str] = []
     for path in files_in(source, ".csv"):
         with guard(path):
-            reader = csv.DictReader(io.StringIO(read_text(path, MAX_LIST_BYTES), newline=""))
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            text = read_text(path, MAX_LIST_BYTES)
+            missing = [name for name in COLUMNS if name not in table_columns(text)]
             if missing:
                 raise ValueError(f"it has no column {missing[0]!r}: is it a list of WebVid?")
-            for number, line in enumerate(reader, 2):
+            for number, (_, line) in enumerate(table_rows(text), 2):
                 if not line["videoid"] or line["page_dir"] is None:
                     key = f"row {number} of {path.name}"
                     rows[key] = WebVidRow(key, source, "", f"{key}: it has no videoid or no page_dir")

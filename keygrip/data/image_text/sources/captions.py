@@ -1,0 +1,105 @@
+"""Captions of image files: from lists of a folder, and from files beside an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_json, read_text
+from keygrip.data.csv_tables import table_rows
+
+CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
+FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text", "captions")
+MAX_LIST_BYTES = 1 << 33
+
+
+def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Captions by file name from a folder's lists (metadata.jsonl, captions.csv, ...); empty without one.
+
+    A file has all captions that any list, row and column has for it; a caption may be a list of texts.
+
+    Returns:
+        an empty tuple for a file whose caption is missing or is not text.
+
+    Raises:
+        ValueError: a list that cannot be read, or without the columns of file and caption.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    lists = [path for path in folder.iterdir() if path.name.lower() in CAPTION_FILES]
+    for path in sorted(lists, key=lambda path: (CAPTION_FILES.index(path.name.lower()), path.name)):
+        for name, captions in _rows_of(path):
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
+    return found
+
+
+def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """File name and captions of each row of a list. Raises ValueError as `find_captions`."""
+    try:
+        text = read_text(path, MAX_LIST_BYTES)
+        with guard(path):
+            if path.suffix.lower() == ".csv":
+                rows: list[tuple[int, Any]] = list(table_rows(text))
+            else:
+                numbered = enumerate(text.split("\n"), 1)
+                rows = [(number, parse_json(line, f"line {number}")) for number, line in numbered if line.strip()]
+            next(name for _, row in rows for name in FILE_NAMES if name in row)
+            next(name for _, row in rows for name in CAPTION_NAMES if name in row)
+            told = ((_file_of(*each), [texts_of(each[1].get(name)) or () for name in CAPTION_NAMES]) for each in rows)
+            return [(name, tuple(text for texts in columns for text in texts)) for name, columns in told]
+    except (BadSample, StopIteration) as error:
+        reason = error.what if isinstance(error, BadSample) else "a column is missing"
+        raise ValueError(
+            f"{path} is not a list of captions: it needs one of the columns {', '.join(FILE_NAMES)} and one of "
+            f"{', '.join(CAPTION_NAMES)} ({reason}); repair it, or rename it if it is another kind of file"
+        ) from error
+
+
+def _file_of(number: int, row: Any) -> str:
+    """The file that the row of this line is about. Raises ValueError: it names none."""
+    names = [row[name] for name in FILE_NAMES if isinstance(row, Mapping) and name in row]
+    if not names:
+        raise ValueError(f"line {number} has none of the columns {', '.join(FILE_NAMES)}")
+    if not isinstance(names[0], str):
+        raise ValueError(f"line {number}: {str(names[0])[:80]!r} does not name a file")
+    return names[0]
+
+
+def texts_of(value: Any) -> tuple[str, ...] | None:
+    """The captions of a field: a text, or a list of texts and nulls, which are empty ones; None where it is neither."""
+    if value is None:
+        return ()
+    listed = value if isinstance(value, list) else [value]
+    if not all(text is None or isinstance(text, str) for text in listed):
+        return None
+    return tuple(dict.fromkeys(text or "" for text in listed))
+
+
+def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path] | None = None) -> tuple[str, ...]:
+    """The captions of an image from `<name>.txt` and `<name>.caption` (one each) and `<name>.json` ("caption", "text"
+    and "captions", all of them).
+
+    Args:
+        wrapped: takes the names of text files of several lines, which are one caption.
+        capitals: files whose ending is in capitals, by their path with the ending in lower case.
+
+    Raises:
+        BadSample: they cannot be read, or are not text.
+    """
+    found: list[str] = []
+    usual = [path.with_suffix(suffix) for suffix in (".txt", ".caption", ".json")]
+    files = [file for each in usual for file in (each, (capitals or {}).get(each)) if file is not None]
+    for file in (file for file in files if file.exists()):
+        if file.suffix.lower() != ".json":
+            lines = [line for line in read_text(file).splitlines() if line.strip()]
+            found.append(" ".join(" ".join(lines).split()))
+            if len(lines) > 1:
+                wrapped.append(file.name)
+            continue
+        content = read_json(file)
+        told = content if isinstance(content, dict) else {}
+        columns = [texts_of(told.get(name)) for name in CAPTION_NAMES]
+        if None in columns:
+            raise BadSample(file, "its caption is not text")
+        found += (text for texts in columns for text in texts or ())
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,163 @@
+"""Lists of a folder's images: captions that a table would lose, linked folders, and files that got another name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_sets import small_encoders
+from PIL import Image
+
+from keygrip.data.csv_tables import table_rows
+from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.sources.images import images
+from keygrip.data.image_text.sources.listing import Item, list_items
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.validation import validate
+from keygrip.data.source_files import everything_below, files_in
+
+
+def picture(path: Path, shade: int = 0, caption: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(shade).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def listed(source: Path) -> list[Item]:
+    return list_items(source, [Bucket(32, 32)], 1.0, False)
+
+
+def prepared(source: Path, root: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "size": 32,
+        "bucket_step": 16,
+        "max_aspect": 3.0,
+        "images_per_shard": 4,
+        "batch_size": 3,
+        "workers": 0,
+    }
+    return images(source, root, small_encoders(), **options, device="cpu", progress=False, max_failed_share=0.5)
+
+
+# ---- tables of captions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("file_name,caption\na.png,a red cube, left of the block\n", "line 2: it has more fields than .* quotes"),
+        ('file_name,caption\na.png,"a cube\nb.png,two\n', "unexpected end of data"),
+        ("file_name,caption,caption\na.png,one,two\n", "the column caption stands there twice"),
+    ],
+)
+def test_a_table_in_which_captions_would_be_lost_is_refused(tmp_path: Path, table: str, said: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text(table)
+    with pytest.raises(ValueError, match=rf"captions\.csv is not a list of captions: .*{said}"):
+        listed(tmp_path)
+
+
+def test_a_table_keeps_commas_and_lines_in_quotes() -> None:
+    text = 'a,b\r\n1,"x, ""y""\nz"\r\n2\r\n'
+    assert list(table_rows(text)) == [(3, {"a": "1", "b": 'x, "y"\nz'}), (4, {"a": "2", "b": None})]
+
+
+def test_rows_may_name_their_file_in_different_columns(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", 1)
+    rows = [{"file_name": "a.png", "text": "one"}, {"image": "b.png", "text": "two"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [item.captions for item in listed(tmp_path)] == [("one",), ("two",)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "three"}])))
+    with pytest.raises(ValueError, match="line 3 has none of the columns file_name, file, image"):
+        listed(tmp_path)
+
+
+# ---- linked folders --------------------------------------------------------------------------------------------------
+
+
+def test_linked_folders_are_read(tmp_path: Path) -> None:
+    picture(tmp_path / "source" / "a.png", 0, "one")
+    picture(tmp_path / "disk" / "b.png", 1, "two")
+    picture(tmp_path / "other" / "deep" / "c.png", 2, "three")
+    (tmp_path / "source" / "part").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "further").symlink_to(tmp_path / "other")
+    found = {item.path: item.captions for item in listed(tmp_path / "source")}
+    assert found == {"a.png": ("one",), "part/b.png": ("two",), "part/further/deep/c.png": ("three",)}
+    assert [path.name for path in files_in(tmp_path / "source", ".png", below=True)] == ["a.png", "b.png", "c.png"]
+
+
+def test_what_several_ways_lead_to_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    picture(source / "z" / "a.png")
+    (source / "a-link").symlink_to(source / "z")  # before it by name
+    (source / "z" / "up").symlink_to(source)
+    (source / "above").symlink_to(tmp_path)
+    picture(tmp_path / "disk" / "x" / "b.png")
+    (source / "disk").symlink_to(tmp_path / "disk")
+    (source / "x").symlink_to(tmp_path / "disk" / "x")
+    with caplog.at_level("WARNING"):
+        found = [path.relative_to(source).as_posix() for path in everything_below(source) if path.is_file()]
+    assert found == ["disk/x/b.png", "z/a.png"]
+    assert "4 links lead to folders that are read anyway" in caplog.text
+
+
+# ---- files that got another name -------------------------------------------------------------------------------------
+
+
+def test_a_renamed_file_is_no_new_sample(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    for number in range(6):
+        picture(source / f"p{number}.png", number, f"picture {number}")
+    assert prepared(source, root)["samples"] == 6
+    for ending in ("png", "txt"):
+        (source / f"p0.{ending}").rename(source / f"zz.{ending}")
+    picture(source / "p9.png", 9, "picture 9")
+    report = prepared(source, root)
+    assert (report["samples"], report["duplicates"]) == (7, 1)
+    reasons = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
+    assert reasons == {"zz.png": "the same file as p0.png, which is gone and was encoded: its sample stays"}
+    assert validate(root)["errors"] == 0
+    for ending in ("png", "txt"):  # and back again
+        (source / f"zz.{ending}").rename(source / f"p0.{ending}")
+    assert prepared(source, root)["samples"] == 7
+
+
+def test_a_copy_whose_original_was_removed_is_no_new_sample(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    for number in range(3):
+        picture(source / f"p{number}.png", number, f"picture {number}")
+    shutil.copy(source / "p0.png", source / "q.png")
+    (source / "q.txt").write_text("a copy")
+    assert prepared(source, root)["samples"] == 3
+    (source / "p0.png").unlink()
+    picture(source / "p5.png", 5, "picture 5")
+    assert prepared(source, root)["samples"] == 4
+    assert validate(root)["errors"] == 0
+    picture(source / "q.png", 7, "another picture")  # under the same name
+    assert prepared(source, root)["samples"] == 5
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def test_validation_reads_every_caption(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    picture(source / "a.png")
+    (source / "a.json").write_text(json.dumps({"captions": ["one", "two"]}))
+    prepared(source, root)
+    assert validate(root)["errors"] == 0
+    (tar,) = sorted(root.rglob("*.tar"))
+    shards = ShardSet(tar.parent)
+    assert "t5h_1.npy" in shards.read(0)
+    content = tar.read_bytes()
+    place = content.index(b"\x93NUMPY", content.index(b"t5h_1.npy"))
+    tar.write_bytes(content[:place] + b"\x00NUMPY" + content[place + 6 :])
+    report = validate(root)
+    assert report["errors"] >= 1
+    assert any("t5h_1.npy" in problem for problem in report["problems"])
