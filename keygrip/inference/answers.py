@@ -19,6 +19,7 @@ from keygrip.artifacts import atomic_write
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.inference.given_texts import texts_of
 from keygrip.inference.video_chat import BATCH_ROWS, VideoChat
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
@@ -79,7 +80,11 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
     talks, broken = (None, {}) if cfg.conversations is None else read_conversations(cfg.conversations)
     paths: list[Any] = [] if talks is not None else _listed(cfg.video)
-    questions = [] if talks is not None else [str(each) for each in _listed(cfg.question) if each is not None]
+    questions = [] if talks is not None or cfg.question is None else texts_of("question", cfg.question)
+    if any(not question.strip() for question in questions):
+        raise ValueError("question='': a question is empty")
+    if cfg.figure is not None and paths and all(path is None for path in paths):
+        raise ValueError(NO_STRIPS)
     if talks is None and not (paths and questions):
         raise ValueError("video and question: give at least one of each (video=null: text alone)")
     if any(path is not None and not str(path).strip() for path in paths):

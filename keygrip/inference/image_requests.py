@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.csv_tables import table_rows
+from keygrip.inference.given_texts import each_of, text_of, texts_of
 
 COLUMNS = ("prompt", "image", "seed")
 MOST_REQUESTS = 100_000
@@ -103,18 +103,6 @@ def _check_count(rows: int, samples: int) -> None:
         raise ValueError(f"{samples} samples of {rows} requests each: at most {MOST_REQUESTS} images by one command")
 
 
-def texts_of(name: str, value: Any) -> list[str]:
-    """A setting that is one text or a list of them, as a list; a number is the text that is written so.
-
-    Args:
-        name: of the setting, for messages.
-
-    Raises:
-        ValueError: something else, such as null, true or a mapping, which YAML reads where no quotes are.
-    """
-    return [_text(name, each) for each in _each(value)]
-
-
 def prompts_of(value: Any) -> list[str | None]:
     """The prompts of the command line; null or a blank one, alone or in a list, is none: the image alone steers then.
 
@@ -122,19 +110,9 @@ def prompts_of(value: Any) -> list[str | None]:
         ValueError: what is neither text nor null.
     """
     return [
-        None if each is None or not _text("prompt", each).strip() else _text("prompt", each) for each in _each(value)
+        None if each is None or not text_of("prompt", each).strip() else text_of("prompt", each)
+        for each in each_of(value)
     ]
-
-
-def _each(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, ListConfig | list | tuple) else [value]
-
-
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        given = json.dumps(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, default=str)
-        raise ValueError(f"{name} holds {given}, which is no text: put words in quotes, or leave it out")
-    return str(value)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

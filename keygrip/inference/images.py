@@ -16,6 +16,7 @@ from torch import Tensor
 from keygrip.artifacts import scratch_folder
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
+from keygrip.inference.given_texts import texts_of
 from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
 from keygrip.inference.image_files import (
     files_of,
@@ -25,7 +26,7 @@ from keygrip.inference.image_files import (
     write_grids,
     write_image,
 )
-from keygrip.inference.image_requests import SampleRequest, requested, texts_of
+from keygrip.inference.image_requests import SampleRequest, requested
 from keygrip.inference.references import (
     Reference,
     conditions_of,

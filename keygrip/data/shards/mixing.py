@@ -205,6 +205,18 @@ class Mixture:
         # with several mixed-in sources, rounding may ask for a lead sample more than there are: one comes again
         return np.resize(order, self.counts(epoch)[self.lead[0]])
 
+    def epochs_of_stages(self) -> list[int]:
+        """Epochs that together hold batches of every stage: the first one, and the one in which each stage begins,
+        with the next where it goes on there."""
+        found, start = {0}, 0
+        for stage in self.curriculum:
+            epoch = start // self.batches
+            found.add(epoch)
+            if stage.steps is None or start + stage.steps > (epoch + 1) * self.batches:
+                found.add(epoch + 1)
+            start += stage.steps or 0
+        return sorted(found)
+
     def _stages_of(self, epoch: int) -> list[tuple[int, int]]:
         """The numbers of the stages that an epoch's batches belong to, each with how many of them."""
         found, start = [], 0

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
+from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.progress import Progress
 
@@ -170,6 +171,24 @@ def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -
         keys = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
         shown = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in keys)
         raise ValueError(f"{root} holds shards made with other settings ({shown}); use another folder or remove it")
+
+
+def settings_of(place: str) -> dict[str, Any]:
+    """What the shard set of a folder or URL was made with; empty where that is not said (shards of other programs).
+
+    Raises:
+        ValueError: it is said and cannot be read.
+    """
+    if not is_remote(place):
+        path = Path(place) / SETTINGS_FILE
+        return dict(read_json(path)) if path.is_file() else {}
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(f"{place.rstrip('/')}/{SETTINGS_FILE}")
+    if not filesystem.exists(path):
+        return {}
+    with guard(f"{place}/{SETTINGS_FILE}"):
+        return dict(json.loads(filesystem.cat_file(path)))
 
 
 Job = tuple[Path, Sequence[Any]]

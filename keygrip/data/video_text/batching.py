@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,25 +79,32 @@ class WithinBudget:
 
     Args:
         positions: of a batch over all processes. ranks: how many these are: each has its part of the samples.
+        frames: of a batch over all processes; None: any number.
     """
 
     collator: MeasuringCollator
     positions: int
     ranks: int = 1
+    frames: int | None = None
 
     def __call__(self, samples: list[VideoTextSample]) -> Any:
         rows = [self._rows(sample) for sample in samples]
         longest = [max(lengths, default=0) for lengths in rows]
         kept: set[int] = set()
-        taken = 0
+        taken = held = 0
+        most = math.inf if self.frames is None else float(self.frames)
+        if self.ranks > 1:  # one process may have a video more than another; in a planned batch all are about as long
+            most += 2 * self.ranks * min((len(sample.frames) for sample in samples if len(sample.frames)), default=0)
         for number in sorted(range(len(samples)), key=longest.__getitem__):
-            more = taken + len(rows[number])
+            more, frames = taken + len(rows[number]), held + len(samples[number].frames)
             # samples do not always divide by the processes: one of them may then have one sample more
             counted = more if self.ranks == 1 else taken
             if kept and counted * longest[number] * self.ranks > self.positions:
                 break
+            if kept and frames * self.ranks > most:
+                continue  # a shorter video with a longer row may still have room
             kept.add(number)
-            taken = more
+            taken, held = more, frames
         batch = self.collator([sample for number, sample in enumerate(samples) if number in kept])
         dropped = sum(len(lengths) for number, lengths in enumerate(rows) if number not in kept)
         return replace(batch, left_out=batch.left_out + dropped) if dropped else batch

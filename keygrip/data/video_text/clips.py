@@ -13,6 +13,12 @@ from keygrip.data.video_text.conversations import Conversation, Turn, VideoTextS
 from keygrip.training.parts import data_part
 
 SECOND = re.compile(r"\b(seconds?\s+)(\d+)\b", re.IGNORECASE)  # "At second 12, ..."
+# Other ways to say a time, which are not rewritten: 00:04, after 4 seconds, from second 3 to 5.
+OTHER_TIMES = re.compile(
+    r"\b\d+:\d\d\b|\b\d+(?:\.\d+)?\s*-?(?:s|secs?|seconds?|mins?|minutes?)\b"
+    r"|\bseconds?\s+\d+\s*(?:to|and|or|until|,|-|\u2013)\s*\d+",
+    re.IGNORECASE,
+)
 STREAM = 1  # of random numbers, apart from that of the choice of questions
 
 
@@ -22,9 +28,10 @@ class SubClips:
     """How clips are cut out of training videos of one frame per second.
 
     A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
-    more than it shows and are left out. Seconds in words are known in the form "second 12". A video in which nothing
-    is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses clips where no video
-    that was tried can be cut (`may_be_cut`).
+    more than it shows and are left out. Seconds in words are known in the form "second 12"; conversations that say
+    times in another form ("00:12", "after 12 seconds") are left out of a clip whose time begins anew. A video in which
+    nothing is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses clips where
+    no video that was tried can be cut (`may_be_cut`).
 
     Args:
         frames: [fewest, most] of a clip; shorter videos stay whole.
@@ -89,6 +96,8 @@ class SubClips:
         if not all(start <= second < stop for second in said):
             return None
         turns = conversation.turns
+        if self.rebased and any(OTHER_TIMES.search(turn.text) for turn in turns):
+            return None
         if self.rebased:
             turns = tuple(
                 Turn(turn.role, SECOND.sub(lambda match: f"{match[1]}{int(match[2]) - start}", turn.text))

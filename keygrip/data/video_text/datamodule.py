@@ -56,6 +56,7 @@ from keygrip.training.parts import data_part
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+AUTO = "auto"
 TRIED = 64  # videos of a source, whether they can be cut
 COSTLY = 8  # batches, by estimate the largest, among which the largest one is sought by what it really holds
 
@@ -67,7 +68,8 @@ class VideoTexts(ResumableData):
     Args:
         sources: by name; None leaves a source of the config out.
         collator: makes batches of samples (the language model's part); picklable.
-        image_size: edge of the square frames. fit: "stretch" | "crop" | "pad".
+        image_size: edge of the square frames. fit: "stretch" | "crop" | "pad", of frames that are not square, in
+            training and whenever the model is asked; "auto": as the sources were prepared, "stretch" where none says.
         batch_size: videos, global over all ranks.
         seed: of order and choice.
         max_frames: of longer samples, so many evenly spaced frames.
@@ -101,7 +103,7 @@ class VideoTexts(ResumableData):
         image_size: int,
         batch_size: int,
         seed: int = 0,
-        fit: str = "stretch",
+        fit: str = "auto",
         max_frames: int = MAX_FRAMES,
         questions: Questions = None,
         val_questions: Questions = None,
@@ -122,8 +124,8 @@ class VideoTexts(ResumableData):
         self.sources = {name: source for name, source in sources.items() if source is not None}
         if not self.sources:
             raise ValueError("no data: name at least one source with data.sources.NAME.root=PATH")
-        if fit not in FITS:
-            raise ValueError(f"data.fit must be one of {', '.join(FITS)}, not {fit!r}")
+        if fit not in (*FITS, AUTO):
+            raise ValueError(f"data.fit must be one of {', '.join((*FITS, AUTO))}, not {fit!r}")
         if not 1 <= max_frames <= MOST_FRAMES:
             raise ValueError(f"data.max_frames must be 1 to {MOST_FRAMES}, not {max_frames}")
         for name, chosen in (("questions", questions), ("val_questions", val_questions)):
@@ -133,7 +135,8 @@ class VideoTexts(ResumableData):
                 raise ValueError(f"data.{name} counts questions of each kind, from 0, not {dict(chosen)}")
         if max_val_samples is not None and max_val_samples < 1:
             raise ValueError(f"data.max_val_samples must be at least 1, not {max_val_samples}; null takes all")
-        self.collator, self.image_size, self.fit, self.max_frames = collator, image_size, fit, max_frames
+        self.collator, self.image_size, self.max_frames = collator, image_size, max_frames
+        self.given_fit, self.fit = fit, FITS[0] if fit == AUTO else fit  # as prepared from `setup` on
         self.batch_size, self.seed = batch_size, seed
         self.questions, self.val_questions = questions, val_questions
         self.max_val_samples, self.window_shards = max_val_samples, window_shards
@@ -172,12 +175,15 @@ class VideoTexts(ResumableData):
         """Opens all splits and, but for stage "validate", computes the mixture; once.
 
         Raises:
-            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: nothing to train on.
+            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: nothing to train on, kinds
+                of questions that no source holds, or sources whose frames were prepared in different ways.
         """
         fitting = stage != "validate"
         if self.parts and (self.mixture is not None or not fitting):
             return
+        self.fit = self._prepared_fit()
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
+        self._check_kinds([part for parts in opened.values() for part in parts])
         self._prepare_collator()  # on every rank: what was made once is loaded here
         opened = self._measured(opened, fitting)
         opened = {split: self._usable(split, parts) for split, parts in opened.items()}
@@ -187,6 +193,37 @@ class VideoTexts(ResumableData):
             self.mixture = self._mixture(opened["train"])
         self.parts = opened
         self._report()
+
+    def _prepared_fit(self) -> str:
+        """How frames are brought into a square: what the model is asked about must look like what it was trained on.
+
+        Raises:
+            ValueError: it is to be as the sources were prepared, and they differ.
+        """
+        told = {name: fit for name, source in self.sources.items() if (fit := source.prepared_fit()) is not None}
+        listed = ", ".join(f"{name}: {fit}" for name, fit in told.items())
+        if self.given_fit != AUTO:
+            if set(told.values()) - {self.given_fit}:
+                log.warning("data.fit=%s, and frames were prepared with other ones (%s)", self.given_fit, listed)
+            return self.given_fit
+        if len(set(told.values())) > 1:
+            raise ValueError(
+                f"frames were prepared in different ways ({listed}), and a model is asked in one: prepare the sources "
+                f"with one fit, or say with data.fit=... how it is asked"
+            )
+        return next(iter(told.values()), FITS[0])
+
+    def _check_kinds(self, parts: Sequence[Part]) -> None:
+        """Raises ValueError: so many questions of a kind are asked for, and no source holds any of it."""
+        known = {kind for part in parts for kinds in set(part.column("kinds").tolist()) for kind in kinds.split()}
+        for name, chosen in (("questions", self.questions), ("val_questions", self.val_questions)):
+            missing = [kind for kind, count in chosen.items() if count] if isinstance(chosen, Mapping) else []
+            missing = [kind for kind in missing if kind not in known]
+            if missing:
+                raise ValueError(
+                    f"data.{name} names {missing[0]!r}, of which no source holds a question; they hold "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
 
     def _check_clips(self, parts: Sequence[Part]) -> None:
         """Raises ValueError: of the longer training videos that are tried none can be cut."""
@@ -362,7 +399,7 @@ class VideoTexts(ResumableData):
     def _training_collator(self) -> Collator:
         if self.budget is None or not isinstance(self.collator, MeasuringCollator):
             return self.collator
-        return WithinBudget(self.collator, self.budget.positions, self.ranks[1])
+        return WithinBudget(self.collator, self.budget.positions, self.ranks[1], self.budget.frames)
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.mixture is not None
@@ -374,17 +411,21 @@ class VideoTexts(ResumableData):
         return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, collator)
 
     def worst_batch(self) -> Any:
-        """This rank's part of the batch of the first epoch that takes most memory, by the frames and positions that it
-        really has; needs `setup`. Without a budget: the most frames, and of these the longest texts."""
+        """This rank's part of the batch that takes most memory, by the frames and positions that it really has; needs
+        `setup`. Sought in the first epoch, and with a curriculum in those with which its stages begin. Without a
+        budget: the most frames, and of these the longest texts."""
         assert self.mixture is not None
-        batches, sizes = self.mixture.batches_of(0), self.mixture.sizes
+        sizes = self.mixture.sizes
+        by_epoch = {epoch: self.mixture.batches_of(epoch) for epoch in self.mixture.epochs_of_stages()}
+        epochs = {id(batch): epoch for epoch, batches in by_epoch.items() for batch in batches}
+        every = [batch for batches in by_epoch.values() for batch in batches]
         budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
         rank, ranks = self.ranks
         whole = [replace(part, clips=None) for part in self.parts["train"]]
         samples, collate = self._samples(whole, self.questions), Collate(self._training_collator)
         found = []
-        for chosen in costliest(batches, sizes, budget, COSTLY):
-            keys = [SampleKey(int(index), 0) for index in np.array_split(chosen, ranks)[rank]]
+        for chosen in costliest(every, sizes, budget, COSTLY):
+            keys = [SampleKey(int(index), epochs[id(chosen)]) for index in np.array_split(chosen, ranks)[rank]]
             batch = collate(samples.__getitems__(keys))
             if isinstance(batch, BadSample):
                 raise batch

@@ -46,9 +46,15 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content)
         said = [turn for each in turns for turn in _turns(each)]
+        system = content.get("system")
+        if isinstance(system, str) and system.strip() and (not said or said[0][0] != "system"):
+            said = [("system", system), *said]
         shown = any(PLACEHOLDER.search(text) for _, text in said) or any(content.get(name) for name in MEDIA)
         return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
+    odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
+    if name is None and odd:
+        raise ValueError(f"the {odd[0]} of its json is a {type(content[odd[0]]).__name__}, not text")
     if name is None:
         raise ValueError(f"its json holds no {', '.join((*TURNS, *CAPTIONS))}; it holds {_listed(content)}")
     return caption_text(content[name], request, content)
@@ -63,7 +69,8 @@ def caption_text(text: str, request: str, content: Mapping[str, Any] | None = No
 
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     source = content.get("source")
-    return {
+    times = {"fps": content["fps"]} if "fps" in content else {}
+    return times | {
         "source": source if isinstance(source, str) else "",
         "conversations": [{"kind": kind, "turns": [{"role": role, "text": text} for role, text in turns]}],
     }

@@ -13,6 +13,7 @@ from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import is_remote
+from keygrip.data.shards.set_writer import settings_of
 from keygrip.data.video_text.clips import SubClips
 from keygrip.training.parts import ReadWhere, data_part
 
@@ -95,6 +96,17 @@ class ShardSource:
         if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
             chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
         return shards, chosen
+
+    def prepared_fit(self) -> str | None:
+        """How the frames of the set were brought into a square when it was prepared; None: that is not said (shards of
+        other programs, text alone).
+
+        Raises:
+            FileNotFoundError: there are no shards.
+        """
+        folder, _ = self._folder_of(self.place, "train")
+        fit = None if folder is None else settings_of(folder).get("fit")
+        return fit if isinstance(fit, str) else None
 
     def _folder_of(self, place: str, split: str) -> tuple[str | None, bool]:
         """The shard set that holds a split, and whether training and validation divide it; None where there is none."""

@@ -193,7 +193,7 @@ class ConversationCollator:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
         found = self._encoded.get(turns) or self._recent.get(turns)
         if found is None:
-            said = self.with_system(turns)
+            said = self.with_system(up_to_last_answer(turns))
             found = encode_conversation(said, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
             if len(self._recent) >= KEPT_TEXTS:  # many texts that are measured, and no batch made of them
                 self._recent.clear()
@@ -303,6 +303,12 @@ class ConversationCollator:
             seconds=[sample.seconds for sample in samples],
             clips=sum(sample.cut for sample in samples),
         )
+
+
+def up_to_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """A conversation without what was asked after its last answer, which nobody answered; all of it without answers."""
+    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    return turns[: answers[-1] + 1] if answers else turns
 
 
 def frame_times(seconds: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import torch
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
-from keygrip.models.foveated_vlm.generation import generate
+from keygrip.models.foveated_vlm.conversations import EncodedText
+from keygrip.models.foveated_vlm.generation import check_room, generate
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.figures import drawable, figure_to_image, printable
 
@@ -18,21 +20,19 @@ if TYPE_CHECKING:
     from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 
 MAX_SHOWN_FRAMES = 8
+SHOWN_TOKENS = 48  # of an answer
 
 
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
     """Answers to some rows of different kinds: an image [H, W, 3] uint8 (None without frames) and a table."""
-    chosen = one_of_each(batch.kind, rows)
-    network = module.network
-    asked, prompts = [], []
-    for row in chosen:
-        turns = batch.texts[row].turns
-        last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
-        asked.append((turns[last - 1].text if last else "", turns[last].text if last < len(turns) else ""))
-        prompts.append(module.collator.prompt(turns[:last], batch.seconds_of(row)))
-    counts = batch.frame_mask.sum(1).tolist()
+    network, counts = module.network, batch.frame_mask.sum(1).tolist()
+    found = [(row, _question(module, batch, row, counts)) for row in one_of_each(batch.kind, rows)]
+    shown = [(row, question) for row, question in found if question is not None]
+    if not shown:
+        return None, "no conversation of the batch fits into the language model's context with an answer"
+    chosen = [row for row, _ in shown]
+    asked, prompts = [(said, answer) for _, (said, answer, _) in shown], [prompt for _, (*_, prompt) in shown]
     videos = [int(batch.video_index[row]) for row in chosen]
-    mode = "autoregressive" if "autoregressive" in network.modes else network.modes[-1]
     frames = batch.normalised(network.backbone.mean, network.backbone.std)
     # only the videos that are shown
     kept = sorted(set(videos))
@@ -43,8 +43,8 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
         [counts[video] for video in kept],
         prompts,
         [kept.index(video) for video in videos],
-        mode,
-        max_new_tokens=48,
+        module.answer_mode,
+        max_new_tokens=SHOWN_TOKENS,
         seconds=[batch.seconds[video] for video in kept] if batch.seconds else None,
     )
     table = ["| kind | question | answer | generated |", "| --- | --- | --- | --- |"]
@@ -65,6 +65,20 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
         title = f"{batch.kind[chosen[n]]}: {asked[n][0]}   true: {asked[n][1]}   said: {answers.texts[n]}"
         strips.append((title, images, maps[streams[n], : len(images)]))
     return draw_attention(strips), text
+
+
+def _question(
+    module: FoveatedVLMModule, batch: VideoTextBatch, row: int, counts: Sequence[int]
+) -> tuple[str, str, EncodedText] | None:
+    """The last question of a row that can be answered, its true answer and the prompt; None: the context is too short
+    for all (training cuts such rows)."""
+    turns, frames = batch.texts[row].turns, int(counts[int(batch.video_index[row])])
+    for last in [n for n, turn in enumerate(turns) if turn.role == "assistant"][::-1] or [len(turns)]:
+        prompt = module.collator.prompt(turns[:last], batch.seconds_of(row))
+        with contextlib.suppress(ValueError):
+            check_room(module.network, len(prompt.ids), frames, SHOWN_TOKENS)
+            return turns[last - 1].text if last else "", turns[last].text if last < len(turns) else "", prompt
+    return None
 
 
 def one_of_each(kinds: Sequence[str], count: int) -> list[int]:

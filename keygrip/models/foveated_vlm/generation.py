@@ -109,7 +109,8 @@ def generate(
         frames: [V, F, 3, H, W], normalised; padding frames behind the real ones. frame_counts: V.
         prompts: B conversations that end where the assistant is to speak. videos: the video of each.
         mode: how the videos are looked at. max_new_tokens: an answer's longest.
-        temperature: 0 takes the most probable token; above, tokens are drawn (with `seed`).
+        temperature: 0 takes the most probable token; above, tokens are drawn (with `seed`, for each prompt as if it
+            stood alone).
         kv: keys and values of the real frames where they are known already (`encoded`).
         seconds: V, when the frames were taken, for a clock that counts seconds.
 
@@ -137,14 +138,17 @@ def generate(
         None if same else layout.valid,
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
-    generator = torch.Generator(device).manual_seed(seed)
+    # one for each row: an answer depends on nothing else that is asked in the batch
+    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
         logits = language.logits(state).float()
         logits[:, tokenizer.size :] = -torch.inf  # rows of the table that no token has
         if temperature > 0:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            shares = (logits / temperature).softmax(-1)
+            drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, generators, strict=True)]
+            token = torch.cat(drawn)
         else:
             token = logits.argmax(-1)
         going = going & (token != tokenizer.end_of_turn)

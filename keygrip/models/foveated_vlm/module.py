@@ -250,21 +250,28 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def as_input(self, frames: np.ndarray) -> Tensor:
         """One video, uint8 [F, S, S, 3], as the network takes it: [1, F, 3, S, S] on the module's device."""
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
-        return normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
+        found = normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
+        return found.to(self.network.static_query.dtype if isinstance(self.network, FoveatedVLM) else found.dtype)
 
-    def stream(self, question: str, mode: str | None = None, seconds: Sequence[float] | None = None) -> VideoStream:
+    def stream(
+        self,
+        question: str,
+        mode: str | None = None,
+        seconds: Sequence[float] | None = None,
+        answer_tokens: int | None = None,
+    ) -> VideoStream:
         """A question about a video that is still coming: `push(frame)`, and `answer()` at any time.
 
         Args:
             mode: see `StreamingSession`; None: `answer_mode`.
-            seconds: when its frames were taken, where that is known before (see `VideoStream`).
+            seconds, answer_tokens: see `VideoStream`.
 
         Raises:
             ValueError: a baseline, a mode in which a frame depends on later ones, or seconds that are needed.
         """
         if not isinstance(self.network, FoveatedVLM):
             raise ValueError(f"{type(self.network).__name__} has no stream: the foveated model has")
-        return VideoStream(self.eval(), question, mode or self.answer_mode, seconds)
+        return VideoStream(self.eval(), question, mode or self.answer_mode, seconds, answer_tokens)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)

@@ -57,6 +57,9 @@ class Mark:
     readers: tuple[tuple[int, Tensor | None], ...]
 
 
+ANSWER_TOKENS = 64  # kept for an answer
+
+
 class StreamingSession:
     """One row of text and frames that grows.
 
@@ -148,6 +151,11 @@ class StreamingSession:
             raise ValueError(f"a frame of second {taken:g}, {behind}: seconds are finite and do not fall back")
         return taken
 
+    @property
+    def positions(self) -> int:
+        """Of the row so far."""
+        return self._row.cache.length
+
     def mark(self) -> Mark:
         """Where the row stands, for `back`."""
         return Mark(self.frames, self._second, tuple(reader.mark() for reader in self._readers()))
@@ -223,15 +231,24 @@ class VideoStream:
         module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
         seconds: when the frames to come were taken, all of them; a model that is told so (`collator.timestamps`) needs
             it, and so cannot follow a camera. One with `frame_clock="seconds"` can: see `push`.
+        answer_tokens: so much of the language model's context is kept for an answer: `push` takes no frame into it.
+            None: 64, or a quarter of what the question leaves where that is less.
 
     Raises:
-        ValueError: a question that is no text, a mode in which a frame depends on later ones, or seconds that are
-            needed and not known.
+        ValueError: a question that is no text or leaves no room for a frame, a mode in which a frame depends on later
+            ones, or seconds that are needed and not known.
     """
 
     def __init__(
-        self, module: Any, question: str, mode: str = "autoregressive", seconds: Sequence[float] | None = None
+        self,
+        module: Any,
+        question: str,
+        mode: str = "autoregressive",
+        seconds: Sequence[float] | None = None,
+        answer_tokens: int | None = None,
     ) -> None:
+        if answer_tokens is not None and answer_tokens < 1:
+            raise ValueError(f"answer_tokens={answer_tokens}: it must be at least 1")
         if not isinstance(question, str):
             raise ValueError(f"a question is a text, not {type(question).__name__}")
         self.module = module
@@ -239,11 +256,26 @@ class VideoStream:
         self.session = StreamingSession(module.network, module.tokenizer, mode)
         self.session.read(text.ids[: text.visual_at])
         self._rest = text.ids[text.visual_at :]
+        left = max(4, module.network.language.context - len(text.ids))
+        self.answer_tokens = min(ANSWER_TOKENS, left // 4) if answer_tokens is None else answer_tokens
+        if self.room < 1:
+            raise ValueError(
+                f"the question takes {len(text.ids)} positions and its answer up to {self.answer_tokens}; the "
+                f"language model holds {module.network.language.context}: no frame has room. Give a shorter question "
+                "or fewer answer_tokens"
+            )
 
     @property
     def frames(self) -> int:
         """Pushed so far."""
         return self.session.frames
+
+    @property
+    def room(self) -> int:
+        """Frames that can still be pushed before the language model's context is full."""
+        network = self.module.network
+        taken = self.session.positions + len(self._rest) + self.answer_tokens
+        return int(network.language.context - taken) // int(network.tokens_per_frame)
 
     def push(self, frame: np.ndarray | Image.Image, second: float | None = None) -> None:
         """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training.
@@ -252,9 +284,15 @@ class VideoStream:
             second: when it was taken; None: a second after the last frame, 0 for the first.
 
         Raises:
-            ValueError: another shape or type, no room for it, or a second that is not finite or lies before that of
-                the last frame.
+            ValueError: another shape or type, no room for it beside an answer (`room`), or a second that is not finite
+                or lies before that of the last frame.
         """
+        if self.room < 1:
+            raise ValueError(
+                f"the stream is full: {self.frames} frames and room for an answer of {self.answer_tokens} tokens take "
+                f"the language model's context of {self.module.network.language.context}. Answers can still be had; "
+                "begin a new stream for further frames"
+            )
         images = self.module.image_options
         if not isinstance(frame, Image.Image):
             if not isinstance(frame, np.ndarray):
@@ -269,10 +307,16 @@ class VideoStream:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`.
 
         Raises:
-            ValueError: no new token.
+            ValueError: no new token, or more than there is room for.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+        left = self.module.network.language.context - self.session.positions - len(self._rest)
+        if max_new_tokens > left:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}: behind {self.frames} frames the language model's context has room "
+                f"for {left} tokens of an answer"
+            )
         tokens = self.session.tokens(self._rest, max_new_tokens, temperature, seed)
         yield from pieces(self.module.tokenizer, tokens)
 

@@ -199,3 +199,17 @@ def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
     clip = SubClips([2, 4]).cut(whole, 3, 6)
     assert clip is not None
     assert collator([whole, clip, clip]).clips == 2
+
+
+@pytest.mark.parametrize(
+    "words", ["What is there at 00:04?", "After 4 seconds, which shade?", "From second 3 to 5, which shade?", "at 4s?"]
+)
+def test_times_in_other_words_leave_a_question_out_of_a_clip_whose_time_begins_anew(words: str) -> None:
+    said = answer(words, "24", "mark", {"frame": 4})
+    sample = tour(8, said, asked(4))
+    clip = SubClips([2, 4]).cut(sample, 3, 6)
+    assert clip is not None
+    assert [each.turns[0].text for each in clip.conversations] == ["At second 1, which shade?"]
+    kept = SubClips([2, 4], rebased=False).cut(sample, 3, 6)
+    assert kept is not None
+    assert len(kept.conversations) == 2

@@ -295,7 +295,7 @@ def test_a_collator_sees_the_training_text_before_the_first_batch(root: Path) ->
 def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:
     source = {"videos": ShardSource(root / "videos")}
     for options, message in (
-        ({"fit": "shrink"}, r"data\.fit must be one of stretch, crop, pad, not 'shrink'"),
+        ({"fit": "shrink"}, r"data\.fit must be one of stretch, crop, pad, auto, not 'shrink'"),
         ({"max_frames": 5000}, r"data\.max_frames must be 1 to 4096, not 5000"),
         ({"questions": 0}, r"data\.questions must be at least 1"),
         ({"val_questions": -3}, r"data\.val_questions must be at least 1, not -3"),

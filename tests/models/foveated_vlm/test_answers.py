@@ -249,6 +249,13 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
         run(f"conversations={file}")
     with pytest.raises(ValueError, match="video='': a path is empty"):
         run("video=''", "question=Sure?")
+    for odd in ("{a: b}", "[[a,b],c]", "true"):
+        with pytest.raises(ValueError, match=r"question holds .*, which is no text"):
+            run(listed(videos), f"question={odd}")
+    with pytest.raises(ValueError, match="a question is empty"):
+        run(listed(videos), "question=['Sure?','']")
+    with pytest.raises(ValueError, match=r"figure=\.\.\. shows where queries attended, which this model"):
+        run("video=null", "question=Sure?", "figure=x.png")
     with pytest.raises(ValueError, match=r"figure=.* is a folder: name a file in it"):
         run(listed(videos), "question=Sure?", f"figure={videos[0].parent}")
     with pytest.raises(ValueError, match="in place of video and question"):

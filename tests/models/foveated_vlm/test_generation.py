@@ -59,6 +59,18 @@ def test_a_batch_of_prompts_of_all_lengths_gives_what_each_gives_alone_without_a
     assert answers.texts == [Letters.decode(ids) for ids in answers.ids]
 
 
+def test_drawn_answers_do_not_depend_on_what_else_is_asked(build: Build) -> None:
+    network, frames = build(), frames_of(COUNTS)
+    prompts = [prompt(9, 4, 0), prompt(5, 0, 1), prompt(6, 6, 2), prompt(4, 2, 3)]
+    how = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    together = generate(network, Letters(), frames, COUNTS, prompts, [0, 1, 2, 0], **how).ids
+    for own, video, ids in zip(prompts, [0, 1, 2, 0], together, strict=True):
+        count = COUNTS[video]
+        assert generate(network, Letters(), frames[video : video + 1, :count], [count], [own], [0], **how).ids == [ids]
+    other = generate(network, Letters(), frames, COUNTS, prompts, [0, 1, 2, 0], **{**how, "seed": 4}).ids
+    assert other != together
+
+
 def test_an_answer_stops_at_the_end_of_its_turn_while_others_go_on(build: Build) -> None:
     network, frames = build(), frames_of([2])
     prompts = [prompt(5, 2, seed) for seed in range(4)]

@@ -251,3 +251,28 @@ def test_pieces_are_whole_characters() -> None:
     text = "a\u00e9\u20acb"
     found = list(pieces(Bytes(), iter(text.encode())))  # type: ignore[arg-type]
     assert found == list(text)
+
+
+def test_a_full_stream_still_answers(tmp_path: Path) -> None:
+    """A camera never ends: frames are refused while there is room for an answer, and answers can be had then."""
+    module = small_module(tmp_path, [QUESTION] * 3, context=96)
+    stream, frames = module.stream(QUESTION, answer_tokens=12), video(1)
+    room = stream.room
+    assert 1 < room < 96
+    for _ in range(room):
+        stream.push(frames[0])
+    assert stream.room == 0
+    with pytest.raises(ValueError, match=f"the stream is full: {room} frames and room for an answer of 12 tokens"):
+        stream.push(frames[0])
+    assert stream.answer(12) == stream.answer(12)
+    with pytest.raises(ValueError, match=r"max_new_tokens=13: .* has room for 12 tokens of an answer"):
+        stream.answer(13)
+    with pytest.raises(ValueError, match="no frame has room"):
+        module.stream(QUESTION, answer_tokens=90)
+
+
+def test_a_model_in_bfloat16_streams(tmp_path: Path) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3).to(torch.bfloat16)
+    stream = module.stream(QUESTION)
+    stream.push(video(1)[0])
+    assert isinstance(stream.answer(4), str)
