@@ -104,6 +104,7 @@ class ShardSource:
         Raises:
             FileNotFoundError: there are no shards.
         """
+        self.refuse_missing()
         folder, _ = self._folder_of(self.place, "train")
         fit = None if folder is None else settings_of(folder).get("fit")
         return fit if isinstance(fit, str) else None
