@@ -201,7 +201,8 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
         if sharded:
             device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
         worst = datamodule.worst_batch() if hasattr(datamodule, "worst_batch") else None
-        found = module.step_memory(batch if worst is None else worst.to(device), bf16, ema)
+        accumulated = cfg.accumulate_grad_batches > 1
+        found = module.step_memory(batch if worst is None else worst.to(device), bf16, ema, accumulated)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"dry_run=true: the GPU does not hold a step of one process's batch (data.batch_size="

@@ -178,20 +178,26 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemory:
+def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
     """Counts a step of a module on the CPU, without computing it.
 
     Args:
         module: its parameters stay as they are; they may be on torch's device `meta`.
         step: gives the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; it takes a
             function that turns a real tensor of the batch, if it is not small, into one of its shape alone.
-        bf16: under autocast. ema: averaged weights are kept.
+        bf16: under autocast. ema: averaged weights are kept. accumulated: gradients of another batch are there
+            already, as from the second batch of a step on (`accumulate_grad_batches`).
     """
     with _counted(module) as (live, change):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = step(change)
+        forwards = live.peak
         loss.backward()
-    return StepMemory(step=live.peak, measured=False, **held(module, ema))
+    peak = live.peak
+    if accumulated:  # all of them beside all activations, and the first one that is added to them
+        gradients = [p.numel() * p.element_size() for p in module.parameters() if p.requires_grad]
+        peak = max(peak, forwards + sum(gradients) + max(gradients, default=0))
+    return StepMemory(step=peak, measured=False, **held(module, ema))
 
 
 def count_forward(module: nn.Module, forward: Step) -> StepMemory:
@@ -251,7 +257,7 @@ def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: di
             setattr(part, name, value)
 
 
-def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMemory:
+def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
     """As `count_step`, by doing the step on the GPU on which the module lies; gradients are left out again after it.
 
     Raises:
@@ -264,9 +270,10 @@ def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool) -> StepMe
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            loss = step(lambda tensor: tensor.to(device))
-        loss.backward()
+        for _ in range(2 if accumulated else 1):
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                loss = step(lambda tensor: tensor.to(device))
+            loss.backward()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     finally:

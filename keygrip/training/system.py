@@ -81,14 +81,18 @@ class System(LightningModule):
         shapes = {name: list(value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)}
         return {"batch": shapes, "parameters_m": parameters_m(self.trained_part()), "loss": round(float(loss), 5)}
 
-    def step_memory(self, batch: Any, bf16: bool, ema: bool) -> StepMemory:
-        """Memory of a training step on a batch: measured on a GPU, counted elsewhere."""
+    def step_memory(self, batch: Any, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
+        """Memory of a training step on a batch: measured on a GPU, counted elsewhere.
+
+        Args:
+            bf16, ema, accumulated: see `keygrip.training.memory.count_step`.
+        """
         was_training = self.training
         self.train()
         try:
             on_gpu = next(self.parameters()).device.type == "cuda"
             step = measure_step if on_gpu else count_step
-            return step(self.trained_part(), lambda change: self.loss(batch.map(change)), bf16, ema)
+            return step(self.trained_part(), lambda change: self.loss(batch.map(change)), bf16, ema, accumulated)
         finally:
             self.train(was_training)
 

@@ -45,6 +45,26 @@ def test_what_is_counted_is_what_a_step_takes(recompute: bool) -> None:
     assert not counted.measured
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_second_batch_of_a_step_finds_gradients_of_the_first(wide: bool) -> None:
+    """Of wide layers, whose gradients are most of it, and of narrow ones with large activations."""
+    width, rows = (256, 64) if wide else (32, 1024)
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(6)))
+    batch = torch.randn(rows, width)
+
+    def step(of_batch: object) -> Tensor:
+        return network(of_batch(batch)).square().mean()  # type: ignore[operator, no-any-return]
+
+    step(lambda tensor: tensor).backward()
+    gradients = sum(p.numel() * 4 for p in network.parameters())
+    taken = allocated(step) + batch.nbytes + gradients
+    network.zero_grad(set_to_none=True)
+    first = count_step(network, step, bf16=False, ema=False).step
+    second = count_step(network, step, bf16=False, ema=False, accumulated=True).step
+    assert first <= second <= first + gradients
+    assert second == pytest.approx(taken, rel=0.1)
+
+
 class Pieces(nn.Module):
     """Its shapes depend on what the batch holds, as those of a tower that reads images of many sizes."""
 

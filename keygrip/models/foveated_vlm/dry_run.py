@@ -58,7 +58,7 @@ def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
     return report
 
 
-def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool) -> StepMemory:
+def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
     """Memory of a training step on a batch, with as many rounds of refinement as training may draw."""
     network, was_training = module.network, module.training
     rows = text_rows(batch)
@@ -81,6 +81,6 @@ def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool) -> St
 
     module.train()
     try:
-        return (measure_step if on_gpu else count_step)(network, step, bf16, ema)
+        return (measure_step if on_gpu else count_step)(network, step, bf16, ema, accumulated)
     finally:
         module.train(was_training)

@@ -469,9 +469,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         batch the first videos alone."""
         return report_on(self, batch)
 
-    def step_memory(self, batch: VideoTextBatch, bf16: bool, ema: bool) -> StepMemory:
+    def step_memory(self, batch: VideoTextBatch, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
         """Memory of a training step on a batch: measured where the module lies on a GPU, counted otherwise."""
-        return step_memory(self, batch, bf16, ema)
+        return step_memory(self, batch, bf16, ema, accumulated)
 
     def export_files(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Beside the weights in an export: files by name (tokenizer, chat template, processor), and what config.json
