@@ -27,7 +27,7 @@ from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
 from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
-from keygrip.training.accumulation import WindowMean
+from keygrip.training.accumulation import WindowMean, completes_step
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.optimizers import AdamW
@@ -344,7 +344,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log("train/clips", float(batch.clips), batch_size=size)
         if self._health_now():
             self._examine(output, rows, batch, frames, loss.detach())
-        if self._shown(self.log_images_every_n_steps):
+        if self._shown(self.log_images_every_n_steps) and completes_step(self.trainer):
             self._show("train", batch)
         return loss if self.trainer.accumulate_grad_batches == 1 else self._window.weighted(loss, scores.tokens)
 
