@@ -352,7 +352,7 @@ def _attention_strips(
 
 def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfig) -> str:
     """An answer, written to standard error as it comes."""
-    stream = module.stream(asked.question, mode, asked.video.seconds)
+    stream = module.stream(asked.question, mode, asked.video.seconds, cfg.max_new_tokens)
     for frame, second in zip(asked.video.frames, asked.video.seconds, strict=True):
         stream.push(frame, second)
     return _shown(asked.question, stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,22 @@ def test_a_figure_shows_the_videos_and_passes_over_text_alone(run: Run, videos: 
     with pytest.raises(ValueError, match="or text alone"):
         run("video=null", "question=Sure?", f"figure={tmp_path / 'b.png'}")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_a_streamed_answer_has_the_room_of_any(run: Run, tmp_path: Path) -> None:
+    """Up to the last frame that fits beside so long an answer, as without a stream."""
+    (tmp_path / "long").mkdir()
+    for number in range(8):
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(tmp_path / "long" / f"{number}.png")
+    question = "Sure? " * 12
+    tokens, found = 128, {}
+    while not found:
+        with contextlib.suppress(ValueError):
+            found = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={tokens}")
+        tokens -= not found
+    assert 1 < tokens < 128
+    streamed = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={tokens}", "stream=true")
+    assert streamed["answers"] == found["answers"]
 
 
 def test_text_alone(run: Run, module: FoveatedVLMModule) -> None:
