@@ -46,7 +46,8 @@ class StepMemory:
         weights: parameters and buffers, those of `outside_modules` among them. optimizer: AdamW's two moments. ema: of
             the averaged weights. step: the most that activations, gradients and copies in lower precision take
             together. measured: on a GPU.
-        undivided: of the weights, those that every process holds whole (`outside_modules`).
+        undivided: of the weights, those that every process holds whole (`outside_modules`). cache: what the run may
+            keep beside all this from step to step, at most.
     """
 
     weights: int
@@ -55,11 +56,12 @@ class StepMemory:
     step: int
     measured: bool
     undivided: int = 0
+    cache: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all parts together."""
-        return self.weights + self.optimizer + self.ema + self.step
+        return self.weights + self.optimizer + self.ema + self.step + self.cache
 
     def divided(self, processes: int) -> StepMemory:
         """Of one of several processes that weights (but those of `outside_modules`), moments and EMA are divided over
@@ -70,7 +72,8 @@ class StepMemory:
 
     def report(self) -> dict[str, Any]:
         """In GiB, to a hundredth."""
-        parts = {name: getattr(self, name) for name in ("weights", "optimizer", "ema", "step", "total")}
+        names = ("weights", "optimizer", "ema", "step", *(("cache",) if self.cache else ()), "total")
+        parts = {name: getattr(self, name) for name in names}
         return {f"{name}_gib": round(value / GIB, 2) for name, value in parts.items()} | {
             "how": "measured on the GPU" if self.measured else "counted"
         }

@@ -173,3 +173,11 @@ def test_weights_moments_and_ema_are_divided_over_processes_and_a_step_is_not() 
     whole = StepMemory(weights=10, optimizer=20, ema=9, step=7, measured=False)
     assert whole.divided(4) == StepMemory(weights=3, optimizer=5, ema=3, step=7, measured=False)
     assert whole.divided(1) == whole
+
+
+def test_what_a_run_keeps_beside_is_told() -> None:
+    whole = StepMemory(weights=2**30, optimizer=0, ema=0, step=2**30, measured=False, cache=2**31)
+    assert whole.total == 2**32
+    assert whole.report()["cache_gib"] == 2
+    assert whole.divided(4).cache == 2**31  # each process has its own
+    assert "cache_gib" not in StepMemory(weights=1, optimizer=0, ema=0, step=1, measured=False).report()

@@ -32,6 +32,9 @@ class KeyValueCache:
 
     Args:
         limit_gb: of memory; further frames are encoded each time.
+
+    Attributes:
+        room: bytes that are left of it.
     """
 
     def __init__(self, limit_gb: float) -> None:
