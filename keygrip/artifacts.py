@@ -105,11 +105,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
-    temporary.mkdir()
-    try:
-        with full_disk_is_named(target):
-            yield temporary
+    with scratch_folder(target) as temporary:
+        yield temporary
         try:
             temporary.rename(target)  # an empty folder of that name is replaced
         except OSError as error:
@@ -117,8 +114,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 _refuse_existing(target)
             raise
         _flush_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

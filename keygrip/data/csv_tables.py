@@ -5,30 +5,32 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 TOO_MANY = "it has more fields than the table has columns: put text that holds a comma in quotes"
 
 
-def table_columns(text: str) -> list[str]:
-    """The names in the first line. Raises ValueError: one stands there twice."""
-    names = list(csv.DictReader(io.StringIO(text, newline=""), strict=True).fieldnames or ())
+def table_rows(
+    text: str, needed: Sequence[str] = (), kind: str = "the right table"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number of the last line and values of each row by column, None where the row is too short.
+
+    Args:
+        needed: columns without which it is another table. kind: what it should be, for the message.
+
+    Raises:
+        ValueError: a needed column is missing, one stands there twice, or a row has more fields than there are columns.
+            csv.Error: quotes that are not closed or that more text follows.
+    """
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = list(table.fieldnames or ())
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(f"it has no column {missing[0]!r}: is it {kind}?")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"line 1: the column {twice[0]} stands there twice")
-    return names
-
-
-def table_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number of the last line and values of each row by column, None where the row is too short.
-
-    Raises:
-        ValueError: a column stands there twice, or a row has more fields than there are columns. csv.Error: quotes that
-            are not closed or that more text follows.
-    """
-    table_columns(text)
-    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     for row in table:
         if None in row:
             raise ValueError(f"line {table.line_num}: {TOO_MANY}")

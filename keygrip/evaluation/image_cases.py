@@ -27,7 +27,7 @@ from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_images
 from keygrip.evaluation.image_statistics import grain, set_figures
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.sampler import Sampling
+from keygrip.models.patch_dit.sampler import Sampling, refuse_idle_interval
 from keygrip.progress import Progress
 
 if TYPE_CHECKING:
@@ -179,13 +179,9 @@ class Suite:
                 self.sampling.replaced(text_scale=float(text), dino_scale=float(dino))
         for steps in self.options.step_counts:
             replace(self.sampling, steps=int(steps))
-        sizes = self.module.statistics.latent_sizes
-        guided = [self.module.sampling_at(size, self.sampling).is_guided() for size in sizes]
-        if self.options.sampling.get("interval") is not None and sizes and not any(guided):
-            raise ValueError(
-                f"sampling.interval={list(self.sampling.interval)} has no effect: none of the {self.sampling.steps} "
-                "steps has a noise level in it; sampling.guidance=none draws so"
-            )
+        if self.options.sampling.get("interval") is not None:
+            sizes = self.module.statistics.latent_sizes
+            refuse_idle_interval([self.module.sampling_at(size, self.sampling) for size in sizes])
 
     @cached_property
     def features(self) -> FeatureEncoder:

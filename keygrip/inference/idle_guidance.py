@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import Sampling
+from keygrip.models.patch_dit.sampler import Sampling, refuse_idle_interval
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,9 @@ def refuse_idle_guidance(module: PatchDiTModule, given: Collection[str], samplin
             f"start_image at strength={told.strength:g}: a student of few steps was trained to begin with noise alone; "
             "give strength=1 with redraw, or draw with its teacher"
         )
-    strength = 1.0 if told.strength is None else told.strength
-    sizes = module.statistics.latent_sizes
-    if "interval" in given and sizes and not any(module.sampling_at(s, sampling).is_guided(strength) for s in sizes):
-        steps = len(sampling.levels(strength)) - 1
-        raise ValueError(
-            f"interval={list(sampling.interval)} has no effect: none of the {steps} steps has a noise level "
-            "in it; guidance=none draws so"
-        )
+    if "interval" in given:
+        ways = [module.sampling_at(size, sampling) for size in module.statistics.latent_sizes]
+        refuse_idle_interval(ways, 1.0 if told.strength is None else told.strength)
     patches = module.network.use_dino_patches
     idle = [name for name, has in (("image_mask", told.masks), ("cls_scale", "cls_scale" in given)) if has]
     if idle and not patches:

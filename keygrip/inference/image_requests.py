@@ -109,10 +109,8 @@ def prompts_of(value: Any) -> list[str | None]:
     Raises:
         ValueError: what is neither text nor null.
     """
-    return [
-        None if each is None or not text_of("prompt", each).strip() else text_of("prompt", each)
-        for each in each_of(value)
-    ]
+    told = ["" if each is None else text_of("prompt", each) for each in each_of(value)]
+    return [text if text.strip() else None for text in told]
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

@@ -251,7 +251,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         """One video, uint8 [F, S, S, 3], as the network takes it: [1, F, 3, S, S] on the module's device."""
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         found = normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
-        return found.to(self.network.static_query.dtype if isinstance(self.network, FoveatedVLM) else found.dtype)
+        return found.to(next(self.network.backbone.parameters()).dtype)
 
     def stream(
         self,

@@ -258,7 +258,7 @@ class VideoStream:
         self._rest = text.ids[text.visual_at :]
         left = max(4, module.network.language.context - len(text.ids))
         self.answer_tokens = min(ANSWER_TOKENS, left // 4) if answer_tokens is None else answer_tokens
-        if self.room < 1:
+        if self.room < 0:  # text alone needs none
             raise ValueError(
                 f"the question takes {len(text.ids)} positions and its answer up to {self.answer_tokens}; the "
                 f"language model holds {module.network.language.context}: no frame has room. Give a shorter question "

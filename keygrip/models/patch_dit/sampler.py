@@ -345,6 +345,22 @@ class Velocities:
         return self._contexts[group]
 
 
+def refuse_idle_interval(ways: Sequence[Sampling], strength: float = 1.0) -> None:
+    """Refuses an interval of guidance that no step reaches.
+
+    Args:
+        ways: one for each size of latents, of one number of steps. strength: of an `Edit`.
+
+    Raises:
+        ValueError: in none of these ways a step has a noise level in it.
+    """
+    if ways and not any(way.is_guided(strength) for way in ways):
+        raise ValueError(
+            f"interval={list(ways[0].interval)} has no effect: none of the {len(ways[0].levels(strength)) - 1} steps "
+            "has a noise level in it; guidance=none draws so"
+        )
+
+
 @dataclass(frozen=True)
 class Edit:
     """Normalised latents ``[B, C, h, w]`` of images to edit: inpainting by a mask, or sampling from partial noise.

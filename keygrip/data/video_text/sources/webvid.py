@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
-from keygrip.data.csv_tables import table_columns, table_rows
+from keygrip.data.csv_tables import table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.shards.writer import compressed_shards, tar_files
@@ -156,10 +156,7 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
     for path in files_in(source, ".csv"):
         with guard(path):
             text = read_text(path, MAX_LIST_BYTES)
-            missing = [name for name in COLUMNS if name not in table_columns(text)]
-            if missing:
-                raise ValueError(f"it has no column {missing[0]!r}: is it a list of WebVid?")
-            for number, (_, line) in enumerate(table_rows(text), 2):
+            for number, (_, line) in enumerate(table_rows(text, COLUMNS, "a list of WebVid"), 2):
                 if not line["videoid"] or line["page_dir"] is None:
                     key = f"row {number} of {path.name}"
                     rows[key] = WebVidRow(key, source, "", f"{key}: it has no videoid or no page_dir")
