@@ -175,6 +175,8 @@ def test_a_streamed_answer_has_the_room_of_any(run: Run, tmp_path: Path) -> None
     assert 1 < tokens < 128
     streamed = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={tokens}", "stream=true")
     assert streamed["answers"] == found["answers"]
+    alone = ["video=null", f"question={question}", f"max_new_tokens={tokens + 8}"]  # the frames' room too
+    assert run(*alone, "stream=true")["answers"] == run(*alone)["answers"]
 
 
 def test_text_alone(run: Run, module: FoveatedVLMModule) -> None:

@@ -86,6 +86,7 @@ def list_items(
     max_enlargement: float,
     progress: bool,
     known: Mapping[str, tuple[str, ...]] | None = None,
+    before: Sequence[Item] = (),
 ) -> list[Item]:
     """Every image below a folder with its bucket, in the order of names; those that cannot be used with a reason.
 
@@ -96,6 +97,7 @@ def list_items(
 
     Args:
         known: captions that were encoded, by path; among files of one content these are preferred.
+        before: of an earlier list, whose hashes hold for files that were not written since.
 
     Raises:
         FileNotFoundError: no folder, or no images in it. ValueError: a list of captions that cannot be read.
@@ -175,7 +177,7 @@ def list_items(
             len(wrapped),
             min(wrapped),
         )
-    return merge_duplicates(source, items, known or {})
+    return merge_duplicates(with_hashes(items, source, before, progress), known or {})
 
 
 def _of_these(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
@@ -222,23 +224,19 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def merge_duplicates(source: Path, items: Sequence[Item], known: Mapping[str, tuple[str, ...]]) -> list[Item]:
+def merge_duplicates(items: Sequence[Item], known: Mapping[str, tuple[str, ...]]) -> list[Item]:
     """The items without files of the same content: one of them keeps the captions of all.
 
     Two copies of one image would be two samples, of which one may be held out and the other trained on.
 
     Args:
-        known: captions that were encoded, by path; their samples stay as they are.
+        items: with the hashes of those that are used. known: captions that were encoded, by path; their samples stay as
+            they are.
     """
-    by_size: dict[int, list[int]] = defaultdict(list)
+    by_content: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
         if item.bucket is not None:
-            by_size[(source / item.path).stat().st_size].append(number)
-    by_content: dict[str, list[int]] = defaultdict(list)
-    for members in by_size.values():
-        if len(members) > 1:  # files of different sizes differ
-            for number in members:
-                by_content[sha256_file(source / items[number].path)].append(number)
+            by_content[item.sha256].append(number)
     found = list(items)
     for members in by_content.values():
         first, *rest = sorted(members, key=lambda number: (items[number].path not in known, number))
@@ -288,8 +286,7 @@ def frozen_items(
         if unread is None:
             return items
         used = {path: item.captions for path, item in last_entries(items).items() if item.bucket and path not in unread}
-        listed = with_hashes(list_items(source, buckets, enlargement, progress, used), source, items, progress)
-        found = extended(items, listed, source, unread)
+        found = extended(items, list_items(source, buckets, enlargement, progress, used, items), source, unread)
         if found != items:
             info.unlink(missing_ok=True)
             write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in found))
