@@ -83,3 +83,13 @@ class CharacterCollator:
             key=[sample.key for _, sample, _ in rows],
             texts=[text for _, _, text in rows],
         )
+
+
+def write_conversations(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]], prefix: str = "s") -> Path:
+    """A set of (frames, conversations), as another program would write it: without settings."""
+    with ShardWriter(root / "train" / f"{prefix}-000.tar") as writer:
+        for number, (frames, said) in enumerate(samples):
+            images = [picture(number % 256)] * frames
+            writer.add(f"{prefix}{number}", *video_text_parts(images, said, prefix, extension="png"))
+    write_manifest(root / "train", describe_video_text, progress=False)
+    return root

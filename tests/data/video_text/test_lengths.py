@@ -10,20 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shard_sets import picture
+from shard_sets import write_conversations
 
 from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text import exact_lengths
 from keygrip.data.video_text.conversations import (
     Conversation,
     answer,
-    describe_video_text,
     iterate_texts,
     read_sample,
-    video_text_parts,
 )
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, counted
@@ -40,16 +37,6 @@ def words(characters: int) -> str:
     return " ".join(WORDS)[:characters].strip()
 
 
-def write(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]], prefix: str = "s") -> Path:
-    """A set of (frames, conversations)."""
-    with ShardWriter(root / "train" / f"{prefix}-000.tar") as writer:
-        for number, (frames, said) in enumerate(samples):
-            images = [picture(number % 256)] * frames
-            writer.add(f"{prefix}{number}", *video_text_parts(images, said, prefix, extension="png"))
-    write_manifest(root / "train", describe_video_text, progress=False)
-    return root
-
-
 def talk(characters: int, kind: str = "text") -> Conversation:
     return answer("Tell a story.", words(characters), kind)
 
@@ -57,11 +44,11 @@ def talk(characters: int, kind: str = "text") -> Conversation:
 @pytest.fixture
 def stage(tmp_path: Path) -> Path:
     """60 videos with captions; texts as SmolTalk has them, of which most are far longer than a row."""
-    write(tmp_path / "videos", [(2, [talk(60 + n % 40, "caption")]) for n in range(60)], "v")
+    write_conversations(tmp_path / "videos", [(2, [talk(60 + n % 40, "caption")]) for n in range(60)], "v")
     long = [(0, [talk(6900 + n % 50)]) for n in range(120)]
     turns = (*talk(200).turns, Turn("user", "More."), Turn("assistant", words(6000)))
     kept = [(0, [talk(100 + 5 * n)]) for n in range(20)] + [(0, [Conversation(turns, "text", {})])]
-    write(tmp_path / "texts", [*long, *kept], "t")
+    write_conversations(tmp_path / "texts", [*long, *kept], "t")
     return tmp_path
 
 
@@ -110,7 +97,7 @@ def test_where_an_index_does_not_tell_them_shorter_ones_take_their_place(
 
 
 def test_a_source_in_which_nothing_fits_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "videos", [(1, [talk(3000)])] * 20, "v")
+    write_conversations(tmp_path / "videos", [(1, [talk(3000)])] * 20, "v")
     with pytest.raises(ValueError, match=r"no sample of the source 'videos' has an answer that ends within"):
         module(tmp_path)
 
@@ -131,7 +118,7 @@ def test_batches_keep_within_the_budget_by_what_they_really_hold(
         (int(frames), [answer("Which number?", digits(int(rng.integers(5, 150))), "text") for _ in range(1 + n % 5)])
         for n, frames in enumerate(rng.integers(0, 9, 200))
     ]
-    write(tmp_path / "videos", samples, "v")
+    write_conversations(tmp_path / "videos", samples, "v")
     budget = Budget(64, 2048, exact)
     options: dict[str, Any] = {"questions": questions, "tokens_per_frame": tokens_per_frame}
     data = module(tmp_path, batch_size=64, budget=budget, **options)
@@ -167,7 +154,7 @@ def test_what_nobody_foresaw_is_left_out_of_a_batch_and_counted(tmp_path: Path, 
 
 
 def module_of(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]], exact: bool = True) -> VideoTexts:
-    write(root / "videos", samples, "v")
+    write_conversations(root / "videos", samples, "v")
     return module(root, batch_size=32, budget=Budget(64, 1024, exact))
 
 
@@ -201,7 +188,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             spelt = int(rng.uniform(0, 0.3) * characters)
             said = f"{words(characters - spelt)} {digits(spelt)}"
             samples.append((frames, [answer("What is it?", said, "text")]))
-        write(root / name, samples, name)
+        write_conversations(root / name, samples, name)
     return root
 
 
@@ -258,7 +245,7 @@ def collator_of(shards: ShardSet, folder: Path, **options: Any) -> ConversationC
 def several(tmp_path: Path) -> ShardSet:
     """40 samples of 0 to 4 images with 1 to 3 conversations, of which some are too long."""
     said = [[talk(50 + 30 * n, "a" if n % 2 else "b") for _ in range(1 + n % 3)] for n in range(40)]
-    write(tmp_path, [(n % 5, each) for n, each in enumerate(said)])
+    write_conversations(tmp_path, [(n % 5, each) for n, each in enumerate(said)])
     return ShardSet(tmp_path / "train")
 
 
@@ -326,7 +313,7 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
 
 
 def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_turn(tmp_path: Path) -> None:
-    write(tmp_path / "videos", [(1, [talk(60 + n)]) for n in range(60)], "v")
+    write_conversations(tmp_path / "videos", [(1, [talk(60 + n)]) for n in range(60)], "v")
     shards = ShardSet(tmp_path / "videos" / "train")
     index = shards.index(0)
     with (tmp_path / "videos" / "train" / "v-000.tar").open("r+b") as file:
@@ -341,7 +328,7 @@ def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_tur
 
 
 def test_evaluation_counts_no_training_texts(tmp_path: Path) -> None:
-    write(tmp_path, [(1, [talk(60 + n)]) for n in range(60)])
+    write_conversations(tmp_path, [(1, [talk(60 + n)]) for n in range(60)])
     collator = ConversationCollator(TrainedTokenizer(500), "visual_first", "answers", 256)
     source = ShardSource(tmp_path / "train", val_fraction=0.3)
     data = VideoTexts({"videos": source}, collator, 8, 8, num_workers=0, budget=Budget(64, 1024))

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from shard_sets import CharacterCollator, picture
+from shard_sets import CharacterCollator, write_conversations
 
 from keygrip.data.batches import Turn
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.mixing import Component, Mixture, Stage
 from keygrip.data.shards.set_writer import settings_of
-from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.batching import WithinBudget
 from keygrip.data.video_text.conversations import (
     Conversation,
     VideoTextSample,
     answer,
-    describe_video_text,
     read_sample,
-    video_text_parts,
 )
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.foreign_text import own_text
@@ -49,16 +45,6 @@ def prepared(folder: Path, fit: str) -> Path:
     (source / "list.json").write_text(json.dumps(entries))
     video_sft(source, folder / "set", image_size=SIZE, fit=fit, workers=1)
     return folder / "set"
-
-
-def write(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]], prefix: str) -> Path:
-    """A set of (frames, conversations), as another program would write it: without settings."""
-    with ShardWriter(root / "train" / f"{prefix}-000.tar") as writer:
-        for number, (frames, said) in enumerate(samples):
-            images = [picture(number % 256)] * frames
-            writer.add(f"{prefix}{number}", *video_text_parts(images, said, prefix, extension="png"))
-    write_manifest(root / "train", describe_video_text, progress=False)
-    return root
 
 
 def module(sources: dict[str, ShardSource], **options: Any) -> VideoTexts:
@@ -97,7 +83,7 @@ def test_sets_that_were_prepared_in_different_ways_are_refused(
 
 
 def test_a_set_that_says_nothing_is_read_as_before(tmp_path: Path) -> None:
-    root = write(tmp_path / "foreign", [(1, [answer("What?", "It.", "text")])] * 8, "f")
+    root = write_conversations(tmp_path / "foreign", [(1, [answer("What?", "It.", "text")])] * 8, "f")
     assert settings_of(str(root / "train")) == {}
     assert settings_of((root / "train").as_uri()) == {}
     assert module({"foreign": ShardSource(root, val_fraction=0.0)}).statistics.fit == "stretch"
@@ -112,7 +98,8 @@ def test_a_set_that_says_nothing_is_read_as_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["questions", "val_questions"])
 def test_kinds_that_no_source_holds_are_refused(tmp_path: Path, name: str) -> None:
-    root = write(tmp_path / "set", [(1, [answer("What?", "It.", kind) for kind in ("mark", "cue")])] * 8, "s")
+    said = [answer("What?", "It.", kind) for kind in ("mark", "cue")]
+    root = write_conversations(tmp_path / "set", [(1, said)] * 8, "s")
     sources = {"set": ShardSource(root, val_fraction=0.0)}
     with pytest.raises(
         ValueError, match=rf"data\.{name} names 'mrak', of which no source holds .* they hold cue, mark"
@@ -142,7 +129,7 @@ def test_the_epochs_of_all_stages() -> None:
 def test_the_worst_batch_is_that_of_the_longest_stage(tmp_path: Path, budget: Budget | None) -> None:
     said = [answer("What?", "It is a longer answer.", "text")]
     sources = {
-        name: ShardSource(write(tmp_path / name, [(frames, said)] * count, name), val_fraction=0.0)
+        name: ShardSource(write_conversations(tmp_path / name, [(frames, said)] * count, name), val_fraction=0.0)
         for name, frames, count in (("short", 2, 64), ("long", 32, 16))
     }
     curriculum = [Stage({"short": 1.0}, 40), Stage({"long": 1.0})]
