@@ -187,12 +187,33 @@ def orthogonalised(
     Returns:
         [M, N] float32; the singular values are near one, not one.
     """
-    a, b, c = coefficients
     x = matrix.float()
     if x.shape[0] > x.shape[1]:
         x = x.T
     x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if steps and x.shape[1] >= 2 * x.shape[0]:
+        x = _polynomial_of_gram(x @ x.T, coefficients, steps) @ x
+    else:
+        a, b, c = coefficients
+        for _ in range(steps):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def _polynomial_of_gram(gram: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """The symmetric matrix [M, M] by which the iteration multiplies x, from ``gram`` = x x^T alone.
+
+    Every step multiplies x from the left by p = a + b g + c g^2 of its Gram matrix g, and g by p^2. All of them are
+    polynomials of the first g and commute, so that a wide x is needed twice only: at the start and at the end.
+    """
+    a, b, c = coefficients
+    product = None
+    for step in range(steps):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        if step + 1 < steps:
+            gram = factor @ (factor @ gram)
+    assert product is not None, "steps is at least one"
+    return product

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from keygrip.training import strategies
-from keygrip.training.muon import Float32Muon, MuonAndAdamW, MuonWithAdamW
+from keygrip.training.muon import Float32Muon, MuonAndAdamW, MuonWithAdamW, orthogonalised
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -136,6 +136,28 @@ def test_the_iteration_in_float32_is_torchs_within_bfloat16() -> None:
         states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
         for optimizer, state in zip(optimizers, reversed(states), strict=True):
             optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(6, 6), (6, 9), (16, 40), (40, 16), (8, 48), (1, 5)])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_iteration_by_gram_matrices_is_the_plain_one(shape: tuple[int, int], rank: int | None, steps: int) -> None:
+    """Wide and tall matrices, full and of low rank, against the quintic iteration as written, in float64."""
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if rank is not None:
+        left, right = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((shape[0], 2), (2, shape[1])))
+        matrix = left @ right
+    expected = matrix / matrix.norm()
+    for _ in range(steps):
+        gram = expected @ expected.T
+        expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
+    torch.testing.assert_close(orthogonalised(matrix, coefficients, steps), expected.float(), atol=1e-4, rtol=0)
+
+
+def test_a_gradient_of_zeros_makes_no_step_of_muon() -> None:
+    assert torch.equal(orthogonalised(torch.zeros(3, 12), (3.4445, -4.775, 2.0315), 5), torch.zeros(3, 12))
 
 
 @pytest.mark.parametrize("iteration", ["bfloat16", "float32"])
