@@ -262,8 +262,9 @@ def dit_images(run: str = "run", pixels: int = 64) -> str:
     return _image_figures([(title, cases[case]) for case, title in IMAGE_CASES.items() if case in cases], pixels)
 
 
-def _image_figures(columns: Sequence[tuple[str, dict[str, Any]]], pixels: int) -> str:
-    """A column for each set of images: its title and its figures."""
+def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, Any]]]], pixels: int) -> str:
+    """A column for each set of images: its title and its figures, or those of each training seed."""
+    columns_by_seed = [(title, found if isinstance(found, list) else [found]) for title, found in columns]
     lines = (
         ("Frechet distance to real training images", "frechet", 2),
         ("CMMD", "cmmd", 3),
@@ -280,10 +281,13 @@ def _image_figures(columns: Sequence[tuple[str, dict[str, Any]]], pixels: int) -
         ("exactly the named objects", "objects_as_named", 2),
     )
     rows = [
-        (title, *(f"{found[name]:.{digits}f}" if name in found else "" for _, found in columns))
+        (
+            title,
+            *(over_seeds([f[name] for f in found], digits) if name in found[0] else "" for _, found in columns_by_seed),
+        )
         for title, name, digits in lines
     ]
-    return markdown(["", *(title for title, _ in columns)], rows)
+    return markdown(["", *(title for title, _ in columns_by_seed)], rows)
 
 
 def dit_images_128px() -> str:
@@ -292,24 +296,58 @@ def dit_images_128px() -> str:
 
 
 def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
-    """The small model on latents of an autoencoder of its own, a column for each training seed and case."""
+    """The small model on latents of an autoencoder of its own; mean and range over training seeds."""
     runs = read("dit_images")[run]["runs"]
-    first = runs[0]["cases"]
     columns = []
     for case, title in IMAGE_CASES.items():
         own = runs[:1] if case in ("real", "another_picture", "autoencoder") else runs  # the same for all seeds
-        for trained in own if case in first else ():
-            name = title if len(own) == 1 else f"{title}, seed {trained['seed']}"
-            columns.append((name, trained["cases"][case]))
-    guided = runs[0].get("with_guide", {})
-    for case in ("reconstruction", "text_only", "changed_words"):
-        columns += [(f"{IMAGE_CASES[case]}, with a guide", guided[case])] if case in guided else []
+        if case in runs[0]["cases"]:
+            columns.append((title, [trained["cases"][case] for trained in own]))
     return _image_figures(columns, pixels)
 
 
 def dit_latents_128px() -> str:
-    """The same at 128 px, with and without autoguidance."""
-    return dit_latents("run_latents_128px", 128)
+    """The same at 128 px."""
+    return dit_latents("run_latents_128px_6000", 128)
+
+
+def dit_trainings_128px() -> str:
+    """Trainings of the 128 px recipe on latents: steps, learning rate, share of words alone and decoder."""
+    record = read("dit_images")
+    first, longer, recipe = (record[f"run_latents_128px{end}"] for end in ("_first", "", "_6000"))
+    slow, fast = (run for run in record["learning_rates_128px"]["runs"] if run["steps"] == 4000)
+    trainings = [
+        (6000, "1e-3", "30 %", "2000", [run["with_guide"] for run in first["runs"]]),
+        (10000, "1e-3", "50 %", "2000", [run["with_guide"] for run in longer["runs"]]),
+        (4000, "1e-3", "50 %", "4000", [slow["cases"]]),
+        (4000, "3e-3", "50 %", "4000", [fast["cases"]]),
+        (6000, "3e-3", "50 %", "4000", [run["cases"] for run in recipe["runs"]]),
+    ]
+    columns = (
+        ("reconstruction", "frechet"),
+        ("reconstruction", "ssim"),
+        ("text_only", "frechet"),
+        ("text_only", "objects_as_named"),
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            *(str(steps), rate, words, decoder, str(len(runs))),
+            *(over_seeds([run[case][name] for run in runs], 2) for case, name in columns),
+        )
+        for steps, rate, words, decoder, runs in trainings
+    ]
+    real = recipe["runs"][0]["cases"]["real"]
+    rows.append(("real images", *[""] * 4, f"{real['frechet']:.2f}", "", "", f"{real['objects_as_named']:.2f}"))
+    header = [
+        "steps",
+        "learning rate",
+        "words alone in",
+        "steps of the decoder",
+        "seeds",
+        "words and features: Frechet distance",
+    ]
+    header += ["SSIM", "words alone: Frechet distance", "exactly the named objects"]
+    return markdown(header, rows)
 
 
 def dit_detail_head() -> str:
@@ -407,9 +445,7 @@ def dit_ablations() -> str:
     first = "patch_dit/none"
 
     def cell(jobs: Sequence[dict[str, Any]], place: tuple[str, str]) -> str:
-        values = [job["cases"][place[0]][place[1]] for job in jobs]
-        mean = f"{sum(values) / len(values):.2f}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+        return over_seeds([job["cases"][place[0]][place[1]] for job in jobs], 2)
 
     def words_alone(name: str) -> float:
         values = [float(job["cases"]["text_only"]["frechet"]) for job in by_name[name]]
@@ -906,6 +942,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_ablations,
             dit_latents,
             dit_latents_128px,
+            dit_trainings_128px,
             vlm_seeds,
             vlm_others,
             vlm_lengths,

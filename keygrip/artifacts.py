@@ -203,6 +203,24 @@ def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
             left -= len(block)
 
 
+def refuse_unwritable(target: str | Path, setting: str) -> None:
+    """Tries to write where a result is to go, before hours are spent on it; leaves nothing.
+
+    Raises:
+        ValueError: `target` is a folder, or its folder takes no file.
+    """
+    path = Path(target)
+    if path.is_dir():
+        raise ValueError(f"{setting}={target} is a folder: name a file in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        probe = temporary_beside(above / path.name)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{setting}={target} cannot be written ({error.strerror}): name another place") from error
+
+
 def temporary_beside(target: Path) -> Path:
     """A name for the temporary file of ``target``, hidden, in the same folder, and unique."""
     if (os.getpid(), target.parent) not in _looked:  # once per process and folder, which may hold thousands of files

@@ -40,13 +40,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     import torch
     from hydra.utils import get_method
 
-    from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, read_checkpoint
+    from keygrip.training.checkpoints import (
+        external_files,
+        find_checkpoint,
+        load_module,
+        read_checkpoint,
+        trusted_packages,
+    )
     from keygrip.training.metadata import machine
 
     use_tf32(cfg.tf32, torch.cuda.is_available())
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     config = OmegaConf.create(read_checkpoint(file, mapped=True)["keygrip"]["config"])
-    trust = tuple(cfg.trust)
+    trust = trusted_packages(cfg)
     external = external_files(cfg)
     module = load_module(file, trust=trust, external=external)
     what = f"{file} holds a {type(module).__name__}"

@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     file = checkpoints.find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     content = checkpoints.read_checkpoint(file)
     module: Any = checkpoints.load_module(  # refused here, before anything is written
-        file, use_ema=cfg.ema, trust=tuple(cfg.trust), external=checkpoints.external_files(cfg)
+        file, use_ema=cfg.ema, trust=checkpoints.trusted_packages(cfg), external=checkpoints.external_files(cfg)
     )
     target = Path(cfg.to)
     if cfg.format in FILES and not hasattr(module, "export_graph"):

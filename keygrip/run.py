@@ -33,7 +33,7 @@ from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
 from keygrip.setting_types import refuse_ill_typed
-from keygrip.training.checkpoints import external_files, find_checkpoint
+from keygrip.training.checkpoints import external_files, find_checkpoint, trusted_packages
 from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _policy(cfg: DictConfig) -> Policy:
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
-    policy: Policy = load_policy(file, plain(cfg.policy) or {}, device, tuple(cfg.trust), external_files(cfg))
+    policy: Policy = load_policy(file, plain(cfg.policy) or {}, device, trusted_packages(cfg), external_files(cfg))
     return policy
 
 

@@ -81,7 +81,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
     from keygrip.evaluation.trained_policy import load_policy
-    from keygrip.training.checkpoints import external_files, find_checkpoint
+    from keygrip.training.checkpoints import external_files, find_checkpoint, trusted_packages
 
     try:
         from keygrip.runtime.server import PolicyServer
@@ -98,7 +98,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
         limits = replace(limits, batch=GPU_BATCH if device.startswith("cuda") else 1)
 
     def load() -> Any:
-        return load_policy(file, plain(cfg.policy) or {}, device, tuple(cfg.trust), external_files(cfg))
+        return load_policy(file, plain(cfg.policy) or {}, device, trusted_packages(cfg), external_files(cfg))
 
     policy = load()
     model = type(policy.module).__name__ if hasattr(policy, "module") else type(policy).__name__

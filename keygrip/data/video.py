@@ -50,11 +50,16 @@ class _VideoIndex:
     keys: list[tuple[int, int]]
 
 
+def _local(path: str | Path) -> str:
+    """A file's name as FFmpeg takes it: relative, what stands before a colon would be a protocol."""
+    return str(Path(path).absolute())
+
+
 def _open_container(path: Path) -> tuple[Any, Any]:
     """The container and its video stream, decoded by one thread: workers are the parallelism."""
     regular_file(path)
     try:
-        container = av.open(str(path), options=LOCAL)
+        container = av.open(_local(path), options=LOCAL)
     except (av.FFmpegError, OSError) as error:
         raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
     if not container.streams.video:
@@ -334,7 +339,7 @@ def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, decoded by one thread: workers are the parallelism."""
     if not isinstance(source, bytes):
         regular_file(source)
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r", options=LOCAL) as container:
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else _local(source), "r", options=LOCAL) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream; it is cut off or not a video")
         stream = container.streams.video[0]

@@ -153,11 +153,17 @@ class Evaluated:
 
         Raises:
             UntrustedPartError: the configuration names what may not be built. ValueError: the data have no such
-                setting, or no such part: a source that is not there has nothing that could be changed.
+                setting, or no such part: a source that is not there has nothing that could be changed; or a value of
+            another type.
         """
         stored = OmegaConf.create(plain(self.config.data))
         _refuse_unknown_parts(stored, changes or {}, "data")
-        return build_stored(plain(OmegaConf.merge(stored, dict(changes or {}))), "data", self.trust)
+        try:
+            return build_stored(plain(OmegaConf.merge(stored, dict(changes or {}))), "data", self.trust)
+        except (TypeError, AttributeError) as error:
+            if not changes:
+                raise
+            raise ValueError(f"data: the run's data cannot be made with these settings: {error}") from error
 
 
 def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from keygrip.artifacts import write_text
+from keygrip.artifacts import refuse_unwritable, write_text
 from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation.kinds import Evaluated, plain
 from keygrip.evaluation.multiple_choice import evaluate_choices, timed
@@ -248,19 +248,20 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.max_frames is not None:
         module.image_options = {**module.image_options, "max_frames": cfg.max_frames}
     # before anything that takes hours
-    benchmarks = {name: read_benchmark(name, root) for name, root in (plain(cfg.vqa_benchmarks) or {}).items()}
+    named = {name: root for name, root in (plain(cfg.vqa_benchmarks) or {}).items() if root is not None}
+    benchmarks = {name: read_benchmark(name, root) for name, root in named.items()}
     if cfg.split == "none" and not benchmarks:
         raise ValueError("split=none and no vqa_benchmarks: there is nothing to evaluate")
     if cfg.vqa_answers is not None and not benchmarks:
         raise ValueError(f"vqa_answers={cfg.vqa_answers} holds the answers to vqa_benchmarks: name one")
-    if cfg.vqa_answers is not None and Path(cfg.vqa_answers).is_dir():
-        raise ValueError(
-            f"vqa_answers={cfg.vqa_answers} is a folder: name a file in it, such as "
-            f"{Path(cfg.vqa_answers) / 'answers.jsonl'}"
-        )
+    if cfg.vqa_answers is not None:
+        refuse_unwritable(cfg.vqa_answers, "vqa_answers")
     if cfg.split != "none":
         frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
-        datamodule = evaluated.stored_data((plain(cfg.data) or {}) | frames)
+        changed = plain(cfg.data) or {}
+        if "collator" in changed:
+            raise ValueError("data.collator has no effect: text is prepared as the checkpoint's was")
+        datamodule = evaluated.stored_data(changed | frames)
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
         datamodule.prepare_data()
         datamodule.setup("validate")

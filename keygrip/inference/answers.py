@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from keygrip.artifacts import atomic_write
+from keygrip.artifacts import atomic_write, refuse_unwritable
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
@@ -28,7 +28,7 @@ from keygrip.models.foveated_vlm.figures import draw_attention
 from keygrip.models.foveated_vlm.generation import Answers, check_room, check_temperature, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
-from keygrip.training.checkpoints import find_checkpoint, load_module
+from keygrip.training.checkpoints import find_checkpoint, load_module, trusted_packages
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,8 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     given = [name for name in ("video", "question") if not OmegaConf.is_missing(cfg, name)]
     if cfg.conversations is not None and (given or cfg.figure is not None):
         raise ValueError("conversations=FILE stands in place of video and question, and has no figure: leave them out")
-    if cfg.figure is not None and Path(cfg.figure).is_dir():
-        raise ValueError(
-            f"figure={cfg.figure} is a folder: name a file in it, such as {Path(cfg.figure) / 'where.png'}"
-        )
+    if cfg.figure is not None:
+        refuse_unwritable(cfg.figure, "figure")
     if cfg.figure is not None and cfg.stream:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
     talks, broken = (None, {}) if cfg.conversations is None else read_conversations(cfg.conversations)
@@ -99,7 +97,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
         map_location="cuda" if torch.cuda.is_available() else "cpu",
         expected=FoveatedVLMModule,
-        trust=tuple(cfg.trust),
+        trust=trusted_packages(cfg),
     )
     assert isinstance(module, FoveatedVLMModule)
     mode = cfg.mode or module.answer_mode

@@ -40,7 +40,7 @@ from keygrip.inference.steered_images import MOST_PIXELS, NOT_FINITE, strength_o
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 from keygrip.progress import Progress
-from keygrip.training.checkpoints import external_files, find_checkpoint, load_module
+from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, trusted_packages
 from keygrip.training.run_folder import new_folder
 from keygrip.training.strategies import automatic_precision
 
@@ -76,7 +76,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     module = load_module(
-        file, map_location=device, expected=PatchDiTModule, trust=tuple(cfg.trust), external=external_files(cfg)
+        file, map_location=device, expected=PatchDiTModule, trust=trusted_packages(cfg), external=external_files(cfg)
     )
     assert isinstance(module, PatchDiTModule)
     if cfg.lora is not None:

@@ -24,8 +24,8 @@ from keygrip.data.video_text.conversations import (
     describe_video_text,
     encode_jpeg,
     fit_image,
-    frame_limit,
     rate_of,
+    set_settings,
     video_text_parts,
 )
 from keygrip.envs.yam.tasks import TaskOptions
@@ -174,8 +174,8 @@ def robot_videos(
     Raises:
         FileNotFoundError, ValueError: no demonstrations, or too many are broken; max_frames out of range, or of tours.
     """
-    limit = frame_limit(max_frames)
-    if source is None and limit:
+    frames = set_settings(image_size, fit, max_frames)
+    if source is None and "max_frames" in frames:
         raise ValueError(
             f"max_frames={max_frames} is of demonstrations, and no source of any is named: tours have from "
             "simulated.tour.min_frames to simulated.tour.max_frames frames"
@@ -186,8 +186,7 @@ def robot_videos(
     train, val = split_demos([reference.name for reference in references], val_fraction, 0)
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}
     maker = DemoMaker(camera, image_size, fit, max_frames)
-    settings = {"source": str(source), "format": format, "camera": camera, "image_size": image_size, "fit": fit}
-    settings |= limit
+    settings = {"source": str(source), "format": format, "camera": camera, **frames}
     for split, chosen in (("train", train), ("val", val)):
         if not chosen:
             continue

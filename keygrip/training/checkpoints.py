@@ -7,9 +7,11 @@ its module writes in ``on_save_checkpoint`` and takes back in ``on_load_checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 HEADER = "keygrip"
 FORMAT = 3
 WEIGHTS_ARE = "weights_are"  # of an export: which weights it holds, in words
+EXTERNAL_PARAMETERS = 20_000  # tensors of parts that no checkpoint holds, such as a large text encoder
 LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint of the weights' size
 
 
@@ -216,7 +219,8 @@ def load_module(
     refuse_missing_device(map_location)
     checkpoint = read_checkpoint(file, mapped=True)
     try:
-        module = build_stored(_model_config(checkpoint, file), "model", trust, external, offered)
+        with _at_most(EXTERNAL_PARAMETERS + 10 * len(checkpoint["state_dict"])):
+            module = build_stored(_model_config(checkpoint, file), "model", trust, external, offered)
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
     except ValueError as error:
@@ -292,6 +296,34 @@ def external_files(cfg: Any) -> dict[str, Any]:
 
     walk(OmegaConf.to_container(cfg.external) if OmegaConf.is_config(cfg.external) else cfg.external, "")
     return found
+
+
+def trusted_packages(cfg: Any) -> tuple[str, ...]:
+    """The setting ``trust`` of a command. Raises ValueError: it is no list."""
+    if isinstance(cfg.trust, str) or not isinstance(cfg.trust, Sequence):
+        raise ValueError(f"trust={cfg.trust} is no list of packages: trust=[my_lab] is one")
+    return tuple(str(package) for package in cfg.trust)
+
+
+@contextlib.contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Ends the building of a module that gets more parameters than that: a hostile configuration of some bytes may ask
+    for a million layers.
+
+    Raises:
+        ValueError: it got more.
+    """
+    counted = itertools.count(1)
+
+    def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        if next(counted) > parameters:
+            raise ValueError(f"its configuration builds more than {parameters} parameters, far more than it holds")
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _model_config(checkpoint: dict[str, Any], file: Path) -> Any:

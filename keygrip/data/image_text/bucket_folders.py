@@ -6,7 +6,6 @@ folders.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from keygrip.data.bad_samples import read_json
 from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards
-from keygrip.data.shards.remote import ShardCache, is_remote
+from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.training.parts import data_part
 
 SCHEMA = "keygrip.images/1"
@@ -52,9 +51,7 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
         FileNotFoundError: no such folder, or nothing in it. ValueError: a file of another kind.
     """
     if is_remote(root):
-        digest = hashlib.sha256(root.encode()).hexdigest()[:16]
-        folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
-        content = read_json(ShardCache(root, folder, 1 << 30).fetch(INFO, fresh=True))
+        content = read_json(cache_of(root, cache_dir).fetch(INFO, fresh=True))
     elif (Path(root) / INFO).is_file():
         content = read_json(Path(root) / INFO)
     else:

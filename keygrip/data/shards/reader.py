@@ -15,7 +15,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import INDEX_SUFFIX, MANIFEST, SCHEMA, Parts, ShardError, ShardIndex
-from keygrip.data.shards.remote import ShardCache, is_remote
+from keygrip.data.shards.remote import ShardCache, cache_of, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,7 @@ class ShardSet:
         self.root = str(root)
         self._cache: ShardCache | None = None
         if is_remote(root):
-            digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
-            folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards") / digest
-            self._cache = ShardCache(self.root, folder, int(cache_gb * 1e9))
+            self._cache = cache_of(self.root, cache_dir, cache_gb)
         manifest_path = self._local(MANIFEST, fresh=True)
         if not manifest_path.is_file():
             raise FileNotFoundError(

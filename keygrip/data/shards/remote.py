@@ -29,6 +29,23 @@ def folder_beside(place: str) -> Path:
     return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
+def cache_of(url: str | Path, cache_dir: str | Path | None, cache_gb: float = 1.0) -> ShardCache:
+    """The cache of a remote folder, below `cache_dir` (None: the user's)."""
+    folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards")
+    return ShardCache(str(url), folder / hashlib.sha256(str(url).encode()).hexdigest()[:16], int(cache_gb * 1e9))
+
+
+def _says_absent(error: Exception) -> bool:
+    """Whether a transport says that a file is not there. fsspec raises FileNotFoundError for whatever goes wrong over
+    HTTP, and names the reason as its cause."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    if type(cause).__module__.partition(".")[0] == "aiohttp":
+        return getattr(cause, "status", None) in (404, 410)
+    return not isinstance(cause, OSError)
+
+
 class ShardCache:
     """Copies of remote files on a local disk, up to a limit; several processes may share the folder.
 
@@ -49,7 +66,8 @@ class ShardCache:
                 it was; where it cannot be had now the copy is used, which is said in the log.
 
         Raises:
-            FileNotFoundError: there is no such file, or no connection. ShardError: it has another size than `size`.
+            FileNotFoundError: there is no such file. ConnectionError: whether there is cannot be said, or it cannot be
+            read. ShardError: it has another size than `size`.
         """
         target = self.folder / name
         with locked(self.folder / f".{name}.lock"):  # one process copies, the others wait for it
@@ -58,11 +76,31 @@ class ShardCache:
             elif fresh:
                 try:
                     self._copy(name, target, size)
-                except FileNotFoundError as error:
+                except (FileNotFoundError, ConnectionError) as error:
                     log.warning("%s is read as it was when it was copied: %s", self.url, error)
             os.utime(target)
         self._evict(keep=target)
         return target
+
+    def fetch_optional(self, name: str) -> Path | None:
+        """As `fetch` with `fresh`; None where there is no such file and no copy of one.
+
+        Raises:
+            ConnectionError: whether there is one cannot be said now, and was not said before.
+        """
+        absent = self.folder / f".{name}.absent"
+        try:
+            copy = self.fetch(name, fresh=True)
+        except FileNotFoundError:
+            absent.touch()
+            return None
+        except ConnectionError as error:
+            if not absent.is_file():
+                raise
+            log.warning("%s is taken to have no %s, as before: %s", self.url, name, error)
+            return None
+        absent.unlink(missing_ok=True)
+        return copy
 
     def drop(self, name: str) -> None:
         """Removes the copy of a file that has changed."""
@@ -84,13 +122,18 @@ class ShardCache:
                         while block := source.read(1 << 20):
                             copy.write(block)
                     break
-                except (FileNotFoundError, DiskFullError):
+                except DiskFullError:
                     raise
                 except Exception as error:  # whatever the transport raises
-                    if attempt == 2:
+                    if _says_absent(error):
                         raise FileNotFoundError(
-                            f"{self.url}/{name} cannot be read ({error}): check the address and the connection, or "
-                            "copy the shards to a local folder"
+                            f"{self.url}/{name} is not there: check the address, or write the set's files anew where "
+                            "it lies (python -m keygrip.prepare step=manifest)"
+                        ) from error
+                    if attempt == 2:
+                        raise ConnectionError(
+                            f"{self.url}/{name} cannot be read ({error.__cause__ or error}): check the address and the "
+                            "connection, or copy the shards to a local folder"
                         ) from error
                     time.sleep(0.2 * 4**attempt)
             if size is not None and temporary.stat().st_size != size:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -13,14 +15,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
-from keygrip.data.shards.remote import is_remote
+from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.progress import Progress
 
@@ -87,7 +89,8 @@ def write_shards(
     *,
     describe: Describe,
 ) -> Written:
-    """Writes a shard set, a shard for every `items_per_shard` items; shards that are complete are kept.
+    """Writes a shard set, a shard for every `items_per_shard` items; shards that are complete are kept, unless their
+    items have changed since, or the size of the files that items name (also of one that was missing).
 
     The same items and settings give the same bytes, whatever the number of processes and interruptions.
 
@@ -106,6 +109,8 @@ def write_shards(
     root = Path(root)
     if not items:
         raise ValueError(f"nothing to write to {root}: no items were found")
+    if processes is not None and processes < 1:
+        raise ValueError(f"{processes} processes cannot write {root}: at least 1, or null for one for each core")
     if items_per_shard < 1:
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
     root.mkdir(parents=True, exist_ok=True)
@@ -113,16 +118,19 @@ def write_shards(
     remove_stale(root)
     jobs, result = [], Written(str(root))
     for number, start in enumerate(range(0, len(items), items_per_shard)):
-        path = root / f"{name}-{number:06d}.tar"
-        if not (path.is_file() and index_path(path).is_file() and failures_path(path).is_file()):
-            jobs.append((path, items[start : start + items_per_shard]))
-    total = sum(len(part) for _, part in jobs)
+        path, part = root / f"{name}-{number:06d}.tar", items[start : start + items_per_shard]
+        made_of = fingerprint(part)
+        if not (path.is_file() and index_path(path).is_file() and _read_log(path).get("items") == made_of):
+            jobs.append((path, part, made_of))
+    if changed := sum(failures_path(path).is_file() for path, _, _ in jobs):
+        log.info("%s: %d shards are made anew, whose items have changed", root, changed)
+    total = sum(len(part) for _, part, _ in jobs)
     with Progress(total=total, desc=f"write {root}", unit="item", shown=progress) as bar:
         for count, samples in _run(jobs, make, min(processes or os.cpu_count() or 1, max(1, len(jobs)))):
             result.written += samples
             bar.update(count)
     for path in sorted(root.glob(f"{name}-*.tar")):
-        reasons = read_json(failures_path(path))
+        reasons = _read_log(path)["failed"]
         result.failed += len(reasons)
         result.reasons += reasons
     for reason in result.reasons[:NAMED_AT_MOST]:
@@ -140,8 +148,39 @@ def write_shards(
 
 
 def failures_path(shard: Path) -> Path:
-    """Beside each shard: the reasons of the items that were left out of it."""
+    """Beside each shard: the reasons of the items that were left out of it, and what it was made of."""
     return shard.with_suffix(".failed.json")
+
+
+def _read_log(shard: Path) -> dict[str, Any]:
+    """`items`: fingerprint of what a shard was made of; `failed`: reasons. Empty where there is none of this kind."""
+    path = failures_path(shard)
+    stored = read_json(path) if path.is_file() else None
+    return stored if isinstance(stored, dict) and isinstance(stored.get("failed"), list) else {}
+
+
+def fingerprint(items: Sequence[Any]) -> str:
+    """Of items' values; files that they name count by name and size, so that a set can move with them."""
+    return hashlib.sha256(json.dumps([_values(item) for item in items]).encode()).hexdigest()[:32]
+
+
+def _values(item: Any) -> Any:
+    if isinstance(item, Path):
+        try:
+            return [item.name, item.stat().st_size]
+        except OSError:
+            return [item.name, None]
+    if is_dataclass(item) and not isinstance(item, type):
+        return {each.name: _values(getattr(item, each.name)) for each in fields(item)}
+    if isinstance(item, Mapping):
+        return {str(key): _values(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [_values(value) for value in item]
+    if isinstance(item, functools.partial):
+        return [_values(item.func), _values(item.args), _values(item.keywords)]
+    if item is None or isinstance(item, (bool, int, float, str)):
+        return item
+    return getattr(item, "__qualname__", type(item).__qualname__)  # a repr may hold an address
 
 
 def remove_stale(root: Path) -> None:
@@ -173,30 +212,26 @@ def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -
         raise ValueError(f"{root} holds shards made with other settings ({shown}); use another folder or remove it")
 
 
-def settings_of(place: str) -> dict[str, Any]:
+def settings_of(place: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """What the shard set of a folder or URL was made with; empty where that is not said (shards of other programs).
 
     Raises:
-        ValueError: it is said and cannot be read.
+        ValueError: it is said and cannot be read. ConnectionError: whether it is said cannot be found out.
     """
-    if not is_remote(place):
-        path = Path(place) / SETTINGS_FILE
-        return dict(read_json(path)) if path.is_file() else {}
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(f"{place.rstrip('/')}/{SETTINGS_FILE}")
-    if not filesystem.exists(path):
-        return {}
-    with guard(f"{place}/{SETTINGS_FILE}"):
-        return dict(json.loads(filesystem.cat_file(path)))
+    path = cache_of(place, cache_dir).fetch_optional(SETTINGS_FILE) if is_remote(place) else Path(place) / SETTINGS_FILE
+    stored = read_json(path) if path is not None and path.is_file() else {}
+    if not isinstance(stored, dict):
+        raise ValueError(f"{place}/{SETTINGS_FILE} holds no settings by name: {stored!r:.80}")
+    return stored
 
 
-Job = tuple[Path, Sequence[Any]]
+Job = tuple[Path, Sequence[Any], str]  # a shard, its items and their fingerprint
 
 
 def _write_one(job: Job, make: Maker) -> tuple[int, int]:
     """Writes a shard; items and samples in it."""
-    path, items = job
+    path, items, made_of = job
+    failures_path(path).unlink(missing_ok=True)  # the shard that is there is of other items, or half written
     reasons: list[str] = []
     with ShardWriter(path) as writer:
         for item in items:
@@ -209,7 +244,7 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
                 except ValueError as error:
                     reasons.append(f"{_short(item)}: {error}")
         count = len(writer)
-        write_json(failures_path(path), reasons)
+        write_json(failures_path(path), {"items": made_of, "failed": reasons})
     return len(items), count
 
 

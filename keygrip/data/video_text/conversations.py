@@ -37,6 +37,7 @@ VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 TEXT = ("json", "txt")
 KNOWN_MEMBERS = "json or txt, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), or one mp4 (webm, mkv, mov, avi, m4v)"
 MAX_FRAMES = 64  # of a sample as preparations write it, and in training where nothing else is said
+LARGEST = 16384  # pixels of a frame's side
 MOST_FRAMES = 4096  # of any sample; memory decides before that
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
@@ -46,11 +47,24 @@ CAPTION_REQUEST = "Describe what happens in the video."
 DECODING = 2
 
 
-def frame_limit(max_frames: int) -> dict[str, int]:
-    """`max_frames` as a setting of a set; none where it is the usual one. Raises ValueError: out of range."""
-    if not 1 <= max_frames <= MOST_FRAMES:
-        raise ValueError(f"max_frames={max_frames}: a sample has 1 to {MOST_FRAMES}")
-    return {} if max_frames == MAX_FRAMES else {"max_frames": max_frames}
+def frame_settings(image_size: Any, fit: Any, max_frames: Any) -> dict[str, Any]:
+    """How frames are prepared, by name: their size, one of `FITS`, and how many of longer videos.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    for name, value, most in (("image_size", image_size, LARGEST), ("max_frames", max_frames, MOST_FRAMES)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name}={value!r}: a sample has 1 to {most}")
+    if fit not in FITS:
+        raise ValueError(f"fit={fit!r}: must be one of {', '.join(FITS)}")
+    return {"image_size": image_size, "fit": fit, "max_frames": max_frames}
+
+
+def set_settings(image_size: int, fit: str, max_frames: int) -> dict[str, Any]:
+    """As `frame_settings`, for the settings of a set; `max_frames` is none where it is the usual one."""
+    settings = frame_settings(image_size, fit, max_frames)
+    return {name: value for name, value in settings.items() if name != "max_frames" or value != MAX_FRAMES}
 
 
 @dataclass(frozen=True)

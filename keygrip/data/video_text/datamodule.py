@@ -200,7 +200,8 @@ class VideoTexts(ResumableData):
         Raises:
             ValueError: it is to be as the sources were prepared, and they differ.
         """
-        told = {name: fit for name, source in self.sources.items() if (fit := source.prepared_fit()) is not None}
+        found = {name: source.prepared_fit(self.cache_dir) for name, source in self.sources.items()}
+        told = {name: fit for name, fit in found.items() if fit is not None}
         listed = ", ".join(f"{name}: {fit}" for name, fit in told.items())
         if self.given_fit != AUTO:
             if set(told.values()) - {self.given_fit}:

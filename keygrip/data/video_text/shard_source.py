@@ -12,9 +12,10 @@ import numpy as np
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.remote import is_remote
-from keygrip.data.shards.set_writer import settings_of
+from keygrip.data.shards.remote import cache_of, is_remote
+from keygrip.data.shards.set_writer import SETTINGS_FILE, settings_of
 from keygrip.data.video_text.clips import SubClips
+from keygrip.data.video_text.conversations import FITS
 from keygrip.training.parts import ReadWhere, data_part
 
 
@@ -75,7 +76,7 @@ class ShardSource:
             return None
         self.refuse_missing()
         place = self.place
-        folder, divided = self._folder_of(place, split)
+        folder, divided = self._folder_of(place, split, cache_dir)
         if folder is None or (divided and split == "test"):
             return None
         shards = ShardSet(folder, cache_dir, cache_gb)
@@ -97,38 +98,37 @@ class ShardSource:
             chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
         return shards, chosen
 
-    def prepared_fit(self) -> str | None:
+    def prepared_fit(self, cache_dir: str | Path | None = None) -> str | None:
         """How the frames of the set were brought into a square when it was prepared; None: that is not said (shards of
         other programs, text alone).
 
         Raises:
-            FileNotFoundError: there are no shards.
+            FileNotFoundError: there are no shards. ValueError: in a way that is none of `FITS`.
         """
         self.refuse_missing()
-        folder, _ = self._folder_of(self.place, "train")
-        fit = None if folder is None else settings_of(folder).get("fit")
-        return fit if isinstance(fit, str) else None
+        folder, _ = self._folder_of(self.place, "train", cache_dir)
+        fit = None if folder is None else settings_of(folder, cache_dir).get("fit")
+        if fit is not None and fit not in FITS:
+            raise ValueError(f"{folder}/{SETTINGS_FILE} says fit={fit!r}, which is none of {', '.join(FITS)}")
+        return fit
 
-    def _folder_of(self, place: str, split: str) -> tuple[str | None, bool]:
+    def _folder_of(self, place: str, split: str, cache_dir: str | Path | None) -> tuple[str | None, bool]:
         """The shard set that holds a split, and whether training and validation divide it; None where there is none."""
-        if self._is_set(place):
+        if _is_set(place, cache_dir):
             return place, True
         train, part = f"{place.rstrip('/')}/train", f"{place.rstrip('/')}/{split}"
-        if not self._is_set(train):
+        if not _is_set(train, cache_dir):
             raise FileNotFoundError(
                 f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
-                f"step=manifest root={place}`"
+                f"step=manifest root={'FOLDER` where the set lies' if is_remote(place) else f'{place}`'}"
             )
         # of a set that is made without val/, another source has the held-out samples
-        if self.root is not None and split != "test" and not self._is_set(f"{place.rstrip('/')}/val"):
+        if self.root is not None and split != "test" and not _is_set(f"{place.rstrip('/')}/val", cache_dir):
             return train, True
-        return (part if self._is_set(part) else None), False
+        return (part if _is_set(part, cache_dir) else None), False
 
-    @staticmethod
-    def _is_set(place: str) -> bool:
-        if not is_remote(place):
-            return (Path(place) / MANIFEST).is_file()
-        import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(f"{place.rstrip('/')}/{MANIFEST}")
-        return bool(filesystem.exists(path))
+def _is_set(place: str, cache_dir: str | Path | None) -> bool:
+    if is_remote(place):
+        return cache_of(place, cache_dir).fetch_optional(MANIFEST) is not None
+    return (Path(place) / MANIFEST).is_file()

@@ -168,6 +168,8 @@ class ConversationCollator:
             raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
         if supervise not in ("all", "answers"):
             raise ValueError(f"supervise is all or answers, not {supervise!r}")
+        if system is not None and not isinstance(system, str):
+            raise ValueError(f"collator.system={system!r} is no text")
         if max_tokens is not None and max_tokens < 8:
             raise ValueError(f"max_tokens={max_tokens}: a chat template alone is longer")
         self.source = tokenizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from keygrip.models.language.tokenizers import NAMED_TOKENS
+
 MODEL_TYPE = "keygrip_video_language"
 # Before the language model's own template, which knows text alone: of a message that is a list of items, the words, and
 # <image> or <video> where one is said. These have no tokens: KeygripProcessor takes them out and the model places them.
@@ -53,6 +55,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": state["end"],
+            **{f"{name}_token": state[name] for name in NAMED_TOKENS if name in state},
             "model_max_length": network.language.context,
             "clean_up_tokenization_spaces": False,
         },

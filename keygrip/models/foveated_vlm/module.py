@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics, normalised
+from keygrip.data.video_text.conversations import frame_settings
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
@@ -186,11 +187,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._check_tokenizer()
         if self.init_from is not None:
             self._start_from(self.init_from)
-        self.image_options = {
-            "image_size": statistics.image_size,
-            "fit": statistics.fit,
-            "max_frames": statistics.max_frames,
-        }
+        self.image_options = frame_settings(statistics.image_size, statistics.fit, statistics.max_frames)
 
     def _start_from(self, path: str) -> None:
         before = self.take_weights(path, "a video-language model")
@@ -222,7 +219,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if TOKENIZER_STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
         self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
-        self.image_options = dict(checkpoint[TOKENIZER_STATE]["pictures"])
+        self.image_options = frame_settings(**checkpoint[TOKENIZER_STATE]["pictures"])
         self._check_tokenizer()
 
     def on_fit_start(self) -> None:
@@ -343,7 +340,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log("train/left_out_rows", float(batch.left_out), batch_size=size)
             self.log("train/clips", float(batch.clips), batch_size=size)
         if self._health_now():
-            self._examine(output, rows, batch, frames, loss.detach())
+            self._examine(output, rows, batch, frames, scores.loss.detach())
         if self._shown(self.log_images_every_n_steps) and completes_step(self.trainer):
             self._show("train", batch)
         return loss if self.trainer.accumulate_grad_batches == 1 else self._window.weighted(loss, scores.tokens)
@@ -406,6 +403,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     @torch.no_grad()
     def _examine(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, frames: Tensor, loss: Tensor) -> None:
+        """Health of this process's rows, of which all may be text: so nothing here waits for other processes.
+
+        Args:
+            loss: [], sum over the rows.
+        """
         network = self.network
         assert isinstance(network, FoveatedVLM)
         figures: dict[str, Any] = {}
@@ -424,7 +426,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
                 figures["query_effect"] = difference
                 kv = [type(block)(block.key.detach(), block.value.detach()) for block in passes.kv]
                 other = self.score(network(frames, rows, "coarse_only", kv=kv), batch)
-                figures["loss_fine_over_coarse"] = loss / global_mean(other.loss, other.tokens).clamp_min(1e-9)
+                figures["loss_fine_over_coarse"] = loss / other.loss.clamp_min(1e-9)
         self._report_health(figures)
 
     def _report_health(self, figures: Mapping[str, Any]) -> None:

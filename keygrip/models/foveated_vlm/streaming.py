@@ -229,14 +229,15 @@ class VideoStream:
 
     Args:
         module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
-        seconds: when the frames to come were taken, all of them; a model that is told so (`collator.timestamps`) needs
-            it, and so cannot follow a camera. One with `frame_clock="seconds"` can: see `push`.
+        seconds: when the frames to come were taken, all of them: so many can be pushed, each of its second. A model
+            that is told so (`collator.timestamps`) needs it, and so cannot follow a camera. One with
+            `frame_clock="seconds"` can: see `push`.
         answer_tokens: so much of the language model's context is kept for an answer: `push` takes no frame into it.
             None: 64, or a quarter of what the question leaves where that is less.
 
     Raises:
         ValueError: a question that is no text or leaves no room for a frame, a mode in which a frame depends on later
-            ones, or seconds that are needed and not known.
+            ones, or seconds that are needed and not known, not finite or not in order.
     """
 
     def __init__(
@@ -252,7 +253,10 @@ class VideoStream:
         if not isinstance(question, str):
             raise ValueError(f"a question is a text, not {type(question).__name__}")
         self.module = module
-        text = module.collator.prompt((Turn("user", question),), seconds)
+        self._told = None if seconds is None else tuple(map(float, seconds))
+        if self._told and not (all(map(math.isfinite, self._told)) and list(self._told) == sorted(self._told)):
+            raise ValueError(f"seconds={list(self._told)[:8]}: those of frames are finite and do not fall back")
+        text = module.collator.prompt((Turn("user", question),), self._told)
         self.session = StreamingSession(module.network, module.tokenizer, mode)
         self.session.read(text.ids[: text.visual_at])
         self._rest = text.ids[text.visual_at :]
@@ -281,12 +285,15 @@ class VideoStream:
         """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training.
 
         Args:
-            second: when it was taken; None: a second after the last frame, 0 for the first.
+            second: when it was taken; None: as the stream was told (`seconds`), or else a second after the last frame,
+                0 for the first.
 
         Raises:
-            ValueError: another shape or type, no room for it beside an answer (`room`), or a second that is not finite
-                or lies before that of the last frame.
+            ValueError: another shape or type, no room for it beside an answer (`room`), a second that is not finite,
+                lies before that of the last frame or is not what the stream was told, or more frames than it was told.
         """
+        if self._told is not None:
+            second = self._second_as_told(second)
         if self.room < 1:
             raise ValueError(
                 f"the stream is full: {self.frames} frames and room for an answer of {self.answer_tokens} tokens take "
@@ -303,15 +310,30 @@ class VideoStream:
         fitted = shown_image(frame, images["image_size"], images["fit"])
         self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
-    def stream(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+    def _second_as_told(self, second: float | None) -> float:
+        assert self._told is not None
+        if self.frames >= len(self._told):
+            raise ValueError(f"the stream was told the seconds of {len(self._told)} frames, and all have been pushed")
+        told = self._told[self.frames]
+        if second is not None and second != told:
+            raise ValueError(f"a frame of second {second:g}; the stream was told that it is of second {told:g}")
+        return told
+
+    def stream(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`.
+
+        Args:
+            max_new_tokens: of the answer. None: 64, or `answer_tokens` where that is more; fewer where there is no room
+                for so many.
 
         Raises:
             ValueError: no new token, or more than there is room for.
         """
+        left = self.module.network.language.context - self.session.positions - len(self._rest)
+        if max_new_tokens is None:
+            max_new_tokens = min(max(ANSWER_TOKENS, self.answer_tokens), left)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
-        left = self.module.network.language.context - self.session.positions - len(self._rest)
         if max_new_tokens > left:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens}: behind {self.frames} frames the language model's context has room "
@@ -320,8 +342,8 @@ class VideoStream:
         tokens = self.session.tokens(self._rest, max_new_tokens, temperature, seed)
         yield from pieces(self.module.tokenizer, tokens)
 
-    def answer(self, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
-        """The answer to what was seen so far; more frames may follow."""
+    def answer(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
+        """The answer to what was seen so far; more frames may follow. Arguments as of `stream`."""
         return "".join(self.stream(max_new_tokens, temperature, seed)).strip()
 
 

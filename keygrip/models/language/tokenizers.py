@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
+NAMED_TOKENS = ("bos", "unk", "pad")  # which chat templates may name, beside the end
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
 TINY_TEMPLATE = (
@@ -59,6 +60,8 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if isinstance(tokenizer.chat_template, dict):  # several by name, of which transformers renders this one
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: take an instruction-tuned model's")
         self._tokenizer = tokenizer
@@ -90,7 +93,12 @@ class ChatTokenizer:
     def render(self, turns: Sequence[tuple[str, str]], answering: bool = False) -> str:
         """(role, text) turns in the chat template; with `answering`, up to where the assistant begins to speak."""
         messages = [{"role": role, "content": text} for role, text in turns]
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        except Exception as error:  # whatever a template of somebody else's does, in its sandbox
+            raise ValueError(
+                f"the tokenizer's chat template cannot render this conversation ({type(error).__name__}: {error})"
+            ) from error
         assert isinstance(rendered, str)
         return rendered
 
@@ -98,25 +106,33 @@ class ChatTokenizer:
         """All of it as plain text, for a checkpoint."""
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
+        named = {name: getattr(self._tokenizer, f"{name}_token") for name in NAMED_TOKENS}
         return {
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
             "chat_template": template,
             "end": str(self._tokenizer.eos_token),
+            **{name: str(token) for name, token in named.items() if token is not None},
         }
 
     @classmethod
     def from_state(cls, state: dict[str, str]) -> ChatTokenizer:
-        """The tokenizer of a stored state (see `state`); reads no file."""
+        """The tokenizer of a stored state (see `state`); reads no file.
+
+        Raises:
+            ValueError: the state is damaged.
+        """
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
-        return cls(
-            PreTrainedTokenizerFast(
-                tokenizer_object=Tokenizer.from_str(state["tokenizer"]),
-                chat_template=state["chat_template"],
-                eos_token=state["end"],
-            )
+        try:
+            stored = Tokenizer.from_str(state["tokenizer"])
+        except Exception as error:  # the library raises no other
+            raise ValueError(f"its tokenizer is damaged: {error}") from error
+        named = {f"{name}_token": state[name] for name in NAMED_TOKENS if name in state}
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=stored, chat_template=state["chat_template"], eos_token=state["end"], **named
         )
+        return cls(fast)
 
 
 @model_part(from_checkpoint={"source": "the checkpoint"})

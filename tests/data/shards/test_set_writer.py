@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from shard_sets import conversations, picture
 
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.set_writer import Broken, MadeSample, Written, write_shards
+from keygrip.data.shards.set_writer import Broken, MadeSample, Written, fingerprint, write_shards
 from keygrip.data.shards.validation import make_manifests, validate
 from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
 
@@ -89,6 +90,55 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) ->
         os.utime(tmp_path / f".{name}.tar.123.writing", (time.time() - age,) * 2)
     written(tmp_path)
     assert [path.name for path in tmp_path.glob(".*.writing")] == [".young.tar.123.writing"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """An item of a list that names a file, as sources of videos have it."""
+
+    key: str
+    text: str
+    file: Path
+
+
+def make_named(item: Named) -> Iterable[MadeSample | Broken]:
+    text = f"{item.text} {item.file.read_text()}"
+    yield MadeSample(item.key, *video_text_parts([picture(0)], conversations(text), "n", 1.0, "png"))
+
+
+def test_shards_whose_items_or_files_have_changed_are_made_anew(tmp_path: Path) -> None:
+    """A list that was corrected, a file that was missing or has grown; not a source that was moved."""
+    source, root = tmp_path / "source", tmp_path / "set"
+
+    def listed(folder: Path, *texts: str) -> list[Named]:
+        return [Named(f"k{number}", text, folder / f"{number}.txt") for number, text in enumerate(texts)]
+
+    def write(items: list[Named]) -> Written:
+        return write_shards(root, items, make_named, {}, 2, "n", 1, 1.0, progress=False, describe=describe_video_text)
+
+    source.mkdir()
+    for number in (0, 1, 3):
+        (source / f"{number}.txt").write_text("x")
+    items = listed(source, "a", "b", "c", "d")
+    first = write(items)
+    assert (first.samples, first.failed, first.written) == (3, 1, 3)
+    assert write(items).written == 0
+    (source / "2.txt").write_text("there now")
+    assert (write(items).written, write(items).samples) == (2, 4)
+    (source / "0.txt").write_text("longer")
+    assert write(items).written == 2
+    assert write(listed(source, "a", "b", "c", "corrected")).written == 2
+    assert b"corrected x" in (root / "n-000001.tar").read_bytes()
+    source.rename(tmp_path / "moved")
+    assert write(listed(tmp_path / "moved", "a", "b", "c", "corrected")).written == 0
+
+
+def test_fingerprints_of_items_hold_no_addresses(tmp_path: Path) -> None:
+    read = partial(make_named, Named("k", "a", tmp_path / "none"))
+    assert fingerprint([read]) == fingerprint([partial(make_named, Named("k", "a", tmp_path / "none"))])
+    assert fingerprint([read]) != fingerprint([partial(make_named, Named("k", "b", tmp_path / "none"))])
+    assert fingerprint([object()]) == fingerprint([object()])
+    assert fingerprint([{"a": (1, 2.5, None)}]) == fingerprint([{"a": [1, 2.5, None]}])
 
 
 def test_sets_with_other_settings_are_not_mixed(tmp_path: Path) -> None:

@@ -368,6 +368,57 @@ def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
         server.shutdown()
 
 
+class FailingHandler(QuietHandler):
+    """Answers one path with an error."""
+
+    failing: tuple[str, int] | None = None
+
+    def send_head(self) -> Any:
+        if self.failing is not None and self.path.endswith(self.failing[0]):
+            self.send_error(self.failing[1])
+            return None
+        return super().send_head()
+
+
+def test_what_a_web_server_cannot_say_is_no_missing_split(root: Path, tmp_path: Path) -> None:
+    """Only 404 means that a set has no val/ or settings; every other error ends the run, or copies are read."""
+    shutil.copytree(root / "videos", tmp_path / "set")
+    (tmp_path / "set" / "train" / "settings.json").write_text('{"fit": "pad"}')
+
+    class Handler(FailingHandler):
+        pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/set"
+
+        def opened(cache: str) -> VideoTexts:
+            return module(root, sources={"videos": ShardSource(url)}, cache_dir=tmp_path / cache, fit="auto")
+
+        for path, status in (("val/manifest.json", 500), ("train/settings.json", 403), ("train/manifest.json", 500)):
+            Handler.failing = (path, status)
+            with pytest.raises(ConnectionError, match=rf"{path} cannot be read \(.*{status}"):
+                opened(f"failing-{path.replace('/', '-')}")
+        Handler.failing = (".tar.index.npz", 404)
+        with pytest.raises(FileNotFoundError, match=r"index\.npz is not there: check the address, or write"):
+            opened("no index")
+        Handler.failing = ("/val/manifest.json", 404)
+        assert len(opened("without val").parts["val"][0]) < 12  # a share of train/
+        Handler.failing = None
+        whole = opened("copies")
+        assert (len(whole.parts["val"][0]), whole.fit) == (12, "pad")
+        server.shutdown()
+    offline = opened("copies")
+    assert (offline.fingerprint, offline.fit) == (whole.fingerprint, "pad")
+
+
+def test_a_set_prepared_in_an_unknown_way_is_refused(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "videos", tmp_path / "set")
+    (tmp_path / "set" / "train" / "settings.json").write_text('{"fit": "Crop"}')
+    with pytest.raises(ValueError, match=r"settings\.json says fit='Crop', which is none of stretch, crop, pad"):
+        module(root, sources={"videos": ShardSource(tmp_path / "set")}, fit="auto")
+
+
 class ChoosyCollator(CharacterCollator):
     """Cannot use what is said about the samples named."""
 

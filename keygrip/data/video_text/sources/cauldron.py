@@ -16,7 +16,7 @@ from keygrip.data.video_text.conversations import (
     Turn,
     describe_video_text,
     encode_jpeg,
-    frame_limit,
+    set_settings,
     shown_image,
     video_text_parts,
 )
@@ -102,8 +102,8 @@ def cauldron(
             if not any(group.path.relative_to(source).parts[0] == name for group in groups):
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(there)}")
         groups = [group for group in groups if group.path.relative_to(source).parts[0] in collections]
-    settings = {"data": "cauldron", "collections": collections, "image_size": image_size, "fit": fit}
-    settings |= {"decoding": DECODING, **frame_limit(max_frames)}
+    settings = {"data": "cauldron", "collections": collections, "decoding": DECODING}
+    settings |= set_settings(image_size, fit, max_frames)
     maker = CauldronMaker(image_size, fit, max_frames)
     return write_shards(
         root, groups, maker, settings, groups_per_shard, "cauldron", processes, describe=describe_video_text

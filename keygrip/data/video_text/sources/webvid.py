@@ -27,9 +27,9 @@ from keygrip.data.video_text.conversations import (
     decode_timed,
     describe_video_text,
     encode_jpeg,
-    frame_limit,
     media_of,
     rate_of,
+    set_settings,
     video_text_parts,
 )
 
@@ -221,7 +221,7 @@ def webvid(
             f"{len(compressed)} of {len(tars) + len(compressed)} tar files in {source} are compressed, more than "
             f"max_failed_share={max_failed_share:g} allows; {compressed[0].name} is compressed, {COMPRESSED}"
         )
-    settings = {"data": "webvid", "image_size": image_size, "fit": fit, **frame_limit(max_frames)}
+    settings = {"data": "webvid", **set_settings(image_size, fit, max_frames)}
     maker = WebVidMaker(image_size, fit, max_frames)
     items: Sequence[WebVidRow] | Sequence[Path] = rows if by_list else tars
     each = videos_per_shard if by_list else 1

@@ -162,7 +162,7 @@ def test_cauldron_rows_of_many_images(tmp_path: Path) -> None:
         options = {} if limit is None else {"max_frames": limit}
         report = cauldron(tmp_path / "download", root, None, SIZE, processes=1, **options)
         assert ShardSet(root).columns["frames"].tolist() == frames
-        reasons = json.loads((root / "cauldron-000000.failed.json").read_text())
+        reasons = json.loads((root / "cauldron-000000.failed.json").read_text())["failed"]
         assert (report["failed"], len(reasons)) == (4 - len(frames), 4 - len(frames))
         assert all(f"more than max_frames={limit or 64}" in reason for reason in reasons)
     with pytest.raises(ValueError, match="max_frames=0: a sample has 1 to 4096"):
@@ -436,7 +436,7 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     (source / "more.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries[:1]))
     report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.8)
     assert (report["samples"], report["failed"]) == (5, 13)
-    reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text()))
+    reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"])
     for why in (
         "and none of video, videos, image, images names one",
         "it has video and image",
