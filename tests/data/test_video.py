@@ -197,3 +197,14 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         writer.write(np.zeros((64, 48, 3), np.uint8))
     writer.write(np.zeros((48, 64, 3), np.uint8))
     writer.close()
+
+
+def test_a_file_named_by_a_time_of_day_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a colon FFmpeg reads a protocol."""
+    frames = np.stack([np.full((32, 32, 3), shade, np.uint8) for shade in (0, 90, 180)])
+    write_video(tmp_path / "a.mp4", frames, 1)
+    (tmp_path / "a.mp4").rename(tmp_path / "2024-05-01T10:30:00.mp4")
+    monkeypatch.chdir(tmp_path)
+    shades = frames_at("2024-05-01T10:30:00.mp4", lambda _: [0.0, 2.0], lambda image: np.asarray(image).mean())
+    assert shades == pytest.approx([0, 180], abs=4)
+    assert len(read_video(Path("2024-05-01T10:30:00.mp4"))) == 3

@@ -218,6 +218,7 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
         ({"vqa_benchmarks": {}, "split": "val"}, "name one"),
         ({"vqa_benchmarks": {}, "vqa_answers": None}, "nothing"),
         ({"vqa_answers": str(tmp_path)}, "is a folder: name a file in it"),
+        ({"vqa_answers": "/proc/answers.jsonl"}, r"vqa_answers=/proc/answers\.jsonl cannot be written"),
         ({"mode": []}, r"mode=\[\]: FoveatedVLM has coarse_only"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: it must be at least 1"),
         ({"limit_batches": -1}, "limit_batches=-1: it must be at least 1"),

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule
+from omegaconf import OmegaConf
 
 from keygrip import artifacts, train
 from keygrip.config import compose
-from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint
+from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint, trusted_packages
 from keygrip.training.saving import AtomicCheckpointIO
 
 TRUST = ["toy_parts"]
@@ -23,6 +24,14 @@ TRUST = ["toy_parts"]
 def run_folder(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> Path:
     train.run(compose("train", toy_overrides("run")))
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("trust", ["my_lab", 5, None])
+def test_trust_that_is_no_list_is_refused(trust: object) -> None:
+    """A text would be taken letter by letter."""
+    with pytest.raises(ValueError, match=r"is no list of packages: trust=\[my_lab\]"):
+        trusted_packages(OmegaConf.create({"trust": trust}))
+    assert trusted_packages(OmegaConf.create({"trust": ["my_lab"]})) == ("my_lab",)
 
 
 def test_a_module_comes_back_from_its_checkpoint_alone(run_folder: Path, tmp_path: Path) -> None:

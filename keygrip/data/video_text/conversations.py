@@ -53,9 +53,14 @@ def frame_settings(image_size: Any, fit: Any, max_frames: Any) -> dict[str, Any]
     Raises:
         ValueError: they cannot be.
     """
-    for name, value, most in (("image_size", image_size, LARGEST), ("max_frames", max_frames, MOST_FRAMES)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{name}={value!r}: a sample has 1 to {most}")
+
+    def fits(value: Any, most: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+    if not fits(image_size, LARGEST):
+        raise ValueError(f"image_size={image_size!r}: a frame's sides have 1 to {LARGEST} pixels")
+    if not fits(max_frames, MOST_FRAMES):
+        raise ValueError(f"max_frames={max_frames!r}: a sample has 1 to {MOST_FRAMES}")
     if fit not in FITS:
         raise ValueError(f"fit={fit!r}: must be one of {', '.join(FITS)}")
     return {"image_size": image_size, "fit": fit, "max_frames": max_frames}

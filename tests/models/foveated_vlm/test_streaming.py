@@ -188,6 +188,25 @@ def test_a_model_that_is_told_the_times_needs_them_before_the_frames(tmp_path: P
     assert stream.answer(12) == wanted
 
 
+def test_frames_are_of_the_seconds_that_the_stream_was_told(tmp_path: Path) -> None:
+    """Without a second of their own, and with the same one; another one and a frame too many are refused."""
+    module, frames, seconds = small_module(tmp_path, [QUESTION] * 3, frame_clock=True), video(3), (0.0, 3.0, 7.5)
+    told, given = module.stream(QUESTION, seconds=seconds), module.stream(QUESTION)
+    for frame, second in zip(frames, seconds, strict=True):
+        told.push(frame)
+        given.push(frame, second)
+    assert torch.equal(told.session._row.state, given.session._row.state)
+    with pytest.raises(ValueError, match="told the seconds of 3 frames, and all have been pushed"):
+        told.push(frames[0])
+    again = module.stream(QUESTION, seconds=seconds)
+    again.push(frames[0], 0.0)
+    with pytest.raises(ValueError, match=r"a frame of second 1; the stream was told that it is of second 3"):
+        again.push(frames[1], 1.0)
+    for wrong in ((1.0, 0.0), (float("nan"),)):
+        with pytest.raises(ValueError, match="are finite and do not fall back"):
+            module.stream(QUESTION, seconds=wrong)
+
+
 @pytest.mark.parametrize("source", ["fine", "coarse"])
 def test_seconds_that_are_none_or_fall_back_are_refused_and_leave_the_stream_as_it_was(
     tmp_path: Path, source: str
@@ -264,7 +283,7 @@ def test_a_full_stream_still_answers(tmp_path: Path) -> None:
     assert stream.room == 0
     with pytest.raises(ValueError, match=f"the stream is full: {room} frames and room for an answer of 12 tokens"):
         stream.push(frames[0])
-    assert stream.answer(12) == stream.answer(12)
+    assert stream.answer(12) == stream.answer(12) == stream.answer()  # as much as there is room for
     with pytest.raises(ValueError, match=r"max_new_tokens=13: .* has room for 12 tokens of an answer"):
         stream.answer(13)
     with pytest.raises(ValueError, match="no frame has room"):

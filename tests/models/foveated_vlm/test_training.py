@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from shard_sets import write_set
+from vlm_parts import small_module
 
 from keygrip import evaluate, generate, train
 from keygrip.config import compose
@@ -18,6 +19,7 @@ from keygrip.evaluation import text_metrics as metrics
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.language.tokenizers import TrainedTokenizer
+from keygrip.training import checkpoints
 from keygrip.training.checkpoints import load_module, read_checkpoint
 
 SMALL = [
@@ -80,6 +82,55 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one(
+    overrides: Callable[..., list[str]], command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One sample per process and step, examined in every step: what is computed there must not wait for the other."""
+    options = ["data.batch_size=2", "data.sources.texts.share=0.5", "model.monitor_every_n_steps=1", "max_steps=6"]
+    options += ["val_every_n_steps=6", "model.log_images_every_n_steps=0"]
+    train.run(compose("train", overrides("one", *options)))
+    parallel = [each for each in overrides("two", *options) if each != "strategy=cpu"]
+    done = command("keygrip.train", *parallel, "strategy=ddp_cpu")
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ({"image_size": "32"}, "image_size='32'"),
+        ({"image_size": 10**9}, "image_size=1000000000"),
+        ({"max_frames": None}, "max_frames=None"),
+        ({"fit": "x"}, "fit='x'"),
+        (None, "missing 3 required"),
+    ],
+)
+def test_a_checkpoint_with_impossible_frames_is_refused_when_it_is_read(
+    pictures: dict[str, Any] | None, said: str, tmp_path: Path
+) -> None:
+    module = small_module(tmp_path, ["Which?"] * 3)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    kept = checkpoint["language"]["pictures"]
+    checkpoint["language"]["pictures"] = {} if pictures is None else kept | pictures
+    with pytest.raises((ValueError, TypeError), match=said):
+        module.on_load_checkpoint(checkpoint)
+
+
+def test_a_configuration_of_a_million_layers_is_not_built(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.run(compose("train", overrides("run", "max_steps=1")))
+    content = read_checkpoint(tmp_path / "run")
+    content["keygrip"]["config"]["model"]["network"]["language"]["layers"] = 1_000_000
+    monkeypatch.setattr(checkpoints, "read_checkpoint", lambda *_, **__: content)
+    with pytest.raises(ValueError, match=r"builds more than \d+ parameters, far more than it holds"):
+        load_module(tmp_path / "run")
 
 
 def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[str]], tmp_path: Path) -> None:

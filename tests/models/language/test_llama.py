@@ -158,6 +158,36 @@ def test_a_tokenizer_survives_pickling_and_a_checkpoint(tmp_path: Path) -> None:
     assert json.loads(json.dumps(tokenizer.state())) == tokenizer.state()
 
 
+def test_tokens_that_a_template_names_survive_a_checkpoint(tmp_path: Path) -> None:
+    """A template that begins with the beginning of text, as Llama's; of several by name the default one is taken."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
+    template = "{{ bos_token }}" + made.state()["chat_template"]
+    tokens = {"eos_token": TURN_END, "bos_token": END_OF_TEXT}
+    read = []
+    for folder, given in (("one", template), ("two", {"default": template, "tool_use": "x"})):
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=made._tokenizer.backend_tokenizer, chat_template=given, **tokens
+        )
+        fast.save_pretrained(tmp_path / folder)
+        read.append(PretrainedTokenizer(str(tmp_path / folder)).load(tmp_path))
+    for tokenizer in (*read, *(ChatTokenizer.from_state(each.state()) for each in read)):
+        text = tokenizer.render([("user", "Which?")], answering=True)
+        assert text.startswith(END_OF_TEXT)
+        assert tokenizer.encode(text) == read[0].encode(text)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ a.b.c }}", "{{ 1/0 }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_template_that_cannot_render_is_an_error_in_a_line(template: str, tmp_path: Path) -> None:
+    made = TrainedTokenizer(400).load(tmp_path, SENTENCES)
+    broken = ChatTokenizer.from_state(made.state() | {"chat_template": template})
+    with pytest.raises(ValueError, match="chat template cannot render this conversation"):
+        broken.render([("user", "Which?")])
+    with pytest.raises(ValueError, match="its tokenizer is damaged"):
+        ChatTokenizer.from_state(made.state() | {"tokenizer": "{}"})
+
+
 def test_a_pretrained_tokenizer_comes_from_its_folder_with_its_template(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -235,6 +235,12 @@ def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
     assert samples(tmp_path / "both")["list-00000001"].seconds == ()  # of two videos
     with pytest.raises(ValueError, match="max_frames=0: a sample has 1 to 4096"):
         webvid(source, tmp_path / "none", SIZE, max_frames=0)
+    for prepare in (webvid, video_sft):
+        with pytest.raises(ValueError, match="fit='Crop': must be one of stretch, crop, pad"):
+            prepare(source, tmp_path / "none", SIZE, fit="Crop")  # type: ignore[operator]
+        with pytest.raises(ValueError, match=r"0 processes cannot write .*: at least 1, or null"):
+            prepare(source, tmp_path / "none", SIZE, workers=0)  # type: ignore[operator]
+    assert not (tmp_path / "none").exists()
 
 
 def test_webvid_tar_files_also_when_cut_off(tmp_path: Path) -> None:
