@@ -25,6 +25,8 @@ PREFIX = "base_model.model."  # peft's prefix before a network's own names
 # Settings of peft that change what an adapter means; only these values are known here.
 PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
 PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "kasa_config": None}
+PLAIN |= {"alora_invocation_tokens": None, "layer_replication": None, "arrow_config": None, "use_qalora": False}
+PLAIN |= {"trainable_token_indices": None, "target_parameters": None}
 # Ways of peft to initialise an adapter that leave the base weights as they were. With the others (pissa, pissa_niter_N,
 # olora, corda, lora_ga, loftq) it is a difference to weights from which its first value was taken away, or which were
 # quantised: added to the unchanged ones it is wrong.
@@ -103,7 +105,10 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
             raise ValueError(
                 f"{folder / WEIGHTS}: {name} is {list(weight.shape)}, its difference {shapes} of rank {config['r']}"
             )
-        changes.append((weight, scale * high.to(weight.device).float() @ low.to(weight.device).float()))
+        change = scale * high.to(weight.device).float() @ low.to(weight.device).float()
+        if not torch.isfinite((weight + change).to(weight)).all():
+            raise ValueError(f"{folder / WEIGHTS}: {name} becomes infinite by its difference: the adapter is damaged")
+        changes.append((weight, change))
     for weight, change in changes:
         weight += change.to(weight)
     return list(pairs)
@@ -149,6 +154,8 @@ def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not value.is_floating_point():
+            raise ValueError(f"{file}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights")
         if not torch.isfinite(value).all():
             raise ValueError(f"{file}: {key} holds numbers that are not finite")
         found.setdefault(name, {})[part] = value

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -77,11 +78,17 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         torch_dtype: torch.dtype | None = None,  # its name in older versions of diffusers
         **_: Any,
     ) -> Self:
-        """From an exported folder. Raises FileNotFoundError, ValueError: it is none, or a byte of it has changed."""
+        """From an exported folder.
+
+        Raises:
+            FileNotFoundError, ValueError: it is none, a byte of it has changed, or a type in which nothing is drawn.
+        """
         module = load_module(pretrained_model_name_or_path, expected=PatchDiTModule)
         assert isinstance(module, PatchDiTModule)
         found = cls(module, read_export(pretrained_model_name_or_path))
         precision = dtype or torch_dtype
+        if precision not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={precision}: the pipeline computes in float32, bfloat16 or float16")
         return found if precision is None else found.to(precision)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -126,10 +133,15 @@ class PatchDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of diffusers, with this class in the place of the folder's `pipeline.py`, which is not executed."""
+        """As of diffusers, with this class in the place of the folder's `pipeline.py`, which is not executed.
+
+        Raises:
+            ValueError: the folder names other parts than this pipeline's, of which diffusers would import the modules.
+        """
         own: Any = super()
         found = own.load_config(*args, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
+        _refuse_other_parts(config)
         if isinstance(config.get("_class_name"), list | tuple):
             config["_class_name"] = CLASS
         return found
@@ -195,12 +207,17 @@ class PatchDiTPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
         if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be a whole number, at least 1")
+        if latents is not None and not isinstance(latents, Tensor):
+            raise ValueError(f"latents are a tensor, not {type(latents).__name__}")
         given = {
             **{"steps": num_inference_steps, "guidance": guidance, "solver": solver, "interval": interval},
             **{"text_scale": text_scale, "dino_scale": dino_scale, "full_scale": full_scale, "cls_scale": cls_scale},
             **{"guide_scale": guide_scale},
             **{"text_rescale": text_rescale, "dino_rescale": dino_rescale, "full_rescale": full_rescale},
         }
+        for name, value in given.items():
+            kind = int if name == "steps" else float if name.endswith("scale") else None
+            _refuse_type("num_inference_steps" if name == "steps" else name, value, kind)
         sampling = module.sampling_with(given)
         if sampling.solver != "euler" and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
@@ -213,7 +230,8 @@ class PatchDiTPipeline(DiffusionPipeline):
         encoders, device = module.ready_encoders(), module.device
         conditions = steered.conditions(bucket).interleaved(num_images_per_prompt)
         total, stride = steered.count * num_images_per_prompt, encoders.latent_stride
-        if isinstance(generator, list | tuple) and len(generator) != total:
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        if isinstance(generator, list) and len(generator) != total:
             raise ValueError(f"{len(generator)} generators for {total} images: give one, or one for each image")
         shape = (total, module.network.latent_channels, bucket.height // stride, bucket.width // stride)
         noise = (
@@ -243,6 +261,8 @@ class PatchDiTPipeline(DiffusionPipeline):
                 return x
             time = self.scheduler.timesteps[number]
             told = callback_on_step_end(self, number, time, {"latents": x}) or {}
+            if not isinstance(told, Mapping):
+                raise ValueError(f"callback_on_step_end returns a dict, not {type(told).__name__}")
             changed: Tensor = told.get("latents", x)
             if not isinstance(changed, Tensor) or changed.shape != x.shape:
                 raise ValueError(f"callback_on_step_end gives latents that are no tensor of shape {list(x.shape)}")
@@ -314,6 +334,30 @@ class PatchDiTPipeline(DiffusionPipeline):
             return bucket
         trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
         return trained[0] if image is None else nearest_bucket(*image.size, trained)
+
+
+def _refuse_type(name: str, value: Any, kind: type | None) -> None:
+    """Raises ValueError: an argument is no number, or no whole one (`kind`: int)."""
+    if value is None or kind is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise ValueError(f"{name}={value!r}: must be a {'whole ' if kind is int else ''}number")
+
+
+def _refuse_other_parts(config: Mapping[str, Any]) -> None:
+    """Raises ValueError: model_index.json names other parts than the transformer here and a scheduler of diffusers."""
+    for name, part in config.items():
+        if name.startswith("_"):
+            continue
+        if name == "transformer" and part == [PatchDiTTransformer.__module__, PatchDiTTransformer.__name__]:
+            continue
+        if name == "scheduler" and isinstance(part, list) and len(part) == 2 and part[0] == "diffusers":
+            scheduler = getattr(diffusers, part[1], None) if isinstance(part[1], str) else None
+            if isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin):
+                continue
+        raise ValueError(
+            f"model_index.json names {name}={part!r:.200}, which is no part of a {CLASS} and is not loaded"
+        )
 
 
 def write_pipeline(

@@ -74,7 +74,11 @@ class SteeredImages:
         redraw: Image.Image | None = None,
     ) -> None:
         self.module = module
+        if prompt is not None and not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt is a text or a list of them, not {type(prompt).__name__}")
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        if any(isinstance(each, list | tuple) for each in (start_image, redraw)):
+            raise ValueError("start_image and redraw are one image each, for all drawings: call again for others")
         odd = [each for each in prompts if not isinstance(each, str)]
         if odd:
             raise ValueError(f"prompt holds {odd[0]!r}, which is no text")
@@ -162,6 +166,8 @@ def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
             raise ValueError(f"{name} {number} is a {type(image).__name__}: give PIL images")
         try:
             refuse_frames(image)
+            if not min(image.size):
+                raise ValueError("it has no pixels")
             if mask:
                 refuse_transparency(image)
             found.append(upright(image))

@@ -94,6 +94,8 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     for candidate in (path / CHECKPOINT, path / CHECKPOINT.name):
         if candidate.is_file():
             return candidate
+    if is_export(path / "transformer"):
+        raise FileNotFoundError(f"{path} is a pipeline of diffusers: its checkpoint is {path / 'transformer'}")
     if path.is_dir():
         raise FileNotFoundError(f"no checkpoint in {path}: looked for {CHECKPOINT} (has the run saved one yet?)")
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")

@@ -83,6 +83,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     module = build_module(resolved)
     if isinstance(module, System):
         module.check_length(cfg.max_steps)
+        module.resumed = resume is not None
     trained = _trained_before(folder, resumed_step) if resume else {}
     started_in = _write_start(folder, cfg, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):

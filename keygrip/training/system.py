@@ -40,6 +40,7 @@ class System(LightningModule):
         usage: lines of Python for the model card of an export, with {name} for its folder; None: `keygrip.load`.
         own_files: files that the run's settings name and no checkpoint holds, by dotted key; set where a run builds its
             module. A run that this one starts from may need the same.
+        resumed: whether a run goes on: its weights come from its own checkpoint, and where it began is not read again.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -56,6 +57,7 @@ class System(LightningModule):
         super().__init__()
         self.optimizer_recipe = optimizer
         self.own_files: Mapping[str, Any] = {}
+        self.resumed = False
 
     def trained_part(self) -> nn.Module:
         """The module whose parameters the optimiser gets."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from dit_parts import SMALL, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
+import keygrip
 from keygrip import export, sample, train
 from keygrip.config import compose
 from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
@@ -295,9 +298,23 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
         ({"callback_on_step_end": lambda *_: {"latents": None}}, "gives latents that are no tensor of shape"),
         ({"start_image": one, "strength": 1.0}, "strength=1 without redraw leaves nothing"),
+        ({"start_image": [one, two], "strength": 0.5}, "start_image and redraw are one image each"),
+        ({"start_image": [], "strength": 0.5}, "start_image and redraw are one image each"),
+        ({"image": Image.new("RGB", (0, 0))}, "image 0 cannot be used: it has no pixels"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: must be a whole number"),
+        ({"text_scale": "2"}, "text_scale='2': must be a number"),
+        ({"latents": np.zeros((1, 3, 4, 4))}, "latents are a tensor, not ndarray"),
+        ({"generator": (torch.Generator(),) * 2}, "2 generators for 1 images"),
+        ({"callback_on_step_end": lambda *_: [1]}, "callback_on_step_end returns a dict, not list"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline("a red thing", **given)
+    with pytest.raises(ValueError, match="prompt is a text or a list of them, not int"):
+        pipeline(5)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float64: the pipeline computes in float32"):
+        PatchDiTPipeline.from_pretrained(str(piped / "pipe"), torch_dtype=torch.float64)
+    with pytest.raises(FileNotFoundError, match=r"is a pipeline of diffusers: its checkpoint is .*transformer"):
+        keygrip.load(piped / "pipe")
     with pytest.raises(ValueError, match="3 prompts and 2 images: give as many"):
         pipeline(["a red thing"] * 3, [one, two])
     with pytest.raises(ValueError, match="2 generators for 3 images"):
@@ -306,6 +323,35 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         pipeline.transformer.module.network.latent_out.weight.mul_(1e30)
     with pytest.raises(ValueError, match="what was drawn is not finite"):
         pipeline("a red thing", output_type="np")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("scheduler", ["own_scheduler", "Own"]),
+        ("scheduler", ["pipe.evil", "Own"]),
+        ("scheduler", ["diffusers", "DiffusionPipeline"]),
+        ("transformer", ["evil", "PatchDiTTransformer"]),
+        ("safety_checker", ["evil", "Own"]),
+    ],
+)
+def test_a_pipeline_s_folder_names_no_code_to_import(
+    name: str, part: list[str], piped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of diffusers import what model_index.json names, from the folder or from where Python looks."""
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    folder = Path(shutil.copytree(piped / "pipe", tmp_path / "pipe"))
+    for place in ("scheduler/own_scheduler.py", "evil.py", "scheduler/evil.py"):
+        (folder / place).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {name: part}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=f"model_index.json names {name}=.* is no part of a PatchDiTPipeline"):
+        PatchDiTPipeline.from_pretrained(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ class CoordinateRegressionModule(System):
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Take over the training split's ranges."""
         self.statistics.take(statistics, self.network.horizon)
-        if self.init_from is not None:
+        if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "a regression policy")
         if len(statistics.cameras) > 1:
             log.warning(

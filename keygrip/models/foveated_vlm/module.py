@@ -185,7 +185,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
-        if self.init_from is not None:
+        if self.init_from is not None and not self.resumed:
             self._start_from(self.init_from)
         self.image_options = frame_settings(statistics.image_size, statistics.fit, statistics.max_frames)
 

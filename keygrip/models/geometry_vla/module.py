@@ -166,7 +166,7 @@ class GeometryVLAModule(System):
             self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
             if self.network.geometry is not None:
                 self.network.geometry.take_start()
-        else:
+        elif not self.resumed:
             before = self.take_weights(self.init_from, "a vision-language-action policy")
             assert before.network.vlm.tokenizer is not None
             self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights mean the words of this one

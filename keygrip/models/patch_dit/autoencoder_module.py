@@ -92,7 +92,7 @@ class AutoencoderModule(System):
                     f"images of {columns * self.packing.stride} x {rows * self.packing.stride} pixels do not divide by "
                     f"model.network.stride={self.network.stride}"
                 )
-        if self.init_from is not None:
+        if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "an autoencoder")
         elif self.decoder_only:
             raise ValueError("model.decoder_only=true keeps a trained encoder: name its run with model.init_from=RUN")

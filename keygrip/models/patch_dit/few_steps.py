@@ -11,6 +11,7 @@ Liu et al., "Flow Straight and Fast" (2023).
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import replace
 
 import torch
@@ -43,6 +44,7 @@ class FewSteps:
         self.timestep_shift = timestep_shift
         noise_levels(windows, timestep_shift)  # refuses what it cannot divide
         self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
+        self.teacher_sha256: str | None = None  # of its weights
 
     def check(self, sampling: Sampling) -> None:
         """Raises ValueError: the student would be drawn in another way than it is trained for."""
@@ -57,6 +59,19 @@ class FewSteps:
     def take_teacher(self, network: PatchDiT) -> None:
         """Keeps a copy of a trained network as the teacher."""
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        digest = hashlib.sha256()
+        for name, value in self._network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.teacher_sha256 = digest.hexdigest()
+
+    def refuse_other_teacher(self, sha256: str | None) -> None:
+        """Raises ValueError: training would go on with another teacher than that of these weights."""
+        if None not in (sha256, self.teacher_sha256) and sha256 != self.teacher_sha256:
+            raise ValueError(
+                "model.init_from holds other weights than the teacher that this student began with (a run that was "
+                "trained on, or another one in its place): bring those back, or train a new student"
+            )
 
     def levels(self, shift: float = 1.0) -> list[float]:
         """The ends of the windows, from 1 to 0. shift: of the resolution, see `resolution_shift`."""
@@ -79,13 +94,14 @@ class FewSteps:
         """
         count = len(data)
         category = CATEGORIES[int(dropout.draw(1))]
+        told = conditions
         if category == "text":
-            conditions = conditions.without_dino()
+            told = conditions.without_dino()
         elif category == "dino":
-            conditions = replace(conditions, text=None, text_mask=None)
+            told = replace(conditions, text=None, text_mask=None)
         window = int(torch.randint(self.windows, ()))
         noise, share = torch.randn_like(data), torch.rand(count, device=data.device)
-        return self.chord_loss(student, data, conditions, window, noise, share, shift)
+        return self.chord_loss(student, data, conditions, window, noise, share, shift, told)
 
     @torch.no_grad()
     def validation_loss(
@@ -113,18 +129,21 @@ class FewSteps:
         noise: Tensor,
         share: Tensor,
         shift: float = 1.0,
+        told: Conditions | None = None,
     ) -> Tensor:
         """Mean squared error of the velocity along the teacher's chord through one window.
 
         Args:
-            data, noise: ``[B, C, h, w]``. conditions: all that are given are used. share: ``[B]`` in 0..1, how far up
-                the chord the student is asked. shift: see `levels`.
+            data, noise: ``[B, C, h, w]``. share: ``[B]`` in 0..1, how far up the chord the student is asked. shift: see
+                `levels`. told: those of the conditions that are used; None: all. The others pass through the student
+                and are dropped there, so that the same parameters have gradients in all processes.
         """
+        told = conditions if told is None else told
         count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
         high, low = self.levels(shift)[window : window + 2]
         start = interpolate(data, noise, torch.full((count,), high, device=device))
-        end = self.led(start, conditions, high, low)
-        keep = [torch.full((count,), has, device=device) for has in (conditions.has_text, conditions.has_dino)]
+        end = self.led(start, told, high, low)
+        keep = [torch.full((count,), has, device=device) for has in (told.has_text, told.has_dino)]
         context = student.context_builder(conditions, keep[0], keep[1], aspect)
         x, level = interpolate(end, start, share), low + (high - low) * share
         found = student(x, level, context, floor=FLOOR).velocity

@@ -191,20 +191,13 @@ class PatchDiTModule(System):
                     f"{self.network.patch_size}."
                 )
         self._encoder_weights = dict(self.encoders.weights())
-        if self.init_from is not None:
+        if self.init_from is not None and (not self.resumed or self.few_steps is not None):
             source = read_source(self.init_from)
             windows = None if self.few_steps is None else self.few_steps.timestep_shift
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
-            report = warm_start(self.network, source, self.init_from_renames, self.init_from_min_share)
+            warm_start(self.network, source, self.init_from_renames, self.init_from_min_share)
             normalise_as(source, self.statistics, self.init_from_statistics)
-            new = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
-            if new and not self.network.separate_patches:
-                log.warning(
-                    "model.init_from=%s has no patches: in the joint context the new tokens change its output at once; "
-                    "with model.network.patch_attention=separate it is the same at step 0",
-                    self.init_from,
-                )
-        elif self.lora is not None or self.few_steps is not None:
+        elif self.init_from is None and (self.lora is not None or self.few_steps is not None):
             raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
         if self.few_steps is not None:
             self.few_steps.take_teacher(self.network)
@@ -216,11 +209,15 @@ class PatchDiTModule(System):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"statistics": self.statistics.plain(), **self._encoder_weights}
+        if self.few_steps is not None and self.few_steps.teacher_sha256 is not None:
+            checkpoint[STATE]["teacher_sha256"] = self.few_steps.teacher_sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
         self.statistics.take_plain(checkpoint[STATE]["statistics"])
+        if self.few_steps is not None:
+            self.few_steps.refuse_other_teacher(checkpoint[STATE].get("teacher_sha256"))
         self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}
 
     def ready_encoders(self) -> Encoders:
@@ -304,7 +301,12 @@ class PatchDiTModule(System):
         """
         found = self.sampling.changed(changes)
         if found.guide_scale and self.guide_network is None:
-            raise ValueError(f"guide_scale={found.guide_scale} has no effect: this model keeps no guide, leave it out")
+            if changes.get("guide_scale"):
+                raise ValueError(
+                    f"guide_scale={found.guide_scale} has no effect: this model has no guide, leave it out"
+                )
+            log.warning("this model has no guide yet, and its own guide_scale=%g is left out", found.guide_scale)
+            found = replace(found, guide_scale=0.0)
         if self.few_steps is not None:
             self.few_steps.check(found)
         return found

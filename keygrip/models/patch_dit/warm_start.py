@@ -115,6 +115,13 @@ def warm_start(
     report = take(network, source.weights, source.path, renames, min_share)
     for line in report.describe():
         log.info("warm start from %s: %s", source.path, line)
+    new_patches = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
+    if new_patches and not network.separate_patches:
+        log.warning(
+            "model.init_from=%s has no patches: in the joint context the new tokens change its output at once; with "
+            "model.network.patch_attention=separate it is the same at step 0",
+            source.path,
+        )
     return report
 
 

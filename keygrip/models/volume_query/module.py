@@ -146,7 +146,7 @@ class VolumeQueryModule(System):
                 statistics.fingerprint,
             )
             report |= {f"rotation/{arm}/{name}": value for name, value in fitted.items()}
-        if self.init_from is not None:
+        if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "a volume-query policy")
         encoder = self.network.instruction_encoder
         if encoder is not None:  # after the weights: with them came the words of the run before, and these come beside

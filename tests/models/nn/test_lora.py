@@ -103,6 +103,15 @@ def _not_finite(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[f"{PREFIX}0.query.lora_B.weight"][0, 0] = float("nan")
 
 
+def _of_whole_numbers(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[f"{PREFIX}0.query.lora_B.weight"] = tensors[f"{PREFIX}0.query.lora_B.weight"].to(torch.int32)
+
+
+def _too_large(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for part in ("lora_A", "lora_B"):
+        tensors[f"{PREFIX}0.query.{part}.weight"].fill_(1e30)
+
+
 def _elsewhere(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     for part in ("lora_A", "lora_B"):
         tensors[f"{PREFIX}9.query.{part}.weight"] = tensors[f"{PREFIX}0.query.{part}.weight"].clone()
@@ -122,6 +131,10 @@ def _elsewhere(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (_of_another_size, r"0.query is \[6, 6\]"),
         (_without_half, "has lora_A and not both"),
         (_not_finite, "not finite"),
+        (_of_whole_numbers, "lora_B.weight holds int32, no weights"),
+        (_too_large, "becomes infinite by its difference"),
+        (lambda config, _: config.update(layer_replication=[[0, 2]]), "layer_replication"),
+        (lambda config, _: config.update(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_and_change_nothing(

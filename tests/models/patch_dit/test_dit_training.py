@@ -85,7 +85,7 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
 
 
 def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
-    overrides: Callable[..., list[str]], tmp_path: Path, shards: Path
+    overrides: Callable[..., list[str]], tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is stored, it is neither trained nor averaged, and samples go away from it."""
     train.run(compose("train", overrides("early", "max_steps=2", "callbacks.ema.decay=0.9")))
@@ -111,9 +111,14 @@ def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
     module.guide.taken.fill_(False)  # as of a run that was stopped before that step
     with pytest.raises(ValueError, match="its step has not come"):
         module.draw(conditions, size, [0, 1])
+    caplog.set_level("WARNING")
+    assert torch.equal(module.draw(conditions, size, [0, 1], module.sampling_with({"guide_scale": None})), usual)
+    assert "this model has no guide yet, and its own guide_scale=0.4 is left out" in caplog.text
+    with pytest.raises(ValueError, match="this model has no guide"):
+        module.sampling_with({"guide_scale": 0.4})
     plain = load_module(tmp_path / "early", expected=PatchDiTModule)
     assert isinstance(plain, PatchDiTModule)
-    with pytest.raises(ValueError, match="this model keeps no guide"):
+    with pytest.raises(ValueError, match="this model has no guide"):
         plain.sampling_with({"guide_scale": 1.0})
 
 

@@ -12,7 +12,7 @@ from dit_parts import SMALL, write_images
 from keygrip import export, train
 from keygrip.config import compose
 from keygrip.models.nn.flow_matching import noise_levels
-from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStatistics
 from keygrip.models.patch_dit.init_source import InitSource, read_source
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -167,6 +167,13 @@ def test_a_student_is_trained_validated_and_drawn(
     ]
     assert losses[0] == losses[1] != losses[2]
 
+    # every parameter has a gradient, whatever is dropped: processes that drop other conditions sum the same ones
+    for shares in ((0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        student.network.zero_grad()
+        dropout = ConditionDropout(*shares)
+        student.few_steps.loss(student.network, data, conditions, dropout).backward()
+        assert [name for name, value in student.network.named_parameters() if value.grad is None] == []
+
     # of larger images than those without a shift: windows and sampling alike
     student.shift_tokens = 4
     assert student.sampling_at((4, 4)).timestep_shift == 12
@@ -180,5 +187,10 @@ def test_a_student_is_trained_validated_and_drawn(
     assert images.isfinite().all()
     with pytest.raises(ValueError, match=r"drawn at timestep_shift=6\.0 .*Give model\.few_steps\.timestep_shift=6\.0"):
         started("steps", *options, "model.few_steps.timestep_shift=3", f"model.init_from={runs / 'base'}")
+    stored = {"patch_dit": {"statistics": student.statistics.plain(), "teacher_sha256": few.teacher_sha256}}
+    student.on_load_checkpoint(stored)
+    few.take_teacher(student.network)
+    with pytest.raises(ValueError, match=r"model\.init_from holds other weights than the teacher"):
+        student.on_load_checkpoint(stored)
     with pytest.raises(ValueError, match=r"Give model\.network\.prediction=v model\.network\.rotary=false"):
         started("wrong", *options, f"model.init_from={runs / 'of_velocities'}")
