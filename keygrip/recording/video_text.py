@@ -25,7 +25,7 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     fit_image,
     rate_of,
-    set_settings,
+    shard_frame_settings,
     video_text_parts,
 )
 from keygrip.envs.yam.tasks import TaskOptions
@@ -174,7 +174,7 @@ def robot_videos(
     Raises:
         FileNotFoundError, ValueError: no demonstrations, or too many are broken; max_frames out of range, or of tours.
     """
-    frames = set_settings(image_size, fit, max_frames)
+    frames = shard_frame_settings(image_size, fit, max_frames)
     if source is None and "max_frames" in frames:
         raise ValueError(
             f"max_frames={max_frames} is of demonstrations, and no source of any is named: tours have from "

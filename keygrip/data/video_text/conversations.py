@@ -66,7 +66,7 @@ def frame_settings(image_size: Any, fit: Any, max_frames: Any) -> dict[str, Any]
     return {"image_size": image_size, "fit": fit, "max_frames": max_frames}
 
 
-def set_settings(image_size: int, fit: str, max_frames: int) -> dict[str, Any]:
+def shard_frame_settings(image_size: int, fit: str, max_frames: int) -> dict[str, Any]:
     """As `frame_settings`, for the settings of a set; `max_frames` is none where it is the usual one."""
     settings = frame_settings(image_size, fit, max_frames)
     return {name: value for name, value in settings.items() if name != "max_frames" or value != MAX_FRAMES}

@@ -16,7 +16,7 @@ from keygrip.data.video_text.conversations import (
     Turn,
     describe_video_text,
     encode_jpeg,
-    set_settings,
+    shard_frame_settings,
     shown_image,
     video_text_parts,
 )
@@ -103,7 +103,7 @@ def cauldron(
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(there)}")
         groups = [group for group in groups if group.path.relative_to(source).parts[0] in collections]
     settings = {"data": "cauldron", "collections": collections, "decoding": DECODING}
-    settings |= set_settings(image_size, fit, max_frames)
+    settings |= shard_frame_settings(image_size, fit, max_frames)
     maker = CauldronMaker(image_size, fit, max_frames)
     return write_shards(
         root, groups, maker, settings, groups_per_shard, "cauldron", processes, describe=describe_video_text

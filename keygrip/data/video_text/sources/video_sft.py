@@ -26,7 +26,7 @@ from keygrip.data.video_text.conversations import (
     describe_video_text,
     encode_jpeg,
     rate_of,
-    set_settings,
+    shard_frame_settings,
     video_text_parts,
 )
 from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, without_placeholders
@@ -222,7 +222,7 @@ def video_sft(
         workers: processes; None: one for each core. max_failed_share: more broken entries than this are an error.
         max_frames: of videos of more seconds, so many evenly spaced ones.
     """
-    settings = {"data": "video_sft", **set_settings(image_size, fit, max_frames)}
+    settings = {"data": "video_sft", **shard_frame_settings(image_size, fit, max_frames)}
     settings["decoding"] = DECODING
     maker = VideoSFTMaker(image_size, fit, max_frames)
     found = entries(Path(source))

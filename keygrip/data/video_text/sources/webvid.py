@@ -29,7 +29,7 @@ from keygrip.data.video_text.conversations import (
     encode_jpeg,
     media_of,
     rate_of,
-    set_settings,
+    shard_frame_settings,
     video_text_parts,
 )
 
@@ -221,7 +221,7 @@ def webvid(
             f"{len(compressed)} of {len(tars) + len(compressed)} tar files in {source} are compressed, more than "
             f"max_failed_share={max_failed_share:g} allows; {compressed[0].name} is compressed, {COMPRESSED}"
         )
-    settings = {"data": "webvid", **set_settings(image_size, fit, max_frames)}
+    settings = {"data": "webvid", **shard_frame_settings(image_size, fit, max_frames)}
     maker = WebVidMaker(image_size, fit, max_frames)
     items: Sequence[WebVidRow] | Sequence[Path] = rows if by_list else tars
     each = videos_per_shard if by_list else 1
