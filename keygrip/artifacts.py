@@ -203,6 +203,11 @@ def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
             left -= len(block)
 
 
+def nearest_existing(folder: Path) -> Path:
+    """The first of a path and those above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def refuse_unwritable(target: str | Path, setting: str) -> None:
     """Tries to write where a result is to go, before hours are spent on it; leaves nothing.
 
@@ -212,9 +217,8 @@ def refuse_unwritable(target: str | Path, setting: str) -> None:
     path = Path(target)
     if path.is_dir():
         raise ValueError(f"{setting}={target} is a folder: name a file in it")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
     try:
-        probe = temporary_beside(above / path.name)
+        probe = temporary_beside(nearest_existing(path.absolute().parent) / path.name)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -154,7 +154,7 @@ class Evaluated:
         Raises:
             UntrustedPartError: the configuration names what may not be built. ValueError: the data have no such
                 setting, or no such part: a source that is not there has nothing that could be changed; or a value of
-            another type.
+                another type.
         """
         stored = OmegaConf.create(plain(self.config.data))
         _refuse_unknown_parts(stored, changes or {}, "data")

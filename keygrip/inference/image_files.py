@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keygrip.artifacts import atomic_write
+from keygrip.artifacts import atomic_write, nearest_existing
 from keygrip.data.image_text.crops import Bucket
 from keygrip.inference.image_requests import SampleRequest
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
@@ -92,11 +92,6 @@ def refuse_folder(folder: Path) -> None:
     there = nearest_existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"run_dir={folder}: {there} is {'not writable' if there.is_dir() else 'no folder'}")
-
-
-def nearest_existing(folder: Path) -> Path:
-    """The first of a path and those above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _row(

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from keygrip.artifacts import scratch_folder
+from keygrip.artifacts import nearest_existing, scratch_folder
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
 from keygrip.inference.given_texts import texts_of
@@ -21,7 +21,6 @@ from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
 from keygrip.inference.image_files import (
     files_of,
     move_files,
-    nearest_existing,
     refuse_folder,
     write_grids,
     write_image,
