@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import sha256_bytes, write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
@@ -161,7 +160,7 @@ def _read_log(shard: Path) -> dict[str, Any]:
 
 def fingerprint(items: Sequence[Any]) -> str:
     """Of items' values; files that they name count by name and size, so that a set can move with them."""
-    return hashlib.sha256(json.dumps([_values(item) for item in items]).encode()).hexdigest()[:32]
+    return sha256_bytes(json.dumps([_values(item) for item in items]).encode())
 
 
 def _values(item: Any) -> Any:

@@ -11,7 +11,6 @@ Liu et al., "Flow Straight and Fast" (2023).
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import replace
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
 from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Conditions
+from keygrip.models.patch_dit.dino_view import weights_digest
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
 from keygrip.training.parts import model_part
@@ -44,7 +44,7 @@ class FewSteps:
         self.timestep_shift = timestep_shift
         noise_levels(windows, timestep_shift)  # refuses what it cannot divide
         self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
-        self.teacher_sha256: str | None = None  # of its weights
+        self.teacher_digest: str | None = None  # of its weights
 
     def check(self, sampling: Sampling) -> None:
         """Raises ValueError: the student would be drawn in another way than it is trained for."""
@@ -59,15 +59,11 @@ class FewSteps:
     def take_teacher(self, network: PatchDiT) -> None:
         """Keeps a copy of a trained network as the teacher."""
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
-        digest = hashlib.sha256()
-        for name, value in self._network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.teacher_sha256 = digest.hexdigest()
+        self.teacher_digest = weights_digest(self._network)
 
-    def refuse_other_teacher(self, sha256: str | None) -> None:
+    def refuse_other_teacher(self, digest: str | None) -> None:
         """Raises ValueError: training would go on with another teacher than that of these weights."""
-        if None not in (sha256, self.teacher_sha256) and sha256 != self.teacher_sha256:
+        if None not in (digest, self.teacher_digest) and digest != self.teacher_digest:
             raise ValueError(
                 "model.init_from holds other weights than the teacher that this student began with (a run that was "
                 "trained on, or another one in its place): bring those back, or train a new student"

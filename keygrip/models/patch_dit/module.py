@@ -209,15 +209,15 @@ class PatchDiTModule(System):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"statistics": self.statistics.plain(), **self._encoder_weights}
-        if self.few_steps is not None and self.few_steps.teacher_sha256 is not None:
-            checkpoint[STATE]["teacher_sha256"] = self.few_steps.teacher_sha256
+        if self.few_steps is not None and self.few_steps.teacher_digest is not None:
+            checkpoint[STATE]["teacher_digest"] = self.few_steps.teacher_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
         self.statistics.take_plain(checkpoint[STATE]["statistics"])
         if self.few_steps is not None:
-            self.few_steps.refuse_other_teacher(checkpoint[STATE].get("teacher_sha256"))
+            self.few_steps.refuse_other_teacher(checkpoint[STATE].get("teacher_digest"))
         self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}
 
     def ready_encoders(self) -> Encoders:

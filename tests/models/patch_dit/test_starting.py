@@ -187,7 +187,7 @@ def test_a_student_is_trained_validated_and_drawn(
     assert images.isfinite().all()
     with pytest.raises(ValueError, match=r"drawn at timestep_shift=6\.0 .*Give model\.few_steps\.timestep_shift=6\.0"):
         started("steps", *options, "model.few_steps.timestep_shift=3", f"model.init_from={runs / 'base'}")
-    stored = {"patch_dit": {"statistics": student.statistics.plain(), "teacher_sha256": few.teacher_sha256}}
+    stored = {"patch_dit": {"statistics": student.statistics.plain(), "teacher_digest": few.teacher_digest}}
     student.on_load_checkpoint(stored)
     few.take_teacher(student.network)
     with pytest.raises(ValueError, match=r"model\.init_from holds other weights than the teacher"):
