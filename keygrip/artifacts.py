@@ -147,7 +147,24 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        _locks.add(handle)
+        try:
+            yield
+        finally:
+            _locks.discard(handle)
+
+
+_locks: set[IO[Any]] = set()
+
+
+def _give_up_locks() -> None:
+    """In a forked process: the lock is its parent's, and would outlive it with a loader worker that holds it too."""
+    for handle in _locks:
+        handle.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_give_up_locks)
 
 
 def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable[[Path], None]) -> bool:

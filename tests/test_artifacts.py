@@ -129,6 +129,31 @@ def test_a_lock_excludes_another_process_and_ends_with_it(tmp_path: Path) -> Non
             time.sleep(0.01)
 
 
+def test_a_lock_is_no_forked_processes_own(tmp_path: Path) -> None:
+    """A loader worker that outlives a killed training for some seconds must not hold its run folder."""
+    lock = tmp_path / "lock"
+    script = (
+        "import os, sys, time\nfrom keygrip.artifacts import locked\n"
+        "with locked(sys.argv[1]):\n"
+        "    child = os.fork()\n"
+        "    if child:\n        print(child, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(BlockingIOError), artifacts.locked(lock, wait=False):
+                pass
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it still runs
+            with artifacts.locked(lock, wait=False):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_what_is_missing_is_made_by_one_process_alone(tmp_path: Path) -> None:
     target = tmp_path / "made"
     script = (

@@ -139,7 +139,7 @@ class BadSamples:
     """Counts the samples that were left out, and ends a run in which they are too many.
 
     Args:
-        max_share: more than this share of the samples seen is an error.
+        max_share: more than this share of the samples seen is an error; inf: none is.
         setting: name of the setting that holds `max_share`, for the message.
         checked_after: samples seen before the share is checked.
         named: so many are logged by name; all are counted and kept in `reasons`.
@@ -148,6 +148,8 @@ class BadSamples:
     def __init__(
         self, max_share: float, setting: str = "data.max_skipped_share", checked_after: int = 200, named: int = 10
     ) -> None:
+        if not (0 <= max_share <= 1 or max_share == math.inf):
+            raise ValueError(f"{setting}={max_share}: it is a share, from 0 to 1")
         self.max_share, self.setting, self.checked_after, self.named = max_share, setting, checked_after, named
         self.seen = 0
         self.reasons: dict[str, int] = {}  # how often each was met

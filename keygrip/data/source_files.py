@@ -62,6 +62,19 @@ def everything_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def refuse_written_into_source(root: Path | str, source: Path | str, below: bool) -> None:
+    """Raises ValueError: a set is to be written where it would be read as a part of what it is made of.
+
+    Args:
+        below: folders below `source` are read too.
+    """
+    written, read = Path(os.path.realpath(root)), Path(os.path.realpath(source))
+    if written == read or (below and written.is_relative_to(read)):
+        raise ValueError(
+            f"root={root} is {'' if written == read else 'in '}source={source}: name a folder outside of it"
+        )
+
+
 def file_below(source: Path, folder: Path, name: str) -> Path:
     """A file of a collection that a list of it names, relative to a folder there.
 

@@ -62,10 +62,10 @@ def _open_container(path: Path) -> tuple[Any, Any]:
         container = av.open(_local(path), options=LOCAL)
     except (av.FFmpegError, OSError) as error:
         raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
-    if not container.streams.video:
+    stream: Any = container.streams.best("video")  # which players show: not a cover image or a preview before it
+    if stream is None:
         container.close()
         raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
-    stream = container.streams.video[0]
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         container.close()
         raise OSError(f"{path}: its frames have more than the {MAX_PIXELS} pixels that an image may have")
@@ -248,7 +248,7 @@ def frames_at(
     convert: Callable[[Image.Image], Converted],
 ) -> list[Converted]:
     """Frames of a video at some times: each the one that is shown at that time, the last that began before it; upright,
-    where the file says how its frames lie (those of phones).
+    where the file says how its frames lie (those of phones), and with square pixels.
 
     What lies between times that are far apart is skipped from key frame to key frame, where the file allows it.
 
@@ -291,7 +291,7 @@ def _frames_at(
             while (
                 shown is not None and len(found) < len(wanted) and now - start > wanted[len(found)] + TIME_TOLERANCE_S
             ):
-                found.append(convert(_upright(shown)))
+                found.append(convert(_upright(shown, stream.sample_aspect_ratio)))
             if len(found) == len(wanted):
                 break
             gap = max(gap, now - start - begin) if shown is not None else gap
@@ -303,7 +303,7 @@ def _frames_at(
                 worth_it *= 2 if landed <= now else 1  # key frames are further apart than that
                 shown = None
         while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
-            found.append(convert(_upright(shown)))
+            found.append(convert(_upright(shown, stream.sample_aspect_ratio)))
     if len(found) < len(wanted):
         raise ValueError(f"the video says it lasts {duration:.1f} s, but only {end:.1f} s of it can be decoded")
     return found
@@ -327,9 +327,19 @@ def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tup
     return itertools.chain([first], frames), float(first.time)
 
 
-def _upright(frame: Any) -> Image.Image:
-    """A decoded frame as players show it: turned by the quarter turns that its display matrix says."""
+def _upright(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
+    """A decoded frame as players show it: stretched where its pixels are not square, and turned by the quarter turns
+    that its display matrix says. pixel_shape: width of a pixel over its height; None: square.
+
+    Raises:
+        ValueError: stretched it has more pixels than an image may have.
+    """
     image: Image.Image = frame.to_image()
+    if pixel_shape and pixel_shape != 1:  # the shorter side grows: no pixel is lost
+        width, height = image.width * max(pixel_shape, Fraction(1)), image.height / min(pixel_shape, Fraction(1))
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"shown with pixels of {pixel_shape}, its frames have more than {MAX_PIXELS} pixels")
+        image = image.resize((round(width), round(height)))
     turned = QUARTER_TURNS.get(round(frame.rotation) % 360)
     return image if turned is None else image.transpose(turned)
 
@@ -340,9 +350,9 @@ def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
     if not isinstance(source, bytes):
         regular_file(source)
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else _local(source), "r", options=LOCAL) as container:
-        if not container.streams.video:
+        stream: Any = container.streams.best("video")
+        if stream is None:
             raise ValueError("it has no video stream; it is cut off or not a video")
-        stream = container.streams.video[0]
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
             raise ValueError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
         stream.thread_type = "NONE"

@@ -35,6 +35,15 @@ class EvaluateImages(Callback):
     def __init__(self, suite: ImageSuite, data: ImageShards, run_dir: str) -> None:
         self.suite, self.data, self.run_dir = suite, data, Path(run_dir)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises ValueError: there are no images to evaluate, which is better said now than after the training."""
+        data: ImageShards = trainer.datamodule  # type: ignore[attr-defined]
+        if not len(data.samples(self.suite.split)):
+            raise ValueError(
+                f"{data.place} has no {self.suite.split} images for the evaluation after training: give "
+                "callbacks.pictures.suite.split=val, or callbacks.pictures=null"
+            )
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return

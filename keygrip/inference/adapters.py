@@ -6,6 +6,7 @@ name is looked at.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from keygrip.artifacts import sha256_of
 from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.exporting.folder import save_tensors
-from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config
+from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config, plain_name
+
+log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INPUTS = "keygrip.inputs"  # in the weights' metadata: how the network's inputs were normalised
+BASE_WEIGHTS = "keygrip.base"  # likewise: `base_digest` of the network
 PREFIX = "base_model.model."  # peft's prefix before a network's own names
 # Settings of peft that change what an adapter means; only these values are known here.
 PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
@@ -47,7 +52,7 @@ def write_lora(adapter: Adapter, folder: Path) -> None:
     if not tensors:
         raise ValueError("this network has no LoRA: there is no adapter to write")
     inputs = {} if adapter.inputs is None else {INPUTS: adapter.inputs}
-    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"} | inputs)
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt", BASE_WEIGHTS: base_digest(adapter.network)} | inputs)
     names = "|".join(map(re.escape, lora.targets))
     inside = rf"{re.escape(adapter.prefix)}(.*\.)?({names})"
     config = peft_config(lora, inside if adapter.prefix else list(lora.targets))
@@ -79,7 +84,8 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
                 f"lora={folder}: there is no {name}; give a folder as `keygrip export format=lora` makes"
             )
     config = _config(folder / CONFIG)
-    trained_on = _metadata(folder / WEIGHTS).get(INPUTS)
+    told = _metadata(folder / WEIGHTS)
+    trained_on = told.get(INPUTS)
     if None not in (inputs, trained_on) and inputs != trained_on:
         raise ValueError(
             f"lora={folder} was trained on features that were normalised otherwise than this checkpoint's "
@@ -109,9 +115,22 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
         if not torch.isfinite((weight + change).to(weight)).all():
             raise ValueError(f"{folder / WEIGHTS}: {name} becomes infinite by its difference: the adapter is damaged")
         changes.append((weight, change))
+    if BASE_WEIGHTS in told and told[BASE_WEIGHTS] != base_digest(network):
+        log.warning(
+            "lora=%s was trained on other weights than this checkpoint's, and its differences fit those: draw from the "
+            "checkpoint that its run began with",
+            folder,
+        )
     for weight, change in changes:
         weight += change.to(weight)
     return list(pairs)
+
+
+def base_digest(network: nn.Module) -> str:
+    """Fingerprint of a network's weights without its differences."""
+    named = {plain_name(name): value for name, value in network.named_parameters() if not is_difference(f"{name}.")}
+    parts = (name.encode() + value.detach().float().cpu().numpy().tobytes() for name, value in sorted(named.items()))
+    return sha256_of(parts)[:16]
 
 
 def _config(file: Path) -> dict[str, Any]:

@@ -25,7 +25,14 @@ from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.figures import draw_attention
-from keygrip.models.foveated_vlm.generation import Answers, check_room, check_temperature, encoded, generate
+from keygrip.models.foveated_vlm.generation import (
+    Answers,
+    check_room,
+    check_seed,
+    check_temperature,
+    encoded,
+    generate,
+)
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module, trusted_packages
@@ -69,8 +76,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     for name in ("max_frames", "max_new_tokens", "batch_frames"):
         if cfg[name] is not None and cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]}: it must be at least 1")
-    if not -(2**63) <= cfg.seed < 2**63:
-        raise ValueError(f"seed={cfg.seed} is out of range: give a number of at most 18 digits")
+    check_seed(cfg.seed)
     given = [name for name in ("video", "question") if not OmegaConf.is_missing(cfg, name)]
     if cfg.conversations is not None and (given or cfg.figure is not None):
         raise ValueError("conversations=FILE stands in place of video and question, and has no figure: leave them out")

@@ -18,6 +18,7 @@ folder's ``pipeline.py``; without that it refuses, as for every pipeline of a cl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -302,6 +303,9 @@ class PatchDiTPipeline(DiffusionPipeline):
     def _set_levels(self, sampling: Sampling, shift: float, strength: float, device: torch.device) -> None:
         """The scheduler's noise levels, from `strength` to 0: as those of `sample`, since two shifts are one by their
         product and the scheduler has that of its own configuration, ``shift`` being the resolution's."""
+        own = self.scheduler.config.get("shift", 1.0)
+        if not isinstance(own, int | float) or isinstance(own, bool) or not 0 < own < math.inf:
+            raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json): a number above 0")
         steps = max(1, round(sampling.steps * strength))
         levels = torch.tensor(noise_levels(steps, shift)[:-1], dtype=torch.float64)
         if strength != 1 and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -310,7 +314,6 @@ class PatchDiTPipeline(DiffusionPipeline):
                 "leave the pipeline the scheduler that it came with"
             )
         if strength != 1:  # the scheduler's shift comes last: taken off here, put on again there
-            own = float(self.scheduler.shift)
             levels = shifted(strength * shifted(levels, own), 1 / own)
         self.scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
 

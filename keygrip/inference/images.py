@@ -175,7 +175,7 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
     if size is None:
         return trained[0]
     try:
-        sides = [int(side) for side in (str(size).lower().split("x") if isinstance(size, str | int) else size)]
+        sides = [_whole(side) for side in (str(size).lower().split("x") if isinstance(size, str | int) else size)]
         bucket = Bucket(*(sides * 2 if len(sides) == 1 else sides))
     except (TypeError, ValueError):
         raise ValueError(f"size={size}: give a number (square), WIDTHxHEIGHT or [WIDTH,HEIGHT], in pixels") from None
@@ -188,6 +188,12 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
         sizes = ", ".join(f"{each.width}x{each.height}" for each in trained)
         log.warning("the model has not seen %dx%d in training; it has seen %s", bucket.width, bucket.height, sizes)
     return bucket
+
+
+def _whole(side: Any) -> int:
+    if isinstance(side, float) and not side.is_integer():
+        raise ValueError(f"{side} is no number of pixels")
+    return int(side)
 
 
 def batches_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket], batch_size: int) -> Iterator[list[int]]:

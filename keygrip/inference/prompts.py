@@ -97,7 +97,7 @@ class PromptReader:
         array = np.asarray(given)
         if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4) or not array.size:
             raise ValueError(
-                f"an {kind} is a path, a PIL image, or uint8 [H, W, 3] or [F, H, W, 3]; not {array.dtype} "
+                f"an item of type {kind} is a path, a PIL image, or uint8 [H, W, 3] or [F, H, W, 3]; not {array.dtype} "
                 f"{list(array.shape)}"
             )
         frames = array[None] if array.ndim == 3 else array
@@ -158,7 +158,10 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
                 raise ValueError(
                     f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
                 )
-        turns.append(Turn(role, "".join(words)))
+        text = "".join(words)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"a {role}'s message holds half a surrogate pair, which is no character")
+        turns.append(Turn(role, text))
     if not turns or turns[-1].role != "user":
         raise ValueError("a conversation to answer ends with a user's message")
     return tuple(turns), shown

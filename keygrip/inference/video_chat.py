@@ -29,7 +29,7 @@ from keygrip.inference.prompts import (
     padded_frames,
     refuse_message,
 )
-from keygrip.models.foveated_vlm.generation import check_room, check_temperature, generate
+from keygrip.models.foveated_vlm.generation import check_room, check_seed, check_temperature, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, pieces
@@ -138,6 +138,7 @@ class VideoChat:
                 that is negative or not finite, no new token, or no list.
         """
         check_temperature(temperature)
+        check_seed(seed)
         _check_count(max_new_tokens)
         _check_count(batch_frames, "batch_frames")
         refuse_message(conversations)
@@ -194,6 +195,7 @@ class VideoChat:
     ) -> Iterator[str]:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
         check_temperature(temperature)
+        check_seed(seed)
         _check_count(max_new_tokens)
         how = mode or self.module.answer_mode
         self.check(messages, how, streamed=True)
@@ -294,5 +296,5 @@ def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
 
 
 def _check_count(count: int, name: str = "max_new_tokens") -> None:
-    if count < 1:
-        raise ValueError(f"{name}={count}: it must be at least 1")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count}: it must be at least 1, and a whole number")

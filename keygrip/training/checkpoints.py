@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
-from keygrip.exporting.folder import is_export, read_export
+from keygrip.exporting.folder import CONFIG, WEIGHTS, is_export, read_export
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
 from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings
@@ -97,7 +97,9 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     if is_export(path / "transformer"):
         raise FileNotFoundError(f"{path} is a pipeline of diffusers: its checkpoint is {path / 'transformer'}")
     if path.is_dir():
-        raise FileNotFoundError(f"no checkpoint in {path}: looked for {CHECKPOINT} (has the run saved one yet?)")
+        there, lacking = sorted((CONFIG, WEIGHTS), key=lambda name: not (path / name).is_file())
+        half = f"; of an export it has {there} and lacks {lacking}" if (path / there).is_file() else ""
+        raise FileNotFoundError(f"no checkpoint in {path}: looked for {CHECKPOINT} (has the run saved one yet?){half}")
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
 
 

@@ -178,8 +178,15 @@ def step_path(folder: Path, step: int) -> Path:
 
 
 def keep_by_step(latest: Path, step: int, keep: int) -> None:
-    """Keeps the file ``latest`` under its step too, and removes all but the last ``keep`` such files."""
+    """Keeps the file ``latest`` under its step too, and removes all but the last ``keep`` such files.
+
+    Those of later steps are removed as well: they are of a training that was given up for an earlier checkpoint.
+    """
     kept = step_path(latest.parent, step)
+    for later in sorted(latest.parent.glob("step-*.ckpt")):
+        if later.name > kept.name:
+            log.warning("%s is removed: training went on from an earlier step", later)
+            later.unlink(missing_ok=True)
     kept.unlink(missing_ok=True)
     try:
         kept.hardlink_to(latest)

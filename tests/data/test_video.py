@@ -140,6 +140,39 @@ def test_videos_of_phones_are_upright(tmp_path: Path, matrix: tuple[int, ...], t
     assert ((shown > 128) == (wanted > 128)).mean() > 0.95
 
 
+@pytest.mark.parametrize(("shape", "shown"), [((2, 1), (32, 64)), ((1, 2), (64, 32)), ((4, 3), (32, 43))])
+def test_pixels_that_are_not_square_are_shown_as_players_show_them(
+    tmp_path: Path, shape: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(*shape)
+        for _ in range(4):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        file.mux(stream.encode(None))
+    (frame,) = frames_at(str(tmp_path / "a.mkv"), lambda _: [0], np.asarray)
+    assert frame.shape == (*shown, 3)
+
+
+def test_a_cover_before_the_video_is_not_the_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        cover, stream = file.add_stream("mjpeg", rate=1), file.add_stream("libx264", rate=4)
+        cover.width = cover.height = 16
+        cover.pix_fmt = "yuvj420p"
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 + 10 * number, np.uint8), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(cover.encode(None))
+        file.mux(stream.encode(None))
+    assert numbers(decode_video(str(path), 32, "stretch")) == [0, 4, 8]
+    assert read_video(path).shape == (12, 32, 32, 3)
+    assert video.count_frames(path) == 12
+
+
 def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", [n / 10 for n in range(20)], 10)
     with pytest.raises(ValueError, match=r"lasts 2\.0 s, but only 2\.\d s of it can be decoded"):

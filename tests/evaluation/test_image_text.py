@@ -459,6 +459,20 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     metrics = train.run(
         compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *given, *changes, quick, fast])
     )
+    (tmp_path / "without").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "without" / name).symlink_to(root / name)
+    info = json.loads((root / "images.json").read_text())
+    del info["splits"]["test"]
+    (tmp_path / "without" / "images.json").write_text(json.dumps(info))
+    elsewhere = [f"data.root={tmp_path / 'without'}", f"run_dir={tmp_path / 'other'}", "max_steps=2"]
+    with pytest.raises(
+        ValueError, match=r"has no test images for the evaluation after training: give callbacks\.pictures"
+    ):
+        train.run(
+            compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *elsewhere, "callbacks.ema=null"])
+        )
+    assert not (tmp_path / "other" / "checkpoints").exists()
     assert {"pictures/reconstruction/psnr_db", "pictures/shuffled_patches/cube_within_4px"} <= set(metrics)
     stored = json.loads((run / "pictures" / "result.json").read_text())
     assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["pictures/reconstruction/psnr_db"])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from keygrip.exporting.folder import CARD, CONFIG, PROCESSOR, WEIGHTS, is_export, model_card, read_export, write_export
+from keygrip.training.checkpoints import find_checkpoint
 
 HEADER = {"keygrip": {"format": 1, "config": {"model": {"_target_": "keygrip.models.x.Y", "sizes": [1, 2]}}}}
 
@@ -124,3 +125,12 @@ def test_the_card_names_figures_and_command() -> None:
 def test_a_folder_of_other_safetensors_is_no_export(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS)
     assert not is_export(tmp_path)
+
+
+@pytest.mark.parametrize(("there", "lacking"), [(CONFIG, WEIGHTS), (WEIGHTS, CONFIG)])
+def test_half_an_export_says_what_it_lacks(there: str, lacking: str, tmp_path: Path) -> None:
+    (tmp_path / there).write_bytes(b"{}")
+    with pytest.raises(
+        FileNotFoundError, match=rf"no checkpoint in .*; of an export it has {there} and lacks {lacking}"
+    ):
+        find_checkpoint(tmp_path)

@@ -188,6 +188,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         train.run(compose("train", overrides))
 
 
+def test_checkpoints_of_a_future_that_was_given_up_go(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training that goes on from an earlier step would stand beside later steps of other weights."""
+    train.run(compose("train", toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "max_steps=6")))
+    folder = tmp_path / "run" / "checkpoints"
+    back = [f"resume={folder / 'step-00000004.ckpt'}", "max_steps=5"]
+    train.run(compose("train", toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", *back)))
+    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-0000000{n}.ckpt" for n in (2, 4, 5)]
+    assert "step-00000006.ckpt is removed: training went on from an earlier step" in caplog.text
+
+
 def test_the_last_checkpoints_by_step_stay(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     overrides = toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=2")
     train.run(compose("train", overrides))

@@ -200,6 +200,10 @@ class ImageShards(ResumableData):
         """Where something derived from the data may be kept (`folder_beside`)."""
         return folder_beside(self.place)
 
+    def shard_hashes(self) -> dict[str, str]:
+        parts = self.parts["train"]
+        return {name: told for part in parts for name, told in part.shards.hashes(part.bucket.name).items()}
+
     @property
     def fingerprint(self) -> str:
         """Of everything that the order of training samples depends on."""

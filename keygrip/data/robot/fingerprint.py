@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keygrip.data.robot.schema import ArmTrajectory, Demo
+from keygrip.data.shards.resuming import named_changes
 
 log = logging.getLogger(__name__)
-
-SHOWN = 3
 
 
 def demo_fingerprint(demo: Demo) -> str:
@@ -56,17 +55,10 @@ def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: b
     Raises:
         ValueError: with the names that were removed, added or changed.
     """
-    removed = sorted(before.keys() - now.keys())
-    added = sorted(now.keys() - before.keys())
-    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        for what, names in (("removed", removed), ("added", added), ("changed", changed))
-        if names
-    ]
-    if not parts:
+    changed = named_changes(before, now)
+    if not changed:
         return
-    said = f"the demonstrations are not those of the checkpoint: {', '.join(parts)}"
+    said = f"the demonstrations are not those of the checkpoint: {changed}"
     if not allowed:
         raise ValueError(f"{said}; restore them, start a new run, or go on with data.allow_changed=true")
     log.warning("%s; going on with them (data.allow_changed=true)", said)

@@ -74,6 +74,10 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def hashes(self, name: str) -> dict[str, str]:
+        """Beginnings of the hashes of all indices, by shard, as NAME/SHARD."""
+        return {f"{name}/{shard['name']}": shard["index_sha256"][:16] for shard in self.shards}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
 
 FILES_OF_A_WORKER = 40  # pipes, shared memory and queues of a worker, and the files that it reads
 FILES_OF_A_RUN = 60
+SHOWN = 3  # names of each kind of change
 
 
 def refuse_too_few_files(workers: int) -> None:
@@ -28,6 +30,19 @@ def refuse_too_few_files(workers: int) -> None:
             f"this process may open {limit} files, and {workers} loader workers need about {needed}: raise the limit "
             "(ulimit -n), or lower data.num_workers"
         )
+
+
+def named_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two sets of hashes by name, in words: "1 removed (a), 2 changed (b, c)"; "" where nothing
+    does."""
+    removed = sorted(before.keys() - now.keys())
+    added = sorted(now.keys() - before.keys())
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    return ", ".join(
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for what, names in (("removed", removed), ("added", added), ("changed", changed))
+        if names
+    )
 
 
 class ResumableData(LightningDataModule):
@@ -76,6 +91,10 @@ class ResumableData(LightningDataModule):
             "prefetch_factor": self.prefetch_batches if self.num_workers else None,
         }
 
+    def shard_hashes(self) -> dict[str, str]:
+        """A hash of each training shard by its name: what a checkpoint says to name shards that have changed since."""
+        return {}
+
     def batches_done(self) -> int:
         """The position in the order of samples: batches whose step was done, counted from the start of training.
 
@@ -87,7 +106,8 @@ class ResumableData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the order of samples depends on."""
-        return {"batches_done": self.batches_done(), **{name: getattr(self, name) for name in self.order_depends_on}}
+        order = {name: getattr(self, name) for name in self.order_depends_on}
+        return {"batches_done": self.batches_done(), "shards": self.shard_hashes(), **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint was written.
@@ -95,6 +115,12 @@ class ResumableData(LightningDataModule):
         Raises:
             ValueError: the order of samples cannot be continued.
         """
+        now = self.shard_hashes()
+        if changed := named_changes(state_dict.get("shards", now), now):
+            raise ValueError(
+                f"the data are not those of the checkpoint: {changed}; the order of samples cannot be continued: "
+                "restore them, or start a new run"
+            )
         for name in self.order_depends_on:
             if state_dict[name] != getattr(self, name):
                 raise ValueError(

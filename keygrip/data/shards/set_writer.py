@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from keygrip.artifacts import sha256_bytes, write_json
+from keygrip.artifacts import locked, sha256_bytes, write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
@@ -113,8 +113,41 @@ def write_shards(
     if items_per_shard < 1:
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
     root.mkdir(parents=True, exist_ok=True)
-    check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
-    remove_stale(root)
+    with _alone(root):
+        check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
+        remove_stale(root)
+        result = _write_missing(
+            root, items, make, items_per_shard, name, processes, max_failed_share, progress, describe
+        )
+    result.wall_s = time.monotonic() - started
+    return result
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Holds a set for this process; waits for another one that writes it, and says so."""
+    lock = root / ".write_shards.lock"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            log.info("another process writes %s: waiting for it", root)
+            held.enter_context(locked(lock))
+        yield
+
+
+def _write_missing(
+    root: Path,
+    items: Sequence[Any],
+    make: Maker,
+    items_per_shard: int,
+    name: str,
+    processes: int | None,
+    max_failed_share: float,
+    progress: bool,
+    describe: Describe,
+) -> Written:
+    """The work of `write_shards`, with its arguments."""
     jobs, result = [], Written(str(root))
     for number, start in enumerate(range(0, len(items), items_per_shard)):
         path, part = root / f"{name}-{number:06d}.tar", items[start : start + items_per_shard]
@@ -129,7 +162,7 @@ def write_shards(
             result.written += samples
             bar.update(count)
     for path in sorted(root.glob(f"{name}-*.tar")):
-        reasons = _read_log(path)["failed"]
+        reasons = _read_log(path).get("failed", [])
         result.failed += len(reasons)
         result.reasons += reasons
     for reason in result.reasons[:NAMED_AT_MOST]:
@@ -142,7 +175,6 @@ def write_shards(
         (root / MANIFEST).unlink()  # an incomplete set must not be trained on
         first = f"; the first: {result.reasons[0]}" if result.reasons else ""
         raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} items are broken{first}")
-    result.wall_s = time.monotonic() - started
     return result
 
 
@@ -243,7 +275,8 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
                 except ValueError as error:
                     reasons.append(f"{_short(item)}: {error}")
         count = len(writer)
-        write_json(failures_path(path), {"items": made_of, "failed": reasons})
+    # after the tar and its index: what is killed before has no log, and is made anew
+    write_json(failures_path(path), {"items": made_of, "failed": reasons})
     return len(items), count
 
 

@@ -135,6 +135,9 @@ class VideoTexts(ResumableData):
                 raise ValueError(f"data.{name} counts questions of each kind, from 0, not {dict(chosen)}")
         if max_val_samples is not None and max_val_samples < 1:
             raise ValueError(f"data.max_val_samples must be at least 1, not {max_val_samples}; null takes all")
+        for name, size in (("cache_gb", cache_gb), ("memory_gb", memory_gb)):
+            if size < 0:
+                raise ValueError(f"data.{name} must not be negative, not {size}")
         self.collator, self.image_size, self.max_frames = collator, image_size, max_frames
         self.given_fit, self.fit = fit, FITS[0] if fit == AUTO else fit  # as prepared from `setup` on
         self.batch_size, self.seed = batch_size, seed
@@ -361,6 +364,9 @@ class VideoTexts(ResumableData):
             texts=self.texts,
             clips_keep_times=any(part.clips is not None and not part.clips.rebased for part in parts),
         )
+
+    def shard_hashes(self) -> dict[str, str]:
+        return {name: told for part in self.parts["train"] for name, told in part.shards.hashes(part.name).items()}
 
     @property
     def fingerprint(self) -> str:

@@ -60,6 +60,12 @@ def check_temperature(temperature: float) -> None:
         )
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError: it is none of the whole numbers that torch takes."""
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} is no seed: give a whole number of at most 18 digits")
+
+
 def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_tokens: int) -> None:
     """Checks that a conversation of so many tokens of text and frames can be answered.
 

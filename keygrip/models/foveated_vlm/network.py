@@ -13,6 +13,7 @@ before block 1 and comes out as the frame's embedding z; any number of queries u
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ class VideoLanguageNetwork(nn.Module):
         if frame_clock not in (True, False, "seconds"):
             raise ValueError(f"model.network.frame_clock is true, false or seconds, not {frame_clock!r}")
         self.counts_seconds = frame_clock == "seconds"
+        if frame_numbers < 0:
+            raise ValueError(f"model.network.frame_numbers={frame_numbers}: 0 for none, or up to how many frames")
         if frame_numbers and frame_clock:
             raise ValueError("model.network: frame_numbers and frame_clock both number frames: choose one of them")
         self.pack_rows = pack_rows
@@ -306,6 +309,9 @@ class FoveatedVLM(VideoLanguageNetwork):
             )
         if query_source not in ("fine", "coarse"):
             raise ValueError(f"model.network.query_source is fine or coarse, not {query_source!r}")
+        for name, std in (("query_std", query_std), ("projection_std", projection_std)):
+            if std is not None and not 0 < std < math.inf:
+                raise ValueError(f"model.network.{name}={std}: a standard deviation, above 0")
         self.query_source = query_source
         self.first_block = 0 if deep_query else backbone.depth - 1
         dim = backbone.embed_dim

@@ -28,6 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 NAMED_TOKENS = ("bos", "unk", "pad")  # which chat templates may name, beside the end
+RENDERED_AT_MOST = 1_000_000  # characters of a chat template's own; beside them ten for each of the words
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
 TINY_TEMPLATE = (
@@ -100,6 +101,10 @@ class ChatTokenizer:
                 f"the tokenizer's chat template cannot render this conversation ({type(error).__name__}: {error})"
             ) from error
         assert isinstance(rendered, str)
+        if len(rendered) > RENDERED_AT_MOST + 10 * sum(len(text) for _, text in turns):
+            raise ValueError(
+                f"the tokenizer's chat template makes {len(rendered)} characters of what is said: it is no template"
+            )
         return rendered
 
     def state(self) -> dict[str, str]:
@@ -185,7 +190,12 @@ class TrainedTokenizer:
         if texts is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
         make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
-        tokenizer = Tokenizer.from_file(str(file))
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(
+                f"{file} is damaged or no tokenizer ({error}): remove it, and it is trained again"
+            ) from error
         if tokenizer.get_vocab_size() > self.vocabulary:
             raise ValueError(
                 f"{file} has {tokenizer.get_vocab_size()} tokens and language.tokenizer.vocabulary={self.vocabulary}: "

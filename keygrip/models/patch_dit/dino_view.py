@@ -130,8 +130,17 @@ class DinoView:
         """Takes weights back, wherever they first came from: that place may be gone."""
         if state is not None:
             if self._backbone is None:
+                self._refuse_more_than(sum(value.numel() for value in state.values()))
                 self.options |= {"weights": "random", "init_from": None, "weights_path": None}
             self.backbone.load_state_dict(state)
+
+    def _refuse_more_than(self, stored: int) -> None:
+        """Raises ValueError: the options ask for more blocks than so many stored numbers can fill."""
+        depth = self.options["depth"] or VARIANTS[self.options["variant"]].depth
+        if 8 * depth * self.width**2 > stored:  # a block of a vision transformer has 12 width^2 numbers
+            raise ValueError(
+                f"encoders.view: depth={depth} and width={self.width} are more than the {stored} numbers stored of it"
+            )
 
 
 def grey(pixels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from keygrip.models.patch_dit.context import Conditions
 STATE = "patch_dit"  # where a checkpoint keeps what is no tensor, among what the module stores beside its weights
 UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
 NORMALISED = ("latent", "cls", "patch")
+LONGEST_SIDE = 4096  # of latents and of grids of patches, in cells
 
 
 class FeatureStatistics(nn.Module):
@@ -108,12 +109,23 @@ class FeatureStatistics(nn.Module):
             "encoders": self.encoders,
         }
 
-    def take_plain(self, plain: dict[str, Any]) -> None:
-        """Takes back what `plain` gave."""
+    def take_plain(self, plain: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """Takes back what `plain` gave.
+
+        Args:
+            weights: of the checkpoint, where the means and standard deviations are loaded from.
+
+        Raises:
+            ValueError: sizes that no image has, or standard deviations that none can have.
+        """
         self.text_length = int(plain["text_length"])
-        self.latent_sizes = [(h, w) for h, w in plain["latent_sizes"]]
-        self.patch_grids = [(h, w) for h, w in plain["patch_grids"]]
+        self.latent_sizes = _sizes(plain["latent_sizes"], "latent_sizes")
+        self.patch_grids = _sizes(plain["patch_grids"], "patch_grids")
         self.fingerprint, self.encoders = plain["fingerprint"], plain["encoders"]
+        for kind in NORMALISED:
+            std = weights.get(f"statistics.{kind}_std")
+            if std is not None and not (std > 0).all():
+                raise ValueError(f"its {kind} features have a standard deviation that is not above 0")
 
     def normalised(self, name: str, features: Tensor) -> Tensor:
         """Features of the kind "latent" ``[B, C, h, w]``, "cls" ``[B, D]`` or "patch" ``[B, P, D]`` as a network takes
@@ -145,3 +157,13 @@ class FeatureStatistics(nn.Module):
         mean: Tensor = getattr(self, f"{name}_mean")
         std: Tensor = getattr(self, f"{name}_std")
         return (mean[:, None, None], std[:, None, None]) if name == "latent" else (mean, std)
+
+
+def _sizes(given: Any, name: str) -> list[tuple[int, int]]:
+    """Stored (height, width) pairs. Raises ValueError: none, or numbers that are no sizes."""
+    sizes = [tuple(size) for size in given]
+    if not sizes or not all(
+        len(size) == 2 and all(type(side) is int and 1 <= side <= LONGEST_SIDE for side in size) for size in sizes
+    ):
+        raise ValueError(f"its {name} are {str(given)[:80]}: pairs of whole numbers from 1 to {LONGEST_SIDE}")
+    return [(height, width) for height, width in sizes]

@@ -11,6 +11,7 @@ Liu et al., "Flow Straight and Fast" (2023).
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 
 import torch
@@ -30,11 +31,11 @@ class FewSteps:
 
     Args:
         windows: of noise levels. teacher_steps: of the teacher's sampler in each. teacher: how the teacher is sampled,
-            with guidance; its steps are not used.
+            with guidance; its steps and its shift are said by `teacher_steps` and `timestep_shift`.
         timestep_shift: of the windows, see `noise_levels`; that of the student's and of the teacher's sampling.
 
     Raises:
-        ValueError: numbers below 1.
+        ValueError: numbers below 1, or settings of the teacher's sampling without effect.
     """
 
     def __init__(self, windows: int, teacher_steps: int, teacher: Sampling, timestep_shift: float = 1.0) -> None:
@@ -43,6 +44,23 @@ class FewSteps:
         self.windows, self.teacher_steps, self.teacher = windows, teacher_steps, teacher
         self.timestep_shift = timestep_shift
         noise_levels(windows, timestep_shift)  # refuses what it cannot divide
+        for name, instead in (("steps", "teacher_steps"), ("timestep_shift", "timestep_shift")):
+            if getattr(teacher, name) != getattr(Sampling, name):
+                raise ValueError(
+                    f"model.few_steps.teacher.{name}={getattr(teacher, name)} has no effect: it is "
+                    f"model.few_steps.{instead} that counts"
+                )
+        if teacher.solver != "euler" and teacher_steps == 1:
+            raise ValueError(
+                f"model.few_steps.teacher.solver={teacher.solver} has no effect with teacher_steps=1: euler"
+            )
+        lowest, highest = teacher.interval
+        ends = itertools.pairwise(self.levels())
+        if not any(lowest <= level <= highest for high, low in ends for level in self._inside(high, low)[:-1]):
+            raise ValueError(
+                f"model.few_steps.teacher.interval={list(teacher.interval)} has none of the teacher's steps in it: it "
+                "would be drawn without guidance, which is guidance=none"
+            )
         self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
         self.teacher_digest: str | None = None  # of its weights
 
@@ -159,5 +177,8 @@ class FewSteps:
             found = velocities(x, level, self.teacher.branches(conditions, level))
             return self.teacher.combine(found, x, level, conditions)
 
-        levels = [low + (high - low) * level for level in noise_levels(self.teacher_steps)]
-        return integrate(velocity_at, start, levels, self.teacher.solver)
+        return integrate(velocity_at, start, self._inside(high, low), self.teacher.solver)
+
+    def _inside(self, high: float, low: float) -> list[float]:
+        """The teacher's noise levels from the upper end of a window to the lower one."""
+        return [low + (high - low) * level for level in noise_levels(self.teacher_steps)]

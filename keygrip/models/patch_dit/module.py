@@ -195,7 +195,8 @@ class PatchDiTModule(System):
             source = read_source(self.init_from)
             windows = None if self.few_steps is None else self.few_steps.timestep_shift
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
-            warm_start(self.network, source, self.init_from_renames, self.init_from_min_share)
+            whole = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
+            warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, whole)
             normalise_as(source, self.statistics, self.init_from_statistics)
         elif self.init_from is None and (self.lora is not None or self.few_steps is not None):
             raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
@@ -215,7 +216,7 @@ class PatchDiTModule(System):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
-        self.statistics.take_plain(checkpoint[STATE]["statistics"])
+        self.statistics.take_plain(checkpoint[STATE]["statistics"], checkpoint["state_dict"])
         if self.few_steps is not None:
             self.few_steps.refuse_other_teacher(checkpoint[STATE].get("teacher_digest"))
         self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}

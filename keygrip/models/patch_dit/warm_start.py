@@ -97,15 +97,41 @@ class WarmStart:
                 lines.append(f"{len(names)} {title}: {', '.join(names[:SHOWN])}{more}")
         return lines
 
+    def refuse_partial(self, setting: str, source: str) -> None:
+        """Refuses a start from another network than this one.
+
+        Args:
+            setting: which wants the whole network. source: of messages.
+
+        Raises:
+            ValueError: parameters that are missing, left over or of another shape.
+        """
+        new = [name for name in self.missing if name not in self.zeroed and not is_difference(f"{name}.")]
+        found = [
+            f"{what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for what, names in (("missing there", new), ("left over", self.unexpected), ("reshaped", self.reshaped))
+            if names
+        ]
+        if found:
+            raise ValueError(
+                f"{setting} keeps the network of model.init_from={source}, and this one is another "
+                f"({'; '.join(found)}): give the settings that it was trained with (its ablation=..., model.network.*)"
+            )
+
 
 def warm_start(
-    network: PatchDiT, source: InitSource, renames: Mapping[str, str] | None = None, min_share: float = 0.0
+    network: PatchDiT,
+    source: InitSource,
+    renames: Mapping[str, str] | None = None,
+    min_share: float = 0.0,
+    whole_for: str | None = None,
 ) -> WarmStart:
     """Copies what fits into the network and logs what does not.
 
     Args:
         renames: regular expressions and their replacements, for names that are not the network's; before the usual
             ones. min_share: of the network's numbers that must be taken over.
+        whole_for: a setting that wants the whole network from there, and no other.
 
     Raises:
         ValueError: the source's weights mean something else (see `refuse_other_function`), nothing fits or too little,
@@ -115,6 +141,8 @@ def warm_start(
     report = take(network, source.weights, source.path, renames, min_share)
     for line in report.describe():
         log.info("warm start from %s: %s", source.path, line)
+    if whole_for is not None:
+        report.refuse_partial(whole_for, source.path)
     new_patches = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
     if new_patches and not network.separate_patches:
         log.warning(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 from shard_sets import conversations, picture
 
+from keygrip.data.shards import set_writer, writer
 from keygrip.data.shards.index import MANIFEST
+from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.set_writer import Broken, MadeSample, Written, fingerprint, write_shards
 from keygrip.data.shards.validation import make_manifests, validate
 from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
+from keygrip.recording import video_text
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,95 @@ def test_shards_whose_items_or_files_have_changed_are_made_anew(tmp_path: Path) 
     assert b"corrected x" in (root / "n-000001.tar").read_bytes()
     source.rename(tmp_path / "moved")
     assert write(listed(tmp_path / "moved", "a", "b", "c", "corrected")).written == 0
+
+
+def test_a_shard_made_anew_and_killed_at_any_file_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tar, its index and its log each take the place of the old ones; between them the process may end."""
+    (tmp_path / "0.txt").write_text("x")
+
+    def write(text: str) -> Written:
+        items = [Named("k", text, tmp_path / "0.txt")]
+        return write_shards(
+            tmp_path / "set", items, make_named, {}, 1, "n", 1, progress=False, describe=describe_video_text
+        )
+
+    for number, (module, step) in enumerate([(set_writer, "write_json"), (writer, "write_bytes")]):
+        write(f"old {number}")
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(module, step, killed)
+            write(f"new {number}")
+        assert write(f"new {number}").samples == 1
+        content = (tmp_path / "set" / "n-000000.tar").read_bytes()
+        assert f"new {number} x".encode() in content
+        assert b"old" not in content
+
+
+@dataclass(frozen=True)
+class SlowMaker:
+    """Makes samples while another process waits for the set; the log says which items were made."""
+
+    log: Path
+
+    def __call__(self, number: int) -> Iterable[MadeSample | Broken]:
+        with self.log.open("a") as file:
+            file.write(f"{number}\n")
+        time.sleep(0.1)
+        yield MadeSample(f"s{number}", *video_text_parts([picture(number)], conversations("s"), "s", 1.0, "png"))
+
+
+def write_slowly(root: Path) -> None:
+    write_shards(
+        root,
+        list(range(12)),
+        SlowMaker(root.parent / "log"),
+        {},
+        2,
+        "s",
+        1,
+        progress=False,
+        describe=describe_video_text,
+    )
+
+
+def test_two_processes_write_a_set_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=write_slowly, args=(tmp_path / "set",)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sorted(int(line) for line in (tmp_path / "log").read_text().split()) == list(range(12))
+    assert len(ShardSet(tmp_path / "set")) == 12
+
+
+def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever split was being written: a set without its held-out videos would pass for whole."""
+
+    def make(root: Path, interrupted: str | None) -> MadeShards:
+        def split(place: Path, items: Sequence[int], *_: object, **__: object) -> Written:
+            if place.name == interrupted:
+                raise KeyboardInterrupt
+            place.mkdir(parents=True, exist_ok=True)
+            (place / MANIFEST).write_text("{}")
+            return Written(str(place))
+
+        monkeypatch.setattr(video_text, "write_shards", split)
+        options = {"train": 2, "val": 1, "test": 1}
+        return MadeShards("keygrip.recording.video_text.make_tours", options, root)
+
+    for name in ("train", "val", "test"):
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / name, name).complete()
+        made = make(tmp_path / name, None)
+        made.complete()
+        assert sorted(path.parent.name for path in made.root.rglob(MANIFEST)) == ["test", "train", "val"]
 
 
 def test_fingerprints_of_items_hold_no_addresses(tmp_path: Path) -> None:

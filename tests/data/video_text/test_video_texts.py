@@ -21,8 +21,9 @@ from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.writer import write_manifest
 from keygrip.data.video_text.batching import choose
-from keygrip.data.video_text.conversations import answer
+from keygrip.data.video_text.conversations import answer, describe_video_text
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.shard_source import ShardSource
 
@@ -132,8 +133,19 @@ def test_a_state_of_other_data_is_refused(root: Path, tmp_path: Path) -> None:
     state = module(root).state_dict()
     with pytest.raises(ValueError, match=r"trained with data.batch_size=12, this run has 10"):
         module(root, batch_size=10).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
+    with pytest.raises(
+        ValueError, match=r"the data are not those of the checkpoint: 6 added \(texts/t-000\.tar, .*\); the order"
+    ):
         module(root, share=0.14).load_state_dict(state)
+    shutil.copytree(root / "videos", tmp_path / "videos")
+    (tmp_path / "videos" / "train" / "s-001.tar").unlink()
+    (tmp_path / "videos" / "train" / "s-001.tar.index.npz").unlink()
+    write_manifest(tmp_path / "videos" / "train", describe_video_text, progress=False)
+    with pytest.raises(ValueError, match=r"checkpoint: 1 removed \(videos/s-001\.tar\); .*restore them, or start"):
+        module(tmp_path).load_state_dict(state)
+    del state["shards"]  # of earlier versions
+    with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
+        module(tmp_path).load_state_dict(state)
 
 
 def test_validation_is_frozen_and_holds_all_its_sources(root: Path) -> None:
@@ -301,6 +313,9 @@ def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:
         ({"val_questions": -3}, r"data\.val_questions must be at least 1, not -3"),
         ({"val_questions": {"mark": -1}}, r"data\.val_questions counts questions of each kind, from 0"),
         ({"max_val_samples": 0}, r"data\.max_val_samples must be at least 1, not 0"),
+        ({"cache_gb": -1}, r"data\.cache_gb must not be negative, not -1"),
+        ({"memory_gb": -1}, r"data\.memory_gb must not be negative, not -1"),
+        ({"max_skipped_share": 2}, r"data\.max_skipped_share=2: it is a share, from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             VideoTexts(source, CharacterCollator(), 8, 12, **options)  # type: ignore[arg-type]

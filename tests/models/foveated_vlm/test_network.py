@@ -218,6 +218,11 @@ def test_unknown_modes_and_sources_are_refused(build: Build) -> None:
         build()(frames_of([1]), rows_of([(0, 3, 1)], [1]), "fine")
     with pytest.raises(ValueError, match="fine or coarse"):
         build(query_source="both")
+    with pytest.raises(ValueError, match=r"frame_numbers=-1: 0 for none"):
+        build(frame_numbers=-1)
+    for name in ("query_std", "projection_std"):
+        with pytest.raises(ValueError, match=rf"{name}=-1: a standard deviation, above 0"):
+            build(**{name: -1})
 
 
 def test_the_projection_of_queries_has_a_scale_of_its_own(build: Build) -> None:

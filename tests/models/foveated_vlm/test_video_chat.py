@@ -487,6 +487,7 @@ def test_a_mode_that_cannot_read_a_conversation_is_refused_before_any_is_answere
         ([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}], "an item of a assistant's message"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "ends with a user's message"),
         ([], "ends with a user's message"),
+        ([{"role": "user", "content": "half \ud83d"}], "a user's message holds half a surrogate pair"),
         ([user(video(np.zeros((2, 4, 4, 3), np.float32)), "x")], r"not float32 \[2, 4, 4, 3\]"),
     ],
 )
@@ -524,10 +525,13 @@ def test_what_is_no_conversation_and_no_length_is_refused(chat: VideoChat) -> No
         chat.generate(user("Which?"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="an item of type image has none"):
         chat.generate([{"role": "user", "content": [{"type": "image", "image": ""}]}])
-    for none in (0, -5):
+    for seed in (1.5, 2**70, "a"):
+        with pytest.raises(ValueError, match=f"seed={seed} is no seed"):
+            chat.generate([user("Which?")], seed=seed)  # type: ignore[arg-type]
+    for none in (0, -5, 2.5):
         with pytest.raises(ValueError, match=f"max_new_tokens={none}: it must be at least 1"):
-            chat.generate([user("Which?")], none)
+            chat.generate([user("Which?")], none)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=f"max_new_tokens={none}: it must be at least 1"):
-            chat.stream([user("Which?")], none)
+            chat.stream([user("Which?")], none)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=f"batch_frames={none}: it must be at least 1"):
-            chat.generate([user("Which?")], batch_frames=none)
+            chat.generate([user("Which?")], batch_frames=none)  # type: ignore[arg-type]

@@ -146,6 +146,29 @@ def test_a_trained_tokenizer_is_kept_and_spells_everything(tmp_path: Path) -> No
         TrainedTokenizer(400).load(tmp_path / "other")
     with pytest.raises(ValueError, match="raise it"):
         TrainedTokenizer(300).load(tmp_path)
+    for damaged in ("", "{}", (tmp_path / "tokenizer.json").read_text()[:200]):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.json is damaged or no tokenizer .*remove it, and it is trained"
+        ):
+            TrainedTokenizer(400).load(tmp_path)
+
+
+def test_a_template_that_floods_is_refused() -> None:
+    """Somebody else's, in its sandbox, which bounds no text."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = TrainedTokenizer(400)._trained(SENTENCES)
+    for template, fits in (("{{ messages[0]['content'] }}", True), ("{{ 'a' * (10 ** 8) }}", False)):
+        told = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(made), chat_template=template, eos_token=TURN_END
+        )
+        if fits:
+            assert ChatTokenizer(told).render([("user", "hello")]) == "hello"
+            continue
+        with pytest.raises(ValueError, match="makes 100000000 characters of what is said"):
+            ChatTokenizer(told).render([("user", "hello")])
 
 
 def test_a_tokenizer_survives_pickling_and_a_checkpoint(tmp_path: Path) -> None:

@@ -91,6 +91,22 @@ def test_an_adapter_is_merged_only_where_inputs_are_normalised_as_it_learned(tmp
         assert torch.equal(network.state_dict()["0.query.weight"], before["0.query.weight"]) != fits
 
 
+def test_an_adapter_for_other_weights_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where it is in the weights already; of others' adapters nothing is known, and nothing said."""
+    write_lora(Adapter(adapted(), LORA), tmp_path)
+    said = "was trained on other weights than this checkpoint's"
+    network = plain()
+    load_lora(network, tmp_path)
+    assert said not in caplog.text
+    load_lora(network, tmp_path)
+    assert caplog.text.count(said) == 1
+    load_lora(plain(seed=1), tmp_path)
+    assert caplog.text.count(said) == 2
+    files(tmp_path / "theirs")
+    load_lora(plain(seed=1), tmp_path / "theirs")
+    assert caplog.text.count(said) == 2
+
+
 def _of_another_size(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[f"{PREFIX}0.query.lora_A.weight"] = torch.ones(2, 5)
 

@@ -250,6 +250,25 @@ def test_windows_of_the_teacher_are_its_sampler_cut_in_pieces() -> None:
     torch.testing.assert_close(x, whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "steps", "named"),
+    [
+        ({"steps": 7}, 5, r"teacher\.steps=7 has no effect: it is model\.few_steps\.teacher_steps"),
+        (
+            {"timestep_shift": 3.0},
+            5,
+            r"teacher\.timestep_shift=3\.0 has no effect: it is model\.few_steps\.timestep_shift",
+        ),
+        ({"solver": "heun"}, 1, r"teacher\.solver=heun has no effect with teacher_steps=1"),
+        ({"interval": (0.0, 1e-4)}, 5, r"teacher\.interval=\[0\.0, 0\.0001\] has none of the teacher's steps in it"),
+    ],
+)
+def test_settings_of_a_teacher_that_nothing_reads_are_refused(teacher: dict[str, Any], steps: int, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        FewSteps(4, steps, Sampling(**teacher))
+    FewSteps(4, 2, Sampling(solver="heun", interval=(0.1, 0.2)))
+
+
 def test_a_student_is_drawn_as_it_is_trained() -> None:
     few = FewSteps(4, 5, Sampling())
     few.check(Sampling(steps=4, guidance="none"))

@@ -96,6 +96,7 @@ def test_a_size_that_was_not_trained_on_is_said(
         ([], "nothing to draw"),
         (["prompt=thing", "size=17"], "multiples of 4"),
         (["prompt=thing", "size=large"], "give a number"),
+        (["prompt=thing", "size=[16.7,16.2]"], "give a number"),
         (["prompt=thing", "size=1000000"], "at most 16777216 pixels"),
         (["prompt=thing", "samples=100000000"], "at most 100000 images"),
         (["prompt=[a,b,c]", "samples=50000"], "50000 samples of 3 requests each: at most 100000 images"),

@@ -15,7 +15,7 @@ from keygrip.envs.yam.stills import palette
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.patch_dit.autoencoders import FluxAutoencoder, PixelPacking
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.dino_view import DinoView, grey
+from keygrip.models.patch_dit.dino_view import DinoView, grey, weights_digest
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, T5Text
@@ -346,3 +346,15 @@ def test_a_view_begins_with_the_backbone_of_a_file(tmp_path: Path) -> None:
         assert torch.equal(value, trained.state_dict()[name]), name
     other = DinoView("tiny", 48, "random", **sizes)  # type: ignore[arg-type]
     assert view.description()["weights"] != other.description()["weights"]
+
+
+def test_a_stored_view_is_no_larger_than_its_weights() -> None:
+    """A checkpoint may ask for a million blocks, which would be built before their weights are compared."""
+    small = DinoView("tiny", 48, "random", width=16, depth=1, heads=2)
+    state = small.state()
+    for options in ({"width": 16, "depth": 1_000_000}, {"width": 1 << 16, "depth": 1}):
+        with pytest.raises(ValueError, match=r"encoders\.view: depth=.* are more than the \d+ numbers stored of it"):
+            DinoView("tiny", 48, "random", heads=2, **options).load_state(state)
+    again = DinoView("tiny", 48, "random", width=16, depth=1, heads=2)
+    again.load_state(state)
+    assert weights_digest(again.backbone) == weights_digest(small.backbone)

@@ -17,7 +17,8 @@ from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStati
 from keygrip.models.patch_dit.init_source import InitSource, read_source
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import sample
-from keygrip.training.checkpoints import load_module
+from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.saving import AtomicCheckpointIO
 
 VELOCITIES = ["model.network.prediction=v", "model.network.timestep_floor=null", "model.network.rotary=false"]
 SETTLED = ["optimizer.lr=1e-12", "max_steps=1"]  # weights stay as they begin
@@ -107,6 +108,31 @@ def test_weights_that_would_compute_something_else_are_refused(
         started("other", option, f"model.init_from={runs / 'base'}")
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["model.network.adaln=gated"], "reshaped: blocks"),
+        (["model.network.depth=2"], "left over: blocks"),
+        (["model.network.depth=4"], "missing there: blocks"),
+        (["model.network.final_modulation=false"], "left over: final_modulation"),
+        (["model.network.use_dino_patches=false"], "left over: context_builder"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["few_steps", "lora"])
+def test_a_teacher_or_a_base_is_taken_whole_or_refused(
+    options: list[str], named: str, setting: str, runs: Path, started: Callable[..., PatchDiTModule]
+) -> None:
+    """Either stays as it is: layers that are initialised afresh would never learn."""
+    asked = {
+        "few_steps": ["experiment=dit_few_steps", "callbacks.pictures=null", "model.sampling.steps=4"],
+        "lora": ["ablation=patch_dit/lora", "model.lora.rank=2"],
+    }[setting]
+    with pytest.raises(
+        ValueError, match=rf"model\.{setting} keeps the network of .*base, and this one is another.*{named}"
+    ):
+        started("other", *asked, *options, f"model.init_from={runs / 'base'}")
+
+
 def test_a_shift_by_resolution_that_changes_nothing_at_the_sources_size_is_free() -> None:
     """From 64 tokens to larger images with `shift_tokens=64`; back to none from images that were shifted is refused,
     and a file that is no run of ours says nothing."""
@@ -140,6 +166,38 @@ def test_normalisation_of_another_width_or_none_is_said() -> None:
         with pytest.raises(ValueError, match="there holds no normalisation"):
             statistics.take_normalisation(broken, "there")
     assert InitSource("weights.pt", {}).statistics == {}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ([], r"its latent_sizes are \[\]: pairs of whole numbers"),
+        ([[0, 0]], "its latent_sizes are"),
+        ([["4", "4"]], "its latent_sizes are"),
+        ([[4.5, 4]], "its latent_sizes are"),
+        ([[-4, -4]], "its latent_sizes are"),
+        ([[10**6, 10**6]], "its latent_sizes are"),
+        ([[4, 4, 4]], "its latent_sizes are"),
+    ],
+)
+def test_stored_sizes_are_sizes(sizes: list[list[object]], named: str) -> None:
+    statistics = FeatureStatistics(3, 4)
+    plain = {"text_length": 6, "patch_grids": [[3, 3]], "fingerprint": "a", "encoders": "b"}
+    with pytest.raises(ValueError, match=named):
+        statistics.take_plain({**plain, "latent_sizes": sizes}, {})
+    statistics.take_plain({**plain, "latent_sizes": [[4, 6]]}, {"statistics.latent_std": torch.ones(3)})
+    assert statistics.latent_sizes == [(4, 6)]
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
+def test_stored_standard_deviations_are_above_0(std: float, runs: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(runs / "base")
+    weights = content["state_dict"] | {
+        "statistics.cls_std": torch.full_like(content["state_dict"]["statistics.cls_std"], std)
+    }
+    AtomicCheckpointIO().save_checkpoint(content | {"state_dict": weights}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"cls features have a standard deviation that is not above 0"):
+        load_module(tmp_path / "last.ckpt")
 
 
 def test_a_student_is_trained_validated_and_drawn(
@@ -187,7 +245,8 @@ def test_a_student_is_trained_validated_and_drawn(
     assert images.isfinite().all()
     with pytest.raises(ValueError, match=r"drawn at timestep_shift=6\.0 .*Give model\.few_steps\.timestep_shift=6\.0"):
         started("steps", *options, "model.few_steps.timestep_shift=3", f"model.init_from={runs / 'base'}")
-    stored = {"patch_dit": {"statistics": student.statistics.plain(), "teacher_digest": few.teacher_digest}}
+    beside = {"statistics": student.statistics.plain(), "teacher_digest": few.teacher_digest}
+    stored = {"patch_dit": beside, "state_dict": student.state_dict()}
     student.on_load_checkpoint(stored)
     few.take_teacher(student.network)
     with pytest.raises(ValueError, match=r"model\.init_from holds other weights than the teacher"):

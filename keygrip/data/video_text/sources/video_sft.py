@@ -15,7 +15,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
-from keygrip.data.source_files import file_below, files_in
+from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
@@ -222,6 +222,7 @@ def video_sft(
         workers: processes; None: one for each core. max_failed_share: more broken entries than this are an error.
         max_frames: of videos of more seconds, so many evenly spaced ones.
     """
+    refuse_written_into_source(root, source, below=True)
     settings = {"data": "video_sft", **shard_frame_settings(image_size, fit, max_frames)}
     settings["decoding"] = DECODING
     maker = VideoSFTMaker(image_size, fit, max_frames)

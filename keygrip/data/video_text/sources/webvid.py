@@ -18,7 +18,7 @@ from keygrip.data.csv_tables import table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.shards.writer import compressed_shards, tar_files
-from keygrip.data.source_files import file_below, files_in
+from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     TEXT,
@@ -199,6 +199,7 @@ def webvid(
     Raises:
         FileNotFoundError: neither a list nor tar files. ValueError: max_frames out of range, or too many are broken.
     """
+    refuse_written_into_source(root, source, below=False)
     source = Path(source)
     rows, tars, compressed = webvid_rows(source), tar_files(source), compressed_shards(source)
     if not rows and not tars:

@@ -493,16 +493,31 @@ def test_answers_of_annotators_are_texts_or_objects_as_vqa_sets_have_them(tmp_pa
     ]
     refused = ["red", {"answer": "red"}, [1], [{"raw_answer": "red"}], [{"answer": 3}], 5, False, [["red"]]]
     given = [objects, ["a test", *objects], None, [], *refused]
-    (tmp_path / "list.json").write_text(json.dumps([{"conversations": said, "answers": each} for each in given]))
-    found = entries(tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "list.json").write_text(json.dumps([{"conversations": said, "answers": each} for each in given]))
+    found = entries(source)
     both = ("a test", "test")
     assert [entry.answers for entry in found[:4]] == [both, ("a test", *both), (), ()]
     assert [entry.problem for entry in found[:4]] == [""] * 4
     for number, entry in enumerate(found[4:], 4):
-        assert entry.problem.startswith(f"entry {number} of {tmp_path / 'list.json'}: its `answers` are no list")
-    video_sft(tmp_path, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+        assert entry.problem.startswith(f"entry {number} of {source / 'list.json'}: its `answers` are no list")
+    video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
     kept = samples(tmp_path / "set")["list-00000000"].conversations[0]
     assert kept.evidence == {"collection": "list", "answers": ["a test", "test"]}
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_a_set_is_not_written_where_it_is_read(below: bool, tmp_path: Path) -> None:
+    """Its own lists and tar files would be read as a part of its source when it is continued."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "list.json").write_text("[]")
+    (tmp_path / "link").symlink_to(source)
+    for root in (source, tmp_path / "link", source / "set" if below else source):
+        with pytest.raises(ValueError, match=r"root=.* is .*source=.*: name a folder outside of it"):
+            (video_sft if below else webvid)(source, root, SIZE)
+    assert [path.name for path in source.iterdir()] == ["list.json"]
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
