@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from keygrip.artifacts import sha256_of
 from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
 from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Conditions
 from keygrip.models.patch_dit.dino_view import weights_digest
+from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
 from keygrip.training.parts import model_part
+
+log = logging.getLogger(__name__)
 
 
 @model_part
@@ -62,6 +67,7 @@ class FewSteps:
                 "would be drawn without guidance, which is guidance=none"
             )
         self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
+        self._guide: PatchDiT | None = None  # what the teacher is guided away from
         self.teacher_digest: str | None = None  # of its weights
 
     def check(self, sampling: Sampling) -> None:
@@ -74,10 +80,35 @@ class FewSteps:
                 f"steps={asked[0]}, guidance={asked[1]}, solver={asked[2]} and timestep_shift={asked[3]:g}"
             )
 
-    def take_teacher(self, network: PatchDiT) -> None:
-        """Keeps a copy of a trained network as the teacher."""
+    def take_teacher(self, network: PatchDiT, source: InitSource | None = None) -> None:
+        """Keeps a copy of a trained network as the teacher, and its guide where `teacher.guide_scale` asks for it.
+
+        Args:
+            source: that the network is from.
+
+        Raises:
+            ValueError: there is no guide, or that of another network.
+        """
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
         self.teacher_digest = weights_digest(self._network)
+        path = "" if source is None else source.path
+        theirs = {} if source is None else source.model.get("sampling", {})
+        if not self.teacher.guide_scale:
+            if theirs.get("guide_scale"):
+                log.warning(
+                    "%s is drawn with guide_scale=%s, its student learns it without; "
+                    "model.few_steps.teacher.guide_scale=%s teaches that too",
+                    *(path, theirs["guide_scale"], theirs["guide_scale"]),
+                )
+            return
+        if source is None or not source.guide:
+            raise ValueError(
+                f"model.few_steps.teacher.guide_scale={self.teacher.guide_scale}: model.init_from={path} has no guide "
+                "(model.guide), or its step had not come: 0"
+            )
+        self._guide = copy.deepcopy(self._network)
+        self._guide.load_state_dict(source.guide)
+        self.teacher_digest = sha256_of([self.teacher_digest.encode(), weights_digest(self._guide).encode()])[:16]
 
     def refuse_other_teacher(self, digest: str | None) -> None:
         """Raises ValueError: training would go on with another teacher than that of these weights."""
@@ -171,7 +202,8 @@ class FewSteps:
         """Where the teacher leads latents ``[B, C, h, w]`` at one noise level by a lower one."""
         assert self._network is not None, "take_teacher comes first"
         network = self._network.to(start.device)
-        velocities = Velocities(network, conditions, len(start), start.shape[3] / start.shape[2])
+        guide = None if self._guide is None else self._guide.to(start.device)
+        velocities = Velocities(network, conditions, len(start), start.shape[3] / start.shape[2], guide=guide)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:
             found = velocities(x, level, self.teacher.branches(conditions, level))

@@ -27,6 +27,7 @@ from keygrip.training.integrity import is_signed, load_tensors
 log = logging.getLogger(__name__)
 
 StatisticsOf = Literal["auto", "source", "data", "identity"]
+GUIDE, GUIDE_TAKEN = "guide.network.", "guide.taken"  # of an `EarlyGuide`, in a module's state dictionary
 STATISTICS = "statistics."  # a module's normalisation of features, in its state dictionary
 
 
@@ -41,6 +42,8 @@ class InitSource:
         model: stored settings of the whole model. latent_sizes: (h, w) of its training images' latents.
         statistics: buffers of its `FeatureStatistics` by name; empty: the file has none.
         encoders: fingerprint of what its training images were encoded by; "": not known.
+        guide: weights of the network that it is guided away from, by name; empty: there is none, or its step had not
+            come.
     """
 
     path: str
@@ -50,6 +53,7 @@ class InitSource:
     latent_sizes: tuple[tuple[int, int], ...] = ()
     statistics: dict[str, Tensor] = field(default_factory=dict)
     encoders: str = ""
+    guide: dict[str, Tensor] = field(default_factory=dict)
 
     def refuse_other_meaning(self, network: PatchDiT) -> None:
         """Refuses weights that fit by name and shape and would compute something else in this network.
@@ -100,12 +104,6 @@ class InitSource:
                 "teacher's run"
             )
         sampling = self.model.get("sampling")
-        if student is not None and isinstance(sampling, Mapping) and sampling.get("guide_scale"):
-            log.warning(
-                "%s is drawn with guide_scale=%s; model.few_steps has no guide, and its student learns the teacher "
-                "without one",
-                *(self.path, sampling["guide_scale"]),
-            )
         drawn = sampling.get("timestep_shift", 1.0) if isinstance(sampling, Mapping) else 1.0
         if student is not None and drawn != student:
             raise ValueError(
@@ -190,9 +188,11 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
     plainly = stored.get("statistics") if isinstance(stored, Mapping) else None
     encoders = plainly.get("encoders") if isinstance(plainly, Mapping) else None
     sizes = plainly.get("latent_sizes", ()) if isinstance(plainly, Mapping) else ()
+    guide = {n.removeprefix(GUIDE): value for n, value in weights.items() if n.startswith(GUIDE)}
     return InitSource(
         path,
         _of_network(weights),
+        guide=guide if bool(weights.get(GUIDE_TAKEN, torch.tensor(False))) else {},
         network=network,
         model=model,
         latent_sizes=tuple((int(h), int(w)) for h, w in sizes),

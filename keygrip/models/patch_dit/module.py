@@ -198,10 +198,10 @@ class PatchDiTModule(System):
             whole = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
             warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, whole)
             normalise_as(source, self.statistics, self.init_from_statistics)
+            if self.few_steps is not None:
+                self.few_steps.take_teacher(self.network, source)
         elif self.init_from is None and (self.lora is not None or self.few_steps is not None):
             raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
-        if self.few_steps is not None:
-            self.few_steps.take_teacher(self.network)
 
     @property
     def adapter(self) -> Adapter | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from dit_parts import SMALL, write_images
 
 from keygrip import export, train
 from keygrip.config import compose
-from keygrip.models.nn.flow_matching import noise_levels
+from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStatistics
+from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.init_source import InitSource, read_source
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import sample
+from keygrip.models.patch_dit.sampler import Sampling, sample
 from keygrip.training.checkpoints import load_module, read_checkpoint
 from keygrip.training.saving import AtomicCheckpointIO
 
@@ -148,12 +150,35 @@ def test_a_shift_by_resolution_that_changes_nothing_at_the_sources_size_is_free(
     InitSource("weights.pt", {}).refuse_other_shift(16, patch_size=1, student=3.0)
 
 
-def test_a_student_is_no_teacher_and_a_teachers_guide_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    sampling = {"timestep_shift": 3.0, "guide_scale": 0.4}
+def test_a_student_is_no_teacher() -> None:
     with pytest.raises(ValueError, match="is itself a student of few steps"):
-        InitSource("few", {}, {}, {"few_steps": {}, "sampling": sampling}).refuse_other_shift(None, 1, student=3.0)
-    InitSource("guided", {}, {}, {"sampling": sampling}).refuse_other_shift(None, 1, student=3.0)
-    assert "guided is drawn with guide_scale=0.4; model.few_steps has no guide" in caplog.text
+        InitSource("few", {}, {}, {"few_steps": {}}).refuse_other_shift(None, 1, student=3.0)
+
+
+def test_a_teacher_is_drawn_with_its_guide(runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its early weights are read with it, where its student's settings ask for autoguidance."""
+    settings = ["ablation=patch_dit/early_guide", "model.guide.at_step=2", "model.sampling.guide_scale=0.5"]
+    place = [f"data.root={runs / 'images'}", f"run_dir={tmp_path / 'guided'}"]
+    train.run(compose("train", [*SMALL, *settings, *place, "max_steps=4", "optimizer.lr=0.1"]))
+    teacher, source = load_module(tmp_path / "guided"), read_source(tmp_path / "guided")
+    assert isinstance(teacher, PatchDiTModule)
+    assert teacher.guide_network is not None
+
+    states, mask = teacher.encoders.encode_text(["a red thing", "a green thing"])
+    conditions = Conditions(states, mask, torch.randn(2, 16), torch.randn(2, 9, 16), (3, 3))
+    way = Sampling(2.0, 1.5, guidance="dino_then_text", guide_scale=0.5, steps=3)
+    few = FewSteps(1, 3, replace(way, steps=Sampling.steps))
+    few.take_teacher(teacher.network, source)
+    wanted = sample(teacher.network, conditions, (4, 4), way, seeds=[1, 2], guide=teacher.guide_network)
+    start = seeded_noise([1, 2], (48, 4, 4))
+    torch.testing.assert_close(few.led(start, conditions, 1.0, 0.0), wanted, atol=1e-5, rtol=1e-4)
+    alone = FewSteps(1, 3, replace(way, steps=Sampling.steps, guide_scale=0.0))
+    alone.take_teacher(teacher.network, source)
+    assert "is drawn with guide_scale=0.5, its student learns it without" in caplog.text
+    assert float((alone.led(start, conditions, 1.0, 0.0) - wanted).abs().max()) > 1e-3
+    assert alone.teacher_digest != few.teacher_digest
+    with pytest.raises(ValueError, match=r"teacher\.guide_scale=0\.5: model\.init_from=.*base has no guide"):
+        few.take_teacher(teacher.network, read_source(runs / "base"))
 
 
 def test_normalisation_of_another_width_or_none_is_said() -> None:
