@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keygrip.data.changes import named_changes
 from keygrip.data.robot.schema import ArmTrajectory, Demo
-from keygrip.data.shards.resuming import named_changes
 
 log = logging.getLogger(__name__)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
+from keygrip.data.changes import named_changes
 from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
 
 FILES_OF_A_WORKER = 40  # pipes, shared memory and queues of a worker, and the files that it reads
 FILES_OF_A_RUN = 60
-SHOWN = 3  # names of each kind of change
 
 
 def refuse_too_few_files(workers: int) -> None:
@@ -30,19 +29,6 @@ def refuse_too_few_files(workers: int) -> None:
             f"this process may open {limit} files, and {workers} loader workers need about {needed}: raise the limit "
             "(ulimit -n), or lower data.num_workers"
         )
-
-
-def named_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs between two sets of hashes by name, in words: "1 removed (a), 2 changed (b, c)"; "" where nothing
-    does."""
-    removed = sorted(before.keys() - now.keys())
-    added = sorted(now.keys() - before.keys())
-    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
-    return ", ".join(
-        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        for what, names in (("removed", removed), ("added", added), ("changed", changed))
-        if names
-    )
 
 
 class ResumableData(LightningDataModule):

@@ -52,6 +52,9 @@ import keygrip.envs.metaworld.tasks
 import keygrip.envs.rendering
 import keygrip.envs.workers
 import keygrip.evaluation.rollout_worker
+import keygrip.data.robot.native_writer  # of the recorders that run there
+import keygrip.recording.gymnasium_worker
+import keygrip.recording.recorded_folder
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
