@@ -152,7 +152,7 @@ def robot_number(known: Sequence[str], name: str | None) -> int:
     if name is None and len(known) > 1:
         raise ValueError(
             f"the model knows {', '.join(known)}: say which it drives with policy.embodiment=NAME (in training "
-            "callbacks.closed_loop.closed_loop.policy.embodiment=NAME)"
+            "+callbacks.closed_loop.closed_loop.policy.embodiment=NAME)"
         )
     return known.index(name) if name is not None else 0
 
