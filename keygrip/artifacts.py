@@ -146,9 +146,9 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _locks.add(handle)
+        _locks.add(handle)  # before it is held: another thread may fork meanwhile
         try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         finally:
             _locks.discard(handle)

@@ -39,6 +39,11 @@ TRAINING_ONLY = frozenset(
 )
 
 
+def _of_data(value: Any) -> bool:
+    """Whether a part of a checkpoint is a data module's position, with the names of all that it was trained on."""
+    return isinstance(value, Mapping) and "batches_done" in value
+
+
 def is_export(path: str | Path) -> bool:
     """Whether a folder looks like an export."""
     folder = Path(path)
@@ -68,6 +73,7 @@ def write_export(
     tensors: dict[str, Tensor] = {}
     rest = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
     rest.pop("ema", None)  # its parameters are the weights that are written
+    rest = {key: value for key, value in rest.items() if not _of_data(value)}
     stored = _plain({key: value for key, value in rest.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
         save_tensors(weights, target / WEIGHTS)

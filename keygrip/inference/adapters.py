@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from keygrip.artifacts import sha256_of
 from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.exporting.folder import save_tensors
 from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config, plain_name
+from keygrip.training.integrity import tensors_digest
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +128,9 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
 
 def base_digest(network: nn.Module) -> str:
     """Fingerprint of a network's weights without its differences."""
-    named = {plain_name(name): value for name, value in network.named_parameters() if not is_difference(f"{name}.")}
-    parts = (name.encode() + value.detach().float().cpu().numpy().tobytes() for name, value in sorted(named.items()))
-    return sha256_of(parts)[:16]
+    return tensors_digest(
+        {plain_name(name): value for name, value in network.named_parameters() if not is_difference(f"{name}.")}
+    )
 
 
 def _config(file: Path) -> dict[str, Any]:

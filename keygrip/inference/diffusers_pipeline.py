@@ -303,9 +303,9 @@ class PatchDiTPipeline(DiffusionPipeline):
     def _set_levels(self, sampling: Sampling, shift: float, strength: float, device: torch.device) -> None:
         """The scheduler's noise levels, from `strength` to 0: as those of `sample`, since two shifts are one by their
         product and the scheduler has that of its own configuration, ``shift`` being the resolution's."""
-        own = self.scheduler.config.get("shift", 1.0)
+        own = getattr(self.scheduler, "shift", self.scheduler.config.get("shift", 1.0))  # set_shift may change it
         if not isinstance(own, int | float) or isinstance(own, bool) or not 0 < own < math.inf:
-            raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json): a number above 0")
+            raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json, set_shift): a number above 0")
         steps = max(1, round(sampling.steps * strength))
         levels = torch.tensor(noise_levels(steps, shift)[:-1], dtype=torch.float64)
         if strength != 1 and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):

@@ -11,6 +11,7 @@ What a conversation may hold: `keygrip.inference.prompts`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -296,5 +297,5 @@ def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
 
 
 def _check_count(count: int, name: str = "max_new_tokens") -> None:
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, Integral) or count < 1:
         raise ValueError(f"{name}={count}: it must be at least 1, and a whole number")

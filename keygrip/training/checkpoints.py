@@ -103,9 +103,13 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
 
 
+def kept_by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder that are named by their step, in the order of steps."""
+    return {int(file.stem[5:]): file for file in sorted(folder.glob("step-*.ckpt")) if file.stem[5:].isdecimal()}
+
+
 def _of_step(path: Path, step: int) -> Path:
-    folder = path / CHECKPOINT.parent
-    kept = {int(file.stem[5:]): file for file in sorted(folder.glob("step-*.ckpt")) if file.stem[5:].isdecimal()}
+    kept = kept_by_step(path / CHECKPOINT.parent)
     if step not in kept:
         there = f"it has {', '.join(map(str, kept))}" if kept else "it has none by step (callbacks.checkpoint.keep)"
         raise FileNotFoundError(f"{path} keeps no checkpoint of step {step}: {there}")

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.accumulation import completes_step
-from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.checkpoints import kept_by_step, read_checkpoint
 from keygrip.training.integrity import sign
 from keygrip.training.parts import ReadWhere
 from keygrip.training.sharding import local
@@ -129,7 +129,13 @@ class SaveLatest(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
         if trainer.global_step > 0 and self._best_record.is_file():
-            self.best = json.loads(self._best_record.read_text(encoding="utf-8")).get(self.monitor)
+            record = json.loads(self._best_record.read_text(encoding="utf-8"))
+            if record["step"] <= trainer.global_step:
+                self.best = record.get(self.monitor)
+            elif trainer.is_global_zero:
+                log.warning("%s is removed: training goes on from an earlier step", self.best_path)
+                self.best_path.unlink(missing_ok=True)
+                self._best_record.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also
@@ -183,17 +189,16 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
     Those of later steps are removed as well: they are of a training that was given up for an earlier checkpoint.
     """
     kept = step_path(latest.parent, step)
-    for later in sorted(latest.parent.glob("step-*.ckpt")):
-        if later.name > kept.name:
-            log.warning("%s is removed: training went on from an earlier step", later)
-            later.unlink(missing_ok=True)
+    for later in [file for number, file in kept_by_step(latest.parent).items() if number > step]:
+        log.warning("%s is removed: training went on from an earlier step", later)
+        later.unlink(missing_ok=True)
     kept.unlink(missing_ok=True)
     try:
         kept.hardlink_to(latest)
     except OSError:  # no hard links on this file system
         with atomic_write(kept) as file, latest.open("rb") as source:
             shutil.copyfileobj(source, file)
-    for old in sorted(latest.parent.glob("step-*.ckpt"))[:-keep]:
+    for old in list(kept_by_step(latest.parent).values())[:-keep]:
         old.unlink(missing_ok=True)
 
 

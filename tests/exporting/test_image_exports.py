@@ -321,10 +321,12 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         pipeline(["a red thing"] * 3, generator=[torch.Generator()] * 2)
     own = pipeline.scheduler.config.shift
     for shift in (0, -2, "a"):
-        pipeline.scheduler.register_to_config(shift=shift)
-        with pytest.raises(ValueError, match=rf"the scheduler's shift is {shift!r} \(scheduler_config\.json\)"):
+        pipeline.scheduler.set_shift(shift)
+        with pytest.raises(
+            ValueError, match=rf"the scheduler's shift is {shift!r} \(scheduler_config\.json, set_shift\)"
+        ):
             pipeline("a red thing")
-    pipeline.scheduler.register_to_config(shift=own)
+    pipeline.scheduler.set_shift(own)
     with torch.no_grad():
         pipeline.transformer.module.network.latent_out.weight.mul_(1e30)
     with pytest.raises(ValueError, match="what was drawn is not finite"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -194,9 +195,14 @@ def test_checkpoints_of_a_future_that_was_given_up_go(
     """Training that goes on from an earlier step would stand beside later steps of other weights."""
     train.run(compose("train", toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "max_steps=6")))
     folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-review.ckpt").write_bytes(b"somebody's own copy")
+    (folder / "best.ckpt").write_bytes(b"of step 6")
+    (folder / "best.json").write_text(json.dumps({"val/loss": 0.0, "step": 6}))
     back = [f"resume={folder / 'step-00000004.ckpt'}", "max_steps=5"]
     train.run(compose("train", toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", *back)))
-    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-0000000{n}.ckpt" for n in (2, 4, 5)]
+    kept = [f"step-0000000{n}.ckpt" for n in (2, 4, 5)]
+    assert sorted(path.name for path in folder.glob("step-*")) == [*kept, "step-review.ckpt"]
+    assert not list(folder.glob("best*"))
     assert "step-00000006.ckpt is removed: training went on from an earlier step" in caplog.text
 
 

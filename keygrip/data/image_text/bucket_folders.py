@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from keygrip.artifacts import write_json
 from keygrip.data.bad_samples import read_json
@@ -76,4 +76,5 @@ class MadeImages(MadeShards):
     """Image shards that the program makes itself where they are missing; `images.json`, written last, says that they
     are whole."""
 
-    last_file: ClassVar[str] = INFO
+    def is_whole(self, root: Path) -> bool:
+        return (root / INFO).is_file()

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from hydra.utils import get_method
@@ -49,15 +49,18 @@ class MadeShards:
         content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
         return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
-    last_file: ClassVar[str] = f"train/{MANIFEST}"  # written last: the set is whole
+    def is_whole(self, root: Path) -> bool:
+        """Whether every split that the options ask for is there; a manifest is written last."""
+        asked = {"train", *(split for split in ("val", "test") if self.options.get(split))}
+        return all((root / split / MANIFEST).is_file() for split in asked)
 
     def complete(self) -> None:
         """Makes what is missing and logs it. Several processes may call it: one makes the set, the others wait."""
-        if not self.make_missing and not (self.root / self.last_file).is_file():
+        if not self.make_missing and not self.is_whole(self.root):
             raise FileNotFoundError(
                 f"{self.root} has no complete shards of the run: train with the same settings again, which makes them"
             )
-        make_once(self.root, lambda root: (root / self.last_file).is_file(), self._make)
+        make_once(self.root, self.is_whole, self._make)
 
     def _make(self, root: Path) -> None:
         log.info("%s is not complete: making its shards", root)

@@ -113,8 +113,11 @@ def write_shards(
     if items_per_shard < 1:
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
     root.mkdir(parents=True, exist_ok=True)
+    told = {**settings, "items": len(items), "items_per_shard": items_per_shard}
+    if (root / SETTINGS_FILE).is_file():  # refused before waiting for another process
+        check_settings(root, told)
     with _alone(root):
-        check_settings(root, {**settings, "items": len(items), "items_per_shard": items_per_shard})
+        check_settings(root, told)
         remove_stale(root)
         result = _write_missing(
             root, items, make, items_per_shard, name, processes, max_failed_share, progress, describe

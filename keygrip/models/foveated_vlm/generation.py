@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def check_temperature(temperature: float) -> None:
 
 def check_seed(seed: int) -> None:
     """Raises ValueError: it is none of the whole numbers that torch takes."""
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed} is no seed: give a whole number of at most 18 digits")
 
 

@@ -28,7 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 NAMED_TOKENS = ("bos", "unk", "pad")  # which chat templates may name, beside the end
-RENDERED_AT_MOST = 1_000_000  # characters of a chat template's own; beside them ten for each of the words
+RENDERED_AT_MOST = 1_000_000  # characters of a chat template's own; beside them ten for each character of what is said
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
 TINY_TEMPLATE = (
@@ -190,8 +190,9 @@ class TrainedTokenizer:
         if texts is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
         make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
+        content = file.read_text(encoding="utf-8", errors="replace")
         try:
-            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more special
             raise ValueError(
                 f"{file} is damaged or no tokenizer ({error}): remove it, and it is trained again"

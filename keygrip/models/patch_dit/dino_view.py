@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keygrip.artifacts import sha256_of
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.backbone.architectures import VARIANTS
 from keygrip.models.patch_dit.pretrained import sample_of
+from keygrip.training.integrity import tensors_digest
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -155,8 +154,4 @@ def grey(pixels: Tensor) -> Tensor:
 
 def weights_digest(module: nn.Module) -> str:
     """sha256 of all weights of a module, 16 digits."""
-    parts = (
-        name.encode() + np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes()
-        for name, value in sorted(module.state_dict().items())
-    )
-    return sha256_of(parts)[:16]
+    return tensors_digest(module.state_dict())

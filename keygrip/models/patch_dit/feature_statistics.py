@@ -113,7 +113,8 @@ class FeatureStatistics(nn.Module):
         """Takes back what `plain` gave.
 
         Args:
-            weights: of the checkpoint, where the means and standard deviations are loaded from.
+            weights: of the checkpoint, where the means and standard deviations are loaded from; sharded training
+                resumes without them here.
 
         Raises:
             ValueError: sizes that no image has, or standard deviations that none can have.

@@ -24,7 +24,7 @@ from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Condi
 from keygrip.models.patch_dit.dino_view import weights_digest
 from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
-from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
+from keygrip.models.patch_dit.sampler import FLOOR, SCALES, Sampling, Velocities
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ class FewSteps:
             )
         lowest, highest = teacher.interval
         ends = itertools.pairwise(self.levels())
-        if not any(lowest <= level <= highest for high, low in ends for level in self._inside(high, low)[:-1]):
+        guided = teacher.guidance != "none" and any(getattr(teacher, name) for name in (*SCALES, "guide_scale"))
+        levels = [level for high, low in ends for level in self._inside(high, low)[:-1]]
+        if guided and not any(lowest <= level <= highest for level in levels):
             raise ValueError(
                 f"model.few_steps.teacher.interval={list(teacher.interval)} has none of the teacher's steps in it: it "
                 "would be drawn without guidance, which is guidance=none"

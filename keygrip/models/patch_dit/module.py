@@ -216,7 +216,7 @@ class PatchDiTModule(System):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
-        self.statistics.take_plain(checkpoint[STATE]["statistics"], checkpoint["state_dict"])
+        self.statistics.take_plain(checkpoint[STATE]["statistics"], checkpoint.get("state_dict", {}))
         if self.few_steps is not None:
             self.few_steps.refuse_other_teacher(checkpoint[STATE].get("teacher_digest"))
         self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}

@@ -97,24 +97,27 @@ class WarmStart:
                 lines.append(f"{len(names)} {title}: {', '.join(names[:SHOWN])}{more}")
         return lines
 
-    def refuse_partial(self, setting: str, source: str) -> None:
+    def refuse_partial(self, setting: str, source: InitSource, network: nn.Module) -> None:
         """Refuses a start from another network than this one.
 
         Args:
-            setting: which wants the whole network. source: of messages.
+            setting: which wants the whole network. network: this one; what else a file of somebody else's holds (fixed
+                positions, a text encoder) is no part of it.
 
         Raises:
             ValueError: parameters that are missing, left over or of another shape.
         """
+        parts = {name for name, _ in network.named_children()}
+        left = [name for name in self.unexpected if source.network is not None or name.split(".")[0] in parts]
         new = [name for name in self.missing if name not in self.zeroed and not is_difference(f"{name}.")]
         found = [
             f"{what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for what, names in (("missing there", new), ("left over", self.unexpected), ("reshaped", self.reshaped))
+            for what, names in (("missing there", new), ("left over", left), ("reshaped", self.reshaped))
             if names
         ]
         if found:
             raise ValueError(
-                f"{setting} keeps the network of model.init_from={source}, and this one is another "
+                f"{setting} keeps the network of model.init_from={source.path}, and this one is another "
                 f"({'; '.join(found)}): give the settings that it was trained with (its ablation=..., model.network.*)"
             )
 
@@ -142,7 +145,7 @@ def warm_start(
     for line in report.describe():
         log.info("warm start from %s: %s", source.path, line)
     if whole_for is not None:
-        report.refuse_partial(whole_for, source.path)
+        report.refuse_partial(whole_for, source, network)
     new_patches = any(name.startswith("context_builder.dino_patch_proj") for name in report.missing)
     if new_patches and not network.separate_patches:
         log.warning(

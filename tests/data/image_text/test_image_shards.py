@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -277,6 +278,11 @@ def test_other_data_cannot_continue_the_order(root: Path) -> None:
         ValueError, match=r"trained with data.batch_size=4, this run has 2; the order of samples cannot"
     ):
         module(root, batch_size=2).load_state_dict(state)
+    name = min(state["shards"])
+    assert re.fullmatch(r"bucket_\d+x\d+/shard-\d+\.tar", name)
+    changed = {**state, "shards": {**state["shards"], name: "0" * 16}}
+    with pytest.raises(ValueError, match=rf"the data are not those of the checkpoint: 1 changed \({name}\); the order"):
+        module(root).load_state_dict(changed)
 
 
 def test_loader_processes_change_nothing(root: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -221,6 +221,8 @@ def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeyp
     for name in ("train", "val", "test"):
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / name, name).complete()
+        with pytest.raises(FileNotFoundError, match="has no complete shards of the run"):
+            replace(make(tmp_path / name, None), make_missing=False).complete()
         made = make(tmp_path / name, None)
         made.complete()
         assert sorted(path.parent.name for path in made.root.rglob(MANIFEST)) == ["test", "train", "val"]

@@ -13,6 +13,7 @@ from dit_parts import SMALL, write_images
 from keygrip import export, train
 from keygrip.config import compose
 from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
+from keygrip.models.nn.lora import merged_weights
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStatistics
 from keygrip.models.patch_dit.few_steps import FewSteps
@@ -133,6 +134,27 @@ def test_a_teacher_or_a_base_is_taken_whole_or_refused(
         ValueError, match=rf"model\.{setting} keeps the network of .*base, and this one is another.*{named}"
     ):
         started("other", *asked, *options, f"model.init_from={runs / 'base'}")
+
+
+def test_a_file_of_others_may_hold_more_than_the_network(
+    runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule]
+) -> None:
+    """Fixed positions, a text encoder: left out as ever. A block too many is another network."""
+    base = load_module(runs / "base")
+    assert isinstance(base, PatchDiTModule)
+    weights = dict(base.network.state_dict()) | {
+        "pos_embed": torch.ones(1, 4, 32),
+        "text_encoder.a.weight": torch.ones(2),
+    }
+    asked = ["ablation=patch_dit/lora", "model.lora.rank=2"]
+    torch.save(weights, tmp_path / "more.pt")
+    module = started("taken", *asked, f"model.init_from={tmp_path / 'more.pt'}")
+    merged = merged_weights(module.network.state_dict(), module.lora)
+    for name, value in base.network.state_dict().items():
+        torch.testing.assert_close(merged[name], value, atol=1e-6, rtol=0)
+    torch.save(weights | {"blocks.3.mlp.0.bias": torch.ones(128)}, tmp_path / "deeper.pt")
+    with pytest.raises(ValueError, match=r"left over: blocks\.3\.mlp\.0\.bias"):
+        started("refused", *asked, f"model.init_from={tmp_path / 'deeper.pt'}")
 
 
 def test_a_shift_by_resolution_that_changes_nothing_at_the_sources_size_is_free() -> None:
