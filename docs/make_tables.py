@@ -311,6 +311,37 @@ def dit_latents_128px() -> str:
     return dit_latents("run_latents_128px_6000", 128)
 
 
+def dit_switches_128px() -> str:
+    """Noise levels in training and a detail head at 128 px: errors by noise level, and what is drawn."""
+    record = read("dit_images")["switches_128px"]
+    rows = []
+    for row in record["rows"]:
+        errors, drawn = row["error_by_level"], row["cases"]
+        rows.append(
+            (
+                row["what"],
+                *(f"{errors[level]['words_and_features']:.3f}" for level in ("0.5", "0.8", "0.95")),
+                *(f"{errors[level]['words']:.3f}" for level in ("0.8", "0.95")),
+                *(
+                    f"{drawn[case][name]:.2f}"
+                    for case in ("reconstruction", "text_only")
+                    for name in ("frechet", "objects_as_named")
+                ),
+                f"{row['wall_s'] / 60:.0f} min",
+            )
+        )
+    real = record["real"]
+    rows.append(("real images", *[""] * 5, f"{real['frechet']:.2f}", f"{real['objects_as_named']:.2f}", "", "", ""))
+    header = [
+        "trained with",
+        *(f"error at a level of {level}" if level == "0.5" else f"at {level}" for level in ("0.5", "0.8", "0.95")),
+        *("words alone: at 0.8", "at 0.95"),
+        *("words and features: Frechet distance", "exactly the named objects"),
+        *("words alone: Frechet distance", "exactly the named objects", "training"),
+    ]
+    return markdown(header, rows)
+
+
 def dit_trainings_128px() -> str:
     """Trainings of the 128 px recipe on latents: steps, learning rate, share of words alone and decoder."""
     record = read("dit_images")
@@ -943,6 +974,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_latents,
             dit_latents_128px,
             dit_trainings_128px,
+            dit_switches_128px,
             vlm_seeds,
             vlm_others,
             vlm_lengths,
