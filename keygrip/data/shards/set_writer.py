@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -128,7 +129,8 @@ def write_shards(
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Holds a set for this process; waits for another one that writes it, and says so."""
+    """Holds a set for this process; waits for another one that writes it, and says so. Where the file system has no
+    locks, it says that."""
     lock = root / ".write_shards.lock"
     with contextlib.ExitStack() as held:
         try:
@@ -136,6 +138,10 @@ def _alone(root: Path) -> Iterator[None]:
         except BlockingIOError:
             log.info("another process writes %s: waiting for it", root)
             held.enter_context(locked(lock))
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            log.warning("%s cannot be locked (%s): see that no other process writes it", root, error.strerror)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -201,6 +202,17 @@ def test_two_processes_write_a_set_once(tmp_path: Path) -> None:
     assert [process.exitcode for process in both] == [0, 0]
     assert sorted(int(line) for line in (tmp_path / "log").read_text().split()) == list(range(12))
     assert len(ShardSet(tmp_path / "set")) == 12
+
+
+def test_a_place_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(set_writer, "locked", refused)
+    assert written(tmp_path).samples == 16
+    assert "cannot be locked (No locks available): see that no other process writes it" in caplog.text
 
 
 def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
