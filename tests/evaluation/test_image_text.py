@@ -238,7 +238,7 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"text_scale=6: no effect with guidance=none"):
         suite_of(root, sampling={"guidance": "none", "text_scale": 6})
     drawn = module_for(data, "model.sampling.guidance=none", "model.sampling.timestep_shift=1")
-    drawn.few_steps = FewSteps(drawn.sampling.steps, 1, drawn.sampling)
+    drawn.few_steps = FewSteps(drawn.sampling.steps, 1, Sampling(guidance="none"))
     assert not {"steps", "scales"} & set(Suite(drawn, data, SEEN, quick()).cases())
     with pytest.raises(ValueError, match="steps cannot be evaluated: the model is a student"):
         Suite(drawn, data, SEEN, quick(cases=["steps"])).cases()

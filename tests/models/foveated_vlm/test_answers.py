@@ -283,7 +283,7 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
         run("conversations=none.jsonl")
     with pytest.raises(ValueError, match="max_frames=0: it must be at least 1"):
         run(listed(videos), "question=Sure?", "max_frames=0")
-    with pytest.raises(ValueError, match=r"seed=9+ is out of range"):
+    with pytest.raises(ValueError, match=r"seed=9+ is no seed: give a whole number"):
         run(listed(videos), "question=Sure?", f"seed={'9' * 20}")
     with pytest.raises(ValueError, match=r"figure=/proc/x\.png cannot be written"):
         run(listed(videos), "question=Sure?", "figure=/proc/x.png")
