@@ -37,14 +37,11 @@ class EvaluateImages(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError: there are no images to evaluate, which is better said now than after the training."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, ImageShards) or data.place != self.data.place:
-            self.data.prepare_data()
-            self.data.setup()
-            data = self.data
-        if not len(data.samples(self.suite.split)):
+        self.data.prepare_data()
+        self.data.setup()
+        if not len(self.data.samples(self.suite.split)):
             raise ValueError(
-                f"{data.place} has no {self.suite.split} images for the evaluation after training: give "
+                f"{self.data.place} has no {self.suite.split} images for the evaluation after training: give "
                 "callbacks.pictures.suite.split=val, or callbacks.pictures=null"
             )
 

@@ -120,9 +120,33 @@ def write_shards(
     with _alone(root):
         check_settings(root, told)
         remove_stale(root)
-        result = _write_missing(
-            root, items, make, items_per_shard, name, processes, max_failed_share, progress, describe
-        )
+        jobs, result = [], Written(str(root))
+        for number, start in enumerate(range(0, len(items), items_per_shard)):
+            path, part = root / f"{name}-{number:06d}.tar", items[start : start + items_per_shard]
+            made_of = fingerprint(part)
+            if not (path.is_file() and index_path(path).is_file() and _read_log(path).get("items") == made_of):
+                jobs.append((path, part, made_of))
+        if changed := sum(failures_path(path).is_file() for path, _, _ in jobs):
+            log.info("%s: %d shards are made anew, whose items have changed", root, changed)
+        total = sum(len(part) for _, part, _ in jobs)
+        with Progress(total=total, desc=f"write {root}", unit="item", shown=progress) as bar:
+            for count, samples in _run(jobs, make, min(processes or os.cpu_count() or 1, max(1, len(jobs)))):
+                result.written += samples
+                bar.update(count)
+        for path in sorted(root.glob(f"{name}-*.tar")):
+            reasons = _read_log(path).get("failed", [])
+            result.failed += len(reasons)
+            result.reasons += reasons
+        for reason in result.reasons[:NAMED_AT_MOST]:
+            log.warning("left out: %s", reason)
+        if result.failed:
+            log.warning("%d items are broken and left out of %s", result.failed, root)
+        manifest = write_manifest(root, describe, progress=progress)
+        result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
+        if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
+            (root / MANIFEST).unlink()  # an incomplete set must not be trained on
+            first = f"; the first: {result.reasons[0]}" if result.reasons else ""
+            raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} items are broken{first}")
     result.wall_s = time.monotonic() - started
     return result
 
@@ -143,48 +167,6 @@ def _alone(root: Path) -> Iterator[None]:
                 raise
             log.warning("%s cannot be locked (%s): see that no other process writes it", root, error.strerror)
         yield
-
-
-def _write_missing(
-    root: Path,
-    items: Sequence[Any],
-    make: Maker,
-    items_per_shard: int,
-    name: str,
-    processes: int | None,
-    max_failed_share: float,
-    progress: bool,
-    describe: Describe,
-) -> Written:
-    """The work of `write_shards`, with its arguments."""
-    jobs, result = [], Written(str(root))
-    for number, start in enumerate(range(0, len(items), items_per_shard)):
-        path, part = root / f"{name}-{number:06d}.tar", items[start : start + items_per_shard]
-        made_of = fingerprint(part)
-        if not (path.is_file() and index_path(path).is_file() and _read_log(path).get("items") == made_of):
-            jobs.append((path, part, made_of))
-    if changed := sum(failures_path(path).is_file() for path, _, _ in jobs):
-        log.info("%s: %d shards are made anew, whose items have changed", root, changed)
-    total = sum(len(part) for _, part, _ in jobs)
-    with Progress(total=total, desc=f"write {root}", unit="item", shown=progress) as bar:
-        for count, samples in _run(jobs, make, min(processes or os.cpu_count() or 1, max(1, len(jobs)))):
-            result.written += samples
-            bar.update(count)
-    for path in sorted(root.glob(f"{name}-*.tar")):
-        reasons = _read_log(path).get("failed", [])
-        result.failed += len(reasons)
-        result.reasons += reasons
-    for reason in result.reasons[:NAMED_AT_MOST]:
-        log.warning("left out: %s", reason)
-    if result.failed:
-        log.warning("%d items are broken and left out of %s", result.failed, root)
-    manifest = write_manifest(root, describe, progress=progress)
-    result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
-    if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
-        (root / MANIFEST).unlink()  # an incomplete set must not be trained on
-        first = f"; the first: {result.reasons[0]}" if result.reasons else ""
-        raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} items are broken{first}")
-    return result
 
 
 def failures_path(shard: Path) -> Path:

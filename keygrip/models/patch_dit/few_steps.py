@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -82,7 +83,7 @@ class FewSteps:
                 f"steps={asked[0]}, guidance={asked[1]}, solver={asked[2]} and timestep_shift={asked[3]:g}"
             )
 
-    def take_teacher(self, network: PatchDiT, source: InitSource | None = None) -> None:
+    def take_teacher(self, network: PatchDiT, source: InitSource) -> None:
         """Keeps a copy of a trained network as the teacher, and its guide where `teacher.guide_scale` asks for it.
 
         Args:
@@ -93,20 +94,19 @@ class FewSteps:
         """
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
         self.teacher_digest = weights_digest(self._network)
-        path = "" if source is None else source.path
-        theirs = {} if source is None else source.model.get("sampling", {})
         if not self.teacher.guide_scale:
-            if theirs.get("guide_scale"):
+            theirs = source.model.get("sampling")
+            if isinstance(theirs, Mapping) and theirs.get("guide_scale"):
                 log.warning(
                     "%s is drawn with guide_scale=%s, its student learns it without; "
                     "model.few_steps.teacher.guide_scale=%s teaches that too",
-                    *(path, theirs["guide_scale"], theirs["guide_scale"]),
+                    *(source.path, theirs["guide_scale"], theirs["guide_scale"]),
                 )
             return
-        if source is None or not source.guide:
+        if not source.guide:
             raise ValueError(
-                f"model.few_steps.teacher.guide_scale={self.teacher.guide_scale}: model.init_from={path} has no guide "
-                "(model.guide), or its step had not come: 0"
+                f"model.few_steps.teacher.guide_scale={self.teacher.guide_scale}: model.init_from={source.path} has no "
+                "guide (model.guide), or its step had not come: 0"
             )
         self._guide = copy.deepcopy(self._network)
         self._guide.load_state_dict(source.guide)

@@ -14,6 +14,7 @@ from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.nn.lora import LoRA, add_lora
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.few_steps import FewSteps
+from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, sample
 from keygrip.models.patch_dit.warm_start import take
@@ -200,7 +201,7 @@ def test_a_student_learns_its_teachers_chords() -> None:
     student of two steps comes nearer to its guided teacher's images than before."""
     teacher, conditions = small_dit(depth=1), conditions_of(batch=2)
     few = FewSteps(2, 3, Sampling(2.0, 1.5))
-    few.take_teacher(teacher)
+    few.take_teacher(teacher, InitSource("teacher", {}))
     student = small_dit(depth=1).train()
     both = ConditionDropout(0.0, 0.0, 0.0, 1.0)
     data = torch.randn(2, CHANNELS, *SIZE)
@@ -226,7 +227,7 @@ def test_a_student_that_predicts_images_is_not_ruled_by_the_last_levels() -> Non
     """Near the data a velocity is an error of the image over next to nothing: 1 / s^2 of a level s of a thousandth is
     a million. Below `timestep_floor` errors weigh no more, as in plain training."""
     few, conditions = FewSteps(1, 2, Sampling(2.0, 1.5)), conditions_of(batch=2)
-    few.take_teacher(small_dit(depth=1))
+    few.take_teacher(small_dit(depth=1), InitSource("teacher", {}))
     student, both = small_dit(depth=1, prediction="x", timestep_floor=0.2), ConditionDropout(0.0, 0.0, 0.0, 1.0)
     data = torch.randn(2, CHANNELS, *SIZE)
     losses = []
@@ -242,7 +243,7 @@ def test_a_student_that_predicts_images_is_not_ruled_by_the_last_levels() -> Non
 def test_windows_of_the_teacher_are_its_sampler_cut_in_pieces() -> None:
     teacher, conditions = small_dit(), conditions_of()
     few = FewSteps(2, 3, Sampling(2.0, 1.5, guidance="dino_then_text"))
-    few.take_teacher(teacher)
+    few.take_teacher(teacher, InitSource("teacher", {}))
     x = seeded_noise([1, 2], (CHANNELS, *SIZE))
     for high, low in ((1.0, 0.5), (0.5, 0.0)):
         x = few.led(x, conditions, high, low)

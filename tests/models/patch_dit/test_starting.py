@@ -261,7 +261,7 @@ def test_a_student_is_trained_validated_and_drawn(
     assert student.statistics.normalisation == teacher.statistics.normalisation
     assert student.few_steps is not None
 
-    student.few_steps.take_teacher(teacher.network)
+    student.few_steps.take_teacher(teacher.network, InitSource("teacher", {}))
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(2, 48, 4, 4, generator=generator)
     states, mask = student.encoders.encode_text(["a red thing", "a green thing"])
@@ -295,7 +295,7 @@ def test_a_student_is_trained_validated_and_drawn(
     beside = {"statistics": student.statistics.plain(), "teacher_digest": few.teacher_digest}
     stored = {"patch_dit": beside}  # sharded training resumes without the weights here
     student.on_load_checkpoint(stored)
-    few.take_teacher(student.network)
+    few.take_teacher(student.network, InitSource("teacher", {}))
     with pytest.raises(ValueError, match=r"model\.init_from holds other weights than the teacher"):
         student.on_load_checkpoint(stored)
     with pytest.raises(ValueError, match=r"Give model\.network\.prediction=v model\.network\.rotary=false"):
