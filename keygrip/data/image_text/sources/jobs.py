@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import locked, write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import decode_image
@@ -92,7 +91,7 @@ class Claims(Sampler[list[tuple[int, int]]]):
     def __init__(self, jobs: Sequence[Job], batch_size: int, first: int = 0) -> None:
         self.jobs, self.batch_size = list(jobs), batch_size
         self.order = [*range(first, len(self.jobs)), *range(first)]
-        self.held: dict[int, IO[str]] = {}
+        self.held: dict[int, contextlib.ExitStack] = {}
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in self.order:
@@ -106,12 +105,10 @@ class Claims(Sampler[list[tuple[int, int]]]):
         job = self.jobs[number]
         if job.done:
             return False
-        job.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = job.lock_path.open("w")
+        lock = contextlib.ExitStack()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.enter_context(locked(job.lock_path, wait=False))
         except BlockingIOError:
-            lock.close()
             return False
         if job.done:  # another process was just finishing it
             lock.close()
