@@ -128,14 +128,18 @@ class SaveLatest(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
-        if trainer.global_step > 0 and self._best_record.is_file():
+        if trainer.global_step == 0:
+            return
+        try:
             record = json.loads(self._best_record.read_text(encoding="utf-8"))
-            if record["step"] <= trainer.global_step:
-                self.best = record.get(self.monitor)
-            elif trainer.is_global_zero:
-                log.warning("%s is removed: training goes on from an earlier step", self.best_path)
-                self.best_path.unlink(missing_ok=True)
-                self._best_record.unlink()
+        except FileNotFoundError:  # there is none, or the first process has just removed it
+            return
+        if record["step"] <= trainer.global_step:
+            self.best = record.get(self.monitor)
+        elif trainer.is_global_zero:
+            log.warning("%s is removed: training goes on from an earlier step", self.best_path)
+            self.best_path.unlink(missing_ok=True)
+            self._best_record.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also

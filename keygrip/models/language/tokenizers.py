@@ -190,9 +190,9 @@ class TrainedTokenizer:
         if texts is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
         make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
-        content = file.read_text(encoding="utf-8", errors="replace")
+        content = file.read_bytes()
         try:
-            tokenizer = Tokenizer.from_str(content)
+            tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises nothing more special
             raise ValueError(
                 f"{file} is damaged or no tokenizer ({error}): remove it, and it is trained again"

@@ -59,6 +59,9 @@ class DinoView:
         self.patch = VARIANTS[variant].patch_size
         if size % self.patch or size < self.patch:
             raise ValueError(f"encoders.view.size={size} does not divide by the patch size {self.patch} of {variant}")
+        for name, value in (("width", width), ("depth", depth), ("heads", heads)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"encoders.view.{name}={value!r}: a whole number from 1, or null")
         self.size, self.shape = size, shape
         self.options: dict[str, Any] = {
             "variant": variant,
@@ -127,6 +130,8 @@ class DinoView:
 
     def load_state(self, state: dict[str, Tensor] | None) -> None:
         """Takes weights back, wherever they first came from: that place may be gone."""
+        if state is None and self._stored:
+            raise ValueError("the checkpoint holds no weights of its view")
         if state is not None:
             if self._backbone is None:
                 self._refuse_more_than(sum(value.numel() for value in state.values()))

@@ -146,8 +146,9 @@ def test_a_trained_tokenizer_is_kept_and_spells_everything(tmp_path: Path) -> No
         TrainedTokenizer(400).load(tmp_path / "other")
     with pytest.raises(ValueError, match="raise it"):
         TrainedTokenizer(300).load(tmp_path)
-    for damaged in ("", "{}", (tmp_path / "tokenizer.json").read_text()[:200]):
-        (tmp_path / "tokenizer.json").write_text(damaged)
+    whole = (tmp_path / "tokenizer.json").read_bytes()
+    for damaged in (b"", b"{}", whole[:200], whole.replace(b"e", b"\xff", 1)):
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
         with pytest.raises(
             ValueError, match=r"tokenizer\.json is damaged or no tokenizer .*remove it, and it is trained"
         ):

@@ -355,6 +355,11 @@ def test_a_stored_view_is_no_larger_than_its_weights() -> None:
     for options in ({"width": 16, "depth": 1_000_000}, {"width": 1 << 16, "depth": 1}):
         with pytest.raises(ValueError, match=r"encoders\.view: depth=.* are more than the \d+ numbers stored of it"):
             DinoView("tiny", 48, "random", heads=2, **options).load_state(state)
+    with pytest.raises(ValueError, match="the checkpoint holds no weights of its view"):
+        DinoView("tiny", 48, "random", heads=2, width=16, depth=1_000_000).load_state(None)
+    for given in ("1", 1.5, 0):
+        with pytest.raises(ValueError, match=rf"encoders\.view\.depth={given!r}: a whole number from 1"):
+            DinoView("tiny", 48, "random", depth=given)  # type: ignore[arg-type]
     again = DinoView("tiny", 48, "random", width=16, depth=1, heads=2)
     again.load_state(state)
     assert weights_digest(again.backbone) == weights_digest(small.backbone)
