@@ -28,7 +28,7 @@ from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
 from keygrip.runtime.plan_terms import refuse_idle_follow
 from keygrip.runtime.planners import ThreadPlanner
-from keygrip.runtime.plausibility import PlausiblePolicy
+from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
 from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
@@ -98,9 +98,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
         if cfg.dry_run is not None:
             return dry_run(planning, robot, limits, Path(cfg.dry_run), execution.follow)
-        takeover = instantiate(cfg.takeover)
         with contextlib.ExitStack() as stack:
             recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
+            takeover = instantiate(cfg.takeover)  # from here on the keyboard is its own
             if takeover is not None:
                 stack.callback(takeover.close)
             loop = ControlLoop(robot, execution, limits, Watchdog(instantiate(cfg.watchdog)), takeover, recorder)
@@ -123,9 +123,10 @@ def _policy(cfg: DictConfig) -> Policy:
     if (cfg.checkpoint is None) == (cfg.server is None):
         raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
     if cfg.server is not None:
-        for name in ("device", "tf32", "policy"):
-            if cfg[name]:
-                raise ValueError(f"{name} has no effect with server=...: give it to keygrip serve")
+        idle = [name for name in ("checkpoint_step", "device", "tf32", "policy", "trust", "external") if cfg[name]]
+        idle += ["bounds"] if instantiate(cfg.bounds) != Bounds() else []
+        if idle:
+            raise ValueError(f"{idle[0]} has no effect with server=...: give it to keygrip serve")
         try:
             remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
         except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program

@@ -13,6 +13,7 @@ from keygrip.config import SettingError, compose
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.run import StoppedError, run
 from keygrip.runtime.planners import SimulatedPlanner
+from keygrip.runtime.takeover import KeyboardTakeover
 
 
 class Steady:
@@ -67,7 +68,15 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
     run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
     assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem"})]
-    for setting in ("tf32=true", "device=cpu", "policy.seed=1"):
+    for setting in (
+        "tf32=true",
+        "device=cpu",
+        "policy.seed=1",
+        "checkpoint_step=5",
+        "trust=[theirs]",
+        "external.encoders.text.source=folder",
+        "bounds.start_m=0.01",
+    ):
         name = setting.partition("=")[0].partition(".")[0]
         with pytest.raises(ValueError, match=f"{name} has no effect with server=.*keygrip serve"):
             run(compose("run", [*local, "server=https://gpu:8421", setting]))
@@ -75,6 +84,15 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
         run(compose("run", [*SMALL, "tf32=true", "device=cpu"]))
     with pytest.raises(ValueError, match="token has no effect with checkpoint"):
         run(compose("run", [*SMALL, "token=correct-horse-battery"]))
+
+
+def test_a_record_that_exists_is_refused_before_a_person_gets_the_keyboard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: Steady())
+    monkeypatch.setattr(KeyboardTakeover, "__init__", lambda self, **settings: pytest.fail("the terminal was taken"))
+    with pytest.raises(FileExistsError, match="exists already"):
+        run(compose("run", [*SMALL, "takeover=keyboard", f"record={tmp_path}"]))
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -78,6 +78,7 @@ def main() -> None:
     sent = np.stack(robot.sent)
     velocity = np.diff(sent[:, :3], axis=0) * robot.control_hz
     turns = Rotation.from_quat(sent[:, 3:7], scalar_first=True)
+    turning = (turns[1:] * turns[:-1].inv()).as_rotvec() * robot.control_hz
     low, high = LIMITS.box()
     measured = {
         "speed_m_s": (float(np.linalg.norm(velocity, axis=1).max()), LIMITS.speed_m_s),
@@ -85,7 +86,11 @@ def main() -> None:
             float(np.linalg.norm(np.diff(velocity, axis=0) * robot.control_hz, axis=1).max()),
             LIMITS.acceleration_m_s2,
         ),
-        "turn_rad_s": (float((turns[1:] * turns[:-1].inv()).magnitude().max()) * robot.control_hz, LIMITS.turn_rad_s),
+        "turn_rad_s": (float(np.linalg.norm(turning, axis=1).max()), LIMITS.turn_rad_s),
+        "turn_acceleration_rad_s2": (
+            float(np.linalg.norm(np.diff(turning, axis=0) * robot.control_hz, axis=1).max()),
+            LIMITS.turn_acceleration_rad_s2,
+        ),
         "gripper_per_s": (float(np.abs(np.diff(sent[:, 7])).max()) * robot.control_hz, LIMITS.gripper_per_s),
         "outside_workspace_m": (float(np.maximum(low - sent[:, :3], sent[:, :3] - high).max()), 0.0),
     }

@@ -106,7 +106,8 @@ class ClosedLoop:
         task: what to do there, usually as in the recordings; its class names the environment.
         conditions: name -> list of option overrides; a name with several entries is a grid whose episodes are pooled;
             None leaves out a condition that another config has set.
-        episodes: a condition (shared out over its grid).
+        episodes: a condition (shared out over its grid; fewer than its entries: the last ones are left out, with a
+            warning).
         first_seed: episodes use first_seed, first_seed + 1, ...
         image_size: side of the rendered image, as recorded. hz: control periods per second.
         cameras: what the policy sees, the main one first; None: the task's own camera.
@@ -192,6 +193,15 @@ class ClosedLoop:
         Raises:
             FileNotFoundError, ValueError: the checkpoint cannot be loaded, or a worker process died twice.
         """
+        for name, grid in self.grids.items():
+            if len(grid) > self.episodes:
+                log.warning(
+                    "closed_loop.episodes=%d: %d of the %d entries of condition %s are left out",
+                    self.episodes,
+                    len(grid) - self.episodes,
+                    len(grid),
+                    name,
+                )
         jobs = self._jobs(output)
         processes = min(self.processes or os.cpu_count() or 1, len(jobs))
         with _Results(self.grids, len(jobs), None if output is None else output / EPISODES_FILE) as results:
@@ -205,7 +215,7 @@ class ClosedLoop:
                 self._run_parallel(checkpoint, jobs, processes, results)
         ordered = {name: sorted(found, key=lambda episode: episode.seed) for name, found in results.episodes.items()}
         return [
-            ConditionResult(name, {"grid": [dict(entry) for entry in self.grids[name]]}, episodes)
+            ConditionResult(name, {"grid": [dict(entry) for entry in self.grids[name][: self.episodes]]}, episodes)
             for name, episodes in ordered.items()
         ]
 

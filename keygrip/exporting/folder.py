@@ -218,7 +218,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
         raise ValueError(f"{CONFIG} is nested more than {DEEPEST} levels deep: it is not an export")
     if isinstance(value, dict):
         if set(value) == {TENSOR}:
-            if value[TENSOR] not in tensors:
+            if not isinstance(value[TENSOR], str) or value[TENSOR] not in tensors:
                 raise ValueError(f"{CONFIG} names the tensor {value[TENSOR]!r}, which {PROCESSOR} does not hold")
             return tensors[value[TENSOR]]
         if set(value) == {TUPLE} and isinstance(value[TUPLE], list):

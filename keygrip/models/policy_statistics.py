@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
 
 
+LEAST_HEIGHTS_M = 1e-3  # between the lowest and the highest gripper; less is rounding and noise
+
+
 class PolicyStatistics(nn.Module):
     """Ranges, timing and image preparation of the training split.
 
@@ -49,10 +52,11 @@ class PolicyStatistics(nn.Module):
                 "data.horizon, which both read."
             )
         low, high = statistics.height_range
-        if not high > low:
+        if not high - low >= LEAST_HEIGHTS_M:
             raise ValueError(
-                f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m), "
-                "which the height bins need. Check that the end-effector positions are in metres, z up (step=doctor)."
+                f"The training demonstrations have no range of heights (lowest {low:.4f} m, highest {high:.4f} m; at "
+                f"least {LEAST_HEIGHTS_M:g} m are needed), which the height bins need. Check that the end-effector "
+                "positions are in metres, z up (step=doctor)."
             )
         geometry = statistics.geometry
         values = {

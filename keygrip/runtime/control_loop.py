@@ -109,7 +109,8 @@ class ControlLoop:
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
         self._event: str | None = None  # a fault that lasts until the next plan is there
-        self._corrected = self._seen = False
+        self._corrected = self._seen = self._lost = False
+        self._fresh = True  # whether the last observation is one of now
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
         """Runs for so many seconds of the robot's clock, or until `over`.
@@ -158,7 +159,9 @@ class ControlLoop:
         if fault is not None:
             self.execution.drop()
         target: np.ndarray | None = None
-        correction = self.takeover.read(now) if self.takeover is not None and fault is None else None
+        correction = None
+        if self.takeover is not None and fault is None:
+            correction = self.takeover.read(now, self._command)
         if correction is not None:
             target = self._correct(correction)
         elif fault is None:
@@ -170,8 +173,9 @@ class ControlLoop:
         if state is not State.RUNNING:
             target = None
         self._send(target)
-        if self.recorder is not None and "image" in observation and state is State.RUNNING:
-            self.recorder.add(observation, self._command, correction is not None)
+        # what was seen while the arm was held is kept too: without it the poses on both sides would stand side by side
+        if self.recorder is not None and "image" in observation and self._fresh and state is not State.STOPPED:
+            self.recorder.add(observation, self._command, correction is not None and state is State.RUNNING, now)
         if self.on_tick is not None:
             shown = None if target is None else target[:, :POSE]
             self.on_tick(Tick(now, shown, self._command.copy(), state, correction is not None, late_s))
@@ -182,17 +186,25 @@ class ControlLoop:
     def _observe(self, last: dict[str, Any], now: float) -> tuple[dict[str, Any], str | None]:
         """The present observation, or the last one, and what is wrong with it."""
         settings = self.watchdog.settings
+        self._fresh = False
         try:
             self._seen = self.execution.wants_plan(now) or self.recorder is not None
             observation = self.robot.observe(images=self._seen)
         except RobotLostError as error:
+            self._lost = True
             return last, f"lost the robot: {error}"
         age = now - float(observation["time_s"])
+        if not age >= -1.0 / self.robot.control_hz:  # also a time that is not a number
+            return observation, f"the observation is {-age:.2f} s ahead of the robot's clock"
         if age > settings.stale_seconds:
             return observation, f"stale observation: {age:.2f} s old"
         for name in ("position", "quaternion", "gripper"):
             if not np.isfinite(np.asarray(observation[name], float)).all():
                 return observation, f"the observation's {name} is not finite"
+        self._fresh = True
+        if self._lost:  # it may have sunk, or been pushed, meanwhile: from the old command it would jump back
+            self._rest(observation, gripper=self._command[:, 7:])
+            self._lost = False
         busy = self.execution.planner.busy_since
         if busy is not None and now - busy > settings.stuck_seconds:
             return observation, f"stuck policy: a plan has taken {now - busy:.1f} s"
@@ -225,9 +237,12 @@ class ControlLoop:
 
     # ---- motion ------------------------------------------------------------------------------------------------------
 
-    def _rest(self, observation: dict[str, Any]) -> None:
+    def _rest(self, observation: dict[str, Any], gripper: np.ndarray | None = None) -> None:
+        """The arm is at rest where it is seen; `gripper` [A, 1]: its command, None: the opening that is seen, which is
+        wider than the command where something is held."""
         position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
-        gripper = arm_axis(observation["gripper"], 0)[:, None]
+        if gripper is None:
+            gripper = arm_axis(observation["gripper"], 0)[:, None]
         self._command = np.concatenate([position, quaternion, gripper], axis=1)
         if self.limits is not None:
             self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
@@ -253,6 +268,7 @@ class ControlLoop:
         except JointMotionError as error:
             self._refused(f"unsafe command: {error}")
         except RobotLostError as error:
+            self._lost = True
             self._refused(f"lost the robot: {error}")
 
     def _command_joints(self, command: np.ndarray, joints: np.ndarray) -> np.ndarray:

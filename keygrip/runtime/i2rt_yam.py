@@ -118,7 +118,7 @@ class YamArms:
             raise
         limits = joints or JointLimits()
         self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
-        self.stopped = False
+        self.stopped = self._lost = False
 
     def _start(self, index: int) -> np.ndarray:
         """The joints [6] of an arm now, refused where they are beyond its range: its zero position is wrong then."""
@@ -143,6 +143,10 @@ class YamArms:
     def observe(self, images: bool = True) -> dict[str, Any]:
         taken = self.now()
         states = np.stack([self._state(index) for index in range(len(self.arms))])
+        if self._lost:  # the arms may have moved meanwhile: joint speed is bounded from where they are
+            for motion, state in zip(self._motions, states, strict=True):
+                motion.reset(np.clip(state[:JOINTS], motion.ranges[:, 0], motion.ranges[:, 1]))
+            self._lost = False
         poses = [self._pose(index, state[:JOINTS]) for index, state in enumerate(states)]
         observation: dict[str, Any] = {
             "position": np.stack([pose[:3, 3] for pose in poses]),
@@ -216,6 +220,7 @@ class YamArms:
         try:
             state = np.array(self._drivers[index].get_joint_pos(), float)
         except Exception as error:  # the driver's thread may have ended with anything
+            self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: {type(error).__name__}: {error}") from error
         if state.shape != (JOINTS + 1,) or not np.isfinite(state).all():
             raise RobotLostError(f"arm {self.arms[index]} reports {state.tolist()}: 6 joints and an opening are needed")
@@ -225,6 +230,7 @@ class YamArms:
         try:
             driver.command_joint_pos(values.copy())  # the driver clips in place
         except Exception as error:
+            self._lost = True
             raise RobotLostError(f"a command was not taken: {type(error).__name__}: {error}") from error
 
     def _pose(self, index: int, joints: np.ndarray) -> np.ndarray:

@@ -26,6 +26,8 @@ from keygrip.models.policy import Plan
 
 QUATERNION_TOLERANCE = 0.05  # deviation of the norm from 1; more is not rounding but another quantity
 ROUNDING_M = 1e-9
+ROUNDING_RAD = 1e-12
+LONGEST_PLAN_S = 60.0  # a plan is tried out before it is followed, while the arm waits for its next command
 
 
 class UnsafePlanError(ValueError):
@@ -40,7 +42,7 @@ class MotionLimits:
         speed_m_s: of the tool, along any direction.
         acceleration_m_s2: of the commanded position; also the rate at which it brakes.
         turn_rad_s: angular speed of the tool.
-        turn_acceleration_rad_s2: rate of change of that speed.
+        turn_acceleration_rad_s2: rate of change of the angular velocity.
         gripper_per_s: share of the full opening per second.
         workspace_low, workspace_high: corners [3] of the box that the tool stays in, metres; None: no bound.
         table_height_m: the tool stays above it, whatever the workspace says; None: no table.
@@ -108,7 +110,7 @@ class LimitedMotion:
         pose = _checked_pose(np.asarray(pose, dtype=np.float64))
         self.position = pose[:3].copy()
         self.velocity = np.zeros(3)
-        self.turn_speed = 0.0
+        self.turn_velocity = np.zeros(3)
         self.rotation = Rotation.from_quat(pose[3:7], scalar_first=True)
         self.gripper = float(np.clip(pose[7], 0.0, 1.0))
 
@@ -120,7 +122,7 @@ class LimitedMotion:
     def copy(self) -> LimitedMotion:
         """An independent motion in the same state."""
         other = LimitedMotion(self.limits, self.command())
-        other.velocity, other.turn_speed = self.velocity.copy(), self.turn_speed
+        other.velocity, other.turn_velocity = self.velocity.copy(), self.turn_velocity.copy()
         return other
 
     def command(self) -> np.ndarray:
@@ -144,7 +146,7 @@ class LimitedMotion:
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"a control period is above 0 s, got {seconds}")
         target = _checked_pose(np.asarray(target, dtype=np.float64))
-        self._move(np.clip(target[:3], self._low, self._high), seconds)
+        self.move(target[:3], seconds)
         self._turn(Rotation.from_quat(target[3:7], scalar_first=True), seconds)
         change = self.limits.gripper_per_s * seconds
         self.gripper += float(np.clip(np.clip(target[7], 0.0, 1.0) - self.gripper, -change, change))
@@ -155,12 +157,13 @@ class LimitedMotion:
         change = self.limits.acceleration_m_s2 / math.sqrt(3) * seconds
         speed = np.abs(self.velocity).max()
         self._advance(self.velocity * (max(0.0, speed - change) / speed if speed > 0 else 0.0), seconds)
-        self.turn_speed = 0.0
+        self._accelerate_turn(np.zeros(3), seconds)
         return self.command()
 
-    def _move(self, goal: np.ndarray, seconds: float) -> None:
+    def move(self, goal: np.ndarray, seconds: float) -> None:
+        """Moves the position alone towards a goal [3] for one control period."""
         limits = self.limits
-        offset = goal - self.position
+        offset = np.clip(goal, self._low, self._high) - self.position
         distance = float(np.linalg.norm(offset))
         wanted = np.zeros(3)
         if distance > ROUNDING_M:
@@ -195,18 +198,23 @@ class LimitedMotion:
         self.position = np.where(inside, np.clip(moved, self._low, self._high), moved)
 
     def _turn(self, goal: Rotation, seconds: float) -> None:
-        limits = self.limits
         offset = (goal * self.rotation.inv()).as_rotvec()
-        angle = float(np.linalg.norm(offset))
-        if angle < 1e-12:
-            self.turn_speed = 0.0
-            return
-        rate = limits.turn_acceleration_rad_s2
-        speed = min(limits.turn_rad_s, self.turn_speed + rate * seconds, angle / seconds)
-        if angle / seconds > rate * seconds:
-            speed = min(speed, max(_speed_that_stops_within(angle, rate, seconds), rate * seconds))
-        self.turn_speed = speed
-        self.rotation = Rotation.from_rotvec(offset * (speed * seconds / angle)) * self.rotation
+        angle, rate = float(np.linalg.norm(offset)), self.limits.turn_acceleration_rad_s2
+        wanted = np.zeros(3)
+        if angle > ROUNDING_RAD:
+            speed = min(self.limits.turn_rad_s, angle / seconds)
+            # a goal closer than one period's braking angle is reached exactly
+            if angle / seconds > rate * seconds:
+                speed = min(speed, max(_speed_that_stops_within(angle, rate, seconds), rate * seconds))
+            wanted = offset * (speed / angle)
+        self._accelerate_turn(wanted, seconds)
+
+    def _accelerate_turn(self, wanted: np.ndarray, seconds: float) -> None:
+        """Turns for one period at an angular velocity [3] rad/s, or as near to it as the acceleration allows."""
+        change = wanted - self.turn_velocity
+        most = self.limits.turn_acceleration_rad_s2 * seconds
+        self.turn_velocity = self.turn_velocity + change * min(1.0, most / max(float(np.linalg.norm(change)), 1e-300))
+        self.rotation = Rotation.from_rotvec(self.turn_velocity * seconds) * self.rotation
 
 
 def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -> None:
@@ -216,9 +224,9 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
         plan: of all arms. motions: the present motion of each arm (left unchanged). control_hz: commands per second.
 
     Raises:
-        UnsafePlanError: a value is not finite, a quaternion is no rotation, an opening is far from 0 .. 1, a position
-            lies outside the workspace by more than the tolerance, or the plan moves so fast that the limited motion
-            falls behind by more than `lag_m`.
+        UnsafePlanError: a value is not finite, a quaternion is no rotation, an opening is far from 0 .. 1, the plan
+            lasts longer than `LONGEST_PLAN_S`, a position lies outside the workspace by more than the tolerance, or the
+            plan moves so fast that the limited motion falls behind by more than `lag_m`.
     """
     arms, steps = plan.gripper.shape
     if arms != len(motions):
@@ -234,6 +242,10 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
     if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
         raise UnsafePlanError(f"the plan's step_seconds is {plan.step_seconds}")
     ticks = max(1, round(plan.step_seconds * control_hz))
+    if steps * ticks > LONGEST_PLAN_S * control_hz:
+        raise UnsafePlanError(
+            f"the plan has {steps} steps of {plan.step_seconds:g} s: plans of up to {LONGEST_PLAN_S:g} s are followed"
+        )
     for arm, motion in enumerate(motions):
         limits, (low, high) = motion.limits, motion.limits.box()
         beyond = np.maximum(low - plan.position[arm], plan.position[arm] - high).max(axis=1)
@@ -245,10 +257,10 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
             )
         trial = motion.copy()
         for step in range(steps):
-            pose = np.concatenate([plan.position[arm, step], plan.quaternion[arm, step], [plan.gripper[arm, step]]])
+            goal = plan.position[arm, step]
             for _ in range(ticks):
-                trial.step(pose, 1.0 / control_hz)
-            lag = float(np.linalg.norm(np.clip(pose[:3], low, high) - trial.position))
+                trial.move(goal, 1.0 / control_hz)
+            lag = float(np.linalg.norm(np.clip(goal, low, high) - trial.position))
             if lag > limits.lag_m:
                 raise UnsafePlanError(
                     f"at step {step + 1} the arm would be {100 * lag:.1f} cm behind the plan: it asks for more than "

@@ -82,7 +82,7 @@ class Bounds:
                 continue
             height, width = np.shape(view["image"])[:2]
             centre = np.asarray(view["intrinsics"], float)[:2, 2]
-            if np.abs(centre / (width, height) - 0.5).max() > self.centre_share:
+            if not np.abs(centre / (width, height) - 0.5).max() <= self.centre_share:  # also what is not a number
                 raise ImplausibleError(
                     f"{_image(name)} has {width} x {height} pixels and its intrinsics put the centre at "
                     f"({centre[0]:.4g}, {centre[1]:.4g}), farther from the middle than bounds.centre_share="

@@ -9,7 +9,7 @@ Shape legend: A arms.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import select
 import struct
@@ -25,6 +25,9 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.models.policy import arm_axis
+from keygrip.training.signals import Interrupted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,12 @@ class Correction:
 class Takeover(Protocol):
     """A person at a device, or a script."""
 
-    def read(self, now: float) -> Correction | None:
-        """The correction at this moment; None: the policy drives."""
+    def read(self, now: float, command: np.ndarray) -> Correction | None:
+        """The correction at this moment; None: the policy drives.
+
+        Args:
+            now: seconds on the robot's clock. command: [A, 8] the present one.
+        """
         ...
 
 
@@ -62,6 +69,22 @@ def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.
     return target
 
 
+class Grip:
+    """The gripper's opening that a person has asked for since they took over; None: the gripper stays as it is, so that
+    taking over drops nothing."""
+
+    def __init__(self) -> None:
+        self.opening: float | None = None
+
+    def release(self) -> None:
+        """Somebody takes over or gives back."""
+        self.opening = None
+
+    def toggle(self, present: float) -> None:
+        """Closes what is open and opens what is closed; `present` opening, 0 to 1, where nothing was asked for yet."""
+        self.opening = 0.0 if (present if self.opening is None else self.opening) > 0.5 else 1.0
+
+
 class KeyboardTakeover:
     """A terminal's keyboard: t takes over and gives back, w s a d r f move (x, y, z), q e turn, space the gripper.
 
@@ -69,6 +92,9 @@ class KeyboardTakeover:
 
     Args:
         speed_m_s: of the tool. turn_rad_s: about the vertical. repeat_seconds: longer than the keyboard's repeat.
+
+    Raises:
+        ValueError: standard input is no terminal.
     """
 
     MOVES: Mapping[str, tuple[int, float]] = {
@@ -83,27 +109,28 @@ class KeyboardTakeover:
 
     def __init__(self, speed_m_s: float = 0.1, turn_rad_s: float = 0.6, repeat_seconds: float = 0.3) -> None:
         self.speed_m_s, self.turn_rad_s, self.repeat_seconds = speed_m_s, turn_rad_s, repeat_seconds
-        self.active, self._open = False, True
+        self.active, self._grip = False, Grip()
         self._pressed: dict[str, float] = {}
-        self._terminal: Any = None
-        if sys.stdin.isatty():
-            import termios
-            import tty
+        if not sys.stdin.isatty():
+            raise ValueError("takeover=keyboard reads a terminal, and standard input is none: run it in one")
+        import termios
+        import tty
 
-            self._terminal = termios.tcgetattr(sys.stdin)
-            tty.setcbreak(sys.stdin)
+        self._stdin = sys.stdin
+        self._terminal: Any = termios.tcgetattr(self._stdin)
+        tty.setcbreak(self._stdin)
 
     def close(self) -> None:
         """Gives the terminal back."""
         if self._terminal is not None:
             import termios
 
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._terminal)
+            termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._terminal)
             self._terminal = None
 
-    def read(self, now: float) -> Correction | None:
+    def read(self, now: float, command: np.ndarray) -> Correction | None:
         for key in self._keys():
-            self.press(key, now)
+            self.press(key, now, float(command[0, 7]))
         if not self.active:
             return None
         held = [key for key, moment in self._pressed.items() if now - moment < self.repeat_seconds]
@@ -113,15 +140,16 @@ class KeyboardTakeover:
                 axis, sign = self.MOVES[key]
                 velocity[axis] += sign * self.speed_m_s
             turn[2] += self.TURNS.get(key, 0.0) * self.turn_rad_s
-        return Correction(velocity, turn, 1.0 if self._open else 0.0)
+        return Correction(velocity, turn, self._grip.opening)
 
-    def press(self, key: str, now: float) -> None:
-        """A key press at a moment."""
+    def press(self, key: str, now: float, opening: float) -> None:
+        """A key press at a moment, when the gripper's command was an opening of 0 to 1."""
         if key == "t":
             self.active = not self.active
             self._pressed.clear()
-        elif key == " ":
-            self._open = not self._open
+            self._grip.release()
+        elif key == " " and self.active:
+            self._grip.toggle(opening)
         elif key in self.MOVES or key in self.TURNS:
             self._pressed[key] = now
 
@@ -129,8 +157,8 @@ class KeyboardTakeover:
         keys = ""
         if self._terminal is None:
             return keys
-        while select.select([sys.stdin], [], [], 0)[0]:
-            keys += os.read(sys.stdin.fileno(), 64).decode(errors="ignore")
+        while select.select([self._stdin], [], [], 0)[0]:
+            keys += os.read(self._stdin.fileno(), 64).decode(errors="ignore")
         return keys
 
 
@@ -138,60 +166,86 @@ class GamepadTakeover:
     """A gamepad through Linux's joystick interface: the left stick moves in x and y, the right one in z and turns;
     button 0 takes over and gives back, button 1 closes and opens.
 
+    A device that can no longer be read gives the arm back to the policy.
+
     Args:
         device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: of a stick, share of its way.
+        axes: numbers of the left stick's axes across and along, and of the right one's; those of the xpad driver, whose
+            axes 2 and 5 are triggers. An axis counts from when it was first seen at rest: one that is a trigger after
+            all rests at an end.
 
     Raises:
-        FileNotFoundError: no such device.
+        FileNotFoundError: no such device. ValueError: not four axes.
     """
 
     EVENT = struct.Struct("<IhBB")  # time ms, value, type, number
     BUTTON, AXIS, INITIAL = 1, 2, 0x80
 
     def __init__(
-        self, device: str = "/dev/input/js0", speed_m_s: float = 0.15, turn_rad_s: float = 0.8, dead_band: float = 0.1
+        self,
+        device: str = "/dev/input/js0",
+        speed_m_s: float = 0.15,
+        turn_rad_s: float = 0.8,
+        dead_band: float = 0.1,
+        axes: Sequence[int] = (0, 1, 3, 4),
     ) -> None:
+        if len(axes) != 4 or len(set(axes)) != 4:
+            raise ValueError(f"takeover.axes are four different axes of the gamepad, got {list(axes)}")
         if not Path(device).exists():
             raise FileNotFoundError(f"there is no gamepad at {device}: plug one in, or name another takeover.device")
         self._file = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
         self.speed_m_s, self.turn_rad_s, self.dead_band = speed_m_s, turn_rad_s, dead_band
-        self.active, self._open = False, True
+        self.axes = tuple(axes)
+        self.active, self._grip = False, Grip()
         self._axes: dict[int, float] = {}
-        self._rest = b""
+        self._rested: set[int] = set()
+        self._rest, self._gone = b"", False
 
     def close(self) -> None:
         """Gives the device back."""
         os.close(self._file)
 
-    def read(self, now: float) -> Correction | None:
-        with contextlib.suppress(BlockingIOError):
+    def read(self, now: float, command: np.ndarray) -> Correction | None:
+        try:
             self._rest += os.read(self._file, 4096)
+        except BlockingIOError:
+            pass  # nothing has happened since
+        except OSError as error:
+            if not self._gone:
+                log.error("the gamepad is gone (%s): the policy drives", error)
+            self.active, self._gone = False, True
+            return None
         whole = len(self._rest) // self.EVENT.size * self.EVENT.size
         for _, value, kind, number in self.EVENT.iter_unpack(self._rest[:whole]):
-            self._event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL))
+            self._event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL), float(command[0, 7]))
         self._rest = self._rest[whole:]
         if not self.active:
             return None
-        across, along, turn, up = (self._axis(number) for number in (0, 1, 2, 3))
+        across, along, turn, up = (self._axis(number) for number in self.axes)
         velocity = self.speed_m_s * np.array([-along, -across, -up])
-        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), 1.0 if self._open else 0.0)
+        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), self._grip.opening)
 
-    def _event(self, value: int, kind: int, number: int, initial: bool) -> None:
+    def _event(self, value: int, kind: int, number: int, initial: bool, opening: float) -> None:
         if kind == self.AXIS:
             self._axes[number] = value / 32767
+            if abs(self._axes[number]) <= self.dead_band:
+                self._rested.add(number)
         elif kind == self.BUTTON and value == 1 and not initial:
             if number == 0:
                 self.active = not self.active
-            elif number == 1:
-                self._open = not self._open
+                self._grip.release()
+            elif number == 1 and self.active:
+                self._grip.toggle(opening)
 
     def _axis(self, number: int) -> float:
         value = self._axes.get(number, 0.0)
-        return value if abs(value) > self.dead_band else 0.0
+        return value if number in self._rested and abs(value) > self.dead_band else 0.0
 
 
 class CorrectionRecorder:
     """Writes a run as a native demonstration in which corrected frames are marked; a run without any leaves none.
+
+    A run that Ctrl-C or SIGTERM ends is kept: it is how a run on an arm usually ends.
 
     Args:
         folder: of the demonstration; must not exist. robot, task, instruction: for its metadata.
@@ -212,6 +266,7 @@ class CorrectionRecorder:
         self.arms, self.cameras, self.fps = tuple(arms), tuple(cameras), fps
         self._writer = DemoWriter(folder, robot, task, instruction, fps, source={"recorder": "keygrip.run"})
         self.corrected = 0
+        self._began: float | None = None
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -222,16 +277,20 @@ class CorrectionRecorder:
     ) -> None:
         if not self.corrected or len(self._writer) < 2:
             self._writer.discard()
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            kind = error = trace = None
         self._writer.__exit__(kind, error, trace)
 
-    def add(self, observation: Mapping[str, Any], command: np.ndarray, corrected: bool) -> None:
-        """A frame: what was seen, and the command [A, 8] given there."""
+    def add(self, observation: Mapping[str, Any], command: np.ndarray, corrected: bool, now: float) -> None:
+        """A frame: what was seen, the command [A, 8] given there, and when, in seconds on the robot's clock."""
+        if self._began is None:
+            self._began = now
         views = observation.get("cameras") or {self.cameras[0]: observation}
         position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
         gripper = np.clip(arm_axis(observation["gripper"], 0), 0, 1)
         joints = arm_axis(observation["joints"], 1) if "joints" in observation else [None] * len(self.arms)
         self._writer.add(
-            round(len(self._writer) * 1e9 / self.fps),
+            round((now - self._began) * 1e9),
             {name: np.asarray(views[name]["image"]) for name in self.cameras},
             {name: CameraPose(views[name]["intrinsics"], views[name]["world_to_camera"]) for name in self.cameras},
             {arm: ArmPose(position[i], quaternion[i], float(gripper[i]), joints[i]) for i, arm in enumerate(self.arms)},

@@ -111,7 +111,9 @@ def test_a_policy_can_be_changed_and_unknown_changes_are_named(monkeypatch: pyte
         run(monkeypatch, None, policy={"lots": True})
 
 
-def test_a_grid_is_shared_out_over_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_is_shared_out_over_the_episodes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[tuple[int, float]] = []
     monkeypatch.setattr(
         closed_loop._Worker,
@@ -125,6 +127,10 @@ def test_a_grid_is_shared_out_over_the_episodes(monkeypatch: pytest.MonkeyPatch)
     results = run(monkeypatch, None, conditions={"turned": grid}, episodes=4)
     assert sorted(seen) == [(1_000_000, -10.0), (1_000_001, 10.0), (1_000_002, -10.0), (1_000_003, 10.0)]
     assert len(results[0].episodes) == 4
+    assert "are left out" not in caplog.text
+    (fewer,) = run(monkeypatch, None, conditions={"turned": grid}, episodes=1)
+    assert fewer.overrides == {"grid": grid[:1]}
+    assert "episodes=1: 1 of the 2 entries of condition turned are left out" in caplog.text
 
 
 def test_the_policys_own_failure_is_counted_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

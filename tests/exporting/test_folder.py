@@ -82,6 +82,7 @@ def test_values_that_are_no_data_are_refused_and_nothing_remains(tmp_path: Path)
         (lambda config: config | {"sha256": config["sha256"] | {"../../secret": "0"}}, "does not name the hashes"),
         (lambda config: config | {"checkpoint": [1]}, "holds no checkpoint"),
         (lambda config: config | {"checkpoint": {"x": {"__tensor__": "gone"}}}, "names the tensor 'gone'"),
+        (lambda config: config | {"checkpoint": {"x": {"__tensor__": []}}}, r"names the tensor \[\]"),
         (lambda config: config | {"checkpoint": {"x": json.loads("[" * 80 + "]" * 80)}}, "levels deep"),
     ],
 )

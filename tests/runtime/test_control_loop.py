@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pty
+import signal
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,7 @@ from keygrip.runtime.planners import PlanRequest, SimulatedPlanner, ThreadPlanne
 from keygrip.runtime.robot import RobotLostError
 from keygrip.runtime.takeover import Correction, CorrectionRecorder, GamepadTakeover, KeyboardTakeover, moved_by
 from keygrip.runtime.watchdog import State, Watchdog, WatchdogSettings
+from keygrip.training.signals import Interrupted
 
 DOWN = np.array([0.0, 1.0, 0.0, 0.0])
 START = np.concatenate([[0.3, 0.0, 0.2], DOWN, [1.0]])
@@ -281,7 +288,7 @@ def test_a_policy_that_hangs_blocks_nothing() -> None:
 class Script:
     """Takes over from 1 s to 2 s, moves up and closes the gripper."""
 
-    def read(self, now: float) -> Correction | None:
+    def read(self, now: float, command: np.ndarray) -> Correction | None:
         return Correction(np.array([0.0, 0.0, 0.1]), gripper=0.0) if 1.0 <= now < 2.0 else None
 
     def close(self) -> None: ...
@@ -314,31 +321,164 @@ def test_a_run_without_corrections_leaves_no_demonstration(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keys_and_sticks(tmp_path: Path) -> None:
-    keys = KeyboardTakeover(speed_m_s=0.2)
-    assert keys.read(0.0) is None
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyboardTakeover]:
+    """The keyboard of a terminal that nobody types at."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        taken = KeyboardTakeover(speed_m_s=0.2)
+        yield taken
+        taken.close()
+    os.close(master)
+
+
+def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert keys.read(0.0, START[None]) is None
     for key in "tw ":
-        keys.press(key, 0.0)
-    correction = keys.read(0.1)
+        keys.press(key, 0.0, START[7])
+    correction = keys.read(0.1, START[None])
     assert correction is not None
     np.testing.assert_allclose(correction.velocity, [0.2, 0, 0])
     assert correction.gripper == 0.0
     np.testing.assert_allclose(moved_by(START[None], correction, 0.1)[0, :3], [0.32, 0.0, 0.2])
-    later = keys.read(1.0)
+    later = keys.read(1.0, START[None])
     assert later is not None
     assert not later.velocity.any()  # the key was let go
 
     device = tmp_path / "js0"
-    events = [(0, 0, 0x82, 0), (1, 1, 1, 0), (2, -32767, 2, 1), (3, 100, 2, 0), (4, 1, 1, 1)]
+    # sticks at rest, then take over, push the left one, pull a trigger a little, grip; triggers (2, 5) rest at an end
+    rest = [(0, 0, 0x82, axis) for axis in (0, 1, 3, 4)] + [(0, -32767, 0x82, 2), (0, -32767, 0x82, 5)]
+    events = [*rest, (1, 1, 1, 0), (2, -32767, 2, 1), (3, 100, 2, 0), (4, -20000, 2, 2), (5, 1, 1, 1)]
     device.write_bytes(b"".join(GamepadTakeover.EVENT.pack(*event) for event in events))
     pad = GamepadTakeover(str(device), speed_m_s=0.3)
-    correction = pad.read(0.0)
-    pad.close()
+    correction = pad.read(0.0, START[None])
     assert correction is not None
     np.testing.assert_allclose(correction.velocity, [0.3, 0, 0])
+    assert not correction.turn.any()
     assert correction.gripper == 0.0
+    pad.close()
+    assert pad.read(0.1, START[None]) is None  # a device that is gone: the policy drives
+    triggers = GamepadTakeover(str(device), axes=(0, 1, 2, 5))
+    correction = triggers.read(0.0, START[None])
+    triggers.close()
+    assert correction is not None
+    assert not correction.turn.any()  # axes that were never at rest
     with pytest.raises(FileNotFoundError, match="no gamepad"):
         GamepadTakeover(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="four different axes"):
+        GamepadTakeover(str(device), axes=(0, 1, 1, 3))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(ValueError, match="standard input is none"):
+        KeyboardTakeover()
+
+
+def test_taking_over_leaves_the_gripper_as_it_is(keys: KeyboardTakeover) -> None:
+    """An arm that holds something: only the grip key opens, each takeover begins with the opening of then."""
+
+    class Holding(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            plan.gripper[:] = 0.0
+            return plan
+
+    class Pressed:
+        def __init__(self, presses: dict[int, str]) -> None:
+            self.presses = presses
+
+        def read(self, now: float, command: np.ndarray) -> Correction | None:
+            for key in self.presses.get(round(10 * now), ""):
+                keys.press(key, now, float(command[0, 7]))
+            return keys.read(now, command)
+
+        def close(self) -> None: ...
+
+    robot = PointArm()
+    loop_of(Holding(), robot, takeover=Pressed({20: "t", 25: "t", 30: "t", 33: " ", 36: " ", 40: "t"})).run(5.0)
+    openings = np.array(robot.sent)[:, 7]
+    np.testing.assert_array_equal(openings[10:33], 0.0)
+    np.testing.assert_array_equal(openings[33:36], 1.0)
+    np.testing.assert_array_equal(openings[36:], 0.0)
+
+
+def test_a_run_that_is_interrupted_keeps_its_corrections(tmp_path: Path) -> None:
+    for number, stop in enumerate((KeyboardInterrupt(), Interrupted("stopped by SIGTERM", signal.SIGTERM))):
+        with (
+            pytest.raises(type(stop)),
+            CorrectionRecorder(tmp_path / f"{number}", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder,
+        ):
+
+            def stopped(tick: Tick, stop: BaseException = stop) -> None:
+                if tick.time_s > 1.5:
+                    raise stop
+
+            loop_of(Clockwork(), PointArm(), takeover=Script(), recorder=recorder, on_tick=stopped).run(3.0)
+        demo = read_native(tmp_path / f"{number}", "demo")
+        assert demo.intervention is not None
+        assert demo.intervention.sum() == 7
+    with (
+        pytest.raises(ZeroDivisionError),
+        CorrectionRecorder(tmp_path / "broken", "yam", "t", "do it", ["right"], ["over"], 10.0),
+    ):
+        _ = 1 / 0
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_recording_keeps_the_times_of_an_arm_that_was_held(tmp_path: Path) -> None:
+    """Refused plans hold the arm, and the robot is lost for a while: frames keep the robot's clock."""
+
+    class Away(PointArm):
+        def observe(self, images: bool = True) -> dict[str, Any]:
+            self.lost = 2.2 <= self.now() < 2.75
+            return super().observe(images)
+
+    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
+        loop_of(Rising(Clockwork()), Away(), takeover=Script(), recorder=recorder).run(3.5)
+    demo = read_native(tmp_path / "demo", "demo")
+    steps = np.diff(demo.timestamps) / 1e9
+    assert demo.intervention is not None
+    assert demo.intervention.sum() == 10
+    assert sorted(set(np.round(steps, 6))) == [0.1, 0.7]  # the gap is there
+
+
+def test_after_a_lost_connection_the_arm_goes_on_from_where_it_is() -> None:
+    class Pushed(PointArm):
+        """Lost from 2 to 3 s, and pushed by 15 cm meanwhile; it holds something, so that its gripper is not shut."""
+
+        def observe(self, images: bool = True) -> dict[str, Any]:
+            self.lost = 2.0 - 1e-6 <= self.now() < 3.0 - 1e-6
+            if self.lost:
+                self.pose[0, 1] = -0.15
+            seen = super().observe(images)
+            return {**seen, "gripper": seen["gripper"] + 0.3}
+
+    class Shut(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            plan.gripper[:] = 0.0
+            return plan
+
+    robot = Pushed()
+    seen: list[tuple[float, np.ndarray]] = []
+    report = loop_of(Shut(), robot, on_tick=lambda tick: seen.append((tick.time_s, tick.command[0]))).run(6.0)
+    assert report.state is State.RUNNING
+    assert np.isclose(robot.pose[0, 1], 0.0, atol=1e-3)  # back on its way
+    after = np.array([command for moment, command in seen if moment > 3.0 - 1e-6])
+    way = np.concatenate([[[0.3, -0.15]], after[:, :2]])
+    assert (np.abs(np.diff(way[:, 1])) <= LIMITS.speed_m_s / 10 + 1e-9).all()
+    np.testing.assert_array_equal(after[:, 7], 0.0)  # what is held is not let go
+
+
+@pytest.mark.parametrize("ahead", [100.0, np.nan])
+def test_times_ahead_of_the_clock_hold_the_arm(ahead: float) -> None:
+    class Ahead(PointArm):
+        def observe(self, images: bool = True) -> dict[str, Any]:
+            seen = super().observe(images)
+            return {**seen, "time_s": seen["time_s"] + ahead}
+
+    report = loop_of(Clockwork(), Ahead()).run(5.0)
+    assert report.state is State.STOPPED
+    assert "ahead of the robot's clock" in str(report.reason)
 
 
 def test_bad_settings_are_refused() -> None:

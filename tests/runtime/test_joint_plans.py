@@ -289,7 +289,7 @@ def test_takeover_recorder_hold_and_plans_without_joints(tmp_path: Path) -> None
     """The joints of the arm are known whatever has moved it: nothing jumps when a plan's joints are followed again."""
 
     class Script:
-        def read(self, now: float) -> Correction | None:
+        def read(self, now: float, command: np.ndarray) -> Correction | None:
             return Correction(np.array([0.0, 0.0, 0.1]), gripper=1.0) if 0.5 <= now < 1.0 else None
 
         def close(self) -> None: ...

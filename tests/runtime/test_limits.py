@@ -37,6 +37,7 @@ def test_random_targets_never_exceed_a_limit(hz: float, ticks: int) -> None:
     motion = LimitedMotion(limits, REST)
     low, high = limits.box()
     position, velocity, rotation, gripper = REST[:3], np.zeros(3), Rotation.identity(), 1.0
+    turning = np.zeros(3)
     closest, until = np.inf, 0
     for tick in range(ticks):
         if tick >= until:  # held for a while, so that full speed is reached
@@ -44,17 +45,20 @@ def test_random_targets_never_exceed_a_limit(hz: float, ticks: int) -> None:
             target = pose(
                 generator.uniform(-3, 3, 3), Rotation.random(rng=generator).as_quat(), generator.uniform(-1, 2)
             )
-        command = motion.step(target, 1 / hz)
+        held = generator.random() < 0.02
+        command = motion.hold(1 / hz) if held else motion.step(target, 1 / hz)
         moved = (command[:3] - position) * hz
         turned = Rotation.from_quat(command[3:7], scalar_first=True)
         assert np.linalg.norm(moved) <= limits.speed_m_s * (1 + 1e-6)
         assert np.linalg.norm(moved - velocity) * hz <= limits.acceleration_m_s2 * (1 + 1e-6)
         assert (command[:3] >= low).all()
         assert (command[:3] <= high).all()
-        assert (turned * rotation.inv()).magnitude() * hz <= limits.turn_rad_s * (1 + 1e-6)
+        turn = (turned * rotation.inv()).as_rotvec() * hz
+        assert np.linalg.norm(turn) <= limits.turn_rad_s * (1 + 1e-6)
+        assert np.linalg.norm(turn - turning) * hz <= limits.turn_acceleration_rad_s2 * (1 + 1e-6) + 1e-6
         assert abs(command[7] - gripper) * hz <= limits.gripper_per_s * (1 + 1e-6)
         closest = min(closest, float(np.minimum(command[:3] - low, high - command[:3]).min()))
-        position, velocity, rotation, gripper = command[:3], moved, turned, command[7]
+        position, velocity, rotation, gripper, turning = command[:3], moved, turned, command[7], turn
     assert closest < 1e-3  # the walls were tried
 
 
@@ -106,6 +110,8 @@ def test_a_slow_plan_inside_the_workspace_passes_and_leaves_the_motion_as_it_is(
         (plan_of(np.array([[0.3, 0.0, 0.2], [0.3, 0.0, -0.3]])), "step 2 of the plan lies 30.0 cm outside"),
         (plan_of(np.array([[0.1, -0.3, 0.4], [0.5, 0.3, 0.1]])), "cm behind the plan"),
         (plan_of(np.tile(REST[:3], (3, 1)), step_seconds=np.inf), "step_seconds"),
+        (plan_of(np.tile(REST[:3], (8, 1)), step_seconds=20.0), "8 steps of 20 s: plans of up to 60 s"),
+        (plan_of(np.tile(REST[:3], (100_000, 1)), step_seconds=1e-6), "100000 steps"),
         (plan_of(np.tile(REST[:3], (3, 1)), quaternion=np.full((1, 3, 4), np.inf)), "quaternion is not finite"),
     ],
 )

@@ -160,6 +160,24 @@ def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> No
         YamArms({"right": Driver(np.array([0, -0.5, 0, 0, 0, 0.0]))}, {}, calibration)
 
 
+def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(calibration: Path) -> None:
+    """Also where the loop asks for the old place at once: joints are bounded from those that are measured."""
+    driver, camera = Driver(), Still()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration)
+    seen = arm.observe(images=False)
+    before = np.concatenate([seen["position"][0], seen["quaternion"][0], [1.0]])[None]
+    arm.command(before)
+    driver.dead = True
+    with pytest.raises(RobotLostError):
+        arm.observe(images=False)
+    driver.state = np.append(HOME + 0.2, 1.0)
+    driver.dead = False
+    arm.observe(images=False)
+    arm.command(before)
+    moved = driver.commands[-1][:6] - (HOME + 0.2)
+    assert 0.05 < np.abs(moved).max() <= 3.0 / arm.control_hz + 1e-9
+
+
 def test_i2rts_own_simulated_robot_is_driven(calibration: Path, tmp_path: Path) -> None:
     film = VideoWriter(tmp_path / "film.mp4", 64, 48, 10.0)
     for _ in range(5):

@@ -258,6 +258,14 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
             raise ValueError(f"{path}: {where}.intrinsics needs fx, fy, cx and cy")
         values = [[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1]]
     intrinsics = _matrix(path, f"{where}.intrinsics", values, (3, 3))
+    if not np.isfinite(intrinsics).all() or (intrinsics.diagonal()[:2] <= 0).any() or list(intrinsics[2]) != [0, 0, 1]:
+        raise ValueError(
+            f"{path}: {where}.intrinsics must be finite, with focal lengths above 0 and 0 0 1 as the last row; it is "
+            f"{intrinsics.tolist()}"
+        )
+    for side in ("width", "height"):
+        if isinstance(entry[side], bool) or not isinstance(entry[side], int) or entry[side] < 1:
+            raise ValueError(f"{path}: {where}.{side} is a number of pixels, at least 1, not {entry[side]!r}")
     intrinsics[:2, 2] += shift
     given = [key for key in ("world_to_camera", "camera_to_world", "camera_to_gripper") if key in entry]
     if len(given) != 1 or ("camera_to_gripper" in entry) != ("mounted_on" in entry):
@@ -272,8 +280,8 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
     mounted = given[0] == "camera_to_gripper"
     return CameraCalibration(
         name=name,
-        width=int(entry["width"]),
-        height=int(entry["height"]),
+        width=entry["width"],
+        height=entry["height"],
         intrinsics=intrinsics,
         world_to_camera=None if mounted else invert(pose) if given[0] == "camera_to_world" else pose,
         mounted_on=str(entry["mounted_on"]) if mounted else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def import_demos(
         progress: show a progress bar on standard error.
 
     Raises:
-        FileNotFoundError: no data. ValueError: source and destination are one folder; too many broken demos.
+        FileNotFoundError: no data. ValueError: source and destination are one folder; too many broken demos; a demo of
+            the same name was imported from elsewhere.
     """
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve() or source.resolve() in destination.resolve().parents:
@@ -77,6 +79,7 @@ def import_demos(
         for reference in Progress(references, desc=f"importing {references[0].format}", unit="demo", shown=progress):
             folder = destination / reference.name
             if (folder / "metadata.json").is_file():
+                _refuse_another(reference, folder)
                 skipped += 1
                 continue
             try:
@@ -94,6 +97,28 @@ def import_demos(
             raise ValueError(f"{len(broken)} of {len(references)} demos in {source} are broken: {listed}")
         logger.warning("%d of %d demos in %s are broken and left out: %s", len(broken), len(references), source, listed)
     return ImportSummary(written, skipped, broken, list(notes))
+
+
+def _refuse_another(reference: DemoReference, folder: Path) -> None:
+    """Raises ValueError where a native folder holds another recording than the one of its name."""
+    origin = _origin(folder)
+    if origin is None or origin.resolve() == reference.path.resolve():
+        return
+    if reference.format == "native" and _origin(reference.path) == origin:  # a copy keeps where it comes from
+        return
+    raise ValueError(
+        f"{folder} was imported from {origin}, and {reference.path} has a demo of the same name: import it into "
+        "another folder"
+    )
+
+
+def _origin(folder: Path) -> Path | None:
+    """Where a native demo was imported from; None: its metadata do not say."""
+    try:
+        origin = json.loads((folder / "metadata.json").read_text())["source"]["imported_from"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return Path(origin) if isinstance(origin, str) else None
 
 
 def _import(

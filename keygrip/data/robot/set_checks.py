@@ -145,7 +145,8 @@ def off_screen_shares(
             pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
             seen = inside_image(pixels, geometry.image_size, geometry.image_size)
             inside.append(seen.numpy()[~is_pad])
-        shares[demo.name] = float(1 - np.concatenate(inside).mean())
+        if len(targets_inside := np.concatenate(inside)):  # a demo that is shorter than a step has no target
+            shares[demo.name] = float(1 - targets_inside.mean())
     return shares
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ def test_imported_recordings_carry_their_manifest(native_root: Path, tmp_path: P
     held = read_manifest(folder)
     assert held == file_hashes(folder)
     assert {"metadata.json", "trajectory.npz", "cameras.npz", str(FRAME)} <= set(held or {})
+
+
+def test_another_recording_of_the_same_name_is_not_taken_for_the_imported_one(
+    native_root: Path, tmp_path: Path, change_metadata: Any
+) -> None:
+    destination, other = tmp_path / "imported", tmp_path / "other"
+    assert import_demos(native_root, destination, max_demos=2, progress=False).written == 2
+    assert import_demos(native_root, destination, max_demos=2, progress=False).skipped == 2
+    assert import_demos(destination, tmp_path / "again", progress=False).written == 2
+    assert import_demos(destination, tmp_path / "again", progress=False).skipped == 2
+    shutil.copytree(native_root, other)
+    with pytest.raises(ValueError, match=r"demo_00 was imported from .* and .*other.demo_00 has a demo of the same"):
+        import_demos(other, destination, progress=False)
 
 
 def test_a_manifest_is_not_written_for_a_recording_that_cannot_be_read(native_root: Path) -> None:

@@ -25,7 +25,9 @@ from keygrip.data.robot.datamodule import RobotDemos, split_demos
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.robot.samples import keyframe_of, moving_frames, targets_of
 from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.data.robot.set_checks import off_screen_shares
 from keygrip.data.shards.sampling import SampleKey
+from keygrip.models.policy_statistics import PolicyStatistics
 
 Make = Callable[..., RobotDemos]
 
@@ -370,6 +372,25 @@ def test_mixed_frame_rates_are_refused(native_root: Path, robot_demos: Make, cha
     change_metadata(native_root / "demo_02", fps=30.0)
     with pytest.raises(ValueError, match=r"different rates .*10 frames/s, demo_02: 30"):
         robot_demos(native_root).setup("fit")
+
+
+def test_heights_that_differ_by_rounding_alone_are_refused(native_root: Path, robot_demos: Make) -> None:
+    """Height bins between numbers that float32 cannot tell apart are not a number."""
+    statistics = ready(robot_demos(native_root)).statistics
+    taken = PolicyStatistics()
+    with pytest.raises(
+        ValueError, match=r"no range of heights \(lowest 0\.1000 m, highest 0\.1000 m; at least 0\.001 m"
+    ):
+        taken.take(replace(statistics, height_range=(0.1, 0.1 + 1e-10)), statistics.horizon)
+    taken.take(replace(statistics, height_range=(0.1, 0.102)), statistics.horizon)
+    assert taken.height_range.tolist() == pytest.approx([0.1, 0.102])
+
+
+def test_demos_that_are_shorter_than_a_step_have_no_share_outside(native_root: Path, robot_demos: Make) -> None:
+    module = ready(robot_demos(native_root))
+    steps = np.arange(1, 3) * 50
+    shares = off_screen_shares(module.demos, "over", module.arms, module.geometry, lambda number: steps, "reached")
+    assert shares == {}
 
 
 def test_steps_outside_the_picture_are_counted_and_named(

@@ -256,6 +256,11 @@ def test_without_a_calibration_the_message_says_what_to_write(tmp_path, write_ep
         (lambda c: c["cameras"]["top"]["world_to_camera"][0].__setitem__(0, 5.0), "is not a rotation"),
         (lambda c: c["cameras"]["top"].update(world_to_camera=np.diag([1, 1, -1, 1.0]).tolist()), "mirrors"),
         (lambda c: c["cameras"]["top"].update(rotate=45), "rotate must be"),
+        (lambda c: c["cameras"]["top"].update(width=0), r"top\.width is a number of pixels, at least 1, not 0"),
+        (lambda c: c["cameras"]["top"].update(height=47.5), r"top\.height is a number of pixels"),
+        (lambda c: c["cameras"]["top"].update(intrinsics=np.diag([-60.0, 60, 1]).tolist()), "focal lengths above 0"),
+        (lambda c: c["cameras"]["top"].update(intrinsics=np.diag([60, np.nan, 1]).tolist()), "must be finite"),
+        (lambda c: c["cameras"]["top"].update(intrinsics=np.diag([60.0, 60, 2]).tolist()), "the last row"),
         (lambda c: c["arms"].pop("right"), r"no arms\.right\.world_from_base"),
         (
             lambda c: c.update(cameras={"front": c["cameras"]["top"]}),
