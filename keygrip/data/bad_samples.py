@@ -229,8 +229,11 @@ def inside(folder: Path, relative: object) -> Path:
         return folder / path
 
 
-def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BYTES, unique_keys: bool = False) -> Any:
     """JSON within limits: its size, its depth, finite numbers and text that can be written as UTF-8.
+
+    Args:
+        unique_keys: an object that holds a key twice is refused; else the last one counts.
 
     Raises:
         BadSample: it is not such JSON; `where` is for the message.
@@ -239,7 +242,10 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
         raise BadSample(where, f"its JSON has {len(content)} bytes, more than the {max_bytes} that it may have")
     with guard(where):
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, parse_float=_finite, parse_int=_integer, parse_constant=_not_a_number)
+        pairs = _unique if unique_keys else None
+        value = json.loads(
+            text, parse_float=_finite, parse_int=_integer, parse_constant=_not_a_number, object_pairs_hook=pairs
+        )
         if text.count("[") + text.count("{") > MAX_DEPTH or "\\u" in text:
             _check_nesting(value)
     return value
@@ -266,6 +272,14 @@ def _integer(text: str) -> int:
 
 def _not_a_number(text: str) -> float:
     raise ValueError(f"{text} is not a number in JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands there twice")
+    return found
 
 
 def _check_nesting(value: Any) -> None:

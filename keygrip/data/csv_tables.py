@@ -14,7 +14,8 @@ TOO_MANY = "it has more fields than the table has columns: put text that holds a
 def table_rows(
     text: str, needed: Sequence[str] = (), kind: str = "the right table"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number of the last line and values of each row by column, None where the row is too short.
+    """Number of the last line and values of each row by column, None where the row is too short. Spaces around the
+    names of columns do not count.
 
     Args:
         needed: columns without which it is another table. kind: what it should be, for the message.
@@ -24,7 +25,7 @@ def table_rows(
             csv.Error: quotes that are not closed or that more text follows.
     """
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    names = list(table.fieldnames or ())
+    table.fieldnames = names = [name.strip() for name in table.fieldnames or ()]
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(f"it has no column {missing[0]!r}: is it {kind}?")

@@ -15,14 +15,18 @@ def texts_of(name: str, value: Any) -> list[str]:
         name: of the setting, for messages.
 
     Raises:
-        ValueError: something else, such as null, true or a mapping, which YAML reads where no quotes are.
+        ValueError: something else, such as null, true or a mapping, which YAML reads where no quotes are; or an empty
+            list.
     """
-    return [text_of(name, each) for each in each_of(value)]
+    return [text_of(name, each) for each in each_of(name, value)]
 
 
-def each_of(value: Any) -> list[Any]:
-    """The values of a setting that is one or a list of them."""
-    return list(value) if isinstance(value, ListConfig | list | tuple) else [value]
+def each_of(name: str, value: Any) -> list[Any]:
+    """The values of a setting that is one or a list of them. Raises ValueError: an empty list."""
+    found = list(value) if isinstance(value, ListConfig | list | tuple) else [value]
+    if not found:
+        raise ValueError(f"{name}=[] is an empty list: give at least one, or leave it out")
+    return found
 
 
 def text_of(name: str, value: Any) -> str:

@@ -107,9 +107,9 @@ def prompts_of(value: Any) -> list[str | None]:
     """The prompts of the command line; null or a blank one, alone or in a list, is none: the image alone steers then.
 
     Raises:
-        ValueError: what is neither text nor null.
+        ValueError: what is neither text nor null; an empty list.
     """
-    told = ["" if each is None else text_of("prompt", each) for each in each_of(value)]
+    told = ["" if each is None else text_of("prompt", each) for each in each_of("prompt", value)]
     return [text if text.strip() else None for text in told]
 
 
@@ -128,13 +128,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     try:
         text = read_text(path)
         with guard(path):
-            if path.suffix == ".txt":
+            kind = path.suffix.lower()
+            if kind == ".txt":
                 rows: list[Any] = [(n, {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1)]
                 rows = [(n, row) for n, row in rows if row["prompt"]]
-            elif path.suffix == ".jsonl":
+            elif kind == ".jsonl":
                 lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-                rows = [(n, parse_json(line, f"line {n}")) for n, line in lines]
-            elif path.suffix == ".csv":
+                rows = [(n, parse_json(line, f"line {n}", unique_keys=True)) for n, line in lines]
+            elif kind == ".csv":
                 rows = list(table_rows(text))
             else:
                 raise ValueError(f"prompts are a .txt, .jsonl or .csv file, not {path.suffix or 'one without ending'}")
@@ -155,6 +156,7 @@ def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
             raise ValueError(f"{where}: its {name} is not text")
     found = {name: (row.get(name) or "").strip() or None for name in ("prompt", "image")}
     seed = row.get("seed")
+    seed = seed.strip() if isinstance(seed, str) else seed
     if seed in (None, ""):
         seed = None
     elif isinstance(seed, bool) or not re.fullmatch("-?[0-9]+", str(seed)):

@@ -84,9 +84,9 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
                 f"lora={cfg.lora}: {cfg.checkpoint} was itself trained with LoRA, whose weights are in it; leave lora "
                 "out, or name the checkpoint that it began with"
             )
+        if module.guide is not None:
+            _leave_out_guide(module, cfg)
         load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
-        if module.guide is not None:  # it knows nothing of the adapter
-            module.guide, module.sampling = None, replace(module.sampling, guide_scale=0.0)
     given = {field.name: cfg.get(field.name) for field in fields(Sampling)}
     sampling = module.sampling_with(given)
     told = Told(
@@ -131,6 +131,21 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         "wall_s": round(wall_s, 3),
         "s_per_image": round(wall_s / len(requests), 3),
     }
+
+
+def _leave_out_guide(module: PatchDiTModule, cfg: DictConfig) -> None:
+    """Autoguidance goes away from what an earlier state of the same weights gets wrong: an adapter that the guide does
+    not have would be added (1 + guide_scale) times. Raises ValueError: the command asks for it."""
+    if cfg.guide_scale:
+        raise ValueError(
+            f"guide_scale={cfg.guide_scale} cannot be had with lora={cfg.lora}: the guide of {cfg.checkpoint} is an "
+            "earlier state of its weights, without the adapter; leave one of them out"
+        )
+    if module.sampling.guide_scale and cfg.guide_scale is None:
+        log.warning(
+            "with lora there is no guide, and the model's own guide_scale=%g is left out", module.sampling.guide_scale
+        )
+    module.guide, module.sampling = None, replace(module.sampling, guide_scale=0.0)
 
 
 def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
@@ -233,7 +248,8 @@ def draw(
             references = [[opened[image] for image in request.images] for request in batch]
             prompts = [] if batch[0].prompt is None else [str(request.prompt) for request in batch]
             masks = _masks_of(references, steering.image_masks)
-            conditions = conditions_of(module, prompts, references, masks, bucket)
+            called = [f"image_mask={file}" for file in steering.image_masks]
+            conditions = conditions_of(module, prompts, references, masks, called, bucket)
             edit, below = _edit(module, bucket, len(batch), steering)
             size = bucket.height // stride, bucket.width // stride
             with torch.autocast(module.device.type, torch.bfloat16, enabled=half):

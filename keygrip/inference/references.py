@@ -134,6 +134,7 @@ def conditions_of(
     prompts: Sequence[str],
     references: Sequence[Sequence[Reference]],
     masks: Sequence[Sequence[Tensor]],
+    masks_called: Sequence[str],
     bucket: Bucket,
 ) -> Conditions:
     """Words and reference images of some drawings, as the network takes them, on its device.
@@ -141,7 +142,10 @@ def conditions_of(
     Args:
         prompts: of each drawing; empty: none. references: of each drawing, as many of all; empty: none.
         masks: for each reference of a drawing, float [1, H, W] of each drawing: where its patches count; empty:
-            everywhere.
+            everywhere. masks_called: each of them, in messages.
+
+    Raises:
+        ValueError: a mask under which no patch of its image counts.
     """
     encoders, statistics = module.encoders, module.statistics
     grid = encoders.dino_grid(bucket.width, bucket.height)
@@ -154,6 +158,14 @@ def conditions_of(
         cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
         parts.append(replace(words, cls=cls, patches=patches))
     covered = [torch.stack([patch_mask(each, grid) for each in of_reference]) for of_reference in masks]
+    for place, (name, where) in enumerate(zip(masks_called, covered, strict=True)):
+        uncovered = torch.nonzero(~where.any(dim=1)).flatten().tolist()
+        if uncovered:
+            raise ValueError(
+                f"{name} is nowhere white over half of a patch of {references[uncovered[0]][place].file}, so that none "
+                f"of its {grid[0]} x {grid[1]} patches would count: give a mask with a larger white part, or leave the "
+                "image out"
+            )
     found = parts[0] if parts else words
     if len(parts) > 1:
         found = blended(parts, covered or None)

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from keygrip.data.bad_samples import guard
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
 from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
@@ -129,17 +130,18 @@ class SteeredImages:
         refuse_idle_guidance(self.module, given, sampling, told)
 
     def conditions(self, bucket: Bucket) -> Conditions:
-        """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape."""
+        """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape, or under
+        which no patch counts."""
         encoders = self.module.encoders
         references = [
             [reference_of(image, bucket, encoders, f"image {place}") for place, image in enumerate(images)]
             for images in self.steering
         ]
+        called = [f"image_mask {place}" for place in range(len(self.masks))]
         masks = [
-            [mask_of(mask, each[place], f"image_mask {place}") for each in references]
-            for place, mask in enumerate(self.masks)
+            [mask_of(mask, each[place], called[place]) for each in references] for place, mask in enumerate(self.masks)
         ]
-        return conditions_of(self.module, self.prompts, references, masks, bucket)
+        return conditions_of(self.module, self.prompts, references, masks, called, bucket)
 
     def start(self, bucket: Bucket, total: int) -> Start | None:
         """What ``total`` drawings start from; None: noise alone. Raises ValueError: a mask of another shape."""
@@ -157,20 +159,19 @@ def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
         name: of the setting, for messages. mask: they are masks, of which no part may be transparent.
 
     Raises:
-        ValueError: one is no PIL image, has several frames or pages, or cannot be converted.
+        ValueError: one is no PIL image, has several frames or pages, cannot be decoded (PIL reads the pixels of an
+            opened file when they are first asked for), or cannot be converted.
     """
     found = []
     listed: Sequence[Any] = () if images is None else images if isinstance(images, list | tuple) else (images,)
     for number, image in enumerate(listed):
         if not isinstance(image, Image.Image):
             raise ValueError(f"{name} {number} is a {type(image).__name__}: give PIL images")
-        try:
+        with guard(f"{name} {number}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
             refuse_frames(image)
             if not min(image.size):
                 raise ValueError("it has no pixels")
             if mask:
                 refuse_transparency(image)
             found.append(upright(image))
-        except ValueError as error:
-            raise ValueError(f"{name} {number} cannot be used: {error}") from error
     return found

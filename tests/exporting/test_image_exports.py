@@ -132,9 +132,40 @@ def test_a_pipeline_draws_by_the_model_s_own_solver(piped: Path) -> None:
     assert (drawn["heun"] - unguided).abs().max() > 1e-4
     assert (drawn["heun"] - drawn["euler"]).abs().max() > 1e-4
     assert (drawn["adams_bashforth"] - drawn["euler"]).abs().max() > 1e-4
+    for solver in ("adams_bashforth", "euler"):  # 0.7 is the level of a step, and 0.69999999 in float32
+        ways = {"solver": solver, "steps": 10, "interval": (0.7, 1.0)}
+        with pipeline.transformer.autocast():
+            expected = module.draw(words, (4, 4), [3], module.sampling.changed(ways))
+        ways["num_inference_steps"] = ways.pop("steps")
+        found = pipeline("a red thing", latents=noise, output_type="pt", **ways).images
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, msg=solver)
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
     with pytest.raises(ValueError, match="solver=heun takes steps of its own, and none of FlowMatchHeun"):
         pipeline("a red thing", latents=noise)
+
+
+@pytest.mark.slow
+def test_with_an_adapter_autoguidance_is_left_out_and_that_is_said(
+    piped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The guide knows nothing of the adapter, here one that changes nothing."""
+    monkeypatch.setattr("keygrip.inference.images.load_lora", lambda *_: None)
+
+    def drawn(name: str, *options: str) -> np.ndarray:
+        given = [f"checkpoint={piped / 'run'}", "prompt=a red thing", f"run_dir={tmp_path / name}", *options]
+        caplog.clear()
+        return pixels(sample.run(compose("sample", given))["images"][0])
+
+    unguided, own = drawn("unguided", "guide_scale=0"), drawn("own")
+    assert np.abs(own - unguided).max() > 0
+    assert np.array_equal(drawn("adapted", "lora=adapter"), unguided)
+    assert "with lora there is no guide, and the model's own guide_scale=0.4 is left out" in caplog.text
+    assert np.array_equal(drawn("asked", "lora=adapter", "guide_scale=0"), unguided)
+    assert "guide_scale" not in caplog.text
+    with pytest.raises(
+        ValueError, match=r"guide_scale=1\.0 cannot be had with lora=adapter: the guide of .* is an earlier"
+    ):
+        drawn("refused", "lora=adapter", "guide_scale=1")
 
 
 @pytest.mark.slow
@@ -274,6 +305,13 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
     buffer = io.BytesIO()
     one.save(buffer, "GIF", save_all=True, append_images=[two])
     animated = Image.open(buffer)
+
+    def cut() -> Image.Image:
+        """Of a file that ends too early, whose pixels nobody has asked for yet."""
+        whole = io.BytesIO()
+        Image.effect_noise((64, 64), 90).save(whole, "JPEG", quality=95)
+        return Image.open(io.BytesIO(whole.getvalue()[:-900]))
+
     for given, message in (
         ({"height": 0}, "height=0, width=0: both must be multiples"),
         ({"height": 16, "width": 0}, "height=16, width=0: both"),
@@ -285,6 +323,11 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ({"image_mask": one}, "1 masks .* for 0 images"),
         ({"image": one, "image_mask": one.resize((48, 16))}, "image_mask 0 has 48 x 16 pixels and its image .* shape"),
         ({"start_image": one, "redraw": one.resize((48, 16))}, "redraw has 48 x 16 pixels and its image start_image"),
+        ({"image": one, "image_mask": Image.new("L", (32, 32))}, "image_mask 0 is nowhere white .* patch of image 0"),
+        ({"image": cut()}, "image 0 cannot be used: .*truncated"),
+        ({"image": one, "image_mask": cut()}, "image_mask 0 cannot be used: .*truncated"),
+        ({"start_image": cut()}, "start_image 0 cannot be used: .*truncated"),
+        ({"start_image": one, "redraw": cut()}, "redraw 0 cannot be used: .*truncated"),
         ({"image": one, "blend": True}, "blend=True puts several images together"),
         ({"strength": 0.5}, "strength and redraw are for start_image"),
         ({"redraw": one}, "strength and redraw are for start_image"),

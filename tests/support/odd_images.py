@@ -64,7 +64,8 @@ def tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, int], kind: int
     """An uncompressed TIFF by hand, of any number of channels and bits, which Pillow cannot write.
 
     Args:
-        photometric: 1 grey, 2 RGB, 5 CMYK. more: further tags of one short. kind: 1 unsigned, 3 floating point.
+        photometric: 1 grey, 2 RGB, 5 CMYK. more: further tags of one short.
+        kind: 1 unsigned, 2 signed, 3 floating point.
         bits: of each number, packed with the highest first; None: those of the array's type.
     """
     height, width, channels = (*pixels.shape, 1)[:3]
@@ -159,6 +160,8 @@ def unusual() -> dict[str, tuple[bytes, np.ndarray, int]]:
     twelve = np.rint(GREY * (4095 / 255)).astype(np.uint16)
     found["twelve.tif"] = tiff(twelve, 1, bits=12), grey3(GREY), 0
     found["twelve_turned.tif"] = tiff(twelve.T, 1, (0x0112, 5), bits=12), grey3(GREY), 0
+    signed = GREY.astype(np.int32) * 32767 // 255
+    found["signed.tif"] = tiff(signed.astype(np.int16), 1, kind=2), grey3(GREY), 1
     found["white_is_zero.tif"] = tiff(255 - GREY, 0), grey3(GREY), 0
     for ending, kind, options in (
         ("webp", "WEBP", {"lossless": True, "exif": exif(6)}),
@@ -290,6 +293,9 @@ def refused() -> dict[str, tuple[bytes, str]]:
         "hole.tif": (saved(Image.fromarray(hole), "TIFF"), "nan..nan, not in 0..1"),
         "negative.tif": (saved(Image.fromarray(GREY.astype(np.int32) - 5), "TIFF"), "-5..243, not in 0..65535"),
         "large_integers.tif": (saved(Image.fromarray(GREY.astype(np.int32) * 999), "TIFF"), "not in 0..65535"),
+        "negative_signed.tif": (tiff(GREY.astype(np.int16) - 5, 1, kind=2), "-5..243, not in 0..32767"),
+        "signed_bytes.tif": (tiff(GREY.astype(np.int8), 1, kind=2), "signed 8-bit"),
+        "unsigned.tif": (tiff(2**32 - 1 - GREY.astype(np.uint32), 1), "4294967047..4294967295, not in 0..65535"),
         "broken_profile.png": (saved(whole, "PNG", icc_profile=b"no profile"), "colour profile cannot be used"),
         "cut.png": (good[: len(good) // 2], ""),
         "empty.png": (b"", "not an image of a known format"),

@@ -5,15 +5,18 @@
 | EXIF orientation | turned |
 | transparency (alpha, a palette's or a single transparent value) | laid over white |
 | 16-bit grey, TIFFs of 12 bits | scaled to 8 bits by the whole range of so many bits |
+| signed integers in TIFFs | 16-bit: 0 is black and 32767 white, numbers below 0 are refused; 8-bit are refused |
 | floating point | 0..1 is black to white; other ranges are refused |
 | 32-bit integers | within 0..65535 as 16-bit; others are refused |
 | CMYK, YCbCr, Lab, palettes, 1 bit, grey | converted; by its ICC profile where there is one |
+| RGB | converted by its ICC profile where that shows colours otherwise than sRGB, whatever it is called |
 | PNG with a gamma (gAMA) and neither profile nor sRGB | brought to the gamma of a screen |
 | several frames or pages | refused, but for the second frames of a camera's multi-picture JPEG |
 """
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ EXIF_ORIENTATION = 0x0112
 ORIENTATIONS = range(2, 9)  # that turn or mirror
 TURNED_BY_A_QUARTER = range(5, 9)  # of EXIF's orientations 1..8; any other number is no orientation and turns nothing
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 256, 257, 258, 262, 0
+TIFF_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # of numbers
 DEEPEST = 65535  # white of 16-bit grey
+DEEPEST_SIGNED = 32767
 MATTE = (255, 255, 255)
 SCREEN_GAMMA = 2.2
 NEARLY = 0.05  # relative tolerance of gamma; the usual gAMA of 0.45455 is that of a screen
@@ -70,8 +75,14 @@ def upright(image: Image.Image) -> Image.Image:
         ValueError: its numbers have no known white, or cannot be converted.
     """
     tags = getattr(image, "tag_v2", None) or {}  # of a TIFF; a turned image has lost them
-    white = 2 ** tags[TIFF_BITS][0] - 1 if image.mode == "I;16" and TIFF_BITS in tags else DEEPEST
-    return rgb(_turned(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white)
+    bits, kind = tags.get(TIFF_BITS, (0,))[0], tags.get(TIFF_FORMAT, (UNSIGNED,))[0]
+    white = 2**bits - 1 if image.mode == "I;16" and bits else DEEPEST
+    if kind == SIGNED and bits == 8:  # Pillow takes them for unsigned ones
+        raise ValueError("its numbers are signed 8-bit integers: save it with unsigned ones")
+    if kind == SIGNED and bits == 16:
+        white = DEEPEST_SIGNED
+    unsigned = image.mode == "I" and kind == UNSIGNED and bits == 32
+    return rgb(_turned(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white, unsigned)
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -100,13 +111,14 @@ def _may_be_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST) -> Image.Image:
+def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST, unsigned: bool = False) -> Image.Image:
     """8-bit RGB of an image of any mode.
 
     Args:
         white_is_zero: of 16-bit, 32-bit and floating-point grey: the lowest number is white. Pillow inverts 8 bits.
         white: of 16-bit and 32-bit grey: the number that is white; 4095 in a TIFF of 12 bits, which Pillow opens as
             16-bit without scaling it.
+        unsigned: of 32-bit grey, which Pillow always opens as signed.
 
     Raises:
         ValueError: its numbers have no known white, or cannot be converted.
@@ -114,7 +126,7 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST) -
     exponent = _gamma_exponent(image)
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        grey = Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent))
+        grey = Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent, unsigned))
         return (_without_profile(grey, profile) if profile else grey).convert("RGB")
     transparent = _may_be_transparent(image)
     if transparent and profile and image.mode in ("L", "LA"):  # a grey profile says nothing of RGBA
@@ -154,9 +166,10 @@ def _with_exponent(image: Image.Image, exponent: float) -> Image.Image:
     return image.point(table * 3 + list(range(256)) * (image.mode == "RGBA"))
 
 
-def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: float) -> np.ndarray:
+def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: float, unsigned: bool) -> np.ndarray:
     """uint8 [H, W] of an image whose pixels are 16-bit or 32-bit numbers, as shares of white raised to the exponent."""
     values = np.asarray(image)
+    values = values.view(np.uint32) if unsigned else values
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # false for NaN too
@@ -183,7 +196,7 @@ def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        if PROFILED.get(image.mode) != space or "sRGB" in (source.profile.profile_description or ""):
+        if PROFILED.get(image.mode) != space or (space == "RGB" and _shows_as_srgb(profile)):
             return image
         target = "RGBA" if image.mode == "RGBA" else "RGB"
         found = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
@@ -191,3 +204,16 @@ def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
         raise ValueError(f"its colour profile cannot be used ({error}): save it without, as sRGB") from error
     assert found is not None
     return found
+
+
+@functools.lru_cache(maxsize=32)  # most images of a set have one of a few profiles
+def _shows_as_srgb(profile: bytes) -> bool:
+    """Whether a profile of RGB changes no channel of any colour by more than 1 of 255. Its name does not count: linear
+    profiles are called sRGB too. Raises PyCMSError, OSError: it cannot be used."""
+    from PIL import ImageCms
+
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    found = ImageCms.profileToProfile(Image.fromarray(colours), source, ImageCms.createProfile("sRGB"))
+    return int(np.abs(np.asarray(found, np.int16) - colours).max()) <= 1

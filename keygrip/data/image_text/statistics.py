@@ -10,7 +10,10 @@ from keygrip.data.shards.sampling import SampleKey
 from keygrip.progress import Progress
 
 MEASURED = 2048  # samples from which the statistics are computed
-SMALLEST_STD = 1e-4
+SMALLEST_STD = 1e-4  # of a channel that varies
+# Shards hold float16: numbers that differ by their rounding alone, one step at most, have half a step for a standard
+# deviation.
+ROUNDING, SMALLEST_STEP = 2.0**-11, 2.0**-24
 
 
 class Moments:
@@ -26,10 +29,12 @@ class Moments:
         self.sum, self.squares = self.sum + values.sum(axis=0), self.squares + (values**2).sum(axis=0)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [D] each; no standard deviation is smaller than 1e-4."""
+        """float32 [D] each. The standard deviation is 1 for channels that do not vary by more than float16 rounds,
+        which normalisation would blow up in every other image, and at least 1e-4 for the others."""
         mean = self.sum / self.count
-        variance = np.maximum(self.squares / self.count - mean**2, 0)
-        return mean.astype(np.float32), np.maximum(np.sqrt(variance), SMALLEST_STD).astype(np.float32)
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
+        varies = std > np.maximum(np.abs(mean) * ROUNDING, SMALLEST_STEP)
+        return mean.astype(np.float32), np.where(varies, np.maximum(std, SMALLEST_STD), 1.0).astype(np.float32)
 
 
 def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.ndarray]:

@@ -141,7 +141,8 @@ def noise_levels(steps: int, shift: float = 1.0) -> list[float]:
             f"Sampling needs 1 to {MOST_STEPS} steps and a positive, finite shift, got steps={steps}, shift={shift}."
         )
     even = [1 - index / steps for index in range(steps)] + [0.0]
-    return [shift * level / (1 + (shift - 1) * level) for level in even]
+    levels = [shift * level / (1 + (shift - 1) * level) for level in even]
+    return [1.0, *levels[1:]]  # that of pure noise is 1 under every shift, and rounding would put some above it
 
 
 def seeded_noise(

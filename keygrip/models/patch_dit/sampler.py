@@ -51,6 +51,7 @@ Guidance = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
+SAME_LEVEL = 1e-6  # noise levels that differ by rounding only: those of diffusers' schedulers are float32
 SCALES = ("text_scale", "dino_scale", "full_scale", "guide_scale")
 # Each with the scales of the terms that it brings back.
 RESCALED = {
@@ -160,8 +161,7 @@ class Sampling:
 
     def is_guided(self, strength: float = 1.0) -> bool:
         """Whether a step has a noise level within `interval`. strength: as of `levels`."""
-        low, high = self.interval
-        return any(low <= level <= high for level in self.levels(strength)[:-1])
+        return any(self._within_interval(level) for level in self.levels(strength)[:-1])
 
     def changed(self, changes: Mapping[str, Any]) -> Sampling:
         """This way of drawing with some parts changed, by name; None leaves a part as it is.
@@ -222,8 +222,7 @@ class Sampling:
 
     def branches(self, conditions: Conditions, level: float) -> tuple[str, ...]:
         """The branches to compute at a noise level, `none` first where it counts."""
-        low, high = self.interval
-        if self.guidance == "none" or not low <= level <= high:
+        if self.guidance == "none" or not self._within_interval(level):
             return (everything_given(conditions),)
         weights = self.weights(conditions)
         rescaled = any(self._rescale(term.name) for term in self.terms(conditions))
@@ -252,6 +251,10 @@ class Sampling:
                 push = _rescaled(untold + push, told, x, level, rescale) - untold
             guided = guided + push
         return guided
+
+    def _within_interval(self, level: float) -> bool:
+        low, high = self.interval
+        return low - SAME_LEVEL <= level <= high + SAME_LEVEL
 
     def _rescale(self, name: str) -> float:
         value: float = 0.0 if name == GUIDE else getattr(self, f"{name}_rescale")

@@ -245,11 +245,26 @@ def refuse_other_function(
 
 
 def rename_rules(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> dict[str, str]:
-    """Rules of `model.init_from_renames`, pairs in their order or a mapping. Raises ValueError: no pair of texts."""
+    """Rules of `model.init_from_renames`, pairs in their order or a mapping.
+
+    Raises:
+        ValueError: no pair of texts, no regular expression, or a name that refers to a group which it does not have.
+    """
     pairs: list[Sequence[str]] = list(given.items() if isinstance(given, Mapping) else given or ())
     for pair in pairs:
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise ValueError(f"model.init_from_renames holds {pair!r}: give pairs, [[PATTERN,NAME],...]")
+        try:
+            pattern = re.compile(pair[0])
+        except re.error as error:
+            raise ValueError(f"model.init_from_renames: {pair[0]!r} is no regular expression ({error})") from error
+        try:
+            pattern.sub(pair[1], "")  # reads the name, whether or not the pattern is found
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"model.init_from_renames: in {list(pair)!r} the name cannot be put in place of the pattern ({error}): "
+                "its groups are \\1, \\2, ... or \\g<NAME>"
+            ) from error
     return {pair[0]: pair[1] for pair in pairs}
 
 
@@ -263,13 +278,9 @@ def translated(
         patch_size: of the network, by which the output layer's rows are put in order.
 
     Raises:
-        ValueError: a rule is no regular expression or changes no name, or two tensors come to have one name.
+        ValueError: a rule is none (see `rename_rules`) or changes no name, or two tensors come to have one name.
     """
-    for pattern in renames:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"model.init_from_renames: {pattern!r} is no regular expression ({error})") from error
+    renames = rename_rules(renames)
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     idle = set(renames)

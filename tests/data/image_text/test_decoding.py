@@ -62,17 +62,31 @@ def test_a_profile_of_another_colour_space_changes_nothing(tmp_path: Path) -> No
 
 
 def test_a_profile_of_the_pixels_is_followed(tmp_path: Path) -> None:
-    """The sRGB profile with its red and green primaries exchanged, under another name."""
+    """The sRGB profile with its red and green primaries exchanged, under its old name."""
     srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     table = {
         bytes(srgb[132 + 12 * n : 136 + 12 * n]): 132 + 12 * n for n in range(int.from_bytes(srgb[128:132], "big"))
     }
     red, green = table[b"rXYZ"], table[b"gXYZ"]
     srgb[red + 4 : red + 12], srgb[green + 4 : green + 12] = srgb[green + 4 : green + 12], srgb[red + 4 : red + 12]
-    named = bytes(srgb).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
-    Image.fromarray(PLAIN).save(tmp_path / "a.png", icc_profile=named)
+    Image.fromarray(PLAIN).save(tmp_path / "a.png", icc_profile=bytes(srgb))
     difference = np.asarray(decode_image(tmp_path / "a.png")).astype(int) - PLAIN[..., [1, 0, 2]]
     assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_linear_profile_that_is_called_srgb_is_followed(tmp_path: Path, alpha: bool) -> None:
+    """What a profile does counts: the sRGB profile with the curves of light itself keeps its name."""
+    linear = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for entry in range(132, 132 + 12 * int.from_bytes(linear[128:132], "big"), 12):
+        start = int.from_bytes(linear[entry + 4 : entry + 8], "big")
+        if bytes(linear[entry : entry + 4]).endswith(b"TRC"):  # a parametric curve: an exponent alone, of 1
+            linear[start + 8 : start + 10], linear[start + 12 : start + 16] = bytes(2), struct.pack(">i", 65536)
+    grey = Image.new("RGBA" if alpha else "RGB", (80, 80), (55, 55, 55))
+    grey.save(tmp_path / "a.png", icc_profile=bytes(linear))
+    light = 55 / 255
+    wanted = 255 * (1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.abs(np.asarray(decode_image(tmp_path / "a.png")) - wanted).max() <= 2  # 128
 
 
 @pytest.mark.parametrize("place", ["list", "decoding"])

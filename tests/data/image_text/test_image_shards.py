@@ -32,6 +32,7 @@ from keygrip.data.image_text.samples import (
     read_image_text,
 )
 from keygrip.data.image_text.sources.encoding import as_tensor, prepare_image
+from keygrip.data.image_text.statistics import Moments
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import make_manifests, validate
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -360,6 +361,22 @@ def test_statistics_are_of_the_training_split_and_kept(root: Path) -> None:
     files = list((root / ".keygrip").glob("statistics-*.npz"))
     assert [file.name for file in files] == [f"statistics-{data.fingerprint}.npz"]
     assert torch.equal(module(root).statistics.patch_std, found.patch_std)
+
+
+def test_channels_that_do_not_vary_are_not_scaled(tmp_path: Path) -> None:
+    """Of one image the CLS vector does not vary: that of another one stays what it is but for the shift. Nor do
+    channels that float16 rounds up here and down there; small ones that vary are scaled."""
+    write_images(tmp_path, {SQUARE: 1}, small_encoders(), splits={"train": 0, "val": 1000})
+    found = module(tmp_path, batch_size=1).statistics
+    assert torch.equal(found.cls_std, torch.ones_like(found.cls_std))
+    assert not torch.equal(found.patch_std, torch.ones_like(found.patch_std))
+    moments = Moments()
+    rounded = np.nextafter(np.full(9, 700, np.float16), np.float16(np.inf))
+    rounded[::2] = 700
+    moments.add(np.stack([rounded, np.zeros(9), np.tile([0.001, -0.001, 0], 3), np.tile([9, 9.1, 9.2], 3)], axis=1))
+    mean, std = moments.result()
+    np.testing.assert_allclose(mean, [700.2, 0, 0, 9.1], atol=0.1)
+    np.testing.assert_allclose(std, [1, 1, 0.001 * (2 / 3) ** 0.5, 0.1 * (2 / 3) ** 0.5], rtol=1e-3)
 
 
 def _all(samples: Any) -> list[Any]:

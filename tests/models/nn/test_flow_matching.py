@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def test_noise_levels() -> None:
         flow.integrate(lambda x, level: x, torch.ones(1), [0.5, 0.7])
     with pytest.raises(ValueError, match="one of euler"):
         flow.integrate(lambda x, level: x, torch.ones(1), [1.0, 0.0], solver="rk9")  # type: ignore[arg-type]
+
+
+def test_noise_levels_fall_from_1_to_0_under_every_shift() -> None:
+    """Exactly: rounding put the first one above 1, out of the interval of guidance, which ends there."""
+    resolutions = [flow.resolution_shift(tokens, 256) for tokens in range(16, 4097, 16)]
+    for shift in [*(number / 100 for number in range(1, 1001)), *resolutions, *(0.2 * own for own in resolutions)]:
+        levels = flow.noise_levels(10, shift)
+        assert levels[0] == 1.0
+        assert levels[-1] == 0.0
+        assert all(after < before for before, after in pairwise(levels))
 
 
 def test_seeded_noise_is_each_samples_own() -> None:

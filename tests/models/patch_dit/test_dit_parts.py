@@ -155,6 +155,12 @@ def test_rules_of_renaming_are_pairs_that_rename() -> None:
     for none in (["ab"], [["a"]], [["a", 1]]):
         with pytest.raises(ValueError, match="give pairs"):
             rename_rules(none)  # type: ignore[arg-type]
+    for name in (r"\2", r"\g<stem>", "\\", r"\q"):
+        with pytest.raises(ValueError, match=r"init_from_renames: in \['\^\(a\)', .*\] the name cannot be put"):
+            rename_rules([["^(a)", name]])
+    with pytest.raises(ValueError, match=r"init_from_renames: '\(a' is no regular expression"):
+        rename_rules([["(a", "b"]])
+    assert rename_rules([["^(a)", r"\1\g<0>"]]) == {"^(a)": r"\1\g<0>"}
 
 
 def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:

@@ -255,8 +255,21 @@ def test_masks_that_say_nothing_are_refused(
         drawn(*start, f"redraw={tmp_path / 'alpha.png'}")
     with pytest.raises(ValueError, match=r"image_mask=.*alpha\.png .*parts of it are transparent"):
         drawn("prompt=thing", f"image={trained / 'one.png'}", f"image_mask={tmp_path / 'alpha.png'}")
+    black, white = tmp_path / "black.png", tmp_path / "white.png"
+    Image.new("L", (60, 40), 255).save(white)
     with pytest.raises(ValueError, match="redraw is nowhere at least half white"):
-        drawn(*start, f"redraw={tmp_path / 'black.png'}")
+        drawn(*start, f"redraw={black}")
+    one, two = trained / "one.png", trained / "two.png"
+    for given, image in (
+        ([f"image={one}", f"image_mask={black}"], "one"),
+        ([f"image=[{one},{two}]", f"image_mask={black}"], "one"),
+        ([f"image=[{one},{two}]", "blend=true", f"image_mask=[{black},{white}]"], "one"),
+        ([f"image=[{one},{two}]", "blend=true", f"image_mask=[{white},{black}]"], "two"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"image_mask=.*black\.png is nowhere white over half of a patch of .*{image}"
+        ):
+            drawn(*given)
     assert not (tmp_path / "out").exists()
 
 
@@ -351,19 +364,21 @@ def test_several_references_and_their_regions(
     drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
 ) -> None:
     """Where a mask is white everywhere, its image's patches are all that count; without masks the order is nothing."""
-    for name, value in (("white", 255), ("black", 0)):
-        Image.new("L", (60, 40), value).save(tmp_path / f"{name}.png")
+    half = np.zeros((40, 60), np.uint8)
+    half[:, :30] = 255
+    for name, mask in (("white", np.full_like(half, 255)), ("left", half)):
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
     one, two = str(trained / "one.png"), str(trained / "two.png")
     blend = ["blend=true", f"image=[{one},{two}]"]
     mean = drawn(*blend, name="mean")
     assert mean["references"] == [[one, two]]
     other = drawn("blend=true", f"image=[{two},{one}]", name="other")
     assert np.abs(pixels(mean["images"][0]) - pixels(other["images"][0])).max() <= 1
-    white, black = str(tmp_path / "white.png"), str(tmp_path / "black.png")
-    regions = drawn(*blend, f"image_mask=[{white},{black}]", name="regions")
+    white, left = str(tmp_path / "white.png"), str(tmp_path / "left.png")
+    regions = drawn(*blend, f"image_mask=[{white},{left}]", name="regions")
     assert not np.array_equal(pixels(regions["images"][0]), pixels(mean["images"][0]))
     alone = drawn(f"image={one}", name="alone")
-    hidden = drawn(f"image={one}", f"image_mask={black}", name="hidden")
+    hidden = drawn(f"image={one}", f"image_mask={left}", name="hidden")
     shown = drawn(f"image={one}", f"image_mask={white}", name="shown")
     assert np.array_equal(pixels(shown["images"][0]), pixels(alone["images"][0]))
     assert not np.array_equal(pixels(hidden["images"][0]), pixels(alone["images"][0]))

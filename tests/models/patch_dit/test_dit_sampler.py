@@ -94,6 +94,24 @@ def test_passes_and_branches() -> None:
         assert batches == expected, (given, options)
 
 
+@pytest.mark.parametrize("shift", [0.2, 1.0, 3.0])
+def test_a_bound_of_the_interval_that_is_a_level_of_a_step_has_guidance(shift: float) -> None:
+    """However the level was rounded: as written, computed in float64, or in the float32 of diffusers' schedulers."""
+    conditions, plain = conditions_of(), Sampling(steps=10, timestep_shift=shift)
+    levels = plain.levels()[:-1]
+    assert plain.evaluations(conditions) == 30
+    for number, level in enumerate(levels[1:], 1):
+        written = float(f"{level:.9f}")  # 0.2, where 1 - 8 / 10 is 0.19999999999999996
+        for interval, guided in (((written, 1.0), levels[: number + 1]), ((0.0, written), levels[number:])):
+            sampling = replace(plain, interval=interval)
+            assert sampling.is_guided()
+            for computed in (levels, torch.tensor(levels).tolist()):
+                found = [
+                    at for at, own in zip(levels, computed, strict=True) if len(sampling.branches(conditions, own)) > 1
+                ]
+                assert found == guided
+
+
 def test_large_pictures_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same result, and each branch's context kept from step to step."""
     conditions, sampling = conditions_of(), Sampling(steps=3)

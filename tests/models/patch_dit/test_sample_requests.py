@@ -70,9 +70,34 @@ def test_blank_words_are_none(tmp_path: Path) -> None:
 
 def test_one_image_is_not_blended_with_prompts_of_a_file_either(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("thing")
-    for given in ("[]", "[a.png]"):
-        with pytest.raises(ValueError, match="blend=true puts several images together"):
-            asked(f"prompts={tmp_path / 'a.txt'}", f"image={given}", "blend=true")
+    with pytest.raises(ValueError, match="blend=true puts several images together"):
+        asked(f"prompts={tmp_path / 'a.txt'}", "image=[a.png]", "blend=true")
+
+
+def test_an_empty_list_is_refused_by_its_name() -> None:
+    """It would be left out of account without a word, or be counted among lists of different lengths."""
+    for given in (["prompt=x", "image=[]"], ["prompt=[]"], ["prompt=[]", "image=a.png"]):
+        empty = next(each for each in given if each.endswith("[]")).replace("[]", r"\[\]")
+        with pytest.raises(ValueError, match=f"{empty} is an empty list: give at least one, or leave it out"):
+            asked(*given)
+    cfg = compose("sample", ["checkpoint=run", "image=a.png", "image_mask=[]"])
+    with pytest.raises(ValueError, match=r"image_mask=\[\] is an empty list"):
+        images.steering_of(cfg, requested(cfg))
+
+
+def test_files_of_prompts_may_be_written_in_other_ways(tmp_path: Path) -> None:
+    """Endings in capitals, spaces around names of columns and seeds; a key that a row holds twice is refused."""
+    (tmp_path / "A.TXT").write_text("a red cube\n")
+    assert [request.prompt for request in asked(f"prompts={tmp_path / 'A.TXT'}")] == ["a red cube"]
+    (tmp_path / "a.Csv").write_text("prompt, image , seed\na red cube, a.png, 7 \nthing,, \n")
+    found = asked(f"prompts={tmp_path / 'a.Csv'}", "seed=3")
+    assert [(request.prompt, request.seed) for request in found] == [("a red cube", 7), ("thing", 3)]
+    assert found[0].images == (str(tmp_path / "a.png"),)
+    (tmp_path / "a.JSONL").write_text('{"prompt": "x", "seed": " 7"}\n')
+    assert asked(f"prompts={tmp_path / 'a.JSONL'}")[0].seed == 7
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "a", "seed": 1, "prompt": "b"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 2: the key 'prompt' stands there twice"):
+        asked(f"prompts={tmp_path / 'a.jsonl'}")
 
 
 def test_a_mask_that_is_no_text_is_refused() -> None:

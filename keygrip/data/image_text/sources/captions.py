@@ -77,7 +77,7 @@ def texts_of(value: Any) -> tuple[str, ...] | None:
 
 def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path] | None = None) -> tuple[str, ...]:
     """The captions of an image from `<name>.txt` and `<name>.caption` (one each) and `<name>.json` ("caption", "text"
-    and "captions", all of them).
+    and "captions", all of them; or a list of captions in place of an object).
 
     Args:
         wrapped: takes the names of text files of several lines, which are one caption.
@@ -97,7 +97,9 @@ def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path
                 wrapped.append(file.name)
             continue
         content = read_json(file)
-        told = content if isinstance(content, dict) else {}
+        if not isinstance(content, dict | list):
+            raise BadSample(file, "it is neither an object nor a list of captions")
+        told = {"captions": content} if isinstance(content, list) else content
         columns = [texts_of(told.get(name)) for name in CAPTION_NAMES]
         if None in columns:
             raise BadSample(file, "its caption is not text")

@@ -40,11 +40,12 @@ from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.shards.set_writer import check_settings, remove_stale
 from keygrip.data.shards.writer import write_manifest
+from keygrip.data.source_files import refuse_written_into_source
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 4  # version of decoding: shards of another version hold other pixels of unusual images
+DECODING = 5  # version of decoding: shards of another version hold other pixels of unusual images
 FAILED_FILE = "failed.jsonl"
 NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
@@ -158,7 +159,7 @@ def images(
         workers: loader processes; None: one for each core but one, 16 at most; 0: in this process.
         device: "auto", or a device's name.
         max_enlargement: images that would have to be enlarged more are left out.
-        max_failed_share: more broken images than this are an error.
+        max_failed_share: more broken images than this, a share in 0..1, are an error.
         trim_text: do not store text states of padding: 512 x 4096 numbers are 4 MB per image.
         keep_images: store the images too, as PNG: evaluation then compares with them, and not with what the autoencoder
             makes of them.
@@ -167,7 +168,8 @@ def images(
         the fields of :class:`Prepared`.
 
     Raises:
-        FileNotFoundError, ValueError: no images, other settings than before, or too many are broken.
+        FileNotFoundError, ValueError: no images, a root in its source, other settings than before, or too many are
+            broken.
     """
     started = time.perf_counter()
     rank, root, source = Rank.here(), Path(root), Path(source)
@@ -175,6 +177,9 @@ def images(
     _check_stride(buckets, encoders.latent_stride)
     if images_per_shard < 1 or batch_size < 1:
         raise ValueError(f"images_per_shard={images_per_shard} and batch_size={batch_size} must be at least 1")
+    if not 0 <= max_failed_share <= 1:  # false for NaN too
+        raise ValueError(f"max_failed_share={max_failed_share}: it is a share, from 0 to 1")
+    refuse_written_into_source(root, source, below=True)
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
     place = rank.device(device)

@@ -336,6 +336,24 @@ def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path
     assert not (tmp_path / "root" / "images.json").exists()
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_what_is_no_share_is_refused_at_the_start(share: float, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"max_failed_share={share}: it is a share, from 0 to 1"):
+        prepared(source, tmp_path / "root", max_failed_share=share)
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("place", [".", "shards", "wide/shards", "../link"])
+def test_shards_are_not_written_where_images_are_read(place: str, source: Path, tmp_path: Path) -> None:
+    """Images that were kept there would be listed as new ones by the next call."""
+    (tmp_path / "link").symlink_to(source / "wide")
+    before = sorted(source.rglob("*"))
+    with pytest.raises(ValueError, match=r"root=.* is (in )?source=.*: name a folder outside of it"):
+        prepared(source, source / place)
+    assert sorted(source.rglob("*")) == before
+    assert prepared(source, tmp_path)["samples"] == 13  # above and beside it nothing is read
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5], ids=["too many left out", "none can be used"])
 def test_a_list_that_failed_is_repaired_by_the_same_command(share: float, tmp_path: Path) -> None:
     """Captions that come after a refused run count in the next one; finished shards stay."""

@@ -67,6 +67,36 @@ def test_a_table_keeps_commas_and_lines_in_quotes() -> None:
     assert list(table_rows(text)) == [(3, {"a": "1", "b": 'x, "y"\nz'}), (4, {"a": "2", "b": None})]
 
 
+def test_names_of_columns_may_have_spaces_around_them(tmp_path: Path) -> None:
+    assert list(table_rows("a, b ,c\n1, 2 ,3\n", ["b"])) == [(2, {"a": "1", "b": " 2 ", "c": "3"})]
+    with pytest.raises(ValueError, match="the column a stands there twice"):
+        list(table_rows("a, a\n1,2\n"))
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text("file_name , caption\na.png,a red cube\n")
+    assert [item.captions for item in listed(tmp_path)] == [("a red cube",)]
+
+
+@pytest.mark.parametrize(
+    ("content", "captions", "reason"),
+    [
+        (["one", "two", "one"], ("one", "two"), ""),
+        ([], (), "it has no caption"),
+        ([{"caption": "one"}], (), "its caption is not text"),
+        ("one", (), "it is neither an object nor a list of captions"),
+        (None, (), "it is neither an object nor a list of captions"),
+    ],
+)
+def test_a_list_beside_an_image_is_its_captions(
+    content: object, captions: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (item,) = listed(tmp_path)
+    assert item.captions == captions
+    assert item.reason.endswith(reason)
+    assert bool(item.reason) == bool(reason)
+
+
 def test_rows_may_name_their_file_in_different_columns(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png", 1)
