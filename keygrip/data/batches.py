@@ -263,13 +263,6 @@ class VideoTextBatch(Movable):
         """Share of the rows that have no frames."""
         return float((~self.frame_mask.any(dim=1))[self.video_index].float().mean()) if len(self) else 0.0
 
-    @property
-    def padding_share(self) -> float:
-        """Share of the language model's positions (frames and tokens of all rows) that are padding."""
-        frames, tokens = self.frame_mask[self.video_index], self.attention_mask
-        places = frames.numel() + tokens.numel()
-        return float(1 - (frames.sum() + tokens.sum()) / places) if places else 0.0
-
 
 @dataclass
 class ImageTextBatch(Movable):

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keygrip.evaluation.text_metrics import normalised_answer
+from keygrip.evaluation.text_metrics import ARTICLES, normalised_answer
 
 # What models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
 WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{2,20}>|[*_`$\"'“”‘’]")
@@ -27,13 +27,14 @@ MENTIONS = rf"{NAMES}{OPENED}"
 I_SAY = rf"\b(?:i(?: would| d)? (?:say|answer)|it is|it s|it must be)\b\s*,?{OPENED}"
 REASON = r"(?:because|since|as(?!\s+well)|given|based|due|and\s+not)\b"
 # What follows a letter that is named as the answer ("B is the most likely answer"), or is said not to be it.
-MOST = r"most\s+(?:accurate|appropriate|consistent|fitting|likely|logical|plausible|probable|reasonable|suitable)"
+FITTING = r"(?:accurate|appropriate|consistent|fitting|likely|logical|plausible|probable|reasonable|suitable)"
+MOST = rf"most\s+{FITTING}|more\s+{FITTING}(?=\s*(?:[.,;:!)]|$|(?:than|because|since)\b))"
+FITS = r"(?:answers|captures|describes|explains|fits|matches|reflects|represents|summari[sz]es)"
 RIGHT = (
     r"\s+(?:(?:is|was|seems|looks|appears|would be|must be|should be|has to be)\s+(?:to be\s+)?(?:\w+ly\s+)?"
     rf"(?:(?:the\s+|my\s+)?(?:(?:one|only|single|final)\s+)?(?:correct|best|{MOST}|"
     r"right(?!\s+(?:behind|next|beside|after|before)))|"
-    r"(?:the|my)\s+(?:(?:only|single|final)\s+)?(?:answer|choice|one))|(?:best|most \w+ly)\s+"
-    r"(?:answers|captures|describes|explains|fits|matches|reflects|represents|summari[sz]es))\b"
+    rf"(?:the|my)\s+(?:(?:only|single|final)\s+)?(?:answer|choice|one))|(?:best|most \w+ly)\s+{FITS}|{FITS}\s+best)\b"
 )
 WRONG = (
     r"[)\]}]?\s+(?:(?:is|was|seems|looks|would be|can be|could be)\s+(?:\w+ly\s+)?"
@@ -44,6 +45,22 @@ NOT = re.compile(
     r"\b(?:not|neither|nor|isn t|isnt|cannot be|can t be|than|unlike|instead of|wrong|incorrect|worst|"
     r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?)"
     r"\s*(?:option|choice)?\s*[(\[]?$",
+    re.IGNORECASE,
+)
+# "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
+ASKS = re.compile(
+    r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?(?i:(?:option|choice|letter)\s+)?"
+    r"[(\[]?[A-Z][)\]]?\s*\?"
+)
+OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|choice)\s*)?[(\[]?$", re.IGNORECASE)
+# Texts that have little beside a letter, or beside the number of an option.
+LIKE = r"(?:(?i:(?:it|that|this)\s+)?(?i:looks|seems)\s+(?i:like)\s+)"
+SURE = r"(?:\s+(?i:for sure|it is|to me))"
+COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+NUMBERED = re.compile(
+    r"(?:(?:the|my)\s+)?(?:(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option)\s*(?:is|:)\s*)?"
+    rf"(?:(?:option|choice)\s+(?:number\s+)?([1-9]|{'|'.join(COUNTED)})|the\s+({'|'.join(ORDINALS)})\s+(?:option|choice))\W*",
     re.IGNORECASE,
 )
 
@@ -65,7 +82,11 @@ class _Options:
     def of(cls, options: Sequence[str]) -> _Options:
         literal = [_literal(unicodedata.normalize("NFKC", option)) for option in options]
         # Of articles and signs alone ("A", "-") the VQA rule leaves nothing.
-        plain = [normalised_answer(option) or option for option in literal]
+        # An article at the end of other words is a name ("Team A").
+        plain = [
+            option if option.split()[-1:] and option.split()[-1] in ARTICLES else normalised_answer(option) or option
+            for option in literal
+        ]
         return cls(plain, literal, chr(ord("A") + len(options) - 1))
 
 
@@ -76,8 +97,8 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     A word is no letter: "A person jumps" and "The answer is A person" do not name A. Behind words that announce an
     answer every other letter names its option, whatever follows ("The answer is B as shown"); A, and I, do so before
     punctuation and words that give a reason. Words that are denied ("not the red cube") name nothing, nor does the "no"
-    of a sentence ("there is no cat"). What a model thinks before it answers (`<think>`), and a repetition of all
-    options, is no answer.
+    of a sentence ("there is no cat"). A letter within an option's own words ("Team B") is a part of these. What a model
+    thinks before it answers (`<think>`), and a repetition of the options, though it be cut off, is no answer.
     """
     known = _Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
@@ -90,19 +111,21 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     for ours, theirs in ((_literal(own), known.literal), (normalised_answer(own), known.plain)):
         if theirs.count(ours) == 1 and ours and not letter:
             return theirs.index(ours)
-    said = _without_repetition(BESIDE_CJK.sub(" ", said), options)
-    text = " ".join(said.split())
+    said = _without_repetition(ASKS.sub(" ", BESIDE_CJK.sub(" ", said)), known)
+    words = " ".join(said.split())
+    text = _apart(words, known)
     first_line = _alone(said.partition("\n")[0], known)
     if first_line is not None:
         return first_line
     listed = _listed(text, known)
     if listed is not None:
         return listed.pop() if len(listed) == 1 else None
-    for find in (_alone, _leading, _said, _anywhere, _by_words):
+    for find in (_alone, _leading, _said, _anywhere):
         found = find(text, known)
         if found is not None:
             return found
-    return None
+    found = _by_words(words, known)
+    return _numbered(words, known) if found is None else found
 
 
 def _literal(text: str) -> str:
@@ -110,13 +133,56 @@ def _literal(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
-def _without_repetition(text: str, options: Sequence[str]) -> str:
-    """The text without all options, lettered and in their order, as the question gave them."""
-    lettered = (
-        rf"\(?{chr(ord('A') + number)}[.):]\s*" + r"\s+".join(re.escape(word) for word in option.split())
-        for number, option in enumerate(options)
-    )
-    return re.sub(r"\W+".join(lettered), " ", text, flags=re.IGNORECASE).strip()
+def _without_repetition(text: str, known: _Options) -> str:
+    """The text without its options, two or more of them from A on, lettered and in their order, as the question gave
+    them; the last one may be cut off where the text ends."""
+    lines = [line.strip() for line in re.sub(r"[^\w\n]+", " ", text).split("\n") if line.strip()]
+    if len(lines) > 1 and "".join(lines) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(lines)] and known.literal[0] != "b":
+        return ""
+    begin = 0
+    while first := re.compile(r"(?<!\w)\(?A[.):]", re.IGNORECASE).search(text, begin):
+        end = _repeated_to(text, first.start(), known)
+        if end is None:
+            begin = first.end()
+        else:
+            text, begin = f"{text[: first.start()]} {text[end:]}", first.start()
+    return text.strip()
+
+
+def _repeated_to(text: str, start: int, known: _Options) -> int | None:
+    """Where a repetition of options that begins at `start` ends; None: there are fewer than two."""
+    end, whole = start, 0
+    for number, option in enumerate(known.literal):
+        letter = chr(ord("A") + number)
+        label = re.compile(rf"\W*(?<!\w)\(?{letter}(?:[.):]\s*|\s*$)", re.IGNORECASE).match(text, end)
+        if label is None:
+            break
+        own = r"\s+".join(re.escape(word) for word in option.split())
+        words = re.compile(rf"{own}(?!\w)", re.IGNORECASE).match(text, label.end())
+        if words is None:  # the last one, cut off, or another text
+            cut = whole > 0 and option.startswith(_literal(text[label.end() :]))
+            return len(text) if cut else end if whole > 1 else None
+        end, whole = words.end(), whole + 1
+    return end if whole > 1 else None
+
+
+def _apart(text: str, known: _Options) -> str:
+    """The text in which capitals within an option's own words ("Team B") are other signs, so that they are not taken
+    for letters of the list. `_words` takes that back. As long as the text."""
+    for option in known.literal:
+        if " " in option and re.search(rf"\b[a-{known.last.lower()}]\b", option):
+            own = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
+            text = own.sub(lambda found: re.sub(r"\b[A-Z]\b", _bold, found.group()), text)
+    return text
+
+
+def _bold(letter: re.Match[str]) -> str:
+    """A capital as a mathematical sign, of which NFKC, applied to every answer, leaves none."""
+    return chr(0x1D400 + _number(letter.group()))
+
+
+def _words(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
 
 
 def _number(letter: str) -> int:
@@ -157,7 +223,7 @@ def _leading(text: str, known: _Options) -> int | None:
     )
     if match:
         number, rest = _number(match.group(1)), text[match.end() :]
-        if plain[number] and normalised_answer(rest).startswith(plain[number]):
+        if plain[number] and normalised_answer(_words(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
@@ -166,9 +232,10 @@ def _leading(text: str, known: _Options) -> int | None:
     if reasoned:
         return _number(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
-    if match and normalised_answer(match.group(2)).startswith(plain[_number(match.group(1))] or "\0"):
+    if match and normalised_answer(_words(match.group(2))).startswith(plain[_number(match.group(1))] or "\0"):
         return _number(match.group(1))
-    return None
+    match = re.fullmatch(rf"(?:{LIKE}(?!I)([A-{last}]){SURE}?|(?!I)([A-{last}]){SURE})[\s.!]*", text)
+    return _number(match.group(1) or match.group(2)) if match else None
 
 
 def _said(text: str, known: _Options) -> int | None:
@@ -181,7 +248,7 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
     """The letter behind the first of these announcements that has one; its last such letter, and none that is denied or
     is one of several."""
     last = known.last
-    upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])\s*(?:[)\]}}.,;:]|$)"
+    upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
     several = rf"(?!{_another(last)})"
     for says in announcements:
         found: list[tuple[int, int]] = []
@@ -210,14 +277,14 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
 
 def _begins_with(text: str, plain: Sequence[str]) -> int | None:
     """The option of several words with which a text begins."""
-    own = f"{normalised_answer(text)} "
+    own = f"{normalised_answer(_words(text))} "
     begun = [number for number, option in enumerate(plain) if " " in option and own.startswith(f"{option} ")]
     return max(begun, key=lambda number: len(plain[number]), default=None)
 
 
 def _begins_literally(text: str, known: _Options) -> int | None:
     """The option with which a text begins and which is a letter with signs (C#, A+)."""
-    own = text.lower()
+    own = _words(text).lower()
     begun = [
         number
         for number, option in enumerate(known.literal)
@@ -229,7 +296,8 @@ def _begins_literally(text: str, known: _Options) -> int | None:
 def _stated(text: str, last: str) -> int | None:
     """The first letter that is said to be the answer."""
     for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?(?:{RIGHT})", text):
-        if not NOT.search(text[: match.start(1)]):
+        before = text[: match.start(1)]
+        if not NOT.search(before) and not OPEN.search(before):
             return _number(match.group(1))
     return None
 
@@ -267,14 +335,32 @@ def _by_words(text: str, known: _Options) -> int | None:
             if option != "no" or _answers_no(own, match.start(), match.end())
         ]
         longest = [this for this in found if not any(_inside(this, other) for other in found)]
-        named = {
-            number
-            for start, _, number in longest
-            if not NOT.search(re.sub(r"\b(?:the|an?)\s+$", "", own[:start], flags=re.IGNORECASE))
-        }
-        if len(named) == 1:
-            return named.pop()
+        named: set[int] = set()
+        denied_to: int | None = None  # where the last one ends that is denied
+        for start, end, number in sorted(longest):
+            before = re.sub(r"\b(?:the|an?)\s+$", "", own[:start], flags=re.IGNORECASE)
+            also = denied_to is not None and re.fullmatch(r"\s*,?\s*(?:or|nor)\s+", before[denied_to:])
+            if also or NOT.search(before):
+                denied_to = end
+            else:
+                named.add(number)
+        if named:
+            return named.pop() if len(named) == 1 else None
     return None
+
+
+def _numbered(text: str, known: _Options) -> int | None:
+    """The option that a text names by its place ("Option 2", "The second option") and by nothing else; None where
+    options are themselves numbers."""
+    match = NUMBERED.fullmatch(text)
+    if match is None or re.search(rf"\d|\b(?:{'|'.join((*COUNTED, *ORDINALS))})\b", " ".join(known.literal)):
+        return None
+    cardinal, ordinal = (match.group(n).lower() if match.group(n) else None for n in (1, 2))
+    if cardinal is not None:
+        number = int(cardinal) - 1 if cardinal.isdigit() else COUNTED.index(cardinal)
+    else:
+        number = ORDINALS.index(str(ordinal))
+    return number if number < len(known.literal) else None
 
 
 def _inside(this: tuple[int, int, int], other: tuple[int, int, int]) -> bool:

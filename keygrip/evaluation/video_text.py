@@ -272,7 +272,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     for name, benchmark in benchmarks.items():
         record: list[dict[str, Any]] = []
         figures = evaluate_choices(module, benchmark.questions, modes, cfg.max_new_tokens, record)
-        result[name] = figures | {"without_video": benchmark.without_video}
+        result[name] = figures | {"without_video": benchmark.without_video, "unscored": benchmark.unscored}
         answers += [{"benchmark": name, **entry} for entry in record]
     if cfg.vqa_answers is not None:
         write_text(Path(cfg.vqa_answers), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers))

@@ -82,19 +82,29 @@ class Benchmark:
     """A local copy of a benchmark.
 
     Attributes:
-        questions: those whose video is there. without_video: how many others it has.
+        questions: those whose video is there. without_video: how many others it has. unscored: how many more whose
+            answer is none of their candidates, or is not said.
     """
 
     questions: list[ChoiceQuestion]
     without_video: int
+    unscored: int = 0
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """An entry whose right option is not known, and why."""
+
+    reason: str
 
 
 def read_benchmark(name: str, root: str | Path) -> Benchmark:
-    """The questions of a benchmark; those whose video is not there are counted and named in the log.
+    """The questions of a benchmark; those whose video is not there, or whose answer is none of their candidates, are
+    counted and named in the log.
 
     Raises:
-        FileNotFoundError: no question files, or none of the videos. ValueError: an unknown benchmark, or entries of
-            another form.
+        FileNotFoundError: no question files, or none of the videos. ValueError: an unknown benchmark, entries of
+            another form, or most of them without an answer that is one of their candidates.
     """
     if name not in READERS:
         raise ValueError(f"benchmark={name!r}: known are {', '.join(READERS)}")
@@ -104,6 +114,12 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
     found = list(READERS[name](root))
     questions = [question for question in found if isinstance(question, ChoiceQuestion)]
     missing = [video for video in found if isinstance(video, str)]
+    unscored = [entry.reason for entry in found if isinstance(entry, Unscored)]
+    if len(unscored) > len(questions):
+        raise ValueError(
+            f"{name}: {len(unscored)} of {len(unscored) + len(questions)} questions whose videos are there cannot be "
+            f"scored; the first: {unscored[0]}"
+        )
     if not questions:
         raise FileNotFoundError(f"none of the videos of {name} lies below {root}: unpack them there")
     if missing:
@@ -115,10 +131,14 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
             root,
             missing[0],
         )
-    return Benchmark(questions, len(missing))
+    if unscored:
+        log.warning(
+            "%s: %d questions are left out, which cannot be scored; the first: %s", name, len(unscored), unscored[0]
+        )
+    return Benchmark(questions, len(missing), len(unscored))
 
 
-def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str]:
+def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and perhaps
     `domain`, `sub_category`, `task_type`."""
     import pyarrow.parquet
@@ -144,14 +164,17 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str]:
                 yield _question(video, entry["question"], options, answer, entry["duration"], groups=groups)
 
 
-def _candidates(root: Path) -> Iterator[ChoiceQuestion | str]:
+def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     """JSON lists, a task a file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
-    perhaps `start` and `end`."""
-    files = [file for file in sorted(root.rglob("*.json")) if not file.name.startswith(".")]
+    perhaps `start` and `end`. What a file repeats of another one is left out: some copies hold a list of all tasks
+    beside the folder with theirs, which comes first."""
+    files = [file for file in root.rglob("*.json") if not file.name.startswith(".")]
+    files.sort(key=lambda file: (-len(file.parts), file))
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
-    videos = Videos(root)
+    videos, first = Videos(root), dict[Any, Path]()
     for file in files:
+        repeated = 0
         content = read_json(file)
         if not isinstance(content, list):
             continue
@@ -166,14 +189,42 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str]:
                 if video is None and clip is not None:  # only what was cut out of it is there
                     stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
                     video = videos.find(f"{stem}_{entry['start']}_{entry['end']}.mp4", folder)
+                if video is not None and clip is not None and _is_cut(video, clip):
+                    clip = None
+                if first.setdefault((video or name, clip, entry["question"].strip(), options), file) != file:
+                    repeated += 1
+                    continue
                 if video is None:
                     yield name
                     continue
-                if clip is not None and _is_cut(video, clip):
-                    clip = None
                 task = str(entry.get("question_type") or file.stem)
-                answer = options.index(str(entry["answer"]))
+                answer = _place(entry.get("answer"), options)
+                if answer is None:
+                    said = repr(entry["answer"])[:60] if "answer" in entry else "not said"
+                    yield Unscored(
+                        f"{file}: of the entry {entry['question'][:60]!r} the answer is {said}, and not one of "
+                        f"its {len(options)} candidates"
+                    )
+                    continue
                 yield _question(video, entry["question"], options, answer, task, clip)
+        if repeated:
+            log.warning("%s: %d questions are left out, which another file has", file, repeated)
+
+
+def _place(answer: Any, options: tuple[str, ...]) -> int | None:
+    """Which option an answer is; of none by the letter, the one that differs in case, white space or full stops alone.
+    None: none, or several."""
+    if answer is None:
+        return None
+
+    def plain(text: str) -> str:
+        return " ".join(text.split()).rstrip(". ").casefold()
+
+    said = str(answer)
+    if said in options:
+        return options.index(said)
+    same = [number for number, option in enumerate(options) if plain(option) == plain(said)]
+    return same[0] if len(same) == 1 else None
 
 
 def _options(given: Any) -> tuple[str, ...]:
@@ -183,8 +234,8 @@ def _options(given: Any) -> tuple[str, ...]:
     return tuple(str(option) for option in given)
 
 
-# What an entry of either form gives: a question, or the name of its video, which is not there.
-READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion | str]]] = {
+# What an entry of either form gives: a question, the name of its video, which is not there, or why it has no score.
+READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion | str | Unscored]]] = {
     "video_mme": _video_mme,
     "mlvu": _candidates,
     "mvbench": _candidates,

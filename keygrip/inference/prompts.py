@@ -109,9 +109,12 @@ class PromptReader:
 
 
 def refuse_message(conversations: Any) -> None:
-    """Raises ValueError: a message or a text in the place of conversations."""
-    if isinstance(conversations, Mapping | str):
-        raise ValueError('a conversation is a list of messages: [{"role": "user", "content": ...}]')
+    """Raises ValueError: no list (a message, a text, a generator, ...) in the place of conversations or of one."""
+    if isinstance(conversations, str) or not isinstance(conversations, Sequence):
+        raise ValueError(
+            'a conversation is a list of messages: [{"role": "user", "content": ...}], and several are a list of such; '
+            f"not {type(conversations).__name__}"
+        )
 
 
 def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
@@ -134,6 +137,7 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
     Raises:
         ValueError: it has another form, or does not end with a user's message.
     """
+    refuse_message(messages)
     turns: list[Turn] = []
     shown: list[tuple[str, Any]] = []
     for message in messages:

@@ -190,3 +190,68 @@ def test_what_is_denied_is_not_named(said: str, options: list[str], option: int 
 )
 def test_several_letters_name_none(said: str) -> None:
     assert chosen_option(said, XYZ) is None
+
+
+VITAMINS, TEAMS = ["Vitamin B", "Vitamin C", "Vitamin D", "Vitamin A"], ["Team B", "Team A", "Team C", "Neither"]
+GROUPS = ["Group B", "Group C", "Group A", "none"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("The answer is Vitamin C.", VITAMINS, 1), ("The label shows vitamin C.", VITAMINS, 1)),
+        *(("The winner is Team B.", TEAMS, 0), ("The winning team is Team A", TEAMS, 1), ("B. Team A", TEAMS, 1)),
+        *(("The answer is Group B.", GROUPS, 0), ("I think it is Group C", GROUPS, 1), ("A. Group B", GROUPS, 0)),
+        *(("The video shows that Team B beat Team A", TEAMS, None), ("The winner is the team.", TEAMS, None)),
+        *(("Team B won, so the answer is A.", TEAMS, 0), ("(C) Team C", TEAMS, 2), ("The answer is C", GROUPS, 2)),
+    ],
+)
+def test_a_letter_within_the_words_of_an_option_is_no_letter_of_the_list(
+    said: str, options: list[str], option: int | None
+) -> None:
+    assert chosen_option(said, options) == option
+
+
+PLAIN = ["red", "blue", "green", "yellow"]
+SCENES = ["The man walks into the room.", "The woman opens the door.", "The child laughs.", "The dog barks."]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("A. red.\nB. blue.", PLAIN, None), ("(A) red (B) blue", PLAIN, None), ("A\nB", PLAIN, None)),
+        *(("A.\nB.\nC.", PLAIN, None), ("A. red\nB. blue\nC. gre", PLAIN, None), ("A. red\nB. blue\nC", PLAIN, None)),
+        ("A. The man walks into the room.\nB. The woman opens the door.\nC. The child", SCENES, None),
+        ("A) The man walks into the room. B) The woman opens the door.", SCENES, None),
+        *(("A. red.\nB. blue.\nAnswer: B", PLAIN, 1), ("A. red\nB. blue\nIt is green.", PLAIN, 2)),
+        *(("A. red", PLAIN, 0), ("A. red\nC. green", PLAIN, 0), ("A. red B. blue C. green D. yellow B", PLAIN, 1)),
+        ("A. B", ["B", "A"], 0),
+    ],
+)
+def test_a_repetition_that_is_cut_off_is_no_answer(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("It could be A, but B is more likely.", PLAIN, 1), ("I can't tell whether A or B is right.", PLAIN, None)),
+        *(("Is it C?", PLAIN, None), ("Is it C? No, it is D.", PLAIN, 3), ("C?", PLAIN, 2)),
+        *(("Yes or no", YES_NO, None), ("yes no", YES_NO, None), ("yes", YES_NO, 0)),
+        *(("Option 2", PLAIN, 1), ("The second option.", PLAIN, 1), ("The answer is option two", PLAIN, 1)),
+        *(
+            ("Option 2", ["3", "4", "5"], None),
+            ("The second option shows a man", PLAIN, None),
+            ("Option 7", PLAIN, None),
+        ),
+        *(
+            ("D for sure", PLAIN, 3),
+            ("Looks like D to me", PLAIN, 3),
+            ("C it is", PLAIN, 2),
+            ("C matches best", PLAIN, 2),
+        ),
+        *(("option c is correct", PLAIN, 2), ("It isn't red or blue, it's green", PLAIN, 2)),
+    ],
+)
+def test_answers_in_other_words(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option

@@ -139,7 +139,9 @@ def test_generated_answers_are_as_long_as_the_setting_allows(
     module.tokenizer.end_of_turn = -1
     monkeypatch.setattr(multiple_choice, "generate", counted)
     monkeypatch.setattr(
-        video_text, "read_benchmark", lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0)
+        video_text,
+        "read_benchmark",
+        lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0, unscored=0),
     )
     settings = {"mode": "coarse_fine", "split": "none", "vqa_answers": None, "vqa_benchmarks": {"mvbench": "x"}}
     cfg = OmegaConf.create({**settings, "max_frames": None, "limit_batches": None, "max_new_tokens": most})

@@ -104,8 +104,56 @@ def test_what_is_missing_or_of_another_form_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none of the videos"):
         read_benchmark("mlvu", tmp_path)
     video(tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match=r"q\.json: the entry 'What\?'"):
+    with pytest.raises(ValueError, match=r"q\.json: of the entry 'What\?' the answer is 'green'"):
         read_benchmark("mlvu", tmp_path)
+
+
+def test_answers_that_differ_in_writing_and_entries_without_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    video(tmp_path / "a.mp4")
+    answers = ["Blue", "blue .", " red  one.", "green", None, "dark"]
+    entries = [
+        {
+            "video": "a.mp4",
+            "question": f"Which {n}?",
+            "candidates": ["blue.", "red one", "Dark", "dark."],
+            "answer": said,
+        }
+        for n, said in enumerate(answers)
+    ]
+    more = [{**entries[0], "question": f"More {n}?"} for n in range(3)]
+    del entries[4]["answer"]
+    write(tmp_path / "q.json", entries + more)
+    benchmark = read_benchmark("mlvu", tmp_path)
+    assert [question.answer for question in benchmark.questions] == [0, 0, 1, 0, 0, 0]
+    assert benchmark.unscored == 3
+    assert "3 questions are left out, which cannot be scored; the first: " in caplog.text
+    assert "of the entry 'Which 3?' the answer is 'green', and not one of its 4 candidates" in caplog.text
+    write(tmp_path / "q.json", entries[2:])
+    with pytest.raises(
+        ValueError, match=r"3 of 4 questions whose videos are there cannot be scored; the first: .*Which 3"
+    ):
+        read_benchmark("mlvu", tmp_path)
+
+
+@pytest.mark.parametrize("list_", ["test.json", "all.json"])
+def test_a_list_beside_those_of_the_tasks_does_not_double_the_questions(
+    list_: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [
+        {"video": f"{name}.mp4", "question": f"What {n}?", "candidates": ["x", "y"], "answer": "y"}
+        for n, name in enumerate(("a", "a", "gone"))
+    ]
+    video(tmp_path / "a.mp4")
+    write(tmp_path / "json" / "1_plotQA.json", entries[:2])
+    write(tmp_path / "json" / "2_ego.json", entries[2:])
+    write(tmp_path / list_, [*entries, {**entries[0], "candidates": ["z", "y"]}])
+    benchmark = read_benchmark("mlvu", tmp_path)
+    tasks = [question.task for question in benchmark.questions]
+    assert tasks == ["1_plotQA", "1_plotQA", list_.removesuffix(".json")]
+    assert benchmark.without_video == 1
+    assert f"{list_}: 3 questions are left out, which another file has" in caplog.text
 
 
 def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:
@@ -174,7 +222,7 @@ def test_copies_of_mvbench_that_hold_clips_alone_are_not_cut_again(tmp_path: Pat
     """As lmms-eval's copies: named by the clip in the questions, or only on the disk."""
     entry = {"question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 1.25, "end": 15.4}
     write(tmp_path / "json" / "action_sequence.json", [{**entry, "video": "USNP1_1.25_15.4.mp4"}])
-    write(tmp_path / "json" / "object_interaction.json", [{**entry, "video": "USNP1.mp4"}])
+    write(tmp_path / "json" / "object_interaction.json", [{**entry, "question": "Which?", "video": "USNP1.mp4"}])
     cut = video(tmp_path / "star" / "Charades_segment" / "USNP1_1.25_15.4.mp4")
     questions = read_benchmark("mvbench", tmp_path).questions
     assert [(question.video, question.clip) for question in questions] == [(cut, None)] * 2

@@ -265,8 +265,12 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
         key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
         if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
             raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
-        # a sparse file says its size with the holes, which are not in the tar
-        end = tar.offset if member.issparse() else member.offset_data + (member.size + 511) // 512 * 512
+        # a sparse file says its size with the holes, a hard link that of the other file: neither is in the tar
+        end = (
+            tar.offset
+            if member.issparse() or not member.isfile()
+            else member.offset_data + (member.size + 511) // 512 * 512
+        )
         if end > found.size:
             found.parts.pop(key, None)
             raise ShardError(f"{path} is cut off in {member.name}")

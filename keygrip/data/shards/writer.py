@@ -27,6 +27,7 @@ from keygrip.data.shards.index import (
     index_shard,
     make_index,
 )
+from keygrip.data.shards.keys import MOST_BYTES
 from keygrip.data.source_files import files_in
 from keygrip.progress import Progress
 
@@ -70,8 +71,8 @@ class ShardWriter:
                 other columns.
         """
         key = unicodedata.normalize("NFC", key)  # as a reader of the tar file has it
-        if "." in key.rpartition("/")[2] or not key or len(key.encode()) > 90:
-            raise ValueError(f"the key {key!r} cannot name a sample: 1 to 90 bytes without a dot")
+        if "." in key.rpartition("/")[2] or not key or len(key.encode()) > MOST_BYTES:
+            raise ValueError(f"the key {key!r} cannot name a sample: 1 to {MOST_BYTES} bytes without a dot")
         if key in self._known:
             raise ValueError(f"the key {key!r} comes twice: in the tar file both would be one sample")
         if self._rows and set(row) != set(self._rows[0]):

@@ -116,6 +116,12 @@ class WithinBudget:
         return [frames * self.collator.tokens_per_frame + tokens for tokens in found if tokens]
 
 
+def is_asked(kind: str, kinds: Sequence[str] | None, questions: Questions) -> bool:
+    """Whether conversations of a kind are used: a source's `kinds` name it (None: all), and `questions` does not leave
+    it out ({kind: 0})."""
+    return (kinds is None or kind in kinds) and not (isinstance(questions, Mapping) and questions.get(kind) == 0)
+
+
 def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
     """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
     if questions is None:

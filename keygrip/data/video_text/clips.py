@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,10 +13,21 @@ from keygrip.data.video_text.conversations import Conversation, Turn, VideoTextS
 from keygrip.training.parts import data_part
 
 SECOND = re.compile(r"\b(seconds?\s+)(\d+)\b", re.IGNORECASE)  # "At second 12, ..."
-# Other ways to say a time, which are not rewritten: 00:04, after 4 seconds, from second 3 to 5.
+NUMBER = (
+    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
+)
+ORDINAL = (
+    r"(?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|last|final|"
+    r"opening|closing|next|previous)"
+)
+# Other ways to say a time, which are not rewritten: 00:04, after 4 seconds, from second 3 to 5, after four seconds, at
+# minute 2, second four, in the 4th or the last second, t=4.
 OTHER_TIMES = re.compile(
     r"\b\d+:\d\d\b|\b\d+(?:\.\d+)?\s*-?(?:s|secs?|seconds?|mins?|minutes?)\b"
-    r"|\bseconds?\s+\d+\s*(?:to|and|or|until|,|-|\u2013)\s*\d+",
+    r"|\bseconds?\s+\d+\s*(?:to|and|or|until|,|-|\u2013)\s*\d+"
+    rf"|\b{NUMBER}[\s-]+(?:more\s+)?(?:seconds?|minutes?)\b|\bminutes?\s+(?:\d|{NUMBER}\b)|\bseconds?\s+{NUMBER}\b"
+    rf"|\b{ORDINAL}\s+(?:few\s+|couple\s+of\s+)?(?:seconds?|minutes?)\b(?!\s+\d)|\bt\s*=\s*\d",
     re.IGNORECASE,
 )
 STREAM = 1  # of random numbers, apart from that of the choice of questions
@@ -30,8 +41,8 @@ class SubClips:
     A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
     more than it shows and are left out. Seconds in words are known in the form "second 12"; conversations that say
     times in another form ("00:12", "after 12 seconds") are left out of a clip whose time begins anew. A video in which
-    nothing is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses clips where
-    no video that was tried can be cut (`may_be_cut`).
+    nothing that is used is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses
+    clips where no video that was tried can be cut (`may_be_cut`).
 
     Args:
         frames: [fewest, most] of a clip; shorter videos stay whole.
@@ -56,11 +67,17 @@ class SubClips:
             raise ValueError(f"data.clips.share={self.share}: a share lies in 0..1")
 
     def may_be_cut(self, conversations: Sequence[Conversation]) -> bool:
-        """Whether some conversation says of which frame it speaks."""
+        """Whether some conversation, of those that are used, says of which frame it speaks."""
         return any(isinstance(each.evidence.get("frame"), int) for each in conversations)
 
-    def of(self, sample: VideoTextSample, seed: int, key: SampleKey) -> VideoTextSample:
-        """The sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
+    def of(
+        self, sample: VideoTextSample, seed: int, key: SampleKey, asked: Collection[str] | None = None
+    ) -> VideoTextSample:
+        """The sample, or a clip of it: a pure function of the seed, the sample and the epoch.
+
+        Args:
+            asked: kinds of conversations that are used: a clip without any of them is none. None: all.
+        """
         fewest, most = self.frames
         count = len(sample.frames)
         if count <= fewest or sample.seconds != tuple(float(n) for n in range(count)):
@@ -71,7 +88,9 @@ class SubClips:
             return sample
         length = int(rng.integers(fewest, min(most, count) + 1))
         start = int(rng.integers(0, count - length + 1))
-        return self.cut(sample, start, start + length) or sample
+        clip = self.cut(sample, start, start + length)
+        used = clip is not None and (asked is None or any(each.kind in asked for each in clip.conversations))
+        return clip if clip is not None and used else sample
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
         """Frames `start` to `stop` (exclusive) with the questions about them; None where there are none."""
@@ -107,7 +126,12 @@ class SubClips:
 
 
 def clipped(
-    sample: VideoTextSample, clips: SubClips | None, max_frames: int, seed: int, key: SampleKey
+    sample: VideoTextSample,
+    clips: SubClips | None,
+    max_frames: int,
+    seed: int,
+    key: SampleKey,
+    asked: Collection[str] | None = None,
 ) -> VideoTextSample:
-    """A clip of a sample where there are any, then at most so many frames, evenly."""
-    return thinned(sample if clips is None else clips.of(sample, seed, key), max_frames)
+    """A clip of a sample where there are any, then at most so many frames, evenly. asked: see `SubClips.of`."""
+    return thinned(sample if clips is None else clips.of(sample, seed, key, asked), max_frames)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, guard, open_image, parse_json
+from keygrip.data.bad_samples import MAX_TEXT_BYTES, BadSample, guard, open_image, parse_json
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
@@ -44,7 +45,7 @@ CAPTION_REQUEST = "Describe what happens in the video."
 
 
 # Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
-DECODING = 2
+DECODING = 3
 
 
 def frame_settings(image_size: Any, fit: Any, max_frames: Any) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 def parse_text(parts: Parts) -> dict[str, Any]:
     """The sample's text as its json holds it. Raises ValueError: it is missing or malformed."""
     parts = lower_case(parts)
-    content = parse_json(parts["json"], "json") if "json" in parts else {}
+    content = _json_of(parts) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
         return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
     if "json" in parts:
@@ -229,6 +230,20 @@ def parse_text(parts: Parts) -> dict[str, Any]:
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
     raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}{hint}")
+
+
+def _json_of(parts: Parts) -> Any:
+    """What the json of a sample holds; {} where it stands beside a txt and is metadata alone that `parse_json` refuses:
+    the caption does not depend on it. Raises BadSample: it cannot be read."""
+    try:
+        return parse_json(parts["json"], "json")
+    except BadSample:
+        if "txt" not in parts or len(parts["json"]) > MAX_TEXT_BYTES:
+            raise
+        with guard("json"):  # of NaN, numbers of any length and halves of surrogate pairs
+            if holds_text(json.loads(parts["json"].decode("utf-8-sig"), parse_int=float)):
+                raise
+        return {}
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
@@ -283,6 +298,7 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
     video, images = media_of(parts)
     if video is None:
         _check_count(content, images)
+        _image_seconds(content.get("fps", 1.0), range(len(images)))
     frames = len(images) if video is None else len(_seconds(duration_s(parts[video]), MOST_FRAMES))
     return {"frames": frames, **_text_columns(conversations)}
 
@@ -425,14 +441,26 @@ def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
     return replace(sample, frames=sample.frames[taken], seconds=seconds)
 
 
-def _image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...] | None:
-    """When images were taken at `fps`; () where they have no common time (null), None where a shard does not say it in
-    a number."""
+def _image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
+    """When images were taken at `fps`, a number or its text; () where they have no common time (null).
+
+    Raises:
+        ValueError: it is no rate, and there are several images: one is of second 0 at any rate.
+    """
     if fps is None:
         return ()
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 1e-6 < fps < 1e6:
-        return None
-    return tuple(number / fps for number in taken)
+    if len(taken) < 2:
+        return (0.0,) * len(taken)
+    try:
+        rate = float("nan" if isinstance(fps, bool) else fps)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 1e-6 < rate < 1e6:
+        raise ValueError(
+            f"its fps is {str(fps)[:40]!r}: frames per second are a positive number, or null for images "
+            "without a common time"
+        )
+    return tuple(number / rate for number in taken)
 
 
 def _of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:

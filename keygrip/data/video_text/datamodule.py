@@ -38,6 +38,7 @@ from keygrip.data.video_text.batching import (
     PreparedCollator,
     Questions,
     WithinBudget,
+    is_asked,
 )
 from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import (
@@ -236,20 +237,20 @@ class VideoTexts(ResumableData):
             if not cut:
                 raise ValueError(
                     f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were "
-                    "tried has a conversation that says of which frame it speaks (evidence: frame), so that none can "
-                    "be cut: leave data.clips (or data.sources.NAME.clips) out"
+                    "tried has a conversation, of the kinds that are used, that says of which frame it speaks "
+                    "(evidence: frame), so that none can be cut: leave data.clips (or data.sources.NAME.clips) out"
                 )
             log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
 
-    @staticmethod
-    def _tried(clips: SubClips, parts: Sequence[Part]) -> tuple[int, int]:
+    def _tried(self, clips: SubClips, parts: Sequence[Part]) -> tuple[int, int]:
         """How many longer training videos were looked at, and how many of them can be cut."""
         tried = cut = 0
         for part in parts:
             longer = part.chosen[part.column("frames") > clips.frames[0]]
             for sample in longer[np.linspace(0, len(longer) - 1, min(len(longer), TRIED)).round().astype(int)].tolist():
                 with contextlib.suppress(BadSample):  # counted when they are read
-                    cut += clips.may_be_cut(read_conversations(part.shards, sample))
+                    told = read_conversations(part.shards, sample)
+                    cut += clips.may_be_cut([c for c in told if is_asked(c.kind, part.kinds, self.questions)])
                     tried += 1
         return tried, cut
 

@@ -12,7 +12,7 @@ from keygrip.data.shards.mixing import Component
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, UnusableSample
-from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, rows_of
+from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, is_asked, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.conversations import MOST_FRAMES, Conversation, VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
@@ -118,7 +118,9 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
-        sample = clipped(self._read(part, key.sample, position), part.clips, self.max_frames, self.seed, key)
+        whole = self._read(part, key.sample, position)
+        asked = frozenset(c.kind for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
+        sample = clipped(whole, part.clips, self.max_frames, self.seed, key, asked)
         conversations: Sequence[Conversation] = sample.conversations
         if part.kinds is not None:
             conversations = [c for c in conversations if c.kind in part.kinds]

@@ -35,6 +35,9 @@ class ShardSource:
         frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
         clips: of this source, in place of `data.clips`; two sources of one set may be cut differently.
         train_only: the set is not read for validation and test: another source reads its held-out samples.
+
+    Raises:
+        ValueError: a setting that cannot be, by its name.
     """
 
     read_where: ClassVar = {"make": ReadWhere("root", None)}
@@ -47,6 +50,15 @@ class ShardSource:
     frames: Sequence[int] | None = None
     clips: SubClips | None = None
     train_only: bool = False
+
+    def __post_init__(self) -> None:
+        place = "data.sources.NAME"
+        if self.frames is not None and (len(self.frames) != 2 or not 0 <= self.frames[0] <= self.frames[1]):
+            raise ValueError(f"{place}.frames={list(self.frames)}: [fewest, most] frames, from 0 (text alone)")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"{place}.max_samples={self.max_samples}: at least 1, or null for all")
+        if not 0 <= self.val_fraction <= 1:
+            raise ValueError(f"{place}.val_fraction={self.val_fraction}: a share of the samples lies in 0..1")
 
     @property
     def place(self) -> str:

@@ -31,11 +31,12 @@ def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
     for name, parameter in module.network.named_parameters():
         part = name.partition(".")[0]
         groups[part if part in ("backbone", "language") else "connector"] += parameter.numel()
+    padding = text_rows(batch).padding_share(module.network.tokens_per_frame, module.network.pack_rows)
     report: dict[str, Any] = {
         "frames": list(batch.frames.shape),
         "input_ids": list(batch.input_ids.shape),
         "supervised_tokens": int(batch.loss_mask.sum()),
-        "padding_share": round(batch.padding_share, 4),
+        "padding_share": round(padding, 4),
         "parameters": dict(groups) | {"all": sum(groups.values())},
         "modes": {},
     }

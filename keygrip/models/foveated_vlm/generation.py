@@ -146,7 +146,7 @@ def generate(
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
     # one for each row: an answer depends on nothing else that is asked in the batch
-    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
+    generators = [torch.Generator(device).manual_seed(int(seed)) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):

@@ -334,7 +334,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
         self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            self.log("train/padding_share", batch.padding_share, batch_size=size)
+            padding = rows.padding_share(self.network.tokens_per_frame, self.network.pack_rows)
+            self.log("train/padding_share", padding, batch_size=size)
             self.log("train/text_only_share", batch.text_only_share, batch_size=size)
             self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
             self.log("train/left_out_rows", float(batch.left_out), batch_size=size)

@@ -72,6 +72,14 @@ class TextRows:
         counts = [self.frame_counts[video] * tokens_per_frame for video in self.videos]
         return RowLayout.build(self.lengths, self.visual_at, counts, self.input_ids.shape[1], self.input_ids.device)
 
+    def padding_share(self, tokens_per_frame: int = 1, packed: bool = False) -> float:
+        """Share of the language model's positions that are padding: of the rows, each as long as the longest, or of
+        the bins that `Packing` fills."""
+        pairs = zip(self.lengths, self.videos, strict=True)
+        lengths = [length + self.frame_counts[video] * tokens_per_frame for length, video in pairs]
+        places = max(lengths, default=0) * (len(_bins(lengths)) if packed else len(lengths))
+        return 1 - sum(lengths) / places if places else 0.0
+
     @cached_property
     def streams(self) -> Streams:
         """The distinct streams: a video with the text before its visual tokens."""
@@ -123,6 +131,20 @@ class RowLayout:
         return take(both, self.source)
 
 
+def _bins(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows in bins as long as the longest of them: the longest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        place = next((n for n, free in enumerate(left) if free >= lengths[row]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            left.append(max(lengths))
+        bins[place].append(row)
+        left[place] -= lengths[row]
+    return bins
+
+
 @dataclass(frozen=True)
 class Packing:
     """B rows one behind the other in n bins, each as long as the longest row, so that little is padding.
@@ -141,16 +163,7 @@ class Packing:
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device | None = None) -> Packing:
         """Of rows of these lengths in [B, width]: the longest first, each into the first bin with room."""
-        room = max(lengths, default=0)
-        bins: list[list[int]] = []
-        left: list[int] = []
-        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            place = next((n for n, free in enumerate(left) if free >= lengths[row]), len(bins))
-            if place == len(bins):
-                bins.append([])
-                left.append(room)
-            bins[place].append(row)
-            left[place] -= lengths[row]
+        room, bins = max(lengths, default=0), _bins(lengths)
         source = torch.zeros(len(bins), room, dtype=torch.int64)
         owner = torch.full((len(bins), room), -1)
         positions = torch.zeros(len(bins), room, dtype=torch.int64)

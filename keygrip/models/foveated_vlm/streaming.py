@@ -197,7 +197,7 @@ class StreamingSession:
     def _continue(self, max_new_tokens: int, temperature: float, seed: int) -> Generator[int, None, list[int]]:
         language, state = self.network.language, self._row.state
         assert state is not None
-        generator = torch.Generator(state.device).manual_seed(seed)
+        generator = torch.Generator(state.device).manual_seed(int(seed))
         said: list[int] = []
         for _ in range(max_new_tokens):
             logits = language.logits(state[:, 0]).float()
@@ -276,10 +276,32 @@ class VideoStream:
 
     @property
     def room(self) -> int:
-        """Frames that can still be pushed before the language model's context is full."""
+        """Frames that can still be pushed: before the language model's context is full, and of those that the network
+        numbers and whose seconds the stream was told."""
+        return min(room for room, _ in self._rooms())
+
+    def _rooms(self) -> list[tuple[int, str]]:
+        """How many more frames each limit leaves room for, and what is said where it is none."""
         network = self.module.network
         taken = self.session.positions + len(self._rest) + self.answer_tokens
-        return int(network.language.context - taken) // int(network.tokens_per_frame)
+        rooms = [
+            (
+                int(network.language.context - taken) // int(network.tokens_per_frame),
+                f"{self.frames} frames and room for an answer of {self.answer_tokens} tokens take the language model's "
+                f"context of {network.language.context}",
+            )
+        ]
+        if self._told is not None:
+            said = f"it was told the seconds of {len(self._told)} frames, and all have been pushed"
+            rooms.append((len(self._told) - self.frames, said))
+        if network.frame_tokens is not None:
+            numbers = len(network.frame_tokens)
+            said = (
+                f"it would have {self.frames + 1} frames and model.network.frame_numbers={numbers}; a model trained "
+                "with frame_clock=true has no such limit"
+            )
+            rooms.append((numbers - self.frames, said))
+        return rooms
 
     def push(self, frame: np.ndarray | Image.Image, second: float | None = None) -> None:
         """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training.
@@ -289,17 +311,16 @@ class VideoStream:
                 0 for the first.
 
         Raises:
-            ValueError: another shape or type, no room for it beside an answer (`room`), a second that is not finite,
-                lies before that of the last frame or is not what the stream was told, or more frames than it was told.
+            ValueError: another shape or type, no room for it (`room`), or a second that is not finite, lies before that
+                of the last frame or is not what the stream was told.
         """
+        full = next((said for room, said in self._rooms() if room < 1), None)
+        if full is not None:
+            raise ValueError(
+                f"the stream is full: {full}. Answers can still be had; begin a new stream for further frames"
+            )
         if self._told is not None:
             second = self._second_as_told(second)
-        if self.room < 1:
-            raise ValueError(
-                f"the stream is full: {self.frames} frames and room for an answer of {self.answer_tokens} tokens take "
-                f"the language model's context of {self.module.network.language.context}. Answers can still be had; "
-                "begin a new stream for further frames"
-            )
         images = self.module.image_options
         if not isinstance(frame, Image.Image):
             if not isinstance(frame, np.ndarray):
@@ -312,8 +333,6 @@ class VideoStream:
 
     def _second_as_told(self, second: float | None) -> float:
         assert self._told is not None
-        if self.frames >= len(self._told):
-            raise ValueError(f"the stream was told the seconds of {len(self._told)} frames, and all have been pushed")
         told = self._told[self.frames]
         if second is not None and second != told:
             raise ValueError(f"a frame of second {second:g}; the stream was told that it is of second {told:g}")

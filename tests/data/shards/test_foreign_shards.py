@@ -84,6 +84,35 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
         [("a.mp4", small_video()), ("a.txt", b"a cube"), ("a.json", text(id=3))],
         {"a": 2},
     ),
+    **{
+        f"caption in txt, metadata with {what}": (
+            [("a.jpg", jpeg()), ("a.txt", b"a cube"), ("a.json", json_)],
+            {"a": 1},
+        )
+        for what, json_ in {
+            "NaN": b'{"score": NaN}',
+            "a number out of range": b'{"score": 1e999}',
+            "an endless number": b'{"id": ' + b"9" * 5000 + b"}",
+            "half a character": b'{"title": "x\\ud800"}',
+        }.items()
+    },
+    "NaN beside the caption in json": (
+        [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", b'{"caption": "c", "s": NaN}')],
+        {},
+    ),
+    "txt beside a json that is cut off": ([("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", b'{"id": ')], {}),
+    "txt beside a json that is very deep": (
+        [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", b"[" * 100000 + b"]" * 100000)],
+        {},
+    ),
+    **{
+        f"images of fps {fps!r}": (
+            [("a.00.jpg", jpeg()), ("a.01.jpg", jpeg()), ("a.json", text(caption="c", fps=fps))],
+            {"a": 2} if fps in ("30", 2, None) else {},
+        )
+        for fps in ("30", 2, None, 0, -1, "fast", True, [2])
+    },
+    "one image of fps 0": (pair("a", content=text(caption="c", fps=0)), {"a": 1}),
     "caption in json": (pair("a", content=text(caption="a cube", width=8)), {"a": 1}),
     "text in json": (pair("a", content=text(text="a cube")), {"a": 1}),
     "messages": (
@@ -308,6 +337,32 @@ def test_hostile_images_leave_their_shard_whole(tmp_path: Path) -> None:
     assert (frames, len(named)) == ({"good": 1}, len(images))
     report = make_manifests(tmp_path, max_broken_share=1.0)
     assert report["bad_samples"] + len(ShardSet(tmp_path)) == len(images) + 1
+
+
+def hard_link(tar: tarfile.TarFile) -> None:
+    """As some programs write it: with the size of the file that it links to, and without its bytes."""
+    info = tarfile.TarInfo("linked.jpg")
+    info.type, info.linkname, info.size = tarfile.LNKTYPE, "good.jpg", 4000
+    tar.fileobj.write(info.tobuf(tarfile.USTAR_FORMAT))  # type: ignore[union-attr]
+    tar.offset += 512
+    for name, content in pair("behind"):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def test_a_hard_link_is_named_and_what_lies_behind_it_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("linked.json", CAPTION), *GOOD], hard_link)
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1, "behind": 1}
+    assert "is a link or a device" in named["linked"]
+
+
+def test_frames_per_second_may_be_the_text_of_a_number(tmp_path: Path) -> None:
+    images = [(f"a.{n}.jpg", jpeg()) for n in range(3)]
+    write_tar(tmp_path / "a.tar", [*images, ("a.json", text(caption="c", fps="2"))])
+    make_manifests(tmp_path)
+    assert read_sample(ShardSet(tmp_path), 0, 8).seconds == (0.0, 0.5, 1.0)
 
 
 def link(tar: tarfile.TarFile) -> None:

@@ -192,6 +192,50 @@ def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:
         batches(tmp_path, SubClips([9, 20]))
 
 
+@pytest.mark.parametrize(
+    ("kinds", "questions"), [(["cue"], None), (None, {"mark": 0}), (["cue", "mark"], {"mark": 0, "cue": 1})]
+)
+def test_a_clip_without_questions_of_the_kinds_that_are_used_is_none(
+    kinds: list[str] | None, questions: dict[str, int] | None, tmp_path: Path
+) -> None:
+    """Every sample can be used: it has a cue of its first second, whatever is marked later."""
+    with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
+        for number in range(12):
+            told = [asked(0, "cue"), *[asked(n) for n in range(8)]]
+            images = [picture(6 * n, 4) for n in range(8)]
+            writer.add(f"t{number}", *video_text_parts(images, told, "tours", extension="png"))
+    write_manifest(tmp_path / "train", describe_video_text, progress=False)
+
+    def module(clips: SubClips) -> VideoTexts:
+        source = {"tours": ShardSource(tmp_path, kinds=kinds)}
+        how = {"image_size": 4, "batch_size": 4, "clips": clips, "num_workers": 0, "questions": questions}
+        return VideoTexts(source, CharacterCollator(), **how)
+
+    data = module(SubClips([2, 3], share=1.0))
+    data.setup("fit")
+    rows = [
+        (key, text.kind) for batch in data.train_dataloader() for key, text in zip(batch.key, batch.texts, strict=True)
+    ]
+    assert len(rows) == 12
+    assert {kind for _, kind in rows} == {"cue"}
+    cut = [key for key, _ in rows if "[" in key]
+    assert 0 < len(cut) < 12
+    assert all("[0:" in key for key in cut)
+
+
+def test_clips_are_refused_where_no_question_that_is_used_names_a_frame(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
+        for number in range(4):
+            told = [caption("all of it"), *[asked(n) for n in range(8)]]
+            writer.add(f"t{number}", *video_text_parts([picture(6 * n, 4) for n in range(8)], told, "tours"))
+    write_manifest(tmp_path / "train", describe_video_text, progress=False)
+    clips = SubClips([2, 3], share=1.0)
+    source = {"tours": ShardSource(tmp_path, kinds=["caption"])}
+    data = VideoTexts(source, CharacterCollator(), image_size=4, batch_size=4, clips=clips, num_workers=0)
+    with pytest.raises(ValueError, match=r"data\.clips: none of 4 .* of the kinds that are used"):
+        data.setup("fit")
+
+
 def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
     collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
     whole = tour(8, *[asked(n) for n in range(8)])
@@ -202,7 +246,13 @@ def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["What is there at 00:04?", "After 4 seconds, which shade?", "From second 3 to 5, which shade?", "at 4s?"]
+    "words",
+    [
+        *("What is there at 00:04?", "After 4 seconds, which shade?", "From second 3 to 5, which shade?", "at 4s?"),
+        *("After three seconds, which?", "At the 3rd second, which?", "At minute 2, which?", "At second four, which?"),
+        *("In the last second, which?", "Which in the first second?", "At t=4, which?", "In the first few seconds?"),
+        *("In the second second?", "Which after twenty-one seconds?", "In minute two?"),
+    ],
 )
 def test_times_in_other_words_leave_a_question_out_of_a_clip_whose_time_begins_anew(words: str) -> None:
     said = answer(words, "24", "mark", {"frame": 4})
@@ -213,3 +263,12 @@ def test_times_in_other_words_leave_a_question_out_of_a_clip_whose_time_begins_a
     kept = SubClips([2, 4], rebased=False).cut(sample, 3, 6)
     assert kept is not None
     assert len(kept.conversations) == 2
+
+
+@pytest.mark.parametrize(
+    "words", ["Which is the second cube?", "At second 4, is the last one red?", "The second of two?"]
+)
+def test_words_that_are_no_times_stay_in_a_clip(words: str) -> None:
+    clip = SubClips([2, 4]).cut(tour(8, answer(words, "24", "mark", {"frame": 4})), 3, 6)
+    assert clip is not None
+    assert clip.conversations[0].turns[0].text == words.replace("second 4", "second 1")

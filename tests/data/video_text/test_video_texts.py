@@ -26,6 +26,7 @@ from keygrip.data.video_text.batching import choose
 from keygrip.data.video_text.conversations import answer, describe_video_text
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.models.foveated_vlm.rows import text_rows
 
 FRAMES = [1, 2, 3, 1] * 40  # 160 samples, as in the trap: 40 of them were all that four workers saw
 
@@ -336,7 +337,20 @@ def test_long_videos_are_thinned_evenly(tmp_path: Path) -> None:
     assert batch.frames.shape == (12, 4, 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("frames", [1]), ("frames", [5, 1]), ("frames", [-1, 4]), ("max_samples", -3), ("max_samples", 0)),
+        *(("val_fraction", float("nan")), ("val_fraction", 2.0), ("val_fraction", -1.0)),
+    ],
+)
+def test_settings_of_a_source_that_cannot_be_are_named(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"data\.sources\.NAME\.{setting}="):
+        ShardSource("x", **{setting: value})
+
+
 def test_normalised_frames_and_padding_share() -> None:
+    """Of rows of 4 + 2, 1 + 1 and 2 + 1 positions, text and frames."""
     mask = torch.tensor([[True, True, False], [True, False, False]])
     text = torch.tensor([[True] * 4, [True, False, False, False], [True, True, False, False]])
     batch = VideoTextBatch(
@@ -355,7 +369,11 @@ def test_normalised_frames_and_padding_share() -> None:
         key=["k"] * 3,
         texts=[Conversation((Turn("user", "q"), Turn("assistant", "a")), "a", {})] * 3,
     )
-    assert batch.padding_share == pytest.approx(1 - (2 + 1 + 1 + 4 + 1 + 2) / (9 + 12))
+    rows = text_rows(batch)
+    assert rows.padding_share() == pytest.approx(1 - 11 / (3 * 6))
+    assert rows.padding_share(packed=True) == pytest.approx(1 - 11 / (2 * 6))  # the shorter two share a bin
+    assert rows.padding_share(5) == pytest.approx(1 - (14 + 6 + 7) / (3 * 14))
+    assert rows.padding_share(5, packed=True) == pytest.approx(1 - (14 + 6 + 7) / (2 * 14))
     pixels = batch.normalised((0.5, 0.5, 0.0), (0.5, 0.25, 1.0))
     assert pixels[0, 0, :, 0, 0].tolist() == [1.0, 2.0, 1.0]
     assert batch.to("cpu", dtype=torch.float16).frames.dtype == torch.uint8

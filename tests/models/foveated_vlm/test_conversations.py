@@ -12,6 +12,7 @@ import torch
 
 from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_conversation
+from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.language.tokenizers import END_OF_TEXT, TURN_END, TURN_START, ChatTokenizer, TrainedTokenizer
 
 # As SmolLM2 has it: a system turn where the user gives none.
@@ -228,7 +229,7 @@ def test_a_batch_holds_a_row_for_each_conversation(tmp_path: Path) -> None:
     assert batch.attention_mask.sum(1)[0] == count
     assert not batch.loss_mask[0, count:].any()
     assert batch.prompt_lengths[0] == alone.prompt
-    assert 0 < batch.padding_share < 0.6
+    assert 0 < text_rows(batch).padding_share() < 0.6
     # the tokenizer is found again, not trained again
     again = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
     again.prepare(tmp_path, lambda: pytest.fail("trained twice"))

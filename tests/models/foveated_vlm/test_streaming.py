@@ -88,8 +88,11 @@ def test_more_frames_than_a_table_holds(tmp_path: Path) -> None:
     assert stream.frames == 70
     limited.push(frames[0])
     limited.push(frames[1])
-    with pytest.raises(ValueError, match=r"3 frames and model\.network\.frame_numbers=2.*frame_clock"):
+    with pytest.raises(ValueError, match=r"stream is full.* 3 frames and model\.network\.frame_numbers=2.*frame_clock"):
         limited.push(frames[2])
+    assert limited.room == 0
+    assert limited.frames == 2
+    assert stream.room > 0
 
 
 def test_what_does_not_fit_leaves_the_stream_as_it_was(tmp_path: Path) -> None:
@@ -196,10 +199,13 @@ def test_frames_are_of_the_seconds_that_the_stream_was_told(tmp_path: Path) -> N
         told.push(frame)
         given.push(frame, second)
     assert torch.equal(told.session._row.state, given.session._row.state)
-    with pytest.raises(ValueError, match="told the seconds of 3 frames, and all have been pushed"):
+    assert told.room == 0
+    with pytest.raises(ValueError, match="is full: it was told the seconds of 3 frames, and all have been pushed"):
         told.push(frames[0])
     again = module.stream(QUESTION, seconds=seconds)
+    assert again.room == 3
     again.push(frames[0], 0.0)
+    assert again.room == 2
     with pytest.raises(ValueError, match=r"a frame of second 1; the stream was told that it is of second 3"):
         again.push(frames[1], 1.0)
     for wrong in ((1.0, 0.0), (float("nan"),)):

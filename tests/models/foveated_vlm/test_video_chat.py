@@ -507,6 +507,23 @@ def test_conversations_that_cannot_be_answered_are_left_out_where_that_is_asked_
     assert "nothing.mp4" in left_out[2]
 
 
+def test_what_is_no_list_of_messages_is_left_out_or_refused(chat: VideoChat) -> None:
+    talk, left_out = [user("Which?")], dict[int, str]()
+    assert chat.generate([talk, None, 3], 4, left_out=left_out) == [chat.generate(talk, 4), "", ""]  # type: ignore[list-item]
+    assert list(left_out) == [1, 2]
+    assert "a conversation is a list of messages" in left_out[1]
+    for none in (None, (each for each in [talk, talk]), iter(talk)):
+        with pytest.raises(ValueError, match=r"a conversation is a list of messages.* not "):
+            chat.generate(none, 4)  # type: ignore[arg-type]
+
+
+def test_a_seed_may_be_a_number_of_numpy(chat: VideoChat) -> None:
+    talk = [user("Which?")]
+    assert chat.generate(talk, 4, 1.0, seed=np.int64(3)) == chat.generate(talk, 4, 1.0, seed=3)
+    pieces_ = chat.stream(talk, 4, 1.0, seed=np.int64(3))
+    assert "".join(pieces_) == "".join(chat.stream(talk, 4, 1.0, seed=3))
+
+
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_none_is_refused(chat: VideoChat, temperature: float) -> None:
     talk = [user("Which?")]

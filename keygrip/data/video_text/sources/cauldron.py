@@ -35,14 +35,15 @@ class CauldronMaker:
 
     image_size: int
     fit: str
-    max_frames: int = MAX_FRAMES
+    max_frames: int
+    source: Path
 
     def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
         for number, row in group.rows(["images", "texts"]):
-            key = f"{group.name[-70:]}-{number:08d}"
+            key = f"{group.name}-{number:08d}"
             try:
                 with guard(key):
-                    sample = self._sample(key, group.name.split("-")[0], row)
+                    sample = self._sample(key, _collection(group, self.source), row)
             except BadSample as error:
                 yield Broken(str(error))
             else:
@@ -74,6 +75,12 @@ class CauldronMaker:
             return encode_jpeg(shown_image(image, self.image_size, self.fit))
 
 
+def _collection(group: RowGroup, source: Path) -> str:
+    """The folder of a collection below `source`, or `source` itself where its tables lie there."""
+    folders = group.path.relative_to(source).parent.parts
+    return folders[0] if folders else source.absolute().name
+
+
 def cauldron(
     source: Path | str,
     root: Path | str,
@@ -87,7 +94,7 @@ def cauldron(
     """Writes the Cauldron as shards of 1-frame samples (several images: several frames).
 
     Args:
-        source: folder with a folder a collection, each with `train-*.parquet`. root: of the set.
+        source: folder with a folder a collection, each with `train-*.parquet`, or the folder of one. root: of the set.
         collections: names of folders; None: all that are there.
         image_size, fit: of the images. max_frames: rows of more images are left out, by name.
 
@@ -95,16 +102,17 @@ def cauldron(
         FileNotFoundError: no tables, or none of a collection that is named. ValueError: max_frames out of range.
     """
     what = "the Cauldron (HuggingFaceM4/the_cauldron)"
+    source = Path(source)
     groups = row_groups(source, "train-*.parquet", ["images", "texts"], what)
     if collections is not None:
-        there = sorted({group.name.split("-")[0] for group in groups})
+        there = {_collection(group, source) for group in groups}
         for name in collections:
-            if not any(group.path.relative_to(source).parts[0] == name for group in groups):
-                raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(there)}")
-        groups = [group for group in groups if group.path.relative_to(source).parts[0] in collections]
+            if name not in there:
+                raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(sorted(there))}")
+        groups = [group for group in groups if _collection(group, source) in collections]
     settings = {"data": "cauldron", "collections": collections, "decoding": DECODING}
     settings |= shard_frame_settings(image_size, fit, max_frames)
-    maker = CauldronMaker(image_size, fit, max_frames)
+    maker = CauldronMaker(image_size, fit, max_frames, source)
     return write_shards(
         root, groups, maker, settings, groups_per_shard, "cauldron", processes, describe=describe_video_text
     ).report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import Conversation, Turn, describe_video_text, video_text_parts
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 
+log = logging.getLogger(__name__)
+
 STAGES = 3
+WHOLE = "all"  # the folder that ships every conversation again, beside the folders of the subsets
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class SmolTalkMaker:
 
     def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
         for number, row in group.rows(["messages"]):
-            key = f"{group.name[-70:]}-{number:08d}"
+            key = f"{group.name}-{number:08d}"
             if stage_of(key) != self.stage:
                 continue
             try:
@@ -63,7 +67,8 @@ def smoltalk(
     """Writes the third of SmolTalk that belongs to a training stage as shards of 0-frame samples.
 
     Args:
-        source: folder with `train-*.parquet` somewhere below. root: of the set. stage: 1, 2 or 3.
+        source: folder with `train-*.parquet` somewhere below; of a download with the folder `all`, this alone is read,
+            since it repeats the subsets beside it. root: of the set. stage: 1, 2 or 3.
         max_characters: longer conversations are left out. groups_per_shard: parquet row groups (of about 1000).
 
     Raises:
@@ -72,6 +77,7 @@ def smoltalk(
     if not 1 <= stage <= STAGES:
         raise ValueError(f"stage={stage}: training has the stages 1 to {STAGES}")
     groups = row_groups(source, "train-*.parquet", ["messages"], "SmolTalk (HuggingFaceTB/smoltalk)")
+    groups = _once(groups, Path(source))
     settings = {"data": "smoltalk", "stage": stage, "max_characters": max_characters}
     maker = SmolTalkMaker(stage, max_characters)
     return write_shards(
@@ -84,3 +90,16 @@ def smoltalk(
         processes,
         describe=describe_video_text,
     ).report()
+
+
+def _once(groups: list[RowGroup], source: Path) -> list[RowGroup]:
+    """Those of the folder `all` where there is one, otherwise all of them: no conversation twice, and so none in two
+    stages or on both sides of a split."""
+    whole = [group for group in groups if WHOLE in group.path.relative_to(source).parent.parts]
+    if not whole or len(whole) == len(groups):
+        return groups
+    left_out = len({group.path for group in groups}) - len({group.path for group in whole})
+    log.info(
+        "%s: the folder %r is read; %d tables beside it, of subsets that it repeats, are not", source, WHOLE, left_out
+    )
+    return whole

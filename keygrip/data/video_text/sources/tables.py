@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, reason_of, regular_file
+from keygrip.data.shards.keys import file_keys
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A part of a parquet file. `name` is unique in the data set and stays so when the folder is moved."""
+    """A part of a parquet file. `name`, of the file, is unique in the data set and stays so when the folder is moved;
+    keys of samples begin with it (`keygrip.data.shards.keys.file_keys`)."""
 
     path: Path
     group: int
@@ -60,14 +62,13 @@ def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: s
             f"no {pattern} in {source}: download {what} there as its makers ship it (parquet files)"
         )
     groups = []
-    for path in paths:
+    for path, name in zip(paths, file_keys(source, paths), strict=True):
         regular_file(path)
         with _named(path), parquet.ParquetFile(path) as file:
             missing = [name for name in columns if name not in file.schema_arrow.names]
             sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}: is it a table of {what}?")
-        name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")
         start = 0
         for group, size in enumerate(sizes):
             groups.append(RowGroup(path, group, start, name))

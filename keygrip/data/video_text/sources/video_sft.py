@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
+from keygrip.data.shards.keys import file_keys
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
 from keygrip.data.video_text.conversations import (
@@ -82,9 +83,9 @@ class VideoSFTMaker:
             raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
         turns = []
         for role, text in entry.turns:
-            if role not in ROLES:
+            if role.lower() not in ROLES:
                 raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
-            turns.append(Turn(ROLES[role], without_placeholders(text)))
+            turns.append(Turn(ROLES[role.lower()], without_placeholders(text)))
         evidence: dict[str, Any] = {"collection": entry.collection}
         if entry.answers:
             evidence["answers"] = list(entry.answers)
@@ -103,9 +104,8 @@ def entries(source: Path) -> list[Entry]:
     if not lists:
         raise FileNotFoundError(f"no *.json or *.jsonl with instructions below {source}")
     found = []
-    for path in lists:
+    for path, name in zip(lists, file_keys(source, lists), strict=True):
         content = _read_list(path)
-        name = str(path.relative_to(source).with_suffix("")).replace("/", "-").replace(".", "-")[-60:]
         if content and not any(isinstance(each, BadSample) or _has_turns(each) for each in content):
             log.warning("%s is not read: none of its %d entries has %s", path, len(content), " or ".join(TURNS))
             continue

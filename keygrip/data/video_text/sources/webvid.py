@@ -16,6 +16,7 @@ from typing import Any
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
+from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.shards.writer import compressed_shards, tar_files
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
@@ -78,8 +79,7 @@ class WebVidMaker:
             try:
                 with guard(f"{key} of {item}"):
                     video, text = _video_in(parts), _caption_in(parts)
-                    name = f"{item.stem}-{key}".replace(".", "-").replace("/", "-")[-90:]
-                    sample = self._sample(name, parts[video], text)
+                    sample = self._sample(sample_key(f"{item.stem}-{key}"), parts[video], text)
             except BadSample as error:
                 yield Broken(str(error))
             else:
@@ -170,7 +170,7 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                     key = f"row {number} of {path.name}"
                     rows[key] = WebVidRow(key, source, "", f"{key}: {error}")
                     continue
-                row = rows.setdefault(key, WebVidRow(key, video, line["name"] or ""))
+                row = rows.setdefault(key, WebVidRow(sample_key(key), video, line["name"] or ""))
                 if row.text != (line["name"] or ""):
                     again.append(key)
     if again:

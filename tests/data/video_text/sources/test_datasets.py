@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from macos import leave_notes
 from PIL import Image
 from shard_sets import picture, small_video
 
+from keygrip.data.shards.keys import file_keys, sample_key
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import validate
 from keygrip.data.video_text.conversations import read_sample
@@ -102,6 +104,36 @@ def test_smoltalk_stages_share_nothing_and_miss_nothing(tmp_path: Path) -> None:
     assert sample.conversations[0].kind == "text"
 
 
+def test_smoltalk_as_the_hub_has_it_gives_every_conversation_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside the folders of the subsets lies `all`, which repeats them."""
+    source = smoltalk_folder(tmp_path / "download")
+    for name, rows in (("magpie", range(9, 40)), ("smol", range(40, 60))):
+        (source / "data" / name).mkdir()
+        table = arrow.Table.from_pylist([talk(number) for number in rows])
+        parquet.write_table(table, source / "data" / name / "train-00000-of-00001.parquet")
+    said = []
+    with caplog.at_level("INFO"):
+        for stage in (1, 2, 3):
+            smoltalk(source, tmp_path / f"stage{stage}", stage, processes=1)
+            said += [sample.conversations[0].turns for sample in samples(tmp_path / f"stage{stage}").values()]
+    assert len(said) == len(set(said)) == 58
+    assert "the folder 'all' is read; 2 tables beside it, of subsets that it repeats, are not" in caplog.text
+
+
+def test_smoltalk_of_subsets_alone_and_of_the_whole_folder_itself_is_read_whole(tmp_path: Path) -> None:
+    source = smoltalk_folder(tmp_path / "download")
+    whole = source / "data" / "all"
+    assert sum(smoltalk(whole, tmp_path / f"w{n}", n, processes=1)["samples"] for n in (1, 2, 3)) == 58
+    for name in ("a", "b"):
+        (source / "data" / name).mkdir()
+        rows = [talk(number) for number in (range(30) if name == "a" else range(30, 60))]
+        parquet.write_table(arrow.Table.from_pylist(rows), source / "data" / name / "train-0.parquet")
+    shutil.rmtree(whole)
+    assert sum(smoltalk(source, tmp_path / f"s{n}", n, processes=1)["samples"] for n in (1, 2, 3)) == 60
+
+
 def test_smoltalk_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no train-\*\.parquet in .*download SmolTalk"):
         smoltalk(tmp_path, tmp_path / "out", 1)
@@ -152,6 +184,20 @@ def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
         cauldron(tmp_path / "download", tmp_path / "none", ["docvqa"])
 
 
+def test_cauldron_of_one_collection_alone_has_its_name_and_answers(tmp_path: Path) -> None:
+    texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
+    rows = [{"images": [{"bytes": picture(9, 4), "path": None}], "texts": texts}]
+    source = tmp_path / "download" / "vqav2"
+    source.mkdir(parents=True)
+    parquet.write_table(arrow.Table.from_pylist(rows), source / "train-00000-of-00001.parquet")
+    for root, collections in ((tmp_path / "all", None), (tmp_path / "named", ["vqav2"])):
+        cauldron(source, root, collections, SIZE, processes=1)
+        (sample,) = samples(root).values()
+        assert sample.conversations[0].evidence == {"collection": "vqav2", "answers": ["That."]}
+    with pytest.raises(FileNotFoundError, match=r"no collection 'train' in .*there are vqav2"):
+        cauldron(source, tmp_path / "none", ["train"], SIZE, processes=1)
+
+
 def test_cauldron_rows_of_many_images(tmp_path: Path) -> None:
     texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
     rows = [{"images": [{"bytes": picture(9, 4), "path": None}] * count, "texts": texts} for count in (3, 64, 65, 70)]
@@ -173,7 +219,7 @@ def test_cauldron_rows_of_many_images(tmp_path: Path) -> None:
 
 
 def test_cauldron_images_are_as_viewers_show_them() -> None:
-    maker = CauldronMaker(16, "stretch")
+    maker = CauldronMaker(16, "stretch", 64, Path())
     hidden, upright = io.BytesIO(), io.BytesIO()
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(hidden, "PNG")
     half = np.zeros((16, 16, 3), np.uint8)
@@ -403,6 +449,36 @@ def test_webvid_says_what_is_missing(tmp_path: Path) -> None:
         webvid(tmp_path, tmp_path / "out")
 
 
+def test_webvid_names_that_are_no_keys_become_keys_of_their_own(tmp_path: Path) -> None:
+    source, long, foreign = tmp_path / "download", "x" * 95, "\u89c6\u9891" * 20
+    names = [["a/b", "a-b", foreign, "plain", long], [long]]
+    for number, told_names in enumerate(names):
+        write_tar(source / f"{number}.tar", [part for name in told_names for part in told(name)])
+    report = webvid(source, tmp_path / "set", SIZE, workers=1)
+    assert (report["samples"], report["failed"]) == (6, 0)
+    found = samples(tmp_path / "set")
+    assert {sample.conversations[0].turns[1].text for sample in found.values()} == {
+        f"caption {name}" for name in {*names[0], *names[1]}
+    }
+    assert len(found) == 6
+    assert {"0-plain", "0-a-b"} < set(found)
+    assert all(len(key.encode()) <= 90 for key in found)
+
+
+def test_keys_of_names() -> None:
+    assert sample_key("0-plain") == "0-plain"
+    assert sample_key("x" * 90) == "x" * 90
+    others = ["a/b", "a.b", "a-b", "x" * 91, "x" * 92, "\u89c6" * 31, "a\udcff", "a?"]
+    keys = [sample_key(name) for name in others]
+    assert len(set(keys)) == len(others)
+    assert all(1 <= len(key.encode()) <= 90 and not set("./") & set(key) for key in keys)
+    root = Path("/data")
+    paths = [root / name for name in ("a.json", "list/b.json", "list-b.json", "c.json", "c.jsonl")]
+    first = file_keys(root, paths)
+    assert first[0] == "a"
+    assert len(set(first)) == 5
+
+
 # ---- video instructions ----------------------------------------------------------------------------------------------
 
 
@@ -470,6 +546,22 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     (source / "list.json").write_text("{")
     with pytest.raises(ValueError, match=r"list\.json is not valid JSON"):
         video_sft(source, tmp_path / "other", SIZE)
+
+
+def test_video_instructions_with_long_names_and_roles_in_capitals(tmp_path: Path) -> None:
+    source = tmp_path / "download"
+    source.mkdir()
+    said = [{"from": "Human", "value": "What?"}, {"from": "GPT", "value": "That."}]
+    lists = ("\u89c6\u9891\u6307\u4ee4\u6570\u636e\u96c6" * 5, "plain", "same")
+    for name in lists:
+        (source / f"{name}.json").write_text(json.dumps([{"conversations": said}] * 2))
+    (source / "same.jsonl").write_text(json.dumps({"conversations": said}))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1)
+    assert (report["samples"], report["failed"]) == (7, 0)
+    found = samples(tmp_path / "set")
+    assert len(found) == 7
+    assert {"plain-00000000", "plain-00000001"} < set(found)
+    assert [turn.role for turn in found["plain-00000000"].conversations[0].turns] == ["user", "assistant"]
 
 
 def test_lists_in_capitals_are_read_and_notes_of_macos_are_not(tmp_path: Path) -> None:
