@@ -269,7 +269,8 @@ class RobotDemos(ResumableData):
             return
         if self.record is not None and not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not there; prepare_data() records it on the first process")
-        if self.cache_dir == self.root / CACHE_FOLDER and not os.access(self.root, os.W_OK):
+        unwritable = self.root.is_dir() and not os.access(self.root, os.W_OK)
+        if unwritable and self.cache_dir == self.root / CACHE_FOLDER:
             digest = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
             self.cache_dir = Path.home() / ".cache" / "keygrip" / digest
             log.info("%s cannot be written; what is derived from it goes to %s", self.root, self.cache_dir)
