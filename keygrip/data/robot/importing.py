@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keygrip.artifacts import locked
-from keygrip.data.bad_samples import first_of, is_of_the_machine
+from keygrip.data.bad_samples import BadSample, first_of, is_of_the_machine, read_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.native_writer import write_demo
 from keygrip.data.robot.reference import DemoReference
@@ -115,8 +114,8 @@ def _refuse_another(reference: DemoReference, folder: Path) -> None:
 def _origin(folder: Path) -> Path | None:
     """Where a native demo was imported from; None: its metadata do not say."""
     try:
-        origin = json.loads((folder / "metadata.json").read_text())["source"]["imported_from"]
-    except (OSError, ValueError, LookupError, TypeError):
+        origin = read_json(folder / "metadata.json")["source"]["imported_from"]
+    except (BadSample, LookupError, TypeError):
         return None
     return Path(origin) if isinstance(origin, str) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -41,8 +41,8 @@ class SubClips:
     A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
     more than it shows and are left out. Seconds in words are known in the form "second 12"; conversations that say
     times in another form ("00:12", "after 12 seconds") are left out of a clip whose time begins anew. A video in which
-    nothing that is used is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses
-    clips where no video that was tried can be cut (`may_be_cut`).
+    nothing is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses clips where
+    no video that was tried can be cut (`may_be_cut`).
 
     Args:
         frames: [fewest, most] of a clip; shorter videos stay whole.
@@ -67,17 +67,11 @@ class SubClips:
             raise ValueError(f"data.clips.share={self.share}: a share lies in 0..1")
 
     def may_be_cut(self, conversations: Sequence[Conversation]) -> bool:
-        """Whether some conversation, of those that are used, says of which frame it speaks."""
+        """Whether some conversation says of which frame it speaks."""
         return any(isinstance(each.evidence.get("frame"), int) for each in conversations)
 
-    def of(
-        self, sample: VideoTextSample, seed: int, key: SampleKey, asked: Collection[str] | None = None
-    ) -> VideoTextSample:
-        """The sample, or a clip of it: a pure function of the seed, the sample and the epoch.
-
-        Args:
-            asked: kinds of conversations that are used: a clip without any of them is none. None: all.
-        """
+    def of(self, sample: VideoTextSample, seed: int, key: SampleKey) -> VideoTextSample:
+        """The sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
         fewest, most = self.frames
         count = len(sample.frames)
         if count <= fewest or sample.seconds != tuple(float(n) for n in range(count)):
@@ -88,9 +82,7 @@ class SubClips:
             return sample
         length = int(rng.integers(fewest, min(most, count) + 1))
         start = int(rng.integers(0, count - length + 1))
-        clip = self.cut(sample, start, start + length)
-        used = clip is not None and (asked is None or any(each.kind in asked for each in clip.conversations))
-        return clip if clip is not None and used else sample
+        return self.cut(sample, start, start + length) or sample
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
         """Frames `start` to `stop` (exclusive) with the questions about them; None where there are none."""
@@ -126,12 +118,7 @@ class SubClips:
 
 
 def clipped(
-    sample: VideoTextSample,
-    clips: SubClips | None,
-    max_frames: int,
-    seed: int,
-    key: SampleKey,
-    asked: Collection[str] | None = None,
+    sample: VideoTextSample, clips: SubClips | None, max_frames: int, seed: int, key: SampleKey
 ) -> VideoTextSample:
-    """A clip of a sample where there are any, then at most so many frames, evenly. asked: see `SubClips.of`."""
-    return thinned(sample if clips is None else clips.of(sample, seed, key, asked), max_frames)
+    """A clip of a sample where there are any, then at most so many frames, evenly."""
+    return thinned(sample if clips is None else clips.of(sample, seed, key), max_frames)

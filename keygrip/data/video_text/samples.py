@@ -14,7 +14,7 @@ from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, UnusableSample
 from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, is_asked, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
-from keygrip.data.video_text.conversations import MOST_FRAMES, Conversation, VideoTextSample, read_sample
+from keygrip.data.video_text.conversations import MOST_FRAMES, VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
 
 TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
@@ -119,12 +119,10 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
         whole = self._read(part, key.sample, position)
-        asked = frozenset(c.kind for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
-        sample = clipped(whole, part.clips, self.max_frames, self.seed, key, asked)
-        conversations: Sequence[Conversation] = sample.conversations
-        if part.kinds is not None:
-            conversations = [c for c in conversations if c.kind in part.kinds]
-        conversations = choose(conversations, self.questions, sample_generator(self.seed, key))
+        asked = tuple(c for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
+        # before a clip is cut: one about which nothing that is used is asked is none
+        sample = clipped(replace(whole, conversations=asked), part.clips, self.max_frames, self.seed, key)
+        conversations = choose(sample.conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
         problems = [self.collator.problem(c) for c in conversations] if self.collator is not None else [None]

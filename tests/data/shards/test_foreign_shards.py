@@ -345,6 +345,10 @@ def hard_link(tar: tarfile.TarFile) -> None:
     info.type, info.linkname, info.size = tarfile.LNKTYPE, "good.jpg", 4000
     tar.fileobj.write(info.tobuf(tarfile.USTAR_FORMAT))  # type: ignore[union-attr]
     tar.offset += 512
+    sample_behind(tar)
+
+
+def sample_behind(tar: tarfile.TarFile) -> None:
     for name, content in pair("behind"):
         info = tarfile.TarInfo(name)
         info.size = len(content)
@@ -389,10 +393,7 @@ def sparse(tar: tarfile.TarFile) -> None:
     header[148:156] = b"%06o\0 " % sum(header)
     tar.fileobj.write(bytes(header) + b"\xff" * 512)  # type: ignore[union-attr]
     tar.offset += 1024
-    for name, content in pair("behind"):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+    sample_behind(tar)
 
 
 def test_a_sparse_member_is_named_and_what_lies_behind_it_read(tmp_path: Path) -> None:
