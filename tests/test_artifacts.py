@@ -135,8 +135,7 @@ def test_a_lock_is_no_forked_processes_own(tmp_path: Path) -> None:
     script = (
         "import os, sys, time\nfrom keygrip.artifacts import locked\n"
         "with locked(sys.argv[1]):\n"
-        "    child = os.fork()\n"
-        "    if child:\n        print(child, flush=True)\n"
+        "    if not os.fork():\n        print(os.getpid(), flush=True)\n"  # the child: it has let go of the lock by now
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, cwd=ROOT) as process:
