@@ -5,16 +5,16 @@ Legend: M frames, N = h * w patches, K tokens per frame, D backbone width, C lan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keygrip.models.backbone import BlockKV, DinoBackbone
-from keygrip.models.foveated_vlm.network import Passes, VideoLanguageNetwork, real_frames
-from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.backbone import DinoBackbone
+from keygrip.models.foveated_vlm.frame_cache import Encoded
+from keygrip.models.foveated_vlm.network import Passes, VideoLanguageNetwork
+from keygrip.models.foveated_vlm.rows import TextRows, real_frames
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
 
@@ -53,23 +53,23 @@ class PooledVLM(VideoLanguageNetwork):
             )
         self.tokens_per_frame = tokens_per_frame
 
+    def encode(self, frames: Tensor) -> Tensor:
+        """Pooled patches [M, K, D] of frames [M, 3, H, W]."""
+        grid = self.backbone(frames).grid_map()
+        return F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
+
     def see(
-        self,
-        frames: Tensor,
-        rows: TextRows,
-        mode: str,
-        refinement: int = 0,
-        kv: Sequence[BlockKV] | None = None,
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> tuple[Tensor, Passes | None, Tensor]:
         """See `VideoLanguageNetwork.see`; there is one mode, and nothing to refine."""
-        if mode not in self.modes or refinement or kv is not None:
+        if mode not in self.modes or refinement:
             raise ValueError(f"the pooled baseline has mode=many_tokens only, without refinement; got mode={mode!r}")
         if not any(rows.frame_counts):
             visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
             numbers = tuple(part for part in (self.frame_tokens, self.frame_clock) if part is not None)
             return visual, None, self.unused(self.backbone, self.connector, *numbers)
-        features = self.backbone(real_frames(frames, rows.frame_counts))
-        pooled = F.adaptive_avg_pool2d(features.grid_map(), self.side).flatten(2).transpose(1, 2)  # [M, K, D]
+        pooled = self.encode(real_frames(frames, rows.frame_counts)) if kv is None else kv
+        assert isinstance(pooled, Tensor)
         tokens = self.connector(pooled).flatten(0, 1)  # [M * K, C]
         longest = max(rows.frame_counts) * self.tokens_per_frame
         starts = [0]

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics, normalised
 from keygrip.data.video_text.conversations import frame_settings
-from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.dry_run import report_on, step_memory
 from keygrip.models.foveated_vlm.figures import show_answers
+from keygrip.models.foveated_vlm.frame_cache import Encoded, FrameCache, frame_names
 from keygrip.models.foveated_vlm.hub_files import hub_files
-from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, frame_names
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
@@ -61,7 +60,7 @@ class FoveatedVLMModule(System):
         coarse_kinds: of the questions whose answers carry the loss of those steps; None: all.
         loss_chunk: tokens whose logits exist at the same time.
         loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
-        vision_kv_cache_gb: memory for a frozen encoder's keys and values of training and validation videos.
+        vision_cache_gb: memory for what a frozen encoder makes of training and validation frames.
         init_from: run folder or checkpoint of such a model whose weights (EMA, where it has them) are the start;
             read when training is set up, so that a trained module does not need it.
         monitor_every_n_steps: training steps between health checks; 0: none.
@@ -106,7 +105,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         coarse_kinds: Sequence[str] | None = None,
         loss_chunk: int = 4096,
         loss_kernel: Kernel = "chunked",
-        vision_kv_cache_gb: float = 0.0,
+        vision_cache_gb: float = 0.0,
         init_from: str | None = None,
         monitor_every_n_steps: int = 100,
         monitor_from_step: int = 300,
@@ -134,14 +133,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         if loss_kernel not in KERNELS:
             raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
-        if vision_kv_cache_gb and (network.backbone.trainable != "frozen" or not isinstance(network, FoveatedVLM)):
+        if vision_cache_gb and network.backbone.trainable != "frozen":
             raise ValueError(
-                "model.vision_kv_cache_gb keeps a frozen encoder's keys and values: it needs backbone.trainable=frozen "
-                "and queries to use them"
+                "model.vision_cache_gb keeps what a frozen encoder makes of frames: it needs backbone.trainable=frozen"
             )
         self.network = network
         self.collator = collator
-        self.kv_cache = KeyValueCache(vision_kv_cache_gb) if vision_kv_cache_gb else None
+        self.frame_cache = FrameCache(vision_cache_gb) if vision_cache_gb else None
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
         self.coarse_share = coarse_share
@@ -302,19 +300,17 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         return batch.answering(kinds)
 
-    def seen(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Sequence[BlockKV] | None]:
-        """Frames as the backbone wants them, and None; where keys and values are kept, the frames as they came, since
-        nothing looks at their pixels again, and keys and values from memory."""
-        backbone = self.network.backbone
-        if self.kv_cache is None or not any(rows.frame_counts):
+    def seen(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
+        """Frames as the backbone wants them, and None; where what it makes of them is kept, the frames as they came,
+        since nothing looks at their pixels again, and that from memory."""
+        network, backbone = self.network, self.network.backbone
+        if self.frame_cache is None or not any(rows.frame_counts):
             return batch.normalised(backbone.mean, backbone.std), None
-        network = self.network
-        assert isinstance(network, FoveatedVLM)
 
-        def encode(frames: Tensor) -> list[BlockKV]:
+        def encode(frames: Tensor) -> Encoded:
             return network.encode(normalised(frames, backbone.mean, backbone.std))
 
-        return batch.frames, self.kv_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
+        return batch.frames, self.frame_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         rows = text_rows(batch)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from keygrip.models.backbone import BlockKV, DinoBackbone
 from keygrip.models.foveated_vlm.clock import FrameClock
-from keygrip.models.foveated_vlm.rows import Packing, RowLayout, Streams, TextRows, take
+from keygrip.models.foveated_vlm.frame_cache import Encoded
+from keygrip.models.foveated_vlm.rows import Packing, RowLayout, Streams, TextRows, real_frames, take
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
@@ -202,8 +203,12 @@ class VideoLanguageNetwork(nn.Module):
         return visual + self.frame_tokens[first:frames].repeat_interleave(self.tokens_per_frame, dim=0)
 
     @abstractmethod
+    def encode(self, frames: Tensor) -> Encoded:
+        """What all questions about frames [M, 3, H, W] share; see `Encoded`."""
+
+    @abstractmethod
     def see(
-        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> tuple[Tensor, Passes | None, Tensor]:
         """Visual tokens [B, N, C] of the rows, what was seen, and `unused`.
 
@@ -211,14 +216,14 @@ class VideoLanguageNetwork(nn.Module):
             frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0. Unused where `kv` is given.
             rows: the text. mode: how the videos are looked at.
             refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
-            kv: keys and values of the real frames where they are known already (another mode's `Passes.kv`).
+            kv: `encode` of the real frames where it is known already (another mode's `Passes.kv`).
 
         Raises:
             ValueError: an unknown mode, or refinement outside of coarse_fine.
         """
 
     def forward(
-        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Sequence[BlockKV] | None = None
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> VLMOutput:
         """Hidden states of rows of text about videos; arguments and errors as in `see`."""
         visual, passes, idle = self.see(frames, rows, mode, refinement, kv)
@@ -235,15 +240,6 @@ class VideoLanguageNetwork(nn.Module):
                 if parameter.requires_grad:
                     total = total + 0.0 * parameter.sum()
         return total
-
-
-def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
-    """[V, F, 3, H, W] -> the M real frames [M, 3, H, W] of all videos in order; padding is never computed with."""
-    videos, longest = frames.shape[:2]
-    if list(counts) == [longest] * videos:
-        return frames.flatten(0, 1)
-    keep = [video * longest + frame for video, count in enumerate(counts) for frame in range(count)]
-    return frames.flatten(0, 1)[torch.tensor(keep, dtype=torch.int64, device=frames.device)]
 
 
 def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
@@ -267,8 +263,8 @@ class FoveatedVLM(VideoLanguageNetwork):
             token, so that the coarse pass begins with what CLS has learned to say.
         query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
         query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
-            trained beside a frozen encoder, whose keys and values then never change and can be kept (`kv_cache.py`). At
-            the start both are the same.
+            trained beside a frozen encoder, whose keys and values then never change and can be kept
+            (`frame_cache.py`). At the start both are the same.
         query_source: whose hidden states choose the queries at inference: `fine`, what was seen so far with chosen
             queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
             pass.
@@ -378,7 +374,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         rows: TextRows,
         mode: str,
         refinement: int = 0,
-        kv: Sequence[BlockKV] | None = None,
+        kv: Encoded | None = None,
     ) -> tuple[Tensor, Passes | None, Tensor]:
         """See `VideoLanguageNetwork.see`."""
         if mode not in MODES:
@@ -392,8 +388,8 @@ class FoveatedVLM(VideoLanguageNetwork):
             numbers = tuple(part for part in (self.frame_tokens, self.frame_clock) if part is not None)
             own = () if self.query_path is None else (self.query_path,)
             return visual, None, self.unused(self.backbone, self.connector, *queries, *numbers, *own)
-        if kv is None:
-            kv = self.encode(real_frames(frames, rows.frame_counts))
+        kv = self.encode(real_frames(frames, rows.frame_counts)) if kv is None else kv
+        assert not isinstance(kv, Tensor)
         passes = self.run_passes(kv, streams, mode, refinement)
         idle = self.unused(self.first_query, self.query_projection) if mode == "coarse_only" else self.unused()
         return passes.visual[streams.of_row], passes, idle

@@ -318,6 +318,15 @@ def text_rows(batch: VideoTextBatch) -> TextRows:
     )
 
 
+def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
+    """[V, F, 3, H, W] -> the M real frames [M, 3, H, W] of all videos in order; padding is never computed with."""
+    videos, longest = frames.shape[:2]
+    if list(counts) == [longest] * videos:
+        return frames.flatten(0, 1)
+    keep = [video * longest + frame for video, count in enumerate(counts) for frame in range(count)]
+    return frames.flatten(0, 1)[torch.tensor(keep, dtype=torch.int64, device=frames.device)]
+
+
 def take(values: Tensor, index: Tensor) -> Tensor:
     """values [B, X, C] at index [B, Y] -> [B, Y, C]."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[-1]))

@@ -1,4 +1,4 @@
-"""A frozen encoder: keys and values that are kept, and a query path of its own beside it."""
+"""A frozen encoder: what it makes of frames is kept, and a query path of its own stands beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from vlm_parts import frames_of, rows_of, small_backbone, small_language, small_
 
 from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.backbone import DinoBackbone
-from keygrip.models.foveated_vlm.kv_cache import KeyValueCache, frame_names
+from keygrip.models.foveated_vlm.baseline import PooledVLM
+from keygrip.models.foveated_vlm.frame_cache import FrameCache, frame_names
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 
 COUNTS = [3, 0, 1]
@@ -35,7 +36,7 @@ def test_kept_keys_give_what_fresh_ones_do() -> None:
     network = with_path("shared").eval()
     frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
     real = torch.cat([video[:count] for video, count in zip(frames, COUNTS, strict=True)])
-    cache, calls = KeyValueCache(1.0), 0
+    cache, calls = FrameCache(1.0), 0
 
     def encode(images: torch.Tensor) -> list:
         nonlocal calls
@@ -49,6 +50,21 @@ def test_kept_keys_give_what_fresh_ones_do() -> None:
             kept = network(frames, rows, "coarse_fine", kv=kv)
             torch.testing.assert_close(kept.hidden, fresh.hidden, atol=2e-5, rtol=1e-4)
     assert calls == 4  # each frame once
+
+
+def test_kept_pooled_patches_give_what_fresh_ones_do() -> None:
+    torch.manual_seed(0)
+    network = PooledVLM(frozen(), small_language(), 4).eval()
+    frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
+    real = torch.cat([video[:count] for video, count in zip(frames, COUNTS, strict=True)])
+    cache = FrameCache(1.0)
+    with torch.no_grad():
+        fresh = network(frames, rows, "many_tokens").hidden
+        for encode in (network.encode, None):  # the second time nothing is encoded
+            kv = cache.get([b"a", b"b", b"c", b"d"], real, encode)  # type: ignore[arg-type]
+            kept = network(torch.full_like(frames, torch.nan), rows, "many_tokens", kv=kv).hidden
+            torch.testing.assert_close(kept, fresh, atol=2e-5, rtol=1e-4)
+    assert sum(kept.nbytes for kept in cache.kept.values()) == 4 * 4 * network.backbone.embed_dim * 4  # float32
 
 
 def test_a_frame_has_one_name_wherever_it_comes(tmp_path: Path) -> None:
@@ -68,7 +84,7 @@ def test_a_frame_has_one_name_wherever_it_comes(tmp_path: Path) -> None:
 
 def test_what_is_kept_does_not_depend_on_the_batch() -> None:
     network, frames = with_path("shared").eval(), frames_of([2, 2, 2], 32).flatten(0, 1)
-    first, second = KeyValueCache(1.0), KeyValueCache(1.0)
+    first, second = FrameCache(1.0), FrameCache(1.0)
     names = [b"a", b"b", b"c", b"d", b"e", b"f"]
     one = first.get(names, frames, network.encode)
     order = [4, 5, 0, 1]
@@ -81,7 +97,7 @@ def test_what_is_kept_does_not_depend_on_the_batch() -> None:
 def test_there_is_no_more_kept_than_allowed() -> None:
     network, frames = with_path("shared").eval(), frames_of([1, 1], 32)[:, 0]
     size = sum(block.key.nbytes + block.value.nbytes for block in network.encode(frames[:1]))
-    cache = KeyValueCache(1.5 * size / 2**30)
+    cache = FrameCache(1.5 * size / 2**30)
     cache.get([b"a", b"b"], frames, network.encode)
     assert list(cache.kept) == [b"a"]
     held = sum(part.untyped_storage().nbytes() for block in cache.kept[b"a"] for part in (block.key, block.value))
