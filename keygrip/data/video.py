@@ -392,16 +392,19 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
 def _length_of_packets(source: bytes | str | Path) -> float:
     """Seconds of a video stream by its packets, for containers that say no more than the length of the whole."""
     shown: list[tuple[int, int]] = []
-    whole = 0.0  # when the packets of all streams end
+    whole, untimed = 0.0, False  # when the packets of all streams end; whether some say no time
     with _opened(source) as (container, images):
         for packet in container.demux():
             if packet.pts is None or packet.is_discard:
+                untimed |= packet.pts is None and packet.size > 0
                 continue
             whole = max(whole, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream.index == images.index:
                 shown.append((packet.pts, packet.duration or 0))
         if not shown:
-            raise ValueError("it holds no frames")
+            raise ValueError(
+                "its frames carry no times: put the stream into an mp4" if untimed else "it holds no frames"
+            )
         shown.sort()
         first, (last, duration) = shown[0][0], shown[-1]
         gaps = [after - before for (before, _), (after, _) in itertools.pairwise(shown)]

@@ -223,6 +223,8 @@ def _leading(text: str, known: _Options) -> int | None:
     )
     if match:
         number, rest = _number(match.group(1)), text[match.end() :]
+        if _names_another(_words(rest), number, known):
+            return None
         if plain[number] and normalised_answer(_words(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
@@ -236,6 +238,14 @@ def _leading(text: str, known: _Options) -> int | None:
         return _number(match.group(1))
     match = re.fullmatch(rf"(?:{LIKE}(?!I)([A-{last}]){SURE}?|(?!I)([A-{last}]){SURE})[\s.!]*", text)
     return _number(match.group(1) or match.group(2)) if match else None
+
+
+def _names_another(text: str, number: int, known: _Options) -> bool:
+    """Whether behind a letter stand its option's words and then another option, lettered too ("B. blue / C. green")."""
+    own = re.escape(known.literal[number]).replace("\\ ", r"\s+")
+    between = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
+    other = re.match(rf"\s*(?i:{own})(?!\w){between}[(\[]?([A-{known.last}])[.):]\s*", text)
+    return other is not None and text[other.end() :].lower().startswith(known.literal[_number(other.group(1))])
 
 
 def _said(text: str, known: _Options) -> int | None:

@@ -208,6 +208,18 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, ending: str, audio_s
             decode_video(whole[: int(share * len(whole))], 16, "stretch")
 
 
+def test_a_raw_stream_without_times_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.h264"
+    with av.open(str(write(tmp_path / "a.mp4", [0, 1], 1))) as file, av.open(str(path), "w", format="h264") as raw:
+        stream = raw.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                raw.mux(packet)
+    with pytest.raises(ValueError, match="its frames carry no times: put the stream into an mp4"):
+        duration_s(path)
+
+
 def test_writing_neither_darkens_nor_tints(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     grey = np.arange(0, 256, 5, dtype=np.uint8)[:, None].repeat(3, 1)

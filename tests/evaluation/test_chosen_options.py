@@ -192,6 +192,21 @@ def test_several_letters_name_none(said: str) -> None:
     assert chosen_option(said, XYZ) is None
 
 
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("B. blue / C. green", None),
+        ("(B) blue or (C) Green", None),
+        ("D. dark  red cube, A. red", None),
+        ("B. blue / because it is", 1),
+        ("B. blue. C. green is wrong.", 1),
+        ("A. red / A. red", 0),
+    ],
+)
+def test_several_options_with_their_letters_name_none(said: str, option: int | None) -> None:
+    assert chosen_option(said, ["red", "blue", "green", "dark red cube"]) == option
+
+
 VITAMINS, TEAMS = ["Vitamin B", "Vitamin C", "Vitamin D", "Vitamin A"], ["Team B", "Team A", "Team C", "Neither"]
 GROUPS = ["Group B", "Group C", "Group A", "none"]
 
