@@ -141,6 +141,7 @@ class TestVolumeLoss:
         assert figures["two_views_dense_t4_extra_mb"] >= figures["dense_t4_extra_mb"]
         assert all(figures[f"{side}_t{horizon}_ms"] > 0 for side in ("factorised", "dense") for horizon in (2, 4))
 
+    @pytest.mark.slow
     def test_memory_at_the_size_of_the_production_recipe(self) -> None:
         sizes = instantiate(compose("bench").cases.volume_loss)
         problem = Problem.random(sizes, 50, CPU)

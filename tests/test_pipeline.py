@@ -200,6 +200,7 @@ def test_a_policy_on_a_frozen_text_tower_is_judged_where_its_folder_was_recorded
     train.run(compose("train", [*common, f"model.init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'next'}"]))
 
 
+@pytest.mark.slow
 def test_demo_leaves_its_result_and_puts_the_last_one_aside(
     recordings: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,7 +40,6 @@ MODEL_OF = {
             "robot_videos",
             "robot_long_tours",
             "robot_lengths",
-            "robot_lengths_pooled",
             "robot_tours_single_first",
             "webvid",
             "cauldron",

@@ -402,9 +402,7 @@ def _length_of_packets(source: bytes | str | Path) -> float:
             if packet.stream.index == images.index:
                 shown.append((packet.pts, packet.duration or 0))
         if not shown:
-            raise ValueError(
-                "its frames carry no times: put the stream into an mp4" if untimed else "it holds no frames"
-            )
+            raise ValueError("its frames carry no times: put it into an mp4" if untimed else "it holds no frames")
         shown.sort()
         first, (last, duration) = shown[0][0], shown[-1]
         gaps = [after - before for (before, _), (after, _) in itertools.pairwise(shown)]

@@ -216,7 +216,7 @@ def test_a_raw_stream_without_times_is_named(tmp_path: Path) -> None:
             if packet.dts is not None:
                 packet.stream = stream
                 raw.mux(packet)
-    with pytest.raises(ValueError, match="its frames carry no times: put the stream into an mp4"):
+    with pytest.raises(ValueError, match="its frames carry no times: put it into an mp4"):
         duration_s(path)
 
 

@@ -74,7 +74,7 @@ def test_torch_export_equals_the_network(options: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
-        pytest.param("tiny", {}, id="design"),
+        pytest.param("tiny", {}, id="design", marks=pytest.mark.slow),
         pytest.param("tiny", TUNED, id="tuned", marks=pytest.mark.slow),
         pytest.param("dinov2_vits14", {}, id="real backbone", marks=pytest.mark.slow),
     ],

@@ -34,7 +34,8 @@ VARIANTS = (
     "volume_query_tuned",
 )  # of modules that are here anyway
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
-STAGES = ("depth_reader", "image_autoencoder")
+STAGES = ("depth_reader", "image_autoencoder", "vlm_encoder_self_supervised")
+LONGEST = ("foveated_vlm", "geometry_vla")  # their tests train, load and evaluate them too
 FOLDERS = ("data", "runs")
 
 
@@ -66,7 +67,9 @@ def use(module: System, file: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in (*VARIANTS, *BASELINES, *STAGES, *OPTIONS) else [])
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in (*VARIANTS, *BASELINES, *STAGES, *LONGEST, *OPTIONS) else []
+        )
         for name in (*MODELS, *OPTIONS)
     ],
 )

@@ -42,6 +42,7 @@ def test_a_policy_starts_from_another_run(recordings: str, tmp_path: Path, monke
         keygrip.train(other)
 
 
+@pytest.mark.slow
 def test_new_words_come_beside_those_of_the_other_run(
     recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

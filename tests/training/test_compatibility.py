@@ -32,7 +32,6 @@ def test_the_choices_named_are_those_that_pass() -> None:
         "robot_tours_single_first",
         "robot_long_tours",
         "robot_lengths",
-        "robot_lengths_pooled",
         "webvid",
         "cauldron",
         "video_sft",

@@ -134,7 +134,10 @@ def step(module: LightningModule, loss: Callable[[Any], Tensor]) -> tuple[float,
 
 @pytest.mark.parametrize(
     "system",
-    [volume_query, foveated_vlm, patch_dit, pytest.param(geometry_vla, marks=pytest.mark.slow)],
+    [
+        volume_query,
+        *(pytest.param(system, marks=pytest.mark.slow) for system in (foveated_vlm, patch_dit, geometry_vla)),
+    ],
     ids=lambda system: system.__name__,
 )
 def test_a_compiled_step_has_the_loss_and_the_gradients_of_a_plain_one(

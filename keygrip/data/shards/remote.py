@@ -15,6 +15,8 @@ from keygrip.data.source_files import files_in
 
 log = logging.getLogger(__name__)
 
+RETRY_S = 0.2  # before a file is asked for again, and four times as long before the third time
+
 
 def is_remote(root: str | Path) -> bool:
     """Whether a root is a URL."""
@@ -135,7 +137,7 @@ class ShardCache:
                             f"{self.url}/{name} cannot be read ({error.__cause__ or error}): check the address and the "
                             "connection, or copy the shards to a local folder"
                         ) from error
-                    time.sleep(0.2 * 4**attempt)
+                    time.sleep(RETRY_S * 4**attempt)
             if size is not None and temporary.stat().st_size != size:
                 raise ShardError(
                     f"{self.url}/{name} has {temporary.stat().st_size} bytes, its manifest says {size}: it is cut off"

@@ -193,7 +193,7 @@ def write_slowly(root: Path) -> None:
 
 
 def test_two_processes_write_a_set_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     both = [context.Process(target=write_slowly, args=(tmp_path / "set",)) for _ in range(2)]
     for process in both:
         process.start()

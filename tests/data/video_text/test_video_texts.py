@@ -413,8 +413,11 @@ class FailingHandler(QuietHandler):
         return super().send_head()
 
 
-def test_what_a_web_server_cannot_say_is_no_missing_split(root: Path, tmp_path: Path) -> None:
+def test_what_a_web_server_cannot_say_is_no_missing_split(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only 404 means that a set has no val/ or settings; every other error ends the run, or copies are read."""
+    monkeypatch.setattr("keygrip.data.shards.remote.RETRY_S", 0.0)
     shutil.copytree(root / "videos", tmp_path / "set")
     (tmp_path / "set" / "train" / "settings.json").write_text('{"fit": "pad"}')
 

@@ -53,6 +53,7 @@ def assert_equal_plans(found: Plan, expected: Plan) -> None:
 
 
 @pytest.mark.usefixtures("traced")
+@pytest.mark.slow
 def test_compiled_plans_are_those_without_and_nothing_is_compiled_after_the_first(tmp_path: Path) -> None:
     plain = ready_module(tmp_path, pointing_cells=2, pointed_tokens=True).policy()
     words = (*INSTRUCTIONS, "put it where it was before all of this began")

@@ -76,7 +76,7 @@ def _half(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_statistics_of_one(tmp_path: Path) -> None:
-    mp.spawn(_half, (str(tmp_path),), nprocs=2)
+    mp.start_processes(_half, (str(tmp_path),), nprocs=2, start_method="fork")  # spawned, they import torch anew
     one = RunningStandardisation(4, 5)
     for batch in batches(3):
         one(batch)

@@ -65,7 +65,7 @@ GUIDED = ["ablation=patch_dit/early_guide", "model.guide.at_step=3", "callbacks.
     [
         pytest.param([], id="plain", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, id="alignment, routing and Muon"),
-        pytest.param(GUIDED, id="a guide, taken at the step of the interruption"),
+        pytest.param(GUIDED, id="a guide, taken at the step of the interruption", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
