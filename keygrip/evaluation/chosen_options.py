@@ -13,6 +13,9 @@ from keygrip.evaluation.text_metrics import ARTICLES, normalised_answer
 WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{2,20}>|[*_`$\"'“”‘’]")
 THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|$)|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
+# Capitals that are no letters of a list: "A/C unit", "U.S.A.".
+COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that put no space beside a letter
 BESIDE_CJK = re.compile(rf"(?<=[{CJK}])(?=[A-Za-z])|(?<=[A-Za-z])(?=[{CJK}])")
 NAMES = r"\b(?:answer|ans|option|choice|correct one|solution|answer choice)\b"
@@ -42,7 +45,9 @@ WRONG = (
     r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b)"
 )
 NOT = re.compile(
-    r"\b(?:not|neither|nor|isn t|isnt|cannot be|can t be|than|unlike|instead of|wrong|incorrect|worst|"
+    r"\b(?:not|neither|nor|isn t|isnt|cannot be|can t be|than|unlike|"
+    r"(?:any|anything|everything|all)\s+(?:but|except)|(?:do|does|did)(?:\s+not|n\s?t)\s+(?:show|contain|depict|have)|"
+    r"instead of|wrong|incorrect|worst|"
     r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?)"
     r"\s*(?:option|choice)?\s*[(\[]?$",
     re.IGNORECASE,
@@ -59,8 +64,9 @@ SURE = r"(?:\s+(?i:for sure|it is|to me))"
 COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 NUMBERED = re.compile(
-    r"(?:(?:the|my)\s+)?(?:(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option)\s*(?:is|:)\s*)?"
-    rf"(?:(?:option|choice)\s+(?:number\s+)?([1-9]|{'|'.join(COUNTED)})|the\s+({'|'.join(ORDINALS)})\s+(?:option|choice))\W*",
+    r"(?:it(?:\s+i)?\s?s\s+)?(?:(?:the|my)\s+)?(?:(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option)\s*(?:is|:)\s*)?"
+    rf"(?:(?:option|choice)\s+(?:number\s+|#\s*)?([1-9]|{'|'.join(COUNTED)})|"
+    rf"the\s+({'|'.join(ORDINALS)}|[1-9](?=st|nd|rd|th))(?:st|nd|rd|th)?\s+(?:option|choice|one))\W*",
     re.IGNORECASE,
 )
 
@@ -111,7 +117,11 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     for ours, theirs in ((_literal(own), known.literal), (normalised_answer(own), known.plain)):
         if theirs.count(ours) == 1 and ours and not letter:
             return theirs.index(ours)
+    if not any(ABSTAINS.search(option) for option in known.literal):
+        said = ABSTAINS.sub(" ", said)
     said = _without_repetition(ASKS.sub(" ", BESIDE_CJK.sub(" ", said)), known)
+    if _one_per_line(said, known):
+        return None
     words = " ".join(said.split())
     text = _apart(words, known)
     first_line = _alone(said.partition("\n")[0], known)
@@ -170,10 +180,14 @@ def _apart(text: str, known: _Options) -> str:
     """The text in which capitals within an option's own words ("Team B") are other signs, so that they are not taken
     for letters of the list. `_words` takes that back. As long as the text."""
     for option in known.literal:
-        if " " in option and re.search(rf"\b[a-{known.last.lower()}]\b", option):
+        if re.search(r"\w\W+\w", option) and re.search(rf"\b[a-{known.last.lower()}]\b", option):
             own = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
-            text = own.sub(lambda found: re.sub(r"\b[A-Z]\b", _bold, found.group()), text)
-    return text
+            text = own.sub(_all_bold, text)
+    return COMPOUND.sub(_all_bold, text)
+
+
+def _all_bold(found: re.Match[str]) -> str:
+    return re.sub(r"\b[A-Z]\b", _bold, found.group())
 
 
 def _bold(letter: re.Match[str]) -> str:
@@ -225,12 +239,16 @@ def _leading(text: str, known: _Options) -> int | None:
         number, rest = _number(match.group(1)), text[match.end() :]
         if _names_another(_words(rest), number, known):
             return None
-        if plain[number] and normalised_answer(_words(rest)).startswith(plain[number]):
+        denied = _denied_there(_words(rest), number, known)
+        if not denied and plain[number] and normalised_answer(_words(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
-        return number if arrived is None else arrived
-    reasoned = re.match(rf"([A-{last}])\s+(?:because|since)\b|((?![AI])[A-{last}])\s+{REASON}", text)
+        return number if arrived is None and not denied else arrived
+    before_another = rf"(?:rather\s+than|instead\s+of|not|over)\s+(?:option\s+)?[(\[]?[A-{last}]\b"
+    reasoned = re.match(
+        rf"[(\[]?([A-{last}])[)\]]?\s+(?:(?:because|since)\b|{before_another})|((?![AI])[A-{last}])\s+{REASON}", text
+    )
     if reasoned:
         return _number(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
@@ -240,9 +258,44 @@ def _leading(text: str, known: _Options) -> int | None:
     return _number(match.group(1) or match.group(2)) if match else None
 
 
+def _one_per_line(text: str, known: _Options) -> bool:
+    """Whether each line is a letter, or one with its option's words, and they are not all the same. What follows an
+    empty line is another text."""
+    found = set()
+    for line in map(str.strip, text.split("\n")):
+        letter = re.match(rf"[(\[]?([A-{known.last}])(?:[.):\]]+\s*(.*)|)$", line)
+        words = _literal(letter.group(2) or "") if letter else ""
+        if letter is None or words not in ("", known.literal[_number(letter.group(1))]):
+            return False
+        found.add(letter.group(1))
+    return len(found) > 1
+
+
+def _denied_there(text: str, number: int, known: _Options) -> bool:
+    """Whether behind a letter stands that it is wrong ("A. red: wrong.", "A: No B: Yes")."""
+    own = re.match(rf"\s*{_own(number, known)}(?!\w)", text, re.IGNORECASE)
+    if own is None:
+        return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}][.):]", text) is not None
+    denial = r"\W*(?:(?:is|was|would\s+be|seems|looks)\s+)?(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
+    # "B. blue, not red" denies another
+    return (
+        re.match(rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)}))(?:{denial})", text[own.end() :], re.I)
+        is not None
+    )
+
+
+def _own(number: int, known: _Options) -> str:
+    """Pattern of an option's words."""
+    return r"\s+".join(map(re.escape, known.literal[number].split()))
+
+
+def _others(number: int, known: _Options) -> str:
+    return "|".join(_own(other, known) for other in range(len(known.literal)) if other != number)
+
+
 def _names_another(text: str, number: int, known: _Options) -> bool:
     """Whether behind a letter stand its option's words and then another option, lettered too ("B. blue / C. green")."""
-    own = re.escape(known.literal[number]).replace("\\ ", r"\s+")
+    own = _own(number, known)
     between = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
     other = re.match(rf"\s*(?i:{own})(?!\w){between}[(\[]?([A-{known.last}])[.):]\s*", text)
     return other is not None and text[other.end() :].lower().startswith(known.literal[_number(other.group(1))])
@@ -268,6 +321,8 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
                 if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
+                    continue
+                if _names_another(_words(behind.lstrip(".):] ")), _number(match.group(1)), known):
                     continue
                 signed = _begins_literally(text[match.start(1) :], known)
                 if signed is not None:  # "The answer is C++"
@@ -304,12 +359,16 @@ def _begins_literally(text: str, known: _Options) -> int | None:
 
 
 def _stated(text: str, last: str) -> int | None:
-    """The first letter that is said to be the answer."""
-    for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?(?:{RIGHT})", text):
+    """The first letter that is said to be the answer; one that only seems to be it where no other is it."""
+    seeming: int | None = None
+    for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?({RIGHT})", text):
         before = text[: match.start(1)]
-        if not NOT.search(before) and not OPEN.search(before):
+        if NOT.search(before) or OPEN.search(before):
+            continue
+        if re.match(r"\s+(?:seems|looks|appears)\b", match.group(2)) is None:
             return _number(match.group(1))
-    return None
+        seeming = _number(match.group(1)) if seeming is None else seeming
+    return seeming
 
 
 def _anywhere(text: str, known: _Options) -> int | None:
@@ -369,7 +428,7 @@ def _numbered(text: str, known: _Options) -> int | None:
     if cardinal is not None:
         number = int(cardinal) - 1 if cardinal.isdigit() else COUNTED.index(cardinal)
     else:
-        number = ORDINALS.index(str(ordinal))
+        number = int(str(ordinal)) - 1 if str(ordinal).isdigit() else ORDINALS.index(str(ordinal))
     return number if number < len(known.literal) else None
 
 

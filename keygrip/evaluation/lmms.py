@@ -37,8 +37,8 @@ MAX_NEW_TOKENS = 64  # default where a task gives none
 FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)
 FAILED = "-"  # an answer that names nothing: MVBench's task leaves empty answers out, which would count in our favour
 Given = TypeVar("Given")
-Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...] | None], Any]  # a video, and its keys and values
-Timed = tuple[np.ndarray, tuple[float, ...] | None]  # frames and when each was taken
+Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...]], Any]  # a video, and its keys and values
+Timed = tuple[np.ndarray, tuple[float, ...]]  # frames and when each was taken; () of several images or videos
 
 
 class KeygripModel(lmms):
@@ -182,8 +182,8 @@ class KeygripModel(lmms):
 
     def _video(
         self, see: Callable[[Any], Any], task: str, split: str, number: int
-    ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...] | None]]:
-        """A document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their seconds (None
+    ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...]]]:
+        """A document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their seconds (()
         where several have no common time)."""
         images = self.module.image_options
         found = [
@@ -198,9 +198,16 @@ class KeygripModel(lmms):
         return self.module.as_input(together[keep]), [len(keep)], [times and tuple(times[n] for n in keep)]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:
-        """uint8 [F, S, S, 3] of what lmms-eval calls a visual (a path, an image, a list of either), and its seconds."""
+        """uint8 [F, S, S, 3] of what lmms-eval calls a visual, and its seconds: a path, an image, a list of either, or
+        {"type": "video", "url": PATH, "video_start": S, "video_end": S} of a part of a video."""
         if isinstance(item, str | Path):
             return read_timed_frames(item, size, fit, self.max_frames)
+        if isinstance(item, Mapping):
+            shown = next((item[key] for key in ("video", "image", "url", "path") if item.get(key) is not None), None)
+            start, end = item.get("video_start"), item.get("video_end")
+            if not isinstance(shown, str | Path) or start is None or end is None:
+                return self._frames(shown, size, fit)
+            return read_timed_frames(shown, size, fit, self.max_frames, (float(start), float(end)))
         if isinstance(item, Sequence):
             return _joined([self._frames(part, size, fit) for part in item])
         if hasattr(item, "convert"):  # a PIL image
@@ -209,8 +216,8 @@ class KeygripModel(lmms):
 
 
 def _joined(parts: Sequence[Timed]) -> Timed:
-    """Frames one behind the other; their seconds are known of a single part alone."""
-    return np.concatenate([frames for frames, _ in parts]), parts[0][1] if len(parts) == 1 else None
+    """Frames one behind the other; several parts have no common time."""
+    return np.concatenate([frames for frames, _ in parts]), parts[0][1] if len(parts) == 1 else ()
 
 
 def _question(text: str) -> str:

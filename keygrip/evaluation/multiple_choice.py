@@ -16,7 +16,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.chosen_options import chosen_option
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
-from keygrip.models.foveated_vlm.generation import answer_scores, encoded, generate
+from keygrip.models.foveated_vlm.generation import answer_scores, check_room, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.progress import Progress
 
@@ -141,20 +141,19 @@ def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | 
 def _fitting(
     module: FoveatedVLMModule, asked: Sequence[ChoiceQuestion], seconds: Sequence[float], max_new_tokens: int
 ) -> list[ChoiceQuestion]:
-    """The questions about a video that fit into the language model's context with its frames and an answer."""
-    context = module.network.language.context
-    room = context - len(seconds) * module.network.tokens_per_frame - max_new_tokens
-    lengths = [len(module.collator.prompt((Turn("user", each.prompt),), seconds).ids) for each in asked]
-    if max(lengths) > room:
-        log.warning(
-            "%d questions about %s left out: with %d frames and an answer they do not fit into the %d positions of the "
-            "language model",
-            sum(length > room for length in lengths),
-            asked[0].video,
-            len(seconds),
-            context,
-        )
-    return [each for each, length in zip(asked, lengths, strict=True) if length <= room]
+    """The questions about a video that the model has room for, with its frames and an answer."""
+    fitting, reason = [], ""
+    for each in asked:
+        text = len(module.collator.prompt((Turn("user", each.prompt),), seconds).ids)
+        try:
+            check_room(module.network, text, len(seconds), max_new_tokens)
+        except ValueError as error:
+            reason = reason or str(error)
+        else:
+            fitting.append(each)
+    if reason:
+        log.warning("%d questions about %s left out: %s", len(asked) - len(fitting), asked[0].video, reason)
+    return fitting
 
 
 def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:

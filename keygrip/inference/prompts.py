@@ -53,8 +53,8 @@ class Prompt:
 
     @property
     def words(self) -> tuple[Turn, ...]:
-        """The turns without marks."""
-        return tuple(Turn(turn.role, turn.text.replace(MARK, "").strip()) for turn in self.turns)
+        """The turns without marks, otherwise letter by letter."""
+        return tuple(Turn(turn.role, turn.text.replace(MARK, "")) for turn in self.turns)
 
 
 class PromptReader:

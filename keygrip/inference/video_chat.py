@@ -11,7 +11,6 @@ What a conversation may hold: `keygrip.inference.prompts`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +29,7 @@ from keygrip.inference.prompts import (
     padded_frames,
     refuse_message,
 )
-from keygrip.models.foveated_vlm.generation import check_room, check_seed, check_temperature, generate
+from keygrip.models.foveated_vlm.generation import check_count, check_room, check_seed, check_temperature, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, pieces
@@ -140,8 +139,8 @@ class VideoChat:
         """
         check_temperature(temperature)
         check_seed(seed)
-        _check_count(max_new_tokens)
-        _check_count(batch_frames, "batch_frames")
+        check_count(max_new_tokens)
+        check_count(batch_frames, "batch_frames")
         refuse_message(conversations)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         wanted: Any = conversations if several else [conversations]
@@ -197,7 +196,7 @@ class VideoChat:
         """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
         check_temperature(temperature)
         check_seed(seed)
-        _check_count(max_new_tokens)
+        check_count(max_new_tokens)
         how = mode or self.module.answer_mode
         self.check(messages, how, streamed=True)
         prompt = self.reader.read(messages)
@@ -294,8 +293,3 @@ def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
     return all(
         value.dtype == stored[name].dtype and torch.equal(value.cpu(), stored[name]) for name, value in weights.items()
     )
-
-
-def _check_count(count: int, name: str = "max_new_tokens") -> None:
-    if not isinstance(count, Integral) or count < 1:
-        raise ValueError(f"{name}={count}: it must be at least 1, and a whole number")

@@ -239,7 +239,7 @@ SCENES = ["The man walks into the room.", "The woman opens the door.", "The chil
         ("A. The man walks into the room.\nB. The woman opens the door.\nC. The child", SCENES, None),
         ("A) The man walks into the room. B) The woman opens the door.", SCENES, None),
         *(("A. red.\nB. blue.\nAnswer: B", PLAIN, 1), ("A. red\nB. blue\nIt is green.", PLAIN, 2)),
-        *(("A. red", PLAIN, 0), ("A. red\nC. green", PLAIN, 0), ("A. red B. blue C. green D. yellow B", PLAIN, 1)),
+        *(("A. red", PLAIN, 0), ("A. red\nC. green", PLAIN, None), ("A. red B. blue C. green D. yellow B", PLAIN, 1)),
         ("A. B", ["B", "A"], 0),
     ],
 )
@@ -270,3 +270,36 @@ def test_a_repetition_that_is_cut_off_is_no_answer(said: str, options: list[str]
 )
 def test_answers_in_other_words(said: str, options: list[str], option: int | None) -> None:
     assert chosen_option(said, options) == option
+
+
+MUSIC, DEVICES = ["Jazz", "Rock", "R&B", "Pop"], ["Sing", "A/C", "Q&A", "Rest"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *((said, PLAIN, None) for said in ("N/A", "N/A.", "Answer: N/A", "Not applicable (N/A)", "N.A.", "n/a")),
+        *(("N/A", ["red", "N/A"], 1), ("It is R&B music.", PLAIN, None), ("He turned on the A/C unit", PLAIN, None)),
+        *(("The genre is R&B", MUSIC, 2), ("They hold a Q&A.", DEVICES, 2), ("He turns on the A/C.", DEVICES, 1)),
+        *(("He plays the C-sharp key.", ["C-sharp", "B-flat", "D", "E"], 0), ("From the U.S.A.", PLAIN, None)),
+    ],
+)
+def test_capitals_of_compounds_are_no_letters(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("A. red: wrong. B. blue: right. The answer is B.", 1), ("B. blue, not red", 1), ("A seems correct.", 0)),
+        *(("(A) red - no\n(B) blue - yes\n\nSo the answer is (B).", 1), ("A: No\nB: Yes\nC: No", None)),
+        *(("C. green is incorrect. The correct answer is B.", 1), ("A seems correct, but B is the answer.", 1)),
+        *(("Although A looks right, B is the correct answer.", 1), ("B\nC", None), ("(B)\n(C)", None)),
+        *(("B) blue\nC) green", None), ("I think it's B. blue / C. green", None), ("B. blue\nB", 1)),
+        *(("It's the second one", 1), ("The second one.", 1), ("the 2nd option", 1), ("Option #2", 1)),
+        *(("B rather than A", 1), ("B instead of A", 1), ("(B) not (A)", 1), ("B over A", 1)),
+        *(("anything but B", None), ("all except B", None), ("The video does not show red; it shows blue", 1)),
+    ],
+)
+def test_what_is_gone_through_or_preferred(said: str, option: int | None) -> None:
+    assert chosen_option(said, PLAIN) == option

@@ -99,6 +99,39 @@ def test_likelihoods_are_those_of_the_target_behind_the_prompt(model: KeygripMod
     assert found[0].text[0] == pytest.approx(expected, abs=1e-3)
 
 
+def test_images_without_a_common_time_are_numbered_by_a_clock_of_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmms_eval.api.instance import Instance
+
+    from keygrip.evaluation import lmms
+    from keygrip.inference.video_chat import VideoChat
+
+    module = small_module(tmp_path, ["What is it?"] * 3, context=512, frame_clock="seconds")
+    monkeypatch.setattr(lmms, "load_module", lambda *_, **__: module)
+    model = lmms.KeygripModel.create_from_arg_string("checkpoint=run", {"batch_size": 1, "device": "cpu"})
+    model.task_dict = {"mini": {"test": DOCUMENTS}}
+    images = [Image.new("RGB", (30, 30), shade) for shade in ("red", "blue")]
+    asked = Instance(
+        request_type="generate_until",
+        arguments=("What is it?", {"max_new_tokens": 4}, lambda _: images, 0, "mini", "test"),
+        idx=0,
+        metadata={"task": "mini", "doc_id": 0, "repeats": 1},
+    )
+    (said,) = model.generate_until([asked])
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What is it?"}]
+    assert said == VideoChat(module).generate([{"role": "user", "content": content}], 4)
+
+
+def test_a_part_of_a_video_is_read(model: KeygripModel) -> None:
+    (model.root / "v.mp4").write_bytes(small_video())  # two seconds
+    whole = {"type": "video", "url": str(model.root / "v.mp4")}
+    _, counts, seconds = model._video(lambda _: [whole], "mini", "test", 0)
+    assert counts == [2]
+    _, counts, seconds = model._video(lambda _: [whole | {"video_start": 1.0, "video_end": 2.0}], "mini", "test", 0)
+    assert (counts, seconds) == ([1], [(0.0,)])
+
+
 def test_a_video_is_encoded_once_for_requests_that_follow_each_other(
     model: KeygripModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,11 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
 ) -> None:
     figures = evaluate_choices(module, [question("a", 0), question("a", 0, "? " * 200)], ["coarse_fine"], 4)
     assert (figures["questions"], figures["unreadable"], figures["too_long"]) == (1, 0, 1)
-    assert "1 questions about a left out: with 3 frames" in caplog.text
+    assert "1 questions about a left out: the conversation takes 443 positions" in caplog.text
+    module.network.frame_tokens = torch.nn.Parameter(torch.zeros(2, module.network.language.width))  # of two frames
+    with pytest.raises(ValueError, match=r"no question is left: .* 1 are too long"):
+        evaluate_choices(module, [question("a", 0)], ["coarse_fine"], 4)
+    assert "the conversation has 3 frames and the model numbers 2" in caplog.text
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")  # where the frames go is the model's affair
+# Where the frames go is the model's affair: <image>, <image_1>, <|video|>, <|image_pad|>.
+PLACEHOLDER = re.compile(r"\s*<\|?(?:image|video)(?:_?\d+|_pad)?\|?>\s*", re.IGNORECASE)
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
 MEDIA = ("image", "images", "video", "videos")  # keys of a json that name files
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")

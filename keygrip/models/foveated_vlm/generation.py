@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -53,8 +53,12 @@ LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError: it is negative or not finite, or so near to 0 that logits overflow."""
-    if not (math.isfinite(temperature) and (temperature == 0 or temperature >= LEAST_TEMPERATURE)):
+    """Raises ValueError: it is no number, negative or not finite, or so near to 0 that logits overflow."""
+    if not (
+        isinstance(temperature, Real)
+        and math.isfinite(temperature)
+        and (temperature == 0 or temperature >= LEAST_TEMPERATURE)
+    ):
         raise ValueError(
             f"temperature={temperature}: give 0 (the most probable token) or a number of at least {LEAST_TEMPERATURE} "
             "(tokens are drawn)"
@@ -65,6 +69,12 @@ def check_seed(seed: int) -> None:
     """Raises ValueError: it is none of the whole numbers that torch takes."""
     if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed} is no seed: give a whole number of at most 18 digits")
+
+
+def check_count(count: int, name: str = "max_new_tokens") -> None:
+    """Raises ValueError: it is no whole number of at least 1."""
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"{name}={count}: it must be at least 1, and a whole number")
 
 
 def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_tokens: int) -> None:

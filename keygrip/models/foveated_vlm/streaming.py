@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
-from keygrip.models.foveated_vlm.generation import check_temperature
+from keygrip.models.foveated_vlm.generation import check_count, check_seed, check_temperature
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -178,9 +178,10 @@ class StreamingSession:
 
         Raises:
             ValueError: they do not fit into the language model's context, another answer is under way, or a temperature
-                that is negative or not finite.
+                that is negative or not finite, or a seed that is none.
         """
         check_temperature(temperature)
+        check_seed(seed)
         self._check_free()
         mark, self._answering = self.mark(), True
         try:
@@ -248,8 +249,8 @@ class VideoStream:
         seconds: Sequence[float] | None = None,
         answer_tokens: int | None = None,
     ) -> None:
-        if answer_tokens is not None and answer_tokens < 1:
-            raise ValueError(f"answer_tokens={answer_tokens}: it must be at least 1")
+        if answer_tokens is not None:
+            check_count(answer_tokens, "answer_tokens")
         if not isinstance(question, str):
             raise ValueError(f"a question is a text, not {type(question).__name__}")
         self.module = module
@@ -351,8 +352,7 @@ class VideoStream:
         left = self.module.network.language.context - self.session.positions - len(self._rest)
         if max_new_tokens is None:
             max_new_tokens = min(max(ANSWER_TOKENS, self.answer_tokens), left)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+        check_count(max_new_tokens)
         if max_new_tokens > left:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens}: behind {self.frames} frames the language model's context has room "

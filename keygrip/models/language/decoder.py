@@ -226,6 +226,13 @@ class LanguageModel(nn.Module):
         theta = (getattr(found, "rope_parameters", None) or {}).get("rope_theta")
         if theta is not None and float(theta) != own.rope_parameters["rope_theta"]:
             different.append(f"rope_theta is {theta}, config says {own.rope_parameters['rope_theta']}")
+        rope = getattr(found, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            different.append(f"its rotary positions are of type {rope['rope_type']}, which is not supported here")
+        for name in ("hidden_act", "head_dim", "attention_bias", "mlp_bias"):  # what `sizes` does not say
+            theirs, ours = getattr(found, name, None), getattr(own, name, None)
+            if theirs is not None and theirs != ours:
+                different.append(f"{name} is {theirs}, here it is {ours}")
         kind = getattr(found, "model_type", "")
         if kind != own.model_type:
             different.insert(0, f"it is a {kind or 'model without a type'}, not a {own.model_type}")

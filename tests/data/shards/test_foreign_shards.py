@@ -30,6 +30,7 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.exact_lengths import counted
+from keygrip.data.video_text.foreign_text import own_text
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
 
@@ -288,6 +289,14 @@ def test_placeholders_are_no_words_of_the_question(tmp_path: Path) -> None:
     make_manifests(tmp_path)
     (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
     assert [(turn.role, turn.text) for turn in conversation.turns] == [("user", "What?"), ("assistant", "This.")]
+
+
+@pytest.mark.parametrize("mark", ["<image_1>", "<image2>", "<|image|>", "<|video_pad|>", "<IMAGE>"])
+def test_placeholders_of_other_models_are_known(mark: str) -> None:
+    talk = [{"from": "human", "value": f"{mark} What? {mark}"}, TALK[1]]
+    own = own_text({"conversations": talk}, "")
+    assert own["shown"]
+    assert own["conversations"][0]["turns"][0]["text"] == "What?"
 
 
 def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None:

@@ -113,6 +113,21 @@ def test_what_does_not_fit_leaves_the_stream_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(tried._row.state, other._row.state)
 
 
+def test_impossible_answers_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
+    stream = module.stream(QUESTION)
+    stream.push(np.zeros((28, 28, 3), np.uint8))
+    for bad in ({"temperature": "0.5"}, {"temperature": None}, {"seed": 2**70}, {"seed": 1.5}):
+        with pytest.raises(ValueError, match=r"is no seed|give 0"):
+            stream.answer(4, **bad)  # type: ignore[arg-type]
+    for count in ("4", 2.5, 0):
+        with pytest.raises(ValueError, match=f"max_new_tokens={count}: it must be at least 1, and a whole number"):
+            stream.answer(count)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"answer_tokens=2\.5: it must be at least 1, and a whole number"):
+        module.stream(QUESTION, answer_tokens=2.5)  # type: ignore[arg-type]
+    assert stream.answer(2) == stream.answer(2)
+
+
 def test_frames_wait_for_the_end_of_an_answer(tmp_path: Path) -> None:
     """They would stand behind half an answer, and be forgotten with it."""
     module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")

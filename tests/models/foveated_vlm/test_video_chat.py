@@ -142,7 +142,8 @@ def test_images_between_words_stand_where_they_are_said(chat: VideoChat) -> None
     assert chat.generate(messages, 6) == "".join(chat.stream(messages, 6)).strip()
 
 
-def test_text_alone_is_what_transformers_gives(chat: VideoChat) -> None:
+@pytest.mark.parametrize("question", ["Which digit?", " Which digit?\n"])
+def test_text_alone_is_what_transformers_gives(question: str, chat: VideoChat) -> None:
     """The same weights in transformers' own model, its own loop of generation, the same template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -152,7 +153,7 @@ def test_text_alone_is_what_transformers_gives(chat: VideoChat) -> None:
     peer = LlamaForCausalLM(LlamaConfig(**kept)).eval()
     peer.model.load_state_dict(language.model.state_dict())
     peer.tie_weights()
-    ids = torch.tensor([tokenizer.encode(tokenizer.render([("user", "Which digit?")], answering=True))])
+    ids = torch.tensor([tokenizer.encode(tokenizer.render([("user", question)], answering=True))])
     with torch.inference_mode():
         own = language.logits(language(language.embed(ids)))
         torch.testing.assert_close(own, peer(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
@@ -166,7 +167,7 @@ def test_text_alone_is_what_transformers_gives(chat: VideoChat) -> None:
             suppress_tokens=list(range(tokenizer.size, language.vocabulary)) or None,
         )[0, ids.shape[1] :]
     answer = tokenizer.decode([token for token in said.tolist() if token != tokenizer.end_of_turn]).strip()
-    assert chat.generate([{"role": "user", "content": "Which digit?"}], 10) == answer
+    assert chat.generate([{"role": "user", "content": question}], 10) == answer
 
 
 def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,27 @@ def test_weights_of_other_sizes_are_refused_by_name(tmp_path: Path) -> None:
         small_language(weights=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+            "its rotary positions are of type linear, which is not supported here",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, here it is silu"),
+        ({"head_dim": 8}, "head_dim is 8, here it is 6"),
+        ({"attention_bias": True}, "attention_bias is True, here it is False"),
+        ({"mlp_bias": True}, "mlp_bias is True, here it is False"),
+    ],
+)
+def test_weights_that_would_be_computed_otherwise_are_refused(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    export(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"does not fit language.model: {said}"):
+        small_language(weights=str(tmp_path))
+
+
 def test_missing_weights_say_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
