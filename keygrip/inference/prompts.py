@@ -1,8 +1,8 @@
 """Conversations as users give them, with their images and videos decoded: what `VideoChat` and `KeygripProcessor` read.
 
 They have the form that transformers' processors take: messages with a role and content, which is text or a list of
-{"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, or an array uint8 [H, W, 3] or
-[F, H, W, 3], under the item's type, `path` or `url`.
+{"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, a list of them, or an array uint8
+[H, W, 3] or [F, H, W, 3], under the item's type, `path` or `url`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.batches import Turn
-from keygrip.data.video_text.conversations import fit_image, shown_image
+from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.video_files import evenly, read_timed_frames
 
 ROLES = ("system", "user", "assistant")
@@ -92,20 +92,31 @@ class PromptReader:
         most = 1 if kind == "image" else self.max_frames
         if isinstance(given, str | Path):
             return read_timed_frames(given, self.image_size, self.fit, most)
-        if isinstance(given, Image.Image):
-            return shown_image(given, self.image_size, self.fit)[None], (0.0,)
-        array = np.asarray(given)
-        if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4) or not array.size:
-            raise ValueError(
-                f"an item of type {kind} is a path, a PIL image, or uint8 [H, W, 3] or [F, H, W, 3]; not {array.dtype} "
-                f"{list(array.shape)}"
-            )
-        frames = array[None] if array.ndim == 3 else array
+        frames = _still_frames(given, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")
         kept = evenly(len(frames), most)
-        fitted = np.stack([fit_image(Image.fromarray(frames[n]), self.image_size, self.fit) for n in kept])
+        images = [frames[n] if isinstance(frames[n], Image.Image) else Image.fromarray(frames[n]) for n in kept]
+        fitted = np.stack([shown_image(image, self.image_size, self.fit) for image in images])
         return fitted, tuple(map(float, kept))
+
+
+def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
+    """PIL images or arrays uint8 [H, W, 3] of an item that is no path. Raises ValueError: it is none of the known."""
+    if isinstance(given, Image.Image):
+        return [given]
+    if isinstance(given, Sequence) and given and all(isinstance(each, Image.Image) for each in given):
+        return given
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor with gradients, frames of different sizes
+        raise ValueError(f"an item of type {kind} is no array: {error}") from error
+    if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4) or not array.size:
+        raise ValueError(
+            f"an item of type {kind} is a path, a PIL image or a list of them, or uint8 [H, W, 3] or [F, H, W, 3]; not "
+            f"{array.dtype} {list(array.shape)}"
+        )
+    return array[None] if array.ndim == 3 else array
 
 
 def refuse_message(conversations: Any) -> None:

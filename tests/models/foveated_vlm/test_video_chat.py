@@ -490,6 +490,8 @@ def test_a_mode_that_cannot_read_a_conversation_is_refused_before_any_is_answere
         ([], "ends with a user's message"),
         ([{"role": "user", "content": "half \ud83d"}], "a user's message holds half a surrogate pair"),
         ([user(video(np.zeros((2, 4, 4, 3), np.float32)), "x")], r"not float32 \[2, 4, 4, 3\]"),
+        ([user(video(torch.zeros(2, 4, 4, 3, requires_grad=True)), "x")], "an item of type video is no array"),
+        ([user(video([np.zeros((4, 4, 3)), np.zeros((5, 4, 3))]), "x")], "an item of type video is no array"),
     ],
 )
 def test_what_is_no_conversation_is_refused(chat: VideoChat, messages: list[Any], words: str) -> None:
@@ -497,6 +499,17 @@ def test_what_is_no_conversation_is_refused(chat: VideoChat, messages: list[Any]
         chat.generate(messages) if messages else chat.reader.read(messages)
     with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
         chat.generate([user({"type": "video", "video": "nothing.mp4"}, "x")])
+
+
+def test_frames_may_be_images_of_any_size_and_mode(chat: VideoChat) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (3, 28, 28, 3)).astype(np.uint8)
+    frames[2] = 77  # of one colour, which no change of size changes
+    images = [Image.fromarray(frame) for frame in frames]
+    mixed = [images[0].convert("RGBA"), images[1], images[2].resize((56, 40))]
+    shown = [chat.reader.read([user(video(given), "Which?")]) for given in (frames, images, mixed)]
+    assert np.array_equal(shown[0].visuals[0], shown[1].visuals[0])
+    assert np.array_equal(shown[0].visuals[0], shown[2].visuals[0])
+    assert shown[0].times == shown[1].times == shown[2].times == ((0.0, 1.0, 2.0),)
 
 
 def test_conversations_that_cannot_be_answered_are_left_out_where_that_is_asked_for(chat: VideoChat) -> None:
