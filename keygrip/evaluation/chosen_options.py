@@ -276,7 +276,7 @@ def _denied_there(text: str, number: int, known: _Options) -> bool:
     own = re.match(rf"\s*{_own(number, known)}(?!\w)", text, re.IGNORECASE)
     if own is None:
         return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}][.):]", text) is not None
-    denial = r"\W*(?:(?:is|was|would\s+be|seems|looks)\s+)?(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
+    denial = r"[\s:,;(–—-]*(?:(?:is|was|would\s+be|seems|looks)\s+)?(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     # "B. blue, not red" denies another
     return (
         re.match(rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)}))(?:{denial})", text[own.end() :], re.I)

@@ -297,6 +297,7 @@ def test_capitals_of_compounds_are_no_letters(said: str, options: list[str], opt
         *(("Although A looks right, B is the correct answer.", 1), ("B\nC", None), ("(B)\n(C)", None)),
         *(("B) blue\nC) green", None), ("I think it's B. blue / C. green", None), ("B. blue\nB", 1)),
         *(("It's the second one", 1), ("The second one.", 1), ("the 2nd option", 1), ("Option #2", 1)),
+        *(("B. blue. No other colour is seen.", 1), ("B. blue. Not that it matters", 1)),
         *(("B rather than A", 1), ("B instead of A", 1), ("(B) not (A)", 1), ("B over A", 1)),
         *(("anything but B", None), ("all except B", None), ("The video does not show red; it shows blue", 1)),
     ],
