@@ -205,8 +205,10 @@ class KeygripModel(lmms):
         if isinstance(item, Mapping):
             shown = next((item[key] for key in ("video", "image", "url", "path") if item.get(key) is not None), None)
             start, end = item.get("video_start"), item.get("video_end")
-            if not isinstance(shown, str | Path) or start is None or end is None:
+            if start is None and end is None:
                 return self._frames(shown, size, fit)
+            if not isinstance(shown, str | Path) or start is None or end is None:
+                raise ValueError("a part of a video needs its path, video_start and video_end")
             return read_timed_frames(shown, size, fit, self.max_frames, (float(start), float(end)))
         if isinstance(item, Sequence):
             return _joined([self._frames(part, size, fit) for part in item])

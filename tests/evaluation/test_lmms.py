@@ -130,6 +130,8 @@ def test_a_part_of_a_video_is_read(model: KeygripModel) -> None:
     assert counts == [2]
     _, counts, seconds = model._video(lambda _: [whole | {"video_start": 1.0, "video_end": 2.0}], "mini", "test", 0)
     assert (counts, seconds) == ([1], [(0.0,)])
+    with pytest.raises(ValueError, match="needs its path, video_start and video_end"):
+        model._video(lambda _: [whole | {"video_start": 1.0}], "mini", "test", 0)
 
 
 def test_a_video_is_encoded_once_for_requests_that_follow_each_other(

@@ -223,10 +223,10 @@ class LanguageModel(nn.Module):
             for theirs, ours in sizes.items()
             if getattr(found, theirs, None) != getattr(own, theirs)
         ]
-        theta = (getattr(found, "rope_parameters", None) or {}).get("rope_theta")
+        rope = getattr(found, "rope_parameters", None) or {}
+        theta = rope.get("rope_theta")
         if theta is not None and float(theta) != own.rope_parameters["rope_theta"]:
             different.append(f"rope_theta is {theta}, config says {own.rope_parameters['rope_theta']}")
-        rope = getattr(found, "rope_parameters", None) or {}
         if rope.get("rope_type", "default") != "default":
             different.append(f"its rotary positions are of type {rope['rope_type']}, which is not supported here")
         for name in ("hidden_act", "head_dim", "attention_bias", "mlp_bias"):  # what `sizes` does not say
