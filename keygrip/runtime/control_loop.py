@@ -21,7 +21,7 @@ from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE
 from keygrip.runtime.robot import JointRobot, Robot, RobotLostError
-from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, moved_by
+from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, TakeoverLostError, moved_by
 from keygrip.runtime.watchdog import State, Watchdog
 
 log = logging.getLogger(__name__)
@@ -156,12 +156,15 @@ class ControlLoop:
 
     def _tick(self, last: dict[str, Any], now: float, late_s: float) -> dict[str, Any]:
         observation, fault = self._observe(last, now)
+        correction: Correction | None = None
+        if self.takeover is not None and fault is None:
+            try:
+                correction = self.takeover.read(now, self._command)
+            except TakeoverLostError as error:
+                fault = str(error)
         if fault is not None:
             self.execution.drop()
         target: np.ndarray | None = None
-        correction = None
-        if self.takeover is not None and fault is None:
-            correction = self.takeover.read(now, self._command)
         if correction is not None:
             target = self._correct(correction)
         elif fault is None:

@@ -45,6 +45,10 @@ class Correction:
     arm: int = 0
 
 
+class TakeoverLostError(Exception):
+    """The device through which a person drives the arm can no longer be read."""
+
+
 class Takeover(Protocol):
     """A person at a device, or a script."""
 
@@ -53,6 +57,9 @@ class Takeover(Protocol):
 
         Args:
             now: seconds on the robot's clock. command: [A, 8] the present one.
+
+        Raises:
+            TakeoverLostError: the person has the arm, and what they do cannot be read: the arm is to be held.
         """
         ...
 
@@ -166,7 +173,8 @@ class GamepadTakeover:
     """A gamepad through Linux's joystick interface: the left stick moves in x and y, the right one in z and turns;
     button 0 takes over and gives back, button 1 closes and opens.
 
-    A device that can no longer be read gives the arm back to the policy.
+    A device that goes away while a person has the arm is a fault, which holds the arm and then stops it: the policy was
+    taken off the arm for a reason. Where the policy drives it goes on, without anybody who could take over.
 
     Args:
         device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: of a stick, share of its way.
@@ -211,9 +219,11 @@ class GamepadTakeover:
         except BlockingIOError:
             pass  # nothing has happened since
         except OSError as error:
+            if self.active:
+                raise TakeoverLostError(f"lost the gamepad that a person drove the arm with: {error}") from error
             if not self._gone:
-                log.error("the gamepad is gone (%s): the policy drives", error)
-            self.active, self._gone = False, True
+                log.error("the gamepad is gone (%s): the policy drives on, and nobody can take over", error)
+            self._gone = True
             return None
         whole = len(self._rest) // self.EVENT.size * self.EVENT.size
         for _, value, kind, number in self.EVENT.iter_unpack(self._rest[:whole]):

@@ -26,7 +26,14 @@ from keygrip.runtime.control_loop import ControlLoop, Tick
 from keygrip.runtime.limits import MotionLimits
 from keygrip.runtime.planners import PlanRequest, SimulatedPlanner, ThreadPlanner
 from keygrip.runtime.robot import RobotLostError
-from keygrip.runtime.takeover import Correction, CorrectionRecorder, GamepadTakeover, KeyboardTakeover, moved_by
+from keygrip.runtime.takeover import (
+    Correction,
+    CorrectionRecorder,
+    GamepadTakeover,
+    KeyboardTakeover,
+    TakeoverLostError,
+    moved_by,
+)
 from keygrip.runtime.watchdog import State, Watchdog, WatchdogSettings
 from keygrip.training.signals import Interrupted
 
@@ -315,6 +322,28 @@ def test_a_correction_moves_the_arm_and_is_recorded_and_weighted(tmp_path: Path)
     assert not demo.intervention[weighted_frames(frames, demo.intervention, 0.0)].any()
 
 
+def test_an_arm_that_a_person_drove_stops_with_their_device(tmp_path: Path) -> None:
+    class Unplugged(Script):
+        def read(self, now: float, command: np.ndarray) -> Correction | None:
+            if now >= 1.5:
+                raise TakeoverLostError("lost the gamepad")
+            return super().read(now, command)
+
+    robot = PointArm()
+    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
+        report = loop_of(Clockwork(), robot, 0.1, takeover=Unplugged(), recorder=recorder).run(9.0)
+    assert report.state is State.STOPPED
+    assert report.reason is not None
+    assert report.reason.startswith("lost the gamepad")
+    demo = read_native(tmp_path / "demo", "demo")
+    assert demo.intervention is not None
+    assert demo.intervention.sum() == report.corrected_ticks == 5
+    commanded = demo.arms["right"].commanded
+    assert commanded is not None
+    last = np.flatnonzero(demo.intervention)[-1]
+    assert np.abs(commanded.position[last + 1 :] - commanded.position[last]).max() < 0.02  # it brakes and stands
+
+
 def test_a_run_without_corrections_leaves_no_demonstration(tmp_path: Path) -> None:
     with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
         loop_of(Clockwork(), PointArm(), recorder=recorder).run(1.0)
@@ -346,6 +375,7 @@ def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: py
     assert later is not None
     assert not later.velocity.any()  # the key was let go
 
+    (tmp_path / "idle_js0").touch()
     device = tmp_path / "js0"
     # sticks at rest, then take over, push the left one, pull a trigger a little, grip; triggers (2, 5) rest at an end
     rest = [(0, 0, 0x82, axis) for axis in (0, 1, 3, 4)] + [(0, -32767, 0x82, 2), (0, -32767, 0x82, 5)]
@@ -358,7 +388,11 @@ def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: py
     assert not correction.turn.any()
     assert correction.gripper == 0.0
     pad.close()
-    assert pad.read(0.1, START[None]) is None  # a device that is gone: the policy drives
+    with pytest.raises(TakeoverLostError, match="lost the gamepad"):  # a device that is gone while a person has the arm
+        pad.read(0.1, START[None])
+    idle = GamepadTakeover(str(tmp_path / "idle_js0"))
+    idle.close()
+    assert idle.read(0.1, START[None]) is None  # while the policy has it: it drives on
     triggers = GamepadTakeover(str(device), axes=(0, 1, 2, 5))
     correction = triggers.read(0.0, START[None])
     triggers.close()
