@@ -28,7 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = list(compose("bench").gpu)
 # The others run the same code on the same toy network.
 DISTINCT = [name for name in PARTS if name not in ("train_vlm_360m", "vlm_loss_kernels", "volume_loss", "dit_sampler")]
-LONGEST = ("server", "train_dit", "train_vla", "train_vlm_135m", "vlm_memory", "vlm_stream")
+LONGEST = (
+    "server",
+    "train_dit",
+    "train_vla",
+    "train_vlm_135m",
+    "train_volume_query",
+    "vlm_memory",
+    "vlm_step",
+    "vlm_stream",
+)
 
 
 class TestParts:

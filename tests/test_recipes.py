@@ -245,9 +245,9 @@ def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> No
         assert changed == {("model", "network", "tokens_per_frame")}
 
 
-MANY_JOBS = (  # 5 s or more
+MANY_JOBS = (  # 3 s or more
     *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_claims_label_taught", "vlm_token_counts"),
-    *("vla_ablations", "shifts", "volume_query_options"),
+    *("vla_ablations", "shifts", "volume_query_options", "dit_ablations", "geometry_compression", "vlm_scaling"),
 )
 
 

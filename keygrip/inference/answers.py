@@ -138,8 +138,10 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"conversations={path}: there is no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"conversations={path}: it is a folder, a named pipe or a device, not a file")
     talks: list[list[Any]] = []
     broken: dict[int, str] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines

@@ -91,7 +91,10 @@ class PromptReader:
     def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
         most = 1 if kind == "image" else self.max_frames
         if isinstance(given, str | Path):
-            return read_timed_frames(given, self.image_size, self.fit, most)
+            found, seconds = read_timed_frames(given, self.image_size, self.fit, 2 if kind == "image" else most)
+            if kind == "image" and (len(found) > 1 or Path(given).is_dir()):
+                raise ValueError(f"{given} is a folder, a video or an animation, and no image: give it as a video")
+            return found, seconds
         frames = _still_frames(given, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")

@@ -201,9 +201,11 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
         report = {"processes": processes} | module.to(device).dry_run(batch)
         if sharded:
             device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
-        worst = datamodule.worst_batch() if hasattr(datamodule, "worst_batch") else None
+        worst = datamodule.worst_batches() if hasattr(datamodule, "worst_batches") else []
         accumulated = cfg.accumulate_grad_batches > 1
-        found = module.step_memory(batch if worst is None else worst.to(device), bf16, ema, accumulated)
+        counts = [module.step_memory(each.to(device), bf16, ema, accumulated) for each in worst or [batch]]
+        largest = max(range(len(counts)), key=lambda number: counts[number].total)
+        found = counts[largest]
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"dry_run=true: the GPU does not hold a step of one process's batch (data.batch_size="
@@ -211,7 +213,7 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
             "(strategy.devices); without a GPU (CUDA_VISIBLE_DEVICES=) the same command counts how much it takes"
         ) from error
     memory = (found.divided(processes) if sharded else found).report()
-    report |= {"memory": memory} if worst is None else {"worst_bucket": worst.sizes() | memory}
+    report |= {"worst_bucket": worst[largest].sizes() | memory} if worst else {"memory": memory}
     for name, value in report.items():
         log.info("  %-20s %s", name, json.dumps(value))
     return report

@@ -192,15 +192,13 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated
             already, as from the second batch of a step on (`accumulate_grad_batches`).
     """
     with _counted(module) as (live, change):
+        if accumulated:
+            for parameter in module.parameters():  # stand-ins
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = step(change)
-        forwards = live.peak
         loss.backward()
-    peak = live.peak
-    if accumulated:  # all of them beside all activations, and the first one that is added to them
-        gradients = [p.numel() * p.element_size() for p in module.parameters() if p.requires_grad]
-        peak = max(peak, forwards + sum(gradients) + max(gradients, default=0))
-    return StepMemory(step=peak, measured=False, **held(module, ema))
+    return StepMemory(step=live.peak, measured=False, **held(module, ema))
 
 
 def count_forward(module: nn.Module, forward: Step) -> StepMemory:

@@ -6,8 +6,9 @@ the budget allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Budget:
 
     frames: int
     positions: int
-    # not in the fingerprint of an order, which the lengths themselves are: false goes on with runs of earlier versions
+    # not in the fingerprint of an order, which the lengths themselves are
     exact_lengths: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,16 +111,48 @@ def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     return found[:count]
 
 
+def dealt(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:
+    """The parts of a batch for each of the ranks: one sample in turn, those with the most rows first.
+
+    So a rank has at most its share of the rows and the rows of one sample more, and at most one sample more than
+    another. Samples are repeated where a batch holds fewer than there are ranks: no rank waits forever.
+    """
+    if ranks == 1:
+        return [batch]
+    order = batch[np.lexsort((-sizes.positions[batch], -sizes.frames[batch], -sizes.rows[batch]))]
+    order = np.resize(order, max(len(order), ranks))
+    return [order[rank::ranks] for rank in range(ranks)]
+
+
+def side_by_side(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.ndarray]]:
+    """Batches of one rank each, so many of them next to each other, so that every sample comes once. The largest are
+    halved to make them go up; samples are repeated only where there are too few."""
+    wanted = -(-len(batches) // ranks) * ranks
+    samples = [sample for batch in batches for sample in np.split(batch, len(batch))]
+    if len(samples) < wanted:
+        own = [samples[number % len(samples)] for number in range(wanted)]
+    else:
+        own = exactly(batches, wanted)
+    return [own[start : start + ranks] for start in range(0, wanted, ranks)]
+
+
 def cost(batch: np.ndarray, sizes: Sizes) -> tuple[float, float]:
     """What a batch takes of a budget: frames, and rows times the longest one's positions."""
     return float(sizes.frames[batch].sum()), float(sizes.rows[batch].sum() * sizes.positions[batch].max())
 
 
+Shares = tuple[float, float]  # of a budget: of its frames, and of its positions
+# What may take most memory: both together, frames, positions.
+MEASURES: tuple[Callable[[Shares], float], ...] = (sum, lambda shares: shares[0], lambda shares: shares[1])
+
+
 def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget, count: int) -> list[np.ndarray]:
-    """So many batches that take the largest shares of the budget's frames and positions together, the largest first."""
+    """The batches, or parts of batches, that take most of the budget by some of `MEASURES`: so many by each."""
 
-    def share(batch: np.ndarray) -> float:
+    def shares(batch: np.ndarray) -> Shares:
         frames, positions = cost(batch, sizes)
-        return frames / budget.frames + positions / budget.positions
+        return frames / budget.frames, positions / budget.positions
 
-    return sorted(batches, key=share, reverse=True)[:count]
+    taken = [shares(batch) for batch in batches]
+    first = [sorted(range(len(batches)), key=lambda n: of(taken[n]), reverse=True)[:count] for of in MEASURES]
+    return [batches[number] for number in dict.fromkeys(chain.from_iterable(first))]

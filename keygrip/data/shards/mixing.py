@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 
-from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgeted, exactly
+from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgeted, dealt, exactly, side_by_side
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.training.parts import data_part
 
@@ -326,6 +326,11 @@ class Mixture:
         wanted = [batches for _, batches in self._stages_of(epoch)]
         return list(chain.from_iterable(exactly(pool, count) for pool, count in zip(found, wanted, strict=True)))
 
+    def parts(self, batch: np.ndarray, ranks: int) -> list[np.ndarray]:
+        """What each of the ranks has of a batch; batches themselves do not depend on how many there are, so that runs
+        go on with other ones."""
+        return np.array_split(batch, ranks) if self.budget is None else dealt(batch, self.sizes, ranks)
+
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The same samples, those of each window of shards together."""
         assert self.window_shards is not None
@@ -372,20 +377,19 @@ def bucketed(
 
 
 class BatchListSampler(GlobalBatchSampler, ABC):
-    """A sampler whose batches may differ in size: a list for each epoch, equally long in all.
+    """A sampler whose batches may differ in size, equally many in every epoch.
 
-    `batches_of` gives them; ranks, positions and resuming are as in :class:`GlobalBatchSampler`.
+    `parts_of` gives them; positions and resuming are as in :class:`GlobalBatchSampler`.
     """
 
     @abstractmethod
-    def batches_of(self, epoch: int) -> list[np.ndarray]:
-        """The samples of each batch, over all ranks."""
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[list[np.ndarray]]:
+        """The samples of each batch from the `first` on: a part for each rank."""
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
-        for batch in self.batches_of(epoch)[first:]:
-            whole = np.resize(batch, max(len(batch), self.ranks))  # no rank waits forever
-            yield [SampleKey(int(index), epoch) for index in np.array_split(whole, self.ranks)[self.rank]]
+        for parts in self.parts_of(epoch, first):
+            yield [SampleKey(int(index), epoch) for index in parts[self.rank]]
 
 
 class MixedBatchSampler(GlobalBatchSampler):
@@ -413,8 +417,8 @@ class BudgetedBatchSampler(BatchListSampler):
     def __len__(self) -> int:
         return self.mixture.batches
 
-    def batches_of(self, epoch: int) -> list[np.ndarray]:
-        return self.mixture.batches_of(epoch)
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[list[np.ndarray]]:
+        return (self.mixture.parts(batch, self.ranks) for batch in self.mixture.batches_of(epoch)[first:])
 
 
 class BucketedSampler(BatchListSampler):
@@ -440,23 +444,33 @@ class BucketedSampler(BatchListSampler):
         divided = batch_size if budget is None else ranks  # a budget's batches differ in size anyway
         super().__init__(samples, divided, rank, ranks, seed=0, shuffle=False, drop_last=False)
         self.budget, self.most = budget, batch_size
-        self.count = len(self.batches_of(0)) if budget is not None else super().__len__()
+        self.count = super().__len__() if budget is None else len(self._planned())
 
     def __len__(self) -> int:
         return self.count
 
     def order(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng(0)
-        chosen = rng.permutation(len(self.bucket))[: self.samples]
+        chosen, rng = self._chosen()
         return bucketed(chosen, self.bucket[chosen], self.length[chosen], self.batch_size, rng)
 
-    def batches_of(self, epoch: int) -> list[np.ndarray]:
-        if self.budget is None:
-            order = self.order(epoch)
-            return [self.global_batch(order, step) for step in range(self.count)]
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[list[np.ndarray]]:
+        if self.budget is not None:
+            return iter(self._planned()[first:])
+        order = self.order(epoch)
+        return (np.array_split(self.global_batch(order, step), self.ranks) for step in range(first, self.count))
+
+    def _chosen(self) -> tuple[np.ndarray, np.random.Generator]:
         rng = np.random.default_rng(0)
-        chosen = rng.permutation(len(self.bucket))[: self.samples]
-        return budgeted(chosen, self.sizes, self.budget, self.most, rng)
+        return rng.permutation(len(self.bucket))[: self.samples], rng
+
+    def _planned(self) -> list[list[np.ndarray]]:
+        """Batches in which every rank has its share of the budget for itself: none of the samples comes twice."""
+        assert self.budget is not None
+        chosen, rng = self._chosen()
+        frames, positions = (max(1, whole // self.ranks) for whole in (self.budget.frames, self.budget.positions))
+        own = replace(self.budget, frames=frames, positions=positions)
+        most = max(1, self.most // self.ranks)
+        return side_by_side(budgeted(chosen, self.sizes, own, most, rng), self.ranks)
 
 
 def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:

@@ -35,10 +35,15 @@ class PreparedCollator(Protocol):
 
 @runtime_checkable
 class CheckingCollator(Protocol):
-    """A collator that cannot use every conversation: `problem` says why, or None. A sample of which it can use none is
-    a bad sample."""
+    """A collator that cannot use every conversation. A sample of which it can use none is a bad sample."""
 
-    def problem(self, conversation: Conversation) -> str | None: ...
+    def problem(self, conversation: Conversation, seconds: Sequence[float] | None = ()) -> str | None:
+        """Why a conversation cannot be a row; None where it can.
+
+        Args:
+            seconds: when the frames were taken, for rows that tell it; empty for text alone.
+        """
+        ...
 
 
 @runtime_checkable
@@ -74,8 +79,9 @@ class WithinBudget:
     """A collator whose batches keep within a budget by the lengths that their rows really have.
 
     Batches are planned before their samples are read: from characters, or from counted tokens where another sample may
-    take the place of a broken one, or processes share the rows unevenly. In one that turns out too large the samples
-    with the longest rows are left out, at most all but one; their rows are counted in the batch's `left_out`.
+    take the place of a broken one. In one that turns out too large the samples with the longest rows are left out, at
+    most all but one; their rows are counted in the batch's `left_out`. Samples do not always divide by the processes:
+    each may have those of one sample more than its share (see `keygrip.data.shards.budget.dealt`).
 
     Args:
         positions: of a batch over all processes. ranks: how many these are: each has its part of the samples.
@@ -91,20 +97,19 @@ class WithinBudget:
         rows = [self._rows(sample) for sample in samples]
         longest = [max(lengths, default=0) for lengths in rows]
         kept: set[int] = set()
-        taken = held = 0
+        taken = held = most_rows = 0
         most = math.inf if self.frames is None else float(self.frames)
         if self.ranks > 1:  # one process may have a video more than another; in a planned batch all are about as long
             most += 2 * self.ranks * min((len(sample.frames) for sample in samples if len(sample.frames)), default=0)
         for number in sorted(range(len(samples)), key=longest.__getitem__):
-            more, frames = taken + len(rows[number]), held + len(samples[number].frames)
-            # samples do not always divide by the processes: one of them may then have one sample more
-            counted = more if self.ranks == 1 else taken
-            if kept and counted * longest[number] * self.ranks > self.positions:
+            own, frames = len(rows[number]), held + len(samples[number].frames)
+            more = max(most_rows, own) if self.ranks > 1 else 0  # rows of one sample more
+            if kept and (taken + own - more) * longest[number] * self.ranks > self.positions:
                 break
             if kept and frames * self.ranks > most:
                 continue  # a shorter video with a longer row may still have room
             kept.add(number)
-            taken, held = more, frames
+            taken, held, most_rows = taken + own, frames, more
         batch = self.collator([sample for number, sample in enumerate(samples) if number in kept])
         dropped = sum(len(lengths) for number, lengths in enumerate(rows) if number not in kept)
         return replace(batch, left_out=batch.left_out + dropped) if dropped else batch

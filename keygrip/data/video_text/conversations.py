@@ -42,6 +42,7 @@ LARGEST = 16384  # pixels of a frame's side
 MOST_FRAMES = 4096  # of any sample; memory decides before that
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
+ANSWERS = "answers"  # of annotators, in the evidence
 
 
 # Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
@@ -259,7 +260,20 @@ def _conversation(content: Mapping[str, Any]) -> Conversation:
             raise ValueError(f"the {name} of a conversation is not text but {str(value)[:80]}")
     if not turns or not isinstance(evidence, dict):
         raise ValueError("a conversation has no turns, or its evidence is not an object")
-    return Conversation(tuple(Turn(turn["role"], turn["text"]) for turn in turns), kind, dict(evidence))
+    told = {name: value for name, value in evidence.items() if name != ANSWERS}
+    if answers := annotators_answers(evidence.get(ANSWERS)):
+        told[ANSWERS] = list(answers)
+    return Conversation(tuple(Turn(turn["role"], turn["text"]) for turn in turns), kind, told)
+
+
+def annotators_answers(given: Any) -> tuple[str, ...]:
+    """The answers that annotators gave: a list of texts, or as VQAv2, OK-VQA and TextVQA have them [{"answer", ...}];
+    None and an empty list are none. Raises ValueError: they have another form."""
+    listed = given if isinstance(given, list) else [] if given is None else [None]
+    answers = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
+    if not all(isinstance(answer, str) for answer in answers):
+        raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
+    return tuple(answers)
 
 
 def unknown_members(parts: Parts) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
-from keygrip.data.shards.budget import Budget, costliest
+from keygrip.data.shards.budget import MEASURES, Budget, Shares, costliest
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     BudgetedBatchSampler,
@@ -49,7 +49,7 @@ from keygrip.data.video_text.conversations import (
     read_conversations,
 )
 from keygrip.data.video_text.exact_lengths import counted
-from keygrip.data.video_text.lengths import TextLengths, measured
+from keygrip.data.video_text.lengths import TextLengths, TokenLengths, measured
 from keygrip.data.video_text.samples import Part, VideoTextSamples
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.training.parts import data_part
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 AUTO = "auto"
 TRIED = 64  # videos of a source, whether they can be cut
-COSTLY = 8  # batches, by estimate the largest, among which the largest one is sought by what it really holds
+COSTLY = 4  # batches, by estimate the largest, among which the largest one is sought by what it really holds
 
 
 @data_part
@@ -284,8 +284,9 @@ class VideoTexts(ResumableData):
             kept = part.usable()
             if part.lengths is not None and len(kept) < len(part):
                 log.info(
-                    "%s: %d of %d samples of %s are left out: their first answer ends beyond collator.max_tokens=%s",
-                    *(split, len(part) - len(kept), len(part), part.name, part.lengths.max_tokens),
+                    "%s: %d of %d samples of %s are left out: %stheir first answer ends beyond collator.max_tokens=%s",
+                    *(split, len(part) - len(kept), len(part), part.name),
+                    *("by estimate " if isinstance(part.lengths, TokenLengths) else "", part.lengths.max_tokens),
                 )
             if len(kept):
                 found.append(kept)
@@ -331,6 +332,14 @@ class VideoTexts(ResumableData):
             100 * self.padding_share(),
             "".join(f"; {name} {100 * share:g} %" for name, share in shares.items()),
         )
+        ranks = self.ranks[1]
+        small = sum(len(batch) < ranks for batch in self.mixture.batches_of(0)) if ranks > 1 else 0
+        if small:
+            log.warning(
+                "%d of %d batches hold fewer samples than there are processes (%d), so that some of these are trained "
+                "on twice in a step; a larger data.budget makes them fewer",
+                *(small, self.mixture.batches, ranks),
+            )
 
     def padding_share(self, epoch: int = 0) -> float:
         """Share of the language model's positions that are padding in an epoch, from the manifests; needs `setup`."""
@@ -418,34 +427,40 @@ class VideoTexts(ResumableData):
         collator = self._training_collator
         return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, collator)
 
-    def worst_batch(self) -> Any:
-        """This rank's part of the batch that takes most memory, by the frames and positions that it really has; needs
-        `setup`. Sought in the first epoch, and with a curriculum in those with which its stages begin. Without a
-        budget: the most frames, and of these the longest texts."""
+    def worst_batches(self) -> list[Any]:
+        """Those parts of batches, of any process, of which one takes most memory: with the most frames and positions
+        together, the most frames, and the most positions, as they really are; needs `setup`. Sought in the first epoch,
+        and with a curriculum in those with which its stages begin."""
         assert self.mixture is not None
-        sizes = self.mixture.sizes
-        by_epoch = {epoch: self.mixture.batches_of(epoch) for epoch in self.mixture.epochs_of_stages()}
-        epochs = {id(batch): epoch for epoch, batches in by_epoch.items() for batch in batches}
-        every = [batch for batches in by_epoch.values() for batch in batches]
+        sizes, ranks = self.mixture.sizes, self.ranks[1]
+        parts = [
+            (part, epoch)
+            for epoch in self.mixture.epochs_of_stages()
+            for batch in self.mixture.batches_of(epoch)
+            for part in self.mixture.parts(batch, ranks)
+        ]
+        epochs = {id(part): epoch for part, epoch in parts}
         budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
-        rank, ranks = self.ranks
         whole = [replace(part, clips=None) for part in self.parts["train"]]
         samples, collate = self._samples(whole, self.questions), Collate(self._training_collator)
         found = []
-        for chosen in costliest(every, sizes, budget, COSTLY):
-            keys = [SampleKey(int(index), epochs[id(chosen)]) for index in np.array_split(chosen, ranks)[rank]]
+        for chosen in costliest([part for part, _ in parts], sizes, budget, COSTLY):
+            keys = [SampleKey(int(index), epochs[id(chosen)]) for index in chosen]
             batch = collate(samples.__getitems__(keys))
             if isinstance(batch, BadSample):
                 raise batch
             found.append(batch[0])
-        return max(found, key=lambda batch: self._share_of(batch, budget))
+        shares = [self._shares_of(batch, budget) for batch in found]
+        worst = [max(range(len(found)), key=lambda number: of(shares[number])) for of in MEASURES]
+        return [found[number] for number in dict.fromkeys(worst)]
 
-    def _share_of(self, batch: Any, budget: Budget) -> float:
-        """Of a budget's frames and positions together; the frames of batches that an encoder alone is trained on."""
+    def _shares_of(self, batch: Any, budget: Budget) -> Shares:
+        """Of a budget's frames and positions; of batches that an encoder alone is trained on of the frames."""
         if not isinstance(batch, VideoTextBatch):
-            return float(len(batch.frames))
-        longest = batch.frame_mask.shape[1] * self._tokens_per_frame + batch.attention_mask.shape[1]
-        return float(batch.frame_mask.sum()) / budget.frames + len(batch) * longest / budget.positions
+            return float(len(batch.frames)), 0.0
+        frames = batch.frame_mask.sum(1)[batch.video_index]
+        longest = int((frames * self._tokens_per_frame + batch.attention_mask.sum(1)).max())
+        return float(batch.frame_mask.sum()) / budget.frames, len(batch) * longest / budget.positions
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""

@@ -4,7 +4,7 @@ which the tokenizer makes tokens of some of them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from keygrip.data.video_text.conversations import Conversation, Turn, read_conve
 
 CHARACTERS_A_TOKEN = 4.0  # for English, roughly: where nothing is measured
 MEASURED, MEASURED_SHARDS = 256, 8  # samples of a source, and of how many shards: remote ones are fetched whole
-NEARLY_ALL = 0.99  # of the measured texts have no more tokens per character than `most`
+NEARLY_ALL = 0.99  # of the measured texts have no more tokens per character than `most`, and no fewer than `least`
 SHORTEST = Conversation((Turn("user", "a"), Turn("assistant", "a")), "text", {})
 FIRST_ANSWER = "first_answer"  # column; see `keygrip.data.video_text.conversations`
 
@@ -54,22 +54,22 @@ class TokenLengths:
     """What texts of a source take, estimated from characters.
 
     Args:
-        template: tokens of a conversation beside its words. typical, most: tokens per character, of all measured texts
-            together, and which nearly all stay below. tokens_per_frame: of an image. max_tokens: where texts are cut.
+        template: tokens of a conversation beside its words. typical, most, least: tokens per character, of all measured
+            texts together, and which nearly all stay below and above. tokens_per_frame: of an image. max_tokens: where
+            texts are cut.
     """
 
     template: float = 0.0
     typical: float = 1 / CHARACTERS_A_TOKEN
     most: float = 1 / CHARACTERS_A_TOKEN
+    least: float = 1 / CHARACTERS_A_TOKEN
     tokens_per_frame: int = 1
     max_tokens: int | None = None
 
     def tokens(self, shards: ShardSet, chosen: np.ndarray, most: bool = False) -> np.ndarray:
         """See `TextLengths`: about, or at `most` in nearly all."""
-        return self._of(shards.columns["text_length"][chosen].astype(float), most)
-
-    def _of(self, characters: np.ndarray, most: bool = False) -> np.ndarray:
-        found = self.template + characters * (self.most if most else self.typical)
+        rate = self.most if most else self.typical
+        found = self.template + shards.columns["text_length"][chosen].astype(float) * rate
         return found if self.max_tokens is None else np.minimum(found, self.max_tokens)
 
     def rows(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
@@ -82,12 +82,12 @@ class TokenLengths:
         return np.asarray(shards.columns["conversations"][chosen])
 
     def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
-        """See `TextLengths`: by the typical length of a first answer, so that a few are found only when they are
-        read."""
+        """See `TextLengths`: False for first answers that are too long at the lowest rate; the others that are too long
+        are found when they are read."""
         if self.max_tokens is None or FIRST_ANSWER not in shards.columns:
             return np.ones(len(chosen), bool)
-        uncut = replace(self, max_tokens=None)._of(shards.columns[FIRST_ANSWER][chosen].astype(float))
-        return np.asarray(uncut <= self.max_tokens)
+        shortest = self.template + shards.columns[FIRST_ANSWER][chosen].astype(float) * self.least
+        return np.asarray(shortest <= self.max_tokens)
 
 
 def measured(
@@ -118,7 +118,9 @@ def measured(
     count, length = np.maximum(tokens, 1).astype(float), np.array(characters, float)
     typical = count.sum() / length.sum()
     most = max(typical, np.quantile(count / length, NEARLY_ALL, method="higher"))
-    return TokenLengths(template, float(typical), float(most), collator.tokens_per_frame, collator.max_tokens)
+    least = min(typical, np.quantile(count / length, 1 - NEARLY_ALL, method="lower"))
+    rates = (float(typical), float(most), float(least))
+    return TokenLengths(template, *rates, collator.tokens_per_frame, collator.max_tokens)
 
 
 def _spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:

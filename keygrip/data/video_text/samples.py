@@ -125,7 +125,8 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         conversations = choose(sample.conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
-        problems = [self.collator.problem(c) for c in conversations] if self.collator is not None else [None]
+        seconds = sample.seconds if len(sample.frames) else ()
+        problems = [self.collator.problem(c, seconds) for c in conversations] if self.collator is not None else [None]
         if None not in problems:
             raise UnusableSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
         return replace(sample, conversations=tuple(conversations), source=part.name)

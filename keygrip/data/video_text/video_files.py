@@ -48,8 +48,10 @@ def read_timed_frames(
             return np.stack(images), _from_first(times)
         keep = evenly(len(files), max_frames)
         return np.stack([_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no video, image or folder at {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is a named pipe or a device, not a file")
     if path.suffix.lower() in SUFFIXES:
         return _image(path, size, fit)[None], (0.0,)
     times = np.zeros(0)

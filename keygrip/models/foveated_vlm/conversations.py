@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,15 +237,13 @@ class ConversationCollator:
         turns = self.with_times(turns, seconds)
         return encode_conversation(self.with_system(turns), self.tokenizer, self.prompt_order, "answers")
 
-    def problem(self, conversation: Conversation) -> str | None:
-        """Why a conversation cannot be a row; None where it can."""
+    def problem(self, conversation: Conversation, seconds: Sequence[float] | None = ()) -> str | None:
+        """See `keygrip.data.video_text.batching.CheckingCollator`."""
         try:
-            text = self._encode(conversation.turns)
+            self._row(conversation, seconds)
         except ValueError as error:
             return str(error)
-        if not text.whole:
-            return f"its first answer does not end within collator.max_tokens={self.max_tokens} tokens"
-        return None if any(text.loss) else "no token of it carries loss"
+        return None
 
     def lengths_depend_on(self) -> str:
         """See `keygrip.data.video_text.batching.MeasuringCollator`; needs `prepare`."""
@@ -267,10 +265,12 @@ class ConversationCollator:
 
     def _row(self, conversation: Conversation, seconds: Sequence[float] | None) -> EncodedText:
         """Raises ValueError: the conversation cannot be a row."""
-        told = replace(conversation, turns=self.with_times(conversation.turns, seconds))
-        if problem := self.problem(told):
-            raise ValueError(problem)
-        return self._encode(told.turns)
+        text = self._encode(self.with_times(conversation.turns, seconds))
+        if not text.whole:
+            raise ValueError(f"its first answer does not end within collator.max_tokens={self.max_tokens} tokens")
+        if not any(text.loss):
+            raise ValueError("no token of it carries loss")
+        return text
 
     def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
         """A row for each conversation of each sample; those with a problem are left out and counted.

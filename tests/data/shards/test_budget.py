@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from keygrip.data.shards.budget import Budget, Sizes, budgeted, cost, costliest, exactly
+from keygrip.data.shards.budget import Budget, Sizes, budgeted, cost, costliest, dealt, exactly, side_by_side
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     BudgetedBatchSampler,
@@ -72,18 +72,61 @@ def test_ranks_share_each_batch(mixture: Mixture, ranks: int) -> None:
     for batch, *shares in zip(mixture.batches_of(0), *parts, strict=True):
         assert all(shares)
         together = [key.sample for share in shares for key in share]
-        assert together == batch.tolist() or (len(batch) < ranks and set(together) == set(batch.tolist()))
+        assert sorted(together) == sorted(batch.tolist()) or (
+            len(batch) < ranks and set(together) == set(batch.tolist())
+        )
+        counts = [len(share) for share in shares]
+        assert max(counts) - min(counts) <= 1
     sampler = BudgetedBatchSampler(mixture, 0, ranks)
     sampler.follow(lambda: mixture.batches + 7)  # in the second epoch
-    (first, *_), wanted = list(sampler), np.array_split(mixture.batches_of(1)[7], ranks)[0]
+    (first, *_), wanted = list(sampler), mixture.parts(mixture.batches_of(1)[7], ranks)[0]
     assert [key.sample for key in first] == wanted.tolist()
 
 
-def test_the_costliest_batch_is_the_largest_one(mixture: Mixture) -> None:
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_no_rank_has_more_than_its_share_of_the_rows_and_one_sample(ranks: int) -> None:
+    """By length, the way that batches are sorted, one rank had all the longest ones."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(rng.integers(ranks, 40))
+        rows, frames = rng.choice([1, 1, 2, 8], count), rng.integers(8, 12, count)
+        sizes = Sizes(frames, rng.uniform(10, 99, count), rows)
+        parts = dealt(rng.permutation(count), sizes, ranks)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(count))
+        for part in parts:
+            assert rows[part].sum() - rows[part].max() <= rows.sum() / ranks
+            assert len(part) <= -(-count // ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_held_out_samples_come_once_and_each_rank_keeps_to_its_share(ranks: int) -> None:
+    part = replace(component("videos", 300), rows=np.random.default_rng(0).integers(1, 5, 300))
+    samplers = [BucketedSampler([part], 64, rank, ranks, budget=BUDGET) for rank in range(ranks)]
+    batches = [[[key.sample for key in batch] for batch in sampler] for sampler in samplers]
+    assert len({len(own) for own in batches}) == 1
+    assert sorted(n for own in batches for batch in own for n in batch) == list(range(300))
+    for batch in (np.array(batch) for own in batches for batch in own):
+        frames, positions = cost(batch, samplers[0].sizes)
+        assert len(batch) == 1 or (frames * ranks <= BUDGET.frames and positions * ranks <= BUDGET.positions)
+
+
+def test_fewer_samples_than_ranks_are_repeated() -> None:
+    sets = [[np.array([3]), np.array([5, 6])], [np.array([3])]]
+    assert [sorted(int(n) for step in side_by_side(each, 4) for part in step for n in part) for each in sets] == [
+        [3, 3, 5, 6],
+        [3, 3, 3, 3],
+    ]
+
+
+def test_the_costliest_batches_are_the_largest_by_each_measure(mixture: Mixture) -> None:
     batches, sizes = mixture.batches_of(0), mixture.sizes
-    shares = [f / 256 + p / 4096 for f, p in (cost(batch, sizes) for batch in batches)]
+    costs = [cost(batch, sizes) for batch in batches]
     found = [cost(batch, sizes) for batch in costliest(batches, sizes, BUDGET, 3)]
-    assert [f / 256 + p / 4096 for f, p in found] == sorted(shares)[:-4:-1]
+    by_both = sorted(costs, key=lambda each: each[0] / 256 + each[1] / 4096)[:-4:-1]
+    assert found[:3] == by_both
+    assert {max(f for f, _ in costs)} <= {f for f, _ in found}
+    assert {max(p for _, p in costs)} <= {p for _, p in found}
+    assert len(found) <= 9
 
 
 def test_the_positions_of_all_rows_count() -> None:

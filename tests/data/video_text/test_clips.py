@@ -174,7 +174,7 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
     held_out = list(data.val_dataloader())
     assert {int(count) for batch in held_out for count in batch.frame_mask.sum(1)} == {8}
     assert {source for batch in held_out for source in batch.source} == {"tours"}
-    assert {int(count) for count in data.worst_batch().frame_mask.sum(1)} == {8}
+    assert {int(count) for count in data.worst_batches()[0].frame_mask.sum(1)} == {8}
 
 
 def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_the_worst_batch_is_that_of_the_longest_stage(tmp_path: Path, budget: Bu
     data = module(sources, batch_size=8, curriculum=curriculum, budget=budget, collator=collator)
     assert data.mixture is not None
     every = [data.mixture.sizes.frames[batch].sum() for epoch in range(8) for batch in data.mixture.batches_of(epoch)]
-    assert int(data.worst_batch().frame_mask.sum()) == max(every) == 256
+    assert int(data.worst_batches()[0].frame_mask.sum()) == max(every) == 256
 
 
 # ---- within a budget -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,13 +17,14 @@ import pytest
 import torch
 from shard_sets import CharacterCollator, write_set
 
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import write_manifest
 from keygrip.data.video_text.batching import choose
-from keygrip.data.video_text.conversations import answer, describe_video_text
+from keygrip.data.video_text.conversations import answer, describe_video_text, parse_conversations
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
@@ -458,7 +459,7 @@ def test_a_set_prepared_in_an_unknown_way_is_refused(root: Path, tmp_path: Path)
 class ChoosyCollator(CharacterCollator):
     """Cannot use what is said about the samples named."""
 
-    def problem(self, conversation: Conversation) -> str | None:
+    def problem(self, conversation: Conversation, seconds: Sequence[float] | None = ()) -> str | None:
         return "too long" if conversation.turns[1].text in ("s3", "s77") else None
 
 
@@ -484,7 +485,7 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
     assert max(int(batch.frame_mask.sum()) for batch in batches) == 16
     keys = Counter(key for batch in batches for key in batch.key)
     assert set(keys.values()) == {1}
-    worst = data.worst_batch()
+    worst = data.worst_batches()[0]
     assert int(worst.frame_mask.sum()) == 16
     assert sum(len(batch) for batch in data.val_dataloader()) == 12
     assert data.fingerprint != module(tmp_path, batch_size=12).fingerprint
@@ -514,3 +515,19 @@ def test_more_than_64_frames(tmp_path: Path) -> None:
     assert sorted(batch.frame_mask.sum(1).tolist()) == [90, 96, 96, 96]
     with pytest.raises(ValueError, match=r"data\.max_frames must be 1 to 4096"):
         module(tmp_path, max_frames=5000)
+
+
+def test_annotators_answers_are_read_as_benchmarks_have_them_or_refused() -> None:
+    """A text in the place of a list was compared letter by letter."""
+
+    def told(answers: Any) -> dict[str, Any]:
+        turns = [{"role": "user", "text": "Which?"}, {"role": "assistant", "text": "yes"}]
+        (found,) = parse_conversations({"conversations": [{"turns": turns, "evidence": {"n": 1, "answers": answers}}]})
+        return found.evidence
+
+    assert told(["yes", "no"]) == told([{"answer": "yes", "answer_id": 1}, {"answer": "no"}])
+    assert told(["yes", "no"]) == {"n": 1, "answers": ["yes", "no"]}
+    assert told([]) == told(None) == {"n": 1}
+    for wrong in ("yes", [3] * 10, {"a": 1}, [{"a": "yes"}]):
+        with pytest.raises(BadSample, match="its `answers` are no list of texts"):
+            told(wrong)

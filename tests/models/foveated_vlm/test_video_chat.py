@@ -446,6 +446,19 @@ def test_arrays_are_thinned_as_files_are_and_keep_their_times(chat: VideoChat) -
         chat.reader.read([user({"type": "image", "image": frames[:3]}, "?")])
 
 
+def test_an_image_that_is_a_folder_or_an_animation_is_refused(chat: VideoChat, tmp_path: Path) -> None:
+    stills = [Image.fromarray(frame) for frame in pixels(3)]
+    (tmp_path / "folder").mkdir()
+    stills[0].save(tmp_path / "folder" / "0.png")
+    stills[0].save(tmp_path / "one.png")
+    stills[0].save(tmp_path / "moving.gif", save_all=True, append_images=stills[1:], duration=1000)
+    for name in ("folder", "moving.gif"):
+        with pytest.raises(ValueError, match=f"{name} is a folder, a video or an animation, and no image"):
+            chat.reader.read([user({"type": "image", "image": str(tmp_path / name)}, "?")])
+    shown = chat.reader.read([user({"type": "image", "image": str(tmp_path / "one.png")}, "?")])
+    assert [len(frames) for frames in shown.visuals] == [1]
+
+
 def test_times_are_told_wherever_the_video_stands(chat: VideoChat) -> None:
     chat.module.collator.timestamps = True
     behind = chat.reader.read([user("Which digit is in ", video(pixels(3)), "?")])

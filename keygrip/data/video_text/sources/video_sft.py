@@ -22,6 +22,7 @@ from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     Conversation,
     Turn,
+    annotators_answers,
     decode_image,
     decode_timed,
     describe_video_text,
@@ -174,7 +175,7 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
-    return Entry(key, tuple(media), turns, collection, answers=_answers(entry.get("answers")))
+    return Entry(key, tuple(media), turns, collection, answers=annotators_answers(entry.get("answers")))
 
 
 def _listed(given: Any, name: str) -> list[Any]:
@@ -188,21 +189,6 @@ def _below(source: Path, folder: Path, name: object) -> Path:
     if not isinstance(name, str):
         raise ValueError(f"it names a file by {str(name)[:80]!r}, which is no text")
     return file_below(source, folder, name)
-
-
-def _answers(given: Any) -> tuple[str, ...]:
-    """The annotators' answers: a list of texts, or as VQAv2, OK-VQA and TextVQA have them [{"answer", ...}].
-
-    Raises:
-        ValueError: they have another form.
-    """
-    if given is None:
-        return ()
-    listed = given if isinstance(given, list) else [None]
-    answers: list[Any] = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
-    if not all(isinstance(answer, str) for answer in answers):
-        raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
-    return tuple(answers)
 
 
 def video_sft(
