@@ -27,7 +27,7 @@ from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_images
 from keygrip.evaluation.image_statistics import grain, set_figures
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.sampler import Sampling, refuse_idle_interval
+from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, refuse_idle_interval
 from keygrip.progress import Progress
 
 if TYPE_CHECKING:
@@ -272,7 +272,10 @@ class Suite:
     def draw(self, asked: Asked, size: tuple[int, int], first_seed: int, sampling: Sampling | None = None) -> Tensor:
         """Images [B, 3, H, W] in 0..1."""
         seeds = list(range(first_seed, first_seed + len(asked.records)))
-        return self.module.draw(asked.conditions, size, seeds, sampling or self.sampling)
+        drawn = self.module.draw(asked.conditions, size, seeds, sampling or self.sampling)
+        if not bool(torch.isfinite(drawn).all()):
+            raise ValueError(NOT_FINITE)
+        return drawn
 
     # ---------------------------------------------------------------------------------------------------------- figures
 

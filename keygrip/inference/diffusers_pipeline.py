@@ -17,8 +17,11 @@ folder's ``pipeline.py``; without that it refuses, as for every pipeline of a cl
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -33,16 +36,18 @@ from torch import Tensor
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
-from keygrip.inference.steered_images import MOST_PIXELS, NOT_FINITE, SteeredImages
+from keygrip.inference.steered_images import MOST_PIXELS, SteeredImages
 from keygrip.models.nn.flow_matching import integrate, noise_levels, shifted
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import Sampling, Velocities
+from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, Velocities
 from keygrip.training.checkpoints import load_module
 from keygrip.training.strategies import automatic_precision
 
 CLASS = "PatchDiTPipeline"
 OUTPUTS = ("pil", "np", "pt")
+OWN_SCHEDULER = "leave the pipeline the scheduler that it came with"
+LEVEL_TOLERANCE = 1e-4  # of noise levels; schedulers compute them in float32
 STUB = "pipeline"  # the file of the folder that diffusers' own DiffusionPipeline executes where it is told to
 STUB_TEXT = f'''"""keygrip's class, for diffusers' DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
 
@@ -107,6 +112,18 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
             self.precision = dtype
         return self
 
+    def half(self) -> Self:
+        """The network in float16, as `to` makes it."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """The network in bfloat16, as `to` makes it."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Self:
+        """The network in float32, as `to` makes it."""
+        return self.to(torch.float32)
+
     def autocast(self) -> torch.autocast:
         """The context in which the network is evaluated."""
         device = self.module.device.type
@@ -115,7 +132,7 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """As an exported folder, new or empty."""
+        """As an exported folder, new or empty: what stands in another is not overwritten (FileExistsError)."""
         weights = self.module.state_dict()
         write_export(save_directory, self.content, weights, model_card(CLASS, self.content, weights, "stored", {}))
 
@@ -123,7 +140,6 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
 class PatchDiTPipeline(DiffusionPipeline):
     """Draws images from words, from a reference image, or from both."""
 
-    model_cpu_offload_seq: Any = "transformer"
     transformer: Any
     scheduler: Any
 
@@ -148,10 +164,16 @@ class PatchDiTPipeline(DiffusionPipeline):
         return found
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As of diffusers, into a folder that its own `DiffusionPipeline` reads too."""
+        """Into a new or empty folder that diffusers' own `DiffusionPipeline` reads too."""
         own: Any = super()
         own.save_pretrained(save_directory, *args, **kwargs)
         _name_class(Path(save_directory))
+
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError: diffusers' hooks see none of the calls by which an image is drawn."""
+        raise ValueError("the pipeline keeps its weights on one device: give pipeline.to('cuda')")
+
+    enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
     @torch.no_grad()
     def __call__(
@@ -184,6 +206,7 @@ class PatchDiTPipeline(DiffusionPipeline):
         strength: float | None = None,
         redraw: Image.Image | None = None,
         callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """Images.
 
@@ -198,6 +221,7 @@ class PatchDiTPipeline(DiffusionPipeline):
                 `keygrip.inference.steered_images.SteeredImages`.
             callback_on_step_end: as in diffusers: called with the pipeline, the number of the step from 0, its timestep
                 and ``{"latents": ...}``; what it returns as latents is gone on with, by the solver euler alone.
+            callback_on_step_end_tensor_inputs: the latents are all there is.
 
         Raises:
             ValueError: neither words nor image, lists of different lengths, a size that does not divide, an image of
@@ -208,6 +232,8 @@ class PatchDiTPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
         if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be a whole number, at least 1")
+        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs}: ['latents']")
         if latents is not None and not isinstance(latents, Tensor):
             raise ValueError(f"latents are a tensor, not {type(latents).__name__}")
         given = {
@@ -232,6 +258,11 @@ class PatchDiTPipeline(DiffusionPipeline):
         conditions = steered.conditions(bucket).interleaved(num_images_per_prompt)
         total, stride = steered.count * num_images_per_prompt, encoders.latent_stride
         generator = list(generator) if isinstance(generator, tuple) else generator
+        for each in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(each, torch.Generator | None):
+                raise ValueError(
+                    f"generator={each!r}: give a torch.Generator, such as torch.Generator().manual_seed(0), or a list"
+                )
         if isinstance(generator, list) and len(generator) != total:
             raise ValueError(f"{len(generator)} generators for {total} images: give one, or one for each image")
         shape = (total, module.network.latent_channels, bucket.height // stride, bucket.width // stride)
@@ -311,11 +342,24 @@ class PatchDiTPipeline(DiffusionPipeline):
         if strength != 1 and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"strength={strength:g} starts between noise and data, where {type(self.scheduler).__name__} cannot: "
-                "leave the pipeline the scheduler that it came with"
+                f"{OWN_SCHEDULER}"
             )
         if strength != 1:  # the scheduler's shift comes last: taken off here, put on again there
             levels = shifted(strength * shifted(levels, own), 1 / own)
+        named = type(self.scheduler).__name__
+        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"{named} takes no noise levels (sigmas): {OWN_SCHEDULER}")
         self.scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
+        wanted = [*shifted(levels, own).tolist(), 0.0]
+        found = self.scheduler.sigmas.tolist()
+        other = len(found) != len(wanted) or max(map(abs, map(operator.sub, found, wanted))) > LEVEL_TOLERANCE
+        if other and not isinstance(
+            self.scheduler, FlowMatchEulerDiscreteScheduler
+        ):  # whose own options may ask for it
+            raise ValueError(
+                f"{named} would draw at other noise levels than the model's ({_first(found)} in place of "
+                f"{_first(wanted)}): {OWN_SCHEDULER}"
+            )
 
     @staticmethod
     def _bucket(module: PatchDiTModule, image: Image.Image | None, height: int | None, width: int | None) -> Bucket:
@@ -339,11 +383,15 @@ class PatchDiTPipeline(DiffusionPipeline):
         return trained[0] if image is None else nearest_bucket(*image.size, trained)
 
 
+def _first(levels: Sequence[float]) -> str:
+    return ", ".join(f"{level:.3f}" for level in levels[:3]) + ", ..."
+
+
 def _refuse_type(name: str, value: Any, kind: type | None) -> None:
     """Raises ValueError: an argument is no number, or no whole one (`kind`: int)."""
     if value is None or kind is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
         raise ValueError(f"{name}={value!r}: must be a {'whole ' if kind is int else ''}number")
 
 

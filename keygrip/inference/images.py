@@ -35,9 +35,9 @@ from keygrip.inference.references import (
     open_mask,
     open_reference,
 )
-from keygrip.inference.steered_images import MOST_PIXELS, NOT_FINITE, strength_of
+from keygrip.inference.steered_images import MOST_PIXELS, strength_of
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import Edit, Sampling
+from keygrip.models.patch_dit.sampler import NOT_FINITE, Edit, Sampling
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, trusted_packages
 from keygrip.training.run_folder import new_folder

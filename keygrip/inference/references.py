@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional
 
@@ -105,7 +105,9 @@ def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
     scale = width / own_width, height / own_height
     left, top, right, bottom = of.box
     box = left * scale[0], top * scale[1], min(right * scale[0], width), min(bottom * scale[1], height)
-    pixels = cut_out(whole, box, (of.pixels.shape[1], of.pixels.shape[0]))
+    # Means of areas: other filters would let what is white shine into pixels that are black all over.
+    size = of.pixels.shape[1], of.pixels.shape[0]
+    pixels = np.asarray(whole.convert("RGB").resize(size, Resampling.BOX, box=box))
     return torch.from_numpy(pixels.astype(np.float32).mean(axis=2) / 255)[None]
 
 

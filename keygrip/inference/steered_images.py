@@ -23,7 +23,6 @@ from keygrip.models.patch_dit.sampler import Edit, Sampling
 
 Images = Image.Image | Sequence[Image.Image] | None
 MOST_PIXELS = 2**24  # of a drawn image: 4096 x 4096
-NOT_FINITE = "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
 USUAL_STRENGTH = 0.6  # of an image that is changed as a whole
 
 

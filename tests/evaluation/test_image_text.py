@@ -273,6 +273,16 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
         ImageSuite(**options)
 
 
+def test_what_is_drawn_and_not_finite_ends_the_evaluation(root: Path) -> None:
+    """Precision and recall count a NaN as an image like any other."""
+    suite = suite_of(root, cases=["text_only"])
+    with torch.no_grad():
+        for parameter in suite.module.network.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match="what was drawn is not finite"):
+        suite.evaluate()
+
+
 def test_ways_of_sampling_that_cannot_be_are_said_before_anything_is_drawn(root: Path) -> None:
     for options, said in (
         ({"text_scales": (1.0, -1.0)}, "text_scale"),

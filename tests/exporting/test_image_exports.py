@@ -202,6 +202,8 @@ def test_a_pipeline_in_half_precision_draws_nearly_the_same(piped: Path) -> None
     half = drawn(loaded)
     assert 0 < np.abs(half - expected).max() < 0.1
     assert np.array_equal(drawn(plain.to(torch.bfloat16)), half)
+    plain.transformer.float().bfloat16()
+    assert np.array_equal(drawn(plain), half)
 
 
 # ---- in the hands of diffusers ---------------------------------------------------------------------------------------
@@ -297,6 +299,8 @@ def test_a_pipeline_is_steered_as_keygrip_sample_is(
 
 @pytest.mark.slow
 def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dict[str, Image.Image]) -> None:
+    import diffusers
+
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
@@ -349,6 +353,8 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ({"latents": np.zeros((1, 3, 4, 4))}, "latents are a tensor, not ndarray"),
         ({"generator": (torch.Generator(),) * 2}, "2 generators for 1 images"),
         ({"callback_on_step_end": lambda *_: [1]}, "callback_on_step_end returns a dict, not list"),
+        ({"generator": 3}, "generator=3: give a torch.Generator"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"tensor_inputs=\['noise'\]: \['latents'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline("a red thing", **given)
@@ -370,6 +376,18 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ):
             pipeline("a red thing")
     pipeline.scheduler.set_shift(own)
+    scheduler = pipeline.scheduler
+    for other, message in (
+        (diffusers.EulerDiscreteScheduler, r"would draw at other noise levels than the model's \(1\.000, "),
+        (diffusers.DDIMScheduler, r"DDIMScheduler takes no noise levels \(sigmas\): leave the pipeline"),
+    ):
+        pipeline.scheduler = other.from_config(scheduler.config)
+        with pytest.raises(ValueError, match=message):
+            pipeline("a red thing", solver="euler")
+    pipeline.scheduler = scheduler
+    for offload in ("model_cpu_offload", "sequential_cpu_offload", "group_offload"):
+        with pytest.raises(ValueError, match="keeps its weights on one device"):
+            getattr(pipeline, f"enable_{offload}")("cpu")
     with torch.no_grad():
         pipeline.transformer.module.network.latent_out.weight.mul_(1e30)
     with pytest.raises(ValueError, match="what was drawn is not finite"):

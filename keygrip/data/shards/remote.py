@@ -123,6 +123,10 @@ class ShardCache:
                     ):
                         while block := source.read(1 << 20):
                             copy.write(block)
+                        said = getattr(source, "size", None)
+                    came, wanted = temporary.stat().st_size, size if said is None else said
+                    if wanted is not None and came != wanted:  # fsspec takes "no such range" for the end of a file
+                        raise OSError(f"{came} bytes came of {wanted}")
                     break
                 except DiskFullError:
                     raise

@@ -270,7 +270,7 @@ def annotators_answers(given: Any) -> tuple[str, ...]:
     """The answers that annotators gave: a list of texts, or as VQAv2, OK-VQA and TextVQA have them [{"answer", ...}];
     None and an empty list are none. Raises ValueError: they have another form."""
     listed = given if isinstance(given, list) else [] if given is None else [None]
-    answers = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
+    answers: list[Any] = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
     return tuple(answers)

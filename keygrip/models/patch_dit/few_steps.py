@@ -21,6 +21,7 @@ from torch import Tensor
 
 from keygrip.artifacts import sha256_of
 from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
+from keygrip.models.nn.lora import merge
 from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Conditions
 from keygrip.models.patch_dit.dino_view import weights_digest
 from keygrip.models.patch_dit.init_source import InitSource
@@ -92,7 +93,9 @@ class FewSteps:
         Raises:
             ValueError: there is no guide, or that of another network.
         """
-        self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        teacher = copy.deepcopy(network)
+        merge(teacher)  # a student of low-rank differences: at its beginning they are none
+        self._network = teacher.eval().requires_grad_(False)
         self.teacher_digest = weights_digest(self._network)
         if not self.teacher.guide_scale:
             theirs = source.model.get("sampling")
@@ -109,7 +112,10 @@ class FewSteps:
                 "guide (model.guide), or its step had not come: 0"
             )
         self._guide = copy.deepcopy(self._network)
-        self._guide.load_state_dict(source.guide)
+        try:
+            self._guide.load_state_dict(source.guide)
+        except RuntimeError as error:
+            raise ValueError(f"model.init_from={source.path}: its guide is of another network than this one") from error
         self.teacher_digest = sha256_of([self.teacher_digest.encode(), weights_digest(self._guide).encode()])[:16]
 
     def refuse_other_teacher(self, digest: str | None) -> None:

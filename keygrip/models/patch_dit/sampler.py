@@ -52,6 +52,7 @@ GUIDANCE: tuple[Guidance, ...] = ("independent", "dino_then_text", "text_then_di
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
 SAME_LEVEL = 1e-6  # noise levels that differ by rounding only: those of diffusers' schedulers are float32
+NOT_FINITE = "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
 SCALES = ("text_scale", "dino_scale", "full_scale", "guide_scale")
 # Each with the scales of the terms that it brings back.
 RESCALED = {

@@ -181,7 +181,8 @@ def take(
     if not loaded:
         raise ValueError(
             f"init_from={source}: none of its {len(weights)} tensors fits this network by name and shape "
-            f"(it has {', '.join(list(weights)[:3]) or 'none'}; the network {', '.join(list(own)[:3])})"
+            f"(it has {', '.join(list(weights)[:3]) or 'none'}; the network {', '.join(list(own)[:3])}). "
+            "Translate names with model.init_from_renames=[[PATTERN,NAME]]"
         )
     # Low-rank differences are new by nature, and their layers are counted without them.
     counted = {name: value.numel() for name, value in own.items() if not is_difference(name)}
@@ -284,10 +285,16 @@ def translated(
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     idle = set(renames)
+    wrapper = _wrapper(weights)
     for name, value in weights.items():
         plain = _own_name(name, own)
+        plain = plain if plain in own else name.removeprefix(wrapper)
         for pattern, replacement in renames.items():
             renamed = plain if plain in own else re.sub(pattern, replacement, plain)
+            if wrapper and renamed == plain and plain not in own:  # the rule may be for the names of the file
+                whole = re.sub(pattern, replacement, wrapper + plain)
+                idle -= {pattern} if whole != wrapper + plain else set()
+                renamed = whole.removeprefix(wrapper)
             idle -= {pattern} if renamed != plain else set()
             plain = renamed
         if plain not in own:
@@ -358,6 +365,14 @@ def _squeezed(value: Tensor) -> list[int]:
     """The lengths of its axes but for those of 1; of kernels over patches [D, C, p, p] the last three as one."""
     shape = [size for size in value.shape if size != 1]
     return [shape[0], shape[1] * shape[2] * shape[3]] if len(shape) == 4 else shape
+
+
+def _wrapper(weights: Mapping[str, Tensor]) -> str:
+    """What wrappers put before all of the names; empty: nothing."""
+    found = ""
+    while prefix := next((p for p in PREFIXES if weights and all(n.startswith(found + p) for n in weights)), ""):
+        found += prefix
+    return found
 
 
 def _own_name(name: str, own: Mapping[str, Tensor]) -> str:

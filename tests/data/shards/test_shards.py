@@ -281,6 +281,27 @@ def test_a_remote_shard_of_another_size_is_refused(tmp_path: Path) -> None:
     assert cache.fetch("a.tar", 100).read_bytes() == b"x" * 100
 
 
+def test_an_answer_that_is_cut_off_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of "no such range" (416) fsspec makes an empty file."""
+    asked: list[str] = []
+
+    class Answer(io.BytesIO):
+        size = 100
+
+    def answered(url: str, mode: str) -> Answer:
+        asked.append(url)
+        return Answer(b"x" * (100 if len(asked) == 2 else 0))
+
+    monkeypatch.setattr("fsspec.open", answered)
+    monkeypatch.setattr("keygrip.data.shards.remote.RETRY_S", 0.0)
+    cache = ShardCache("https://far.example/set", tmp_path / "near", 1000)
+    assert cache.fetch("images.json", fresh=True).read_bytes() == b"x" * 100
+    assert len(asked) == 2
+    with pytest.raises(ConnectionError, match=r"a\.tar cannot be read \(0 bytes came of 100\)"):
+        cache.fetch("a.tar", 100)
+    assert len(asked) == 5
+
+
 def test_the_limit_of_copies_counts_shards_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     cache = ShardCache(f"file://{tmp_path / 'far'}", tmp_path / "near", 250)

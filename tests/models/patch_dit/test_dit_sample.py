@@ -183,6 +183,10 @@ def test_an_image_that_stays_where_it_is_not_redrawn(
     found = pixels(drawn(*start, f"redraw={tmp_path / 'mask.png'}", name="part")["images"][0])
     assert np.array_equal(found[:, 12:], np.asarray(whole)[:, 12:])
     assert not np.array_equal(found[:, :12], np.asarray(whole)[:, :12])
+    # at the edge of a mask that is eight times as large too
+    Image.fromarray(mask.repeat(8, axis=0).repeat(8, axis=1)).save(tmp_path / "large.png")
+    large = pixels(drawn(*start, f"redraw={tmp_path / 'large.png'}", name="large")["images"][0])
+    assert np.array_equal(large, found)
     # A network that has hardly been trained predicts a velocity of nearly 0, which leaves its input as it is.
     own = [
         "model.network.prediction=v",

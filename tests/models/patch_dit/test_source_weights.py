@@ -16,7 +16,7 @@ from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
-from keygrip.models.patch_dit.warm_start import take, warm_start
+from keygrip.models.patch_dit.warm_start import rename_rules, take, warm_start
 
 WIDTH, DEPTH, HEADS, CELL = 32, 3, 2, 2
 SIZE = (6, 8)  # of latents, not square: rows and columns are told apart
@@ -174,6 +174,17 @@ def test_the_sources_weights_compute_here_what_they_compute_there() -> None:
     builder = network.context_builder
     projected = source.layer["dino_patch_proj"](source.nulls["null_dino_patch_token"])[0, 0]
     torch.testing.assert_close(builder.null_dino_patches, projected)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "ema.", "module._orig_mod."])
+def test_a_wrapper_s_prefix_before_the_source_s_names_changes_nothing(prefix: str) -> None:
+    weights = source_dit().weights()
+    plain, wrapped = (small_dit(seed=4, depth=DEPTH, heads=HEADS, **SETTINGS) for _ in range(2))
+    take(plain, weights, "there")
+    take(wrapped, {f"{prefix}{name}": value for name, value in weights.items()}, "there", min_share=0.9)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
+    rules = rename_rules([[f"^{prefix.replace('.', chr(92) + '.')}", ""]])  # for the names as they stand in the file
+    take(wrapped, {f"{prefix}{name}": value for name, value in weights.items()}, "there", rules, min_share=0.9)
 
 
 def test_weights_without_patches_compute_the_same_beside_patches_of_their_own() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -300,3 +300,31 @@ def test_a_student_is_trained_validated_and_drawn(
         student.on_load_checkpoint(stored)
     with pytest.raises(ValueError, match=r"Give model\.network\.prediction=v model\.network\.rotary=false"):
         started("wrong", *options, f"model.init_from={runs / 'of_velocities'}")
+
+
+def test_a_student_of_low_rank_differences_learns_from_a_teacher_with_a_guide(
+    runs: Path, started: Callable[..., PatchDiTModule]
+) -> None:
+    options = ["experiment=dit_few_steps", "callbacks.pictures=null", "model.sampling.steps=4"]
+    options += ["ablation=patch_dit/lora", "model.lora.rank=2", f"model.init_from={runs / 'base'}"]
+    first, second = (started(name, *options).few_steps for name in ("first", "second"))
+    assert first is not None
+    assert second is not None
+    assert first.teacher_digest == second.teacher_digest  # whatever the differences begin with
+    student = started("guided", *options)
+    base = load_module(runs / "base")
+    assert isinstance(base, PatchDiTModule)
+    guided = FewSteps(4, 2, Sampling(guide_scale=0.4), 6.0)
+    guided.take_teacher(student.network, InitSource("teacher", {}, guide=base.network.state_dict()))
+    with pytest.raises(ValueError, match="its guide is of another network than this one"):
+        guided.take_teacher(student.network, InitSource("teacher", {}, guide={"a": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize("recipe", ["dit_few_steps", "dit_few_steps_512px", "dit_few_steps_latents_128px"])
+def test_how_a_teacher_is_drawn_can_be_said_whole(recipe: str) -> None:
+    """`guide_scale` is what the warning at a guided teacher asks for."""
+    teacher = compose(
+        "train", [f"experiment={recipe}", "model.few_steps.teacher.guide_scale=0.5"]
+    ).model.few_steps.teacher
+    assert teacher.guide_scale == 0.5
+    assert {field.name for field in fields(Sampling)} - {"steps", "timestep_shift"} <= set(teacher)
