@@ -84,12 +84,17 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
         assert torch.equal(value, parts[name]), name
 
 
+BUDGET = "data.budget={_target_: keygrip.data.shards.budget.Budget, frames: 6, positions: 400}"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [["data.batch_size=2"], ["data.batch_size=6", BUDGET]], ids=["two", "budget"])
 def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one(
-    overrides: Callable[..., list[str]], command: Callable[..., Any], tmp_path: Path
+    overrides: Callable[..., list[str]], command: Callable[..., Any], tmp_path: Path, batch: list[str]
 ) -> None:
-    """One sample per process and step, examined in every step: what is computed there must not wait for the other."""
-    options = ["data.batch_size=2", "data.sources.texts.share=0.5", "model.monitor_every_n_steps=1", "max_steps=6"]
+    """Examined in every step: what is computed there must not wait for the other. With a budget processes have other
+    numbers of rows."""
+    options = [*batch, "data.sources.texts.share=0.5", "model.monitor_every_n_steps=1", "max_steps=6"]
     options += ["val_every_n_steps=6", "model.log_images_every_n_steps=0"]
     train.run(compose("train", overrides("one", *options)))
     parallel = [each for each in overrides("two", *options) if each != "strategy=cpu"]
