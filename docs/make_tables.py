@@ -798,17 +798,22 @@ def _vlm_by_seed(runs: Sequence[dict[str, Any]], mark: float, cue: float, traine
 
 
 def vlm_lengths() -> str:
-    """Accuracy by the number of frames of a model that was trained on all lengths."""
-    runs = read("foveated_vlm")["lengths"]["runs"]
+    """Accuracy by the number of frames of models that were trained on all lengths."""
+    record = read("foveated_vlm")["lengths"]
     ends = [1, 2, 4, 8, 16, 32, 64]
     spans = [str(end) if end < 3 else f"{end // 2 + 1} to {end}" for end in ends]
+    models = (
+        ("one chosen token", record["runs"], "autoregressive"),
+        ("16 pooled tokens", record["pooled"]["runs"], "many_tokens"),
+    )
     rows = []
-    for kind in ("mark", "cue", "glance"):
-        for run in runs:
-            found = [run["autoregressive"].get(f"accuracy_{kind}_of_{end}") for end in ends]
-            name = f"*{kind}*" if len(runs) == 1 else f"*{kind}*, seed {run['seed']}"
-            rows.append([name, *("" if share is None else f"{share:.2f}" for share in found)])
-    return markdown(["frames", *spans], rows)
+    for tokens, runs, mode in models:
+        for kind in ("mark", "cue", "glance"):
+            for run in runs:
+                found = [run[mode].get(f"accuracy_{kind}_of_{end}") for end in ends]
+                seed = "" if len(runs) == 1 else f", seed {run['seed']}"
+                rows.append([tokens, f"*{kind}*{seed}", *("" if share is None else f"{share:.2f}" for share in found)])
+    return markdown(["per frame", "frames", *spans], rows)
 
 
 def vlm_others() -> str:

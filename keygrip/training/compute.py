@@ -45,16 +45,20 @@ class Compute(Callback):
         if every_n_steps < 1:
             raise ValueError(f"callbacks.compute.every_n_steps={every_n_steps}: must be at least 1")
         self.every_n_steps = every_n_steps
-        self._counts: list[float] = []
+        self._counted, self._counts = 0.0, 0  # of all counts together, and how many; of resumed parts too
         self._steps = 0
         self._counter: FlopCounterMode | None = None
 
     @property
     def summary(self) -> dict[str, float]:
         """``tflop`` of the whole run, from the mean of what this process counted; empty where it counted nothing."""
-        if not self._counts:
-            return {}
-        return {"tflop": self._steps * sum(self._counts) / len(self._counts)}
+        return {"tflop": self._steps * self._counted / self._counts} if self._counts else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counted": self._counted, "counts": self._counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counted, self._counts = float(state_dict["counted"]), int(state_dict["counts"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         number = trainer.fit_loop.epoch_loop.total_batch_idx
@@ -72,9 +76,10 @@ class Compute(Callback):
         if counter is None:
             return
         batches = trainer.accumulate_grad_batches * trainer.world_size
-        self._counts.append(counter.get_total_flops() * batches / TERA)
+        found = counter.get_total_flops() * batches / TERA
+        self._counted, self._counts = self._counted + found, self._counts + 1
         for logger in trainer.loggers:
-            logger.log_metrics({STEP_TFLOP: self._counts[-1]}, step=trainer.global_step)
+            logger.log_metrics({STEP_TFLOP: found}, step=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._stop()  # a step without a backward pass

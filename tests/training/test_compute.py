@@ -49,6 +49,14 @@ def test_accumulated_batches_count_together(toy_overrides: Callable[..., list[st
     assert metrics["tflop"] == pytest.approx(4 * 2 * OPERATIONS / 1e12)
 
 
+def test_a_resumed_run_keeps_what_was_counted_before(toy_overrides: Callable[..., list[str]]) -> None:
+    """Of a curriculum the resumed part alone would stand for all steps."""
+    train.run(compose("train", [*toy_overrides("run"), "max_steps=4"]))
+    later = ["max_steps=8", "resume=true", "callbacks.compute.every_n_steps=1000"]  # which counts nothing more
+    metrics = train.run(compose("train", [*toy_overrides("run"), *later]))
+    assert metrics["tflop"] == pytest.approx(8 * OPERATIONS / 1e12)
+
+
 def test_a_failing_step_leaves_no_counter_behind(
     toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
