@@ -128,9 +128,8 @@ def side_by_side(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.ndar
     """Batches of one rank each, so many of them next to each other, so that every sample comes once. The largest are
     halved to make them go up; samples are repeated only where there are too few."""
     wanted = -(-len(batches) // ranks) * ranks
-    samples = [sample for batch in batches for sample in np.split(batch, len(batch))]
-    if len(samples) < wanted:
-        own = [samples[number % len(samples)] for number in range(wanted)]
+    if sum(map(len, batches)) < wanted:
+        own = np.split(np.resize(np.concatenate(batches), wanted), wanted)
     else:
         own = exactly(batches, wanted)
     return [own[start : start + ranks] for start in range(0, wanted, ranks)]
