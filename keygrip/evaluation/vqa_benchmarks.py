@@ -212,8 +212,8 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
 
 
 def _place(answer: Any, options: tuple[str, ...]) -> int | None:
-    """Which option an answer is; of none by the letter, the one that differs in case, white space or full stops alone.
-    None: none, or several."""
+    """Which option an answer is; of equal ones the last, as MVBench's own script has it; of none by the letter, the one
+    that differs in case, white space or full stops alone. None: none, or several."""
     if answer is None:
         return None
 
@@ -222,7 +222,7 @@ def _place(answer: Any, options: tuple[str, ...]) -> int | None:
 
     said = str(answer)
     if said in options:
-        return options.index(said)
+        return len(options) - 1 - options[::-1].index(said)
     same = [number for number, option in enumerate(options) if plain(option) == plain(said)]
     return same[0] if len(same) == 1 else None
 

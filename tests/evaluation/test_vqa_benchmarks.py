@@ -122,11 +122,12 @@ def test_answers_that_differ_in_writing_and_entries_without_one(
         }
         for n, said in enumerate(answers)
     ]
-    more = [{**entries[0], "question": f"More {n}?"} for n in range(3)]
+    more = [{**entries[0], "question": f"More {n}?"} for n in range(2)]
+    more.append({**entries[0], "question": "Twice?", "candidates": ["red", "blue", "blue", "green"], "answer": "blue"})
     del entries[4]["answer"]
     write(tmp_path / "q.json", entries + more)
     benchmark = read_benchmark("mlvu", tmp_path)
-    assert [question.answer for question in benchmark.questions] == [0, 0, 1, 0, 0, 0]
+    assert [question.answer for question in benchmark.questions] == [0, 0, 1, 0, 0, 2]
     assert benchmark.unscored == 3
     assert "3 questions are left out, which cannot be scored; the first: " in caplog.text
     assert "of the entry 'Which 3?' the answer is 'green', and not one of its 4 candidates" in caplog.text
