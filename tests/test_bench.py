@@ -130,6 +130,7 @@ class TestVolumeLoss:
         with pytest.raises(RuntimeError, match="gradients that differ"):
             SMALL_VOLUME.run(quick=True)
 
+    @pytest.mark.slow
     def test_figures(self) -> None:
         figures = SMALL_VOLUME.run(quick=True)
         assert figures["time_ratio"] == figures["time_ratio_t4"]

@@ -92,6 +92,7 @@ def test_onnx_under_onnxruntime_equals_the_network(variant: str, options: dict[s
             assert np.abs(one - other.numpy()).max() <= 1e-4 * (1 + float(other.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_regression_baseline_exports_too(tmp_path: Path) -> None:
     network = CoordinateRegressionNetwork(backbone(), 64, horizon=3, width=16)
     inputs = {"image": torch.randn(2, 3, 64, 64), "state": torch.rand(2, 1, 10)}

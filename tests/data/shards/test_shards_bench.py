@@ -17,6 +17,7 @@ def test_figures() -> None:
     assert figures["resume_s"] >= figures["order_s"] > 0
 
 
+@pytest.mark.slow
 def test_padding_of_a_stages_budget() -> None:
     """Texts whose tokens are counted pad less than a tenth, of 60 000 samples; planned by characters twice as much.
     Packed rows pad least. Batches are as new from epoch to epoch as those of estimated lengths."""

@@ -31,6 +31,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> FoveatedVLM:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("network")
 def test_figures_of_a_step_and_of_a_frame() -> None:
     case = VLMStep(

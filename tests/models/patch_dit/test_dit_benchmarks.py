@@ -66,6 +66,7 @@ def test_a_sampler_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         DiTSampler(**SIZES).run(quick=True)
 
 
+@pytest.mark.slow
 def test_figures_of_a_step() -> None:
     figures = DiTStep(**(SIZES | {"patch_grid": 12})).run(quick=False)  # enough patches to weigh something
     assert {"patches_over_cls_time", "step_ms", "peak_mb", "patches_over_cls_memory"} <= figures.keys()
