@@ -396,8 +396,17 @@ def dit_detail_head() -> str:
 
 
 def dit_few_steps() -> str:
-    """A student of four steps beside its teacher of forty."""
-    record = read("dit_images")["few_steps"]
+    """A student of four steps beside its teacher of forty, on pixels at 64 px."""
+    return _student_and_teacher("few_steps")
+
+
+def dit_few_steps_latents_128px() -> str:
+    """The same on latents at 128 px."""
+    return _student_and_teacher("few_steps_latents_128px")
+
+
+def _student_and_teacher(name: str) -> str:
+    record = read("dit_images")[name]
     seconds, real = record["s_per_image"], record["student"]["real"]
     rows: list[tuple[str, ...]] = [("real images", "", f"{real['frechet']:.2f}", f"{real['grain']:.2f}", "", "", "")]
     told = (("reconstruction", "words_and_features"), ("text_only", "words_alone"))
@@ -973,6 +982,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_images_128px,
             dit_detail_head,
             dit_few_steps,
+            dit_few_steps_latents_128px,
             dit_recipes,
             dit_decoders,
             dit_ablations,
