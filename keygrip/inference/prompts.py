@@ -89,9 +89,9 @@ class PromptReader:
         return padded, counts
 
     def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        most = 1 if kind == "image" else self.max_frames
+        most = 2 if kind == "image" else self.max_frames  # of an image one too many, which is refused
         if isinstance(given, str | Path):
-            found, seconds = read_timed_frames(given, self.image_size, self.fit, 2 if kind == "image" else most)
+            found, seconds = read_timed_frames(given, self.image_size, self.fit, most)
             if kind == "image" and (len(found) > 1 or Path(given).is_dir()):
                 raise ValueError(f"{given} is a folder, a video or an animation, and no image: give it as a video")
             return found, seconds

@@ -287,8 +287,7 @@ def translated(
     idle = set(renames)
     wrapper = _wrapper(weights)
     for name, value in weights.items():
-        plain = _own_name(name, own)
-        plain = plain if plain in own else name.removeprefix(wrapper)
+        plain = _own_name(name.removeprefix(wrapper), own)
         for pattern, replacement in renames.items():
             renamed = plain if plain in own else re.sub(pattern, replacement, plain)
             if wrapper and renamed == plain and plain not in own:  # the rule may be for the names of the file
