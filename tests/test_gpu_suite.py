@@ -84,6 +84,12 @@ class TestParts:
                     assert ("lora" in variant) == bool(config.get("vlm", {}).get("lora"))
                     assert ("tf32" in variant) == config.strategy.tf32
                     assert part.system != "foveated_vlm" or (part.frames or {})[variant] > 0
+                    if part.system in ("foveated_vlm", "patch_dit"):
+                        with torch.device("meta"):  # without weights: whether it can be built
+                            assert sum(
+                                p.numel()
+                                for p in part._module([*part.overrides, *more], variant, False)[0].parameters()
+                            )
             elif hasattr(part, "overrides"):
                 compose("train", part.overrides)
 

@@ -21,8 +21,8 @@ from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.streaming import StreamingSession
 from keygrip.models.language.cache import LanguageCache
+from keygrip.training.checkpoints import build_module
 from keygrip.training.memory import GIB
-from keygrip.training.parts import build_stored
 
 SHORTEST_TEXT = 32  # tokens of a question and an answer
 PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the question comes first
@@ -332,7 +332,7 @@ def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, A
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
-        module = build_stored(resolved["model"], "model")
+        module = build_module(resolved)
     assert isinstance(module, FoveatedVLMModule)
     return module.to("cuda") if on_gpu else module, resolved["data"], resolved["collator"]["max_tokens"]
 
@@ -362,8 +362,8 @@ def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) 
 def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
     from omegaconf import OmegaConf
 
-    config = compose("train", overrides)
-    module = build_stored(OmegaConf.to_container(config.model, resolve=True), "model")  # random weights
+    resolved: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
+    module = build_module(resolved)  # random weights
     network = module.network
     if not isinstance(network, FoveatedVLM):
         raise ValueError(f"this case measures the foveated model; its overrides name a {type(network).__name__}")

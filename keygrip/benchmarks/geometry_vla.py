@@ -29,8 +29,8 @@ from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.low_precision import Precision
 from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.checkpoints import build_module
 from keygrip.training.memory import GIB, count_forward
-from keygrip.training.parts import build_stored
 from keygrip.training.system import parameters_m
 
 INSTRUCTION = "put the red cube into the bowl"
@@ -304,7 +304,7 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
     """The module of a training config with random weights, and statistics of poses above a table."""
 
     OmegaConf.resolve(config)
-    module = build_stored(OmegaConf.to_container(config.model), "model")  # random weights
+    module = build_module({"model": OmegaConf.to_container(config.model)})  # random weights
     if not isinstance(module, GeometryVLAModule):
         raise ValueError(
             f"this case measures the geometry-injected policy; its overrides name a {type(module).__name__}"

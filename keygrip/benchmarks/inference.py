@@ -22,7 +22,7 @@ from keygrip.exporting.graphs import export_program, write_onnx
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.progress import Progress
-from keygrip.training.parts import build_stored
+from keygrip.training.checkpoints import build_module
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def untrained(config: DictConfig) -> VolumeQueryModule:
     """The volume-query module of a training config, with random weights and a table's ranges as statistics."""
 
     OmegaConf.resolve(config)
-    module = build_stored(OmegaConf.to_container(config.model), "model")  # random weights
+    module = build_module({"model": OmegaConf.to_container(config.model)})  # random weights
     if not isinstance(module, VolumeQueryModule):
         raise ValueError(
             f"case=inference measures the volume-query policy; cases.inference.overrides name a {type(module).__name__}"

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
 from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.compute import STEP_TFLOP, Compute
+from keygrip.training.compute import ATTENTION, STEP_TFLOP, Compute
 from keygrip.training.figures import figure_to_image
 from keygrip.training.loss_curves import Curves, Job, draw, read_curves, smoothed
 
@@ -41,6 +42,32 @@ def test_counting_changes_no_bit_of_a_run_and_counts_its_operations(
     assert [event.step for event in figures] == [1, 4, 7, 10]
     assert [event.value for event in figures] == pytest.approx([OPERATIONS / 1e12] * 4)
     assert metrics["tflop"] == pytest.approx(13 * OPERATIONS / 1e12)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
+def test_heads_that_share_keys_and_values_count_as_if_each_had_its_own(kernel: str) -> None:
+    """The kernels of GPUs, by shape alone; torch 2.11's own counts refuse such shapes."""
+    forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    query, key, value = (torch.empty(2, heads, 5, 8, device="meta") for heads in (6, 2, 2))
+    options: dict[str, Any] = {} if kernel == "flash_attention" else {"attn_bias": None, "compute_log_sumexp": True}
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        forward(query, key, value, **options)
+    expanded = [each.repeat_interleave(3, dim=1) for each in (key, value)]
+    with FlopCounterMode(display=False) as by_torch:
+        forward(query, *expanded, **options)
+    products = 2 * 2 * 6 * 5 * 5 * 8  # of the queries with the keys; those with the values are as many
+    assert counter.get_total_flops() == by_torch.get_total_flops() == 2 * products
+    backward = ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")]
+    assert backward(query.shape, query.shape, key.shape, value.shape) == 5 * products
+
+
+def test_training_counts_shared_keys_and_values() -> None:
+    """Backwards too, through the kernel for processors."""
+    query, key, value = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (6, 2, 2))
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        attended.sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * 2 * 6 * 5 * 5 * 8
 
 
 def test_accumulated_batches_count_together(toy_overrides: Callable[..., list[str]]) -> None:

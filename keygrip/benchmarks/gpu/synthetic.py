@@ -26,7 +26,7 @@ from keygrip.data.batches import (
 )
 from keygrip.data.image_text.datamodule import UNKNOWN
 from keygrip.models.geometry.rotations import rotation_exp
-from keygrip.training.parts import build_stored
+from keygrip.training.checkpoints import build_module
 
 INSTRUCTION = "put the red cube into the bowl"
 PROMPT_SHARE = 0.75  # share of the text tokens before the answer
@@ -155,8 +155,8 @@ def patch_dit(overrides: Sequence[str], latent: int, patch_grid: int) -> tuple[L
 
 
 def _built(config: DictConfig) -> LightningModule:
-    module: LightningModule = build_stored(OmegaConf.to_container(config.model, resolve=True), "model")
-    return module
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    return build_module(resolved)
 
 
 def _camera(size: int, count: int) -> tuple[Tensor, Tensor]:

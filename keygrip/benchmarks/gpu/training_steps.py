@@ -184,6 +184,8 @@ class TrainingSteps:
             torch.cuda.reset_peak_memory_stats()
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(bool(config.deterministic), warn_only=True)
+        filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as in training
         use_tf32(config.strategy.tf32, on_gpu, "strategy.tf32")
         try:
             trainer = Trainer(
@@ -204,6 +206,7 @@ class TrainingSteps:
             trainer.fit(module, DataLoader([batch] * (warm_up + count), batch_size=None))  # type: ignore[arg-type]
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
             use_tf32(False, on_gpu)
         tflop = compute.summary.get("tflop", math.nan) / (warm_up + count)
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
