@@ -60,7 +60,8 @@ class Compilation:
             raise ValueError(f"compile needs {missing}; or train without, compile=null")
 
     def apply(self, module: LightningModule) -> int:
-        """Compiles the blocks that a module names in `sharded_parts()`, in place; returns how many.
+        """Compiles the blocks that a module names in `sharded_parts()`, in place; returns how many. Encoders whose
+        blocks are taken apart (`compile_functions`) have those functions compiled.
 
         Names in the state stay as they are. Nothing is computed yet: torch compiles in the first step. Blocks that are
         trained run compiled where gradients are recorded; validation, sampling and images run them as they are
@@ -77,6 +78,11 @@ class Compilation:
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, KEPT_GRAPHS)
         mode = None if self.mode == "default" else self.mode
+        for submodule in module.modules():
+            compile_functions = getattr(submodule, "compile_functions", None)
+            if compile_functions is not None:
+                trained = any(parameter.requires_grad for parameter in submodule.parameters())
+                compile_functions(functools.partial(self._function, mode=mode, trained=trained))
         for part in parts:
             part.compile(backend=self.backend, mode=mode, dynamic=self.dynamic)
             if any(parameter.requires_grad for parameter in part.parameters()):
@@ -85,6 +91,14 @@ class Compilation:
                 part._compiled_call_impl = functools.partial(_call_while_training, part, compiled)
         log.info("%d blocks are compiled in the first steps (%s)", len(parts), self.backend)
         return len(parts)
+
+    def _function(self, run: Callable[..., Any], mode: str | None, trained: bool) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = torch.compile(run, backend=self.backend, mode=mode, dynamic=self.dynamic)
+        return functools.partial(_while_training, run, compiled) if trained else compiled
+
+
+def _while_training(run: Callable[..., Any], compiled: Callable[..., Any], *args: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else run)(*args)
 
 
 def _call_while_training(part: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

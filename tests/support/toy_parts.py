@@ -16,6 +16,15 @@ from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import data_part, model_part
 
 
+class ToyNetwork(nn.Sequential):
+    """With a `forward` of its own: torch 2.11 compiles none of torch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self:
+            x = part(x)
+        return x
+
+
 @model_part
 class ToyModule(LightningModule):
     """Masked regression with dropout; stores a statistic of the data in its checkpoint."""
@@ -24,7 +33,7 @@ class ToyModule(LightningModule):
 
     def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
+        self.network = ToyNetwork(nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
         self.recipe = optimizer
         self.scale: float | None = None
 

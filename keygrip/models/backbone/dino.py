@@ -130,6 +130,7 @@ class DinoBackbone(nn.Module):
             "random" if source is None else load_weights(self.net, self.variant, source, weights_prefix)
         )
         self.register_load_state_dict_pre_hook(_adopt_position_table)
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # see `compile_functions`
         self._set_trainable(trainable)
 
     # ------------------------------------------------------------------ modes
@@ -179,12 +180,9 @@ class DinoBackbone(nn.Module):
         """As `forward`, and the keys and values of all tokens at every block, for `query`."""
         tokens, rope, grid = self._embed(images)
         cache: list[BlockKV] = []
-        for index, block in enumerate(self._blocks):
+        for index in range(self.depth):
             with self._gradients(index):
-                if self._recompute(index):
-                    tokens, key, value = _recomputed(_run_block_with_kv, block, tokens, rope, self.num_prefix_tokens)
-                else:
-                    tokens, key, value = _run_block_with_kv(block, tokens, rope, self.num_prefix_tokens)
+                tokens, key, value = self._call(_run_block_with_kv, index, tokens, rope, self.num_prefix_tokens)
             cache.append(BlockKV(key, value))
         return self._finish(tokens, grid), cache
 
@@ -193,14 +191,10 @@ class DinoBackbone(nn.Module):
         attention and MLP over all tokens."""
         tokens, rope, _ = self._embed(images)
         cache: list[BlockKV] = []
-        for index, block in enumerate(self._blocks):
+        for index in range(self.depth):
             with self._gradients(index):
                 run = _run_block_with_kv if index < self.depth - 1 else _keys_and_values
-                if self._recompute(index):
-                    found = _recomputed(run, block, tokens, rope, self.num_prefix_tokens)
-                else:
-                    found = run(block, tokens, rope, self.num_prefix_tokens)
-                tokens, key, value = found
+                tokens, key, value = self._call(run, index, tokens, rope, self.num_prefix_tokens)
             cache.append(BlockKV(key, value))
         return cache
 
@@ -244,9 +238,22 @@ class DinoBackbone(nn.Module):
                 f"query tokens must be [{kv[0].key.shape[0]}, Q, {self.embed_dim}], as many as the images; got "
                 f"{list(tokens.shape)}"
             )
-        for block, block_kv in zip(self._blocks[first_block:], kv, strict=True):
-            tokens = _query_block(block, tokens, block_kv, attention)
+        query_block = self._compiled.get(_query_block, _query_block)
+        for block, (key, value) in zip(
+            self._blocks[first_block:], ((each.key, each.value) for each in kv), strict=True
+        ):
+            if attention is None:
+                tokens = query_block(block, tokens, key, value)
+            else:
+                tokens, weights = _query_block_with_attention(block, tokens, key, value)
+                attention.append(weights)
         return self.net.norm(tokens)
+
+    def _call(self, run: Callable[..., Any], index: int, *inputs: Any) -> Any:
+        """`run` of the block of that index, its activations computed again in the backward pass where that is set."""
+        called = self._compiled.get(run, run)
+        block = self._blocks[index]
+        return _recomputed(called, block, *inputs) if self._recompute(index) else called(block, *inputs)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Tokens at the input of block 0, the rotary embedding of the patches (or None), and the grid."""
@@ -299,6 +306,13 @@ class DinoBackbone(nn.Module):
     def sharded_parts(self) -> list[nn.Module]:
         """Its blocks, for models that use it through `forward` alone: the other ways take the blocks apart."""
         return list(self._blocks)
+
+    def compile_functions(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replaces what takes the blocks apart for their keys and values by what `compiled` makes of it.
+
+        Queries run as they are written: they are few, and of many shapes and strides, each of which torch would
+        compile for itself."""
+        self._compiled = {run: compiled(run) for run in (_run_block_with_kv, _keys_and_values)}
 
     @property
     def _blocks(self) -> Any:
@@ -392,18 +406,24 @@ def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
     return torch.cat([part[:, :, :prefix], turned], dim=2)
 
 
-def _query_block(block: Any, tokens: Tensor, kv: BlockKV, attention: list[Tensor] | None) -> Tensor:
+def _query_block(block: Any, tokens: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries [B, Q, D] through a block, against its keys and values [B, H, R + N, E] alone."""
+    mixed = functional.scaled_dot_product_attention(_queries(block, tokens), key, value)
+    return _after_attention(block, tokens, mixed)
+
+
+def _query_block_with_attention(block: Any, tokens: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_query_block`, and the attention [B, H, Q, R + N]."""
+    query = _queries(block, tokens)
+    weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+    return _after_attention(block, tokens, weights @ value), weights
+
+
+def _queries(block: Any, tokens: Tensor) -> Tensor:
     width = tokens.shape[-1]
     weight, bias = _qkv(block.attn)
     projected = functional.linear(block.norm1(tokens), weight[:width], None if bias is None else bias[:width])
-    (query,) = _heads(projected, block.attn.num_heads, 1)
-    if attention is None:
-        mixed = functional.scaled_dot_product_attention(query, kv.key, kv.value)
-    else:
-        weights = (query @ kv.key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
-        attention.append(weights)
-        mixed = weights @ kv.value
-    return _after_attention(block, tokens, mixed)
+    return _heads(projected, block.attn.num_heads, 1)[0]
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
