@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,10 +35,29 @@ def attention_backward_operations(
     return 2 * batch * heads * asking * key[-2] * (3 * width + 2 * value[-1])
 
 
-# The counts of torch 2.11 end with an AssertionError where heads share keys and values, as SmolLM2's do.
+def product_operations(*shapes: Any, **_: Any) -> int:
+    """Of a product [..., M, K] with [..., K, N], the first two arguments with two or three dimensions; the type of the
+    result may follow them."""
+    first, second = [shape for shape in shapes if isinstance(shape, torch.Size)][:2]
+    return 2 * math.prod(first) * second[-1]
+
+
+def added_product_operations(added: Sequence[int], *shapes: Any, **_: Any) -> int:
+    """Of a product that is added to something."""
+    return product_operations(*shapes)
+
+
+_aten = torch.ops.aten
 _KERNELS = ("efficient_attention", "flash_attention", "flash_attention_for_cpu", "cudnn_attention")
-ATTENTION: dict[Any, Callable[..., int]] = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{direction}"): operations
+# Counts that torch 2.11 ends a step at: attention whose heads share keys and values, as SmolLM2's do, and products that
+# are told the type of their result, as Liger's are.
+OPERATIONS: dict[Any, Callable[..., int]] = {
+    _aten.mm: product_operations,
+    _aten.bmm: product_operations,
+    _aten.addmm: added_product_operations,
+    _aten.baddbmm: added_product_operations,
+} | {
+    getattr(_aten, f"_scaled_dot_product_{kernel}{direction}"): operations
     for kernel in _KERNELS
     for direction, operations in (("", attention_operations), ("_backward", attention_backward_operations))
 }
@@ -89,7 +109,7 @@ class Compute(Callback):
         if (number - FIRST) % self.every_n_steps or is_sharded(pl_module):
             return
         torch.compiler.set_stance("force_eager")
-        self._counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        self._counter = FlopCounterMode(display=False, custom_mapping=OPERATIONS)
         # Which module an operation belongs to is of no interest, and torch's way to know it, hooks on every module,
         # fails on views of parameters that were made without gradient.
         self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]

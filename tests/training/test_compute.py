@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.compute import ATTENTION, STEP_TFLOP, Compute
+from keygrip.training.compute import OPERATIONS as COUNTS
+from keygrip.training.compute import STEP_TFLOP, Compute
 from keygrip.training.figures import figure_to_image
 from keygrip.training.loss_curves import Curves, Job, draw, read_curves, smoothed
 
@@ -50,21 +51,39 @@ def test_heads_that_share_keys_and_values_count_as_if_each_had_its_own(kernel: s
     forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
     query, key, value = (torch.empty(2, heads, 5, 8, device="meta") for heads in (6, 2, 2))
     options: dict[str, Any] = {} if kernel == "flash_attention" else {"attn_bias": None, "compute_log_sumexp": True}
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
         forward(query, key, value, **options)
     expanded = [each.repeat_interleave(3, dim=1) for each in (key, value)]
     with FlopCounterMode(display=False) as by_torch:
         forward(query, *expanded, **options)
     products = 2 * 2 * 6 * 5 * 5 * 8  # of the queries with the keys; those with the values are as many
     assert counter.get_total_flops() == by_torch.get_total_flops() == 2 * products
-    backward = ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")]
+    backward = COUNTS[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")]
     assert backward(query.shape, query.shape, key.shape, value.shape) == 5 * products
+
+
+@pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "baddbmm"])
+def test_products_that_are_told_the_type_of_their_result_are_counted(product: str) -> None:
+    first, second = torch.empty(4, 8, dtype=torch.bfloat16), torch.empty(8, 6, dtype=torch.bfloat16)
+    operands, added = [first, second], torch.empty(4, 6, dtype=torch.bfloat16)
+    if product.startswith("b"):
+        operands, added = [each.expand(3, -1, -1) for each in operands], added.expand(3, -1, -1)
+    if "add" in product:
+        operands = [added, *operands]
+    with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
+        getattr(torch, product)(*operands)
+    expected = 2 * 4 * 8 * 6 * (3 if product.startswith("b") else 1)
+    assert counter.get_total_flops() == expected
+    count = COUNTS[getattr(torch.ops.aten, product)]  # as a counter calls it
+    shapes = [operand.shape for operand in operands]
+    assert count(*shapes, torch.float32, out_shape=torch.Size([4, 6])) == expected
+    assert count(*shapes, beta=1, alpha=1, out_shape=torch.Size([4, 6])) == expected
 
 
 def test_training_counts_shared_keys_and_values() -> None:
     """Backwards too, through the kernel for processors."""
     query, key, value = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (6, 2, 2))
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
         attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         attended.sum().backward()
     assert counter.get_total_flops() == 7 * 2 * 2 * 6 * 5 * 5 * 8
