@@ -825,6 +825,23 @@ def vlm_lengths() -> str:
     return markdown(["per frame", "frames", *spans], rows)
 
 
+def vlm_gpu() -> str:
+    """Steps of stage 1 on a GPU, as they are written and compiled."""
+    figures = read("gpu/train_vlm_135m")["figures"]
+    rows = []
+    for name, key in (
+        ("as written, 64 videos", "frames_16_batch_64"),
+        ("as written, 128 videos", "frames_16_batch_128"),
+        ("`compile=inductor`, 128 videos", "frames_16_compiled"),
+    ):
+        found = {figure: figures[f"{key}_{figure}"] for figure in ("step_ms", "samples_per_s", "peak_gb", "mfu")}
+        frames = 16 * found["samples_per_s"]
+        rows.append(
+            [name, f"{found['step_ms']:.0f} ms", f"{frames:.0f}", f"{found['peak_gb']:.1f} GB", f"{found['mfu']:.1%}"]
+        )
+    return markdown(["", "step", "frames per second", "peak memory", "share of the peak"], rows)
+
+
 def vlm_others() -> str:
     """Models that were trained otherwise."""
     titles = {
@@ -991,6 +1008,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_trainings_128px,
             dit_switches_128px,
             vlm_seeds,
+            vlm_gpu,
             vlm_others,
             vlm_lengths,
             vlm_ablations,
