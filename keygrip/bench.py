@@ -43,7 +43,8 @@ class BenchSchema(EntrySchema):
     output: str | None = None
     cases: Any = MISSING
     suite: str | None = None
-    part: str = ALL
+    part: Any = ALL
+    minutes: float | None = None
     toy: bool = False
     tf32: bool = False
     commit: str | None = None
@@ -96,24 +97,27 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     if cfg.tf32:
         raise ValueError("tf32=true is for a case: the parts of a suite measure TF32 beside float32 themselves")
     suites.refuse_without_gpu(cfg.toy)
-    names = list(cfg.gpu) if cfg.part == ALL else [_known("part", cfg.part, list(cfg.gpu))]
+    chosen = [cfg.part] if isinstance(cfg.part, str) else list(cfg.part)
+    names = list(cfg.gpu) if chosen == [ALL] else [_known("part", str(name), list(cfg.gpu)) for name in chosen]
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
-    suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy)
+    changes = tuple(argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith("gpu."))
+    suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, changes)
     if os.environ.get(PART_PROCESS) == cfg.part:
         # The suite stops a part by SIGINT, which jobs that a shell starts in the background are born to ignore.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return suite.measure(cfg.part, instantiate(cfg.gpu[cfg.part], _convert_="all"))
     if commit is None:
         log.info("git knows no commit of this package: nothing is skipped; give one with commit=NAME")
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("part=", "commit="))]
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("part=", "commit=", "minutes="))]
     given += [f"commit={commit or 'unknown'}"]
 
     def command(name: str) -> list[str]:
         return ["env", f"{PART_PROCESS}={name}", sys.executable, "-m", "keygrip.bench", *given, f"part={name}"]
 
-    records = suite.run(names, command)
+    records = suite.run(names, command, cfg.minutes)
     failed = {name: record["error"] for name, record in records.items() if "error" in record}
-    return {"suite": cfg.suite, "parts": records, "failed": failed, "toy": cfg.toy, "machine": machine()}
+    result = {"suite": cfg.suite, "parts": records, "failed": failed, "toy": cfg.toy, "machine": machine()}
+    return result | ({"not_begun": left} if (left := [name for name in names if name not in records]) else {})
 
 
 def _known(kind: str, name: str, names: list[str]) -> str:

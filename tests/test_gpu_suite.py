@@ -161,6 +161,18 @@ class TestSuite:
         assert calls == ["one", "two"]
         assert [record["error"] for record in records.values()] == ["stopped after 0.5 s"] * 2
 
+    def test_what_changes_a_part_is_recorded_and_measured_anew(self, tmp_path: Path) -> None:
+        suite = Suite(tmp_path, "abc", toy=True, changes=("gpu.fine.limit_s=5", "gpu.other.limit_s=9"))
+        command = suite.measure("fine", Fine())["command"]
+        assert command == "python -m keygrip.bench suite=gpu part=fine toy=true gpu.fine.limit_s=5"
+        assert suite.kept("fine") is not None
+        assert replace(suite, changes=("gpu.other.limit_s=9",)).kept("fine") is None
+
+    def test_no_part_is_begun_after_the_minutes(self, tmp_path: Path) -> None:
+        calls: list[str] = []
+        assert Suite(tmp_path, "abc", toy=True).run(["one", "two"], self.command(calls), minutes=0.0) == {}
+        assert calls == []
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu(self, command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
         refuse_without_gpu(toy=True)

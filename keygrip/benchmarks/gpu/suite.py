@@ -1,7 +1,8 @@
 """Runs the parts of a suite, each in a process of its own, and records them.
 
-A part's record holds its figures, the commit, the machine and the time it took; a part that failed has an ``error``
-too. What is recorded for the present commit is not measured again, unless it failed.
+A part's record holds its figures, the commit, the machine, the time it took and the command with all that changes the
+part; a part that failed has an ``error`` too. What is recorded for the present commit and command is not measured
+again, unless it failed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,24 +66,32 @@ class Suite:
     Args:
         folder: of the records, one file per part.
         commit: what the records are made for; None: unknown, then nothing is skipped.
-        toy: whether parts run at toy size.
+        toy: whether parts run at toy size. changes: arguments that change parts, for their records.
         limit_s: after so many seconds a part's process is told to stop. grace_s: and after so many more it is killed.
     """
 
     folder: Path
     commit: str | None
     toy: bool
+    changes: tuple[str, ...] = ()
     limit_s: float = PART_LIMIT_S
     grace_s: float = 15.0
 
-    def run(self, names: Sequence[str], command: Callable[[str], Sequence[str]]) -> dict[str, Any]:
+    def run(
+        self, names: Sequence[str], command: Callable[[str], Sequence[str]], minutes: float | None = None
+    ) -> dict[str, Any]:
         """Measures what is not recorded yet; the records by part.
 
         Args:
             names: parts. command: of a part, starts a process that calls `measure`.
+            minutes: after so many no further part is begun.
         """
         records: dict[str, Any] = {}
+        started = time.monotonic()
         for number, name in enumerate(names, start=1):
+            if minutes is not None and time.monotonic() - started >= 60 * minutes:
+                log.warning("minutes=%g are over, not begun: %s", minutes, ", ".join(names[number - 1 :]))
+                break
             if (kept := self.kept(name)) is not None:
                 log.info("%s is recorded for this commit in %s", name, self.file(name))
                 records[name] = kept
@@ -104,8 +114,8 @@ class Suite:
         if self.commit is None or self.commit.endswith("+changes") or not self.file(name).is_file():
             return None
         record = self._read(name)
-        here = (self.commit, self.toy, machine())
-        same = (record.get("commit"), record.get("toy"), record.get("machine")) == here
+        here = (self.commit, self.toy, machine(), self._command(name))
+        same = tuple(record.get(key) for key in ("commit", "toy", "machine", "command")) == here
         return record if same and "error" not in record else None
 
     def measure(self, name: str, part: Part) -> dict[str, Any]:
@@ -153,10 +163,15 @@ class Suite:
             "machine": machine(),
             "wall_s": round(wall_s, 1),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "command": f"python -m keygrip.bench suite=gpu part={name}{' toy=true' if self.toy else ''}",
+            "command": self._command(name),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.file(name), record)
+
+    def _command(self, name: str) -> str:
+        changes = [change for change in self.changes if change.lstrip("+~").startswith(f"gpu.{name}.")]
+        toy = ["toy=true"] if self.toy else []
+        return shlex.join(["python", "-m", "keygrip.bench", "suite=gpu", f"part={name}", *toy, *changes])
 
     def _read(self, name: str) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(self.file(name).read_text(encoding="utf-8"))
