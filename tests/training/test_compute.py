@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from keygrip import train
@@ -87,6 +88,25 @@ def test_training_counts_shared_keys_and_values() -> None:
         attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         attended.sum().backward()
     assert counter.get_total_flops() == 7 * 2 * 2 * 6 * 5 * 5 * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"])
+def test_attention_on_a_gpu_is_counted(backend: str) -> None:
+    """Each of its kernels, with keys and values that three heads share; in plain products the backward pass computes
+    the scores no second time."""
+    query, key, value = (
+        torch.randn(2, heads, 16, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)
+    )
+    with (
+        FlopCounterMode(display=False, custom_mapping=COUNTS) as counter,
+        sdpa_kernel(getattr(SDPBackend, backend)),
+    ):
+        attend = torch.nn.functional.scaled_dot_product_attention
+        attend(query, key, value, is_causal=True, enable_gqa=True).sum().backward()
+    passes = 6 if backend == "MATH" else 7
+    assert counter.get_total_flops() == passes * 2 * 2 * 6 * 16 * 16 * 32
 
 
 def test_accumulated_batches_count_together(toy_overrides: Callable[..., list[str]]) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from keygrip.models.foveated_vlm import loss as losses
 from keygrip.models.foveated_vlm.loss import check_liger, fused_cross_entropy, token_cross_entropy
+from keygrip.training.compute import OPERATIONS
 
 ROOT = Path(__file__).parents[3]
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -72,6 +74,20 @@ def test_the_kernel_on_a_gpu(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     rtol, atol = (5e-2, 5e-2) if bf16 else (1e-3, 1e-4)
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         assert_same("cuda", 300, 64, 5000, rtol, atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or not installed(), reason="needs a GPU and liger-kernel")
+def test_its_products_are_counted() -> None:
+    """torch 2.11's own counts end the step at them."""
+    hidden = torch.randn(30, 64, device="cuda", requires_grad=True)
+    weight, targets = torch.randn(500, 64, device="cuda", requires_grad=True), torch.arange(30, device="cuda")
+    with (
+        torch.autocast("cuda", torch.bfloat16),
+        FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter,
+    ):
+        fused_cross_entropy(hidden, weight, targets)[0].sum().backward()
+    assert counter.get_total_flops() >= 3 * 2 * 30 * 64 * 500
 
 
 def test_nothing_to_predict_needs_no_kernel() -> None:
