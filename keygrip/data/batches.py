@@ -37,10 +37,14 @@ class Movable:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> Self:
-        """Moved to a device. Only floats change to `dtype` (indices stay integers, masks stay bool)."""
+        """Moved to a device. Only floats change to `dtype` (indices stay integers, masks stay bool).
+
+        What lies in page-locked memory is copied beside the computation in any case: Lightning asks for that with plain
+        tensors alone."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=non_blocking)
+            beside = non_blocking or (device is not None and torch.device(device).type == "cuda" and tensor.is_pinned())
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=beside)
 
         return self.map(move)
 
@@ -179,7 +183,8 @@ PolicyBatch.register(MultiViewPolicyBatch)  # it has all that a PolicyBatch has:
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """float32 [..., 3, S, S] from uint8, a channel at a time, on the device of the images: bytes travel faster."""
-    scale, shift = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (std, mean))
+    # not made on the device: that would wait for all that it has to do
+    scale, shift = (torch.tensor(v).view(3, 1, 1).to(images.device, non_blocking=True) for v in (std, mean))
     return (images.float() / 255 - shift) / scale
 
 

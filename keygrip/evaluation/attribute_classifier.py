@@ -126,7 +126,8 @@ def count_objects(objects: Tensor) -> tuple[Tensor, Tensor]:
 
     shares = objects.sigmoid()
     cube, colour = shares[:, :-1].max(dim=1)  # one place has one cube, whatever its colour
-    kinds = functional.one_hot(colour, objects.shape[1] - 1) * peaks(cube)[..., None]  # [B, h, w, K]
+    colours = torch.arange(objects.shape[1] - 1, device=objects.device)
+    kinds = (colour[..., None] == colours) & peaks(cube)[..., None]  # [B, h, w, K]
     return kinds.sum(dim=(1, 2)), peaks(shares[:, -1]).sum(dim=(1, 2))
 
 

@@ -48,7 +48,8 @@ class EvaluateImages(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        module = load_module(self.run_dir, expected=PatchDiTModule).to(pl_module.device)  # with EMA weights
+        module = load_module(self.run_dir, expected=PatchDiTModule)  # with EMA weights
+        module.to(trainer.strategy.root_device)  # where it was trained: by now the trainer has taken its own to the CPU
         assert isinstance(module, PatchDiTModule)
         output = self.run_dir / "pictures"
         figures, images = run_suite(module, self.data, self.suite, output)

@@ -133,9 +133,12 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """What `python -m keygrip.evaluate` does with a patch-conditioned DiT."""
+    import torch
+
     settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}
     refuse_unknown(settings["features"], FeatureOptions)
     options = ImageSuite(**{**settings, "features": FeatureOptions(**settings["features"])})
     data = evaluated.stored_data()
+    evaluated.module.to("cuda" if torch.cuda.is_available() else "cpu")
     figures, _ = run_suite(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
     return figures

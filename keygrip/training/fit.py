@@ -70,6 +70,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     complete_stages(plain, train=not cfg.dry_run)
     origin = run_metadata()
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.deterministic:  # read at the first product on a GPU; without it torch warns at every one
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
     # Filling what is overwritten anyway costs a sixth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -151,6 +151,7 @@ def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:
     if wanted and not on_gpu:
         raise ValueError(f"{setting}=true is for GPUs, and this process computes on the CPU: leave it out")
     torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted  # torch would compute convolutions in TF32 either way
 
 
 def automatic_precision(on_gpu: bool) -> str:

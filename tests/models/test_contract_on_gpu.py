@@ -21,6 +21,7 @@ import keygrip
 from keygrip import generate, sample
 from keygrip.config import compose, group_options
 from keygrip.evaluation.attribute_classifier import ClassifierOptions
+from keygrip.models.patch_dit.module import PatchDiTModule
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +91,23 @@ def use(kind: str | None, run: Path, tmp_path: Path, streams: bool) -> None:
         assert session.answer() == "".join(session.stream())
     if kind is not None:
         keygrip.evaluate(run, EVALUATE[kind])
+
+
+def test_images_are_evaluated_on_the_gpu(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After training Lightning has taken the model back to the CPU, and the command reads it onto the CPU."""
+    monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
+    seen, draw = [], PatchDiTModule.draw
+
+    def drawn(self: PatchDiTModule, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.device.type)
+        return draw(self, *args, **kwargs)
+
+    run = tmp_path / "run"
+    keygrip.train(["model=patch_dit", *QUICK, *PatchDiTModule.toy_overrides, "max_steps=1", f"run_dir={run}"])
+    monkeypatch.setattr(PatchDiTModule, "draw", drawn)
+    with pretended_gpu(bf16=False):
+        keygrip.evaluate(run, EVALUATE["image_text"])
+    assert set(seen) == {"cuda"}
 
 
 @pytest.mark.parametrize("name", list(CASES))

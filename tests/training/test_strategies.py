@@ -131,13 +131,15 @@ def test_tensors_that_are_not_sharded_stay_as_they_are() -> None:
 
 
 def test_tf32_is_for_gpus_and_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         with_gpus(monkeypatch, 1)
         Strategy(tf32=True).trainer_arguments()
         assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
         Strategy().trainer_arguments()
         assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32, "convolutions too"
         with_gpus(monkeypatch, 0)
         with pytest.raises(ValueError, match=r"strategy\.tf32=true is for GPUs, and this process computes on the CPU"):
             Strategy(tf32=True).trainer_arguments()
@@ -148,4 +150,5 @@ def test_tf32_is_for_gpus_and_off_unless_asked_for(monkeypatch: pytest.MonkeyPat
         kept = Strategy(accelerator="cpu", devices=2, kind="fsdp", reshard_after_forward=False)
         assert kept.trainer_arguments()["strategy"].reshard_after_forward is False
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -22,6 +22,7 @@ from keygrip.models.geometry_vla.action_spaces import (
     action_space,
     pose_numbers,
 )
+from keygrip.models.nn.precision import without_autocast
 from keygrip.training.parts import ReadWhere, model_part
 
 SIZE = 10  # numbers of an arm's pose: position 3, rotation columns 6, opening 1
@@ -228,7 +229,8 @@ class PoseActions(nn.Module):
             actions: ``[B, T, C A]``. position, quaternion: ``[B, A, 3]`` and ``[B, A, 4]``, the present pose.
             embodiment: ``[B]``, with several robots.
         """
-        return self.space.poses(self.numbers(actions, embodiment), position, quaternion)
+        with without_autocast(actions):  # a pose in bf16 is off by millimetres
+            return self.space.poses(self.numbers(actions, embodiment), position, quaternion)
 
     def mask(self, targets: PolicyTargets) -> Tensor:
         """bool ``[B, T, C A]``: False where the step is padding behind the end of a demonstration."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keygrip.models.nn.precision import without_autocast
+
 
 @dataclass(frozen=True)
 class KeyValues:
@@ -202,8 +204,7 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """The norm in the type of ``x``: autocast would take it to float32 and back."""
-    device = "cpu" if x.is_meta else x.device.type  # the device for shapes alone knows no autocast
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x):
         return F.layer_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), None, norm.eps)
 
 

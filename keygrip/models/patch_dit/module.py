@@ -389,7 +389,8 @@ class PatchDiTModule(System):
 
     def on_validation_epoch_end(self) -> None:
         if self._to_show:
-            self._show(ImageTextBatch.joined(self._to_show))
+            with self.trainer.precision_plugin.forward_context():  # Lightning's own is about steps alone
+                self._show(ImageTextBatch.joined(self._to_show))
         logged = self.trainer.callback_metrics
         if "val/loss_shuffled" in logged:
             ratio = logged["val/loss_shuffled"] / logged["val/loss"]
@@ -471,9 +472,8 @@ class PatchDiTModule(System):
         if count > 1:
             ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
         rows = [("pictures", real)]
-        way = self.sampling
-        if self.guide_network is None:  # there is nothing to go away from, or not yet
-            way = replace(way, guide_scale=0.0)
+        # without a guide, or not yet, there is nothing to go away from
+        way = self.sampling if self.guide_network is not None else replace(self.sampling, guide_scale=0.0)
         rows += [(title, self.draw(conditions, size, seeds, way)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
             self.show_image("val/samples", image_grid(rows))

@@ -100,8 +100,9 @@ def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Ten
     outside."""
     # grid_sample with align_corners=False has the corner convention
     grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)
-    flat = grid.flatten(1, -2)[:, :, None].to(feature_map.dtype)  # [B, N, 1, 2]
-    sampled = F.grid_sample(feature_map, flat, mode="bilinear", padding_mode="border", align_corners=False)
+    kind = torch.promote_types(feature_map.dtype, torch.float32)  # in bf16 places would be off by a twentieth of a cell
+    flat = grid.flatten(1, -2)[:, :, None].to(kind)  # [B, N, 1, 2]
+    sampled = F.grid_sample(feature_map.to(kind), flat, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels, two_hot
+from keygrip.models.nn.precision import without_autocast
 from keygrip.models.volume_query.world import WorldScores
 
 
@@ -51,7 +52,8 @@ class VolumeLogits:
         """The whole volume ``[*, Z, H, W]``: the reference for tests and benchmarks, never used in training."""
         volume = self.pixel[..., None, :, :] + self.height[..., :, None, None] + self.constant[..., None, None, None]
         if self.pixel_factor is not None and self.height_factor is not None:
-            volume = volume + torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
+            with without_autocast(volume):
+                volume = volume + torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
         if self.world is not None:
             volume = volume + torch.stack([self.world.slice(z) for z in range(self.height.shape[-1])], dim=-3)
         return volume
@@ -84,7 +86,8 @@ class VolumeLogits:
         index = cells[..., 0] * width + cells[..., 1]
         factors = self.pixel_factor.flatten(-2)  # [*, R, HW]
         chosen = factors.gather(-1, index[..., None, None].expand(*factors.shape[:-1], 1))[..., 0]  # [*, R]
-        return self.height + chosen @ self.height_factor
+        with without_autocast(chosen):
+            return self.height + chosen @ self.height_factor
 
     def pixel_marginal(self) -> Tensor:
         """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant a step)."""
@@ -98,9 +101,7 @@ class VolumeLogits:
         if self.pixel_factor is None or self.height_factor is None:
             return self.pixel
         for z in range(self.height.shape[-1]):  # streamed, so that no more than one slice exists
-            slice_ = self.height[..., z, None, None] + torch.einsum(
-                "...rhw,r->...hw", self.pixel_factor, self.height_factor[:, z]
-            )
+            slice_ = self.height[..., z, None, None] + _coupled(self.pixel_factor, self.height_factor[:, z])
             total = slice_ if total is None else torch.logaddexp(total, slice_)
         assert total is not None
         return self.pixel + total
@@ -211,7 +212,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
     def forward(ctx, pixel: Tensor, height: Tensor, pixel_factor: Tensor, height_factor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         slices = []
         for z in range(height.shape[-1]):
-            slice_ = torch.einsum("...rhw,r->...hw", pixel_factor, height_factor[:, z]).add_(pixel)
+            slice_ = _coupled(pixel_factor, height_factor[:, z]).add_(pixel)
             slices.append(slice_.flatten(-2).logsumexp(-1))
         total = (torch.stack(slices, dim=-1) + height).logsumexp(-1)
         ctx.save_for_backward(pixel, height, pixel_factor, height_factor, total)
@@ -223,14 +224,22 @@ class _StreamedLogSumExp(torch.autograd.Function):
         grad_pixel, grad_height = torch.zeros_like(pixel), torch.zeros_like(height)
         grad_pixel_factor, grad_height_factor = torch.zeros_like(pixel_factor), torch.zeros_like(height_factor)
         for z in range(height.shape[-1]):
-            slice_ = torch.einsum("...rhw,r->...hw", pixel_factor, height_factor[:, z]).add_(pixel)
+            slice_ = _coupled(pixel_factor, height_factor[:, z]).add_(pixel)
             slice_ += (height[..., z] - total)[..., None, None]
             weighted = slice_.exp_() * grad_total[..., None, None]  # probability times incoming gradient
             grad_pixel += weighted
             grad_height[..., z] = weighted.sum((-2, -1))
             grad_pixel_factor += weighted[..., None, :, :] * height_factor[:, z, None, None]
-            grad_height_factor[:, z] = torch.einsum("...hw,...rhw->r", weighted, pixel_factor)
+            with without_autocast(weighted):
+                grad_height_factor[:, z] = torch.einsum("...hw,...rhw->r", weighted, pixel_factor)
         return grad_pixel, grad_height, grad_pixel_factor, grad_height_factor
+
+
+def _coupled(pixel_factor: Tensor, height_factor: Tensor) -> Tensor:
+    """Coupling of all pixels with one height, [*, R, H, W] and [R] -> [*, H, W], in float32 under autocast too: the
+    normaliser and its gradient must be of the same logits."""
+    with without_autocast(pixel_factor):
+        return torch.einsum("...rhw,r->...hw", pixel_factor, height_factor)
 
 
 def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
@@ -247,7 +256,7 @@ def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
             else:
                 assert logits.pixel_factor is not None
                 assert logits.height_factor is not None
-                added = torch.einsum("...rhw,r->...hw", logits.pixel_factor, logits.height_factor[:, z])
+                added = _coupled(logits.pixel_factor, logits.height_factor[:, z])
             slice_ = logits.pixel + added
             value, index = slice_.flatten(-2).max(-1)
             value = value + logits.height[..., z]

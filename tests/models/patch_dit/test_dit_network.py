@@ -220,6 +220,24 @@ def test_routing_is_for_training_alone() -> None:
     assert difference(velocity(plain, conditions), velocity(routed, conditions)) > 0.01
 
 
+def test_tokens_are_taken_and_put_back_as_by_gather_and_scatter() -> None:
+    torch.manual_seed(0)
+    whole, tokens = torch.randn(3, 7, 4, requires_grad=True), torch.randn(3, 5, 4, requires_grad=True)
+    index = TokenRouting(share=0.3, start=1, stop=2).choose(3, 7, whole.device)
+    wide = index[..., None].expand(-1, -1, 4)
+    for found, expected in (
+        (TokenRouting.take(whole, index), whole.gather(1, wide)),
+        (TokenRouting.put_back(whole, tokens, index), whole.scatter(1, wide, tokens)),
+    ):
+        assert torch.equal(found, expected)
+        weights, inputs = torch.randn_like(found), [whole, tokens]
+        gradients = (
+            torch.autograd.grad((each * weights).sum(), inputs, allow_unused=True) for each in (found, expected)
+        )
+        for one, other in zip(*gradients, strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
 def test_routed_tokens_pass_by_the_middle() -> None:
     """The middle blocks see so many tokens; those that pass by come back as they were, in their places."""
     network = small_dit(routing=TokenRouting(share=0.75, start=1, stop=2)).train()

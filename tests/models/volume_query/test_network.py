@@ -114,6 +114,12 @@ def test_bilinear_sampling_follows_the_corner_convention() -> None:
     torch.testing.assert_close(sample_features(feature_map, pixels, 32), pixels)
 
 
+def test_features_of_a_bf16_map_are_read_at_the_very_place() -> None:
+    torch.manual_seed(0)
+    feature_map, pixels = torch.randn(2, 4, 56, 56).bfloat16(), torch.rand(2, 7, 2) * 448
+    assert torch.equal(sample_features(feature_map, pixels, 448), sample_features(feature_map.float(), pixels, 448))
+
+
 def test_wrong_image_size_and_missing_state_are_named() -> None:
     with pytest.raises(ValueError, match="built for 64 x 64 images, got 80 x 80"):
         build()(torch.randn(1, 3, 80, 80), torch.zeros(1, 1, 2))

@@ -74,6 +74,25 @@ def test_soft_loss_and_gradient_equal_the_dense_reference(coupled: bool) -> None
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-9)
 
 
+def test_bf16_autocast_rounds_no_logit() -> None:
+    """The normaliser, its gradient and what is decoded are of the same float32 logits."""
+    logits = random_logits(coupled=True).map(lambda part: part.float())
+    cells = torch.stack([torch.randint(0, H, (B, T)), torch.randint(0, W, (B, T))], dim=-1)
+    target = hard_target(cells, torch.randint(0, Z, (B, T)))
+    leaf = logits.map(lambda part: part.detach().clone().requires_grad_())
+    plain = [volume_cross_entropy(leaf, target), leaf.pixel_marginal(), leaf.dense(), *argmax_voxel(leaf)]
+    plain[0].sum().backward()
+    again = logits.map(lambda part: part.detach().clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [volume_cross_entropy(again, target), again.pixel_marginal(), again.dense(), *argmax_voxel(again)]
+        found[0].sum().backward()
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(leaves(again), leaves(leaf), strict=True):
+        assert one.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
 def test_constant_term_cancels() -> None:
     logits = random_logits(coupled=False)
     target = hard_target(torch.zeros(B, T, 2, dtype=torch.long), torch.zeros(B, T, dtype=torch.long))
