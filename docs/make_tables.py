@@ -825,6 +825,19 @@ def vlm_lengths() -> str:
     return markdown(["per frame", "frames", *spans], rows)
 
 
+def vlm_claims() -> str:
+    """Jobs of `sweep=vlm_claims` that were run."""
+    rows = []
+    for run in read("foveated_vlm")["claims"]["runs"]:
+        row = [f"`{run['ablation'].removeprefix('vlm_claims/')}`"]
+        for kind in ("mark", "cue", "glance"):
+            found = [run[mode][f"accuracy_{kind}"] for mode in ("coarse_fine", "autoregressive") if mode in run]
+            row.append(" / ".join(f"{share:.2f}" for share in found or [run["coarse_only"][f"accuracy_{kind}"]]))
+        row.append(f"{100 * run['gap']:.1f} %" if "gap" in run else "")
+        rows.append(row)
+    return markdown(["job, seed 0", "*mark*", "*cue*", "*glance*", "gap"], rows)
+
+
 def vlm_gpu() -> str:
     """Steps of stage 1 on a GPU, as they are written and compiled."""
     figures = read("gpu/train_vlm_135m")["figures"]
@@ -1008,6 +1021,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_trainings_128px,
             dit_switches_128px,
             vlm_seeds,
+            vlm_claims,
             vlm_gpu,
             vlm_others,
             vlm_lengths,

@@ -167,12 +167,12 @@ class CoordinateRegressionModule(System):
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         output = self(batch)
         losses = self.losses(output, batch)
-        self.log_values("train", losses | self.metrics(output, batch), len(batch.image), BAR)
+        self.log_values("train", losses | self.metrics(output, batch), len(batch), BAR)
         return losses["total"]
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)
-        self.log_values("val", self.losses(output, batch) | self.metrics(output, batch), len(batch.image), BAR)
+        self.log_values("val", self.losses(output, batch) | self.metrics(output, batch), len(batch), BAR)
 
 
 @dataclass

@@ -328,8 +328,8 @@ class VolumeQueryModule(System):
         targets = self.targets(batch)
         output = self(batch, targets, teacher=True)
         losses = self.losses(output, batch, targets)
-        self.log_values("train", losses | self.metrics(output, batch, targets), len(batch.image), BAR)
-        self.log("train/off_screen_share", 1 - targets.inside.float().mean(), batch_size=len(batch.image))
+        self.log_values("train", losses | self.metrics(output, batch, targets), len(batch), BAR)
+        self.log("train/off_screen_share", 1 - targets.inside.float().mean(), batch_size=len(batch))
         if self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0:
             self._show("train", output, batch, targets)
         return losses["total"]
@@ -343,7 +343,7 @@ class VolumeQueryModule(System):
         metrics = self.losses(output, batch, targets)
         metrics |= {name: _mean_where(value, targets.valid) for name, value in errors.items()}
         metrics |= self.decoded_metrics(output, batch, targets)
-        self.log_values("val", metrics, len(batch.image), BAR)
+        self.log_values("val", metrics, len(batch), BAR)
         if batch_idx == 0 and self.log_images_every_n_steps:
             self._show("val", output, batch, targets)
 
