@@ -331,4 +331,4 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     """values [B, X, C] at index [B, Y] -> [B, Y, C]. Whole positions are looked up: the gradient of a `gather` is, in
     deterministic mode on a GPU, sorted number by number."""
     first = torch.arange(len(values), device=index.device)[:, None] * values.shape[1]
-    return values.flatten(0, 1)[(first + index).flatten()].unflatten(0, index.shape)
+    return values.flatten(0, 1)[first + index]  # no view, which a compiled block would be compiled anew for

@@ -50,16 +50,16 @@ class TokenRouting:
     @staticmethod
     def take(whole: Tensor, index: Tensor) -> Tensor:
         """Tokens ``[B, K, D]`` of ``[B, N, D]``."""
-        return whole.flatten(0, 1)[_places(whole, index)].unflatten(0, index.shape)
+        return whole.flatten(0, 1)[_places(whole, index)]
 
     @staticmethod
     def put_back(whole: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """``whole`` ``[B, N, D]`` with the tokens ``[B, K, D]`` in their places."""
         flat = whole.to(tokens.dtype).flatten(0, 1)
-        return flat.index_copy(0, _places(whole, index), tokens.flatten(0, 1)).view(whole.shape)
+        return flat.index_copy(0, _places(whole, index).flatten(), tokens.flatten(0, 1)).view(whole.shape)
 
 
 def _places(whole: Tensor, index: Tensor) -> Tensor:
-    """``[B K]``, of tokens among all of ``whole`` ``[B, N, D]``: moved whole, since `gather` and `scatter` are sorted
+    """``[B, K]``, of tokens among all of ``whole`` ``[B, N, D]``: moved whole, since `gather` and `scatter` are sorted
     number by number in deterministic mode on a GPU."""
-    return (torch.arange(len(whole), device=index.device)[:, None] * whole.shape[1] + index).flatten()
+    return torch.arange(len(whole), device=index.device)[:, None] * whole.shape[1] + index
