@@ -100,8 +100,7 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     chosen = [cfg.part] if isinstance(cfg.part, str) else list(cfg.part)
     names = list(cfg.gpu) if chosen == [ALL] else [_known("part", str(name), list(cfg.gpu)) for name in chosen]
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
-    changes = tuple(argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith("gpu."))
-    suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, changes)
+    suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, tuple(sys.argv[1:]))
     if os.environ.get(PART_PROCESS) == cfg.part:
         # The suite stops a part by SIGINT, which jobs that a shell starts in the background are born to ignore.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -88,7 +88,7 @@ class Compilation:
             if any(parameter.requires_grad for parameter in part.parameters()):
                 compiled = part._compiled_call_impl
                 assert compiled is not None
-                part._compiled_call_impl = functools.partial(_call_while_training, part, compiled)
+                part._compiled_call_impl = functools.partial(_while_training, part._call_impl, compiled)
         log.info("%d blocks are compiled in the first steps (%s)", len(parts), self.backend)
         return len(parts)
 
@@ -97,12 +97,8 @@ class Compilation:
         return functools.partial(_while_training, run, compiled) if trained else compiled
 
 
-def _while_training(run: Callable[..., Any], compiled: Callable[..., Any], *args: Any) -> Any:
-    return (compiled if torch.is_grad_enabled() else run)(*args)
-
-
-def _call_while_training(part: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return (compiled if torch.is_grad_enabled() else part._call_impl)(*args, **kwargs)
+def _while_training(plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 
 def missing_compiler(on_gpu: bool) -> str:

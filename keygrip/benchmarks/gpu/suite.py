@@ -66,14 +66,15 @@ class Suite:
     Args:
         folder: of the records, one file per part.
         commit: what the records are made for; None: unknown, then nothing is skipped.
-        toy: whether parts run at toy size. changes: arguments that change parts, for their records.
+        toy: whether parts run at toy size. arguments: of the command; those that change a part stand in its
+            record.
         limit_s: after so many seconds a part's process is told to stop. grace_s: and after so many more it is killed.
     """
 
     folder: Path
     commit: str | None
     toy: bool
-    changes: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
     limit_s: float = PART_LIMIT_S
     grace_s: float = 15.0
 
@@ -169,7 +170,7 @@ class Suite:
         write_json(self.file(name), record)
 
     def _command(self, name: str) -> str:
-        changes = [change for change in self.changes if change.lstrip("+~").startswith(f"gpu.{name}.")]
+        changes = [given for given in self.arguments if given.lstrip("+~").startswith(f"gpu.{name}.")]
         toy = ["toy=true"] if self.toy else []
         return shlex.join(["python", "-m", "keygrip.bench", "suite=gpu", f"part={name}", *toy, *changes])
 

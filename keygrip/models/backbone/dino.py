@@ -238,14 +238,11 @@ class DinoBackbone(nn.Module):
                 f"query tokens must be [{kv[0].key.shape[0]}, Q, {self.embed_dim}], as many as the images; got "
                 f"{list(tokens.shape)}"
             )
-        query_block = self._compiled.get(_query_block, _query_block)
-        for block, (key, value) in zip(
-            self._blocks[first_block:], ((each.key, each.value) for each in kv), strict=True
-        ):
+        for block, seen in zip(self._blocks[first_block:], kv, strict=True):
             if attention is None:
-                tokens = query_block(block, tokens, key, value)
+                tokens = _query_block(block, tokens, seen)
             else:
-                tokens, weights = _query_block_with_attention(block, tokens, key, value)
+                tokens, weights = _query_block_with_attention(block, tokens, seen)
                 attention.append(weights)
         return self.net.norm(tokens)
 
@@ -406,17 +403,17 @@ def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
     return torch.cat([part[:, :, :prefix], turned], dim=2)
 
 
-def _query_block(block: Any, tokens: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _query_block(block: Any, tokens: Tensor, kv: BlockKV) -> Tensor:
     """Queries [B, Q, D] through a block, against its keys and values [B, H, R + N, E] alone."""
-    mixed = functional.scaled_dot_product_attention(_queries(block, tokens), key, value)
+    mixed = functional.scaled_dot_product_attention(_queries(block, tokens), kv.key, kv.value)
     return _after_attention(block, tokens, mixed)
 
 
-def _query_block_with_attention(block: Any, tokens: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _query_block_with_attention(block: Any, tokens: Tensor, kv: BlockKV) -> tuple[Tensor, Tensor]:
     """As `_query_block`, and the attention [B, H, Q, R + N]."""
     query = _queries(block, tokens)
-    weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
-    return _after_attention(block, tokens, weights @ value), weights
+    weights = (query @ kv.key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+    return _after_attention(block, tokens, weights @ kv.value), weights
 
 
 def _queries(block: Any, tokens: Tensor) -> Tensor:
