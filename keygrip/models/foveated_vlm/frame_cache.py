@@ -25,6 +25,9 @@ def frame_names(batch: VideoTextBatch) -> list[bytes]:
     return [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in frames]
 
 
+SLAB_BYTES = 256 * 2**20
+
+
 class FrameCache:
     """What the encoder makes of each frame, by the name of the frame, as long as there is room.
 
@@ -36,11 +39,13 @@ class FrameCache:
 
     Attributes:
         room: bytes that are left of it.
+        kept: by name, as `encode` gave it; views of slabs that hold many frames.
     """
 
     def __init__(self, limit_gb: float) -> None:
         self.room = int(limit_gb * 2**30)
         self.kept: dict[bytes, Encoded] = {}
+        self._slabs: dict[tuple[object, ...], _Slab] = {}  # that are being filled, by what they hold
 
     def get(self, names: Sequence[bytes], frames: Tensor, encode: Callable[[Tensor], Encoded]) -> Encoded:
         """Of all M frames, as `encode` would give it.
@@ -54,13 +59,45 @@ class FrameCache:
             one = self.kept.get(name)
             if one is None:
                 with torch.no_grad():
-                    one = _own_memory(encode(frames[place : place + 1]))
+                    one = encode(frames[place : place + 1])
                 size = sum(part.nbytes for part in _tensors(one))
                 if size <= self.room:
+                    one = self.kept[name] = self._slab_for(one, size).add(one)
                     self.room -= size
-                    self.kept[name] = one
             found.append(one)
         return _joined(found)
+
+    def _slab_for(self, one: Encoded, size: int) -> _Slab:
+        kind = tuple((part.shape, part.dtype, part.device) for part in _tensors(one))
+        slab = self._slabs.get(kind)
+        if slab is None or slab.full:
+            slab = self._slabs[kind] = _Slab(one, max(1, min(SLAB_BYTES, self.room) // size))
+        return slab
+
+
+class _Slab:
+    """Memory for so many frames. Pieces for one each, made between the tensors of steps, would leave holes beside them
+    that the allocator does not use again: 3 GiB beside 4 of keys and values were seen."""
+
+    def __init__(self, like: Encoded, frames: int) -> None:
+        with torch.inference_mode(False):  # validation fills it too
+            self.parts = [
+                torch.empty((frames, *part.shape[1:]), dtype=part.dtype, device=part.device) for part in _tensors(like)
+            ]
+        self.used = 0
+
+    @property
+    def full(self) -> bool:
+        return self.used == len(self.parts[0])
+
+    def add(self, one: Encoded) -> Encoded:
+        """Copies it into the next place; views of that."""
+        with torch.inference_mode(False), torch.no_grad():
+            views = [part[self.used : self.used + 1] for part in self.parts]
+            for view, part in zip(views, _tensors(one), strict=True):
+                view.copy_(part)
+        self.used += 1
+        return _like(one, views)
 
 
 def _tensors(encoded: Encoded) -> list[Tensor]:
@@ -69,16 +106,13 @@ def _tensors(encoded: Encoded) -> list[Tensor]:
     return [part for block in encoded for part in (block.key, block.value)]
 
 
-def _own_memory(encoded: Encoded) -> Encoded:
-    """Parts of a larger tensor would keep all of it."""
+def _like(encoded: Encoded, tensors: Sequence[Tensor]) -> Encoded:
+    """As `encoded`, of other tensors."""
     if isinstance(encoded, Tensor):
-        return encoded.contiguous()
-    return [BlockKV(block.key.contiguous(), block.value.contiguous()) for block in encoded]
+        return tensors[0]
+    return [BlockKV(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
 
 
 def _joined(encoded: Sequence[Encoded]) -> Encoded:
     """Of single frames, one behind the other."""
-    tensors = [torch.cat(parts) for parts in zip(*map(_tensors, encoded), strict=True)]
-    if isinstance(encoded[0], Tensor):
-        return tensors[0]
-    return [BlockKV(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
+    return _like(encoded[0], [torch.cat(parts) for parts in zip(*map(_tensors, encoded), strict=True)])

@@ -104,6 +104,21 @@ def test_there_is_no_more_kept_than_allowed() -> None:
     assert held == size  # and no larger tensor behind it
 
 
+def test_training_goes_on_where_validation_kept_frames() -> None:
+    """Lightning validates in inference mode, whose tensors can neither be written nor learned from outside of it."""
+    network, frames, rows = with_path("own"), frames_of([1, 1], 32), rows_of([(0, 9, 4), (1, 6, 3)], [1, 1])
+    cache, fresh = FrameCache(1.0), network.encode(frames[:, 0])
+    with torch.inference_mode():
+        cache.get([b"a"], frames[:1, 0], network.encode)
+    kv = cache.get([b"a", b"b"], frames[:, 0], network.encode)
+    assert len({part.untyped_storage().data_ptr() for part in (cache.kept[b"a"][0].key, cache.kept[b"b"][0].key)}) == 1
+    for kept, block in zip(kv, fresh, strict=True):
+        torch.testing.assert_close(kept.key, block.key)
+        torch.testing.assert_close(kept.value, block.value)
+    network(frames, rows, "coarse_fine", kv=kv).hidden.square().sum().backward()
+    assert network.static_query.grad is not None
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_path_of_its_own_begins_as_the_encoder(mode: str) -> None:
     frames, rows = frames_of(COUNTS, 32), rows_of(TEXTS, COUNTS)
