@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.objects import SIDE, crops_of, draw_objects
+from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -187,7 +188,7 @@ class SelfSupervisedModule(System):
         most = min(self.shift, batch.frames.shape[-1] // 4)
         down, right = torch.randint(-most, most + 1, (2,), generator=random).tolist()
         frames = moved(batch.frames, down, right)
-        with torch.autocast(frames.device.type, enabled=False):
+        with without_autocast(frames):
             plain = frames.float() / 255
             found = draw_objects(plain, self.objects, random)
             images = normalised(frames, backbone.mean, backbone.std)

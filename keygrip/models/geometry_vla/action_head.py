@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from keygrip.models.nn.adaln import AdaLNModulation, modulate
 from keygrip.models.nn.attention import Attention, KeyValues
+from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.sinusoids import LevelEmbedding, level_features
 
 
@@ -190,7 +191,7 @@ class ActionHead(nn.Module):
             told: ``[B, T, H]``, added to the actions' tokens; None: nothing.
         """
         assert len(contexts) == len(self.blocks), "a context for every block"
-        with torch.autocast(actions.device.type, enabled=False):
+        with without_autocast(actions):
             draws = len(actions) // len(state)
             parts = [self.state(state.float()).repeat_interleave(draws, dim=0)[:, None]]
             if self.future_tokens is not None:

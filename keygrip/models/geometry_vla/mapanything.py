@@ -23,6 +23,7 @@ from keygrip.data.batches import normalised
 from keygrip.models.geometry.cameras import camera_centre
 from keygrip.models.geometry.rotations import matrix_to_quaternion
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.models.nn.precision import without_autocast
 from keygrip.training.memory import is_counting
 from keygrip.training.parts import model_part
 
@@ -188,7 +189,7 @@ class MapAnythingGeometry(GeometryEncoder):
             seen = resized.unflatten(0, images.shape[:2])
         views = [{"img": view, "data_norm_type": [self.norm_type]} for view in seen.unbind(1)]
         if cameras:
-            with torch.autocast(images.device.type, enabled=False):  # half precision would move rays by pixels
+            with without_autocast(images):  # half precision would move rays by pixels
                 for place, number in enumerate(self._told(len(views))):
                     intrinsics, world_to_camera = (part[:, place].float() for part in cameras)
                     views[number] |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])

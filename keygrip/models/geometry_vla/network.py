@@ -32,6 +32,7 @@ from keygrip.models.geometry_vla.pointing import PatchPointing, PointedActions, 
 from keygrip.models.language.qwen_vl import QwenVL
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
+from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.sinusoids import level_features
 from keygrip.models.nn.standardise import RunningStandardisation
 from keygrip.training.compilation import Backend
@@ -306,7 +307,7 @@ class GeometryVLA(nn.Module):
         features = self._blanked(found) if self.blank and found is not None else found
         if self.vlm_compressor is not None and self.vlm_gain is not None:
             assert features is not None
-            with torch.autocast(images.device.type, enabled=False):
+            with without_autocast(images):
                 (prefix,) = self.vlm_compressor(self._placed(features.tokens, views))
                 prefix = self.vlm_gain(prefix)
             semantics = self.vlm(images, instructions, blocks, prefix)
@@ -315,7 +316,7 @@ class GeometryVLA(nn.Module):
         if self.pointing is not None:
             pointing = self._maps(semantics.layers[-1].float(), semantics.places, views, features)
         # From here on in float32: what the head reads and the head itself.
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             if features is not None and self.compressor is not None:
                 few = self.compressor(self._placed(features.tokens, views))
                 if self.standardised is None:
@@ -402,7 +403,7 @@ class GeometryVLA(nn.Module):
         told = None
         if self.pointed_actions is not None:
             assert scene.places is not None, "GeometryVLAModule.with_places adds them"
-            with torch.autocast(actions.device.type, enabled=False):
+            with without_autocast(actions):
                 present = state.float().unflatten(-1, (-1, SIZE))[..., :3]  # of each arm
                 told = self.pointed_actions(scene.places, present)
         return self.head(actions, level, state, scene.contexts, record, told)
@@ -429,7 +430,7 @@ class GeometryVLA(nn.Module):
         chosen = sampling or ActionSampling()
         # with few steps the paper's bound of 5 would correct an error more than once
         strongest = min(5.0, float(chosen.steps))
-        with torch.autocast(noise.device.type, enabled=False):  # as the head computes
+        with without_autocast(noise):  # as the head computes
             for block, context in zip(self.head.blocks, scene.contexts, strict=True):
                 # kept from here on: guidance records gradients, and keeps none
                 context.keys_values(cast(HeadBlock, block).attention)
