@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from keygrip.evaluation.paired_report import table as paired_table
@@ -826,16 +827,31 @@ def vlm_lengths() -> str:
 
 
 def vlm_claims() -> str:
-    """Jobs of `sweep=vlm_claims` that were run."""
-    rows = []
+    """Jobs of `sweep=vlm_claims` that were run: means over seeds; in brackets the autoregressive extremes."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in read("foveated_vlm")["claims"]["runs"]:
-        row = [f"`{run['ablation'].removeprefix('vlm_claims/')}`"]
+        groups.setdefault((run["ablation"], run["precision"]), []).append(run)
+    rows = []
+    for (job, precision), runs in groups.items():
+        row = [
+            f"`{job.removeprefix('vlm_claims/')}`, {precision.partition('-')[0].replace('32', 'float32')}",
+            str(len(runs)),
+        ]
+        # A job that trains the coarse pass alone answers by it.
+        modes = ["coarse_only"] if "coarse_only" in job else ["coarse_fine", "autoregressive"]
         for kind in ("mark", "cue", "glance"):
-            found = [run[mode][f"accuracy_{kind}"] for mode in ("coarse_fine", "autoregressive") if mode in run]
-            row.append(" / ".join(f"{share:.2f}" for share in found or [run["coarse_only"][f"accuracy_{kind}"]]))
-        row.append(f"{100 * run['gap']:.1f} %" if "gap" in run else "")
+            found = [[run[mode][f"accuracy_{kind}"] for run in runs] for mode in modes]
+            row.append(" / ".join(f"{fmean(shares):.2f}" for shares in found) + spread(found[-1], "{:.2f}"))
+        gaps = [100 * run["gap"] for run in runs]
+        row.append("" if "coarse_only" in job else f"{fmean(gaps):.1f} %{spread(gaps, '{:.1f}')}")
         rows.append(row)
-    return markdown(["job, seed 0", "*mark*", "*cue*", "*glance*", "gap"], rows)
+    return markdown(["job", "seeds", "*mark*", "*cue*", "*glance*", "gap"], rows)
+
+
+def spread(figures: Sequence[float], form: str) -> str:
+    """The lowest and the highest of several, in brackets."""
+    lowest, highest = form.format(min(figures)), form.format(max(figures))
+    return f" ({lowest} to {highest})" if lowest != highest else ""
 
 
 def vlm_gpu() -> str:
