@@ -180,8 +180,9 @@ def named_precision(accelerator: str | None, precision: str) -> str:
 def cpu_is_faster_in_bf16() -> bool:
     """Whether bf16 products are faster than float32 ones, by the processor's own description.
 
-    Taken to be so with AMX, AMD's AVX512-BF16 and Arm's instructions. Intel's AVX512-BF16 without AMX, as virtual
-    machines often have it, took 1.4 times as long as float32 (`benchmarks/cpu_precision.json`).
+    With AMX steps of an MLP took half as long as in float32 (`benchmarks/cpu_precision_amx.json`). With Intel's
+    AVX512-BF16 without AMX, as virtual machines often have it, they took 1.4 times as long
+    (`benchmarks/cpu_precision.json`). AMD's AVX512-BF16 and Arm's instructions are taken to be faster, unmeasured.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
