@@ -76,8 +76,8 @@ class FrameCache:
 
 
 class _Slab:
-    """Memory for so many frames. Pieces for one each, made between the tensors of steps, would leave holes beside them
-    that the allocator does not use again: 3 GiB beside 4 of keys and values were seen."""
+    """Memory for so many frames. Pieces for one each, made between the tensors of steps, would leave holes beside
+    them."""
 
     def __init__(self, like: Encoded, frames: int) -> None:
         with torch.inference_mode(False):  # validation fills it too
