@@ -841,33 +841,26 @@ def vlm_claims() -> str:
         modes = ["coarse_only"] if "coarse_only" in job else ["coarse_fine", "autoregressive"]
         for kind in ("mark", "cue", "glance"):
             found = [[run[mode][f"accuracy_{kind}"] for run in runs] for mode in modes]
-            row.append(" / ".join(f"{fmean(shares):.2f}" for shares in found) + spread(found[-1], "{:.2f}"))
+            row.append(" / ".join([*(f"{fmean(shares):.2f}" for shares in found[:-1]), over_seeds(found[-1], 2)]))
         gaps = [100 * run["gap"] for run in runs]
-        row.append("" if "coarse_only" in job else f"{fmean(gaps):.1f} %{spread(gaps, '{:.1f}')}")
+        row.append("" if "coarse_only" in job else over_seeds(gaps, 1, " %"))
         rows.append(row)
     return markdown(["job", "seeds", "*mark*", "*cue*", "*glance*", "gap"], rows)
 
 
-def spread(figures: Sequence[float], form: str) -> str:
-    """The lowest and the highest of several, in brackets."""
-    lowest, highest = form.format(min(figures)), form.format(max(figures))
-    return f" ({lowest} to {highest})" if lowest != highest else ""
-
-
 def vlm_gpu() -> str:
     """Steps of stage 1 on a GPU, as they are written and compiled."""
-    figures = read("gpu/train_vlm_135m")["figures"]
     rows = []
-    for name, key in (
-        ("as written, 64 videos", "frames_16_batch_64"),
-        ("as written, 128 videos", "frames_16_batch_128"),
-        ("`compile=inductor`, 128 videos", "frames_16_compiled"),
+    for name, record, key in (
+        ("as written, 64 videos", "train_vlm_135m", "frames_16_batch_64"),
+        ("as written, 128 videos", "train_vlm_135m", "frames_16_batch_128"),
+        ("`compile=inductor`, 128 videos", "train_vlm_135m", "frames_16_compiled"),
+        ("as written, 64 videos, another run", "train_vlm_135m_64_videos", "frames_16_batch_64"),
+        ("`compile=inductor`, 64 videos, another run", "train_vlm_135m_64_videos", "frames_16_compiled"),
     ):
-        found = {figure: figures[f"{key}_{figure}"] for figure in ("step_ms", "samples_per_s", "peak_gb", "mfu")}
-        frames = 16 * found["samples_per_s"]
-        rows.append(
-            [name, f"{found['step_ms']:.0f} ms", f"{frames:.0f}", f"{found['peak_gb']:.1f} GB", f"{found['mfu']:.1%}"]
-        )
+        figures = read(f"gpu/{record}")["figures"]
+        step, rate, peak, share = (figures[f"{key}_{each}"] for each in ("step_ms", "samples_per_s", "peak_gb", "mfu"))
+        rows.append([name, f"{step:.0f} ms", f"{16 * rate:.0f}", f"{peak:.1f} GB", f"{share:.1%}"])
     return markdown(["", "step", "frames per second", "peak memory", "share of the peak"], rows)
 
 
