@@ -828,19 +828,19 @@ def vlm_lengths() -> str:
 
 def vlm_claims() -> str:
     """Jobs of `sweep=vlm_claims` that were run: means over seeds; in brackets the autoregressive extremes."""
+    record = read("foveated_vlm")["claims"]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in read("foveated_vlm")["claims"]["runs"]:
-        groups.setdefault((run["ablation"], run["precision"]), []).append(run)
+    for run in [*record["runs"], *record["stopped_on_a_gpu"]["runs"]]:
+        stopped = ", stopped halfway" if "of_steps" in run else ""
+        kind = run["precision"].partition("-")[0].replace("32", "float32") + stopped
+        groups.setdefault((run["ablation"], kind), []).append(run)
     rows = []
-    for (job, precision), runs in groups.items():
-        row = [
-            f"`{job.removeprefix('vlm_claims/')}`, {precision.partition('-')[0].replace('32', 'float32')}",
-            str(len(runs)),
-        ]
+    for (job, kind), runs in groups.items():
+        row = [f"`{job.removeprefix('vlm_claims/')}`, {kind}", str(len(runs))]
         # A job that trains the coarse pass alone answers by it.
         modes = ["coarse_only"] if "coarse_only" in job else ["coarse_fine", "autoregressive"]
-        for kind in ("mark", "cue", "glance"):
-            found = [[run[mode][f"accuracy_{kind}"] for run in runs] for mode in modes]
+        for question in ("mark", "cue", "glance"):
+            found = [[run[mode][f"accuracy_{question}"] for run in runs] for mode in modes]
             row.append(" / ".join([*(f"{fmean(shares):.2f}" for shares in found[:-1]), over_seeds(found[-1], 2)]))
         gaps = [100 * run["gap"] for run in runs]
         row.append("" if "coarse_only" in job else over_seeds(gaps, 1, " %"))
