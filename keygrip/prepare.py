@@ -35,7 +35,9 @@ def print_report(cfg: DictConfig) -> None:
     report = run(cfg)
     print(json.dumps(report, default=str), flush=True)
     if report.get("errors"):
-        raise ValueError(f"{report['errors']} errors in {report.get('root')}, listed above: fix them before training")
+        where = report.get("problems_file")
+        listed = f"all listed in {where}" if where else "the first listed above"
+        raise ValueError(f"{report['errors']} errors in {report.get('root')}, {listed}: fix them before training")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ SAYS = (
 )
 CONCLUDES = rf"\b(?:therefore|thus|so|hence)\b\s*,?{OPENED}"
 MENTIONS = rf"{NAMES}{OPENED}"
-I_SAY = rf"\b(?:i(?: would| d)? (?:say|answer)|it is|it s|it must be)\b\s*,?{OPENED}"
+I_SAY = rf"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it s|it must be)\b\s*,?{OPENED}"
 REASON = r"(?:because|since|as(?!\s+well)|given|based|due|and\s+not)\b"
 # What follows a letter that is named as the answer ("B is the most likely answer"), or is said not to be it.
 FITTING = r"(?:accurate|appropriate|consistent|fitting|likely|logical|plausible|probable|reasonable|suitable)"
@@ -44,10 +44,14 @@ WRONG = (
     r"(?:not|incorrect|wrong|false|unlikely|impossible|less|least|ruled|excluded|eliminated)\b|"
     r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b)"
 )
+DENIES = r"(?:not|never|cannot|(?:is|are|was|were|do|does|did|has|have|had|ca|could|would|wo|should)n\s?t)"
 NOT = re.compile(
-    r"\b(?:not|neither|nor|isn t|isnt|cannot be|can t be|than|unlike|"
-    r"(?:any|anything|everything|all)\s+(?:but|except)|(?:do|does|did)(?:\s+not|n\s?t)\s+(?:show|contain|depict|have)|"
-    r"instead of|wrong|incorrect|worst|"
+    r"\b(?:not|neither|nor|no|than|unlike|"
+    rf"{DENIES}(?:\s+(?:actually|even|ever|quite|really))?(?:\s+(?:appear|be|become|contain|depict|find|have|look|see|seem"
+    r"|show|turn)s?(?:\s+(?:like|to\s+be|to\s+have))?)?(?:\s+any)?|"
+    r"(?:any|anything|everything|all)\s+(?:but|except)|"
+    # "A: wrong. B" says so of the one before
+    r"instead of|(?<![:;,.)–—-]\s)(?:wrong|incorrect|worst)|"
     r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?)"
     r"\s*(?:option|choice)?\s*[(\[]?$",
     re.IGNORECASE,
@@ -58,6 +62,13 @@ ASKS = re.compile(
     r"[(\[]?[A-Z][)\]]?\s*\?"
 )
 OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|choice)\s*)?[(\[]?$", re.IGNORECASE)
+# Capitals that name something else than an option: "clip A", "Player B", the "D-pad".
+LABELS = re.compile(
+    r"\b(?:angle|camera|chart|clip|column|exhibit|figure|frame|graph|group|image|line|panel|part|person|phase|photo|"
+    r"picture|plan|player|point|position|room|row|scene|section|segment|shot|side|speaker|step|team|type|video|view|"
+    r"vitamin|zone)\s+$",
+    re.IGNORECASE,
+)
 # Texts that have little beside a letter, or beside the number of an option.
 LIKE = r"(?:(?i:(?:it|that|this)\s+)?(?i:looks|seems)\s+(?i:like)\s+)"
 SURE = r"(?:\s+(?i:for sure|it is|to me))"
@@ -133,7 +144,8 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     for find in (_alone, _leading, _said, _anywhere):
         found = find(text, known)
         if found is not None:
-            return found
+            named = _by_words(words, known) if find is _anywhere and not _bracketed(text, known) else None
+            return found if named in (None, found) else None
     found = _by_words(words, known)
     return _numbered(words, known) if found is None else found
 
@@ -372,9 +384,8 @@ def _stated(text: str, last: str) -> int | None:
 
 
 def _anywhere(text: str, known: _Options) -> int | None:
-    """The one letter in brackets, or the one capital that is no word of a sentence."""
-    last = known.last
-    bracketed = {_number(letter) for letter in re.findall(rf"[(\[]([A-{last}])[)\]]", text)}
+    """The one letter in brackets, or the one capital that is no word of a sentence and names nothing else."""
+    last, bracketed = known.last, _bracketed(text, known)
     if len(bracketed) == 1:
         return bracketed.pop()
     if re.search(rf"\b[A-{last}]\b{_another(last)}", text):
@@ -382,14 +393,23 @@ def _anywhere(text: str, known: _Options) -> int | None:
     capitals = [
         match.group(1)
         for match in re.finditer(rf"\b([A-{last}])\b(?!['’])", text)
-        if not NOT.search(text[: match.start()]) and _is_letter(match.group(1), text[match.end() :])
+        if not NOT.search(text[: match.start()])
+        and not LABELS.search(text[: match.start()])
+        and _is_letter(match.group(1), text[match.end() :])
     ]
     return _number(capitals[0]) if len(set(capitals)) == 1 else None
 
 
+def _bracketed(text: str, known: _Options) -> set[int]:
+    """The letters that stand in brackets."""
+    return {_number(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
+
+
 def _is_letter(letter: str, behind: str) -> bool:
     """Whether a capital before this text is no word of a sentence."""
-    return not re.match(r"\s+[a-z]", behind) or (letter not in "AI" and re.match(rf"\s+{REASON}", behind) is not None)
+    return not re.match(r"\s+[a-z]|-[a-z]", behind) or (
+        letter not in "AI" and re.match(rf"\s+{REASON}", behind) is not None
+    )
 
 
 def _by_words(text: str, known: _Options) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import guard, read_json
+from keygrip.data.source_files import everything_below
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     `domain`, `sub_category`, `task_type`."""
     import pyarrow.parquet
 
-    files = sorted(root.rglob("*.parquet"))
+    files = [path for path in everything_below(root) if path.name.endswith(".parquet")]
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
     videos = Videos(root)
@@ -168,7 +169,7 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     """JSON lists, a task a file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
     perhaps `start` and `end`. What a file repeats of another one is left out: some copies hold a list of all tasks
     beside the folder with theirs, which comes first."""
-    files = [file for file in root.rglob("*.json") if not file.name.startswith(".")]
+    files = [file for file in everything_below(root) if file.name.endswith(".json") and not file.name.startswith(".")]
     files.sort(key=lambda file: (-len(file.parts), file))
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
@@ -307,7 +308,7 @@ class Videos:
         self.root = root
         self._by_name: dict[str, list[Path]] = {}
         folders: dict[Path, None] = {}
-        for path in sorted(root.rglob("*")):
+        for path in everything_below(root):
             if path.suffix.lower() in VIDEOS:
                 for name in (path.name, path.stem):
                     self._by_name.setdefault(name, []).append(path)

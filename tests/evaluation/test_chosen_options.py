@@ -304,3 +304,36 @@ def test_capitals_of_compounds_are_no_letters(said: str, options: list[str], opt
 )
 def test_what_is_gone_through_or_preferred(said: str, option: int | None) -> None:
     assert chosen_option(said, PLAIN) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("The answer is blue, as shown in clip A.", 1),
+        ("Player B, in the green shirt.", 2),
+        ("In scene C, red.", 0),
+        ("The D-pad is blue", 1),
+        ("Step B: the cube is green.", 2),
+        ("Blue (see frame D).", 1),
+        ("I think B. The red cube is beside it", 1),
+        ("Blue (D)", 3),  # a letter in brackets is meant
+        ("The letter on the cube is D, and the cube is blue.", None),  # which of both is open
+    ],
+)
+def test_a_capital_that_names_something_else_is_no_option(said: str, option: int | None) -> None:
+    assert chosen_option(said, ["red", "blue", "green", "yellow"]) == option
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("I don't see a red cube", "There is no red cube.", "I see no red cube", "The cube never turns red."),
+        *("It does not look red", "The cube does not appear to be red", "The cube isn't really red"),
+        *("It wasn't red", "I can't see any red cube"),
+        *("A) red: incorrect\nB) blue: incorrect\nC) green: correct", "A) red – incorrect\nB) blue – correct"),
+    ],
+)
+def test_denied_in_a_sentence_is_not_named(said: str) -> None:
+    assert chosen_option(said, ["red", "blue", "green", "yellow"]) != 0
+    if "blue" not in said:
+        assert chosen_option(f"{said}; it is blue.", ["red", "blue", "green", "yellow"]) == 1

@@ -309,3 +309,15 @@ def test_candidates_of_another_form_are_refused(tmp_path: Path, candidates: Any)
     write(tmp_path / "task.json", [entry])
     with pytest.raises(ValueError, match="no list of texts"):
         read_benchmark("mvbench", tmp_path)
+
+
+def test_folders_of_videos_and_of_questions_may_be_links(tmp_path: Path) -> None:
+    entry = {"video": "a.mp4", "question": "What?", "candidates": ["red", "blue"], "answer": "blue"}
+    write(tmp_path / "disk" / "json" / "1_colour.json", [entry])
+    video(tmp_path / "disk" / "videos" / "a.mp4")
+    (tmp_path / "set").mkdir()
+    for name in ("json", "videos"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "disk" / name)
+    benchmark = read_benchmark("mvbench", tmp_path / "set")
+    assert (len(benchmark.questions), benchmark.without_video) == (1, 0)
+    assert len(read_frames(benchmark.questions[0].video, 28, "stretch", 64)) == 3

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 from keygrip.artifacts import make_once, write_bytes
 from keygrip.data.bad_samples import BadSamples, read_npz
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
-from keygrip.data.image_text.bucket_folders import SPLITS, MadeImages, read_info
+from keygrip.data.image_text.bucket_folders import MadeImages, read_info
 from keygrip.data.image_text.bucket_samples import BucketBatchSampler, BucketPart, ImageTextSamples, make_batch
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.samples import missing_parts
 from keygrip.data.image_text.statistics import measure
+from keygrip.data.shards.index import SPLITS
 from keygrip.data.shards.made_shards import held_out
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import folder_beside

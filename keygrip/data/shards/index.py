@@ -25,6 +25,7 @@ from keygrip.data.bad_samples import BadSample, guard, read_npz, regular_file
 
 SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"
+SPLITS = ("train", "val", "test")  # folders of a set that is divided
 INDEX_SUFFIX = ".index.npz"
 END_OF_TAR = 1024  # bytes of zeros
 COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd

@@ -28,6 +28,7 @@ class ShardSet:
     Args:
         root: folder or URL with a manifest.
         cache_dir: for remote sets, where copies lie. cache_gb: their limit.
+        quiet: whether what the manifest leaves out is not said in the log.
 
     Attributes:
         columns: by name, [N]. shard: [N] int32, the number of each sample's shard. fingerprint: of all indices; the
@@ -37,7 +38,9 @@ class ShardSet:
         FileNotFoundError: no manifest. ShardError: a shard differs from the manifest.
     """
 
-    def __init__(self, root: Path | str, cache_dir: Path | str | None = None, cache_gb: float = 32.0) -> None:
+    def __init__(
+        self, root: Path | str, cache_dir: Path | str | None = None, cache_gb: float = 32.0, quiet: bool = False
+    ) -> None:
         self.root = str(root)
         self._cache: ShardCache | None = None
         if is_remote(root):
@@ -49,9 +52,9 @@ class ShardSet:
             )
         manifest = _read_manifest(manifest_path)
         self.shards: list[dict[str, Any]] = [shard for shard in manifest["shards"] if shard["samples"]]
-        for name, reason in manifest["broken"].items():
+        for name, reason in {} if quiet else manifest["broken"].items():
             log.warning("%s is left out: %s (%s)", name, reason, self.root)
-        for name, left in manifest["bad_samples"].items():
+        for name, left in {} if quiet else manifest["bad_samples"].items():
             key, reason = next(iter(left.items()))
             log.warning("%d samples of %s/%s are left out; the first: %s: %s", len(left), self.root, name, key, reason)
         self._indices = [self._read_index(shard) for shard in self.shards]

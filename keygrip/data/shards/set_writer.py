@@ -146,7 +146,11 @@ def write_shards(
         if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
             (root / MANIFEST).unlink()  # an incomplete set must not be trained on
             first = f"; the first: {result.reasons[0]}" if result.reasons else ""
-            raise ValueError(f"{root} would hold {result.samples} samples, and {result.failed} items are broken{first}")
+            said = f"more than max_failed_share={max_failed_share:g} allows, all named in {root}/*.failed.json{first}"
+            raise ValueError(
+                f"{root} would hold {result.samples} samples, and {result.failed} items are broken"
+                + (f", {said}" if result.failed else "")
+            )
     result.wall_s = time.monotonic() - started
     return result
 

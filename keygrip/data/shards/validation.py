@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.artifacts import sha256_of
+from keygrip.artifacts import sha256_of, write_text
 from keygrip.data.bad_samples import BadSample, guard, read_json
-from keygrip.data.image_text.bucket_folders import INFO, SPLITS, read_info, write_info
+from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
 from keygrip.data.image_text.near_copies import near_copies, thumbnail_in
 from keygrip.data.image_text.samples import (
     IMAGE,
@@ -30,7 +30,7 @@ from keygrip.data.image_text.samples import (
     is_image_text,
     read_image_text,
 )
-from keygrip.data.shards.index import MANIFEST, Parts, Row, ShardError, index_shard, lower_case
+from keygrip.data.shards.index import MANIFEST, SPLITS, Parts, Row, ShardError, index_shard, lower_case
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import is_remote
 from keygrip.data.shards.writer import compressed_shards, tar_files, write_manifest
@@ -49,6 +49,7 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 20
+PROBLEMS_FILE = "problems.txt"
 PROBE_SIZE = 32  # images are decoded whole and made small, since only whether they decode matters
 
 
@@ -58,6 +59,7 @@ class ShardReport:
 
     name: str
     problems: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)  # that its index names, and the manifest
     keys: list[str] = field(default_factory=list)
     contents: list[tuple[str, str]] = field(default_factory=list)  # digests of images and text, and whose
     media: list[str] = field(default_factory=list)  # of images and videos alone, of samples with text
@@ -77,19 +79,28 @@ def split_folders(root: Path | str) -> list[str]:
     """The shard sets at a root: itself, or its splits.
 
     Raises:
-        FileNotFoundError: none. ValueError: the root is a URL.
+        FileNotFoundError: none. ValueError: the root is a URL, or has shards both beside its splits and in them, of
+            which training would read the ones or the others.
     """
     if is_remote(root):
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
-    found = [
-        str(folder)
-        for place in (Path(root), *(Path(root) / split for split in ("train", "val", "test")))
-        for folder in (place, *sorted(place.glob("bucket_*")))
-        if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
-    ]
-    if not found:
+    whole, *splits = (
+        [
+            str(folder)
+            for folder in (place, *sorted(place.glob("bucket_*")))
+            if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
+        ]
+        for place in (Path(root), *(Path(root) / split for split in SPLITS))
+    )
+    divided = [folder for split in splits for folder in split]
+    if whole and divided:
+        raise ValueError(
+            f"{root} has shards in {whole[0]} and in {divided[0]}: bring all of them into train/, val/ and test/, or "
+            "all out of these"
+        )
+    if not whole and not divided:
         raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
-    return found
+    return whole or divided
 
 
 def tar_files_below(root: Path | str) -> list[Path]:
@@ -130,12 +141,12 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
 
 def examine_shard(place: str, number: int) -> ShardReport:
     """Reads, decodes and checks everything in a shard of a set."""
-    shards = ShardSet(place)
+    shards = ShardSet(place, quiet=True)
     entry = shards.shards[number]
     report = ShardReport(f"{place}/{entry['name']}")
     try:
         fresh = index_shard(Path(place) / entry["name"], describe)
-        report.problems += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
+        report.known += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
         fresh, stored = fresh.without(fresh.bad), shards.index(number).without(fresh.bad)
         for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
             if not np.array_equal(getattr(fresh, what), getattr(stored, what)):
@@ -222,7 +233,8 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
 
     Checked: every shard is whole and agrees with its index and manifest; every sample has its text and images and
     decodes; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is not
-    empty. Problems are named in the log.
+    empty. The first problems are named in the log, those before the rest that the manifest does not know; all of them
+    are written into ``problems.txt`` of the root.
 
     Of images with text: how many have latents, patches and text, in every bucket. Samples without patches are skipped
     in training; a bucket in which all lack something is an error.
@@ -231,11 +243,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     they are counted and the first ones named in the log.
 
     Returns:
-        `errors` (how many), `problems` (the first ones), `shards`, `samples`, `kinds` and `frames` (how many of each);
-        of images with text `images`, `near_copies` (how many images have one; None where they were not compared), and
-        `buckets` with the counts of each.
+        `errors` (how many), `problems` (the first ones), `problems_file` (with all, or None), `shards`, `samples`,
+        `kinds` and `frames` (how many of each); of images with text `images`, `near_copies` (how many images have one;
+        None where they were not compared), and `buckets` with the counts of each.
     """
-    jobs = [(place, number) for place in split_folders(root) for number in range(len(ShardSet(place).shards))]
+    jobs = [
+        (place, number) for place in split_folders(root) for number in range(len(ShardSet(place, quiet=True).shards))
+    ]
     if processes == 1 or len(jobs) == 1:
         reports = [examine_shard(*job) for job in Progress(jobs, desc=f"validate {root}", unit="shard")]
     else:
@@ -256,23 +270,26 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
                 problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
             contents[digest] = name
     report_shared(reports)
-    for place in split_folders(root):
-        manifest = read_json(Path(place) / MANIFEST)
-        problems += list(manifest["broken"].values())
     buckets = _image_counts(root, reports)
     for name, counts in buckets.items():
         if not counts["complete"]:
             problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
+    for place in split_folders(root):
+        manifest = read_json(Path(place) / MANIFEST)
+        problems += list(manifest["broken"].values())
+    problems += [problem for report in reports for problem in report.known]
+    problems_file = _write_problems(Path(root) / PROBLEMS_FILE, problems)
     for problem in problems[:NAMED_AT_MOST]:
         log.error("%s", problem)
     if len(problems) > NAMED_AT_MOST:
-        log.error("and %d more", len(problems) - NAMED_AT_MOST)
+        log.error("and %d more%s", len(problems) - NAMED_AT_MOST, f": see {problems_file}" if problems_file else "")
     kinds: Counter[str] = sum((report.kinds for report in reports), Counter())
     frames: Counter[int] = sum((report.frames for report in reports), Counter())
     return {
         "root": str(root),
         "errors": len(problems),
         "problems": problems[:NAMED_AT_MOST],
+        "problems_file": problems_file,
         "shards": len(reports),
         "samples": sum(len(report.keys) for report in reports),
         "kinds": dict(sorted(kinds.items())),
@@ -286,6 +303,19 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         if buckets
         else {}
     )
+
+
+def _write_problems(file: Path, problems: Sequence[str]) -> str | None:
+    """Writes a line for each problem; the file, or None where it cannot be written or there are none."""
+    try:
+        if not problems:
+            file.unlink(missing_ok=True)  # of an earlier validation
+            return None
+        write_text(file, "".join(f"{' '.join(problem.split())}\n" for problem in problems))
+    except OSError as error:
+        log.warning("%s cannot be written: %s", file, error)
+        return None
+    return str(file)
 
 
 def report_shared(reports: Sequence[ShardReport]) -> None:

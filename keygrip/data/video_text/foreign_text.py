@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Where the frames go is the model's affair: <image>, <image_1>, <|video|>, <|image_pad|>.
-PLACEHOLDER = re.compile(r"\s*<\|?(?:image|video)(?:_?\d+|_pad)?\|?>\s*", re.IGNORECASE)
+# Where the frames go is the model's affair: <image>, <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>.
+PLACEHOLDER = re.compile(
+    r"\s*(?:(?:<\|?(?:image|video)(?:_?\d+|_pad)?\|?>|<\|vision_(?:start|end)\|>)\s*)+", re.IGNORECASE
+)
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
 MEDIA = ("image", "images", "video", "videos")  # keys of a json that name files
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")

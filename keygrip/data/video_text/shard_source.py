@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from keygrip.data.shards.index import MANIFEST
+from keygrip.data.shards.index import MANIFEST, SPLITS
 from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import cache_of, is_remote
@@ -125,8 +125,18 @@ class ShardSource:
         return fit
 
     def _folder_of(self, place: str, split: str, cache_dir: str | Path | None) -> tuple[str | None, bool]:
-        """The shard set that holds a split, and whether training and validation divide it; None where there is none."""
+        """The shard set that holds a split, and whether training and validation divide it; None where there is none.
+
+        Raises:
+            FileNotFoundError: there are no shards. ValueError: the place and a folder of a split in it are both sets.
+        """
         if _is_set(place, cache_dir):
+            if not is_remote(place) and (other := next((s for s in SPLITS if _is_set(f"{place}/{s}", None)), None)):
+                raise ValueError(
+                    f"{place} is a shard set and so is its {other}/: bring all shards into train/, val/ and test/, or "
+                    f"all out of these, delete {place}/{MANIFEST} and make it anew with `python -m keygrip.prepare "
+                    f"step=manifest root={place}`"
+                )
             return place, True
         train, part = f"{place.rstrip('/')}/train", f"{place.rstrip('/')}/{split}"
         if not _is_set(train, cache_dir):

@@ -31,6 +31,7 @@ from keygrip.data.video_text.conversations import (
 )
 from keygrip.data.video_text.exact_lengths import counted
 from keygrip.data.video_text.foreign_text import own_text
+from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
 
@@ -452,3 +453,35 @@ def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / "c.tar.gz").rename(alone / "c.tar.gz")
     with pytest.raises(FileNotFoundError, match=r"c\.tar\.gz is compressed"):
         make_manifests(alone)
+
+
+def test_shards_beside_the_splits_are_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, [1] * 4)
+    ShardSource(tmp_path).open("train", None, 8)
+    write_set(tmp_path / "train", [1] * 2, prefix="t")
+    for step in (make_manifests, validate):
+        with pytest.raises(ValueError, match=r"has shards in .* and in .*train: bring all of them into train/"):
+            step(tmp_path)
+    with pytest.raises(ValueError, match=r"is a shard set and so is its train/"):
+        ShardSource(tmp_path).open("train", None, 8)
+
+
+def test_validation_names_what_is_new_first_and_everything_in_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = [(f"bad{number:02d}.jpg", jpeg()) for number in range(25)]
+    cut = [("cut.jpg", jpeg()[:-300]), ("cut.json", CAPTION)]
+    write_tar(tmp_path / "a.tar", [*known, *cut, *GOOD])
+    write_tar(tmp_path / "b.tar", pair("other", content=CAPTION))
+    make_manifests(tmp_path, max_broken_share=1.0)
+    caplog.clear()
+    report = validate(tmp_path)
+    assert report["errors"] == 26
+    assert "cut" in report["problems"][0]
+    lines = Path(report["problems_file"]).read_text().splitlines()
+    assert len(lines) == 26
+    assert all(any(f"bad{number:02d}" in line for line in lines) for number in range(25))
+    assert "are left out" not in caplog.text  # once for each shard
+    write_tar(tmp_path / "a.tar", GOOD)
+    make_manifests(tmp_path, again=True)
+    assert (validate(tmp_path)["problems_file"], (tmp_path / "problems.txt").exists()) == (None, False)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 1 << 33
 TURNS, MEDIA = ("conversations", "messages"), ("video", "videos", "image", "images")
+SHOWN = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
         raise ValueError(f"it has {' and '.join(names)}: their order is not known")
     if entry.get("start") is not None or entry.get("end") is not None:
         raise ValueError("it has `start` or `end`: clips are not cut here, cut the video first")
+    if not names and (unknown := _unknown_medium(entry, source, beside)):
+        raise ValueError(f"its `{unknown}` names an image or a video; known are {', '.join(MEDIA)}")
     named = entry[names[0]] if names else []
     media = []
     for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
@@ -175,7 +179,24 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
+    system = entry.get("system")
+    if isinstance(system, str) and system.strip() and not (turns and turns[0][0].lower() == "system"):
+        turns = (("system", system), *turns)
     return Entry(key, tuple(media), turns, collection, answers=annotators_answers(entry.get("answers")))
+
+
+def _unknown_medium(entry: Mapping[str, Any], source: Path, beside: Path) -> str | None:
+    """The key of an entry without known media that names a file with an image's or a video's ending: one that is there,
+    or one under a key that says so. None: there is none, it is text alone."""
+    for key, value in entry.items():
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str) or len(name) > 500 or not name.lower().endswith(SHOWN):
+                continue
+            if re.search(r"clip|file|frame|image|img|media|path|photo|picture|video", str(key), re.IGNORECASE):
+                return str(key)
+            if any((folder / name).is_file() for folder in (beside, source)):
+                return str(key)
+    return None
 
 
 def _listed(given: Any, name: str) -> list[Any]:

@@ -646,3 +646,30 @@ def test_fits() -> None:
     assert padded[10, 2, 0] < 10
     assert stretched[0, 10, 0] > 190
     assert stretched[0, 1, 0] < 10
+
+
+def test_system_turns_placeholders_with_brackets_and_media_under_other_keys(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "videos").mkdir(parents=True)
+    write_video(source / "videos" / "a.mp4", 2)
+    shown = "<|vision_start|><|image_pad|><|vision_end|> What?"
+    said = [{"from": "human", "value": shown}, {"from": "gpt", "value": "This <image> that."}]
+    plain = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This, in b.mp4"}]
+    given = [
+        {"video": "videos/a.mp4", "system": "Be brief.", "conversations": said},
+        {"system": "Two.", "conversations": [{"from": "system", "value": "One."}, *plain]},
+        {"id": "b.mp4", "conversations": plain},
+        {"video_path": "videos/gone.mp4", "conversations": plain},
+        {"what": ["videos/a.mp4"], "conversations": plain},
+    ]
+    (source / "list.json").write_text(json.dumps(given))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+    assert (report["samples"], report["failed"]) == (3, 2)
+    reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"])
+    assert "its `video_path` names an image or a video; known are video, videos, image, images" in reasons
+    assert "its `what` names an image or a video" in reasons
+    turns = {key: sample.conversations[0].turns for key, sample in samples(tmp_path / "set").items()}
+    first = [(turn.role, turn.text) for turn in turns["list-00000000"]]
+    assert first == [("system", "Be brief."), ("user", "What?"), ("assistant", "This that.")]
+    assert [turn.text for turn in turns["list-00000001"]] == ["One.", "What?", "This, in b.mp4"]
+    assert len(turns["list-00000002"]) == 2
