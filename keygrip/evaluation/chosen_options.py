@@ -62,7 +62,7 @@ ASKS = re.compile(
     r"[(\[]?[A-Z][)\]]?\s*\?"
 )
 OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|choice)\s*)?[(\[]?$", re.IGNORECASE)
-# Capitals that name something else than an option: "clip A", "Player B", the "D-pad".
+# Words before capitals that may name something else than an option ("clip A", "Player B").
 LABELS = re.compile(
     r"\b(?:angle|camera|chart|clip|column|exhibit|figure|frame|graph|group|image|line|panel|part|person|phase|photo|"
     r"picture|plan|player|point|position|room|row|scene|section|segment|shot|side|speaker|step|team|type|video|view|"
@@ -384,20 +384,22 @@ def _stated(text: str, last: str) -> int | None:
 
 
 def _anywhere(text: str, known: _Options) -> int | None:
-    """The one letter in brackets, or the one capital that is no word of a sentence and names nothing else."""
+    """The one letter in brackets, or the one capital that is no word of a sentence. One that may name something else
+    ("clip A") counts where there is no other, and no option's words."""
     last, bracketed = known.last, _bracketed(text, known)
     if len(bracketed) == 1:
         return bracketed.pop()
     if re.search(rf"\b[A-{last}]\b{_another(last)}", text):
         return None
-    capitals = [
-        match.group(1)
-        for match in re.finditer(rf"\b([A-{last}])\b(?!['’])", text)
-        if not NOT.search(text[: match.start()])
-        and not LABELS.search(text[: match.start()])
-        and _is_letter(match.group(1), text[match.end() :])
-    ]
-    return _number(capitals[0]) if len(set(capitals)) == 1 else None
+    own: set[str] = set()
+    labelling: set[str] = set()
+    for match in re.finditer(rf"\b([A-{last}])\b(?!['’])", text):
+        before = text[: match.start()]
+        if not NOT.search(before) and _is_letter(match.group(1), text[match.end() :]):
+            (labelling if LABELS.search(before) else own).add(match.group(1))
+    # "Image B" may be the answer where no option's words are.
+    capitals = own or (labelling if _by_words(_words(text), known) is None else set())
+    return _number(*capitals) if len(capitals) == 1 else None
 
 
 def _bracketed(text: str, known: _Options) -> set[int]:

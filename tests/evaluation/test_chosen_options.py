@@ -317,6 +317,8 @@ def test_what_is_gone_through_or_preferred(said: str, option: int | None) -> Non
         ("Blue (see frame D).", 1),
         ("I think B. The red cube is beside it", 1),
         ("Blue (D)", 3),  # a letter in brackets is meant
+        ("Image B", 1),
+        ("It is shown in picture C.", 2),
         ("The letter on the cube is D, and the cube is blue.", None),  # which of both is open
     ],
 )

@@ -254,7 +254,10 @@ class VideoStream:
         if not isinstance(question, str):
             raise ValueError(f"a question is a text, not {type(question).__name__}")
         self.module = module
-        self._told = None if seconds is None else tuple(map(float, seconds))
+        try:
+            self._told = None if seconds is None else tuple(map(float, seconds))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"seconds={seconds!r}: a number for each frame to come") from error
         if self._told and not (all(map(math.isfinite, self._told)) and list(self._told) == sorted(self._told)):
             raise ValueError(f"seconds={list(self._told)[:8]}: those of frames are finite and do not fall back")
         text = module.collator.prompt((Turn("user", question),), self._told)

@@ -226,6 +226,9 @@ def test_frames_are_of_the_seconds_that_the_stream_was_told(tmp_path: Path) -> N
     for wrong in ((1.0, 0.0), (float("nan"),)):
         with pytest.raises(ValueError, match="are finite and do not fall back"):
             module.stream(QUESTION, seconds=wrong)
+    for wrong in (5, ["soon"]):
+        with pytest.raises(ValueError, match="a number for each frame to come"):
+            module.stream(QUESTION, seconds=wrong)
 
 
 @pytest.mark.parametrize("source", ["fine", "coarse"])
