@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import compose, listed, quoted, register_completion
-from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind
+from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.run_folder import hold
 from keygrip.training.strategies import use_tf32
@@ -61,7 +61,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"{what}: its settings are those of evaluate={name}")
     output = evaluation_output(file, cfg.run_dir)
     started = time.perf_counter()
-    result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__}
+    settings = {name: value for name, value in plain(cfg).items() if value is not None}
+    asked = {name: value for name, value in settings.items() if name not in ("checkpoint", "run_dir")}
+    result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__, "settings": asked}
     with hold(output):  # two evaluations of one run would mix their figures and videos
         result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust, external), cfg)
         result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}

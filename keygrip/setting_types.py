@@ -158,5 +158,10 @@ def _wanted_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]
         problem = next((each for each in problems if each), None)
         return True, None if problem is None else f"a list, each of it {problem}"
     if issubclass(kind, Mapping):
-        return True, None if isinstance(value, Mapping) else "settings by name"
+        if not isinstance(value, Mapping):
+            return True, "settings by name"
+        hint_of_each = inner[1] if len(inner) == 2 else Any
+        given = [each for each in value.values() if each is not None and not isinstance(each, Mapping)]
+        problem = next((found for each in given if (found := wanted(each, hint_of_each))), None)
+        return True, None if problem is None else f"settings by name, each of them {problem}"
     return False, None

@@ -362,6 +362,7 @@ class VideoTextStatistics:
         samples: by source, for training. image_size, fit, max_frames: how images were prepared.
         texts: goes through the text of every training turn.
         clips_keep_times: some training clips begin at a later second than 0, in words too.
+        kinds: of the conversations that are trained on; empty: not known.
     """
 
     folder: Path
@@ -372,6 +373,7 @@ class VideoTextStatistics:
     max_frames: int
     texts: Callable[[], Iterator[str]]
     clips_keep_times: bool = False
+    kinds: frozenset[str] = frozenset()
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:

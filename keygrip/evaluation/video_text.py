@@ -261,6 +261,11 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         changed = plain(cfg.data) or {}
         if "collator" in changed:
             raise ValueError("data.collator has no effect: text is prepared as the checkpoint's was")
+        size = module.image_options["image_size"]
+        if changed.get("image_size", size) != size:
+            raise ValueError(
+                f"data.image_size={changed['image_size']}: the model was trained on frames of {size} pixels"
+            )
         datamodule = evaluated.stored_data(changed | frames)
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
         datamodule.prepare_data()

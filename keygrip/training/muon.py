@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,10 @@ class MuonAndAdamW(AdamW):
         super().__post_init__()
         if self.iteration not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"optimizer.iteration={self.iteration!r}: must be auto, bfloat16 or float32")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum={self.momentum}: must lie in [0, 1)")
+        if not 0 < self.matrix_lr_multiplier < math.inf:
+            raise ValueError(f"optimizer.matrix_lr_multiplier={self.matrix_lr_multiplier}: must be above 0")
 
     def configure(self, module: nn.Module, total_steps: int | float) -> dict[str, Any]:
         """As `AdamW.configure`.

@@ -51,6 +51,11 @@ class AdamW:
             raise ValueError(
                 "optimizer: warmup_steps and weight_decay must not be negative, final_lr_share lies in 0..1"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)}: each lies in [0, 1)")
+        for name, multiplier in self.lr_multipliers.items():
+            if not 0 <= multiplier < math.inf:
+                raise ValueError(f"optimizer.lr_multipliers.{name}={multiplier}: must be a number from 0 on")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
 

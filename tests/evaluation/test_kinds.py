@@ -102,5 +102,7 @@ def test_two_evaluations_do_not_write_into_one_folder(
     with hold(tmp_path), pytest.raises(ValueError, match="still going on: wait until it ends, or give another run_dir"):
         evaluate.run(cfg)
     assert not (tmp_path / "result.json").exists()
-    assert evaluate.run(cfg)["figure"] == 1.0
+    result = evaluate.run(cfg)
+    assert result["figure"] == 1.0
+    assert result["settings"]["episodes"] == cfg.episodes  # what was asked for stands beside the figures
     assert (tmp_path / "result.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from vlm_parts import small_backbone, small_language, small_module
 
+from keygrip.config import compose
 from keygrip.data.batches import Conversation, VideoTextBatch, VideoTextSample
 from keygrip.data.video_text.conversations import answer
 from keygrip.evaluation import video_text
@@ -114,3 +116,17 @@ def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule
     )
     found = evaluate_modes(pooled.eval(), [batch(module, (2, (CAPTION,)), (1, (VQA, MARK)))], ["many_tokens"], 4)
     assert {"bleu_4", "vqa_accuracy", "accuracy_mark"} <= found["many_tokens"].keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("+data.image_size=64", r"data\.image_size=64: the model was trained on frames of 28 pixels"),
+        ("+data.collator.max_tokens=3", r"data\.collator has no effect"),
+    ],
+)
+def test_what_the_model_was_trained_on_cannot_be_changed(module: FoveatedVLMModule, change: str, said: str) -> None:
+    module.image_options = {"image_size": 28, "fit": "stretch", "max_frames": 8}
+    evaluated: Any = SimpleNamespace(module=module)
+    with pytest.raises(ValueError, match=said):
+        video_text.evaluate_answers(evaluated, compose("evaluate", ["evaluate=video_text", "checkpoint=run", change]))

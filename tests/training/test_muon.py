@@ -107,6 +107,12 @@ def test_nothing_for_muon_is_an_error() -> None:
         optimizer_of(network(), matrices_of=("layers",))
 
 
+@pytest.mark.parametrize("setting", [{"momentum": 1.5}, {"momentum": -0.1}, {"matrix_lr_multiplier": -1.0}])
+def test_settings_of_muon_out_of_range_are_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(setting))}="):
+        MuonAndAdamW(lr=1.0, **setting)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_the_iteration_is_in_float32_where_bfloat16_would_be_slower(
     bf16: bool, monkeypatch: pytest.MonkeyPatch

@@ -86,7 +86,11 @@ def test_a_cosine_needs_an_end_and_a_constant_rate_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lr": 0.0}, {"schedule": "linear"}, {"clip_norm": 0.0}, {"warmup_steps": -1}, {"final_lr_share": 2.0}]
+    "settings",
+    [
+        *({"lr": 0.0}, {"schedule": "linear"}, {"clip_norm": 0.0}, {"warmup_steps": -1}, {"final_lr_share": 2.0}),
+        *({"betas": (0.9, 1.5)}, {"lr_multipliers": {"head": -1.0}}, {"lr_multipliers": {"head": math.nan}}),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -52,7 +52,7 @@ class SubClips:
             say their second (`frame_clock=seconds`): it learns late seconds from few frames.
 
     Raises:
-        ValueError: a range that is none, or a share outside of 0..1.
+        ValueError: a range that is none, a share outside of 0..1, or a lookback that is no number of frames.
     """
 
     frames: Sequence[int]
@@ -65,6 +65,9 @@ class SubClips:
             raise ValueError(f"data.clips.frames={list(self.frames)}: [fewest, most] frames, at least 1")
         if not 0 <= self.share <= 1:
             raise ValueError(f"data.clips.share={self.share}: a share lies in 0..1")
+        for kind, frames in self.lookback.items():
+            if not isinstance(frames, int) or frames < 0:
+                raise ValueError(f"data.clips.lookback.{kind}={frames!r}: a number of frames, from 0 on")
 
     def may_be_cut(self, conversations: Sequence[Conversation]) -> bool:
         """Whether some conversation says of which frame it speaks."""

@@ -220,7 +220,7 @@ class VideoTexts(ResumableData):
 
     def _check_kinds(self, parts: Sequence[Part]) -> None:
         """Raises ValueError: so many questions of a kind are asked for, and no source holds any of it."""
-        known = {kind for part in parts for kinds in set(part.column("kinds").tolist()) for kind in kinds.split()}
+        known = {kind for part in parts for kind in part.kinds_there()}
         for name, chosen in (("questions", self.questions), ("val_questions", self.val_questions)):
             missing = [kind for kind, count in chosen.items() if count] if isinstance(chosen, Mapping) else []
             missing = [kind for kind in missing if kind not in known]
@@ -233,6 +233,9 @@ class VideoTexts(ResumableData):
     def _check_clips(self, parts: Sequence[Part]) -> None:
         """Raises ValueError: of the longer training videos that are tried none can be cut."""
         for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
+            known = {kind for part in parts for kind in part.kinds_there()}
+            if unknown := sorted(set(clips.lookback) - known):
+                raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(known))}")
             tried, cut = self._tried(clips, [part for part in parts if part.clips is clips])
             if not cut:
                 raise ValueError(
@@ -373,6 +376,7 @@ class VideoTexts(ResumableData):
             max_frames=self.max_frames,
             texts=self.texts,
             clips_keep_times=any(part.clips is not None and not part.clips.rebased for part in parts),
+            kinds=frozenset(k for p in parts for k in p.kinds_there() if is_asked(k, p.kinds, self.questions)),
         )
 
     def shard_hashes(self) -> dict[str, str]:

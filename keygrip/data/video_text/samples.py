@@ -47,6 +47,10 @@ class Part:
         """A column of the index for the samples of this part, [N]."""
         return self.shards.columns[name][self.chosen]
 
+    def kinds_there(self) -> set[str]:
+        """Of the samples' conversations, those that are not used too."""
+        return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds.split()}
+
     def component(self, max_frames: int) -> Component:
         """For a mixture without a budget: buckets by number of frames, batches of like text length, estimated."""
         frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)

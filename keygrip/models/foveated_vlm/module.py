@@ -133,9 +133,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         if loss_kernel not in KERNELS:
             raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
-        if vision_cache_gb and network.backbone.trainable != "frozen":
+        if vision_cache_gb < 0 or (vision_cache_gb and network.backbone.trainable != "frozen"):
             raise ValueError(
-                "model.vision_cache_gb keeps what a frozen encoder makes of frames: it needs backbone.trainable=frozen"
+                f"model.vision_cache_gb={vision_cache_gb} keeps what a frozen encoder makes of frames: it needs "
+                "backbone.trainable=frozen, and is not negative"
             )
         self.network = network
         self.collator = collator
@@ -170,13 +171,17 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
         Raises:
             FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer; or the collator
-                counts another number of tokens per frame; or clips begin at a second that frames cannot say.
+                counts another number of tokens per frame; `coarse_kinds` of which nothing is asked; or clips begin at
+                a second that frames cannot say.
         """
         if self.collator.tokens_per_frame != self.network.tokens_per_frame:
             raise ValueError(
                 f"collator.tokens_per_frame={self.collator.tokens_per_frame}: the network has "
                 f"{self.network.tokens_per_frame}, which data.budget must count"
             )
+        asked = statistics.kinds
+        if asked and (unknown := set(self.coarse_kinds or ()) - asked):
+            raise ValueError(f"model.coarse_kinds={sorted(unknown)}: asked are {', '.join(sorted(asked))}")
         if statistics.clips_keep_times and not self.network.counts_seconds:
             raise ValueError(
                 "data.clips.rebased=false (or of a source's clips): questions about a clip name the video's seconds, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import CharacterCollator, picture
+from shard_sets import CharacterCollator, picture, write_set
 
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -272,3 +272,12 @@ def test_words_that_are_no_times_stay_in_a_clip(words: str) -> None:
     clip = SubClips([2, 4]).cut(tour(8, answer(words, "24", "mark", {"frame": 4})), 3, 6)
     assert clip is not None
     assert clip.conversations[0].turns[0].text == words.replace("second 4", "second 1")
+
+
+def test_a_lookback_is_a_number_of_frames_of_a_kind_that_there_is(tmp_path: Path) -> None:
+    for wrong in (-3, "one", 1.5):
+        with pytest.raises(ValueError, match=r"data\.clips\.lookback\.cue=.*: a number of frames, from 0 on"):
+            SubClips([1, 2], lookback={"cue": wrong})  # type: ignore[dict-item]
+    write_set(tmp_path / "train", [9] * 4)
+    with pytest.raises(ValueError, match=r"clips\.lookback names 'cuee'; the sources hold mark"):
+        batches(tmp_path, SubClips([1, 2], lookback={"cuee": 1}))

@@ -94,6 +94,16 @@ def test_clips_that_keep_their_times_need_frames_that_say_them(tmp_path: Path, c
     module.set_statistics(replace(kept, clips_keep_times=False))
 
 
+def test_kinds_of_coarse_steps_must_be_asked(tmp_path: Path) -> None:
+    texts = ["At second 3, what? 7"] * 3
+    module = small_module(tmp_path, texts)
+    module.coarse_kinds = frozenset(["glance", "cuee"])
+    there = VideoTextStatistics(tmp_path, "f", {"tours": 3}, 28, "stretch", 8, lambda: iter(texts))
+    module.set_statistics(there)  # kinds that are not known
+    with pytest.raises(ValueError, match=r"model\.coarse_kinds=\['cuee'\]: asked are glance, mark"):
+        module.set_statistics(replace(there, kinds=frozenset(["mark", "glance"])))
+
+
 def sample(count: int, seconds: tuple[float, ...] | None) -> VideoTextSample:
     frames = np.zeros((count, 28, 28, 3), np.uint8)
     return VideoTextSample(frames, (answer("At second 3, what?", "7", "mark"),), "tours", "t", seconds)
