@@ -141,13 +141,16 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     listed = _listed(text, known)
     if listed is not None:
         return listed.pop() if len(listed) == 1 else None
-    for find in (_alone, _leading, _said, _anywhere):
+    for find in (_alone, _leading, _said, _bracketed):
         found = find(text, known)
         if found is not None:
-            named = _by_words(words, known) if find is _anywhere and not _bracketed(text, known) else None
-            return found if named in (None, found) else None
-    found = _by_words(words, known)
-    return _numbered(words, known) if found is None else found
+            return found
+    named, (alone, labelling) = _by_words(words, known), _capitals(text, known)
+    if len(alone) == 1:
+        return alone.pop() if named is None or named in alone else None
+    if named is None and not alone and len(labelling) == 1:
+        return labelling.pop()
+    return _numbered(words, known) if named is None else named
 
 
 def _literal(text: str) -> str:
@@ -383,28 +386,23 @@ def _stated(text: str, last: str) -> int | None:
     return seeming
 
 
-def _anywhere(text: str, known: _Options) -> int | None:
-    """The one letter in brackets, or the one capital that is no word of a sentence. One that may name something else
-    ("clip A") counts where there is no other, and no option's words."""
-    last, bracketed = known.last, _bracketed(text, known)
-    if len(bracketed) == 1:
-        return bracketed.pop()
-    if re.search(rf"\b[A-{last}]\b{_another(last)}", text):
-        return None
-    own: set[str] = set()
-    labelling: set[str] = set()
-    for match in re.finditer(rf"\b([A-{last}])\b(?!['’])", text):
+def _bracketed(text: str, known: _Options) -> int | None:
+    """The one letter in brackets."""
+    found = {_number(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _capitals(text: str, known: _Options) -> tuple[set[int], set[int]]:
+    """The capitals that are no words of a sentence: by themselves, and behind a word that they may name something with
+    ("clip A")."""
+    own, labelling = set[int](), set[int]()
+    if re.search(rf"\b[A-{known.last}]\b{_another(known.last)}", text):
+        return own, labelling
+    for match in re.finditer(rf"\b([A-{known.last}])\b(?!['’])", text):
         before = text[: match.start()]
         if not NOT.search(before) and _is_letter(match.group(1), text[match.end() :]):
-            (labelling if LABELS.search(before) else own).add(match.group(1))
-    # "Image B" may be the answer where no option's words are.
-    capitals = own or (labelling if _by_words(_words(text), known) is None else set())
-    return _number(*capitals) if len(capitals) == 1 else None
-
-
-def _bracketed(text: str, known: _Options) -> set[int]:
-    """The letters that stand in brackets."""
-    return {_number(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
+            (labelling if LABELS.search(before) else own).add(_number(match.group(1)))
+    return own, labelling
 
 
 def _is_letter(letter: str, behind: str) -> bool:

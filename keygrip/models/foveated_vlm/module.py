@@ -128,7 +128,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if coarse_kinds is not None and not coarse_kinds:
             raise ValueError("model.coarse_kinds=[] leaves the coarse steps nothing to learn: null trains on all kinds")
         if loss_chunk < 1 or min(monitor_every_n_steps, log_images_every_n_steps) < 0:
-            raise ValueError("model: loss_chunk is at least 1, monitor_every_n_steps and log_images_every_n_steps 0")
+            raise ValueError("model: loss_chunk from 1, monitor_every_n_steps and log_images_every_n_steps from 0 on")
         if loss_kernel not in KERNELS:
             raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
         if vision_cache_gb < 0 or (vision_cache_gb and network.backbone.trainable != "frozen"):
