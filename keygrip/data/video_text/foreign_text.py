@@ -8,7 +8,7 @@ Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -49,9 +49,7 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content)
         said = [turn for each in turns for turn in _turns(each)]
-        system = content.get("system")
-        if isinstance(system, str) and system.strip() and (not said or said[0][0] != "system"):
-            said = [("system", system), *said]
+        said = with_system(said, content.get("system"))
         shown = any(PLACEHOLDER.search(text) for _, text in said) or any(content.get(name) for name in MEDIA)
         return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
@@ -94,6 +92,13 @@ def _turns(entry: Any) -> Iterator[tuple[str, str]]:
         if role.lower() not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
         yield ROLES[role.lower()], text
+
+
+def with_system(turns: Sequence[tuple[str, str]], system: object) -> list[tuple[str, str]]:
+    """(role, text) of turns behind the system turn that stands beside them, where they begin with none of their own."""
+    if not isinstance(system, str) or not system.strip() or (turns and turns[0][0].lower() == "system"):
+        return list(turns)
+    return [("system", system), *turns]
 
 
 def without_placeholders(text: str) -> str:

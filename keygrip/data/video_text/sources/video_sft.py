@@ -21,6 +21,7 @@ from keygrip.data.source_files import file_below, files_in, refuse_written_into_
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
+    VIDEO,
     Conversation,
     Turn,
     annotators_answers,
@@ -32,13 +33,14 @@ from keygrip.data.video_text.conversations import (
     shard_frame_settings,
     video_text_parts,
 )
-from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, without_placeholders
+from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, with_system, without_placeholders
+from keygrip.data.video_text.video_files import SUFFIXES
 
 log = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 1 << 33
 TURNS, MEDIA = ("conversations", "messages"), ("video", "videos", "image", "images")
-SHOWN = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
+SHOWN = (*SUFFIXES, ".gif", *(f".{ending}" for ending in VIDEO))
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class VideoSFTMaker:
         for path in entry.media:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
-            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            if path.suffix.lower() in SUFFIXES:
                 images.append(decode_image(read_bytes(path), self.image_size, self.fit)[None])
             else:
                 regular_file(path)
@@ -179,10 +181,13 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
     if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
         raise ValueError("a turn has no role or no text")
-    system = entry.get("system")
-    if isinstance(system, str) and system.strip() and not (turns and turns[0][0].lower() == "system"):
-        turns = (("system", system), *turns)
-    return Entry(key, tuple(media), turns, collection, answers=annotators_answers(entry.get("answers")))
+    return Entry(
+        key,
+        tuple(media),
+        tuple(with_system(turns, entry.get("system"))),
+        collection,
+        answers=annotators_answers(entry.get("answers")),
+    )
 
 
 def _unknown_medium(entry: Mapping[str, Any], source: Path, beside: Path) -> str | None:
