@@ -135,8 +135,8 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
     """Checks a conversation without decoding anything; its turns, with a `MARK` for each image and video.
 
     Raises:
-        ValueError: an unknown role or item, or it does not end with a user's turn. FileNotFoundError: an image or a
-            video is not there.
+        ValueError: an unknown role or item, or it does not end with a user's turn that has words. FileNotFoundError: an
+            image or a video is not there.
     """
     turns, shown = marked(messages)
     for _, content in shown:
@@ -149,7 +149,7 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
     """Turns of a conversation with a `MARK` for each image and video, and these as (kind, content) in their order.
 
     Raises:
-        ValueError: it has another form, or does not end with a user's message.
+        ValueError: it has another form, or does not end with a user's message that has words.
     """
     refuse_message(messages)
     turns: list[Turn] = []
@@ -182,6 +182,8 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
         turns.append(Turn(role, text))
     if not turns or turns[-1].role != "user":
         raise ValueError("a conversation to answer ends with a user's message")
+    if not turns[-1].text.replace(MARK, "").strip():
+        raise ValueError("the last message has no words: say what is asked")
     return tuple(turns), shown
 
 

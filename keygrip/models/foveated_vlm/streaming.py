@@ -237,7 +237,7 @@ class VideoStream:
             None: 64, or a quarter of what the question leaves where that is less.
 
     Raises:
-        ValueError: a question that is no text or leaves no room for a frame, a mode in which a frame depends on later
+        ValueError: a question that is no text, is empty or leaves no room for a frame, a mode in which a frame depends on later
             ones, or seconds that are needed and not known, not finite or not in order.
     """
 
@@ -253,6 +253,8 @@ class VideoStream:
             check_count(answer_tokens, "answer_tokens")
         if not isinstance(question, str):
             raise ValueError(f"a question is a text, not {type(question).__name__}")
+        if not question.strip():
+            raise ValueError("question='': a question is empty")
         self.module = module
         try:
             self._told = None if seconds is None else tuple(map(float, seconds))

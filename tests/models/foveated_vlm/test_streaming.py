@@ -157,6 +157,8 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
             module.stream("?").push(frame)
     with pytest.raises(ValueError, match="a question is a text, not NoneType"):
         module.stream(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a question is empty"):
+        module.stream(" ")
     stream = module.stream("?")
     stream.push(np.zeros((28, 28, 3), np.uint8))
     with pytest.raises(ValueError, match="max_new_tokens=0: it must be at least 1"):

@@ -501,6 +501,8 @@ def test_a_mode_that_cannot_read_a_conversation_is_refused_before_any_is_answere
         ([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}], "an item of a assistant's message"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "ends with a user's message"),
         ([], "ends with a user's message"),
+        ([user("x"), {"role": "assistant", "content": "y"}, user(" \n")], "the last message has no words"),
+        ([user(video(np.zeros((2, 28, 28, 3), np.uint8)))], "the last message has no words"),
         ([{"role": "user", "content": "half \ud83d"}], "a user's message holds half a surrogate pair"),
         ([user(video(np.zeros((2, 4, 4, 3), np.float32)), "x")], r"not float32 \[2, 4, 4, 3\]"),
         ([user(video(torch.zeros(2, 4, 4, 3, requires_grad=True)), "x")], "an item of type video is no array"),
