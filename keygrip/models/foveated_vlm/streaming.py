@@ -237,8 +237,8 @@ class VideoStream:
             None: 64, or a quarter of what the question leaves where that is less.
 
     Raises:
-        ValueError: a question that is no text, is empty or leaves no room for a frame, a mode in which a frame depends on later
-            ones, or seconds that are needed and not known, not finite or not in order.
+        ValueError: a question that is no text, is empty or leaves no room for a frame, a mode in which a frame depends
+            on later ones, or seconds that are needed and not known, not finite or not in order.
     """
 
     def __init__(
