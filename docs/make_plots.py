@@ -72,6 +72,37 @@ def sampler_curve() -> None:
     figure.savefig(IMAGES / "sampler_curve.png", dpi=110)
 
 
+def token_counts() -> None:
+    """Accuracy against the compute of training: one chosen token per frame, and several pooled ones."""
+    runs = read("foveated_vlm")["claims"]["token_counts"]["runs"]
+    figure = Figure(figsize=(9.5, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    series = (
+        ("vlm_tokens_1", "1 chosen token", "tab:blue"),
+        ("vlm_tokens_4", "4 pooled", "tab:green"),
+        ("vlm_tokens_16", "16 pooled", "tab:orange"),
+    )
+    for axes, question in zip(panels, ("mark", "cue", "glance"), strict=True):
+        for experiment, label, colour in series:
+            curve = []
+            for steps in sorted({run["steps"] for run in runs if run["experiment"] == experiment}):
+                same = [run for run in runs if run["experiment"] == experiment and run["steps"] == steps]
+                found = [run[run["mode"]][f"accuracy_{question}"] for run in same]
+                operations = sum(run["tflop"] for run in same) / len(same)
+                curve.append((operations, sum(found) / len(found)))
+                axes.plot([run["tflop"] for run in same], found, "o", color=colour, markersize=4)
+            axes.plot(*zip(*curve, strict=True), color=colour, label=label)
+        axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xticks((30, 50, 100, 200), ("30", "50", "100", "200"))
+        axes.minorticks_off()
+        axes.set(xlabel="TFLOP of training, without the encoder", title=question, ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on test")
+    panels[0].legend(fontsize=7)
+    figure.savefig(IMAGES / "token_counts.png", dpi=110)
+
+
 def metaworld_demonstrations() -> None:
     """Success on MT10 against the demonstrations of each task, at one training time; the peers beside it."""
     recorded = read("metaworld_equal_time")
@@ -100,3 +131,4 @@ if __name__ == "__main__":
     metaworld_demonstrations()
     frames_and_tokens()
     sampler_curve()
+    token_counts()

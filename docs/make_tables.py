@@ -848,6 +848,24 @@ def vlm_claims() -> str:
     return markdown(["job", "seeds", "*mark*", "*cue*", "*glance*", "gap"], rows)
 
 
+def vlm_token_counts() -> str:
+    """One chosen token per frame and several pooled ones: means over seeds, in brackets the extremes."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in read("foveated_vlm")["claims"]["token_counts"]["runs"]:
+        groups.setdefault((run["experiment"], run["steps"]), []).append(run)
+    rows = []
+    for (experiment, steps), runs in groups.items():
+        number = experiment.removeprefix("vlm_tokens_")
+        row = ["1 chosen" if number == "1" else f"{number} pooled", steps, len(runs)]
+        row.append(f"{fmean(run['tflop'] for run in runs):.0f}")
+        row.append(over_seeds([run["train_loss"] for run in runs], 4))
+        for question in ("mark", "cue", "glance"):
+            row.append(over_seeds([run[run["mode"]][f"accuracy_{question}"] for run in runs], 2))
+        rows.append(row)
+    titles = ["tokens per frame", "steps", "seeds", "TFLOP", "training loss", "*mark*", "*cue*", "*glance*"]
+    return markdown(titles, rows)
+
+
 def vlm_gpu() -> str:
     """Steps of stage 1 on a GPU, as they are written and compiled."""
     rows = []
@@ -1031,6 +1049,7 @@ TABLES: dict[str, Callable[[], str]] = {
             dit_switches_128px,
             vlm_seeds,
             vlm_claims,
+            vlm_token_counts,
             vlm_gpu,
             vlm_others,
             vlm_lengths,
