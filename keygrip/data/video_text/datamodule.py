@@ -231,9 +231,9 @@ class VideoTexts(ResumableData):
                 )
 
     def _check_clips(self, parts: Sequence[Part]) -> None:
-        """Raises ValueError: of the longer training videos that are tried none can be cut."""
+        """Raises ValueError: a lookback of a kind that no source holds, or no longer video that is tried can be cut."""
+        known = {kind for part in parts for kind in part.kinds_there()}
         for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
-            known = {kind for part in parts for kind in part.kinds_there()}
             if unknown := sorted(set(clips.lookback) - known):
                 raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(known))}")
             tried, cut = self._tried(clips, [part for part in parts if part.clips is clips])
