@@ -32,7 +32,7 @@ def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
 
 
 def everything_below(folder: Path) -> list[Path]:
-    """All files and folders below a folder, in the order of paths; linked folders too.
+    """All files and folders below a folder, in the order of paths; linked folders too, what is in hidden ones not.
 
     What several ways lead to is there once: a link to a folder that is read anyway is said in the log and not followed.
     """
@@ -55,6 +55,8 @@ def everything_below(folder: Path) -> list[Path]:
                 read.add(real)
                 paths = [Path(place, name) for name in folders]
                 found += [*paths, *(Path(place, name) for name in files)]
+                folders[:] = [path.name for path in paths if not is_hidden(path)]
+                paths = [path for path in paths if not is_hidden(path)]
                 linked += [path for path in paths if path.is_symlink()]
         waiting = sorted(linked)  # after everything that lies there by itself, so that a way without links comes first
     if twice:

@@ -7,89 +7,42 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keygrip.evaluation.text_metrics import ARTICLES, normalised_answer
-
-# What models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
-WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{2,20}>|[*_`$\"'“”‘’]")
-THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|$)|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
-ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
-# Capitals that are no letters of a list: "A/C unit", "U.S.A.".
-COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
-CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that put no space beside a letter
-BESIDE_CJK = re.compile(rf"(?<=[{CJK}])(?=[A-Za-z])|(?<=[A-Za-z])(?=[{CJK}])")
-NAMES = r"\b(?:answer|ans|option|choice|correct one|solution|answer choice)\b"
-OPENED = r"\s*(?:option|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
-# Words that announce a letter, the surest first: whichever of them name one, the surest decide.
-SAYS = (
-    rf"{NAMES}\s*(?:(?:is|are|was|would be|should be|must be|will be|seems to be|here is)\s*[:=-]?|[:=-]){OPENED}"
-    r"|\bi(?: would| ll| will| d)? (?:choose|chose|pick|picked|select|selected|go with|opt for)\b\s*,?" + OPENED
+from keygrip.evaluation.answer_forms import (
+    ABSTAINS,
+    ASKS,
+    BESIDE_CJK,
+    COMPOUND,
+    CONCLUDES,
+    CORRECTS,
+    COUNTED,
+    ENDS_NO,
+    I_SAY,
+    LABELS,
+    LIKE,
+    MENTIONS,
+    NOT,
+    NUMBERED,
+    OPEN,
+    ORDINALS,
+    REASON,
+    RIGHT,
+    SAYS,
+    SHOWN,
+    SUPPOSES,
+    SURE,
+    TAGGED,
+    THOUGHT,
+    TICK,
+    WRAPPED,
+    WRONG,
 )
-CONCLUDES = rf"\b(?:therefore|thus|so|hence)\b\s*,?{OPENED}"
-MENTIONS = rf"{NAMES}{OPENED}"
-I_SAY = rf"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it s|it must be)\b\s*,?{OPENED}"
-REASON = r"(?:because|since|as(?!\s+well)|given|based|due|and\s+not)\b"
-# What follows a letter that is named as the answer ("B is the most likely answer"), or is said not to be it.
-FITTING = r"(?:accurate|appropriate|consistent|fitting|likely|logical|plausible|probable|reasonable|suitable)"
-MOST = rf"most\s+{FITTING}|more\s+{FITTING}(?=\s*(?:[.,;:!)]|$|(?:than|because|since)\b))"
-FITS = r"(?:answers|captures|describes|explains|fits|matches|reflects|represents|summari[sz]es)"
-RIGHT = (
-    r"\s+(?:(?:is|was|seems|looks|appears|would be|must be|should be|has to be)\s+(?:to be\s+)?(?:\w+ly\s+)?"
-    rf"(?:(?:the\s+|my\s+)?(?:(?:one|only|single|final)\s+)?(?:correct|best|{MOST}|"
-    r"right(?!\s+(?:behind|next|beside|after|before)))|"
-    rf"(?:the|my)\s+(?:(?:only|single|final)\s+)?(?:answer|choice|one))|(?:best|most \w+ly)\s+{FITS}|{FITS}\s+best)\b"
-)
-WRONG = (
-    r"[)\]}]?\s+(?:(?:is|was|seems|looks|would be|can be|could be)\s+(?:\w+ly\s+)?"
-    r"(?:not|incorrect|wrong|false|unlikely|impossible|less|least|ruled|excluded|eliminated)\b|"
-    r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b)"
-)
-DENIES = r"(?:not|never|cannot|(?:is|are|was|were|do|does|did|has|have|had|ca|could|would|wo|should)n\s?t)"
-NOT = re.compile(
-    r"\b(?:not|neither|nor|no|than|unlike|"
-    rf"{DENIES}(?:\s+(?:actually|even|ever|quite|really))?(?:\s+(?:appear|be|become|contain|depict|find|have|look|see|seem"
-    r"|show|turn)s?(?:\s+(?:like|to\s+be|to\s+have))?)?(?:\s+any)?|"
-    r"(?:any|anything|everything|all)\s+(?:but|except)|"
-    # "A: wrong. B" says so of the one before
-    r"instead of|(?<![:;,.)–—-]\s)(?:wrong|incorrect|worst)|"
-    r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?)"
-    r"\s*(?:option|choice)?\s*[(\[]?$",
-    re.IGNORECASE,
-)
-# "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
-ASKS = re.compile(
-    r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?(?i:(?:option|choice|letter)\s+)?"
-    r"[(\[]?[A-Z][)\]]?\s*\?"
-)
-OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|choice)\s*)?[(\[]?$", re.IGNORECASE)
-# Words before capitals that may name something else than an option ("clip A", "Player B").
-LABELS = re.compile(
-    r"\b(?:angle|camera|chart|clip|column|exhibit|figure|frame|graph|group|image|line|panel|part|person|phase|photo|"
-    r"picture|plan|player|point|position|room|row|scene|section|segment|shot|side|speaker|step|team|type|video|view|"
-    r"vitamin|zone)\s+$",
-    re.IGNORECASE,
-)
-# Texts that have little beside a letter, or beside the number of an option.
-LIKE = r"(?:(?i:(?:it|that|this)\s+)?(?i:looks|seems)\s+(?i:like)\s+)"
-SURE = r"(?:\s+(?i:for sure|it is|to me))"
-COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
-NUMBERED = re.compile(
-    r"(?:it(?:\s+i)?\s?s\s+)?(?:(?:the|my)\s+)?(?:(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option)\s*(?:is|:)\s*)?"
-    rf"(?:(?:option|choice)\s+(?:number\s+|#\s*)?([1-9]|{'|'.join(COUNTED)})|"
-    rf"the\s+({'|'.join(ORDINALS)}|[1-9](?=st|nd|rd|th))(?:st|nd|rd|th)?\s+(?:option|choice|one))\W*",
-    re.IGNORECASE,
-)
-
-
-# Words behind which an option of yes or no stands for itself, and not for a part of a sentence ("there is no cat").
-ENDS_NO = rf"\s*(?:[.,;:!)\]}}]|$|{REASON})"
+from keygrip.evaluation.text_metrics import ARTICLES, NUMBER_WORDS
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The options of a question: ``plain``, by the VQA rule; ``literal``, in lower case with signs (C++, -5, 50%);
-    ``last``, the letter of the last one."""
+    """The options of a question: ``plain``, without case, articles and signs; ``literal``, in lower case with signs
+    (C++, -5, 50%); ``last``, the letter of the last one."""
 
     plain: list[str]
     literal: list[str]
@@ -97,11 +50,13 @@ class _Options:
 
     @classmethod
     def of(cls, options: Sequence[str]) -> _Options:
-        literal = [_literal(unicodedata.normalize("NFKC", option)) for option in options]
-        # Of articles and signs alone ("A", "-") the VQA rule leaves nothing.
+        whole = [unicodedata.normalize("NFKC", option) for option in options]
+        # What is taken out of answers is taken out of options too; of "<div>" nothing would be left.
+        literal = [_literal(_unwrapped(option)) or _literal(option) for option in whole]
+        # Of articles and signs alone ("A", "-") nothing is left.
         # An article at the end of other words is a name ("Team A").
         plain = [
-            option if option.split()[-1:] and option.split()[-1] in ARTICLES else normalised_answer(option) or option
+            option if option.split()[-1:] and option.split()[-1] in ARTICLES else _plain(option) or option
             for option in literal
         ]
         return cls(plain, literal, chr(ord("A") + len(options) - 1))
@@ -120,17 +75,21 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     known = _Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     tagged = TAGGED.findall(said)
-    said = WRAPPED.sub(lambda match: match.group(1) or " ", tagged[-1] if tagged else said).strip()
+    said = _unwrapped(tagged[-1] if tagged else said).strip()
     own = " ".join(said.split())
     if not own:
         return None
     letter = re.fullmatch(r"[\W_]*[a-z][.:)\]}\s]*", own.lower()) is not None  # of options that are letters, it counts
-    for ours, theirs in ((_literal(own), known.literal), (normalised_answer(own), known.plain)):
+    for ours, theirs in ((_literal(own), known.literal), (_plain(own), known.plain)):
         if theirs.count(ours) == 1 and ours and not letter:
             return theirs.index(ours)
     if not any(ABSTAINS.search(option) for option in known.literal):
         said = ABSTAINS.sub(" ", said)
-    said = _without_repetition(ASKS.sub(" ", BESIDE_CJK.sub(" ", said)), known)
+    said = ASKS.sub(" ", BESIDE_CJK.sub(" ", said))
+    through, ends_at = _gone_through(said, known)
+    if through:
+        return ends_at
+    said = _without_repetition(said, known)
     if _one_per_line(said, known):
         return None
     words = " ".join(said.split())
@@ -153,9 +112,21 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     return _numbered(words, known) if named is None else named
 
 
+def _unwrapped(text: str) -> str:
+    """Without what models put around letters and words."""
+    return WRAPPED.sub(lambda match: match.group(1) or " ", text)
+
+
 def _literal(text: str) -> str:
     """In lower case with its signs, without a full stop."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+def _plain(text: str) -> str:
+    """In lower case without articles and signs (points between digits stay), with digits for number words."""
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower()).replace("'", "")
+    text = re.sub(r"[^\w\s.]|_", " ", re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text))
+    return " ".join(NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES)
 
 
 def _without_repetition(text: str, known: _Options) -> str:
@@ -189,6 +160,27 @@ def _repeated_to(text: str, start: int, known: _Options) -> int | None:
             return len(text) if cut else end if whole > 1 else None
         end, whole = words.end(), whole + 1
     return end if whole > 1 else None
+
+
+def _gone_through(said: str, known: _Options) -> tuple[bool, int | None]:
+    """Whether a text goes through options from A on, each lettered at the start of a sentence or line, and what it
+    arrives at: a letter announced after them, or the only option that has a tick."""
+    begun = rf"(?:^|[\n.;!?])\s*(?:[-*•]\s*)?[(\[]?([A-{known.last}])[)\].:]+\s*"
+    found: list[tuple[int, str]] = []
+    for match in re.finditer(begun, said):
+        own = re.compile(_own(_number(match.group(1)), known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
+        if own is not None:
+            found.append((_number(match.group(1)), said[own.end() :]))
+    if [number for number, _ in found[:2]] != [0, 1]:
+        return False, None
+    ticked = {number for number, behind in found if re.match(rf"\W{{0,4}}{TICK}", behind)}
+    if len(ticked) == 1:
+        return True, ticked.pop()
+    text = _apart(" ".join(said.split()), known)
+    arrived = _announced((CORRECTS, SAYS, CONCLUDES), text, known)
+    arrived = _stated(text, known.last) if arrived is None else arrived
+    # "A. red: ..." speaks about an option, "A. red. B. blue is wrong" chooses it
+    return arrived is not None or re.match(r"\s*(?:[:–—(-]|is\b|was\b)", found[0][1]) is not None, arrived
 
 
 def _apart(text: str, known: _Options) -> str:
@@ -228,7 +220,7 @@ def _another(last: str) -> str:
 
 def _listed(text: str, known: _Options) -> set[int] | None:
     """The letters of a text that has nothing else, two or more of them; None: it is another text."""
-    last, between = known.last, r"[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)[(\[{]*"
+    last, between = known.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
     if not re.fullmatch(rf"[\W_]*[A-{last}](?:{between}[A-{last}])+[\W_]*", text):
         return None
     letters = re.findall(rf"[A-{last}]", text)
@@ -255,7 +247,7 @@ def _leading(text: str, known: _Options) -> int | None:
         if _names_another(_words(rest), number, known):
             return None
         denied = _denied_there(_words(rest), number, known)
-        if not denied and plain[number] and normalised_answer(_words(rest)).startswith(plain[number]):
+        if not denied and plain[number] and _plain(_words(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
@@ -267,7 +259,7 @@ def _leading(text: str, known: _Options) -> int | None:
     if reasoned:
         return _number(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
-    if match and normalised_answer(_words(match.group(2))).startswith(plain[_number(match.group(1))] or "\0"):
+    if match and _plain(_words(match.group(2))).startswith(plain[_number(match.group(1))] or "\0"):
         return _number(match.group(1))
     match = re.fullmatch(rf"(?:{LIKE}(?!I)([A-{last}]){SURE}?|(?!I)([A-{last}]){SURE})[\s.!]*", text)
     return _number(match.group(1) or match.group(2)) if match else None
@@ -291,7 +283,9 @@ def _denied_there(text: str, number: int, known: _Options) -> bool:
     own = re.match(rf"\s*{_own(number, known)}(?!\w)", text, re.IGNORECASE)
     if own is None:
         return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}][.):]", text) is not None
-    denial = r"[\s:,;(–—-]*(?:(?:is|was|would\s+be|seems|looks)\s+)?(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
+    # a full stop is perhaps the option's own ("A. A man runs. is not shown")
+    begun = r"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|[\s:,;(–—-]*)"
+    denial = begun + r"(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     # "B. blue, not red" denies another
     return (
         re.match(rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)}))(?:{denial})", text[own.end() :], re.I)
@@ -318,14 +312,15 @@ def _names_another(text: str, number: int, known: _Options) -> bool:
 
 def _said(text: str, known: _Options) -> int | None:
     """A letter behind words that say that an answer follows, or before words that say that it is the answer."""
-    found = _announced((SAYS, CONCLUDES, MENTIONS, I_SAY), text, known)
-    return _stated(text, known.last) if found is None else found
+    found = _announced((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, known)
+    found = _stated(text, known.last) if found is None else found
+    return _shown(text, known.last) if found is None else found
 
 
 def _announced(announcements: Sequence[str], text: str, known: _Options) -> int | None:
     """The letter behind the first of these announcements that has one; its last such letter, and none that is denied or
-    is one of several."""
-    last = known.last
+    is one of several. One that is only supposed counts where there is no other."""
+    last, supposed = known.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
     several = rf"(?!{_another(last)})"
     for says in announcements:
@@ -336,6 +331,11 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
                 if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
+                    continue
+                if says == CORRECTS and _is_an_options(match.group().split()[0], known):
+                    continue
+                if SUPPOSES.search(text[: match.start(1)]) and not re.match(CORRECTS, match.group(), re.IGNORECASE):
+                    supposed = _number(match.group(1)) if supposed is None else supposed
                     continue
                 if _names_another(_words(behind.lstrip(".):] ")), _number(match.group(1)), known):
                     continue
@@ -352,12 +352,18 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
                 found.append((match.start(1), _number(match.group(1))))
         if found:
             return max(found)[1]
-    return None
+    return supposed
+
+
+def _is_an_options(word: str, known: _Options) -> bool:
+    """Whether a word is one of an option's own."""
+    own = re.compile(rf"(?<!\w){re.escape(word.strip(',.:;').lower())}(?!\w)")
+    return any(own.search(option) for option in known.literal)
 
 
 def _begins_with(text: str, plain: Sequence[str]) -> int | None:
     """The option of several words with which a text begins."""
-    own = f"{normalised_answer(_words(text))} "
+    own = f"{_plain(_words(text))} "
     begun = [number for number, option in enumerate(plain) if " " in option and own.startswith(f"{option} ")]
     return max(begun, key=lambda number: len(plain[number]), default=None)
 
@@ -386,6 +392,13 @@ def _stated(text: str, last: str) -> int | None:
     return seeming
 
 
+def _shown(text: str, last: str) -> int | None:
+    """The one option of which a text says that it fits ("Option C matches the video")."""
+    option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
+    found = {_number(match.group(1)) for match in re.finditer(option, text) if not NOT.search(text[: match.start()])}
+    return found.pop() if len(found) == 1 else None
+
+
 def _bracketed(text: str, known: _Options) -> int | None:
     """The one letter in brackets."""
     found = {_number(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
@@ -400,7 +413,9 @@ def _capitals(text: str, known: _Options) -> tuple[set[int], set[int]]:
         return own, labelling
     for match in re.finditer(rf"\b([A-{known.last}])\b(?!['’])", text):
         before = text[: match.start()]
-        if not NOT.search(before) and _is_letter(match.group(1), text[match.end() :]):
+        if NOT.search(before) or re.match(WRONG, text[match.end() :]):
+            continue
+        if _is_letter(match.group(1), text[match.end() :]):
             (labelling if LABELS.search(before) else own).add(_number(match.group(1)))
     return own, labelling
 
@@ -415,7 +430,7 @@ def _is_letter(letter: str, behind: str) -> bool:
 def _by_words(text: str, known: _Options) -> int | None:
     """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
     plain = ["" if option == "no" else option for option in known.plain]  # without points and commas none is an answer
-    for own, options in ((text.lower(), known.literal), (normalised_answer(text), plain)):
+    for own, options in ((text.lower(), known.literal), (_plain(text), plain)):
         found = [
             (match.start(), match.end(), number)
             for number, option in enumerate(options)

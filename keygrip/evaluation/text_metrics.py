@@ -15,6 +15,12 @@ METEOR_S = 120.0
 NOTHING_SAID = "xxnothingxx"  # the Java program waits forever where a caption is empty
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+# Apostrophes of contractions, with which and without which an answer is the same.
+CONTRACTED = re.compile(
+    r"\b(\w+(?='(?:ve|re|ll|d|m)\b)|\w*n(?='t\b)|"
+    r"(?:he|how|let|she|somebody|someone|that|there|what|when|where|who|why)(?='s\b))'"
+)
+PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]")
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
 
 
@@ -94,17 +100,16 @@ def _words(text: str) -> list[str]:
 def normalised_answer(answer: str) -> str:
     """An answer as the VQA rule compares it: lower case, digits for number words, no articles and no punctuation.
 
-    Points between digits stay (3.5), commas between digits go (1,000), apostrophes go (don't is dont), other
-    punctuation becomes a space.
+    Points that no digit follows go ("5 p.m." is "5 pm", 3.5 stays), and so do commas between digits (1,000) and the
+    apostrophes of contractions ("don't" is "dont", "it's" and "its" differ). Other punctuation becomes a space; signs
+    that the evaluation script does not count as punctuation stay (50%, $5, 5:30).
 
-    Paper: Antol et al., VQA: Visual Question Answering (2015).
+    Source: vqaEval.py of the VQA data set's evaluation script (github.com/GT-Vision-Lab/VQA).
     """
-    text = answer.lower().replace("\n", " ").strip()
-    text = re.sub(r"(?<=\d),(?=\d)", "", text).replace("'", "")
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
-    text = re.sub(r"[^\w\s.]|_", " ", text)
-    words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES]
-    return " ".join(words)
+    text = answer.lower().replace("\n", " ").replace("\u2019", "'").strip()
+    text = CONTRACTED.sub(r"\1", re.sub(r"(?<=\d),(?=\d)", "", text))
+    text = re.sub(r"\.(?!\d)", "", PUNCTUATION.sub(" ", text))
+    return " ".join(NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES)
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:

@@ -10,13 +10,14 @@ import logging
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import guard, read_json
-from keygrip.data.source_files import everything_below
+from keygrip.data.source_files import everything_below, files_in, is_hidden
 
 log = logging.getLogger(__name__)
 
@@ -141,75 +142,114 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
 
 def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and perhaps
-    `domain`, `sub_category`, `task_type`."""
+    `domain`, `sub_category`, `task_type`. What a file repeats of another one is left out."""
     import pyarrow.parquet
 
-    files = [path for path in everything_below(root) if path.name.endswith(".parquet")]
+    files = files_in(root, ".parquet", below=True)
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
-    videos = Videos(root)
+    videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file in files:
         with guard(file):
             entries = pyarrow.parquet.read_table(file).to_pylist()
         for entry in entries:
             with _named(file, entry):
-                options = tuple(
-                    re.sub(r"^\s*[A-Z][.)]\s*", "", option).strip() for option in _options(entry["options"])
-                )
+                options = _without_letters(_options(entry["options"]))
                 video = videos.find(entry["videoID"], "data")
+                if first.setdefault((entry["videoID"], entry["question"].strip(), options), file) != file:
+                    repeated[file] += 1
+                    continue
                 if video is None:
                     yield str(entry["videoID"])
                     continue
-                answer = ord(entry["answer"].strip()[0].upper()) - ord("A")
+                letter = re.match(r"\W*([A-Za-z])\b", str(entry["answer"] or ""))
+                answer = ord(letter.group(1).upper()) - ord("A") if letter else None
+                if answer is None or answer >= len(options) or len(options) < 2:
+                    yield _unscored(file, entry, options)
+                    continue
                 groups = tuple(f"{name}/{entry[name]}" for name in VIDEO_MME_GROUPS if entry.get(name))
                 yield _question(video, entry["question"], options, answer, entry["duration"], groups=groups)
+    _say_repeated(repeated)
+
+
+def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Options without their letters where all have their own ("A. red", "B. blue")."""
+    labels = [re.match(rf"\s*\(?{chr(ord('A') + number)}[.):]\s*", option) for number, option in enumerate(options)]
+    ends = [label.end() for label in labels if label is not None]
+    return tuple(
+        (option[end:] if len(ends) == len(options) else option).strip()
+        for option, end in zip(options, ends if len(ends) == len(options) else [0] * len(options), strict=True)
+    )
 
 
 def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     """JSON lists, a task a file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
     perhaps `start` and `end`. What a file repeats of another one is left out: some copies hold a list of all tasks
-    beside the folder with theirs, which comes first."""
-    files = [file for file in everything_below(root) if file.name.endswith(".json") and not file.name.startswith(".")]
-    files.sort(key=lambda file: (-len(file.parts), file))
+    beside the folder with theirs, which comes first, or one without the answers, which comes last."""
+    files = sorted(files_in(root, ".json", below=True), key=lambda file: (-len(file.parts), file))
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
-    videos, first = Videos(root), dict[Any, Path]()
+    entries: list[tuple[Path, dict[str, Any]]] = []
     for file in files:
-        repeated = 0
         content = read_json(file)
-        if not isinstance(content, list):
-            continue
-        for entry in content:
-            if not isinstance(entry, dict) or "candidates" not in entry:
-                continue  # MLVU's open questions
-            with _named(file, entry):
-                options = _options(entry["candidates"])
-                name, clip = str(entry["video"]), _clip(entry)
-                folder = MVBENCH_FOLDERS.get(file.stem, file.stem)
-                video = videos.find(name, folder)
-                if video is None and clip is not None:  # only what was cut out of it is there
-                    stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
-                    video = videos.find(f"{stem}_{entry['start']}_{entry['end']}.mp4", folder)
-                if video is not None and clip is not None and _is_cut(video, clip):
-                    clip = None
-                if first.setdefault((video or name, clip, entry["question"].strip(), options), file) != file:
-                    repeated += 1
-                    continue
-                if video is None:
-                    yield name
-                    continue
-                task = str(entry.get("question_type") or file.stem)
-                answer = _place(entry.get("answer"), options)
-                if answer is None:
-                    said = repr(entry["answer"])[:60] if "answer" in entry else "not said"
-                    yield Unscored(
-                        f"{file}: of the entry {entry['question'][:60]!r} the answer is {said}, and not one of "
-                        f"its {len(options)} candidates"
-                    )
-                    continue
-                yield _question(video, entry["question"], options, answer, task, clip)
-        if repeated:
-            log.warning("%s: %d questions are left out, which another file has", file, repeated)
+        listed = content if isinstance(content, list) else []
+        # without candidates: MLVU's open questions
+        entries += [(file, entry) for entry in listed if isinstance(entry, dict) and "candidates" in entry]
+    entries.sort(key=lambda entry: "answer" not in entry[1])
+    videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
+    for file, entry in entries:
+        with _named(file, entry):
+            options = _options(entry["candidates"])
+            name, clip = str(entry["video"]), _clip(entry)
+            asked = (Path(name).name, clip, entry["question"].strip(), options)
+            try:
+                video = _find_candidates_video(videos, file, entry)
+            except ValueError:
+                if first.get(asked, file) == file or file.stem in MVBENCH_FOLDERS:
+                    raise
+                repeated[file] += 1  # the list of all tasks does not say which of two videos of a name
+                continue
+            if video is not None and clip is not None and _is_cut(video, clip):
+                clip = None
+            if first.setdefault((video or name, clip, entry["question"].strip(), options), file) != file:
+                repeated[file] += 1
+                continue
+            first.setdefault(asked, file)
+            if video is None:
+                yield name
+                continue
+            answer = _place(entry.get("answer"), options)
+            if answer is None or len(options) < 2:
+                yield _unscored(file, entry, options)
+                continue
+            task = str(entry.get("question_type") or file.stem)
+            yield _question(video, entry["question"], options, answer, task, clip)
+    _say_repeated(repeated)
+
+
+def _find_candidates_video(videos: Videos, file: Path, entry: Mapping[str, Any]) -> Path | None:
+    """The video of an entry, or the part of it that the entry is about where that alone is there."""
+    name, folder = str(entry["video"]), MVBENCH_FOLDERS.get(file.stem, file.stem)
+    video = videos.find(name, folder)
+    if video is None and _clip(entry) is not None:
+        stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
+        video = videos.find(f"{stem}_{entry['start']}_{entry['end']}.mp4", folder)
+    return video
+
+
+def _unscored(file: Path, entry: Mapping[str, Any], options: tuple[str, ...]) -> Unscored:
+    said = repr(entry["answer"])[:60] if entry.get("answer") is not None else "not said"
+    return Unscored(
+        f"{file}: of the entry {str(entry['question'])[:60]!r} the answer is {said}, and not one of its {len(options)} "
+        "candidates"
+        if len(options) > 1
+        else f"{file}: the entry {str(entry['question'])[:60]!r} has {len(options)} candidates to choose from"
+    )
+
+
+def _say_repeated(repeated: Counter[Path]) -> None:
+    for file, count in repeated.items():
+        log.warning("%s: %d questions are left out, which another file has", file, count)
 
 
 def _place(answer: Any, options: tuple[str, ...]) -> int | None:
@@ -309,6 +349,8 @@ class Videos:
         self._by_name: dict[str, list[Path]] = {}
         folders: dict[Path, None] = {}
         for path in everything_below(root):
+            if is_hidden(path):
+                continue
             if path.suffix.lower() in VIDEOS:
                 for name in (path.name, path.stem):
                     self._by_name.setdefault(name, []).append(path)

@@ -339,3 +339,90 @@ def test_denied_in_a_sentence_is_not_named(said: str) -> None:
     assert chosen_option(said, ["red", "blue", "green", "yellow"]) != 0
     if "blue" not in said:
         assert chosen_option(f"{said}; it is blue.", ["red", "blue", "green", "yellow"]) == 1
+
+
+THROUGH = "A. Blue: it is not blue.\nB. Red: it is red.\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        (f"{THROUGH}\nTherefore, the correct answer is B.", 1),
+        (f"{THROUGH}**Conclusion:** B", 1),
+        ("(A) Blue: not shown. (B) Red: shown. The answer is (B).", 1),
+        ("**A. Blue** - incorrect.\n**B. Red** - correct.\n\n**Answer: B**", 1),
+        ("A. Blue \u274c\nB. Red \u2705\nC. Dark green \u274c", 1),
+        ("A. Blue: it is not blue.\nB. Red: it", None),  # cut off before an answer
+        ("A. Blue. The others, such as B. Red, are not shown.", 0),
+        ("B. Red. is not shown. A. Blue. is shown. The answer is A.", 0),
+    ],
+)
+def test_options_gone_through_from_the_first_line_are_not_the_answer(said: str, option: int | None) -> None:
+    assert chosen_option(said, COLOURS) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("I first thought the answer was A, but it is C.", 2), ("The answer is A. Actually, it is C.", 2)),
+        *(("The answer is A. No wait, C.", 2), ("Answer: A\nCorrection: C", 2), ("A is close but C is best.", 2)),
+        ("If it were blue, the answer would be A. It is not, so C.", 2),
+        ("If the answer is A, then it is blue, but it is not. So C.", 2),
+        *(
+            ("One might think the answer is A. However, it is C.", 2),
+            ("The answer is unlikely to be A. C is better.", 2),
+        ),
+        ("At first I thought the answer was A, but looking again, it's C.", 2),
+        *(("At first the answer was A.", 0), ("If I had to choose, the answer would be C.", 2)),
+        *(("The answer is C, but A is also plausible.", 2), ("The answer is C. No other option fits.", 2)),
+    ],
+)
+def test_what_is_supposed_or_taken_back_is_not_the_answer(said: str, option: int) -> None:
+    assert chosen_option(said, COLOURS) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        ("The woman's bag", ["The man's hat", "The woman's bag"], 1),
+        ("The woman\u2019s bag.", ["The man's hat", "The woman's bag"], 1),
+        ("The answer is A McDonald's restaurant", ["A library", "A high school", "A McDonald's restaurant"], 2),
+        ("A. Socks\nB. The sign 'on'\nC. Pants\nAnswer: A", ["Socks", "The sign 'on'", "Pants"], 0),
+        ('A. "Stop".\nB. "Wait".\nAnswer: A', ['"Stop".', '"Wait".'], 0),
+        ("A. $5\nB. $10\nC. $15", ["$5", "$10", "$15"], None),
+        ("A. Maybe.\nB. No.\nC. I don't know.\nAnswer: A", ["Maybe.", "No.", "I don't know."], 0),
+    ],
+)
+def test_quotes_and_signs_within_options(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(
+            "Option C accurately describes the video.",
+            "Option C matches the video.",
+            "Option C is shown.",
+            "C ist richtig.",
+        ),
+        *("Option A is not supported by the video. Option C is supported.", "Only option C matches."),
+        *("L'option C est correcte.", "La opci\u00f3n C es correcta.", "\u6211\u9009C\uff0c\u56e0\u4e3aA\u4e0d\u5bf9"),
+        *(
+            "\u7b54\u6848\u4e0d\u662fA\uff0c\u800c\u662fC",
+            "Either A or C, most likely C.",
+            "A, B, and D are out, leaving C.",
+        ),
+        *(
+            "Step 1: Observe A.\nStep 2: Compare B.\nConclusion: C",
+            "\u25c1think\u25b7A\u25c1/think\u25b7C",
+            "[THINK]A[/THINK]C",
+        ),
+    ],
+)
+def test_further_words_that_name_an_option(said: str) -> None:
+    assert chosen_option(said, COLOURS) == 2
+
+
+def test_brackets_in_a_row_name_none() -> None:
+    assert chosen_option("(A)(B)(C)(D)", COLOURS) is None

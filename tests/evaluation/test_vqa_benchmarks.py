@@ -321,3 +321,87 @@ def test_folders_of_videos_and_of_questions_may_be_links(tmp_path: Path) -> None
     benchmark = read_benchmark("mvbench", tmp_path / "set")
     assert (len(benchmark.questions), benchmark.without_video) == (1, 0)
     assert len(read_frames(benchmark.questions[0].video, 28, "stretch", 64)) == 3
+
+
+def mme(file: Path, *rows: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = {"videoID": "a", "duration": "short", "question": "Which?", "options": ["A. x", "B. y"], "answer": "B"}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([whole | row for row in rows]), file)
+
+
+def test_answers_of_video_mme_that_are_no_letter_of_theirs_are_counted(tmp_path: Path) -> None:
+    video(tmp_path / "data" / "a.mp4")
+    written = [{"question": f"{said}?", "answer": said} for said in ("b", "B.", "(B)", "B. y", "E", "", None)]
+    mme(tmp_path / "videomme" / "test.parquet", *written)
+    found = read_benchmark("video_mme", tmp_path)
+    assert [(question.question, question.answer) for question in found.questions] == [
+        (f"{said}?", 1) for said in ("b", "B.", "(B)", "B. y")
+    ]
+    assert found.unscored == 3
+
+
+def test_options_of_video_mme_lose_their_letters_alone(tmp_path: Path) -> None:
+    video(tmp_path / "data" / "a.mp4")
+    given = [["A. A. Milne", "B. C. Lewis"], ["(A) x", "(B) y"], ["U.S.A.", "I. Newton"]]
+    mme(tmp_path / "videomme" / "test.parquet", *({"question": f"{n}?", "options": o} for n, o in enumerate(given)))
+    options = [question.options for question in read_benchmark("video_mme", tmp_path).questions]
+    assert options == [("A. Milne", "C. Lewis"), ("x", "y"), ("U.S.A.", "I. Newton")]
+
+
+def test_questions_of_video_mme_found_twice_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    video(tmp_path / "data" / "a.mp4")
+    for folder in ("one", "two"):
+        mme(tmp_path / folder / "test.parquet", {}, {"question": "Another?"})
+    assert len(read_benchmark("video_mme", tmp_path).questions) == 2
+    assert "2 questions are left out, which another file has" in caplog.text
+
+
+def test_a_list_without_answers_does_not_displace_one_with_them(tmp_path: Path) -> None:
+    """MLVU's test set: the questions in one file, the same with answers in another."""
+    entry = {"video": "a.mp4", "question": "Which?", "candidates": ["x", "y"], "question_type": "count"}
+    video(tmp_path / "video" / "a.mp4")
+    write(tmp_path / "leaderboard" / "test_question.json", [entry])
+    write(tmp_path / "test-ground-truth" / "test_mcq_gt.json", [{**entry, "answer": "y"}])
+    found = read_benchmark("mlvu", tmp_path)
+    assert [question.answer for question in found.questions] == [1]
+    assert found.unscored == 0
+
+
+def test_a_list_of_all_tasks_need_not_say_which_video_of_a_name(tmp_path: Path) -> None:
+    entries = {
+        "moving_count": {"video": "v.mp4", "question": "How many move?", "candidates": ["1", "2"], "answer": "1"},
+        "action_count": {"video": "v.mp4", "question": "How often?", "candidates": ["1", "2"], "answer": "2"},
+    }
+    video(tmp_path / "clevrer" / "video_validation" / "v.mp4", seconds=2)
+    video(tmp_path / "perception" / "videos" / "v.mp4", seconds=3)
+    for name, entry in entries.items():
+        write(tmp_path / "json" / f"{name}.json", [entry])
+    write(tmp_path / "test.json", list(entries.values()))
+    found = {question.task: question.video.parts[-3] for question in read_benchmark("mvbench", tmp_path).questions}
+    assert found == {"moving_count": "clevrer", "action_count": "perception"}
+    write(tmp_path / "test.json", [{**entries["moving_count"], "question": "Another?"}])
+    with pytest.raises(ValueError, match="may be"):
+        read_benchmark("mvbench", tmp_path)
+
+
+def test_hidden_folders_and_notes_of_macos_are_no_part_of_a_set(tmp_path: Path) -> None:
+    entry = {"video": "a.mp4", "question": "Which?", "candidates": ["x", "y"], "answer": "y"}
+    video(tmp_path / "data" / "a.mp4")
+    write(tmp_path / "json" / "count.json", [entry])
+    write(tmp_path / "json" / ".ipynb_checkpoints" / "count-checkpoint.json", [{**entry, "question": "Old?"}])
+    for name in ("__MACOSX/data/a.mp4", "data/._a.mp4", "__MACOSX/json/._count.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"a note")
+    (question,) = read_benchmark("mvbench", tmp_path).questions
+    assert (question.question, question.video) == ("Which?", tmp_path / "data" / "a.mp4")
+
+
+def test_a_question_with_one_candidate_cannot_be_scored(tmp_path: Path) -> None:
+    entry = {"video": "a.mp4", "question": "Which?", "candidates": ["x", "y"], "answer": "y"}
+    video(tmp_path / "a.mp4")
+    write(tmp_path / "json" / "count.json", [entry, {**entry, "question": "One?", "candidates": ["y"]}])
+    found = read_benchmark("mvbench", tmp_path)
+    assert (len(found.questions), found.unscored) == (1, 1)

@@ -1,0 +1,113 @@
+"""Patterns of the forms in which models answer multiple-choice questions.
+
+They are matched against answers of which NFKC and `WRAPPED` have been applied: "don't" is "don t" there.
+"""
+
+from __future__ import annotations
+
+import re
+
+# What models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
+WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{2,20}>|[*_`$\"'“”‘’]")
+THOUGHT = re.compile(
+    r"<think(?:ing)?>.*?(?:</think(?:ing)?>|$)|^.*</think(?:ing)?>|◁think▷.*?(?:◁/think▷|$)|^.*◁/think▷|"
+    r"\[think\].*?(?:\[/think\]|$)|^.*\[/think\]",
+    re.DOTALL | re.IGNORECASE,
+)
+TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
+# Capitals that are no letters of a list: "A/C unit", "U.S.A.".
+COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that put no space beside a letter
+BESIDE_CJK = re.compile(rf"(?<=[{CJK}])(?=[A-Za-z])|(?<=[A-Za-z])(?=[{CJK}])")
+NAMES = r"\b(?:answer|ans|option|choice|correct one|solution|answer choice)\b"
+OPENED = r"\s*(?:option|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
+# Words that announce a letter, the surest first: whichever of them name one, the surest decide.
+SAYS = (
+    rf"{NAMES}\s*(?:(?:is|are|was|would be|should be|must be|will be|seems to be|here is)\s*[:=-]?|[:=-]){OPENED}"
+    r"|\bi(?: would| ll| will| d)? (?:choose|chose|pick|picked|select|selected|go with|opt for)\b\s*,?" + OPENED
+)
+CONCLUDES = (
+    rf"\b(?:therefore|thus|so|hence|(?:in\s+)?conclusion|leav(?:es|ing)(?:\s+(?:only|us\s+with))?)\b\s*,?{OPENED}"
+)
+MENTIONS = rf"{NAMES}{OPENED}"
+I_SAY = (
+    r"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it s|it must be|(?:most\s+likely|probably))\b\s*,?"
+    + OPENED
+)
+# A letter that takes back one before it ("The answer is A. No wait, C.").
+CORRECTS = (
+    r"(?:\b(?:actually|however|rather|correction|(?:no\W+)?wait(?:\W+no)?)\b|(?<!anything )(?<!everything )(?<!any )"
+    rf"(?<!all )\bbut\b|\bno\s*[,:.–—-])[\s,:.–—-]*(?:(?:the\s+)?(?:{SAYS})|{I_SAY})?{OPENED}"
+)
+# What stands in the sentence before a letter that is only supposed ("If it were red, the answer would be A").
+SUPPOSES = re.compile(
+    r"\b(?:at first|first glance|initially|first thought|(?:might|may|could|would) (?:think|say|assume|guess)|"
+    r"if the answer|if (?!(?:i|we) (?:had|have|must)\b|asked\b|forced\b|you\b)[^.;!?]*\b(?:was|were|had)\b)"
+    r"(?:(?!\b(?:but|however)\b)[^.;!?])*$",
+    re.IGNORECASE,
+)
+REASON = r"(?:because|since|as(?!\s+well)|given|based|due|and\s+not)\b"
+# What follows a letter that is named as the answer ("B is the most likely answer"), or is said not to be it.
+FITTING = r"(?:accurate|appropriate|consistent|fitting|likely|logical|plausible|probable|reasonable|suitable)"
+MOST = rf"most\s+{FITTING}|more\s+{FITTING}(?=\s*(?:[.,;:!)]|$|(?:than|because|since)\b))"
+BETTER = r"better(?=\s*(?:[.,;:!)]|$|(?:than|answer|choice|option|fit|match)\b))"
+FITS = r"(?:answers|captures|describes|explains|fits|matches|reflects|represents|summari[sz]es)"
+RIGHT = (
+    r"\s+(?:ist\s+(?:die\s+)?richtig\w*|(?:est|es|est\u00e1|\u00e8)\s+(?:la\s+)?(?:corr?ect[aeo]?|corrett[ao]|bonne|juste)|"
+    r"(?:is|was|seems|looks|appears|would be|must be|should be|has to be)\s+(?:to be\s+)?(?:\w+ly\s+)?"
+    rf"(?:(?:the\s+|my\s+)?(?:(?:one|only|single|final)\s+)?(?:correct|best|{BETTER}|{MOST}|"
+    r"right(?!\s+(?:behind|next|beside|after|before)))|"
+    rf"(?:the|my)\s+(?:(?:only|single|final)\s+)?(?:answer|choice|one))|(?:best|most \w+ly)\s+{FITS}|{FITS}\s+best)\b"
+)
+# What says of one option alone that it fits, where no other is said to ("Option C matches the video").
+SHOWN = (
+    r"\s+(?:(?:\w+ly\s+)?(?:aligns\s+with|corresponds\s+to|"
+    rf"{FITS})|(?:is|was)\s+(?:\w+ly\s+)?(?:confirmed|depicted|seen|shown|supported|visible))\b"
+)
+TICK = r"[\u2705\u2714\u2713\u2611]"
+WRONG = (
+    r"[)\]}]?(?:\s*(?:\u4e0d|\u9519|\u662f\u9519)|\s+(?:(?:is|was|seems|looks|would be|can be|could be)\s+(?:\w+ly\s+)?"
+    r"(?:not|incorrect|wrong|false|unlikely|impossible|less|least|ruled|excluded|eliminated)\b|"
+    r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b))"
+)
+DENIES = r"(?:not|never|cannot|(?:is|are|was|were|do|does|did|has|have|had|ca|could|would|wo|should)n\s?t)"
+NOT = re.compile(
+    r"(?:\u4e0d\u662f|\u5e76\u975e|\u4e0d\u9009|\b(?:not|neither|nor|no|than|unlike|hardly|unlikely(?:\s+to\s+be)?|"
+    rf"{DENIES}(?:\s+(?:actually|even|ever|quite|really))?(?:\s+(?:appear|be|become|contain|depict|find|have|look|see|seem"
+    r"|show|turn)s?(?:\s+(?:like|to\s+be|to\s+have))?)?(?:\s+any)?|"
+    r"(?:any|anything|everything|all)\s+(?:but|except)|"
+    # "A: wrong. B" says so of the one before
+    r"instead of|(?<![:;,.)–—-]\s)(?:wrong|incorrect|worst)|"
+    r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?))"
+    r"\s*(?:option|choice)?\s*[(\[]?$",
+    re.IGNORECASE,
+)
+# "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
+ASKS = re.compile(
+    r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?(?i:(?:option|choice|letter)\s+)?"
+    r"[(\[]?[A-Z][)\]]?\s*\?"
+)
+OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|choice)\s*)?[(\[]?$", re.IGNORECASE)
+# Words before capitals that may name something else than an option ("clip A", "Player B").
+LABELS = re.compile(
+    r"\b(?:angle|camera|chart|clip|column|exhibit|figure|frame|graph|group|image|line|panel|part|person|phase|photo|"
+    r"picture|plan|player|point|position|room|row|scene|section|segment|shot|side|speaker|step|team|type|video|view|"
+    r"vitamin|zone)\s+$",
+    re.IGNORECASE,
+)
+# Texts that have little beside a letter, or beside the number of an option.
+LIKE = r"(?:(?i:(?:it|that|this)\s+)?(?i:looks|seems)\s+(?i:like)\s+)"
+SURE = r"(?:\s+(?i:for sure|it is|to me))"
+COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+NUMBERED = re.compile(
+    r"(?:it(?:\s+i)?\s?s\s+)?(?:(?:the|my)\s+)?(?:(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option)\s*(?:is|:)\s*)?"
+    rf"(?:(?:option|choice)\s+(?:number\s+|#\s*)?([1-9]|{'|'.join(COUNTED)})|"
+    rf"the\s+({'|'.join(ORDINALS)}|[1-9](?=st|nd|rd|th))(?:st|nd|rd|th)?\s+(?:option|choice|one))\W*",
+    re.IGNORECASE,
+)
+
+
+# Words behind which an option of yes or no stands for itself, and not for a part of a sentence ("there is no cat").
+ENDS_NO = rf"\s*(?:[.,;:!)\]}}]|$|{REASON})"
