@@ -350,7 +350,6 @@ def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) 
         loss_mask=mask,
         answer_mask=mask,
         visual_at=[question] * videos,
-        prompt_lengths=[question] * videos,
         truncated=0,
         kind=["memory"] * videos,
         source=[""] * videos,

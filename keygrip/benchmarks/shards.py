@@ -19,15 +19,10 @@ from keygrip.data.batches import VideoTextBatch, stack_frames
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.mixing import Component, Mixture, padded_share, padding_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import (
-    VideoTextSample,
-    answer,
-    describe_video_text,
-    encode_jpeg,
-    video_text_parts,
-)
+from keygrip.data.video_text.conversations import answer, describe_video_text, encode_jpeg, video_text_parts
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.lengths import CHARACTERS_A_TOKEN, NEARLY_ALL
+from keygrip.data.video_text.sample_types import VideoTextSample
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import Packing
 from keygrip.progress import Progress
@@ -53,7 +48,6 @@ class Bytes:
             loss_mask=mask,
             answer_mask=mask,
             visual_at=[0] * len(samples),
-            prompt_lengths=[1] * len(samples),
             truncated=0,
             kind=[c.kind for c in texts],
             source=[sample.source for sample in samples],

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from keygrip.data.video_text.conversations import Conversation as Conversation
-from keygrip.data.video_text.conversations import Turn as Turn
-from keygrip.data.video_text.conversations import VideoTextSample as VideoTextSample
+from keygrip.data.video_text.sample_types import Conversation as Conversation
+from keygrip.data.video_text.sample_types import Turn as Turn
+from keygrip.data.video_text.sample_types import VideoTextSample as VideoTextSample
 
 CLOSED = 0.5  # a gripper whose opening is less is closed
 
@@ -201,7 +201,6 @@ class VideoTextBatch(Movable):
         loss_mask: bool [B, L], True where the token is to be predicted.
         answer_mask: bool [B, L], True for the assistant's words and the token that ends its turn, whatever the loss is.
         visual_at: B positions in the text before which the visual tokens stand.
-        prompt_lengths: B counts of tokens before the last answer.
         truncated: rows whose last turns were left out, since they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
         left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
@@ -218,7 +217,6 @@ class VideoTextBatch(Movable):
     loss_mask: Tensor
     answer_mask: Tensor
     visual_at: list[int]
-    prompt_lengths: list[int]
     truncated: int
     kind: list[str]
     source: list[str]
@@ -253,7 +251,7 @@ class VideoTextBatch(Movable):
         length = int(self.attention_mask[rows].sum(1).max()) if kept else 0
         columns = ("input_ids", "attention_mask", "loss_mask", "answer_mask")
         values: dict[str, Any] = {name: getattr(self, name)[rows, :length] for name in columns}
-        lists = ("visual_at", "prompt_lengths", "kind", "source", "key", "texts")
+        lists = ("visual_at", "kind", "source", "key", "texts")
         values |= {name: [getattr(self, name)[row] for row in kept] for name in lists}
         values |= {name: getattr(self, name)[:count, :longest] for name in ("frames", "frame_mask")}
         return replace(self, video_index=self.video_index[rows], seconds=self.seconds[:count], **values)
@@ -359,7 +357,7 @@ class VideoTextStatistics:
 
     Args:
         folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
-        samples: by source, for training. image_size, fit, max_frames: how images were prepared.
+        image_size, fit, max_frames: how images were prepared.
         texts: goes through the text of every training turn.
         clips_keep_times: some training clips begin at a later second than 0, in words too.
         kinds: of the conversations that are trained on; empty: not known.
@@ -367,7 +365,6 @@ class VideoTextStatistics:
 
     folder: Path
     fingerprint: str
-    samples: dict[str, int]
     image_size: int
     fit: str
     max_frames: int

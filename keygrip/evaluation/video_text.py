@@ -26,8 +26,8 @@ from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.generation import encoded, generate
-from keygrip.models.foveated_vlm.module import REFINED, FoveatedVLMModule, comparisons
-from keygrip.models.foveated_vlm.scores import Scores
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.foveated_vlm.scores import REFINED, Scores, comparisons
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)

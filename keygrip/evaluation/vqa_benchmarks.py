@@ -205,7 +205,8 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
             try:
                 video = _find_candidates_video(videos, file, entry)
             except ValueError:
-                if first.get(asked, file) == file or file.stem in MVBENCH_FOLDERS:
+                known = first.get(asked)
+                if known is None or len(known.parts) <= len(file.parts):
                     raise
                 repeated[file] += 1  # the list of all tasks does not say which of two videos of a name
                 continue

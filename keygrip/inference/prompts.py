@@ -18,7 +18,8 @@ from PIL import Image
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
-from keygrip.data.video_text.video_files import evenly, read_timed_frames
+from keygrip.data.video_text.sample_types import evenly
+from keygrip.data.video_text.video_files import read_timed_frames
 
 ROLES = ("system", "user", "assistant")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

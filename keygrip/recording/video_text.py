@@ -18,7 +18,6 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
-    Conversation,
     answer,
     caption,
     describe_video_text,
@@ -28,6 +27,7 @@ from keygrip.data.video_text.conversations import (
     shard_frame_settings,
     video_text_parts,
 )
+from keygrip.data.video_text.sample_types import Conversation
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.envs.yam.tours import TourCell, TourOptions, describe
 from keygrip.recording.demonstrations import record

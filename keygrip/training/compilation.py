@@ -60,8 +60,8 @@ class Compilation:
             raise ValueError(f"compile needs {missing}; or train without, compile=null")
 
     def apply(self, module: LightningModule) -> int:
-        """Compiles the blocks that a module names in `sharded_parts()`, in place; returns how many. Encoders whose
-        blocks are taken apart (`compile_functions`) have those functions compiled.
+        """Compiles the blocks that a module names in `compiled_parts()` or `sharded_parts()`, in place; returns how
+        many. Encoders whose blocks are taken apart (`compile_functions`) have those functions compiled.
 
         Names in the state stay as they are. Nothing is computed yet: torch compiles in the first step. Blocks that are
         trained run compiled where gradients are recorded; validation, sampling and images run them as they are
@@ -70,7 +70,7 @@ class Compilation:
         Raises:
             ValueError: the module names no blocks.
         """
-        parts: list[nn.Module] = getattr(module, "sharded_parts", list)()
+        parts: list[nn.Module] = getattr(module, "compiled_parts", getattr(module, "sharded_parts", list))()
         if not parts:
             raise ValueError(
                 f"compile has no effect: {type(module).__name__} names no blocks (sharded_parts); compile=null"

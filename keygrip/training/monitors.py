@@ -102,7 +102,7 @@ class RangeChecks:
     """Warns once for each figure that leaves its healthy range, again only after it has come back.
 
     Args:
-        ranges: by the figure's name.
+        ranges: by the metric's name, of `health/` metrics without that.
         from_step: before it nothing is said: a new network has learned nothing yet.
     """
 
@@ -123,7 +123,8 @@ class RangeChecks:
                 self.ill.discard(name)
             elif name not in self.ill:
                 self.ill.add(name)
-                line = f"step {step}: health/{name} is {value:.3g}, healthy is {_words(known)}: {known.meaning}"
+                shown = name if "/" in name else f"health/{name}"
+                line = f"step {step}: {shown} is {value:.3g}, healthy is {_words(known)}: {known.meaning}"
                 log.warning("%s", line)
                 said.append(line)
         return said

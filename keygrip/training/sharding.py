@@ -19,6 +19,7 @@ class ShardedStrategy(ModelParallelStrategy):
     The module is gathered as a whole for each step and let go after it, so that gradients, optimiser state and
     EMA weights never exist whole. A module that has ``sharded_parts()`` (submodules used only through their
     ``forward``, such as transformer blocks) is gathered part by part: then its parameters never exist whole either.
+    Every gathering waits for all processes: parts must be called equally often in each of them.
 
     Paper: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (2023).
     """

@@ -102,6 +102,10 @@ class System(LightningModule):
         """Blocks that are used through their ``forward`` alone, which FSDP may shard one by one."""
         return list(self.network.sharded_parts())
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """Blocks that `compile` compiles one by one."""
+        return self.sharded_parts()
+
     def take_weights(self, path: str, kind: str) -> Self:
         """Starts from the network of another run, and returns that run's module.
 

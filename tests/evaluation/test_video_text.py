@@ -112,7 +112,11 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
 def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule) -> None:
     torch.manual_seed(0)
     pooled = FoveatedVLMModule(
-        PooledVLM(small_backbone(), small_language(), 4), module.collator, AdamW(1e-3), "many_tokens"
+        PooledVLM(small_backbone(), small_language(), 4),
+        module.collator,
+        AdamW(1e-3),
+        "many_tokens",
+        monitor_every_n_steps=0,
     )
     found = evaluate_modes(pooled.eval(), [batch(module, (2, (CAPTION,)), (1, (VQA, MARK)))], ["many_tokens"], 4)
     assert {"bleu_4", "vqa_accuracy", "accuracy_mark"} <= found["many_tokens"].keys()

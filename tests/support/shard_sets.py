@@ -76,7 +76,6 @@ class CharacterCollator:
             loss_mask=mask,
             answer_mask=mask,
             visual_at=[0] * len(rows),
-            prompt_lengths=lengths,
             truncated=0,
             kind=[text.kind for _, _, text in rows],
             source=[sample.source for _, sample, _ in rows],

@@ -100,7 +100,6 @@ def foveated_vlm(overrides: Sequence[str], frames: int, text_tokens: int) -> tup
             loss_mask=answer,
             answer_mask=answer,
             visual_at=[prompt] * count,
-            prompt_lengths=[prompt] * count,
             truncated=0,
             kind=["caption"] * count,
             source=["random"] * count,

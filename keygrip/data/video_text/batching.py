@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keygrip.data.video_text.conversations import Conversation, VideoTextSample
+from keygrip.data.video_text.sample_types import Conversation, VideoTextSample
 
 Questions = int | Mapping[str, int] | None
 MANY = 1 << 30  # conversations of a kind of which all are taken

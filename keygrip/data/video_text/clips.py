@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from keygrip.data.shards.sampling import SampleKey
-from keygrip.data.video_text.conversations import Conversation, Turn, VideoTextSample, thinned
+from keygrip.data.video_text.sample_types import Conversation, Turn, VideoTextSample, thinned
 from keygrip.training.parts import data_part
 
 SECOND = re.compile(r"\b(seconds?\s+)(\d+)\b", re.IGNORECASE)  # "At second 12, ..."

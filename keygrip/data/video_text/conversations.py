@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import SHOWN, caption_text, holds_text, own_text
+from keygrip.data.video_text.sample_types import Conversation, Turn, VideoTextSample, evenly, image_seconds, seconds_of
 
 ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
@@ -72,50 +71,6 @@ def shard_frame_settings(image_size: int, fit: str, max_frames: int) -> dict[str
     """As `frame_settings`, for the settings of a set; `max_frames` is none where it is the usual one."""
     settings = frame_settings(image_size, fit, max_frames)
     return {name: value for name, value in settings.items() if name != "max_frames" or value != MAX_FRAMES}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation. role: "system", "user" or "assistant"."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
-
-    Args:
-        turns: in order; at least one is the assistant's.
-        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
-        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
-    """
-
-    turns: tuple[Turn, ...]
-    kind: str
-    evidence: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class VideoTextSample:
-    """A video and the conversations about it, each independent of the others.
-
-    Args:
-        frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
-        conversations: one or more.
-        source: the collection that it is from ("robot_videos", "smoltalk", ...).
-        key: unique in its collection.
-        seconds: F, when each frame was taken; () of images that have no common time; None where it is not known.
-        cut: it is a clip of a longer one (`keygrip.data.video_text.clips`).
-    """
-
-    frames: np.ndarray
-    conversations: tuple[Conversation, ...]
-    source: str
-    key: str
-    seconds: tuple[float, ...] | None = None
-    cut: bool = False
 
 
 def caption(text: str, evidence: Mapping[str, Any] | None = None, request: str = CAPTION_REQUEST) -> Conversation:
@@ -312,7 +267,7 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
     video, images = media_of(parts)
     if video is None:
         _check_count(content, images)
-        _image_seconds(content.get("fps", 1.0), range(len(images)))
+        image_seconds(content.get("fps", 1.0), range(len(images)))
     frames = len(images) if video is None else len(_seconds(duration_s(parts[video]), MOST_FRAMES))
     return {"frames": frames, **_text_columns(conversations)}
 
@@ -403,14 +358,15 @@ def read_sample(
         video, names = media_of(parts)
         if video is not None:
             frames, times = decode_timed(parts[video], size, fit, max(MAX_FRAMES, max_frames))
-            taken = _evenly(len(frames), max_frames)
-            frames, seconds = frames[taken], _of(times, taken)
+            taken = evenly(len(frames), max_frames)
+            frames, seconds = frames[taken], seconds_of(times, taken)
         else:
             _check_count(content, names)
-            taken = _evenly(len(names), max_frames)
+            taken = evenly(len(names), max_frames)
             images = [decode_image(parts[names[n]], size, fit) for n in taken]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-            seconds = _image_seconds(content.get("fps", 1.0), taken)
+            seconds = image_seconds(content.get("fps", 1.0), taken)
+        conversations = tuple(each.among(taken) for each in conversations)
         problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
         if problem:
             raise ValueError(problem)
@@ -442,48 +398,8 @@ def read_timed_conversations(
         conversations = parse_conversations(content)
         if any(name.lower() in VIDEO for name in names):
             times = _seconds(count, max(MAX_FRAMES, max_frames))
-            return conversations, _of(times, _evenly(len(times), max_frames))
-        return conversations, _image_seconds(content.get("fps", 1.0), _evenly(count, max_frames))
-
-
-def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
-    """The sample with at most so many of its frames, evenly spaced."""
-    if len(sample.frames) <= max_frames:
-        return sample
-    taken = _evenly(len(sample.frames), max_frames)
-    seconds = _of(sample.seconds, taken) if sample.seconds else sample.seconds
-    return replace(sample, frames=sample.frames[taken], seconds=seconds)
-
-
-def _image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
-    """When images were taken at `fps`, a number or its text; () where they have no common time (null).
-
-    Raises:
-        ValueError: it is no rate, and there are several images: one is of second 0 at any rate.
-    """
-    if fps is None:
-        return ()
-    if len(taken) < 2:
-        return (0.0,) * len(taken)
-    try:
-        rate = float("nan" if isinstance(fps, bool) else fps)
-    except (TypeError, ValueError):
-        rate = math.nan
-    if not 1e-6 < rate < 1e6:
-        raise ValueError(
-            f"its fps is {str(fps)[:40]!r}: frames per second are a positive number, or null for images "
-            "without a common time"
-        )
-    return tuple(number / rate for number in taken)
-
-
-def _of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:
-    """Seconds of the frames that were taken; None where a video gave fewer frames than its length promises."""
-    return tuple(float(seconds[n]) for n in taken) if not taken or taken[-1] < len(seconds) else None
-
-
-def _evenly(count: int, limit: int) -> list[int]:
-    return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).round().astype(int).tolist()
+            return conversations, seconds_of(times, evenly(len(times), max_frames))
+        return conversations, image_seconds(content.get("fps", 1.0), evenly(count, max_frames))
 
 
 def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:

@@ -370,7 +370,6 @@ class VideoTexts(ResumableData):
         return VideoTextStatistics(
             folder=self.folder,
             fingerprint=self.fingerprint,
-            samples={part.name: len(part) for part in parts},
             image_size=self.image_size,
             fit=self.fit,
             max_frames=self.max_frames,

@@ -12,7 +12,8 @@ import numpy as np
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.video_text.batching import MeasuringCollator
-from keygrip.data.video_text.conversations import Conversation, Turn, read_conversations, text_length
+from keygrip.data.video_text.conversations import read_conversations, text_length
+from keygrip.data.video_text.sample_types import Conversation, Turn
 
 CHARACTERS_A_TOKEN = 4.0  # for English, roughly: where nothing is measured
 MEASURED, MEASURED_SHARDS = 256, 8  # samples of a source, and of how many shards: remote ones are fetched whole

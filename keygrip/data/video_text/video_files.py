@@ -11,6 +11,7 @@ from keygrip.data.bad_samples import BadSample, read_bytes
 from keygrip.data.source_files import files_in
 from keygrip.data.video import TIME_TOLERANCE_S, frames_at
 from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image
+from keygrip.data.video_text.sample_types import evenly
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -100,8 +101,3 @@ def _by_number(file: Path) -> list[tuple[int, str]]:
     """A key that sorts names by the numbers in them."""
     parts = re.split(r"([0-9]+)", file.name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
-def evenly(count: int, limit: int) -> list[int]:
-    """Which of so many frames are kept: all, or `limit` evenly spaced ones with the first and the last."""
-    return np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()

@@ -5,6 +5,7 @@
 - `captions`: {"text", "kind", "start_s", "end_s", "evidence"}; kind "video" tells the whole episode, "event" one thing
   that happens between two times, "frame" what one image shows (start = end).
 - `questions`: {"question", "answer", "kind", "evidence"}; the answer follows from the evidence, which is ground truth.
+  Its `demo_frame` counts frames of the demo; `frame`, in a tour's, those of the video.
 
 Left and right are meant in the image, as a viewer sees them. What the image hides is not asked.
 """
@@ -305,7 +306,7 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
         if frames:
             frame = frames[int(rng.integers(len(frames)))]
             question = f"Is {thing} in the gripper after {frame / trace.hz:.1f} seconds?"
-            ask(question, answer, "held_at", {"held": trace.held[frame], "frame": frame})
+            ask(question, answer, "held_at", {"held": trace.held[frame], "demo_frame": frame})
     middle = events.end / 2
     if abs(events.lift - middle) > 0.1 * events.end:
         half = "first" if events.lift < middle else "second"

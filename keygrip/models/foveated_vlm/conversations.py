@@ -337,6 +337,5 @@ def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:
         "loss_mask": padded([row.loss for row in rows], torch.bool),
         "answer_mask": padded([row.answer for row in rows], torch.bool),
         "visual_at": [row.visual_at for row in rows],
-        "prompt_lengths": [row.prompt for row in rows],
         "truncated": sum(row.truncated for row in rows),
     }

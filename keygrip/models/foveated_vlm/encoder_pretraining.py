@@ -85,7 +85,8 @@ class EncoderPretrainingCollator:
             found = cubes_of(sample)
             if not found:
                 raise ValueError(
-                    f"{sample.key} tells nothing about cubes: reading is learned from tours alone (data.sources.*)"
+                    f"{sample.key} tells nothing about cubes in its frames: this pretraining needs tours "
+                    "(data.sources.*), and all of their frames (data.max_frames)"
                 )
             for (frame, colour), cube in found.items():
                 if colour not in self.colours:
@@ -112,7 +113,7 @@ def cubes_of(sample: VideoTextSample) -> dict[tuple[int, str], dict[str, Any]]:
     cubes: dict[tuple[int, str], dict[str, Any]] = {}
     for conversation in sample.conversations:
         evidence = conversation.evidence
-        if conversation.kind not in ("mark", "glance") or "pixel" not in evidence:
+        if conversation.kind not in ("mark", "glance") or not {"frame", "pixel"} <= evidence.keys():
             continue
         cube = cubes.setdefault(
             (int(evidence["frame"]), str(evidence["colour"])),

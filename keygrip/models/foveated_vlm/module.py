@@ -23,7 +23,7 @@ from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
 from keygrip.models.foveated_vlm.rows import TextRows, text_rows
-from keygrip.models.foveated_vlm.scores import BatchScores, Scores, score
+from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, score
 from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
@@ -36,7 +36,6 @@ from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
-REFINED = "coarse_fine_refined"
 HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 SHOWN_ROWS = 4
 COARSE_MISSES = 50  # coarse steps in a row without a question of coarse_kinds, after which training stops
@@ -129,6 +128,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             raise ValueError("model.coarse_kinds=[] leaves the coarse steps nothing to learn: null trains on all kinds")
         if loss_chunk < 1 or min(monitor_every_n_steps, log_images_every_n_steps) < 0:
             raise ValueError("model: loss_chunk from 1, monitor_every_n_steps and log_images_every_n_steps from 0 on")
+        if monitor_every_n_steps and not isinstance(network, FoveatedVLM):
+            raise ValueError(
+                f"model.monitor_every_n_steps={monitor_every_n_steps}: health is of queries, and a "
+                f"{type(network).__name__} has none; 0"
+            )
         if loss_kernel not in KERNELS:
             raise ValueError(f"model.loss_kernel={loss_kernel!r}: must be one of {', '.join(KERNELS)}")
         if vision_cache_gb < 0 or (vision_cache_gb and network.backbone.trainable != "frozen"):
@@ -152,7 +156,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
         self._window = WindowMean()
         self._scores: dict[str, Scores] = {}
-        self._landing: dict[str, list[float]] = {}
+        self._on_targets: dict[str, list[float]] = {}
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -349,7 +353,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def on_validation_epoch_start(self) -> None:
         self._scores = defaultdict(Scores)
-        self._landing = defaultdict(list)
+        self._on_targets = defaultdict(list)
 
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
         rows = text_rows(batch)
@@ -361,7 +365,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
                 kv = output.passes.kv  # computed once for all modes
                 if mode == self._attended():
                     for kind, where in attention_on_targets(self.network, output, rows, batch):
-                        self._landing[kind].append(where)
+                        self._on_targets[kind].append(where)
         if batch_idx == 0 and self._shown(1 if self.log_images_every_n_steps else 0):
             self._show("val", batch)
 
@@ -374,12 +378,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if "loss" in own:
             self.log("val/loss", own["loss"], prog_bar=True)
             self.log("val/accuracy", own.get("accuracy", float("nan")), prog_bar=True)
-        for name, value in comparisons(figures).items():
+        compared = comparisons(figures)
+        for name, value in compared.items():
             self.log(f"val/{name}", value)
-        if not self.trainer.sanity_checking and "fine_over_coarse" in (found := comparisons(figures)):
-            self.health.check({"fine_over_coarse": found["fine_over_coarse"]}, self.global_step)
-        for kind, landed in self._landing_everywhere().items():
-            self.log(f"val/attention_{kind}", sum(landed) / len(landed))
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.health.check({f"val/{name}": value for name, value in compared.items()}, self.global_step)
+        for kind, shares in self._on_targets_everywhere().items():
+            self.log(f"val/attention_{kind}", sum(shares) / len(shares))
 
     def _validated(self) -> dict[str, tuple[str, int]]:
         """Names of what validation computes, each with the network's mode and refinement."""
@@ -438,11 +443,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if self.trainer.is_global_zero:
             self.health.check(values, self.global_step)
 
-    def _landing_everywhere(self) -> dict[str, list[float]]:
+    def _on_targets_everywhere(self) -> dict[str, list[float]]:
         if world_size() == 1:
-            return dict(self._landing)
+            return dict(self._on_targets)
         gathered: list[Any] = [None] * world_size()
-        torch.distributed.all_gather_object(gathered, dict(self._landing))
+        torch.distributed.all_gather_object(gathered, dict(self._on_targets))
         together: dict[str, list[float]] = defaultdict(list)
         for part in gathered:
             for kind, values in part.items():
@@ -483,17 +488,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         return hub_files(self)
 
     def sharded_parts(self) -> list[Any]:
-        """Blocks that are used through their `forward` alone."""
+        """None: how often a process calls the language model depends on its rows (text alone, the longest video), and
+        FSDP waits for all processes in each call. It gathers the whole once for each step instead."""
+        return []
+
+    def compiled_parts(self) -> list[Any]:
+        """See `System`."""
         return self.network.language.sharded_parts()
-
-
-def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Ratios of the losses of two modes: `gap`, `gap_refined`, `fine_over_coarse`."""
-    loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
-    found = {}
-    if {"coarse_fine", "coarse_only"} <= loss.keys():
-        found["fine_over_coarse"] = loss["coarse_fine"] / max(loss["coarse_only"], 1e-9)
-    for name, mode in (("gap", "coarse_fine"), ("gap_refined", REFINED)):
-        if {mode, "autoregressive"} <= loss.keys():
-            found[name] = abs(loss[mode] - loss["autoregressive"]) / max(loss["autoregressive"], 1e-9)
-    return found

@@ -24,7 +24,7 @@ RANGES = {
         math.inf,
         "embeddings are nearly the same under different queries (mean absolute difference; the queries do nothing)",
     ),
-    "fine_over_coarse": Range(
+    "val/fine_over_coarse": Range(
         0.0, 0.99, "chosen queries do not lower the loss: do any questions in the data need them?"
     ),
     "grad_norm_clipped": Range(1e-6, math.inf, "the gradients are zero"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.loss import Kernel, fused_cross_entropy, token_cross_entropy
 from keygrip.models.foveated_vlm.network import VLMOutput
 from keygrip.training.distributed import world_size
+
+REFINED = "coarse_fine_refined"  # what `coarse_fine` is called where queries are chosen again
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,15 @@ class Scores:
             for kind, held in (part or {}).items():
                 sums[kind] = [a + b for a, b in zip(sums[kind], held, strict=True)]
         return dict(sums)
+
+
+def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Ratios of the losses of two modes: `gap`, `gap_refined`, `fine_over_coarse`."""
+    loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
+    found = {}
+    if {"coarse_fine", "coarse_only"} <= loss.keys():
+        found["fine_over_coarse"] = loss["coarse_fine"] / max(loss["coarse_only"], 1e-9)
+    for name, mode in (("gap", "coarse_fine"), ("gap_refined", REFINED)):
+        if {mode, "autoregressive"} <= loss.keys():
+            found[name] = abs(loss[mode] - loss["autoregressive"]) / max(loss["autoregressive"], 1e-9)
+    return found

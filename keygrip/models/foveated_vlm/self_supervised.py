@@ -35,6 +35,7 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.objects import SIDE, crops_of, draw_objects
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.short_attention import short_attention
+from keygrip.training.distributed import world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -240,12 +241,17 @@ class SelfSupervisedModule(System):
         return self._total(self.losses(batch, 0))
 
     def training_step(self, batch: FramesBatch, batch_idx: int) -> Tensor:
-        losses = self.losses(batch, self.global_step)
+        losses = self.losses(batch, self._seed(batch_idx))
         loss = self._total(losses)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), batch_size=len(batch))
         return loss
+
+    def _seed(self, batch_idx: int) -> int:
+        """Of a training batch's draws: other ones in each step, process and batch of an accumulated step."""
+        part = batch_idx % self.trainer.accumulate_grad_batches * world_size() + self.global_rank
+        return self.global_step + (part << 32)
 
     def on_validation_epoch_start(self) -> None:
         self._sums = defaultdict(lambda: [0.0, 0.0])

@@ -174,7 +174,8 @@ class StreamingSession:
 
         Args:
             temperature: 0 takes the most probable token; above, tokens are drawn with `seed`.
-            keep: text and answer stay in the row (a conversation goes on); otherwise the row is as before.
+            keep: text and answer stay in the row (a conversation goes on); otherwise, and where the answer is not taken
+                to its end, the row is as before.
 
         Raises:
             ValueError: they do not fit into the language model's context, another answer is under way, or a temperature
@@ -183,16 +184,17 @@ class StreamingSession:
         check_temperature(temperature)
         check_seed(seed)
         self._check_free()
-        mark, self._answering = self.mark(), True
+        mark, self._answering, kept = self.mark(), True, False
         try:
             self._append(ids)
             said = yield from self._continue(max_new_tokens, temperature, seed)
             if keep:  # in every row: while the answer was made, only its own row had read it
                 self.back(mark)
                 self._append([*ids, *said, self.tokenizer.end_of_turn])
+                kept = True
         finally:
             self._answering = False
-            if not keep:
+            if not kept:
                 self.back(mark)
 
     def _continue(self, max_new_tokens: int, temperature: float, seed: int) -> Generator[int, None, list[int]]:

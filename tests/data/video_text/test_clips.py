@@ -11,15 +11,9 @@ from shard_sets import CharacterCollator, picture, write_set
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.clips import SubClips
-from keygrip.data.video_text.conversations import (
-    Conversation,
-    VideoTextSample,
-    answer,
-    caption,
-    describe_video_text,
-    video_text_parts,
-)
+from keygrip.data.video_text.conversations import answer, caption, describe_video_text, video_text_parts
 from keygrip.data.video_text.datamodule import VideoTexts
+from keygrip.data.video_text.sample_types import Conversation, VideoTextSample
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer

@@ -16,15 +16,11 @@ from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.video_text import exact_lengths
-from keygrip.data.video_text.conversations import (
-    Conversation,
-    answer,
-    iterate_texts,
-    read_sample,
-)
+from keygrip.data.video_text.conversations import answer, iterate_texts, read_sample
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, counted
 from keygrip.data.video_text.lengths import TokenLengths
+from keygrip.data.video_text.sample_types import Conversation
 from keygrip.data.video_text.samples import Part
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator

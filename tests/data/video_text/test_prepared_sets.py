@@ -16,14 +16,10 @@ from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.mixing import Component, Mixture, Stage
 from keygrip.data.shards.set_writer import settings_of
 from keygrip.data.video_text.batching import WithinBudget
-from keygrip.data.video_text.conversations import (
-    Conversation,
-    VideoTextSample,
-    answer,
-    read_sample,
-)
+from keygrip.data.video_text.conversations import answer, read_sample
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.foreign_text import own_text
+from keygrip.data.video_text.sample_types import Conversation, VideoTextSample
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.data.video_text.sources.video_sft import video_sft
 from keygrip.data.video_text.video_files import read_timed_frames

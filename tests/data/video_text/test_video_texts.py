@@ -15,17 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shard_sets import CharacterCollator, write_set
+from shard_sets import CharacterCollator, picture, write_set
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.writer import write_manifest
+from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.batching import choose
-from keygrip.data.video_text.conversations import answer, describe_video_text, parse_conversations
+from keygrip.data.video_text.conversations import (
+    answer,
+    describe_video_text,
+    parse_conversations,
+    read_sample,
+    video_text_parts,
+)
 from keygrip.data.video_text.datamodule import VideoTexts
+from keygrip.data.video_text.sample_types import thinned
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
 
@@ -303,7 +310,6 @@ def test_a_collator_sees_the_training_text_before_the_first_batch(root: Path) ->
     assert collator.folder == data.folder == root / "videos" / ".keygrip"
     assert len(collator.texts) == 2 * 160
     assert collator.texts[:2] == ["mark s0?????", "s0"]
-    assert data.statistics.samples == {"videos": 160}
 
 
 def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:
@@ -338,6 +344,21 @@ def test_long_videos_are_thinned_evenly(tmp_path: Path) -> None:
     assert batch.frames.shape == (12, 4, 3, 8, 8)
 
 
+def test_metadata_of_thinned_videos_counts_the_frames_that_are_left(tmp_path: Path) -> None:
+    """Of ten frames 0, 3, 6 and 9 are left: frame 3 is the second one, and of frame 4 nothing is said."""
+    told = [answer(f"Frame {n}?", "1", "mark", {"frame": n, "pixel": [1, 2]}) for n in (0, 3, 4, 9)]
+    with ShardWriter(tmp_path / "s-000.tar") as writer:
+        writer.add("s0", *video_text_parts([picture(n) for n in range(10)], told, "s", extension="png"))
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    shards = ShardSet(tmp_path)
+    whole = read_sample(shards, 0, 8)
+    assert [text.evidence["frame"] for text in whole.conversations] == [0, 3, 4, 9]
+    for thin in (read_sample(shards, 0, 8, max_frames=4), thinned(whole, 4)):
+        assert thin.frames[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
+        assert [text.evidence.get("frame") for text in thin.conversations] == [0, 1, None, 3]
+        assert all(text.evidence["pixel"] == [1, 2] for text in thin.conversations)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -363,7 +384,6 @@ def test_normalised_frames_and_padding_share() -> None:
         loss_mask=text,
         answer_mask=text,
         visual_at=[0] * 3,
-        prompt_lengths=[1] * 3,
         truncated=0,
         kind=["a"] * 3,
         source=["s"] * 3,

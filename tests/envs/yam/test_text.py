@@ -102,7 +102,7 @@ def test_answers_about_the_motion_follow_from_the_trajectory(told: list[Any]) ->
             "pick": "in the gripper", "pick_place": f"in the {goal} bowl", "stack": f"on the {goal} block"
         }[name]  # fmt: skip
         for q in asked(text, "held_at"):
-            frame = q["evidence"]["frame"]
+            frame = q["evidence"]["demo_frame"]
             assert f"{frame / 10:.1f} seconds" in q["question"]
             # A hand that holds a 4 cm cube has stopped closing at 4 cm of its 9.5.
             gripping = arm.commanded.gripper[frame] < 0.5 and 0.35 < arm.gripper[frame] < 0.65

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from vlm_parts import frames_of, rows_of, small_backbone, small_language
 
 from keygrip.models.foveated_vlm.baseline import PooledVLM
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.language.tokenizers import TrainedTokenizer
+from keygrip.training.optimizers import AdamW
 
 
 def build(tokens: int = 4) -> PooledVLM:
@@ -53,3 +59,9 @@ def test_other_modes_and_numbers_of_tokens_are_refused() -> None:
     for tokens in (3, 9):
         with pytest.raises(ValueError, match="must be a square of at most 2 x 2"):
             build(tokens)
+
+
+def test_health_of_queries_that_there_are_none_of_is_refused(tmp_path: Path) -> None:
+    collator = ConversationCollator(TrainedTokenizer(320), "question_first", "answers")
+    with pytest.raises(ValueError, match=r"monitor_every_n_steps=100: health is of queries, and a PooledVLM"):
+        FoveatedVLMModule(build(), collator, AdamW(1e-3), mode="many_tokens")

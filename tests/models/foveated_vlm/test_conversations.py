@@ -228,7 +228,7 @@ def test_a_batch_holds_a_row_for_each_conversation(tmp_path: Path) -> None:
     assert batch.input_ids[0, :count].tolist() == alone.ids
     assert batch.attention_mask.sum(1)[0] == count
     assert not batch.loss_mask[0, count:].any()
-    assert batch.prompt_lengths[0] == alone.prompt
+    assert batch.loss_mask[0].nonzero()[0] == alone.prompt
     assert 0 < text_rows(batch).padding_share() < 0.6
     # the tokenizer is found again, not trained again
     again = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from keygrip.models.foveated_vlm.monitor import RANGES, Health, Range, attention_on_target, relative_entropy
+from keygrip.models.foveated_vlm.monitor import Health, Range, attention_on_target, relative_entropy
 
 
 def test_entropy_is_one_for_uniform_attention_and_zero_for_a_single_token() -> None:
@@ -47,14 +47,3 @@ def test_a_warning_comes_once_and_again_after_recovery(caplog: pytest.LogCapture
 
 def test_figures_that_are_not_numbers_are_ill() -> None:
     assert Health({"a": Range(0.0, 1.0, "x")}).check({"a": math.nan}, 0)
-
-
-def test_every_figure_of_the_design_has_a_range() -> None:
-    assert RANGES.keys() == {
-        "attention_entropy",
-        "static_query_std",
-        "query_effect",
-        "fine_over_coarse",
-        "grad_norm_clipped",
-        "visual_over_text_std",
-    }

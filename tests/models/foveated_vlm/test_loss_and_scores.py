@@ -19,10 +19,10 @@ from vlm_parts import small_backbone, small_language
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
-from keygrip.models.foveated_vlm.module import COARSE_MISSES, FoveatedVLMModule, comparisons
+from keygrip.models.foveated_vlm.module import COARSE_MISSES, FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import text_rows
-from keygrip.models.foveated_vlm.scores import Scores
+from keygrip.models.foveated_vlm.scores import Scores, comparisons
 from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.training.optimizers import AdamW
 

@@ -8,7 +8,8 @@ import torch
 from vlm_parts import small_backbone
 
 from keygrip.data.batches import VideoTextSample
-from keygrip.data.video_text.conversations import Conversation, answer
+from keygrip.data.video_text.conversations import answer
+from keygrip.data.video_text.sample_types import Conversation
 from keygrip.models.foveated_vlm.encoder_pretraining import (
     IGNORED,
     EncoderPretraining,

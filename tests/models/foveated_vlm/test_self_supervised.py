@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.data.batches import VideoTextSample
 from keygrip.data.video_text.conversations import answer
+from keygrip.models.foveated_vlm import self_supervised
 from keygrip.models.foveated_vlm.objects import SIDE, draw_objects
 from keygrip.models.foveated_vlm.self_supervised import (
     COLOUR,
@@ -168,6 +171,17 @@ def test_settings_out_of_range_are_refused() -> None:
         SelfSupervisedModule(module().network, FramesCollator(), AdamW(1e-3), {"pixels": 1.0})
     with pytest.raises(ValueError, match="objects must be at least 1"):
         module(objects=0)
+
+
+def test_processes_and_batches_of_an_accumulated_step_draw_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seeds = module(), []
+    monkeypatch.setattr(self_supervised, "world_size", lambda: 2)
+    for step, rank, number in product((0, 1), (0, 1), (0, 1, 2)):
+        own.trainer = SimpleNamespace(accumulate_grad_batches=3, global_step=step, global_rank=rank)  # type: ignore[assignment]
+        seeds.append(own._seed(3 * step + number))
+    assert len(set(seeds)) == 12
+    assert seeds[0] == 0  # one process without accumulation: the step alone
+    assert seeds[6] == 1
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 from vlm_parts import small_module
 
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
-from keygrip.data.video_text.conversations import VideoTextSample
+from keygrip.data.video_text.sample_types import VideoTextSample
 from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 

@@ -68,6 +68,9 @@ def test_a_conversation_that_is_kept_goes_on_where_it_stood(tmp_path: Path) -> N
     first, second = [5, 9, 7], [11, 4, 8]
     session = StreamingSession(module.network, module.tokenizer)
     session.push(frame)
+    unfinished = session.tokens(first, 6, keep=True)
+    next(unfinished)
+    unfinished.close()  # leaves nothing behind
     said = list(session.tokens(first, 6, keep=True))
     session.push(frame)
     again = StreamingSession(module.network, module.tokenizer)

@@ -17,7 +17,8 @@ from vlm_parts import frames_of, rows_of, small_module
 from keygrip.data.batches import Turn, VideoTextSample, VideoTextStatistics
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, thinned, video_text_parts
+from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, video_text_parts
+from keygrip.data.video_text.sample_types import thinned
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, frame_times
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
@@ -83,9 +84,7 @@ def test_unknown_seconds_and_clocks_are_refused(build: Build) -> None:
 def test_clips_that_keep_their_times_need_frames_that_say_them(tmp_path: Path, clock: bool | str) -> None:
     texts = ["At second 3, what? 7"] * 3
     module = small_module(tmp_path, texts, frame_clock=clock)
-    kept = VideoTextStatistics(
-        tmp_path, "f", {"tours": 3}, 28, "stretch", 8, lambda: iter(texts), clips_keep_times=True
-    )
+    kept = VideoTextStatistics(tmp_path, "f", 28, "stretch", 8, lambda: iter(texts), clips_keep_times=True)
     if clock == "seconds":
         module.set_statistics(kept)
     else:
@@ -98,7 +97,7 @@ def test_kinds_of_coarse_steps_must_be_asked(tmp_path: Path) -> None:
     texts = ["At second 3, what? 7"] * 3
     module = small_module(tmp_path, texts)
     module.coarse_kinds = frozenset(["glance", "cuee"])
-    there = VideoTextStatistics(tmp_path, "f", {"tours": 3}, 28, "stretch", 8, lambda: iter(texts))
+    there = VideoTextStatistics(tmp_path, "f", 28, "stretch", 8, lambda: iter(texts))
     module.set_statistics(there)  # kinds that are not known
     with pytest.raises(ValueError, match=r"model\.coarse_kinds=\['cuee'\]: asked are glance, mark"):
         module.set_statistics(replace(there, kinds=frozenset(["mark", "glance"])))

@@ -12,14 +12,13 @@ from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
-    Conversation,
-    Turn,
     describe_video_text,
     encode_jpeg,
     shard_frame_settings,
     shown_image,
     video_text_parts,
 )
+from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 
 # Collections of short answers in words, which the VQA rule can score; those of lettered options are not among them.

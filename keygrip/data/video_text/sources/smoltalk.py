@@ -11,7 +11,8 @@ from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
-from keygrip.data.video_text.conversations import Conversation, Turn, describe_video_text, video_text_parts
+from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
+from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,6 @@ from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
     VIDEO,
-    Conversation,
-    Turn,
     annotators_answers,
     decode_image,
     decode_timed,
@@ -34,6 +32,7 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, with_system, without_placeholders
+from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.video_files import SUFFIXES
 
 log = logging.getLogger(__name__)

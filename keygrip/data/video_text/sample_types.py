@@ -1,0 +1,105 @@
+"""A video with its conversations, and which of its frames are taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
+
+    Args:
+        turns: in order; at least one is the assistant's.
+        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
+        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
+    """
+
+    turns: tuple[Turn, ...]
+    kind: str
+    evidence: dict[str, Any]
+
+    def among(self, taken: Sequence[int]) -> Conversation:
+        """The same about some frames of the video: its evidence counts the frame that it names (`frame`) among those
+        taken, and names none where that was left out."""
+        frame, places = self.evidence.get("frame"), list(taken)
+        if not isinstance(frame, int) or (frame < len(places) and places[frame] == frame):
+            return self
+        other = {name: value for name, value in self.evidence.items() if name != "frame"}
+        return replace(self, evidence=other | ({"frame": places.index(frame)} if frame in places else {}))
+
+
+@dataclass(frozen=True)
+class VideoTextSample:
+    """A video and the conversations about it, each independent of the others.
+
+    Args:
+        frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
+        conversations: one or more.
+        source: the collection that it is from ("robot_videos", "smoltalk", ...).
+        key: unique in its collection.
+        seconds: F, when each frame was taken; () of images that have no common time; None where it is not known.
+        cut: it is a clip of a longer one (`keygrip.data.video_text.clips`).
+    """
+
+    frames: np.ndarray
+    conversations: tuple[Conversation, ...]
+    source: str
+    key: str
+    seconds: tuple[float, ...] | None = None
+    cut: bool = False
+
+
+def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
+    """The sample with at most so many of its frames, evenly spaced."""
+    if len(sample.frames) <= max_frames:
+        return sample
+    taken = evenly(len(sample.frames), max_frames)
+    seconds = seconds_of(sample.seconds, taken) if sample.seconds else sample.seconds
+    told = tuple(each.among(taken) for each in sample.conversations)
+    return replace(sample, frames=sample.frames[taken], conversations=told, seconds=seconds)
+
+
+def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
+    """When images were taken at `fps`, a number or its text; () where they have no common time (null).
+
+    Raises:
+        ValueError: it is no rate, and there are several images: one is of second 0 at any rate.
+    """
+    if fps is None:
+        return ()
+    if len(taken) < 2:
+        return (0.0,) * len(taken)
+    try:
+        rate = float("nan" if isinstance(fps, bool) else fps)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 1e-6 < rate < 1e6:
+        raise ValueError(
+            f"its fps is {str(fps)[:40]!r}: frames per second are a positive number, or null for images "
+            "without a common time"
+        )
+    return tuple(number / rate for number in taken)
+
+
+def seconds_of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:
+    """Seconds of the frames that were taken; None where a video gave fewer frames than its length promises."""
+    return tuple(float(seconds[n]) for n in taken) if not taken or taken[-1] < len(seconds) else None
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """Which of so many frames are taken where there is a limit: evenly spaced, the first and the last among them."""
+    return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).round().astype(int).tolist()
