@@ -252,7 +252,9 @@ def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
 
 @model_part
 class FoveatedVLM(VideoLanguageNetwork):
-    """See the module.
+    """One visual token per frame: a query that the language model chooses goes through the encoder's blocks.
+
+    Source: the architecture of fVLM (huggingface.co/sanps/fVLM-135M, code github.com/spsanps/nanoSmol).
 
     Args:
         backbone, language: the parts.

@@ -1,7 +1,7 @@
 """A video that is seen as it comes: frames and text one after the other, an answer at any time.
 
 Each frame costs the encoder, a query and a step of the language model or two; the past is in the language model's
-cache. The same as the autoregressive mode (or coarse_only) of a whole video, bit by bit.
+cache. The same as the autoregressive mode (or coarse_only) of a whole video, up to rounding.
 """
 
 from __future__ import annotations
