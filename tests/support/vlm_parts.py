@@ -84,6 +84,15 @@ def small_module(
     return module.eval()
 
 
+def sensitive_module(folder: Path, texts: Sequence[str], **network: Any) -> FoveatedVLMModule:
+    """As `small_module`, with weights so large that its answers differ from video to video."""
+    module = small_module(folder, texts, visual_scale=1.0, **network)
+    with torch.no_grad():
+        for parameter in module.network.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return module
+
+
 def self_supervised_module(weights: dict[str, float] | None = None, **changes: float) -> SelfSupervisedModule:
     """A small one, all losses of weight 1 where no weights are given."""
     torch.manual_seed(0)

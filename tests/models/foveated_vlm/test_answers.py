@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_parts import small_module
+from vlm_parts import sensitive_module, small_module
 
 from keygrip import generate
 from keygrip.config import compose
@@ -26,7 +26,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def module(tmp_path: Path) -> FoveatedVLMModule:
-    return small_module(tmp_path, TEXTS, query_source="coarse")
+    return sensitive_module(tmp_path, TEXTS, query_source="coarse")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from PIL import Image
-from vlm_parts import small_module
+from vlm_parts import sensitive_module, small_module
 
 from keygrip.config import compose
 from keygrip.data.batches import Turn
@@ -43,7 +43,13 @@ def video(frames: np.ndarray) -> dict[str, Any]:
 
 @pytest.fixture
 def chat(tmp_path: Path) -> VideoChat:
-    return VideoChat(small_module(tmp_path, TEXTS, query_source="coarse"))
+    return VideoChat(sensitive_module(tmp_path, TEXTS, query_source="coarse"))
+
+
+def test_answers_depend_on_pixels(chat: VideoChat) -> None:
+    """What the other tests of this file rest on."""
+    answers = {chat.generate([user(video(pixels(3, seed)), "Which digit?")], 8) for seed in range(6)}
+    assert len(answers) > 2
 
 
 def test_a_video_and_a_question_are_answered_as_in_training(chat: VideoChat) -> None:
