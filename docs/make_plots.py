@@ -81,6 +81,7 @@ def token_counts() -> None:
         ("vlm_tokens_1", "1 chosen token", "tab:blue"),
         ("vlm_tokens_4", "4 pooled", "tab:green"),
         ("vlm_tokens_16", "16 pooled", "tab:orange"),
+        ("vlm_tokens_64", "64 pooled", "tab:red"),
     )
     for axes, question in zip(panels, ("mark", "cue", "glance"), strict=True):
         for experiment, label, colour in series:
@@ -91,15 +92,17 @@ def token_counts() -> None:
                 operations = sum(run["tflop"] for run in same) / len(same)
                 curve.append((operations, sum(found) / len(found)))
                 axes.plot([run["tflop"] for run in same], found, "o", color=colour, markersize=4)
-            axes.plot(*zip(*curve, strict=True), color=colour, label=label)
+            axes.plot(
+                *zip(*curve, strict=True), "-" if len(curve) > 1 else "o", color=colour, label=label, markersize=4
+            )
         axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":")
         axes.set_xscale("log")
-        axes.set_xticks((30, 50, 100, 200), ("30", "50", "100", "200"))
+        axes.set_xticks((30, 100, 300, 800), ("30", "100", "300", "800"))
         axes.minorticks_off()
         axes.set(xlabel="TFLOP of training, without the encoder", title=question, ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on test")
-    panels[0].legend(fontsize=7)
+    panels[2].legend(fontsize=7, loc="lower right")
     figure.savefig(IMAGES / "token_counts.png", dpi=110)
 
 

@@ -858,7 +858,7 @@ def vlm_token_counts() -> str:
         number = experiment.removeprefix("vlm_tokens_")
         row = ["1 chosen" if number == "1" else f"{number} pooled", steps, len(runs)]
         row.append(f"{fmean(run['tflop'] for run in runs):.0f}")
-        row.append(over_seeds([run["train_loss"] for run in runs], 4))
+        row.append(over_seeds([run["train_loss"] for run in runs], 2))
         for question in ("mark", "cue", "glance"):
             row.append(over_seeds([run[run["mode"]][f"accuracy_{question}"] for run in runs], 2))
         rows.append(row)

@@ -133,4 +133,4 @@ def test_memory_of_a_recipe_at_its_budgets_corners() -> None:
     )
     assert figures["stage1_worst_gib"] >= figures["stage1_weights_gib"] > 0
     assert {"stage1_0_frames_gib", "stage1_2_frames_gib", "stage1_8_frames_gib"} <= figures.keys()
-    assert figures["measured"] in (0.0, 1.0)
+    assert figures["measured"] == float(torch.cuda.is_available())
