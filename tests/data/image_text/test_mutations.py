@@ -240,7 +240,8 @@ def test_captions_in_capitals_are_read_and_notes_of_macos_are_not(
     assert [(item.path, item.reason) for item in items] == [
         (name, "") for name in ("i0.PNG", "i1.JPG", "i2.WEBP", "i3.BMP", "i4.TIF")
     ]
-    assert f"{notes} hidden files in {source} are not read (._Captions.CSV, ...)" in caplog.text
+    hidden = notes // 2 + 1  # those beside the files, and the folder __MACOSX
+    assert f"{hidden} hidden files and folders in {source} are not read (._Captions.CSV, ...)" in caplog.text
 
 
 def test_captions_that_are_null_are_no_captions(tmp_path: Path) -> None:

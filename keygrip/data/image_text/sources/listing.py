@@ -104,10 +104,11 @@ def list_items(
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    every = [path for path in everything_below(source) if not path.is_dir()]
-    hidden = [path for path in every if is_hidden(path)]
+    below = everything_below(source)
+    every = [path for path in below if not path.is_dir()]
+    hidden = [path.relative_to(source) for path in below if is_hidden(path)]
     if hidden:
-        log.warning("%d hidden files in %s are not read (%s, ...)", len(hidden), source, hidden[0].relative_to(source))
+        log.warning("%d hidden files and folders in %s are not read (%s, ...)", len(hidden), source, hidden[0])
     beside = [path for path in every if path.suffix.lower() in BESIDE]
     capitals = {path.with_suffix(path.suffix.lower()): path for path in beside if path.suffix != path.suffix.lower()}
     others: Counter[str] = Counter()
