@@ -83,6 +83,8 @@ def file_below(source: Path, folder: Path, name: str) -> Path:
     Raises:
         ValueError: it lies outside the collection.
     """
+    if "\0" in name:
+        raise ValueError(f"it names the file {name[:200]!r}, which no file can be called")
     path = Path(os.path.normpath(folder / name))
     if not path.is_relative_to(os.path.normpath(source)):
         raise ValueError(f"it names the file {name[:200]!r}, which lies outside of {source}")

@@ -24,13 +24,13 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
+from keygrip.data.video_frames import untimed_order, upright_frame
 
 LOCAL = {"protocol_whitelist": "file"}  # a playlist in place of a video must not reach the network
 SEEK_S = 8.0  # to a wanted frame further ahead; as long as key frames are usually apart
 FURTHEST_BACK_S = 60.0  # a key frame may lie before what was decoded already, but not so far
 CUT_OFF_S = 0.25  # packets that end so long before the file's own length: a part of it is missing
 TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
-QUARTER_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 Converted = TypeVar("Converted")
 
 # ---- frames by index -------------------------------------------------------------------------------------------------
@@ -285,13 +285,21 @@ def _frames_at(
         begin = end = gap = 0.0  # when `shown` begins and ends; the longest time that a frame was shown so far
         sought, worth_it = -1, SEEK_S
         frames = container.decode(stream)
+        untimed = untimed_order(container, stream)
+        seek = seek and not untimed
         while (frame := next(frames, None)) is not None:
-            now = float(frame.time or 0.0)
+            if frame.is_corrupt:
+                if sought >= 0:  # perhaps for want of what lies before the key frame
+                    raise _CannotSeek
+                raise ValueError(f"its frame at {float(frame.time or 0.0):.1f} s is damaged")
+            now = float(frame.time or 0.0) if not untimed else float((frame.dts or 0) * frame.time_base)
+            if untimed and frame.dts is None and shown is not None:  # the last ones
+                now = begin + (start or 0.0) + (gap or float((frame.duration or 0) * frame.time_base))
             start = now if start is None else start
             while (
                 shown is not None and len(found) < len(wanted) and now - start > wanted[len(found)] + TIME_TOLERANCE_S
             ):
-                found.append(convert(_upright(shown, stream.sample_aspect_ratio)))
+                found.append(convert(upright_frame(shown, stream.sample_aspect_ratio)))
             if len(found) == len(wanted):
                 break
             gap = max(gap, now - start - begin) if shown is not None else gap
@@ -303,7 +311,7 @@ def _frames_at(
                 worth_it *= 2 if landed <= now else 1  # key frames are further apart than that
                 shown = None
         while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
-            found.append(convert(_upright(shown, stream.sample_aspect_ratio)))
+            found.append(convert(upright_frame(shown, stream.sample_aspect_ratio)))
     if len(found) < len(wanted):
         raise ValueError(f"the video says it lasts {duration:.1f} s, but only {end:.1f} s of it can be decoded")
     return found
@@ -325,23 +333,6 @@ def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tup
     if first is None or first.time is None or not now - FURTHEST_BACK_S < first.time <= time + TIME_TOLERANCE_S:
         raise _CannotSeek
     return itertools.chain([first], frames), float(first.time)
-
-
-def _upright(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
-    """A decoded frame as players show it: stretched where its pixels are not square, and turned by the quarter turns
-    that its display matrix says. pixel_shape: width of a pixel over its height; None: square.
-
-    Raises:
-        ValueError: stretched it has more pixels than an image may have.
-    """
-    image: Image.Image = frame.to_image()
-    if pixel_shape and pixel_shape != 1:  # the shorter side grows: no pixel is lost
-        width, height = image.width * max(pixel_shape, Fraction(1)), image.height / min(pixel_shape, Fraction(1))
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"shown with pixels of {pixel_shape}, its frames have more than {MAX_PIXELS} pixels")
-        image = image.resize((round(width), round(height)))
-    turned = QUARTER_TURNS.get(round(frame.rotation) % 360)
-    return image if turned is None else image.transpose(turned)
 
 
 @contextlib.contextmanager
@@ -375,6 +366,8 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
     declared = float(stream.duration * stream.time_base)
     if container.format.name == "avi" and stream.frames and stream.average_rate:
         declared = max(declared, float(stream.frames / stream.average_rate))
+        if untimed_order(container, stream):
+            return declared
     with _opened(source) as (again, images):
         first = images.start_time or 0
         try:

@@ -277,6 +277,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     for place in split_folders(root):
         manifest = read_json(Path(place) / MANIFEST)
         problems += list(manifest["broken"].values())
+        empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # of which nothing was examined
+        for name in empty:
+            found = manifest["bad_samples"].get(name, {}).items()
+            problems += [f"{place}/{name}, {key}: {reason}" for key, reason in found]
+        known = {shard["name"] for shard in manifest["shards"]} | set(manifest["broken"])
+        new = sorted({path.name for path in tar_files(Path(place))} - known)
+        problems += [f"{place}/{name} is not in the manifest, so it is not read: run step=manifest" for name in new]
     problems += [problem for report in reports for problem in report.known]
     problems_file = _write_problems(Path(root) / PROBLEMS_FILE, problems)
     for problem in problems[:NAMED_AT_MOST]:

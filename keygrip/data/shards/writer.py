@@ -202,5 +202,6 @@ def tar_files(root: Path) -> list[Path]:
 
 def compressed_shards(root: Path) -> list[Path]:
     """Compressed tar files of a folder; without hidden ones."""
-    endings = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-    return [path for path in files_in(root, *endings) if path.is_file()]
+    endings = ["gz", "bz2", "xz", "zst", "lz4", "lzma", "z", "br"]
+    names = [*(f".tar.{ending}" for ending in endings), ".tgz", ".tbz2", ".tbz", ".txz", ".tzst"]
+    return [path for path in files_in(root, *names) if path.is_file()]

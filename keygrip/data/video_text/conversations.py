@@ -162,6 +162,8 @@ def conversation_problem(conversation: Conversation) -> str | None:
         return "a conversation has no answer, or an empty one: it would carry no loss"
     if conversation.turns[0].role == "assistant":
         return "a conversation begins with an answer"
+    if not any(turn.role == "user" for turn in conversation.turns):
+        return "a conversation has no user's turn"
     return None
 
 

@@ -14,7 +14,9 @@ from typing import Any
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Where the frames go is the model's affair: <image>, <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>.
 PLACEHOLDER = re.compile(
-    r"\s*(?:(?:<\|?(?:image|video)(?:_?\d+|_pad)?\|?>|<\|vision_(?:start|end)\|>)\s*)+", re.IGNORECASE
+    # a run of white space is begun once, at its start: text with long ones would take the square of their length
+    r"(?:(?<!\s)\s+)?(?:(?:<\|?(?:image|video)(?:_?\d+|_pad)?\|?>|<\|vision_(?:start|end)\|>)\s*)+",
+    re.IGNORECASE,
 )
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
 MEDIA = ("image", "images", "video", "videos")  # keys of a json that name files

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import shutil
+import tarfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.set_writer import Broken, MadeSample, Written, fingerprint, write_shards
 from keygrip.data.shards.validation import make_manifests, validate
+from keygrip.data.shards.writer import write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
 from keygrip.recording import video_text
 
@@ -304,6 +307,22 @@ def test_validation_names_every_kind_of_fault(tmp_path: Path, processes: int) ->
     assert "the key n3 occurs twice" in problems
     assert "the same content occurs twice" in problems
     assert report["errors"] >= 3 + 2 * 6
+
+
+def test_validation_names_samples_of_shards_without_a_good_one_and_shards_that_came_later(tmp_path: Path) -> None:
+    written(tmp_path)
+    for name, key in (("z-bad.tar", "lonely"), ("z-new.tar", "later")):
+        with tarfile.open(tmp_path / name, "w") as file:
+            part = tarfile.TarInfo(f"{key}.jpg")
+            part.size = 3
+            file.addfile(part, io.BytesIO(b"abc"))
+        if key == "lonely":
+            write_manifest(tmp_path, describe_video_text, progress=False)
+    report = validate(tmp_path)
+    assert report["errors"] == 2
+    problems = "\n".join(report["problems"])
+    assert "z-bad.tar, lonely: " in problems
+    assert "z-new.tar is not in the manifest, so it is not read: run step=manifest" in problems
 
 
 def test_validation_finds_an_index_of_another_tar(tmp_path: Path) -> None:

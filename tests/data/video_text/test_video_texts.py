@@ -26,12 +26,14 @@ from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.batching import choose
 from keygrip.data.video_text.conversations import (
     answer,
+    conversation_problem,
     describe_video_text,
     parse_conversations,
     read_sample,
     video_text_parts,
 )
 from keygrip.data.video_text.datamodule import VideoTexts
+from keygrip.data.video_text.foreign_text import without_placeholders
 from keygrip.data.video_text.sample_types import thinned
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
@@ -551,3 +553,15 @@ def test_annotators_answers_are_read_as_benchmarks_have_them_or_refused() -> Non
     for wrong in ("yes", [3] * 10, {"a": 1}, [{"a": "yes"}]):
         with pytest.raises(BadSample, match="its `answers` are no list of texts"):
             told(wrong)
+
+
+def test_a_conversation_without_a_users_turn_is_refused() -> None:
+    talk = Conversation((Turn("system", "Be brief."), Turn("assistant", "Yes.")), "text", {})
+    assert conversation_problem(talk) == "a conversation has no user's turn"
+
+
+def test_long_white_space_is_read_once() -> None:
+    """A pattern that begins anew at each blank would take minutes here."""
+    blanks = " " * 200_000
+    assert without_placeholders(f"a{blanks}b") == f"a{blanks}b"
+    assert without_placeholders(f"a{blanks}<image>{blanks}b") == "a b"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -126,7 +127,10 @@ def entries(source: Path) -> list[Entry]:
                 except BadSample as error:
                     found.append(Entry(key, (), (), name, str(error)))
     if not any(not entry.problem for entry in found):
-        raise ValueError(f"the lists below {source} hold no entries with {' or '.join(TURNS)}")
+        raise ValueError(
+            f"the lists below {source} hold no entries with {' or '.join(TURNS)} that can be used"
+            + (f"; the first: {found[0].problem}" if found else "")
+        )
     return found
 
 
@@ -159,6 +163,19 @@ def _line(line: str, where: str) -> Any:
         return error
 
 
+def _medium(source: Path, beside: Path, name: str) -> Path:
+    """The file of a name, relative to the list's folder or to the whole one: both are usual. The first where neither
+    has it. Raises ValueError: it lies outside of the whole folder."""
+    first = _below(source, beside, name)
+    if first.is_file() or os.path.normpath(beside) == os.path.normpath(source):
+        return first
+    try:
+        second = _below(source, source, name)
+    except ValueError:  # "../videos/a.mp4" of a list in a folder
+        return first
+    return second if second.is_file() else first
+
+
 def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping[str, Any]) -> Entry:
     names = [name for name in MEDIA if entry.get(name)]
     if len(names) > 1:
@@ -171,8 +188,7 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     media = []
     for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
         # relative to the list or to the whole folder: both are usual
-        places = [_below(source, folder, name) for folder in (beside, source)]
-        media.append(next((place for place in places if place.is_file()), places[0]))
+        media.append(_medium(source, beside, name))
     key_of_turns = next(name for name in TURNS if name in entry)
     said = _listed(entry[key_of_turns], key_of_turns)
     if not all(isinstance(turn, Mapping) for turn in said):

@@ -673,3 +673,17 @@ def test_system_turns_placeholders_with_brackets_and_media_under_other_keys(tmp_
     assert first == [("system", "Be brief."), ("user", "What?"), ("assistant", "This that.")]
     assert [turn.text for turn in turns["list-00000001"]] == ["One.", "What?", "This, in b.mp4"]
     assert len(turns["list-00000002"]) == 2
+
+
+def test_lists_in_a_folder_may_name_files_of_a_folder_beside_it(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_video(source / "videos" / "a.mp4", 2)
+    (source / "annotations").mkdir()
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    entries = [{"video": "../videos/a.mp4", "conversations": turns}, {"video": "v\0.mp4", "conversations": turns}]
+    (source / "annotations" / "train.json").write_text(json.dumps(entries))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.8)
+    assert (report["samples"], report["failed"]) == (1, 1)
+    (source / "annotations" / "train.json").write_text(json.dumps(entries[1:]))
+    with pytest.raises(ValueError, match=r"that can be used; the first: .*no file can be called"):
+        video_sft(source, tmp_path / "none", SIZE, workers=1)
