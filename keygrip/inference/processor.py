@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from keygrip.data.batches import normalised
+from keygrip.data.video_text.conversations import frame_settings
 from keygrip.inference.prompts import Message, PromptReader, check, refuse_message
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
@@ -45,6 +46,9 @@ class KeygripProcessor(ProcessorMixin):
         image_mean, image_std: [3], of pixels in 0-1.
         prompt_order, system, timestamps: see `ConversationCollator`.
         chat_template: transformers hands over the tokenizer's own; kept for `save_pretrained`.
+
+    Raises:
+        ValueError: settings that cannot be.
     """
 
     def __init__(
@@ -60,6 +64,13 @@ class KeygripProcessor(ProcessorMixin):
         timestamps: bool = False,
         chat_template: str | None = None,
     ) -> None:
+        frame_settings(image_size, fit, max_frames)
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
+            if not numbers or len(values) != 3 or (name == "image_std" and not all(value > 0 for value in values)):
+                raise ValueError(f"{name}={values!r}: must be three numbers, those of image_std above 0")
+        if not isinstance(timestamps, bool):
+            raise ValueError(f"timestamps={timestamps!r}: must be true or false")
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
         self.image_mean, self.image_std = list(image_mean), list(image_std)

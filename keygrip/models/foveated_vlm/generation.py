@@ -49,19 +49,20 @@ def rows_of(
     return TextRows(ids.to(device), lengths, places, list(videos), list(frame_counts), seconds)
 
 
+MOST_TEMPERATURE = 1e4  # nearly uniform
 LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError: it is no number, negative or not finite, or so near to 0 that logits overflow."""
+    """Raises ValueError: it is no number, negative or not finite, near to 0 or very large."""
     if not (
         isinstance(temperature, Real)
         and math.isfinite(temperature)
-        and (temperature == 0 or temperature >= LEAST_TEMPERATURE)
+        and (temperature == 0 or LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE)
     ):
         raise ValueError(
             f"temperature={temperature}: give 0 (the most probable token) or a number of at least {LEAST_TEMPERATURE} "
-            "(tokens are drawn)"
+            f"and at most {MOST_TEMPERATURE:g} (tokens are drawn)"
         )
 
 

@@ -257,6 +257,8 @@ class VideoStream:
             raise ValueError(f"a question is a text, not {type(question).__name__}")
         if not question.strip():
             raise ValueError("question='': a question is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise ValueError("the question holds half a surrogate pair, which is no character")
         self.module = module
         try:
             self._told = None if seconds is None else tuple(map(float, seconds))

@@ -233,6 +233,8 @@ class LanguageModel(nn.Module):
             theirs, ours = getattr(found, name, None), getattr(own, name, None)
             if theirs is not None and theirs != ours:
                 different.append(f"{name} is {theirs}, here it is {ours}")
+        if set(getattr(found, "layer_types", None) or ()) - {"full_attention"}:
+            different.append("some of its layers attend to a sliding window, which is not supported here")
         kind = getattr(found, "model_type", "")
         if kind != own.model_type:
             different.insert(0, f"it is a {kind or 'model without a type'}, not a {own.model_type}")

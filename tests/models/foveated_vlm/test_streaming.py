@@ -162,6 +162,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
         module.stream(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a question is empty"):
         module.stream(" ")
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        module.stream("a\ud83d")
+    with pytest.raises(ValueError, match=r"temperature=1e\+39: .* at most 10000"):
+        next(iter(StreamingSession(module.network, module.tokenizer).tokens([5], temperature=1e39)))
     stream = module.stream("?")
     stream.push(np.zeros((28, 28, 3), np.uint8))
     with pytest.raises(ValueError, match="max_new_tokens=0: it must be at least 1"):

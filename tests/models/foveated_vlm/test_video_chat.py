@@ -362,6 +362,17 @@ def test_the_chat_template_of_an_export_has_the_system_turn_of_training(
     folder = write_export(tmp_path / "out", {"keygrip": {}}, module.state_dict(), "card", files=files, facts=facts)
     tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert isinstance(processor, KeygripProcessor)
+    known = json.loads((folder / "processor_config.json").read_text())
+    for name, value in (
+        ("image_size", 0),
+        ("image_size", "32"),
+        ("fit", "x"),
+        ("image_std", [0, 0, 0]),
+        ("timestamps", 1),
+    ):
+        (folder / "processor_config.json").write_text(json.dumps(known | {name: value}))
+        with pytest.raises(ValueError, match=f"{name}="):
+            AutoProcessor.from_pretrained(folder)
     asked = [user("Which digit?"), {"role": "assistant", "content": "7."}, {"role": "user", "content": "Sure?"}]
     talks = [asked[:1], asked, [{"role": "system", "content": "You see."}, *asked]]
     for talk in talks:
