@@ -450,6 +450,9 @@ class FoveatedVLM(VideoLanguageNetwork):
         if streams.input_ids.shape[1]:
             state = self._read_prefix(streams, cache)
         queries, fine = [], []
+        # the longest text and the longest video may be of two rows: what is behind a row's end takes no position then
+        full = cache.length + streams.longest > self.language.context
+        counts = torch.tensor(streams.frame_counts, device=coarse.device)[:, None]
         for frame in range(streams.longest):
             now = None if streams.seconds is None else streams.seconds[:, frame : frame + 1]
             query = self._as_queries(self.before(state, frame, now), streams.first[:, frame : frame + 1])  # [S, 1, D]
@@ -458,7 +461,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             fine.append(seen)
             if frame + 1 < streams.longest:
                 visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(seen)
-                state = self.language.extend(self.numbered(visual, frame, now), cache)
+                state = self.language.extend(self.numbered(visual, frame, now), cache, counts > frame if full else None)
         return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
 
     def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:

@@ -46,6 +46,13 @@ class LanguageCache:
         mask = (self._valid[:, None] & (slot <= query)) | (slot == query)
         return mask[:, None], positions
 
+    def longest(self, more: int, valid: Tensor | None, slots: int) -> int:
+        """Positions of the longest row after `more` further ones, of which `valid` [B, more] are real; `slots` where
+        no row has padding."""
+        if self._next is None:
+            return slots
+        return int((self._next + (more if valid is None else valid.sum(1))).max())
+
     def cut(self, length: int) -> None:
         """Forgets all but the first `length` positions; of rows without padding."""
         assert self._valid is None, "rows with padding have no common length"

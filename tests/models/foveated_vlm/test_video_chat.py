@@ -598,3 +598,14 @@ def test_what_is_no_conversation_and_no_length_is_refused(chat: VideoChat) -> No
             chat.stream([user("Which?")], none)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=f"batch_frames={none}: it must be at least 1"):
             chat.generate([user("Which?")], batch_frames=none)  # type: ignore[arg-type]
+
+
+def test_conversations_that_fit_alone_fit_together(tmp_path: Path) -> None:
+    """The longest text and the longest video are of different rows, and more than the context together."""
+    module = sensitive_module(tmp_path, TEXTS)
+    module.image_options["max_frames"] = 64
+    chat = VideoChat(module)
+    talks = [[user(video(pixels(1)), "z9" * 40)], [user(video(pixels(60, 1)), "Which?")]]
+    found = chat.generate(talks, 6)
+    module.network.language.context = 4096
+    assert found == chat.generate(talks, 6)
