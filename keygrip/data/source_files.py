@@ -55,8 +55,8 @@ def everything_below(folder: Path) -> list[Path]:
                 read.add(real)
                 paths = [Path(place, name) for name in folders]
                 found += [*paths, *(Path(place, name) for name in files)]
-                folders[:] = [path.name for path in paths if not is_hidden(path)]
                 paths = [path for path in paths if not is_hidden(path)]
+                folders[:] = [path.name for path in paths]  # into which os.walk goes on
                 linked += [path for path in paths if path.is_symlink()]
         waiting = sorted(linked)  # after everything that lies there by itself, so that a way without links comes first
     if twice:

@@ -175,10 +175,10 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
 def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
     """Options without their letters where all have their own ("A. red", "B. blue")."""
     labels = [re.match(rf"\s*\(?{chr(ord('A') + number)}[.):]\s*", option) for number, option in enumerate(options)]
-    ends = [label.end() for label in labels if label is not None]
+    lettered = None not in labels
     return tuple(
-        (option[end:] if len(ends) == len(options) else option).strip()
-        for option, end in zip(options, ends if len(ends) == len(options) else [0] * len(options), strict=True)
+        (option[label.end() :] if lettered and label else option).strip()
+        for option, label in zip(options, labels, strict=True)
     )
 
 

@@ -20,6 +20,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.sample_types import evenly
 from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
 ROLES = ("system", "user", "assistant")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -178,8 +179,7 @@ def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[st
                     f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
                 )
         text = "".join(words)
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"a {role}'s message holds half a surrogate pair, which is no character")
+        refuse_half_characters(text, f"a {role}'s message")
         turns.append(Turn(role, text))
     if not turns or turns[-1].role != "user":
         raise ValueError("a conversation to answer ends with a user's message")

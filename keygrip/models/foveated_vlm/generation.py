@@ -53,6 +53,12 @@ MOST_TEMPERATURE = 1e4  # nearly uniform
 LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
 
 
+def refuse_half_characters(text: str, whose: str) -> None:
+    """Raises ValueError: a tokenizer cannot read the text, which holds half a surrogate pair."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{whose} holds half a surrogate pair, which is no character")
+
+
 def check_temperature(temperature: float) -> None:
     """Raises ValueError: it is no number, negative or not finite, near to 0 or very large."""
     if not (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
-from keygrip.models.foveated_vlm.generation import check_count, check_seed, check_temperature
+from keygrip.models.foveated_vlm.generation import check_count, check_seed, check_temperature, refuse_half_characters
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -257,8 +257,7 @@ class VideoStream:
             raise ValueError(f"a question is a text, not {type(question).__name__}")
         if not question.strip():
             raise ValueError("question='': a question is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in question):
-            raise ValueError("the question holds half a surrogate pair, which is no character")
+        refuse_half_characters(question, "the question")
         self.module = module
         try:
             self._told = None if seconds is None else tuple(map(float, seconds))

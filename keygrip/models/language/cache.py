@@ -46,11 +46,10 @@ class LanguageCache:
         mask = (self._valid[:, None] & (slot <= query)) | (slot == query)
         return mask[:, None], positions
 
-    def longest(self, more: int, valid: Tensor | None, slots: int) -> int:
-        """Positions of the longest row after `more` further ones, of which `valid` [B, more] are real; `slots` where
-        no row has padding."""
-        if self._next is None:
-            return slots
+    def longest(self, more: int, valid: Tensor | None) -> int:
+        """Positions of the longest row after `more` further ones, of which `valid` [B, more] are real."""
+        if self._next is None:  # no row has padding so far
+            return self.length + more
         return int((self._next + (more if valid is None else valid.sum(1))).max())
 
     def cut(self, length: int) -> None:

@@ -173,8 +173,8 @@ class LanguageModel(nn.Module):
             cache: extended in place.
             valid: bool [B, t], False for padding, which leaves a hole: nothing real sees it and it takes no position.
         """
-        if (slots := cache.length + embeddings.shape[1]) > self.context:  # of padded rows perhaps none is so long
-            self._check_length(cache.longest(embeddings.shape[1], valid, slots))  # before the cache counts them
+        if cache.length + embeddings.shape[1] > self.context:  # of padded rows perhaps none is so long
+            self._check_length(cache.longest(embeddings.shape[1], valid))  # before the cache counts them
         mask, positions = cache.advance(embeddings.shape[0], embeddings.shape[1], valid, embeddings.device)
         return self._run(embeddings, positions, mask, cache.layers)
 
