@@ -27,7 +27,11 @@ from keygrip.config import compose
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = list(compose("bench").gpu)
 # The others run the same code on the same toy network.
-DISTINCT = [name for name in PARTS if name not in ("train_vlm_360m", "vlm_loss_kernels", "volume_loss", "dit_sampler")]
+DISTINCT = [
+    name
+    for name in PARTS
+    if name not in ("train_vlm_360m", "train_vlm_1700m", "vlm_loss_kernels", "volume_loss", "dit_sampler")
+]
 LONGEST = (
     "server",
     "train_dit",
