@@ -23,7 +23,9 @@ MAY_DIFFER = (
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
-    "model.loss_kernel",
+    # the same numbers but for rounding, from other kernels or other batches
+    *("model.loss_kernel", "model.vision_cache_gb"),
+    "model.monitor_every_n_steps",
     # what else has changed in the data is compared by hashes
     *("data.verify", "data.allow_changed"),
 )
