@@ -8,6 +8,8 @@ depends on who loads it. Resuming needs one number, the count of batches done.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -181,8 +183,20 @@ def _batch_or_raise(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """One thread for each worker, so that they do not fight with the trainer's, and a process group of its own:
-    Ctrl-C, `timeout` and schedulers signal the whole group of the trainer, which needs its workers until it has saved.
+    """One thread for each worker, so that they do not fight with the trainer's, and no end by a signal that means the
+    trainer, which needs its workers until it has saved: Ctrl-C and `timeout` signal its process group, so a worker has
+    one of its own; Slurm signals every process of a step, so a worker obeys SIGTERM from the trainer alone.
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_trainer, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_trainer(trainer: int) -> None:
+    """Ends this process when the process `trainer` sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

@@ -1,12 +1,14 @@
-"""Processes that load data outlive a signal to the trainer's process group, and end with the trainer."""
+"""Processes that load data outlive signals that are meant for the trainer, and end with it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
-import os, signal
+import os, signal, subprocess, sys
 from torch.utils.data import DataLoader
 from keygrip.data.shards.sampling import start_worker
 
@@ -17,18 +19,43 @@ seen = 0
 for batch in loader:
     seen += 1
     if seen == 3:
-        os.killpg(os.getpgrp(), signal.SIGTERM)
+        if sys.argv[1] == "group":
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+        else:  # as Slurm does: from a process that is not the trainer
+            workers = [str(worker.pid) for worker in loader._iterator._workers]
+            for name in ("-TERM", "-INT"):
+                subprocess.run(["kill", name, *workers], check=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 print(seen, len(received), *(worker.pid for worker in loader._iterator._workers))
 """
 
 
-def test_workers_outlive_a_signal_to_the_group_and_end_with_the_trainer() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], start_new_session=True, capture_output=True, text=True, timeout=120, check=False
-    )
+@pytest.mark.parametrize("signalled", ["group", "every process"])
+def test_workers_outlive_a_signal_and_end_with_the_trainer(signalled: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, signalled]
+    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     seen, received, *workers = (int(word) for word in done.stdout.split())
     assert (seen, received) == (40, 1)
     assert len(workers) == 2
     for worker in workers:
         assert subprocess.run(["ps", "-p", str(worker)], capture_output=True, check=False).returncode != 0
+
+
+ENDED = """
+import os, signal
+from torch.utils.data import DataLoader
+from keygrip.data.shards.sampling import start_worker
+
+loader = iter(DataLoader(range(40), num_workers=1, worker_init_fn=start_worker))
+next(loader)
+worker = loader._workers[0]
+worker.terminate()
+worker.join(60)
+print(worker.exitcode)
+"""
+
+
+def test_a_worker_ends_when_the_trainer_tells_it_to() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "0", done.stderr
