@@ -8,6 +8,7 @@ They have the form that transformers' processors take: messages with a role and 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.sample_types import evenly
 from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
 ROLES = ("system", "user", "assistant")
@@ -35,11 +37,13 @@ class Prompt:
     Attributes:
         turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
         times: of each, when its frames were taken; of frames that come as arrays one per second.
+        before_text: how many of them stand before all text, without a mark.
     """
 
     turns: tuple[Turn, ...]
     visuals: tuple[np.ndarray, ...]
     times: tuple[tuple[float, ...], ...]
+    before_text: int = 0
 
     @property
     def seconds(self) -> tuple[float, ...] | None:
@@ -52,6 +56,31 @@ class Prompt:
     def at_its_place(self) -> bool:
         """See `at_its_place`."""
         return at_its_place(self.turns)
+
+    def placed(self, prompt_order: PromptOrder) -> Prompt:
+        """The same with what stands before the first user's words where training places it (`encode_conversation`),
+        also where further images or videos come later; these stay where they are said."""
+        first = next((n for n, turn in enumerate(self.turns) if turn.role == "user"), None)
+        if self.at_its_place or first is None:
+            return self
+        text = self.turns[first].text
+        rest = text.lstrip(MARK)
+        leading = len(text) - len(rest)
+        end = len(rest.rstrip(MARK + string.whitespace))  # of its words
+        if not leading or not end:
+            return self
+        if prompt_order == "visual_first":
+            turn, order = Turn("user", rest), list(range(len(self.visuals)))
+        else:
+            passed = leading + rest[:end].count(MARK)
+            turn = Turn("user", f"{rest[:end]}{MARK * leading}{rest[end:]}")
+            order = [*range(leading, passed), *range(leading), *range(passed, len(self.visuals))]
+        return Prompt(
+            (*self.turns[:first], turn, *self.turns[first + 1 :]),
+            tuple(self.visuals[n] for n in order),
+            tuple(self.times[n] for n in order),
+            leading if prompt_order == "visual_first" else 0,
+        )
 
     @property
     def words(self) -> tuple[Turn, ...]:

@@ -29,6 +29,7 @@ from keygrip.inference.prompts import (
     padded_frames,
     refuse_message,
 )
+from keygrip.models.foveated_vlm.conversations import encode_around
 from keygrip.models.foveated_vlm.generation import check_count, check_room, check_seed, check_temperature, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
@@ -37,6 +38,7 @@ from keygrip.training.checkpoints import WEIGHTS_ARE, load_module, read_checkpoi
 from keygrip.training.integrity import refuse_unfit_weights
 
 BATCH_ROWS = 64  # conversations that are answered together at most
+BATCH_TEXT = 16384  # tokens of text that are answered together at most, padding with them
 BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
 
 
@@ -123,7 +125,7 @@ class VideoChat:
         """The answer to a conversation, or answers to several, which are computed together.
 
         Images and videos that stand in the first user's message before its words are placed where training placed
-        them; elsewhere each stands where it is said, which no training has shown the model. Several have no common
+        them; others stand where they are said, which no training has shown the model. Several have no common
         time: a clock of seconds (`frame_clock`) then counts their frames.
 
         Args:
@@ -154,12 +156,12 @@ class VideoChat:
                     raise
                 unfit[number] = str(error)
         answers: list[str] = [""] * len(wanted)
-        waiting: list[tuple[int, Prompt]] = []
+        waiting: list[tuple[int, Prompt, int]] = []  # with the tokens of its text
 
         def answer_waiting() -> None:
-            prompts = [prompt for _, prompt in waiting]
+            prompts = [prompt for _, prompt, _ in waiting]
             said = self._together(prompts, max_new_tokens, temperature, seed, how) if prompts else []
-            for (number, _), text in zip(waiting, said, strict=True):
+            for (number, _, _), text in zip(waiting, said, strict=True):
                 answers[number] = text
             waiting.clear()
 
@@ -167,8 +169,8 @@ class VideoChat:
             if number in unfit:
                 continue
             try:
-                prompt = self.reader.read(messages)
-                self._check_room(prompt, max_new_tokens)
+                prompt = self._read(messages)
+                text = self._check_room(prompt, max_new_tokens)
                 if not prompt.at_its_place:
                     answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how)).strip()
                     continue
@@ -177,9 +179,15 @@ class VideoChat:
                     raise
                 unfit[number] = str(error)
                 continue
-            if padded_frames([*(each for _, each in waiting), prompt]) > batch_frames or len(waiting) == BATCH_ROWS:
+            grown = [*waiting, (number, prompt, text)]
+            longest = max(tokens for _, _, tokens in grown)
+            if (
+                padded_frames([each for _, each, _ in grown]) > batch_frames
+                or longest * len(grown) > BATCH_TEXT
+                or len(grown) > BATCH_ROWS
+            ):
                 answer_waiting()
-            waiting.append((number, prompt))
+            waiting.append((number, prompt, text))
         answer_waiting()
         if left_out is not None:
             left_out.update(sorted(unfit.items()))
@@ -199,7 +207,7 @@ class VideoChat:
         check_count(max_new_tokens)
         how = mode or self.module.answer_mode
         self.check(messages, how, streamed=True)
-        prompt = self.reader.read(messages)
+        prompt = self._read(messages)
         self._check_room(prompt, max_new_tokens)
         return self._streamed(prompt, max_new_tokens, temperature, seed, how)
 
@@ -231,9 +239,14 @@ class VideoChat:
                 f"{' or '.join(STREAMED_MODES)}"
             )
 
-    def _check_room(self, prompt: Prompt, max_new_tokens: int) -> None:
+    def _read(self, messages: Sequence[Message]) -> Prompt:
+        return self.reader.read(messages).placed(self.module.collator.prompt_order)
+
+    def _check_room(self, prompt: Prompt, max_new_tokens: int) -> int:
+        """Tokens of its text. Raises ValueError: with its frames and the answer they do not fit into the context."""
         text = sum(len(part) for part in self._parts(prompt) if isinstance(part, list))
         check_room(self.module.network, text, sum(map(len, prompt.visuals)), max_new_tokens)
+        return text
 
     def _together(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str
@@ -280,11 +293,9 @@ class VideoChat:
             text = module.collator.prompt(prompt.words, prompt.seconds)
             return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
         turns = module.collator.with_system(module.collator.with_times(prompt.turns, prompt.seconds))
-        said = [(turn.role, module.tokenizer.as_words(turn.text)) for turn in turns]
-        rendered = module.tokenizer.render(said, answering=True)
-        texts = [module.tokenizer.encode(piece) for piece in rendered.split(MARK)]
-        parts: list[list[int] | np.ndarray] = [texts[0]]
-        for visual, ids in zip(prompt.visuals, texts[1:], strict=True):
+        texts = encode_around(turns, module.tokenizer, MARK)
+        parts: list[list[int] | np.ndarray] = [*prompt.visuals[: prompt.before_text], texts[0]]
+        for visual, ids in zip(prompt.visuals[prompt.before_text :], texts[1:], strict=True):
             parts += [visual, ids]
         return parts
 

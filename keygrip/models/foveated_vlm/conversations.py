@@ -77,7 +77,7 @@ def encode_conversation(
     visual = 0
     if prompt_order == "question_first":
         visual = _end_of_first_question(said, tokenizer, whole, generating)
-    answers = [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
+    answers = _answer_spans(said, tokenizer, whole)
     if generating:
         answers.append((len(whole), len(whole)))
     cuts = sorted({0, visual, len(whole), *(edge for span in answers for edge in span)})
@@ -109,6 +109,24 @@ def encode_conversation(
     )
 
 
+def encode_around(turns: Sequence[Turn], tokenizer: ChatTokenizer, mark: str) -> list[list[int]]:
+    """Ids before, between and behind the `mark` characters in the words of a conversation that ends with a question:
+    cut around its answers as `encode_conversation` cuts them, so that the same words have the same ids.
+
+    Raises:
+        ValueError: as `encode_conversation`.
+    """
+    said = [(turn.role, tokenizer.as_words(turn.text)) for turn in turns]
+    whole = tokenizer.render(said, answering=True)
+    edges = sorted({0, len(whole), *itertools.chain(*_answer_spans(said, tokenizer, whole))})
+    parts: list[list[int]] = [[]]
+    for start, stop in itertools.pairwise(edges):
+        first, *others = (tokenizer.encode(piece) for piece in whole[start:stop].split(mark))
+        parts[-1] += first
+        parts += others
+    return parts
+
+
 def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str, generating: bool) -> int:
     """Where the words of the first user turn end in the rendered conversation, and where they would begin if it has
     none. The words may stand in other turns and in the template too, so the conversation is rendered again with a mark
@@ -125,6 +143,10 @@ def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer
     if not rendered.startswith(PLACE, end) or not whole[:end].endswith(words.lstrip()):
         raise ValueError(f"the chat template does not keep the words of a user turn as they are: {words[:60]!r}")
     return end
+
+
+def _answer_spans(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> list[tuple[int, int]]:
+    return [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
 
 
 def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, whole: str) -> tuple[int, int]:

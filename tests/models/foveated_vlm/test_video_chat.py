@@ -107,6 +107,20 @@ def test_many_conversations_are_decoded_and_answered_in_batches(
     assert batches == []  # seen before anything is answered
 
 
+def test_a_long_text_is_not_answered_beside_many_short_ones(chat: VideoChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are padded to the longest: so much memory would a batch of them take."""
+    talks = [[user(video(pixels(1, n)), "Which?" + " red" * (60 if n == 2 else 0))] for n in range(5)]
+    alone = [chat.generate(talk, 6) for talk in talks]
+    batches: list[int] = []
+    together = chat._together
+    monkeypatch.setattr(
+        chat, "_together", lambda prompts, *rest: (batches.append(len(prompts)), together(prompts, *rest))[1]
+    )
+    monkeypatch.setattr(video_chat, "BATCH_TEXT", 100)
+    assert chat.generate(talks, 6) == alone
+    assert batches == [2, 1, 2]
+
+
 @pytest.mark.parametrize("image_first", [True, False])
 def test_a_users_words_cannot_forge_a_turn(chat: VideoChat, image_first: bool) -> None:
     """Neither where a video stands before the words nor where it is read between them."""
@@ -146,6 +160,44 @@ def test_images_between_words_stand_where_they_are_said(chat: VideoChat) -> None
             states.append(session._row.state)
     assert not torch.allclose(states[0], states[1], atol=1e-4)  # the order matters
     assert chat.generate(messages, 6) == "".join(chat.stream(messages, 6)).strip()
+
+
+@pytest.mark.parametrize("order", ["question_first", "visual_first"])
+@pytest.mark.parametrize("later", ["in a later turn", "behind the words", "between the words"])
+def test_a_video_before_the_first_words_stands_as_in_training_whatever_comes_later(
+    order: Any, later: str, tmp_path: Path
+) -> None:
+    module = sensitive_module(tmp_path, TEXTS, query_source="coarse")
+    module.collator.prompt_order = order
+    chat, image = VideoChat(module), {"type": "image", "image": pixels(1, 5)}
+    if later == "in a later turn":
+        messages = [user(video(pixels(3)), "Which?"), {"role": "assistant", "content": "7."}, user(image, "Sure?")]
+        turns = [Turn("user", "Which?"), Turn("assistant", "7."), Turn("user", "Sure?")]
+    else:
+        words = ["Which?", image] if later == "behind the words" else ["Which?", image, " Sure?"]
+        messages = [user(video(pixels(3)), *words)]
+        turns = [Turn("user", "Which? Sure?" if later == "between the words" else "Which?")]
+    trained = module.collator.prompt(turns)
+    before = module.tokenizer.decode(trained.ids[: trained.visual_at], special=True)
+    parts = chat._parts(chat._read(messages))
+    place = next(n for n, part in enumerate(parts) if not isinstance(part, list) and len(part) == 3)
+    ids = [[token for part in side if isinstance(part, list) for token in part] for side in (parts[:place], parts)]
+    assert module.tokenizer.decode(ids[0], special=True) == before
+    if later == "in a later turn":
+        assert ids[1] == trained.ids
+        text = module.tokenizer.decode(parts[-1], special=True)
+        assert text == module.tokenizer.render([("user", "Sure?")], answering=True).partition("user\n")[2]
+    else:
+        assert module.tokenizer.decode(ids[1], special=True) == module.tokenizer.decode(trained.ids, special=True)
+    session = video_chat.StreamingSession(module.network, module.tokenizer)
+    for part in parts[:-1]:
+        if isinstance(part, list):
+            session.read(part)
+        else:
+            for frame in module.as_input(part)[0]:
+                session.push(frame)
+    said = "".join(video_chat.pieces(module.tokenizer, session.tokens(parts[-1], 6))).strip()
+    assert chat.generate(messages, 6) == said
 
 
 @pytest.mark.parametrize("question", ["Which digit?", " Which digit?\n"])
