@@ -52,6 +52,7 @@ class VideoChat:
 
     def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
         self.module, self.source = module.eval(), source
+        self._given = _layout(module)
         images = module.image_options
         self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"])
 
@@ -72,8 +73,14 @@ class VideoChat:
 
         Raises:
             FileExistsError: the folder holds something. ValueError: the model's configuration is not known, it is no
-                longer that of the weights, or these are not finite.
+                longer that of the weights or of the collator, or weights are not finite.
         """
+        if changed := [name for name, value in _layout(self.module).items() if value != self._given[name]]:
+            raise ValueError(
+                f"save_pretrained: collator.{changed[0]} was {self._given[changed[0]]!r} when the model was loaded and "
+                f"is {getattr(self.module.collator, changed[0])!r} now, which the configuration beside the weights "
+                "does not say: set it back, or train with it"
+            )
         weights = self.module.state_dict()
         content, which = self._described(weights)
         files, facts = self.module.export_files()
@@ -298,6 +305,12 @@ class VideoChat:
         for visual, ids in zip(prompt.visuals[prompt.before_text :], texts[1:], strict=True):
             parts += [visual, ids]
         return parts
+
+
+def _layout(module: FoveatedVLMModule) -> dict[str, Any]:
+    """What decides how a conversation becomes a row, and stands in a run's configuration too."""
+    collator = module.collator
+    return {"system": collator.system, "prompt_order": collator.prompt_order, "timestamps": collator.timestamps}
 
 
 def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:

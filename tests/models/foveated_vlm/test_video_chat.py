@@ -304,6 +304,10 @@ def test_save_pretrained_writes_the_weights_that_the_model_has(
     assert again.generate(talk, 8) == answer
     assert again.reader.max_frames == 2
     assert VideoChat.from_pretrained(same, "cpu").generate(talk, 8) == before
+    chat.module.collator.system = "Be brief."
+    with pytest.raises(ValueError, match=r"collator\.system was None when .* and is 'Be brief\.' now"):
+        chat.save_pretrained(tmp_path / "broken")
+    chat.module.collator.system = None
     with torch.no_grad():
         chat.module.network.connector.linear.bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"network\.connector\.linear\.bias.* holds NaN"):
