@@ -23,10 +23,13 @@ import av
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import MAX_PIXELS, guard, regular_file
+from keygrip.data.bad_samples import MAX_PIXELS, guard, is_of_the_machine, regular_file
 from keygrip.data.video_frames import untimed_order, upright_frame
 
-LOCAL = {"protocol_whitelist": "file"}  # a playlist in place of a video must not reach the network
+# Containers that hold their images themselves, by what is in a file, not by its ending. Lists and playlists (ffconcat,
+# m3u8, ...) in place of a video would have FFmpeg read the files that they name, from the disk or the network.
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "h264", "hevc")
+SAFELY = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 SEEK_S = 8.0  # to a wanted frame further ahead; as long as key frames are usually apart
 FURTHEST_BACK_S = 60.0  # a key frame may lie before what was decoded already, but not so far
 CUT_OFF_S = 0.25  # packets that end so long before the file's own length: a part of it is missing
@@ -55,22 +58,34 @@ def _local(path: str | Path) -> str:
     return str(Path(path).absolute())
 
 
-def _open_container(path: Path) -> tuple[Any, Any]:
-    """The container and its video stream, decoded by one thread: workers are the parallelism."""
-    regular_file(path)
+def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
+    """The container and its video stream, decoded by one thread: workers are the parallelism. Raises OSError: it cannot
+    be opened, is none of `CONTAINERS`, has no video stream, or frames that are too large."""
+    if not isinstance(source, bytes):
+        regular_file(source)
     try:
-        container = av.open(_local(path), options=LOCAL)
+        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else _local(source), "r", options=SAFELY)
     except (av.FFmpegError, OSError) as error:
-        raise OSError(f"{path}: the video cannot be opened ({error}); it is cut off or not a video") from error
+        if is_of_the_machine(error):
+            raise
+        refused = isinstance(error, av.ArgumentError)  # by the white list, before anything that it names is read
+        why = f"it is none of the kinds of video that are read: {', '.join(CONTAINERS)}" if refused else str(error)
+        raise OSError(f"the video cannot be opened ({why}); it is cut off or not a video") from error
     stream: Any = container.streams.best("video")  # which players show: not a cover image or a preview before it
     if stream is None:
         container.close()
-        raise OSError(f"{path}: the file has no video stream; it is cut off or not a video")
+        raise OSError("it has no video stream; it is cut off or not a video")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         container.close()
-        raise OSError(f"{path}: its frames have more than the {MAX_PIXELS} pixels that an image may have")
+        raise OSError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
     stream.thread_type = "NONE"
     return container, stream
+
+
+def _open_container(path: Path) -> tuple[Any, Any]:
+    """Raises OSError: as `_container_of`; names the file."""
+    with guard(path, lambda where, what: OSError(f"{where}: {what}")):
+        return _container_of(path)
 
 
 def _make_index(path: Path) -> _VideoIndex:
@@ -337,16 +352,8 @@ def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tup
 
 @contextlib.contextmanager
 def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, decoded by one thread: workers are the parallelism."""
-    if not isinstance(source, bytes):
-        regular_file(source)
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else _local(source), "r", options=LOCAL) as container:
-        stream: Any = container.streams.best("video")
-        if stream is None:
-            raise ValueError("it has no video stream; it is cut off or not a video")
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            raise ValueError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
-        stream.thread_type = "NONE"
+    container, stream = _container_of(source)
+    with container:
         yield container, stream
 
 

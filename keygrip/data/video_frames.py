@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import MAX_PIXELS
 
-QUARTER_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+# What a player does to a stored frame, by the display matrix [[a, b], [c, d]], which takes the pixel (x, y) to
+# (ax + cy, bx + dy); PIL turns counterclockwise.
+SHOWN_BY = {
+    (1, 0, 0, 1): None,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+ABOUT = 0.01  # of a matrix's entries: half a degree, as FFmpeg rounds
 REORDERED = ("h264", "hevc")  # codecs whose frames are usually stored in another order than they are shown in
 
 
@@ -21,22 +35,49 @@ def untimed_order(container: Any, stream: Any) -> bool:
 
 
 def upright_frame(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
-    """A decoded frame as players show it: stretched where its pixels are not square, and turned by the quarter turns
-    that its display matrix says (one that mirrors is not known).
+    """A decoded frame as players show it: stretched where its pixels are not square, and turned by quarters and
+    mirrored as its display matrix says.
 
     Args:
         pixel_shape: width of a pixel over its height; None: square.
 
     Raises:
-        ValueError: it has more pixels than an image may have, or more when it is stretched.
+        ValueError: it has more pixels than an image may have, or more when it is stretched; or its display matrix turns
+            by another angle or skews.
     """
     if frame.width * frame.height > MAX_PIXELS:  # the header may say less
         raise ValueError(f"a frame has more than the {MAX_PIXELS} pixels that an image may have")
+    shown_by = _shown_by(frame.side_data.get("DISPLAYMATRIX"))
     image: Image.Image = frame.to_image()
     if pixel_shape and pixel_shape != 1:  # the shorter side grows: no pixel is lost
         width, height = image.width * max(pixel_shape, Fraction(1)), image.height / min(pixel_shape, Fraction(1))
         if width * height > MAX_PIXELS:
             raise ValueError(f"shown with pixels of {pixel_shape}, its frames have more than {MAX_PIXELS} pixels")
         image = image.resize((round(width), round(height)))
-    turned = QUARTER_TURNS.get(round(frame.rotation) % 360)
-    return image if turned is None else image.transpose(turned)
+    return image if shown_by is None else image.transpose(shown_by)
+
+
+def _shown_by(display_matrix: Any) -> Image.Transpose | None:
+    """How a frame is turned and mirrored. One whose matrix is without a width or a height is shown as it is stored,
+    which is what FFmpeg does.
+
+    Args:
+        display_matrix: of FFmpeg, 9 int32 by rows; None: there is none.
+
+    Raises:
+        ValueError: by no quarter turn.
+    """
+    if display_matrix is None:
+        return None
+    a, b, _, c, d, *_ = np.frombuffer(bytes(display_matrix), np.int32).tolist()
+    across, down = math.hypot(a, c), math.hypot(b, d)
+    if not across or not down:
+        return None
+    entries = (a / across, b / down, c / across, d / down)
+    nearest = tuple(round(entry) for entry in entries)
+    if nearest not in SHOWN_BY or max(abs(e - n) for e, n in zip(entries, nearest, strict=True)) > ABOUT:
+        raise ValueError(
+            f"its display matrix ({', '.join(f'{entry:.2f}' for entry in entries)}) turns its frames by no quarter "
+            "turn: write it anew as it is to be seen (`ffmpeg -i IN OUT` does)"
+        )
+    return SHOWN_BY[nearest]

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from shard_sets import picture
 
 from keygrip.data import video
 from keygrip.data.video import VideoWriter, duration_s, frames_at, read_video, write_video
@@ -134,20 +135,80 @@ def test_long_videos_are_skipped_through_to_the_same_frames(
         frames_at(str(path), lambda length: [0, 50, length + 5], np.asarray)
 
 
-@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_videos_of_phones_are_upright(tmp_path: Path, matrix: tuple[int, ...], turns: int) -> None:
-    """Whose frames lie on their side, with a display matrix in the track's header that players turn them by."""
+def with_matrix(path: Path, *matrix: float) -> bytes:
+    """A video of four colours, with the display matrix [[a, b], [c, d]] in the header of its track."""
     image = np.zeros((16, 32, 3), np.uint8)
-    image[:, :8] = 255
-    write_video(tmp_path / "a.mp4", np.stack([image] * 4), 4)
-    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    image[:8, 16:], image[8:, :16], image[8:, 16:] = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+    write_video(path, np.stack([image] * 4), 4)
+    content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 4 + 24 + 16  # of the matrix, behind version, times, layer and volume
-    a, b, c, d = (value << 16 for value in matrix)
+    a, b, c, d = (round(value * 65536) for value in matrix)
     content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    (shown,) = frames_at(bytes(content), lambda _: [0], lambda frame: np.asarray(frame))
-    wanted = np.rot90(image, turns)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "filters"),
+    [
+        ((1, 0, 0, 1), ()),
+        ((0, 1, -1, 0), (("transpose", "clock"),)),
+        ((-1, 0, 0, -1), (("hflip", ""), ("vflip", ""))),
+        ((0, -1, 1, 0), (("transpose", "cclock"),)),
+        ((-1, 0, 0, 1), (("hflip", ""),)),
+        ((1, 0, 0, -1), (("vflip", ""),)),
+        ((0, 1, 1, 0), (("transpose", "cclock_flip"),)),
+        ((0, -1, -1, 0), (("transpose", "clock_flip"),)),
+        ((2, 0, 0, -2), (("vflip", ""),)),
+        ((0, 0, 0, 0), ()),
+    ],
+)
+def test_videos_of_phones_are_upright_and_mirrored_as_ffmpeg_shows_them(
+    tmp_path: Path, matrix: tuple[float, ...], filters: tuple[tuple[str, str], ...]
+) -> None:
+    """Whose frames lie on their side or are mirrored, with a display matrix in the track's header. The filters are
+    those that ffmpeg's `autorotate` puts in for it (fftools/ffmpeg_filter.c)."""
+    content = with_matrix(tmp_path / "a.mp4", *matrix)
+    (shown,) = frames_at(content, lambda _: [0], np.asarray)
+    with av.open(str(tmp_path / "a.mp4")) as file:  # as it is stored
+        graph = av.filter.Graph()
+        buffer = graph.add_buffer(template=file.streams.video[0])
+        graph.link_nodes(
+            buffer, *(graph.add(name, given) for name, given in filters), graph.add("buffersink")
+        ).configure()
+        graph.push(next(file.decode(video=0)))
+        wanted = graph.pull().to_ndarray(format="rgb24")
     assert shown.shape == wanted.shape
-    assert ((shown > 128) == (wanted > 128)).mean() > 0.95
+    assert ((shown > 128) == (wanted > 128)).mean() > 0.9
+
+
+@pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (1, 0, 0.5, 1), (-1, 0.1, 0.1, 1)])
+def test_a_video_turned_by_another_angle_is_refused(tmp_path: Path, matrix: tuple[float, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"its display matrix \(.*\) turns its frames by no quarter turn: write it anew"
+    ):
+        frames_at(with_matrix(tmp_path / "a.mp4", *matrix), lambda _: [0], np.asarray)
+
+
+def test_a_list_of_files_in_place_of_a_video_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg would read the files that it names, those of the working directory too, and show them as the video."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "secret.mp4", [0, 1], 1)
+    write(tmp_path / "secret.ts", [0, 1], 1)
+    lists = {
+        "concat": b"ffconcat version 1.0\nfile 'secret.mp4'\n",
+        "hls": b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\nsecret.ts\n#EXT-X-ENDLIST\n",
+        "image": picture(90),
+    }
+    for name, content in lists.items():
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(content)
+        for source in (content, path, str(path)):
+            with pytest.raises(ValueError, match=r"the video cannot be opened .* it is cut off or not a video"):
+                frames_at(source, lambda _: [0], np.asarray)
+        with pytest.raises(OSError, match=rf"{name}\.mp4: the video cannot be opened"):
+            video.read_frame(path, 0)
+    with pytest.raises(ValueError, match="none of the kinds of video that are read: mov, matroska, avi"):
+        duration_s(lists["concat"])
 
 
 @pytest.mark.parametrize(("shape", "shown"), [((2, 1), (32, 64)), ((1, 2), (64, 32)), ((4, 3), (32, 43))])
