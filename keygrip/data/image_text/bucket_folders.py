@@ -25,8 +25,7 @@ INFO = "images.json"
 def write_info(root: Path | str, encoders: dict[str, Any] | None) -> dict[str, Any]:
     """Writes `images.json`: the buckets of every split, and the encoders ({"fingerprint", "description"})."""
     root = Path(root)
-    splits = {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in split_folders(root).items()}
-    info = {"schema": SCHEMA, "splits": splits, "encoders": encoders}
+    info = {"schema": SCHEMA, "splits": buckets_there(root), "encoders": encoders}
     write_json(root / INFO, info)
     return info
 
@@ -35,6 +34,11 @@ def split_folders(root: Path) -> dict[str, Path]:
     """Folders with buckets by split; "" for a root without splits."""
     found = {split: root / split for split in SPLITS if buckets_in(root / split)}
     return found or ({"": root} if buckets_in(root) else {})
+
+
+def buckets_there(root: Path) -> dict[str, list[str]]:
+    """The buckets of every split that have a manifest."""
+    return {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in split_folders(root).items()}
 
 
 def buckets_in(folder: Path) -> list[Bucket]:
@@ -54,14 +58,13 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     elif (Path(root) / INFO).is_file():
         content = read_json(Path(root) / INFO)
     else:
-        found = split_folders(Path(root))
+        found = buckets_there(Path(root))
         if not found:
             raise FileNotFoundError(
                 f"no bucket_<width>x<height>/{MANIFEST} in {root} or its train/: make shards with `python -m "
                 f"keygrip.prepare step=images source=... root={root}`, or index foreign ones with step=manifest"
             )
-        splits = {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in found.items()}
-        content = {"schema": SCHEMA, "splits": splits, "encoders": None}
+        content = {"schema": SCHEMA, "splits": found, "encoders": None}
     if not isinstance(content, dict):
         raise ValueError(f"{root}/{INFO} is damaged: make it again with step=manifest")
     if content.get("schema") != SCHEMA:

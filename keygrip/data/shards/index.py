@@ -22,6 +22,7 @@ from typing import IO
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, read_npz, regular_file
+from keygrip.data.shards.keys import sample_key
 
 SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"
@@ -31,6 +32,8 @@ END_OF_TAR = 1024  # bytes of zeros
 COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
 MAX_SAMPLE_BYTES = 1 << 31
+# Characters. The arrays of an index are as wide as their longest entry, so that a single one would be paid for by all.
+LONGEST_KEY, LONGEST_PART, LONGEST_TEXT = 256, 128, 1024
 Parts = dict[str, bytes]
 Row = Mapping[str, int | float | str]
 Describe = Callable[[Parts], Row]
@@ -98,7 +101,9 @@ class ShardIndex:
                 index._check()
                 return index
         except BadSample as error:
-            raise ShardError(f"{name} is not a shard index ({error.what}): make it again with step=manifest") from error
+            raise ShardError(
+                f"{name} is not a shard index ({error.what}): make it again with step=manifest again=true"
+            ) from error
 
     def _check(self) -> None:
         """Raises ValueError: its arrays do not belong together, or point outside of the tar."""
@@ -232,7 +237,8 @@ class TarMembers:
     Args:
         size: of the tar, bytes.
         parts: by key, (name, offset, bytes) of its files, wherever in the tar they lie.
-        bad: keys that cannot be samples, with the reason; they stand in `parts` too.
+        bad: keys that cannot be samples, with the reason; they stand in `parts` too. Bytes that are not UTF-8 are
+            written as escapes, and a key that is too long is shortened to its end and a hash.
         fault: why the tar is not whole; None where it is. The sample within which it is cut off is left out.
     """
 
@@ -264,8 +270,11 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
     end = 0
     for member in tar:
         key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
+        hidden = not key.rpartition("/")[2]
+        key, length = _written(key)
+        name = f"{key}.{_written(part)[0][:LONGEST_PART]}"
         if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
-            raise ShardError(f"{path} is not a whole tar file: the size of {member.name} is wrong")
+            raise ShardError(f"{path} is not a whole tar file: the size of {name} is wrong")
         # a sparse file says its size with the holes, a hard link that of the other file: neither is in the tar
         end = (
             tar.offset
@@ -274,12 +283,17 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
         )
         if end > found.size:
             found.parts.pop(key, None)
-            raise ShardError(f"{path} is cut off in {member.name}")
-        if member.isdir() or not key.rpartition("/")[2]:
-            continue  # no file, or a hidden one
-        if not _is_text(member.name):
-            key = key.encode("utf-8", "backslashreplace").decode()
-            found.bad[key] = "its name is not UTF-8"
+            raise ShardError(f"{path} is cut off in {name}")
+        if member.isdir() or hidden:
+            continue
+        if not is_text(member.name):
+            found.bad[key] = "its name is not UTF-8: pack its files under another one"
+        elif length > LONGEST_KEY:
+            found.bad[key] = f"its key has {length} characters, more than the {LONGEST_KEY} that a key may have"
+        elif len(part) > LONGEST_PART:
+            found.bad[key] = (
+                f"its part {part[:40]!r}... has {len(part)} characters, more than the {LONGEST_PART} of one"
+            )
         elif not member.isfile():
             found.bad[key] = f"its part {part!r} is a link or a device, not a file"
         elif member.issparse():
@@ -307,7 +321,14 @@ def _is_compressed(path: Path) -> bool:
         return file.read(8).startswith(COMPRESSED_BEGIN)
 
 
-def _is_text(name: str) -> bool:
+def _written(key: str) -> tuple[str, int]:
+    """A key as it can be written, with escapes for bytes that are not UTF-8, shortened where it is too long; and how
+    many characters it had."""
+    text = key.encode("utf-8", "backslashreplace").decode()
+    return (text if len(text) <= LONGEST_KEY else sample_key(text)), len(text)
+
+
+def is_text(name: str) -> bool:
     """Whether a name is UTF-8: tarfile hands out other bytes as halves of surrogate pairs."""
     try:
         name.encode()
@@ -317,8 +338,12 @@ def _is_text(name: str) -> bool:
 
 
 def _checked(row: Row) -> Row:
-    """Raises ValueError: a number that no column of an index can hold."""
+    """Raises ValueError: a number or a text that no column of an index can hold."""
     for name, value in row.items():
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(
+                f"its {name} have {len(value)} characters, more than the {LONGEST_TEXT} that they may have"
+            )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"its {name} is out of range")
     return row

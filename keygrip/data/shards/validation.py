@@ -15,7 +15,8 @@ import numpy as np
 
 from keygrip.artifacts import sha256_of, write_text
 from keygrip.data.bad_samples import BadSample, guard, read_json
-from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
+from keygrip.data.image_text.bucket_folders import INFO, buckets_there, read_info, write_info
+from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
 from keygrip.data.image_text.near_copies import near_copies, thumbnail_in
 from keygrip.data.image_text.samples import (
     IMAGE,
@@ -79,19 +80,12 @@ def split_folders(root: Path | str) -> list[str]:
     """The shard sets at a root: itself, or its splits.
 
     Raises:
-        FileNotFoundError: none. ValueError: the root is a URL, or has shards both beside its splits and in them, of
-            which training would read the ones or the others.
+        FileNotFoundError: none. ValueError: the root is a URL, or has shards both beside its splits (or buckets) and in
+            them, of which training would read the ones or the others; or those of a bucket that is named as none.
     """
     if is_remote(root):
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
-    whole, *splits = (
-        [
-            str(folder)
-            for folder in (place, *sorted(place.glob("bucket_*")))
-            if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
-        ]
-        for place in (Path(root), *(Path(root) / split for split in SPLITS))
-    )
+    whole, *splits = (_sets_in(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
     divided = [folder for split in splits for folder in split]
     if whole and divided:
         raise ValueError(
@@ -101,6 +95,28 @@ def split_folders(root: Path | str) -> list[str]:
     if not whole and not divided:
         raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
     return whole or divided
+
+
+def _sets_in(place: Path) -> list[str]:
+    """The shard sets of a split: its folder, or the buckets in it. Raises ValueError: both, or no bucket's name."""
+    found = [
+        folder
+        for folder in (place, *sorted(place.glob("bucket_*")))
+        if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
+    ]
+    buckets = [folder for folder in found if folder != place]
+    for folder in buckets:
+        if not BUCKET_NAME.match(folder.name) or Bucket.from_name(folder.name).name != folder.name:
+            raise ValueError(
+                f"{folder} holds shards that training would not read as part of {place}: buckets of images are called "
+                "bucket_<width>x<height>, in pixels; rename the folder, or name it as a root of its own"
+            )
+    if len(found) > len(buckets) > 0:
+        raise ValueError(
+            f"{place} has shards and so has {buckets[0]}, and training would read the ones or the others: bring all of "
+            "them into one folder, or move it away and name it as a root of its own"
+        )
+    return [str(folder) for folder in found]
 
 
 def tar_files_below(root: Path | str) -> list[Path]:
@@ -132,7 +148,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
         report["samples"] += manifest["samples"]
         report["broken"] += len(manifest["broken"])
         report["bad_samples"] += sum(len(left) for left in manifest["bad_samples"].values())
-    if any(Path(folder).name.startswith("bucket_") for folder in folders):
+    if any(Path(folder).name.startswith("bucket_") and Path(folder) != Path(root) for folder in folders):
         info = Path(root) / INFO
         known = read_info(str(root))["encoders"] if info.is_file() else None
         write_info(root, known)
@@ -274,6 +290,8 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     for name, counts in buckets.items():
         if not counts["complete"]:
             problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
+    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
+        problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
     for place in split_folders(root):
         manifest = read_json(Path(place) / MANIFEST)
         problems += list(manifest["broken"].values())

@@ -25,6 +25,7 @@ from keygrip.data.shards.index import (
     ShardIndex,
     index_path,
     index_shard,
+    is_text,
     make_index,
 )
 from keygrip.data.shards.keys import MOST_BYTES
@@ -125,11 +126,13 @@ def write_manifest(
         `bad_samples` (shard: {key: reason}).
 
     Raises:
-        FileNotFoundError: no shards. ValueError: too many are broken.
+        FileNotFoundError: no shards. ValueError: too many are broken, or the name of one is not UTF-8.
     """
     root = Path(root)
     paths = tar_files(root)
     compressed = compressed_shards(root)
+    if odd := next((path.name for path in (*paths, *compressed) if not is_text(path.name)), None):
+        raise ValueError(f"the name of the shard {odd!a} in {root} is not UTF-8, as a manifest is: rename the file")
     if not paths:
         named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
         raise FileNotFoundError(f"no shards (*.tar) in {root}{named}")

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keygrip.data.video_text.sample_types import Conversation, VideoTextSample
+from keygrip.data.video_text.sample_types import Conversation, VideoTextSample, kinds_of
 
 Questions = int | Mapping[str, int] | None
 MANY = 1 << 30  # conversations of a kind of which all are taken
@@ -153,5 +153,5 @@ def rows_of(questions: Questions, conversations: np.ndarray, kinds: Sequence[str
         return conversations
     if isinstance(questions, int):
         return np.minimum(conversations, questions)
-    asked = {each: sum(questions.get(kind, MANY) for kind in each.split()) for each in set(kinds)}
+    asked = {each: sum(questions.get(kind, MANY) for kind in kinds_of(each)) for each in set(kinds)}
     return np.maximum(1, np.minimum(conversations, [asked[each] for each in kinds]))

@@ -5,7 +5,10 @@ Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` (
 from which one frame per second is taken. Text in other forms: see `foreign_text`. Upper case counts as lower.
 Columns: `frames`, `text_length` (characters of the longest conversation; see there), `first_answer` (characters to the
 end of the first answer, of the conversation in which it ends soonest), `conversations` (how many) and `kinds` ("cue
-mark").
+mark"; `kinds_column`).
+
+Text of a sample with both "json" and "txt" is that of the json where it has turns or a caption, and the txt is not
+read; of a json of metadata alone that of the txt.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import SHOWN, caption_text, holds_text, own_text
-from keygrip.data.video_text.sample_types import Conversation, Turn, VideoTextSample, evenly, image_seconds, seconds_of
+from keygrip.data.video_text.sample_types import (
+    Conversation,
+    Turn,
+    VideoTextSample,
+    evenly,
+    image_seconds,
+    kind_problem,
+    kinds_column,
+    seconds_of,
+)
 
 ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
@@ -148,7 +160,7 @@ def _text_columns(conversations: Sequence[Conversation]) -> dict[str, int | floa
         "text_length": text_length(conversations),
         "first_answer": min((_turns_length(c.turns[:n]) for c, n in zip(conversations, first, strict=True)), default=0),
         "conversations": len(conversations),
-        "kinds": " ".join(sorted({c.kind for c in conversations})),
+        "kinds": kinds_column(c.kind for c in conversations),
     }
 
 
@@ -164,7 +176,7 @@ def conversation_problem(conversation: Conversation) -> str | None:
         return "a conversation begins with an answer"
     if not any(turn.role == "user" for turn in conversation.turns):
         return "a conversation has no user's turn"
-    return None
+    return kind_problem(conversation.kind)
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
@@ -178,7 +190,11 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 
 
 def parse_text(parts: Parts) -> dict[str, Any]:
-    """The sample's text as its json holds it. Raises ValueError: it is missing or malformed."""
+    """The sample's text as its json holds it; as its txt does where the json has no turns and no caption.
+
+    Raises:
+        ValueError: it is missing or malformed.
+    """
     parts = lower_case(parts)
     content = _json_of(parts) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
@@ -278,7 +294,10 @@ def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
         raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
     if content.get(SHOWN) is True and not images:
-        raise ValueError("its text is about an image or a video, and it holds none")
+        raise ValueError(
+            "its text is about an image or a video, or its json names one, and the shard holds none of it: pack the "
+            "file beside the text, under the same name"
+        )
 
 
 def fit_image(image: Any, size: int, fit: str) -> np.ndarray:

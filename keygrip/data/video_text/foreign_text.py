@@ -19,7 +19,11 @@ PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
-MEDIA = ("image", "images", "video", "videos")  # keys of a json that name files
+# Keys of a json that name images and videos whatever they hold: image, videos, media, video_path, image_urls, ...
+MEDIA = re.compile(r"(image|video|media)s?(_?(path|file|filename|file_name|name|url|uri)s?)?", re.IGNORECASE)
+# ... and those that do where they hold a name with such an ending.
+MAY_NAME = re.compile(r"clip|file|frame|image|img|media|path|photo|picture|url|video", re.IGNORECASE)
+ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 
 
@@ -49,10 +53,10 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
         if not isinstance(turns, list):
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
-            return dict(content)
+            return dict(content) | {SHOWN: _names_media(content)}
         said = [turn for each in turns for turn in _turns(each)]
         said = with_system(said, content.get("system"))
-        shown = any(PLACEHOLDER.search(text) for _, text in said) or any(content.get(name) for name in MEDIA)
+        shown = any(PLACEHOLDER.search(text) for _, text in said) or _names_media(content)
         return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
@@ -68,6 +72,17 @@ def caption_text(text: str, request: str, content: Mapping[str, Any] | None = No
     if not text.strip():
         raise ValueError("its caption is empty")
     return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
+
+
+def _names_media(content: Mapping[str, Any]) -> bool:
+    """Whether a json names an image or a video: alone without it, its text would be learned as text about nothing."""
+    for name, value in content.items():
+        if value and MEDIA.fullmatch(name):
+            return True
+        held = value if isinstance(value, list) else [value]
+        if MAY_NAME.search(name) and any(isinstance(each, str) and ENDING.search(each) for each in held):
+            return True
+    return False
 
 
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:

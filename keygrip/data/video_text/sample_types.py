@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+LONGEST_KIND = 64  # characters
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,29 @@ class VideoTextSample:
     key: str
     seconds: tuple[float, ...] | None = None
     cut: bool = False
+
+
+def kind_problem(kind: str) -> str | None:
+    """What is wrong with the name of a kind; None where nothing is. It is chosen by in settings, and metrics are named
+    after it."""
+    if len(kind) > LONGEST_KIND:
+        return f"the kind {kind[:20]!r}... has {len(kind)} characters, more than the {LONGEST_KIND} that one may have"
+    if not kind.isprintable() or kind != kind.strip() or not kind:
+        return (
+            f"the kind {kind!r} is empty, has a line break or another character that cannot be printed, or a blank at "
+            "its ends: write it without"
+        )
+    return None
+
+
+def kinds_column(kinds: Iterable[str]) -> str:
+    """Kinds as an index holds them: sorted, with a blank between two, and %20 for one within a name."""
+    return " ".join(sorted({kind.replace("%", "%25").replace(" ", "%20") for kind in kinds}))
+
+
+def kinds_of(column: str) -> list[str]:
+    """The kinds of a `kinds_column`."""
+    return [kind.replace("%20", " ").replace("%25", "%") for kind in column.split()]
 
 
 def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:

@@ -16,6 +16,7 @@ from keygrip.data.video_text.batching import CheckingCollator, Collator, Questio
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.conversations import MOST_FRAMES, VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
+from keygrip.data.video_text.sample_types import kinds_of
 
 TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
 TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
@@ -49,7 +50,7 @@ class Part:
 
     def kinds_there(self) -> set[str]:
         """Of the samples' conversations, those that are not used too."""
-        return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds.split()}
+        return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds_of(kinds)}
 
     def component(self, max_frames: int) -> Component:
         """For a mixture without a budget: buckets by number of frames, batches of like text length, estimated."""

@@ -16,6 +16,7 @@ from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.set_writer import SETTINGS_FILE, settings_of
 from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import FITS
+from keygrip.data.video_text.sample_types import kinds_of
 from keygrip.training.parts import ReadWhere, data_part
 
 
@@ -97,10 +98,16 @@ class ShardSource:
             chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
         if self.kinds is not None:
             wanted = set(self.kinds)
-            fits = np.array([not wanted.isdisjoint(kinds.split()) for kinds in shards.columns["kinds"].tolist()], bool)
+            columns = shards.columns["kinds"].tolist()
+            kinds_in = {column: kinds_of(column) for column in set(columns)}
+            fits = np.array([not wanted.isdisjoint(kinds_in[column]) for column in columns], bool)
             if not fits.any():
-                there_are = sorted({kind for kinds in set(shards.columns["kinds"].tolist()) for kind in kinds.split()})
-                raise ValueError(f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}")
+                there_are = sorted({kind for kinds in kinds_in.values() for kind in kinds})
+                old = "; an index of an earlier version parts kinds at their blanks: step=manifest again=true"
+                raise ValueError(
+                    f"{place} holds no conversations of {sorted(wanted)}; it holds {', '.join(there_are)}"
+                    + old * any(" " in kind for kind in wanted)
+                )
             chosen = chosen[fits[chosen]]
         if self.frames is not None:
             fewest, most = self.frames

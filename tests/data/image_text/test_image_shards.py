@@ -463,3 +463,17 @@ def test_validation_finds_a_bucket_without_patches_and_broken_parts(tmp_path: Pa
     report = validate(tmp_path)
     assert report["errors"] == 1
     assert "none of its 3 images has all parts" in report["problems"][0]
+
+
+def test_validation_finds_buckets_that_training_does_not_read(tmp_path: Path) -> None:
+    """Training goes by `images.json`; a bucket that was brought later has a manifest of its own."""
+    write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0})
+    write_images(tmp_path / "later", {WIDE: 3}, small_encoders(), {"train": 0})
+    assert validate(tmp_path)["errors"] == 0
+    shutil.move(tmp_path / "later" / "train" / WIDE.name, tmp_path / "train" / WIDE.name)
+    report = validate(tmp_path)
+    assert (report["images"]["images"], len(module(tmp_path, batch_size=1).samples("train"))) == (6, 3)
+    assert any("names other buckets than there are: run step=manifest" in problem for problem in report["problems"])
+    make_manifests(tmp_path)
+    assert not any("other buckets" in problem for problem in validate(tmp_path)["problems"])
+    assert len(module(tmp_path, batch_size=1).samples("train")) == 6

@@ -21,6 +21,7 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.shards.index import split_name
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.validation import make_manifests, validate
+from keygrip.data.video_text.batching import rows_of
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     iterate_texts,
@@ -31,12 +32,15 @@ from keygrip.data.video_text.conversations import (
 )
 from keygrip.data.video_text.exact_lengths import counted
 from keygrip.data.video_text.foreign_text import own_text
+from keygrip.data.video_text.sample_types import kinds_column
+from keygrip.data.video_text.samples import Part
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
 
 Members = list[tuple[str, bytes]]
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+PAIR = [{"user": "?", "assistant": "!"}]
 OWN = video_text_parts([], conversations("n"), "x")[0]["json"]
 
 
@@ -152,6 +156,25 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "a caption of nothing": ([("a.json", CAPTION)], {}),
     "frames in a folder": ([("a/0.jpg", jpeg()), ("a/1.jpg", jpeg()), ("a.json", CAPTION)], {}),
     "a named image that is not there": ([("a.json", text(image="x.jpg", texts=[{"user": "?", "assistant": "!"}]))], {}),
+    **{
+        f"a video that {name} names, without it": ([("a.json", text(texts=PAIR, **{name: said}))], {})
+        for name, said in {
+            "video_path": "videos/a.mp4",
+            "media": ["a.mp4"],
+            "Videos": ["a"],
+            "video_url": "https://a.example/1",
+            "file": "a.webm",
+        }.items()
+    },
+    "a video that its own form names, without it": ([("a.json", OWN[:-1] + b', "video_path": "a.mp4"}')], {}),
+    "a video that is named, with it": (
+        [("a.json", text(video_path="videos/a.mp4", texts=PAIR)), ("a.mp4", small_video())],
+        {"a": 2},
+    ),
+    "text that names no image": (
+        [("a.json", text(texts=PAIR, images=[], video=None, url="https://a.example", file="a.txt"))],
+        {"a": 0},
+    ),
     "keys with dots": ([("v1.a.jpg", jpeg()), ("v1.a.json", CAPTION)], {}),
     "an image that is not there": ([("a.json", text(conversations=TALK))], {}),
     "an item that is not there": (
@@ -485,3 +508,129 @@ def test_validation_names_what_is_new_first_and_everything_in_a_file(
     write_tar(tmp_path / "a.tar", GOOD)
     make_manifests(tmp_path, again=True)
     assert (validate(tmp_path)["problems_file"], (tmp_path / "problems.txt").exists()) == (None, False)
+
+
+def text_of_kind(kind: str, said: str = "!") -> bytes:
+    turns = [{"role": "user", "text": "?"}, {"role": "assistant", "text": said}]
+    return text(conversations=[{"kind": kind, "turns": turns}])
+
+
+def test_a_name_of_a_million_characters_costs_its_own_sample_alone(tmp_path: Path) -> None:
+    """The arrays of an index are as wide as their longest entry."""
+    endless = "n" * 1_000_000
+    members = [
+        (f"{endless}.json", text_of_kind("text")),
+        (f"{endless}2.json", text_of_kind("text")),
+        ("part.json", text_of_kind("text")),
+        (f"part.{endless}", b""),
+        ("kind.json", text_of_kind(endless)),
+        (
+            "kinds.json",
+            text(conversations=[json.loads(text_of_kind(f"k{n:060d}"))["conversations"][0] for n in range(99)]),
+        ),
+    ]
+    write_tar(tmp_path / "a.tar", [*members, *GOOD])
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1}
+    assert len(named) == len(members) - 1
+    assert len((tmp_path / "manifest.json").read_bytes()) < 4000
+    why = " ".join(named.values())
+    for what in ("its key has 1000000 ", "its key has 1000001 ", "'nnnn", "the kind 'nn", "its kinds have 6"):
+        assert what in why, what
+    index = ShardSet(tmp_path).index(0)
+    assert max(array.dtype.itemsize for array in (index.keys, index.part_names, index.columns["kinds"])) < 200
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_shard_cut_off_in_a_name_that_is_not_utf8_is_named(tmp_path: Path, form: int) -> None:
+    write_tar(tmp_path / "b.tar", GOOD)
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        not_utf8(tar)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(CAPTION) + 4])
+    frames, _ = delivered_and_named(tmp_path)
+    assert frames == {"good": 1}
+    (broken,) = json.loads((tmp_path / "manifest.json").read_text())["broken"].values()
+    assert broken.endswith(r"a.tar is cut off in caf\udce9.json")
+    (tmp_path / "a.tar").rename(tmp_path / "caf\udce9.tar")
+    with pytest.raises(ValueError, match=r"the name of the shard 'caf\\udce9\.tar' in .* is not UTF-8.* rename"):
+        make_manifests(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("paths", "named"),
+    [
+        (("a.tar", "bucket_1/b.tar"), "bucket_1 holds shards that training would not read"),
+        (("bucket_1/b.tar",), "bucket_1 holds shards that training would not read"),
+        (("bucket_064x64/b.tar",), "bucket_064x64 holds shards that training would not read"),
+        (("train/a.tar", "train/bucket_1/b.tar"), "train/bucket_1 holds shards that training would not read"),
+        (("a.tar", "bucket_64x64/b.tar"), "has shards and so has .*bucket_64x64, and training would read the ones or"),
+    ],
+)
+def test_folders_that_training_does_not_read_are_not_counted(
+    tmp_path: Path, paths: tuple[str, ...], named: str
+) -> None:
+    for number, path in enumerate(paths):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(tmp_path / path, [*pair(f"a{number}")])
+        if number:  # as a set of its own
+            make_manifests((tmp_path / path).parent)
+    for step in (make_manifests, validate):
+        with pytest.raises(ValueError, match=named):
+            step(tmp_path)
+
+
+def test_a_list_of_files_in_place_of_a_video_is_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg would read the files that it names, beside the process, and they would be trained on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.mp4").write_bytes(small_video())
+    write_tar(tmp_path / "a.tar", [("a.mp4", b"ffconcat version 1.0\nfile 'secret.mp4'\n"), ("a.json", CAPTION), *GOOD])
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1}
+    assert "none of the kinds of video that are read" in named["a"]
+
+
+@pytest.mark.parametrize("kind", ["visual question", "50 %", "%20", "a%2520b", "plain"])
+def test_kinds_with_blanks_can_be_chosen(tmp_path: Path, kind: str) -> None:
+    members = [
+        (f"{n}.json", text_of_kind(each, str(n))) for n, each in enumerate((kind, "visual", "question", "other"))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    make_manifests(tmp_path)
+    found = ShardSource(tmp_path, kinds=[kind], val_fraction=0).open("train", None, 1)
+    assert found is not None
+    shards, chosen = found
+    assert [shards.key(number) for number in chosen] == ["0"]
+    assert Part("s", shards, np.arange(4)).kinds_there() == {kind, "visual", "question", "other"}
+    assert rows_of({kind: 1, "other": 1}, np.array([3]), [kinds_column([kind, "other"])]).tolist() == [2]
+    with pytest.raises(ValueError, match=r"holds no conversations of \['no kind'\]; .* parts kinds at their blanks"):
+        ShardSource(tmp_path, kinds=["no kind"], val_fraction=0).open("train", None, 1)
+    assert validate(tmp_path)["kinds"] == dict.fromkeys((kind, "visual", "question", "other"), 1)
+
+
+@pytest.mark.parametrize("kind", ["", " ", " mark", "mark\n", "a\nb", "a\tb"])
+def test_kinds_that_cannot_be_chosen_are_named(tmp_path: Path, kind: str) -> None:
+    write_tar(tmp_path / "a.tar", [("a.json", text_of_kind(kind)), *GOOD])
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1}
+    assert named["a"].startswith(f"the kind {kind!r} is empty, has a line break")
+    with pytest.raises(ValueError, match="the kind"):
+        video_text_parts([], conversations("n", kinds=[kind]), "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (text(caption="of the json", text="other"), "of the json"),
+        (text(text="of the json"), "of the json"),
+        (text(conversations=TALK), "This."),
+        (text(caption="", width=8), "of the txt"),
+        (text(caption=None, id=3), "of the txt"),
+    ],
+)
+def test_text_of_a_json_counts_before_a_txt(tmp_path: Path, content: bytes, said: str) -> None:
+    """As `docs/foveated_vlm.md` says."""
+    write_tar(tmp_path / "a.tar", [("a.jpg", jpeg()), ("a.txt", b"of the txt"), ("a.json", content)])
+    make_manifests(tmp_path)
+    (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
+    assert conversation.turns[-1].text == said

@@ -1,8 +1,8 @@
 """WebVid: videos with a caption each. Reads the two usual layouts:
 
 - the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
-- tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`), as video downloaders
-  write them; the parts of a key may lie anywhere in their tar file.
+- tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`; where both are there, that
+  of the txt), as video downloaders write them; the parts of a key may lie anywhere in their tar file.
 """
 
 from __future__ import annotations
