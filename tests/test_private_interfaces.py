@@ -31,6 +31,8 @@ PRIVATE = {
     "_get_full_key": "config.py",  # tests/test_configs.py reads the messages that it makes
     "_freeze_rand_vec": "envs/metaworld/environment.py",  # tests/envs/metaworld draws positions by seed through it
     "_inheriting": "training/main_guard.py",
+    # tests/models/foveated_vlm/test_hostile_exports.py compares with what transformers renders
+    "_compile_jinja_template": "models/language/chat_templates.py",
 }
 # methods and attributes of other packages' classes that a class of keygrip replaces -> the one file that does
 REPLACED = {

@@ -11,8 +11,11 @@ has no class for it.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from transformers import (
@@ -26,10 +29,14 @@ from transformers import (
 
 from keygrip.data.batches import normalised
 from keygrip.data.video_text.conversations import frame_settings
-from keygrip.inference.prompts import Message, PromptReader, check, refuse_message
+from keygrip.exporting.folder import CONFIG
+from keygrip.inference.prompts import Message, PromptReader, check, marked, refuse_message
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
+from keygrip.models.language.hub import check_tokenizer
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
+
+WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # options of `from_pretrained`
 
 
 class KeygripConfig(PretrainedConfig):
@@ -75,6 +82,18 @@ class KeygripProcessor(ProcessorMixin):
         self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.prompt_order, self.system, self.timestamps = prompt_order, system, timestamps
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:  # type: ignore[override]
+        """As of transformers, after tokenizer.json is checked.
+
+        Raises:
+            ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`; settings that cannot be.
+        """
+        where = {name: options[name] for name in WHERE if name in options}
+        check_tokenizer(str(pretrained_model_name_or_path), _vocabulary(pretrained_model_name_or_path), **where)
+        found: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return found
 
     def __call__(
         self,
@@ -159,17 +178,19 @@ class KeygripProcessor(ProcessorMixin):
         The rendered text holds no times of frames (`timestamps`): they are known when a video is decoded.
 
         Raises:
-            ValueError: as `__call__`, or ids are asked for without the beginning of an answer.
+            ValueError: as `__call__`, or ids are asked for without the beginning of an answer. Rendered as text, a
+                conversation may end with an answer where none is to begin, and no file is looked for.
         """
         _check_tensors(return_tensors)
         if not tokenize:
             refuse_message(conversation)
             several = bool(conversation) and not isinstance(conversation[0], Mapping)
             talks: Any = conversation if several else [conversation]
-            said = [self._with_system(talk) for talk in talks]
-            return self.tokenizer.apply_chat_template(
-                said if several else said[0], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            for talk in talks:
+                marked(talk, answering=add_generation_prompt)
+            tokenizer = ChatTokenizer(self.tokenizer)
+            said = [tokenizer.render_messages(_plain(self._with_system(talk)), add_generation_prompt) for talk in talks]
+            return said if several else said[0]
         if not add_generation_prompt:
             raise ValueError("ids end where the assistant begins to speak: add_generation_prompt=True")
         inputs = self(conversation)
@@ -181,6 +202,30 @@ class KeygripProcessor(ProcessorMixin):
         if self.system is None or (talk and talk[0].get("role") == "system"):
             return talk
         return [{"role": "system", "content": self.system}, *talk]
+
+
+def _plain(talk: Sequence[Message]) -> list[dict[str, Any]]:
+    """A checked conversation as a template of somebody else's may see it: no image, whose methods would write files."""
+
+    def shown(item: Mapping[str, Any]) -> dict[str, str]:
+        return {"type": str(item["type"])} | ({"text": str(item["text"])} if item["type"] == "text" else {})
+
+    contents = [(message["role"], message["content"]) for message in talk]
+    return [
+        {"role": role, "content": content if isinstance(content, str) else [shown(item) for item in content]}
+        for role, content in contents
+    ]
+
+
+def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
+    """Tokens of the model that a folder's config.json describes; None: it has none."""
+    file = Path(folder) / CONFIG
+    try:
+        content = json.loads(file.read_bytes()) if file.is_file() else None
+    except (ValueError, RecursionError):
+        return None  # transformers, which needs it, says so
+    found = content.get("vocab_size") if isinstance(content, dict) else None
+    return found if type(found) is int else None
 
 
 def _check_tensors(return_tensors: str | None) -> None:

@@ -21,6 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.sample_types import evenly
 from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.inference.animations import animation_frames, frame_count
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
@@ -36,7 +37,8 @@ class Prompt:
 
     Attributes:
         turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
-        times: of each, when its frames were taken; of frames that come as arrays one per second.
+        times: of each, when its frames were taken; of frames that come as arrays one per second, of an animation as
+            long as each is shown.
         before_text: how many of them stand before all text, without a mark.
     """
 
@@ -126,6 +128,10 @@ class PromptReader:
             if kind == "image" and (len(found) > 1 or Path(given).is_dir()):
                 raise ValueError(f"{given} is a folder, a video or an animation, and no image: give it as a video")
             return found, seconds
+        if isinstance(given, Image.Image) and (count := frame_count(given)) > 1:
+            if kind == "image":
+                raise ValueError(f"an image of {count} frames: give it as a video")
+            return animation_frames(given, self.image_size, self.fit, most)
         frames = _still_frames(given, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")
@@ -140,6 +146,8 @@ def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
     if isinstance(given, Image.Image):
         return [given]
     if isinstance(given, Sequence) and given and all(isinstance(each, Image.Image) for each in given):
+        if animated := next((each for each in given if frame_count(each) > 1), None):
+            raise ValueError(f"one of several images has {frame_count(animated)} frames itself: give it alone")
         return given
     try:
         array = np.asarray(given)
@@ -176,45 +184,58 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
     return turns
 
 
-def marked(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[tuple[str, Any]]]:
+def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[Turn, ...], list[tuple[str, Any]]]:
     """Turns of a conversation with a `MARK` for each image and video, and these as (kind, content) in their order.
 
+    Args:
+        answering: an answer to it is to begin, so that it ends with a user's message that has words.
+
     Raises:
-        ValueError: it has another form, or does not end with a user's message that has words.
+        ValueError: it has another form, or does not end so.
     """
     refuse_message(messages)
     turns: list[Turn] = []
     shown: list[tuple[str, Any]] = []
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise ValueError(f"a message is no object but {str(message)[:80]!r}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"a message is from {role!r}; known are {', '.join(ROLES)}")
-        if not isinstance(content, str | list | tuple):
-            raise ValueError(
-                f"the content of a {role}'s message is {str(content)[:80]!r}: it is text or a list of items"
-            )
-        words = []
-        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = item.get("type") if isinstance(item, Mapping) else None
-            if kind == "text" and isinstance(item.get("text"), str):
-                words.append(item["text"].replace(MARK, ""))
-            elif kind in ("image", "video") and role == "user":
-                shown.append((kind, _visual(item, kind)))
-                words.append(MARK)
-            else:
-                raise ValueError(
-                    f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
-                )
-        text = "".join(words)
-        refuse_half_characters(text, f"a {role}'s message")
-        turns.append(Turn(role, text))
-    if not turns or turns[-1].role != "user":
+    for number, message in enumerate(messages, 1):
+        try:
+            turns.append(_turn(message, shown))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from error
+    if not turns:
+        raise ValueError("a conversation without a message: one to answer ends with a user's message")
+    if not answering:
+        return tuple(turns), shown
+    if turns[-1].role != "user":
         raise ValueError("a conversation to answer ends with a user's message")
     if not turns[-1].text.replace(MARK, "").strip():
         raise ValueError("the last message has no words: say what is asked")
     return tuple(turns), shown
+
+
+def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
+    """A message as a turn, what it shows put into `shown`. Raises ValueError: it has another form."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is no object but {str(message)[:80]!r}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"a message is from {str(role)[:80]!r}; known are {', '.join(ROLES)}")
+    if not isinstance(content, str | list | tuple):
+        raise ValueError(f"the content of a {role}'s message is {str(content)[:80]!r}: it is text or a list of items")
+    words = []
+    for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text" and isinstance(item.get("text"), str):
+            words.append(item["text"].replace(MARK, ""))
+        elif kind in ("image", "video") and role == "user":
+            shown.append((kind, _visual(item, kind)))
+            words.append(MARK)
+        else:
+            raise ValueError(
+                f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
+            )
+    text = "".join(words)
+    refuse_half_characters(text, f"a {role}'s message")
+    return Turn(role, text)
 
 
 def _visual(item: Mapping[str, Any], kind: str) -> Any:

@@ -7,11 +7,9 @@ its module writes in ``on_save_checkpoint`` and takes back in ``on_load_checkpoi
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from keygrip.exporting.folder import CONFIG, WEIGHTS, is_export, read_export
+from keygrip.training.build_limits import at_most_stored, settings_of_other_sizes
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
 from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 HEADER = "keygrip"
 FORMAT = 3
 WEIGHTS_ARE = "weights_are"  # of an export: which weights it holds, in words
-EXTERNAL_PARAMETERS = 20_000  # tensors of parts that no checkpoint holds, such as a large text encoder
 LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint of the weights' size
 
 
@@ -226,9 +224,10 @@ def load_module(
     file = find_checkpoint(path)
     refuse_missing_device(map_location)
     checkpoint = read_checkpoint(file, mapped=True)
+    config = _model_config(checkpoint, file)
     try:
-        with _at_most(EXTERNAL_PARAMETERS + 10 * len(checkpoint["state_dict"])):
-            module = build_stored(_model_config(checkpoint, file), "model", trust, external, offered)
+        with at_most_stored(config, checkpoint["state_dict"], bool(external or offered)):
+            module = build_stored(config, "model", trust, external, offered)
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
     except ValueError as error:
@@ -245,7 +244,8 @@ def load_module(
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {file} do not fit its model: {_first_lines(error)}") from error
+        said = settings_of_other_sizes(config, state, module.state_dict())
+        raise ValueError(f"the weights in {file} do not fit its model: {_first_lines(error)} ({said})") from error
     log.info(
         "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
     )
@@ -311,27 +311,6 @@ def trusted_packages(cfg: Any) -> tuple[str, ...]:
     if isinstance(cfg.trust, str) or not isinstance(cfg.trust, Sequence):
         raise ValueError(f"trust={cfg.trust} is no list of packages: trust=[my_lab] is one")
     return tuple(str(package) for package in cfg.trust)
-
-
-@contextlib.contextmanager
-def _at_most(parameters: int) -> Iterator[None]:
-    """Ends the building of a module that gets more parameters than that: a hostile configuration of some bytes may ask
-    for a million layers.
-
-    Raises:
-        ValueError: it got more.
-    """
-    counted = itertools.count(1)
-
-    def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
-        if next(counted) > parameters:
-            raise ValueError(f"its configuration builds more than {parameters} parameters, far more than it holds")
-
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _model_config(checkpoint: dict[str, Any], file: Path) -> Any:

@@ -54,8 +54,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "chat_template.jinja": chat_template(state["chat_template"], module.collator.system),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": state["end"],
-            **{f"{name}_token": state[name] for name in NAMED_TOKENS if name in state},
+            **{token: state[name] for name, token in NAMED_TOKENS.items() if name in state},
             "model_max_length": network.language.context,
             "clean_up_tokenization_spaces": False,
         },

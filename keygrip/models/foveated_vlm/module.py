@@ -224,8 +224,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if TOKENIZER_STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
-        self.collator.tokenizer = ChatTokenizer.from_state(checkpoint[TOKENIZER_STATE]["tokenizer"])
-        self.image_options = frame_settings(**checkpoint[TOKENIZER_STATE]["pictures"])
+        stored, vocabulary = checkpoint[TOKENIZER_STATE], self.network.language.vocabulary
+        self.collator.tokenizer = ChatTokenizer.from_state(stored["tokenizer"], vocabulary)
+        self.image_options = frame_settings(**stored["pictures"])
         self._check_tokenizer()
 
     def on_fit_start(self) -> None:

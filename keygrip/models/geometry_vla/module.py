@@ -187,7 +187,8 @@ class GeometryVLAModule(System):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE not in checkpoint:
             raise ValueError("the checkpoint has no tokenizer and cameras: it was not written by this model")
-        self.network.vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"]))
+        vlm = self.network.vlm
+        vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"], vlm.vocabulary))
         self.views = tuple(checkpoint[STATE]["views"])
         if "calibrated" in checkpoint[STATE]:  # older ones have no encoder that depends on it
             self._take_calibrated(checkpoint[STATE]["calibrated"])

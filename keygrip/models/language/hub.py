@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from keygrip.models.language.tokenizer_json import TOKENIZER_FILE, check_tokenizer_file
+
 log = logging.getLogger(__name__)
 
 
@@ -51,10 +53,31 @@ def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
 
 
 def read_tokenizer(source: str) -> Any:
-    """A tokenizer of transformers from a folder or the hub. Raises FileNotFoundError: not there."""
+    """A tokenizer of transformers from a folder or the hub. Raises FileNotFoundError: not there; ValueError: as
+    `check_tokenizer`."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(source)
     return from_pretrained(AutoTokenizer, source)
+
+
+def check_tokenizer(source: str, vocabulary: int | None = None, **options: Any) -> None:
+    """Checks the tokenizer.json of a folder or the hub, if there is one, before transformers reads it.
+
+    Args:
+        vocabulary: see `parse_tokenizer`. options: where it lies, as `from_pretrained` takes them ("revision").
+
+    Raises:
+        ValueError: see `parse_tokenizer`.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, TOKENIZER_FILE, **options)
+    except (OSError, ValueError):
+        return  # not there, or not to be had: reading it says so
+    if found is not None:
+        check_tokenizer_file(Path(found), vocabulary)
 
 
 def from_pretrained(kind: Any, source: str, **options: Any) -> Any:

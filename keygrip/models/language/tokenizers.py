@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from keygrip.artifacts import make_once, write_text
+from keygrip.models.language.chat_templates import render_chat
 from keygrip.models.language.hub import read_tokenizer
+from keygrip.models.language.tokenizer_json import TOKENIZER_FILE, parse_tokenizer, tokenizer_errors
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.parts import model_part
 
@@ -24,11 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
-NAMED_TOKENS = ("bos", "unk", "pad")  # which chat templates may name, beside the end
-RENDERED_AT_MOST = 1_000_000  # characters of a chat template's own; beside them ten for each character of what is said
+# Which chat templates may name, if the tokenizer has them: in a state, and as transformers calls them.
+NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
 TINY_TEMPLATE = (
@@ -57,7 +58,10 @@ class ChatTokenizer:
 
     Attributes:
         end_of_turn: id of the token that ends an assistant's turn; generation stops there.
-        size: number of tokens, at most the model's vocabulary.
+        size: the largest id and one, at most the model's vocabulary.
+
+    Raises:
+        ValueError: it has no chat template, or no token that ends a turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -66,10 +70,15 @@ class ChatTokenizer:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: take an instruction-tuned model's")
         self._tokenizer = tokenizer
-        self.size = len(tokenizer)
+        self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)
         turn_end: Any = tokenizer.convert_tokens_to_ids(TURN_END)
         end: Any = tokenizer.eos_token_id
-        self.end_of_turn = int(end if turn_end in (None, tokenizer.unk_token_id) else turn_end)
+        self.end_of_turn = end if turn_end in (None, tokenizer.unk_token_id) else turn_end
+        if self.end_of_turn is None:
+            raise ValueError(
+                f"the tokenizer has neither an eos token nor {TURN_END}, so that no answer would end: name the token "
+                "that ends a turn as eos_token in its tokenizer_config.json"
+            )
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
         self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
 
@@ -93,50 +102,44 @@ class ChatTokenizer:
 
     def render(self, turns: Sequence[tuple[str, str]], answering: bool = False) -> str:
         """(role, text) turns in the chat template; with `answering`, up to where the assistant begins to speak."""
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-        except Exception as error:  # whatever a template of somebody else's does, in its sandbox
-            raise ValueError(
-                f"the tokenizer's chat template cannot render this conversation ({type(error).__name__}: {error})"
-            ) from error
-        assert isinstance(rendered, str)
-        if len(rendered) > RENDERED_AT_MOST + 10 * sum(len(text) for _, text in turns):
-            raise ValueError(
-                f"the tokenizer's chat template makes {len(rendered)} characters of what is said: it is no template"
-            )
-        return rendered
+        return self.render_messages([{"role": role, "content": text} for role, text in turns], answering)
+
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], answering: bool = False) -> str:
+        """As `render`, messages of plain texts, lists and dictionaries. Raises ValueError as `render_chat`."""
+        template = self._tokenizer.chat_template
+        assert isinstance(template, str)
+        return render_chat(template, messages, answering, self._tokenizer.special_tokens_map)
 
     def state(self) -> dict[str, str]:
         """All of it as plain text, for a checkpoint."""
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
-        named = {name: getattr(self._tokenizer, f"{name}_token") for name in NAMED_TOKENS}
+        named = {name: getattr(self._tokenizer, token) for name, token in NAMED_TOKENS.items()}
         return {
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
             "chat_template": template,
-            "end": str(self._tokenizer.eos_token),
             **{name: str(token) for name, token in named.items() if token is not None},
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, str]) -> ChatTokenizer:
+    def from_state(cls, state: dict[str, str], vocabulary: int | None = None) -> ChatTokenizer:
         """The tokenizer of a stored state (see `state`); reads no file.
 
+        Args:
+            vocabulary: tokens of its language model; None: not known.
+
         Raises:
-            ValueError: the state is damaged.
+            ValueError: the state is damaged, or as `parse_tokenizer`.
         """
-        from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
-        try:
-            stored = Tokenizer.from_str(state["tokenizer"])
-        except Exception as error:  # the library raises no other
-            raise ValueError(f"its tokenizer is damaged: {error}") from error
-        named = {f"{name}_token": state[name] for name in NAMED_TOKENS if name in state}
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=stored, chat_template=state["chat_template"], eos_token=state["end"], **named
-        )
+        stored = parse_tokenizer(state["tokenizer"], "its tokenizer", vocabulary)
+        named = {token: state[name] for name, token in NAMED_TOKENS.items() if name in state}
+        for token, text in named.items():
+            if stored.token_to_id(text) is None:  # transformers would add it, beyond the model's vocabulary
+                raise ValueError(f"its tokenizer has no token {text[:40]!r}, which is to be its {token}")
+        with tokenizer_errors("its tokenizer"):
+            fast = PreTrainedTokenizerFast(tokenizer_object=stored, chat_template=state["chat_template"], **named)
         return cls(fast)
 
 
@@ -183,20 +186,16 @@ class TrainedTokenizer:
         """
         if self.init_from is not None:
             return _tokenizer_of(self.init_from)
-        from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
         file = Path(folder) / TOKENIZER_FILE
         if texts is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
         make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
-        content = file.read_bytes()
         try:
-            tokenizer = Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(
-                f"{file} is damaged or no tokenizer ({error}): remove it, and it is trained again"
-            ) from error
+            tokenizer = parse_tokenizer(file.read_bytes(), str(file))
+        except ValueError as error:
+            raise ValueError(f"{error}: remove it, and it is trained again") from error
         if tokenizer.get_vocab_size() > self.vocabulary:
             raise ValueError(
                 f"{file} has {tokenizer.get_vocab_size()} tokens and language.tokenizer.vocabulary={self.vocabulary}: "

@@ -1,0 +1,126 @@
+"""How much a stored configuration may build: a few bytes of it may ask for a million layers or a table of gigabytes.
+
+What a model holds lies in the file too, so that the tensors there say how large those may be that it builds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+EXTERNAL_PARAMETERS = 20_000  # tensors of parts that no checkpoint holds, such as a large text encoder
+EXTERNAL_NUMBERS = 2**31  # of a tensor of such a part
+OWN_NUMBERS = 2**24  # of a tensor that no file needs to hold: a table of rotary angles, a mask
+TIMES = 4  # a tensor may be so much larger than any stored one while parts are put together, and all of them together
+
+
+@contextlib.contextmanager
+def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> Iterator[None]:
+    """Ends the building of a module that gets many more or much larger tensors than its file holds, before memory is
+    taken for them.
+
+    Args:
+        config: the stored configuration, which names the setting. stored: tensors by name. external: parts are built
+            that the file does not hold.
+
+    Raises:
+        ValueError: it got more.
+    """
+    sizes = [value.numel() for value in stored.values() if isinstance(value, Tensor)]
+    largest = max(sizes, default=0)
+    most = max(TIMES * largest, EXTERNAL_NUMBERS if external else OWN_NUMBERS)
+    together = math.inf if external else TIMES * (sum(sizes) + OWN_NUMBERS)
+    parameters = EXTERNAL_PARAMETERS + 10 * len(stored)
+    registered, total = 0, 0
+
+    def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        nonlocal registered, total
+        registered += 1
+        total += parameter.numel() if isinstance(parameter, Tensor) and not parameter.is_meta else 0
+        if registered > parameters:
+            raise ValueError(f"its configuration builds more than {parameters} parameters, far more than it holds")
+        if total > together:
+            raise ValueError(
+                f"its configuration builds parameters of {total} numbers, and those that are stored have {sum(sizes)}"
+            )
+
+    def check(shape: tuple[int, ...]) -> None:
+        if math.prod(shape) > most:
+            raise ValueError(
+                f"{settings_of(config, shape)} builds a tensor of {list(shape)}, and the largest one that is stored "
+                f"has {largest} numbers"
+            )
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with _Checked(check):
+            yield
+    finally:
+        handle.remove()
+
+
+def settings_of_other_sizes(config: Any, stored: Mapping[str, Any], built: Mapping[str, Tensor]) -> str:
+    """The settings of the first tensor whose stored shape is not the one that the configuration builds."""
+    for name, value in built.items():
+        there = stored.get(name)
+        if isinstance(there, Tensor) and there.shape != value.shape:
+            return settings_of(config, tuple(set(value.shape) - set(there.shape)))
+    return "its configuration"
+
+
+def settings_of(config: Any, sizes: tuple[int, ...]) -> str:
+    """The settings of a model's configuration that are one of these sizes, the largest first: "model.width=64"."""
+    found: list[tuple[int, str]] = []
+    waiting: list[tuple[str, Any]] = [("model", config)]
+    while waiting:
+        place, node = waiting.pop()
+        if isinstance(node, Mapping):
+            waiting += [(f"{place}.{key}", child) for key, child in node.items()]
+        elif type(node) is int and node in sizes and node > 1:
+            found.append((-node, f"{place}={node}"))
+    return ", ".join(text for _, text in sorted(found)[:3]) or "its configuration"
+
+
+class _Checked(TorchFunctionMode):
+    """Gives the shape of every tensor that PyTorch is about to make to `check`."""
+
+    def __init__(self, check: Callable[[tuple[int, ...]], None]) -> None:
+        super().__init__()
+        self.check = check
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("__get__", "__set__"):  # attributes
+            made = _without_memory(func, args, kwargs)
+            for each in made if isinstance(made, list | tuple) else [made]:
+                if isinstance(each, Tensor):
+                    self.check(tuple(each.shape))
+        return func(*args, **kwargs)
+
+
+def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function makes, on the meta device; None where it makes nothing there, or where values decide what."""
+    given: list[Tensor] = []
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            given.append(value)
+            return value.detach().to("meta")
+        return type(value)(map(there, value)) if type(value) in (list, tuple) else value
+
+    try:
+        placed = there(args), {name: there(value) for name, value in kwargs.items() if name != "generator"}
+        where = kwargs.get("device")
+        if any(each.is_meta for each in given) or (where is not None and torch.device(where).type == "meta"):
+            return None
+        if where is not None or not given:
+            placed[1]["device"] = "meta"
+        return func(*placed[0], **placed[1])
+    except Exception:  # of many kinds, each function its own
+        return None

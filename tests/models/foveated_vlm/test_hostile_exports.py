@@ -1,0 +1,407 @@
+"""Exports, tokenizers, chat templates and conversations of others: what cannot be is refused, and takes no memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from vlm_parts import small_module
+
+from keygrip.config import compose
+from keygrip.exporting.folder import CONFIG, WEIGHTS, write_export
+from keygrip.inference.processor import KeygripProcessor
+from keygrip.inference.video_chat import VideoChat
+from keygrip.models.foveated_vlm.hub_files import chat_template
+from keygrip.models.language.chat_templates import render_chat
+from keygrip.models.language.tokenizers import (
+    TINY_TEMPLATE,
+    ChatTokenizer,
+    PretrainedTokenizer,
+    TrainedTokenizer,
+)
+from keygrip.training.checkpoints import Header, build_module
+
+TEXTS = ["Which digit is on the red cube? And which on the blue one? 7. Sure?"] * 3
+SETTINGS = [
+    *("model=foveated_vlm", "data=robot_videos", "backbone.image_size=32", "language.model.vocabulary=400"),
+    *("+backbone.width=32", "+backbone.depth=2", "+backbone.heads=2"),
+    *("language.model.width=32", "language.model.layers=1", "language.model.mlp_width=48"),
+]
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # a normalizer that no library reads
+TALK = [{"role": "user", "content": "Which digit?"}]
+
+
+def user(*items: Any) -> dict[str, Any]:
+    content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
+    return {"role": "user", "content": content}
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a small model, as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("hostile")
+    config: Any = OmegaConf.to_container(compose("train", [*SETTINGS, f"run_dir={folder / 'run'}"]), resolve=True)
+    module: Any = build_module(config)
+    module.collator.prepare(folder / "words", lambda: iter(TEXTS))
+    module.image_options = {"image_size": 32, "fit": "stretch", "max_frames": 8}
+    content: dict[str, Any] = {"keygrip": Header(config, {"packages": {"keygrip": "0"}}).header, "global_step": 7}
+    module.on_save_checkpoint(content)
+    files, facts = module.export_files()
+    return write_export(folder / "export", content, module.state_dict(), "card", files=files, facts=facts)
+
+
+def changed(export: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy whose stored content somebody has changed, with hashes that fit."""
+    folder.mkdir()
+    for file in export.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / CONFIG).read_text())
+    change(config["checkpoint"])
+    config["sha256"][CONFIG] = hashlib.sha256(json.dumps(config["checkpoint"], sort_keys=True).encode()).hexdigest()
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def with_tokenizer(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def apply(content: dict[str, Any]) -> None:
+        stored = content["language"]["tokenizer"]
+        tokenizer = json.loads(stored["tokenizer"])
+        change(tokenizer)
+        stored["tokenizer"] = json.dumps(tokenizer)
+
+    return apply
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("network", "frame_numbers"), 20_000_000),
+        (("network", "language", "vocabulary"), 2**40),
+        (("network", "language", "mlp_width"), 10**8),
+        (("network", "backbone", "width"), 2 * 10**6),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(
+    place: tuple[str, ...], value: int, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def larger(content: dict[str, Any]) -> None:
+        node = content["keygrip"]["config"]["model"]
+        for key in place[:-1]:
+            node = node[key]
+        assert place[-1] in node
+        node |= {place[-1]: value, "frame_clock": False} if place[-1] == "frame_numbers" else {place[-1]: value}
+
+    folder = changed(export, tmp_path / "changed", larger)
+    made: list[int] = []
+    randn, empty = torch.randn, torch.empty
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: (found := randn(*a, **k), made.append(found.numel()))[0])
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: (found := empty(*a, **k), made.append(found.numel()))[0])
+    setting = rf"model\.{re.escape('.'.join(place))}={value}"
+    with pytest.raises(
+        ValueError, match=rf"changed: .*{setting}.*, and the largest one that is stored has \d+ numbers"
+    ):
+        VideoChat.from_pretrained(folder, "cpu")
+    assert max(made, default=0) < 10**7
+
+
+def test_sizes_that_are_wrong_by_little_name_the_setting_too(export: Path, tmp_path: Path) -> None:
+    def larger(content: dict[str, Any]) -> None:
+        content["keygrip"]["config"]["model"]["network"]["language"]["mlp_width"] = 49
+
+    folder = changed(export, tmp_path / "changed", larger)
+    with pytest.raises(ValueError, match=r"do not fit its model.*\[48, 32\].*\[49, 32\].*language\.mlp_width=49\)"):
+        VideoChat.from_pretrained(folder, "cpu")
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_a_damaged_file(export: Path, tmp_path: Path) -> None:
+    folder = changed(export, tmp_path / "a", with_tokenizer(lambda each: each.update(normalizer=PANICS)))
+    with pytest.raises(ValueError, match=r"a: .*its tokenizer is damaged or no tokenizer"):
+        VideoChat.from_pretrained(folder, "cpu")
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": PANICS}))
+    for load in (
+        lambda: KeygripProcessor.from_pretrained(folder),
+        lambda: PretrainedTokenizer(str(folder)).load(tmp_path),
+        lambda: TrainedTokenizer(400).load(folder),
+    ):
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged or no tokenizer"):
+            load()
+
+
+@pytest.mark.parametrize("number", [2**31, 2**70, 400, -1, "7", True, None])
+def test_ids_beyond_the_vocabulary_are_refused_before_the_library_takes_them(
+    number: Any, export: Path, tmp_path: Path
+) -> None:
+    def more(tokenizer: dict[str, Any]) -> None:
+        tokenizer["model"]["vocab"]["zz"] = number
+
+    folder = changed(export, tmp_path / "a", with_tokenizer(more))
+    with pytest.raises(ValueError, match=rf"a: .*the token 'zz' has the id {number}; .*has ids below 400"):
+        VideoChat.from_pretrained(folder, "cpu")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    more(tokenizer)
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: the token 'zz' has the id {number}; .*below 400"):
+        KeygripProcessor.from_pretrained(folder)
+    if number != 400:  # which a larger model may have
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: the token 'zz' has the id {number}"):
+            PretrainedTokenizer(str(folder)).load(tmp_path)
+
+
+def test_a_token_beyond_a_gap_of_ids_counts_in_the_size(tmp_path: Path) -> None:
+    """Rows of the table behind the largest id have no token; those of a gap are few."""
+    state = TrainedTokenizer(300).load(tmp_path, TEXTS).state()
+    tokenizer = json.loads(state["tokenizer"])
+    tokenizer["model"]["vocab"]["zz"] = 5000
+    found = ChatTokenizer.from_state(state | {"tokenizer": json.dumps(tokenizer)})
+    assert found.size == 5001
+
+
+def test_a_tokenizer_without_an_end_token_is_stored_without_one(tmp_path: Path) -> None:
+    """Its turns end with <|im_end|>; no token "None" is added, here or in what an export holds."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    made = TrainedTokenizer(320).load(tmp_path / "made", TEXTS)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer.backend_tokenizer, chat_template=TINY_TEMPLATE, pad_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "hub")
+    first = PretrainedTokenizer(str(tmp_path / "hub")).load(tmp_path)
+    again = ChatTokenizer.from_state(json.loads(json.dumps(first.state())))
+    assert first.state() == again.state()
+    assert "end" not in first.state()
+    for text in ("None of them", "<|im_start|>user\nNone<|im_end|>\n"):
+        assert again.encode(text) == first.encode(text) == made.encode(text)
+    assert (again.size, again.end_of_turn) == (first.size, first.end_of_turn) == (made.size, made.end_of_turn)
+    module = small_module(tmp_path / "words", TEXTS)
+    module.collator.tokenizer = again
+    files, facts = module.export_files()
+    folder = write_export(tmp_path / "out", {"keygrip": {}}, module.state_dict(), "card", files=files, facts=facts)
+    read = AutoTokenizer.from_pretrained(folder)
+    assert (read.eos_token, read.pad_token, len(read)) == (None, "<|endoftext|>", made.size)
+
+
+def test_a_tokenizer_that_ends_no_turn_or_names_tokens_that_it_lacks_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = TrainedTokenizer(320).load(tmp_path, TEXTS)
+    state = made.state()
+    with pytest.raises(ValueError, match=r"its tokenizer has no token 'None', which is to be its eos_token"):
+        ChatTokenizer.from_state(state | {"end": "None"})
+    other = json.loads(state["tokenizer"].replace("<|im_end|>", "<|end|>"))
+    endless = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(other)), chat_template=TINY_TEMPLATE
+    )
+    with pytest.raises(ValueError, match=r"neither an eos token nor <\|im_end\|>.*name the token that ends a turn"):
+        ChatTokenizer(endless)
+
+
+# ---- chat templates --------------------------------------------------------------------------------------------------
+
+DOUBLED = "{%% set all = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set all.x = %s %%}{%% endfor %%}{{ all.x }}"
+ENDLESS = {
+    "range": "{% for a in range(10**9) %}{% endfor %}",
+    "nested": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "nested with text": "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursive": "{% for a in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "blocks": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
+    "sum": DOUBLED % ("'ab'", "all.x + all.x"),
+    "concatenation": DOUBLED % ("'ab'", "all.x ~ all.x"),
+    "lists": DOUBLED % ("[1]", "[all.x, all.x]"),
+    "dictionaries": DOUBLED % ("[1]", "{1: all.x, 2: all.x}.values()"),
+    "namespaces": DOUBLED % ("[1]", "namespace(a=all.x, b=all.x)"),
+    "squares": DOUBLED % ("3", "all.x * all.x"),
+    "times": "{{ ('a' * 4000000000)|length }}",
+    "power": "{{ 10 ** 10 ** 10 }}",
+    "filter": "{{ 'a'|center(4000000000) }}",
+    "method": "{{ 'a'.ljust(4000000000) }}",
+    "keyword": "{{ 'a'.zfill(width=4000000000) }}",
+    "format": "{{ '%4000000000d' % 1 }}",
+    "method format": "{{ '{:{}}'.format(1, 4000000000) }}",
+    "replace": "{% set x = 'a' * 900000 %}{{ x.replace('a', x) }}",
+    "join": "{% set x = 'a' * 900000 %}{{ x.join(range(9999)|map('string')) }}",
+    "lorem ipsum": "{{ lipsum(1000000000) }}",
+    "long text": "{% for a in range(9999) %}" + "x" * 90_000 + "{% endfor %}",
+    "long text kept": "{% set y %}{% for a in range(9999) %}" + "x" * 90_000 + "{% endfor %}{% endset %}",
+    "long value": "{% set x = 'a' * 900000 %}{% for a in range(9999) %}{{ x }}{% endfor %}",
+    "long template": "x" * 300_000,
+}
+
+
+@pytest.mark.parametrize("template", list(ENDLESS.values()), ids=list(ENDLESS))
+def test_templates_that_take_all_time_or_memory_are_ended(template: str) -> None:
+    with pytest.raises(ValueError, match="chat template cannot render this conversation"):
+        render_chat(template, TALK, True, {})
+
+
+def test_an_endless_template_of_an_export_is_refused_where_it_renders(export: Path, tmp_path: Path) -> None:
+    def endless(content: dict[str, Any]) -> None:
+        content["language"]["tokenizer"]["chat_template"] = ENDLESS["nested"] + TINY_TEMPLATE
+
+    folder = changed(export, tmp_path / "a", endless)
+    (folder / "chat_template.jinja").write_text(ENDLESS["nested"] + TINY_TEMPLATE)
+    chat, processor = VideoChat.from_pretrained(folder, "cpu"), KeygripProcessor.from_pretrained(folder)
+    for render in (
+        lambda: chat.generate(TALK, 4),
+        lambda: processor(TALK),
+        lambda: processor.apply_chat_template(TALK),
+    ):
+        with pytest.raises(ValueError, match=r"cannot render this .*does more than a chat template needs"):
+            render()
+
+
+# What templates of known models do, all in one.
+USUAL = """{%- macro said(message, end='<|im_end|>') -%}
+{{ '<|im_start|>' + message.role + '\n' ~ (message['content']|trim) ~ end }}
+{% endmacro -%}
+{%- set ns = namespace(last=messages|length - 1, roles=[]) -%}
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] -%}
+{%- else %}{% set rest = messages %}{% endif -%}
+{%- for message in rest[::-1] if message.role != 'tool' %}{% set ns.roles = ns.roles + [message.role] %}
+{%- if 'nothing' not in message.content and loop.index0 >= 9 %}{% break %}{% endif %}{% endfor -%}
+{{- bos_token }}{{ system|default('none') }}{{ ns.roles|join(', ') }}{{ tools is not none }}
+{%- for message in rest %}{{ said(message) }}{% if message.role == 'assistant' %}{% generation -%}
+{{ message.content.split('</think>')[-1].lstrip('\n') }}{% endgeneration %}{% endif %}{% endfor -%}
+{{- {'a': rest|map(attribute='role')|list}|tojson(indent=2) }}{{ '%s-%d' % ('a', 3) }}{{ '-' * 3 }}
+{%- set block %}{{ rest|selectattr('role', 'equalto', 'user')|list|length }}{% endset %}{{ block|upper }}
+{%- for key, value in (rest|first).items() %}{{ key }}{{ loop.last }}{{ unknown }}{% endfor %}
+{%- macro twice() %}{{ caller('a') }}{{ caller('b') }}{% endmacro %}{{ 'x'|replace('x', 'yy') }}
+{%- call(each) twice() %}{{ each }}{% endcall %}{{ strftime_now('%Y')|length }}{{ 2 ** 3 }}{{ 1 < 2 < 3 }}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("answering", [True, False])
+@pytest.mark.parametrize("template", [USUAL, TINY_TEMPLATE, chat_template(TINY_TEMPLATE, "Be 'brief'.\n")])
+def test_what_known_templates_do_is_rendered_as_transformers_renders_it(template: str, answering: bool) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    words = ["Which digit?\n {{ no }}", " <think>seven</think>\n\n7 \u00e9", "Sure?"]
+    talk = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(words)]
+    for messages in (talk, [{"role": "system", "content": "You see."}, *talk], talk * 100):
+        tokens = {"bos_token": "<s>"}
+        wanted = render_jinja_template([messages], chat_template=template, add_generation_prompt=answering, **tokens)[
+            0
+        ][0]
+        assert render_chat(template, messages, answering, tokens) == wanted
+
+
+# ---- animations ------------------------------------------------------------------------------------------------------
+
+
+def animation(kind: str, **options: Any) -> tuple[Image.Image, np.ndarray]:
+    pixels = np.zeros((5, 28, 28, 3), np.uint8)
+    for number, frame in enumerate(pixels):
+        frame[:] = 40 * number
+        frame[4 * number : 4 * number + 4] = 255
+    images = [Image.fromarray(frame) for frame in pixels]
+    file = io.BytesIO()
+    images[0].save(file, kind, save_all=True, append_images=images[1:], **options)
+    return Image.open(io.BytesIO(file.getvalue())), pixels
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "seconds"),
+    [
+        ("GIF", {"duration": [500, 0, 1000, 200, 100]}, (0.0, 0.5, 0.6, 1.6, 1.8)),
+        ("PNG", {"duration": [500, 100, 1000, 200, 100]}, (0.0, 0.5, 0.6, 1.6, 1.8)),
+        ("WEBP", {"duration": [500, 100, 1000, 200, 100], "lossless": True}, (0.0, 0.5, 0.6, 1.6, 1.8)),
+        ("TIFF", {}, (0.0, 1.0, 2.0, 3.0, 4.0)),
+    ],
+)
+def test_all_frames_of_an_opened_animation_are_read(
+    kind: str, options: dict[str, Any], seconds: tuple[float, ...], tmp_path: Path
+) -> None:
+    chat = VideoChat(small_module(tmp_path, TEXTS))
+    image, pixels = animation(kind, **options)
+    image.seek(2)
+    asked = [user({"type": "video", "video": image}, "Which digit?")]
+    prompt = chat.reader.read(asked)
+    assert prompt.times == (pytest.approx(seconds),)
+    assert (prompt.visuals[0] == pixels).all()
+    assert image.tell() == 2
+    chat.reader.max_frames = 3
+    thinned = chat.reader.read(asked)
+    assert thinned.times == (pytest.approx(seconds[::2]),)
+    assert (thinned.visuals[0] == pixels[::2]).all()
+    with pytest.raises(ValueError, match="an image of 5 frames: give it as a video"):
+        chat.reader.read([user({"type": "image", "image": image}, "Which digit?")])
+    with pytest.raises(ValueError, match="one of several images has 5 frames itself: give it alone"):
+        chat.reader.read([user({"type": "video", "video": [Image.fromarray(pixels[0]), image]}, "Which digit?")])
+
+
+def test_the_first_image_of_a_cameras_multi_picture_jpeg_is_the_photo(tmp_path: Path) -> None:
+    chat = VideoChat(small_module(tmp_path, TEXTS))
+    image, _ = animation("MPO")
+    assert image.n_frames == 5  # type: ignore[attr-defined]
+    for kind in ("image", "video"):
+        assert len(chat.reader.read([user({"type": kind, kind: image}, "Which?")]).visuals[0]) == 1
+
+
+# ---- conversations for the processor ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "robot", "content": "x"}], "message 1: a message is from 'robot'; known are"),
+        ([*TALK, {"content": "x"}], "message 2: a message is from 'None'"),
+        ([*TALK, {"role": "user"}], "message 2: the content of a user's message is 'None'"),
+        ([*TALK, {"role": "user", "content": 3}], "message 2: the content of a user's message is '3'"),
+        ([*TALK, 3], "message 2: a message is no object but '3'"),
+        ([user({"type": "sound", "sound": "x"}, "x")], "message 1: an item of a user's message is"),
+        ([user({"text": "x"})], "message 1: an item of a user's message is"),
+        ([user({"type": "text"})], "message 1: an item of a user's message is"),
+        ([user({"type": "video"}, "x")], "message 1: an item of type video has none"),
+        ([{"role": "user", "content": "half \ud83d"}], "message 1: a user's message holds half a surrogate pair"),
+        ([*TALK, {"role": "assistant", "content": "7."}], "ends with a user's message"),
+        ([user(" ")], "the last message has no words"),
+        ([[]], "a conversation without a message"),
+    ],
+)
+def test_the_processor_checks_messages_as_the_chat_does(messages: list[Any], words: str, export: Path) -> None:
+    chat, processor = VideoChat.from_pretrained(export, "cpu"), KeygripProcessor.from_pretrained(export)
+    for given in (
+        lambda: chat.generate(messages, 4),
+        lambda: processor(messages),
+        lambda: processor.apply_chat_template(messages),
+        lambda: processor.apply_chat_template(messages, tokenize=True),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            given()
+
+
+def test_a_conversation_with_its_answer_is_rendered_and_a_template_sees_no_image(export: Path, tmp_path: Path) -> None:
+    processor = KeygripProcessor.from_pretrained(export)
+    image = Image.new("RGB", (8, 8))
+    talk = [user({"type": "image", "image": image}, "Which?"), {"role": "assistant", "content": "7."}]
+    rendered = processor.apply_chat_template(talk, add_generation_prompt=False)
+    assert rendered.endswith("<|im_start|>user\n<image>Which?<|im_end|>\n<|im_start|>assistant\n7.<|im_end|>\n")
+    file = tmp_path / "written.png"
+    processor.tokenizer.chat_template = f"{{{{ messages[-1]['content'][0]['image'].save('{file}') }}}}"
+    with pytest.raises(ValueError, match="cannot render this conversation"):
+        processor.apply_chat_template(talk[:1])
+    assert not file.exists()
+
+
+def test_the_files_of_the_fixture_are_an_export(export: Path) -> None:
+    """What the changed copies rest on."""
+    assert (export / WEIGHTS).is_file()
+    assert VideoChat.from_pretrained(changed(export, export.parent / "same", lambda content: None), "cpu")
