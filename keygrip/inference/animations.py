@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import guard
+from keygrip.data.video import TIME_TOLERANCE_S
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.sample_types import evenly
 
@@ -24,10 +27,11 @@ def frame_count(image: Image.Image) -> int:
 
 
 def animation_frames(image: Image.Image, size: int, fit: str, most: int) -> tuple[np.ndarray, tuple[float, ...]]:
-    """uint8 [F, S, S, 3] and the second of each frame from the first on; pages without durations come one per second.
+    """uint8 [F, S, S, 3] and the second of each: a frame per second, as of a video's file; pages without durations come
+    one per second.
 
     Args:
-        size, fit: see `fit_image`. most: of more frames, so many evenly spaced.
+        size, fit: see `fit_image`. most: of more seconds, so many evenly spaced.
 
     Raises:
         ValueError: a frame cannot be decoded, or there are more than `MOST_FRAMES`.
@@ -35,15 +39,22 @@ def animation_frames(image: Image.Image, size: int, fit: str, most: int) -> tupl
     count = frame_count(image)
     if count > MOST_FRAMES:
         raise ValueError(f"an animation of {count} frames, more than {MOST_FRAMES}: give the frames that are meant")
-    kept = set(evenly(count, most))
-    frames, times, now, before = [], [], 0.0, image.tell()
+    before = image.tell()
     with guard("an animation that is given"):
-        for number in range(count):
-            image.seek(number)
-            image.load()  # WebP says only then how long a frame is shown
-            if number in kept:
-                frames.append(shown_image(image, size, fit))
-                times.append(now)
-            now += (float(image.info.get("duration", 1000.0)) or UNTIMED_MS) / 1000
+        # WebP says only when it is loaded how long a frame is shown.
+        durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _loaded(image, count)]
+        ends = np.cumsum(durations) / 1000
+        seconds = evenly(max(1, int(ends[-1] + TIME_TOLERANCE_S)), most)
+        numbers = np.searchsorted(ends, np.array(seconds) + TIME_TOLERANCE_S, side="right").clip(max=count - 1).tolist()
+        frames = enumerate(_loaded(image, count))
+        shown = {number: shown_image(frame, size, fit) for number, frame in frames if number in numbers}
         image.seek(before)
-    return np.stack(frames), tuple(times)
+    return np.stack([shown[number] for number in numbers]), tuple(map(float, seconds))
+
+
+def _loaded(image: Image.Image, count: int) -> Iterator[Image.Image]:
+    """The image at each of its frames in turn: one that is jumped over is missing in those behind it."""
+    for number in range(count):
+        image.seek(number)
+        image.load()
+        yield image

@@ -37,8 +37,7 @@ class Prompt:
 
     Attributes:
         turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
-        times: of each, when its frames were taken; of frames that come as arrays one per second, of an animation as
-            long as each is shown.
+        times: of each, when its frames were taken; of frames that come as arrays one per second.
         before_text: how many of them stand before all text, without a mark.
     """
 
