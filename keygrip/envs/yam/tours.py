@@ -26,7 +26,8 @@ from keygrip.robots.mujoco_backend import mujoco
 
 CUBE = 0.05  # m
 HOVER = 0.035  # m from a cube's top to the finger tips
-SEEN_SHARE = 0.7  # of the largest view of a cube in the video: with less, its digit may be hidden
+SEEN_SHARE = 0.7  # of what is seen of a cube without the arm: with less, its digit may be hidden
+NOT_DRAWN = 4  # a group of geoms that MuJoCo does not draw
 CUBES = (1, 5)
 FRAMES = (1, 4096)
 
@@ -109,7 +110,8 @@ class Tour:
     Args:
         frames: uint8 [F, S, S, 3], a second apart.
         colours: [K]. pointed: [F] number of the cube at which the gripper points. digits: [F, K].
-        pixels: [F, K, 2] centre of each cube (x, y). visible: [F, K] pixels of each cube that are seen.
+        pixels: [F, K, 2] centre of each cube (x, y). visible: [F, K] pixels of each cube that are seen. uncovered: [K]
+            those that would be seen without the arm.
     """
 
     frames: np.ndarray
@@ -118,12 +120,12 @@ class Tour:
     digits: np.ndarray
     pixels: np.ndarray
     visible: np.ndarray
+    uncovered: np.ndarray
     seed: int
 
     def readable(self) -> np.ndarray:
         """bool [F, K]: whether enough of a cube is seen to read its digit."""
-        largest = np.maximum(self.visible.max(axis=0, keepdims=True), 1)
-        return self.visible >= SEEN_SHARE * largest
+        return self.visible >= SEEN_SHARE * np.maximum(self.uncovered, 1)
 
 
 class TourCell(YamCell):
@@ -169,8 +171,22 @@ class TourCell(YamCell):
             digits=digits,
             pixels=np.array([[s.centres[p.name] for p in placed] for s in sights]),
             visible=np.array([[s.visible[p.name] for p in placed] for s in sights]),
+            uncovered=self._uncovered(),
             seed=self.seed,
         )
+
+    def _uncovered(self) -> np.ndarray:
+        """[K] pixels of each cube that would be seen without the arm."""
+        assert self.layout is not None
+        names = [thing.name for thing in self.layout.placed]
+        stay = [0, *(self.model.body(name).id for name in names)]  # the first body is the world
+        groups = self.model.geom_group.copy()
+        self.model.geom_group[~np.isin(self.model.geom_bodyid, stay)] = NOT_DRAWN
+        try:
+            visible = self.sight("over").visible
+        finally:
+            self.model.geom_group[:] = groups
+        return np.array([visible[name] for name in names])
 
     def _go_above(self, cube: np.ndarray) -> None:
         """Puts the arm at rest above a cube. Nothing is touched on the way, so the way there is not computed."""

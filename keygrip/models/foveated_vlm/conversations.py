@@ -90,7 +90,7 @@ def encode_conversation(
             visual_at = len(ids)
         if start in (first for first, _ in answers):
             begins.append(len(ids))
-        piece = tokenizer.encode(whole[start:stop])
+        piece = tokenizer.encode(whole[start:stop], after=whole[:start])
         ids += piece
         answer += [any(first <= start < last for first, last in answers)] * len(piece)
         if stop in (last for _, last in answers):
@@ -121,10 +121,16 @@ def encode_around(turns: Sequence[Turn], tokenizer: ChatTokenizer, mark: str) ->
     edges = sorted({0, len(whole), *itertools.chain(*_answer_spans(said, tokenizer, whole))})
     parts: list[list[int]] = [[]]
     for start, stop in itertools.pairwise(edges):
-        first, *others = (tokenizer.encode(piece) for piece in whole[start:stop].split(mark))
+        first, *others = _encoded_between(tokenizer, whole[start:stop].split(mark), whole[:start].replace(mark, ""))
         parts[-1] += first
         parts += others
     return parts
+
+
+def _encoded_between(tokenizer: ChatTokenizer, texts: Sequence[str], before: str) -> Iterator[list[int]]:
+    for text in texts:
+        yield tokenizer.encode(text, after=before)
+        before += text
 
 
 def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str, generating: bool) -> int:

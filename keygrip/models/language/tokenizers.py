@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
+BEHIND = ("\n", ".", "0")  # what a piece of text is put behind to be encoded as the continuation of a text
+LONGEST_SPECIAL = 256  # characters of a special token that are looked for at a text's end
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 # Which chat templates may name, if the tokenizer has them: in a state, and as transformers calls them.
 NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
@@ -80,15 +82,42 @@ class ChatTokenizer:
                 "that ends a turn as eos_token in its tokenizer_config.json"
             )
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
-        self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
+        added = "|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)"
+        self._special, self._special_last = re.compile(added), re.compile(f"(?:{added})\\Z")
+        # SentencePiece's (Llama 2, Mistral): a space before the first word of whatever is encoded
+        self._adds_space = self._ids("\nx") != self._ids("\n") + self._ids("x")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text as it is, none added; special tokens in it are recognised, except in `as_words`."""
+    def encode(self, text: str, after: str = "") -> list[int]:
+        """Ids of a text as it is, none added; special tokens in it are recognised, except in `as_words`.
+
+        Args:
+            after: the text that it continues: a tokenizer that puts a space before the first word of a text puts none
+                here, or what it puts behind a special token.
+
+        Raises:
+            ValueError: such a tokenizer joins the text to everything that it is put behind.
+        """
         ids: list[int] = []
         for number, part in enumerate(text.split(SPELT)):
-            options = {"split_special_tokens": True} if number % 2 else {}
-            ids += self._tokenizer(part, add_special_tokens=False, **options)["input_ids"] if part else []
+            if part:
+                ids += self._continued(part, after, spelt=number % 2 == 1) if after else self._ids(part, number % 2 == 1)
+                after = SPELT if number % 2 else part
         return ids
+
+    def _ids(self, text: str, spelt: bool = False) -> list[int]:
+        options = {"split_special_tokens": True} if spelt else {}
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return ids
+
+    def _continued(self, text: str, after: str, spelt: bool) -> list[int]:
+        if not self._adds_space:
+            return self._ids(text, spelt)
+        special = None if spelt else self._special_last.search(after[-LONGEST_SPECIAL:])
+        for before in (special[0],) if special else BEHIND:
+            known, ids = self._ids(before), self._ids(before + text, spelt)
+            if known and ids[: len(known)] == known:
+                return ids[len(known) :]
+        raise ValueError(f"the tokenizer has no ids of its own for a text that continues another: {text[:40]!r}")
 
     def as_words(self, text: str) -> str:
         """Somebody's words for a chat template: where they spell a special token, `encode` spells it too. Words can

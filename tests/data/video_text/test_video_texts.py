@@ -248,6 +248,8 @@ def test_kinds_choose_samples_and_conversations(tmp_path: Path) -> None:
     assert batch.video_index.tolist() == [n for n in range(12) for _ in range(2)]
     with pytest.raises(ValueError, match=r"holds no conversations of \['cue'\]; it holds mark"):
         module(tmp_path, sources={"b": ShardSource(tmp_path / "b", kinds=["cue"])})
+    with pytest.raises(ValueError, match=r"holds no conversations of \['captoin'\]; it holds caption, cue, mark"):
+        module(tmp_path, sources={"a": ShardSource(tmp_path / "a", kinds=["cue", "captoin"], val_fraction=0.0)})
 
 
 def test_questions_are_chosen_anew_each_epoch() -> None:

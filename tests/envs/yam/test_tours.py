@@ -109,6 +109,7 @@ def a_tour() -> Tour:
         digits=np.array([[1, 2, 3], [4, 5, 6], [7, 0, 1]]),
         pixels=np.zeros((3, 3, 2)),
         visible=visible,
+        uncovered=np.array([40, 40, 50]),
         seed=0,
     )
 
@@ -133,6 +134,30 @@ def test_questions_have_the_right_answers_and_ask_nothing_hidden() -> None:
     assert {key[1]: answer for key, answer in asked.items() if key[0] == "glance"} == {0: "blue", 1: "red", 2: "green"}
     cue = next(q for q in text["questions"] if q["kind"] == "cue")
     assert "red" not in cue["question"]  # the video says which cube is meant
+
+
+def test_a_cube_that_the_arm_hides_all_the_time_is_not_asked_about() -> None:
+    hidden = replace(a_tour(), visible=np.array([[40, 2, 50]] * 3))
+    asked = {q["evidence"]["colour"] for q in describe(hidden)["questions"] if q["kind"] != "glance"}
+    assert asked == {"red", "green"}
+
+
+def test_what_would_be_seen_of_a_cube_does_not_depend_on_where_the_arm_stands(cell: TourCell) -> None:
+    short = TourCell(replace(cell.options, min_frames=1, max_frames=1))
+    long = TourCell(replace(cell.options, min_frames=12, max_frames=12))
+    hidden = 0
+    for seed in range(8):
+        one, many = short.tour(seed), long.tour(seed)
+        assert np.array_equal(one.uncovered, many.uncovered)
+        assert (many.visible <= many.uncovered).all()
+        assert np.array_equal(many.visible.max(axis=0), many.uncovered)  # the arm points elsewhere at some second
+        asked = {q["evidence"]["colour"] for q in describe(one)["questions"] if q["kind"] == "mark"}
+        for colour, seen, whole in zip(one.colours, one.visible[0], one.uncovered, strict=True):
+            assert (colour in asked) == (seen >= 0.7 * whole)
+            hidden += colour not in asked
+    short.close()
+    long.close()
+    assert hidden >= 2  # of 40
 
 
 def test_digits_may_stay(cell: TourCell) -> None:

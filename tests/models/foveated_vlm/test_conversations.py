@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from keygrip.data.batches import Conversation, Turn, VideoTextSample
-from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_conversation
+from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_around, encode_conversation
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.language.tokenizers import END_OF_TEXT, TURN_END, TURN_START, ChatTokenizer, TrainedTokenizer
 
@@ -129,6 +130,66 @@ def test_a_prompt_has_the_same_ids_in_training_and_in_generation(smollm: ChatTok
     assert asked.visual_at == trained.visual_at
     assert trained.loss[trained.prompt]
     assert not trained.loss[trained.prompt - 1]
+
+
+LLAMA_LIKE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def sentence_pieces(scheme: str) -> ChatTokenizer:
+    """A tokenizer as SentencePiece's are converted: `prepend` as Llama 2's, `first` as newer ones."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if scheme == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    named = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=[*named, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    words = [word for turn in TALK for word in turn.text.split()] + ["[INST]", "[/INST]"]
+    tokenizer.train_from_iterator(words * 3, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in named]
+    return ChatTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+            chat_template=LLAMA_LIKE,
+            **dict(zip(("unk_token", "bos_token", "eos_token"), named, strict=True)),
+        )
+    )
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first"])
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+def test_pieces_of_a_sentence_piece_tokenizer_have_the_ids_of_the_whole(scheme: str, order: str) -> None:
+    tokenizer = sentence_pieces(scheme)
+    peer = tokenizer._tokenizer
+    messages = [{"role": turn.role, "content": turn.text} for turn in TALK]
+    whole = peer.apply_chat_template(messages, tokenize=False)
+    wanted = peer(whole, add_special_tokens=False)["input_ids"]
+    trained = encode_conversation(TALK, tokenizer, order, "answers")
+    assert trained.ids == wanted
+    said = "".join(tokenizer.decode(trained.ids[trained.prompt :]))
+    assert said.strip() == TALK[-1].text
+    asked = encode_conversation(TALK[:3], tokenizer, order, "answers")
+    assert asked.ids == wanted[: len(asked.ids)] == trained.ids[: trained.prompt]
+    marked_turns = [Turn("user", "Which *digit is on* the red cube?")]
+    plain = encode_conversation([Turn("user", "Which digit is on the red cube?")], tokenizer, order, "answers")
+    between = encode_around(marked_turns, tokenizer, "*")
+    assert len(between) == 3
+    assert tokenizer.decode([each for part in between for each in part]) == tokenizer.decode(plain.ids)
+    alone = [each for piece in (whole[:40], whole[40:]) for each in tokenizer.encode(piece)]
+    assert alone != wanted  # what the words before a piece are told for
 
 
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
