@@ -100,8 +100,9 @@ class ChatTokenizer:
         ids: list[int] = []
         for number, part in enumerate(text.split(SPELT)):
             if part:
-                ids += self._continued(part, after, spelt=number % 2 == 1) if after else self._ids(part, number % 2 == 1)
-                after = SPELT if number % 2 else part
+                spelt = number % 2 == 1
+                ids += self._continued(part, after, spelt) if after else self._ids(part, spelt)
+                after = SPELT if spelt else part
         return ids
 
     def _ids(self, text: str, spelt: bool = False) -> list[int]:
