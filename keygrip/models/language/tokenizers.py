@@ -63,7 +63,7 @@ class ChatTokenizer:
         size: the largest id and one, at most the model's vocabulary.
 
     Raises:
-        ValueError: it has no chat template, or no token that ends a turn.
+        ValueError: it has no chat template, no token that ends a turn, or cannot encode a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -107,7 +107,8 @@ class ChatTokenizer:
 
     def _ids(self, text: str, spelt: bool = False) -> list[int]:
         options = {"split_special_tokens": True} if spelt else {}
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        with tokenizer_errors("the tokenizer"):
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         return ids
 
     def _continued(self, text: str, after: str, spelt: bool) -> list[int]:

@@ -248,3 +248,12 @@ def test_a_pretrained_tokenizer_comes_from_its_folder_with_its_template(tmp_path
     loaded = PretrainedTokenizer(str(tmp_path / "hub")).load(tmp_path)
     assert loaded.render([("user", "a")]) == "[user] a<|im_end|>"
     assert loaded.encode(SENTENCES[0]) == made.encode(SENTENCES[0])
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused_when_it_is_loaded() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))  # and [UNK] is no token
+    with pytest.raises(ValueError, match=r"the tokenizer is damaged.*Missing \[UNK\]"):
+        ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, chat_template="x", eos_token="</s>"))
