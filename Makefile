@@ -61,7 +61,8 @@ openpi: install ## the policy server against the real openpi-client, installed i
 # In an environment of its own: lmms-eval pins packages of ours to other versions.
 lmms: ## the adapter against the real lmms-eval, installed in .venv-lmms
 	test -x .venv-lmms/bin/python || $(PYTHON3) -m venv .venv-lmms
-	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q 'lmms-eval==0.7.3' -e '.[lmms]' pytest
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints-lmms.txt \
+		'lmms-eval==0.7.3' -e '.[lmms]' pytest
 	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -m lmms tests/evaluation/test_lmms.py
 
 # In an environment of its own: OpenCV is needed by `prepare step=charuco` alone.
