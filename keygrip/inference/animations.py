@@ -9,7 +9,7 @@ from PIL import Image
 
 from keygrip.data.bad_samples import guard
 from keygrip.data.video import TIME_TOLERANCE_S
-from keygrip.data.video_text.conversations import shown_image
+from keygrip.data.video_text.conversations import shown_image, whole_seconds
 from keygrip.data.video_text.sample_types import evenly
 
 MOST_FRAMES = 10_000  # all are decoded, for what a frame changes lies in those before it
@@ -44,7 +44,7 @@ def animation_frames(image: Image.Image, size: int, fit: str, most: int) -> tupl
         # WebP says only when it is loaded how long a frame is shown.
         durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _loaded(image, count)]
         ends = np.cumsum(durations) / 1000
-        seconds = evenly(max(1, int(ends[-1] + TIME_TOLERANCE_S)), most)
+        seconds = evenly(whole_seconds(ends[-1]), most)
         numbers = np.searchsorted(ends, np.array(seconds) + TIME_TOLERANCE_S, side="right").clip(max=count - 1).tolist()
         frames = enumerate(_loaded(image, count))
         shown = {number: shown_image(frame, size, fit) for number, frame in frames if number in numbers}

@@ -330,9 +330,14 @@ def shown_image(image: Image.Image, size: int, fit: str) -> np.ndarray:
     return fit_image(upright(image), size, fit)
 
 
+def whole_seconds(duration: float) -> int:
+    """Frames of a video of so many seconds when one is taken per second, at least one."""
+    return max(1, int(duration + TIME_TOLERANCE_S))
+
+
 def _seconds(duration: float, most: int) -> np.ndarray:
     """Times at which frames are taken: one per second, at most so many, evenly."""
-    count = max(1, int(np.floor(duration + TIME_TOLERANCE_S)))
+    count = whole_seconds(duration)
     return np.arange(count) if count <= most else np.linspace(0, duration - 1, most)
 
 

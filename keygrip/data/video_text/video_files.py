@@ -9,8 +9,8 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, read_bytes
 from keygrip.data.source_files import files_in
-from keygrip.data.video import TIME_TOLERANCE_S, frames_at
-from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image
+from keygrip.data.video import frames_at
+from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image, whole_seconds
 from keygrip.data.video_text.sample_types import evenly
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -84,7 +84,7 @@ def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path
     start, end = clip[0], min(clip[1], duration)
     if start >= duration:
         raise ValueError(f"{path} lasts {duration:.1f} s and the clip begins at {start:g} s")
-    count = max(1, int(np.floor(end - start + TIME_TOLERANCE_S)))
+    count = whole_seconds(end - start)
     if count <= max_frames:
         return start + np.arange(count)
     return start + (np.arange(max_frames) + 0.5) * (end - start) / max_frames
