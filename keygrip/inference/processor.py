@@ -11,7 +11,6 @@ has no class for it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from keygrip.data.bad_samples import BadSample, read_json
 from keygrip.data.batches import normalised
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.exporting.folder import CONFIG
@@ -221,8 +221,8 @@ def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
     """Tokens of the model that a folder's config.json describes; None: it has none."""
     file = Path(folder) / CONFIG
     try:
-        content = json.loads(file.read_bytes()) if file.is_file() else None
-    except (ValueError, RecursionError):
+        content = read_json(file) if file.is_file() else None
+    except BadSample:
         return None  # transformers, which needs it, says so
     found = content.get("vocab_size") if isinstance(content, dict) else None
     return found if type(found) is int else None
