@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
 BEHIND = ("\n", ".", "0")  # what a piece of text is put behind to be encoded as the continuation of a text
-LONGEST_SPECIAL = 256  # characters of a special token that are looked for at a text's end
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 # Which chat templates may name, if the tokenizer has them: in a state, and as transformers calls them.
 NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
@@ -82,8 +81,8 @@ class ChatTokenizer:
                 "that ends a turn as eos_token in its tokenizer_config.json"
             )
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
-        added = "|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)"
-        self._special, self._special_last = re.compile(added), re.compile(f"(?:{added})\\Z")
+        self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
         # SentencePiece's (Llama 2, Mistral): a space before the first word of whatever is encoded
         self._adds_space = self._ids("\nx") != self._ids("\n") + self._ids("x")
 
@@ -114,8 +113,8 @@ class ChatTokenizer:
     def _continued(self, text: str, after: str, spelt: bool) -> list[int]:
         if not self._adds_space:
             return self._ids(text, spelt)
-        special = None if spelt else self._special_last.search(after[-LONGEST_SPECIAL:])
-        for before in (special[0],) if special else BEHIND:
+        special = None if spelt else next(filter(after.endswith, self._added), None)
+        for before in (special,) if special else BEHIND:
             known, ids = self._ids(before), self._ids(before + text, spelt)
             if known and ids[: len(known)] == known:
                 return ids[len(known) :]

@@ -179,8 +179,7 @@ def test_pieces_of_a_sentence_piece_tokenizer_have_the_ids_of_the_whole(scheme: 
     wanted = peer(whole, add_special_tokens=False)["input_ids"]
     trained = encode_conversation(TALK, tokenizer, order, "answers")
     assert trained.ids == wanted
-    said = "".join(tokenizer.decode(trained.ids[trained.prompt :]))
-    assert said.strip() == TALK[-1].text
+    assert tokenizer.decode(trained.ids[trained.prompt :]).strip() == TALK[-1].text
     asked = encode_conversation(TALK[:3], tokenizer, order, "answers")
     assert asked.ids == wanted[: len(asked.ids)] == trained.ids[: trained.prompt]
     marked_turns = [Turn("user", "Which *digit is on* the red cube?")]
