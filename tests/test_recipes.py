@@ -208,6 +208,20 @@ def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being
     assert order == ("visual_first", "fine", "random")
 
 
+@pytest.mark.parametrize(
+    ("job", "beside", "setting"),
+    [("shallow_query", "deep_query", "deep_query"), ("query_bias", "deep_query", "query_bias")],
+)
+def test_claims_about_the_query_change_one_setting_each(job: str, beside: str, setting: str) -> None:
+    def of(job: str) -> dict[str, Any]:
+        cfg = composed("train", ["experiment=vlm_robot_videos_self_supervised", f"ablation=vlm_claims/{job}"])
+        return dict(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
+
+    one, other = of(job), of(beside)
+    different = {".".join(path) for path in one.keys() | other.keys() if one.get(path) != other.get(path)}
+    assert different == {f"model.network.{setting}"}
+
+
 def test_the_sweeps_of_claims_differ_in_their_encoder_alone() -> None:
     def of(*overrides: str) -> dict[str, Any]:
         cfg = composed("train", [*overrides, "ablation=vlm_claims/deep_query"], with_hydra=True)
