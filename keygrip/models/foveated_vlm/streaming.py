@@ -380,6 +380,8 @@ def pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
     shown = ""
     for token in tokens:
         ids.append(token)
+        if tokenizer.is_byte(token):  # bytes in a row are decoded together: an incomplete one spoils those before it
+            continue
         text = tokenizer.decode(ids)
         if not text.endswith(UNFINISHED) and text.startswith(shown):
             yield text[len(shown) :]

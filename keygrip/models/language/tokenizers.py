@@ -130,6 +130,11 @@ class ChatTokenizer:
         values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         return str(self._tokenizer.decode(values, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is one byte of a character that the vocabulary lacks: neighbours decide what it decodes to."""
+        name = self._tokenizer.convert_ids_to_tokens(int(token))
+        return isinstance(name, str) and re.fullmatch(r"<0x[0-9A-F]{2}>", name) is not None
+
     def render(self, turns: Sequence[tuple[str, str]], answering: bool = False) -> str:
         """(role, text) turns in the chat template; with `answering`, up to where the assistant begins to speak."""
         return self.render_messages([{"role": role, "content": text} for role, text in turns], answering)

@@ -14,6 +14,7 @@ import torch
 from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_around, encode_conversation
 from keygrip.models.foveated_vlm.rows import text_rows
+from keygrip.models.foveated_vlm.streaming import pieces
 from keygrip.models.language.tokenizers import END_OF_TEXT, TURN_END, TURN_START, ChatTokenizer, TrainedTokenizer
 
 # As SmolLM2 has it: a system turn where the user gives none.
@@ -167,6 +168,17 @@ def sentence_pieces(scheme: str) -> ChatTokenizer:
             **dict(zip(("unk_token", "bos_token", "eos_token"), named, strict=True)),
         )
     )
+
+
+@pytest.mark.parametrize("end", [[], [0xE4], [0xE4, 0xBD]], ids=["whole", "cut", "cut_later"])
+def test_a_streamed_answer_of_bytes_is_what_its_tokens_decode_to(end: list[int]) -> None:
+    """Bytes in a row are decoded together, and an incomplete character at their end makes all of them unreadable."""
+    tokenizer = sentence_pieces("prepend")
+    ids = tokenizer.encode("gold \u4f60\u597d gold \u4f60")
+    ids += [tokenizer._tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in end]
+    found = list(pieces(tokenizer, iter(ids)))
+    assert "".join(found) == tokenizer.decode(ids)
+    assert "\u4f60\u597d" in "".join(found) and len(found) > 3
 
 
 @pytest.mark.parametrize("scheme", ["prepend", "first"])
