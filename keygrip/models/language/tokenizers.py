@@ -131,7 +131,7 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(values, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
     def is_byte(self, token: int) -> bool:
-        """Whether a token is one byte of a character that the vocabulary lacks: neighbours decide what it decodes to."""
+        """Whether a token is one byte of a character that the vocabulary lacks: it decodes with its neighbours."""
         name = self._tokenizer.convert_ids_to_tokens(int(token))
         return isinstance(name, str) and re.fullmatch(r"<0x[0-9A-F]{2}>", name) is not None
 

@@ -178,7 +178,7 @@ def test_a_streamed_answer_of_bytes_is_what_its_tokens_decode_to(end: list[int])
     ids += [tokenizer._tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in end]
     found = list(pieces(tokenizer, iter(ids)))
     assert "".join(found) == tokenizer.decode(ids)
-    assert "\u4f60\u597d" in "".join(found) and len(found) > 3
+    assert len(found) > 3
 
 
 @pytest.mark.parametrize("scheme", ["prepend", "first"])
