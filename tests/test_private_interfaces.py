@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "keygrip"
 # name -> the one file that uses it
 PRIVATE = {
     "_attn_implementation": "models/language/hub.py",
+    "_C": "training/torch_files.py",  # tests/training/test_torch_files.py reads archives through it
     "_call_impl": "training/compilation.py",
     "_compiled_call_impl": "training/compilation.py",
     "_foreach_lerp_": "training/ema.py",

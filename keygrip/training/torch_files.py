@@ -1,12 +1,15 @@
 """Files of torch that somebody else may have written: read as plain data, within the memory that the file itself takes.
 
-`torch.load(weights_only=True)` runs no code of a file, but it unpacks compressed records, builds tensors whose size
-has nothing to do with the file's (expanded, sparse, without storage), and what it raises depends on what is wrong.
+`torch.load(weights_only=True)` runs no code of a file, but it unpacks compressed records, makes tensors and bytes whose
+size has nothing to do with the file's (expanded, without storage, by a constructor that takes a size), and what it
+raises depends on what is wrong.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -21,6 +24,18 @@ BROKEN: tuple[type[Exception], ...] = (
     *(AssertionError, MemoryError, ImportError, struct.error, zipfile.BadZipFile, pickle.PickleError),
 )
 EXPANDED_BYTES = 1 << 26  # by which a tensor may be larger than its storage: small expanded buffers do no harm
+MOST_VALUES = 10_000_000  # in nested containers, each counted wherever it is named
+# All that tensors and plain values need. Torch allows more names, of which some take any size for an argument
+# (bytearray, the constructors of tensors) and others make more of what they are given (codecs, casts).
+NAMED = {
+    *("collections OrderedDict", "builtins set", "builtins complex", "__builtin__ set", "__builtin__ complex"),
+    *("torch Size", "torch device", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
+    *("torch.nn.parameter Parameter", "torch BFloat16Storage", "torch HalfStorage", "torch FloatStorage"),
+    *("torch DoubleStorage", "torch ByteStorage", "torch CharStorage", "torch ShortStorage", "torch IntStorage"),
+    *("torch LongStorage", "torch BoolStorage", "torch ComplexFloatStorage", "torch ComplexDoubleStorage"),
+    *(f"torch {name}" for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
+}
+LEGACY_PICKLES = 5  # before torch 1.6: a number, a version, the machine, the content, the names of its storages
 
 
 class TorchFileError(ValueError):
@@ -54,9 +69,20 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
     if is_archive:
         _refuse_compressed(path)
     try:
+        unknown = _unknown_name(path, is_archive)
+        if unknown is not None:
+            raise TorchFileError(f"{path} names {unknown}: it holds more than tensors and plain values", is_archive)
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped and is_archive)
+    except TorchFileError:
+        raise
     except BROKEN as error:
         raise TorchFileError(f"{path} {_what_is_wrong(error, is_archive, path)}", is_archive) from error
+    if _size_of(content) > MOST_VALUES:
+        raise TorchFileError(
+            f"{path} holds more than {MOST_VALUES} values, or a container inside itself: keygrip writes no such file, "
+            "it is not read",
+            is_archive,
+        )
     for tensor in _tensors(content):
         problem = _oddity(tensor)
         if problem:
@@ -101,12 +127,54 @@ def _refuse_compressed(path: Path) -> None:
         )
 
 
+def _unknown_name(path: Path, is_archive: bool) -> str | None:
+    """A class or function that a file names and that tensors and plain values do not need; None: there is none."""
+    with path.open("rb") as file:
+        if is_archive:  # by torch's own reader: another one may see another record
+            pickles = [io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))]
+        else:
+            pickles = [file] * LEGACY_PICKLES
+        for stream in pickles:
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name == "STACK_GLOBAL":
+                    return "a class or function by values of the stack"
+                if operation.name in ("GLOBAL", "INST") and argument not in NAMED:
+                    return str(argument).replace(" ", ".")[:80]
+    return None
+
+
 def _what_is_wrong(error: Exception, is_archive: bool, path: Path) -> str:
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "asks for more memory than this machine has"
     if is_archive:
         return "holds more than tensors and plain values, or is damaged"
     return f"is truncated or no file of torch ({path.stat().st_size} bytes)"
+
+
+def _size_of(content: Any) -> float:
+    """How many values nested containers hold, each counted wherever it is named; infinite for one inside itself."""
+    sizes: dict[int, float] = {}
+    around: set[int] = set()
+    waiting = [(content, False)]
+    while waiting:
+        value, left = waiting.pop()
+        inside = _inside(value)
+        if left:
+            around.discard(id(value))
+            sizes[id(value)] = 1 + sum(sizes.get(id(each), 1) for each in inside)
+        elif id(value) in around:
+            return float("inf")
+        elif inside and id(value) not in sizes:
+            around.add(id(value))
+            waiting.append((value, True))
+            waiting += [(each, False) for each in inside]
+    return sizes.get(id(content), 1)
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, list | tuple | set) else []
 
 
 def _tensors(content: Any) -> list[Tensor]:
@@ -118,16 +186,12 @@ def _tensors(content: Any) -> list[Tensor]:
             found.append(value)
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
-            waiting += [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            waiting += _inside(value)
     return found
 
 
 def _oddity(tensor: Tensor) -> str | None:
     """Why a tensor is not one of numbers that lie in the file, or None."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        return "a sparse, nested or quantised tensor"
-    if tensor.is_meta:
-        return "a tensor without numbers"
     size = tensor.numel() * tensor.element_size()
     if size > tensor.untyped_storage().nbytes() + EXPANDED_BYTES:
         return f"a tensor of {size} bytes in {tensor.untyped_storage().nbytes()} of storage"

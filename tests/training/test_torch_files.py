@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import random
 import zipfile
@@ -65,25 +66,87 @@ def test_what_is_not_read_stays_in_a_mapped_file(mapped: bool, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
-        (torch.zeros(1).expand(1 << 40), r"a tensor of \d+ bytes in 4 of storage"),
-        (torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,)), "a sparse, nested or quantised tensor"),
-        (torch.empty(1 << 40, device="meta"), "a tensor without numbers"),
+        (torch.zeros(1).expand(1 << 40), r"holds a tensor of \d+ bytes in 4 of storage"),
+        (torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,)), r"names torch\._utils\._rebuild_sparse_tensor"),
+        (torch.empty(1 << 40, device="meta"), r"names torch\._utils\._rebuild_meta_tensor_no_storage"),
     ],
 )
 def test_tensors_larger_than_their_file_are_refused(tensor: torch.Tensor, said: str, tmp_path: Path) -> None:
     torch.save([{"inside": (tensor,)}], tmp_path / "x.pth")
     for mapped in (False, True):
-        with pytest.raises(TorchFileError, match=rf"x\.pth holds {said}"):
+        with pytest.raises(TorchFileError, match=rf"x\.pth {said}"):
             read_torch_file(tmp_path / "x.pth", mapped=mapped)
 
 
-def test_containers_within_themselves_end(tmp_path: Path) -> None:
+class Call:
+    """Pickled, a call with these arguments; unpickled, its result."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (Call(bytearray, 1 << 30), "bytearray"),
+        (Call(torch.FloatTensor, 1 << 28), r"torch\.FloatTensor"),
+        (Call(codecs.encode, b"a" * 9, "hex"), r"_codecs\.encode"),  # doubles what it is given, and calls can be nested
+        (
+            Call(torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.zeros(1), torch.float64, "cpu", False),
+            "torch",
+        ),
+    ],
+)
+def test_what_takes_any_size_is_not_called(call: Call, name: str, archive: bool, tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    torch.save({"a": torch.zeros(2), "b": call}, file, _use_new_zipfile_serialization=archive)
+    torch.load(file, weights_only=True)  # by torch alone it is
+    before = own_memory()
+    with pytest.raises(TorchFileError, match=rf"x\.pth names \S*{name}\S*: it holds more than tensors"):
+        read_torch_file(file)
+    assert own_memory() - before < 1 << 24
+
+
+def test_every_type_of_plain_tensors_is_read(tmp_path: Path) -> None:
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
+    types += (
+        torch.int32,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+        torch.float8_e4m3fn,
+        torch.uint16,
+    )
+    content = {str(kind): torch.ones(3).to(kind) for kind in types}
+    plain = {"size": torch.Size([2, 3]), "device": torch.device("cpu"), "type": torch.bfloat16, "set": {1, 2}, "c": 1j}
+    parameter = torch.nn.Parameter(torch.ones(2))
+    torch.save({"tensors": content, **plain, "p": parameter}, tmp_path / "x.pth")
+    found = read_torch_file(tmp_path / "x.pth")
+    assert found["tensors"].keys() == content.keys()
+    assert all(
+        torch.equal(found["tensors"][key].to(torch.complex128), content[key].to(torch.complex128)) for key in content
+    )
+    assert {key: found[key] for key in plain} == plain
+    assert isinstance(found["p"], torch.nn.Parameter)
+
+
+def test_containers_without_an_end_are_refused(tmp_path: Path) -> None:
     loop: list[Any] = [torch.zeros(2)]
     loop.append(loop)
+    many: list[Any] = [torch.zeros(2)]
     for _ in range(60):  # 2^60 ways to the tensor
-        loop = [loop, loop]
-    torch.save(loop, tmp_path / "loop.pth")
-    assert isinstance(read_torch_file(tmp_path / "loop.pth"), list)
+        many = [many, many]
+    for content in (loop, many):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(TorchFileError, match="holds more than 10000000 values, or a container inside itself"):
+            read_torch_file(tmp_path / "x.pth")
+    torch.save([shared := [torch.zeros(2)], shared], tmp_path / "x.pth")
+    assert len(read_torch_file(tmp_path / "x.pth")) == 2
 
 
 def test_whatever_is_wrong_inside_is_one_sentence(tmp_path: Path) -> None:
