@@ -70,9 +70,9 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 def shared_crop(width: int, height: int, bucket: Bucket) -> Box:
     """The largest box of the bucket's shape in the middle of an image."""
     scale = min(width / bucket.width, height / bucket.height)
-    wide, high = bucket.width * scale, bucket.height * scale
+    wide, high = min(bucket.width * scale, width), min(bucket.height * scale, height)  # above by rounding alone
     left, top = (width - wide) / 2, (height - high) / 2
-    return left, top, left + wide, top + high
+    return left, top, min(left + wide, width), min(top + high, height)
 
 
 def cut_out(image: Image, box: Box, size: tuple[int, int]) -> np.ndarray:

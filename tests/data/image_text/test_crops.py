@@ -50,6 +50,23 @@ def test_the_crop_has_the_shape_of_the_bucket_and_touches_the_picture(size: tupl
     assert top + bottom == pytest.approx(size[1])
 
 
+@pytest.mark.parametrize("step", [16, 64])
+def test_no_crop_leaves_the_image_by_rounding(step: int) -> None:
+    """Pillow refuses a box that begins 1e-14 pixels outside."""
+    buckets = aspect_buckets(512, step, 2.0)
+    for width in range(400, 2000, 37):
+        for height in [*range(400, 2000, 41), width * 9 // 16, width * 2 // 3]:
+            left, top, right, bottom = shared_crop(width, height, nearest_bucket(width, height, buckets))
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+
+
+@pytest.mark.parametrize("size", [(1600, 900), (900, 1600), (1500, 1000), (211, 211)])
+def test_usual_sizes_are_cut(size: tuple[int, int]) -> None:
+    for bucket in (*aspect_buckets(512, 64, 2.0), *aspect_buckets(512, 16, 2.0)):
+        assert cut_out(Image.new("RGB", size), shared_crop(*size, bucket), (8, 8)).shape == (8, 8, 3)
+
+
 def centre_of_red(pixels: np.ndarray) -> tuple[float, float]:
     """Of the red pixels, (x, y) in fractions of the image."""
     weight = np.clip(pixels[..., 0].astype(float) - pixels[..., 1], 0, None)
