@@ -81,7 +81,9 @@ def clip_part(kind: Any, folder: Path) -> Any:
             "openai/clip-vit-large-patch14-336: that of CMMD)"
         )
     is_tower = hasattr(kind, "config_class")
-    told: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True} if is_tower else {}
+    told: dict[str, Any] = {}
+    if is_tower:  # in float32, whatever type the folder was saved in: a figure must not depend on that
+        told = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
         part = kind.from_pretrained(folder, local_files_only=True, **told)
     except (OSError, ValueError, RuntimeError, TypeError) as error:

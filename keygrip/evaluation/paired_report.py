@@ -146,7 +146,8 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
         order = sorted(keys)
         first, second = ([[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference]))
         found = paired_difference(first, second)
-        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **vars(found)})
+        won = {"successes": sum(map(sum, first)), "reference_successes": sum(map(sum, second))}
+        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **won, **vars(found)})
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     rates = {}
@@ -158,16 +159,26 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
 
 
 def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One line a comparison."""
-    header = ["arm", "success", "against", "difference", "alone: arm, reference", "p", "adjusted", "by training seed"]
+    """One line per comparison. Successes are those on the training seeds and episodes that both arms have."""
+    header = [
+        "arm",
+        "success",
+        "against",
+        "its success",
+        "difference",
+        "alone: arm, reference",
+        "p",
+        "adjusted",
+        "by training seed",
+    ]
     lines = []
     for row in found["comparisons"]:
-        arm = found["arms"][row["arm"]]
         lines.append(
             [
                 row["arm"],
-                f"{arm['successes']} of {arm['episodes']}",
+                f"{row['successes']} of {row['pairs']}",
                 row["reference"],
+                f"{row['reference_successes']} of {row['pairs']}",
                 f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
                 f"{row['only_first']}, {row['only_second']}",
                 *("< 0.0001" if row[p] < 1e-4 else f"{row[p]:.4f}" for p in ("p_value", "p_holm")),

@@ -244,10 +244,14 @@ def test_clip_gives_its_projected_embedding(tmp_path: Path) -> None:
         patch_size=14,
         projection_dim=6,
     )
-    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    whole = transformers.CLIPVisionModelWithProjection(config)
+    whole.half().save_pretrained(tmp_path / "half")
+    whole.float().save_pretrained(tmp_path)  # the same numbers
     features, name, sha256 = known_encoder("clip", tmp_path, "")
-    found = features(torch.rand(2, 3, 20, 30))
+    images = torch.rand(2, 3, 20, 30)
+    found = features(images)
     assert found.shape == (2, 6)
+    assert torch.equal(known_encoder("clip", tmp_path / "half", "")[0](images), found)  # in float32, too
     assert name == f"clip {tmp_path.name}"
     assert len(sha256) == 64
     with pytest.raises(FileNotFoundError, match=r"of clip a folder with config\.json"):

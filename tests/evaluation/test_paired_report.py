@@ -93,6 +93,7 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     for seed in (0, 1):
         job(tmp_path, "vla/with", seed, first)
         job(tmp_path, "vla/without", seed, second)
+    job(tmp_path, "vla/with", 2, second)  # no seed of the reference: no part of the comparison
     job(tmp_path, "vla/same", 0, second)
     job(tmp_path, "vla/broken", 0, first, status="failed")
     job(tmp_path, "vla/other_episodes", 0, first, first=5000)
@@ -103,9 +104,11 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows["vla/with"]["training_seeds"] == ["0", "1"]
     assert rows["vla/with"]["p_holm"] == pytest.approx(2 * rows["vla/with"]["p_value"])
     assert rows["vla/same"]["p_value"] == 1.0
-    assert found["arms"]["vla/with"]["successes"] == 68
+    assert found["arms"]["vla/with"]["successes"] == 89
+    assert (rows["vla/with"]["successes"], rows["vla/with"]["reference_successes"]) == (68, 42)
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["number_of_comparisons"] == 2
-    assert "| vla/with | 68 of 100 | vla/without | +26.0" in (tmp_path / f"{NAME}.md").read_text()
+    said = " ".join((tmp_path / f"{NAME}.md").read_text().split())
+    assert "| vla/with | 68 of 100 | vla/without | 42 of 100 | +26.0" in said
     assert "vla/with" in capsys.readouterr().err
     assert PairedReport(["vla/without"]).by == "ablation"
 
