@@ -7,6 +7,7 @@ with exit code 1; Ctrl-C and SIGTERM stop the arm, too.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 from dataclasses import dataclass, field
@@ -82,14 +83,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.seconds > 0:
         raise ValueError(f"seconds={cfg.seconds}: must be above 0")
     policy = _policy(cfg)
-    robot = instantiate(cfg.robot)
+    robot = instantiate(_in_policy_order(cfg, policy).robot)
     try:
         _refuse_mismatch(policy, robot)
         if hasattr(policy, "reset"):
             policy.reset(cfg.seed)
         limits = instantiate(cfg.limits, _convert_="all")
         if limits is None:
-            log.warning("motion_limits=null: nothing but the robot's own limits bounds what the policy asks for")
+            log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
         # a server has bounds of its own
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
         execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
@@ -142,10 +143,34 @@ def _policy(cfg: DictConfig) -> Policy:
     return policy
 
 
+def _in_policy_order(cfg: DictConfig, policy: Any) -> DictConfig:
+    """The settings with `robot.arms` in the order of the policy's arms, where both name the same ones.
+
+    Observations and plans know arms by their place alone, and an arm that is added on the command line stands behind
+    those of the file.
+    """
+    arms = cfg.robot.get("arms")
+    if not isinstance(arms, DictConfig) or sorted(map(str, arms)) != sorted(policy.needs.arms):
+        return cfg
+    channels = {str(name): value for name, value in OmegaConf.to_container(arms, resolve=False).items()}
+    ordered = copy.deepcopy(cfg)
+    ordered.robot.arms = {name: channels[name] for name in policy.needs.arms}
+    return ordered
+
+
 def _refuse_mismatch(policy: Any, robot: Any) -> None:
     needs = policy.needs
-    if len(needs.arms) != len(robot.arms):
-        raise ValueError(f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}")
+    # one arm is one arm, whatever both sides call it; of several the names say which is which
+    if len(needs.arms) != len(robot.arms) or (len(needs.arms) > 1 and set(needs.arms) != set(robot.arms)):
+        raise ValueError(
+            f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}: give robot.arms the "
+            "policy's names"
+        )
+    if len(needs.arms) > 1 and tuple(needs.arms) != tuple(robot.arms):
+        raise ValueError(
+            f"the policy's arms are {', '.join(needs.arms)} in this order, the robot gives {', '.join(robot.arms)}: "
+            "plans would move the wrong arm; give the robot the policy's order"
+        )
     missing = [name for name in needs.cameras if name not in robot.cameras]
     if missing and not (len(needs.cameras) == 1 and len(robot.cameras) == 1):
         raise ValueError(f"the policy reads camera {missing[0]!r}; the robot has {', '.join(robot.cameras)}")

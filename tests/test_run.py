@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import keygrip.run
+import keygrip.runtime.cameras
+import keygrip.runtime.i2rt_yam
 from keygrip.config import SettingError, compose
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.run import StoppedError, run
@@ -100,3 +104,125 @@ def test_what_cannot_be_is_said() -> None:
         run(compose("run"))
     with pytest.raises(SettingError, match="execute_seconds"):
         compose("evaluate", ["checkpoint=x", "control.execute_steps=3"])
+
+
+HOME = np.array([0.0, 1.05, 1.0, 0.6, 0.0, 0.0])
+
+
+class Driver:
+    """An arm that is where it was told to be."""
+
+    def __init__(self) -> None:
+        self.state = np.append(HOME, 1.0)
+        self.commands: list[np.ndarray] = []
+
+    def get_joint_pos(self) -> np.ndarray:
+        return self.state
+
+    def command_joint_pos(self, joint_pos: np.ndarray) -> None:
+        self.state = joint_pos.copy()
+        self.commands.append(self.state)
+
+    def close(self) -> None: ...
+
+
+class Grey:
+    """A camera whose images have the number of its device as their brightness."""
+
+    def __init__(self, source: str, **settings: Any) -> None:
+        self.level = int(source.removeprefix("/dev/video"))
+
+    def read(self) -> tuple[np.ndarray, float]:
+        return np.full((48, 64, 3), self.level, np.uint8), time.monotonic()
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def drivers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Driver]:
+    """Arms in place of those of CAN channels, by channel, and cameras in place of video devices."""
+    found = {"can0": Driver(), "can1": Driver()}
+    monkeypatch.setattr(keygrip.runtime.i2rt_yam, "connect", lambda channel, sim: found[channel])
+    monkeypatch.setattr(keygrip.runtime.cameras, "VideoCamera", Grey)
+    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    return found
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> list[str]:
+    """Settings of a real robot at a table."""
+    camera = {
+        "width": 64,
+        "height": 48,
+        "intrinsics": {"fx": 60, "fy": 60, "cx": 31.5, "cy": 23.5},
+        "world_to_camera": np.eye(4).tolist(),
+    }
+    beside = np.eye(4)
+    beside[1, 3] = 0.6
+    content = {
+        "schema": "keygrip.calibration/1",
+        "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
+        "cameras": {"over": camera, "front": camera},
+        "arms": {"right": {"world_from_base": np.eye(4).tolist()}, "left": {"world_from_base": beside.tolist()}},
+    }
+    (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(content))
+    given = [
+        "robot=yam",
+        f"robot.calibration={tmp_path}/calibration.yaml",
+        "limits=null",
+        "bounds.image_levels=0",
+    ]
+    return [*given, "checkpoint=here", "seconds=0.3"]
+
+
+class Closing:
+    """Plans that the first arm closes its gripper, and the others stay as they are."""
+
+    def __init__(self, *arms: str) -> None:
+        self.needs = Needs(arms)
+        self.seen: list[Observation] = []
+
+    def plan(self, observation: Observation) -> Plan:
+        self.seen.append(observation)
+        repeat = [np.repeat(np.asarray(observation[name])[:, None], 8, 1) for name in ("position", "quaternion")]
+        gripper = np.ones((len(self.needs.arms), 8))
+        gripper[0] = 0.0
+        return Plan(*repeat, gripper, 0.1)
+
+
+@pytest.mark.parametrize("arms", [("left", "right"), ("right", "left")])
+def test_each_of_two_arms_is_seen_and_moved_by_its_name(
+    arms: tuple[str, str], monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
+) -> None:
+    """The file names the right arm, so that a left one that is added stands behind it."""
+    policy = Closing(*arms)
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    run(compose("run", [*real, "+robot.arms.left=can1"]))
+    first, second = ("can1", "can0") if arms[0] == "left" else ("can0", "can1")
+    assert min(command[6] for command in drivers[first].commands) == 0.0
+    assert min(command[6] for command in drivers[second].commands) == 1.0
+    across = policy.seen[0]["position"][:, 1]
+    assert across[arms.index("left")] - across[arms.index("right")] == pytest.approx(0.6)
+
+
+def test_arms_of_other_names_and_an_order_that_cannot_be_changed_are_refused(
+    monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
+) -> None:
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: Closing("left", "right"))
+    with pytest.raises(ValueError, match="policy moves left, right, the robot has right, third"):
+        keygrip.run._refuse_mismatch(Closing("left", "right"), Fixed("right", "third"))
+    with pytest.raises(ValueError, match="left, right in this order, the robot gives right, left"):
+        keygrip.run._refuse_mismatch(Closing("left", "right"), Fixed("right", "left"))
+    keygrip.run._refuse_mismatch(Closing("left"), Fixed("right"))
+    with pytest.raises(ValueError, match="the robot has right"):
+        run(compose("run", real))
+    assert not any(driver.commands[:-1] for driver in drivers.values())  # the one command holds it where it is
+
+
+class Fixed:
+    """A robot whose arms are in the order of its wires."""
+
+    cameras = ("over",)
+
+    def __init__(self, *arms: str) -> None:
+        self.arms = arms
