@@ -110,6 +110,7 @@ class YamArms:
         self._chains = [arm_chain(place.arm, place.gripper) for place in places]
         self._models = [(place.arm, place.gripper) for place in places]
         self._drivers: list[Driver] = []
+        self._openings: list[float | None] = [None] * len(self.arms)  # the last commands
         try:
             for given in arms.values():
                 self._drivers.append(connect(given, sim) if isinstance(given, str) else given)
@@ -192,17 +193,23 @@ class YamArms:
             for motion, start in zip(self._motions, before, strict=True):  # all arms or none
                 motion.reset(start)
             raise
-        for driver, angles, pose in zip(self._drivers, allowed, poses, strict=True):
-            self._send(driver, np.append(angles, np.clip(pose[7], 0.0, 1.0)))
+        for index, (driver, angles, pose) in enumerate(zip(self._drivers, allowed, poses, strict=True)):
+            opening = float(np.clip(pose[7], 0.0, 1.0))
+            self._send(driver, np.append(angles, opening))
+            self._openings[index] = opening
 
     def stop(self) -> None:
-        """Holds every arm where it is: the driver keeps that command until it is closed."""
+        """Holds every arm where it is, and what its gripper has hold of: the driver keeps that command until it is
+        closed."""
         if self.stopped:
             return
         self.stopped = True
         for index, driver in enumerate(self._drivers):
             try:
-                self._send(driver, self._state(index))
+                held = self._state(index)
+                if (opening := self._openings[index]) is not None:  # an object keeps the fingers wider than this
+                    held[JOINTS] = opening
+                self._send(driver, held)
             except RobotLostError as error:
                 log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
 

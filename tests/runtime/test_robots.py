@@ -134,6 +134,33 @@ def test_the_driver_gets_joints_that_bring_the_tool_where_the_plan_says(calibrat
     assert driver.closed
 
 
+class Holding(Driver):
+    """An object between the fingers keeps them open."""
+
+    object_opening = 0.45
+
+    def get_joint_pos(self) -> np.ndarray:
+        state = self.state.copy()
+        state[6] = max(state[6], self.object_opening)
+        return state
+
+
+def test_a_stopped_arm_keeps_its_grip(calibration: Path) -> None:
+    """Told the opening that is measured, the fingers would press no longer and what they hold would fall."""
+    driver, camera = Holding(), Still()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration)
+    seen = arm.observe(images=False)
+    assert seen["gripper"][0] == 1.0
+    for _ in range(3):
+        arm.command(np.concatenate([seen["position"][0], seen["quaternion"][0], [0.1]])[None])
+    assert arm.observe(images=False)["gripper"][0] == driver.object_opening
+    arm.stop()
+    np.testing.assert_allclose(driver.commands[-1], np.append(driver.get_joint_pos()[:6], 0.1))
+    idle = Holding()
+    YamArms({"right": idle}, {"over": camera}, calibration).stop()
+    np.testing.assert_allclose(idle.commands[-1], idle.get_joint_pos())  # it was never told another opening
+
+
 def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> None:
     for fault, said in (("driver", "lost the robot"), ("camera", "stale observation")):
         driver, camera = Driver(), Still()
