@@ -196,7 +196,7 @@ class ControlLoop:
         except RobotLostError as error:
             self._lost = True
             return last, f"lost the robot: {error}"
-        age = now - float(observation["time_s"])
+        age = self.robot.now() - float(observation["time_s"])  # a driver that hangs, or waits for a camera, took time
         if not age >= -1.0 / self.robot.control_hz:  # also a time that is not a number
             return observation, f"the observation is {-age:.2f} s ahead of the robot's clock"
         if age > settings.stale_seconds:

@@ -35,7 +35,8 @@ class Robot(Protocol):
         ...
 
     def observe(self, images: bool = True) -> dict[str, Any]:
-        """An observation as in :mod:`keygrip.models.policy`, with `time_s`: when the oldest part of it was measured.
+        """An observation as in :mod:`keygrip.models.policy`, with `time_s`: when the oldest part of it was measured,
+        which may be after the call began (a camera's next frame), and is not after it returns.
 
         Args:
             images: whether cameras are wanted; without them only the arm's own entries need be there.

@@ -277,6 +277,55 @@ def test_a_fault_that_ends_lets_the_arm_go_on() -> None:
     assert abs(ticks[-1].command[0, 0] - path(6.0)) < 0.01
 
 
+class Slow(PointArm):
+    """An arm whose observations take a while, stamped when they begin or when they end."""
+
+    control_hz = 20.0
+
+    def __init__(self, takes_s: float, stamped: str) -> None:
+        super().__init__()
+        self.clock, self.takes_s, self.stamped = 0.0, 0.0, stamped
+        self.slow_s = takes_s
+
+    def now(self) -> float:
+        return self.clock
+
+    def wait_until(self, moment: float) -> None:
+        self.clock = max(self.clock, moment)
+
+    def observe(self, images: bool = True) -> dict[str, Any]:
+        began = self.clock
+        self.clock += self.takes_s
+        return {**super().observe(images), "time_s": began if self.stamped == "begin" else self.clock}
+
+
+def test_a_driver_that_hangs_is_a_stale_observation() -> None:
+    """What it gives is old by the time that it is there, though it was new when it was asked for."""
+    robot = Slow(1.5, "begin")
+
+    def plant() -> bool:
+        robot.takes_s = robot.slow_s if robot.now() >= 1.0 else 0.0
+        return False
+
+    ticks: list[Tick] = []
+    loop = loop_of(Clockwork(), robot, 0.0)
+    loop.on_tick = ticks.append
+    report = loop.run(30.0, over=plant)
+    assert report.state is State.STOPPED
+    assert "stale observation: 1.50 s old" in (report.reason or "")
+    assert all(tick.state is not State.RUNNING for tick in ticks if tick.time_s >= 1.0)
+    assert report.seconds < 1.0 + 2.0 + 2 * 1.5 + 0.1  # hold_seconds, and two periods
+
+
+def test_an_observation_that_waits_for_its_camera_is_not_ahead_of_the_clock() -> None:
+    """It is stamped with the camera's time, after the period began and by more than a period."""
+    robot = Slow(0.07, "end")
+    robot.takes_s = robot.slow_s
+    report = loop_of(Clockwork(), robot, 0.0).run(4.0)
+    assert report.events == []
+    assert report.plans > 2
+
+
 def test_a_policy_that_hangs_blocks_nothing() -> None:
     hang = threading.Event()
 
