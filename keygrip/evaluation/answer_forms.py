@@ -83,6 +83,14 @@ NOT = re.compile(
     r"\s*(?:option|choice)?\s*[(\[]?$",
     re.IGNORECASE,
 )
+# A line that ends in what it says of an option ("C. Green - No."): it says nothing of what the next line begins with. A
+# line of "No." alone takes back what stands before it.
+VERDICT = re.compile(
+    r"\b(?:no|not|never|wrong|incorrect|false|worst|hardly|unlikely|impossible)\s*[)\]}]*$|(?!^)\bno\s*[)\]}]*[,:.–—-]$",
+    re.IGNORECASE,
+)
+# What is said of an option by itself, behind its letter.
+SAID_OF_IT = r"[)\]}.:]*\s*[:–—>(-]*\s*(?i:no|not|yes|wrong|right|correct|incorrect|false|true|unlikely)\b"
 # "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
 ASKS = re.compile(
     r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?(?i:(?:option|choice|letter)\s+)?"

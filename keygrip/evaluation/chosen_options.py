@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from keygrip.evaluation.answer_forms import (
     ABSTAINS,
@@ -26,6 +25,7 @@ from keygrip.evaluation.answer_forms import (
     ORDINALS,
     REASON,
     RIGHT,
+    SAID_OF_IT,
     SAYS,
     SHOWN,
     SUPPOSES,
@@ -33,33 +33,10 @@ from keygrip.evaluation.answer_forms import (
     TAGGED,
     THOUGHT,
     TICK,
-    WRAPPED,
+    VERDICT,
     WRONG,
 )
-from keygrip.evaluation.text_metrics import ARTICLES, NUMBER_WORDS
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of a question: ``plain``, without case, articles and signs; ``literal``, in lower case with signs
-    (C++, -5, 50%); ``last``, the letter of the last one."""
-
-    plain: list[str]
-    literal: list[str]
-    last: str
-
-    @classmethod
-    def of(cls, options: Sequence[str]) -> _Options:
-        whole = [unicodedata.normalize("NFKC", option) for option in options]
-        # What is taken out of answers is taken out of options too; of "<div>" nothing would be left.
-        literal = [_literal(_unwrapped(option)) or _literal(option) for option in whole]
-        # Of articles and signs alone ("A", "-") nothing is left.
-        # An article at the end of other words is a name ("Team A").
-        plain = [
-            option if option.split()[-1:] and option.split()[-1] in ARTICLES else _plain(option) or option
-            for option in literal
-        ]
-        return cls(plain, literal, chr(ord("A") + len(options) - 1))
+from keygrip.evaluation.option_texts import Options, literal_text, number_of, plain_text, unwrapped
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
@@ -72,15 +49,15 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     of a sentence ("there is no cat"). A letter within an option's own words ("Team B") is a part of these. What a model
     thinks before it answers (`<think>`), and a repetition of the options, though it be cut off, is no answer.
     """
-    known = _Options.of(options)
+    known = Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     tagged = TAGGED.findall(said)
-    said = _unwrapped(tagged[-1] if tagged else said).strip()
+    said = unwrapped(tagged[-1] if tagged else said).strip()
     own = " ".join(said.split())
     if not own:
         return None
     letter = re.fullmatch(r"[\W_]*[a-z][.:)\]}\s]*", own.lower()) is not None  # of options that are letters, it counts
-    for ours, theirs in ((_literal(own), known.literal), (_plain(own), known.plain)):
+    for ours, theirs in ((literal_text(own), known.literal), (plain_text(own), known.plain)):
         if theirs.count(ours) == 1 and ours and not letter:
             return theirs.index(ours)
     if not any(ABSTAINS.search(option) for option in known.literal):
@@ -92,7 +69,7 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     said = _without_repetition(said, known)
     if _one_per_line(said, known):
         return None
-    words = " ".join(said.split())
+    words = _in_a_row(said)
     text = _apart(words, known)
     first_line = _alone(said.partition("\n")[0], known)
     if first_line is not None:
@@ -112,24 +89,15 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     return _numbered(words, known) if named is None else named
 
 
-def _unwrapped(text: str) -> str:
-    """Without what models put around letters and words."""
-    return WRAPPED.sub(lambda match: match.group(1) or " ", text)
+def _in_a_row(text: str) -> str:
+    """The lines of a text in one, with a semicolon behind each that ends in a verdict: no pattern of a correction or a
+    denial reaches over it."""
+    lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
+    closed = [f"{line};" if VERDICT.search(line) else line for line in lines[:-1]]
+    return " ".join(closed + lines[-1:])
 
 
-def _literal(text: str) -> str:
-    """In lower case with its signs, without a full stop."""
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
-
-
-def _plain(text: str) -> str:
-    """In lower case without articles and signs (points between digits stay), with digits for number words."""
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower()).replace("'", "")
-    text = re.sub(r"[^\w\s.]|_", " ", re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text))
-    return " ".join(NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES)
-
-
-def _without_repetition(text: str, known: _Options) -> str:
+def _without_repetition(text: str, known: Options) -> str:
     """The text without its options, two or more of them from A on, lettered and in their order, as the question gave
     them; the last one may be cut off where the text ends."""
     lines = [line.strip() for line in re.sub(r"[^\w\n]+", " ", text).split("\n") if line.strip()]
@@ -145,7 +113,7 @@ def _without_repetition(text: str, known: _Options) -> str:
     return text.strip()
 
 
-def _repeated_to(text: str, start: int, known: _Options) -> int | None:
+def _repeated_to(text: str, start: int, known: Options) -> int | None:
     """Where a repetition of options that begins at `start` ends; None: there are fewer than two."""
     end, whole = start, 0
     for number, option in enumerate(known.literal):
@@ -156,34 +124,48 @@ def _repeated_to(text: str, start: int, known: _Options) -> int | None:
         own = r"\s+".join(re.escape(word) for word in option.split())
         words = re.compile(rf"{own}(?!\w)", re.IGNORECASE).match(text, label.end())
         if words is None:  # the last one, cut off, or another text
-            cut = whole > 0 and option.startswith(_literal(text[label.end() :]))
+            cut = whole > 0 and option.startswith(literal_text(text[label.end() :]))
             return len(text) if cut else end if whole > 1 else None
         end, whole = words.end(), whole + 1
     return end if whole > 1 else None
 
 
-def _gone_through(said: str, known: _Options) -> tuple[bool, int | None]:
+def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
     """Whether a text goes through options from A on, each lettered at the start of a sentence or line, and what it
     arrives at: a letter announced after them, or the only option that has a tick."""
     begun = rf"(?:^|[\n.;!?])\s*(?:[-*•]\s*)?[(\[]?([A-{known.last}])[)\].:]+\s*"
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, int]] = []  # the option, and where its words end
     for match in re.finditer(begun, said):
-        own = re.compile(_own(_number(match.group(1)), known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
+        own = re.compile(_own(number_of(match.group(1)), known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
         if own is not None:
-            found.append((_number(match.group(1)), said[own.end() :]))
+            found.append((number_of(match.group(1)), own.end()))
     if [number for number, _ in found[:2]] != [0, 1]:
         return False, None
-    ticked = {number for number, behind in found if re.match(rf"\W{{0,4}}{TICK}", behind)}
+    ticked = {number for number, end in found if re.match(rf"\W{{0,4}}{TICK}", said[end:])}
     if len(ticked) == 1:
         return True, ticked.pop()
-    text = _apart(" ".join(said.split()), known)
-    arrived = _announced((CORRECTS, SAYS, CONCLUDES), text, known)
-    arrived = _stated(text, known.last) if arrived is None else arrived
+    listed_to = next((found[place - 1][1] for place, (number, _) in enumerate(found) if number != place), found[-1][1])
     # "A. red: ..." speaks about an option, "A. red. B. blue is wrong" chooses it
-    return arrived is not None or re.match(r"\s*(?:[:–—(-]|is\b|was\b)", found[0][1]) is not None, arrived
+    speaks = re.match(r"\s*(?:[:–—(-]|is\b|was\b)", said[found[0][1] :]) is not None
+    # What follows the list is the answer, whatever was weighed within it.
+    behind = said[listed_to:]
+    arrived = _arrived(behind, known, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
+    before, _, last_line = behind.strip().rpartition("\n")
+    if arrived is None and re.search(r"\w", before):  # else it is the list that goes on
+        arrived = _alone(last_line, known)
+        arrived = known.lettered(last_line) if arrived is None else arrived
+    arrived = _arrived(said, known, (CORRECTS, SAYS, CONCLUDES)) if arrived is None else arrived
+    return arrived is not None or speaks, arrived
 
 
-def _apart(text: str, known: _Options) -> str:
+def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | None:
+    """The option that a text announces or says to be right."""
+    text = _apart(_in_a_row(said), known)
+    announced = _announced(announcements, text, known)
+    return _stated(text, known.last) if announced is None else announced
+
+
+def _apart(text: str, known: Options) -> str:
     """The text in which capitals within an option's own words ("Team B") are other signs, so that they are not taken
     for letters of the list. `_words` takes that back. As long as the text."""
     for option in known.literal:
@@ -199,15 +181,11 @@ def _all_bold(found: re.Match[str]) -> str:
 
 def _bold(letter: re.Match[str]) -> str:
     """A capital as a mathematical sign, of which NFKC, applied to every answer, leaves none."""
-    return chr(0x1D400 + _number(letter.group()))
+    return chr(0x1D400 + number_of(letter.group()))
 
 
 def _words(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
-
-
-def _number(letter: str) -> int:
-    return ord(letter.upper()) - ord("A")
 
 
 def _another(last: str) -> str:
@@ -218,24 +196,24 @@ def _another(last: str) -> str:
     )
 
 
-def _listed(text: str, known: _Options) -> set[int] | None:
+def _listed(text: str, known: Options) -> set[int] | None:
     """The letters of a text that has nothing else, two or more of them; None: it is another text."""
     last, between = known.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
     if not re.fullmatch(rf"[\W_]*[A-{last}](?:{between}[A-{last}])+[\W_]*", text):
         return None
     letters = re.findall(rf"[A-{last}]", text)
-    if len(letters) == 2 and known.literal[_number(letters[0])] == letters[1].lower():
-        return {_number(letters[0])}  # "B. A" of an option that is the letter A
-    return {_number(letter) for letter in letters}
+    if len(letters) == 2 and known.literal[number_of(letters[0])] == letters[1].lower():
+        return {number_of(letters[0])}  # "B. A" of an option that is the letter A
+    return {number_of(letter) for letter in letters}
 
 
-def _alone(text: str, known: _Options) -> int | None:
+def _alone(text: str, known: Options) -> int | None:
     """Nothing but a letter, with any punctuation."""
     match = re.fullmatch(rf"[\W_]*([A-{known.last}a-{known.last.lower()}])[\W_]*", text)
-    return _number(match.group(1)) if match else None
+    return number_of(match.group(1)) if match else None
 
 
-def _leading(text: str, known: _Options) -> int | None:
+def _leading(text: str, known: Options) -> int | None:
     """A letter first, set off from what follows, or followed by that option's words. Where options are gone through
     ("A: wrong. B: right. The answer is B.") the letter that the text arrives at."""
     last, plain = known.last, known.plain
@@ -243,11 +221,11 @@ def _leading(text: str, known: _Options) -> int | None:
         rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)", text
     )
     if match:
-        number, rest = _number(match.group(1)), text[match.end() :]
+        number, rest = number_of(match.group(1)), text[match.end() :]
         if _names_another(_words(rest), number, known):
             return None
         denied = _denied_there(_words(rest), number, known)
-        if not denied and plain[number] and _plain(_words(rest)).startswith(plain[number]):
+        if not denied and plain[number] and plain_text(_words(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
@@ -257,32 +235,32 @@ def _leading(text: str, known: _Options) -> int | None:
         rf"[(\[]?([A-{last}])[)\]]?\s+(?:(?:because|since)\b|{before_another})|((?![AI])[A-{last}])\s+{REASON}", text
     )
     if reasoned:
-        return _number(reasoned.group(1) or reasoned.group(2))
+        return number_of(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
-    if match and _plain(_words(match.group(2))).startswith(plain[_number(match.group(1))] or "\0"):
-        return _number(match.group(1))
+    if match and plain_text(_words(match.group(2))).startswith(plain[number_of(match.group(1))] or "\0"):
+        return number_of(match.group(1))
     match = re.fullmatch(rf"(?:{LIKE}(?!I)([A-{last}]){SURE}?|(?!I)([A-{last}]){SURE})[\s.!]*", text)
-    return _number(match.group(1) or match.group(2)) if match else None
+    return number_of(match.group(1) or match.group(2)) if match else None
 
 
-def _one_per_line(text: str, known: _Options) -> bool:
+def _one_per_line(text: str, known: Options) -> bool:
     """Whether each line is a letter, or one with its option's words, and they are not all the same. What follows an
     empty line is another text."""
     found = set()
     for line in map(str.strip, text.split("\n")):
         letter = re.match(rf"[(\[]?([A-{known.last}])(?:[.):\]]+\s*(.*)|)$", line)
-        words = _literal(letter.group(2) or "") if letter else ""
-        if letter is None or words not in ("", known.literal[_number(letter.group(1))]):
+        words = literal_text(letter.group(2) or "") if letter else ""
+        if letter is None or words not in ("", known.literal[number_of(letter.group(1))]):
             return False
         found.add(letter.group(1))
     return len(found) > 1
 
 
-def _denied_there(text: str, number: int, known: _Options) -> bool:
+def _denied_there(text: str, number: int, known: Options) -> bool:
     """Whether behind a letter stands that it is wrong ("A. red: wrong.", "A: No B: Yes")."""
     own = re.match(rf"\s*{_own(number, known)}(?!\w)", text, re.IGNORECASE)
     if own is None:
-        return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}][.):]", text) is not None
+        return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}](?:[.):]|\s[-–—]\s)", text) is not None
     # a full stop is perhaps the option's own ("A. A man runs. is not shown")
     begun = r"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|[\s:,;(–—-]*)"
     denial = begun + r"(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
@@ -293,31 +271,31 @@ def _denied_there(text: str, number: int, known: _Options) -> bool:
     )
 
 
-def _own(number: int, known: _Options) -> str:
+def _own(number: int, known: Options) -> str:
     """Pattern of an option's words."""
     return r"\s+".join(map(re.escape, known.literal[number].split()))
 
 
-def _others(number: int, known: _Options) -> str:
+def _others(number: int, known: Options) -> str:
     return "|".join(_own(other, known) for other in range(len(known.literal)) if other != number)
 
 
-def _names_another(text: str, number: int, known: _Options) -> bool:
+def _names_another(text: str, number: int, known: Options) -> bool:
     """Whether behind a letter stand its option's words and then another option, lettered too ("B. blue / C. green")."""
     own = _own(number, known)
     between = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
     other = re.match(rf"\s*(?i:{own})(?!\w){between}[(\[]?([A-{known.last}])[.):]\s*", text)
-    return other is not None and text[other.end() :].lower().startswith(known.literal[_number(other.group(1))])
+    return other is not None and text[other.end() :].lower().startswith(known.literal[number_of(other.group(1))])
 
 
-def _said(text: str, known: _Options) -> int | None:
+def _said(text: str, known: Options) -> int | None:
     """A letter behind words that say that an answer follows, or before words that say that it is the answer."""
     found = _announced((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, known)
     found = _stated(text, known.last) if found is None else found
     return _shown(text, known.last) if found is None else found
 
 
-def _announced(announcements: Sequence[str], text: str, known: _Options) -> int | None:
+def _announced(announcements: Sequence[str], text: str, known: Options) -> int | None:
     """The letter behind the first of these announcements that has one; its last such letter, and none that is denied or
     is one of several. One that is only supposed counts where there is no other."""
     last, supposed = known.last, None
@@ -332,12 +310,14 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
                     continue
-                if says == CORRECTS and _is_an_options(match.group().split()[0], known):
+                if says == CORRECTS and (
+                    _is_an_options(match.group().split()[0], known) or _is_verdict(match.group(), behind)
+                ):
                     continue
                 if SUPPOSES.search(text[: match.start(1)]) and not re.match(CORRECTS, match.group(), re.IGNORECASE):
-                    supposed = _number(match.group(1)) if supposed is None else supposed
+                    supposed = number_of(match.group(1)) if supposed is None else supposed
                     continue
-                if _names_another(_words(behind.lstrip(".):] ")), _number(match.group(1)), known):
+                if _names_another(_words(behind.lstrip(".):] ")), number_of(match.group(1)), known):
                     continue
                 signed = _begins_literally(text[match.start(1) :], known)
                 if signed is not None:  # "The answer is C++"
@@ -349,13 +329,20 @@ def _announced(announcements: Sequence[str], text: str, known: _Options) -> int 
                         found.append((match.start(1), named))
                     if named is not None or says != SAYS or match.group(1) in "AI":
                         continue
-                found.append((match.start(1), _number(match.group(1))))
+                found.append((match.start(1), number_of(match.group(1))))
         if found:
             return max(found)[1]
     return supposed
 
 
-def _is_an_options(word: str, known: _Options) -> bool:
+def _is_verdict(correction: str, behind: str) -> bool:
+    """Whether a "no" before a letter says so of the option before it ("C: no. D: no."), and takes nothing back."""
+    return (
+        re.match(r"no\s*[.:,–—-]", correction, re.IGNORECASE) is not None and re.match(SAID_OF_IT, behind) is not None
+    )
+
+
+def _is_an_options(word: str, known: Options) -> bool:
     """Whether a word is one of an option's own."""
     own = re.compile(rf"(?<!\w){re.escape(word.strip(',.:;').lower())}(?!\w)")
     return any(own.search(option) for option in known.literal)
@@ -363,12 +350,12 @@ def _is_an_options(word: str, known: _Options) -> bool:
 
 def _begins_with(text: str, plain: Sequence[str]) -> int | None:
     """The option of several words with which a text begins."""
-    own = f"{_plain(_words(text))} "
+    own = f"{plain_text(_words(text))} "
     begun = [number for number, option in enumerate(plain) if " " in option and own.startswith(f"{option} ")]
     return max(begun, key=lambda number: len(plain[number]), default=None)
 
 
-def _begins_literally(text: str, known: _Options) -> int | None:
+def _begins_literally(text: str, known: Options) -> int | None:
     """The option with which a text begins and which is a letter with signs (C#, A+)."""
     own = _words(text).lower()
     begun = [
@@ -387,25 +374,25 @@ def _stated(text: str, last: str) -> int | None:
         if NOT.search(before) or OPEN.search(before):
             continue
         if re.match(r"\s+(?:seems|looks|appears)\b", match.group(2)) is None:
-            return _number(match.group(1))
-        seeming = _number(match.group(1)) if seeming is None else seeming
+            return number_of(match.group(1))
+        seeming = number_of(match.group(1)) if seeming is None else seeming
     return seeming
 
 
 def _shown(text: str, last: str) -> int | None:
     """The one option of which a text says that it fits ("Option C matches the video")."""
     option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
-    found = {_number(match.group(1)) for match in re.finditer(option, text) if not NOT.search(text[: match.start()])}
+    found = {number_of(match.group(1)) for match in re.finditer(option, text) if not NOT.search(text[: match.start()])}
     return found.pop() if len(found) == 1 else None
 
 
-def _bracketed(text: str, known: _Options) -> int | None:
+def _bracketed(text: str, known: Options) -> int | None:
     """The one letter in brackets."""
-    found = {_number(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
+    found = {number_of(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
     return found.pop() if len(found) == 1 else None
 
 
-def _capitals(text: str, known: _Options) -> tuple[set[int], set[int]]:
+def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
     """The capitals that are no words of a sentence: by themselves, and behind a word that they may name something with
     ("clip A")."""
     own, labelling = set[int](), set[int]()
@@ -416,7 +403,7 @@ def _capitals(text: str, known: _Options) -> tuple[set[int], set[int]]:
         if NOT.search(before) or re.match(WRONG, text[match.end() :]):
             continue
         if _is_letter(match.group(1), text[match.end() :]):
-            (labelling if LABELS.search(before) else own).add(_number(match.group(1)))
+            (labelling if LABELS.search(before) else own).add(number_of(match.group(1)))
     return own, labelling
 
 
@@ -427,10 +414,10 @@ def _is_letter(letter: str, behind: str) -> bool:
     )
 
 
-def _by_words(text: str, known: _Options) -> int | None:
+def _by_words(text: str, known: Options) -> int | None:
     """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
     plain = ["" if option == "no" else option for option in known.plain]  # without points and commas none is an answer
-    for own, options in ((text.lower(), known.literal), (_plain(text), plain)):
+    for own, options in ((text.lower(), known.literal), (plain_text(text), plain)):
         found = [
             (match.start(), match.end(), number)
             for number, option in enumerate(options)
@@ -453,7 +440,7 @@ def _by_words(text: str, known: _Options) -> int | None:
     return None
 
 
-def _numbered(text: str, known: _Options) -> int | None:
+def _numbered(text: str, known: Options) -> int | None:
     """The option that a text names by its place ("Option 2", "The second option") and by nothing else; None where
     options are themselves numbers."""
     match = NUMBERED.fullmatch(text)

@@ -426,3 +426,43 @@ def test_further_words_that_name_an_option(said: str) -> None:
 
 def test_brackets_in_a_row_name_none() -> None:
     assert chosen_option("(A)(B)(C)(D)", COLOURS) is None
+
+
+HUES = ["Red", "Blue", "Green", "Yellow"]
+
+
+@pytest.mark.parametrize(
+    "no", [" - No.", " – No.", ": No", " - No", ": no", " -> No", " (No)", " is wrong", "\n   No."]
+)
+@pytest.mark.parametrize(
+    "end",
+    [
+        *("\n\nThe correct answer is B.", "\n\nSo the answer is **B**.", "\n\nAnswer: B", "\n\nOption B", "\n\nB"),
+        *("\nHence B.", "\n\nThe answer is:\nB. Blue", "\n\n**B. Blue**"),
+    ],
+)
+@pytest.mark.parametrize("bullet", ["", "Let me see:\n"])
+def test_a_verdict_of_no_on_one_option_takes_nothing_back(no: str, end: str, bullet: str) -> None:
+    """Nor does it deny what the next line says."""
+    yes = " is right" if "wrong" in no else no.replace("No", "Yes").replace("no", "yes")
+    said = [f"{letter}. {hue}{yes if letter == 'B' else no}" for letter, hue in zip("ABCD", HUES, strict=True)]
+    for lines in (said, [f"- **{line}**" for line in said]):
+        assert chosen_option(bullet + "\n".join(lines) + end, HUES) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("A. Red - No. B. Blue - Yes. C. Green - No. D. Yellow - No. The correct answer is B.", 1),
+        ("Look:\nA: No.\nB: Yes.\nC: No.\nD: No.\nThe answer is B.", 1),
+        ("Is the ball green? No\n\nAnswer: B", 1),
+        ("A. Red - No.\nB. Blue - No.\nThe answer is\nC. Green", 2),
+        ("A. Red: yes, the answer is A.\nB. Blue: no.\nC. Green: no.\nD. Yellow: no.", 0),
+        ("The answer is A. No, B.", 1),
+        ("The answer is A.\nNo.\nB", 1),
+        ("The answer is A. No, B. Blue", 1),
+        ("The answer is A. No wait:\nB.", 1),
+    ],
+)
+def test_what_follows_a_list_of_verdicts_is_the_answer(said: str, option: int) -> None:
+    assert chosen_option(said, HUES) == option
