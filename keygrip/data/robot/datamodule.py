@@ -72,7 +72,7 @@ def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[l
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
-@data_part
+@data_part(from_checkpoint={"make_missing": False})
 class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 
@@ -114,6 +114,8 @@ class RobotDemos(ResumableData):
         prefetch_batches: batches that each worker keeps ready.
         verify: check every file and frame when the set is first used (see :mod:`keygrip.data.robot.integrity`).
         allow_changed: a run may be resumed on demonstrations that have changed since.
+        make_missing: False: a data set of the hub that is not there is an error (what a checkpoint says is never
+            downloaded).
     """
 
     read_where: ClassVar = {"record": ReadWhere("root", None), "view_dropout": ReadWhere("cameras")}
@@ -163,8 +165,10 @@ class RobotDemos(ResumableData):
         weights: Sequence[float] | None = None,
         view_dropout: float = 0.0,
         camera_names: Mapping[str, Mapping[str, str]] | None = None,
+        make_missing: bool = True,
     ) -> None:
         super().__init__()
+        self.make_missing = make_missing
         if balance not in (None, *BALANCES):
             raise ValueError(f"data.balance must be one of {', '.join(BALANCES)}, or null for none; it is {balance!r}")
         if root is None and record is None:
@@ -248,7 +252,7 @@ class RobotDemos(ResumableData):
         """Records the embedded demonstrations where they are missing and the user named no folder; downloads a data set
         of the hub."""
         for part in self.roots:
-            part.download()
+            part.download(self.make_missing)
         if self.record is None:
             return
         refuse_unguarded_script()  # a recorder's worker would wait here for the lock of its own parent

@@ -36,13 +36,21 @@ def folder_of(name: str) -> Path:
     return FOLDER / name
 
 
-def download(name: str) -> Path:
+def download(name: str, make_missing: bool = True) -> Path:
     """The folder of a data set of the hub, downloaded where it is not complete.
+
+    Args:
+        make_missing: False: nothing is downloaded.
 
     Raises:
         FileNotFoundError: it cannot be had; the message says what to download by hand.
     """
     folder = folder_of(name)
+    if not make_missing and not (folder / COMPLETE).is_file():
+        raise FileNotFoundError(
+            f"{folder} is missing, the data set {name} of the hub that the run was trained on: a checkpoint's data are "
+            f"not downloaded. A training with data.root={PREFIX}{name} fetches it; or evaluate with open_loop=false"
+        )
 
     def make(target: Path) -> None:
         log.info("downloading https://huggingface.co/datasets/%s into %s", name, target)

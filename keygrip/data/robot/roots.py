@@ -33,10 +33,10 @@ class DataRoot:
     stride: int = 1
     camera_names: Mapping[str, str] = field(default_factory=dict)
 
-    def download(self) -> None:
-        """Downloads a data set of the hub where it is not complete."""
+    def download(self, make_missing: bool = True) -> None:
+        """Downloads a data set of the hub where it is not complete, or refuses that."""
         if self.hub_name is not None:
-            hub.download(self.hub_name)
+            hub.download(self.hub_name, make_missing)
 
 
 def data_roots(

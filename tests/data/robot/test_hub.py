@@ -12,6 +12,7 @@ import pytest
 
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.hub import hub_name
+from keygrip.training.parts import build_stored
 
 
 def test_a_data_set_of_the_hub_is_downloaded_once(
@@ -32,6 +33,19 @@ def test_a_data_set_of_the_hub_is_downloaded_once(
         assert len(data.demos) == 10
     assert asked == [("lab/cubes", "dataset")]
     assert (tmp_path / "data/hub/lab/cubes/demo_00").is_dir()
+
+
+def test_a_checkpoint_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a file says is no reason to ask a server for anything."""
+    asked: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **told: asked.append(told))
+    stored = {"_target_": "keygrip.data.robot.datamodule.RobotDemos", "root": "hub:lab/cubes", "camera": "over"}
+    stored |= {"arms": ["right"], "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "horizon": 4}
+    data = build_stored(stored | {"frame_stride": 1, "batch_size": 2, "make_missing": True}, "data")
+    with pytest.raises(FileNotFoundError, match=r"data/hub/lab/cubes is missing, .*not downloaded.*open_loop=false"):
+        data.prepare_data()
+    assert not asked
 
 
 def test_without_a_network_one_line_says_what_to_do(
