@@ -23,7 +23,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from keygrip.data.bad_samples import HOSTILE, BadSamples
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
-from keygrip.data.video_text.foreign_text import without_placeholders
+from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -224,7 +224,7 @@ def _joined(parts: Sequence[Timed]) -> Timed:
 
 def _question(text: str) -> str:
     """Without the marks of where images go: the model has its own place for them."""
-    return without_placeholders(text).strip()
+    return Placeholders().without(text).strip()
 
 
 def _until(text: str, settings: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,8 +189,11 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def parse_text(parts: Parts) -> dict[str, Any]:
+def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
     """The sample's text as its json holds it; as its txt does where the json has no turns and no caption.
+
+    Args:
+        packed: it has an image or a video. None: these parts say so, and none is left out.
 
     Raises:
         ValueError: it is missing or malformed.
@@ -200,7 +203,7 @@ def parse_text(parts: Parts) -> dict[str, Any]:
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
         return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
     if "json" in parts:
-        return own_text(content, CAPTION_REQUEST)
+        return own_text(content, CAPTION_REQUEST, _has_media(parts) if packed is None else packed)
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
     raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}{hint}")
@@ -247,6 +250,10 @@ def annotators_answers(given: Any) -> tuple[str, ...]:
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
     return tuple(answers)
+
+
+def _has_media(names: Iterable[str]) -> bool:
+    return any(IMAGE.match(name) or name.lower() in VIDEO for name in names)
 
 
 def unknown_members(parts: Parts) -> list[str]:
@@ -403,7 +410,14 @@ def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...
     """The conversations of a sample; its images are not read. Raises BadSample: its text is broken."""
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
-        return parse_conversations(parse_text(parts))
+        return parse_conversations(parse_text(parts, _has_media(_names(shards, sample))))
+
+
+def _names(shards: ShardSet, sample: int) -> list[str]:
+    """Of all parts of a sample, none of which is read."""
+    number, row = shards.locate(sample)
+    index = shards.index(number)
+    return index.part_names[index.first_part[row] : index.first_part[row + 1]].tolist()
 
 
 def read_timed_conversations(
@@ -415,12 +429,10 @@ def read_timed_conversations(
     Raises:
         BadSample: its text is broken.
     """
-    number, row = shards.locate(sample)
-    index, count = shards.index(number), int(shards.columns["frames"][sample])
-    names = index.part_names[index.first_part[row] : index.first_part[row + 1]].tolist()
+    names, count = _names(shards, sample), int(shards.columns["frames"][sample])
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
-        content = parse_text(parts)
+        content = parse_text(parts, _has_media(names))
         conversations = parse_conversations(content)
         if any(name.lower() in VIDEO for name in names):
             times = _seconds(count, max(MAX_FRAMES, max_frames))

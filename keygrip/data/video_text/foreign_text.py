@@ -11,13 +11,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from keygrip.data.video_text.placeholders import Placeholders
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Where the frames go is the model's affair: <image>, <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>.
-PLACEHOLDER = re.compile(
-    # a run of white space is begun once, at its start: text with long ones would take the square of their length
-    r"(?:(?<!\s)\s+)?(?:(?:<\|?(?:image|video)(?:_?\d+|_pad)?\|?>|<\|vision_(?:start|end)\|>)\s*)+",
-    re.IGNORECASE,
-)
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
 # Keys of a json that name images and videos whatever they hold: image, videos, media, video_path, image_urls, ...
 MEDIA = re.compile(r"(image|video|media)s?(_?(path|file|filename|file_name|name|url|uri)s?)?", re.IGNORECASE)
@@ -34,11 +30,11 @@ def holds_text(content: Any) -> bool:
     )
 
 
-def own_text(content: Any, request: str) -> dict[str, Any]:
+def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]:
     """The json of a sample in this project's own form.
 
     Args:
-        content: as parsed. request: the user's turn before a caption.
+        content: as parsed. request: the user's turn before a caption. packed: an image or a video lies beside it.
 
     Raises:
         ValueError: it holds neither turns nor a caption.
@@ -56,8 +52,10 @@ def own_text(content: Any, request: str) -> dict[str, Any]:
             return dict(content) | {SHOWN: _names_media(content)}
         said = [turn for each in turns for turn in _turns(each)]
         said = with_system(said, content.get("system"))
-        shown = any(PLACEHOLDER.search(text) for _, text in said) or _names_media(content)
-        return _of_turns([(role, without_placeholders(text)) for role, text in said], "text", content) | {SHOWN: shown}
+        named, asked = _names_media(content), asked_in(said)
+        places = Placeholders.of(asked, packed or named)
+        shown = named or places.count(asked) > 0
+        return _of_turns(without_placeholders(said, places), "text", content) | {SHOWN: shown}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
@@ -108,6 +106,8 @@ def _turns(entry: Any) -> Iterator[tuple[str, str]]:
             raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
         if role.lower() not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
+        if ROLES[role.lower()] == "assistant" and isinstance(said, list) and not all(map(_is_text, said)):
+            raise ValueError("an answer holds an image or a video, and only words are learned")
         yield ROLES[role.lower()], text
 
 
@@ -118,9 +118,18 @@ def with_system(turns: Sequence[tuple[str, str]], system: object) -> list[tuple[
     return [("system", system), *turns]
 
 
-def without_placeholders(text: str) -> str:
-    """A text without the marks of where images go; words on both sides of one stay apart."""
-    return PLACEHOLDER.sub(" ", text).strip() if PLACEHOLDER.search(text) else text
+def asked_in(turns: Sequence[tuple[str, str]]) -> list[str]:
+    """The texts of (role, text) turns in which placeholders stand: those of users and of the system."""
+    return [text for role, text in turns if role != "assistant"]
+
+
+def without_placeholders(turns: Sequence[tuple[str, str]], places: Placeholders) -> list[tuple[str, str]]:
+    """(role, text) of turns, those of users and of the system without placeholders."""
+    return [(role, text if role == "assistant" else places.without(text)) for role, text in turns]
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, Mapping) and item.get("type") == "text" and isinstance(item.get("text"), str)
 
 
 def _joined(items: list[Any]) -> str:
@@ -128,10 +137,10 @@ def _joined(items: list[Any]) -> str:
     words = []
     for item in items:
         kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind == "text" and isinstance(item.get("text"), str):
+        if _is_text(item):
             words.append(item["text"])
         elif kind in ("image", "video"):
-            words.append(f"<{kind}>")
+            words.append(f"<|{kind}|>")  # no word of the text beside it can be taken for it
         else:
             raise ValueError(f"an item of a turn is {str(item)[:60]!r}; known are text, image and video")
     return "\n".join(words)

@@ -40,6 +40,7 @@ from keygrip.models.language.tokenizers import TrainedTokenizer
 
 Members = list[tuple[str, bytes]]
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+SHOWING = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "!"}]}
 PAIR = [{"user": "?", "assistant": "!"}]
 OWN = video_text_parts([], conversations("n"), "x")[0]["json"]
 
@@ -170,6 +171,14 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "a video that is named, with it": (
         [("a.json", text(video_path="videos/a.mp4", texts=PAIR)), ("a.mp4", small_video())],
         {"a": 2},
+    ),
+    **{
+        f"a placeholder without an image: {asked}": ([("a.json", text(texts=[{"user": asked, "assistant": "!"}]))], {})
+        for asked in ("<image>\nWhat?", "What?\n <video> ", "In <image_1> what?")
+    },
+    "an answer that shows an image": (
+        pair("a", content=text(messages=[TALK[0], SHOWING])),
+        {},
     ),
     "text that names no image": (
         [("a.json", text(texts=PAIR, images=[], video=None, url="https://a.example", file="a.txt"))],
@@ -328,7 +337,31 @@ def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None
     write_tar(tmp_path / "a.tar", pair("a", content=text(conversations=turns)))
     make_manifests(tmp_path)
     (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
-    assert conversation.turns[0].text == "In what is <b>this</b>?"
+    assert conversation.turns[0].text == "In what\nis <b>this</b>?"
+
+
+HTML = "<body>\n  <video>\n    <source>\n  </video>\n</body> <image> <|image_pad|>"
+
+
+@pytest.mark.parametrize(
+    ("asked", "packed", "read"),
+    [
+        ("<image>\nWrite HTML", True, "Write HTML"),
+        ("Which?\n<image>\nOptions:\nA. red", True, "Which?\nOptions:\nA. red"),
+        ("In <image> what?", True, "In what?"),
+        ("<image>\nMend this:\n<video>\n</video>", True, "Mend this:\n<video>\n</video>"),
+        ("How to use the <video> tag in HTML?", False, "How to use the <video> tag in HTML?"),
+        ("Mend this:\n<video>\n  <source>\n</video>", False, "Mend this:\n<video>\n  <source>\n</video>"),
+    ],
+)
+def test_html_is_text_and_what_stands_for_an_image_is_none(asked: str, packed: bool, read: str, tmp_path: Path) -> None:
+    """Of answers nothing is taken out: they are learned as they are."""
+    talk = text(conversations=[{"user": asked, "assistant": HTML}])
+    write_tar(tmp_path / "a.tar", pair("a", content=talk) if packed else [("a.json", talk)])
+    frames, named = delivered_and_named(tmp_path)
+    assert (frames, named) == ({"a": int(packed)}, {})
+    (conversation,) = read_conversations(ShardSet(tmp_path), 0)
+    assert [turn.text for turn in conversation.turns] == [read, HTML]
 
 
 def test_characters_beyond_ascii_count_as_a_token_each(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from keygrip.data.video_text.conversations import (
     shard_frame_settings,
     video_text_parts,
 )
-from keygrip.data.video_text.foreign_text import PLACEHOLDER, ROLES, with_system, without_placeholders
+from keygrip.data.video_text.foreign_text import ROLES, asked_in, with_system, without_placeholders
+from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.video_files import SUFFIXES
 
@@ -82,15 +83,18 @@ class VideoSFTMaker:
                 images.append(frames)
                 fps = rate_of(times) if len(entry.media) == 1 else None
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-        if not len(together) and any(PLACEHOLDER.search(text) for _, text in entry.turns):
-            raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
-        if len(together) > self.max_frames:
-            raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
-        turns = []
+        said = []
         for role, text in entry.turns:
             if role.lower() not in ROLES:
                 raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
-            turns.append(Turn(ROLES[role.lower()], without_placeholders(text)))
+            said.append((ROLES[role.lower()], text))
+        asked = asked_in(said)
+        places = Placeholders.of(asked, bool(entry.media))
+        if not len(together) and places.count(asked):
+            raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
+        if len(together) > self.max_frames:
+            raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
+        turns = [Turn(role, text) for role, text in without_placeholders(said, places)]
         evidence: dict[str, Any] = {"collection": entry.collection}
         if entry.answers:
             evidence["answers"] = list(entry.answers)

@@ -661,18 +661,20 @@ def test_system_turns_placeholders_with_brackets_and_media_under_other_keys(tmp_
         {"id": "b.mp4", "conversations": plain},
         {"video_path": "videos/gone.mp4", "conversations": plain},
         {"what": ["videos/a.mp4"], "conversations": plain},
+        {"conversations": [{"from": "human", "value": "What is <video> in HTML?"}, said[1]]},
     ]
     (source / "list.json").write_text(json.dumps(given))
     report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
-    assert (report["samples"], report["failed"]) == (3, 2)
+    assert (report["samples"], report["failed"]) == (4, 2)
     reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"])
     assert "its `video_path` names an image or a video; known are video, videos, image, images" in reasons
     assert "its `what` names an image or a video" in reasons
     turns = {key: sample.conversations[0].turns for key, sample in samples(tmp_path / "set").items()}
     first = [(turn.role, turn.text) for turn in turns["list-00000000"]]
-    assert first == [("system", "Be brief."), ("user", "What?"), ("assistant", "This that.")]
+    assert first == [("system", "Be brief."), ("user", "What?"), ("assistant", "This <image> that.")]
     assert [turn.text for turn in turns["list-00000001"]] == ["One.", "What?", "This, in b.mp4"]
     assert len(turns["list-00000002"]) == 2
+    assert [turn.text for turn in turns["list-00000005"]] == ["What is <video> in HTML?", "This <image> that."]
 
 
 def test_lists_in_a_folder_may_name_files_of_a_folder_beside_it(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Marks in the text of other programs' conversations of where an image or a video goes; here the model decides that.
+
+They are looked for in the turns of users and of the system: what an assistant says is learned as it is, code and HTML
+with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+# Also the tags of HTML: what `Placeholders.of` decides.
+BARE = ("image", "video")
+# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: no words of any text.
+MARKS = (
+    r"<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)+<\|vision_end\|>|<\|vision_(?:start|end)\|>|"
+    r"<\|?(?:image|video)(?:_?\d+|_pad)\|?>|<\|(?:image|video)\|?>|<(?:image|video)\|>"
+)
+NO_PLACE = re.compile(r"<\|vision_(?:start|end)\|>", re.IGNORECASE)  # alone it stands beside the one that counts
+NUMBERED = re.compile(r"<\|?(?:image|video)_?(\d+)\|?>", re.IGNORECASE)
+LINE_ENDS = re.compile(r"^[ \t]*<(?:image|video)>|<(?:image|video)>[ \t]*$", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """The placeholders of a conversation.
+
+    Args:
+        bare: those of <image> and <video> that are placeholders in it, and no words.
+    """
+
+    bare: tuple[str, ...] = BARE
+
+    @classmethod
+    def of(cls, asked: Sequence[str], with_media: bool) -> Placeholders:
+        """What counts in the turns of a user and a system. "How does the <video> tag work?" has none: without media,
+        <image> and <video> count only where one of them begins or ends a line, and never beside </image> and </video>.
+        """
+        kinds = [kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked)]
+        standing = (match.group().lower() for text in asked for match in LINE_ENDS.finditer(text))
+        if with_media or any(f"<{kind}>" in mark for mark in standing for kind in kinds):
+            return cls(tuple(kinds))
+        return cls(())
+
+    def count(self, asked: Sequence[str]) -> int:
+        """How many images and videos the turns have a place for; <image_1> said twice is one."""
+        found = [match.group() for text in asked for match in _one(self.bare).finditer(text)]
+        numbers = {mark.lower() for mark in found if NUMBERED.fullmatch(mark)}
+        return len(numbers) + sum(not (NUMBERED.fullmatch(mark) or NO_PLACE.fullmatch(mark)) for mark in found)
+
+    def without(self, text: str) -> str:
+        """A turn without them. Words on both sides of one stay apart, by a line break where one stood beside it."""
+        run = _run(self.bare)
+        if not run.search(text):
+            return text
+        return run.sub(lambda match: "\n" if "\n" in match.group() else " ", text).strip()
+
+
+@lru_cache
+def _one(bare: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join((MARKS, *(f"<{kind}>" for kind in bare))), re.IGNORECASE)
+
+
+@lru_cache
+def _run(bare: tuple[str, ...]) -> re.Pattern[str]:
+    # a run of white space is begun once, at its start: text with long ones would take the square of their length
+    return re.compile(rf"(?:(?<!\s)\s+)?(?:(?:{_one(bare).pattern})\s*)+", re.IGNORECASE)
