@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from keygrip.artifacts import atomic_write, refuse_unwritable
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.inference.conversation_files import read_conversations
 from keygrip.inference.given_texts import texts_of
 from keygrip.inference.video_chat import BATCH_ROWS, VideoChat
 from keygrip.models.backbone import BlockKV
@@ -127,40 +127,6 @@ def _listed(given: Any) -> list[Any]:
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
-
-
-def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str]]:
-    """The conversations of a JSON Lines file: each line a list of messages, or an object with `messages`.
-
-    Returns:
-        The conversations, and by number why one has another form; it stands empty among them.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it holds none.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"conversations={path}: there is no such file")
-    if not Path(path).is_file():
-        raise ValueError(f"conversations={path}: it is a folder, a named pipe or a device, not a file")
-    talks: list[list[Any]] = []
-    broken: dict[int, str] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines
-        if not line.strip():
-            continue
-        talk: Any = None
-        try:
-            with guard(f"{path}, line {number}"):
-                content = parse_json(line, "JSON")
-                talk = content.get("messages") if isinstance(content, dict) else content
-                if not isinstance(talk, list) or not talk:
-                    raise ValueError("it is no list of messages, nor an object with messages")
-        except BadSample as error:
-            broken[len(talks)] = str(error)
-            talk = []
-        talks.append(talk)
-    if len(broken) == len(talks):
-        raise ValueError(broken[0] if broken else f"conversations={path}: it holds no conversation")
-    return talks, broken
 
 
 def _continued(

@@ -49,10 +49,10 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         if not isinstance(turns, list):
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
-            return dict(content) | {SHOWN: _names_media(content)}
+            return dict(content) | {SHOWN: media_key(content) is not None}
         said = [turn for each in turns for turn in _turns(each)]
         said = with_system(said, content.get("system"))
-        named, asked = _names_media(content), asked_in(said)
+        named, asked = media_key(content) is not None, asked_in(said)
         places = Placeholders.of(asked, packed or named)
         shown = named or places.count(asked) > 0
         return _of_turns(without_placeholders(said, places), "text", content) | {SHOWN: shown}
@@ -72,15 +72,16 @@ def caption_text(text: str, request: str, content: Mapping[str, Any] | None = No
     return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
 
 
-def _names_media(content: Mapping[str, Any]) -> bool:
-    """Whether a json names an image or a video: alone without it, its text would be learned as text about nothing."""
+def media_key(content: Mapping[str, Any]) -> str | None:
+    """The key of a json that names an image or a video: alone without it, its text would be learned as text about
+    nothing. None: there is none."""
     for name, value in content.items():
         if value and MEDIA.fullmatch(name):
-            return True
+            return name
         held = value if isinstance(value, list) else [value]
         if MAY_NAME.search(name) and any(isinstance(each, str) and ENDING.search(each) for each in held):
-            return True
-    return False
+            return name
+    return None
 
 
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:

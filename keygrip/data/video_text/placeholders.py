@@ -50,6 +50,27 @@ class Placeholders:
         numbers = {mark.lower() for mark in found if NUMBERED.fullmatch(mark)}
         return len(numbers) + sum(not (NUMBERED.fullmatch(mark) or NO_PLACE.fullmatch(mark)) for mark in found)
 
+    def split(self, text: str) -> list[tuple[str, str]]:
+        """A turn as ("", words) and ("image" | "video", mark) in their order.
+
+        Raises:
+            ValueError: numbered marks are said in another order than their numbers', or twice.
+        """
+        parts: list[tuple[str, str]] = []
+        numbers: list[int] = []
+        end = 0
+        for match in _one(self.bare).finditer(text):
+            mark = match.group()
+            parts.append(("", text[end : match.start()]))
+            end = match.end()
+            if numbered := NUMBERED.fullmatch(mark):
+                numbers.append(int(numbered.group(1)))
+            if not NO_PLACE.fullmatch(mark):
+                parts.append(("video" if "video" in mark.lower() else "image", mark))
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"its placeholders have the numbers {numbers}: each image has one place, in their order")
+        return [(kind, said) for kind, said in [*parts, ("", text[end:])] if kind or said]
+
     def without(self, text: str) -> str:
         """A turn without them. Words on both sides of one stay apart, by a line break where one stood beside it."""
         run = _run(self.bare)

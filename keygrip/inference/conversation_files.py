@@ -1,0 +1,135 @@
+"""Files of conversations that are to be answered: JSON Lines, each a list of messages or an object with `messages`.
+
+Beside `messages` an object may name its files under `images` and `videos` (`image`, `video`), as ms-swift and
+LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order, and stand before
+the first user's words where there are none; a path is relative to the file's folder, or to the present one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.video_text.foreign_text import media_key, with_system
+from keygrip.data.video_text.placeholders import Placeholders
+
+SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
+NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+
+
+def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str]]:
+    """The conversations of a file.
+
+    Returns:
+        The conversations, and by number why one has another form; it stands empty among them.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it holds none.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"conversations={path}: there is no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"conversations={path}: it is a folder, a named pipe or a device, not a file")
+    talks: list[list[Any]] = []
+    broken: dict[int, str] = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines
+        if not line.strip():
+            continue
+        talk: Any = None
+        try:
+            with guard(f"{path}, line {number}"):
+                content = parse_json(line, "JSON")
+                talk = content.get("messages") if isinstance(content, dict) else content
+                if not isinstance(talk, list) or not talk:
+                    raise ValueError("it is no list of messages, nor an object with messages")
+                if isinstance(content, dict):
+                    talk = _with_files(content, talk, Path(path).parent)
+        except BadSample as error:
+            broken[len(talks)] = str(error)
+            talk = []
+        talks.append(talk)
+    if len(broken) == len(talks):
+        raise ValueError(broken[0] if broken else f"conversations={path}: it holds no conversation")
+    return talks, broken
+
+
+def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
+    """Messages with the files that are named beside them, and with the system's that stands there. Raises ValueError:
+    there are not as many places as files, or another key names some."""
+    unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, "messages")})
+    if unknown is not None:
+        raise ValueError(f"its `{unknown}` names an image or a video; known beside messages are {', '.join(NAMING)}")
+    files: dict[str, list[str]] = {"image": [], "video": []}
+    for key, kind in NAMING.items():
+        named = content.get(key) or []
+        for name in [named] if isinstance(named, str) else named if isinstance(named, list) else [named]:
+            if not isinstance(name, str):
+                raise ValueError(f"its `{key}` names a file by {str(name)[:80]!r}, which is no text")
+            beside = folder / name
+            files[kind].append(str(beside) if beside.exists() else name)
+    if isinstance(content.get("system"), str) and all(isinstance(message, Mapping) for message in talk):
+        roles = [(str(message.get("role")), "") for message in talk]
+        if len(with_system(roles, content["system"])) > len(talk):
+            talk = [{"role": "system", "content": content["system"]}, *talk]
+    if not (files["image"] or files["video"]):
+        return talk
+    asked = [message["content"] for message in talk if _asks(message) and isinstance(message["content"], str)]
+    known = Placeholders.of(asked, with_media=True)
+    said = [
+        {**message, "content": _items(message["content"], known)} if _asks(message) else message for message in talk
+    ]
+    places = [
+        item
+        for message in said
+        if _asks(message)
+        for item in message["content"]
+        if isinstance(item, dict) and item.get("type") in ("image", "video") and not any(map(item.get, SHOWN))
+    ]
+    first = next((message["content"] for message in said if _asks(message)), None)
+    if not places and first is not None:
+        if files["image"] and files["video"]:
+            raise ValueError("it has images and videos, and its messages no places for them: their order is not known")
+        places = [{"type": kind} for kind, names in files.items() for _ in names]
+        first[:0] = places
+    _fill(places, files)
+    return said
+
+
+def _asks(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and message.get("role") == "user"
+        and isinstance(message.get("content"), str | list)
+    )
+
+
+def _items(content: str | list[Any], known: Placeholders) -> list[Any]:
+    """The items of a user's message; of a text its words and its places, without the white space at its ends that
+    training takes away with them."""
+    if isinstance(content, list):
+        return [dict(item) if isinstance(item, Mapping) else item for item in content]
+    items: list[Any] = [
+        {"type": kind} if kind else {"type": "text", "text": words} for kind, words in known.split(content)
+    ]
+    words = [item for item in items if item["type"] == "text"]
+    if len(words) < len(items) and words:
+        if items[0] is not words[0]:
+            words[0]["text"] = words[0]["text"].lstrip()
+        if items[-1] is not words[-1]:
+            words[-1]["text"] = words[-1]["text"].rstrip()
+    return items
+
+
+def _fill(places: list[dict[str, Any]], files: dict[str, list[str]]) -> None:
+    """Puts files into their places, in their order. <image> is a place for a video where no image is named."""
+    for place in places:
+        if place["type"] == "image" and not files["image"]:
+            place["type"] = "video"
+    for kind, names in files.items():
+        own = [place for place in places if place["type"] == kind]
+        if len(own) != len(names):
+            raise ValueError(f"its messages have {len(own)} places for {kind}s, and it names {len(names)}")
+        for place, name in zip(own, names, strict=True):
+            place[kind] = name

@@ -1,0 +1,77 @@
+"""Files of conversations: what stands beside the messages is shown at its place, or the line is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keygrip.inference.conversation_files import read_conversations
+
+
+def read(folder: Path, **row: Any) -> list[Any]:
+    """The conversation of a line; one that can be read stands behind it. Raises ValueError: why it cannot be read."""
+    (folder / "talks.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps([user('?')])}\n")
+    talks, broken = read_conversations(folder / "talks.jsonl")
+    assert talks[1:] == [[user("?")]]
+    if broken:
+        raise ValueError(broken[0])
+    return talks[0]
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def words(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def test_files_beside_the_messages_take_the_places_of_placeholders(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    here = str(tmp_path / "a.mp4")
+    video, image = {"type": "video", "video": here}, {"type": "image", "image": "b.jpg"}
+    shown = [user([video, words("Which cube?")])]
+    assert read(tmp_path, messages=[user("<video>\nWhich cube?")], videos=["a.mp4"]) == shown
+    assert read(tmp_path, messages=[user("<image>\nWhich cube?")], video="a.mp4", images=[]) == shown
+    assert read(tmp_path, messages=[user("Which cube?")], videos=["a.mp4"]) == shown
+    talk = [
+        user([{"type": "image"}, words("?")]),
+        {"role": "assistant", "content": "<image>"},
+        user("In <video> and\n<image>\nwhat? <|vision_start|><|image_pad|><|vision_end|>"),
+    ]
+    found = read(tmp_path, messages=talk, videos=["a.mp4"], images=["b.jpg"] * 3, system="Be brief.")
+    assert found == [
+        {"role": "system", "content": "Be brief."},
+        user([image, words("?")]),
+        talk[1],
+        user([words("In "), video, words(" and\n"), image, words("\nwhat?"), image]),
+    ]
+
+
+def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> None:
+    own = [user([{"type": "image", "path": "c.jpg"}, {"type": "video"}, words("<image>?")])]
+    found = read(tmp_path, messages=own, videos=["d.mp4"])
+    assert found[0]["content"] == [own[0]["content"][0], {"type": "video", "video": "d.mp4"}, words("<image>?")]
+    assert read(tmp_path, messages=[user("What is <video> in HTML?")], images=None) == [
+        user("What is <video> in HTML?")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"messages": [user("<image><image>?")], "images": ["a"]}, "have 2 places for images, and it names 1"),
+        ({"messages": [user("<image>?")], "images": ["a", "b"]}, "have 1 places for images, and it names 2"),
+        ({"messages": [user("<video>?")], "images": ["a"]}, "have 0 places for images, and it names 1"),
+        ({"messages": [user("?")], "images": ["a"], "videos": ["b"]}, "their order is not known"),
+        ({"messages": [user("<image_2><image_1>")], "images": ["a", "b"]}, r"have the numbers \[2, 1\]"),
+        ({"messages": [user("?")], "video_path": "a.mp4"}, "its `video_path` names an image or a video; known beside"),
+        ({"messages": [user("?")], "images": [{"bytes": "x"}]}, "its `images` names a file by .*, which is no text"),
+    ],
+)
+def test_files_without_a_place_are_refused_by_name(row: dict[str, Any], why: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"talks\.jsonl, line 1: .*{why}"):
+        read(tmp_path, **row)
