@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, Node, OmegaConf
+from omegaconf import MISSING, DictConfig, Node, OmegaConf, open_dict
 
 # Settings and options that have a new name: old dotted key or old `group=option` -> new one. A key stands for all
 # below it. Each is refused with its new name for one version.
@@ -217,6 +217,11 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Hydra may be running a command meanwhile: its state is left as it was.
     """
+    return compose_with_choices(config_name, overrides)[0]
+
+
+def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+    """As `compose`, and the option that was chosen of each group, e.g. ``{"model": "volume_query", "data": "yam"}``."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -228,7 +233,11 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
         check_overrides(config_name, overrides)
         overrides = completed(config_name, overrides)
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            return hydra_compose(config_name, overrides=overrides)
+            cfg = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
+        choices = {str(group): str(option) for group, option in cfg.hydra.runtime.choices.items()}
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg, choices
     finally:
         GlobalHydra.instance().hydra = running  # of the present instance: leaving initialize_config_dir makes another
 

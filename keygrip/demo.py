@@ -11,13 +11,16 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from keygrip.command import entry_point
-from keygrip.training.run_folder import CHECKPOINT
+from keygrip.config import compose
+from keygrip.training.run_folder import CHECKPOINT, is_first_process
+from keygrip.training.sweeps import read_result, write_result
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +29,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Trains and evaluates as ``cfg`` says; writes ``result.json`` with success, errors and times into the run
     folder."""
     from keygrip.train import run as train
-    from keygrip.training.sweeps import write_result
 
     started = time.perf_counter()
     _refuse_without_report(cfg)
@@ -68,22 +70,39 @@ def _refuse_without_report(cfg: DictConfig) -> None:
 
 
 def _continued(cfg: DictConfig) -> DictConfig:
-    """Goes on with an interrupted demo; puts a finished one aside, so that ``runs/demo`` is always the newest."""
+    """Goes on with an interrupted demo; begins a new one where none is or one is finished."""
     folder = Path(cfg.run_dir)
+    _put_finished_aside(folder)
     if not (folder / CHECKPOINT).is_file():
         return cfg
-    state = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
-    if "success_rate" not in state:
-        log.info("going on with the interrupted demo in %s", folder)
-        cfg = cfg.copy()
-        cfg.resume = True
-        return cfg
-    made = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime((folder / "result.json").stat().st_mtime))
+    log.info("going on with the interrupted demo in %s", folder)
+    cfg = cfg.copy()
+    cfg.resume = True
+    return cfg
+
+
+def _put_finished_aside(folder: Path) -> None:
+    """Renames the folder of a finished demo, so that ``runs/demo`` is always the newest."""
+    result = folder / "result.json"
+    if not (folder / CHECKPOINT).is_file() or "success_rate" not in read_result(folder):
+        return
+    made = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(result.stat().st_mtime))
     aside = folder.with_name(f"{folder.name}_{made}")
     folder.rename(aside)
     folder.mkdir()
-    log.info("the earlier demo now lies in %s", aside)
-    return cfg
+    sys.stderr.write(f"keygrip: the earlier demo now lies in {aside}\n")
+
+
+def _make_room(arguments: Sequence[str]) -> None:
+    """Puts a finished demo aside before Hydra writes its log and settings into the same folder."""
+    if not is_first_process() or any(argument.startswith("-") for argument in arguments):  # --help, --cfg: nothing runs
+        return
+    try:
+        cfg = compose("demo", arguments)
+        _refuse_without_report(cfg)
+    except Exception:  # the command itself says what is wrong
+        return
+    _put_finished_aside(Path(cfg.run_dir))
 
 
 def report(result: dict[str, Any], folder: Path) -> str:
@@ -121,6 +140,7 @@ def print_report(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Command line."""
+    _make_room(sys.argv[1:])
     entry_point("demo", print_report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from collections.abc import Sequence
@@ -11,14 +12,16 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from keygrip.command import entry_point
-from keygrip.config import compose, listed
+from keygrip.config import compose_with_choices, listed
 from keygrip.training import run_folder
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.sweeps import read_result
 
+_starts = itertools.count(1)  # trainings of this process that no command started
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+
+def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains as ``cfg`` says and returns the headline metrics.
 
     The run folder receives ``config.yaml`` (resolved), ``metadata.json``, ``checkpoints/``, the loggers' files and
@@ -26,6 +29,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Args:
         cfg: composed from ``conf/train.yaml``; ``keygrip.config.compose("train", [...])`` outside the command line.
+        overrides: those that ``cfg`` was composed with, for ``result.json``; None: the command line's.
 
     Raises:
         ValueError: settings or data that cannot be trained with; nothing is written then but the run folder.
@@ -39,18 +43,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     with run_folder.hold(folder):
         from keygrip.training.fit import fit  # torch and lightning take seconds to import; an error above does not
 
-        return fit(cfg, folder)
+        return fit(cfg, folder, overrides)
 
 
 def run_folder_of(cfg: DictConfig) -> Path:
-    """Where a run goes, before it starts: as Hydra has chosen it, or as the settings say."""
+    """Where a run goes, before it starts: as Hydra has chosen it, or as the settings say (named by classes, for they do
+    not tell which options they come from)."""
     from hydra.core.hydra_config import HydraConfig
 
     if HydraConfig.initialized():
         return Path(HydraConfig.get().runtime.output_dir)
     model = str(cfg.model._target_).rpartition(".")[2]
     data = str(cfg.data._target_).rpartition(".")[2]
-    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data))
+    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts)))
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,10 +71,11 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
     refuse_unguarded_script()
-    cfg = compose("train", listed(overrides))
-    refuse_idle(cfg, listed(overrides))  # `run` knows the command line's overrides alone
-    cfg.run_dir = str(run_folder_of(cfg))
-    run(cfg)
+    given = listed(overrides)
+    cfg, choices = compose_with_choices("train", given)
+    refuse_idle(cfg, given)  # before a folder is made
+    cfg.run_dir = run_folder.choose(cfg.run_dir, cfg.resume, choices["model"], choices["data"], next(_starts))
+    run(cfg, given)
     return read_result(Path(cfg.run_dir))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -53,6 +54,22 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
     assert "val/loss" in (tmp_path / "toy" / "README.md").read_text()
     with pytest.raises(ValueError, match="which drives no robot"):
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
+
+
+def test_trainings_of_one_process_have_folders_of_their_own(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named as the command's, so that each finds the other's; and each says what it was asked for."""
+    monkeypatch.chdir(tmp_path)
+    asked = [each for each in toy_overrides("run", "max_steps=1") if not each.startswith("run_dir=")]
+    results = [keygrip.train([*asked, f"seed={seed}"]) for seed in (0, 1)]
+    folders = [Path(result["run_dir"]) for result in results]
+    assert folders[0] != folders[1]
+    assert {folder.parent for folder in folders} == {Path("runs/toy_toy")}
+    for folder, seed in zip(folders, (0, 1), strict=True):
+        assert json.loads((folder / "result.json").read_text())["overrides"] == [*asked, f"seed={seed}"]
+    again = keygrip.train([*asked, "seed=1", "max_steps=2", "resume=true"])  # the newest of model and data
+    assert (Path(again["run_dir"]), again["steps"]) == (folders[1], 2)
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:

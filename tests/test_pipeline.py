@@ -225,6 +225,26 @@ def test_demo_leaves_its_result_and_puts_the_last_one_aside(
     assert len([folder for folder in tmp_path.iterdir() if folder.name.startswith("demo_")]) == 1
 
 
+def test_a_finished_demo_is_put_aside_before_hydra_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its log and its settings stay with it; nothing moves where nothing would run."""
+    folder, chosen = tmp_path / "demo", [f"run_dir={tmp_path / 'demo'}"]
+    (folder / "checkpoints").mkdir(parents=True)
+    for file in ("demo.log", "checkpoints/last.ckpt"):
+        (folder / file).write_text("earlier")
+    (folder / "result.json").write_text('{"status": "running"}')
+    demo._make_room(chosen)
+    (folder / "result.json").write_text('{"success_rate": 0.5}')
+    for refused in (["--help"], ["dry_run=true"], ["no_such_setting=1"]):
+        demo._make_room([*chosen, *refused])
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    demo._make_room(chosen)
+    aside, made = sorted(tmp_path.iterdir(), reverse=True)
+    assert (aside.name[:5], made.name) == ("demo_", "demo")
+    assert list(made.iterdir()) == []
+    assert (aside / "demo.log").read_text() == "earlier"
+    assert f"the earlier demo now lies in {aside}" in capsys.readouterr().err
+
+
 def test_preparation_steps_record_examine_and_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "demos"
     recorded = prepare.run(

@@ -146,8 +146,8 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
         order = sorted(keys)
         first, second = ([[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference]))
         found = paired_difference(first, second)
-        won = {"successes": sum(map(sum, first)), "reference_successes": sum(map(sum, second))}
-        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **won, **vars(found)})
+        counts = {"successes": sum(map(sum, first)), "reference_successes": sum(map(sum, second))}
+        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **counts, **vars(found)})
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     rates = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -183,7 +184,8 @@ def model_card(
         lines += [""]
     overrides = result.get("overrides") or []
     if overrides:
-        lines += ["Trained by", "", "```", f"python -m keygrip.train {' '.join(map(str, overrides))}", "```", ""]
+        command = shlex.join(["python", "-m", f"keygrip.{result.get('command') or 'train'}", *map(str, overrides)])
+        lines += ["Trained by", "", "```", command, "```", ""]
     lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
     return "\n".join(lines)
 

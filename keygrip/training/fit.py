@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,23 @@ from keygrip.training.time_limit import ScheduleByTime
 log = logging.getLogger(__name__)
 
 
-def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains as ``cfg`` says, in a folder that this process holds, and returns the headline metrics.
+
+    Args:
+        overrides: those that ``cfg`` was composed with; None: the command line's.
 
     Raises:
         ValueError: settings or data that cannot be trained with. FileNotFoundError: data, weights or a checkpoint to
             resume are missing. keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
     started = time.monotonic()
+    overrides = _overrides() if overrides is None else list(overrides)
     resume = checkpoint_to_resume(cfg, folder)
     quiet_lightning(warnings_too=not cfg.debug)
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
-    refuse_idle(cfg, _overrides())
+    refuse_idle(cfg, overrides)
     _refuse_callbacks_without_class(cfg.callbacks)
     refuse_odd_numbers(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -87,7 +92,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         module.check_length(cfg.max_steps)
         module.resumed = resume is not None
     trained = _trained_before(folder, resumed_step) if resume else {}
-    started_in = _write_start(folder, cfg, origin, trained, resumed=resume is not None)
+    started_in = _write_start(folder, cfg, origin, trained | {"overrides": overrides}, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, started_in)
     if cfg.dry_run:
@@ -267,7 +272,7 @@ def _write_start(
     """Writes settings, metadata and the result's beginning, on the first process; returns the metadata's path.
 
     Args:
-        trained: see `_trained_before`.
+        trained: the overrides, and what `_trained_before` found.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return None
@@ -277,7 +282,7 @@ def _write_start(
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
-    start = {"status": "running", "overrides": _overrides(), "metrics": {}, "run_dir": str(folder)}
+    start = {"status": "running", "command": _command(), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began} | trained)
     return metadata
 
@@ -327,20 +332,27 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
 
 
 def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
+    start = read_result(folder)
     result = {
         "status": "finished",
         "steps": trainer.global_step,
         "wall_s": round(wall_s, 1),
         "metrics": metrics,
-        "overrides": _overrides(),
+        "command": start.get("command"),
+        "overrides": start.get("overrides"),
         "run_dir": str(folder),
         "checkpoint": str(folder / run_folder.CHECKPOINT),
-        "started_at": read_result(folder).get("started_at"),
+        "started_at": start.get("started_at"),
     }
     write_result(folder, result)
     for name, value in metrics.items():
         log.info("  %-28s %.5g", name, value)
     log.info("finished %d steps in %.0f s: %s", trainer.global_step, wall_s, folder)
+
+
+def _command() -> str:
+    """Which command trains: `train`, or one that names a recipe of its own, as `demo` does."""
+    return str(HydraConfig.get().job.name) if HydraConfig.initialized() else "train"
 
 
 def _overrides() -> list[str]:

@@ -31,7 +31,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("sweep_folder", choose_for_sweep, replace=True)
 
 
-def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str) -> str:
+def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str, start: int = 0) -> str:
     """The folder of this run.
 
     Args:
@@ -39,6 +39,7 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
         resume: False, True (newest run of this model and data that has a checkpoint), or a run folder or checkpoint
             file.
         model, data: names of the chosen configs.
+        start: which of the trainings that this process starts, from 1; 0: a command, which is one.
 
     Raises:
         FileNotFoundError: nothing to resume.
@@ -65,7 +66,7 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
     if run_dir is not None:
         refuse_held(Path(run_dir))
         return run_dir
-    return str(_claimed(group))
+    return str(_claimed(group, start))
 
 
 def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
@@ -87,12 +88,19 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
 
 
 @cache
-def _claimed(group: Path) -> Path:
+def _claimed(group: Path, start: int = 0) -> Path:
     """A new folder in ``group`` that no other process has: two starts in one second get two folders."""
-    name = stamp()
+    name = stamp(start)
     if name.startswith("job-") or "TORCHELASTIC_RUN_ID" in os.environ:
-        return group / name  # its processes share it; `hold` keeps others out
-    return new_folder(group, name)
+        return group / (name if start < 2 else f"{name}-{start}")  # its processes share it; `hold` keeps others out
+    told = f"KEYGRIP_RUN_FOLDER_{start}"  # to the processes that Lightning starts with the same script
+    parent, _, given = os.environ.get(told, "").partition(":")
+    if start and not is_first_process() and parent == str(os.getppid()):
+        return Path(given)
+    folder = new_folder(group, name)
+    if start:
+        os.environ[told] = f"{os.getpid()}:{folder}"
+    return folder
 
 
 def new_folder(group: Path, name: str) -> Path:
@@ -191,8 +199,11 @@ def restarted_by_scheduler() -> bool:
 
 
 @cache
-def stamp() -> str:
+def stamp(start: int = 0) -> str:
     """A name for this run that all its processes agree on: a time stamp, or the scheduler's job number.
+
+    Args:
+        start: see `choose`; each has a time stamp of its own.
 
     Raises:
         ValueError: several nodes without a common name for the run.

@@ -13,7 +13,7 @@ import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ def _unknown_name(path: Path, is_archive: bool) -> str | None:
     """A class or function that a file names and that tensors and plain values do not need; None: there is none."""
     with path.open("rb") as file:
         if is_archive:  # by torch's own reader: another one may see another record
-            pickles = [io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))]
+            pickles: list[IO[bytes]] = [io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))]
         else:
             pickles = [file] * LEGACY_PICKLES
         for stream in pickles:

@@ -93,6 +93,25 @@ def test_several_nodes_need_a_common_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert run_folder.choose(None, False, "m", "d") == "runs/m_d/job-night7"
 
 
+def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(start: int) -> str:
+        return run_folder.choose(None, False, "m", "d", start)
+
+    first, second = chosen(1), chosen(2)
+    assert first != second
+    assert (chosen(1), chosen(2)) == (first, second)
+    # a process that Lightning starts with the same script comes to the same folders
+    run_folder._claimed.cache_clear()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert (chosen(1), chosen(2)) == (first, second)
+    assert len(list(Path("runs/m_d").iterdir())) == 2
+    run_folder._claimed.cache_clear()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night7")
+    run_folder.stamp.cache_clear()
+    assert (chosen(1), chosen(2)) == ("runs/m_d/job-night7", "runs/m_d/job-night7-2")
+
+
 def test_slurm_tasks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_NTASKS", "8"), ("SLURM_JOB_ID", "42"), ("SLURM_PROCID", "3"), ("SLURM_STEP_ID", "0")):
         monkeypatch.setenv(name, value)
@@ -115,7 +134,7 @@ def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
 
 def test_two_starts_in_one_second_get_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     real = run_folder.stamp
-    monkeypatch.setattr(run_folder, "stamp", lambda: "2026-01-01_00-00-00")
+    monkeypatch.setattr(run_folder, "stamp", lambda start: "2026-01-01_00-00-00")
     first = run_folder.choose(None, False, "m", "d")
     run_folder._claimed.cache_clear()  # another process
     second = run_folder.choose(None, False, "m", "d")
