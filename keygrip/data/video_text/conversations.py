@@ -27,7 +27,7 @@ from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
-from keygrip.data.video_text.foreign_text import SHOWN, caption_text, holds_text, own_text
+from keygrip.data.video_text.foreign_text import PLACES, SHOWN, caption_text, holds_text, own_text, places_problem
 from keygrip.data.video_text.sample_types import (
     Conversation,
     Turn,
@@ -294,12 +294,16 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
         _check_count(content, images)
         image_seconds(content.get("fps", 1.0), range(len(images)))
     frames = len(images) if video is None else len(_seconds(duration_s(parts[video]), MOST_FRAMES))
+    if video is not None and (wrong := places_problem(content.get(PLACES, 0), {1, frames})):
+        raise ValueError(wrong)
     return {"frames": frames, **_text_columns(conversations)}
 
 
 def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
         raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
+    if images and (problem := places_problem(content.get(PLACES, 0), {1, len(images)})):  # 1: frames of a video
+        raise ValueError(problem)
     if content.get(SHOWN) is True and not images:
         raise ValueError(
             "its text is about an image or a video, or its json names one, and the shard holds none of it: pack the "

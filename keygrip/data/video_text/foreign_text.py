@@ -8,13 +8,14 @@ Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from keygrip.data.video_text.placeholders import Placeholders
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
+PLACES = "places"  # of text in another form: for how many images or videos it has placeholders
 # Keys of a json that name images and videos whatever they hold: image, videos, media, video_path, image_urls, ...
 MEDIA = re.compile(r"(image|video|media)s?(_?(path|file|filename|file_name|name|url|uri)s?)?", re.IGNORECASE)
 # ... and those that do where they hold a name with such an ending.
@@ -49,13 +50,16 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         if not isinstance(turns, list):
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
-            return dict(content) | {SHOWN: media_key(content) is not None}
+            return dict(content) | {SHOWN: media_key(content) is not None, PLACES: 0}
         said = [turn for each in turns for turn in _turns(each)]
         said = with_system(said, content.get("system"))
         named, asked = media_key(content) is not None, asked_in(said)
         places = Placeholders.of(asked, packed or named)
-        shown = named or places.count(asked) > 0
-        return _of_turns(without_placeholders(said, places), "text", content) | {SHOWN: shown}
+        count, images = places.count(asked), _named_images(content)
+        if images and (problem := places_problem(count, {images})):
+            raise ValueError(problem)
+        said = without_placeholders(said, places)
+        return _of_turns(said, "text", content) | {SHOWN: named or count > 0, PLACES: count}
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
@@ -125,8 +129,37 @@ def asked_in(turns: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def without_placeholders(turns: Sequence[tuple[str, str]], places: Placeholders) -> list[tuple[str, str]]:
-    """(role, text) of turns, those of users and of the system without placeholders."""
-    return [(role, text if role == "assistant" else places.without(text)) for role, text in turns]
+    """(role, text) of turns, those of users and of the system without placeholders.
+
+    Raises:
+        ValueError: what an answer follows has no words then; no model is asked so (`keygrip.inference.prompts`).
+    """
+    said = [(role, text if role == "assistant" else places.without(text)) for role, text in turns]
+    before: list[str] = []  # the answer
+    for role, text in said:
+        if role == "assistant" and before and not any(map(str.strip, before)):
+            raise ValueError("an answer follows a user's turn without words: say what is asked beside the placeholder")
+        before = [] if role == "assistant" else [*before, text] if role == "user" else before
+    return said
+
+
+def places_problem(places: int, shown: Collection[int]) -> str | None:
+    """What is wrong with a text that has so many placeholders where so many images or videos are shown (any of the
+    numbers); None: nothing, or it has no placeholder."""
+    if not places or places in shown:
+        return None
+    known = " or ".join(map(str, sorted(shown)))
+    return (
+        f"its text has {places} placeholders, and its images or videos are {known}: give each its own, or leave all out"
+    )
+
+
+def _named_images(content: Mapping[str, Any]) -> int:
+    """How many images a json names beside no video, of which they may be frames; 0: none."""
+    if any(content.get(name) for name in ("video", "videos")):
+        return 0
+    named: Any = next((content[name] for name in ("image", "images") if content.get(name)), [])
+    return len(named) if isinstance(named, list) else 1
 
 
 def _is_text(item: Any) -> bool:

@@ -67,6 +67,7 @@ def pair(key: str, image: str = "jpg", content: bytes | None = None) -> Members:
 
 
 CAPTION = text(caption="c")
+TWO = [("a.00.jpg", jpeg()), ("a.01.jpg", jpeg())]
 GOOD = pair("good")
 # name: members, and frames of the samples that are delivered; all other keys are named
 LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
@@ -180,6 +181,21 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
         pair("a", content=text(messages=[TALK[0], SHOWING])),
         {},
     ),
+    **{
+        f"placeholders of {what}": (
+            [*media, ("a.json", text(texts=[{"user": asked, "assistant": "!"}], **named))],
+            wanted,
+        )
+        for what, media, asked, named, wanted in (
+            ("two images, one there", [("a.jpg", jpeg())], "<image> or <image>?", {}, {}),
+            ("one image, two named", TWO, "<image>\n?", {"images": ["x", "y"]}, {}),
+            ("two images", TWO, "<image> or <image>?", {"images": ["x", "y"]}, {"a": 2}),
+            ("a video in two frames", TWO, "<video>\n?", {}, {"a": 2}),
+            ("two videos, one there", [("a.mp4", small_video())], "<video> or <video> or <video>?", {}, {}),
+            ("a video, one for each frame", [("a.mp4", small_video())], "<image><image>\n?", {}, {"a": 2}),
+            ("no words", [("a.jpg", jpeg())], "<image>\n", {}, {}),
+        )
+    },
     "text that names no image": (
         [("a.json", text(texts=PAIR, images=[], video=None, url="https://a.example", file="a.txt"))],
         {"a": 0},
@@ -334,7 +350,7 @@ def test_placeholders_of_other_models_are_known(mark: str) -> None:
 
 def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "In <image> what\n<image>\nis <b>this</b>?"}, TALK[1]]
-    write_tar(tmp_path / "a.tar", pair("a", content=text(conversations=turns)))
+    write_tar(tmp_path / "a.tar", [*TWO, ("a.json", text(conversations=turns))])
     make_manifests(tmp_path)
     (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
     assert conversation.turns[0].text == "In what\nis <b>this</b>?"

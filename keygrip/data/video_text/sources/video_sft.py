@@ -32,7 +32,13 @@ from keygrip.data.video_text.conversations import (
     shard_frame_settings,
     video_text_parts,
 )
-from keygrip.data.video_text.foreign_text import ROLES, asked_in, with_system, without_placeholders
+from keygrip.data.video_text.foreign_text import (
+    ROLES,
+    asked_in,
+    places_problem,
+    with_system,
+    without_placeholders,
+)
 from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.video_files import SUFFIXES
@@ -90,8 +96,12 @@ class VideoSFTMaker:
             said.append((ROLES[role.lower()], text))
         asked = asked_in(said)
         places = Placeholders.of(asked, bool(entry.media))
-        if not len(together) and places.count(asked):
+        count = places.count(asked)
+        if not len(together) and count:
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
+        of_video = [len(together)] if any(path.suffix.lower() not in SUFFIXES for path in entry.media) else []
+        if problem := places_problem(count, {len(entry.media), *of_video}):  # one for a video, or one for each frame
+            raise ValueError(problem)
         if len(together) > self.max_frames:
             raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
         turns = [Turn(role, text) for role, text in without_placeholders(said, places)]

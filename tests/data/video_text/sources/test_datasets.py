@@ -487,9 +487,10 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     write_video(source / "videos" / "a.mp4", 4)
     Image.fromarray(np.full((20, 30, 3), 110, np.uint8)).save(source / "videos" / "b.jpg")
     said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A test."}]
+    plain = [{**said[0], "value": "What is this?"}, said[1]]
     entries = [
-        {"id": 1, "video": "videos/a.mp4", "conversations": said * 2},
-        {"id": 2, "image": ["videos/b.jpg", "videos/b.jpg"], "conversations": said},
+        {"id": 1, "video": "videos/a.mp4", "conversations": said + plain},
+        {"id": 2, "image": ["videos/b.jpg", "videos/b.jpg"], "conversations": said * 2},
         {"id": 3, "conversations": [{**said[0], "value": "What?"}, said[1]], "answers": ["a test", "test"]},
         {"id": 4, "video": "videos/gone.mp4", "conversations": said},
         {"id": 5, "video": "videos/a.mp4", "conversations": [{"from": "bird", "value": "x"}]},
@@ -675,6 +676,46 @@ def test_system_turns_placeholders_with_brackets_and_media_under_other_keys(tmp_
     assert [turn.text for turn in turns["list-00000001"]] == ["One.", "What?", "This, in b.mp4"]
     assert len(turns["list-00000002"]) == 2
     assert [turn.text for turn in turns["list-00000005"]] == ["What is <video> in HTML?", "This <image> that."]
+
+
+def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_video(source / "a.mp4", 3)
+    Image.fromarray(np.full((20, 30, 3), 110, np.uint8)).save(source / "b.jpg")
+    two = "Picture 1: <image>\nPicture 2: <image>\n?"
+    given: list[tuple[dict[str, Any], str]] = [
+        ({"image": ["b.jpg", "b.jpg"]}, two),
+        ({"image": ["b.jpg", "b.jpg"]}, "Which?"),
+        ({"image": ["b.jpg", "b.jpg"]}, "<image_1> <image_2> What is in <image_1>?"),
+        ({"video": "a.mp4"}, "<image>\n?"),
+        ({"video": "a.mp4"}, "<image><image><image>\n?"),
+        ({"image": "b.jpg"}, two),
+        ({"image": ["b.jpg", "b.jpg"]}, "<image>\n?"),
+        ({"video": "a.mp4"}, "<video><video>?"),
+        ({"image": "b.jpg"}, "<image>\n"),
+    ]
+    entries = [
+        media | {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "This."}]}
+        for media, asked in given
+    ]
+    (source / "list.json").write_text(json.dumps(entries))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+    assert (report["samples"], report["failed"]) == (5, 4)
+    reasons = json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"]
+    for reason, why in zip(
+        reasons,
+        (
+            "2 placeholders, and its images or videos are 1:",
+            "1 placeholders, and its images or videos are 2:",
+            "2 placeholders, and its images or videos are 1 or 3:",
+            "an answer follows a user's turn without words",
+        ),
+        strict=True,
+    ):
+        assert why in reason
+    first = samples(tmp_path / "set")["list-00000000"].conversations[0].turns[0].text
+    assert first == "Picture 1:\nPicture 2:\n?"
 
 
 def test_lists_in_a_folder_may_name_files_of_a_folder_beside_it(tmp_path: Path) -> None:
