@@ -65,7 +65,7 @@ class GradientNorm(Callback):
         self.every_n_steps = every_n_steps
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if trainer.global_step % self.every_n_steps:
+        if (trainer.global_step + 1) % self.every_n_steps:  # at the steps at whose end Lightning writes
             return
         gradients = [p.grad.detach() for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from keygrip import train
 from keygrip.config import compose
 from keygrip.training import loggers
+from keygrip.training.monitors import GradientNorm
 
 IMAGE = np.full((4, 5, 3), 7, np.uint8)
 
@@ -83,3 +89,36 @@ def test_tensorboard_gets_settings_images_and_the_gradient_norm(
     settings = (tmp_path / "run" / "tensorboard" / "hparams.yaml").read_text()
     assert "model.width: 8" in settings
     assert not loggers.takes_images([])
+
+
+class Growing(LightningModule):
+    """Its gradient at step n, from 1, is n."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return (self.weight * (self.global_step + 1)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("batches", [2, 4, 100])
+def test_the_gradient_norm_is_that_of_the_step_beside_it(batches: int, tmp_path: Path) -> None:
+    """Also where epochs are shorter than the logging interval."""
+    trainer = Trainer(
+        max_steps=10,
+        log_every_n_steps=3,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        callbacks=[GradientNorm(3)],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Growing(), DataLoader(torch.zeros(batches, 1)))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [(int(row["step"]), float(row["train/grad_norm"])) for row in csv.DictReader(file)]
+    assert rows == [(2, 3.0), (5, 6.0), (8, 9.0)]
