@@ -51,7 +51,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content) | {SHOWN: media_key(content) is not None, PLACES: 0}
-        said = [turn for each in turns for turn in _turns(each)]
+        said = [turn for each in turns for turn in turns_of(each)]
         said = with_system(said, content.get("system"))
         named, asked = media_key(content) is not None, asked_in(said)
         places = Placeholders.of(asked, packed or named)
@@ -97,7 +97,7 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
     }
 
 
-def _turns(entry: Any) -> Iterator[tuple[str, str]]:
+def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
     """(role, text with its placeholders) of an entry of any of the known forms. Raises ValueError: it has another."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"a turn is no object but {str(entry)[:60]!r}")
@@ -114,6 +114,18 @@ def _turns(entry: Any) -> Iterator[tuple[str, str]]:
         if ROLES[role.lower()] == "assistant" and isinstance(said, list) and not all(map(_is_text, said)):
             raise ValueError("an answer holds an image or a video, and only words are learned")
         yield ROLES[role.lower()], text
+
+
+def files_of_items(entry: Mapping[str, Any]) -> list[str]:
+    """The files that the items of a turn name themselves, in their order."""
+    content = entry.get("value", entry.get("content"))
+    found = []
+    for item in content if isinstance(content, list) else []:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind in ("image", "video"):
+            named = [item[key] for key in (kind, "path", "url") if isinstance(item.get(key), str) and item[key]]
+            found += named[:1]
+    return found
 
 
 def with_system(turns: Sequence[tuple[str, str]], system: object) -> list[tuple[str, str]]:

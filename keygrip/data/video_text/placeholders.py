@@ -36,8 +36,11 @@ class Placeholders:
     @classmethod
     def of(cls, asked: Sequence[str], with_media: bool) -> Placeholders:
         """What counts in the turns of a user and a system. "How does the <video> tag work?" has none: without media,
-        <image> and <video> count only where one of them begins or ends a line, and never beside </image> and </video>.
+        <image> and <video> count only where one of them begins or ends a line, and never beside </image> and </video>,
+        nor beside the <|image|> and <|video|> that items of a chat become.
         """
+        if any(item in text for text in asked for item in ("<|image|>", "<|video|>")):
+            return cls(())
         kinds = [kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked)]
         standing = (match.group().lower() for text in asked for match in LINE_ENDS.finditer(text))
         if with_media or any(f"<{kind}>" in mark for mark in standing for kind in kinds):

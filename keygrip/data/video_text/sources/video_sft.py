@@ -1,7 +1,8 @@
 """Instructions about videos and images in the format that most such collections ship: JSON or JSON lines with `id`,
 `video` or `image` (or `videos`, `images`) and `conversations` [{"from": "human" | "gpt", "value"}] or `messages`
 [{"role", "content"}], beside the files that they name; perhaps `answers` of annotators to the last question, texts or
-[{"answer"}]."""
+[{"answer"}]. Content is text or a list of items, as Hugging Face's chat templates take it (`foreign_text`); an item may
+name its file itself ({"type": "image", "image": "a.jpg"}, under `path` or `url` too)."""
 
 from __future__ import annotations
 
@@ -33,9 +34,10 @@ from keygrip.data.video_text.conversations import (
     video_text_parts,
 )
 from keygrip.data.video_text.foreign_text import (
-    ROLES,
     asked_in,
+    files_of_items,
     places_problem,
+    turns_of,
     with_system,
     without_placeholders,
 )
@@ -89,12 +91,7 @@ class VideoSFTMaker:
                 images.append(frames)
                 fps = rate_of(times) if len(entry.media) == 1 else None
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-        said = []
-        for role, text in entry.turns:
-            if role.lower() not in ROLES:
-                raise ValueError(f"a turn is from {role!r}; known are {', '.join(ROLES)}")
-            said.append((ROLES[role.lower()], text))
-        asked = asked_in(said)
+        asked = asked_in(entry.turns)
         places = Placeholders.of(asked, bool(entry.media))
         count = places.count(asked)
         if not len(together) and count:
@@ -104,7 +101,7 @@ class VideoSFTMaker:
             raise ValueError(problem)
         if len(together) > self.max_frames:
             raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
-        turns = [Turn(role, text) for role, text in without_placeholders(said, places)]
+        turns = [Turn(role, text) for role, text in without_placeholders(entry.turns, places)]
         evidence: dict[str, Any] = {"collection": entry.collection}
         if entry.answers:
             evidence["answers"] = list(entry.answers)
@@ -196,20 +193,23 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
         raise ValueError(f"it has {' and '.join(names)}: their order is not known")
     if entry.get("start") is not None or entry.get("end") is not None:
         raise ValueError("it has `start` or `end`: clips are not cut here, cut the video first")
-    if not names and (unknown := _unknown_medium(entry, source, beside)):
-        raise ValueError(f"its `{unknown}` names an image or a video; known are {', '.join(MEDIA)}")
-    named = entry[names[0]] if names else []
-    media = []
-    for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
-        # relative to the list or to the whole folder: both are usual
-        media.append(_medium(source, beside, name))
     key_of_turns = next(name for name in TURNS if name in entry)
     said = _listed(entry[key_of_turns], key_of_turns)
     if not all(isinstance(turn, Mapping) for turn in said):
         raise ValueError(f"a turn of its `{key_of_turns}` is no object")
-    turns = tuple((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in said)
-    if not all(isinstance(role, str) and isinstance(text, str) for role, text in turns):
-        raise ValueError("a turn has no role or no text")
+    turns = [turn for each in said for turn in turns_of(each)]
+    in_items = [name for each in said for name in files_of_items(each)]
+    if in_items and names:
+        raise ValueError(f"it has {names[0]} and items that name files: name each once")
+    if in_items and len(in_items) != Placeholders.of(asked := asked_in(turns), True).count(asked):
+        raise ValueError(f"its items name {len(in_items)} files, and others of its images and videos have none")
+    if not names and not in_items and (unknown := _unknown_medium(entry, source, beside)):
+        raise ValueError(f"its `{unknown}` names an image or a video; known are {', '.join(MEDIA)}")
+    named = entry[names[0]] if names else in_items
+    media = []
+    for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
+        # relative to the list or to the whole folder: both are usual
+        media.append(_medium(source, beside, name))
     return Entry(
         key,
         tuple(media),

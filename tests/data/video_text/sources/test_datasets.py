@@ -718,6 +718,46 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
     assert first == "Picture 1:\nPicture 2:\n?"
 
 
+def test_content_may_be_a_list_of_items(tmp_path: Path) -> None:
+    """As Hugging Face's chat templates take it; the files beside the turns, or in the items."""
+    source = tmp_path / "source"
+    source.mkdir()
+    write_video(source / "a.mp4", 2)
+    Image.fromarray(np.full((20, 30, 3), 110, np.uint8)).save(source / "b.jpg")
+
+    def talk(*items: dict[str, str]) -> dict[str, Any]:
+        asked = {"role": "user", "content": [*items, {"type": "text", "text": "What is <video> in HTML?"}]}
+        return {"messages": [asked, {"role": "assistant", "content": [{"type": "text", "text": "A tag."}]}]}
+
+    image, shown = {"type": "image"}, {"type": "image", "image": "b.jpg"}
+    entries = [
+        {"video": "a.mp4", **talk({"type": "video"})},
+        talk({"type": "video", "path": "a.mp4"}),
+        talk(shown, shown),
+        talk(shown, image),
+        {"image": "b.jpg", **talk(shown)},
+        talk(image),
+        {"image": "b.jpg", **talk({"type": "audio"})},
+    ]
+    (source / "list.json").write_text(json.dumps(entries))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+    assert (report["samples"], report["failed"]) == (3, 4)
+    found = samples(tmp_path / "set")
+    assert [len(found[f"list-{number:08d}"].frames) for number in range(3)] == [2, 2, 2]
+    for sample in found.values():
+        said = [(turn.role, turn.text) for turn in sample.conversations[0].turns]
+        assert said == [("user", "What is <video> in HTML?"), ("assistant", "A tag.")]
+    reasons = json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"]
+    whys = (
+        "name 1 files, and others",
+        "it has image and items that name files",
+        "none of video,",
+        "an item of a turn is",
+    )
+    for reason, why in zip(reasons, whys, strict=True):
+        assert why in reason
+
+
 def test_lists_in_a_folder_may_name_files_of_a_folder_beside_it(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_video(source / "videos" / "a.mp4", 2)
