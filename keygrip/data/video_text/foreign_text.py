@@ -59,14 +59,21 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         if images and (problem := places_problem(count, {images})):
             raise ValueError(problem)
         said = without_placeholders(said, places)
-        return _of_turns(said, "text", content) | {SHOWN: named or count > 0, PLACES: count}
+        own = _of_turns(said, "text", content) | {SHOWN: named or count > 0, PLACES: count}
+        return _timed(own, max(count, images), content)
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
         raise ValueError(f"the {odd[0]} of its json is a {type(content[odd[0]]).__name__}, not text")
     if name is None:
         raise ValueError(f"its json holds no {', '.join((*TURNS, *CAPTIONS))}; it holds {_listed(content)}")
-    return caption_text(content[name], request, content)
+    return _timed(caption_text(content[name], request, content), _named_images(content), content)
+
+
+def _timed(own: dict[str, Any], images: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A text of so many images, which have no common time unless its json names a rate, or a video whose frames they
+    are."""
+    return own if images < 2 or _names_video(content) else {"fps": None, **own}
 
 
 def caption_text(text: str, request: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -168,10 +175,14 @@ def places_problem(places: int, shown: Collection[int]) -> str | None:
 
 def _named_images(content: Mapping[str, Any]) -> int:
     """How many images a json names beside no video, of which they may be frames; 0: none."""
-    if any(content.get(name) for name in ("video", "videos")):
+    if _names_video(content):
         return 0
     named: Any = next((content[name] for name in ("image", "images") if content.get(name)), [])
     return len(named) if isinstance(named, list) else 1
+
+
+def _names_video(content: Mapping[str, Any]) -> bool:
+    return any(content.get(name) for name in ("video", "videos"))
 
 
 def _is_text(item: Any) -> bool:

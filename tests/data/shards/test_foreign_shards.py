@@ -451,6 +451,30 @@ def test_frames_per_second_may_be_the_text_of_a_number(tmp_path: Path) -> None:
     assert read_sample(ShardSet(tmp_path), 0, 8).seconds == (0.0, 0.5, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("asked", "named", "seconds"),
+    [
+        ("<image> or <image>?", {}, ()),
+        ("Which?", {"images": ["x.jpg", "y.jpg"]}, ()),
+        ("a caption", {"images": ["x.jpg", "y.jpg"]}, ()),
+        ("<image> or <image>?", {"fps": 2}, (0.0, 0.5)),
+        ("<image> or <image>?", {"video": "x.mp4"}, (0.0, 1.0)),
+        ("<video>\nWhich?", {}, (0.0, 1.0)),
+        ("Which?", {}, (0.0, 1.0)),
+    ],
+)
+def test_several_images_of_a_conversation_have_no_common_time(
+    asked: str, named: dict[str, Any], seconds: tuple[float, ...], tmp_path: Path
+) -> None:
+    """Unless they are frames of a video, or a rate is said."""
+    said = {"caption": "two"} if "caption" in asked else {"texts": [{"user": asked, "assistant": "!"}]}
+    write_tar(tmp_path / "a.tar", [*TWO, ("a.json", text(**said, **named))])
+    make_manifests(tmp_path)
+    shards = ShardSet(tmp_path)
+    assert read_sample(shards, 0, 8).seconds == seconds
+    assert read_timed_conversations(shards, 0, MAX_FRAMES)[1] == seconds
+
+
 def link(tar: tarfile.TarFile) -> None:
     info = tarfile.TarInfo("linked.jpg")
     info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
