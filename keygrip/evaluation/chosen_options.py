@@ -52,14 +52,13 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     known = Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     tagged = TAGGED.findall(said)
-    said = unwrapped(tagged[-1] if tagged else said).strip()
-    own = " ".join(said.split())
-    if not own:
+    said = tagged[-1] if tagged else said
+    whole = known.whole(said)
+    if whole is not None:
+        return whole
+    said = unwrapped(said).strip()
+    if not said:
         return None
-    letter = re.fullmatch(r"[\W_]*[a-z][.:)\]}\s]*", own.lower()) is not None  # of options that are letters, it counts
-    for ours, theirs in ((literal_text(own), known.literal), (plain_text(own), known.plain)):
-        if theirs.count(ours) == 1 and ours and not letter:
-            return theirs.index(ours)
     if not any(ABSTAINS.search(option) for option in known.literal):
         said = ABSTAINS.sub(" ", said)
     said = ASKS.sub(" ", BESIDE_CJK.sub(" ", said))

@@ -14,10 +14,12 @@ from keygrip.evaluation.text_metrics import ARTICLES, NUMBER_WORDS
 @dataclass(frozen=True)
 class Options:
     """The options of a question: ``plain``, without case, articles and signs; ``literal``, in lower case with signs
-    (C++, -5, 50%); ``last``, the letter of the last one."""
+    (C++, -5, 50%); ``exact``, as they are; ``last``, the letter of the last one. Of several letters alone ("b, e, a")
+    nothing is plain: some are articles."""
 
     plain: list[str]
     literal: list[str]
+    exact: list[str]
     last: str
 
     @classmethod
@@ -25,23 +27,50 @@ class Options:
         whole = [unicodedata.normalize("NFKC", option) for option in options]
         # What is taken out of answers is taken out of options too; of "<div>" nothing would be left.
         literal = [literal_text(unwrapped(option)) or literal_text(option) for option in whole]
-        # Of articles and signs alone ("A", "-") nothing is left.
-        # An article at the end of other words is a name ("Team A").
-        plain = [
-            option if option.split()[-1:] and option.split()[-1] in ARTICLES else plain_text(option) or option
-            for option in literal
-        ]
-        return cls(plain, literal, chr(ord("A") + len(options) - 1))
+        plain = [_plain_option(option) for option in literal]
+        return cls(plain, literal, [exact_text(option) for option in whole], chr(ord("A") + len(options) - 1))
+
+    def whole(self, said: str) -> int | None:
+        """The option of which a text has all the words and no others, perhaps behind its own letter. A letter by itself
+        is none: it counts of options that are letters."""
+        words = unwrapped(said)
+        exact, literal, plain = ((exact_text(said), exact_text(words)), (literal_text(words),), (plain_text(words),))
+        alone = re.fullmatch(r"[\W_]*[a-z]([\W_]*)", words.strip().lower())
+        if alone is None or re.search(r"[^.:)\]}\s]", alone.group(1)):  # "C#" is no letter by itself
+            for own, options in ((exact, self.exact), (literal, self.literal)):
+                found = next((each for each in own if each and options.count(each) == 1), None)
+                if found is not None:
+                    return options.index(found)
+        for own, options in ((exact, self.exact), (literal, self.literal)):
+            lettered = next((number for each in own if (number := _lettered(each, options)) is not None), None)
+            if lettered is not None:
+                return lettered
+        if alone is None and plain[0] and self.plain.count(plain[0]) == 1:
+            return self.plain.index(plain[0])
+        return None
 
     def lettered(self, text: str) -> int | None:
         """The option that is a text's whole words behind its own letter ("B. red", "(B) red", "B - red")."""
-        own = literal_text(text)
-        letter = re.match(r"[(\[{]?\s*([a-z])(?![a-z])", own)
-        if letter is None or number_of(letter.group(1)) >= len(self.literal):
-            return None
-        number = number_of(letter.group(1))
-        between = r"\s*[)\]}.:,;]*\s*(?:[-–—]+\s+)?"
-        return number if re.fullmatch(between + re.escape(self.literal[number]), own[letter.end() :]) else None
+        return _lettered(literal_text(text), self.literal)
+
+
+def _lettered(own: str, options: Sequence[str]) -> int | None:
+    letter = re.match(r"[\W_]*([A-Za-z])(?![A-Za-z])", own)
+    if letter is None or number_of(letter.group(1)) >= len(options):
+        return None
+    number = number_of(letter.group(1))
+    between = r"\s*[)\]}.:,;]*\s*(?:[-–—]+\s+)?"
+    return (
+        number if options[number] and re.fullmatch(between + re.escape(options[number]), own[letter.end() :]) else None
+    )
+
+
+def _plain_option(literal: str) -> str:
+    if re.fullmatch(r"[\W_]*[a-z](?:[\W_]+[a-z])+[\W_]*", literal):
+        return ""
+    # Of articles and signs alone ("A", "-") nothing is left.
+    # An article at the end of other words is a name ("Team A").
+    return literal if literal.split()[-1:] and literal.split()[-1] in ARTICLES else plain_text(literal) or literal
 
 
 def unwrapped(text: str) -> str:
@@ -49,9 +78,14 @@ def unwrapped(text: str) -> str:
     return WRAPPED.sub(lambda match: match.group(1) or " ", text)
 
 
+def exact_text(text: str) -> str:
+    """As it is, without a full stop, or two of an option and a sentence that both end in one."""
+    return re.sub(r"(?<!\.)\.{1,2}$", "", " ".join(text.split())).rstrip()
+
+
 def literal_text(text: str) -> str:
     """In lower case with its signs, without a full stop."""
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+    return exact_text(text.lower())
 
 
 def plain_text(text: str) -> str:

@@ -466,3 +466,21 @@ def test_a_verdict_of_no_on_one_option_takes_nothing_back(no: str, end: str, bul
 )
 def test_what_follows_a_list_of_verdicts_is_the_answer(said: str, option: int) -> None:
     assert chosen_option(said, HUES) == option
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["b, e, a", "e, a, b", "a, b, e"],
+        ["(b)(a)(c).", "(a)(b)(c).", "(c)(b)(a)."],
+        ["b a", "a b", "b c"],
+        ["us", "US", "Us citizens"],
+        ["<div>", "<span>", "<p>", "<b>"],
+    ],
+)
+@pytest.mark.parametrize("form", ["{0}. {1}", "({0}) {1}", "**{0}. {1}**", "{0}: {1}", "{0} - {1}", "{1}", "{1}."])
+def test_letters_case_and_tags_of_options_are_compared_as_they_are(options: list[str], form: str) -> None:
+    for number, option in enumerate(options):
+        if "<" in option and "**" in form:  # tags are taken for marks of the model's
+            continue
+        assert chosen_option(form.format("ABCD"[number], option), options) == number
