@@ -10,13 +10,14 @@ import contextlib
 import copy
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
@@ -49,6 +50,7 @@ class RunSchema(EntrySchema):
     """Root of ``conf/run.yaml``."""
 
     checkpoint: str | None = None
+    seed: int = 0
     checkpoint_step: int | None = None
     server: str | None = None
     token: str | None = None
@@ -83,7 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.seconds > 0:
         raise ValueError(f"seconds={cfg.seconds}: must be above 0")
     policy = _policy(cfg)
-    robot = instantiate(_in_policy_order(cfg, policy).robot)
+    robot = instantiate(_for_policy(cfg, policy).robot)
     try:
         _refuse_mismatch(policy, robot)
         if hasattr(policy, "reset"):
@@ -143,19 +145,30 @@ def _policy(cfg: DictConfig) -> Policy:
     return policy
 
 
-def _in_policy_order(cfg: DictConfig, policy: Any) -> DictConfig:
-    """The settings with `robot.arms` in the order of the policy's arms, where both name the same ones.
+def _for_policy(cfg: DictConfig, policy: Any) -> DictConfig:
+    """The settings of the robot with `arms` in the order of the policy's, where both name the same ones, and with the
+    camera of a policy that reads one first.
 
-    Observations and plans know arms by their place alone, and an arm that is added on the command line stands behind
-    those of the file.
+    Observations and plans know arms by their place alone, an arm that is added on the command line stands behind those
+    of the file, and the first camera's image is the observation's own.
     """
-    arms = cfg.robot.get("arms")
-    if not isinstance(arms, DictConfig) or sorted(map(str, arms)) != sorted(policy.needs.arms):
-        return cfg
-    channels = {str(name): value for name, value in OmegaConf.to_container(arms, resolve=False).items()}
-    ordered = copy.deepcopy(cfg)
-    ordered.robot.arms = {name: channels[name] for name in policy.needs.arms}
-    return ordered
+    needs, fitted = policy.needs, copy.deepcopy(cfg)  # a part of the root, whose settings it may refer to
+    robot, arms, cameras = fitted.robot, fitted.robot.get("arms"), fitted.robot.get("cameras")
+    if isinstance(arms, DictConfig) and sorted(map(str, arms)) == sorted(needs.arms):
+        robot.arms = _first(arms, needs.arms)
+    trained = needs.cameras or (() if needs.camera is None else (needs.camera,))
+    if cameras is None and trained and set(trained) <= set(getattr(get_object(robot._target_), "known_cameras", ())):
+        robot.cameras = list(trained)
+    elif isinstance(cameras, DictConfig | ListConfig) and needs.camera in list(cameras):
+        robot.cameras = _first(cameras, (needs.camera,))
+    return fitted
+
+
+def _first(named: DictConfig | ListConfig, names: Sequence[str]) -> Any:
+    """The same entries, those with these names first."""
+    entries: Any = OmegaConf.to_container(named, resolve=False)
+    order = [*names, *(name for name in entries if name not in names)]
+    return {name: entries[name] for name in order} if isinstance(entries, dict) else order
 
 
 def _refuse_mismatch(policy: Any, robot: Any) -> None:
@@ -171,11 +184,35 @@ def _refuse_mismatch(policy: Any, robot: Any) -> None:
             f"the policy's arms are {', '.join(needs.arms)} in this order, the robot gives {', '.join(robot.arms)}: "
             "plans would move the wrong arm; give the robot the policy's order"
         )
+    # one camera is one camera, too
     missing = [name for name in needs.cameras if name not in robot.cameras]
     if missing and not (len(needs.cameras) == 1 and len(robot.cameras) == 1):
         raise ValueError(f"the policy reads camera {missing[0]!r}; the robot has {', '.join(robot.cameras)}")
+    if not needs.cameras and len(robot.cameras) > 1:
+        _refuse_other_camera(needs.camera, robot.cameras)
     if needs.instruction and not getattr(robot, "instruction", ""):
         raise ValueError("the policy reads an instruction: give robot.instruction='...'")
+
+
+def _refuse_other_camera(trained: str | None, cameras: Sequence[str]) -> None:
+    """Raises ValueError: the first of several cameras, whose image is given, is not the one trained on."""
+    if trained is None:
+        log.warning(
+            "the policy does not say which camera it was trained on (an older checkpoint): it is given %s, the first "
+            "of %s; name another one first in robot.cameras, or leave the others out",
+            cameras[0],
+            ", ".join(cameras),
+        )
+    elif trained not in cameras:
+        raise ValueError(
+            f"the policy was trained on camera {trained!r}; the robot has {', '.join(cameras)}: name the one in its "
+            f"place {trained!r} in robot.cameras, or leave the others out"
+        )
+    elif trained != cameras[0]:
+        raise ValueError(
+            f"the policy was trained on camera {trained!r}, the robot gives the image of {cameras[0]!r}: it must name "
+            f"{trained!r} first of its cameras ({', '.join(cameras)})"
+        )
 
 
 def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:

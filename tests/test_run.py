@@ -14,9 +14,11 @@ import keygrip.run
 import keygrip.runtime.cameras
 import keygrip.runtime.i2rt_yam
 from keygrip.config import SettingError, compose
+from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.run import StoppedError, run
 from keygrip.runtime.planners import SimulatedPlanner
+from keygrip.runtime.sim_yam import SimulatedYam
 from keygrip.runtime.takeover import KeyboardTakeover
 
 
@@ -178,8 +180,8 @@ def real(tmp_path: Path) -> list[str]:
 class Closing:
     """Plans that the first arm closes its gripper, and the others stay as they are."""
 
-    def __init__(self, *arms: str) -> None:
-        self.needs = Needs(arms)
+    def __init__(self, *arms: str, camera: str | None = None) -> None:
+        self.needs = Needs(arms, camera=camera)
         self.seen: list[Observation] = []
 
     def plan(self, observation: Observation) -> Plan:
@@ -220,9 +222,59 @@ def test_arms_of_other_names_and_an_order_that_cannot_be_changed_are_refused(
 
 
 class Fixed:
-    """A robot whose arms are in the order of its wires."""
+    """A robot whose arms and cameras are in the order of its wires."""
 
-    cameras = ("over",)
+    def __init__(self, *arms: str, cameras: tuple[str, ...] = ("over",)) -> None:
+        self.arms, self.cameras = arms, cameras
 
-    def __init__(self, *arms: str) -> None:
-        self.arms = arms
+
+FRONT = "+robot.cameras.front={_target_:keygrip.runtime.cameras.VideoCamera,source:/dev/video200}"
+
+
+@pytest.mark.parametrize(("trained", "level"), [("over", 0), ("front", 200)])
+def test_a_policy_of_one_camera_gets_the_one_that_it_was_trained_on(
+    trained: str, level: int, monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
+) -> None:
+    policy = Closing("right", camera=trained)
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    run(compose("run", [*real, FRONT]))
+    assert policy.seen[0]["image"].mean() == level
+    assert set(policy.seen[0]["cameras"]) == {"over", "front"}
+
+
+def test_a_camera_of_another_name_is_refused_beside_others_and_taken_alone(
+    monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Closing("right", camera="top")
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    with pytest.raises(ValueError, match="trained on camera 'top'; the robot has over, front"):
+        run(compose("run", [*real, FRONT]))
+    assert policy.seen == []
+    run(compose("run", real))
+    assert policy.seen
+    with pytest.raises(ValueError, match="trained on camera 'front', the robot gives the image of 'over'"):
+        keygrip.run._refuse_mismatch(Closing("right", camera="front"), Fixed("right", cameras=("over", "front")))
+    keygrip.run._refuse_mismatch(Closing("right"), Fixed("right", cameras=("over", "front")))
+    assert "does not say which camera" in caplog.text
+
+
+def test_the_simulated_cell_draws_the_camera_that_the_policy_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    for trained in ("over", "front", "top", None):
+        settings = keygrip.run._for_policy(compose("run", SMALL), Closing("right", camera=trained)).robot
+        drawn[trained] = settings.cameras
+    assert drawn == {"over": ["over"], "front": ["front"], "top": None, None: None}
+    policy = Closing("right", camera="front")
+    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    run(compose("run", [*SMALL, "seconds=0.1", "bounds.image_levels=0"]))
+    front, over = _seen_by_cell("front", "over")
+    np.testing.assert_array_equal(policy.seen[0]["image"], front)
+    assert not np.array_equal(front, over)
+
+
+def _seen_by_cell(*cameras: str) -> list[np.ndarray]:
+    robot = SimulatedYam(TaskOptions(name="pick_place"), image_size=32, cameras=cameras, real_time=False)
+    views = robot.observe()["cameras"]
+    robot.close()
+    return [views[name]["image"] for name in cameras]

@@ -99,6 +99,7 @@ class Needs:
     Attributes:
         arms: names, in the order of the observation's A axis.
         cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
+        camera: without `cameras`, the name of the camera whose images it was trained on; None: it does not know.
         instruction: whether it reads the instruction.
         calibration: whether it reads `intrinsics` and `world_to_camera`, or the cameras of which it does; they may be
             left out otherwise.
@@ -110,6 +111,7 @@ class Needs:
     instruction: bool = False
     calibration: bool | tuple[str, ...] = True
     plans_joints: bool = False
+    camera: str | None = None
 
     def calibrated(self, camera: str) -> bool:
         """Whether it reads the calibration of one of its `cameras`."""

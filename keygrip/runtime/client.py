@@ -83,7 +83,7 @@ class RemotePolicy:
         self._session: str | None = None
         health = self.health()
         try:
-            calibration = health["needs"].get("calibration", True)
+            calibration, camera = health["needs"].get("calibration", True), health["needs"].get("camera")
             self._stochastic = bool(health["stochastic"])
             self.continues = bool(health.get("continues", False))
             self.needs = Needs(
@@ -92,6 +92,7 @@ class RemotePolicy:
                 instruction=bool(health["needs"]["instruction"]),
                 calibration=tuple(map(str, calibration)) if isinstance(calibration, list) else bool(calibration),
                 plans_joints=bool(health["needs"].get("plans_joints", False)),
+                camera=None if camera is None else str(camera),
             )
         except (KeyError, TypeError, AttributeError) as error:
             self._connection.close()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.envs.yam.environment import YamCell
-from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.envs.yam.tasks import CAMERAS, TaskOptions
 from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import forward_kinematics
 from keygrip.runtime.robot import RobotLostError
@@ -19,7 +19,8 @@ class SimulatedYam:
     """One simulated arm at a table (see :class:`keygrip.envs.yam.environment.YamCell`).
 
     Args:
-        task: what stands on the table. image_size: edge of the square image, pixels. cameras: None: the task's own.
+        task: what stands on the table. image_size: edge of the square image, pixels. cameras: None: the task's own;
+            `keygrip run` then gives those that the policy was trained on, where they are `known_cameras`.
         control_hz: commands per second. seed: of the episode.
         joints: limits of the joints, checked before every command; None: the cell's own inverse kinematics alone.
         real_time: the clock is that of the machine; False: it advances by a period with every command, so that a run
@@ -27,6 +28,7 @@ class SimulatedYam:
     """
 
     robot, arms = "yam", ("right",)
+    known_cameras = CAMERAS
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ def use(module: System, file: Path) -> None:
     """What a loaded model is for."""
     if module.evaluation_kind == "policy":
         policy: Any = keygrip.load_policy(file)
+        assert "over" in (*policy.needs.cameras, policy.needs.camera)  # a robot with several shall give it this one
         plan = policy.plan(observation(policy))
         assert plan.position.shape[:1] + plan.position.shape[2:] == (len(policy.needs.arms), 3)
         assert np.isfinite(plan.position).all()

@@ -180,7 +180,7 @@ def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None
 
     first, one, two, reset, three, *refused, four, closed = talk(server.url, script)
     reads = {"arms": ["right"], "cameras": ["over", "front"], "instruction": True, "calibration": True}
-    assert first["needs"] == reads | {"plans_joints": False}
+    assert first["needs"] == reads | {"plans_joints": False, "camera": None}
     assert first["action_names"][:4] == ["right/x", "right/y", "right/z", "right/qw"]
     assert reset == {"reset": 5}
     expected = [local.plan(observation(1)), local.plan(observation(2))]

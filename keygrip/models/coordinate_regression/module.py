@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_de
 
 
 BAR = ("total", "position_cm")  # metrics in the progress line
+STATE = "coordinate_regression"  # key in a checkpoint of what is not in the weights
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -76,6 +77,7 @@ class CoordinateRegressionModule(System):
         self.network, self.init_from = network, init_from
         self.mask_padded_steps = mask_padded_steps
         self.statistics = PolicyStatistics()
+        self.camera: str | None = None  # name of the camera that it sees
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
@@ -83,6 +85,7 @@ class CoordinateRegressionModule(System):
         self.statistics.take(statistics, self.network.horizon)
         if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "a regression policy")
+        self.camera = statistics.cameras[0] if statistics.cameras else None
         if len(statistics.cameras) > 1:
             log.warning(
                 "the data hold %d cameras, and this policy sees %s alone",
@@ -90,6 +93,14 @@ class CoordinateRegressionModule(System):
                 statistics.cameras[0],
             )
         return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STATE] = {"camera": self.camera}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if STATE in checkpoint:  # checkpoints have named it only since it is looked for by name
+            name = checkpoint[STATE]["camera"]
+            self.camera = None if name is None else str(name)
 
     def policy(self) -> CoordinateRegressionPolicy:
         """The module as something that plans from observations."""
@@ -188,7 +199,8 @@ class CoordinateRegressionPolicy:
     @property
     def needs(self) -> Needs:
         """What it reads of an observation."""
-        return Needs(arms=tuple(self.module.network.arms), calibration=self.module.reads_calibration)
+        module = self.module
+        return Needs(tuple(module.network.arms), calibration=module.reads_calibration, camera=module.camera)
 
     @property
     def workspace(self) -> np.ndarray:

@@ -169,14 +169,13 @@ class VolumeQueryModule(System):
         return weights if look is None or look.backbone is None else begin_as_shared(weights)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.network.world_views:
-            checkpoint[STATE] = {"views": list(self.views)}
+        checkpoint[STATE] = {"views": list(self.views)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.network.world_views:
-            if STATE not in checkpoint:
-                raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
+        if STATE in checkpoint:
             self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
+        elif self.network.world_views:  # checkpoints of one camera have named it only since it is looked for by name
+            raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
 
     @property
     def masks_views(self) -> bool:

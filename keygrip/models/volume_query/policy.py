@@ -61,11 +61,12 @@ class VolumeQueryPolicy:
     @property
     def needs(self) -> Needs:
         """What it reads of an observation."""
-        network = self.module.network
+        network, views = self.module.network, self.module.views
         return Needs(
             arms=tuple(network.arms),
-            cameras=self.module.views if network.world_views else (),
+            cameras=views if network.world_views else (),
             instruction=network.instruction_encoder is not None or self._turns_by_word,
+            camera=views[0] if views and not network.world_views else None,
         )
 
     @property
