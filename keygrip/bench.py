@@ -38,6 +38,7 @@ class BenchSchema(EntrySchema):
     """Root of ``conf/bench.yaml``."""
 
     case: str = ALL
+    run_dir: str | None = None
     quick: bool = False
     record: bool = False
     output: str | None = None
@@ -60,6 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: no such case, suite or part; a suite for GPUs on a machine without one.
     """
+    _refuse_idle(cfg)
     if cfg.suite is not None:
         return _run_suite(cfg)
     import torch
@@ -84,6 +86,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output or cfg.record:
         _write(Path(cfg.output or Path("benchmarks") / f"{cfg.case}.json"), result)
     return result
+
+
+def _refuse_idle(cfg: DictConfig) -> None:
+    """Raises ValueError: a setting of a suite is given for a case, or the other way round, where nothing reads it."""
+    idle = {"case": ALL, "quick": False, "record": False}
+    if cfg.suite is None:
+        idle = {"part": ALL, "minutes": None, "toy": False, "commit": None}
+    for name, default in idle.items():
+        if cfg[name] != default:
+            whose, instead = ("a suite", "suite=gpu") if cfg.suite is None else ("a case", "no suite")
+            raise ValueError(
+                f"{name}={cfg[name]} has no effect here: it is for {whose}; give {instead}, or leave it out"
+            )
 
 
 def _run_suite(cfg: DictConfig) -> dict[str, Any]:

@@ -80,9 +80,7 @@ class SettingError(ValueError):
 class EntrySchema:
     """Settings that every entry point has. Derive from it, add typed scalars, and ``register`` the result."""
 
-    seed: int = 0
     debug: bool = False
-    run_dir: str | None = None
 
 
 @dataclass
@@ -90,6 +88,8 @@ class TrainSchema(EntrySchema):
     """Root of ``conf/train.yaml``: what training itself reads. Groups that a model brings (its backbone, its language
     model, ...) come beside these; `refuse_unread` refuses what nothing reads."""
 
+    seed: int = 0
+    run_dir: str | None = None
     model: Any = MISSING
     data: Any = MISSING
     strategy: Any = MISSING
@@ -251,16 +251,16 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
     for override in overrides:
         _refuse_renamed(override)
     try:
-        schema = ConfigStore.instance().load(f"{config_name}_schema.yaml").node
-    except OSError:
-        return
-    known = [str(key) for key in schema]
+        known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
+    except OSError:  # of `keygrip prepare`: each step has settings of its own
+        known = []
     groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
     for override in overrides:
         key = override.lstrip("+").partition("=")[0].partition("@")[0]
         if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
             close = nearest(key, known)
-            hint = f"the nearest is {close!r}" if close else f"it has {', '.join(known)}"
+            has = f"it has {', '.join(known)}" if known else f"give {key}=... without + where a step has it"
+            hint = f"the nearest is {close!r}" if close else has
             raise SettingError(f"there is no setting {key!r} in {config_name}.yaml: {hint}")
 
 
@@ -370,7 +370,7 @@ def with_group(group: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known dotted key nearest to a misspelt one, or None: keys beside it first, then whole keys, then last parts.
 
-    The initials of words count as near: ``learning_rate`` finds ``lr``.
+    Initials of words count as near, and so does a last word: ``learning_rate`` finds ``lr``, ``seed`` ``first_seed``.
     """
     known = sorted(set(known))
     parent, _, last = name.rpartition(".")
@@ -389,6 +389,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     for key in sorted(known, key=lambda key: (key.count("."), key)):
         by_last.setdefault(key.rpartition(".")[2], key)
     found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    found = found or [each for each in by_last if each.endswith(f"_{last}")]
     return by_last[found[0]] if found else None
 
 

@@ -45,6 +45,8 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         )
         others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
         known = known_keys(config_name, others)
+        if config_name == "prepare":  # what a step's function gets is set by the step's own settings
+            known = [each for each in known if each.partition(".")[0] != "call"]
         given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
         if full in known and given is not None:
             return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"

@@ -21,6 +21,7 @@ class GenerateSchema(EntrySchema):
     """Root of ``conf/generate.yaml``."""
 
     checkpoint: str = MISSING
+    seed: int = 0
     checkpoint_step: int | None = None
     trust: Any = ()
     video: Any = MISSING

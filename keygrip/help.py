@@ -46,7 +46,6 @@ COMMON = {
     "logger": "none: the progress line and result.json alone",
     "takeover": "null: no corrections",
 }
-UNLISTED = ("seed", "run_dir")
 WIDTH = 120
 LONGEST_SETTING = 72  # longer values are cut, so that the reason stays in sight
 
@@ -79,8 +78,6 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     for path, value in _leaves(config, ()):
         key = ".".join(path)
         why = comments.get(path, "")
-        if key in UNLISTED and path not in comments and not _named(command, key):
-            continue  # every command has it, and this one does not use it
         why = why or COMMON.get(key, "")
         for end in range(len(path) - 1, 1, -1):  # one of several values of one kind, described together
             why = why or comments.get(path[:end], "")
@@ -165,10 +162,6 @@ def _step_head(name: str) -> list[str]:
     while lines[start - 1].startswith("#"):
         start -= 1
     return [line.removeprefix("#").strip() for line in lines[start:end]]
-
-
-def _named(command: str, key: str) -> bool:
-    return re.search(rf"^{key}:", (config_folder() / f"{command}.yaml").read_text(encoding="utf-8"), re.M) is not None
 
 
 def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:

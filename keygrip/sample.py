@@ -21,6 +21,8 @@ class SampleSchema(EntrySchema):
     """Root of ``conf/sample.yaml``."""
 
     checkpoint: str = MISSING
+    seed: int = 0
+    run_dir: str | None = None
     checkpoint_step: int | None = None
     trust: Any = ()
     external: dict[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import re
 import signal
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 
+from keygrip.config import compose
 from keygrip.training import run_folder
 
 TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=toy", "data=toy", "strategy=cpu"]
@@ -201,6 +204,8 @@ def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(
             r"^keygrip: data folder no_such_folder does not exist; .*root=PATH\)$",
         ),
         (["step=doctor", "root=.", "frames_per_demo=few"], r"^keygrip: frames_per_demo='few': must be a whole number$"),
+        (["step=doctor", "root=.", "+frames_per_demos=3"], r"there is no setting 'frames_per_demos' in prepare\.yaml"),
+        (["step=record", "root=x", "seed=5"], r"no setting 'seed'.*first_seed"),
     ],
 )
 def test_mistakes_of_a_step(
@@ -213,6 +218,46 @@ def test_mistakes_of_a_step(
     with pytest.raises(SystemExit):
         command.entry_point("prepare", prepare.print_report)
     assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("evaluate", ["evaluate=policy", "checkpoint=x", "seed=5"]),
+        ("export", ["checkpoint=x", "to=y", "seed=5"]),
+        ("export", ["checkpoint=x", "to=y", "run_dir=z"]),
+        ("serve", ["checkpoint=x", "seed=5"]),
+        ("serve", ["checkpoint=x", "run_dir=z"]),
+        ("generate", ["checkpoint=x", "video=a", "question=b", "run_dir=z"]),
+        ("run", ["checkpoint=x", "run_dir=z"]),
+        ("bench", ["seed=5"]),
+    ],
+)
+def test_commands_have_the_settings_that_they_read(command: str, given: list[str]) -> None:
+    for name in ("evaluate", "export", "serve", "generate", "run", "bench"):
+        importlib.import_module(f"keygrip.{name}")  # registers its settings
+    compose(command, given[:-1])
+    with pytest.raises(ConfigCompositionException, match=f"Could not override '{given[-1].partition('=')[0]}'"):
+        compose(command, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["case=volume_loss", "part=vlm_step"], "part=vlm_step has no effect here: it is for a suite"),
+        (["toy=true"], "toy=True has no effect here: it is for a suite"),
+        (["minutes=3"], "minutes=3"),
+        (["commit=abc"], "commit=abc"),
+        (["suite=gpu", "case=volume_loss"], "case=volume_loss has no effect here: it is for a case"),
+        (["suite=gpu", "record=true"], "record=True"),
+        (["suite=gpu", "quick=true"], "quick=True"),
+    ],
+)
+def test_settings_of_a_suite_and_of_a_case_are_not_mixed(given: list[str], said: str) -> None:
+    from keygrip import bench
+
+    with pytest.raises(ValueError, match=said):
+        bench.run(compose("bench", given))
 
 
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) -> None:

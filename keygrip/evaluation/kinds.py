@@ -42,6 +42,7 @@ class EvaluateSchema(EntrySchema):
     """Settings of every kind; the values are in ``conf/evaluate.yaml``."""
 
     checkpoint: str = MISSING
+    run_dir: str | None = None
     checkpoint_step: int | None = MISSING
     trust: Any = MISSING
     external: dict[str, Any] = field(default_factory=dict)

@@ -133,6 +133,8 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     parts: dict[str, dict[str, Tensor]] = {PROCESSOR: {}}
     told = hashes.pop(CONFIG, None)  # exports of earlier versions have none
     for name, digest in hashes.items():
+        if not (root / name).is_file():  # a pipe or a device would be read for ever
+            raise FileNotFoundError(f"{root / name} is missing, or is no file: copy the export again")
         if sha256_file(root / name) != digest:
             raise ValueError(f"{root / name} is not the file that was exported (its SHA-256 differs): copy it again")
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,18 @@ def test_the_card_names_figures_and_command() -> None:
     assert "| val/loss | 0.25 |" in card
     assert "nan" not in card
     assert "python -m keygrip.train model=x seed=1" in card
+    demo = {"command": "demo", "overrides": ["data.root=my demos", "optimizer.lr_multipliers={backbone: 0.1}"]}
+    card = model_card("my_model", content(), {"a": torch.ones(1)}, "of the last step", demo)
+    line = next(line for line in card.splitlines() if "python -m" in line)
+    assert shlex.split(line) == ["python", "-m", "keygrip.demo", *demo["overrides"]]
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "model", mean=torch.zeros(2))
+    (tmp_path / "model" / PROCESSOR).unlink()
+    os.mkfifo(tmp_path / "model" / PROCESSOR)
+    with pytest.raises(FileNotFoundError, match=f"{PROCESSOR} is missing, or is no file"):
+        read_export(tmp_path / "model")
 
 
 def test_a_folder_of_other_safetensors_is_no_export(tmp_path: Path) -> None:
