@@ -13,10 +13,12 @@ from functools import lru_cache
 
 # Also the tags of HTML: what `Placeholders.of` decides.
 BARE = ("image", "video")
-# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: no words of any text.
+# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: no words of any text. <img>a.jpg</img> is of
+# Qwen-VL, <IMG_CONTEXT> of InternVL (one for each token of an image), <start_of_image> of Gemma.
 MARKS = (
     r"<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)+<\|vision_end\|>|<\|vision_(?:start|end)\|>|"
-    r"<\|?(?:image|video)(?:_?\d+|_pad)\|?>|<\|(?:image|video)\|?>|<(?:image|video)\|>"
+    r"<\|?(?:image|video)(?:_?\d+|_pad)\|?>|<\|(?:image|video)\|?>|<(?:image|video)\|>|"
+    r"<img>(?:<IMG_CONTEXT>|[^<>])*</img>|(?:<IMG_CONTEXT>)+|<start_of_image>"
 )
 NO_PLACE = re.compile(r"<\|vision_(?:start|end)\|>", re.IGNORECASE)  # alone it stands beside the one that counts
 NUMBERED = re.compile(r"<\|?(?:image|video)_?(\d+)\|?>", re.IGNORECASE)

@@ -340,12 +340,19 @@ def test_placeholders_are_no_words_of_the_question(tmp_path: Path) -> None:
     assert [(turn.role, turn.text) for turn in conversation.turns] == [("user", "What?"), ("assistant", "This.")]
 
 
-@pytest.mark.parametrize("mark", ["<image_1>", "<image2>", "<|image|>", "<|video_pad|>", "<IMAGE>"])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *("<image_1>", "<image2>", "<|image|>", "<|video_pad|>", "<IMAGE>", "<img>a.jpg</img>", "<start_of_image>"),
+        *("<IMG_CONTEXT>", "<img><IMG_CONTEXT><IMG_CONTEXT></img>"),
+    ],
+)
 def test_placeholders_of_other_models_are_known(mark: str) -> None:
     talk = [{"from": "human", "value": f"{mark} What? {mark}"}, TALK[1]]
     own = own_text({"conversations": talk}, "")
     assert own["shown"]
     assert own["conversations"][0]["turns"][0]["text"] == "What?"
+    assert own["places"] == (1 if mark.startswith(("<image_", "<image2")) else 2)
 
 
 def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None:
