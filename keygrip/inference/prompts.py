@@ -1,8 +1,8 @@
 """Conversations as users give them, with their images and videos decoded: what `VideoChat` and `KeygripProcessor` read.
 
 They have the form that transformers' processors take: messages with a role and content, which is text or a list of
-{"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, a list of them, or an array uint8
-[H, W, 3] or [F, H, W, 3], under the item's type, `path` or `url`.
+{"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, a list of images or of their paths
+(frames of a video), or an array uint8 [H, W, 3] or [F, H, W, 3], under the item's type, `path` or `url`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prompt:
 
     Attributes:
         turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
-        times: of each, when its frames were taken; of frames that come as arrays one per second.
+        times: of each, when its frames were taken; of frames that come as arrays or one by one, one per second.
         before_text: how many of them stand before all text, without a mark.
     """
 
@@ -131,6 +131,8 @@ class PromptReader:
             if kind == "image":
                 raise ValueError(f"an image of {count} frames: give it as a video")
             return animation_frames(given, self.image_size, self.fit, most)
+        if _are_paths(given):
+            return self._still_files(given, kind, most)
         frames = _still_frames(given, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")
@@ -138,6 +140,23 @@ class PromptReader:
         images = [frames[n] if isinstance(frames[n], Image.Image) else Image.fromarray(frames[n]) for n in kept]
         fitted = np.stack([shown_image(image, self.image_size, self.fit) for image in images])
         return fitted, tuple(map(float, kept))
+
+    def _still_files(self, paths: Sequence[str | Path], kind: str, most: int) -> tuple[np.ndarray, tuple[float, ...]]:
+        """The frames of a video that are images in files."""
+        if kind == "image" and len(paths) > 1:
+            raise ValueError(f"an image of {len(paths)} frames: give them as a video")
+        kept = evenly(len(paths), most)
+        found = []
+        for path in (paths[n] for n in kept):
+            frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)
+            if len(frames) > 1 or Path(path).is_dir():
+                raise ValueError(f"{path} is one of several frames, and no image: give a folder or a video alone")
+            found.append(frames)
+        return np.concatenate(found), tuple(map(float, kept))
+
+
+def _are_paths(given: Any) -> bool:
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, str | Path) for each in given)
 
 
 def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
@@ -154,7 +173,7 @@ def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
         raise ValueError(f"an item of type {kind} is no array: {error}") from error
     if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4) or not array.size:
         raise ValueError(
-            f"an item of type {kind} is a path, a PIL image or a list of them, or uint8 [H, W, 3] or [F, H, W, 3]; not "
+            f"an item of type {kind} is a path, a PIL image, a list of either, or uint8 [H, W, 3] or [F, H, W, 3]; not "
             f"{array.dtype} {list(array.shape)}"
         )
     return array[None] if array.ndim == 3 else array
@@ -178,8 +197,9 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
     """
     turns, shown = marked(messages)
     for _, content in shown:
-        if isinstance(content, str | Path) and not Path(content).exists():
-            raise FileNotFoundError(f"there is no video, image or folder at {content}")
+        for path in content if _are_paths(content) else [content]:
+            if isinstance(path, str | Path) and not Path(path).exists():
+                raise FileNotFoundError(f"there is no video, image or folder at {path}")
     return turns
 
 
@@ -238,12 +258,14 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
 
 
 def _visual(item: Mapping[str, Any], kind: str) -> Any:
-    """What an item shows: a path, a PIL image or an array. Raises ValueError: nothing, or what lies elsewhere."""
-    given = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
-    if given is None or (isinstance(given, str) and not given.strip()):  # an empty path would be the present folder
+    """What an item shows: a path, a PIL image, a list of them or an array. Raises ValueError: nothing, or what lies
+    elsewhere."""
+    given: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
+    paths = [path for path in (given if _are_paths(given) else [given]) if isinstance(path, str)]
+    if given is None or not all(map(str.strip, paths)):  # an empty path would be the present folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
-    if isinstance(given, str) and ADDRESS.match(given):
-        raise ValueError(f"{given[:80]!r} is an address, and nothing is fetched: download it and give its local path")
+    if address := next(filter(ADDRESS.match, paths), None):
+        raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
     return given
 
 
