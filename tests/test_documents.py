@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from keygrip.config import group_options
+from keygrip.config import check_overrides, group_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -56,3 +59,24 @@ def test_links_and_images_lead_to_files(path: Path) -> None:
 def test_options_that_a_document_names_exist(path: Path) -> None:
     named = set(OPTION.findall(path.read_text(encoding="utf-8")))
     assert sorted(f"{group}={name}" for group, name in named if name not in group_options(group)) == []
+
+
+def strings_of(node: Any) -> Iterator[str]:
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from strings_of(child)
+    elif isinstance(node, str):
+        yield node
+
+
+def test_commands_of_records_have_the_present_names_of_settings() -> None:
+    """A record is evidence as long as its command runs."""
+    found = 0
+    for file in sorted((ROOT / "benchmarks").rglob("*.json")):
+        for text in strings_of(json.loads(file.read_text())):
+            if not re.search(r"keygrip[ .](train|demo|evaluate|prepare|bench|sample|run)", text):
+                continue
+            given = [word.strip("'\"`,;()") for word in text.split() if "=" in word]
+            check_overrides("train", [word for word in given if not word.startswith("+")])
+            found += 1
+    assert found > 50
