@@ -1,14 +1,21 @@
-"""Frame rates of data sets, and how many frames of each one target step is: in all of them as many seconds."""
+"""Frame rates of data sets: what their time stamps say, and how many frames of each one target step is, in all of them
+as many seconds."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from keygrip.data.bad_samples import first_of
 from keygrip.data.robot.schema import Demo
 
+log = logging.getLogger(__name__)
+
+GAP = 2.5  # median steps; a longer time between two frames is a gap
+NAMED_AT_MOST = 20  # demos in one line of the log
 SAME = 1.05  # steps whose seconds differ by a smaller factor are one step: recorders keep their rate to a few percent
 LARGEST_STRIDE = 30  # of the slowest data set, in what an error proposes
 PERCENT = 0.4  # a percent by which steps differ is as bad there as a step that is longer by a factor of 2 ** 0.4
@@ -32,6 +39,64 @@ def checked_strides(frame_stride: int | Sequence[int], roots: int) -> list[int]:
     if any(isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 for stride in strides):
         raise ValueError(f"data.frame_stride={frame_stride}: must be whole numbers of at least 1")
     return strides
+
+
+def measured_rate(demo: Demo) -> float:
+    """Frames per second that the time stamps say: by the median of the times between frames, or by the mean of those
+    that are no gaps, whichever is nearer to `fps`.
+
+    Single dropped frames move the mean, and jitter that alternates moves the median; another rate moves both.
+    """
+    steps = np.diff(demo.timestamps) * 1e-9
+    median = float(np.median(steps))
+    rates = (1 / median, 1 / float(steps[steps <= GAP * median].mean()))
+    return min(rates, key=lambda rate: abs(math.log(rate / demo.fps)))
+
+
+def differs(measured: float, stated: float) -> bool:
+    """Whether a rate is another one than the stated, and not the same one with a recorder's inaccuracy (`SAME`)."""
+    return not 1 / SAME <= measured / stated <= SAME
+
+
+def longest_gap(demo: Demo) -> float:
+    """Seconds of the longest time between two frames that is a gap (`GAP`); 0 where there is none."""
+    steps = np.diff(demo.timestamps) * 1e-9
+    return float(steps.max()) if steps.max() > GAP * np.median(steps) else 0.0
+
+
+def refuse_other_rates(demos: Sequence[Demo], root: object) -> None:
+    """Raises ValueError: time stamps say another rate than `fps`, at which the plans would run.
+
+    Args:
+        root: for the message.
+    """
+    rates = {demo.name: (measured_rate(demo), demo.fps) for demo in demos}
+    wrong = {name: pair for name, pair in rates.items() if differs(*pair)}
+    if not wrong:
+        return
+    measured, stated = next(iter(wrong.values()))
+    named = first_of([f"{name}: {measured:.4g} for {stated:g}" for name, (measured, stated) in wrong.items()])
+    raise ValueError(
+        f"{root}: the time stamps of {len(wrong)} of {len(demos)} demos say other frames per second than their fps, by "
+        f"more than {100 * (SAME - 1):.0f} % ({named}): plans would run {stated / measured:.3g} times as fast as what "
+        "was shown; correct fps in the metadata, or the time stamps (step=doctor says which)"
+    )
+
+
+def report_gaps(demos: Sequence[Demo], root: object) -> None:
+    """Warns of demos in which frames are missing: the step over a gap counts as one like the others."""
+    gaps = {demo.name: gap for demo in demos if (gap := longest_gap(demo))}
+    if gaps:
+        log.warning(
+            "%s: time stamps jump in %d of %d demos, by up to %.2f s; frames were dropped there, and a policy learns "
+            "to move too fast (leave these demos out, or record them again): %s%s",
+            root,
+            len(gaps),
+            len(demos),
+            max(gaps.values()),
+            ", ".join(f"{name} ({gap:.2f} s)" for name, gap in [*gaps.items()][:NAMED_AT_MOST]),
+            f" and {len(gaps) - NAMED_AT_MOST} more" if len(gaps) > NAMED_AT_MOST else "",
+        )
 
 
 def step_seconds(demos: Sequence[Demo], strides: Sequence[int]) -> float:

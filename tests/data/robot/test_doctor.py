@@ -266,7 +266,7 @@ def bright(parts: Parts, number: int) -> Parts:
         (inverted_gripper, "gripper_polarity", "error", "0 for closed and 1 for open"),
         (still_gripper, "gripper_still", "warning", "which signal is recorded"),
         (gap, "time_gap", "warning", "demo_1: time stamps jump: the longest gap is 0.80 s"),
-        (wrong_rate, "frame_rate", "warning", "the time stamps say 10.0 frames per second"),
+        (wrong_rate, "frame_rate", "error", "the time stamps say 10.0 frames per second"),
         (frozen, "frozen_camera", "error", "camera over, demo_2: the image stands still"),
         (dark, "dark_camera", "error", "almost black"),
         (bright, "bright_camera", "error", "almost white"),

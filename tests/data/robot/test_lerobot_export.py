@@ -147,6 +147,19 @@ def test_a_broken_demo_is_left_out_and_the_others_stay_in_place(demos: Path, tmp
     assert abs(int(last.cameras["side"].frames.read(3)[..., 0].mean()) - (2 * 20 + 3 * 4)) < 4
 
 
+def test_an_export_says_where_frames_are_missing(
+    demos: Path, tmp_path: Path, change_archive, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = np.arange(12) * 100_000_000
+    times[6:] += 5_000_000_000
+    change_archive(demos / "demo_2/trajectory.npz", timestamps_ns=times)
+    export_lerobot(demos, tmp_path / "set", progress=False)
+    (said,) = [record.getMessage() for record in caplog.records if "time stamps jump" in record.getMessage()]
+    assert "in 1 demos (demo_2 (5.10 s))" in said
+    read = find_demos(tmp_path / "set")[2].read()
+    np.testing.assert_array_equal(read.timestamps, times)  # our reader still sees the gap
+
+
 def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:
     native_demo(demos / "other", arms=("right",), cameras=("over", "side"))
     with pytest.raises(ValueError, match=r"'other' has joints .* the first one .*left"):

@@ -368,10 +368,54 @@ def test_max_demos_takes_the_first_ones(native_root: Path, robot_demos: Make) ->
         robot_demos(native_root, max_demos=11).setup("fit")
 
 
-def test_mixed_frame_rates_are_refused(native_root: Path, robot_demos: Make, change_metadata: Any) -> None:
+def stamped(demo: Path, rate: float, change_archive: Any) -> None:
+    """Gives a demo of twelve frames the time stamps of a rate."""
+    change_archive(demo / "trajectory.npz", timestamps_ns=(np.arange(12) * 1e9 / rate).round().astype(np.int64))
+
+
+def test_mixed_frame_rates_are_refused(
+    native_root: Path, robot_demos: Make, change_metadata: Any, change_archive: Any
+) -> None:
     change_metadata(native_root / "demo_02", fps=30.0)
+    stamped(native_root / "demo_02", 30.0, change_archive)
     with pytest.raises(ValueError, match=r"different rates .*10 frames/s, demo_02: 30"):
         robot_demos(native_root).setup("fit")
+
+
+def test_time_stamps_of_another_rate_than_fps_are_refused(
+    native_root: Path, robot_demos: Make, change_metadata: Any, change_archive: Any
+) -> None:
+    """Their plans would run three times as fast as what was shown, and nothing else would tell."""
+    for demo in native_root.glob("demo_*"):
+        change_metadata(demo, fps=30.0)
+    with pytest.raises(
+        ValueError, match=r"10 of 10 demos .* by more than 5 % \(demo_00: 10 for 30; .* 3 times as fast"
+    ):
+        robot_demos(native_root).setup("fit")
+    for demo in native_root.glob("demo_*"):
+        change_metadata(demo, fps=10.0)
+    stamped(native_root / "demo_03", 10.6, change_archive)
+    with pytest.raises(ValueError, match=r"1 of 10 demos .*demo_03: 10.6 for 10"):
+        robot_demos(native_root).setup("fit")
+    stamped(native_root / "demo_03", 10.4, change_archive)
+    jitter = np.arange(12) * 100_000_000 + 40_000_000 * (np.arange(12) % 2)
+    change_archive(native_root / "demo_04" / "trajectory.npz", timestamps_ns=jitter)
+    dropped = np.delete(np.arange(15), [4, 7, 10]) * 100_000_000
+    change_archive(native_root / "demo_05" / "trajectory.npz", timestamps_ns=dropped)
+    assert len(ready(robot_demos(native_root)).demos) == 10
+
+
+def test_gaps_in_the_time_stamps_are_said_once(
+    native_root: Path, robot_demos: Make, change_archive: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = np.arange(12) * 100_000_000
+    times[6:] += 500_000_000
+    for name in ("demo_01", "demo_04"):
+        change_archive(native_root / name / "trajectory.npz", timestamps_ns=times)
+    assert len(ready(robot_demos(native_root)).demos) == 10
+    (said,) = [record.getMessage() for record in caplog.records if "time stamps jump" in record.getMessage()]
+    assert "in 2 of 10 demos, by up to 0.60 s" in said
+    assert "demo_01 (0.60 s), demo_04 (0.60 s)" in said
 
 
 def test_heights_that_differ_by_rounding_alone_are_refused(native_root: Path, robot_demos: Make) -> None:

@@ -13,7 +13,6 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.schema import Demo
 
 MOVED_M = 0.02  # a gripper that moves this far must change the image
-GAP = 2.5  # median steps; a longer time between two frames is a gap
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import GAP, MOVED_M, Examination, listed, matrices
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, matrices
+from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
 from keygrip.data.robot.schema import ArmTrajectory
 
 LARGEST_BIN_MM = 20.0  # a height bin worth more cannot tell a grasp from a miss
 SMALLEST_RANGE_M = 0.02  # range of heights; with less, the height bins carry no information
 LARGEST_RANGE_M = 1.5  # range of heights that an arm on a table does not reach
 OUTLIER_RATIO = 1.5  # full height range over that of all but 2 % of the frames
-RATE_TOLERANCE = 0.1  # relative difference between the stated rate and that of the time stamps
+RATE_TOLERANCE = 0.1  # relative difference between the rate of time stamps in another unit and that unit's
 JUMP_SPEED_M_S = 5.0  # speed that no arm reaches
 ORDER_MARGIN = 0.5  # difference in the mean cosine of the approach against straight down that another order must make
 
@@ -197,16 +198,10 @@ def _first_change(opening: np.ndarray) -> int:
 
 def check_times(exam: Examination) -> None:
     """Gaps in the time stamps, and rates that differ from the stated one or between demos."""
-    gaps: dict[str, float] = {}
-    rates: dict[str, float] = {}
+    gaps = {demo.name: gap for demo in exam.demos if (gap := longest_gap(demo))}
     stated = {demo.name: demo.fps for demo in exam.demos}
-    for demo in exam.demos:
-        steps = np.diff(demo.timestamps) * 1e-9
-        median = float(np.median(steps))
-        if steps.max() > GAP * median:
-            gaps[demo.name] = float(steps.max())
-        if abs(median * demo.fps - 1) > RATE_TOLERANCE:
-            rates[demo.name] = 1 / median
+    rates = {demo.name: measured_rate(demo) for demo in exam.demos}
+    rates = {name: rate for name, rate in rates.items() if differs(rate, stated[name])}
     exam.measures["demos_with_gaps"] = len(gaps)
     units = {name: unit for name, rate in rates.items() if (unit := _clock_unit(rate / stated[name])) is not None}
     if units:
@@ -234,10 +229,11 @@ def check_times(exam: Examination) -> None:
         name, rate = next(iter(rates.items()))
         exam.add(
             "frame_rate",
-            "warning",
+            "error",
             listed(rates),
             f"the time stamps say {rate:.1f} frames per second, the file of {name} says something else",
-            "Correct fps in the metadata: control runs at the rate that it states",
+            "Correct fps in the metadata, or the time stamps: control runs at the stated rate, and training refuses "
+            "another one",
         )
 
 

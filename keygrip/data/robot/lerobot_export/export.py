@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from keygrip.artifacts import atomic_folder, write_json, write_text
+from keygrip.data.bad_samples import first_of
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.frame_rates import longest_gap
 from keygrip.data.robot.lerobot_export import statistics
 from keygrip.data.robot.lerobot_export.files import (
     DATA_FILE_MB,
@@ -80,6 +82,7 @@ def export_lerobot(
     references = find_demos(Path(root), format, calibration)[:max_demos]
     broken: list[tuple[str, str]] = []
     left_out: dict[str, None] = {}
+    gaps: list[str] = []
     with atomic_folder(to) as folder:
         writer: DatasetWriter | None = None
         bar = Progress(references, desc="exporting", unit="demo", shown=progress)
@@ -93,6 +96,8 @@ def export_lerobot(
                 except DemoError as error:
                     broken.append((error.name, error.reason))
                     continue
+                if gap := longest_gap(demo):
+                    gaps.append(f"{demo.name} ({gap:.2f} s)")
                 left_out |= dict.fromkeys(f"depth of {name}" for name, track in demo.cameras.items() if track.depth)
                 left_out |= {"text (captions, questions)": None} if demo.text else {}
             listed = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
@@ -104,6 +109,13 @@ def export_lerobot(
                 writer.close()
     if broken:
         logger.warning("%d of %d demos are broken and left out: %s", len(broken), len(references), listed)
+    if gaps:
+        logger.warning(
+            "time stamps jump in %d demos (%s): frames were dropped there, LeRobot counts time by frames and sees no "
+            "gap (time_s holds the recorded times)",
+            len(gaps),
+            first_of(gaps),
+        )
     if left_out:
         logger.warning("LeRobot has no place for: %s", ", ".join(left_out))
     return ExportSummary(str(to), writer.episodes, writer.frames, len(writer.tasks), broken, list(left_out))
