@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import MAX_PIXELS, guard, is_of_the_machine, regular_file
-from keygrip.data.video_frames import untimed_order, upright_frame
+from keygrip.data.video_frames import untimed_order, upright_frame, yuv420p
 
 # Containers that hold their images themselves, by what is in a file, not by its ending. Lists and playlists (ffconcat,
 # m3u8, ...) in place of a video would have FFmpeg read the files that they name, from the disk or the network.
@@ -47,10 +47,12 @@ def file_identity(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _VideoIndex:
-    """Presentation times of a video's frames in order, and (presentation, decoding time) of its key frames."""
+    """Presentation times of a video's frames in order, (presentation, decoding time) of its key frames, and seconds of
+    a unit of them."""
 
     times: list[int]
     keys: list[tuple[int, int]]
+    unit_s: float
 
 
 def _local(path: str | Path) -> str:
@@ -104,7 +106,7 @@ def _make_index(path: Path) -> _VideoIndex:
                 keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
     if len(set(shown)) != len(shown):
         raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
-    return _VideoIndex(sorted(shown), sorted(keys))
+    return _VideoIndex(sorted(shown), sorted(keys), float(stream.time_base))
 
 
 class _OpenVideo:
@@ -216,6 +218,17 @@ def _open_video(path: Path) -> _OpenVideo:
 def count_frames(path: Path) -> int:
     """Frames in a video file, counted from its packets without decoding. Raises OSError: it cannot be read."""
     return len(_video_index(path).times)
+
+
+def frame_times(path: Path) -> np.ndarray:
+    """[N] seconds at which a video's frames are shown, from the first one on, without decoding.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    index = _video_index(path)
+    times = np.asarray(index.times, np.int64)
+    return np.asarray((times - times[:1]) * index.unit_s)
 
 
 def read_frame(path: Path, index: int) -> np.ndarray:
@@ -438,28 +451,6 @@ def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> 
         yield (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
 
 
-# FFmpeg's conversions from RGB to YUV and back cut fractions off, which darkens every image by 1 to 2 of 255. Written
-# values are therefore rounded, and raised by what reading takes away: measured with FFmpeg's default reader, the mean
-# error of uniform and of textured colours is within 0.5 of 255 for every channel.
-LUMA_LIFT, CHROMA_LIFT = 0.75, -0.1
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32) * np.float32(219 / 255)  # BT.601, limited range
-_CHROMA = np.array(
-    [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=np.float32
-) * np.float32(224 / 255)  # fmt: skip
-
-
-def _yuv420p(image: np.ndarray) -> Any:
-    """An image, H x W x 3 uint8 RGB of even sides, as the encoder takes it: BT.601, limited range, chroma halved."""
-    height, width = image.shape[:2]
-    rgb = image.astype(np.float32)
-    luma = rgb @ _LUMA + (16 + LUMA_LIFT)
-    halved = rgb.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
-    chroma = halved @ _CHROMA.T + (128 + CHROMA_LIFT)
-    planes = np.concatenate([luma.ravel(), chroma[..., 0].ravel(), chroma[..., 1].ravel()])
-    planes = np.clip(np.rint(planes), 0, 255).astype(np.uint8)
-    return av.VideoFrame.from_ndarray(planes.reshape(height * 3 // 2, width), format="yuv420p")
-
-
 class VideoWriter:
     """H.264 in an mp4 container, with B-frames off and a key frame every half second, so that random access is cheap.
 
@@ -481,7 +472,7 @@ class VideoWriter:
             raise ValueError(
                 f"the video takes {self.stream.height} x {self.stream.width} x 3 uint8, not {image.shape} {image.dtype}"
             )
-        self.container.mux(self.stream.encode(_yuv420p(image)))
+        self.container.mux(self.stream.encode(yuv420p(image)))
 
     def close(self) -> None:
         """Write what the encoder still holds and end the file."""

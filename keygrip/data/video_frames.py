@@ -1,4 +1,4 @@
-"""Decoded frames of videos: as players show them, and whether their times can be believed."""
+"""Frames of videos: as players show them, whether their times can be believed, and as the encoder takes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -81,3 +82,25 @@ def _shown_by(display_matrix: Any) -> Image.Transpose | None:
             "turn: write it anew as it is to be seen (`ffmpeg -i IN OUT` does)"
         )
     return SHOWN_BY[nearest]
+
+
+# FFmpeg's conversions from RGB to YUV and back cut fractions off, which darkens every image by 1 to 2 of 255. Written
+# values are therefore rounded, and raised by what reading takes away: measured with FFmpeg's default reader, the mean
+# error of uniform and of textured colours is within 0.5 of 255 for every channel.
+LUMA_LIFT, CHROMA_LIFT = 0.75, -0.1
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32) * np.float32(219 / 255)  # BT.601, limited range
+_CHROMA = np.array(
+    [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=np.float32
+) * np.float32(224 / 255)  # fmt: skip
+
+
+def yuv420p(image: np.ndarray) -> Any:
+    """An image, H x W x 3 uint8 RGB of even sides, as the encoder takes it: BT.601, limited range, chroma halved."""
+    height, width = image.shape[:2]
+    rgb = image.astype(np.float32)
+    luma = rgb @ _LUMA + (16 + LUMA_LIFT)
+    halved = rgb.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
+    chroma = halved @ _CHROMA.T + (128 + CHROMA_LIFT)
+    planes = np.concatenate([luma.ravel(), chroma[..., 0].ravel(), chroma[..., 1].ravel()])
+    planes = np.clip(np.rint(planes), 0, 255).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(planes.reshape(height * 3 // 2, width), format="yuv420p")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import open_image, read_bytes
-from keygrip.data.video import count_frames, file_identity, read_frame
+from keygrip.data.video import count_frames, file_identity, frame_times, read_frame
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
@@ -126,12 +126,17 @@ class VideoFrames:
             `read` and `verify`.
         start: frame of the file that is frame 0 here (several episodes may share a file).
         rotate: clockwise degrees by which each image is turned after decoding.
+        rate: frames per second of the rows that these frames belong to: a file that shows them at other times holds
+            other images for them and is refused by `verify`; None: not compared.
+        whole: a file that holds more frames is refused by `verify` too.
     """
 
     path: Path
     frames: int | None = None
     start: int = 0
     rotate: int = 0
+    rate: float | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         _checked_rotation(self.rotate)
@@ -144,12 +149,30 @@ class VideoFrames:
         return count_frames(self.path)
 
     def verify(self) -> None:
-        """Raises OSError where the file holds fewer frames than this source needs (counted from its packets)."""
+        """Raises OSError where the file holds fewer frames than this source needs (counted from its packets), more, or
+        frames of another rate, where that matters."""
         held, needed = self.frames_in_file(), self.start + (self.frames or 1)
         if self.start < 0:
             raise OSError(f"{self.path}: the stretch of video begins {-self.start} frames before the file")
         if held < needed:
             raise OSError(f"{self.path}: the video holds {held} frames, {needed} are needed; it is cut off")
+        if self.rate is not None:
+            self._refuse_other_times(self.rate)
+        if self.whole and held > needed:
+            raise OSError(
+                f"{self.path}: the video holds {held} frames for {needed} rows, so that rows would get others' images"
+            )
+
+    def _refuse_other_times(self, rate: float) -> None:
+        times = frame_times(self.path)
+        used = self.start + np.arange(len(self))
+        if np.abs(times[used] - used / rate).max() <= 0.5 / rate:
+            return
+        shown = (len(times) - 1) / times[-1]
+        raise OSError(
+            f"{self.path}: the video has {shown:.4g} frames per second and the data set {rate:g}, so that rows would "
+            "get others' images: encode it again at the data set's rate"
+        )
 
     def read(self, index: int) -> np.ndarray:
         _checked_index(index, len(self), self.path)

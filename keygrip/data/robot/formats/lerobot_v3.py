@@ -453,9 +453,16 @@ def _frames(
         if rotate:
             raise DemoError(name, f"{key} is stored as images; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
+    stated = _video_rate(feature)
+    if stated is not None and abs(stated - rate) > ROUNDED * rate:
+        raise DemoError(
+            name,
+            f"{key}: info.json states {stated:g} frames per second of the video and {rate:g} of the data set, so that "
+            "rows would get others' images: encode the videos at the data set's rate, or correct video.fps",
+        )
     if PLACE in episode:
         path = _path(root, info["video_path"], {"video_key": key, **episode[PLACE]})
-        return VideoFrames(path, len(rows), rotate=rotate)
+        return VideoFrames(path, len(rows), rotate=rotate, rate=rate, whole=True)
     prefix = f"videos/{key}/"
     numbers = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
     path = _path(root, info["video_path"], {"video_key": key, **numbers})
@@ -466,4 +473,13 @@ def _frames(
             f"{key}: the stretch of video from {start:.3f} s to {end:.3f} s does not hold "
             f"{len(rows)} frames at {rate:g} fps",
         )
-    return VideoFrames(path, len(rows), start=round(start * rate), rotate=rotate)
+    return VideoFrames(path, len(rows), start=round(start * rate), rotate=rotate, rate=rate)
+
+
+def _video_rate(feature: dict[str, Any]) -> float | None:
+    """Frames per second that info.json states of a video (`video_info` in version 2.0); None where it states none."""
+    for described in (feature.get("info"), feature.get("video_info")):
+        stated = described.get("video.fps") if isinstance(described, dict) else None
+        if isinstance(stated, int | float):
+            return float(stated)
+    return None

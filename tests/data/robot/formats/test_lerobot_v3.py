@@ -183,6 +183,33 @@ def test_version_2_reads_as_version_3(tmp_path, write_dataset, write_video, scen
         find_demos(tmp_path / "two")
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video, scene, version):
+    """Row i would be read as video frame i, which was taken at another time."""
+    write_dataset(tmp_path)
+    if version == 2:
+        to_version_2(tmp_path)
+        file = tmp_path / f"videos/chunk-000/{KEY}/episode_000000.mp4"
+    else:
+        file = tmp_path / f"videos/{KEY}/chunk-000/file-000.mp4"
+    pictures = np.concatenate([scene.pictures()[: LENGTHS[0]], scene.pictures()])
+    write_video(file, pictures[: LENGTHS[0]] if version == 2 else pictures, FPS)
+    assert len(find_demos(tmp_path)[0].read()) == LENGTHS[0]
+    write_video(file, np.repeat(pictures, 3, axis=0), 3 * FPS)
+    with pytest.raises(DemoError, match=f"the video has {3 * FPS} frames per second and the data set {FPS}"):
+        find_demos(tmp_path)[0].read()
+    if version == 2:
+        write_video(file, pictures[: LENGTHS[0] + 1], FPS)
+        with pytest.raises(DemoError, match=f"holds {LENGTHS[0] + 1} frames for {LENGTHS[0]} rows"):
+            find_demos(tmp_path)[0].read()
+    info = json.loads((tmp_path / "meta/info.json").read_text())
+    for key in ("info", "video_info"):
+        info["features"][KEY] |= {"info": None, "video_info": None, key: {"video.fps": 3.0 * FPS}}
+        (tmp_path / "meta/info.json").write_text(json.dumps(info))
+        with pytest.raises(DemoError, match=f"states {3 * FPS} frames per second of the video and {FPS}"):
+            find_demos(tmp_path)[0].read()
+
+
 def test_cameras_without_calibration_are_for_models_that_read_none(tmp_path, write_dataset):
     calibration = write_dataset(tmp_path)
     del calibration["cameras"]
