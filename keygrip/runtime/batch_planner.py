@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keygrip.models.policy import Observation, Plan, Policy, UnderWay
-from keygrip.runtime.planners import planned
+from keygrip.runtime.planners import checked_plan, ordinary, planned
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class BatchPlanner:
 
 
 def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
-    """A plan or an exception for each job; one that fails does not take others with it.
+    """A plan or an error for each job; one that fails, however, does not take others with it.
 
     Those that continue a plan are computed one by one: each is led along a plan of its own.
     """
@@ -194,18 +194,18 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
         policy: Any = together[0].policy
         try:
             plans = policy.plan_batch([job.observation for job in together], [job.policy for job in together])
-            found = dict(zip(together, plans, strict=True))
+            found = {job: checked_plan(plan, job.policy) for job, plan in zip(together, plans, strict=True)}
         except ValueError:
             pass  # one of them, and each says below whether it is the one
-        except Exception:
+        except BaseException:  # a panic of a Rust extension too: the thread is everybody's
             log.exception("a batch of %d failed; planning one by one", len(together))
     for job in jobs:
         if job in found:
             continue
         try:
             found[job] = planned(job.policy, job.observation, job.under_way)
-        except Exception as error:
-            found[job] = error
+        except BaseException as error:
+            found[job] = ordinary(error)
     return [found[job] for job in jobs]
 
 
@@ -239,8 +239,8 @@ async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
         result, failure = None, None
         try:
             result = call()
-        except Exception as error:
-            failure = error
+        except BaseException as error:
+            failure = ordinary(error)
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(deliver, result, failure)
 

@@ -11,6 +11,11 @@ from typing import Protocol
 from keygrip.models.policy import Observation, Plan, Policy, UnderWay
 
 
+class PolicyPanicError(RuntimeError):
+    """A policy ended with something that is no error of Python's: a panic of a Rust extension, an exit. The text says
+    with what."""
+
+
 class ContinuingPolicy(Policy, Protocol):
     """A policy whose plans can continue the one that is being executed (real-time chunking)."""
 
@@ -92,7 +97,12 @@ class ThreadPlanner:
 
     def _work(self) -> None:
         while True:
-            self._done.put(answer(self._policy, self._asked.get()))
+            request = self._asked.get()
+            try:
+                outcome = answer(self._policy, request)
+            except BaseException as error:
+                outcome = PlanOutcome(request, error=ordinary(error))
+            self._done.put(outcome)
 
 
 class SimulatedPlanner:
@@ -124,11 +134,32 @@ class SimulatedPlanner:
 
 
 def planned(policy: Policy, observation: Observation, under_way: UnderWay | None) -> Plan:
-    """The policy's plan, which continues the one under way where there is one. Raises what the policy raises."""
+    """The policy's plan, which continues the one under way where there is one.
+
+    Raises:
+        TypeError: it gives no `Plan`. Whatever the policy raises.
+    """
     if under_way is None:
-        return policy.plan(observation)
+        return checked_plan(policy.plan(observation), policy)
     continuing: ContinuingPolicy = policy  # type: ignore[assignment]
-    return continuing.plan_continuing(observation, under_way.plan, under_way.delay_s)
+    return checked_plan(continuing.plan_continuing(observation, under_way.plan, under_way.delay_s), policy)
+
+
+def checked_plan(plan: object, policy: Policy) -> Plan:
+    """What a policy gave. Raises TypeError: it is no `Plan`."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{type(policy).__name__} gave {type(plan).__name__} in place of a Plan")
+    return plan
+
+
+def ordinary(error: BaseException) -> Exception:
+    """What a policy ended with, as an error that can be handed to another thread: what is no `Exception` would end the
+    thread, or the event loop, that takes it up, and a future takes no StopIteration."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    panic = PolicyPanicError(f"{type(error).__name__}: {error}")
+    panic.__cause__ = error
+    return panic
 
 
 def answer(policy: Policy, request: PlanRequest) -> PlanOutcome:

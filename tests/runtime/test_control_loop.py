@@ -8,6 +8,7 @@ import pty
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,24 @@ def test_a_policy_that_hangs_blocks_nothing() -> None:
     assert planner.poll(100.0) is None
     assert planner.busy_since == 1.0
     hang.set()
+
+
+def test_a_policy_that_panics_is_an_error_and_not_a_thread_that_is_gone() -> None:
+    class Panic(BaseException):
+        """As pyo3's: a panic of a Rust extension is no Exception."""
+
+    class Panicking(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            raise Panic("index out of bounds")
+
+    planner = ThreadPlanner(Panicking())
+    for moment in (1.0, 2.0):
+        planner.request(PlanRequest({}, moment))
+        deadline = time.monotonic() + 20
+        while (outcome := planner.poll(100.0)) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert outcome is not None
+        assert "Panic: index out of bounds" in str(outcome.error)
 
 
 class Script:

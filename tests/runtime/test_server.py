@@ -233,6 +233,66 @@ def test_what_goes_wrong_in_the_policy_is_told_apart(running: Start, toy: Any, o
         assert policy.plan(observation()).step_seconds == 0.3
 
 
+class Panic(BaseException):
+    """As pyo3's: a panic of a Rust extension is no Exception."""
+
+
+@pytest.mark.parametrize("end", [Panic("index out of bounds"), SystemExit(3), StopIteration("no more")])
+def test_a_policy_that_panics_does_not_take_its_thread_with_it(
+    end: BaseException, running: Start, toy: Any, observation: Observe
+) -> None:
+    ends = [end]
+
+    def fail() -> None:
+        if ends:
+            raise ends.pop()
+
+    server = running(toy(fail), plan_s=5.0)
+    with RemotePolicy(server.url) as policy:
+        with pytest.raises(ServerError, match=f"500: the policy failed: .*{type(end).__name__}: {end}"):
+            policy.plan(observation())
+        assert policy.plan(observation()).step_seconds == 0.3
+
+
+def test_a_batch_that_panics_is_planned_one_by_one(running: Start, dice: Any, observation: Observe) -> None:
+    free, batches = threading.Event(), []
+
+    class Panicking(dice):  # type: ignore[misc]
+        def plan_batch(self, observations: Any, sessions: Any) -> Any:
+            batches.append(len(observations))
+            if len(observations) > 1:
+                raise Panic("of the batch")
+            return super().plan_batch(observations, sessions)
+
+    server = running(Panicking(lambda: free.wait(20)), batch=4, waiting=8, plan_s=20.0)
+
+    def one(_: int) -> float:
+        with RemotePolicy(server.url) as policy:
+            return policy.plan(observation()).step_seconds
+
+    with ThreadPoolExecutor(4) as pool:
+        plans = [pool.submit(one, number) for number in range(4)]
+        deadline = time.monotonic() + 20
+        while server.server.service.waiting < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        free.set()
+        assert [plan.result(20) for plan in plans] == [0.3] * 4
+    assert max(batches) > 1
+
+
+def test_what_is_no_plan_is_refused_at_once(running: Start, toy: Any, observation: Observe) -> None:
+    class Empty(toy):  # type: ignore[misc]
+        def plan(self, observation: Any) -> None:
+            return None
+
+    server = running(Empty(), plan_s=5.0)
+    with (
+        RemotePolicy(server.url) as policy,
+        pytest.raises(ServerError, match="500: the policy failed: TypeError: Empty gave NoneType in place of a Plan"),
+    ):
+        policy.plan(observation())
+
+
 def test_a_plan_that_takes_too_long_is_given_up_but_not_forgotten(
     running: Start, toy: Any, observation: Observe
 ) -> None:
