@@ -6,43 +6,14 @@ with exit code 1; Ctrl-C and SIGTERM stop the arm, too.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
-from keygrip.evaluation.kinds import plain
-from keygrip.evaluation.trained_policy import load_policy
-from keygrip.models.policy import Policy, continues
-from keygrip.runtime.asynchronous import ChunkExecution
-from keygrip.runtime.client import RemotePolicy, ServerError
-from keygrip.runtime.control_loop import ControlLoop
-from keygrip.runtime.dry_run import dry_run
-from keygrip.runtime.plan_terms import refuse_idle_follow
-from keygrip.runtime.planners import ThreadPlanner
-from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
-from keygrip.runtime.robot import JointRobot
-from keygrip.runtime.takeover import CorrectionRecorder
-from keygrip.runtime.watchdog import State, Watchdog
-from keygrip.setting_types import refuse_ill_typed
-from keygrip.training.checkpoints import external_files, find_checkpoint, trusted_packages
-from keygrip.training.strategies import use_tf32
-
-log = logging.getLogger(__name__)
-
-
-class StoppedError(ValueError):
-    """The watchdog stopped the arm; the message says why. An error of the run, not of the program."""
 
 
 @dataclass
@@ -75,173 +46,10 @@ register("run_schema", RunSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Runs as ``cfg`` says and returns the report's figures.
+    """Runs as ``cfg`` says and returns the report's figures; see :func:`keygrip.inference.driving.drive`."""
+    from keygrip.inference.driving import drive  # torch takes seconds to import, and --help needs none
 
-    Raises:
-        FileNotFoundError, ValueError: no such checkpoint, a policy that needs other arms or cameras than the robot has,
-            or a setting that cannot be. ConnectionError: robot or server do not answer.
-    """
-    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
-    if not cfg.seconds > 0:
-        raise ValueError(f"seconds={cfg.seconds}: must be above 0")
-    policy = _policy(cfg)
-    robot = instantiate(_for_policy(cfg, policy).robot)
-    try:
-        _refuse_mismatch(policy, robot)
-        if hasattr(policy, "reset"):
-            policy.reset(cfg.seed)
-        limits = instantiate(cfg.limits, _convert_="all")
-        if limits is None:
-            log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
-        # a server has bounds of its own
-        planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
-        execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
-        _refuse_no_continuing(execution, policy)
-        needs = getattr(policy, "needs", None)
-        refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
-        if cfg.dry_run is not None:
-            return dry_run(planning, robot, limits, Path(cfg.dry_run), execution.follow)
-        with contextlib.ExitStack() as stack:
-            recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
-            takeover = instantiate(cfg.takeover)  # from here on the keyboard is its own
-            if takeover is not None:
-                stack.callback(takeover.close)
-            loop = ControlLoop(robot, execution, limits, Watchdog(instantiate(cfg.watchdog)), takeover, recorder)
-            report = loop.run(cfg.seconds, over=lambda: _task_over(robot))
-            result = report.summary()
-            if recorder is not None:
-                result["recorded"] = cfg.record if recorder.corrected else None
-        if hasattr(robot, "outcome"):
-            result["success"] = robot.outcome()[0]
-        if report.state is State.STOPPED:
-            log.info(json.dumps(result))
-            raise StoppedError(f"the arm was stopped: {report.reason}")
-        return result
-    finally:
-        robot.stop()
-        robot.close()
-
-
-def _policy(cfg: DictConfig) -> Policy:
-    if (cfg.checkpoint is None) == (cfg.server is None):
-        raise ValueError("give one of checkpoint=RUN and server=http://HOST:PORT")
-    if cfg.server is not None:
-        idle = [name for name in ("checkpoint_step", "device", "tf32", "policy", "trust", "external") if cfg[name]]
-        idle += ["bounds"] if instantiate(cfg.bounds) != Bounds() else []
-        if idle:
-            raise ValueError(f"{idle[0]} has no effect with server=...: give it to keygrip serve")
-        try:
-            remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
-        except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program
-            raise ConnectionError(f"server={cfg.server}: {error}") from error
-        return remote
-    for name in ("token", "ca"):
-        if cfg[name] is not None:
-            raise ValueError(f"{name} has no effect with checkpoint=...: it is for server=https://HOST:PORT")
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    use_tf32(cfg.tf32, device.startswith("cuda"))
-    file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
-    policy: Policy = load_policy(file, plain(cfg.policy) or {}, device, trusted_packages(cfg), external_files(cfg))
-    return policy
-
-
-def _for_policy(cfg: DictConfig, policy: Any) -> DictConfig:
-    """The settings of the robot with `arms` in the order of the policy's, where both name the same ones, and with the
-    camera of a policy that reads one first.
-
-    Observations and plans know arms by their place alone, an arm that is added on the command line stands behind those
-    of the file, and the first camera's image is the observation's own.
-    """
-    needs, fitted = policy.needs, copy.deepcopy(cfg)  # a part of the root, whose settings it may refer to
-    robot, arms, cameras = fitted.robot, fitted.robot.get("arms"), fitted.robot.get("cameras")
-    if isinstance(arms, DictConfig) and sorted(map(str, arms)) == sorted(needs.arms):
-        robot.arms = _first(arms, needs.arms)
-    trained = needs.cameras or (() if needs.camera is None else (needs.camera,))
-    if cameras is None and trained and set(trained) <= set(getattr(get_object(robot._target_), "known_cameras", ())):
-        robot.cameras = list(trained)
-    elif isinstance(cameras, DictConfig | ListConfig) and needs.camera in list(cameras):
-        robot.cameras = _first(cameras, (needs.camera,))
-    return fitted
-
-
-def _first(named: DictConfig | ListConfig, names: Sequence[str]) -> Any:
-    """The same entries, those with these names first."""
-    entries: Any = OmegaConf.to_container(named, resolve=False)
-    order = [*names, *(name for name in entries if name not in names)]
-    return {name: entries[name] for name in order} if isinstance(entries, dict) else order
-
-
-def _refuse_mismatch(policy: Any, robot: Any) -> None:
-    needs = policy.needs
-    # one arm is one arm, whatever both sides call it; of several the names say which is which
-    if len(needs.arms) != len(robot.arms) or (len(needs.arms) > 1 and set(needs.arms) != set(robot.arms)):
-        raise ValueError(
-            f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}: give robot.arms the "
-            "policy's names"
-        )
-    if len(needs.arms) > 1 and tuple(needs.arms) != tuple(robot.arms):
-        raise ValueError(
-            f"the policy's arms are {', '.join(needs.arms)} in this order, the robot gives {', '.join(robot.arms)}: "
-            "plans would move the wrong arm; give the robot the policy's order"
-        )
-    # one camera is one camera, too
-    missing = [name for name in needs.cameras if name not in robot.cameras]
-    if missing and not (len(needs.cameras) == 1 and len(robot.cameras) == 1):
-        raise ValueError(f"the policy reads camera {missing[0]!r}; the robot has {', '.join(robot.cameras)}")
-    if not needs.cameras and len(robot.cameras) > 1:
-        _refuse_other_camera(needs.camera, robot.cameras)
-    if needs.instruction and not getattr(robot, "instruction", ""):
-        raise ValueError("the policy reads an instruction: give robot.instruction='...'")
-
-
-def _refuse_other_camera(trained: str | None, cameras: Sequence[str]) -> None:
-    """Raises ValueError: the first of several cameras, whose image is given, is not the one trained on."""
-    if trained is None:
-        log.warning(
-            "the policy does not say which camera it was trained on (an older checkpoint): it is given %s, the first "
-            "of %s; name another one first in robot.cameras, or leave the others out",
-            cameras[0],
-            ", ".join(cameras),
-        )
-    elif trained not in cameras:
-        raise ValueError(
-            f"the policy was trained on camera {trained!r}; the robot has {', '.join(cameras)}: name the one in its "
-            f"place {trained!r} in robot.cameras, or leave the others out"
-        )
-    elif trained != cameras[0]:
-        raise ValueError(
-            f"the policy was trained on camera {trained!r}, the robot gives the image of {cameras[0]!r}: it must name "
-            f"{trained!r} first of its cameras ({', '.join(cameras)})"
-        )
-
-
-def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
-    if execution.continue_chunks and not continues(policy):
-        which = f"that of {policy.url}" if isinstance(policy, RemotePolicy) else type(policy).__name__
-        raise ValueError(
-            "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
-            f"{which} does not: leave it out"
-        )
-
-
-def _recorder(folder: Path, robot: Any) -> CorrectionRecorder:
-    return CorrectionRecorder(
-        folder,
-        robot.robot,
-        "correction",
-        robot.instruction or "correction",
-        robot.arms,
-        robot.cameras,
-        robot.control_hz,
-    )
-
-
-def _task_over(robot: Any) -> bool:
-    """Whether a simulated robot's task is done or has failed; a real one's run ends by time."""
-    if not hasattr(robot, "outcome"):
-        return False
-    success, failure = robot.outcome()
-    return bool(success or failure)
+    return drive(cfg)
 
 
 def print_report(cfg: DictConfig) -> None:

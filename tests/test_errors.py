@@ -296,11 +296,13 @@ def test_logs_go_to_standard_error_only(cli: Callable[..., Any]) -> None:
 def test_import_is_light_and_help_needs_no_torch(command: Callable[..., Any], tmp_path: Path) -> None:
     script = tmp_path / "light.py"
     script.write_text(
-        "import sys, keygrip, keygrip.config, keygrip.train\n"
+        "import sys, keygrip, keygrip.config, keygrip.train, keygrip.run, keygrip.serve, keygrip.demo\n"
         "heavy = {'torch', 'lightning', 'timm', 'mujoco', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "sys.argv = ['train', '--help']\n"
         "keygrip.train.main()\n"
+        "sys.argv = ['run', '--help']\n"
+        "keygrip.run.main()\n"
         "heavy = {'torch', 'lightning', 'timm', 'mujoco'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

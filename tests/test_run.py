@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-import keygrip.run
 import keygrip.runtime.cameras
 import keygrip.runtime.i2rt_yam
 from keygrip.config import SettingError, compose
 from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.inference import driving
+from keygrip.inference.driving import StoppedError
 from keygrip.models.policy import Needs, Observation, Plan
-from keygrip.run import StoppedError, run
+from keygrip.run import run
 from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.sim_yam import SimulatedYam
 from keygrip.runtime.takeover import KeyboardTakeover
@@ -43,8 +44,8 @@ SMALL = ("robot.real_time=false", "robot.image_size=32", "seconds=1.5", "checkpo
 
 def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     policy: Any = Steady()
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
-    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     result = run(compose("run", SMALL))
     assert result["state"] == "running"
     assert result["ticks"] == 15
@@ -69,8 +70,8 @@ def immediate(policy: Any) -> SimulatedPlanner:
 
 def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(keygrip.run, "RemotePolicy", lambda url, **options: asked.append((url, options)) or Steady())
-    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    monkeypatch.setattr(driving, "RemotePolicy", lambda url, **options: asked.append((url, options)) or Steady())
+    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
     run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
     assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem"})]
@@ -95,7 +96,7 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
 def test_a_record_that_exists_is_refused_before_a_person_gets_the_keyboard(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: Steady())
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Steady())
     monkeypatch.setattr(KeyboardTakeover, "__init__", lambda self, **settings: pytest.fail("the terminal was taken"))
     with pytest.raises(FileExistsError, match="exists already"):
         run(compose("run", [*SMALL, "takeover=keyboard", f"record={tmp_path}"]))
@@ -146,7 +147,7 @@ def drivers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Driver]:
     found = {"can0": Driver(), "can1": Driver()}
     monkeypatch.setattr(keygrip.runtime.i2rt_yam, "connect", lambda channel, sim: found[channel])
     monkeypatch.setattr(keygrip.runtime.cameras, "VideoCamera", Grey)
-    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     return found
 
 
@@ -198,7 +199,7 @@ def test_each_of_two_arms_is_seen_and_moved_by_its_name(
 ) -> None:
     """The file names the right arm, so that a left one that is added stands behind it."""
     policy = Closing(*arms)
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
     run(compose("run", [*real, "+robot.arms.left=can1"]))
     first, second = ("can1", "can0") if arms[0] == "left" else ("can0", "can1")
     assert min(command[6] for command in drivers[first].commands) == 0.0
@@ -210,12 +211,12 @@ def test_each_of_two_arms_is_seen_and_moved_by_its_name(
 def test_arms_of_other_names_and_an_order_that_cannot_be_changed_are_refused(
     monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
 ) -> None:
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: Closing("left", "right"))
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Closing("left", "right"))
     with pytest.raises(ValueError, match="policy moves left, right, the robot has right, third"):
-        keygrip.run._refuse_mismatch(Closing("left", "right"), Fixed("right", "third"))
+        driving._refuse_mismatch(Closing("left", "right"), Fixed("right", "third"))
     with pytest.raises(ValueError, match="left, right in this order, the robot gives right, left"):
-        keygrip.run._refuse_mismatch(Closing("left", "right"), Fixed("right", "left"))
-    keygrip.run._refuse_mismatch(Closing("left"), Fixed("right"))
+        driving._refuse_mismatch(Closing("left", "right"), Fixed("right", "left"))
+    driving._refuse_mismatch(Closing("left"), Fixed("right"))
     with pytest.raises(ValueError, match="the robot has right"):
         run(compose("run", real))
     assert not any(driver.commands[:-1] for driver in drivers.values())  # the one command holds it where it is
@@ -236,7 +237,7 @@ def test_a_policy_of_one_camera_gets_the_one_that_it_was_trained_on(
     trained: str, level: int, monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
 ) -> None:
     policy = Closing("right", camera=trained)
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
     run(compose("run", [*real, FRONT]))
     assert policy.seen[0]["image"].mean() == level
     assert set(policy.seen[0]["cameras"]) == {"over", "front"}
@@ -246,27 +247,27 @@ def test_a_camera_of_another_name_is_refused_beside_others_and_taken_alone(
     monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = Closing("right", camera="top")
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
     with pytest.raises(ValueError, match="trained on camera 'top'; the robot has over, front"):
         run(compose("run", [*real, FRONT]))
     assert policy.seen == []
     run(compose("run", real))
     assert policy.seen
     with pytest.raises(ValueError, match="trained on camera 'front', the robot gives the image of 'over'"):
-        keygrip.run._refuse_mismatch(Closing("right", camera="front"), Fixed("right", cameras=("over", "front")))
-    keygrip.run._refuse_mismatch(Closing("right"), Fixed("right", cameras=("over", "front")))
+        driving._refuse_mismatch(Closing("right", camera="front"), Fixed("right", cameras=("over", "front")))
+    driving._refuse_mismatch(Closing("right"), Fixed("right", cameras=("over", "front")))
     assert "does not say which camera" in caplog.text
 
 
 def test_the_simulated_cell_draws_the_camera_that_the_policy_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
     for trained in ("over", "front", "top", None):
-        settings = keygrip.run._for_policy(compose("run", SMALL), Closing("right", camera=trained)).robot
+        settings = driving._for_policy(compose("run", SMALL), Closing("right", camera=trained)).robot
         drawn[trained] = settings.cameras
     assert drawn == {"over": ["over"], "front": ["front"], "top": None, None: None}
     policy = Closing("right", camera="front")
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: policy)
-    monkeypatch.setattr(keygrip.run, "ThreadPlanner", immediate)
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
+    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     run(compose("run", [*SMALL, "seconds=0.1", "bounds.image_levels=0"]))
     front, over = _seen_by_cell("front", "over")
     np.testing.assert_array_equal(policy.seen[0]["image"], front)

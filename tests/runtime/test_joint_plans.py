@@ -22,6 +22,7 @@ from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.handover import HandoverTask, handover_actions
 from keygrip.envs.yam.tasks import TaskOptions, sample_layout
 from keygrip.envs.yam.two_arms import HandoverCell
+from keygrip.inference import driving
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics
@@ -522,7 +523,7 @@ def test_what_cannot_be_followed_is_said_before_anything_moves(
         def plan(self, observation: Observation) -> Plan:
             raise AssertionError("nothing is planned")
 
-    monkeypatch.setattr(keygrip.run, "_policy", lambda cfg: Still())
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Still())
     small = ("robot.real_time=false", "robot.image_size=32", "seconds=1.5", "checkpoint=here")
     with pytest.raises(ValueError, match=r"execution.follow=joints cannot be"):
         keygrip.run.run(compose("run", [*small, "execution.follow=joints"]))
