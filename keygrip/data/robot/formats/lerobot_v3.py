@@ -53,6 +53,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.bad_samples import BadSample, guard, inside, read_json, regular_file
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.formats.frames import ParquetFrames
+from keygrip.data.robot.formats.lerobot_numbers import flat_names, numbers, stated_rate
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
@@ -186,12 +187,12 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         DemoError: rows or a stretch of video missing, or a feature that the calibration file names and the data set
             lacks.
     """
-    number, rate = int(episode["episode_index"]), float(info["fps"])
+    number, rate = int(episode["episode_index"]), stated_rate(info, root)
     name = f"episode_{number:06d}"
     place = episode.get(PLACE)  # of version 2, where each episode has its files
     if place is None:
         place = {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])}
-    file = _path(root, info["data_path"], place)
+    file = _path(root, info, "data_path", place)
     table, rows = _rows(file, number, name)
     frames = len(rows)
     if frames != int(episode["length"]):
@@ -243,10 +244,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     corrected = None
     if "intervention" in calibration.lerobot:
         where = calibration.lerobot["intervention"]
-        corrected = _numbers(table, info, "lerobot.intervention", where, calibration.path)[:, 0] != 0
+        corrected = numbers(table, info, "lerobot.intervention", where, calibration.path)[:, 0] != 0
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
     if "time" in calibration.lerobot:
-        times = _numbers(table, info, "lerobot.time", calibration.lerobot["time"], calibration.path)[:, 0]
+        times = numbers(table, info, "lerobot.time", calibration.lerobot["time"], calibration.path)[:, 0]
     return Demo(
         name=name,
         path=root,
@@ -287,7 +288,7 @@ def _recorded(
     for part, side in (("intrinsics", 3), ("world_to_camera", 4)):
         if not isinstance(entry, dict) or part not in entry:
             raise ValueError(f"{calibration.path}: {where} needs intrinsics and world_to_camera")
-        values = _numbers(table, info, f"{where}.{part}", entry[part], calibration.path)
+        values = numbers(table, info, f"{where}.{part}", entry[part], calibration.path)
         if values.shape[1] != side * side:
             raise ValueError(
                 f"{calibration.path}: {where}.{part} needs {side * side} numbers, it names {values.shape[1]}"
@@ -297,14 +298,19 @@ def _recorded(
     return found[0], found[1]
 
 
-def _path(root: Path, template: str, values: dict[str, Any]) -> Path:
-    """A file of the data set. `template` is the data set's own: only `{name}` and `{name:03d}` are filled in."""
+def _path(root: Path, info: dict[str, Any], template: str, values: dict[str, Any]) -> Path:
+    """A file of the data set. The template is the data set's own: only `{name}` and `{name:03d}` are filled in."""
+    if not isinstance(info.get(template), str):
+        raise ValueError(
+            f"{root}/meta/info.json: {template} is {info.get(template)}; the pattern by which "
+            f"{template.removesuffix('_path')} files are found is needed: correct it, or copy the data set again"
+        )
 
     def filled(field: re.Match[str]) -> str:
         value = values[field[1]]
         return f"{value:0{int(field[2])}d}" if field[2] else str(value)
 
-    return inside(root, re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", filled, template))
+    return inside(root, re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", filled, info[template]))
 
 
 def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
@@ -328,34 +334,6 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
     return {key: part[key].to_pylist() for key in part.column_names}, [int(row) for row in own[order]]
 
 
-def _numbers(table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, path: Path) -> np.ndarray:
-    """[N, n] the numbers that an entry of the calibration file points at."""
-    if not isinstance(entry, dict) or "feature" not in entry or not ({"index", "names"} & entry.keys()):
-        raise ValueError(f"{path}: {where} must be {{feature: NAME, index: [...]}} or {{feature: NAME, names: [...]}}")
-    feature = entry["feature"]
-    if feature not in table:
-        raise ValueError(f"{path}: {where} names the feature {feature!r}; the data set has {', '.join(table)}")
-    values = np.asarray(table[feature], dtype=np.float64).reshape(len(table[feature]), -1)
-    if "names" in entry:
-        known = _flat_names(info["features"][feature].get("names"))
-        absent = [str(item) for item in entry["names"] if item not in known]
-        if absent:
-            raise ValueError(f"{path}: {where} names {', '.join(absent)}; {feature} has {', '.join(known)}")
-        index = [known.index(item) for item in entry["names"]]
-    else:
-        index = list(np.atleast_1d(entry["index"]))
-    if index and max(index) >= values.shape[1]:
-        raise ValueError(f"{path}: {where} asks for number {max(index)} of {feature}, which has {values.shape[1]}")
-    return values[:, index]
-
-
-def _flat_names(names: Any) -> list[str]:
-    """LeRobot stores names as a list, or as a mapping from a group to a list."""
-    if isinstance(names, dict):
-        return [str(item) for group in names.values() for item in (group if isinstance(group, list) else [group])]
-    return [str(item) for item in names or []]
-
-
 def _arm(
     table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, ArmTrajectory]:
@@ -375,7 +353,7 @@ def _arm(
             raise ValueError(f"{path}: {below} needs gripper")
         commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
     told = entry.get("controller")
-    controller = None if told is None else _numbers(table, info, f"{where}.controller", told, path)
+    controller = None if told is None else numbers(table, info, f"{where}.controller", told, path)
     return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded, controller)
 
 
@@ -390,7 +368,12 @@ def _trajectory(
 
 
 def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:
-    values = _numbers(table, info, f"{where}.gripper", entry["gripper"], path)
+    values = numbers(table, info, f"{where}.gripper", entry["gripper"], path)
+    if values.shape[1] != 1:
+        raise ValueError(
+            f"{path}: {where}.gripper names {values.shape[1]} numbers of {entry['gripper']['feature']}: the opening is "
+            "one, give one index or name"
+        )
     closed, opened = float(entry["gripper"].get("closed", 0.0)), float(entry["gripper"].get("open", 1.0))
     return opening(values, f"{where}.gripper", closed, opened)
 
@@ -399,13 +382,13 @@ def _poses(
     table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """world_from_gripper [N, 4, 4], and the joints [N, J] where the file names them."""
-    joints = _numbers(table, info, f"{where}.joints", entry["joints"], path) if "joints" in entry else None
+    joints = numbers(table, info, f"{where}.joints", entry["joints"], path) if "joints" in entry else None
     if "position" in entry and "rotation" in entry:
-        position = _numbers(table, info, f"{where}.position", entry["position"], path)
+        position = numbers(table, info, f"{where}.position", entry["position"], path)
         kind = entry["rotation"].get("as") if isinstance(entry["rotation"], dict) else None
         if kind not in _ROTATIONS:
             raise ValueError(f"{path}: {where}.rotation.as must be one of {', '.join(_ROTATIONS)}, not {kind!r}")
-        values = _numbers(table, info, f"{where}.rotation", entry["rotation"], path)
+        values = numbers(table, info, f"{where}.rotation", entry["rotation"], path)
         if position.shape[1] != 3 or values.shape[1] != _ROTATIONS[kind]:
             raise ValueError(f"{path}: {where} needs 3 numbers of position and {_ROTATIONS[kind]} of rotation")
         return base.world_from_base @ transform(position, _matrices(values, kind, where)), joints
@@ -432,7 +415,7 @@ def _matrices(values: np.ndarray, kind: str, where: str) -> np.ndarray:
 def _size(feature: dict[str, Any]) -> tuple[int, int]:
     """(height, width) of an image feature, whose shape is height, width, channels or channels first."""
     shape = [int(side) for side in feature["shape"]]
-    names = _flat_names(feature.get("names"))
+    names = flat_names(feature.get("names"))
     first = bool(names) and names[0].startswith("c")
     return (shape[1], shape[2]) if first or (not names and shape[0] in (1, 3)) else (shape[0], shape[1])
 
@@ -461,11 +444,11 @@ def _frames(
             "rows would get others' images: encode the videos at the data set's rate, or correct video.fps",
         )
     if PLACE in episode:
-        path = _path(root, info["video_path"], {"video_key": key, **episode[PLACE]})
+        path = _path(root, info, "video_path", {"video_key": key, **episode[PLACE]})
         return VideoFrames(path, len(rows), rotate=rotate, rate=rate, whole=True)
     prefix = f"videos/{key}/"
-    numbers = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
-    path = _path(root, info["video_path"], {"video_key": key, **numbers})
+    place = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
+    path = _path(root, info, "video_path", {"video_key": key, **place})
     start, end = float(episode[f"{prefix}from_timestamp"]), float(episode[f"{prefix}to_timestamp"])
     if abs((end - start) * rate - len(rows)) > 1.5:
         raise DemoError(

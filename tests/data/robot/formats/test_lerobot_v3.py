@@ -399,6 +399,15 @@ def test_a_video_that_is_too_short_for_its_episodes_is_refused(tmp_path, scene, 
         (lambda c: c["lerobot"]["arms"]["right"]["rotation"].update(names=["qx", "q"]), "names q; .* has x, y, z"),
         (lambda c: c["lerobot"]["arms"]["right"]["position"].update(index=[0, 1, 9]), "asks for number 9"),
         (lambda c: c["lerobot"]["arms"]["right"]["position"].update(feature="state"), "the data set has"),
+        (
+            lambda c: c["lerobot"]["arms"]["right"]["gripper"].update(index=7.5),
+            r"right\.gripper\.index is 7\.5: observation\.state is counted by whole numbers from 0",
+        ),
+        (lambda c: c["lerobot"]["arms"]["right"]["position"].update(index=[0, 1, -1]), r"position\.index is -1"),
+        (
+            lambda c: c["lerobot"]["arms"]["right"]["gripper"].update(index=[6, 7]),
+            r"right\.gripper names 2 numbers of observation\.state: the opening is one, give one index",
+        ),
         (lambda c: c["lerobot"]["arms"]["right"]["gripper"].update(open=1.0), "other units"),
         (
             lambda c: c.update(cameras={"front": c["cameras"]["top"]}),
@@ -413,6 +422,39 @@ def test_wrong_sidecars_are_one_clear_line(tmp_path, write_dataset, change, mess
     with pytest.raises(ValueError, match=message) as caught:
         find_demos(tmp_path)[0].read()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fps": 0}, r"info\.json: fps is 0; the data set's frames per second, above 0, are needed"),
+        ({"fps": None}, r"info\.json: fps is None"),
+        ({"fps": "fast"}, r"info\.json: fps is 'fast'"),
+        ({"video_path": None}, r"info\.json: video_path is None; the pattern by which video files are found is needed"),
+        ({"data_path": None}, r"info\.json: data_path is None"),
+    ],
+)
+def test_a_wrong_description_is_one_clear_line(tmp_path, write_dataset, change, message):
+    write_dataset(tmp_path)
+    file = tmp_path / "meta/info.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DemoError, match=message) as caught:
+        find_demos(tmp_path)[0].read()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_without_numbers_is_named(tmp_path, write_dataset):
+    write_dataset(tmp_path)
+    file = tmp_path / "data/chunk-000/file-000.parquet"
+    rows = pq.read_table(file).to_pylist()
+    whole = rows[3]["observation.state"]
+    for given, said in ((None, "is empty"), (whole[:5], "has 5 numbers")):
+        rows[3]["observation.state"] = given
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        with pytest.raises(
+            DemoError, match=rf"observation\.state {said} at frame 3 .* others have 8 .*right\.position"
+        ):
+            find_demos(tmp_path)[0].read()
 
 
 def test_import_to_native(tmp_path, write_dataset, check_geometry):

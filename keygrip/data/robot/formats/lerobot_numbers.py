@@ -1,0 +1,78 @@
+"""Numbers of a LeRobot data set: those that an entry of the calibration file points at, and the frame rate."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def stated_rate(info: dict[str, Any], root: Path) -> float:
+    """Frames per second of the data set.
+
+    Raises:
+        ValueError: `meta/info.json` states none above 0.
+    """
+    try:
+        rate = float(info.get("fps"))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(
+            f"{root}/meta/info.json: fps is {info.get('fps')!r}; the data set's frames per second, above 0, are "
+            "needed: correct it there"
+        )
+    return rate
+
+
+def numbers(table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, path: Path) -> np.ndarray:
+    """[N, n] the numbers of an episode's N rows that an entry of the calibration file points at.
+
+    Args:
+        table: columns of the rows. where: the entry's place in the file. path: the file, for messages.
+
+    Raises:
+        ValueError: the data set has no such feature or numbers, or rows without them.
+    """
+    if not isinstance(entry, dict) or "feature" not in entry or not ({"index", "names"} & entry.keys()):
+        raise ValueError(f"{path}: {where} must be {{feature: NAME, index: [...]}} or {{feature: NAME, names: [...]}}")
+    feature = entry["feature"]
+    if feature not in table:
+        raise ValueError(f"{path}: {where} names the feature {feature!r}; the data set has {', '.join(table)}")
+    values = _values(table[feature], feature, where, path)
+    if "names" in entry:
+        known = flat_names(info["features"][feature].get("names"))
+        names = [entry["names"]] if isinstance(entry["names"], str) else entry["names"]
+        absent = [str(item) for item in names if item not in known]
+        if absent:
+            raise ValueError(f"{path}: {where} names {', '.join(absent)}; {feature} has {', '.join(known)}")
+        return values[:, [known.index(item) for item in names]]
+    index = entry["index"] if isinstance(entry["index"], list) else [entry["index"]]
+    wrong = [item for item in index if type(item) is not int or item < 0]
+    if wrong:
+        raise ValueError(f"{path}: {where}.index is {wrong[0]!r}: {feature} is counted by whole numbers from 0")
+    if index and max(index) >= values.shape[1]:
+        raise ValueError(f"{path}: {where} asks for number {max(index)} of {feature}, which has {values.shape[1]}")
+    return values[:, index]
+
+
+def _values(column: list[Any], feature: str, where: str, path: Path) -> np.ndarray:
+    """[N, n] a column, whatever its feature's shape."""
+    sizes = [0 if row is None else np.size(row) for row in column]
+    usual = max(sizes, default=0)
+    if short := [number for number, size in enumerate(sizes) if size != usual]:
+        what = "is empty" if sizes[short[0]] == 0 else f"has {sizes[short[0]]} numbers"
+        raise ValueError(
+            f"{feature} {what} at frame {short[0]} of the episode, where others have {usual} ({where} in {path} reads "
+            "it): leave the episode out, or name another feature"
+        )
+    return np.asarray(column, dtype=np.float64).reshape(len(column), -1)
+
+
+def flat_names(names: Any) -> list[str]:
+    """LeRobot stores names as a list, or as a mapping from a group to a list."""
+    if isinstance(names, dict):
+        return [str(item) for group in names.values() for item in (group if isinstance(group, list) else [group])]
+    return [str(item) for item in names or []]
