@@ -472,7 +472,7 @@ class VideoWriter:
             raise ValueError(
                 f"the video takes {self.stream.height} x {self.stream.width} x 3 uint8, not {image.shape} {image.dtype}"
             )
-        self.container.mux(self.stream.encode(yuv420p(image)))
+        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(yuv420p(image), format="yuv420p")))
 
     def close(self) -> None:
         """Write what the encoder still holds and end the file."""

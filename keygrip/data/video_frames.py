@@ -6,7 +6,6 @@ import math
 from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -94,8 +93,9 @@ _CHROMA = np.array(
 ) * np.float32(224 / 255)  # fmt: skip
 
 
-def yuv420p(image: np.ndarray) -> Any:
-    """An image, H x W x 3 uint8 RGB of even sides, as the encoder takes it: BT.601, limited range, chroma halved."""
+def yuv420p(image: np.ndarray) -> np.ndarray:
+    """The planes [H * 3 / 2, W] uint8 of an image, H x W x 3 uint8 RGB of even sides, as the encoder takes them:
+    BT.601, limited range, chroma halved."""
     height, width = image.shape[:2]
     rgb = image.astype(np.float32)
     luma = rgb @ _LUMA + (16 + LUMA_LIFT)
@@ -103,4 +103,4 @@ def yuv420p(image: np.ndarray) -> Any:
     chroma = halved @ _CHROMA.T + (128 + CHROMA_LIFT)
     planes = np.concatenate([luma.ravel(), chroma[..., 0].ravel(), chroma[..., 1].ravel()])
     planes = np.clip(np.rint(planes), 0, 255).astype(np.uint8)
-    return av.VideoFrame.from_ndarray(planes.reshape(height * 3 // 2, width), format="yuv420p")
+    return planes.reshape(height * 3 // 2, width)
