@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LEAST_FRAMES, LEAST_CORNERS = 8, 6
 LARGEST_ERROR_PX = 2.0
+NOTICED_PX = 0.5  # a lens that displaces no pixel by more is as good as one without distortion
 SMALLEST_TURN_DEG = 15.0  # between two of the gripper's rotations; hand-eye calibration needs turns about two axes
 
 
@@ -152,6 +153,26 @@ def calibrate_camera(
     )
 
 
+def largest_displacement(found: CameraResult, width: int, height: int) -> float:
+    """Pixels by which the lens displaces a point of the image from where a camera without distortion shows it, at most.
+
+    Args:
+        found: with OpenCV's distortion k1, k2, p1, p2, k3. width, height: of the image, pixels.
+    """
+    columns, rows = np.meshgrid(np.linspace(0, width, 65), np.linspace(0, height, 65))
+    x, y, _ = np.linalg.inv(found.intrinsics) @ np.stack([columns.ravel(), rows.ravel(), np.ones(columns.size)])
+    k1, k2, p1, p2, k3 = np.pad(found.distortion, (0, 5 - len(found.distortion)))
+    square = x**2 + y**2
+    radial = k1 * square + k2 * square**2 + k3 * square**3
+    shift = np.stack(
+        [
+            x * radial + 2 * p1 * x * y + p2 * (square + 2 * x**2),
+            y * radial + p1 * (square + 2 * y**2) + 2 * p2 * x * y,
+        ]
+    )
+    return float(np.linalg.norm(found.intrinsics[:2, :2] @ shift, axis=0).max())
+
+
 def hand_eye(arm: np.ndarray, board: np.ndarray) -> np.ndarray:
     """X [4, 4] for which arm[i] @ X @ board[i] is the same for all i; [N, 4, 4] each (Park and Martin, 1994).
 
@@ -237,6 +258,15 @@ def charuco(
     }
     with atomic_write(target) as file:
         file.write(yaml.safe_dump(content, sort_keys=False).encode())
+    displaced = largest_displacement(found, track.width, track.height)
+    if displaced > NOTICED_PX:
+        log.warning(
+            "camera %s: its lens displaces points of the image by up to %.1f px, and a calibration file holds no "
+            "distortion: undistort the images with these coefficients (cv2.undistort) before training, in recordings "
+            "and on the robot alike",
+            camera,
+            displaced,
+        )
     return {
         "output": str(target),
         "images": found.frames,
@@ -244,6 +274,7 @@ def charuco(
         "board_spread_mm": round(found.spread_m * 1e3, 2),
         "board_spread_deg": round(found.spread_deg, 3),
         "distortion": [round(float(value), 4) for value in found.distortion],
+        "distortion_px": round(displaced, 2),
     }
 
 

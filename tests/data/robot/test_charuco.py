@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.charuco import Board, calibrate_camera, charuco_board
+import keygrip.data.robot.charuco
+from keygrip.data.robot.charuco import (
+    Board,
+    CameraResult,
+    calibrate_camera,
+    charuco,
+    charuco_board,
+    largest_displacement,
+)
 
-pytestmark = pytest.mark.opencv
+opencv = pytest.mark.opencv  # `make charuco` runs these
 K = np.array([[420.0, 0, 322.0], [0, 425.0, 238.0], [0, 0, 1]])
 BOARD = Board()
 
@@ -33,6 +43,7 @@ def rendered(camera_from_board: np.ndarray) -> np.ndarray:
     return np.repeat(image[..., None], 3, axis=2)
 
 
+@opencv
 @pytest.mark.parametrize("mounted", [True, False])
 def test_board_gives_lens_and_place(mounted: bool) -> None:
     rng = np.random.default_rng(0)
@@ -52,6 +63,41 @@ def test_board_gives_lens_and_place(mounted: bool) -> None:
     assert found.error_px < 0.5
 
 
+def lens(*distortion: float) -> CameraResult:
+    return CameraResult(K, np.array(distortion), np.eye(4), 0.1, 0.001, 0.1, 8)
+
+
+@opencv
+def test_displacement_is_that_of_opencv() -> None:
+    import cv2
+
+    distortion = np.array([-0.21, 0.06, 0.004, -0.003, 0.01])
+    pixels = np.stack(np.meshgrid(np.linspace(0, 640, 65), np.linspace(0, 480, 65)), -1).reshape(-1, 2)
+    rays = np.concatenate([pixels, np.ones((len(pixels), 1))], 1) @ np.linalg.inv(K).T
+    seen = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), K, distortion)[0][:, 0]
+    expected = np.linalg.norm(seen - pixels, axis=1).max()
+    assert expected > 10
+    assert largest_displacement(lens(*distortion), 640, 480) == pytest.approx(expected, rel=1e-6)
+    assert largest_displacement(lens(0, 0, 0, 0, 0), 640, 480) == 0.0
+
+
+def test_a_lens_that_distorts_is_said(
+    tmp_path: Path, native_demo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The calibration file has no place for it: images that are not undistorted would not fit the file."""
+    native_demo(tmp_path / "demos/demo_0")
+    settings = ("auto", None, "over", "right", True, False, BOARD, 8)
+    for number, (found, said) in enumerate(((lens(-0.2, 0, 0, 0, 0), True), (lens(0, 0, 0, 0, 0), False))):
+        caplog.clear()
+        monkeypatch.setattr(keygrip.data.robot.charuco, "calibrate_camera", lambda *given, found=found: found)
+        report = charuco(tmp_path / "demos", tmp_path / f"{number}.yaml", *settings)
+        assert ("camera over: its lens displaces" in caplog.text) == said
+        assert (report["distortion_px"] > 0.5) == said
+        if said:
+            assert f"by up to {report['distortion_px']:.1f} px" in caplog.text
+
+
+@opencv
 def test_a_gripper_that_does_not_turn_is_refused() -> None:
     image = rendered(pose([0.1, 0.1, 0.0], [-0.1, -0.07, 0.35]))
     with pytest.raises(ValueError, match="turns by 0 degrees"):
