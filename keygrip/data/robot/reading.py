@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from keygrip.data.bad_samples import first_of
-from keygrip.data.robot.frame_rates import refuse_other_rates, report_gaps
+from keygrip.data.robot.frame_rates import other_rates, report_gaps
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError
@@ -70,8 +70,8 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
         root: for messages. references: what was found. cache_dir: where what was verified is kept.
 
     Raises:
-        ValueError: too many are broken (they are listed), there are fewer than `max_demos`, or time stamps say another
-            rate than the metadata.
+        ValueError: too many are broken (they are listed), there are fewer than `max_demos`, or time stamps of most say
+            another rate than the metadata.
     """
     read = ReadDemos([])
     looked_at = 0
@@ -86,6 +86,9 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
     notes = dict.fromkeys(str(note) for demo in read.demos for note in demo.source.get("notes", []))
     for note in list(notes)[:NOTES_AT_MOST]:
         log.info("%s: %s", root, note)
+    rates = other_rates(read.demos, root)
+    read.broken += [DemoError(name, reason) for name, reason in rates.items()]
+    read.demos = [demo for demo in read.demos if demo.name not in rates]
     if options.verify:
         _verify(read, options, cache_dir)
     for broken in read.broken:
@@ -101,7 +104,6 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
             )
     if options.max_demos is not None and len(read.demos) + len(read.broken) < options.max_demos:
         raise ValueError(f"data.max_demos={options.max_demos}, but {root} holds {len(read.demos)} readable demos")
-    refuse_other_rates(read.demos, root)
     report_gaps(read.demos, root)
     return read
 

@@ -395,13 +395,21 @@ def test_time_stamps_of_another_rate_than_fps_are_refused(
     for demo in native_root.glob("demo_*"):
         change_metadata(demo, fps=10.0)
     stamped(native_root / "demo_03", 10.6, change_archive)
-    with pytest.raises(ValueError, match=r"1 of 10 demos .*demo_03: 10.6 for 10"):
-        robot_demos(native_root).setup("fit")
+    data = ready(robot_demos(native_root))  # one among many is left out
+    assert [str(broken) for broken in data.broken] == [
+        "demo 'demo_03': its time stamps say 10.6 frames per second, its fps is 10: plans would run 0.943 times as "
+        "fast as what was shown"
+    ]
+    assert len(data.demos) == 9
+    with pytest.raises(ValueError, match=r"1 of 10 demos .* broken, more than data\.max_broken_share=0\.05"):
+        robot_demos(native_root, max_broken_share=0.05).setup("fit")
     stamped(native_root / "demo_03", 10.4, change_archive)
     jitter = np.arange(12) * 100_000_000 + 40_000_000 * (np.arange(12) % 2)
     change_archive(native_root / "demo_04" / "trajectory.npz", timestamps_ns=jitter)
     dropped = np.delete(np.arange(15), [4, 7, 10]) * 100_000_000
     change_archive(native_root / "demo_05" / "trajectory.npz", timestamps_ns=dropped)
+    bursts = np.cumsum([0, *([1, 1, 364] * 4)[:-1]]) * 1_000_000  # three images at once, as fast as the others in all
+    change_archive(native_root / "demo_06" / "trajectory.npz", timestamps_ns=bursts)
     assert len(ready(robot_demos(native_root)).demos) == 10
 
 

@@ -437,7 +437,7 @@ def _frames(
             raise DemoError(name, f"{key} is stored as images; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
     stated = _video_rate(feature)
-    if stated is not None and abs(stated - rate) > ROUNDED * rate:
+    if stated is not None and abs(stated - rate) >= 1:  # LeRobot writes it without its decimals
         raise DemoError(
             name,
             f"{key}: info.json states {stated:g} frames per second of the video and {rate:g} of the data set, so that "

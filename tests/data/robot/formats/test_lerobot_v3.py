@@ -17,6 +17,7 @@ from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.schema import DemoError
 from keygrip.robots.kinematics import forward_kinematics
@@ -208,6 +209,21 @@ def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video
         (tmp_path / "meta/info.json").write_text(json.dumps(info))
         with pytest.raises(DemoError, match=f"states {3 * FPS} frames per second of the video and {FPS}"):
             find_demos(tmp_path)[0].read()
+    write_video(file, pictures[: LENGTHS[0]] if version == 2 else pictures, FPS)
+    info["features"][KEY]["video_info"] = {"video.fps": FPS - 0.9}  # LeRobot cuts the decimals of this number off
+    (tmp_path / "meta/info.json").write_text(json.dumps(info))
+    assert len(find_demos(tmp_path)[0].read()) == LENGTHS[0]
+
+
+def test_times_that_are_uneven_are_said_as_such(tmp_path, write_video, scene, monkeypatch):
+    """Written anew at the data set's rate such a video would have a frame too many."""
+    write_video(tmp_path / "x.mp4", scene.pictures()[:6], FPS)
+    times = np.array([0, 1, 2, 4, 5, 6]) / FPS  # no frame 3
+    monkeypatch.setattr("keygrip.data.robot.frames.frame_times", lambda path: times)
+    with pytest.raises(OSError, match=rf"frame 3 is shown \+{1 / FPS:.3f} s away from its row, and so are 2 of 5"):
+        VideoFrames(tmp_path / "x.mp4", 5, rate=FPS).verify()
+    VideoFrames(tmp_path / "x.mp4", 6, rate=FPS, whole=True).verify()  # a frame for each row
+    VideoFrames(tmp_path / "x.mp4", 3, rate=FPS).verify()
 
 
 def test_cameras_without_calibration_are_for_models_that_read_none(tmp_path, write_dataset):
