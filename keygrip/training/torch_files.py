@@ -28,7 +28,14 @@ MOST_VALUES = 10_000_000  # in nested containers, each counted wherever it is na
 # All that tensors and plain values need. Torch allows more names, of which some take any size for an argument
 # (bytearray, the constructors of tensors) and others make more of what they are given (codecs, casts).
 NAMED = {
-    *("collections OrderedDict", "builtins set", "builtins complex", "__builtin__ set", "__builtin__ complex"),
+    *(
+        "collections OrderedDict",
+        "collections Counter",
+        "builtins set",
+        "builtins complex",
+        "__builtin__ set",
+        "__builtin__ complex",
+    ),
     *("torch Size", "torch device", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
     *("torch.nn.parameter Parameter", "torch BFloat16Storage", "torch HalfStorage", "torch FloatStorage"),
     *("torch DoubleStorage", "torch ByteStorage", "torch CharStorage", "torch ShortStorage", "torch IntStorage"),

@@ -6,6 +6,7 @@ import codecs
 import io
 import random
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def test_every_type_of_plain_tensors_is_read(tmp_path: Path) -> None:
     )
     content = {str(kind): torch.ones(3).to(kind) for kind in types}
     plain = {"size": torch.Size([2, 3]), "device": torch.device("cpu"), "type": torch.bfloat16, "set": {1, 2}, "c": 1j}
+    plain["counter"] = Counter({30: 1})  # of MultiStepLR
     parameter = torch.nn.Parameter(torch.ones(2))
     torch.save({"tensors": content, **plain, "p": parameter}, tmp_path / "x.pth")
     found = read_torch_file(tmp_path / "x.pth")
