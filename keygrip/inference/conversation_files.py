@@ -2,7 +2,8 @@
 
 Beside `messages` an object may name its files under `images` and `videos` (`image`, `video`), as ms-swift and
 LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order, and stand before
-the first user's words where there are none; a path is relative to the file's folder, or to the present one.
+the first user's words where there are none; a path is relative to the file's folder, or to the present one. Several
+images under `video` or `videos` are the frames of one video where the messages have one place or none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.video_text.foreign_text import media_key, with_system
 from keygrip.data.video_text.placeholders import Placeholders
+from keygrip.data.video_text.video_files import SUFFIXES
 
 SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
@@ -91,7 +93,9 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
     if not places and first is not None:
         if files["image"] and files["video"]:
             raise ValueError("it has images and videos, and its messages no places for them: their order is not known")
-        places = [{"type": kind} for kind, names in files.items() for _ in names]
+        places = [
+            {"type": kind} for kind, names in files.items() for _ in (names[:1] if _are_frames(kind, names) else names)
+        ]
         first[:0] = places
     _fill(places, files)
     return said
@@ -122,6 +126,11 @@ def _items(content: str | list[Any], known: Placeholders) -> list[Any]:
     return items
 
 
+def _are_frames(kind: str, names: list[str]) -> bool:
+    """Whether files can be the frames of one video."""
+    return kind == "video" and len(names) > 1 and all(name.lower().endswith(SUFFIXES) for name in names)
+
+
 def _fill(places: list[dict[str, Any]], files: dict[str, list[str]]) -> None:
     """Puts files into their places, in their order. <image> is a place for a video where no image is named."""
     for place in places:
@@ -129,6 +138,9 @@ def _fill(places: list[dict[str, Any]], files: dict[str, list[str]]) -> None:
             place["type"] = "video"
     for kind, names in files.items():
         own = [place for place in places if place["type"] == kind]
+        if len(own) == 1 and _are_frames(kind, names):
+            own[0][kind] = names
+            continue
         if len(own) != len(names):
             raise ValueError(f"its messages have {len(own)} places for {kind}s, and it names {len(names)}")
         for place, name in zip(own, names, strict=True):

@@ -51,6 +51,16 @@ def test_files_beside_the_messages_take_the_places_of_placeholders(tmp_path: Pat
     ]
 
 
+def test_several_images_under_video_are_the_frames_of_one(tmp_path: Path) -> None:
+    for said, key in (("<video>\nWhich?", "video"), ("Which?", "videos"), ("<image>\nWhich?", "videos")):
+        talk = read(tmp_path, messages=[user(said)], **{key: ["0.jpg", "1.PNG"]})
+        assert talk == [user([{"type": "video", "video": ["0.jpg", "1.PNG"]}, words("Which?")])]
+    with pytest.raises(ValueError, match="have 1 places for videos, and it names 2"):
+        read(tmp_path, messages=[user("<video>?")], video=["a.mp4", "b.mp4"])
+    one = [user([{"type": "video", "video": "0.jpg"}, words("or"), {"type": "video", "video": "1.jpg"}, words("?")])]
+    assert read(tmp_path, messages=[user("<video>or<video>?")], video=["0.jpg", "1.jpg"]) == one
+
+
 def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> None:
     own = [user([{"type": "image", "path": "c.jpg"}, {"type": "video"}, words("<image>?")])]
     found = read(tmp_path, messages=own, videos=["d.mp4"])

@@ -56,11 +56,12 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         named, asked = media_key(content) is not None, asked_in(said)
         places = Placeholders.of(asked, packed or named)
         count, images = places.count(asked), _named_images(content)
-        if images and (problem := places_problem(count, {images})):
+        of_video = places.of_one_video(asked)
+        if images and (problem := places_problem(count, {images, 1} if of_video else {images})):
             raise ValueError(problem)
         said = without_placeholders(said, places)
         own = _of_turns(said, "text", content) | {SHOWN: named or count > 0, PLACES: count}
-        return _timed(own, max(count, images), content)
+        return own if of_video else _timed(own, max(count, images), content)
     name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
@@ -169,7 +170,8 @@ def places_problem(places: int, shown: Collection[int]) -> str | None:
         return None
     known = " or ".join(map(str, sorted(shown)))
     return (
-        f"its text has {places} placeholders, and its images or videos are {known}: give each its own, or leave all out"
+        f"its text has {places} placeholders, and its images or videos are {known}: give each its own, leave all out, "
+        "or show several images as the frames of one <video>"
     )
 
 

@@ -51,9 +51,20 @@ class Placeholders:
 
     def count(self, asked: Sequence[str]) -> int:
         """How many images and videos the turns have a place for; <image_1> said twice is one."""
-        found = [match.group() for text in asked for match in _one(self.bare).finditer(text)]
-        numbers = {mark.lower() for mark in found if NUMBERED.fullmatch(mark)}
-        return len(numbers) + sum(not (NUMBERED.fullmatch(mark) or NO_PLACE.fullmatch(mark)) for mark in found)
+        return len(self._places(asked))
+
+    def of_one_video(self, asked: Sequence[str]) -> bool:
+        """Whether the turns have one place, and that is a video's: what is shown may be its frames."""
+        return [_kind(mark) for mark in self._places(asked)] == ["video"]
+
+    def _places(self, asked: Sequence[str]) -> list[str]:
+        """The mark of each place."""
+        marks = [match.group().lower() for text in asked for match in _one(self.bare).finditer(text)]
+        return [
+            mark
+            for place, mark in enumerate(marks)
+            if not NO_PLACE.fullmatch(mark) and not (NUMBERED.fullmatch(mark) and mark in marks[:place])
+        ]
 
     def split(self, text: str) -> list[tuple[str, str]]:
         """A turn as ("", words) and ("image" | "video", mark) in their order.
@@ -71,7 +82,7 @@ class Placeholders:
             if numbered := NUMBERED.fullmatch(mark):
                 numbers.append(int(numbered.group(1)))
             if not NO_PLACE.fullmatch(mark):
-                parts.append(("video" if "video" in mark.lower() else "image", mark))
+                parts.append((_kind(mark), mark))
         if numbers != sorted(set(numbers)):
             raise ValueError(f"its placeholders have the numbers {numbers}: each image has one place, in their order")
         return [(kind, said) for kind, said in [*parts, ("", text[end:])] if kind or said]
@@ -82,6 +93,10 @@ class Placeholders:
         if not run.search(text):
             return text
         return run.sub(lambda match: "\n" if "\n" in match.group() else " ", text).strip()
+
+
+def _kind(mark: str) -> str:
+    return "video" if "video" in mark.lower() else "image"
 
 
 @lru_cache

@@ -189,6 +189,7 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
         for what, media, asked, named, wanted in (
             ("two images, one there", [("a.jpg", jpeg())], "<image> or <image>?", {}, {}),
             ("one image, two named", TWO, "<image>\n?", {"images": ["x", "y"]}, {}),
+            ("one video, its frames named", TWO, "<video>\n?", {"images": ["x", "y"]}, {"a": 2}),
             ("two images", TWO, "<image> or <image>?", {"images": ["x", "y"]}, {"a": 2}),
             ("a video in two frames", TWO, "<video>\n?", {}, {"a": 2}),
             ("two videos, one there", [("a.mp4", small_video())], "<video> or <video> or <video>?", {}, {}),
@@ -467,6 +468,7 @@ def test_frames_per_second_may_be_the_text_of_a_number(tmp_path: Path) -> None:
         ("<image> or <image>?", {"fps": 2}, (0.0, 0.5)),
         ("<image> or <image>?", {"video": "x.mp4"}, (0.0, 1.0)),
         ("<video>\nWhich?", {}, (0.0, 1.0)),
+        ("<video>\nWhich?", {"images": ["x.jpg", "y.jpg"]}, (0.0, 1.0)),
         ("Which?", {}, (0.0, 1.0)),
     ],
 )

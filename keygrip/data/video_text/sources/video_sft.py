@@ -61,6 +61,7 @@ class Entry:
     turns: tuple[tuple[str, str], ...]
     collection: str
     problem: str = ""  # why it cannot be used
+    named: str = ""  # the key of MEDIA that named the files; none where items of its turns do
     answers: tuple[str, ...] = ()  # of annotators, to the last question; for the VQA rule
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class VideoSFTMaker:
         if entry.problem:
             raise ValueError(entry.problem)
         images: list[np.ndarray] = []
-        fps = None if len(entry.media) > 1 else 1.0  # several have no common time
+        fps: float | None = 1.0
         for path in entry.media:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
@@ -89,16 +90,23 @@ class VideoSFTMaker:
                 regular_file(path)
                 frames, times = decode_timed(str(path), self.image_size, self.fit, self.max_frames)
                 images.append(frames)
-                fps = rate_of(times) if len(entry.media) == 1 else None
+                fps = rate_of(times)
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         asked = asked_in(entry.turns)
         places = Placeholders.of(asked, bool(entry.media))
         count = places.count(asked)
         if not len(together) and count:
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
-        of_video = [len(together)] if any(path.suffix.lower() not in SUFFIXES for path in entry.media) else []
-        if problem := places_problem(count, {len(entry.media), *of_video}):  # one for a video, or one for each frame
+        shown, stills = {len(entry.media)}, all(path.suffix.lower() in SUFFIXES for path in entry.media)
+        frames_of_one = stills and (entry.named in ("video", "videos") or places.of_one_video(asked))
+        if frames_of_one:
+            shown.add(1)
+        elif not stills:  # one for a video, or one for each frame
+            shown.add(len(together))
+        if problem := places_problem(count, shown):
             raise ValueError(problem)
+        if len(entry.media) > 1 and not frames_of_one:
+            fps = None  # several have no common time
         if len(together) > self.max_frames:
             raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
         turns = [Turn(role, text) for role, text in without_placeholders(entry.turns, places)]
@@ -216,6 +224,7 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
         tuple(with_system(turns, entry.get("system"))),
         collection,
         answers=annotators_answers(entry.get("answers")),
+        named=names[0] if names else "",
     )
 
 

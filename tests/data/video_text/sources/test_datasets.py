@@ -265,9 +265,11 @@ def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
     source = tmp_path / "download"
     write_video(source / "videos" / "a" / "11.mp4", 7)
     (source / "list.csv").write_text("videoid,page_dir,name\n11,a,x\n")
-    said = [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "This."}]
-    names = ("videos/a/11.mp4", ["videos/a/11.mp4"] * 2)
-    (source / "list.json").write_text(json.dumps([{"video": name, "conversations": said} for name in names]))
+    given = [
+        {"video": name, "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "This."}]}
+        for name, asked in (("videos/a/11.mp4", "<video>What?"), (["videos/a/11.mp4"] * 2, "<video><video>What?"))
+    ]
+    (source / "list.json").write_text(json.dumps(given))
     webvid(source, tmp_path / "webvid", SIZE, workers=1, max_frames=3)
     (sample,) = samples(tmp_path / "webvid").values()
     assert (shades(sample.frames), sample.seconds) == ([0, 3, 6], (0.0, 3.0, 6.0))
@@ -707,7 +709,8 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
         reasons,
         (
             "2 placeholders, and its images or videos are 1:",
-            "1 placeholders, and its images or videos are 2:",
+            "1 placeholders, and its images or videos are 2: give each its own, leave all out, or show several images "
+            "as the frames of one <video>",
             "2 placeholders, and its images or videos are 1 or 3:",
             "an answer follows a user's turn without words",
         ),
@@ -716,6 +719,37 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
         assert why in reason
     first = samples(tmp_path / "set")["list-00000000"].conversations[0].turns[0].text
     assert first == "Picture 1:\nPicture 2:\n?"
+
+
+def test_several_images_may_be_the_frames_of_one_video(tmp_path: Path) -> None:
+    """Then one placeholder is enough, and they have a common time."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("0.jpg", "1.jpg", "2.jpg"):
+        Image.fromarray(np.full((20, 30, 3), 110, np.uint8)).save(source / name)
+    files = ["0.jpg", "1.jpg", "2.jpg"]
+    given: list[tuple[str, str, bool]] = [
+        ("video", "<video>\nWhat happens?", True),
+        ("videos", "<video>\nWhat happens?", True),
+        ("video", "<image>\nWhat happens?", True),
+        ("videos", "What happens?", True),
+        ("images", "<video>\nWhat happens?", True),
+        ("images", "<image><image><image>\nWhat happens?", False),
+        ("image", "<image>\nWhat happens?", False),
+        ("video", "<video><video>\nWhat happens?", True),
+    ]
+    entries = [
+        {key: files, "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "This."}]}
+        for key, asked, _ in given
+    ]
+    (source / "list.json").write_text(json.dumps(entries))
+    report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
+    assert (report["samples"], report["failed"]) == (6, 2)
+    found = samples(tmp_path / "set")
+    assert list(found) == [f"list-{number:08d}" for number in range(6)]
+    for sample, (_, _, timed) in zip(found.values(), given, strict=False):
+        assert len(sample.frames) == 3
+        assert sample.seconds == ((0.0, 1.0, 2.0) if timed else ())
 
 
 def test_content_may_be_a_list_of_items(tmp_path: Path) -> None:
