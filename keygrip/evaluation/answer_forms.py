@@ -91,6 +91,16 @@ VERDICT = re.compile(
 )
 # What is said of an option by itself, behind its letter.
 SAID_OF_IT = r"[)\]}.:]*\s*[:–—>(-]*\s*(?i:no|not|yes|wrong|right|correct|incorrect|false|true|unlikely)\b"
+# Between an option's words, perhaps with a full stop of their own, and what is said of it ("A man runs. - No").
+BEFORE_SAID = r"(?:\.?\s*[:,;(\[>=\u2192\u2013\u2014-][\s:,;(\[>=\u2192\u2013\u2014-]*|\s*)"
+SAID_YES = (
+    rf"(?i:(?:\.{{1,2}}\s+|{BEFORE_SAID})(?:(?:is|was)\s+)?(?:the\s+)?(?:yes|right|correct|true)"
+    r"(?:\s+(?:answer|choice|one|option))?)(?!\s*(?:,\s*)?but\b)(?=\s*(?:[.,;:!)\]\n]|$)|\s+[(\[]?[A-Z]\b)"
+)
+SAID_NO = rf"(?i:(?:\.{{1,2}}\s+|{BEFORE_SAID})(?:(?:is|was)\s+)?(?:no|not|wrong|incorrect|false)\b)"
+SET_OFF = r"\.?[^\S\n]*(?:[:,;(\[>=\u2192\u2013\u2014-]|(?:is|was)\b)"  # in the option's line: it is said of that alone
+# A verdict behind which the next option may follow at once ("A. red - No B. blue - Yes").
+ENDS_SAID = r"\b(?i:yes|no|wrong|right|incorrect|correct|false|true)[)\]]?"
 # "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
 ASKS = re.compile(
     r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?(?i:(?:option|choice|letter)\s+)?"

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from keygrip.evaluation.answer_forms import (
     ABSTAINS,
     ASKS,
+    BEFORE_SAID,
     BESIDE_CJK,
     COMPOUND,
     CONCLUDES,
     CORRECTS,
     COUNTED,
     ENDS_NO,
+    ENDS_SAID,
     I_SAY,
     LABELS,
     LIKE,
@@ -25,8 +27,11 @@ from keygrip.evaluation.answer_forms import (
     ORDINALS,
     REASON,
     RIGHT,
+    SAID_NO,
     SAID_OF_IT,
+    SAID_YES,
     SAYS,
+    SET_OFF,
     SHOWN,
     SUPPOSES,
     SURE,
@@ -131,8 +136,8 @@ def _repeated_to(text: str, start: int, known: Options) -> int | None:
 
 def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
     """Whether a text goes through options from A on, each lettered at the start of a sentence or line, and what it
-    arrives at: a letter announced after them, or the only option that has a tick."""
-    begun = rf"(?:^|[\n.;!?])\s*(?:[-*•]\s*)?[(\[]?([A-{known.last}])[)\].:]+\s*"
+    arrives at: a letter announced after them, or the only option that has a tick or is said to be right."""
+    begun = rf"(?:^|[\n.;!?][)\]]?|{ENDS_SAID})\s*(?:[-*•]\s*)?[(\[]?([A-{known.last}])[)\].:]+\s*"
     found: list[tuple[int, int]] = []  # the option, and where its words end
     for match in re.finditer(begun, said):
         own = re.compile(_own(number_of(match.group(1)), known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
@@ -145,7 +150,7 @@ def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
         return True, ticked.pop()
     listed_to = next((found[place - 1][1] for place, (number, _) in enumerate(found) if number != place), found[-1][1])
     # "A. red: ..." speaks about an option, "A. red. B. blue is wrong" chooses it
-    speaks = re.match(r"\s*(?:[:–—(-]|is\b|was\b)", said[found[0][1] :]) is not None
+    speaks = re.match(r"(?:\s*|\.[^\S\n]*)(?:[:–—(-]|is\b|was\b)", said[found[0][1] :]) is not None
     # What follows the list is the answer, whatever was weighed within it.
     behind = said[listed_to:]
     arrived = _arrived(behind, known, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
@@ -153,8 +158,23 @@ def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
     if arrived is None and re.search(r"\w", before):  # else it is the list that goes on
         arrived = _alone(last_line, known)
         arrived = known.lettered(last_line) if arrived is None else arrived
-    arrived = _arrived(said, known, (CORRECTS, SAYS, CONCLUDES)) if arrived is None else arrived
+    no = any(re.match(SAID_NO, said[end:]) for _, end in found)  # else "Correct: B" may follow a list
+    right = {
+        number for number, end in found if re.match(SAID_YES, said[end:]) and (no or re.match(SET_OFF, said[end:]))
+    }
+    if arrived is None and len(right) == 1:
+        return True, right.pop()
+    if arrived is None:
+        arrived = _arrived(_without_verdicts(said, found), known, (CORRECTS, SAYS, CONCLUDES))
     return arrived is not None or speaks, arrived
+
+
+def _without_verdicts(said: str, found: Sequence[tuple[int, int]]) -> str:
+    """The text without the "no" in the line of each option that ends there: it corrects nothing ("- No. B. blue")."""
+    for _, end in reversed(found):
+        if re.match(SET_OFF, said[end:]):
+            said = f"{said[:end]}; {re.sub(rf'^{SAID_NO}', '', said[end:])}"
+    return said
 
 
 def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | None:
@@ -261,7 +281,7 @@ def _denied_there(text: str, number: int, known: Options) -> bool:
     if own is None:
         return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}](?:[.):]|\s[-–—]\s)", text) is not None
     # a full stop is perhaps the option's own ("A. A man runs. is not shown")
-    begun = r"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|[\s:,;(–—-]*)"
+    begun = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
     denial = begun + r"(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     # "B. blue, not red" denies another
     return (

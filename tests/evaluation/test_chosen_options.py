@@ -468,6 +468,51 @@ def test_what_follows_a_list_of_verdicts_is_the_answer(said: str, option: int) -
     assert chosen_option(said, HUES) == option
 
 
+DEEDS = ["A man runs.", "A dog sleeps.", "A cat eats.", "Nobody is there."]
+
+
+@pytest.mark.parametrize("options", [HUES, DEEDS])
+@pytest.mark.parametrize("between", [" - ", ": ", " \u2013 ", " \u2014 ", " -> ", ", ", " (", ". ", " is ", "\n   "])
+@pytest.mark.parametrize("said", ["Yes/No", "Yes./No.", "Correct/Incorrect", "correct./wrong.", "true/false"])
+@pytest.mark.parametrize("end", ["\n", "\n\n", " "])
+def test_the_only_option_that_is_said_to_be_right_is_the_answer(
+    options: list[str], between: str, said: str, end: str
+) -> None:
+    """Also where options end in a full stop of their own."""
+    yes, no = said.split("/")
+    for label in ("{}. ", "{}) ", "({}) ", "{}: "):
+        for right in range(4):
+            lines = [
+                f"{label.format('ABCD'[n])}{option}{between}{yes if n == right else no}{')' if '(' in between else ''}"
+                for n, option in enumerate(options)
+            ]
+            assert chosen_option(end.join(lines), options) == right
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        ("A. A man runs. - No.\nB. A dog sleeps. - No.", DEEDS, None),
+        ("A. A man runs. - Yes.\nB. A dog sleeps. - Yes.", DEEDS, None),
+        ("A. A man runs. - No. B. A dog sleeps. - No.", DEEDS, None),
+        ("A. Red - No. B. Blue - No. C. Green - No.", HUES, None),
+        ("A. Red. No. B. Blue.", HUES, 1),
+        ("C. A cat eats. - No. The answer is B.", DEEDS, 1),
+        ("A. A man runs. - Yes.\nB. A dog sleeps. - No.\nThe answer is B.", DEEDS, 1),
+        ("A. Red - yes, but not here.\nB. Blue - no.", HUES, None),
+        ("A. Red\nB. Blue\nC. Green\nD. Yellow\n\nCorrect: B", HUES, 1),
+        ("A. A man runs.\nB. A dog sleeps.\nRight.", DEEDS, None),
+        ("A. Red - it is not.\nB. Blue - correct, as is shown.\nC. Green - it is not.", HUES, 1),
+        ("A. Turn right B. Turn left", ["Turn right", "Turn left"], None),
+        ("A. Yes.\nB. No.", ["Yes.", "No."], None),
+        ("A. Yes. - No.\nB. No. - Yes.", ["Yes.", "No."], 1),
+        ("B. A dog sleeps. No cat is seen.", DEEDS, 1),
+    ],
+)
+def test_verdicts_that_name_no_option_and_words_that_are_none(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option
+
+
 @pytest.mark.parametrize(
     "options",
     [
