@@ -1,9 +1,10 @@
 """Files of conversations that are to be answered: JSON Lines, each a list of messages or an object with `messages`.
 
 Beside `messages` an object may name its files under `images` and `videos` (`image`, `video`), as ms-swift and
-LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order, and stand before
-the first user's words where there are none; a path is relative to the file's folder, or to the present one. Several
-images under `video` or `videos` are the frames of one video where the messages have one place or none.
+LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order or by the numbers
+of <image_1>, and stand before the first user's words where there are none; a path is relative to the file's folder, or
+to the present one. Several images under `video` or `videos` are the frames of one video where the messages have one
+place or none.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
 from keygrip.data.video_text.foreign_text import media_key, with_system
-from keygrip.data.video_text.placeholders import Placeholders
+from keygrip.data.video_text.placeholders import Placeholders, number_of
 from keygrip.data.video_text.video_files import SUFFIXES
 
 SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+Item = tuple[Any, int | None]  # of a message, with the number that its placeholder has
 
 
 def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str]]:
@@ -79,24 +81,31 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         return talk
     asked = [message["content"] for message in talk if _asks(message) and isinstance(message["content"], str)]
     known = Placeholders.of(asked, with_media=True)
-    said = [
-        {**message, "content": _items(message["content"], known)} if _asks(message) else message for message in talk
-    ]
-    places = [
-        item
-        for message in said
-        if _asks(message)
-        for item in message["content"]
-        if isinstance(item, dict) and item.get("type") in ("image", "video") and not any(map(item.get, SHOWN))
-    ]
+    split = iter(known.split(asked))
+    said: list[Any] = []
+    places: list[Item] = []
+    for message in talk:
+        if not _asks(message):
+            said.append(message)
+            continue
+        content = message["content"]
+        items = _items(next(split)) if isinstance(content, str) else [(_copied(item), None) for item in content]
+        said.append({**message, "content": [item for item, _ in items]})
+        places += [
+            (item, number)
+            for item, number in items
+            if isinstance(item, dict) and item.get("type") in ("image", "video") and not any(map(item.get, SHOWN))
+        ]
     first = next((message["content"] for message in said if _asks(message)), None)
     if not places and first is not None:
         if files["image"] and files["video"]:
             raise ValueError("it has images and videos, and its messages no places for them: their order is not known")
         places = [
-            {"type": kind} for kind, names in files.items() for _ in (names[:1] if _are_frames(kind, names) else names)
+            ({"type": kind}, None)
+            for kind, names in files.items()
+            for _ in (names[:1] if _are_frames(kind, names) else names)
         ]
-        first[:0] = places
+        first[:0] = [item for item, _ in places]
     _fill(places, files)
     return said
 
@@ -109,19 +118,21 @@ def _asks(message: Any) -> bool:
     )
 
 
-def _items(content: str | list[Any], known: Placeholders) -> list[Any]:
-    """The items of a user's message; of a text its words and its places, without the white space at its ends that
-    training takes away with them."""
-    if isinstance(content, list):
-        return [dict(item) if isinstance(item, Mapping) else item for item in content]
-    items: list[Any] = [
-        {"type": kind} if kind else {"type": "text", "text": words} for kind, words in known.split(content)
+def _copied(item: Any) -> Any:
+    return dict(item) if isinstance(item, Mapping) else item
+
+
+def _items(parts: list[tuple[str, str]]) -> list[Item]:
+    """The items of a text that `Placeholders.split` split, without the white space at its ends that training takes
+    away with the places."""
+    items: list[Item] = [
+        ({"type": kind}, number_of(said)) if kind else ({"type": "text", "text": said}, None) for kind, said in parts
     ]
-    words = [item for item in items if item["type"] == "text"]
+    words = [item for item, _ in items if item["type"] == "text"]
     if len(words) < len(items) and words:
-        if items[0] is not words[0]:
+        if items[0][0] is not words[0]:
             words[0]["text"] = words[0]["text"].lstrip()
-        if items[-1] is not words[-1]:
+        if items[-1][0] is not words[-1]:
             words[-1]["text"] = words[-1]["text"].rstrip()
     return items
 
@@ -131,17 +142,25 @@ def _are_frames(kind: str, names: list[str]) -> bool:
     return kind == "video" and len(names) > 1 and all(name.lower().endswith(SUFFIXES) for name in names)
 
 
-def _fill(places: list[dict[str, Any]], files: dict[str, list[str]]) -> None:
-    """Puts files into their places, in their order. <image> is a place for a video where no image is named."""
-    for place in places:
+def _fill(places: list[Item], files: dict[str, list[str]]) -> None:
+    """Puts files into their places: by number, the others in their order. <image> is a place for a video where no image
+    is named."""
+    for place, _ in places:
         if place["type"] == "image" and not files["image"]:
             place["type"] = "video"
     for kind, names in files.items():
-        own = [place for place in places if place["type"] == kind]
+        own = [(place, number) for place, number in places if place["type"] == kind]
         if len(own) == 1 and _are_frames(kind, names):
-            own[0][kind] = names
+            own[0][0][kind] = names
             continue
         if len(own) != len(names):
             raise ValueError(f"its messages have {len(own)} places for {kind}s, and it names {len(names)}")
-        for place, name in zip(own, names, strict=True):
-            place[kind] = name
+        numbers = [number for _, number in own if number is not None]
+        begin = 0 if 0 in numbers else 1
+        left = [number for number in range(begin, begin + len(names)) if number not in numbers]
+        if len(left) + len(numbers) != len(names):
+            raise ValueError(
+                f"its placeholders have the numbers {numbers}, and its {kind}s {begin} to {begin + len(names) - 1}"
+            )
+        for place, number in own:
+            place[kind] = names[(left.pop(0) if number is None else number) - begin]

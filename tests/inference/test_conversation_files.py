@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from keygrip.data.video_text.foreign_text import asked_in, without_placeholders
+from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.inference.conversation_files import read_conversations
 
 
@@ -61,6 +63,35 @@ def test_several_images_under_video_are_the_frames_of_one(tmp_path: Path) -> Non
     assert read(tmp_path, messages=[user("<video>or<video>?")], video=["0.jpg", "1.jpg"]) == one
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        ("<image_2>hi", "<image_1>hi", ("1.jpg", "0.jpg")),
+        ("<image_1>hi", "<|image_2|>hi", ("0.jpg", "1.jpg")),
+        ("<image_1>hi", "<image_0>hi", ("1.jpg", "0.jpg")),
+        ("<image>hi", "<image_1>hi", ("1.jpg", "0.jpg")),
+    ],
+)
+def test_numbers_say_which_file_a_place_has(first: str, second: str, shown: tuple[str, str], tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "<image_1>"}
+    found = read(tmp_path, messages=[user(first), said, user(second)], images=["0.jpg", "1.jpg"])
+    one, two = ({"type": "image", "image": name} for name in shown)
+    assert found == [user([one, words("hi")]), said, user([two, words("hi")])]
+
+
+def test_a_number_that_is_said_again_is_no_further_place(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "yes"}
+    talk = [user("<image_1>hi"), said, user("and <image_1>?"), said, user("<|image_1|>\nNow, in\n<image_1> too?")]
+    found = read(tmp_path, messages=talk, images=["0.jpg"])
+    assert found[0]["content"] == [{"type": "image", "image": "0.jpg"}, words("hi")]
+    assert [found[2], found[4]] == [user([words("and ?")]), user([words("Now, in\ntoo?")])]
+    turns = [("user", message["content"]) for message in talk if message["role"] == "user"]
+    places = Placeholders.of(asked_in(turns), True)
+    assert places.count(asked_in(turns)) == 1
+    trained = [text for _, text in without_placeholders(turns, places)]
+    assert trained == ["hi", "and ?", "Now, in\ntoo?"]  # as they are learned
+
+
 def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> None:
     own = [user([{"type": "image", "path": "c.jpg"}, {"type": "video"}, words("<image>?")])]
     found = read(tmp_path, messages=own, videos=["d.mp4"])
@@ -77,7 +108,13 @@ def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> 
         ({"messages": [user("<image>?")], "images": ["a", "b"]}, "have 1 places for images, and it names 2"),
         ({"messages": [user("<video>?")], "images": ["a"]}, "have 0 places for images, and it names 1"),
         ({"messages": [user("?")], "images": ["a"], "videos": ["b"]}, "their order is not known"),
-        ({"messages": [user("<image_2><image_1>")], "images": ["a", "b"]}, r"have the numbers \[2, 1\]"),
+        (
+            {"messages": [user("<image_3>"), user("<image_1>")], "images": ["a", "b"]},
+            r"numbers \[3, 1\], and its .*1 to 2",
+        ),
+        ({"messages": [user("<image_0><image_2>?")], "images": ["a", "b"]}, r"numbers \[0, 2\], and its images 0 to 1"),
+        ({"messages": [user("<image_1><image_2>?")], "images": ["a"]}, "have 2 places for images, and it names 1"),
+        ({"messages": [user("<image_1><video_1>?")], "videos": ["a", "b"]}, r"numbers \[1, 1\], and its videos 1 to 2"),
         ({"messages": [user("?")], "video_path": "a.mp4"}, "its `video_path` names an image or a video; known beside"),
         ({"messages": [user("?")], "images": [{"bytes": "x"}]}, "its `images` names a file by .*, which is no text"),
     ],

@@ -57,42 +57,57 @@ class Placeholders:
         """Whether the turns have one place, and that is a video's: what is shown may be its frames."""
         return [_kind(mark) for mark in self._places(asked)] == ["video"]
 
-    def _places(self, asked: Sequence[str]) -> list[str]:
-        """The mark of each place."""
-        marks = [match.group().lower() for text in asked for match in _one(self.bare).finditer(text)]
-        return [
-            mark
-            for place, mark in enumerate(marks)
-            if not NO_PLACE.fullmatch(mark) and not (NUMBERED.fullmatch(mark) and mark in marks[:place])
-        ]
-
-    def split(self, text: str) -> list[tuple[str, str]]:
-        """A turn as ("", words) and ("image" | "video", mark) in their order.
-
-        Raises:
-            ValueError: numbered marks are said in another order than their numbers', or twice.
+    def split(self, asked: Sequence[str]) -> list[list[tuple[str, str]]]:
+        """Each turn as ("", words) and ("image" | "video", mark) in their order. A number that was said before, in
+        whichever turn, is no further place: what `without` leaves of a mark is left of it.
         """
+        seen: set[tuple[str, int]] = set()
+        return [self._split(self._said_once(text, seen)) for text in asked]
+
+    def _split(self, text: str) -> list[tuple[str, str]]:
         parts: list[tuple[str, str]] = []
-        numbers: list[int] = []
         end = 0
         for match in _one(self.bare).finditer(text):
             mark = match.group()
             parts.append(("", text[end : match.start()]))
             end = match.end()
-            if numbered := NUMBERED.fullmatch(mark):
-                numbers.append(int(numbered.group(1)))
             if not NO_PLACE.fullmatch(mark):
                 parts.append((_kind(mark), mark))
-        if numbers != sorted(set(numbers)):
-            raise ValueError(f"its placeholders have the numbers {numbers}: each image has one place, in their order")
         return [(kind, said) for kind, said in [*parts, ("", text[end:])] if kind or said]
+
+    def _said_once(self, text: str, seen: set[tuple[str, int]]) -> str:
+        def repeated(match: re.Match[str]) -> str:
+            number = number_of(match.group(1))
+            if number is None:
+                return match.group()
+            place = (_kind(match.group(1)), number)
+            if place not in seen:
+                seen.add(place)
+                return match.group()
+            return "" if match.start() == 0 or match.end() == len(text) else _left_of(match)
+
+        return _spaced(self.bare).sub(repeated, text)
+
+    def _places(self, asked: Sequence[str]) -> list[str]:
+        """The mark of each place."""
+        return [mark for parts in self.split(asked) for kind, mark in parts if kind]
 
     def without(self, text: str) -> str:
         """A turn without them. Words on both sides of one stay apart, by a line break where one stood beside it."""
         run = _run(self.bare)
         if not run.search(text):
             return text
-        return run.sub(lambda match: "\n" if "\n" in match.group() else " ", text).strip()
+        return run.sub(_left_of, text).strip()
+
+
+def number_of(mark: str) -> int | None:
+    """The number in a mark; None: it has none."""
+    numbered = NUMBERED.fullmatch(mark)
+    return int(numbered.group(1)) if numbered else None
+
+
+def _left_of(match: re.Match[str]) -> str:
+    return "\n" if "\n" in match.group() else " "
 
 
 def _kind(mark: str) -> str:
@@ -105,6 +120,11 @@ def _one(bare: tuple[str, ...]) -> re.Pattern[str]:
 
 
 @lru_cache
-def _run(bare: tuple[str, ...]) -> re.Pattern[str]:
+def _spaced(bare: tuple[str, ...]) -> re.Pattern[str]:
     # a run of white space is begun once, at its start: text with long ones would take the square of their length
+    return re.compile(rf"(?:(?<!\s)\s+)?({_one(bare).pattern})\s*", re.IGNORECASE)
+
+
+@lru_cache
+def _run(bare: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(?:(?<!\s)\s+)?(?:(?:{_one(bare).pattern})\s*)+", re.IGNORECASE)
