@@ -80,7 +80,7 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
     if not (files["image"] or files["video"]):
         return talk
     asked = [message["content"] for message in talk if _asks(message) and isinstance(message["content"], str)]
-    known = Placeholders.of(asked, with_media=True)
+    known = Placeholders.of(asked, [kind for kind, names in files.items() if names])
     split = iter(known.split(asked))
     said: list[Any] = []
     places: list[Item] = []

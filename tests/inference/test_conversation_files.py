@@ -86,10 +86,18 @@ def test_a_number_that_is_said_again_is_no_further_place(tmp_path: Path) -> None
     assert found[0]["content"] == [{"type": "image", "image": "0.jpg"}, words("hi")]
     assert [found[2], found[4]] == [user([words("and ?")]), user([words("Now, in\ntoo?")])]
     turns = [("user", message["content"]) for message in talk if message["role"] == "user"]
-    places = Placeholders.of(asked_in(turns), True)
+    places = Placeholders.of(asked_in(turns), ("image",))
     assert places.count(asked_in(turns)) == 1
     trained = [text for _, text in without_placeholders(turns, places)]
     assert trained == ["hi", "and ?", "Now, in\ntoo?"]  # as they are learned
+
+
+def test_a_mark_of_what_is_not_named_is_a_word_and_a_path_says_nothing_of_the_kind(tmp_path: Path) -> None:
+    shown = {"type": "image", "image": "0.jpg"}
+    asked = "Which page uses the <video> tag?"
+    for place in ("<image>\n", "<img>videos/0.jpg</img>\n", "<img>videos/0.jpg</img>"):
+        assert read(tmp_path, messages=[user(place + asked)], images=["0.jpg"]) == [user([shown, words(asked)])]
+    assert read(tmp_path, messages=[user(asked)], images=["0.jpg"]) == [user([shown, words(asked)])]
 
 
 def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> None:

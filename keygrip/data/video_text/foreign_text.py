@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from keygrip.data.video_text.placeholders import Placeholders
+from keygrip.data.video_text.placeholders import BARE, Placeholders, standing_kinds
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
@@ -21,6 +21,7 @@ MEDIA = re.compile(r"(image|video|media)s?(_?(path|file|filename|file_name|name|
 # ... and those that do where they hold a name with such an ending.
 MAY_NAME = re.compile(r"clip|file|frame|image|img|media|path|photo|picture|url|video", re.IGNORECASE)
 ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
+OF_VIDEO = re.compile(r"\.(gif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 
 
@@ -54,7 +55,9 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         said = [turn for each in turns for turn in turns_of(each)]
         said = with_system(said, content.get("system"))
         named, asked = media_key(content) is not None, asked_in(said)
-        places = Placeholders.of(asked, packed or named)
+        # a sample has media of one kind, which the text may say where no key does
+        kinds = kinds_named(content) or standing_kinds(asked) or BARE
+        places = Placeholders.of(asked, kinds if packed or named else ())
         count, images = places.count(asked), _named_images(content)
         of_video = places.of_one_video(asked)
         if images and (problem := places_problem(count, {images, 1} if of_video else {images})):
@@ -94,6 +97,18 @@ def media_key(content: Mapping[str, Any]) -> str | None:
         if MAY_NAME.search(name) and any(isinstance(each, str) and ENDING.search(each) for each in held):
             return name
     return None
+
+
+def kinds_named(content: Mapping[str, Any]) -> set[str]:
+    """Of which kinds ("image", "video") a json names media, by their keys; none where a key says nothing of it, or
+    "image" of a video."""
+    names = [name for name, value in content.items() if media_key({name: value}) is not None]
+    files = [content[name] for name in names]
+    kinds = {kind for name in names for kind in BARE if name.lower().startswith(kind)}
+    each = [file for listed in files for file in (listed if isinstance(listed, list) else [listed])]
+    if kinds == {"image"} and any(isinstance(file, str) and OF_VIDEO.search(file) for file in each):
+        return set()
+    return kinds if all(name.lower().startswith(BARE) for name in names) else set()
 
 
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,18 +36,22 @@ class Placeholders:
     bare: tuple[str, ...] = BARE
 
     @classmethod
-    def of(cls, asked: Sequence[str], with_media: bool) -> Placeholders:
-        """What counts in the turns of a user and a system. "How does the <video> tag work?" has none: without media,
-        <image> and <video> count only where one of them begins or ends a line, and never beside </image> and </video>,
-        nor beside the <|image|> and <|video|> that items of a chat become.
+    def of(cls, asked: Sequence[str], shown: Collection[str]) -> Placeholders:
+        """What counts in the turns of a user and a system, beside images and videos of which kinds ("image", "video").
+
+        "How does the <video> tag work?" has none: without media, <image> and <video> count only where one of them
+        begins or ends a line; so does <video> where images alone are shown, and not at all beside an <image> that
+        stands so, and the other way round. They never count beside </image> and </video>, nor beside the <|image|> and
+        <|video|> that items of a chat become.
         """
         if any(item in text for text in asked for item in ("<|image|>", "<|video|>")):
             return cls(())
-        kinds = [kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked)]
-        standing = (match.group().lower() for text in asked for match in LINE_ENDS.finditer(text))
-        if with_media or any(f"<{kind}>" in mark for mark in standing for kind in kinds):
-            return cls(tuple(kinds))
-        return cls(())
+        kinds = tuple(kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked))
+        standing = standing_kinds(asked)
+        if len(kinds) > 1 and len(set(shown)) == 1:
+            known = standing | {_kind(mark) for mark in cls(())._places(asked)}
+            return cls(tuple(kind for kind in kinds if kind in shown or (kind in standing and not known & set(shown))))
+        return cls(kinds if shown or standing & set(kinds) else ())
 
     def count(self, asked: Sequence[str]) -> int:
         """How many images and videos the turns have a place for; <image_1> said twice is one."""
@@ -100,6 +104,11 @@ class Placeholders:
         return run.sub(_left_of, text).strip()
 
 
+def standing_kinds(asked: Sequence[str]) -> set[str]:
+    """Of which kinds a bare mark begins or ends a line."""
+    return {_kind(match.group()) for text in asked for match in LINE_ENDS.finditer(text)}
+
+
 def number_of(mark: str) -> int | None:
     """The number in a mark; None: it has none."""
     numbered = NUMBERED.fullmatch(mark)
@@ -111,7 +120,8 @@ def _left_of(match: re.Match[str]) -> str:
 
 
 def _kind(mark: str) -> str:
-    return "video" if "video" in mark.lower() else "image"
+    # <img> may hold the path of an image in a folder of videos
+    return "video" if "video" in mark.lower() and not mark.lower().startswith("<img") else "image"
 
 
 @lru_cache

@@ -356,6 +356,19 @@ def test_placeholders_of_other_models_are_known(mark: str) -> None:
     assert own["places"] == (1 if mark.startswith(("<image_", "<image2")) else 2)
 
 
+@pytest.mark.parametrize(
+    ("named", "places"),
+    [
+        *(({"image": "a.jpg"}, 1), ({"images": ["a.jpg"]}, 1), ({"image_path": "a.jpg"}, 1), ({}, 1)),
+        *(({"video": "a.mp4"}, 2), ({"image": "a.mp4"}, 1), ({"media": ["a.jpg", "b.mp4"]}, 1)),
+    ],
+)
+def test_a_key_says_of_which_kind_the_placeholders_are(named: dict[str, Any], places: int) -> None:
+    talk = [{"from": "human", "value": "<image>\nWhich has the <video> tag?"}, TALK[1]]
+    own = own_text({"conversations": talk, **named}, "", packed=True)
+    assert own["places"] == places
+
+
 def test_words_on_both_sides_of_a_placeholder_stay_apart(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "In <image> what\n<image>\nis <b>this</b>?"}, TALK[1]]
     write_tar(tmp_path / "a.tar", [*TWO, ("a.json", text(conversations=turns))])
@@ -374,6 +387,7 @@ HTML = "<body>\n  <video>\n    <source>\n  </video>\n</body> <image> <|image_pad
         ("Which?\n<image>\nOptions:\nA. red", True, "Which?\nOptions:\nA. red"),
         ("In <image> what?", True, "In what?"),
         ("<image>\nMend this:\n<video>\n</video>", True, "Mend this:\n<video>\n</video>"),
+        ("<image>\nWhich has the <video> tag?", True, "Which has the <video> tag?"),
         ("How to use the <video> tag in HTML?", False, "How to use the <video> tag in HTML?"),
         ("Mend this:\n<video>\n  <source>\n</video>", False, "Mend this:\n<video>\n  <source>\n</video>"),
     ],

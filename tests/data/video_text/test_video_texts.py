@@ -562,9 +562,31 @@ def test_a_conversation_without_a_users_turn_is_refused() -> None:
     assert conversation_problem(talk) == "a conversation has no user's turn"
 
 
+@pytest.mark.parametrize(
+    ("asked", "shown", "bare"),
+    [
+        ("<image>\nWhich page uses the <video> tag?", ("image",), ("image",)),
+        ("Which page uses the <video> tag?", ("image",), ("image",)),
+        ("<img>videos/0.jpg</img>\n<video>\nis on which page?", ("image",), ("image",)),
+        ("<image>\nA.\n<video>\nB.\n<div>", ("image",), ("image",)),
+        ("<video>\nWhat?", ("image",), ("image", "video")),  # the images are its frames
+        ("In <image> what?\n<video>", ("image",), ("image", "video")),  # which of both is open
+        ("<video>\nIs there an <image> tag?", ("video",), ("video",)),
+        ("<image>\nWhat?", ("video",), ("image", "video")),
+        ("In <image> and <video>?", ("image", "video"), ("image", "video")),
+        ("In <image> and <video>?", (), ()),
+        ("<image>\nMend <video></video>", ("image",), ("image",)),
+    ],
+)
+def test_a_mark_of_another_kind_than_what_is_shown_may_be_a_word(
+    asked: str, shown: tuple[str, ...], bare: tuple[str, ...]
+) -> None:
+    assert Placeholders.of([asked], shown).bare == bare
+
+
 def test_long_white_space_is_read_once() -> None:
     """A pattern that begins anew at each blank would take minutes here."""
     blanks = " " * 200_000
     assert Placeholders().without(f"a{blanks}b") == f"a{blanks}b"
     assert Placeholders().without(f"a{blanks}<image>{blanks}b") == "a b"
-    assert Placeholders.of([f"a{blanks}<image>{blanks}b"], with_media=False).bare == ()
+    assert Placeholders.of([f"a{blanks}<image>{blanks}b"], ()).bare == ()

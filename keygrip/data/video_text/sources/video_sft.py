@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.foreign_text import (
     asked_in,
     files_of_items,
+    kinds_named,
     places_problem,
     turns_of,
     with_system,
     without_placeholders,
 )
-from keygrip.data.video_text.placeholders import Placeholders
+from keygrip.data.video_text.placeholders import BARE, Placeholders
 from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.video_files import SUFFIXES
 
@@ -93,7 +94,7 @@ class VideoSFTMaker:
                 fps = rate_of(times)
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         asked = asked_in(entry.turns)
-        places = Placeholders.of(asked, bool(entry.media))
+        places = Placeholders.of(asked, _kinds(entry))
         count = places.count(asked)
         if not len(together) and count:
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
@@ -116,6 +117,11 @@ class VideoSFTMaker:
         conversation = Conversation(tuple(turns), "video_instruction", evidence)
         files = [encode_jpeg(frame) for frame in together]
         yield MadeSample(entry.key, *video_text_parts(files, [conversation], "video_sft", fps))
+
+
+def _kinds(entry: Entry) -> Collection[str]:
+    """Of which kinds its media are, by their key: of both where this says nothing of them."""
+    return (kinds_named({entry.named: [path.name for path in entry.media]}) or BARE) if entry.media else ()
 
 
 def entries(source: Path) -> list[Entry]:
@@ -209,7 +215,7 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     in_items = [name for each in said for name in files_of_items(each)]
     if in_items and names:
         raise ValueError(f"it has {names[0]} and items that name files: name each once")
-    if in_items and len(in_items) != Placeholders.of(asked := asked_in(turns), True).count(asked):
+    if in_items and len(in_items) != Placeholders.of(asked := asked_in(turns), BARE).count(asked):
         raise ValueError(f"its items name {len(in_items)} files, and others of its images and videos have none")
     if not names and not in_items and (unknown := _unknown_medium(entry, source, beside)):
         raise ValueError(f"its `{unknown}` names an image or a video; known are {', '.join(MEDIA)}")

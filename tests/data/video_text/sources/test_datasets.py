@@ -690,6 +690,8 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
         ({"image": ["b.jpg", "b.jpg"]}, two),
         ({"image": ["b.jpg", "b.jpg"]}, "Which?"),
         ({"image": ["b.jpg", "b.jpg"]}, "<image_1> <image_2> What is in <image_1>?"),
+        ({"image": "b.jpg"}, "<image>\nWhich page uses the <video> tag?"),
+        ({"image": "b.jpg"}, "<img>videos/b.jpg</img>\nWhich page uses the <video> tag?"),
         ({"video": "a.mp4"}, "<image>\n?"),
         ({"video": "a.mp4"}, "<image><image><image>\n?"),
         ({"image": "b.jpg"}, two),
@@ -703,7 +705,7 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
     ]
     (source / "list.json").write_text(json.dumps(entries))
     report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.9)
-    assert (report["samples"], report["failed"]) == (5, 4)
+    assert (report["samples"], report["failed"]) == (7, 4)
     reasons = json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"]
     for reason, why in zip(
         reasons,
@@ -717,8 +719,9 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
         strict=True,
     ):
         assert why in reason
-    first = samples(tmp_path / "set")["list-00000000"].conversations[0].turns[0].text
-    assert first == "Picture 1:\nPicture 2:\n?"
+    found = samples(tmp_path / "set")
+    asked = [found[f"list-{number:08d}"].conversations[0].turns[0].text for number in (0, 3, 4)]
+    assert asked == ["Picture 1:\nPicture 2:\n?", *["Which page uses the <video> tag?"] * 2]
 
 
 def test_several_images_may_be_the_frames_of_one_video(tmp_path: Path) -> None:
