@@ -168,10 +168,10 @@ def read_file(path: Path) -> State:
     try:
         content = load_tensors(path)
     except TorchFileError as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError):
+        if error.__cause__ is None or isinstance(error.__cause__, pickle.UnpicklingError):
             raise ValueError(
                 f"{path} is not a plain weights file, or holds objects that are not loaded for safety "
-                f"({_first_line(error.__cause__)})"
+                f"({_first_line(error.__cause__ or error)})"
             ) from error
         raise ValueError(f"{path} cannot be read ({error}); it is cut off or no weights file") from error
     if not isinstance(content, dict):
