@@ -14,7 +14,7 @@ RANGES = {
     "attention_entropy": Range(
         0.0,
         0.95,
-        "the queries attend nearly uniformly: raise model.network.query_std, keep query_bias=false, deep_query=true",
+        "the queries attend nearly uniformly: raise model.network.query_std, keep deep_query=true",
     ),
     "static_query_std": Range(
         0.5, 2.0, "the learned query has left the scale at which attention is neither uniform nor a single point"

@@ -263,7 +263,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         projection_std: of the chosen ones alone; None: as query_std.
         query_start: what the learned query of the coarse pass begins as: `random`, or `cls`, the encoder's own CLS
             token, so that the coarse pass begins with what CLS has learned to say.
-        query_bias: give the projection of hidden states to queries a bias (ablation: it makes queries alike).
+        query_bias: give the projection of hidden states to queries a bias (ablation: no difference was found).
         query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
             trained beside a frozen encoder, whose keys and values then never change and can be kept
             (`frame_cache.py`). At the start both are the same.
