@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import open_image, read_bytes
+from keygrip.data.robot.frame_rates import differs
 from keygrip.data.video import count_frames, file_identity, frame_times, read_frame
-
-OTHER_RATE = 0.05  # share by which a video's rate differs from the rows' where it is another one
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
@@ -169,20 +168,21 @@ class VideoFrames:
         times = frame_times(self.path)
         used = self.start + np.arange(len(self))
         late = times[used] - used / rate
-        if np.abs(late).max() <= 0.5 / rate:
+        away = np.abs(late) > 0.5 / rate
+        if not away.any():
             return
         shown = 1 / float(np.median(np.diff(times)))
-        if abs(shown / rate - 1) > OTHER_RATE:
+        if differs(shown, rate):
             raise OSError(
                 f"{self.path}: the video has {shown:.4g} frames per second and the data set {rate:g}, so that rows "
                 "would get others' images: encode it again at the data set's rate"
             )
         if self.whole and len(times) == len(used):
             return  # a frame for each row, whatever the times say
-        first = int(np.argmax(np.abs(late) > 0.5 / rate))
+        first = int(np.argmax(away))
         raise OSError(
             f"{self.path}: frame {self.start + first} is shown {late[first]:+.3f} s away from its row, and so are "
-            f"{int((np.abs(late) > 0.5 / rate).sum())} of {len(late)}: frames are missing or not evenly spaced, so "
+            f"{int(away.sum())} of {len(late)}: frames are missing or not evenly spaced, so "
             "that rows would get others' images; leave the episode out, or encode its video again from the images"
         )
 

@@ -232,8 +232,8 @@ def check_times(exam: Examination) -> None:
             "error",
             listed(rates),
             f"the time stamps say {rate:.1f} frames per second, the file of {name} says something else",
-            "Correct fps in the metadata, or the time stamps: control runs at the stated rate, and training refuses "
-            "another one",
+            "Correct fps in the metadata, or the time stamps: control runs at the stated rate, and training leaves "
+            "demos of another one out",
         )
 
 
