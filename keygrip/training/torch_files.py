@@ -77,13 +77,12 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
         _refuse_compressed(path)
     try:
         unknown = _unknown_name(path, is_archive)
-        if unknown is not None:
-            raise TorchFileError(f"{path} names {unknown}: it holds more than tensors and plain values", is_archive)
-        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped and is_archive)
-    except TorchFileError:
-        raise
+        if unknown is None:
+            content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped and is_archive)
     except BROKEN as error:
         raise TorchFileError(f"{path} {_what_is_wrong(error, is_archive, path)}", is_archive) from error
+    if unknown is not None:
+        raise TorchFileError(f"{path} names {unknown}: it holds more than tensors and plain values", is_archive)
     if _size_of(content) > MOST_VALUES:
         raise TorchFileError(
             f"{path} holds more than {MOST_VALUES} values, or a container inside itself: keygrip writes no such file, "
@@ -185,7 +184,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _tensors(content: Any) -> list[Tensor]:
-    """All tensors in nested containers, each once: a pickle may name one container many times, or inside itself."""
+    """All tensors in nested containers, each once: a pickle may name one container many times."""
     found, waiting, seen = [], [content], set()
     while waiting:
         value = waiting.pop()
