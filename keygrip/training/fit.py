@@ -92,7 +92,7 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
         module.check_length(cfg.max_steps)
         module.resumed = resume is not None
     trained = _trained_before(folder, resumed_step) if resume else {}
-    started_in = _write_start(folder, cfg, origin, trained | {"overrides": overrides}, resumed=resume is not None)
+    started_in = _write_start(folder, cfg, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, started_in)
     if cfg.dry_run:
@@ -267,12 +267,17 @@ def _trained_before(folder: Path, step: int) -> dict[str, Any]:
 
 
 def _write_start(
-    folder: Path, cfg: DictConfig, origin: dict[str, Any], trained: dict[str, Any], resumed: bool
+    folder: Path,
+    cfg: DictConfig,
+    overrides: list[str],
+    origin: dict[str, Any],
+    trained: dict[str, Any],
+    resumed: bool,
 ) -> Path | None:
     """Writes settings, metadata and the result's beginning, on the first process; returns the metadata's path.
 
     Args:
-        trained: the overrides, and what `_trained_before` found.
+        trained: see `_trained_before`.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return None
@@ -282,7 +287,7 @@ def _write_start(
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
-    start = {"status": "running", "command": _command(), "metrics": {}, "run_dir": str(folder)}
+    start = {"status": "running", "command": _command(), "overrides": overrides, "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began} | trained)
     return metadata
 
