@@ -133,8 +133,10 @@ def recover_3d(
     return torch.where(usable[..., None], points, torch.nan)
 
 
-def cell_centres(pred_size: int, image_size: int, *, device: torch.device | None = None) -> Tensor:
+def cell_centres(
+    pred_size: int, image_size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
     """Pixel coordinates of the prediction grid's cell centres: ``[P, P, 2]``, (x, y), indexed [row, column]."""
-    centres = (torch.arange(pred_size, device=device, dtype=torch.float32) + 0.5) * (image_size / pred_size)
+    centres = (torch.arange(pred_size, device=device, dtype=dtype) + 0.5) * (image_size / pred_size)
     rows, columns = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([columns, rows], dim=-1)

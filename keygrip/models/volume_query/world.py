@@ -58,7 +58,7 @@ def project_voxels(
         intrinsics: ``[B, 1 + V, 3, 3]``, the first camera first. world_to_camera: ``[B, 1 + V, 4, 4]``.
         heights: ``[Z]`` metres, of the bins' centres. usable: bool ``[B, V]``; None: all views are.
     """
-    centres = cell_centres(pred_size, image_size, device=intrinsics.device).to(intrinsics.dtype)
+    centres = cell_centres(pred_size, image_size, dtype=intrinsics.dtype, device=intrinsics.device)
     first = intrinsics[:, 0, None, None, None], world_to_camera[:, 0, None, None, None]
     points = recover_3d(centres, heights.to(intrinsics.dtype)[:, None, None], *first, strict=False)  # [B, Z, P, P, 3]
     others = intrinsics[:, 1:, None, None, None], world_to_camera[:, 1:, None, None, None]

@@ -26,10 +26,11 @@ from keygrip.models.volume_query.world import KnownProjections, VoxelProjection,
 B, A, T, V, Z, P, S = 2, 2, 3, 2, 4, 6, 60
 
 
-def cameras(views: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def cameras(views: int, dtype: torch.dtype = torch.float64, size: int = S) -> tuple[torch.Tensor, torch.Tensor]:
     """Intrinsics [B, 1 + views, 3, 3] and poses of cameras a metre above the table that look down from other places,
-    moved from sample to sample."""
-    k = torch.tensor([[80.0, 0, S / 2], [0, 80.0, S / 2], [0, 0, 1]], dtype=dtype)
+    moved from sample to sample; `size`: side of their images."""
+    focal = 80 * size / S
+    k = torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=dtype)
     poses = torch.eye(4, dtype=dtype).repeat(B, 1 + views, 1, 1)
     for b in range(B):
         for v in range(1 + views):
@@ -41,36 +42,37 @@ def cameras(views: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tenso
     return k.expand(B, 1 + views, 3, 3).clone(), poses
 
 
-def random_logits(seed: int = 0) -> VolumeLogits:
+def random_logits(seed: int = 0, size: int = S) -> VolumeLogits:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     usable = torch.tensor([[True, True], [True, False]])
-    where = project_voxels(*cameras(V), torch.linspace(0, 0.2, Z, dtype=torch.float64), P, S, usable)
+    heights = torch.linspace(0, 0.2, Z, dtype=torch.float64)
+    where = project_voxels(*cameras(V, size=size), heights, P, size, usable)
     world = WorldScores(draw(B, A, T, V, P, P), where)
     return VolumeLogits(draw(B, A, T, P, P), draw(B, A, T, Z), draw(B, A, T), world=world)
 
 
-def written_out(logits: VolumeLogits) -> torch.Tensor:
+def written_out(logits: VolumeLogits, size: int = S) -> torch.Tensor:
     """The volume [B, A, T, Z, P, P], each voxel projected and interpolated by hand; sample 1 lacks view 2."""
     assert logits.world is not None
-    k, poses = cameras(V)
+    k, poses = cameras(V, size=size)
     heights = torch.linspace(0, 0.2, Z, dtype=torch.float64)
     rows = []
     for b in range(B):
         for z in range(Z):
             for y in range(P):
                 for x in range(P):
-                    pixel = torch.tensor([x + 0.5, y + 0.5], dtype=torch.float64) * S / P
+                    pixel = torch.tensor([x + 0.5, y + 0.5], dtype=torch.float64) * size / P
                     point = recover_3d(pixel, heights[z], k[b, 0], poses[b, 0])
                     value = logits.pixel[b, ..., y, x] + logits.height[b, ..., z] + logits.constant[b]
                     for v in range(1, 1 + V):
                         u = project(point, k[b, v], poses[b, v])[0]
-                        if (b, v) == (1, 2) or not bool(((u >= 0) & (u < S)).all()):
+                        if (b, v) == (1, 2) or not bool(((u >= 0) & (u < size)).all()):
                             continue
-                        gx, gy = ((u * P / S) - 0.5).clamp(0, P - 1).tolist()
+                        gx, gy = ((u * P / size) - 0.5).clamp(0, P - 1).tolist()
                         x0, y0 = min(int(gx), P - 2), min(int(gy), P - 2)
                         fx, fy = gx - x0, gy - y0
                         m = logits.world.maps[b, :, :, v - 1]
@@ -80,10 +82,11 @@ def written_out(logits: VolumeLogits) -> torch.Tensor:
     return torch.stack(rows).unflatten(0, (B, Z, P, P)).permute(0, 4, 5, 1, 2, 3)
 
 
-def test_loss_gradient_and_argmax_equal_the_dense_reference() -> None:
-    logits = random_logits()
+@pytest.mark.parametrize("size", [S, 100])  # 100 / P is no float32
+def test_loss_gradient_and_argmax_equal_the_dense_reference(size: int) -> None:
+    logits = random_logits(size=size)
     assert logits.world is not None
-    dense = written_out(logits)
+    dense = written_out(logits, size)
     assert 0.2 < float(logits.world.where.seen.mean()) < 0.95  # some voxels lie outside of the further views
     torch.testing.assert_close(logits.dense(), dense, rtol=0, atol=1e-9)
     generator = torch.Generator().manual_seed(1)
