@@ -292,7 +292,12 @@ class Augmentation:
         cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
         centre_x = _inside(width / 2 + shift_x * side_x, (cos * crop_x + sin * crop_y) / 2, width)
         centre_y = _inside(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
-        return Box(centre_x - crop_x / 2, centre_y - crop_y / 2, centre_x + crop_x / 2, centre_y + crop_y / 2, angle)
+        left, right = centre_x - crop_x / 2, centre_x + crop_x / 2
+        top, bottom = centre_y - crop_y / 2, centre_y + crop_y / 2
+        if angle == 0.0:  # to the last bit: Pillow refuses an edge that rounding puts 1e-14 outside
+            left, right = max(left, 0.0), min(right, float(width))
+            top, bottom = max(top, 0.0), min(bottom, float(height))
+        return Box(left, top, right, bottom, angle)
 
     def colours(self, generator: np.random.Generator, image: np.ndarray) -> Colours:
         """A random change of the colours of an image (S x S x 3 uint8): its mean grey is what contrast is relative

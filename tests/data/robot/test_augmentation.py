@@ -91,16 +91,18 @@ def test_normalisation_is_that_of_the_backbone() -> None:
     assert image.dtype == torch.float32
 
 
-def test_crops_stay_inside_the_picture() -> None:
-    geometry = ImageGeometry(32, MEAN, STD, field=0.9)
+@pytest.mark.parametrize(("width", "height"), [(WIDTH, HEIGHT), (96, 96), (640, 480), (1280, 720)])
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_crops_stay_inside_the_picture(width: int, height: int, fit: str) -> None:
     augmentation = Augmentation(scale=(0.5, 3.0), shift=0.9)
-    white = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
-    for draw in range(200):
-        box = augmentation.box(np.random.default_rng(draw), geometry, WIDTH, HEIGHT)
-        assert box.left >= -1e-9
-        assert box.top >= -1e-9
-        assert box.right <= WIDTH + 1e-9
-        assert box.bottom <= HEIGHT + 1e-9
+    white = np.full((height, width, 3), 255, np.uint8)
+    for draw in range(60):
+        geometry = ImageGeometry(32, MEAN, STD, field=0.9 + 0.02 * (draw % 5), fit=fit)
+        box = augmentation.box(np.random.default_rng(draw), geometry, width, height)
+        assert box.left >= 0
+        assert box.top >= 0
+        assert box.right <= width
+        assert box.bottom <= height
         assert cut(white, box, 32).min() == 255
 
 
