@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import warnings
 from abc import abstractmethod
 from pathlib import Path
 
@@ -174,12 +173,6 @@ class PCARotation(RotationCodec):
         self.axis.copy_(axis)
         self.score_range.copy_(torch.tensor([low, high]))
         self.explained.fill_(explained)
-        if explained < self.min_explained:
-            warnings.warn(
-                f"The first principal component explains only {explained:.0%} of the rotations (below "
-                f"{self.min_explained:.0%}): rotation=pca_1d will lose the rest; use rotation=kmeans.",
-                stacklevel=3,
-            )
 
     def report(self, quaternions: Tensor) -> dict[str, float]:
         """Also the share of PC1, the range of the bins, and that of 98 % of the rotations, degrees."""
@@ -322,6 +315,13 @@ def _stored(path: Path) -> dict[str, Tensor] | None:
 
 
 def _warn(codec: RotationCodec, report: dict[str, float]) -> None:
+    if isinstance(codec, PCARotation) and report["pc1_explained"] < codec.min_explained:
+        log.warning(
+            "the first principal component explains %.0f %% of the training rotations (rotation.min_explained=%g): "
+            "rotation=pca_1d loses the rest; rotation=kmeans holds turns about several axes",
+            100 * report["pc1_explained"],
+            codec.min_explained,
+        )
     full, inner = report.get("range_deg", 0.0), report.get("inner_range_deg", 0.0)
     if full > WIDENED * inner and full > NARROW_BIN_DEG * codec.classes:
         log.warning(

@@ -91,10 +91,14 @@ def test_pca_expectation_is_finer_than_a_bin() -> None:
     assert fine.mean() < 0.2 * codec.quantisation(quaternions)["decode_error_deg"]
 
 
-def test_pca_warns_where_one_component_is_not_enough() -> None:
+def test_pca_warns_where_one_component_is_not_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, quaternions = random_rotations(300)
-    with pytest.warns(UserWarning, match="rotation=kmeans"):
-        PCARotation().fit(quaternions)
+    for _ in range(2):  # fitted, and as it was kept
+        caplog.clear()
+        fit_or_load(PCARotation(), quaternions, tmp_path, "x")
+        (said,) = (r.getMessage() for r in caplog.records if "first principal component" in r.getMessage())
+        assert "rotation.min_explained=0.8" in said
+        assert "rotation=kmeans" in said
 
 
 def test_kmeans_uses_geodesic_distance_and_ignores_signs() -> None:
