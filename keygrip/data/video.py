@@ -96,6 +96,7 @@ def _make_index(path: Path) -> _VideoIndex:
     shown: list[int] = []
     keys: list[tuple[int, int]] = []
     with container:
+        unit_s = float(stream.time_base)  # here: closing the container frees the stream's memory
         for packet in container.demux(stream):
             if packet.pts is None or packet.is_discard:
                 continue
@@ -106,7 +107,7 @@ def _make_index(path: Path) -> _VideoIndex:
                 keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
     if len(set(shown)) != len(shown):
         raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
-    return _VideoIndex(sorted(shown), sorted(keys), float(stream.time_base))
+    return _VideoIndex(sorted(shown), sorted(keys), unit_s)
 
 
 class _OpenVideo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -343,3 +343,32 @@ def test_frames_larger_than_their_header_says_are_refused() -> None:
 
     with pytest.raises(ValueError, match="more than the 67108864 pixels"):
         upright_frame(Huge(), None)
+
+
+def test_the_index_reads_the_stream_only_while_its_container_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)
+    container, stream = video._open_container(path)
+
+    class Stream:  # of PyAV's, memory that closing the container frees; what is read then is whatever lies there
+        @property
+        def time_base(self) -> Fraction:
+            assert opened.open
+            return stream.time_base
+
+    class Container:
+        open = True
+
+        def demux(self, asked: Stream) -> Iterator[av.Packet]:
+            return container.demux(stream)
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            self.open = False
+
+    opened = Container()
+    monkeypatch.setattr(video, "_open_container", lambda _: (opened, Stream()))
+    with container:
+        assert np.allclose(video.frame_times(path), np.arange(8) / 10)
