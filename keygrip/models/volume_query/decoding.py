@@ -6,14 +6,15 @@ Shape legend: ``*`` leading shape ``[B, A, T]`` (batch, arms, steps), K candidat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from keygrip.models.geometry.cameras import ParallelRayError, recover_3d
+from keygrip.models.geometry.cameras import MIN_VERTICAL_SLOPE, camera_centre, cell_centres, pixel_rays, recover_3d
 from keygrip.models.geometry.rotation_codecs import RotationCodec
+from keygrip.models.nn.image_sampling import gather_pixels
 from keygrip.models.volume_query.network import VolumeQueryOutput
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, pixel_entropy, sample_voxel, soft_argmax
 from keygrip.training.parts import ReadWhere, model_part
@@ -41,6 +42,9 @@ class DecodedSteps:
 @dataclass(frozen=True)
 class Decoder:
     """How a distribution becomes one trajectory.
+
+    Voxels that are no points (the cell's ray does not meet the height plane in front of the camera, as above the
+    horizon) are never chosen: see `decode`.
 
     Args:
         name: "argmax": the most probable voxel, quantised. "soft_argmax": the mean in a window around it, finer than a
@@ -80,20 +84,26 @@ class Decoder:
         height_range: Tensor,
         image_size: int,
         generator: torch.Generator | None = None,
+        strict: bool = True,
     ) -> DecodedSteps:
-        """Poses from the network's output.
+        """Poses from the network's output, of the voxels that are points in the world.
+
+        A ray that falls meets the heights below the camera, one that rises those above it. Each step is decoded among
+        the voxels of that side of the camera's height where the most probable one lies.
 
         Args:
             output: leading shape ``[B, A, T]``. codecs: one an arm. intrinsics: ``[B, 3, 3]`` of the input image.
             world_to_camera: ``[B, 4, 4]``. height_range: ``[2]`` metres.
+            strict: raise where no voxel is a point; otherwise the positions of those steps are NaN.
 
         Raises:
-            ParallelRayError: a decoded pixel looks along its height plane: there is no 3D point.
+            ParallelRayError: the camera sees none of the height planes.
         """
-        logits = output.volume.float()
-        cell_size = image_size / logits.pixel.shape[-1]
-        to_metres = _HeightScale(height_range, logits.height.shape[-1])
+        whole = output.volume.float()
+        cell_size = image_size / whole.pixel.shape[-1]
+        to_metres = _HeightScale(height_range, whole.height.shape[-1])
         cameras = intrinsics[:, None, None], world_to_camera[:, None, None]
+        logits = _of_points(whole, to_metres, *cameras, image_size)
         if self.name == "sample":
             cells, bins = sample_voxel(logits, generator)
             grid, height_position = cells.flip(-1) + 0.5, bins + 0.5
@@ -107,7 +117,7 @@ class Decoder:
             else:
                 grid, height_position = soft_argmax(logits, cells, self.window)
         pixels = grid * cell_size
-        position = recover_3d(pixels, to_metres(height_position), *cameras)
+        position = recover_3d(pixels, to_metres(height_position), *cameras, strict=strict)
         if self.name == "sample":
             quaternions = [codec.decode(_draw(output.rotation[:, i], generator)) for i, codec in enumerate(codecs)]
         elif self.name == "argmax":
@@ -121,7 +131,7 @@ class Decoder:
             position,
             torch.stack(quaternions, dim=1),
             self._gripper(output.gripper, generator),
-            pixel_entropy(logits),
+            pixel_entropy(whole),
         )
 
     def _gripper(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -173,13 +183,7 @@ class Decoder:
         points = recover_3d(
             pixels, to_metres(bins + 0.5), intrinsics[..., None, :, :], world_to_camera[..., None, :, :], strict=False
         )  # [B, A, T, K, 3]
-        seen = torch.isfinite(points).all(-1)
-        if not bool(seen.any(-1).all()):
-            raise ParallelRayError(
-                "A step has no candidate cell whose ray meets its height plane: check world_to_camera."
-            )
-        emission = emission.masked_fill(~seen, -torch.inf)
-        points = points.nan_to_num(0.0)
+        points = points.nan_to_num(0.0)  # of cells that are none, and have no probability
         steps = index.shape[2]
         score, back = emission[:, :, 0], []
         for t in range(1, steps):
@@ -208,6 +212,45 @@ class _HeightScale:
     def __call__(self, position: Tensor) -> Tensor:
         low, high = self.height_range.unbind()
         return low + position / self.bins * (high - low)
+
+
+def _of_points(
+    logits: VolumeLogits, to_metres: _HeightScale, intrinsics: Tensor, world_to_camera: Tensor, image_size: int
+) -> VolumeLogits:
+    """The logits with no probability on voxels that are no points, each step's on one side of the camera's height.
+
+    Every choice among a side's cells and heights, and every mean of some, is a point again. Steps without any point
+    keep their logits.
+    """
+    cameras = intrinsics[..., None, None, :, :], world_to_camera[..., None, None, :, :]
+    centres = cell_centres(logits.pixel.shape[-1], image_size, dtype=intrinsics.dtype, device=intrinsics.device)
+    heights = to_metres(torch.arange(logits.height.shape[-1], device=centres.device) + 0.5)
+    above = heights - camera_centre(world_to_camera)[..., 2:]  # [B, 1, 1, Z]
+    below = above < 0
+    corners = pixel_rays(centres[[0, -1]][:, [0, -1]], *cameras)[..., 2]
+    if bool((corners <= -MIN_VERTICAL_SLOPE).all() & below.all()):  # the camera sees the table alone, as most do:
+        return logits  # rays between rays that fall, fall
+    slope = pixel_rays(centres, *cameras)[..., 2]  # [B, 1, 1, P, P]
+    falling = slope <= -MIN_VERTICAL_SLOPE
+    rising, over = slope >= MIN_VERTICAL_SLOPE, above > 0
+
+    def among(cells: Tensor, bins: Tensor) -> VolumeLogits:
+        pixel, height = logits.pixel.masked_fill(~cells, -torch.inf), logits.height.masked_fill(~bins, -torch.inf)
+        return replace(logits, pixel=pixel, height=height)
+
+    falls, rises = _best_logit(among(falling, below)), _best_logit(among(rising, over))
+    upward, none = rises > falls, torch.isneginf(torch.maximum(falls, rises))
+    return among(
+        torch.where(upward[..., None, None], rising, falling) | none[..., None, None],
+        torch.where(upward[..., None], over, below) | none[..., None],
+    )
+
+
+def _best_logit(logits: VolumeLogits) -> Tensor:
+    """Of the most probable voxel, ``[*]``, without the constant."""
+    cells, bins = argmax_voxel(logits)
+    at_cells = gather_pixels(logits.pixel, cells[..., None, :]) + logits.height_given_pixel(cells)  # [*, Z]
+    return at_cells.gather(-1, bins[..., None])[..., 0]
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:

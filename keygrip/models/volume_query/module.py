@@ -392,6 +392,8 @@ class VolumeQueryModule(System):
             "height_m": (heights - true_height).abs(),
             "height_m_floor": (floor_heights - true_height).abs(),
             "position_cm": (points - batch.position).norm(dim=-1) * 100,
+            # What position_cm leaves out: the pixel lies above the horizon, say.
+            "no_point_share": (~torch.isfinite(points).all(-1)).float(),
             "position_cm_floor": (floor_points - batch.position).norm(dim=-1) * 100,
             "gripper_acc": (output.gripper.argmax(-1) == targets.gripper).float(),
             "rotation_acc": hits,
@@ -409,6 +411,7 @@ class VolumeQueryModule(System):
             world_to_camera=batch.world_to_camera,
             height_range=self.statistics.height_range,
             image_size=self.network.image_size,
+            strict=False,  # a sample whose camera sees no height plane has no position, and no part in the mean
         )
         return {
             "pix_decoded": _mean_where((decoded.pixels - targets.pixels).norm(dim=-1), targets.valid),

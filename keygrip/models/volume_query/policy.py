@@ -14,7 +14,7 @@ from keygrip.data.batches import CLOSED, normalised
 from keygrip.data.robot.augmentation import View
 from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.cameras import project
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis, views_of, views_there
+from keygrip.models.policy import Needs, Observation, Plan, calibration_of, poses_of, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import FurtherViews
 from keygrip.models.volume_query.second_look import SharpImage
@@ -119,8 +119,8 @@ class VolumeQueryPolicy:
         """Poses of the next T steps.
 
         Raises:
-            ParallelRayError: a decoded pixel's ray does not meet its height plane.
-            ValueError: the instruction, or a camera, is missing.
+            ParallelRayError: the camera sees none of the planes of the heights.
+            ValueError: the instruction, a camera or an arm's pose is missing or cannot be right.
         """
         return self._plans([observation])[0]
 
@@ -149,7 +149,7 @@ class VolumeQueryPolicy:
         image = np.asarray(view["image"])
         if image_shows_nothing(image):
             image = np.zeros_like(image)
-        return self._geometry.view(image, np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"]))
+        return self._geometry.view(image, *calibration_of(view))
 
     def _all_views(
         self, observations: Sequence[Observation]
@@ -216,14 +216,16 @@ class VolumeQueryPolicy:
             image, k, camera, further = self._all_views(observations)
         else:
             first = [self._first_view(seen) for seen in observations]
-            cut = [self._geometry.apply(np.asarray(one["image"]), np.asarray(one["intrinsics"])) for one in first]
+            calibrations = [calibration_of(one) for one in first]
+            cut = [
+                self._geometry.apply(np.asarray(one["image"]), intrinsics)
+                for one, (intrinsics, _) in zip(first, calibrations, strict=True)
+            ]
             image = torch.stack([one.to(device) for one, _ in cut])
             k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])
-            camera, further = stacked(np.asarray(one["world_to_camera"]) for one in first), None
-        position, quaternion, gripper = (
-            stacked(arm_axis(seen[name], trailing) for seen in observations)
-            for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
-        )
+            camera, further = stacked(world_to_camera for _, world_to_camera in calibrations), None
+        poses = [poses_of(seen, len(network.arms)) for seen in observations]
+        position, quaternion, gripper = (stacked(parts) for parts in zip(*poses, strict=True))
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
         output = network(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import get_args
+
 import pytest
 import torch
 
-from keygrip.models.geometry.cameras import ParallelRayError, project
+from keygrip.models.geometry.cameras import ParallelRayError, project, recover_3d
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
-from keygrip.models.volume_query.decoding import Decoder
+from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import VolumeQueryOutput
 from keygrip.models.volume_query.volume import VolumeLogits
 
@@ -121,9 +125,66 @@ def test_a_camera_along_the_table_is_an_error_not_a_far_point() -> None:
     k, _ = overhead_camera()
     level = torch.tensor([[[1.0, 0, 0, 0], [0, 0, -1, 0.08], [0, 1, 0, 0], [0, 0, 0, 1]]])  # looks along +y, 8 cm up
     result = peaked([(12, 12)] * 2, [8, 8])
-    with pytest.raises(ParallelRayError):
-        Decoder("argmax").decode(
-            result, [codec()], intrinsics=k, world_to_camera=level, height_range=HEIGHTS, image_size=S
+    k = k.clone()
+    k[:, 1, 1] = 1e6  # sees nothing above or below
+    for name in get_args(DecoderName):
+        decode = partial(
+            Decoder(name).decode, result, [codec()], world_to_camera=level, height_range=HEIGHTS, image_size=S
+        )
+        with pytest.raises(ParallelRayError):
+            decode(intrinsics=k)
+        assert decode(intrinsics=k, strict=False).position.isnan().all()
+
+
+def tilted_camera(down: float, height: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A camera of a wide view that looks `down` degrees below the horizon along +y, `height` metres up."""
+    k = torch.tensor([[[40.0, 0, 48], [0, 40.0, 48], [0, 0, 1]]])
+    turn = torch.deg2rad(torch.tensor(down))
+    pose = torch.eye(4)
+    pose[1, 1:3] = torch.stack([-turn.sin(), -turn.cos()])
+    pose[2, 1:3] = torch.stack([turn.cos(), -turn.sin()])
+    pose[:3, 3] = -pose[:3, :3] @ torch.tensor([0.0, 0.0, height])
+    return k, pose[None]
+
+
+@pytest.mark.parametrize("height", [0.5, 0.08], ids=["above the heights", "amid the heights"])
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("name", ["argmax", "soft_argmax", "viterbi", "sample"])
+def test_what_is_no_point_is_not_decoded(name: str, coupled: bool, height: float) -> None:
+    k, pose = tilted_camera(10.0, height)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 2
+
+    steps = 40
+    factors = (draw(1, 1, steps, 2, P, P), draw(2, Z)) if coupled else (None, None)
+    drawn = output(draw(1, 1, steps, P, P), draw(1, 1, steps, Z))
+    result = replace(drawn, volume=replace(drawn.volume, pixel_factor=factors[0], height_factor=factors[1]))
+    decoded = Decoder(name).decode(  # type: ignore[arg-type]
+        result,
+        [codec()],
+        intrinsics=k,
+        world_to_camera=pose,
+        height_range=HEIGHTS,
+        image_size=S,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.isfinite(decoded.position).all()
+    assert torch.isfinite(decoded.entropy).all()
+    back, _ = project(decoded.position, k[:, None, None], pose[:, None, None])
+    torch.testing.assert_close(back, decoded.pixels, atol=1e-3, rtol=0, check_dtype=False)
+    if name == "argmax":  # the best of the points, of all voxels written out
+        dense = result.volume.float().dense()[0, 0]  # [T, Z, P, P]
+        cells = torch.stack(torch.meshgrid(*[torch.arange(P) + 0.5] * 2, indexing="xy"), dim=-1) * 4
+        heights = (torch.arange(Z) + 0.5) / Z * 0.16
+        points = recover_3d(cells, heights[:, None, None], k[0], pose[0], strict=False)
+        there = torch.isfinite(points).all(-1)
+        assert 0.05 < float(there.double().mean()) < 0.95
+        assert not there.flatten()[dense.flatten(1).argmax(-1)].all()  # unmasked, some steps would lie in the sky
+        best = dense.masked_fill(~there, -torch.inf).flatten(1).argmax(-1)
+        torch.testing.assert_close(
+            decoded.position[0, 0], points.flatten(0, 2)[best], check_dtype=False, atol=1e-3, rtol=1e-4
         )
 
 

@@ -513,3 +513,19 @@ def test_a_masked_view_trains_as_a_batch_without_it(tmp_path: Path) -> None:
     ]
     summed = {name: sum((part[1][name] for part in parts), torch.zeros(())) for name in parts[0][1]}
     assert_same(trained(data, 4), (sum((part[0] for part in parts), torch.zeros(())), summed))
+
+
+def test_steps_that_the_network_sees_above_the_horizon_are_counted(tmp_path: Path) -> None:
+    module, data = build(("right",), tmp_path), batch()
+    level = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0.3], [0, 1, 0, 1.0], [0, 0, 0, 1]])  # looks along +y, 30 cm up
+    data = replace(data, world_to_camera=level.expand(2, 4, 4))
+    targets = module.targets(data)
+    assert targets.valid.any()
+    output = module(data, targets, teacher=False)
+    output.volume.pixel[0, ..., 2, 8] += 100  # above the horizon in the image's middle
+    output.volume.pixel[1, ..., 14, 8] += 100  # below it
+    assert float(module.metrics(output, data, targets)["no_point_share"]) == pytest.approx(
+        float(targets.valid[0].sum() / targets.valid.sum())
+    )
+    decoded = module.decoded_metrics(output, data, targets)  # the best of the voxels that are points
+    assert all(torch.isfinite(value) for value in decoded.values())
