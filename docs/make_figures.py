@@ -1,8 +1,7 @@
 """Makes the images of README.md from a trained run: ``python docs/make_figures.py runs/demo``.
 
-Writes into docs/images: ``episode.gif`` (a held-out closed-loop episode with the plan drawn in), ``prediction.png``
-(heatmap, trajectories, height, gripper and rotation of a validation frame) and ``demonstrations.png`` (frames of
-recorded demonstrations).
+Writes into docs/images: ``episode.gif`` (a held-out closed-loop episode with the plan drawn in) and ``prediction.png``
+(heatmap, trajectories, height, gripper and rotation of a validation frame).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -33,18 +31,8 @@ def main(run: Path) -> None:
     data.prepare_data()
     data.setup("validate")
     IMAGES.mkdir(exist_ok=True)
-    demonstrations(data)
     prediction(data, module)
     episode(config["data"]["record"], run)
-
-
-def demonstrations(data: object) -> None:
-    """Five frames of each of three demonstrations."""
-    rows = []
-    for demo in data.demos[:3]:  # type: ignore[attr-defined]
-        frames = demo.cameras[data.camera].frames  # type: ignore[attr-defined]
-        rows.append(np.concatenate([frames.read(int(i)) for i in np.linspace(0, len(demo) - 8, 5)], axis=1))
-    Image.fromarray(np.concatenate(rows, axis=0)).save(IMAGES / "demonstrations.png", optimize=True)
 
 
 def prediction(data: object, module: VolumeQueryModule) -> None:

@@ -38,7 +38,7 @@ def frames_and_tokens() -> None:
     for tokens, colour in ((1, "tab:blue"), (4, "tab:green"), (16, "tab:orange"), (64, "tab:red")):
         points = [(n, recorded.get(f"frames_{n}_tokens_{tokens}_ms")) for n in LENGTHS]
         shown = [(n, value / 1000) for n, value in points if value is not None]
-        name = f"{tokens} token{'s' * (tokens > 1)} a frame"
+        name = f"{tokens} token{'s' * (tokens > 1)} per frame"
         time.plot(*zip(*shown, strict=True), marker="o", color=colour, label=name)
     time.set_xscale("log", base=2)
     time.set_yscale("log")

@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,15 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     if isinstance(root, SettingError):
         return str(root), CONFIG_ERROR
     if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
-        return f"{where}the package {root.name!r} is not installed: pip install {root.name}", USER_ERROR
+        return f"{where}the package {root.name!r} is not installed: {_installation(root.name)}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, OSError) and root.errno in FULL and root.filename is None and type(root) is OSError:
         reason = (
             f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"
         )
-        return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and go on with resume=true", USER_ERROR
+        on = "go on with resume=true" if config_name == "train" else "run the command again"
+        return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and {on}", USER_ERROR
     expected = (ValueError, OSError, ImportError, NotImplementedError)
     if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
         return f"{where}{one_line(root)}", USER_ERROR
@@ -197,6 +199,20 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         what = f"{type(root).__name__}: {one_line(root)}"
         return f"{where}cannot be built with these settings ({what}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
+
+
+def _installation(package: str) -> str:
+    """How to get a missing package: by an extra of keygrip that holds it, which bounds its version."""
+    extras = set()
+    for line in metadata.requires("keygrip") or ():
+        name, extra = re.match(r"[\w-]+", line), re.search(r"extra == '(\w+)'", line)
+        if name and extra and name[0].replace("-", "_") == package:
+            extras.add(extra[1])
+    extras -= {"dev", "lmms"}  # which hold others whole
+    if not extras:
+        return f"pip install {package}"
+    extra_name = max(extras)
+    return f"pip install 'keygrip[{extra_name}]' (in a clone: pip install -e '.[{extra_name}]')"
 
 
 def _debug_requested(overrides: Sequence[str]) -> bool:

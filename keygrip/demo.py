@@ -33,6 +33,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.perf_counter()
     _refuse_without_report(cfg)
     cfg = _continued(cfg)
+    continued = bool(cfg.resume)
     folder = Path(cfg.run_dir)
     metrics = train(cfg)
     trained = json.loads((folder / "result.json").read_text())
@@ -47,6 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "task": cfg.data.record.task.name,
         "demos": cfg.data.record.demos,
         "wall_s": round(time.perf_counter() - started, 1),
+        "continued": continued,
         "plan_ms_median": round(success["plan_ms_median"], 1),
         **{name.replace("/", "_"): round(value, 4) for name, value in metrics.items() if name.startswith("val/")},
     }
@@ -114,15 +116,22 @@ def report(result: dict[str, Any], folder: Path) -> str:
             return ""
         return f"  {label:<18}{value * scale:8.2f} {unit:<4} (quantisation alone: {floor * scale:.2f} {unit})\n"
 
-    return (
-        f"\n{result['task']}: {result['success_rate']:.0%} of {result['episodes']} held-out episodes succeeded "
-        f"(95 % interval {result['success_low']:.0%} to {result['success_high']:.0%}), after {result['demos']} "
-        f"demonstrations and {result['wall_s'] / 60:.1f} minutes.\n"
-        "Errors on held-out demonstrations, mean over the next 2.4 s:\n"
-        + against_floor("pixel", "pix_argmax", "px")
+    errors = (
+        against_floor("pixel", "pix_argmax", "px")
         + against_floor("height", "height_m", "mm", 1000)
         + against_floor("position", "position_cm", "cm")
         + against_floor("rotation", "rotation_deg", "deg")
+    )
+    since = " since it was continued" if result["continued"] else ""
+    return (
+        f"\n{result['task']}: {result['success_rate']:.0%} of {result['episodes']} held-out episodes succeeded "
+        f"(95 % interval {result['success_low']:.0%} to {result['success_high']:.0%}), after {result['demos']} "
+        f"demonstrations and {result['wall_s'] / 60:.1f} minutes{since}.\n"
+        + (
+            f"Errors on held-out demonstrations, mean over the next 2.4 s:\n{errors}"
+            if errors
+            else "Errors on held-out demonstrations: none, the run ended before its first validation.\n"
+        )
         + f"Videos:      {folder}/closed_loop/videos\n"
         f"TensorBoard: tensorboard --logdir {folder}\n"
         f"Next: python -m keygrip.evaluate checkpoint={folder}   (shifted positions and viewpoints)\n"

@@ -61,8 +61,10 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     lines += [f"  {line}" for line in _head(config_folder() / f"{command}.yaml")]
     if command == "prepare" and not any(override.startswith("step=") for override in given):
         lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
-        for name in group_options("step"):
-            lines.append(_cut(f"  step={name:<14}{' '.join(_step_head(name))}"))
+        steps = group_options("step")
+        width = max(map(len, steps)) + 1
+        for name in steps:
+            lines.append(_cut(f"  step={name:<{width}}{' '.join(_step_head(name))}"))
         return "\n".join([*lines, *_examples(command)])
     config, choices = _composed(command, given)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hydra.errors import ConfigCompositionException
 
+from keygrip.command import describe_error
 from keygrip.config import compose
 from keygrip.training import run_folder
 
@@ -147,7 +148,10 @@ def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytes
     outcome = cli(*TOY, "logger=none", "run_dir=run")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].startswith("keygrip: No space left on device: the disk of the run folder,")
+    assert outcome.err.endswith("go on with resume=true\n")
     assert "Traceback" not in outcome.err
+    line, code = describe_error(OSError(errno.ENOSPC, ""), "prepare", [])
+    assert (line.rpartition("; ")[2], code) == ("free some, and run the command again", 1)
 
 
 def test_debug_shows_the_trace(cli: Callable[..., Any]) -> None:
@@ -174,6 +178,25 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
         command.entry_point("prepare", prepare.print_report)
     assert stop.value.code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [("transformers", "pip install 'keygrip[vlm]' (in a clone: pip install -e '.[vlm]')"), ("foo", "pip install foo")],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from keygrip import command
+
+    def needs_it(cfg: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
+    with pytest.raises(SystemExit):
+        command.entry_point("prepare", needs_it)
+    assert capsys.readouterr().err.splitlines()[-1] == f"keygrip: the package {package!r} is not installed: {said}"
 
 
 def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(

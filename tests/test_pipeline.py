@@ -220,6 +220,10 @@ def test_demo_leaves_its_result_and_puts_the_last_one_aside(
     assert stored["wall_s"] > 0
     assert "of 1 held-out episodes" in demo.report(result, tmp_path)
     assert "quantisation alone" in demo.report(result, tmp_path)
+    assert "continued" not in demo.report(result, tmp_path)
+    assert "minutes since it was continued" in demo.report({**result, "continued": True}, tmp_path)
+    unseen = {name: value for name, value in result.items() if not name.startswith("val_")}
+    assert "ended before its first validation" in demo.report(unseen, tmp_path)
     with caplog.at_level(logging.INFO):
         demo.run(compose("demo", [*overrides, f"{loop}.videos=0"]))
     assert len([folder for folder in tmp_path.iterdir() if folder.name.startswith("demo_")]) == 1

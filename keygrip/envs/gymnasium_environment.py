@@ -99,6 +99,8 @@ class GymnasiumEnvironment:
         absent = [part for part in CAMERA if part not in view]
         if absent:
             raise ValueError(f"{where} lacks {', '.join(absent)}: wrap it as docs/environments.md shows")
+        if view["image"] is None:
+            raise ValueError(f"the image of {where} is None: make the environment with render_mode='rgb_array'")
         image = np.asarray(view["image"])
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"images of {where} have shape {image.shape}: give H x W x 3")

@@ -185,7 +185,8 @@ def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, ki
     try:
         recorded = recorded_in(data, trust)
     except ValueError as error:
-        log.info("env=%s with its own defaults: %s", name, error)
+        log.info("env=%s with its own defaults: the demonstrations do not say how they were recorded", name)
+        log.debug("%s", error)
         return None
     if recorded.environment != ENVIRONMENTS.get(kind) or (
         recorded.task is not None and type(recorded.task) is not kind

@@ -112,6 +112,8 @@ def test_environments_that_do_not_fit_are_named() -> None:
         open_environment(GymnasiumTask("Nothing-v0"), 32, 10.0)
     with pytest.raises(ValueError, match=r"lacks image, .*docs/environments.md"):
         open_environment(GymnasiumTask("gym_lab:PointMass-v0"), 32, 10.0).reset(seed=0)
+    with pytest.raises(ValueError, match="is None: make the environment with render_mode='rgb_array'"):
+        open_environment(GymnasiumTask("gym_lab:Blind-v0"), 32, 10.0).reset(seed=0)
     with pytest.raises(ValueError, match=r"env\.image_size=32"):
         open_environment(POINT, 64, 10.0).reset(seed=0)
     with pytest.raises(ValueError, match="names no environment"):

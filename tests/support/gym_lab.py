@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -17,6 +17,10 @@ class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
 
     observation_space = spaces.Box(-1, 1, (3,), np.float64)
     action_space = spaces.Box(-1, 1, (3,), np.float64)
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
@@ -27,8 +31,8 @@ class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
         self.point = self.point + 0.05 * np.clip(action, -1, 1)
         return self.point.copy(), 0.0, False, False, {"is_success": bool(np.linalg.norm(self.point - GOAL) < 0.02)}
 
-    def render(self) -> np.ndarray:
-        return np.full((32, 32, 3), 90, np.uint8)
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        return np.full((32, 32, 3), 90, np.uint8) if self.render_mode == "rgb_array" else None
 
 
 class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -117,8 +121,11 @@ class TwoCameras(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 gymnasium.register("PointMass-v0", PointMass, max_episode_steps=40)
-gymnasium.register("CalibratedPointMass-v0", lambda: Calibrated(gymnasium.make("PointMass-v0")))
+gymnasium.register(
+    "CalibratedPointMass-v0", lambda: Calibrated(gymnasium.make("PointMass-v0", render_mode="rgb_array"))
+)
+gymnasium.register("Blind-v0", lambda: Calibrated(gymnasium.make("PointMass-v0")))
 gymnasium.register("WidePointMass-v0", lambda: Wide(gymnasium.make("CalibratedPointMass-v0")))
 gymnasium.register("TwoArmPointMass-v0", lambda: TwoArms(gymnasium.make("CalibratedPointMass-v0")))
 gymnasium.register("TwoCameraPointMass-v0", lambda: TwoCameras(gymnasium.make("CalibratedPointMass-v0")))
-gymnasium.register("Inexpert-v0", lambda: Inexpert(gymnasium.make("PointMass-v0")))
+gymnasium.register("Inexpert-v0", lambda: Inexpert(gymnasium.make("PointMass-v0", render_mode="rgb_array")))
