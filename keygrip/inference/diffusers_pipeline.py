@@ -10,6 +10,11 @@
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
     image = PatchDiTPipeline.from_pretrained(FOLDER)(prompt="a red cube", image=reference).images[0]
 
+A model with encoders that its folder does not hold (``encoders=flux_t5_dinov3``) is opened with their files, for the
+folder is not believed which ones to read::
+
+    PatchDiTPipeline.from_pretrained(FOLDER, external={"encoders.text.source": PATH})
+
 Nothing in the folder is executed so: the model is built from it under the same rules as from any checkpoint. diffusers
 finds the class by itself with ``DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)``, which executes the
 folder's ``pipeline.py``; without that it refuses, as for every pipeline of a class that is not its own.
@@ -23,6 +28,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -42,6 +48,7 @@ from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, Velocities
 from keygrip.training.checkpoints import load_module
+from keygrip.training.parts import UntrustedPartError
 from keygrip.training.strategies import automatic_precision
 
 CLASS = "PatchDiTPipeline"
@@ -55,6 +62,10 @@ from {__name__} import {CLASS}
 
 __all__ = ["{CLASS}"]
 '''
+# Keywords that diffusers gives every model of a pipeline: how weights get into memory, which are read in one way here.
+LOADING = ("device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "disable_mmap")
+# What a pipeline's caller named, for its transformer: diffusers hands no keyword on to the models that it loads.
+_named: ContextVar[Mapping[str, Any] | None] = ContextVar("named", default=None)
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
@@ -82,14 +93,30 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         pretrained_model_name_or_path: str | Path,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,  # its name in older versions of diffusers
-        **_: Any,
+        external: Mapping[str, Any] | None = None,
+        trust: Sequence[str] = (),
+        **others: Any,
     ) -> Self:
         """From an exported folder.
 
+        Args:
+            external, trust: as of `keygrip.load`. others: what diffusers gives every model; see `LOADING`.
+
         Raises:
-            FileNotFoundError, ValueError: it is none, a byte of it has changed, or a type in which nothing is drawn.
+            FileNotFoundError, ValueError: it is none, a byte of it has changed, it needs files that were not named, a
+                type in which nothing is drawn, or a keyword without effect.
         """
-        module = load_module(pretrained_model_name_or_path, expected=PatchDiTModule)
+        idle = sorted(name for name, value in others.items() if value and name not in LOADING)
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: no effect on {cls.__name__}.from_pretrained, leave it out")
+        named = {"external": external, "trust": trust} if external or trust else _named.get() or {}
+        try:
+            module = load_module(pretrained_model_name_or_path, expected=PatchDiTModule, **named)
+        except UntrustedPartError as error:
+            raise UntrustedPartError(
+                f"{error} ({CLASS}.from_pretrained of {__name__} takes external and trust; diffusers' own "
+                "DiffusionPipeline takes neither)"
+            ) from error
         assert isinstance(module, PatchDiTModule)
         found = cls(module, read_export(pretrained_model_name_or_path))
         precision = dtype or torch_dtype
@@ -147,6 +174,34 @@ class PatchDiTPipeline(DiffusionPipeline):
         super().__init__()
         own: Any = self  # diffusers' classes are typed as bare objects
         own.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        external: Mapping[str, Any] | None = None,
+        trust: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Self:
+        """From a folder that ``keygrip export format=diffusers`` wrote.
+
+        Args:
+            external: files that the model needs and the folder does not hold, by dotted setting
+                ("encoders.text.source"). trust: as of `keygrip.load`. kwargs: as of diffusers.
+
+        Raises:
+            FileNotFoundError, ValueError: as of `PatchDiTTransformer.from_pretrained`, or files are named for a
+                transformer that is given.
+        """
+        if (external or trust) and kwargs.get("transformer") is not None:
+            raise ValueError("external and trust have no effect on a transformer that is given: leave them out")
+        own: Any = super()
+        token = _named.set({"external": external, "trust": trust})
+        try:
+            pipeline: Self = own.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            _named.reset(token)
+        return pipeline
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dit_parts import SMALL, write_images
+from dit_parts import SMALL, write_flux, write_images
+from hydra.utils import instantiate
+from image_sets import SQUARE
+from image_sets import write_images as write_drawn
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -239,6 +242,54 @@ def test_diffusers_own_class_reads_the_folder_where_it_is_told_to(
     PatchDiTPipeline.from_pretrained(str(folder))
     with pytest.raises(RuntimeError, match="executed"):
         DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_large_encoders_is_opened_with_their_files(tmp_path: Path) -> None:
+    """The folder does not hold them and is not believed where they are: the caller names them, at each opening."""
+    from diffusers import DiffusionPipeline
+
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline, PatchDiTTransformer
+
+    flux = write_flux(tmp_path / "flux")
+    external = {"encoders.autoencoder.source": str(flux / "vae"), "encoders.text.source": str(flux)}
+    settings = ["encoders=flux_t5_dinov3", *(f"{name}={value}" for name, value in external.items())]
+    parts = ["autoencoder.dtype=float32", "text.dtype=float32", "text.length=12", "text.width=24", "view.size=48"]
+    parts += ["text.subfolder=text_encoder_2", "text.tokenizer_subfolder=tokenizer_2", "view.weights=random"]
+    parts += ["view.width=16", "view.depth=1", "view.heads=2"]
+    settings += [f"encoders.{part}" for part in parts]
+    small = [each for each in SMALL if not each.startswith("encoders")]
+    encoders = instantiate(compose("train", [*small, *settings]).encoders)
+    root = write_drawn(tmp_path / "images", {SQUARE: 4}, encoders)
+    given = [f"data.root={root}", f"run_dir={tmp_path / 'run'}", "max_steps=2", "model.log_images_every_n_steps=0"]
+    train.run(compose("train", [*small, *settings, *given]))
+    pipe, named = tmp_path / "pipe", [f"external.{name}={value}" for name, value in external.items()]
+    export.run(compose("export", [f"checkpoint={tmp_path / 'run'}", f"to={pipe}", "format=diffusers", *named]))
+
+    takes = r"external=\{encoders.text.source: PATH\} \(PatchDiTPipeline.from_pretrained of .* takes external"
+    with pytest.raises(ValueError, match=takes):
+        PatchDiTPipeline.from_pretrained(str(pipe))
+    with pytest.raises(ValueError, match=takes):
+        DiffusionPipeline.from_pretrained(str(pipe), trust_remote_code=True)
+    drawn = []
+    for folder in (pipe, tmp_path / "again"):
+        pipeline = PatchDiTPipeline.from_pretrained(str(folder), external=external)
+        pipeline.set_progress_bar_config(disable=True)
+        noise = seeded_noise([3], (16, 4, 4))
+        drawn.append(pipeline("a red cube", latents=noise, output_type="pt").images)
+        if folder == pipe:
+            pipeline.save_pretrained(str(tmp_path / "again"))
+    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match=takes):  # what was named holds for one call
+        PatchDiTPipeline.from_pretrained(str(pipe))
+
+    inside = pipe / "transformer"
+    part = PatchDiTTransformer.from_pretrained(inside, external=external)
+    assert PatchDiTPipeline.from_pretrained(str(pipe), transformer=part).transformer is part
+    with pytest.raises(ValueError, match="no effect on a transformer that is given"):
+        PatchDiTPipeline.from_pretrained(str(pipe), external=external, transformer=part)
+    with pytest.raises(ValueError, match="subfolder: no effect on PatchDiTTransformer"):
+        PatchDiTTransformer.from_pretrained(pipe, subfolder="transformer", external=external)
 
 
 @pytest.fixture(scope="module")

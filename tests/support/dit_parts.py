@@ -116,3 +116,42 @@ def write_images(root: Path, overrides: Sequence[str] = (), train: int = 10, val
             write_manifest(folder, describe_image_text, progress=False)
     write_info(root, {"fingerprint": encoders.fingerprint, "description": encoders.description})
     return root
+
+
+def write_flux(folder: Path) -> Path:
+    """A folder as FLUX.1's, with a small random autoencoder, T5 encoder (states of 24) and tokenizer."""
+    from diffusers import AutoencoderKL
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(folder / "vae")
+    config = T5Config(
+        vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *["a", "red", "gold", "cube", "left", "right", "of", "the", "blue", "block", "near"],
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer_2")
+    return folder

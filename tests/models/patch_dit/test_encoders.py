@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dit_parts import write_flux
 from image_sets import small_encoders
 
 from keygrip.config import compose
@@ -190,43 +191,7 @@ def test_nothing_is_loaded_before_it_is_used() -> None:
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as FLUX.1's, with a small random autoencoder, T5 encoder and tokenizer."""
-    from diffusers import AutoencoderKL
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("flux")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).save_pretrained(folder / "vae")
-    config = T5Config(
-        vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
-    )
-    T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
-    words = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        *["a", "red", "gold", "cube", "left", "right", "of", "the", "blue", "block", "near"],
-    ]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "tokenizer_2")
-    return folder
+    return write_flux(tmp_path_factory.mktemp("flux"))
 
 
 def text_of(flux: Path, length: int = 12) -> T5Text:
