@@ -136,9 +136,10 @@ def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     import torch
 
     settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}
+    changes = settings.pop("data")
     refuse_unknown(settings["features"], FeatureOptions)
     options = ImageSuite(**{**settings, "features": FeatureOptions(**settings["features"])})
-    data = evaluated.stored_data()
+    data = evaluated.stored_data(changes)
     evaluated.module.to("cuda" if torch.cuda.is_available() else "cpu")
     figures, _ = run_suite(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]
     return figures

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, SettingError, nearest, register, values_of
+from keygrip.config import EntrySchema, SettingError, leaves_of, nearest, register, values_of
 from keygrip.setting_types import hints_of, wanted
 from keygrip.training.parts import build_stored
 
@@ -87,6 +87,7 @@ class ImageTextSchema(EvaluateSchema):
 
     cases: Any = MISSING
     split: str = MISSING
+    data: dict[str, Any] = field(default_factory=dict)
     images: int = MISSING
     batch_size: int | None = MISSING
     text_scales: Any = MISSING
@@ -147,20 +148,23 @@ class Evaluated:
     external: Mapping[str, Any] = field(default_factory=dict)
 
     def stored_data(self, changes: Mapping[str, Any] | None = None) -> Any:
-        """The data module of the run, built from the stored configuration; it makes nothing that is missing.
+        """The data module of the run, built from the stored configuration; it makes nothing that is missing, and
+        fetches nothing from an address that `changes` do not name.
 
         Args:
             changes: settings that take the place of stored ones, nested as these are.
 
         Raises:
-            UntrustedPartError: the configuration names what may not be built. ValueError: the data have no such
-                setting, or no such part: a source that is not there has nothing that could be changed; or a value of
-                another type.
+            UntrustedPartError: the configuration names what may not be built or fetched. ValueError: the data have no
+                such setting, or no such part: a source that is not there has nothing that could be changed; or a value
+                of another type.
         """
         stored = OmegaConf.create(plain(self.config.data))
         _refuse_unknown_parts(stored, changes or {}, "data")
         try:
-            return build_stored(plain(OmegaConf.merge(stored, dict(changes or {}))), "data", self.trust)
+            merged = plain(OmegaConf.merge(stored, dict(changes or {})))
+            named = {".".join(path): value for path, value in leaves_of(changes or {}, ())}
+            return build_stored(merged, "data", self.trust, offered=named)
         except (TypeError, AttributeError) as error:
             if not changes:
                 raise

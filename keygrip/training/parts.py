@@ -14,6 +14,7 @@ and only where it lies in keygrip's own rooms or in a package that the caller na
 brings what they would load: weights from a file, a run to start from. ``external`` names settings that point to
 files which the checkpoint does not bring (weights of another project's frozen encoder); the caller must name those
 files, the checkpoint may not. A run that is going on has named them: `external_settings` of its own configuration.
+``places`` names settings of a folder or an address: a checkpoint may say a folder, an address is the caller's to name.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Part:
         external: settings that name files which the checkpoint does not hold.
         plain: settings that the class does not build where the configuration says `_recursive_: false`: they stay as
             the checkpoint has them.
+        places: settings that name a folder or an address (``https://...``), from which files are fetched.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class Part:
     from_checkpoint: Mapping[str, Any] = field(default_factory=dict)
     external: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
 
 
 class ReadWhere:
@@ -107,7 +110,10 @@ def model_part(
         from_checkpoint: setting -> value used in its place when the part is built from a checkpoint.
         external: settings that name files which the checkpoint does not hold.
     """
-    mark = functools.partial(_mark, MODEL, from_checkpoint=from_checkpoint or {}, external=tuple(external))
+
+    def mark(cls: Class) -> Class:
+        return _mark(MODEL, cls, from_checkpoint or {}, tuple(external))
+
     return mark if cls is None else mark(cls)
 
 
@@ -115,7 +121,11 @@ def model_part(
 def data_part(cls: Class) -> Class: ...
 @overload
 def data_part(
-    *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = (), plain: Sequence[str] = ()
+    *,
+    from_checkpoint: Mapping[str, Any] | None = None,
+    external: Sequence[str] = (),
+    plain: Sequence[str] = (),
+    places: Sequence[str] = (),
 ) -> Callable[[Class], Class]: ...
 def data_part(
     cls: Class | None = None,
@@ -123,6 +133,7 @@ def data_part(
     from_checkpoint: Mapping[str, Any] | None = None,
     external: Sequence[str] = (),
     plain: Sequence[str] = (),
+    places: Sequence[str] = (),
 ) -> Class | Callable[[Class], Class]:
     """Declares a class that the stored configuration of a run's data or task may build; as :func:`model_part`.
 
@@ -130,17 +141,18 @@ def data_part(
         from_checkpoint, external: as there.
         plain: settings that are a description for the class, which neither it nor `instantiate` builds from a
             checkpoint where the configuration says ``_recursive_: false``. Parts that it names stay as they were.
+        places: settings that name a folder or an address; an address is read only where the caller names it.
     """
-    mark = functools.partial(
-        _mark, DATA, from_checkpoint=from_checkpoint or {}, external=tuple(external), plain=tuple(plain)
-    )
+    named = (tuple(external), tuple(plain), tuple(places))
+
+    def mark(cls: Class) -> Class:
+        return _mark(DATA, cls, from_checkpoint or {}, *named)
+
     return mark if cls is None else mark(cls)
 
 
-def _mark(
-    kind: str, cls: Class, *, from_checkpoint: Mapping[str, Any], external: tuple[str, ...], plain: tuple[str, ...] = ()
-) -> Class:
-    setattr(cls, MARK, Part(kind, cls, dict(from_checkpoint), external, plain))
+def _mark(kind: str, cls: Class, from_checkpoint: Mapping[str, Any], *named: tuple[str, ...]) -> Class:
+    setattr(cls, MARK, Part(kind, cls, dict(from_checkpoint), *named))
     return cls
 
 
@@ -162,7 +174,8 @@ def build_stored(
 
     Raises:
         UntrustedPartError: a name that is not a declared part, a directive of Hydra that calls something, an
-            interpolation, or an external file that the caller has not named. Nothing was imported or called then.
+            interpolation (nothing was imported or called then), or an external file or an address that the caller has
+            not named.
         ValueError: a declared part refuses its settings.
     """
     from hydra.errors import InstantiationException
@@ -350,13 +363,18 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], 
         raise UntrustedPartError(f"{place}._target_: {node['_target_']} is not a declared part")
     for setting, value in part.from_checkpoint.items():
         node[setting] = copy.deepcopy(value)
-    for setting in part.external:
+    for setting in (*part.external, *part.places):
         dotted = f"{key}.{setting}".lstrip(".")
         if dotted in given:
             node[setting] = given.pop(dotted)
         elif dotted in offered:
             node[setting] = offered[dotted]
-        elif node.get(setting) is not None:
+        elif setting in part.places and "://" in str(node.get(setting)):
+            raise UntrustedPartError(
+                f"{place}.{setting}: the checkpoint names an address ({str(node[setting])[:80]!r}), from which nothing "
+                f"is fetched on its word; name it, or a folder with a copy, yourself: {place}.{setting}=..."
+            )
+        elif setting in part.external and node.get(setting) is not None:
             raise UntrustedPartError(
                 f"{place}.{setting}: the checkpoint names files outside itself ({str(node[setting])[:80]!r}), which "
                 f"are not read on its word; name them yourself: external={{{dotted}: PATH}}"

@@ -153,6 +153,78 @@ def test_a_change_of_a_source_that_is_not_there_is_refused(trained: Path, tmp_pa
         evaluated.stored_data({"sources": {"zzzz": {"root": "x"}}})
 
 
+STORED_DATA = {
+    "image_text": {
+        "_target_": "keygrip.data.image_text.datamodule.ImageShards",
+        "root": "{root}",
+        "batch_size": 4,
+        "cache_dir": "{cache}",
+    },
+    "video_text": {
+        "_target_": "keygrip.data.video_text.datamodule.VideoTexts",
+        "sources": {"tours": {"_target_": "keygrip.data.video_text.shard_source.ShardSource", "root": "{root}"}},
+        "collator": {
+            "_target_": "keygrip.models.foveated_vlm.conversations.ConversationCollator",
+            "tokenizer": {"_target_": "keygrip.models.language.tokenizers.TrainedTokenizer"},
+            "prompt_order": "visual_first",
+            "supervise": "all",
+        },
+        "image_size": 32,
+        "batch_size": 4,
+        "cache_dir": "{cache}",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STORED_DATA)
+def test_an_address_and_a_cache_are_the_callers_to_name(kind: str, trained: Path, tmp_path: Path) -> None:
+    """What a checkpoint says is no reason to ask a server for anything, or to write beside its data."""
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
+    def data(root: str, changes: dict[str, Any] | None = None) -> Any:
+        stored = filled(STORED_DATA[kind], root=root, cache=str(tmp_path / "cache"))
+        config = OmegaConf.create(read_checkpoint(trained)["keygrip"]["config"] | {"data": stored})
+        return Evaluated(None, config, trained, tmp_path).stored_data(changes)  # type: ignore[arg-type]
+
+    def named(root: str) -> dict[str, Any]:
+        return {"root": root} if kind == "image_text" else {"sources": {"tours": {"root": root}}}
+
+    def root_of(built: Any) -> str:
+        return str(built.root if kind == "image_text" else built.sources["tours"].root)
+
+    for address in ("https://shards.example/set", "s3://bucket/set", "simplecache::file:///etc"):
+        key = "data.root" if kind == "image_text" else "data.sources.tours.root"
+        with pytest.raises(UntrustedPartError, match=rf"{key}: .*{address}.* nothing is fetched .*{key}=\.\.\."):
+            data(address)
+        assert root_of(data(address, named(address))) == address
+        assert root_of(data("/data/set", named(address))) == address
+    assert root_of(data("/data/set")) == "/data/set"
+    assert data("/data/set").cache_dir is None
+    assert data("/data/set", {"cache_dir": "/fast/disk"}).cache_dir == "/fast/disk"
+    with pytest.raises(FileNotFoundError):
+        built = data(str(tmp_path))
+        built.prepare_data()
+        built.setup("validate")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_robot_data_write_beside_their_demonstrations_alone(tmp_path: Path) -> None:
+    stored: dict[str, Any] = {"_target_": "keygrip.data.robot.datamodule.RobotDemos", "root": str(tmp_path / "demos")}
+    stored |= {"camera": "over", "arms": ["right"], "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
+    stored |= {"horizon": 4, "frame_stride": 1, "batch_size": 2, "cache_dir": str(tmp_path / "cache")}
+    data = build_stored(stored, "data")
+    assert data.cache_dir.parent == tmp_path / "demos"
+    with pytest.raises(FileNotFoundError):
+        data.setup("validate")
+    record = {"_target_": "keygrip.data.robot.recordings.Recording", "recorder": "x", "task": {"name": "reach"}}
+    data = build_stored(stored | {"root": None, "record": record | {"folder": str(tmp_path / "elsewhere")}}, "data")
+    with pytest.raises(FileNotFoundError, match="holds 0 of 100 demonstrations"):
+        data.prepare_data()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_package_is_trusted_by_name_alone(trained: Path) -> None:
     with pytest.raises(UntrustedPartError, match=r"toy_parts\.ToyModule .*trust=\[toy_parts\] if you do"):
         load_module(trained)

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 
 
-@data_part
+@data_part(from_checkpoint={"cache_dir": None}, external=["cache_dir"], places=["root"])
 class ImageShards(ResumableData):
     """Images with text from shards in aspect buckets.
 

@@ -72,7 +72,7 @@ def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[l
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
-@data_part(from_checkpoint={"make_missing": False})
+@data_part(from_checkpoint={"make_missing": False, "cache_dir": None})
 class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 
@@ -256,8 +256,9 @@ class RobotDemos(ResumableData):
         if self.record is None:
             return
         refuse_unguarded_script()  # a recorder's worker would wait here for the lock of its own parent
-        if self.record.held() >= self.record.demos:
-            return  # without the lock: they may lie where nothing can be written
+        if self.record.held() >= self.record.demos or not self.record.make_missing:
+            self.record.complete()  # without the lock: nothing is written, and perhaps nothing can be
+            return
         # several processes of one run may get here; one records, the others wait
         with locked(self.root.parent / f".{self.root.name}.lock"):
             self.record.complete()

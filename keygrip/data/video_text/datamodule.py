@@ -62,7 +62,7 @@ TRIED = 64  # videos of a source, whether they can be cut
 COSTLY = 4  # batches, by estimate the largest, among which the largest one is sought by what it really holds
 
 
-@data_part
+@data_part(from_checkpoint={"cache_dir": None}, external=["cache_dir"])
 class VideoTexts(ResumableData):
     """Videos, images and text from shard sets.
 
@@ -167,6 +167,7 @@ class VideoTexts(ResumableData):
         for source in self.sources.values():
             if source.root is None and source.make is not None:
                 source.make.complete()
+            source.prepared_fit(self.cache_dir)  # no lock is made beside what is no shard set
         self._prepare_collator()
 
     def _prepare_collator(self) -> None:

@@ -20,7 +20,7 @@ from keygrip.data.video_text.sample_types import kinds_of
 from keygrip.training.parts import ReadWhere, data_part
 
 
-@data_part
+@data_part(places=["root"])
 @dataclass(frozen=True)
 class ShardSource:
     """One source of a mixture.
