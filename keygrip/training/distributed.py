@@ -25,7 +25,8 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     A mean over the local batch weights samples wrongly where processes hold different numbers of valid ones. Here each
     process returns ``total * processes / global_count``: the mean over processes of the values, and of the
     gradients, is that of one process with the whole batch. Every process must call it the same number of times; no
-    valid element at all gives 0.
+    valid element at all gives 0. Where no gradient is computed, as in validation, each returns the global mean itself:
+    whoever weights it by the samples of each process then gets it too.
 
     Args:
         total: [] or any shape, the local sum of losses; carries the gradient.
@@ -35,4 +36,6 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
         count, dtype=torch.float64 if total.dtype == torch.float64 else torch.float32, device=total.device
     )
     everywhere = global_sum(counted)
+    if not torch.is_grad_enabled():
+        return global_sum(total) / everywhere.clamp(min=1e-12) * (everywhere > 0)
     return total * (world_size() / everywhere.clamp(min=1e-12)) * (everywhere > 0)

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from torch import Tensor, nn
 
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import data_part, model_part
+from keygrip.training.system import System
 
 
 class ToyNetwork(nn.Sequential):
@@ -26,15 +27,14 @@ class ToyNetwork(nn.Sequential):
 
 
 @model_part
-class ToyModule(LightningModule):
+class ToyModule(System):
     """Masked regression with dropout; stores a statistic of the data in its checkpoint."""
 
-    headline_metrics = ("train/loss", "val/loss")
+    headline_metrics = ("train/loss", "val/loss", "val/error")
 
     def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         self.network = ToyNetwork(nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
-        self.recipe = optimizer
         self.scale: float | None = None
 
     def set_statistics(self, statistics: dict[str, float]) -> None:
@@ -48,9 +48,11 @@ class ToyModule(LightningModule):
             raise ValueError("the checkpoint has no scale")
         self.scale = checkpoint["scale"]
 
+    def errors(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.network(batch["x"])[:, 0] - batch["y"] / self.scale
+
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        error = (self.network(batch["x"])[:, 0] - batch["y"] / self.scale) ** 2
-        return global_mean((error * batch["valid"]).sum(), batch["valid"].sum())
+        return global_mean((self.errors(batch) ** 2 * batch["valid"]).sum(), batch["valid"].sum())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if str(self.trainer.global_step) == os.environ.get("TOY_STOP_AT"):
@@ -61,18 +63,19 @@ class ToyModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         torch.rand(3)  # validation draws numbers too; training must not notice
-        self.log("val/loss", self.loss(batch), sync_dist=world_size() > 1)
+        values = {"total": self.loss(batch), "error": self.errors(batch).abs().mean()}
+        self.log_values("val", values, len(batch["x"]))
 
     def sharded_parts(self) -> list[nn.Module]:
         return [self.network]
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return self.recipe.configure(self, self.trainer.estimated_stepping_batches)
-
 
 @data_part
 class ToyData(LightningDataModule):
-    """Batches that are a function of (seed, epoch, step); rank r takes the r-th slice of each global batch."""
+    """Batches that are a function of (seed, epoch, step); rank r takes the r-th slice of each global batch.
+
+    Validation is of one sample less, so that two processes hold different numbers of them.
+    """
 
     def __init__(self, samples: int = 40, batch_size: int = 8, seed: int = 0, fail: str = "") -> None:
         super().__init__()
@@ -92,10 +95,9 @@ class ToyData(LightningDataModule):
         self.valid = (torch.rand(self.samples, generator=generator) > 0.4).float()
 
     def batches(self, order: Tensor, start: int) -> Iterator[dict[str, Tensor]]:
-        rank = self.trainer.global_rank
-        share = self.batch_size // self.trainer.world_size
-        for first in range(start * self.batch_size, self.samples, self.batch_size):
-            mine = order[first + rank * share : first + (rank + 1) * share]
+        for first in range(start * self.batch_size, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            mine = batch.tensor_split(self.trainer.world_size)[self.trainer.global_rank]
             yield {"x": self.x[mine], "y": self.y[mine], "valid": self.valid[mine]}
 
     def train_dataloader(self) -> ToyLoader:
@@ -123,7 +125,7 @@ class ToyLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         data = self.data
         if not self.shuffled:
-            yield from data.batches(torch.arange(data.samples), 0)
+            yield from data.batches(torch.arange(data.samples - 1), 0)
             return
         epoch, start = divmod(data.position, len(self))
         data.position = (epoch + 1) * len(self)

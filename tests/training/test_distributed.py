@@ -35,7 +35,8 @@ def assert_same_training(left: Path, right: Path) -> None:
     """Weights, and what is reported."""
     assert_same_weights(left, right)
     one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in (left, right))
-    assert one["val/loss"] == pytest.approx(two["val/loss"], abs=1e-5)
+    for name in ("val/loss", "val/error"):
+        assert one[name] == pytest.approx(two[name], abs=1e-5), name
 
 
 def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:

@@ -321,7 +321,8 @@ class EncoderPretrainingModule(System):
 
     def on_validation_epoch_end(self) -> None:
         for name, (good, count) in self._right.items():
-            self.log(f"val/{name}", good / max(count, 1.0), prog_bar=name == "digit", sync_dist=True)
+            mean = good / max(count, 1.0)
+            self.log(f"val/{name}", mean, prog_bar=name == "digit", batch_size=count, sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
         """Nothing of the data is kept."""
