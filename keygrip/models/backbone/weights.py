@@ -5,12 +5,13 @@ renames its tensors to timm's names; `load_weights` checks that they fit and loa
 anywhere: what cannot be found, recognised or fitted is an error that says what to do.
 
 Formats: Meta's released `.pth`; training files of Meta's repositories (`teacher.backbone.*`); Hugging Face
-`Dinov2Model`, `Dinov2WithRegistersModel` and `DINOv3ViTModel`; timm's own; checkpoints of keygrip models
-(`...backbone.net.*`).
+`Dinov2Model`, `Dinov2WithRegistersModel` and `DINOv3ViTModel`, whole or in shards; timm's own; checkpoints of keygrip
+models (`...backbone.net.*`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -33,6 +34,13 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
+# Of Hugging Face folders, in the order in which transformers looks for them.
+_HUGGING_FACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _KEYGRIP_KEY = re.compile(r"^((?:.*\.)?backbone\.)?net\.(?:blocks|patch_embed|cls_token)")
 _CHUNKED_BLOCK = re.compile(
     r"^blocks\.\d+\.(\d+)\."
@@ -116,18 +124,17 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
             f"{setting}={path}: no such file or folder. It takes a weights file (.pth, .safetensors) "
             "or a keygrip checkpoint or run folder"
         )
-    named = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", path / "model.safetensors"]
+    named = ["checkpoints/last.ckpt", "last.ckpt", *_HUGGING_FACE_FILES]
     if variant.official_file is not None:
-        named += [path / variant.official_file, path / "weights" / variant.official_file]
+        named += [variant.official_file, f"weights/{variant.official_file}"]
     for candidate in named:
-        if candidate.is_file():
-            return candidate
+        if (path / candidate).is_file():
+            return path / candidate
     checkpoints = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime, file.name))
     if checkpoints:
         return checkpoints[-1]
     raise FileNotFoundError(
-        f"{setting}={path}: the folder holds no weights; looked for {', '.join(file.name for file in named)} and "
-        "*.ckpt below it"
+        f"{setting}={path}: the folder holds no weights; looked for {', '.join(named)} and *.ckpt below it"
     )
 
 
@@ -150,11 +157,15 @@ def _from_hub(variant: Variant) -> State:
 
 
 def read_file(path: Path) -> State:
-    """All tensors of a `.safetensors` or torch file, nested dictionaries flattened with dots. Never unpickles code.
+    """All tensors of a `.safetensors` or torch file, nested dictionaries flattened with dots, or of the files that an
+    `.index.json` of Hugging Face names. Never unpickles code.
 
     Raises:
         ValueError: a file that is cut off, is not a weights file, or holds more than tensors and plain values.
+        FileNotFoundError: the index names a file that is not there.
     """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -185,6 +196,21 @@ def read_file(path: Path) -> State:
     flat: State = {}
     _flatten(content, "", flat)
     return flat
+
+
+def _read_shards(index: Path) -> State:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights ({_first_line(error)}); download it again") from error
+    state: State = {}
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", str(name)):  # beside the index, and no index itself
+            raise ValueError(f"{index} names {str(name)[:200]!r}, which is no weights file of its own folder")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} names {name}, which does not lie beside it; download it too")
+        state |= read_file(index.parent / name)
+    return state
 
 
 def _flatten(content: dict[Any, Any], prefix: str, into: State) -> None:
@@ -433,6 +459,8 @@ def _check_fit(state: State, own: State, variant: Variant, origin: str, kind: st
     details = [f"missing {', '.join(missing[:3])}"] if missing else []
     details += [f"surplus {', '.join(surplus[:3])}"] if surplus else []
     details += shapes[:2]
+    if kind == "DINOv3, timm" and any(key.endswith(".attn.q_bias") for key in missing):
+        details.append(f"timm's plain DINOv3 files lack the query and value biases: take those of {variant.timm_name}")
     raise ValueError(f"{_misfit(state, variant, origin, kind)} ({'; '.join(details)})")
 
 

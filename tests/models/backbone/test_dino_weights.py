@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -82,6 +83,61 @@ def test_hugging_face_dinov3(small, hf_v3, formats, images, tmp_path, variant, g
     formats["round_rope"](model)
     assert_same_features(backbone, model, picture)
     assert (model(pixel_values=picture).last_hidden_state - unrounded).abs().max() > 5e-5
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_hugging_face_folders_whole_and_in_shards(small, hf_v3, images, tmp_path, kind, shards):
+    model = hf_v3(False)
+    model.save_pretrained(tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "model.safetensors")
+    folder, name = tmp_path / "folder", "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    save = save_file if kind == "safetensors" else torch.save
+    if kind == "safetensors" and shards:
+        model.save_pretrained(folder, max_shard_size="100KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    elif shards:
+        folder.mkdir()
+        keys = list(state)
+        files = {f"pytorch_model-0000{i + 1}-of-00002.bin": keys[i::2] for i in range(2)}
+        for file, own in files.items():
+            save({key: state[key] for key in own}, folder / file)
+        index = {"weight_map": {key: file for file, own in files.items() for key in own}}
+        (folder / f"{name}.index.json").write_text(json.dumps(index))
+    else:
+        folder.mkdir()
+        save(state, folder / name)
+    backbone, picture = small("dinov3_vits16", str(folder)), images(96, 128)
+    whole = small("dinov3_vits16", str(tmp_path / "whole"))
+    torch.testing.assert_close(backbone(picture).patches, whole(picture).patches, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        (
+            '{"weight_map": {"a": "../secret.bin"}}',
+            ValueError,
+            r"names '\.\./secret\.bin', which is no weights file of",
+        ),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', ValueError, "which is no weights file of its own"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', FileNotFoundError, "gone.safetensors, which does not lie beside"),
+        ('{"weight_map": {"a": 3, "b": "c"}}', ValueError, "is no index of weights"),
+        ("[]", ValueError, "is no index of weights"),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(small, tmp_path, text, error, said):
+    (tmp_path / "secret.bin").write_bytes(b"")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(error, match=said):
+        small("dinov3_vits16", str(folder))
+
+
+def test_a_folder_without_weights_names_each_place_once(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"looked for checkpoints/last\.ckpt, last\.ckpt, model\.safetensors, "):
+        small("dinov3_vits16", str(tmp_path))
 
 
 @pytest.mark.parametrize(("variant", "registers"), V2)
@@ -424,6 +480,14 @@ def test_missing_and_surplus_tensors_are_refused(small, hf_v3, formats, saved):
     del state["norm.bias"]
     with pytest.raises(ValueError, match=r"missing norm\.bias"):
         small("dinov3_vits16", saved(state))
+
+
+def test_plain_timm_files_name_those_with_biases(small, tmp_path):
+    state = {k: v.clone() for k, v in small("dinov3_vits16").net.state_dict().items() if not k.endswith("_bias")}
+    state.pop("rope.periods", None)
+    save_file(state, tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="lack the query and value biases: take those of vit_small_patch16_dinov3_qkv"):
+        small("dinov3_vits16", str(tmp_path / "plain.safetensors"))
 
 
 def test_unknown_files_list_their_first_tensors(small, saved, tmp_path):
