@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import partial
 from typing import Any
@@ -10,27 +11,42 @@ from omegaconf import DictConfig
 
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.environments import environment_settings
-from keygrip.evaluation.kinds import Evaluated, plain, refuse_unknown
+from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
 from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.trained_policy import policy_of
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.fit import quiet_lightning
 
+log = logging.getLogger(__name__)
+
 DEFAULT_SUITES = ["in_distribution", "position", "viewpoint"]  # as in conf/evaluate/policy.yaml
+# Options that a condition adds to the task's own: the camera is moved from where the demonstrations had it.
+CAMERA_MOVES = ("camera_azimuth_deg", "camera_elevation_deg")
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """`open_loop` and `closed_loop`, as far as they are asked for."""
+    """`open_loop` and `closed_loop`, as far as they are asked for; `suites_left_out` by name, with the reason."""
     result: dict[str, Any] = {}
+    settings = None
+    if cfg.simulate:  # first: what cannot be done is refused before the validation demonstrations are gone through
+        settings, left_out = closed_loop_settings(evaluated, cfg)
+        if left_out:
+            result["suites_left_out"] = left_out
     if cfg.open_loop:
-        result["open_loop"] = open_loop(evaluated)
-    if cfg.simulate:
-        result["closed_loop"] = closed_loop(evaluated, cfg)
+        errors = open_loop(evaluated)
+        if errors:
+            result["open_loop"] = errors
+        elif settings is None:
+            raise ValueError("the run holds out no demonstrations (data.val_fraction=0): nothing is left to evaluate")
+        else:
+            log.warning("open_loop is left out: the run holds out no demonstrations (data.val_fraction=0)")
+    if settings is not None:
+        result["closed_loop"] = closed_loop(evaluated, settings)
     return result
 
 
 def open_loop(evaluated: Evaluated) -> dict[str, float]:
-    """Errors on the run's validation demonstrations, as in training's validation."""
+    """Errors on the run's validation demonstrations, as in training's validation; empty where it has none."""
     from lightning.pytorch import Trainer
 
     quiet_lightning(warnings_too=True)
@@ -49,31 +65,30 @@ def open_loop(evaluated: Evaluated) -> dict[str, float]:
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
     )
-    (metrics,) = trainer.validate(evaluated.module, datamodule=datamodule, verbose=False)
-    return {name.removeprefix("val/"): round(value, 5) for name, value in metrics.items()}
+    found = trainer.validate(evaluated.module, datamodule=datamodule, verbose=False)
+    return {name.removeprefix("val/"): round(value, 5) for metrics in found for name, value in metrics.items()}
 
 
-def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """Success in the environment under the conditions of the chosen suites, or in each of its tasks.
+def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedLoop, dict[str, str]]:
+    """What is evaluated in the environment, under the conditions of the chosen suites or in each of its tasks; and of
+    the default suites those that its task cannot do, with the reason.
 
     Raises:
         ValueError: the model drives no robot, its demonstrations do not say which environment they are from, or it
             cannot do what a setting asks for.
     """
     module: Any = evaluated.module
-    checkpoint, output = evaluated.checkpoint, evaluated.output
+    checkpoint = evaluated.checkpoint
     if not hasattr(module, "policy"):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
     env = environment_settings(evaluated.config.data, plain(cfg.env), evaluated.trust)
+    changes = plain(cfg.task) or {}
     conditions: dict[str, Any] = {}
-    if env.tasks:
-        if plain(cfg.suites) != DEFAULT_SUITES:
-            raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
-    else:
-        unknown = [suite for suite in cfg.suites if suite not in cfg.conditions]
-        if unknown:
-            raise ValueError(f"there is no suite {unknown[0]!r}: suites are {', '.join(cfg.conditions)}")
-        conditions = {name: grid for suite in cfg.suites for name, grid in plain(cfg.conditions[suite]).items()}
+    left_out: dict[str, str] = {}
+    if not env.tasks:
+        conditions, left_out = _conditions(cfg, changed(env.task, changes))
+    elif plain(cfg.suites) != DEFAULT_SUITES:
+        raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
     policy = plain(cfg.policy) or {}
     policy_of(module, checkpoint, policy)  # what it cannot do is refused now, not in a worker
     make = partial(
@@ -88,10 +103,47 @@ def closed_loop(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         trust=evaluated.trust,
         external=evaluated.external,
     )
-    settings = env.closed_loop(make, plain(cfg.task) or {})
-    report = write_report(settings.run(checkpoint, output), output / "closed_loop.json", settings.of_tasks)
+    return env.closed_loop(make, changes), left_out
+
+
+def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
+    """Success by condition; of several tasks `tasks` and `all`."""
+    output = evaluated.output
+    report = write_report(settings.run(evaluated.checkpoint, output), output / "closed_loop.json", settings.of_tasks)
     figures: dict[str, Any] = report["conditions"]
     return {"tasks": figures, "all": report["all"]} if settings.of_tasks else figures
+
+
+def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The conditions of the chosen suites for a task, and the default suites that it cannot do, with the reason.
+
+    Raises:
+        ValueError: a suite that does not exist, or that was chosen and the task cannot do.
+    """
+    conditions: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for suite in cfg.suites:
+        if suite not in cfg.conditions:
+            raise ValueError(f"there is no suite {suite!r}: suites are {', '.join(cfg.conditions)}")
+        grids = {name: grid for name, grid in plain(cfg.conditions[suite]).items() if grid is not None}
+        try:
+            moved = {name: [_from_recorded(task, entry) for entry in grid] for name, grid in grids.items()}
+            for entry in (entry for grid in moved.values() for entry in grid):
+                changed(task, entry)
+        except ValueError as error:
+            if plain(cfg.suites) != DEFAULT_SUITES:
+                raise ValueError(f"suite {suite}: {error} (suites=[in_distribution]: the task as it is)") from error
+            log.warning("suite %s is left out: %s", suite, error)
+            left_out[suite] = str(error)
+        else:
+            conditions |= moved
+    return conditions, left_out
+
+
+def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """A condition's options, with the camera's moves added to the task's own."""
+    moves = {name: entry[name] for name in CAMERA_MOVES if isinstance(entry.get(name), int | float)}
+    return {**entry, **{name: getattr(task, name, 0.0) + by for name, by in moves.items()}}
 
 
 def _control(options: dict[str, Any]) -> partial[RecedingHorizon]:

@@ -1,0 +1,112 @@
+"""What `keygrip evaluate` evaluates of a policy: suites that fit its task, and demonstrations that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch import LightningDataModule, LightningModule
+from omegaconf import OmegaConf
+
+from keygrip.config import compose
+from keygrip.evaluation.closed_loop import ClosedLoop
+from keygrip.evaluation.policy import closed_loop_settings, evaluate_policy
+
+
+class Model(LightningModule):
+    def policy(self) -> Any:
+        return SimpleNamespace()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError("no demonstration is held out")
+
+
+class NothingHeldOut(LightningDataModule):
+    def val_dataloader(self) -> list[Any]:
+        return []
+
+
+def evaluated(kind: str, **task: Any) -> Any:
+    stored = {"_target_": f"keygrip.envs.yam.{kind}", **task}
+    data = {"root": None, "cameras": None, "record": {"task": stored, "image_size": 32, "hz": 10.0}}
+    return SimpleNamespace(
+        module=Model(),
+        checkpoint=Path("run"),
+        output=Path("run"),
+        config=OmegaConf.create({"data": data}),
+        trust=(),
+        external={},
+        stored_data=NothingHeldOut,
+    )
+
+
+def settings(run: Any, overrides: Sequence[str] = ()) -> tuple[ClosedLoop, dict[str, str]]:
+    return closed_loop_settings(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("run", "missing"),
+    [
+        (evaluated("tasks.TaskOptions", name="pick"), {}),
+        (evaluated("tasks.TaskOptions", name="reach", camera="wrist"), {"viewpoint": "cannot move the wrist camera"}),
+        (
+            evaluated("handover.HandoverTask"),
+            {
+                "position": "HandoverTask has no setting 'region'",
+                "viewpoint": "HandoverTask has no setting 'camera_azimuth_deg'",
+            },
+        ),
+    ],
+    ids=["pick", "wrist", "handover"],
+)
+def test_default_suites_that_a_task_cannot_do_are_left_out_and_said(
+    run: Any, missing: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    found, left_out = settings(run)
+    assert left_out.keys() == missing.keys()
+    assert "in_distribution" in found.grids
+    assert ("left" in found.grids, "azimuth_20" in found.grids) == tuple(
+        name not in missing for name in ("position", "viewpoint")
+    )
+    for name, reason in missing.items():
+        assert reason in left_out[name]
+        assert f"suite {name} is left out: {left_out[name]}" in caplog.text
+        with pytest.raises(ValueError, match=rf"suite {name}: .*{reason}.*suites=\[in_distribution\]"):
+            settings(run, [f"suites=[in_distribution,{name}]"])
+
+
+def test_what_cannot_be_done_is_refused_before_the_demonstrations_are_gone_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda run: pytest.fail("it was not refused first"))
+    cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", "suites=[viewpoint]"])
+    with pytest.raises(ValueError, match="suite viewpoint"):
+        evaluate_policy(evaluated("handover.HandoverTask"), cfg)
+
+
+def test_viewpoints_are_moved_from_the_view_of_the_recordings() -> None:
+    run = evaluated("tasks.TaskOptions", name="pick", camera_azimuth_deg=20.0, camera_elevation_deg=5.0)
+    grids = settings(run, ["suites=[viewpoint]"])[0].grids
+    assert grids["azimuth_20"] == [{"camera_azimuth_deg": 0.0}, {"camera_azimuth_deg": 40.0}]
+    assert grids["elevation_10"] == [{"camera_elevation_deg": -5.0}, {"camera_elevation_deg": 15.0}]
+    here = settings(run, ["suites=[viewpoint]", "task.camera_azimuth_deg=-30"])[0].grids
+    assert here["azimuth_10"] == [{"camera_azimuth_deg": -40}, {"camera_azimuth_deg": -20}]
+    wrong = ["suites=[viewpoint]", "conditions.viewpoint.azimuth_10=[{camera_azimuth_deg: far}]"]
+    with pytest.raises(ValueError, match=r"suite viewpoint: TaskOptions.camera_azimuth_deg='far': must be"):
+        settings(run, wrong)
+
+
+@pytest.mark.filterwarnings("error:Total length")
+def test_a_run_that_holds_nothing_out_has_no_open_loop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = evaluated("tasks.TaskOptions", name="pick")
+    monkeypatch.setattr("keygrip.evaluation.policy.closed_loop", lambda run, settings: {"in_distribution": {}})
+    found = evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy"]))
+    assert found == {"closed_loop": {"in_distribution": {}}}
+    assert "open_loop is left out: the run holds out no demonstrations" in caplog.text
+    with pytest.raises(ValueError, match="nothing is left to evaluate"):
+        evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", "simulate=false"]))
