@@ -20,8 +20,10 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.causes import other_image_size
-from keygrip.data.robot.doctor.images_and_poses import lag_start
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.images_and_poses import check_images_and_poses, lag_start
 from keygrip.data.robot.doctor.registration import NUMBERS, at_half_contrast
+from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
 from keygrip.data.robot.doctor.views import make_view, place
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
@@ -34,6 +36,7 @@ INTRINSICS = np.array([[248.0, 0, 64.0], [0, 248.0, 64.0], [0, 0, 1]])
 
 
 POSE = looking_at(np.array([0.95, -0.45, 0.75]), np.array([0.3, 0.0, 0.06]))
+SIDE_POSE = looking_at(np.array([0.4, 0.95, 0.6]), np.array([0.3, 0.0, 0.06]))
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,17 @@ def sound(number: int) -> Recorded:
     signs = np.where((quaternion[1:] * quaternion[:-1]).sum(axis=1) < 0, -1.0, 1.0)
     quaternion[1:] *= np.cumprod(signs)[:, None]
     gripper = np.interp(np.arange(FRAMES), [0, 8, 12, FRAMES], [1.0, 1.0, 0.3, 0.3])
-    pixels, _ = seen(yam_surface().at(np.stack(joints), gripper), INTRINSICS, POSE)
+    images = shown(np.stack(joints), gripper, POSE)
+    return Recorded(np.stack(joints), position, quaternion, gripper, images)
+
+
+def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """[N, SIDE, SIDE, 3] the arm over a table."""
+    pixels, _ = seen(yam_surface().at(joints, gripper), INTRINSICS, pose)
     mask, _ = splat(pixels, SIDE, SIDE)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     table = np.stack([170 + 20 * ((x // 16 + y // 16) % 2), 150 + 0 * x, 120 + 0 * x], axis=-1).astype(np.uint8)
-    images = np.where(mask[..., None], np.array([60, 62, 70], dtype=np.uint8), table)
-    return Recorded(np.stack(joints), position, quaternion, gripper, images)
+    return np.where(mask[..., None], np.array([60, 62, 70], dtype=np.uint8), table)
 
 
 Fault = Callable[[Recorded, int], Recorded]
@@ -88,6 +96,19 @@ def write(root: Path, fault: Fault, joints: bool = True) -> Path:
                 camera = CameraPose(demo.intrinsics, demo.pose)
                 writer.add(i * 100_000_000, {"over": demo.images[i]}, {"over": camera}, {"right": arm})
     return root
+
+
+@dataclass(frozen=True)
+class Held:
+    """Frames in memory."""
+
+    images: np.ndarray
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def found(tmp_path: Path, fault: Fault, joints: bool = True) -> list[Finding]:
@@ -114,6 +135,10 @@ def cropped(demo: Recorded, number: int) -> Recorded:
     return replace(demo, images=demo.images[:, 12:-12, 12:-12])
 
 
+def conjugated(demo: Recorded, number: int) -> Recorded:
+    return replace(demo, quaternion=demo.quaternion * [1, -1, -1, -1])
+
+
 def moved_once(demo: Recorded, number: int) -> Recorded:
     return replace(demo, pose=moved(POSE, np.array([0.06, -0.05, 0.03, 0, 0, 0]))) if number == 2 else demo
 
@@ -136,6 +161,7 @@ def exchanged_once(demo: Recorded, number: int) -> Recorded:
             3,
             marks=pytest.mark.slow,
         ),
+        pytest.param(conjugated, False, "registration", "quaternions conjugated", 3, marks=pytest.mark.slow),
         pytest.param(moved_once, False, "moved_camera", "camera moved by", 1, marks=pytest.mark.slow),
         (exchanged_once, True, "colour_order", "colour order BGR", 1),
     ],
@@ -147,6 +173,40 @@ def test_fault_is_named_with_its_demos(tmp_path, fault, joints, check, cause, de
     assert findings[0].cause.startswith(cause)
     assert len(findings[0].demos) == demos
     assert findings[0].camera == "over"
+
+
+def test_joints_in_degrees_are_all_that_is_said(tmp_path):
+    findings = found(tmp_path, lambda demo, number: replace(demo, joints=np.degrees(demo.joints)))
+    assert [finding.check for finding in findings] == ["joint_unit"], [str(finding) for finding in findings]
+
+
+@pytest.mark.parametrize("exchanged", [(0, 1, 2), (1,)])
+def test_cameras_under_each_others_names_are_named(tmp_path, exchanged):
+    demos = []
+    for number, demo in enumerate(find_demos(write(tmp_path / "data", same))):
+        recorded, track = sound(number), demo.read().cameras["over"]
+        images = shown(recorded.joints, recorded.gripper, SIDE_POSE)
+        poses = np.broadcast_to(SIDE_POSE, (FRAMES, 4, 4))
+        cameras = {"over": track, "side": replace(track, world_to_camera=poses, frames=Held(images))}
+        if number in exchanged:
+            frames = {"over": cameras["side"].frames, "side": cameras["over"].frames}
+            cameras = {name: replace(cameras[name], frames=frames[name]) for name in cameras}
+        demos.append(replace(demo.read(), cameras=cameras))
+    exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
+    check_images_and_poses(exam)
+    names = tuple(f"demo_{number}" for number in exchanged)
+    assert [(finding.cause, finding.demos) for finding in exam.findings] == [
+        ("images or calibrations of over and side exchanged", names),
+        ("images or calibrations of side and over exchanged", names),
+    ]
+
+
+def test_a_robot_that_is_in_no_image_is_nowhere_to_be_searched(tmp_path):
+    demo = find_demos(write(tmp_path / "data", same))[0].read()
+    away = np.diag([1.0, -1.0, -1.0, 1.0]) @ POSE
+    view = replace(make_view(demo, "over", 8), world_to_camera=away)
+    with np.errstate(all="raise"):
+        assert starts([(view, place(demo, "right"))]) == []
 
 
 @pytest.mark.parametrize("lag", [-4, 3])

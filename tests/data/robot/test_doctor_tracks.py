@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.corrections import Correction, corrected
 from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.tracks import check_commands
 from keygrip.data.robot.doctor.trajectories import check_jumps, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
@@ -83,6 +84,42 @@ def test_one_demo_with_inverted_commands_is_told_from_the_others():
     exam = examined([demo(number, inverted if number == 1 else lambda track: track) for number in range(3)])
     check_commands(exam)
     assert [(finding.check, finding.demos) for finding in exam.findings] == [("command_direction", ("demo_1",))]
+
+
+def two_armed(number: int) -> Demo:
+    """Arms whose bases are 0.9 m apart."""
+    sound = demo(number, lambda track: track)
+    left = demo(number + 9, lambda track: track).arms["right"]
+    assert left.commanded is not None
+    told = replace(left.commanded, position=left.commanded.position + [0, 0.9, 0])
+    left = replace(left, position=left.position + [0, 0.9, 0], commanded=told)
+    return replace(sound, arms={**sound.arms, "left": left})
+
+
+def test_commands_under_the_other_arms_name_are_named_and_nothing_else():
+    demos = [two_armed(number) for number in range(3)]
+    for number, found in enumerate(demos[1:], 1):
+        right, left = found.arms["right"], found.arms["left"]
+        told = {"right": replace(right, commanded=left.commanded), "left": replace(left, commanded=right.commanded)}
+        demos[number] = replace(found, arms=told)
+    exam = examined(demos)
+    check_exchanged_arms(exam)
+    check_commands(exam)
+    assert [(finding.cause, finding.demos) for finding in exam.findings] == [
+        ("commanded tracks of left and right exchanged", ("demo_1", "demo_2"))
+    ]
+
+
+@pytest.mark.parametrize("exchanged", [(), (1,), (1, 2)])
+def test_arms_that_stand_in_each_others_place_are_named_where_most_demos_say_which_is_which(exchanged):
+    demos = [two_armed(number) for number in range(4)]
+    for number in exchanged:
+        arms = demos[number].arms
+        demos[number] = replace(demos[number], arms={"right": arms["left"], "left": arms["right"]})
+    exam = examined(demos)
+    check_exchanged_arms(exam)
+    named = [("arms left and right exchanged in these demos", ("demo_1",))] if exchanged == (1,) else []
+    assert [(finding.cause, finding.demos) for finding in exam.findings] == named
 
 
 @pytest.mark.parametrize(("divided", "unit"), [(1_000, "microseconds"), (1_000_000, "milliseconds")])

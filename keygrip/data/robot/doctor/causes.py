@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, agreement_of, fit
-from keygrip.data.robot.doctor.views import Placement, View, place, tool_poses
+from keygrip.data.robot.doctor.views import Placement, View, place, stands, tool_poses
 from keygrip.robots.surface import RobotSurface
 
 ROTATION_SET, SHIFT_SET = (0, 1, 2), (3, 4, 5)
@@ -27,6 +27,7 @@ AS_GOOD, COST_RATIO = 0.015, 1.12
 LONG = np.array([0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 8.0])
 SCALES = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 BETTER = 0.03
+OTHER_GAIN = 0.1  # gain in agreement from which a camera's images are taken for another one's
 # Relative distance of the principal point from the centre, above any lens's; largest difference of it across and down.
 OTHER_SIZE, SAME_SHARE = 0.06, 0.01
 
@@ -88,12 +89,12 @@ def place_with(seen: Compared, name: str, words: str) -> Placement:
     return place(view.demo, seen.arm, seen.model, other_poses(view, seen.arm, words))
 
 
-def _pose_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, str, str] | None:
-    """Another reading of the poses that does as well as a change of the camera; None: there is none."""
+def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> tuple[str, str, str] | None:
+    """Another reading of the poses that does as well as changes of the camera [8], by demo; None: there is none."""
     names = list(names)[:4]
     pairs = [seen.pairs[name] for name in names]
     own = agreement_of(pairs)
-    full = agreement_of(pairs, found.change)
+    full = float(np.mean([agreement_of([seen.pairs[name]], changes[name]) for name in names]))
     if any(robot.source == "joints" for _, robot in pairs):
         return _base_cause(pairs, own, full)
     readings = READINGS
@@ -107,7 +108,7 @@ def _pose_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, 
         words = readings[best]
         return (
             words,
-            f"images and poses go together if the {words}",
+            f"images and poses go together with {words}",
             "Store gripper-to-world poses, quaternions w, x, y, z",
         )
     scale = _peak(SCALES, [scored[str(s)] for s in SCALES], float(best), own)
@@ -148,6 +149,32 @@ def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: fl
     return float(np.clip(-b / (2 * a), x[0], x[2])) if a < 0 else best
 
 
+def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None:
+    """The camera of the same demos whose calibration goes with these images as well as the best change of their own
+    one, and clearly better than that does as it is; None: there is none."""
+    views = [seen.pairs[name] for name in names]
+    shared = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {seen.camera})
+    scored = {}
+    for camera in shared:
+        placed = [(_through(view, camera), robot) for view, robot in views]
+        if all(view is not None for view, _ in placed):
+            scored[camera] = agreement_of([(view, robot) for view, robot in placed if view is not None])
+    best = max(scored, key=lambda camera: scored[camera], default=None)
+    good = best is not None and scored[best] > max(found.before + OTHER_GAIN, found.after - AS_GOOD)
+    return best if good else None
+
+
+def _through(view: View, camera: str) -> View | None:
+    """A view's images with the calibration of another camera of its demo; None: it moves, or its images have another
+    size."""
+    own, track = view.demo.cameras[view.camera], view.demo.cameras[camera]
+    if not stands(view.demo, camera) or (track.width, track.height) != (own.width, own.height):
+        return None
+    down = view.size[0] / own.height
+    intrinsics = np.diag([view.scale, down, 1.0]) @ np.asarray(track.intrinsics[0])
+    return replace(view, intrinsics=intrinsics, world_to_camera=np.asarray(track.world_to_camera[0]))
+
+
 def other_image_size(view: View) -> tuple[int, int] | None:
     """The width and height of the images that a camera matrix belongs to, by its principal point, where it is off the
     centre of the stored ones by the same share both ways; None: it is not."""
@@ -180,7 +207,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
             f"{size[0]} x {size[1]} pixels",
             f"Give the intrinsics of the images as they are stored, {track.width} x {track.height}. " + calibrate,
         )
-    if family != "lag" and (by_poses := _pose_cause(seen, names, found)) is not None:
+    if family != "lag" and (by_poses := pose_cause(seen, names, dict.fromkeys(names, found.change))) is not None:
         return by_poses
     turn, shift, focal, lag = found.degrees, found.metres * 100, (found.focal - 1) * 100, found.lag
     if family == "lag":

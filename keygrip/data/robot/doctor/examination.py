@@ -75,6 +75,10 @@ class Examination:
         """Whether one of these checks has found something."""
         return any(finding.check in checks for finding in self.findings)
 
+    def named(self, *checks: str) -> set[str]:
+        """Names of the demos that findings of these checks name."""
+        return {name for finding in self.findings if finding.check in checks for name in finding.demos}
+
     @property
     def arms(self) -> list[str]:
         """Names of the arms of all demos."""

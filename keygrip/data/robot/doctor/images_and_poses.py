@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
-from keygrip.data.robot.doctor.causes import FAMILIES, READINGS, camera_cause, explained, place_with
+from keygrip.data.robot.doctor.causes import (
+    FAMILIES,
+    READINGS,
+    camera_cause,
+    explained,
+    other_camera,
+    place_with,
+    pose_cause,
+)
 from keygrip.data.robot.doctor.examination import Examination, listed, spread
 from keygrip.data.robot.doctor.overlays import add_overlays
 from keygrip.data.robot.doctor.registration import (
@@ -27,6 +36,7 @@ from keygrip.data.robot.doctor.registration import (
 )
 from keygrip.data.robot.doctor.search import wide_fit
 from keygrip.data.robot.doctor.silhouettes import agreement
+from keygrip.data.robot.doctor.tracks import in_degrees
 from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
 from keygrip.robots.surface import RobotSurface
 
@@ -42,6 +52,7 @@ DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # the same limits for on
 DEMO_GAIN = 0.02
 LAGS = (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6)  # lags in frames that are tried before a fit
 # A turn up and down, left and right, about the axis (rad), and frames, that are tried before a demo is fitted.
+FAR_DEG = 15.0
 STEPS, STEP_GAIN = ((0, 0.015), (1, 0.015), (2, 0.03), (LAG, 0.7)), 0.005
 
 FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -89,6 +100,8 @@ def check_images_and_poses(
         exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
         if not standing or exam.found("intrinsics"):
             continue
+        if any(f.check == "off_screen" and f.camera == camera and f.cause for f in exam.findings):
+            continue  # a pose that means something else explains any disagreement, too
         if max(standing[0].cameras[camera].width, standing[0].cameras[camera].height) < LEAST_SIDE:
             continue
         for arm in exam.arms:
@@ -96,6 +109,8 @@ def check_images_and_poses(
             inverted = any(f.check == "gripper_polarity" and f.where == f"arm {arm}" for f in exam.findings)
             found: dict[str, tuple[View, Placement]] = {}
             for demo in demos:
+                if in_degrees(demo.arms[arm]):  # reported: the poses alone say where the robot is
+                    demo = replace(demo, arms={**demo.arms, arm: replace(demo.arms[arm], joints=None)})
                 view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) >= LEAST_MOTION:
                     robot = place(demo, arm, model)
@@ -202,6 +217,9 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     pairs = [seen.pairs[name] for name in names]
     found = fit(pairs)
     if found.after < POOR or found.degrees > 3 or abs(found.lag) > 2:
+        if (other := other_camera(seen, names, found)) is not None:
+            _add_other_camera(exam, seen, list(seen.pairs), other)
+            return None
         found = wide_fit(pairs)
     key = f"camera/{seen.camera}/arm/{seen.arm}"
     exam.measures[f"{key}/fit"] = described(found)
@@ -230,18 +248,10 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     helped = [n for n, pair in seen.pairs.items() if agreement_of([pair], found.change) > seen.scores[n]]
     # One demo with a fault of its own pulls a joint fit, too.
     if len(set(helped) & set(names)) > 0.6 * len(names):
-        cause, what, advice = camera_cause(seen, names, found)
-        exam.add(
-            "registration",
-            "error",
-            f"{seen.where}, {listed(helped) if len(helped) < len(seen.pairs) else 'all demos'}",
-            what,
-            advice,
-            cause=cause,
-            camera=seen.camera,
-            demos=helped,
-        )
+        _add_registration(exam, seen, helped, camera_cause(seen, names, found))
         seen.change = found.change
+        if found.degrees > FAR_DEG:
+            return None  # too far for a fit of one demo to say anything
     return found
 
 
@@ -281,9 +291,10 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
     }
     usual = float(np.median(list(bases.values())))
     others: dict[str, list[str]] = {}
+    odd: dict[str, Callable[[], None]] = {}  # what is said of a demo that a change of clock or camera explains
     for name, found in fits.items():
         if bases[name] < 0.45 * usual and found.after < 0.7 * usual:
-            found = wide_fit([seen.pairs[name]])
+            found = fits[name] = wide_fit([seen.pairs[name]])
         change = found.change - seen.change
         turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
         lag, gain = float(-change[LAG]), found.after - bases[name]
@@ -292,11 +303,21 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         if poor and bases[name] < 0.6 * usual and (other := _other_demo(seen, name, bases[name])) is not None:
             others.setdefault(other, []).append(name)
         elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(seen, name, found):
-            _add_lag(exam, seen, name, lag)
+            odd[name] = partial(_add_lag, exam, seen, name, lag)
         elif gain > DEMO_GAIN and (turn > max(DEMO_TURN_DEG, 3 * sigma) or shift > DEMO_SHIFT_M):
-            _add_moved(exam, seen, name, found)
+            camera = other_camera(seen, [name], found)
+            odd[name] = partial(_add_moved, exam, seen, name, found)
+            if camera is not None:
+                odd[name] = partial(_add_other_camera, exam, seen, [name], camera)
         elif bases[name] < 0.3 * usual and bases[name] < 0.15:
             others.setdefault("", []).append(name)
+    changes = {name: fits[name].change for name in odd}
+    cause = pose_cause(seen, list(odd), changes) if len(odd) > max(2, len(seen.pairs) / 2) else None
+    if cause is not None:  # one fault of all demos in place of another one in each
+        _add_registration(exam, seen, list(seen.pairs), cause)
+    else:
+        for say in odd.values():
+            say()
     for other, names in others.items():
         exam.add(
             "wrong_demo",
@@ -348,6 +369,33 @@ def _other_demo(seen: Seen, name: str, own: float) -> str | None:
 
 def _lag_explains(seen: Seen, name: str, found: Fit) -> bool:
     return explained([seen.pairs[name]], found, FAMILIES["lag"], seen.change)
+
+
+def _add_registration(exam: Examination, seen: Seen, names: list[str], said: tuple[str, str, str]) -> None:
+    cause, what, advice = said
+    exam.add(
+        "registration",
+        "error",
+        f"{seen.where}, {listed(names) if len(names) < len(seen.pairs) else 'all demos'}",
+        what,
+        advice,
+        cause=cause,
+        camera=seen.camera,
+        demos=names,
+    )
+
+
+def _add_other_camera(exam: Examination, seen: Seen, names: list[str], other: str) -> None:
+    exam.add(
+        "other_camera",
+        "error",
+        f"{seen.where}, {listed(names)}",
+        f"the images show the robot as {other} is calibrated, not as {seen.camera} is",
+        "Pair each camera's images with its own intrinsics and pose",
+        cause=f"images or calibrations of {seen.camera} and {other} exchanged",
+        camera=seen.camera,
+        demos=names,
+    )
 
 
 def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:

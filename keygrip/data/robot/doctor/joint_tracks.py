@@ -16,11 +16,17 @@ def check_joint_tracks(exam: Examination) -> None:
     """Where a YAM's joints were recorded: they say where the gripper was, whatever frame its positions are in."""
     if exam.found("joint_unit"):
         return
+    exchanged = exam.named("exchanged_arms")
     for arm in exam.arms:
         scales, delays, bases, turns, places = {}, {}, {}, {}, {}
         for demo in exam.with_arm(arm):
             track = demo.arms[arm]
-            if track.joints is None or track.joints.shape[1] != 6 or not demo.robot.startswith("yam"):
+            if (
+                demo.name in exchanged
+                or track.joints is None
+                or track.joints.shape[1] != 6
+                or not demo.robot.startswith("yam")
+            ):
                 continue
             own, quaternion = forward_kinematics(track.joints)
             if np.ptp(own, axis=0).max() < 0.03:

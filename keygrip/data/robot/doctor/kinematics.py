@@ -16,11 +16,12 @@ def check_kinematics(exam: Examination) -> None:
     """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
     if exam.found("joint_unit"):
         return
+    exchanged = exam.named("exchanged_arms")
     for arm in exam.arms:
         turns, swapped, world, rotations, inverse = [], [], [], [], []
         for demo in exam.with_arm(arm):
             joints = demo.arms[arm].joints
-            if joints is None or joints.shape[1] != 6 or not demo.robot.startswith("yam"):
+            if demo.name in exchanged or joints is None or joints.shape[1] != 6 or not demo.robot.startswith("yam"):
                 continue
             pick = spread(len(demo), 40)
             position, quaternion = forward_kinematics(joints[pick])

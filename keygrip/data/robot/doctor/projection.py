@@ -61,11 +61,17 @@ def _inside(track: CameraTrack, position: np.ndarray, world_to_camera: np.ndarra
 
 
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
-_ALTERNATIVES: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
-    ("it is camera_to_world: store its inverse", np.linalg.inv),
-    ("its camera axes are OpenGL's (y up, looking along -z): flip y and z", lambda pose: _FLIP @ pose),
+# Cause, what to do, and what a stored pose then means.
+_ALTERNATIVES: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
+    ("camera_to_world stored as world_to_camera", "store its inverse", np.linalg.inv),
     (
-        "it is camera_to_world of an OpenGL camera: flip y and z and store the inverse",
+        "world_to_camera of OpenGL's camera axes (y up, looking along -z)",
+        "flip y and z of the camera's axes",
+        lambda pose: _FLIP @ pose,
+    ),
+    (
+        "camera_to_world of OpenGL's camera axes (y up, looking along -z) stored as world_to_camera",
+        "store its inverse, and flip y and z of the camera's axes",
         lambda pose: _FLIP @ np.linalg.inv(pose),
     ),
 ]
@@ -81,14 +87,14 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
     share = float(np.concatenate(inside).mean())
     exam.measures[f"camera/{camera}/arm/{arm}/on_screen"] = share
     if share < ON_SCREEN_SHARE:
-        advice = "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
-        for words, change in _ALTERNATIVES:
+        cause, advice = "", "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
+        for words, remedy, change in _ALTERNATIVES:
             other = [
                 _inside(track, position, change(np.asarray(track.world_to_camera)))
                 for track, position in zip(tracks, positions, strict=True)
             ]
             if np.concatenate(other).mean() > max(ON_SCREEN_SHARE, share + 0.3):
-                advice = f"World_to_camera puts the gripper into the image if {words}"
+                cause, advice = words, f"Read so, it puts the gripper into the image: {remedy}"
                 break
         worst = sorted(range(len(demos)), key=lambda number: inside[number].mean())
         exam.add(
@@ -98,6 +104,8 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
             f"the gripper is in the image in only {share:.0%} of the frames, least in "
             f"{listed(demos[n].name for n in worst[:3])}",
             advice,
+            cause=cause,
+            camera=camera,
         )
     if share == 0:
         return

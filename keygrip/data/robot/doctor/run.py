@@ -14,6 +14,7 @@ from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread
+from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
 from keygrip.data.robot.doctor.images_and_poses import check_images_and_poses
@@ -96,6 +97,7 @@ CHECKS: tuple[Callable[[Examination], None], ...] = (
     check_jumps,
     check_outlier_poses,
     check_joint_unit,
+    check_exchanged_arms,
     check_kinematics,
     check_joint_tracks,
     check_quaternions,

@@ -77,6 +77,8 @@ def starts(
                     own -= own.mean(axis=0)
                     together += (np.conj(np.fft.rfft2(own)) * given).sum(axis=0)
                     energy += (own**2).sum(axis=0)
+                if not energy.any():
+                    continue  # the robot is in none of the images
                 inside = np.fft.irfft2(np.conj(np.fft.rfft2(energy)) * spectrum, s=canvas)
                 score = np.fft.irfft2(together, s=canvas) / np.sqrt(np.maximum(inside, 1e-3 * energy.sum()) * power)
                 score = np.where(allowed, score, -1)

@@ -51,8 +51,13 @@ def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
 
 def check_commands(exam: Examination) -> None:
     """Where both tracks were recorded: their clock, place, scale, rotation and gripper."""
+    exchanged = exam.named("exchanged_commands")
     for arm in exam.arms:
-        told = {d.name: d.arms[arm] for d in exam.with_arm(arm) if d.arms[arm].commanded is not None}
+        told = {
+            d.name: d.arms[arm]
+            for d in exam.with_arm(arm)
+            if d.arms[arm].commanded is not None and d.name not in exchanged
+        }
         told = _without_inverted(exam, arm, told)
         if not told:
             continue
@@ -94,8 +99,8 @@ def _without_inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory
     for name, reached in told.items():
         assert reached.commanded is not None
         turn = Rotation.from_quat(reached.commanded.quaternion, scalar_first=True).inv()
-        stated = _distance(reached.position, reached.commanded.position)
-        other = _distance(reached.position, -turn.apply(reached.commanded.position))
+        stated = track_distance(reached.position, reached.commanded.position)
+        other = track_distance(reached.position, -turn.apply(reached.commanded.position))
         if stated > INVERTED_M and other < INVERTED_GAIN * stated:
             inverted.append(name)
     if inverted and not exam.found("pose_direction"):  # else it is the reached track that is inverted
@@ -165,7 +170,7 @@ def _check_places(exam: Examination, arm: str, told: dict[str, ArmTrajectory], s
         )
 
 
-def _distance(reached: np.ndarray, told: np.ndarray) -> float:
+def track_distance(reached: np.ndarray, told: np.ndarray) -> float:
     """Median distance (m) of two tracks [N, 3] at the delay that suits them."""
     delay = best_delay(told, reached, 12)
     command, place = _paired(reached, told, round(delay) if np.isfinite(delay) else 0)
@@ -280,14 +285,15 @@ def check_opening_unit(exam: Examination) -> None:
             )
 
 
+def in_degrees(arm: ArmTrajectory) -> bool:
+    """Whether joints turn farther than any joint does in radians."""
+    return arm.joints is not None and arm.joints.size > 0 and bool(np.abs(arm.joints).max() > 7.0)
+
+
 def check_joint_unit(exam: Examination) -> None:
     """Joints that turn farther than any joint does are in degrees."""
     for arm in exam.arms:
-        found = [
-            demo.name
-            for demo in exam.with_arm(arm)
-            if (joints := demo.arms[arm].joints) is not None and joints.size and np.abs(joints).max() > 7.0
-        ]
+        found = [demo.name for demo in exam.with_arm(arm) if in_degrees(demo.arms[arm])]
         if found:
             exam.add(
                 "joint_unit",

@@ -1,0 +1,87 @@
+"""Arms under each other's names: commanded tracks that go with another arm's reached ones, and single demos in which
+two arms stand where they stand in each other's place elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from keygrip.data.robot.doctor.examination import Examination, listed
+from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, track_distance
+from keygrip.data.robot.schema import Demo
+
+APART_M = 0.1  # least distance of an arm's start from its usual one for which it may be another arm's
+
+
+def check_exchanged_arms(exam: Examination) -> None:
+    """For each two arms that several demos have: the demos in which one explains the other better than itself."""
+    for first, second in itertools.combinations(exam.arms, 2):
+        demos = [demo for demo in exam.demos if {first, second} <= demo.arms.keys()]
+        told = [demo for demo in demos if all(demo.arms[arm].commanded is not None for arm in (first, second))]
+        _report(
+            exam,
+            "exchanged_commands",
+            [demo.name for demo in told if _crossed(_command_distance(demo), first, second, INVERTED_M)],
+            f"arms {first}, {second}",
+            f"the commanded track of {first} goes with the reached track of {second}, and that of {second} with "
+            f"{first}'s",
+            f"commanded tracks of {first} and {second} exchanged",
+        )
+        odd = [
+            demo.name
+            for demo in demos
+            if len(demos) > 2 and _crossed(_start_distance(demo, demos), first, second, APART_M)
+        ]
+        if len(odd) < len(demos) / 2:  # else it is not known which ones are exchanged
+            _report(
+                exam,
+                "exchanged_arms",
+                odd,
+                f"arms {first}, {second}",
+                f"{first} begins where {second} does in the other demos, and {second} where {first} does",
+                f"arms {first} and {second} exchanged in these demos",
+            )
+
+
+def _crossed(distance: Callable[[str, str], float], first: str, second: str, least: float) -> bool:
+    """Whether both arms are far from themselves, and near each other, by some distance (m) of two names."""
+    return all(
+        distance(arm, arm) > least and distance(arm, other) < INVERTED_GAIN * distance(arm, arm)
+        for arm, other in ((first, second), (second, first))
+    )
+
+
+def _command_distance(demo: Demo) -> Callable[[str, str], float]:
+    """Of one arm's commanded positions from another one's reached ones."""
+
+    def distance(told: str, reached: str) -> float:
+        commanded = demo.arms[told].commanded
+        assert commanded is not None
+        return track_distance(demo.arms[reached].position, commanded.position)
+
+    return distance
+
+
+def _start_distance(demo: Demo, demos: list[Demo]) -> Callable[[str, str], float]:
+    """Of the place where one arm begins in a demo from where another one usually begins in the other demos."""
+
+    def distance(arm: str, usual: str) -> float:
+        starts = [other.arms[usual].position[0] for other in demos if other is not demo]
+        return float(np.linalg.norm(demo.arms[arm].position[0] - np.median(starts, axis=0)))
+
+    return distance
+
+
+def _report(exam: Examination, check: str, names: list[str], arms: str, what: str, cause: str) -> None:
+    if names:
+        exam.add(
+            check,
+            "error",
+            f"{arms}, {listed(names)}",
+            what,
+            "Give each arm its own track under its own name in all demos",
+            cause=cause,
+            demos=names,
+        )
