@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 SMALLEST = 96  # pixels: smaller images are shown larger, pixel by pixel
-TITLE = 14  # pixels above a row
+TITLE, FONT = 18, 12  # pixels above a row and of its letters: in smaller ones blanks are lost between words
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     """``[H, W, 3]`` uint8: each row a title and images ``[N, 3, H, W]`` in 0..1, all of one size."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     strips = []
     for title, images in rows:
@@ -24,7 +24,8 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
         framed = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         strip = np.concatenate(list(framed), axis=1)
         head = Image.new("RGB", (strip.shape[1], TITLE), "white")
-        ImageDraw.Draw(head).text((2, 1), title[: strip.shape[1]], fill="black")  # a letter is a pixel wide or more
+        shown = title[: strip.shape[1]]  # a letter is a pixel wide or more
+        ImageDraw.Draw(head).text((2, 1), shown, fill="black", font=ImageFont.load_default(FONT))
         strips.append(np.concatenate([np.asarray(head), strip], axis=0))
     width = max(strip.shape[1] for strip in strips)
     padded = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]

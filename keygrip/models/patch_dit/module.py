@@ -471,7 +471,7 @@ class PatchDiTModule(System):
         }
         if count > 1:
             ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
-        rows = [("pictures", real)]
+        rows = [("real", real)]
         # without a guide, or not yet, there is nothing to go away from
         way = self.sampling if self.guide_network is not None else replace(self.sampling, guide_scale=0.0)
         rows += [(title, self.draw(conditions, size, seeds, way)) for title, conditions in ways.items()]
