@@ -86,7 +86,7 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         root: folder of the splits.
         options: `train`, `val`, `test` (how many), `images_per_shard`, `processes` (None: one for each core), `buckets`
-            ([[width, height], ...]), `encoders` (their config), and `image`: the fields of
+            ([[width, height], ...]), `encoders` (their config), and `picture`: the fields of
             :class:`keygrip.envs.yam.stills.StillOptions`.
 
     Returns:

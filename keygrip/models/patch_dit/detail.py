@@ -65,7 +65,10 @@ class DetailHead(nn.Module):
     ) -> None:
         super().__init__()
         if cell < 1 or latent_channels % cell**2:
-            raise ValueError(f"model.network.detail.cell={cell}: {latent_channels} latent channels are no such cells")
+            raise ValueError(
+                f"model.network.detail.cell={cell}: {latent_channels} latent channels are no such cells; give "
+                "encoders.autoencoder.edge of packed pixels, 1 for latents of an autoencoder"
+            )
         if stride < 1 or patch_size * cell % stride:
             raise ValueError(
                 f"model.network.detail.stride={stride} must divide a token's side, {patch_size * cell} pixels"

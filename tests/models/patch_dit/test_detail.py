@@ -129,7 +129,7 @@ def test_checkpointed_gradients_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cell": 5}, "model.network.detail.cell=5"),
+        ({"cell": 5}, r"model.network.detail.cell=5: .* give encoders\.autoencoder\.edge"),
         ({"cell": 0}, "model.network.detail.cell=0"),
         ({"stride": 3}, "model.network.detail.stride=3"),
         ({"width": 6}, "width=6"),
