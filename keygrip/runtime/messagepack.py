@@ -155,7 +155,10 @@ def _array(entries: Mapping[str, Any]) -> np.ndarray:
     kind = np.dtype(dtype)
     if math.prod(shape) * kind.itemsize != len(data):
         raise MessagePackError(f"the message has an array of shape {shape} and type {dtype} in {len(data)} bytes")
-    return np.frombuffer(data, kind).reshape(shape)
+    try:
+        return np.frombuffer(data, kind).reshape(shape)
+    except (ValueError, OverflowError) as error:  # sides beyond numpy's, beside one of 0
+        raise MessagePackError(f"the message has an array of shape {shape}, which no array has") from error
 
 
 def _write(value: Any, parts: list[bytes]) -> None:

@@ -97,6 +97,8 @@ def _flat(message: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 def _array(name: str, value: Any, kind: str) -> np.ndarray:
     """A value of a message as the array that the HTTP protocol would bring."""
+    if kind == "float" and isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()  # numpy.int64(1) is the number 1
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, str):

@@ -66,6 +66,9 @@ async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, pol
             status, answer = refusal.status, f"{refusal.status}: {refusal.sentence}"
         except SessionError as error:
             status, answer = error.status, f"{error.status}: {error}"
+        except Exception as error:  # as HTTP answers it: the conversation goes on
+            log.error("a message could not be answered", exc_info=error)
+            status, answer = 500, f"500: the server failed: {type(error).__name__}"
         service.metrics.answers["openpi", status] += 1
         await _send(service, socket, answer)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from keygrip.models.policy import Needs, Plan
+from keygrip.runtime import openpi
 from keygrip.runtime.messagepack import MessagePackError, pack, unpack
 from keygrip.runtime.openpi import decode_message
 from keygrip.runtime.wire import WireError
@@ -103,6 +104,8 @@ def test_what_is_written_is_read_again() -> None:
         (b"\x01\x01", "1 bytes follow"),
         (array(np.zeros(2))[:-3] + struct.pack(">BH", 0xCD, 9), "shape .* in 16 bytes"),
         (array(np.zeros(2)).replace(b"<f8", b"|O8"), "type '|O8'"),
+        (pack({"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": [2**62, 2**62, 0]}), "no array has"),
+        (pack({"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": [2**64 - 1, 0]}), "no array has"),
         (b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xcd\x03\xe8\xc4\x05dtype\xa3|u1", "outside its type"),
         (b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xa1x\xc4\x05dtype\xa3<f4", "no number"),
     ],
@@ -130,7 +133,8 @@ def test_an_observation_arrives_in_either_spelling(observation: Observe, needs: 
     flat = decode_message(message(sent), needs)
     nested = {name: sent[name] for name in ("position", "quaternion", "cameras", "instruction")}
     numbers = decode_message(pack(nested | {"position": sent["position"].tolist(), "gripper": 0.5}), needs)
-    for seen in (flat, numbers):
+    whole = decode_message(pack(nested | {"gripper": np.array(1, np.int64)}), needs)  # as numpy.int64(1) arrives
+    for seen in (flat, numbers, whole):
         assert isinstance(seen, dict)
         assert seen["instruction"] == sent["instruction"]
         np.testing.assert_array_equal(seen["position"], sent["position"][None])
@@ -197,6 +201,31 @@ def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None
     assert server.server.service.metrics.answers["openpi", 400] == 3
     server.stop()
     assert server.server.service.conversations == 0
+
+
+def test_what_the_server_did_not_expect_is_an_answer(
+    running: Start, dice: Any, observation: Observe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, decode = running(dice()), openpi.decode_message
+
+    def failing(body: bytes, needs: Needs) -> dict[str, Any] | int:
+        if body == b"\x80":
+            raise MemoryError
+        return decode(body, needs)
+
+    monkeypatch.setattr(openpi, "decode_message", failing)
+
+    async def script(socket: aiohttp.ClientWebSocketResponse) -> tuple[str, Any]:
+        await socket.receive_bytes()
+        await socket.send_bytes(b"\x80")
+        said = await socket.receive_str()
+        await socket.send_bytes(message(observation()))
+        return said, unpack(await socket.receive_bytes())
+
+    said, answer = talk(server.url, script)
+    assert said == "500: the server failed: MemoryError"
+    assert "actions" in answer
+    assert server.server.service.metrics.answers["openpi", 500] == 1
 
 
 def test_a_server_that_ends_and_a_silent_client_close_the_conversation(
