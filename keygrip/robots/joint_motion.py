@@ -86,8 +86,8 @@ class JointMotion:
                 them. None: those found from where the arm is.
 
         Raises:
-            JointMotionError: out of reach, a collision of the arm with itself, a link below the table, or joints so far
-                from the present ones that the tool would leave its way. Nothing has changed then.
+            JointMotionError: not finite, out of reach, a collision of the arm with itself, a link below the table, or
+                joints so far from the present ones that the tool would leave its way. Nothing has changed then.
         """
         wanted = self.check(pose, joints)
         change = wanted - self.joints
@@ -106,6 +106,8 @@ class JointMotion:
         JointMotionError as `step`."""
         limits = self.limits
         start = self.joints if start is None else start
+        if not (np.isfinite(pose).all() and np.isfinite(start).all()):
+            raise JointMotionError("the pose, or the joints for it, hold numbers that are not finite")
         found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start, self.chain)
         if found.position_error > limits.position_tolerance_m or found.angle_error > limits.angle_tolerance_rad:
             raise JointMotionError(

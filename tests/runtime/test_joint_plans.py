@@ -212,6 +212,9 @@ def test_planned_joints_are_held_to_speed_range_and_free_space() -> None:
     low = np.array([0.0, 2.9, 0.6, 0.0, 0.0, 0.0])
     with pytest.raises(JointMotionError, match="above the table"):
         step(low)
+    for pose, joints in ((np.full(8, np.nan), None), (np.full(8, 0.3), np.full(6, np.inf))):
+        with pytest.raises(JointMotionError, match="not finite"):
+            motion.step(pose, 0.1, joints)
     np.testing.assert_array_equal(motion.joints, before)
 
 
