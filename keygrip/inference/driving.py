@@ -48,6 +48,10 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
     if not cfg.seconds > 0:
         raise ValueError(f"seconds={cfg.seconds}: must be above 0")
+    if cfg.record is not None and cfg.takeover is None:
+        raise ValueError(
+            f"record={cfg.record} keeps corrections, which need a person: give takeover=..., or leave it out"
+        )
     policy = _policy(cfg)
     robot = instantiate(_for_policy(cfg, policy).robot)
     try:
