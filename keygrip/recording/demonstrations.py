@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import threading
 import time
@@ -44,7 +42,6 @@ from keygrip.recording.signs import SignKeeper
 
 ROBOT = "yam"
 ARM = "right"
-STALE_AFTER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,6 @@ def _record(
 ) -> RecordSummary:
     task = settings.task
     _check_settings(root, settings)
-    _remove_stale(root)
     failed = set(_read_settings(root).get("failed_seeds", []))
     started, done, recorded, next_seed, failures = time.monotonic(), 0, 0, seed, 0
     with (
@@ -218,20 +214,6 @@ def _check_settings(root: Path, settings: RecordSettings) -> None:
     stored["task"] = {option.name: option.default for option in fields(settings.task)} | stored["task"]
     there, asked = ({**each, **each["task"]} for each in (stored, now))
     refuse_other_settings(root, *({k: v for k, v in each.items() if k != "task"} for each in (there, asked)))
-
-
-def _remove_stale(root: Path) -> None:
-    """Removes what a killed recorder left behind: hidden, unfinished folders of processes that are gone."""
-    for folder in root.glob(".*.partial"):
-        match = re.search(r"\.(\d+)-[0-9a-f]+\.partial$", folder.name)
-        if match is None or time.time() - folder.stat().st_mtime < STALE_AFTER_S:
-            continue  # young ones may belong to another machine's recorder on a shared disk
-        try:
-            os.kill(int(match[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            continue
 
 
 def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root: Path, seed: int) -> bool:

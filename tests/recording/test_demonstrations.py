@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from keygrip import artifacts
+from keygrip.artifacts import temporary_beside
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.reference import DemoReference
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions, sample_layout
 from keygrip.recording import demonstrations as recorder
 from keygrip.recording.demonstrations import RecordSettings, record, record_episode
+from keygrip.recording.recorded_folder import LOCK_FILE
 from keygrip.robots.kinematics import forward_kinematics
 
 SIZE = 48
@@ -99,9 +105,15 @@ def test_an_interrupted_recording_continues_to_the_same_folders(
     monkeypatch.undo()
     left = sorted(by_name(root))
     assert left == ["pick_0000000", "pick_0000001"]
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    own = temporary_beside(root / "pick_0000002").name
+    remainder = root / own.replace(f"-{os.getpid()}-", f"-{int(gone.stdout)}-")  # of a recorder that was killed
+    remainder.mkdir()
+    artifacts._looked.clear()  # as in a new process
     summary = record(PICK, root, 4, image_size=SIZE, progress=False)
     assert (summary.demos, summary.recorded) == (4, 2)
     assert contents(root) == contents(serial)
+    assert not remainder.exists()
     again = record(PICK, root, 4, image_size=SIZE, progress=False)
     assert (again.demos, again.recorded) == (4, 0)
 
@@ -128,7 +140,7 @@ def test_failed_episodes_are_dropped_counted_and_replaced(tmp_path: Path, monkey
     assert (summary.demos, summary.failed) == (3, 1)
     assert sorted(by_name(tmp_path)) == ["pick_0000000", "pick_0000002", "pick_0000003"]
     assert json.loads((tmp_path / "recording.json").read_text())["failed_seeds"] == [1]
-    assert not list(tmp_path.glob(".*.partial"))
+    assert [path.name for path in tmp_path.glob(".*")] == [LOCK_FILE]
 
 
 def test_an_expert_that_cannot_do_it_stops_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

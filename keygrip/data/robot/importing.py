@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +123,6 @@ def _import(
     reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool, jpeg_quality: int
 ) -> list[str]:
     demo = reference.read(cameras=cameras, uncalibrated=True)
-    for stale in folder.parent.glob(f".{folder.name}.*.partial"):  # of an import that was killed
-        shutil.rmtree(stale, ignore_errors=True)
     try:
         write_demo(demo, folder, cameras, video, jpeg_quality)
     except (OSError, ValueError) as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import scratch_folder, write_json
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.integrity import write_manifest
 from keygrip.data.robot.schema import CONVENTIONS, SCHEMA, ArmTrajectory, Demo, DemoError
@@ -47,7 +45,7 @@ class DemoWriter:
 
     Everything goes to a hidden folder beside the final one, which gets its name when the block ends well; after an
     exception, `discard()` or a kill there is no folder of that name (a hidden remainder of a kill is passed over by the
-    reader).
+    reader, and removed by the next demo that is written beside it).
 
     Args:
         folder: the demo's folder; must not exist.
@@ -83,7 +81,7 @@ class DemoWriter:
         self.source: dict[str, Any] = dict(source or {})
         self.text: dict[str, Any] = dict(text or {})
         self.video, self.jpeg_quality = video, jpeg_quality
-        self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        self._scratch = scratch_folder(self.folder)
         self.uncalibrated = dict(uncalibrated or {})
         self._timestamps: list[int] = []
         self._interventions: list[bool] = []
@@ -96,19 +94,21 @@ class DemoWriter:
         self._discarded = False
 
     def __enter__(self) -> Self:
-        self._temporary.mkdir(parents=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self._scratch.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.push(self._scratch)
             for video in self._videos.values():
                 video.close()
-            if kind is None and not self._discarded:
+            if error is not None:
+                raise error  # through the scratch folder, which names the place where a disk is full
+            if not self._discarded:
                 self._finish()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def discard(self) -> None:
         """The demo is not wanted (a failed episode): the block ends without a folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -16,6 +17,7 @@ from macos import leave_notes
 from PIL import Image
 from robot_mutations import ROUNDS, assert_damage_is_found, contents
 
+from keygrip.artifacts import DiskFullError
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.frames import JpegFrames, VideoFrames
 from keygrip.data.robot.native import read_native
@@ -192,7 +194,7 @@ def test_rounding_is_no_breakage(tmp_path: Path, native_demo: Any, change_archiv
 
 
 def test_demos_in_task_folders_are_found_in_order_and_hidden_ones_passed_over(tmp_path: Path, native_demo: Any) -> None:
-    for name in ("stack/b", "pick/a", "pick/.c.123-abc.partial", "stack/a"):
+    for name in ("stack/b", "pick/a", "pick/.c.host-123-abc.writing", "stack/a"):
         native_demo(tmp_path / name)
     assert [reference.name for reference in find_demos(tmp_path)] == ["pick/a", "stack/a", "stack/b"]
 
@@ -271,6 +273,16 @@ def test_an_interrupted_or_discarded_recording_leaves_nothing(tmp_path: Path) ->
         raise KeyboardInterrupt
     with DemoWriter(tmp_path / "demo", "yam", "pick", "", 10.0) as writer:
         writer.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(DiskFullError, match=f"no space left for {tmp_path / 'demo'}: free some"):
+        record(tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []
 
 
