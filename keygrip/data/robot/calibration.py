@@ -25,6 +25,7 @@ Shapes: N frames.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,11 @@ def read_calibration(path: Path) -> Calibration:
 def _checked(path: Path, content: dict[str, Any]) -> Calibration:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema is {content.get('schema')!r}, {SCHEMA!r} is needed")
-    _known(path, "the file", content, {"schema", "conventions", "arms", "cameras", "lerobot", "corrections"})
+    refuse_unknown_keys(
+        path, "the file", content, {"schema", "conventions", "arms", "cameras", "lerobot", "corrections"}
+    )
     conventions = content.get("conventions") or {}
-    _known(path, "conventions", conventions, {"camera", "pixel", "length"})
+    refuse_unknown_keys(path, "conventions", conventions, {"camera", "pixel", "length"})
     if conventions.get("camera") != "opencv" or conventions.get("length") != "m":
         raise ValueError(f"{path}: conventions must name camera: opencv (x right, y down, z forward) and length: m")
     pixel = conventions.get("pixel")
@@ -222,7 +225,8 @@ def _refuse_too_many(content: Any) -> None:
             open_values += value.values() if isinstance(value, dict) else value
 
 
-def _known(path: Path, where: str, entry: dict[str, Any], known: set[str]) -> None:
+def refuse_unknown_keys(path: Path, where: str, entry: dict[str, Any], known: Collection[str]) -> None:
+    """Raises ValueError: an entry of a calibration file is no mapping, or has a key that is not known."""
     import difflib
 
     if not isinstance(entry, dict):
@@ -247,13 +251,13 @@ def _matrix(path: Path, where: str, value: Any, shape: tuple[int, int]) -> np.nd
 
 def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> CameraCalibration:
     where = f"cameras.{name}"
-    _known(path, where, entry, _CAMERA_KEYS)
+    refuse_unknown_keys(path, where, entry, _CAMERA_KEYS)
     for key in ("width", "height", "intrinsics"):
         if key not in entry:
             raise ValueError(f"{path}: {where}.{key} is missing")
     values = entry["intrinsics"]
     if isinstance(values, dict):
-        _known(path, f"{where}.intrinsics", values, {"fx", "fy", "cx", "cy"})
+        refuse_unknown_keys(path, f"{where}.intrinsics", values, {"fx", "fy", "cx", "cy"})
         if len(values) != 4:
             raise ValueError(f"{path}: {where}.intrinsics needs fx, fy, cx and cy")
         values = [[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1]]
@@ -291,7 +295,7 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
 
 
 def _arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
-    _known(path, f"arms.{name}", entry, _ARM_KEYS)
+    refuse_unknown_keys(path, f"arms.{name}", entry, _ARM_KEYS)
     defaults = ArmCalibration()
     base = defaults.world_from_base
     if "world_from_base" in entry:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from keygrip.data.robot.calibration import refuse_unknown_keys
 
 
 def stated_rate(info: dict[str, Any], root: Path) -> float:
@@ -27,16 +30,21 @@ def stated_rate(info: dict[str, Any], root: Path) -> float:
     return rate
 
 
-def numbers(table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, path: Path) -> np.ndarray:
+def numbers(
+    table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, path: Path, also: Collection[str] = ()
+) -> np.ndarray:
     """[N, n] the numbers of an episode's N rows that an entry of the calibration file points at.
 
     Args:
         table: columns of the rows. where: the entry's place in the file. path: the file, for messages.
+        also: keys of the entry that its caller reads.
 
     Raises:
-        ValueError: the data set has no such feature or numbers, or rows without them.
+        ValueError: the entry has another key, or is incomplete; the data set has no such feature or numbers, or rows
+            without them.
     """
-    if not isinstance(entry, dict) or "feature" not in entry or not ({"index", "names"} & entry.keys()):
+    refuse_unknown_keys(path, where, entry, {"feature", "index", "names", *also})
+    if "feature" not in entry or len({"index", "names"} & entry.keys()) != 1:
         raise ValueError(f"{path}: {where} must be {{feature: NAME, index: [...]}} or {{feature: NAME, names: [...]}}")
     feature = entry["feature"]
     if feature not in table:

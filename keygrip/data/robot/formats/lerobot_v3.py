@@ -51,7 +51,13 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import BadSample, guard, inside, read_json, regular_file
-from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
+from keygrip.data.robot.calibration import (
+    ArmCalibration,
+    Calibration,
+    find_calibration,
+    read_calibration,
+    refuse_unknown_keys,
+)
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.lerobot_numbers import flat_names, numbers, stated_rate
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
@@ -65,6 +71,7 @@ PLACE = "keygrip/place"  # of an episode's files: what the templates of version 
 MOST_MISSING = 1_000_000  # episodes that info.json counts and nothing lists
 DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
 ROUNDED = 0.01  # of a rate, at most
+_TRACK = ("position", "rotation", "joints", "gripper")  # what an arm's entry and its `commanded` may name
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
@@ -118,6 +125,7 @@ def references(
     if not cameras.lerobot.get("arms"):
         raise ValueError(
             f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
+    refuse_unknown_keys(cameras.path, "lerobot", cameras.lerobot, {"arms", "cameras", "time", "intervention"})
         )
     found: dict[str, Callable[[], Demo]] = {}
     for row in episodes:
@@ -286,8 +294,9 @@ def _recorded(
     """Intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] that the data set holds itself."""
     where, found = f"lerobot.cameras.{camera}", []
     for part, side in (("intrinsics", 3), ("world_to_camera", 4)):
-        if not isinstance(entry, dict) or part not in entry:
+        if part not in entry:
             raise ValueError(f"{calibration.path}: {where} needs intrinsics and world_to_camera")
+    refuse_unknown_keys(calibration.path, where, entry, ("intrinsics", "world_to_camera"))
         values = numbers(table, info, f"{where}.{part}", entry[part], calibration.path)
         if values.shape[1] != side * side:
             raise ValueError(
@@ -338,19 +347,13 @@ def _arm(
     table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, ArmTrajectory]:
     where = f"lerobot.arms.{arm}"
-    known = {"position", "rotation", "joints", "gripper", "commanded", "controller"}
-    unknown = set(entry) - known
-    if unknown or "gripper" not in entry:
-        raise ValueError(
-            f"{path}: {where} takes {', '.join(sorted(known))} and needs gripper; it has {', '.join(entry)}"
-        )
+    refuse_unknown_keys(path, where, entry, {*_TRACK, "commanded", "controller"})
     poses, joints = _poses(table, info, where, entry, base, path)
     commanded = None
     if entry.get("commanded"):
         below = f"{where}.commanded"
         targets, _ = _poses(table, info, below, entry["commanded"], base, path)
-        if "gripper" not in entry["commanded"]:
-            raise ValueError(f"{path}: {below} needs gripper")
+        refuse_unknown_keys(path, below, entry["commanded"], _TRACK)
         commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
     told = entry.get("controller")
     controller = None if told is None else numbers(table, info, f"{where}.controller", told, path)
@@ -368,7 +371,9 @@ def _trajectory(
 
 
 def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:
-    values = numbers(table, info, f"{where}.gripper", entry["gripper"], path)
+    if "gripper" not in entry:
+        raise ValueError(f"{path}: {where} needs gripper")
+    values = numbers(table, info, f"{where}.gripper", entry["gripper"], path, also=("closed", "open"))
     if values.shape[1] != 1:
         raise ValueError(
             f"{path}: {where}.gripper names {values.shape[1]} numbers of {entry['gripper']['feature']}: the opening is "
@@ -388,7 +393,7 @@ def _poses(
         kind = entry["rotation"].get("as") if isinstance(entry["rotation"], dict) else None
         if kind not in _ROTATIONS:
             raise ValueError(f"{path}: {where}.rotation.as must be one of {', '.join(_ROTATIONS)}, not {kind!r}")
-        values = numbers(table, info, f"{where}.rotation", entry["rotation"], path)
+        values = numbers(table, info, f"{where}.rotation", entry["rotation"], path, also=("as",))
         if position.shape[1] != 3 or values.shape[1] != _ROTATIONS[kind]:
             raise ValueError(f"{path}: {where} needs 3 numbers of position and {_ROTATIONS[kind]} of rotation")
         return base.world_from_base @ transform(position, _matrices(values, kind, where)), joints

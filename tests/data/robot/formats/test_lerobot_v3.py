@@ -409,10 +409,32 @@ def test_a_video_that_is_too_short_for_its_episodes_is_refused(tmp_path, scene, 
     [
         (lambda c: c.pop("lerobot"), r"no lerobot\.arms"),
         (lambda c: c["lerobot"]["arms"]["right"].pop("gripper"), "needs gripper"),
-        (lambda c: c["lerobot"]["arms"]["right"].update(gripers=1), "takes commanded"),
+        (lambda c: c["lerobot"]["arms"]["right"].update(gripers=1), "right has an unknown key 'gripers'; did"),
+        (lambda c: c["lerobot"].update(intervene={}), "lerobot has an unknown key 'intervene'; did you mean 'interv"),
+        (
+            lambda c: c["lerobot"]["arms"]["right"]["gripper"].update(opened=0.085),
+            r"right\.gripper has an unknown key 'opened'; did you mean 'open'",
+        ),
+        (
+            lambda c: c["lerobot"]["arms"]["right"]["position"].update(names=["x"]),
+            r"\{feature: NAME, index: \[\.\.\.\]\} or",
+        ),
+        (
+            lambda c: c["lerobot"]["arms"]["right"].update(commanded={"postion": 3}),
+            r"right\.commanded has an unknown key 'postion'; did you mean 'position'",
+        ),
+        (
+            lambda c: c["lerobot"]["arms"]["right"]["rotation"].update(order="xyzw"),
+            r"right\.rotation has an unknown key 'order'",
+        ),
         (lambda c: c["lerobot"]["arms"]["right"].pop("rotation"), "needs position and rotation, or joints"),
         (lambda c: c["lerobot"]["arms"]["right"]["rotation"].update({"as": "xyzw"}), "must be one of quaternion_wxyz"),
-        (lambda c: c["lerobot"]["arms"]["right"]["rotation"].update(names=["qx", "q"]), "names q; .* has x, y, z"),
+        (
+            lambda c: c["lerobot"]["arms"]["right"].update(
+                position={"feature": "observation.state", "names": ["x", "q"]}
+            ),
+            "names q; .* has x, y, z",
+        ),
         (lambda c: c["lerobot"]["arms"]["right"]["position"].update(index=[0, 1, 9]), "asks for number 9"),
         (lambda c: c["lerobot"]["arms"]["right"]["position"].update(feature="state"), "the data set has"),
         (
