@@ -122,10 +122,10 @@ def references(
         FileNotFoundError, ValueError: the calibration file is missing, or does not say whose poses there are.
     """
     cameras = read_calibration(find_calibration(root, calibration, "LeRobot"))
+    refuse_unknown_keys(cameras.path, "lerobot", cameras.lerobot, {"arms", "cameras", "time", "intervention"})
     if not cameras.lerobot.get("arms"):
         raise ValueError(
             f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
-    refuse_unknown_keys(cameras.path, "lerobot", cameras.lerobot, {"arms", "cameras", "time", "intervention"})
         )
     found: dict[str, Callable[[], Demo]] = {}
     for row in episodes:
@@ -293,10 +293,10 @@ def _recorded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] that the data set holds itself."""
     where, found = f"lerobot.cameras.{camera}", []
+    refuse_unknown_keys(calibration.path, where, entry, ("intrinsics", "world_to_camera"))
     for part, side in (("intrinsics", 3), ("world_to_camera", 4)):
         if part not in entry:
             raise ValueError(f"{calibration.path}: {where} needs intrinsics and world_to_camera")
-    refuse_unknown_keys(calibration.path, where, entry, ("intrinsics", "world_to_camera"))
         values = numbers(table, info, f"{where}.{part}", entry[part], calibration.path)
         if values.shape[1] != side * side:
             raise ValueError(
@@ -352,8 +352,8 @@ def _arm(
     commanded = None
     if entry.get("commanded"):
         below = f"{where}.commanded"
-        targets, _ = _poses(table, info, below, entry["commanded"], base, path)
         refuse_unknown_keys(path, below, entry["commanded"], _TRACK)
+        targets, _ = _poses(table, info, below, entry["commanded"], base, path)
         commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
     told = entry.get("controller")
     controller = None if told is None else numbers(table, info, f"{where}.controller", told, path)
