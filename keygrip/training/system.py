@@ -64,7 +64,7 @@ class System(LightningModule):
         return self.network
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer_recipe.configure(self.trained_part(), int(self.trainer.estimated_stepping_batches))
+        return self.optimizer_recipe.configure(self.trained_part(), self.trainer.estimated_stepping_batches)
 
     # -- before training ----------------------------------------------------------------------------------------------
 
@@ -119,6 +119,7 @@ class System(LightningModule):
         before = load_module(path, offered=self.own_files)
         if not isinstance(before, type(self)):
             raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not {kind}")
+        self.check_start(before)
         try:
             self.network.load_state_dict(self.started_from(before.network.state_dict()))
         except RuntimeError as error:
@@ -126,6 +127,9 @@ class System(LightningModule):
             raise ValueError(f"the weights of model.init_from={path} do not fit this network: {reason}") from error
         log.info("weights of %s are the start", path)
         return before
+
+    def check_start(self, before: Self) -> None:
+        """Raises ValueError: the weights of this other run would fit, and mean something else here."""
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of another run's network that this network starts from; override it where parts are new."""

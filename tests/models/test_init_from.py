@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,28 @@ def test_a_vla_starts_with_the_words_of_the_other_run(tmp_path: Path, monkeypatc
     assert mine is not None
     assert theirs is not None
     assert mine.state() == theirs.state()
+
+
+def test_a_vla_does_not_start_with_weights_that_mean_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = ready_module(tmp_path / "before", kind="delta")
+    monkeypatch.setattr("keygrip.training.system.load_module", lambda path, **options: before)
+    statistics = small_statistics(tmp_path / "after")
+    turned = replace(statistics, cameras=statistics.cameras[::-1])
+
+    after = small_module()
+    after.init_from = "run"
+    with pytest.raises(ValueError, match=r"of kind delta, this run absolute.*Set model\.actions\.kind=delta"):
+        after.set_statistics(statistics)
+    after = small_module(kind="delta")
+    after.init_from = "run"
+    with pytest.raises(ValueError, match=r"has the cameras over, front, this run front, over.*data\.cameras=\[over,fr"):
+        after.set_statistics(turned)
+    with caplog.at_level(logging.WARNING):
+        after.set_statistics(statistics)
+        assert not caplog.messages
+        after.set_statistics(replace(statistics, cameras=("front",), step_seconds=0.1))
+    assert len(caplog.messages) == 2
+    assert "has the cameras over, front, this run front: weights know them by their numbers" in caplog.messages[0]
+    assert "plans steps of 0.3 s, this run of 0.1 s" in caplog.messages[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +34,8 @@ from keygrip.training.system import System, parameters_m
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
+
+log = logging.getLogger(__name__)
 
 STATE = "geometry_vla"
 HEADLINE = (
@@ -108,6 +112,8 @@ class GeometryVLAModule(System):
         super().__init__(optimizer)
         if draws < 1:
             raise ValueError(f"model.draws is at least 1, got {draws}.")
+        if not 0 <= pointing_weight < math.inf:
+            raise ValueError(f"model.pointing_weight must be finite and not negative, got {pointing_weight}.")
         if network.head.action_size != actions.size:
             raise ValueError(
                 f"The head writes {network.head.action_size} numbers per step and {len(actions.arms)} arms have "
@@ -171,6 +177,34 @@ class GeometryVLAModule(System):
             assert before.network.vlm.tokenizer is not None
             self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights mean the words of this one
         return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
+
+    def check_start(self, before: GeometryVLAModule) -> None:
+        """Refuses a run with actions of another kind, or with the same cameras or arms in another order; warns of other
+        cameras, arms and step lengths, whose weights may still be a start."""
+        where = f"model.init_from={self.init_from}"
+        if before.actions.kind != self.actions.kind:
+            raise ValueError(
+                f"{where} plans actions of kind {before.actions.kind}, this run {self.actions.kind}: the same numbers "
+                f"mean something else. Set model.actions.kind={before.actions.kind}, or model.init_from=null."
+            )
+        ordered = {"cameras": (before.views, self.views), "arms": (before.actions.arms, self.actions.arms)}
+        for name, (there, here) in ordered.items():
+            if there != here and sorted(there) == sorted(here):
+                raise ValueError(
+                    f"{where} has the {name} {', '.join(there)}, this run {', '.join(here)}: weights know them by "
+                    f"their numbers. Set data.{name}=[{','.join(there)}]."
+                )
+            if there != here:
+                log.warning(
+                    "%s has the %s %s, this run %s: weights know them by their numbers, those of the first are now "
+                    "taken for the first of these, and so on",
+                    *(where, name, ", ".join(there), ", ".join(here)),
+                )
+        seconds = before.statistics.step_seconds, self.statistics.step_seconds
+        if not math.isclose(*seconds, rel_tol=1e-3):
+            log.warning(
+                "%s plans steps of %g s, this run of %g s: it has to learn other ways per step", where, *seconds
+            )
 
     def _take_calibrated(self, cameras: Sequence[str]) -> None:
         self.calibrated = tuple(cameras)

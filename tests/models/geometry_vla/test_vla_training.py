@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, write_demos
+from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, small_module, write_demos
 
 from keygrip import train
 from keygrip.config import compose
@@ -22,8 +22,10 @@ from keygrip.models.geometry_vla.actions import LEAST_RANGE
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import ActionSampling, Scene
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
+from keygrip.models.nn.flow_matching import BetaTimesteps
 from keygrip.training import memory
 from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.optimizers import AdamW
 
 SMALL = [
     "model=geometry_vla",
@@ -293,6 +295,13 @@ def test_a_dry_run_counts_mapanything_and_asks_no_cache_for_images_without_conte
 def test_one_camera_is_refused_with_the_data_that_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"MultiViewPolicyBatch.*choose .*data=yam_language"):
         train.run(compose("train", ["model=geometry_vla", "data=yam", f"run_dir={tmp_path / 'none'}"]))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_weight_of_the_maps_that_is_none_is_refused(weight: float) -> None:
+    whole = small_module(pointing_cells=2)
+    with pytest.raises(ValueError, match=r"model\.pointing_weight must be finite and not negative"):
+        GeometryVLAModule(whole.network, whole.actions, AdamW(lr=1e-3), BetaTimesteps(), pointing_weight=weight)
 
 
 def metrics_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> dict[str, torch.Tensor]:
