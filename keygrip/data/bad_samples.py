@@ -215,9 +215,15 @@ def read_bytes(path: Path | str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
 
 def read_text(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """UTF-8 text of a regular file, with or without a byte order mark. Raises BadSample: it cannot be read."""
-    content = read_bytes(path, max_bytes)
-    with guard(path):
+    return _decoded(read_bytes(path, max_bytes), path)
+
+
+def _decoded(content: bytes, where: object) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises BadSample: it is none."""
+    try:
         return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(where, f"it is not UTF-8 text (from byte {error.start} on): save it as UTF-8") from error
 
 
 def inside(folder: Path, relative: object) -> Path:
@@ -240,8 +246,8 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
     """
     if len(content) > max_bytes:
         raise BadSample(where, f"its JSON has {len(content)} bytes, more than the {max_bytes} that it may have")
+    text = _decoded(content, where) if isinstance(content, bytes) else content
     with guard(where):
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         pairs = _unique if unique_keys else None
         value = json.loads(
             text, parse_float=_finite, parse_int=_integer, parse_constant=_not_a_number, object_pairs_hook=pairs

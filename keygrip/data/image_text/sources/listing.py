@@ -148,7 +148,8 @@ def list_items(
                 raise BadSample(name, "its caption is empty" if told else "it has no caption")
             width, height = size_of(path)
         except BadSample as error:
-            return captions, None, error.what
+            broken = Path(error.where).name  # the image, or a file of captions beside it
+            return captions, None, error.what if broken == path.name else f"{broken}: {error.what}"
         bucket = nearest_bucket(width, height, buckets)
         enlargement = max(bucket.width / width, bucket.height / height)
         if enlargement > max_enlargement:

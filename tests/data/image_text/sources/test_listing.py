@@ -97,6 +97,30 @@ def test_a_list_beside_an_image_is_its_captions(
     assert bool(item.reason) == bool(reason)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", "caf\u00e9".encode("latin-1"), "a.txt: it is not UTF-8 text (from byte 3 on): save it as UTF-8"),
+        ("a.json", '{"caption": "caf\u00e9"}'.encode("latin-1"), "a.json: it is not UTF-8 text (from byte 16 on)"),
+        ("a.json", b"{caption: one}", "a.json: Expecting property name"),
+        ("a.caption", None, "a.caption: it is a folder, not a file"),
+    ],
+)
+def test_a_broken_file_of_captions_is_named(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
+    """And not the image beside it, which is whole; a broken image is what its row is about, and named once."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    (tmp_path / "b.txt").write_text("one")
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    whole, broken = listed(tmp_path)
+    assert whole.reason.startswith(reason)
+    assert whole.bucket is None
+    assert broken.reason == "it is not an image of a known format"
+
+
 def test_rows_may_name_their_file_in_different_columns(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png", 1)
