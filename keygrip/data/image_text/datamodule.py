@@ -131,6 +131,9 @@ class ImageShards(ResumableData):
                 for part, chosen in self._divided(split, shards, usable):
                     if len(chosen):
                         opened[part].append(BucketPart(Bucket.from_name(name), shards, chosen))
+        if not opened["val"]:
+            why = f"data.val_fraction={self.val_fraction:g} takes none" if "" in info["splits"] else "there is no val/"
+            log.warning("%s has no images for validation (%s): training writes no val/ figures", self.place, why)
         if not opened["train"]:
             raise ValueError(f"no sample at {self.place} can be trained on: run step=validate root={self.place}")
         for split, parts in opened.items():

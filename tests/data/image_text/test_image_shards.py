@@ -395,6 +395,16 @@ def test_a_set_without_splits_is_divided_by_its_keys(tmp_path: Path) -> None:
     assert data.test_dataloader() == []
 
 
+@pytest.mark.parametrize(("split", "said"), [("", "data.val_fraction=0.001 takes none"), ("train", "there is no val/")])
+def test_a_set_without_images_for_validation_is_said(
+    split: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {split: 0})
+    with caplog.at_level("WARNING"):
+        module(tmp_path, val_fraction=0.001)
+    assert f"{tmp_path} has no images for validation ({said}): training writes no val/ figures" in caplog.text
+
+
 def test_a_set_from_elsewhere_needs_only_manifests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, {SQUARE: 4, WIDE: 4}, small_encoders(), {"train": 0}, said=False)
     for file in tmp_path.rglob("*"):
