@@ -13,22 +13,46 @@ from keygrip.data.video_text.sample_types import Conversation, Turn, VideoTextSa
 from keygrip.training.parts import data_part
 
 SECOND = re.compile(r"\b(seconds?\s+)(\d+)\b", re.IGNORECASE)  # "At second 12, ..."
+# The one form that is rewritten. "seconds 12" begins a range, or a sentence of 12 people within seconds.
+ONE_SECOND = re.compile(r"\bsecond\s+\d+\b(?![.,:]\d)", re.IGNORECASE)
+TAKEN_OUT = "\0"  # stands for such a second while other times are looked for
 NUMBER = (
-    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
-    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
+    r"(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|dozen|half\s+an?|few|several|couple\s+of)"
 )
 ORDINAL = (
     r"(?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|last|final|"
     r"opening|closing|next|previous)"
 )
-# Other ways to say a time, which are not rewritten: 00:04, after 4 seconds, from second 3 to 5, after four seconds, at
-# minute 2, second four, in the 4th or the last second, t=4.
+UNIT = r"(?:ms|(?:milli)?sec(?:ond)?s?|mins?|minutes?|hours?|hrs?|frames?)"
+COUNTED = rf"(?:{UNIT}|time\s?(?:stamps?|codes?)?|moment)"  # what a number stands behind
+JOINED = r"(?:to|and|or|until|till|through|thru|vs|versus)\b"
+RANGE = r"(?:[/&~+\u2013\u2014\u2026-]|\.{2,})"
+VIDEO = r"(?:video|clip|recording|footage|film|movie|sequence|scene)"
 OTHER_TIMES = re.compile(
-    r"\b\d+:\d\d\b|\b\d+(?:\.\d+)?\s*-?(?:s|secs?|seconds?|mins?|minutes?)\b"
-    r"|\bseconds?\s+\d+\s*(?:to|and|or|until|,|-|\u2013)\s*\d+"
-    rf"|\b{NUMBER}[\s-]+(?:more\s+)?(?:seconds?|minutes?)\b|\bminutes?\s+(?:\d|{NUMBER}\b)|\bseconds?\s+{NUMBER}\b"
-    rf"|\b{ORDINAL}\s+(?:few\s+|couple\s+of\s+)?(?:seconds?|minutes?)\b(?!\s+\d)|\bt\s*=\s*\d",
+    "|".join(
+        (
+            r"\d:\d\d\b|\bt\s*=\s*\d",  # 00:04, t=4
+            rf"\b{NUMBER}[\s-]*(?:more\s+)?(?:{UNIT}|s)\b",  # 4s, after four seconds, 4000 ms
+            rf"\b{ORDINAL}[\s-]+(?:{NUMBER}\s+)?(?:{COUNTED})\b",  # the 4th frame, the last few seconds
+            rf"\b{COUNTED}[\W_]*(?:(?:no|nr|number|index)\b[\W_]*)?(?:is\s+)?(?:\d|{NUMBER}\b)",  # frame 4, second #4
+            rf"{TAKEN_OUT}\s*(?:(?:{RANGE}|,)\s*\d|(?:,\s*)?{JOINED}\s*{NUMBER}\b)",  # second 4 & 7, second 4 through 7
+            rf"\b{NUMBER}\s*(?:{RANGE}|{JOINED})\s*{TAKEN_OUT}",  # 4 to second 7
+            rf"\b(?:an?|each|every|per|the)\s+{TAKEN_OUT}",  # within a second 4 people came
+            # at 4, from 4 to 7
+            rf"\b(?:at|until|till|since|from|between)\s+\d+\s*(?:$|[,;?!)]|\.(?!\d)|{RANGE}|{JOINED})",
+            # the end of the video, when the video begins, at the start
+            rf"\b(?:beginning|start|end|middle|half|quarter|rest)\s+of\s+(?:the|this)\s+(?:\w+\s+)?{VIDEO}\b",
+            rf"\b{VIDEO}(?:'s|\s+\w+)?\s+(?:begins|starts|ends|stops|beginning|start|end)\b",
+            r"\bat\s+the\s+(?:very\s+)?(?:beginning|start|end)\s*(?:$|[,.;?!])",
+        )
+    ),
     re.IGNORECASE,
+)
+# A time that is asked for and answered by a number alone.
+ASKED_TIME = re.compile(
+    rf"\b(?:when\s+(?:is|are|was|were|do|does|did|has|have|will)|(?:which|what)\s+{COUNTED})\b.*\n\W*{NUMBER}\W*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 STREAM = 1  # of random numbers, apart from that of the choice of questions
 
@@ -40,9 +64,9 @@ class SubClips:
 
     A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
     more than it shows and are left out. Seconds in words are known in the form "second 12"; conversations that say
-    times in another form ("00:12", "after 12 seconds") are left out of a clip whose time begins anew. A video in which
-    nothing is asked about the clip, or whose frames are not a second apart, stays whole. Training refuses clips where
-    no video that was tried can be cut (`may_be_cut`).
+    times in another form ("00:12", "after 12 seconds", "seconds 12 to 15", "frame 12", "the end of the video") are left
+    out of a clip whose time begins anew. A video in which nothing is asked about the clip, or whose frames are not a
+    second apart, stays whole. Training refuses clips where no video that was tried can be cut (`may_be_cut`).
 
     Args:
         frames: [fewest, most] of a clip; shorter videos stay whole.
@@ -110,14 +134,20 @@ class SubClips:
         if not all(start <= second < stop for second in said):
             return None
         turns = conversation.turns
-        if self.rebased and any(OTHER_TIMES.search(turn.text) for turn in turns):
-            return None
         if self.rebased:
+            if _says_other_times(turns):
+                return None
             turns = tuple(
                 Turn(turn.role, SECOND.sub(lambda match: f"{match[1]}{int(match[2]) - start}", turn.text))
                 for turn in turns
             )
         return replace(conversation, turns=turns, evidence={**conversation.evidence, "frame": frame - start})
+
+
+def _says_other_times(turns: Sequence[Turn]) -> bool:
+    """Whether a conversation says a time in another form than "second 12"."""
+    rest = [ONE_SECOND.sub(TAKEN_OUT, turn.text) for turn in turns]
+    return any(map(OTHER_TIMES.search, rest)) or ASKED_TIME.search("\n".join(rest)) is not None
 
 
 def clipped(

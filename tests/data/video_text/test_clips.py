@@ -62,11 +62,11 @@ def test_a_clip_may_keep_the_times_of_its_video() -> None:
 
 
 def test_words_about_seconds_outside_of_the_clip_leave_a_question_out() -> None:
-    both = answer("From second 2 to Seconds 5, what?", "x", "mark", {"frame": 4})
+    both = answer("From second 2 to Second 5, what?", "x", "mark", {"frame": 4})
     clips = SubClips([2, 4])
     kept = clips.cut(tour(8, both), 2, 6)
     assert kept is not None
-    assert kept.conversations[0].turns[0].text == "From second 0 to Seconds 3, what?"
+    assert kept.conversations[0].turns[0].text == "From second 0 to Second 3, what?"
     assert clips.cut(tour(8, both), 3, 6) is None
 
 
@@ -245,7 +245,12 @@ def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
         *("What is there at 00:04?", "After 4 seconds, which shade?", "From second 3 to 5, which shade?", "at 4s?"),
         *("After three seconds, which?", "At the 3rd second, which?", "At minute 2, which?", "At second four, which?"),
         *("In the last second, which?", "Which in the first second?", "At t=4, which?", "In the first few seconds?"),
-        *("In the second second?", "Which after twenty-one seconds?", "In minute two?"),
+        *("In the second second?", "Which after twenty-one seconds?", "In minute two?", "At seconds 4 through 5?"),
+        *("At seconds 4 & 5?", "At second 4/5?", "second 4 ~ 7", "second 4...7", "second 4-5", "second 4, 5 and 6?"),
+        *("Second 4 until six?", "From 3 to second 5?", "At second 4.5?", "At second 4:30?", "Within seconds 4 came."),
+        *("Within a second 4 came.", "At timestamp 4?", "In frame 4?", "In the 4th frame?", "At sec 4?", "second: 4?"),
+        *("Second #4?", "4000 ms in?", "At time 4?", "At 4, which?", "At the beginning of the video?", "At the end?"),
+        *("When the video ends, which?", "In the last few seconds?", "When does it point at red?", "Which second?"),
     ],
 )
 def test_times_in_other_words_leave_a_question_out_of_a_clip_whose_time_begins_anew(words: str) -> None:
@@ -260,7 +265,13 @@ def test_times_in_other_words_leave_a_question_out_of_a_clip_whose_time_begins_a
 
 
 @pytest.mark.parametrize(
-    "words", ["Which is the second cube?", "At second 4, is the last one red?", "The second of two?"]
+    "words",
+    [
+        *("Which is the second cube?", "At second 4, is the last one red?", "The second of two?"),
+        *("At second 4, how many of 3 cubes? (A) 3 (B) 5", "At second 4 two cubes are where?", "On second 4: 7"),
+        *("At second 4, what is at the end of the table?", "At which cube did it point a second before?"),
+        *("Which digit does it show when it points?", "From second 4 to second 4, what?", "At second 4?\n3 or 5?"),
+    ],
 )
 def test_words_that_are_no_times_stay_in_a_clip(words: str) -> None:
     clip = SubClips([2, 4]).cut(tour(8, answer(words, "24", "mark", {"frame": 4})), 3, 6)
