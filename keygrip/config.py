@@ -143,12 +143,27 @@ def register_completion(config_name: str, complete: Callable[[Sequence[str]], li
 
 
 def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them."""
+    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them.
+
+    Raises:
+        SettingError: null for a group that nothing runs without.
+    """
     overrides = [part for each in overrides for part in _WITHOUT.get(each, (each,))]
     if config_name in READ_CHECKPOINTS:
         overrides = [f"checkpoint_{each}" if each.startswith("step=") else each for each in overrides]
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if value == "null" and group in _groups():
+            raise SettingError(
+                f"{override}: nothing runs without this group, whose options are {', '.join(group_options(group))}; a "
+                f"part of it is left out with {group}.NAME=null"
+            )
     complete = _COMPLETIONS.get(config_name)
     return [*overrides, *(complete(overrides) if complete else [])]
+
+
+def _groups() -> list[str]:
+    return [path.name for path in config_folder().iterdir() if path.is_dir()]
 
 
 def config_folder() -> Path:
@@ -162,6 +177,25 @@ def config_folder() -> Path:
         if (folder / "train.yaml").is_file():
             return folder
     raise FileNotFoundError(f"no conf/ folder in or beside {package}: reinstall keygrip, or run from a whole checkout")
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """The settings on a command line, ``--config-dir FOLDER`` as the override that does the same; other options are
+    left out."""
+    waiting, overrides, folders = iter(arguments), list[str](), list[Path]()
+    for argument in waiting:
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folders.append(Path(value or next(waiting, "")).resolve())
+        elif "=" in argument and not argument.startswith("-"):
+            overrides.append(argument)
+    return [*overrides, *(f"hydra.searchpath=[file://{folder}]" for folder in folders)]
+
+
+def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
+    """`config_folder`, and the folders that ``hydra.searchpath`` adds to it."""
+    added = [each for each in overrides if each.startswith("hydra.searchpath=")]
+    return [config_folder(), *(Path(each) for each in re.findall(r"file://([^,\]'\"]+)", " ".join(added)))]
 
 
 @cache
@@ -243,7 +277,8 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
 
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
-    """Refuses what Hydra would take: renamed settings, and unread additions at the root (``+max_stepz=3``).
+    """Refuses what Hydra would take: renamed settings, unread additions at the root (``+max_stepz=3``), and Hydra's own
+    name for a command's run folder.
 
     Raises:
         SettingError: with the new name, or the nearest one.
@@ -254,7 +289,7 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
         known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
     except OSError:  # of `keygrip prepare`: each step has settings of its own
         known = []
-    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    groups = _groups()
     for override in overrides:
         key = override.lstrip("+").partition("=")[0].partition("@")[0]
         if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
@@ -411,10 +446,13 @@ def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
     return keys
 
 
-def group_options(group: str) -> list[str]:
-    """All options of a group, those in groups inside it (``volume_query/no_state``) included."""
-    folder = config_folder() / group
-    options = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:
+    """All options of a group, those in groups inside it (``volume_query/no_state``) included, and those in folders that
+    `overrides` add."""
+    folders = [folder / group for folder in config_folders(overrides)]
+    options = {
+        path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")
+    }
     options = {name for name in options if f"{name}.yaml".rpartition("/")[2] != OPTIONS and name[0] != "_"}
     register_options()
 

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from keygrip.config import group_options, known_keys, models_with, nearest, quoted, with_group
+from keygrip.config import (
+    SettingError,
+    group_options,
+    known_keys,
+    models_with,
+    nearest,
+    overrides_of,
+    quoted,
+    with_group,
+)
+
+
+@contextlib.contextmanager
+def setting_errors(config_name: str, overrides: Sequence[str]) -> Iterator[None]:
+    """What composing or parsing refuses within becomes a `SettingError`, in the words of the command line."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        root = root_cause(error)
+        if not isinstance(root, HydraException | OmegaConfBaseException):
+            raise root from None  # what a resolver says
+        raise SettingError(describe_config_error(error, config_name, overrides)) from error
 
 
 def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
     """What composing or parsing refused, in one line, for the overrides that were given."""
     text = one_line(error)
     cause = error.__cause__
+    settings = overrides_of(overrides)
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
     if missing:
         group, name = missing.groups()
@@ -21,7 +47,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
             key, _, value = override.partition("=")
             if f"{key}/{value}" == f"{group}/{name}":
                 group, name = key, value
-        options = group_options(group)
+        options = group_options(group, settings)
         close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         hint = f"nearest is {group}={close[0]}; " if close else ""
         if group == "hydra/launcher":
@@ -30,7 +56,8 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     unchosen = re.search(r"You must specify '([\w/]+)'", text)
     if unchosen:
         group = unchosen.group(1)
-        return f"nothing is chosen of the group {group!r}: give {group}=NAME, one of {', '.join(group_options(group))}"
+        options = group_options(group, settings)
+        return f"nothing is chosen of the group {group!r}: give {group}=NAME, one of {', '.join(options)}"
     causes = " ".join([text] + [one_line(each) for each in chain(error)])
     interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
     if interpolated:
@@ -43,7 +70,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         full = next(
             (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
         )
-        others = [o for o in overrides if not o.startswith("-") and o.lstrip("+~").split("=")[0] != full and "=" in o]
+        others = [o for o in settings if o.lstrip("+~").split("=")[0] != full]
         known = known_keys(config_name, others)
         if config_name == "prepare":  # what a step's function gets is set by the step's own settings
             known = [each for each in known if each.partition(".")[0] != "call"]

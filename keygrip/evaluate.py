@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from keygrip.artifacts import write_json
 from keygrip.command import entry_point
 from keygrip.config import compose, listed, quoted, register_completion
+from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.run_folder import hold
@@ -98,10 +99,13 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
         The figures, as in ``evaluation/result.json``.
 
     Raises:
-        ValueError, FileNotFoundError: as the command.
+        ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
     refuse_unguarded_script()
-    return run(compose("evaluate", [f"checkpoint={quoted(str(checkpoint))}", *listed(overrides)]))
+    given = [f"checkpoint={quoted(str(checkpoint))}", *listed(overrides)]
+    with setting_errors("evaluate", given):
+        cfg = compose("evaluate", given)
+    return run(cfg)
 
 
 def main() -> None:

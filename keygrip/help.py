@@ -9,7 +9,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from keygrip.config import OPTIONS, check_overrides, completed, config_folder, group_options, register_options
+from keygrip.config import (
+    OPTIONS,
+    check_overrides,
+    completed,
+    config_folder,
+    config_folders,
+    group_options,
+    overrides_of,
+    register_options,
+)
 
 EXAMPLES = {
     "train": (
@@ -56,12 +65,12 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     Raises:
         keygrip.config.SettingError, HydraException: overrides that do not compose.
     """
-    given = [override for override in overrides if override not in ("--help", "-h") and "=" in override]
+    given = overrides_of(overrides)
     lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
     lines += [f"  {line}" for line in _head(config_folder() / f"{command}.yaml")]
     if command == "prepare" and not any(override.startswith("step=") for override in given):
         lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
-        steps = group_options("step")
+        steps = group_options("step", given)
         width = max(map(len, steps)) + 1
         for name in steps:
             lines.append(_cut(f"  step={name:<{width}}{' '.join(_step_head(name))}"))
@@ -70,12 +79,12 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
     comments = _comments_of("", command)
     for group, choice in groups:
-        if choice is not None:
-            comments |= _comments_of(group, choice)
+        for folder in config_folders(given) if choice is not None else ():
+            comments |= _comments_of(group, choice, folder)
     shown = [(group, choice) for group, choice in groups if group != "evaluate"]
     if shown:
         lines += ["", "Groups, with the option chosen here and all there are:"]
-        lines += [f"  {group}={choice or 'null'}  ({_options(group, choices)})" for group, choice in shown]
+        lines += [f"  {group}={choice or 'null'}  ({_options(group, choices, given)})" for group, choice in shown]
     lines += ["", "Settings:"]
     for path, value in _leaves(config, ()):
         key = ".".join(path)
@@ -113,8 +122,8 @@ def _composed(command: str, overrides: Sequence[str]) -> tuple[dict[str, Any], d
     return {str(key): value for key, value in content.items()}, choices
 
 
-def _options(group: str, choices: dict[str, str | None]) -> str:
-    options = group_options(group.partition("@")[0])
+def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str]) -> str:
+    options = group_options(group.partition("@")[0], overrides)
     if group == "ablation":  # those of other models have no effect here
         model = choices.get("model") or ""
         options = [name for name in options if model.startswith(name.partition("/")[0])]
@@ -166,14 +175,15 @@ def _step_head(name: str) -> list[str]:
     return [line.removeprefix("#").strip() for line in lines[start:end]]
 
 
-def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
+def _comments_of(group: str, option: str, configs: Path | None = None) -> dict[tuple[str, ...], str]:
     """Comments of an option of a group and of the options that it starts from, by the place in the composed config.
 
     Args:
         group: name, with the place where the option is put if that is another one: ``env@callbacks.closed_loop.env``.
+        configs: the folder of configs; None: keygrip's own.
     """
     group, _, put = group.partition("@")
-    folder = config_folder() / group if group else config_folder()
+    folder = (configs or config_folder()) / group
     file, section = folder / f"{option}.yaml", ""
     if not file.is_file():
         inner, _, section = option.rpartition("/")
@@ -188,7 +198,7 @@ def _comments_of(group: str, option: str) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], str] = {}
     for base in defaults:
         if isinstance(base, str) and base != "_self_":
-            found |= _comments_of(group, base)
+            found |= _comments_of(group, base, configs)
     own = _comments(file)
     if section:
         own = {path[1:]: why for path, why in own.items() if path[0] == section}

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 
 from keygrip.command import entry_point
 from keygrip.config import compose_with_choices, listed
+from keygrip.config_errors import setting_errors
 from keygrip.training import run_folder
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.main_guard import refuse_unguarded_script
@@ -72,8 +73,9 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     refuse_unguarded_script()
     given = listed(overrides)
-    cfg, choices = compose_with_choices("train", given)
-    refuse_idle(cfg, given)  # before a folder is made
+    with setting_errors("train", given):
+        cfg, choices = compose_with_choices("train", given)
+        refuse_idle(cfg, given)  # before a folder is made
     cfg.run_dir = run_folder.choose(cfg.run_dir, cfg.resume, choices["model"], choices["data"], next(_starts))
     run(cfg, given)
     return read_result(Path(cfg.run_dir))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import keygrip
-from keygrip.config import compose
+from keygrip.config import SettingError, compose
 
 
 def test_importing_loads_nothing_heavy_and_is_typed() -> None:
@@ -54,6 +55,26 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
     assert "val/loss" in (tmp_path / "toy" / "README.md").read_text()
     with pytest.raises(ValueError, match="which drives no robot"):
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.lrr=1"], "there is no setting 'optimizer.lrr' in train.yaml: the nearest is 'optimizer.lr'"),
+        (["optimizer.lr=1e-3,1e-4"], "optimizer.lr=1e-3,1e-4 holds a comma: as a list write"),
+        (["-m"], "cannot read -m: settings are given as name=value"),
+        (["model=volume_quer"], "no option 'volume_quer' in group 'model': nearest is model=volume_query"),
+        (["max_stepz=1"], "there is no setting 'max_stepz' in train.yaml: the nearest is 'max_steps'"),
+    ],
+)
+def test_what_cannot_be_composed_is_a_setting_error(overrides: list[str], said: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(said)):
+        keygrip.train(overrides)
+
+
+def test_a_setting_that_no_evaluation_has_is_a_setting_error() -> None:
+    with pytest.raises(SettingError, match=r"no setting 'episodez' in evaluate\.yaml: the nearest is 'episodes'"):
+        keygrip.evaluate("run", ["evaluate=policy", "episodez=3"])
 
 
 def test_trainings_of_one_process_have_folders_of_their_own(

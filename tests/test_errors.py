@@ -61,6 +61,11 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["run_dir=it's"], 2, r"inside the shell's own: \"run_dir='it\\'s'\"$"),
         (["data.root=a,b"], 2, r"holds a comma: as a list write 'data.root=\[a,b\]', as one text \"data.root='a,b'\""),
         (["bananas"], 2, r"cannot read bananas: settings are given as name=value$"),
+        (
+            ["callbacks=null"],
+            2,
+            r"callbacks=null: nothing runs without .* options are default; .*callbacks\.NAME=null$",
+        ),
         (["--max_steps=3"], 2, r"no option --max_steps: settings are given without dashes, max_steps=3"),
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
@@ -77,6 +82,19 @@ def test_settings_that_do_not_exist(
     assert lines[0].startswith("keygrip: ")
     assert re.search(said, lines[0]), lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_a_folder_that_is_added_are_listed(cli: Callable[..., Any], tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\nmax_steps: 8  # a look is enough\n")
+    added = ("--config-dir", "mine")
+    shown = cli("--help", *added, "experiment=mine").out
+    assert re.search(r"^  experiment=mine +\(demo .*\| mine \|", shown, re.MULTILINE)
+    assert re.search(r"^  max_steps=8 +# a look is enough$", shown, re.MULTILINE)
+    assert " | mine |" in cli("--help", "--config-dir=mine").out
+    assert "nearest is experiment=mine; options are demo," in cli(*added, "experiment=mime").err
+    assert "the nearest is 'optimizer.lr'" in cli(*added, "experiment=mine", "optimizer.lrr=1").err
 
 
 @pytest.mark.parametrize(
