@@ -40,9 +40,10 @@ class EvaluateImages(Callback):
         self.data.prepare_data()
         self.data.setup()
         if not len(self.data.samples(self.suite.split)):
+            val = "callbacks.pictures.suite.split=val, or " if len(self.data.samples("val")) else ""
             raise ValueError(
                 f"{self.data.place} has no {self.suite.split} images for the evaluation after training: give "
-                "callbacks.pictures.suite.split=val, or callbacks.pictures=null"
+                f"{val}callbacks.pictures=null"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

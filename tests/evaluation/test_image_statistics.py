@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.evaluation import image_features
 from keygrip.evaluation.image_captions import ClipSimilarity
 from keygrip.evaluation.image_features import FeatureOptions, train_encoder
-from keygrip.evaluation.image_report import QUALITY, SCALES_PARETO, SHARES_PARETO, curves, pareto, shortcomings, weighed
+from keygrip.evaluation.image_report import (
+    QUALITY,
+    SCALES_PARETO,
+    SHARES_PARETO,
+    curves,
+    markdown,
+    pareto,
+    shortcomings,
+    weighed,
+)
 from keygrip.evaluation.image_statistics import cmmd, frechet_distance, grain, precision_recall, set_figures
 from keygrip.evaluation.known_features import clip_pixels, fid_inception, known_encoder
 
@@ -162,6 +172,20 @@ def test_the_report_says_first_what_is_wrong() -> None:
         "The grain of reconstructions is 4, 4 times that of real images (1).",
         "The SSIM of reconstructions is 0.45, below 0.80; that of an unrelated real image is 0.69.",
     ]
+
+
+def test_training_images_are_no_anchor_of_their_own_distance() -> None:
+    """They are among the images that sets are compared with: near to themselves, they would make any other set far."""
+    cases = {"reconstruction": {"frechet": 9.0, "grain": 4.0}, "real": {"frechet": 0.01, "grain": 1.0}}
+    assert len(shortcomings(cases)) == 2
+    assert shortcomings(cases, "train") == ["The grain of reconstructions is 4, 4 times that of real images (1)."]
+    figures: dict[str, Any] = {"cases": cases, "sampling": {}, "features": {"name": "own", "sha256": "0"}}
+    figures |= {"classifier": None, "lpips_note": "", "scales": [], "word_scales": [], "steps": []}
+    held_out, trained_on = (markdown(figures | {"split": split}, []) for split in ("test", "train"))
+    assert "9, 900 times" in held_out
+    assert "how far real held-out images are" in held_out
+    assert "900 times" not in trained_on
+    assert "`real` is no anchor" in trained_on
 
 
 def test_too_little_grain_is_wrong_too() -> None:

@@ -477,12 +477,19 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     (tmp_path / "without" / "images.json").write_text(json.dumps(info))
     elsewhere = [f"data.root={tmp_path / 'without'}", f"run_dir={tmp_path / 'other'}", "max_steps=2"]
     with pytest.raises(
-        ValueError, match=r"has no test images for the evaluation after training: give callbacks\.pictures"
+        ValueError,
+        match=r"has no test images for the evaluation after training: give callbacks\.pictures\.suite\.split=val",
     ):
         train.run(
             compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *elsewhere, "callbacks.ema=null"])
         )
     assert not (tmp_path / "other" / "checkpoints").exists()
+    del info["splits"]["val"]
+    (tmp_path / "without" / "images.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"after training: give callbacks\.pictures=null"):  # no val either
+        train.run(
+            compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *elsewhere, "callbacks.ema=null"])
+        )
     assert {"pictures/reconstruction/psnr_db", "pictures/shuffled_patches/cube_within_4px"} <= set(metrics)
     stored = json.loads((run / "pictures" / "result.json").read_text())
     assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["pictures/reconstruction/psnr_db"])
