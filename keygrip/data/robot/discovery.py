@@ -22,7 +22,7 @@ FOREIGN_FORMATS: dict[str, ModuleType] = {
     "lerobot_v2": lerobot_v2,
     "lerobot_v3": lerobot_v3,
     "libero": libero,
-}  # each module has detect(root) and find(root, calibration)
+}  # each module has LAYOUT, detect(root) and find(root, calibration)
 FORMATS = ("native", *FOREIGN_FORMATS)
 
 
@@ -76,10 +76,10 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
             like = " and ".join(recognised)
             raise ValueError(f"{root} looks like {like}; say which with {setting('format', 'NAME')}")
         if not recognised:
+            others = ", ".join(f"{name} ({module.LAYOUT})" for name, module in FOREIGN_FORMATS.items())
             raise FileNotFoundError(
-                f"{root} holds no demos in a known format; looked for native (a folder a demo with metadata.json of "
-                f"schema {SCHEMA!r} and trajectory.npz), raiden (<task>/0000/lowdim), yam_abc "
-                "(<slug>/<stamp>_<id>/*-joint_pos.npy), lerobot_v2 and lerobot_v3 (meta/info.json) and libero (*.hdf5)"
+                f"{root} holds no demos in a known format; looked for native (a folder per demo with metadata.json of "
+                f"schema {SCHEMA!r} and trajectory.npz), {others}"
             )
         format = recognised[0]
     given = None if calibration is None else Path(calibration)

@@ -19,6 +19,9 @@ MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million ep
 CHUNK = 1000  # episodes a folder, where info.json does not say
 
 
+LAYOUT = "meta/info.json of version 2"  # what a folder of this format shows
+
+
 def detect(root: Path) -> bool:
     """True for a folder with LeRobot's `meta/info.json` of version 2."""
     return lerobot_v3.stated_version(root).startswith("v2.")

@@ -75,6 +75,9 @@ _TRACK = ("position", "rotation", "joints", "gripper")  # what an arm's entry an
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
+LAYOUT = "meta/info.json of version 3"  # what a folder of this format shows
+
+
 def detect(root: Path) -> bool:
     """True for a folder with LeRobot's `meta/info.json` of any version but 2 (a still older one is refused by name when
     it is read)."""

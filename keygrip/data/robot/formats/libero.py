@@ -48,6 +48,9 @@ def _files(root: Path) -> list[Path]:
     return files_in(root, ".hdf5", ".h5", below=True)
 
 
+LAYOUT = "*.hdf5"  # what a folder of this format shows
+
+
 def detect(root: Path) -> bool:
     """True where a file below the folder has `data/demo_*/obs/agentview_rgb`."""
     for path in _files(root):

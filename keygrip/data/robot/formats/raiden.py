@@ -146,6 +146,9 @@ def _episodes(folder: Path, depth: int = 3) -> list[Path]:
     return [episode for child in children for episode in _episodes(child, depth - 1)]
 
 
+LAYOUT = "<task>/0000/lowdim"  # what a folder of this format shows
+
+
 def detect(root: Path) -> bool:
     """True where the folder holds `<...>/lowdim/*.pkl` beside `rgb/`."""
     return any(next((episode / "lowdim").glob(ROWS), None) is not None for episode in _episodes(root))

@@ -41,6 +41,9 @@ def _episodes(folder: Path, depth: int = 3) -> list[Path]:
     return [episode for child in children for episode in _episodes(child, depth - 1)]
 
 
+LAYOUT = "<slug>/<stamp>_<id>/*-joint_pos.npy"  # what a folder of this format shows
+
+
 def detect(root: Path) -> bool:
     """True where the folder holds episodes with `<arm>-joint_pos.npy`."""
     return bool(_episodes(root))
