@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import config_folder
 
@@ -52,6 +52,18 @@ def refuse_odd_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"limit_val_batches={cfg.limit_val_batches}: must be 0 or more, or null for all")
     if not 0 <= cfg.seed < LARGEST_SEED:
         raise ValueError(f"seed={cfg.seed}: must lie in 0 to {LARGEST_SEED - 1}")
+    monitor, never = OmegaConf.select(cfg, "callbacks.checkpoint.monitor"), no_validation(cfg)
+    if monitor is not None and never:
+        raise ValueError(f"callbacks.checkpoint.monitor={monitor} needs validation, and there is none: {never}")
+
+
+def no_validation(cfg: DictConfig) -> str:
+    """Why a run with these settings never validates, in words; empty where they do not say so."""
+    if cfg.limit_val_batches == 0:
+        return "limit_val_batches=0"
+    if cfg.val_every_n_steps and 0 < cfg.max_steps < cfg.val_every_n_steps:
+        return f"val_every_n_steps={cfg.val_every_n_steps} is above max_steps={cfg.max_steps}"
+    return ""
 
 
 def refuse_missing_weights(settings: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from keygrip.config import SettingError, TrainSchema, refuse_unread
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module
-from keygrip.training.compatibility import refuse_missing_weights, refuse_odd_numbers, refuse_unfit
+from keygrip.training.compatibility import (
+    no_validation,
+    refuse_missing_weights,
+    refuse_odd_numbers,
+    refuse_unfit,
+)
 from keygrip.training.compute import Compute
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.loggers import build_loggers, finish, log_settings
@@ -157,7 +163,7 @@ def _trainer(
         **arguments,
         max_steps=cfg.max_steps,
         max_epochs=cfg.max_epochs,
-        max_time=None if cfg.max_minutes is None else {"seconds": int(60 * cfg.max_minutes)},
+        max_time=None if cfg.max_minutes is None else timedelta(minutes=cfg.max_minutes),
         val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
         check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
         limit_val_batches=cfg.limit_val_batches,
@@ -316,11 +322,13 @@ def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, ste
     ends += [f"{cfg.max_epochs} epochs"] if cfg.max_epochs > 0 else []
     ends += [f"{cfg.max_minutes} minutes"] if cfg.max_minutes is not None else []
     log.info(
-        "%s, for %s, into %s",
+        "%s, %s, into %s",
         f"resuming {resume} at step {step}" if resume else "training",
-        " or ".join(ends),
+        f"for {' or '.join(ends)}" if ends else "until it is stopped",
         cfg.run_dir,
     )
+    if never := no_validation(cfg):
+        log.info("no validation: %s", never)
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
@@ -337,7 +345,7 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
 
 
 def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
-    start = read_result(folder)
+    start, checkpoint = read_result(folder), folder / run_folder.CHECKPOINT
     result = {
         "status": "finished",
         "steps": trainer.global_step,
@@ -346,7 +354,7 @@ def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: f
         "command": start.get("command"),
         "overrides": start.get("overrides"),
         "run_dir": str(folder),
-        "checkpoint": str(folder / run_folder.CHECKPOINT),
+        "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
         "started_at": start.get("started_at"),
     }
     write_result(folder, result)

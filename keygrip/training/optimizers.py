@@ -79,7 +79,8 @@ class AdamW:
         """Raises ValueError: the schedule needs an end and the run has none."""
         if self.schedule == "cosine" and not math.isfinite(total_steps):
             raise ValueError(
-                "optimizer.schedule=cosine needs an end: give max_steps or max_epochs, or schedule=constant"
+                "optimizer.schedule=cosine needs an end: give max_steps or max_epochs (max_minutes, where it comes "
+                "first, ends the cosine too), or schedule=constant"
             )
 
     def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keygrip.config import compose
-from keygrip.training.compatibility import batch_type, data_sets_of, refuse_unfit
+from keygrip.training.compatibility import batch_type, data_sets_of, refuse_odd_numbers, refuse_unfit
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,11 @@ def test_the_choices_named_are_those_that_pass() -> None:
     }
     for name in named:
         refuse_unfit(compose("train", ["model=foveated_vlm", f"data={name}"]))
+
+
+@pytest.mark.parametrize("never", ["limit_val_batches=0", "val_every_n_steps=1000"])
+def test_the_best_by_a_metric_that_is_never_measured_is_refused(never: str) -> None:
+    settings = ["callbacks.checkpoint.monitor=val/loss", "max_steps=9", "val_every_n_steps=3"]
+    refuse_odd_numbers(compose("train", settings))
+    with pytest.raises(ValueError, match=f"monitor=val/loss needs validation, and there is none: {never}"):
+        refuse_odd_numbers(compose("train", [*settings, never]))

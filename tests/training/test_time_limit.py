@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,7 +12,10 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch import nn
 
+from keygrip import train
+from keygrip.config import compose
 from keygrip.training.optimizers import AdamW
+from keygrip.training.sweeps import read_result
 from keygrip.training.time_limit import ScheduleByTime
 
 LIMIT_S = 20.0
@@ -68,3 +73,19 @@ def test_the_rate_is_small_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch
 
 def test_a_limit_that_is_not_reached_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates(monkeypatch, max_steps=12, step_s=1.0) == rates(monkeypatch, max_steps=12, step_s=0.0)
+
+
+def test_minutes_alone_end_a_run_with_a_constant_rate(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    endless = ("max_steps=-1", "max_minutes=0.005")  # less than a second
+    with pytest.raises(ValueError, match=r"optimizer\.schedule=cosine needs an end"):
+        train.run(compose("train", toy_overrides("cosine", *endless)))
+    train.run(compose("train", toy_overrides("constant", *endless, "optimizer.schedule=constant")))
+    result = read_result(tmp_path / "constant")
+    assert result["status"] == "finished"
+    assert result["steps"] > 0
+    assert Path(result["checkpoint"]).is_file()
+
+
+def test_a_run_that_saves_nothing_names_no_checkpoint(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    train.run(compose("train", toy_overrides("run", "callbacks.checkpoint=null")))
+    assert read_result(tmp_path / "run")["checkpoint"] is None
