@@ -292,6 +292,8 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
     groups = _groups()
     for override in overrides:
         key = override.lstrip("+").partition("=")[0].partition("@")[0]
+        if key == "hydra.run.dir" and "run_dir" in known:
+            raise SettingError("the run folder is given by run_dir, not by hydra.run.dir")
         if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
             close = nearest(key, known)
             has = f"it has {', '.join(known)}" if known else f"give {key}=... without + where a step has it"

@@ -56,7 +56,7 @@ def run_folder_of(cfg: DictConfig) -> Path:
         return Path(HydraConfig.get().runtime.output_dir)
     model = str(cfg.model._target_).rpartition(".")[2]
     data = str(cfg.data._target_).rpartition(".")[2]
-    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts)))
+    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts))).absolute()
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_trainings_of_one_process_have_folders_of_their_own(
     results = [keygrip.train([*asked, f"seed={seed}"]) for seed in (0, 1)]
     folders = [Path(result["run_dir"]) for result in results]
     assert folders[0] != folders[1]
-    assert {folder.parent for folder in folders} == {Path("runs/toy_toy")}
+    assert {folder.parent for folder in folders} == {Path.cwd() / "runs" / "toy_toy"}
     for folder, seed in zip(folders, (0, 1), strict=True):
         assert json.loads((folder / "result.json").read_text())["overrides"] == [*asked, f"seed={seed}"]
     again = keygrip.train([*asked, "seed=1", "max_steps=2", "resume=true"])  # the newest of model and data

@@ -43,13 +43,18 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
 
     Raises:
         FileNotFoundError: nothing to resume.
-        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one.
+        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one, or
+            ``run_dir`` is not the folder that ``resume`` names.
     """
     group = RUNS / f"{model}_{data}"
     if isinstance(resume, str) and resume.lower() in {"true", "false"}:
         resume = resume.lower() == "true"
     if isinstance(resume, str):
         folder = _folder_of(Path(resume))
+        if run_dir is not None and Path(run_dir).resolve() != folder.resolve():
+            raise ValueError(
+                f"resume={resume} goes on in {folder}, and run_dir={run_dir} is another folder: leave out run_dir"
+            )
         refuse_held(folder)
         return str(folder)
     if resume:

@@ -85,6 +85,8 @@ def run_job(
         with open_dict(cfg):
             cfg.resume = (folder / CHECKPOINT).is_file()
     try:
+        if any(override.startswith("run_dir=") for override in overrides):
+            raise ValueError("a sweep has a folder of each job: give hydra.sweep.dir=<folder> in place of run_dir")
         _refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
         figures = unmasked(run, cfg)
     except Interrupted as stop:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from keygrip.config import SettingError, compose
 from keygrip.training import run_folder
 
 
@@ -53,6 +54,18 @@ def test_resuming_a_path() -> None:
     for path in ("elsewhere/run", str(file)):
         assert run_folder.choose(None, path, "m", "d") == "elsewhere/run"
         assert run_folder.checkpoint_to_resume(Path("elsewhere/run"), path) == file
+
+
+def test_a_resumed_run_stays_in_its_folder() -> None:
+    checkpoint_in("elsewhere/run")
+    assert run_folder.choose("elsewhere/../elsewhere/run", "elsewhere/run", "m", "d") == "elsewhere/run"
+    with pytest.raises(ValueError, match="run_dir=another is another folder: leave out run_dir"):
+        run_folder.choose("another", "elsewhere/run", "m", "d")
+
+
+def test_hydras_own_name_for_the_run_folder_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"given by run_dir, not by hydra\.run\.dir"):
+        compose("train", ["hydra.run.dir=there"])
 
 
 def test_nothing_to_resume_is_an_error() -> None:

@@ -78,6 +78,13 @@ def test_several_devices_in_one_process_are_refused(cli: Callable[..., Any]) -> 
     assert "must be a process of its own: add hydra/launcher=processes" in rows_of(Path("sweep"))[0]["error"]
 
 
+def test_a_run_folder_for_all_jobs_is_refused(cli: Callable[..., Any]) -> None:
+    outcome = cli(*TOY, "run_dir=here", "optimizer.lr=0.01,0.1")
+    assert outcome.code == 1
+    assert "give hydra.sweep.dir=<folder> in place of run_dir" in rows_of(Path("sweep"))[0]["error"]
+    assert not Path("here").exists()
+
+
 def test_jobs_without_a_result_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / PLAN).write_text(json.dumps({"jobs": [["seed=1"], ["seed=2"], ["seed=3"]]}))
     finished = {"status": "finished", "overrides": ["seed=1"], "metrics": {"success": 0.5}, "wall_s": 3.0}
