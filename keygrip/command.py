@@ -33,6 +33,8 @@ from keygrip.training.signals import RECEIVED, Interrupted, SweepInterrupted, un
 CONFIG_ERROR = 2
 USER_ERROR = 1
 STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
+# What gloo and NCCL say of a process that is gone.
+OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Hydra's options of the command line, and those that a value follows.
 FLAGS: tuple[str, ...] = (
@@ -186,6 +188,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return f"{where}the package {root.name!r} is not installed: {_installation(root.name)}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
+    if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
+        return "another process of this run ended: see what it said, and go on with resume=<run folder>", USER_ERROR
     if isinstance(root, OSError) and root.errno in FULL and root.filename is None and type(root) is OSError:
         reason = (
             f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"

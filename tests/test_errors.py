@@ -172,6 +172,12 @@ def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytes
     assert (line.rpartition("; ")[2], code) == ("free some, and run the command again", 1)
 
 
+def test_the_end_of_another_process_is_named() -> None:
+    said = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
+    expected = "another process of this run ended: see what it said, and go on with resume=<run folder>"
+    assert describe_error(RuntimeError(said), "train", []) == (expected, 1)
+
+
 def test_debug_shows_the_trace(cli: Callable[..., Any]) -> None:
     outcome = cli(*TOY, "logger=none", "run_dir=run", "data.fail=empty", "debug=true")
     assert outcome.code == 1

@@ -22,11 +22,14 @@ class Progress(ProgressBar):
 
     Args:
         refresh_s: seconds between refreshes on a terminal.
-        line_every_s: seconds between lines elsewhere.
+        line_every_s: seconds between lines elsewhere; 0: a line for each step.
     """
 
     def __init__(self, refresh_s: float = 0.5, line_every_s: float = 30.0) -> None:
         super().__init__()
+        for name, value in (("refresh_s", refresh_s), ("line_every_s", line_every_s)):
+            if not value >= 0:
+                raise ValueError(f"callbacks.progress.{name}={value}: must be at least 0")
         self.refresh_s = refresh_s
         self.line_every_s = line_every_s
         self._bar: tqdm[Any] | None = None
@@ -142,6 +145,8 @@ class Throughput(Callback):
     def __init__(self, every_n_steps: int = 20, skip_batches: int = 5) -> None:
         if every_n_steps < 1:
             raise ValueError(f"callbacks.throughput.every_n_steps={every_n_steps}: must be at least 1")
+        if skip_batches < 0:
+            raise ValueError(f"callbacks.throughput.skip_batches={skip_batches}: must be at least 0")
         self.every_n_steps = every_n_steps
         self.skip_batches = skip_batches
         self.total_wait_s = 0.0

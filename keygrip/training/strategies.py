@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -42,6 +44,11 @@ class Strategy:
         ):
             if value not in allowed:
                 raise ValueError(f"strategy.{name}={value!r}: must be one of {', '.join(allowed)}")
+        for name, count in (("devices", self.devices), ("num_nodes", self.num_nodes)):
+            if count != "auto" and count < 1:
+                raise ValueError(f"strategy.{name}={count}: must be at least 1, or auto")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"strategy.precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
         if self.kind == "single" and (self.devices, self.num_nodes) != (1, 1):
             raise ValueError("strategy.kind=single computes on one device: for more use strategy=ddp or strategy=fsdp")
         if not self.reshard_after_forward and self.kind != "fsdp":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keygrip import train
 from keygrip.config import compose
-from keygrip.training.progress import SkippedSamples, Throughput
+from keygrip.training.progress import Progress, SkippedSamples, Throughput
 
 
 def test_waiting_for_data_is_measured(toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +88,10 @@ def test_intervals_must_be_positive() -> None:
     for callback in (Throughput, SkippedSamples):
         with pytest.raises(ValueError, match="every_n_steps"):
             callback(every_n_steps=0)
+    with pytest.raises(ValueError, match=r"callbacks\.throughput\.skip_batches=-1: must be at least 0"):
+        Throughput(skip_batches=-1)
+    with pytest.raises(ValueError, match=r"callbacks\.progress\.refresh_s=-1: must be at least 0"):
+        Progress(refresh_s=-1)
 
 
 def test_a_batch_is_as_large_as_its_first_tensor() -> None:

@@ -72,6 +72,12 @@ def test_combinations_that_cannot_work_are_refused() -> None:
         Strategy(kind="single", devices=2)
     with pytest.raises(ValueError, match="accelerator='tpu'"):
         Strategy(accelerator="tpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"strategy\.devices=-1: must be at least 1, or auto"):
+        Strategy(kind="ddp", devices=-1)
+    with pytest.raises(ValueError, match=r"strategy\.num_nodes=0: must be at least 1, or auto"):
+        Strategy(kind="ddp", num_nodes=0)
+    with pytest.raises(ValueError, match=r"strategy\.precision='fp8': must be one of auto, 32-true, "):
+        Strategy(precision="fp8")
 
 
 def test_the_cpus_own_description_decides_about_bf16(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
