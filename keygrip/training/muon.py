@@ -67,7 +67,8 @@ class MuonAndAdamW(AdamW):
         groups = [group for each in self.parameter_groups(module) for group in self._split(each, self._hidden(module))]
         if not any(group["kind"] == MATRICES for group in groups):
             raise ValueError(
-                f"optimizer.matrices_of={list(self.matrices_of)}: no trainable matrix belongs to these parts."
+                f"optimizer.matrices_of={list(self.matrices_of)}: no trainable matrix belongs to these parts: give "
+                "those of this model's hidden layers, or choose optimizer=adamw"
             )
         betas = (self.betas[0], self.betas[1])
         optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))
