@@ -23,7 +23,7 @@ from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.training.main_guard import refuse_unguarded_script
-from keygrip.training.run_folder import hold
+from keygrip.training.run_folder import CHECKPOINT, hold
 from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
@@ -74,13 +74,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
-    """The folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run
-    folder."""
+    """The folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run folder;
+    for a checkpoint beside the latest one a folder of its name in there, ``evaluation/step-N``."""
     if run_dir is not None:
         return Path(run_dir)
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+    if folder.name != CHECKPOINT.parent.name:
+        return folder / "evaluation"
+    latest = folder.parent / "evaluation"
+    return latest if path.name == CHECKPOINT.name else latest / path.stem
 
 
 def print_result(cfg: DictConfig) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -265,9 +265,16 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
 
 def refuse_unknown(names: Iterable[str], kind: type) -> None:
     """Raise ValueError, naming the nearest, where ``kind`` (a dataclass) has no such setting."""
-    known = [option.name for option in fields(kind) if option.init]
+    hints = hints_of(kind)
+    known = [option.name for option in fields(kind) if option.init and not _is_given(option, hints.get(option.name))]
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}."
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known) or 'none'}."
             raise ValueError(f"{kind.__name__} has no setting {name!r}; {hint}")
+
+
+def _is_given(option: Field[Any], hint: Any) -> bool:
+    """Whether a field is no setting, but a part that whoever makes the object gives it: a policy's network."""
+    required = option.default is option.default_factory  # both are missing
+    return required and isinstance(hint, type) and hint.__module__ != "builtins"

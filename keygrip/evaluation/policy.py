@@ -25,7 +25,13 @@ CAMERA_MOVES = ("camera_azimuth_deg", "camera_elevation_deg")
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """`open_loop` and `closed_loop`, as far as they are asked for; `suites_left_out` by name, with the reason."""
+    """`open_loop` and `closed_loop`, as far as they are asked for; `suites_left_out` by name, with the reason.
+
+    Raises:
+        ValueError: nothing is asked for, or what is cannot be done.
+    """
+    if not (cfg.open_loop or cfg.simulate):
+        raise ValueError("open_loop=false and simulate=false: there is nothing to evaluate")
     result: dict[str, Any] = {}
     settings = None
     if cfg.simulate:  # first: what cannot be done is refused before the validation demonstrations are gone through
@@ -77,6 +83,9 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         ValueError: the model drives no robot, its demonstrations do not say which environment they are from, or it
             cannot do what a setting asks for.
     """
+    for name, least in (("episodes", 1), ("processes", 1), ("videos", 0)):
+        if cfg[name] is not None and cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]}: it must be at least {least}")
     module: Any = evaluated.module
     checkpoint = evaluated.checkpoint
     if not hasattr(module, "policy"):
@@ -122,6 +131,8 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
     """
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
+    if not cfg.suites:
+        raise ValueError(f"suites=[]: name at least one of {', '.join(cfg.conditions)}, or give simulate=false")
     for suite in cfg.suites:
         if suite not in cfg.conditions:
             raise ValueError(f"there is no suite {suite!r}: suites are {', '.join(cfg.conditions)}")

@@ -88,6 +88,16 @@ def test_the_command_composes_by_the_checkpoint_and_names_the_nearest_setting(
     assert "the nearest is 'images'" in capsys.readouterr().err
 
 
+def test_each_kept_step_has_a_result_of_its_own() -> None:
+    for checkpoint, folder in (
+        ("run/checkpoints/last.ckpt", "run/evaluation"),
+        ("run/checkpoints/step-00000017.ckpt", "run/evaluation/step-00000017"),
+        ("elsewhere/policy.ckpt", "elsewhere/evaluation"),
+    ):
+        assert evaluate.evaluation_output(checkpoint, None) == Path(folder)
+        assert evaluate.evaluation_output(checkpoint, "here") == Path("here")
+
+
 def test_two_evaluations_do_not_write_into_one_folder(
     holding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

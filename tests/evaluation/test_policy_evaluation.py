@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,23 @@ def test_default_suites_that_a_task_cannot_do_are_left_out_and_said(
         assert f"suite {name} is left out: {left_out[name]}" in caplog.text
         with pytest.raises(ValueError, match=rf"suite {name}: .*{reason}.*suites=\[in_distribution\]"):
             settings(run, [f"suites=[in_distribution,{name}]"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["episodes=0"], "episodes=0: it must be at least 1"),
+        (["processes=0"], "processes=0: it must be at least 1"),
+        (["videos=-1"], "videos=-1: it must be at least 0"),
+        (["suites=[]"], "suites=[]: name at least one of in_distribution, position, "),
+        (["suites=[nowhere]"], "there is no suite 'nowhere': suites are in_distribution, "),
+        (["open_loop=false", "simulate=false"], "open_loop=false and simulate=false: there is nothing to evaluate"),
+    ],
+)
+def test_settings_are_refused_by_the_names_that_the_command_has(overrides: list[str], said: str) -> None:
+    cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", *overrides])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        evaluate_policy(evaluated("tasks.TaskOptions", name="pick"), cfg)
 
 
 def test_what_cannot_be_done_is_refused_before_the_demonstrations_are_gone_through(

@@ -152,7 +152,7 @@ def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
     for override in ("limits.waiting=0", "limits.read_s=-1"):
         with pytest.raises(Exception, match="must be above 0"):
             serve.run(compose("serve", [f"checkpoint={run}", override]))
-    with pytest.raises(ValueError, match="CoordinateRegressionPolicy has no setting 'temperature'"):
+    with pytest.raises(ValueError, match="CoordinateRegressionPolicy has no setting 'temperature'; it has none"):
         serve.run(compose("serve", [f"checkpoint={run}", "policy.temperature=0"]))
     with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1"):
         serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0", "insecure=true"]))
