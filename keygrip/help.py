@@ -79,8 +79,9 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
     comments = _comments_of("", command)
     for group, choice in groups:
-        for folder in config_folders(given) if choice is not None else ():
-            comments |= _comments_of(group, choice, folder)
+        if choice is not None:
+            for folder in config_folders(given):
+                comments |= _comments_of(group, choice, folder)
     shown = [(group, choice) for group, choice in groups if group != "evaluate"]
     if shown:
         lines += ["", "Groups, with the option chosen here and all there are:"]
