@@ -312,7 +312,7 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         elif bases[name] < 0.3 * usual and bases[name] < 0.15:
             others.setdefault("", []).append(name)
     changes = {name: fits[name].change for name in odd}
-    cause = pose_cause(seen, list(odd), changes) if len(odd) > max(2, len(seen.pairs) / 2) else None
+    cause = pose_cause(seen, list(odd), changes) if len(odd) > max(1, len(seen.pairs) / 2) else None
     if cause is not None:  # one fault of all demos in place of another one in each
         _add_registration(exam, seen, list(seen.pairs), cause)
     else:
