@@ -13,6 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+UNIT_SLACK = 0.02  # of unit quaternions and rotation matrices, after float32 and JSON
+FOCAL_LENGTHS = (1.0, 1e6)  # pixels
+FARTHEST_CAMERA_M = 100.0  # from the world's origin
+
 Observation = Mapping[str, Any]
 """What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
 ``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
@@ -51,6 +55,70 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
         there = f"it has {', '.join(seen)}" if seen else "it has one unnamed image"
         raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
     return [seen[name] for name in cameras]
+
+
+def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the arms are: position ``[A, 3]``, quaternion ``[A, 4]`` and gripper ``[A]`` of an observation, as it names
+    them; with one arm the A axis may be left out.
+
+    Raises:
+        ValueError: one of them is missing, of another shape, not finite, or makes no sense.
+    """
+    return (
+        _numbers(observation, "position", (arms, 3), arms),
+        _numbers(observation, "quaternion", (arms, 4), arms),
+        _numbers(observation, "gripper", (arms,), arms),
+    )
+
+
+def calibration_of(view: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The intrinsics ``[3, 3]`` and the pose ``[4, 4]``, world to camera, of a camera.
+
+    Raises:
+        ValueError: as `poses_of`.
+    """
+    return _numbers(view, "intrinsics", (3, 3)), _numbers(view, "world_to_camera", (4, 4))
+
+
+def _numbers(seen: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: int = 0) -> np.ndarray:
+    wanted = " x ".join(map(str, shape))
+    if name not in seen:
+        raise ValueError(f"the observation lacks {name!r}, which is {wanted} numbers")
+    try:
+        value = arm_axis(seen[name], len(shape) - 1) if arms == 1 else np.asarray(seen[name], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} of the observation must be {wanted} numbers: {error}") from error
+    if value.shape != shape:
+        given = " x ".join(map(str, np.shape(seen[name]))) or "a single number"
+        raise ValueError(f"{name!r} of the observation must be {wanted}, not {given}")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name!r} of the observation holds numbers that are not finite")
+    if problem := implausible(name, value):
+        raise ValueError(f"{name!r} of the observation {problem}")
+    return value
+
+
+def implausible(name: str, value: np.ndarray) -> str | None:
+    """Why an entry of an observation, of the right shape and finite, cannot be what its name says; None: it can."""
+    if name == "intrinsics":
+        focal = (value[0, 0], value[1, 1])
+        if min(focal) < FOCAL_LENGTHS[0] or not np.allclose(value[2], [0, 0, 1]):
+            return "is no camera matrix: its focal lengths must be positive (pixels), its last row 0 0 1"
+        if np.abs(value).max() > FOCAL_LENGTHS[1]:
+            return f"is no camera matrix: it holds numbers above {FOCAL_LENGTHS[1]:g} pixels"
+    if name == "world_to_camera":
+        turn = value[:3, :3]
+        if not np.allclose(turn @ turn.T, np.eye(3), atol=UNIT_SLACK) or not np.allclose(value[3], [0, 0, 0, 1]):
+            return "is no rigid transform: a rotation, a translation in metres, last row 0 0 0 1"
+        if np.linalg.det(turn) < 0:
+            return "is no rigid transform: its rotation is mirrored (determinant -1); one of its axes points backwards"
+        if np.abs(value[:3, 3]).max() > FARTHEST_CAMERA_M:
+            return f"puts the camera farther than {FARTHEST_CAMERA_M:g} m away: its translation is in metres"
+    if name == "quaternion" and (abs(np.linalg.norm(value, axis=-1) - 1) > UNIT_SLACK).any():
+        return "is no unit quaternion (w x y z)"
+    if name == "gripper" and ((value < -0.1) | (value > 1.1)).any():
+        return "must lie in 0 (closed) to 1 (open)"
+    return None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from keygrip.models.policy import Needs, Observation, Plan, UnderWay, views_of
+from keygrip.models.policy import Needs, Observation, Plan, UnderWay, implausible, views_of
 
 CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
@@ -29,8 +29,6 @@ SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels of an image
 LONGEST_INSTRUCTION = 1000  # bytes
 LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
 LONGEST_NAME = 128  # characters of an array's name that a refusal repeats
-FARTHEST_CAMERA_M = 100.0  # from the world's origin
-FOCAL_LENGTHS = (1.0, 1e6)  # pixels
 LONGEST_PLAN = 1000  # steps of a plan under way
 WIDEST_STEP = 64  # joints, or inputs of a controller, of one step of it
 LARGEST_INPUT = 1e6  # of those
@@ -40,7 +38,6 @@ LONGEST_DELAY_S = 60.0
 UNDER_WAY = "executing/"  # what the arrays of a plan under way begin with
 OF_SOME = ("uncertainty", "joints", "controller")  # parts of a plan that some policies give
 VIEW = ("image", "intrinsics", "world_to_camera")
-SLACK = 0.02  # tolerance for unit quaternions and rotation matrices after float32 and JSON
 
 
 class WireError(ValueError):
@@ -333,24 +330,6 @@ def _nonsense(kind: str, value: np.ndarray) -> str | None:
     """What is wrong with an array of the right type and shape."""
     if kind == "image" and not SMALLEST_SIDE <= min(value.shape[:2]) <= max(value.shape[:2]) <= LARGEST_SIDE:
         return f"has sides of {value.shape[0]} and {value.shape[1]} pixels, outside {SMALLEST_SIDE} to {LARGEST_SIDE}"
-    if kind == "intrinsics":
-        focal = (value[0, 0], value[1, 1])
-        if min(focal) < FOCAL_LENGTHS[0] or not np.allclose(value[2], [0, 0, 1]):
-            return "is no camera matrix: its focal lengths must be positive (pixels), its last row 0 0 1"
-        if np.abs(value).max() > FOCAL_LENGTHS[1]:
-            return f"is no camera matrix: it holds numbers above {FOCAL_LENGTHS[1]:g} pixels"
-    if kind == "world_to_camera":
-        turn = value[:3, :3]
-        if not np.allclose(turn @ turn.T, np.eye(3), atol=SLACK) or not np.allclose(value[3], [0, 0, 0, 1]):
-            return "is no rigid transform: a rotation, a translation in metres, last row 0 0 0 1"
-        if np.linalg.det(turn) < 0:
-            return "is no rigid transform: its rotation is mirrored (determinant -1); one of its axes points backwards"
-        if np.abs(value[:3, 3]).max() > FARTHEST_CAMERA_M:
-            return f"puts the camera farther than {FARTHEST_CAMERA_M:g} m away: its translation is in metres"
-    if kind == "quaternion" and (abs(np.linalg.norm(value, axis=-1) - 1) > SLACK).any():
-        return "is no unit quaternion (w x y z)"
-    if kind == "gripper" and ((value < -0.1) | (value > 1.1)).any():
-        return "must lie in 0 (closed) to 1 (open)"
     if kind in ("joints", "controller"):
         if not 1 <= value.shape[-1] <= WIDEST_STEP:
             return f"has {value.shape[-1]} numbers a step, outside 1 to {WIDEST_STEP}"
@@ -362,7 +341,7 @@ def _nonsense(kind: str, value: np.ndarray) -> str | None:
         return f"must lie in 0 to {LONGEST_DELAY_S:g} seconds"
     if kind == "instruction" and not 1 <= len(value) <= LONGEST_INSTRUCTION:
         return f"must have 1 to {LONGEST_INSTRUCTION} bytes, not {len(value)}"
-    return None
+    return implausible(kind, value)
 
 
 def _sentence(value: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract_parts import EVALUATE, OPTIONS, QUICK, observation
+from contract_parts import EVALUATE, OPTIONS, QUICK, observation, wrong_observations
 from hydra.utils import get_class
 
 import keygrip
@@ -58,6 +58,9 @@ def use(module: System, file: Path) -> None:
         assert np.isfinite(plan.position).all()
         assert np.allclose(np.linalg.norm(plan.quaternion, axis=-1), 1, atol=1e-4)
         assert plan.step_seconds > 0
+        for wrong, said in wrong_observations(observation(policy)):
+            with pytest.raises(ValueError, match=said):
+                policy.plan(wrong)
     elif module.evaluation_kind == "image_text":
         encoders = module.ready_encoders()  # type: ignore[operator]
         assert encoders.quick_fingerprint == module.statistics.encoders  # type: ignore[union-attr]

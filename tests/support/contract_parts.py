@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,3 +47,19 @@ def observation(policy: Any) -> dict[str, Any]:
         "gripper": np.ones(arms),
     }
     return view | pose | {"instruction": "pick the red cube", "cameras": dict.fromkeys(policy.needs.cameras, view)}
+
+
+def wrong_observations(seen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Observations that are wrong in one entry, and what is said of each; `seen` is right."""
+    arms = len(seen["gripper"])
+    for name, value, said in (
+        ("position", np.full((arms, 3), np.nan), "'position' of the observation holds numbers that are not finite"),
+        ("position", np.zeros((arms, 2)), f"'position' of the observation must be {arms} x 3, not {arms} x 2"),
+        ("position", np.zeros(2), f"'position' of the observation must be {arms} x 3, not 2"),
+        ("quaternion", np.zeros((arms, 4)), "'quaternion' of the observation is no unit quaternion"),
+        ("gripper", [7.0] * arms, r"'gripper' of the observation must lie in 0 \(closed\) to 1 \(open\)"),
+        ("gripper", ["shut"] * arms, f"'gripper' of the observation must be {arms} numbers: "),
+    ):
+        yield {**seen, name: value}, said
+    for name in ("position", "quaternion", "gripper"):
+        yield {key: value for key, value in seen.items() if key != name}, f"the observation lacks '{name}', which is"

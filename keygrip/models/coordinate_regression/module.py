@@ -22,7 +22,7 @@ from keygrip.models.coordinate_regression.network import (
 )
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis
+from keygrip.models.policy import Needs, Observation, Plan, poses_of
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
@@ -208,7 +208,11 @@ class CoordinateRegressionPolicy:
         return self.module.statistics.position_range.double().cpu().numpy()
 
     def plan(self, observation: Observation) -> Plan:
-        """Poses of the next T steps."""
+        """Poses of the next T steps.
+
+        Raises:
+            ValueError: the observation lacks what it reads, or cannot be right.
+        """
         return self.plan_batch([observation], [self])[0]
 
     @torch.inference_mode()
@@ -218,14 +222,10 @@ class CoordinateRegressionPolicy:
         images = [
             self._geometry.apply(np.asarray(seen["image"]), np.eye(3))[0].to(module.device) for seen in observations
         ]
+        poses = [poses_of(seen, len(module.network.arms)) for seen in observations]
         position, quaternion, gripper = (
-            torch.stack(
-                [
-                    torch.as_tensor(arm_axis(seen[name], trailing), dtype=torch.float32, device=module.device)
-                    for seen in observations
-                ]
-            )
-            for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
+            torch.as_tensor(np.stack(parts), dtype=torch.float32, device=module.device)
+            for parts in zip(*poses, strict=True)
         )
         output = module.network(torch.stack(images), module.state(position, quaternion, gripper))
         return [

@@ -17,7 +17,7 @@ from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.nn.low_precision import Precision
-from keygrip.models.policy import Needs, Observation, Plan, arm_axis, robot_number, views_of
+from keygrip.models.policy import Needs, Observation, Plan, calibration_of, poses_of, robot_number, views_of
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class GeometryVLAPolicy:
         """Poses of the next T steps.
 
         Raises:
-            ValueError: a camera or the instruction is missing.
+            ValueError: a camera, the instruction or an arm's pose is missing or cannot be right.
         """
         return self.plan_batch([observation], [self])[0]
 
@@ -277,11 +277,9 @@ class GeometryVLAPolicy:
             )
             for name in ("intrinsics", "world_to_camera")
         )
+        poses = [poses_of(seen, len(needs.arms)) for seen in observations]
         position, quaternion, gripper = (
-            torch.as_tensor(
-                np.stack([arm_axis(seen[name], trailing) for seen in observations]), dtype=torch.float32, device=device
-            )
-            for name, trailing in (("position", 1), ("quaternion", 1), ("gripper", 0))
+            torch.as_tensor(np.stack(parts), dtype=torch.float32, device=device) for parts in zip(*poses, strict=True)
         )
         robots = self._robots(len(position))
         scene = module.with_places(module.network.encode(images, instructions, intrinsics, world_to_camera), robots)
@@ -329,7 +327,7 @@ class GeometryVLAPolicy:
         image = np.asarray(view["image"])
         if not calibrated:
             return self._geometry.view(image, np.eye(3), np.eye(4))
-        return self._geometry.view(image, np.asarray(view["intrinsics"]), np.asarray(view["world_to_camera"]))
+        return self._geometry.view(image, *calibration_of(view))
 
 
 def _instruction(observation: Observation) -> str:

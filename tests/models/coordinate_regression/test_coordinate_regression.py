@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from contract_parts import observation, wrong_observations
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -155,6 +156,16 @@ def test_policy_plans_what_the_network_says(module: CoordinateRegressionModule) 
     assert plan.gripper.min() >= 0
     assert plan.gripper.max() <= 1
     assert plan.step_seconds == pytest.approx(0.3)
+
+
+def test_a_pose_that_cannot_be_right_is_refused(module: CoordinateRegressionModule) -> None:
+    policy = module.policy()
+    seen = observation(policy)
+    assert np.isfinite(policy.plan(seen).position).all()
+    policy.plan(seen | {name: np.asarray(seen[name])[0].tolist() for name in ("position", "quaternion", "gripper")})
+    for wrong, said in wrong_observations(seen):
+        with pytest.raises(ValueError, match=said):
+            policy.plan(wrong)
 
 
 def test_wrong_sizes_are_named(module: CoordinateRegressionModule) -> None:

@@ -199,16 +199,22 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
     data.image = image[None]
     torch.testing.assert_close(k, data.intrinsics[0])
     policy = module.policy()
-    plan = policy.plan(
-        {
-            "image": picture,
-            "intrinsics": data.intrinsics[0].numpy(),
-            "world_to_camera": data.world_to_camera[0].numpy(),
-            "position": data.start_position[0, 0].numpy(),
-            "quaternion": data.start_quaternion[0, 0].numpy(),
-            "gripper": data.start_gripper[0].numpy(),
-        }
-    )
+    seen = {
+        "image": picture,
+        "intrinsics": data.intrinsics[0].numpy(),
+        "world_to_camera": data.world_to_camera[0].numpy(),
+        "position": data.start_position[0, 0].numpy(),
+        "quaternion": data.start_quaternion[0, 0].numpy(),
+        "gripper": data.start_gripper[0].numpy(),
+    }
+    plan = policy.plan(seen)
+    for wrong, said in (
+        ({"intrinsics": np.eye(3) * np.nan}, "'intrinsics' of the observation holds numbers that are not finite"),
+        ({"world_to_camera": np.eye(3)}, "'world_to_camera' of the observation must be 4 x 4, not 3 x 3"),
+        ({"world_to_camera": np.ones((4, 4))}, "'world_to_camera' of the observation is no rigid transform"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            policy.plan(seen | wrong)
     with torch.no_grad():
         output = module(data, module.targets(data), teacher=False)
         decoded = module.decoder.decode(
