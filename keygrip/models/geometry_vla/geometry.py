@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from keygrip.models.nn.attention import Attention
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.training.checkpoints import load_module
 from keygrip.training.distributed import global_mean
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 if TYPE_CHECKING:
     from keygrip.models.backbone import DinoBackbone
@@ -143,6 +143,9 @@ class DinoMultiView(GeometryEncoder):
     """
 
     one_graph = True
+    read_where: ClassVar = dict.fromkeys(
+        ("action_gradient", "point_weight", "depth_weight"), ReadWhere("frozen", False)
+    )
 
     def __init__(
         self,
@@ -177,7 +180,10 @@ class DinoMultiView(GeometryEncoder):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, cells * cells * 4) if point_weight or depth_weight else None
         if self.head is None and not action_gradient:
-            raise ValueError("geometry: without depth and without the actions' gradient nothing would train it.")
+            raise ValueError(
+                "geometry.action_gradient=false trains the encoder by depth alone, and geometry.point_weight=0 "
+                "geometry.depth_weight=0 leave none of it: set one of them above 0, or action_gradient=true."
+            )
         if init_from is not None and backbone.loaded_weights != "random":
             raise ValueError(
                 f"geometry.init_from and the backbone's weights ({backbone.loaded_weights}) both give the encoder's "

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from configs import composed
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from vla_parts import S, T, V, ready_module, small_batch, small_geometry, small_module, small_vlm
 
+from keygrip.config import config_folder
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.language.qwen_vl import Vision
 
@@ -166,6 +171,40 @@ def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
+
+
+TRIANGULATED = ("arm_triangulated", "arm_both_triangulated")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "meaningless"),
+    [
+        (("experiment=vla_yam_depth",), ()),
+        (("experiment=vla_yam_language",), ()),
+        (("experiment=metaworld_vla", "data.root=folder"), ("depth_only",)),  # there is no depth
+    ],
+    ids=lambda value: str(value[0]).partition("=")[2] if value else "",
+)
+def test_every_ablation_fits_every_small_recipe(recipe: tuple[str, ...], meaningless: tuple[str, ...]) -> None:
+    """What an ablation needs off is off whatever the recipe has on, and an arm means the same with each."""
+    whole = composed("train", [*recipe])
+    OmegaConf.set_struct(whole, False)
+    sections = OmegaConf.load(config_folder() / "ablation" / "geometry_vla" / "options.yaml")
+    assert isinstance(sections, DictConfig)
+    assert len(sections) > 40
+    for name, section in sections.items():
+        if "defaults" in section:  # another section's, longer; or another optimiser
+            continue
+        cfg = OmegaConf.merge(whole, section, {"geometry": {"init_from": None}})
+        if name in meaningless:
+            with pytest.raises(InstantiationException, match="trains the encoder by depth alone"):
+                instantiate(cfg.geometry)
+            continue
+        with torch.device("meta"):  # nothing is drawn
+            network = instantiate(cfg.model.network, _convert_="all")
+        if str(name).startswith(("arm_", "no_triangulation")) and name != "arm_both":
+            assert network.triangulates == (name in TRIANGULATED), name
+            assert network.pointed_actions is None, name
 
 
 @pytest.mark.gpu
