@@ -95,7 +95,7 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
         datamodule.refuse_missing()
     module = build_module(resolved)
     if isinstance(module, System):
-        module.check_length(cfg.max_steps)
+        module.check_run(cfg.max_steps)
         module.resumed = resume is not None
     trained = _trained_before(folder, resumed_step) if resume else {}
     started_in = _write_start(folder, cfg, overrides, origin, trained, resumed=resume is not None)

@@ -68,8 +68,13 @@ class System(LightningModule):
 
     # -- before training ----------------------------------------------------------------------------------------------
 
-    def check_length(self, max_steps: int) -> None:
-        """Raises ValueError: a run of so many steps (-1: no limit) leaves out something that the settings ask for."""
+    def check_run(self, max_steps: int) -> None:
+        """Called by `keygrip.train` before any data is read.
+
+        Raises:
+            ValueError: the settings ask for something that a run of so many steps (-1: no limit), or one that begins
+                with these weights, does not do.
+        """
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a training step on a batch; nothing is logged."""
@@ -148,7 +153,7 @@ class System(LightningModule):
         Lightning's mean over processes cuts a whole number off (31 samples in two processes would count as 30).
         """
         weight = None if batch_size is None else float(batch_size)
-        super().log(name, value, *args, batch_size=weight, **options)  # type: ignore[misc]
+        super().log(name, value, *args, batch_size=weight, **options)  # type: ignore[arg-type]
 
     def log_values(
         self, split: str, values: Mapping[str, Tensor], batch_size: int, bar: Collection[str] = ("total",)

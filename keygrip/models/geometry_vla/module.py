@@ -88,7 +88,6 @@ class GeometryVLAModule(System):
     evaluation_kind = "policy"
     toy_overrides = (
         *("data=yam_language", "data.record.demos=4", "data.record.image_size=72", "backbone.image_size=64"),
-        *("backbone.width=32", "backbone.depth=1", "backbone.heads=2", "geometry.layers=1"),
         *("data.batch_size=4", "model.draws=2", "model.network.blocks=2"),
     )
 
@@ -149,6 +148,15 @@ class GeometryVLAModule(System):
         return self.actions.embodiments
 
     # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def check_run(self, max_steps: int) -> None:
+        """Raises ValueError: parts of the vision-language model would keep random weights."""
+        vlm = self.network.vlm
+        if vlm.trainable != "all" and vlm.loaded_weights == "random" and self.init_from is None:
+            raise ValueError(
+                f"vlm.trainable={vlm.trainable} would keep random weights: set vlm.trainable=all, vlm.weights to a "
+                "folder or a name on the hub, or model.init_from to a trained run."
+            )
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Take over ranges, cameras and action statistics of the training split, and prepare the tokenizer on its

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, small_module, write_demos
+from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, small_module, small_vlm, write_demos
 
 from keygrip import train
 from keygrip.config import compose
@@ -302,6 +302,16 @@ def test_a_weight_of_the_maps_that_is_none_is_refused(weight: float) -> None:
     whole = small_module(pointing_cells=2)
     with pytest.raises(ValueError, match=r"model\.pointing_weight must be finite and not negative"):
         GeometryVLAModule(whole.network, whole.actions, AdamW(lr=1e-3), BetaTimesteps(), pointing_weight=weight)
+
+
+@pytest.mark.parametrize("trainable", ["language", "frozen"])
+def test_a_run_that_would_keep_random_weights_is_refused(trainable: str) -> None:
+    module = small_module(vlm=small_vlm(trainable=trainable))
+    with pytest.raises(ValueError, match=rf"vlm\.trainable={trainable} would keep random weights: .*model\.init_from"):
+        module.check_run(max_steps=1)
+    module.init_from = "run"
+    module.check_run(max_steps=1)
+    small_module().check_run(max_steps=1)
 
 
 def metrics_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> dict[str, torch.Tensor]:
