@@ -85,6 +85,19 @@ def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) 
         small_geometry(frozen=True).take_start()
 
 
+def test_what_the_encoder_is_reaches_the_run_that_trains_it() -> None:
+    """Whatever changes its sizes or what its numbers mean: the run to start from has the same."""
+    changed = ("views=3", "dim=64", "layers=3", "heads=2", "cells=2", "camera_rays=true")
+    overrides = [f"geometry.{change}" for change in changed]
+    overrides += [f"backbone.{change}" for change in ("image_size=64", "width=48", "depth=2", "heads=4", "stem=patch")]
+    policy = compose("train", ["experiment=vla_yam_language", *overrides])
+    stage = compose("train", list(policy.geometry.init_from.overrides))
+    free = {"init_from", "frozen", "backbone", "action_gradient", "point_weight", "depth_weight", "max_depth_m"}
+    for name in stage.geometry.keys() - free:
+        assert stage.geometry[name] == policy.geometry[name], name
+    assert stage.backbone == policy.backbone
+
+
 def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -> None:
     write_demos(tmp_path / "demos")
     small = [
