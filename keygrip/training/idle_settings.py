@@ -11,7 +11,7 @@ command line expects an effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -26,6 +26,8 @@ from keygrip.training.parts import ReadWhere
 
 Path = tuple[str, ...]
 ATTRIBUTE = "read_where"
+# Sections of a run's configuration that are built; parts of the others are read by whoever takes them from there.
+BUILT = ("model", "data", "callbacks")
 
 
 def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -37,16 +39,14 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         SettingError: names the first of them, and where it would be read.
     """
+    references = _references(cfg)
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if "=" not in override or override.startswith("~") or "/" in key or "@" in key:
             continue
-        for owner, name, where in _conditions(cfg, tuple(key.split("."))):
-            if not where.holds(OmegaConf.select(cfg, ".".join(owner))) and not _is_named(cfg, key, (*owner, *name)):
-                raise SettingError(
-                    f"nothing in this run reads {key!r}: {'.'.join((*owner, *name))} is read where {where}; leave it "
-                    "out"
-                )
+        reason = _idle(cfg, tuple(key.split(".")), references)
+        if reason is not None:
+            raise SettingError(f"nothing in this run reads {key!r}: {reason}; leave it out")
     refuse_idle_ablation(overrides)
 
 
@@ -56,8 +56,8 @@ def unread(options: Mapping[str, Any]) -> set[Path]:
     Args:
         options: the part's resolved settings, with its ``_target_``; without one nothing is known to be unread.
     """
-    conditions = _conditions_of(options.get("_target_"))
-    return {name for name, where in conditions.items() if not where.holds(OmegaConf.create(dict(options)))}
+    conditions, node = _conditions_of(options.get("_target_")), OmegaConf.create(dict(options))
+    return {name for name in conditions if _unmet(conditions, name, node) is not None}
 
 
 def refuse_idle_ablation(overrides: Sequence[str]) -> None:
@@ -104,33 +104,61 @@ def _composed(overrides: Sequence[str]) -> Any:
     return OmegaConf.to_container(cfg, resolve=False)
 
 
-def _conditions(cfg: DictConfig, path: Path) -> Iterator[tuple[Path, Path, ReadWhere]]:
-    """The conditions under which a setting is read: of its own, and of what it is a part of, the owner's path first."""
+def _references(cfg: DictConfig) -> list[tuple[Path, Path]]:
+    """All interpolations: the setting that holds one, and what it names."""
+    leaves = leaves_of(OmegaConf.to_container(cfg, resolve=False), ())
+    return [(place, target) for place, value in leaves for target in references_in(place, value)]
+
+
+def _idle(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> str | None:
+    """Why nothing reads a setting, at its own place and wherever references take it; None: something does."""
+    reasons = []
+    waiting, seen = [path], {path}
+    while waiting:
+        place = waiting.pop()
+        reason = _condition_against(cfg, place)
+        taken = []  # the places that take it, or the part that it belongs to
+        handed_on = False
+        for holder, target in references:
+            common = min(len(target), len(place))
+            if target[:common] != place[:common]:
+                continue
+            taken.append(holder + place[len(target) :])
+            whole = len(target) <= len(place) and isinstance(OmegaConf.select(cfg, ".".join(target)), DictConfig)
+            handed_on = handed_on or (whole and target[0] not in BUILT)
+        waiting += [each for each in taken if each not in seen]
+        seen |= set(taken)
+        if reason is None and not handed_on:
+            return None
+        reasons += [] if reason is None else [reason]
+    return reasons[0] if reasons else None
+
+
+def _condition_against(cfg: DictConfig, path: Path) -> str | None:
+    """The first condition, its own or of what it is a part of, under which a setting would be read and that does not
+    hold."""
     for depth in range(1, len(path)):
         node = OmegaConf.select(cfg, ".".join(path[:depth]))
         conditions = _conditions_of(node.get("_target_") if isinstance(node, DictConfig) else None)
-        for name, where in conditions.items():
+        for name in conditions:
             if path[depth : depth + len(name)] == name:
-                yield path[:depth], name, where
+                unmet = _unmet(conditions, name, node)
+                if unmet is not None:
+                    return f"{'.'.join((*path[:depth], *name))} is read where {unmet}"
+    return None
+
+
+def _unmet(conditions: Mapping[Path, ReadWhere], name: Path, options: Any) -> ReadWhere | None:
+    """The condition that keeps a setting from being read: its own, or that of the one that it depends on."""
+    where = conditions[name]
+    if not where.holds(options):
+        return where
+    others = [tuple(other.split(".")) for other in where.settings]
+    against = [_unmet(conditions, other, options) if other in conditions else None for other in others]
+    return None if None in against else against[0]
 
 
 def _conditions_of(target: str | None) -> dict[Path, ReadWhere]:
     """What a class declares; "network.geometry.init_from" is a setting of a part of a part."""
     declared: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
     return {tuple(name.split(".")): where for name, where in declared.items()}
-
-
-def _is_named(cfg: DictConfig, key: str, idle: Path) -> bool:
-    """Whether a setting outside of the idle one takes its value, or a part of it, from the key.
-
-    A reference to the whole part (``model.optimizer: ${optimizer}``) does not read it: the same condition holds there.
-    """
-    path = tuple(key.split("."))
-    for place, value in leaves_of(OmegaConf.to_container(cfg, resolve=False), ()):
-        if place[: len(idle)] == idle:
-            continue
-        for target in references_in(place, value):
-            common = min(len(target), len(path))
-            if target[: len(idle)] == idle and target[:common] == path[:common]:
-                return True
-    return False

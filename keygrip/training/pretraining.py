@@ -23,15 +23,13 @@ from omegaconf import OmegaConf
 from keygrip.artifacts import locked
 from keygrip.config import compose
 from keygrip.training.checkpoints import HEADER, read_checkpoint
-from keygrip.training.idle_settings import unread
+from keygrip.training.idle_settings import BUILT, unread
 from keygrip.training.resuming import differing_settings
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sweeps import FINISHED, read_result
 
 log = logging.getLogger(__name__)
 
-# Sections of a run's configuration that are built; the others are what these take their settings from.
-BUILT = ("model", "data", "callbacks")
 Place = tuple[str, ...]
 SAVING_S = 600.0  # what a stage that is stopped may take to finish its step and save
 

@@ -16,6 +16,7 @@ from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_a
 VLM = ("model=foveated_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
 VLA = ("model=geometry_vla", "data=yam_language")
+BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,18 @@ VLA = ("model=geometry_vla", "data=yam_language")
         (VLA, "model.actions.osc_position_m=0.1", "model.actions.kind=osc"),
         (VLA, "model.actions.gripper=other", "model.actions.kind=joint"),
         ((*VLA, "model.network.pointing_cells=0"), "model.pointing_weight=1", "model.network.pointing_cells=2"),
+        # a part of the configuration's root is read where something that is built takes it
+        (BLIND, "geometry.layers=4", "model.network.geom_inject_to_vlm=true"),
+        (BLIND, "geometry=mapanything", "model.network.geom_inject_to_dit=true"),
+        (BLIND, "backbone.width=48", "model.network.geom_inject_to_dit=true"),
+        ((*VLA, "geometry.frozen=true"), "geometry.depth_weight=2", "geometry.frozen=false"),
+        ((*VLA, "model.init_from=run"), "geometry.init_from=other", "model.init_from=null"),
+        # and one that reads it only where yet another says so
+        (
+            (*VLA, "model.network.geom_dit_tokens=0"),
+            "model.network.geom_compression_type=qformer",
+            "model.network.geom_dit_tokens=4",
+        ),
     ],
 )
 def test_an_idle_setting_is_refused_with_what_would_read_it(choices: tuple[str, ...], idle: str, reader: str) -> None:
@@ -65,6 +78,8 @@ def test_settings_of_a_part_of_a_part_are_told_too() -> None:
     assert ("network", "geometry", "init_from") in unread(options)
     assert ("network", "geometry", "init_from") not in unread({**options, "init_from": None})
     assert unread({"network": options["network"]}) == set(), "of no class"
+    network = {**options["network"], "geom_inject_to_dit": False, "geom_compression_type": "qformer"}
+    assert {("geometry",), ("geom_compression_type",), ("geom_qformer_heads",)} <= unread(network), "by way of others"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +94,9 @@ def test_settings_of_a_part_of_a_part_are_told_too() -> None:
             "model.network.geom_dit_tokens=4",
         ),
         ("~model.decoder.window",),
+        (*BLIND, "backbone.image_size=128", "vlm.width=256", "seed=3"),  # the images' size is the data's too
+        (*VLA, "geometry.layers=4", "backbone.width=48", "geometry=dino_multiview_pretrained"),
+        ("experiment=depth_reader", "geometry.dim=64"),
     ],
 )
 def test_what_is_read_elsewhere_or_not_asked_for_passes(overrides: tuple[str, ...]) -> None:

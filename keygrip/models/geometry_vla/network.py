@@ -155,7 +155,7 @@ class GeometryVLA(nn.Module):
         "geometry": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
         "geom_dit_tokens": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
         "pointing_patch_cells": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
-        "geom_compression_type": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        "geom_compression_type": ReadWhere("geom_dit_tokens"),
         "geom_qformer_heads": ReadWhere("geom_compression_type", "qformer"),
     }
 
