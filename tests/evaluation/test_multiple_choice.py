@@ -140,7 +140,7 @@ def test_generated_answers_are_as_long_as_the_setting_allows(
         lengths.extend(map(len, answers.ids))
         return answers
 
-    module.tokenizer.end_of_turn = -1
+    module.tokenizer.stop_tokens = frozenset()
     monkeypatch.setattr(multiple_choice, "generate", counted)
     monkeypatch.setattr(
         video_text,

@@ -26,8 +26,8 @@ class Answers:
     """What was generated for B prompts.
 
     Attributes:
-        texts: B answers. ids: B lists, without the end token. passes: what was seen (None for text alone).
-        rows: the prompts.
+        texts: B answers. ids: B lists, without the token at which they stopped.
+        passes: what was seen (None for text alone). rows: the prompts.
     """
 
     texts: list[str]
@@ -127,7 +127,7 @@ def generate(
     kv: Sequence[BlockKV] | None = None,
     seconds: Seconds = None,
 ) -> Answers:
-    """Continues each prompt until the end of the assistant's turn.
+    """Continues each prompt up to a token at which the tokenizer says that an answer stops.
 
     Args:
         frames: [V, F, 3, H, W], normalised; padding frames behind the real ones. frame_counts: V.
@@ -166,6 +166,7 @@ def generate(
     generators = [torch.Generator(device).manual_seed(int(seed)) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    stops = torch.tensor(sorted(tokenizer.stop_tokens), dtype=torch.int64, device=device)
     for _ in range(max_new_tokens):
         logits = language.logits(state).float()
         logits[:, tokenizer.size :] = -torch.inf  # rows of the table that no token has
@@ -175,7 +176,7 @@ def generate(
             token = torch.cat(drawn)
         else:
             token = logits.argmax(-1)
-        going = going & (token != tokenizer.end_of_turn)
+        going = going & ~torch.isin(token, stops)
         for row, (value, on) in enumerate(zip(token.tolist(), going.tolist(), strict=True)):
             if on:
                 ids[row].append(value)

@@ -58,7 +58,11 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "model_max_length": network.language.context,
             "clean_up_tokenization_spaces": False,
         },
-        "generation_config.json": {"eos_token_id": tokenizer.end_of_turn, "do_sample": False, "max_new_tokens": 64},
+        "generation_config.json": {
+            "eos_token_id": sorted(tokenizer.stop_tokens),
+            "do_sample": False,
+            "max_new_tokens": 64,
+        },
         "processor_config.json": {  # arguments of `keygrip.inference.processor.KeygripProcessor`
             "processor_class": "KeygripProcessor",
             "image_size": images["image_size"],

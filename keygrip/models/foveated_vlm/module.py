@@ -197,7 +197,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def _start_from(self, path: str) -> None:
         before = self.take_weights(path, "a video-language model")
-        if before.tokenizer.state() != self.tokenizer.state():
+        if not before.tokenizer.same_words(self.tokenizer):
             raise ValueError(
                 f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "

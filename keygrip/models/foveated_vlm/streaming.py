@@ -209,7 +209,7 @@ class StreamingSession:
                 token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
             else:
                 token = int(logits.argmax(-1))
-            if token == self.tokenizer.end_of_turn:
+            if token in self.tokenizer.stop_tokens:
                 break
             said.append(token)
             yield token

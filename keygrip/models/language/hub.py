@@ -3,6 +3,7 @@ language models."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,37 @@ def read_tokenizer(source: str) -> Any:
     return from_pretrained(AutoTokenizer, source)
 
 
+def read_stop_tokens(source: str) -> list[int]:
+    """Ids of the tokens that end an answer of a language model: eos_token_id of its generation_config.json, or where it
+    has none of its config.json, as transformers takes them. Where the first cannot be had, the log says so.
+
+    Args:
+        source: as in `read_config`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from transformers.utils import cached_file
+
+    for name in ("generation_config.json", "config.json"):
+        try:
+            file = cached_file(source, name)
+        except (OSError, ValueError):
+            file = None
+        if file is None:
+            log.warning("%s: no %s to be had, which may name further tokens that end an answer", source, name)
+            continue
+        try:
+            named = json.loads(Path(file).read_bytes()).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged or no configuration ({error}): download it again") from error
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(each) is int for each in ids):
+            raise ValueError(f"{file}: eos_token_id={named!r} is no token's id and no list of them")
+        return ids
+    return []
+
+
 def check_tokenizer(source: str, vocabulary: int | None = None, **options: Any) -> None:
     """Checks the tokenizer.json of a folder or the hub, if there is one, before transformers reads it.
 
@@ -91,6 +123,7 @@ def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{source} is neither a folder nor to be had from the hub ({str(error).splitlines()[0][:120]}): download "
-            f"its config.json, model.safetensors and tokenizer files from https://huggingface.co/{source} into a "
-            "folder and give that folder where the config names the hub (weights and tokenizer.source)"
+            "its config.json, generation_config.json, model.safetensors and tokenizer files from "
+            f"https://huggingface.co/{source} into a folder and give that folder where the config names the hub "
+            "(weights and tokenizer.source)"
         ) from error

@@ -6,6 +6,7 @@ checkpoint, so that a checkpoint needs neither the hub nor the training data.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from keygrip.artifacts import make_once, write_text
 from keygrip.models.language.chat_templates import render_chat
-from keygrip.models.language.hub import read_tokenizer
+from keygrip.models.language.hub import read_stop_tokens, read_tokenizer
 from keygrip.models.language.tokenizer_json import TOKENIZER_FILE, parse_tokenizer, tokenizer_errors
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.parts import model_part
@@ -31,6 +32,7 @@ BEHIND = ("\n", ".", "0")  # what a piece of text is put behind to be encoded as
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 # Which chat templates may name, if the tokenizer has them: in a state, and as transformers calls them.
 NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
+STOP = "stop"  # in a state: further ids at which generation stops
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
 TINY_TEMPLATE = (
@@ -57,15 +59,20 @@ class TokenizerSource(Protocol):
 class ChatTokenizer:
     """A tokenizer with a chat template and the ids that matter. Picklable, and kept in checkpoints by `state`.
 
+    Args:
+        stop_tokens: ids at which its language model stops besides `end_of_turn` and the tokenizer's eos token; those
+            that the tokenizer does not have are never said.
+
     Attributes:
-        end_of_turn: id of the token that ends an assistant's turn; generation stops there.
+        end_of_turn: id of the token that ends an assistant's turn, in training.
+        stop_tokens: all ids at which generation stops.
         size: the largest id and one, at most the model's vocabulary.
 
     Raises:
         ValueError: it has no chat template, no token that ends a turn, or cannot encode a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_tokens: Iterable[int] = ()) -> None:
         if isinstance(tokenizer.chat_template, dict):  # several by name, of which transformers renders this one
             tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
@@ -80,6 +87,9 @@ class ChatTokenizer:
                 f"the tokenizer has neither an eos token nor {TURN_END}, so that no answer would end: name the token "
                 "that ends a turn as eos_token in its tokenizer_config.json"
             )
+        own = [self.end_of_turn] if end is None else [self.end_of_turn, end]
+        self.stop_tokens = frozenset([*own, *(each for each in stop_tokens if 0 <= each < self.size)])
+        self._further_stops = sorted(self.stop_tokens.difference(own))
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
@@ -154,7 +164,12 @@ class ChatTokenizer:
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
             "chat_template": template,
             **{name: str(token) for name, token in named.items() if token is not None},
+            **({STOP: json.dumps(self._further_stops)} if self._further_stops else {}),
         }
+
+    def same_words(self, other: ChatTokenizer) -> bool:
+        """Whether ids and templates mean the same in another tokenizer, wherever the two stop."""
+        return self.state() | {STOP: ""} == other.state() | {STOP: ""}
 
     @classmethod
     def from_state(cls, state: dict[str, str], vocabulary: int | None = None) -> ChatTokenizer:
@@ -175,7 +190,7 @@ class ChatTokenizer:
                 raise ValueError(f"its tokenizer has no token {text[:40]!r}, which is to be its {token}")
         with tokenizer_errors("its tokenizer"):
             fast = PreTrainedTokenizerFast(tokenizer_object=stored, chat_template=state["chat_template"], **named)
-        return cls(fast)
+        return cls(fast, _stored_ids(state.get(STOP, "[]")))
 
 
 @model_part(from_checkpoint={"source": "the checkpoint"})
@@ -193,9 +208,9 @@ class PretrainedTokenizer:
         """The tokenizer; neither argument matters.
 
         Raises:
-            FileNotFoundError: not there.
+            FileNotFoundError: not there. ValueError: damaged files.
         """
-        return ChatTokenizer(read_tokenizer(self.source))
+        return ChatTokenizer(read_tokenizer(self.source), read_stop_tokens(self.source))
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -259,6 +274,16 @@ class TrainedTokenizer:
         tokenizer.train_from_iterator(texts, trainer)
         log.info("tokenizer of %d tokens trained", tokenizer.get_vocab_size())
         return tokenizer.to_str(pretty=True)
+
+
+def _stored_ids(text: str) -> list[int]:
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise ValueError(f"the tokens at which its tokenizer stops are damaged ({error})") from error
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+        raise ValueError(f"the tokens at which its tokenizer stops are no list of ids: {text[:40]}")
+    return ids
 
 
 def _tokenizer_of(run: str) -> ChatTokenizer:

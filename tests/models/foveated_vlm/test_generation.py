@@ -21,7 +21,7 @@ class Letters:
     """Stands for a tokenizer: token n is the n-th character."""
 
     size = 300  # fewer than the table has rows
-    end_of_turn = 299
+    stop_tokens = frozenset([299])
 
     @staticmethod
     def decode(ids: list[int]) -> str:
@@ -42,7 +42,7 @@ def by_the_book(
         rows = TextRows(torch.tensor([ids]), [len(ids)], [text.visual_at], [0], [count])
         output = network(frames[None, :count], rows, mode)
         token = int(network.language.logits(output.hidden[0, -1])[: Letters.size].argmax())
-        if token == Letters.end_of_turn:
+        if token in Letters.stop_tokens:
             break
         ids.append(token)
     return ids[len(text.ids) :]
@@ -78,7 +78,7 @@ def test_an_answer_stops_at_the_end_of_its_turn_while_others_go_on(build: Build)
     stop = plain.ids[0][2]
 
     class Stopping(Letters):
-        end_of_turn = stop
+        stop_tokens = frozenset([299, stop])
 
     stopped = generate(network, Stopping(), frames, [2], prompts, [0] * 4, "coarse_only", max_new_tokens=5)
     for before, after in zip(plain.ids, stopped.ids, strict=True):
@@ -90,7 +90,7 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_said(build: Build) ->
     network = build()
 
     class Few(Letters):
-        size, end_of_turn = 10, 2
+        size, stop_tokens = 10, frozenset([2])
 
     answers = generate(network, Few(), frames_of([1]), [1], [prompt(4, 1, 0)], [0], temperature=5.0, max_new_tokens=40)
     assert max(answers.ids[0], default=0) < 10

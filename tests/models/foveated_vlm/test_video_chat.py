@@ -200,9 +200,17 @@ def test_a_video_before_the_first_words_stands_as_in_training_whatever_comes_lat
     assert chat.generate(messages, 6) == said
 
 
+def _said(chat: VideoChat, question: str) -> list[int]:
+    module = chat.module
+    session = video_chat.StreamingSession(module.network, module.tokenizer)
+    return list(session.tokens(module.tokenizer.encode(module.tokenizer.render([("user", question)], True)), 10))
+
+
 @pytest.mark.parametrize("question", ["Which digit?", " Which digit?\n"])
-def test_text_alone_is_what_transformers_gives(question: str, chat: VideoChat) -> None:
-    """The same weights in transformers' own model, its own loop of generation, the same template."""
+@pytest.mark.parametrize("further", [False, True])
+def test_text_alone_is_what_transformers_gives(question: str, further: bool, chat: VideoChat, tmp_path: Path) -> None:
+    """The same weights in transformers' own model, its own loop of generation, the same template and stop tokens: the
+    one behind a turn, and perhaps one that would be said."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     language, tokenizer = chat.module.network.language, chat.module.tokenizer
@@ -212,6 +220,9 @@ def test_text_alone_is_what_transformers_gives(question: str, chat: VideoChat) -
     peer.model.load_state_dict(language.model.state_dict())
     peer.tie_weights()
     ids = torch.tensor([tokenizer.encode(tokenizer.render([("user", question)], answering=True))])
+    if further:
+        state = tokenizer.state() | {"stop": json.dumps([_said(chat, question)[3]])}
+        tokenizer = chat.module.collator.tokenizer = ChatTokenizer.from_state(state)
     with torch.inference_mode():
         own = language.logits(language(language.embed(ids)))
         torch.testing.assert_close(own, peer(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
@@ -219,13 +230,16 @@ def test_text_alone_is_what_transformers_gives(question: str, chat: VideoChat) -
             ids,
             max_new_tokens=10,
             do_sample=False,
-            eos_token_id=tokenizer.end_of_turn,
+            eos_token_id=sorted(tokenizer.stop_tokens),
             pad_token_id=0,
             attention_mask=torch.ones_like(ids),
             suppress_tokens=list(range(tokenizer.size, language.vocabulary)) or None,
         )[0, ids.shape[1] :]
-    answer = tokenizer.decode([token for token in said.tolist() if token != tokenizer.end_of_turn]).strip()
+    answer = tokenizer.decode([token for token in said.tolist() if token not in tokenizer.stop_tokens]).strip()
     assert chat.generate([{"role": "user", "content": question}], 10) == answer
+    assert "".join(chat.stream([{"role": "user", "content": question}], 10)).strip() == answer
+    files, _ = chat.module.export_files()
+    assert files["generation_config.json"]["eos_token_id"] == sorted(tokenizer.stop_tokens)
 
 
 def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ FAMILIES: list[type[LanguageModel]] = LanguageModel.__subclasses__()
 class Letters:
     """Stands for a tokenizer: token n is the n-th character."""
 
-    size, end_of_turn = 300, 299
+    size, stop_tokens = 300, frozenset([299])
 
     @staticmethod
     def decode(ids: list[int]) -> str:

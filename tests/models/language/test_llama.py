@@ -13,6 +13,7 @@ from vlm_parts import small_language
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import (
     END_OF_TEXT,
+    TINY_TEMPLATE,
     TURN_END,
     ChatTokenizer,
     PretrainedTokenizer,
@@ -221,6 +222,35 @@ def test_tokens_that_a_template_names_survive_a_checkpoint(tmp_path: Path) -> No
         text = tokenizer.render([("user", "Which?")], answering=True)
         assert text.startswith(END_OF_TEXT)
         assert tokenizer.encode(text) == read[0].encode(text)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_answer_stops_at_every_token_that_the_weights_name(file: str, tmp_path: Path) -> None:
+    """The one behind a turn, the tokenizer's own, and those of the folder's configuration; a checkpoint keeps them."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer.backend_tokenizer, chat_template=TINY_TEMPLATE, eos_token=END_OF_TEXT
+    )
+    fast.save_pretrained(tmp_path / "hub")
+    source, own = str(tmp_path / "hub"), {made.end_of_turn, fast.eos_token_id}
+    plain = PretrainedTokenizer(source).load(tmp_path)
+    assert plain.stop_tokens == own
+    named = tmp_path / "hub" / file
+    for ids, further in (([7, 9, made.end_of_turn, 10**6, -1], {7, 9}), (8, {8}), (None, set())):
+        named.write_text(json.dumps({"eos_token_id": ids}))
+        tokenizer = PretrainedTokenizer(source).load(tmp_path)
+        assert tokenizer.stop_tokens == own | further
+        assert ChatTokenizer.from_state(json.loads(json.dumps(tokenizer.state()))).stop_tokens == own | further
+        assert tokenizer.same_words(plain)
+    for damaged in ('{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}', "[]", "{"):
+        (tmp_path / "hub" / "generation_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"generation_config\.json"):
+            PretrainedTokenizer(source).load(tmp_path)
+    for stored in ("{", "[true]", "7"):
+        with pytest.raises(ValueError, match="at which its tokenizer stops"):
+            ChatTokenizer.from_state(plain.state() | {"stop": stored})
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ a.b.c }}", "{{ 1/0 }}", "{{ ''.__class__.__mro__ }}"])
