@@ -140,8 +140,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
                 f"model.vision_cache_gb={vision_cache_gb} keeps what a frozen encoder makes of frames: it needs "
                 "backbone.trainable=frozen, and is not negative"
             )
-        self.network = network
-        self.collator = collator
+        self.network, self.collator = network, collator
         self.frame_cache = FrameCache(vision_cache_gb) if vision_cache_gb else None
         self.mode, self.val_modes = mode, tuple(dict.fromkeys([*val_modes, mode]))
         self.refinement, self.refinement_from = refinement, refinement_from
@@ -309,6 +308,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         return batch.answering(kinds)
 
+    def _patches(self, batch: VideoTextBatch) -> int:
+        return (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
+
     def seen(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
         """Frames as the backbone wants them, and None; where what it makes of them is kept, the frames as they came,
         since nothing looks at their pixels again, and that from memory."""
@@ -317,15 +319,15 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             return batch.normalised(backbone.mean, backbone.std), None
 
         def encode(frames: Tensor) -> Encoded:
-            return network.encode(normalised(frames, backbone.mean, backbone.std))
+            with short_attention(frames.device, self._patches(batch)):  # one kernel, whichever batch has a frame first
+                return network.encode(normalised(frames, backbone.mean, backbone.std))
 
         return batch.frames, self.frame_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         rows = text_rows(batch)
-        patches = (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
         positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
-        with short_attention(batch.frames.device, max(positions, patches)):
+        with short_attention(batch.frames.device, max(positions, self._patches(batch))):
             frames, kv = self.seen(batch, rows)
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:

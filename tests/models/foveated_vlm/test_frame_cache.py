@@ -16,6 +16,8 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.baseline import PooledVLM
 from keygrip.models.foveated_vlm.frame_cache import FrameCache, frame_names
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
+from keygrip.models.foveated_vlm.rows import text_rows
+from keygrip.models.nn.short_attention import SHORT, short_attention
 
 COUNTS = [3, 0, 1]
 TEXTS = [(0, 9, 4), (1, 6, 3), (2, 7, 2), (0, 8, 5)]
@@ -92,6 +94,23 @@ def test_what_is_kept_does_not_depend_on_the_batch() -> None:
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a.key[order], b.key)
         assert torch.equal(a.value[order], b.value)
+
+
+def test_what_is_kept_does_not_depend_on_the_length_of_the_rows_beside_it(tmp_path: Path) -> None:
+    """On a processor short rows are trained with another kernel of attention than long ones and validation."""
+    module, kept = small_module(tmp_path, ["Which digit?"] * 3), []
+    frames = np.random.default_rng(0).integers(0, 255, (4, 28, 28, 3)).astype(np.uint8)
+    turns = (Turn("user", "?"), Turn("assistant", "x"))
+    batch = module.collator([VideoTextSample(frames, (Conversation(turns, "mark", {}),), "set", "a")])
+    for positions in (1, SHORT + 1):
+        module.frame_cache = FrameCache(1.0)
+        with short_attention(torch.device("cpu"), positions):
+            module.seen(batch, text_rows(batch))
+        kept.append(module.frame_cache.kept)
+    for name, blocks in kept[0].items():
+        for one, other in zip(blocks, kept[1][name], strict=True):
+            assert torch.equal(one.key, other.key)
+            assert torch.equal(one.value, other.value)
 
 
 def test_there_is_no_more_kept_than_allowed() -> None:

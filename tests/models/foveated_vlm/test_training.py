@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(folder)["state_dict"]
 
 
+@pytest.mark.parametrize("cache", [[], ["model.vision_cache_gb=0.1", "backbone.trainable=frozen"]], ids=["", "cache"])
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
-    overrides: Callable[..., list[str]], tmp_path: Path
+    overrides: Callable[..., list[str]], tmp_path: Path, cache: list[str]
 ) -> None:
+    """Also where what the encoder makes of frames is kept, of which validation is the first to see some."""
     options = [
+        *cache,
         "model.refinement=2",
         "model.refinement_from=0.0",
         "model.monitor_every_n_steps=2",
         "val_every_n_steps=2",
     ]
-    logged = train.run(compose("train", overrides("whole", "max_steps=5", *options)))
+    made = overrides("whole", "max_steps=5", *options)
+    shutil.rmtree(tmp_path / "videos" / "val")
+    shutil.copytree(tmp_path / "videos" / "train", tmp_path / "videos" / "val")
+    logged = train.run(compose("train", made))
     assert {"val/loss", "val/gap", "val/gap_refined", "val/autoregressive/accuracy_mark"} <= logged.keys()
     train.run(compose("train", overrides("parts", "max_steps=3", *options)))
     assert read_checkpoint(tmp_path / "parts")["global_step"] == 3
