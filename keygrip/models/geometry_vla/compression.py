@@ -87,6 +87,8 @@ class QFormerCompressor(GeometryCompressor):
 
     def __init__(self, geom_dim: int, width: int, blocks: int, tokens: int, heads: int = 8) -> None:
         super().__init__(geom_dim, width, blocks, tokens)
+        if heads < 1 or width % heads:
+            raise ValueError(f"model.network.geom_qformer_heads={heads} must divide the head's width, {width}.")
         self.projection = nn.Linear(geom_dim, width)
         # Queries of unit size: much smaller ones would all attend to everything alike, and stay equal to each other.
         self.queries = nn.Parameter(torch.randn(tokens, width))

@@ -332,6 +332,6 @@ class GeometryVLAPolicy:
 
 def _instruction(observation: Observation) -> str:
     instruction = observation.get("instruction")
-    if not isinstance(instruction, str) or not instruction:
+    if not isinstance(instruction, str) or not instruction.strip():
         raise ValueError("the observation lacks an instruction, which tells this policy what to do")
     return instruction

@@ -70,6 +70,14 @@ def test_layers_differ_and_the_qformer_depends_on_the_input() -> None:
     assert (qformer(geometry * 2)[0] - found[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_do_not_divide_the_width_are_refused_by_their_setting(heads: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"model\.network\.geom_qformer_heads={heads} must divide the head's width, 8"
+    ):
+        build_geom_compressor("qformer", 6, 8, 3, heads=heads)
+
+
 @pytest.mark.parametrize(("type", "millions"), [("pool", 2.1), ("per_layer", 33.6), ("qformer", 19.0)])
 def test_parameters_at_the_published_sizes(type: str, millions: float) -> None:
     with torch.device("meta"):

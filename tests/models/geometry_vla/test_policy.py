@@ -307,6 +307,8 @@ def test_what_an_observation_lacks_is_named(module: GeometryVLAModule) -> None:
     policy, seen = module.policy(), observation()
     with pytest.raises(ValueError, match="lacks an instruction"):
         policy.plan({name: value for name, value in seen.items() if name != "instruction"})
+    with pytest.raises(ValueError, match="lacks an instruction"):
+        policy.plan(seen | {"instruction": " \n"})
     seen["cameras"] = {"over": seen["cameras"]["over"]}
     with pytest.raises(ValueError, match="lacks camera 'front'"):
         policy.plan(seen)
