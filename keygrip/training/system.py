@@ -148,12 +148,13 @@ class System(LightningModule):
         """
         return bool(every) and (self.global_step + 1) % every == 0 and completes_step(self.trainer)
 
-    def log(self, name: str, value: Any, *args: Any, batch_size: float | None = None, **options: Any) -> None:
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """As Lightning's. With `sync_dist` give `batch_size`, by which a step's value is weighted: as a float, since
         Lightning's mean over processes cuts a whole number off (31 samples in two processes would count as 30).
         """
-        weight = None if batch_size is None else float(batch_size)
-        super().log(name, value, *args, batch_size=weight, **options)  # type: ignore[arg-type]
+        if options.get("batch_size") is not None:
+            options["batch_size"] = float(options["batch_size"])
+        super().log(name, value, *args, **options)
 
     def log_values(
         self, split: str, values: Mapping[str, Tensor], batch_size: int, bar: Collection[str] = ("total",)
