@@ -473,6 +473,10 @@ class VideoTexts(ResumableData):
         if not lead:
             if parts:
                 log.warning("no %s samples but those that are mixed in: nothing is evaluated on them alone", split)
+            elif split == "val":
+                leads = {name: source.val_fraction for name, source in self.sources.items() if source.share is None}
+                told = ", ".join(f"data.sources.{name}.val_fraction={share:g}" for name, share in leads.items())
+                log.warning("no validation, and no val/ figures: there is no val/, and %s takes none (raise it)", told)
             return []
         shares = sum(part.share or 0.0 for part in parts)
         total = lead / (1 - shares)

@@ -285,6 +285,22 @@ def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path, fold
     assert held[0] == {key for key in held[1] if int(key[1:]) < 100}
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.2])
+def test_a_set_that_holds_nothing_out_is_said(
+    fraction: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A share of a small set may be none of it, by the hashes of its keys."""
+    write_set(tmp_path / "mine", [1] * 30)
+    write_set(tmp_path / "texts", [0] * 9)
+    sources = {
+        "mine": ShardSource(tmp_path / "mine", val_fraction=fraction),
+        "texts": ShardSource(tmp_path / "texts", share=0.1, val_fraction=0.0),
+    }
+    batches = list(module(tmp_path, sources=sources).val_dataloader())
+    said = "no validation, and no val/ figures: there is no val/, and data.sources.mine.val_fraction=0.01 takes none (r"
+    assert (batches == []) == (said in caplog.text) == (fraction == 0.01)
+
+
 def test_sets_are_made_where_they_are_missing_and_only_there(tmp_path: Path) -> None:
     made = MadeShards("keygrip.recording.video_text.make_texts", {"train": 30, "val": 5, "test": 0}, tmp_path, "t")
     data = module(tmp_path, sources={"texts": ShardSource(make=made)})
