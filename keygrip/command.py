@@ -90,7 +90,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
             sys.argv[1:] = overrides_first(sys.argv[1:])
-            check_overrides(config_name, sys.argv[1:])
+            if not _helper_process():  # to which Lightning adds hydra.run.dir
+                check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
             hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
