@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.sample_types import evenly
-from keygrip.data.video_text.video_files import read_timed_frames
-from keygrip.inference.animations import animation_frames, frame_count
+from keygrip.data.video_text.video_files import SUFFIXES, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
@@ -121,38 +121,44 @@ class PromptReader:
         return padded, counts
 
     def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        most = 2 if kind == "image" else self.max_frames  # of an image one too many, which is refused
         if isinstance(given, str | Path):
-            found, seconds = read_timed_frames(given, self.image_size, self.fit, most)
-            if kind == "image" and (len(found) > 1 or Path(given).is_dir()):
+            if kind == "video":
+                return read_timed_frames(given, self.image_size, self.fit, self.max_frames)
+            if (found := self._one_image(Path(given))) is None:
                 raise ValueError(f"{given} is a folder, a video or an animation, and no image: give it as a video")
-            return found, seconds
+            return found, (0.0,)
         if isinstance(given, Image.Image) and (count := frame_count(given)) > 1:
             if kind == "image":
                 raise ValueError(f"an image of {count} frames: give it as a video")
-            return animation_frames(given, self.image_size, self.fit, most)
+            return animation_frames(given, self.image_size, self.fit, self.max_frames)
         if _are_paths(given):
-            return self._still_files(given, kind, most)
+            return self._still_files(given, kind)
         frames = _still_frames(given, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")
-        kept = evenly(len(frames), most)
+        kept = evenly(len(frames), self.max_frames)
         images = [frames[n] if isinstance(frames[n], Image.Image) else Image.fromarray(frames[n]) for n in kept]
         fitted = np.stack([shown_image(image, self.image_size, self.fit) for image in images])
         return fitted, tuple(map(float, kept))
 
-    def _still_files(self, paths: Sequence[str | Path], kind: str, most: int) -> tuple[np.ndarray, tuple[float, ...]]:
+    def _still_files(self, paths: Sequence[str | Path], kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
         """The frames of a video that are images in files."""
         if kind == "image" and len(paths) > 1:
             raise ValueError(f"an image of {len(paths)} frames: give them as a video")
-        kept = evenly(len(paths), most)
+        kept = evenly(len(paths), self.max_frames)
         found = []
         for path in (paths[n] for n in kept):
-            frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)
-            if len(frames) > 1 or Path(path).is_dir():
+            if (frames := self._one_image(Path(path))) is None:
                 raise ValueError(f"{path} is one of several frames, and no image: give a folder or a video alone")
             found.append(frames)
         return np.concatenate(found), tuple(map(float, kept))
+
+    def _one_image(self, path: Path) -> np.ndarray | None:
+        """[1, S, S, 3]; None of a folder or a file of several frames."""
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
+            return read_image(path, self.image_size, self.fit)[None]
+        frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)  # one too many, which is refused
+        return None if len(frames) > 1 or path.is_dir() else frames
 
 
 def _are_paths(given: Any) -> bool:

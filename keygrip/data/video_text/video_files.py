@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, read_bytes
+from keygrip.data.bad_samples import BadSample, open_image, read_bytes
 from keygrip.data.source_files import files_in
 from keygrip.data.video import frames_at
+from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image, whole_seconds
 from keygrip.data.video_text.sample_types import evenly
 
@@ -24,8 +25,8 @@ def read_timed_frames(
     clip: tuple[float, float] | None = None,
     folder_fps: float = 1.0,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """uint8 [F, S, S, 3]: one frame per second of a video, every image of a folder in the order of its names (2.jpg
-    before 10.jpg); and the second of each, counted from the first (of the clip).
+    """uint8 [F, S, S, 3]: one frame per second of a video or an animation, every image of a folder in the order of its
+    names (2.jpg before 10.jpg); and the second of each, counted from the first (of the clip).
 
     Of more than `max_frames`, so many evenly spaced ones are kept.
 
@@ -45,16 +46,17 @@ def read_timed_frames(
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:
             times = clip_times(len(files) / folder_fps, clip, max_frames, path)
-            images = [_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times]
+            images = [read_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times]
             return np.stack(images), _from_first(times)
         keep = evenly(len(files), max_frames)
-        return np.stack([_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
+        return np.stack([read_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
     if not path.exists():
         raise FileNotFoundError(f"there is no video, image or folder at {path}")
     if not path.is_file():
         raise ValueError(f"{path} is a named pipe or a device, not a file")
     if path.suffix.lower() in SUFFIXES:
-        return _image(path, size, fit)[None], (0.0,)
+        moving = None if clip is not None else _animation(path, size, fit, max_frames)
+        return moving or (read_image(path, size, fit)[None], (0.0,))
     times = np.zeros(0)
 
     def chosen(duration: float) -> np.ndarray:
@@ -90,7 +92,17 @@ def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path
     return start + (np.arange(max_frames) + 0.5) * (end - start) / max_frames
 
 
-def _image(file: Path, size: int, fit: str) -> np.ndarray:
+def _animation(file: Path, size: int, fit: str, most: int) -> tuple[np.ndarray, tuple[float, ...]] | None:
+    """As `animation_frames`; None of a file that holds one image."""
+    try:
+        with open_image(file) as opened:
+            return animation_frames(opened, size, fit, most) if frame_count(opened) > 1 else None
+    except BadSample as error:
+        raise ValueError(f"{file} cannot be decoded: {error.what}") from error
+
+
+def read_image(file: Path, size: int, fit: str) -> np.ndarray:
+    """uint8 [S, S, 3] of a file that holds one image. Raises ValueError: it cannot be decoded, or is an animation."""
     try:
         return decode_image(read_bytes(file), size, fit)
     except BadSample as error:

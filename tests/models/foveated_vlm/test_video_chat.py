@@ -542,6 +542,10 @@ def test_an_image_that_is_a_folder_or_an_animation_is_refused(chat: VideoChat, t
     for name in ("folder", "moving.gif"):
         with pytest.raises(ValueError, match=f"{name} is a folder, a video or an animation, and no image"):
             chat.reader.read([user({"type": "image", "image": str(tmp_path / name)}, "?")])
+    stills[0].save(tmp_path / "short.webp", save_all=True, append_images=stills[1:], duration=100)  # of one second
+    for given in ({"type": "image", "image": tmp_path / "short.webp"}, video([tmp_path / "short.webp"])):
+        with pytest.raises(ValueError, match=r"short\.webp cannot be decoded: it has 3 frames or pages"):
+            chat.reader.read([user(given, "?")])
     shown = chat.reader.read([user({"type": "image", "image": str(tmp_path / "one.png")}, "?")])
     assert [len(frames) for frames in shown.visuals] == [1]
 

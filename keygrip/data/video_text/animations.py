@@ -1,4 +1,4 @@
-"""Animations that are given as PIL images (GIF, APNG, animated WebP): a frame per second, as of videos."""
+"""Animations as PIL opens them (GIF, APNG, animated WebP): a frame per second, as of videos."""
 
 from __future__ import annotations
 
