@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,11 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
             device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
         worst = datamodule.worst_batches() if hasattr(datamodule, "worst_batches") else []
         accumulated = cfg.accumulate_grad_batches > 1
-        counts = [module.step_memory(each.to(device), bf16, ema, accumulated) for each in worst or [batch]]
+        moments = 4 * module.optimizer_recipe.moments(module.trained_part())
+        counts = [
+            replace(module.step_memory(each.to(device), bf16, ema, accumulated), optimizer=moments)
+            for each in worst or [batch]
+        ]
         largest = max(range(len(counts)), key=lambda number: counts[number].total)
         found = counts[largest]
     except torch.OutOfMemoryError as error:

@@ -43,9 +43,9 @@ class StepMemory:
     """Bytes of a training step.
 
     Attributes:
-        weights: parameters and buffers, those of `outside_modules` among them. optimizer: AdamW's two moments. ema: of
-            the averaged weights. step: the most that activations, gradients and copies in lower precision take
-            together. measured: on a GPU.
+        weights: parameters and buffers, those of `outside_modules` among them. optimizer: its moments, AdamW's two
+            where no recipe is known (`AdamW.moments`). ema: of the averaged weights. step: the most that activations,
+            gradients and copies in lower precision take together. measured: on a GPU.
         undivided: of the weights, those that every process holds whole (`outside_modules`). cache: what the run may
             keep beside all this from step to step, at most.
     """

@@ -75,6 +75,12 @@ class MuonAndAdamW(AdamW):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def moments(self, module: nn.Module) -> int:
+        """As `AdamW.moments`; of Muon's matrices one."""
+        hidden = self._hidden(module)
+        matrices = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in hidden)
+        return super().moments(module) - matrices
+
     def _in_float32(self, groups: list[dict[str, Any]]) -> bool:
         if self.iteration != "auto":
             return self.iteration == "float32"

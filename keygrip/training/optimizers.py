@@ -75,6 +75,10 @@ class AdamW:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def moments(self, module: nn.Module) -> int:
+        """Float32 numbers that the optimiser keeps from step to step: two of each trained one."""
+        return 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+
     def check_end(self, total_steps: int | float) -> None:
         """Raises ValueError: the schedule needs an end and the run has none."""
         if self.schedule == "cosine" and not math.isfinite(total_steps):

@@ -11,6 +11,7 @@ from torch import nn
 
 from keygrip.training import strategies
 from keygrip.training.muon import Float32Muon, MuonAndAdamW, MuonWithAdamW, orthogonalised
+from keygrip.training.optimizers import AdamW
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -44,6 +45,16 @@ def test_hidden_matrices_are_muons_and_the_rest_adamws() -> None:
         by_kind[group["kind"]] |= {names[id(p)] for p in group["params"]}
     assert by_kind["matrices"] == {"blocks.0.weight", "blocks.2.weight"}
     assert by_kind["rest"] == set(names.values()) - by_kind["matrices"]
+
+
+@pytest.mark.parametrize("recipe", [AdamW(lr=1e-2), MuonAndAdamW(lr=1e-2)], ids=["adamw", "muon"])
+def test_a_dry_run_counts_the_moments_that_the_optimizer_keeps(recipe: AdamW) -> None:
+    module = network()
+    module.get_submodule("first").requires_grad_(False)
+    optimizer = recipe.configure(module, 100)["optimizer"]
+    trained(module, optimizer, 1)
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert recipe.moments(module) == sum(value.numel() for value in kept)
 
 
 def test_a_step_of_muon_is_orthogonal_and_of_adamws_size() -> None:
