@@ -265,6 +265,8 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
     GlobalHydra.instance().clear()
     try:
         check_overrides(config_name, overrides)
+        if any(override.startswith("hydra.run.dir=") for override in overrides):  # read by Hydra's command alone
+            raise SettingError("the run folder is given by run_dir, not by hydra.run.dir")
         overrides = completed(config_name, overrides)
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             cfg = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
@@ -277,8 +279,7 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
 
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
-    """Refuses what Hydra would take: renamed settings, unread additions at the root (``+max_stepz=3``), and Hydra's own
-    name for a command's run folder.
+    """Refuses what Hydra would take: renamed settings, unread ones at the root (``+max_stepz=3``), two run folders.
 
     Raises:
         SettingError: with the new name, or the nearest one.
@@ -289,11 +290,11 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
         known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
     except OSError:  # of `keygrip prepare`: each step has settings of its own
         known = []
+    if {"run_dir", "hydra.run.dir"} <= {override.partition("=")[0] for override in overrides}:
+        raise SettingError("run_dir and hydra.run.dir both name the run folder: give run_dir alone")
     groups = _groups()
     for override in overrides:
         key = override.lstrip("+").partition("=")[0].partition("@")[0]
-        if key == "hydra.run.dir" and "run_dir" in known:
-            raise SettingError("the run folder is given by run_dir, not by hydra.run.dir")
         if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
             close = nearest(key, known)
             has = f"it has {', '.join(known)}" if known else f"give {key}=... without + where a step has it"
@@ -313,8 +314,7 @@ def _refuse_renamed(override: str) -> None:
                 new = None
         if new is not None:
             raise SettingError(f"{key}={option} is now {new}")
-    new = new_name(key)
-    if new is not None:
+    if (new := new_name(key)) is not None:
         raise SettingError(f"the setting {key!r} is now {new!r}")
 
 

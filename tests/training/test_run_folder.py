@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keygrip.config import SettingError, compose
+from keygrip.config import SettingError, check_overrides, compose
 from keygrip.training import run_folder
 
 
@@ -66,6 +66,9 @@ def test_a_resumed_run_stays_in_its_folder() -> None:
 def test_hydras_own_name_for_the_run_folder_is_refused() -> None:
     with pytest.raises(SettingError, match=r"given by run_dir, not by hydra\.run\.dir"):
         compose("train", ["hydra.run.dir=there"])
+    with pytest.raises(SettingError, match="both name the run folder: give run_dir alone"):
+        check_overrides("train", ["run_dir=here", "hydra.run.dir=there"])
+    check_overrides("train", ["hydra.run.dir=there"])  # a job of a sweep
 
 
 def test_nothing_to_resume_is_an_error() -> None:
