@@ -208,8 +208,12 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
 
 def _installation(package: str) -> str:
     """How to get a missing package: by an extra of keygrip that holds it, which bounds its version."""
+    try:
+        needed = metadata.requires("keygrip") or []
+    except metadata.PackageNotFoundError:  # keygrip itself is on PYTHONPATH alone
+        needed = []
     extras = set()
-    for line in metadata.requires("keygrip") or ():
+    for line in needed:
         name, extra = re.match(r"[\w-]+", line), re.search(r"extra == '(\w+)'", line)
         if name and extra and name[0].replace("-", "_") == package:
             extras.add(extra[1])

@@ -167,7 +167,7 @@ def write_rerun(found: Rehearsal, path: Path) -> None:
     try:
         import rerun
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a .rrd file needs rerun: pip install 'keygrip[rerun]'", name="rerun") from error
+        raise ModuleNotFoundError("a .rrd file needs rerun: pip install 'keygrip[rerun]'") from error
     recording = rerun.RecordingStream("keygrip_dry_run")
     with atomic_path(path) as file:
         recording.save(file)
