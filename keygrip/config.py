@@ -146,7 +146,7 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them.
 
     Raises:
-        SettingError: null for a group that nothing runs without.
+        SettingError: null for a group.
     """
     overrides = [part for each in overrides for part in _WITHOUT.get(each, (each,))]
     if config_name in READ_CHECKPOINTS:
@@ -155,7 +155,7 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
         group, _, value = override.partition("=")
         if value == "null" and group in _groups():
             raise SettingError(
-                f"{override}: nothing runs without this group, whose options are {', '.join(group_options(group))}; a "
+                f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}; a "
                 f"part of it is left out with {group}.NAME=null"
             )
     complete = _COMPLETIONS.get(config_name)

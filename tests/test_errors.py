@@ -64,7 +64,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (
             ["callbacks=null"],
             2,
-            r"callbacks=null: nothing runs without .* options are default; .*callbacks\.NAME=null$",
+            r"callbacks=null: a group is chosen, not emptied: .* options are default; .*callbacks\.NAME=null$",
         ),
         (["--max_steps=3"], 2, r"no option --max_steps: settings are given without dashes, max_steps=3"),
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from keygrip.config import config_folder
 
@@ -52,9 +52,6 @@ def refuse_odd_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"limit_val_batches={cfg.limit_val_batches}: must be 0 or more, or null for all")
     if not 0 <= cfg.seed < LARGEST_SEED:
         raise ValueError(f"seed={cfg.seed}: must lie in 0 to {LARGEST_SEED - 1}")
-    monitor, never = OmegaConf.select(cfg, "callbacks.checkpoint.monitor"), no_validation(cfg)
-    if monitor is not None and never:
-        raise ValueError(f"callbacks.checkpoint.monitor={monitor} needs validation, and there is none: {never}")
 
 
 def no_validation(cfg: DictConfig) -> str:

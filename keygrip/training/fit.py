@@ -334,6 +334,8 @@ def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, ste
     )
     if never := no_validation(cfg):
         log.info("no validation: %s", never)
+        if monitor := OmegaConf.select(cfg, "callbacks.checkpoint.monitor"):
+            log.warning("without validation there is no best checkpoint by callbacks.checkpoint.monitor=%s", monitor)
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:

@@ -11,18 +11,22 @@ command line expects an effect.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import SettingError, compose, leaves_of, references_in, register_options
 from keygrip.training.parts import ReadWhere
+
+log = logging.getLogger(__name__)
 
 Path = tuple[str, ...]
 ATTRIBUTE = "read_where"
@@ -31,7 +35,8 @@ BUILT = ("model", "data", "callbacks")
 
 
 def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses settings of the command line that nothing in the run reads, and ablations without effect.
+    """Refuses settings of the command line that nothing in the run reads, and ablations without effect. In a sweep,
+    whose jobs share them, those of groups that parts are taken from (backbone, geometry) are warned about.
 
     Args:
         cfg: composed and unresolved. overrides: as given, e.g. ``["model.network.look_size=32"]``.
@@ -45,9 +50,17 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if "=" not in override or override.startswith("~") or "/" in key or "@" in key:
             continue
         reason = _idle(cfg, tuple(key.split(".")), references)
-        if reason is not None:
-            raise SettingError(f"nothing in this run reads {key!r}: {reason}; leave it out")
+        if reason is None:
+            continue
+        if key.partition(".")[0] not in BUILT and _in_sweep():  # an encoder's, say, that some arms of a comparison lack
+            log.warning("nothing in this job reads %r: %s", key, reason)
+            continue
+        raise SettingError(f"nothing in this run reads {key!r}: {reason}; leave it out")
     refuse_idle_ablation(overrides)
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def unread(options: Mapping[str, Any]) -> set[Path]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # as Lightning takes them
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Strategy:
         devices: processes a node; ``auto``: all GPUs, or what torchrun or SLURM started.
         num_nodes: ``auto``: read from torchrun or SLURM, else 1.
         kind: ``single`` one process, ``ddp`` replicated, ``fsdp`` sharded.
-        precision: Lightning's name, or ``auto``: bf16 autocast where the hardware is faster in it, else float32.
+        precision: Lightning's name (`PRECISIONS`, `SHORT`), or ``auto``: bf16 autocast where the hardware is faster in
+            it, else float32.
         tf32: float32 products in TF32 (10 bits of mantissa) on a GPU's tensor cores: what stays in float32 under
             autocast, such as an action head, takes a fraction of the time.
         reshard_after_forward: with ``fsdp``: blocks let go of gathered parameters between forward and backward pass;
@@ -45,8 +47,9 @@ class Strategy:
             if value not in allowed:
                 raise ValueError(f"strategy.{name}={value!r}: must be one of {', '.join(allowed)}")
         for name, count in (("devices", self.devices), ("num_nodes", self.num_nodes)):
-            if count != "auto" and count < 1:
+            if count != "auto" and not (isinstance(count, int) and count >= 1):
                 raise ValueError(f"strategy.{name}={count}: must be at least 1, or auto")
+        object.__setattr__(self, "precision", SHORT.get(str(self.precision), self.precision))
         if self.precision not in PRECISIONS:
             raise ValueError(f"strategy.precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
         if self.kind == "single" and (self.devices, self.num_nodes) != (1, 1):

@@ -153,3 +153,18 @@ def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], a
         return
     with pytest.raises(SettingError, match=f"ablation={ablation} changes nothing here"):
         refuse_idle(compose("train", overrides), overrides)
+
+
+def test_jobs_of_a_sweep_are_warned_of_what_their_arm_does_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Arms of a comparison share their settings, and one of them may have no encoder."""
+    overrides = [*BLIND, "geometry.dim=64"]
+    cfg = compose("train", overrides)
+    with pytest.raises(SettingError, match=r"nothing in this run reads 'geometry\.dim'"):
+        refuse_idle(cfg, overrides)
+    monkeypatch.setattr("keygrip.training.idle_settings._in_sweep", lambda: True)
+    refuse_idle(cfg, overrides)
+    assert "nothing in this job reads 'geometry.dim'" in caplog.text
+    with pytest.raises(SettingError, match="geom_dit_tokens"):
+        refuse_idle(cfg, [*BLIND, "model.network.geom_dit_tokens=64"])

@@ -78,6 +78,8 @@ def test_combinations_that_cannot_work_are_refused() -> None:
         Strategy(kind="ddp", num_nodes=0)
     with pytest.raises(ValueError, match=r"strategy\.precision='fp8': must be one of auto, 32-true, "):
         Strategy(precision="fp8")
+    assert Strategy(precision="bf16").precision == "bf16-mixed"
+    assert Strategy(precision="32").precision == "32-true"
 
 
 def test_the_cpus_own_description_decides_about_bf16(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

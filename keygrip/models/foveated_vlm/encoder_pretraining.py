@@ -26,6 +26,7 @@ from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, norma
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.nn.standardise import RunningStandardisation
+from keygrip.training.distributed import global_sum
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -321,8 +322,9 @@ class EncoderPretrainingModule(System):
 
     def on_validation_epoch_end(self) -> None:
         for name, (good, count) in self._right.items():
-            mean = good / max(count, 1.0)
-            self.log(f"val/{name}", mean, prog_bar=name == "digit", batch_size=count, sync_dist=True)
+            found = global_sum(torch.tensor([good, count], dtype=torch.float64, device=self.device))
+            if found[1]:  # over all processes: of a question that no process was asked nothing is known
+                self.log(f"val/{name}", float(found[0] / found[1]), prog_bar=name == "digit", sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
         """Nothing of the data is kept."""
