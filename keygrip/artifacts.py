@@ -3,7 +3,8 @@
 Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
 metadata and results. A file appears under its name only when it is complete and on the disk; a process that is killed
 leaves the previous file as it was. Temporaries are hidden files beside the target,
-``.<name>.<host>-<pid>-<random>.writing``; those of processes that are gone are removed by the next write.
+``.<name>.<host>-<pid>-<random>.writing``; those of processes that are gone are removed by a later write,
+when nothing in them has changed for ten minutes.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 WRITING = ".writing"
 BLOCK_BYTES = 1 << 20
+STALE_AFTER_S = 600.0
 
 
 class DiskFullError(OSError):
@@ -244,13 +248,14 @@ def refuse_unwritable(target: str | Path, setting: str) -> None:
 
 def temporary_beside(target: Path) -> Path:
     """A name for the temporary file of ``target``, hidden, in the same folder, and unique."""
-    if (os.getpid(), target.parent) not in _looked:  # once per process and folder, which may hold thousands of files
-        _looked.add((os.getpid(), target.parent))
+    here, now = (os.getpid(), target.parent), time.monotonic()
+    if now - _looked.get(here, -math.inf) > STALE_AFTER_S:  # seldom: a folder may hold thousands of files
+        _looked[here] = now
         _remove_stale(target.parent)
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
 
 
-_looked: set[tuple[int, Path]] = set()
+_looked: dict[tuple[int, Path], float] = {}
 
 
 def _host() -> str:
@@ -258,12 +263,19 @@ def _host() -> str:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes temporaries that processes of this machine left in a folder when they were killed."""
+    """Removes temporaries that processes of this machine left in a folder when they were killed.
+
+    A process of another container or machine of the same host name is unknown here, though it lives: what it writes is
+    known by its age alone.
+    """
     pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
     for path in folder.glob(f".*.{_host()}-*{WRITING}*"):
         found = pattern.fullmatch(path.name)
         if found and not _is_alive(int(found[1])):
             with contextlib.suppress(OSError):
+                changed = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+                if time.time() - changed < STALE_AFTER_S:
+                    continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:

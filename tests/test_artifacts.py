@@ -56,7 +56,8 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
-    assert len(names(tmp_path)) == 2  # what the killed process left
+    (left,) = tmp_path.glob(".*")  # by the killed process
+    os.utime(left, (0, 0))
     artifacts.write_text(path, "new")
     assert names(tmp_path) == ["file"]
 
@@ -179,3 +180,27 @@ def test_what_is_complete_is_not_locked(tmp_path: Path) -> None:
     made = artifacts.make_once(tmp_path / "no" / "folder", lambda path: True, lambda path: pytest.fail("made again"))
     assert not made
     assert names(tmp_path) == []
+
+
+def test_what_a_process_that_is_gone_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    """Another container of the same host name has processes of its own, whose numbers say nothing here."""
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    own = f"-{os.getpid()}-"
+    for age, times in (("young", 0.5), ("old", 2.0)):
+        then = time.time() - times * artifacts.STALE_AFTER_S
+        for name in ("file", "folder", "changed_within"):
+            path = artifacts.temporary_beside(tmp_path / f"{age}_{name}")
+            path = path.with_name(path.name.replace(own, f"-{int(gone.stdout)}-"))
+            if name == "file":
+                path.touch()
+            else:
+                (path / "rgb").mkdir(parents=True)
+                (path / "rgb" / "000000.jpg").touch()
+            for each in [*path.rglob("*"), path]:
+                os.utime(each, (then, then))
+            if name == "changed_within":
+                (path / "rgb" / "000000.jpg").touch()
+    artifacts._looked.clear()  # as in a new process
+    artifacts.temporary_beside(tmp_path / "next")
+    left = {path.name.split(".")[1] for path in tmp_path.iterdir()}
+    assert left == {"young_file", "young_folder", "young_changed_within", "old_changed_within"}

@@ -109,6 +109,7 @@ def test_an_interrupted_recording_continues_to_the_same_folders(
     own = temporary_beside(root / "pick_0000002").name
     remainder = root / own.replace(f"-{os.getpid()}-", f"-{int(gone.stdout)}-")  # of a recorder that was killed
     remainder.mkdir()
+    os.utime(remainder, (0, 0))
     artifacts._looked.clear()  # as in a new process
     summary = record(PICK, root, 4, image_size=SIZE, progress=False)
     assert (summary.demos, summary.recorded) == (4, 2)

@@ -157,7 +157,8 @@ def test_killed_while_saving_the_previous_checkpoint_is_whole(
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert torch.load(file, weights_only=True)["n"] == 1
-    monkeypatch.setattr(artifacts, "_looked", set())  # as in the process that resumes the run
+    monkeypatch.setattr(artifacts, "_looked", {})  # as in the process that resumes the run, some time later
+    monkeypatch.setattr(artifacts, "STALE_AFTER_S", 0.0)
     AtomicCheckpointIO().save_checkpoint({"n": torch.tensor(3)}, file)
     assert torch.load(file, weights_only=True)["n"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -45,7 +45,8 @@ class DemoWriter:
 
     Everything goes to a hidden folder beside the final one, which gets its name when the block ends well; after an
     exception, `discard()` or a kill there is no folder of that name (a hidden remainder of a kill is passed over by the
-    reader, and removed by the next demo that is written beside it).
+    reader, and removed by a later process that writes a demo beside it). Where its files are removed meanwhile, it
+    ends with FileNotFoundError.
 
     Args:
         folder: the demo's folder; must not exist.
@@ -91,6 +92,7 @@ class DemoWriter:
         self._sizes: dict[str, tuple[int, int]] = {}
         self._depth: set[str] = set()
         self._videos: dict[str, VideoWriter] = {}
+        self._files: list[Path] = []
         self._discarded = False
 
     def __enter__(self) -> Self:
@@ -167,11 +169,8 @@ class DemoWriter:
         for camera, image in images.items():
             self._add_image(camera, index, image)
         for camera, values in depth.items():
-            folder = self._temporary / "depth" / camera
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(
-                folder / f"{index:06d}.png", compress_level=1
-            )
+            path = self._new_file("depth", camera, f"{index:06d}.png")
+            Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(path, compress_level=1)
         self._timestamps.append(int(timestamp_ns))
         self._interventions.append(bool(intervention))
         for store, given_poses in ((self._reached, reached), (self._commanded, commanded)):
@@ -194,25 +193,38 @@ class DemoWriter:
             size = (image.shape[1], image.shape[0])
         if self._sizes.setdefault(camera, size) != size:
             raise ValueError(f"camera {camera!r}: frame {index} is {size}, the first one was {self._sizes[camera]}")
-        folder = self._temporary / "rgb"
         if isinstance(image, np.ndarray) and self.video:
-            folder.mkdir(parents=True, exist_ok=True)
             if camera not in self._videos:
-                self._videos[camera] = VideoWriter(folder / f"{camera}.mp4", *size, self.fps)
+                self._videos[camera] = VideoWriter(self._new_file("rgb", f"{camera}.mp4"), *size, self.fps)
             self._videos[camera].write(np.ascontiguousarray(image))
             return
-        folder = folder / camera
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{index:06d}.jpg"
+        path = self._new_file("rgb", camera, f"{index:06d}.jpg")
         if isinstance(image, bytes):
             path.write_bytes(image)
         else:
             # 4:4:4: chroma at full resolution, since thin coloured edges are what the policy localises
             Image.fromarray(image).save(path, quality=self.jpeg_quality, subsampling=0)
 
+    def _new_file(self, *names: str) -> Path:
+        path = self._temporary.joinpath(*names)
+        try:
+            for folder in reversed(
+                path.parents[: len(names) - 1]
+            ):  # the hidden one is never made again: files are lost
+                folder.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            raise self._removed() from error
+        self._files.append(path)
+        return path
+
+    def _removed(self) -> FileNotFoundError:
+        return FileNotFoundError(f"{self._temporary} was removed while {self.folder} was written: record it again")
+
     def _finish(self) -> None:
         if len(self._timestamps) < 2:
             raise ValueError(f"demo {self.folder.name} has {len(self._timestamps)} frames; at least 2 are needed")
+        if not all(path.is_file() for path in self._files):
+            raise self._removed()
         trajectory: dict[str, np.ndarray] = {"timestamps_ns": np.asarray(self._timestamps, dtype=np.int64)}
         if any(self._interventions):
             trajectory["intervention"] = np.asarray(self._interventions, dtype=bool)

@@ -286,6 +286,27 @@ def test_a_full_disk_names_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("lost", ["", "rgb/over/000000.jpg", "depth"])
+def test_a_recording_whose_files_are_removed_meanwhile_is_not_published(tmp_path: Path, lost: str) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match=rf"\.demo\..* was removed while {tmp_path / 'demo'} was written"),
+        DemoWriter(tmp_path / "demo", "yam", "pick", "", 10.0) as writer,
+    ):
+        for index in range(4):
+            writer.add(
+                index,
+                {"over": np.zeros((16, 16, 3), np.uint8)},
+                {"over": CameraPose(np.eye(3), np.eye(4))},
+                {"right": ArmPose(np.zeros(3), np.array([1.0, 0, 0, 0]), 0.0)},
+                depth={"over": np.ones((16, 16), np.uint16)},
+            )
+            if index == 1:
+                (hidden,) = tmp_path.iterdir()
+                removed = next(hidden.rglob(lost)) if lost else hidden
+                shutil.rmtree(removed) if removed.is_dir() else removed.unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_until_the_end_the_folder_has_no_name(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
