@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from functools import partial
 from typing import Any
@@ -21,11 +22,13 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SUITES = ["in_distribution", "position", "viewpoint"]  # as in conf/evaluate/policy.yaml
 # Options that a condition adds to the task's own: the camera is moved from where the demonstrations had it.
-CAMERA_MOVES = ("camera_azimuth_deg", "camera_elevation_deg")
+AZIMUTH = "camera_azimuth_deg"
+CAMERA_MOVES = (AZIMUTH, "camera_elevation_deg")
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """`open_loop` and `closed_loop`, as far as they are asked for; `suites_left_out` by name, with the reason.
+    """`open_loop` and `closed_loop`, as far as they are asked for; `conditions_left_out` by name, with the
+    reason.
 
     Raises:
         ValueError: nothing is asked for, or what is cannot be done.
@@ -37,7 +40,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.simulate:  # first: what cannot be done is refused before the validation demonstrations are gone through
         settings, left_out = closed_loop_settings(evaluated, cfg)
         if left_out:
-            result["suites_left_out"] = left_out
+            result["conditions_left_out"] = left_out
     if cfg.open_loop:
         errors = open_loop(evaluated)
         if errors:
@@ -77,7 +80,7 @@ def open_loop(evaluated: Evaluated) -> dict[str, float]:
 
 def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedLoop, dict[str, str]]:
     """What is evaluated in the environment, under the conditions of the chosen suites or in each of its tasks; and of
-    the default suites those that its task cannot do, with the reason.
+    the default suites the conditions that its task cannot do, with the reason.
 
     Raises:
         ValueError: the model drives no robot, its demonstrations do not say which environment they are from, or it
@@ -124,10 +127,11 @@ def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
 
 
 def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The conditions of the chosen suites for a task, and the default suites that it cannot do, with the reason.
+    """The conditions of the chosen suites for a task, and those of the default suites that it cannot do, with the
+    reason.
 
     Raises:
-        ValueError: a suite that does not exist, or that was chosen and the task cannot do.
+        ValueError: a suite that does not exist, or that was chosen and has a condition that the task cannot do.
     """
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -136,25 +140,33 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
     for suite in cfg.suites:
         if suite not in cfg.conditions:
             raise ValueError(f"there is no suite {suite!r}: suites are {', '.join(cfg.conditions)}")
-        grids = {name: grid for name, grid in plain(cfg.conditions[suite]).items() if grid is not None}
-        try:
-            moved = {name: [_from_recorded(task, entry) for entry in grid] for name, grid in grids.items()}
-            for entry in (entry for grid in moved.values() for entry in grid):
-                changed(task, entry)
-        except ValueError as error:
-            if plain(cfg.suites) != DEFAULT_SUITES:
-                raise ValueError(f"suite {suite}: {error} (suites=[in_distribution]: the task as it is)") from error
-            log.warning("suite %s is left out: %s", suite, error)
-            left_out[suite] = str(error)
-        else:
-            conditions |= moved
+        for name, grid in plain(cfg.conditions[suite]).items():
+            if grid is None:
+                continue
+            moved = [_from_recorded(task, entry) for entry in grid]
+            try:
+                for entry in moved:
+                    changed(task, entry)
+            except ValueError as error:
+                place = f"conditions.{suite}.{name}"
+                if plain(cfg.suites) != DEFAULT_SUITES:
+                    raise ValueError(
+                        f"{place}: {error} ({place}=null leaves it out, suites=[in_distribution] all)"
+                    ) from error
+                log.warning("%s is left out: %s", place, error)
+                left_out[name] = str(error)
+            else:
+                conditions[name] = moved
     return conditions, left_out
 
 
 def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
     """A condition's options, with the camera's moves added to the task's own."""
     moves = {name: entry[name] for name in CAMERA_MOVES if isinstance(entry.get(name), int | float)}
-    return {**entry, **{name: getattr(task, name, 0.0) + by for name, by in moves.items()}}
+    moved = {name: getattr(task, name, 0.0) + by for name, by in moves.items()}
+    if abs(moved.get(AZIMUTH, 0.0)) > 180:
+        moved[AZIMUTH] -= math.copysign(360, moved[AZIMUTH])
+    return {**entry, **moved}
 
 
 def _control(options: dict[str, Any]) -> partial[RecedingHorizon]:

@@ -48,35 +48,46 @@ def settings(run: Any, overrides: Sequence[str] = ()) -> tuple[ClosedLoop, dict[
     return closed_loop_settings(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", *overrides]))
 
 
+POSITION = ["left", "right", "near", "far"]
+VIEWPOINT = ["azimuth_10", "azimuth_20", "elevation_10"]
+
+
 @pytest.mark.parametrize(
     ("run", "missing"),
     [
         (evaluated("tasks.TaskOptions", name="pick"), {}),
-        (evaluated("tasks.TaskOptions", name="reach", camera="wrist"), {"viewpoint": "cannot move the wrist camera"}),
+        (
+            evaluated("tasks.TaskOptions", name="pick", camera_elevation_deg=30.0),
+            {"viewpoint.elevation_10": "camera_elevation_deg=40.0 is outside [-35, 35]"},
+        ),
+        (
+            evaluated("tasks.TaskOptions", name="reach", camera="wrist"),
+            {f"viewpoint.{name}": "cannot move the wrist camera" for name in VIEWPOINT},
+        ),
         (
             evaluated("handover.HandoverTask"),
-            {
-                "position": "HandoverTask has no setting 'region'",
-                "viewpoint": "HandoverTask has no setting 'camera_azimuth_deg'",
-            },
+            {f"position.{name}": "HandoverTask has no setting 'region'" for name in POSITION}
+            | {f"viewpoint.{name}": "HandoverTask has no setting 'camera_" for name in VIEWPOINT},
         ),
     ],
-    ids=["pick", "wrist", "handover"],
+    ids=["pick", "steep", "wrist", "handover"],
 )
-def test_default_suites_that_a_task_cannot_do_are_left_out_and_said(
+def test_default_conditions_that_a_task_cannot_do_are_left_out_and_said(
     run: Any, missing: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     found, left_out = settings(run)
-    assert left_out.keys() == missing.keys()
-    assert "in_distribution" in found.grids
-    assert ("left" in found.grids, "azimuth_20" in found.grids) == tuple(
-        name not in missing for name in ("position", "viewpoint")
-    )
-    for name, reason in missing.items():
+    assert [*left_out] == [place.partition(".")[2] for place in missing]
+    assert [*found.grids] == [name for name in ["in_distribution", *POSITION, *VIEWPOINT] if name not in left_out]
+    for place, reason in missing.items():
+        suite, _, name = place.partition(".")
         assert reason in left_out[name]
-        assert f"suite {name} is left out: {left_out[name]}" in caplog.text
-        with pytest.raises(ValueError, match=rf"suite {name}: .*{reason}.*suites=\[in_distribution\]"):
-            settings(run, [f"suites=[in_distribution,{name}]"])
+        assert f"conditions.{place} is left out: {left_out[name]}" in caplog.text
+        others = [f"conditions.{other}=null" for other in missing if other != place and other.startswith(suite)]
+        with pytest.raises(
+            ValueError, match=rf"conditions\.{place}: .*{re.escape(reason)}.*\({'conditions.' + place}=null"
+        ):
+            settings(run, [f"suites=[in_distribution,{suite}]", *others])
+        settings(run, [f"suites=[in_distribution,{suite}]", *others, f"conditions.{place}=null"])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,7 @@ def test_what_cannot_be_done_is_refused_before_the_demonstrations_are_gone_throu
 ) -> None:
     monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda run: pytest.fail("it was not refused first"))
     cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", "suites=[viewpoint]"])
-    with pytest.raises(ValueError, match="suite viewpoint"):
+    with pytest.raises(ValueError, match=r"conditions\.viewpoint"):
         evaluate_policy(evaluated("handover.HandoverTask"), cfg)
 
 
@@ -112,8 +123,13 @@ def test_viewpoints_are_moved_from_the_view_of_the_recordings() -> None:
     assert grids["elevation_10"] == [{"camera_elevation_deg": -5.0}, {"camera_elevation_deg": 15.0}]
     here = settings(run, ["suites=[viewpoint]", "task.camera_azimuth_deg=-30"])[0].grids
     assert here["azimuth_10"] == [{"camera_azimuth_deg": -40}, {"camera_azimuth_deg": -20}]
+    behind = settings(run, ["suites=[viewpoint]", "task.camera_azimuth_deg=170"])[0].grids  # where a turn ends
+    assert behind["azimuth_10"] == [{"camera_azimuth_deg": 160}, {"camera_azimuth_deg": 180}]
+    assert behind["azimuth_20"] == [{"camera_azimuth_deg": 150}, {"camera_azimuth_deg": -170}]
     wrong = ["suites=[viewpoint]", "conditions.viewpoint.azimuth_10=[{camera_azimuth_deg: far}]"]
-    with pytest.raises(ValueError, match=r"suite viewpoint: TaskOptions.camera_azimuth_deg='far': must be"):
+    with pytest.raises(
+        ValueError, match=r"conditions\.viewpoint\.azimuth_10: TaskOptions.camera_azimuth_deg='far': must be"
+    ):
         settings(run, wrong)
 
 
