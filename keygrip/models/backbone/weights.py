@@ -201,6 +201,8 @@ def read_file(path: Path) -> State:
 def _read_shards(index: Path) -> State:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names:
+            raise ValueError("its weight_map is empty")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights ({_first_line(error)}); download it again") from error
     state: State = {}

@@ -124,6 +124,7 @@ def test_hugging_face_folders_whole_and_in_shards(small, hf_v3, images, tmp_path
         ('{"weight_map": {"a": "gone.safetensors"}}', FileNotFoundError, "gone.safetensors, which does not lie beside"),
         ('{"weight_map": {"a": 3, "b": "c"}}', ValueError, "is no index of weights"),
         ("[]", ValueError, "is no index of weights"),
+        ('{"weight_map": {}}', ValueError, r"is no index of weights \(its weight_map is empty\); download it again"),
     ],
 )
 def test_an_index_names_files_of_its_own_folder(small, tmp_path, text, error, said):
