@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_two_processes_train_the_real_model_to_the_weights_of_one(
         torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5, msg=name)
 
 
-def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) -> None:
+def test_evaluate_reports_open_and_closed_loop(trained: Path, recordings: str, tmp_path: Path) -> None:
     overrides = [f"checkpoint={trained}", "suites=[in_distribution,viewpoint]", "episodes=2", "processes=1", "videos=0"]
     result = evaluate.run(compose("evaluate", [*overrides, f"run_dir={tmp_path}"]))
     assert result["open_loop"]["pix_argmax"] > 0
@@ -148,6 +149,13 @@ def test_evaluate_reports_open_and_closed_loop(trained: Path, tmp_path: Path) ->
     assert set(result["closed_loop"]) == {"in_distribution", "azimuth_10", "azimuth_20", "elevation_10"}
     assert result["closed_loop"]["azimuth_10"]["episodes"] == 2
     assert json.loads((tmp_path / "result.json").read_text())["model"] == "VolumeQueryModule"
+    (recorded,) = Path(recordings.partition("=")[2]).glob("reach-*")
+    moved = shutil.copytree(recorded, tmp_path / "moved", ignore=shutil.ignore_patterns(".*"))
+    named = [f"data.root={moved}", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'elsewhere'}"]
+    again = evaluate.run(compose("evaluate", [f"checkpoint={trained}", "simulate=false", *named]))
+    assert again["open_loop"] == result["open_loop"]
+    assert (tmp_path / "cache" / "verified.json").is_file()
+    assert not list(moved.glob(".*"))
     cautious = [f"checkpoint={trained}", "open_loop=false", "suites=[in_distribution]", "episodes=1", "processes=1"]
     options = [
         "policy.decoder=argmax",

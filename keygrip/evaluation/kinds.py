@@ -8,6 +8,7 @@ with the function.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
+log = logging.getLogger(__name__)
+
 # Settings that a kind reads only where another one has not a certain value: (kind, other, value, settings).
 IDLE = (
     (
@@ -31,6 +34,7 @@ IDLE = (
         "false",
         ("episodes", "suites", "conditions", "first_seed", "processes", "videos", "env", "task", "control", "policy"),
     ),
+    ("policy", "open_loop", "false", ("data",)),
     ("video_text", "split", "none", ("limit_batches", "data")),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
@@ -55,6 +59,7 @@ class PolicySchema(EvaluateSchema):
 
     open_loop: bool = MISSING
     simulate: bool = MISSING
+    data: dict[str, Any] = field(default_factory=dict)
     episodes: int = MISSING
     suites: Any = MISSING
     conditions: Any = MISSING
@@ -164,6 +169,12 @@ class Evaluated:
         try:
             merged = plain(OmegaConf.merge(stored, dict(changes or {})))
             named = {".".join(path): value for path, value in leaves_of(changes or {}, ())}
+            if stored.get("cache_dir") is not None and "cache_dir" not in named:
+                log.warning(
+                    "the run's data.cache_dir=%s is left aside: nothing is written where a checkpoint says; name it, "
+                    "or another folder, with data.cache_dir=FOLDER",
+                    stored.cache_dir,
+                )
             return build_stored(merged, "data", self.trust, offered=named)
         except (TypeError, AttributeError) as error:
             if not changes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         if left_out:
             result["conditions_left_out"] = left_out
     if cfg.open_loop:
-        errors = open_loop(evaluated)
+        errors = open_loop(evaluated, plain(cfg.data))
         if errors:
             result["open_loop"] = errors
         elif settings is None:
@@ -54,12 +55,16 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def open_loop(evaluated: Evaluated) -> dict[str, float]:
-    """Errors on the run's validation demonstrations, as in training's validation; empty where it has none."""
+def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Errors on the run's validation demonstrations, as in training's validation; empty where it has none.
+
+    Args:
+        changes: settings of the run's data that take the place of stored ones.
+    """
     from lightning.pytorch import Trainer
 
     quiet_lightning(warnings_too=True)
-    datamodule = evaluated.stored_data()
+    datamodule = evaluated.stored_data(changes)
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(evaluated.module)
     if getattr(datamodule, "fit_to_workspace", False):  # the run has chosen; other data would choose otherwise

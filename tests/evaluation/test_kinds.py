@@ -63,12 +63,13 @@ def test_a_setting_of_another_kind_is_refused_with_the_nearest_of_this_one(holdi
         ("policy", ["simulate=false", "episodes=5"], "episodes"),
         ("policy", ["control.execute_seconds=1", "simulate=False"], "control.execute_seconds"),
         ("policy", ["simulate=false", "env=yam"], "env"),
+        ("policy", ["open_loop=false", "data.root=moved"], "data.root"),
         ("video_text", ["split=none", "limit_batches=3"], "limit_batches"),
     ],
 )
 def test_settings_of_what_is_left_out_are_refused(kind: str, overrides: list[str], idle: str, holding: Any) -> None:
     holding({"run": kind})
-    with pytest.raises(SettingError, match=rf"nothing reads '{idle}' with (simulate=false|split=none)"):
+    with pytest.raises(SettingError, match=rf"nothing reads '{idle}' with (simulate=false|open_loop=false|split=none)"):
         compose("evaluate", ["checkpoint=run", *overrides])
     compose("evaluate", ["checkpoint=run", *(each for each in overrides if not each.startswith(idle))])
 

@@ -40,7 +40,7 @@ def evaluated(kind: str, **task: Any) -> Any:
         config=OmegaConf.create({"data": data}),
         trust=(),
         external={},
-        stored_data=NothingHeldOut,
+        stored_data=lambda changes: NothingHeldOut(),
     )
 
 
@@ -110,7 +110,7 @@ def test_settings_are_refused_by_the_names_that_the_command_has(overrides: list[
 def test_what_cannot_be_done_is_refused_before_the_demonstrations_are_gone_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda run: pytest.fail("it was not refused first"))
+    monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda *_: pytest.fail("it was not refused first"))
     cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", "suites=[viewpoint]"])
     with pytest.raises(ValueError, match=r"conditions\.viewpoint"):
         evaluate_policy(evaluated("handover.HandoverTask"), cfg)

@@ -210,12 +210,25 @@ def test_an_address_and_a_cache_are_the_callers_to_name(kind: str, trained: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_stored_robot_data_write_beside_their_demonstrations_alone(tmp_path: Path) -> None:
+def test_stored_robot_data_write_beside_their_demonstrations_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
     stored: dict[str, Any] = {"_target_": "keygrip.data.robot.datamodule.RobotDemos", "root": str(tmp_path / "demos")}
     stored |= {"camera": "over", "arms": ["right"], "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
     stored |= {"horizon": 4, "frame_stride": 1, "batch_size": 2, "cache_dir": str(tmp_path / "cache")}
     data = build_stored(stored, "data")
     assert data.cache_dir.parent == tmp_path / "demos"
+    evaluated = Evaluated(None, OmegaConf.create({"data": stored}), tmp_path, tmp_path)  # type: ignore[arg-type]
+    assert evaluated.stored_data().cache_dir.parent == tmp_path / "demos"
+    assert f"data.cache_dir={tmp_path / 'cache'} is left aside" in caplog.text
+    caplog.clear()
+    named = evaluated.stored_data({"root": str(tmp_path / "moved"), "cache_dir": str(tmp_path / "fast")})
+    assert (named.root, named.cache_dir) == (tmp_path / "moved", tmp_path / "fast")
+    assert not caplog.text
     with pytest.raises(FileNotFoundError):
         data.setup("validate")
     record = {"_target_": "keygrip.data.robot.recordings.Recording", "recorder": "x", "task": {"name": "reach"}}

@@ -72,7 +72,7 @@ def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[l
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
-@data_part(from_checkpoint={"make_missing": False, "cache_dir": None})
+@data_part(from_checkpoint={"make_missing": False, "cache_dir": None}, external=["cache_dir"])
 class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 

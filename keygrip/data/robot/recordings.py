@@ -73,7 +73,7 @@ class Recording:
         if not self.make_missing:
             raise FileNotFoundError(
                 f"{self.root} holds {held} of {self.demos} demonstrations of the run: train with the same settings "
-                "again, which records them, or evaluate with open_loop=false"
+                "again, which records them, or evaluate with open_loop=false, or data.root=FOLDER if they have moved"
             )
         log.info("%s holds %d of %d demonstrations: recording the others in the simulator", self.root, held, self.demos)
         from hydra.utils import get_method, instantiate
