@@ -45,7 +45,10 @@ def numbers(
     """
     refuse_unknown_keys(path, where, entry, {"feature", "index", "names", *also})
     if "feature" not in entry or len({"index", "names"} & entry.keys()) != 1:
-        raise ValueError(f"{path}: {where} must be {{feature: NAME, index: [...]}} or {{feature: NAME, names: [...]}}")
+        raise ValueError(
+            f"{path}: {where} must be {{feature: NAME, index: [...]}} or {{feature: NAME, names: [...]}}: give one of "
+            "the two"
+        )
     feature = entry["feature"]
     if feature not in table:
         raise ValueError(f"{path}: {where} names the feature {feature!r}; the data set has {', '.join(table)}")

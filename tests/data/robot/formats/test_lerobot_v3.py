@@ -417,7 +417,7 @@ def test_a_video_that_is_too_short_for_its_episodes_is_refused(tmp_path, scene, 
         ),
         (
             lambda c: c["lerobot"]["arms"]["right"]["position"].update(names=["x"]),
-            r"\{feature: NAME, index: \[\.\.\.\]\} or",
+            r"\{feature: NAME, index: \[\.\.\.\]\} or .*: give one of the two",
         ),
         (
             lambda c: c["lerobot"]["arms"]["right"].update(commanded={"postion": 3}),
