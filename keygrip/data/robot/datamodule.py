@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 from torch.utils.data import DataLoader
 
-from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
@@ -256,12 +255,7 @@ class RobotDemos(ResumableData):
         if self.record is None:
             return
         refuse_unguarded_script()  # a recorder's worker would wait here for the lock of its own parent
-        if self.record.held() >= self.record.demos or not self.record.make_missing:
-            self.record.complete()  # without the lock: nothing is written, and perhaps nothing can be
-            return
-        # several processes of one run may get here; one records, the others wait
-        with locked(self.root.parent / f".{self.root.name}.lock"):
-            self.record.complete()
+        self.record.complete()
 
     def setup(self, stage: str | None = None) -> None:
         """Finds, reads, checks and divides the demos; once.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keygrip.artifacts import make_once
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
@@ -66,21 +67,26 @@ class Recording:
         return sum(1 for _ in self.root.glob("[!.]*/metadata.json"))
 
     def complete(self) -> None:
-        """Records what is missing; says so."""
-        held = self.held()
-        if held >= self.demos:
-            return
-        if not self.make_missing:
+        """Records what is missing, in one process at a time; says so."""
+        if not self.make_missing and not self._is_complete(self.root):
             raise FileNotFoundError(
-                f"{self.root} holds {held} of {self.demos} demonstrations of the run: train with the same settings "
-                "again, which records them, or evaluate with open_loop=false, or data.root=FOLDER if they have moved"
+                f"{self.root} holds {self.held()} of {self.demos} demonstrations of the run: train with the same "
+                "settings again, which records them, or evaluate with open_loop=false, or with data.root=FOLDER where "
+                "they lie now"
             )
-        log.info("%s holds %d of %d demonstrations: recording the others in the simulator", self.root, held, self.demos)
+        make_once(self.root, self._is_complete, self._record)
+
+    def _is_complete(self, root: Path) -> bool:
+        return self.held() >= self.demos
+
+    def _record(self, root: Path) -> None:
+        held = self.held()
+        log.info("%s holds %d of %d demonstrations: recording the others in the simulator", root, held, self.demos)
         from hydra.utils import get_method, instantiate
 
         get_method(self.recorder)(
             task=instantiate(dict(self.task)),
-            root=self.root,
+            root=root,
             demos=self.demos,
             seed=self.seed,
             image_size=self.image_size,

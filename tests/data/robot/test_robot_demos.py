@@ -593,7 +593,7 @@ def test_a_recording_that_is_there_needs_nothing_written(
     tmp_path: Path, robot_demos: Make, recorder: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     robot_demos(None, record=recording(tmp_path / "data")).prepare_data()
-    monkeypatch.setattr("keygrip.data.robot.datamodule.locked", lambda path: pytest.fail("a read-only folder"))
+    monkeypatch.setattr("keygrip.artifacts.locked", lambda path: pytest.fail("a read-only folder"))
     robot_demos(None, record=recording(tmp_path / "data")).prepare_data()
     assert len(recorder) == 1
 
