@@ -95,6 +95,7 @@ class ImageShards(ResumableData):
         self.parts: dict[str, list[BucketPart]] = {}
         self.encoders = UNKNOWN
         self.sizes: dict[str, int] = {}
+        self.divided_by_keys = False  # the set has no splits of its own
 
     @property
     def place(self) -> str:
@@ -131,16 +132,13 @@ class ImageShards(ResumableData):
                 for part, chosen in self._divided(split, shards, usable):
                     if len(chosen):
                         opened[part].append(BucketPart(Bucket.from_name(name), shards, chosen))
-        if not opened["val"]:
-            why = f"data.val_fraction={self.val_fraction:g} takes none" if "" in info["splits"] else "there is no val/"
-            log.warning("%s has no images for validation (%s): training writes no val/ figures", self.place, why)
         if not opened["train"]:
             raise ValueError(f"no sample at {self.place} can be trained on: run step=validate root={self.place}")
         for split, parts in opened.items():
             parts.sort(key=lambda part: (-len(part), part.bucket))
             opened[split] = parts
         self.sizes = self._common_sizes(opened)
-        self.parts = opened
+        self.parts, self.divided_by_keys = opened, "" in info["splits"]
         self._report()
 
     def _usable(self, shards: ShardSet, folder: str) -> np.ndarray:
@@ -291,6 +289,9 @@ class ImageShards(ResumableData):
         return self._loader(samples, BucketBatchSampler(samples.bucket, size, *self.ranks, **order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if not self.parts["val"]:
+            why = f"data.val_fraction={self.val_fraction:g} takes none" if self.divided_by_keys else "there is no val/"
+            log.warning("%s has no images for validation (%s): training writes no val/ figures", self.place, why)
         return self.held_out("val", self.max_val_samples)
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
