@@ -63,7 +63,8 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     if interpolated:
         place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
         key = place.group(1) if place else "a setting"
-        return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: give {key}=..."
+        remedy = f"give {key}=..." if "[" not in key else f"choose another option of {key.partition('.')[0]}"
+        return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: {remedy}"
     unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
     if unknown:
         key = unknown.group(1)

@@ -96,7 +96,7 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
         datamodule.refuse_missing()
     module = build_module(resolved)
     if isinstance(module, System):
-        module.check_run(cfg.max_steps)
+        module.check_run(cfg.max_steps, begins=resume is None and not cfg.dry_run)
         module.resumed = resume is not None
     trained = _trained_before(folder, resumed_step) if resume else {}
     started_in = _write_start(folder, cfg, overrides, origin, trained, resumed=resume is not None)

@@ -39,7 +39,7 @@ class PretrainingStage:
     """A finished run of `keygrip.train`, trained first where it is missing.
 
     Args:
-        overrides: of `keygrip.train`, which say the run.
+        overrides: of `keygrip.train`, which say the run. A null that one takes from the configuration is "None" in it.
         name: beginning of its folder's name, which ends in a hash of the overrides.
         folder: where it goes.
     """
@@ -47,6 +47,10 @@ class PretrainingStage:
     overrides: Sequence[str]
     name: str
     folder: str = "runs"
+
+    def __post_init__(self) -> None:
+        named = [f"{each.removesuffix('=None')}=null" if each.endswith("=None") else each for each in self.overrides]
+        object.__setattr__(self, "overrides", named)
 
     @property
     def run_dir(self) -> Path:

@@ -68,12 +68,14 @@ class System(LightningModule):
 
     # -- before training ----------------------------------------------------------------------------------------------
 
-    def check_run(self, max_steps: int) -> None:
+    def check_run(self, max_steps: int, begins: bool) -> None:
         """Called by `keygrip.train` before any data is read.
 
+        Args:
+            max_steps: of the run; -1: no limit. begins: it trains from these weights: no dry run, and not resumed.
+
         Raises:
-            ValueError: the settings ask for something that a run of so many steps (-1: no limit), or one that begins
-                with these weights, does not do.
+            ValueError: the settings ask for something that such a run does not do.
         """
 
     def loss(self, batch: Any) -> Tensor:

@@ -149,10 +149,10 @@ class GeometryVLAModule(System):
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
-    def check_run(self, max_steps: int) -> None:
+    def check_run(self, max_steps: int, begins: bool) -> None:
         """Raises ValueError: parts of the vision-language model would keep random weights."""
         vlm = self.network.vlm
-        if vlm.trainable != "all" and vlm.loaded_weights == "random" and self.init_from is None:
+        if begins and vlm.trainable != "all" and vlm.loaded_weights == "random" and self.init_from is None:
             raise ValueError(
                 f"vlm.trainable={vlm.trainable} would keep random weights: set vlm.trainable=all, vlm.weights to a "
                 "folder or a name on the hub, or model.init_from to a trained run."

@@ -255,7 +255,7 @@ class PatchDiTModule(System):
         """Blocks, which are used through their `forward` alone."""
         return [*self.network.blocks, *([] if self.guide is None else self.guide.network.blocks)]
 
-    def check_run(self, max_steps: int) -> None:
+    def check_run(self, max_steps: int, begins: bool) -> None:
         """Raises ValueError: the guide's step is not reached."""
         if self.guide is not None:
             self.guide.check(max_steps)

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from vla_parts import CAMERAS, ready_module, small_batch, small_geometry, write_demos
 
 from keygrip import train
 from keygrip.config import compose
 from keygrip.models.geometry_vla.depth_pretraining import DepthReaderModule
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
 from keygrip.training.pretraining import PretrainingStage, complete_stages
@@ -85,13 +87,21 @@ def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) 
         small_geometry(frozen=True).take_start()
 
 
-def test_what_the_encoder_is_reaches_the_run_that_trains_it() -> None:
+GEOMETRY = ("views=3", "dim=64", "layers=3", "heads=2", "cells=2", "camera_rays=true")
+BACKBONE = ("image_size=64", "width=48", "depth=2", "heads=4", "stem=patch")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], [*(f"geometry.{each}" for each in GEOMETRY), *(f"backbone.{each}" for each in BACKBONE)]],
+    ids=["as it ships", "all changed"],
+)
+def test_what_the_encoder_is_reaches_the_run_that_trains_it(overrides: list[str]) -> None:
     """Whatever changes its sizes or what its numbers mean: the run to start from has the same."""
-    changed = ("views=3", "dim=64", "layers=3", "heads=2", "cells=2", "camera_rays=true")
-    overrides = [f"geometry.{change}" for change in changed]
-    overrides += [f"backbone.{change}" for change in ("image_size=64", "width=48", "depth=2", "heads=4", "stem=patch")]
     policy = compose("train", ["experiment=vla_yam_language", *overrides])
-    stage = compose("train", list(policy.geometry.init_from.overrides))
+    given = PretrainingStage(list(policy.geometry.init_from.overrides), "depth_reader").overrides
+    stage = compose("train", given)
+    refuse_ill_typed(OmegaConf.to_container(stage, resolve=True))
     free = {"init_from", "frozen", "backbone", "action_gradient", "point_weight", "depth_weight", "max_depth_m"}
     for name in stage.geometry.keys() - free:
         assert stage.geometry[name] == policy.geometry[name], name

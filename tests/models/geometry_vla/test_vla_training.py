@@ -308,10 +308,10 @@ def test_a_weight_of_the_maps_that_is_none_is_refused(weight: float) -> None:
 def test_a_run_that_would_keep_random_weights_is_refused(trainable: str) -> None:
     module = small_module(vlm=small_vlm(trainable=trainable))
     with pytest.raises(ValueError, match=rf"vlm\.trainable={trainable} would keep random weights: .*model\.init_from"):
-        module.check_run(max_steps=1)
+        module.check_run(max_steps=1, begins=True)
     module.init_from = "run"
-    module.check_run(max_steps=1)
-    small_module().check_run(max_steps=1)
+    module.check_run(max_steps=1, begins=True)
+    small_module().check_run(max_steps=1, begins=True)
 
 
 def metrics_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> dict[str, torch.Tensor]:
