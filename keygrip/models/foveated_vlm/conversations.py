@@ -278,7 +278,7 @@ class ConversationCollator:
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
         how = (self.prompt_order, self.supervise, self.max_tokens, self.system, self.timestamps)
-        return sha256_bytes(repr((sorted(self.tokenizer.state().items()), how)).encode())
+        return sha256_bytes(repr((sorted(self.tokenizer.words().items()), how)).encode())
 
     def text_tokens(
         self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False

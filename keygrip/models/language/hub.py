@@ -64,7 +64,7 @@ def read_tokenizer(source: str) -> Any:
 
 def read_stop_tokens(source: str) -> list[int]:
     """Ids of the tokens that end an answer of a language model: eos_token_id of its generation_config.json, or where it
-    has none of its config.json, as transformers takes them. Where the first cannot be had, the log says so.
+    has none of its config.json, as transformers takes them. None where neither can be had, and the log says so.
 
     Args:
         source: as in `read_config`.
@@ -80,7 +80,6 @@ def read_stop_tokens(source: str) -> list[int]:
         except (OSError, ValueError):
             file = None
         if file is None:
-            log.warning("%s: no %s to be had, which may name further tokens that end an answer", source, name)
             continue
         try:
             named = json.loads(Path(file).read_bytes()).get("eos_token_id")
@@ -90,6 +89,7 @@ def read_stop_tokens(source: str) -> list[int]:
         if not all(type(each) is int for each in ids):
             raise ValueError(f"{file}: eos_token_id={named!r} is no token's id and no list of them")
         return ids
+    log.info("%s: an answer ends where the tokenizer says: no generation_config.json or config.json to be had", source)
     return []
 
 

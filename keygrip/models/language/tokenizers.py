@@ -167,9 +167,13 @@ class ChatTokenizer:
             **({STOP: json.dumps(self._further_stops)} if self._further_stops else {}),
         }
 
+    def words(self) -> dict[str, str]:
+        """The state but for where it stops: all that ids, and so the lengths of texts, depend on."""
+        return {name: text for name, text in self.state().items() if name != STOP}
+
     def same_words(self, other: ChatTokenizer) -> bool:
         """Whether ids and templates mean the same in another tokenizer, wherever the two stop."""
-        return self.state() | {STOP: ""} == other.state() | {STOP: ""}
+        return self.words() == other.words()
 
     @classmethod
     def from_state(cls, state: dict[str, str], vocabulary: int | None = None) -> ChatTokenizer:

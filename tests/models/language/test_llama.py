@@ -10,6 +10,7 @@ import pytest
 import torch
 from vlm_parts import small_language
 
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import (
     END_OF_TEXT,
@@ -224,8 +225,16 @@ def test_tokens_that_a_template_names_survive_a_checkpoint(tmp_path: Path) -> No
         assert tokenizer.encode(text) == read[0].encode(text)
 
 
+def _lengths_depend_on(tokenizer: ChatTokenizer) -> str:
+    collator = ConversationCollator(PretrainedTokenizer(""))
+    collator.tokenizer = tokenizer
+    return collator.lengths_depend_on()
+
+
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_an_answer_stops_at_every_token_that_the_weights_name(file: str, tmp_path: Path) -> None:
+def test_an_answer_stops_at_every_token_that_the_weights_name(
+    file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The one behind a turn, the tokenizer's own, and those of the folder's configuration; a checkpoint keeps them."""
     from transformers import PreTrainedTokenizerFast
 
@@ -235,15 +244,23 @@ def test_an_answer_stops_at_every_token_that_the_weights_name(file: str, tmp_pat
     )
     fast.save_pretrained(tmp_path / "hub")
     source, own = str(tmp_path / "hub"), {made.end_of_turn, fast.eos_token_id}
-    plain = PretrainedTokenizer(source).load(tmp_path)
+    with caplog.at_level("INFO", "keygrip"):
+        plain = PretrainedTokenizer(source).load(tmp_path)
+    assert [(each.levelname, f"{source}: an answer ends where" in each.message) for each in caplog.records] == [
+        ("INFO", True)
+    ]
+    caplog.clear()
     assert plain.stop_tokens == own
     named = tmp_path / "hub" / file
     for ids, further in (([7, 9, made.end_of_turn, 10**6, -1], {7, 9}), (8, {8}), (None, set())):
         named.write_text(json.dumps({"eos_token_id": ids}))
-        tokenizer = PretrainedTokenizer(source).load(tmp_path)
+        with caplog.at_level("INFO", "keygrip"):
+            tokenizer = PretrainedTokenizer(source).load(tmp_path)
+        assert not caplog.records
         assert tokenizer.stop_tokens == own | further
         assert ChatTokenizer.from_state(json.loads(json.dumps(tokenizer.state()))).stop_tokens == own | further
         assert tokenizer.same_words(plain)
+        assert _lengths_depend_on(tokenizer) == _lengths_depend_on(plain)  # lengths measured before hold
     for damaged in ('{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}', "[]", "{"):
         (tmp_path / "hub" / "generation_config.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"generation_config\.json"):
