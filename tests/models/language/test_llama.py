@@ -226,7 +226,7 @@ def test_tokens_that_a_template_names_survive_a_checkpoint(tmp_path: Path) -> No
 
 
 def _lengths_depend_on(tokenizer: ChatTokenizer) -> str:
-    collator = ConversationCollator(PretrainedTokenizer(""))
+    collator = ConversationCollator(PretrainedTokenizer(""), "visual_first", "answers")
     collator.tokenizer = tokenizer
     return collator.lengths_depend_on()
 
