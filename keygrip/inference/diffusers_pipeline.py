@@ -63,7 +63,13 @@ from {__name__} import {CLASS}
 __all__ = ["{CLASS}"]
 '''
 # Keywords that diffusers gives every model of a pipeline: how weights get into memory, which are read in one way here.
-LOADING = ("device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "disable_mmap")
+# Not those that name other files, which the folder does not hold: variant and use_flashpack.
+LOADING = (
+    *("device_map", "max_memory", "offload_folder", "offload_state_dict"),
+    *("low_cpu_mem_usage", "use_safetensors", "disable_mmap"),
+)
+# And how a model is fetched from the hub: a folder is there.
+FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # What a pipeline's caller named, for its transformer: diffusers hands no keyword on to the models that it loads.
 _named: ContextVar[Mapping[str, Any] | None] = ContextVar("named", default=None)
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -100,13 +106,14 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         """From an exported folder.
 
         Args:
-            external, trust: as of `keygrip.load`. others: what diffusers gives every model; see `LOADING`.
+            external, trust: as of `keygrip.load`. others: what diffusers takes for every model; see `LOADING`
+                and `FETCHING`.
 
         Raises:
             FileNotFoundError, ValueError: it is none, a byte of it has changed, it needs files that were not named, a
                 type in which nothing is drawn, or a keyword without effect.
         """
-        idle = sorted(name for name, value in others.items() if value and name not in LOADING)
+        idle = sorted(name for name, value in others.items() if value and name not in LOADING + FETCHING)
         if idle:
             raise ValueError(f"{', '.join(idle)}: no effect on {cls.__name__}.from_pretrained, leave it out")
         named = {"external": external, "trust": trust} if external or trust else _named.get() or {}

@@ -210,6 +210,22 @@ def test_a_pipeline_in_half_precision_draws_nearly_the_same(piped: Path) -> None
     assert np.array_equal(drawn(plain), half)
 
 
+@pytest.mark.slow
+def test_how_diffusers_would_fetch_and_keep_the_weights_is_left_to_us(piped: Path) -> None:
+    """Its keywords for these are taken, those that name other files than the folder's are not."""
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline, PatchDiTTransformer
+
+    kept = {"offload_folder": "elsewhere", "offload_state_dict": True, "low_cpu_mem_usage": True, "disable_mmap": True}
+    fetched = {"cache_dir": "elsewhere", "local_files_only": True, "token": "secret", "revision": "main"}
+    found = PatchDiTPipeline.from_pretrained(str(piped / "pipe"), **kept, **fetched)
+    same = PatchDiTTransformer.from_pretrained(piped / "pipe" / "transformer", **kept, **fetched)
+    for name, weights in same.module.state_dict().items():
+        assert torch.equal(weights, found.transformer.module.state_dict()[name]), name
+    for name, value in {"variant": "fp16", "use_flashpack": True}.items():
+        with pytest.raises(ValueError, match=f"{name}: no effect on PatchDiTTransformer"):
+            PatchDiTTransformer.from_pretrained(piped / "pipe" / "transformer", **{name: value})
+
+
 # ---- in the hands of diffusers ---------------------------------------------------------------------------------------
 
 
