@@ -28,7 +28,8 @@ UNIT = r"(?:ms|(?:milli)?sec(?:ond)?s?|mins?|minutes?|hours?|hrs?|frames?)"
 COUNTED = rf"(?:{UNIT}|time\s?(?:stamps?|codes?)?|moment)"  # what a number stands behind
 JOINED = r"(?:to|and|or|until|till|through|thru|vs|versus)\b"
 RANGE = r"(?:[/&~+\u2013\u2014\u2026-]|\.{2,})"
-VIDEO = r"(?:video|clip|recording|footage|film|movie|sequence|scene)"
+VIDEO = r"(?:video|clip|recording|footage|film|movie|sequence)"
+SCENE = rf"(?:{VIDEO}|scene)"  # a scene has a middle and halves in space
 OTHER_TIMES = re.compile(
     "|".join(
         (
@@ -42,8 +43,9 @@ OTHER_TIMES = re.compile(
             # at 4, from 4 to 7
             rf"\b(?:at|until|till|since|from|between)\s+\d+\s*(?:$|[,;?!)]|\.(?!\d)|{RANGE}|{JOINED})",
             # the end of the video, when the video begins, at the start
-            rf"\b(?:beginning|start|end|middle|half|quarter|rest)\s+of\s+(?:the|this)\s+(?:\w+\s+)?{VIDEO}\b",
-            rf"\b{VIDEO}(?:'s|\s+\w+)?\s+(?:begins|starts|ends|stops|beginning|start|end)\b",
+            rf"\b(?:middle|half|quarter|rest)\s+of\s+(?:the|this)\s+(?:\w+\s+)?{VIDEO}\b",
+            rf"\b(?:beginning|start|end)\s+of\s+(?:the|this)\s+(?:\w+\s+)?{SCENE}\b",
+            rf"\b{SCENE}(?:'s|\s+\w+)?\s+(?:begins|starts|ends|stops|beginning|start|end)\b",
             r"\bat\s+the\s+(?:very\s+)?(?:beginning|start|end)\s*(?:$|[,.;?!])",
         )
     ),

@@ -250,6 +250,7 @@ def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
         *("Second 4 until six?", "From 3 to second 5?", "At second 4.5?", "At second 4:30?", "Within seconds 4 came."),
         *("Within a second 4 came.", "At timestamp 4?", "In frame 4?", "In the 4th frame?", "At sec 4?", "second: 4?"),
         *("Second #4?", "4000 ms in?", "At time 4?", "At 4, which?", "At the beginning of the video?", "At the end?"),
+        *("At the end of the scene, which?", "In the middle of the video?", "When the scene begins, which?"),
         *("When the video ends, which?", "In the last few seconds?", "When does it point at red?", "Which second?"),
     ],
 )
@@ -270,6 +271,10 @@ def test_times_in_other_words_leave_a_question_out_of_a_clip_whose_time_begins_a
         *("Which is the second cube?", "At second 4, is the last one red?", "The second of two?"),
         *("At second 4, how many of 3 cubes? (A) 3 (B) 5", "At second 4 two cubes are where?", "On second 4: 7"),
         *("At second 4, what is at the end of the table?", "At which cube did it point a second before?"),
+        *(
+            "At second 4, in the middle of the scene, which cube is red?",
+            "At second 4, which half of the scene is dark?",
+        ),
         *("Which digit does it show when it points?", "From second 4 to second 4, what?", "At second 4?\n3 or 5?"),
     ],
 )
