@@ -19,9 +19,9 @@ from PIL import Image
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.animations import animation_frames, frame_count
-from keygrip.data.video_text.conversations import shown_image
+from keygrip.data.video_text.conversations import shown_image, whole_seconds
 from keygrip.data.video_text.sample_types import evenly
-from keygrip.data.video_text.video_files import SUFFIXES, read_image, read_timed_frames
+from keygrip.data.video_text.video_files import SUFFIXES, read_animation, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
@@ -130,7 +130,9 @@ class PromptReader:
         if isinstance(given, Image.Image) and (count := frame_count(given)) > 1:
             if kind == "image":
                 raise ValueError(f"an image of {count} frames: give it as a video")
-            return animation_frames(given, self.image_size, self.fit, self.max_frames)
+            return animation_frames(
+                given, self.image_size, self.fit, lambda length: evenly(whole_seconds(length), self.max_frames)
+            )
         if _are_paths(given):
             return self._still_files(given, kind)
         frames = _still_frames(given, kind)
@@ -156,7 +158,8 @@ class PromptReader:
     def _one_image(self, path: Path) -> np.ndarray | None:
         """[1, S, S, 3]; None of a folder or a file of several frames."""
         if path.is_file() and path.suffix.lower() in SUFFIXES:
-            return read_image(path, self.image_size, self.fit)[None]
+            moving = read_animation(path, self.image_size, self.fit, 1)
+            return read_image(path, self.image_size, self.fit)[None] if moving is None else None
         frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)  # one too many, which is refused
         return None if len(frames) > 1 or path.is_dir() else frames
 

@@ -34,6 +34,20 @@ def video(path: Path, seconds: int = 3, fps: int = 5) -> Path:
     return path
 
 
+@pytest.mark.parametrize("ending", ["gif", "png", "webp"])
+def test_a_clip_of_an_animation(ending: str, tmp_path: Path) -> None:
+    stills = [Image.new("RGB", (8, 8), (40 * second, 0, 0)) for second in range(4)]
+    options: dict[str, Any] = {"lossless": True} if ending == "webp" else {}
+    path = tmp_path / f"a.{ending}"
+    stills[0].save(path, save_all=True, append_images=stills[1:], duration=1000, **options)
+    for clip, most, shown in (((1.0, 3.0), 8, [1, 2]), ((1.2, 1.2), 8, [1]), ((0.0, 4.0), 2, [1, 3])):
+        frames, times = read_timed_frames(path, 8, "stretch", most, clip)
+        assert np.round(frames[:, 0, 0, 0] / 40).tolist() == shown
+        assert times == tuple(float(second - shown[0]) for second in shown)
+    with pytest.raises(ValueError, match=r"lasts 4\.0 s and the clip begins at 9 s"):
+        read_frames(path, 8, "stretch", 8, (9.0, 10.0))
+
+
 def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))

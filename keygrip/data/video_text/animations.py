@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from keygrip.data.bad_samples import guard
 from keygrip.data.video import TIME_TOLERANCE_S
-from keygrip.data.video_text.conversations import shown_image, whole_seconds
-from keygrip.data.video_text.sample_types import evenly
+from keygrip.data.video_text.conversations import shown_image
 
 MOST_FRAMES = 10_000  # all are decoded, for what a frame changes lies in those before it
 UNTIMED_MS = 100.0  # of a frame that says 0: what browsers show
@@ -26,15 +25,16 @@ def frame_count(image: Image.Image) -> int:
         return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
 
 
-def animation_frames(image: Image.Image, size: int, fit: str, most: int) -> tuple[np.ndarray, tuple[float, ...]]:
-    """uint8 [F, S, S, 3] and the second of each: a frame per second, as of a video's file; pages without durations come
-    one per second.
+def animation_frames(
+    image: Image.Image, size: int, fit: str, times: Callable[[float], Sequence[float] | np.ndarray]
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """uint8 [F, S, S, 3] and the second of each; pages without durations come one per second.
 
     Args:
-        size, fit: see `fit_image`. most: of more seconds, so many evenly spaced.
+        size, fit: see `fit_image`. times: see `keygrip.data.video.frames_at`.
 
     Raises:
-        ValueError: a frame cannot be decoded, or there are more than `MOST_FRAMES`.
+        ValueError: a frame cannot be decoded, there are more than `MOST_FRAMES`, or what `times` raises.
     """
     count = frame_count(image)
     if count > MOST_FRAMES:
@@ -44,7 +44,7 @@ def animation_frames(image: Image.Image, size: int, fit: str, most: int) -> tupl
         # WebP says only when it is loaded how long a frame is shown.
         durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _loaded(image, count)]
         ends = np.cumsum(durations) / 1000
-        seconds = evenly(whole_seconds(ends[-1]), most)
+        seconds = times(float(ends[-1]))
         numbers = np.searchsorted(ends, np.array(seconds) + TIME_TOLERANCE_S, side="right").clip(max=count - 1).tolist()
         frames = enumerate(_loaded(image, count))
         shown = {number: shown_image(frame, size, fit) for number, frame in frames if number in numbers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def read_timed_frames(
     if not path.is_file():
         raise ValueError(f"{path} is a named pipe or a device, not a file")
     if path.suffix.lower() in SUFFIXES:
-        moving = None if clip is not None else _animation(path, size, fit, max_frames)
+        moving = read_animation(path, size, fit, max_frames, clip)
         return moving or (read_image(path, size, fit)[None], (0.0,))
     times = np.zeros(0)
 
@@ -80,9 +81,11 @@ def _from_first(times: np.ndarray) -> tuple[float, ...]:
     return tuple(float(time - times[0]) for time in times)
 
 
-def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path: Path) -> np.ndarray:
-    """Seconds at which frames of a clip are taken; one of a clip that is a moment. Raises ValueError: the video ends
-    before it begins."""
+def clip_times(duration: float, clip: tuple[float, float] | None, max_frames: int, path: Path) -> np.ndarray:
+    """Seconds at which frames of a clip are taken; one of a clip that is a moment; without one, of the whole. Raises
+    ValueError: the video ends before it begins."""
+    if clip is None:
+        return np.array(evenly(whole_seconds(duration), max_frames), float)
     start, end = clip[0], min(clip[1], duration)
     if start >= duration:
         raise ValueError(f"{path} lasts {duration:.1f} s and the clip begins at {start:g} s")
@@ -92,13 +95,19 @@ def clip_times(duration: float, clip: tuple[float, float], max_frames: int, path
     return start + (np.arange(max_frames) + 0.5) * (end - start) / max_frames
 
 
-def _animation(file: Path, size: int, fit: str, most: int) -> tuple[np.ndarray, tuple[float, ...]] | None:
-    """As `animation_frames`; None of a file that holds one image."""
+def read_animation(
+    file: Path, size: int, fit: str, max_frames: int, clip: tuple[float, float] | None = None
+) -> tuple[np.ndarray, tuple[float, ...]] | None:
+    """As `read_timed_frames`; None of a file that holds one image."""
     try:
         with open_image(file) as opened:
-            return animation_frames(opened, size, fit, most) if frame_count(opened) > 1 else None
+            if frame_count(opened) == 1:
+                return None
+            chosen = partial(clip_times, clip=clip, max_frames=max_frames, path=file)
+            frames, times = animation_frames(opened, size, fit, chosen)
     except BadSample as error:
         raise ValueError(f"{file} cannot be decoded: {error.what}") from error
+    return frames, _from_first(np.array(times))
 
 
 def read_image(file: Path, size: int, fit: str) -> np.ndarray:

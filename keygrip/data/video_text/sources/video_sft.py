@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_bytes, read_text, regular_file
+from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text, regular_file
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
@@ -25,7 +25,6 @@ from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     VIDEO,
     annotators_answers,
-    decode_image,
     decode_timed,
     describe_video_text,
     encode_jpeg,
@@ -44,7 +43,7 @@ from keygrip.data.video_text.foreign_text import (
 )
 from keygrip.data.video_text.placeholders import BARE, Placeholders
 from keygrip.data.video_text.sample_types import Conversation, Turn
-from keygrip.data.video_text.video_files import SUFFIXES
+from keygrip.data.video_text.video_files import SUFFIXES, read_animation, read_image
 
 log = logging.getLogger(__name__)
 
@@ -82,23 +81,28 @@ class VideoSFTMaker:
             raise ValueError(entry.problem)
         images: list[np.ndarray] = []
         fps: float | None = 1.0
+        stills = True
         for path in entry.media:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
             if path.suffix.lower() in SUFFIXES:
-                images.append(decode_image(read_bytes(path), self.image_size, self.fit)[None])
+                moving = read_animation(path, self.image_size, self.fit, self.max_frames)
+                if moving is None:
+                    images.append(read_image(path, self.image_size, self.fit)[None])
+                    continue
+                frames, times = moving[0], np.array(moving[1])
             else:
                 regular_file(path)
                 frames, times = decode_timed(str(path), self.image_size, self.fit, self.max_frames)
-                images.append(frames)
-                fps = rate_of(times)
+            images.append(frames)
+            fps, stills = rate_of(times), False
         together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         asked = asked_in(entry.turns)
         places = Placeholders.of(asked, _kinds(entry))
         count = places.count(asked)
         if not len(together) and count:
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
-        shown, stills = {len(entry.media)}, all(path.suffix.lower() in SUFFIXES for path in entry.media)
+        shown = {len(entry.media)}
         frames_of_one = stills and (entry.named in ("video", "videos") or places.of_one_video(asked))
         if frames_of_one:
             shown.add(1)

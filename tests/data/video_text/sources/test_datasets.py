@@ -515,12 +515,12 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     ]
     write_video(tmp_path / "secret.mp4", 4)
     still = [Image.fromarray(np.full((20, 30, 3), shade, np.uint8)) for shade in (40, 90)]
-    still[0].save(source / "videos" / "moving.webp", save_all=True, append_images=still[1:])
+    still[0].save(source / "videos" / "moving.webp", save_all=True, append_images=still[1:], duration=1000)
     (source / "scenes.json").write_text(json.dumps([{"scene": 1}]))
     (source / "list.json").write_text(json.dumps(entries))
     (source / "more.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries[:1]))
     report = video_sft(source, tmp_path / "set", SIZE, workers=1, max_failed_share=0.8)
-    assert (report["samples"], report["failed"]) == (5, 13)
+    assert (report["samples"], report["failed"]) == (6, 12)
     reasons = "\n".join(json.loads((tmp_path / "set" / "sft-000000.failed.json").read_text())["failed"])
     for why in (
         "and none of video, videos, image, images names one",
@@ -534,7 +534,6 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         "its `conversations` is no list",
         "a turn of its `conversations` is no object",
         "it has `start` or `end`",
-        "it has 2 frames or pages",
     ):
         assert why in reasons
     assert "scenes.json is not read: none of its 1 entries has conversations or messages" in caplog.text
@@ -543,6 +542,9 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert shades(found["list-00000000"].frames) == [0, 1, 2, 3]
     assert [turn.text for turn in found["list-00000000"].conversations[0].turns] == ["What is this?", "A test."] * 2
     assert len(found["list-00000001"].frames) == 2
+    moving = found["list-00000016"]
+    assert moving.seconds == (0.0, 1.0)
+    assert np.abs(moving.frames.mean((1, 2, 3)) - (40 * 2 / 3, 90 * 2 / 3)).max() < 4  # with black bars
     assert len(found["list-00000002"].frames) == 0
     assert found["list-00000002"].conversations[0].evidence == {"collection": "list", "answers": ["a test", "test"]}
     assert "more-00000000" in found
