@@ -207,10 +207,9 @@ class DemoWriter:
 
     def _new_file(self, *names: str) -> Path:
         path = self._temporary.joinpath(*names)
+        within = path.parents[: len(names) - 1]  # without the hidden folder: were it made again, files would be lost
         try:
-            for folder in reversed(
-                path.parents[: len(names) - 1]
-            ):  # the hidden one is never made again: files are lost
+            for folder in reversed(within):
                 folder.mkdir(exist_ok=True)
         except FileNotFoundError as error:
             raise self._removed() from error
