@@ -3,8 +3,8 @@
 Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
 metadata and results. A file appears under its name only when it is complete and on the disk; a process that is killed
 leaves the previous file as it was. Temporaries are hidden files beside the target,
-``.<name>.<host>-<pid>-<random>.writing``; those of processes that are gone are removed by a later write, when nothing in
-them has changed for ten minutes.
+``.<name>.<host>-<pid>-<random>.writing``; those of processes that are gone are removed by a later write, when nothing
+in them has changed for ten minutes.
 """
 
 from __future__ import annotations
