@@ -27,7 +27,7 @@ from typing import IO, Any
 
 WRITING = ".writing"
 BLOCK_BYTES = 1 << 20
-STALE_AFTER_S = 600.0
+STALE_AFTER_S = 600.0  # without a change, after which what is half written is taken for left behind
 
 
 class DiskFullError(OSError):

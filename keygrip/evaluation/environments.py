@@ -184,9 +184,8 @@ def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, ki
     """How the demonstrations were recorded, if that was in the environment of these tasks; says why not."""
     try:
         recorded = recorded_in(data, trust)
-    except ValueError as error:
+    except ValueError:
         log.info("env=%s with its own defaults: the demonstrations do not say how they were recorded", name)
-        log.debug("%s", error)
         return None
     if recorded.environment != ENVIRONMENTS.get(kind) or (
         recorded.task is not None and type(recorded.task) is not kind

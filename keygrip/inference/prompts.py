@@ -21,7 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
 from keygrip.data.video_text.sample_types import evenly
-from keygrip.data.video_text.video_files import SUFFIXES, read_animation, read_image, read_timed_frames
+from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
@@ -158,8 +158,7 @@ class PromptReader:
     def _one_image(self, path: Path) -> np.ndarray | None:
         """[1, S, S, 3]; None of a folder or a file of several frames."""
         if path.is_file() and path.suffix.lower() in SUFFIXES:
-            moving = read_animation(path, self.image_size, self.fit, 1)
-            return read_image(path, self.image_size, self.fit)[None] if moving is None else None
+            return None if is_animation(path) else read_image(path, self.image_size, self.fit)[None]
         frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)  # one too many, which is refused
         return None if len(frames) > 1 or path.is_dir() else frames
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from keygrip.artifacts import locked, sha256_bytes, write_json
+from keygrip.artifacts import STALE_AFTER_S, locked, sha256_bytes, write_json
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 NAMED_AT_MOST = 10
-STALE_AFTER_S = 600.0
 
 
 @dataclass(frozen=True)

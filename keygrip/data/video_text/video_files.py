@@ -110,6 +110,15 @@ def read_animation(
     return frames, _from_first(np.array(times))
 
 
+def is_animation(file: Path) -> bool:
+    """Whether an image file holds several frames. Raises ValueError: it cannot be opened."""
+    try:
+        with open_image(file) as opened:
+            return frame_count(opened) > 1
+    except BadSample as error:
+        raise ValueError(f"{file} cannot be decoded: {error.what}") from error
+
+
 def read_image(file: Path, size: int, fit: str) -> np.ndarray:
     """uint8 [S, S, 3] of a file that holds one image. Raises ValueError: it cannot be decoded, or is an animation."""
     try:

@@ -262,12 +262,14 @@ class SelfSupervisedModule(System):
             self._sums[name][1] += len(batch)
 
     def on_validation_epoch_end(self) -> None:
-        loss = 0.0
-        for name, (total, count) in self._sums.items():
-            self.log(f"val/{name}", total / count, batch_size=count, sync_dist=True)
-            loss += self.weights[name] * total / count
-        if self._sums:  # of the same samples, all of them
-            self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+        if not self._sums:
+            return
+        (count,) = {count for _, count in self._sums.values()}  # each loss is of all samples
+        means = {name: total / count for name, (total, _) in self._sums.items()}
+        for name, value in means.items():
+            self.log(f"val/{name}", value, batch_size=count, sync_dist=True)
+        total = sum(self.weights[name] * value for name, value in means.items())
+        self.log("val/loss", total, prog_bar=True, batch_size=count, sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
         """Nothing of the data is kept."""
