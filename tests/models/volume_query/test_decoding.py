@@ -42,8 +42,13 @@ def output(pixel: torch.Tensor, height: torch.Tensor) -> VolumeQueryOutput:
     return VolumeQueryOutput(VolumeLogits(pixel, height, torch.zeros(1, 1, steps)), gripper, rotation)
 
 
-def decode(decoder: Decoder, result: VolumeQueryOutput, generator: torch.Generator | None = None):  # type: ignore[no-untyped-def]
-    k, extrinsics = overhead_camera()
+def decode(  # type: ignore[no-untyped-def]
+    decoder: Decoder,
+    result: VolumeQueryOutput,
+    generator: torch.Generator | None = None,
+    camera: tuple[torch.Tensor, torch.Tensor] | None = None,
+):
+    k, extrinsics = camera or overhead_camera()
     return decoder.decode(
         result,
         [codec()],
@@ -161,15 +166,7 @@ def test_what_is_no_point_is_not_decoded(name: str, coupled: bool, height: float
     factors = (draw(1, 1, steps, 2, P, P), draw(2, Z)) if coupled else (None, None)
     drawn = output(draw(1, 1, steps, P, P), draw(1, 1, steps, Z))
     result = replace(drawn, volume=replace(drawn.volume, pixel_factor=factors[0], height_factor=factors[1]))
-    decoded = Decoder(name).decode(  # type: ignore[arg-type]
-        result,
-        [codec()],
-        intrinsics=k,
-        world_to_camera=pose,
-        height_range=HEIGHTS,
-        image_size=S,
-        generator=torch.Generator().manual_seed(0),
-    )
+    decoded = decode(Decoder(name), result, torch.Generator().manual_seed(0), (k, pose))  # type: ignore[arg-type]
     assert torch.isfinite(decoded.position).all()
     assert torch.isfinite(decoded.entropy).all()
     back, _ = project(decoded.position, k[:, None, None], pose[:, None, None])
