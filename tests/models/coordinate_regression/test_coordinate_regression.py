@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract_parts import observation, wrong_observations
+from policy_batches import observation_of
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -139,14 +140,7 @@ def test_picture_and_state_both_reach_the_output(module: CoordinateRegressionMod
 def test_policy_plans_what_the_network_says(module: CoordinateRegressionModule) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
     data = batch()
-    observation = {
-        "image": picture,
-        "intrinsics": data.intrinsics[0].numpy(),
-        "world_to_camera": data.world_to_camera[0].numpy(),
-        "position": data.start_position[0, 0].numpy(),
-        "quaternion": data.start_quaternion[0, 0].numpy(),
-        "gripper": data.start_gripper[0].numpy(),
-    }
+    observation = observation_of(data, picture)
     plan = module.policy().plan(observation)
     image, _ = module.statistics.geometry.apply(picture, data.intrinsics[0].numpy())
     data.image = image[None].expand(2, -1, -1, -1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from policy_batches import observation_of
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -199,14 +200,7 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
     data.image = image[None]
     torch.testing.assert_close(k, data.intrinsics[0])
     policy = module.policy()
-    seen = {
-        "image": picture,
-        "intrinsics": data.intrinsics[0].numpy(),
-        "world_to_camera": data.world_to_camera[0].numpy(),
-        "position": data.start_position[0, 0].numpy(),
-        "quaternion": data.start_quaternion[0, 0].numpy(),
-        "gripper": data.start_gripper[0].numpy(),
-    }
+    seen = observation_of(data, picture)
     plan = policy.plan(seen)
     for wrong, said in (
         ({"intrinsics": np.eye(3) * np.nan}, "'intrinsics' of the observation holds numbers that are not finite"),

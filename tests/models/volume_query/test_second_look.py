@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from policy_batches import observation_of
 
 from keygrip.data.batches import normalised
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
@@ -144,16 +145,7 @@ def test_policy_looks_as_validation_does(tmp_path: Path) -> None:
     torch.testing.assert_close(k, data.intrinsics[0])
     data.image, data.detail = image[None], geometry.detail(picture, Q)[None]
     assert torch.equal(data.detail[0], torch.from_numpy(picture).permute(2, 0, 1))
-    plan = module.policy().plan(
-        {
-            "image": picture,
-            "intrinsics": intrinsics,
-            "world_to_camera": data.world_to_camera[0].numpy(),
-            "position": data.start_position[0, 0].numpy(),
-            "quaternion": data.start_quaternion[0, 0].numpy(),
-            "gripper": data.start_gripper[0].numpy(),
-        }
-    )
+    plan = module.policy().plan({**observation_of(data, picture), "intrinsics": intrinsics})
     with torch.no_grad():
         output = module(data, module.targets(data), teacher=False)
         decoded = decoded_as_validation_does(module, output, data)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from policy_batches import observation_of
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.models.geometry.rotation_codecs import PCARotation
@@ -41,14 +42,8 @@ def codec() -> PCARotation:
 
 def observed(data: PolicyBatch, quaternion: torch.Tensor, gripper: float) -> Observation:
     """A black image through a batch's first camera, the gripper turned by [4] and open by 0 to 1."""
-    return {
-        "image": np.zeros((S, S, 3), np.uint8),
-        "intrinsics": data.intrinsics[0].numpy(),
-        "world_to_camera": data.world_to_camera[0].numpy(),
-        "position": data.start_position[0, 0].numpy(),
-        "quaternion": quaternion.numpy(),
-        "gripper": np.float32(gripper),
-    }
+    turned = {"quaternion": quaternion.numpy(), "gripper": np.float32(gripper)}
+    return {**observation_of(data, np.zeros((S, S, 3), np.uint8)), **turned}
 
 
 def test_equivalents_are_equal_turns_about_the_vertical() -> None:
