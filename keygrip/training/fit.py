@@ -208,7 +208,7 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
             )
         datamodule.processes = processes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = str(cfg.strategy.precision) in ("auto", "bf16-mixed")
+    bf16 = strategy.precision in ("auto", "bf16-mixed")
     ema = (cfg.callbacks or {}).get("ema") is not None
     try:
         batch = next(iter(datamodule.train_dataloader())).to(device)

@@ -179,9 +179,9 @@ def is_faster_in_bf16(device: str) -> bool:
 
 
 def named_precision(accelerator: str | None, precision: str) -> str:
-    """Lightning's name for a precision that may be "auto", on this machine."""
+    """Lightning's present name for a precision that may be "auto", on this machine, or in short."""
     if precision != "auto":
-        return precision
+        return SHORT.get(str(precision), precision)
     import torch
 
     return automatic_precision(accelerator != "cpu" and torch.cuda.is_available())

@@ -7,7 +7,7 @@ from torch import nn
 from keygrip.training import strategies
 from keygrip.training.distributed import global_mean
 from keygrip.training.sharding import local, local_like, reshard
-from keygrip.training.strategies import Strategy
+from keygrip.training.strategies import Strategy, named_precision
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_combinations_that_cannot_work_are_refused() -> None:
         Strategy(kind="ddp", num_nodes=0)
     with pytest.raises(ValueError, match=r"strategy\.precision='fp8': must be one of auto, 32-true, "):
         Strategy(precision="fp8")
-    assert Strategy(precision="bf16").precision == "bf16-mixed"
+    assert Strategy(precision="bf16").precision == named_precision("cpu", "bf16") == "bf16-mixed"
     assert Strategy(precision="32").precision == "32-true"
 
 
