@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one torch thread a process, a clean Hydra, and the toy model's configs."""
+"""Fixtures for all tests: one torch thread per process, a clean Hydra, and the toy model's configs."""
 
 from __future__ import annotations
 

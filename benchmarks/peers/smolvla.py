@@ -34,7 +34,7 @@ class Size:
     Attributes:
         text: of the language model (transformers' LlamaConfig); without `vocab_size` it has the tokenizer's.
         vision: of the image encoder (SmolVLMVisionConfig).
-        scale: `scale_factor`: so many patches a side become one token.
+        scale: `scale_factor`: so many patches per side become one token.
         arguments: of lerobot-train; those that the user gives come after them and win.
     """
 

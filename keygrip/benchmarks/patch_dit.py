@@ -174,7 +174,7 @@ class DiTCurve:
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """For each setting `distance`, `ms` an image and branch `evaluations`, under names such as `heun_10_...`."""
+        """For each setting `distance`, `ms` per image and branch `evaluations`, under names such as `heun_10_...`."""
         count = self.quick_samples if quick else self.samples
         with threads(self.threads):
             network, conditions, size, usual, guide = self._trained(

@@ -192,7 +192,7 @@ class _OpenVideo:
 
 _VIDEO_INDICES: dict[str, _VideoIndex] = {}  # by file; made once, and inherited by loader workers that are forked
 _OPEN_VIDEOS: OrderedDict[tuple[int, str], _OpenVideo] = OrderedDict()
-_OPEN_VIDEO_LIMIT = 16  # open containers a process; each holds a decoder with a few frames
+_OPEN_VIDEO_LIMIT = 16  # open containers per process; each holds a decoder with a few frames
 
 
 def _video_index(path: Path) -> _VideoIndex:

@@ -183,7 +183,7 @@ def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
-    """JSON lists, a task a file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
+    """JSON lists, a task per file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
     perhaps `start` and `end`. What a file repeats of another one is left out: some copies hold a list of all tasks
     beside the folder with theirs, which comes first, or one without the answers, which comes last."""
     files = sorted(files_in(root, ".json", below=True), key=lambda file: (-len(file.parts), file))

@@ -334,7 +334,7 @@ class _Workers:
             ) from error
 
 
-# One cell a process, used for all its episodes.
+# One cell per process, used for all its episodes.
 _worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = None
 
 
@@ -348,7 +348,7 @@ def _start_worker(settings: RecordSettings, root: Path) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets episodes under way finish
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: one thread a process, not one a core
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: one thread per process, not per core
     _worker = (_build_cell(settings), settings, root)
 
 

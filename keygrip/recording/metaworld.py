@@ -1,4 +1,4 @@
-"""Records demonstrations of Meta-World's scripted policies into native folders: one process a task, resumably.
+"""Records demonstrations of Meta-World's scripted policies into native folders: one process per task, resumably.
 
 The recorder's processes run in the Python environment that has `metaworld`. A folder is a function of (task, seed,
 settings); tasks share one root and their folders are named ``<task>_<seed>``.

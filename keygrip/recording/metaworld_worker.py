@@ -17,7 +17,7 @@ from keygrip.recording.recorded_folder import demo_name
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The function that records one task's demonstrations, one report an episode."""
+    """The function that records one task's demonstrations, one report per episode."""
     root = Path(settings["root"])
 
     def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -332,7 +332,7 @@ def _nonsense(kind: str, value: np.ndarray) -> str | None:
         return f"has sides of {value.shape[0]} and {value.shape[1]} pixels, outside {SMALLEST_SIDE} to {LARGEST_SIDE}"
     if kind in ("joints", "controller"):
         if not 1 <= value.shape[-1] <= WIDEST_STEP:
-            return f"has {value.shape[-1]} numbers a step, outside 1 to {WIDEST_STEP}"
+            return f"has {value.shape[-1]} numbers per step, outside 1 to {WIDEST_STEP}"
         if np.abs(value).max(initial=0) > LARGEST_INPUT:
             return f"holds numbers above {LARGEST_INPUT:g}"
     if kind == "step_seconds" and not value > 0:

@@ -20,7 +20,7 @@ class Strategy:
 
     Args:
         accelerator: ``auto`` takes a GPU where there is one.
-        devices: processes a node; ``auto``: all GPUs, or what torchrun or SLURM started.
+        devices: processes per node; ``auto``: all GPUs, or what torchrun or SLURM started.
         num_nodes: ``auto``: read from torchrun or SLURM, else 1.
         kind: ``single`` one process, ``ddp`` replicated, ``fsdp`` sharded.
         precision: Lightning's name (`PRECISIONS`, `SHORT`), or ``auto``: bf16 autocast where the hardware is faster in

@@ -28,7 +28,7 @@ def write_native_by_hand(
     cameras: tuple[str, ...] = ("over",),
     seed: int = 0,
 ) -> Path:
-    """One demo: the arm moves 5 mm a frame along x at height `level`; commands lead by one frame, 1 mm higher."""
+    """One demo: the arm moves 5 mm per frame along x at height `level`; commands lead by one frame, 1 mm higher."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     trajectory: dict[str, Any] = {"timestamps_ns": np.arange(frames, dtype=np.int64) * 100_000_000}

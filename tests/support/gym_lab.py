@@ -12,7 +12,7 @@ GOAL = np.array([0.3, 0.1, 0.2])
 
 
 class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
-    """A point moved by up to 5 cm a step; done within 2 cm of the goal. It renders 32 x 32 pixels, without a camera
+    """A point moved by up to 5 cm per step; done within 2 cm of the goal. It renders 32 x 32 pixels, without a camera
     model, and starts where the seed says."""
 
     observation_space = spaces.Box(-1, 1, (3,), np.float64)

@@ -178,7 +178,7 @@ def write_demos(
     begin: Sequence[float] = (0.2, 0.0, 0.1),
     step_m: float = 0.01,
 ) -> Path:
-    """Folders of two cameras with depth: the gripper moves along x and z from `begin`, by `step_m` a frame."""
+    """Folders of two cameras with depth: the gripper moves along x and z from `begin`, by `step_m` per frame."""
     generator = np.random.default_rng(0)
     world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
     world_to_camera[2, 3] = 1.0

@@ -21,7 +21,7 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
         ValueError: its numbers have more than 8 bits, of which a conversion would make white.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"it has more than 8 bits a pixel (mode {image.mode}), as depth has: save images with 8")
+        raise ValueError(f"it has more than 8 bits per pixel (mode {image.mode}), as depth has: save images with 8")
     return np.asarray(image.convert("RGB"))
 
 

@@ -82,7 +82,7 @@ class Mixture:
         curriculum: stages one after the other, the last without an end; each lead source is gone through again and
             again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
             of them in each epoch. With a budget a batch of a stage of short samples holds more of them.
-        budget: of frames and positions a batch; None: `batch_size` samples, whatever they hold.
+        budget: of frames and positions per batch; None: `batch_size` samples, whatever they hold.
 
     Raises:
         ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a

@@ -86,7 +86,7 @@ class VideoTexts(ResumableData):
         prefetch_batches: batches that each worker keeps ready.
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
         curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
-        budget: of frames and positions a batch, over all ranks; `batch_size` is then the most videos. None: always so
+        budget: of frames and positions per batch, over all ranks; `batch_size` is then the most videos. None: always so
             many. Batches are planned by the tokens of all texts, which are counted once (`exact_lengths`), or by the
             lengths that nearly all stay below (`lengths`), and kept within the positions by the lengths that their rows
             have: what is too much is left out of the batch and counted.

@@ -244,6 +244,6 @@ def answer_scores(
     kv: Sequence[BlockKV] | None = None,
     seconds: Seconds = None,
 ) -> Tensor:
-    """Mean log-likelihood a token of each conversation's last answer, float32 [B], for choosing among given answers."""
+    """Mean log-likelihood per token of each conversation's last answer, float32 [B], to choose among given answers."""
     found = answer_likelihoods(network, frames, frame_counts, answered, videos, mode, kv, seconds=seconds)
     return found.total / found.tokens.clamp_min(1)

@@ -193,8 +193,8 @@ class Packing:
 class Streams:
     """S streams: each a video with the text that stands before its visual tokens.
 
-    In the published order (visual tokens first) nothing stands before them: a stream a video, which all its rows share.
-    With the question first, a stream a row.
+    In the published order (visual tokens first) nothing stands before them: one stream per video, shared by its rows.
+    With the question first, a stream per row.
 
     Attributes:
         input_ids: int64 [S, P] of the text before the visual tokens, and its lengths.
@@ -204,7 +204,7 @@ class Streams:
         query_at: int64 [S, F], position in `layout` whose hidden state becomes the frame's query (clamped to 0).
         first: bool [S, F], frames with nothing before them: the learned first query.
         places: int64 [n], for each real frame of each stream its place in [S * F].
-        slots: int64 [n], its place in [M * Q], the query table of the M real frames with Q streams a video.
+        slots: int64 [n], its place in [M * Q], the query table of the M real frames with Q streams per video.
         slots_per_frame: Q.
         frame_starts: V + 1 offsets of the videos in the M frames.
         video_slots: S, the stream's number among those of its video.

@@ -85,7 +85,7 @@ class Scores:
                 held[place] += value
 
     def figures(self) -> dict[str, float]:
-        """`loss` and `perplexity` a token, `accuracy` a row, the same by kind (`accuracy_mark`); over all processes."""
+        """`loss`, `perplexity` per token, `accuracy` per row, and each by kind (`accuracy_mark`); of all processes."""
         sums = self._everywhere()
         total = [sum(held[place] for held in sums.values()) for place in range(4)]
         figures: dict[str, float] = {}

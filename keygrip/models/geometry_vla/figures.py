@@ -27,8 +27,8 @@ def scene_figure(
     sample: int = 0,
     pointing: Tensor | None = None,
 ) -> np.ndarray:
-    """One sample, a column a view: the image with both paths (where its camera is calibrated) and keyframes, and below
-    it depth maps where there are any.
+    """One sample, a column per view: the image with both paths (where its camera is calibrated) and keyframes, below it
+    depth maps where there are any.
 
     Args:
         batch: with the demonstrated targets.

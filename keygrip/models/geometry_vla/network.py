@@ -362,7 +362,7 @@ class GeometryVLA(nn.Module):
             fitting = logits.shape[-1] // patches if logits.shape[-1] % patches == 0 else 0
             raise ValueError(
                 f"model.network.pointing_patch_cells={self.patch_pointing.cells} gives maps of {finer.shape[-1]} cells "
-                f"a side, and pointing_cells={self.pointing.cells} of {logits.shape[-1]}: both must give the same; "
+                f"per side, and pointing_cells={self.pointing.cells} of {logits.shape[-1]}: both must give the same; "
                 f"set pointing_patch_cells={fitting}."
             )
         return logits + finer

@@ -170,7 +170,7 @@ class PointedTokens(nn.Module):
             if side * side != patches.shape[2]:
                 raise ValueError(
                     f"model.network.pointed_tokens=true needs geometry tokens on a square grid, got {patches.shape[2]} "
-                    "a view: set it to false with this geometry encoder."
+                    "per view: set it to false with this geometry encoder."
                 )
             tokens = tokens + self.seen(resampled(maps, side).flatten(-2) @ patches)
             if geometry.points is not None and self.points is not None:

@@ -242,7 +242,7 @@ class GeometryVLAPolicy:
             width = actions.columns - (actions.kind == "joint")  # the opening is no joint
             if own.shape[-1] != width:
                 raise ValueError(
-                    f"the plan under way has {own.shape[-1]} {name} a step, those of this policy have {width}: it "
+                    f"the plan under way has {own.shape[-1]} {name} per step, those of this policy have {width}: it "
                     "continues its own plans"
                 )
             numbers = between(own)

@@ -1,7 +1,7 @@
 """A small instruction encoder that is trained along with its policy: sentences in, states of their words out.
 
 Words are hashed into rows of an embedding table, so that there is no vocabulary to fit or to lose: the tokenizer is a
-pure function of the settings, which lie in the checkpoint. Two independent hashes a word keep different words apart
+pure function of the settings, which lie in the checkpoint. Two independent hashes per word keep different words apart
 ("Hash Embeddings for Efficient Word Representations", Svenstrup et al., 2017).
 
 Shape legend: B sentences, L tokens, E width of a state.

@@ -454,7 +454,7 @@ class VolumeQueryModule(System):
 
 
 def _classification(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy a step ``[B, A, T]`` of logits ``[B, A, T, C]``, in float32."""
+    """Cross-entropy per step ``[B, A, T]`` of logits ``[B, A, T, C]``, in float32."""
     return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
 
 

@@ -5,7 +5,7 @@ joint softmax over Z * H * W voxels then factorises exactly into a softmax over 
 
     CE(z, y, x) = CE(y, x) + CE(z),
 
-the constant cancels, and loss, gradient, argmax and sampling cost O(HW + Z) a step instead of O(ZHW).
+the constant cancels, and loss, gradient, argmax and sampling cost O(HW + Z) per step instead of O(ZHW).
 
 The optional bilinear coupling adds ``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, which lets the height depend
 on the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory. So are the
@@ -90,7 +90,7 @@ class VolumeLogits:
             return self.height + chosen @ self.height_factor
 
     def pixel_marginal(self) -> Tensor:
-        """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant a step)."""
+        """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant per step)."""
         total: Tensor | None = None
         if self.world is not None:
             for z in range(self.height.shape[-1]):
@@ -123,7 +123,7 @@ class VolumeTarget:
 
 
 def hard_target(cells: Tensor, heights: Tensor) -> VolumeTarget:
-    """One voxel a step, from cells ``[*, 2]`` (row, column) and height bins ``[*]``."""
+    """One voxel per step, from cells ``[*, 2]`` (row, column) and height bins ``[*]``."""
     ones = torch.ones(heights.shape, device=heights.device)[..., None]
     return VolumeTarget(cells[..., None, :], ones, heights[..., None], ones)
 
@@ -141,7 +141,7 @@ def bilinear_target(grid_position: Tensor, height_position: Tensor, shape: tuple
 
 
 def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
-    """Joint cross-entropy over all Z * H * W voxels, one value a step ``[*]``.
+    """Joint cross-entropy over all Z * H * W voxels, one value per step ``[*]``.
 
     Exact: equals the cross-entropy of ``logits.dense()`` (tests show loss and gradient equal to 1e-9 in float64).
     ``logits.constant`` cancels and receives no gradient.

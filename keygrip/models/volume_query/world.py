@@ -3,7 +3,7 @@
 The volume stays that of the first camera: a cell's ray and a height plane meet in a voxel centre, a point in the world.
 Every further camera scores that point by its own features where the point projects: ``q_F . F_v(project(point))``.
 Interpolating a map of features and then taking the inner product equals interpolating the map of inner products, so
-that one map a step and view is sampled, never a feature vector a voxel.
+that one map per step and view is sampled, never a feature vector per voxel.
 
 These scores differ from voxel to voxel and do not factorise: sums over the volume are streamed over z.
 
@@ -147,7 +147,7 @@ class WorldScores:
         return total.unflatten(1, self.maps.shape[1:-3])
 
     def at(self, cells: Tensor) -> Tensor:
-        """What is added over one cell a step: ``[B, *, Z]`` for cells ``[B, *, 2]`` (row, column)."""
+        """What is added over one cell per step: ``[B, *, Z]`` for cells ``[B, *, 2]`` (row, column)."""
         flat = self.maps.flatten(1, -4)  # [B, N, V, P', P']
         batch, steps, views = flat.shape[:3]
         width, levels = self.where.grid.shape[-2], self.where.grid.shape[2]

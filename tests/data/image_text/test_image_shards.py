@@ -1,4 +1,4 @@
-"""Image shards: what is read is what was written, one bucket a batch, skipped samples, resume."""
+"""Image shards: what is read is what was written, one bucket per batch, skipped samples, resume."""
 
 from __future__ import annotations
 

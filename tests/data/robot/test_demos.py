@@ -380,7 +380,7 @@ def test_turned_pictures(tmp_path: Path) -> None:
 
 def test_images_of_more_than_8_bits_do_not_become_white(tmp_path: Path) -> None:
     Image.fromarray(np.full((2, 3), 700, np.uint16)).save(tmp_path / "0.png")  # depth in millimetres
-    with pytest.raises(ValueError, match=r"0\.png: it has more than 8 bits a pixel \(mode I;16\)"):
+    with pytest.raises(ValueError, match=r"0\.png: it has more than 8 bits per pixel \(mode I;16\)"):
         JpegFrames(tmp_path, "%d.png", 1).read(0)
 
 

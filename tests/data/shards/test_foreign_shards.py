@@ -403,7 +403,7 @@ def test_html_is_text_and_what_stands_for_an_image_is_none(asked: str, packed: b
 
 
 def test_characters_beyond_ascii_count_as_a_token_each(tmp_path: Path) -> None:
-    """Batches are made by four characters a token: text in Chinese would be taken for a quarter of what it is."""
+    """Batches are made by four characters per token: text in Chinese would be taken for a quarter of what it is."""
     members = [
         m for key, said in (("a", "x" * 40), ("b", "\u6c49" * 40)) for m in pair(key, content=text(caption=said))
     ]

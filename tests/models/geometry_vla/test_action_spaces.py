@@ -216,7 +216,7 @@ def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
     led = policy.plan_continuing(timed, shifted, delay_s=2 * plan.step_seconds)
     off = np.abs(getattr(led, name) - getattr(shifted, name))[:, :2].mean()
     assert off < 0.5 * 0.1, "without guidance it would be all of the shift"
-    with pytest.raises(ValueError, match=f"has 4 {name} a step, those of this policy have"):
+    with pytest.raises(ValueError, match=f"has 4 {name} per step, those of this policy have"):
         policy.plan_continuing(timed, replace(shifted, **{name: numbers[..., :4]}), delay_s=0.1)
     policy.reset(0)
     free = policy.plan(observation)

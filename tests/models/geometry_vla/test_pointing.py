@@ -96,7 +96,7 @@ def test_maps_read_from_patches_need_maps_and_one_grid(tmp_path: Path) -> None:
     without = small_module(pointing_patch_cells=1, pointing_cells=2, geom_inject_to_dit=False)
     assert without.network.patch_pointing is None
     module = ready_module(tmp_path, pointing_cells=2, pointing_patch_cells=1)
-    with pytest.raises(ValueError, match=r"patch_cells=1 gives maps of 2 cells a side, and pointing_cells=2 of 4"):
+    with pytest.raises(ValueError, match=r"patch_cells=1 gives maps of 2 cells per side, and pointing_cells=2 of 4"):
         module(small_batch())
 
 
@@ -398,7 +398,7 @@ def test_an_encoder_without_points_leaves_no_parameter_without_gradient(tmp_path
 
 def test_geometry_tokens_without_places_are_refused() -> None:
     tokens = PointedTokens(H, A, T, V, 6)
-    with pytest.raises(ValueError, match=r"square grid, got 5 a view"):
+    with pytest.raises(ValueError, match=r"square grid, got 5 per view"):
         tokens(torch.zeros(1, V, A, T, 4, 4), GeometryFeatures(torch.zeros(1, V * 5, 6)))
 
 

@@ -41,7 +41,7 @@ def test_hard_loss_and_gradient_equal_the_dense_reference(coupled: bool) -> None
     logits = random_logits(coupled)
     cells = torch.stack([torch.randint(0, H, (B, T)), torch.randint(0, W, (B, T))], dim=-1)
     heights = torch.randint(0, Z, (B, T))
-    weights = torch.rand(B, T, dtype=torch.float64)  # unequal weights: a gradient scaled wrongly a step would show
+    weights = torch.rand(B, T, dtype=torch.float64)  # unequal weights: a gradient scaled wrongly in one step would show
     flat_target = (heights * H + cells[..., 0]) * W + cells[..., 1]
     dense = F.cross_entropy(logits.dense().flatten(2).flatten(0, 1), flat_target.flatten(), reduction="none").view(B, T)
     fast = volume_cross_entropy(logits, hard_target(cells, heights))

@@ -238,7 +238,7 @@ def images(
     if rank.rank == 0:
         _finish(root, jobs, items, identity, max_failed_share, progress, result)
     log.info(
-        "%d images in %.1f s, %.2f a second; %.1f %% of the time waiting for data, %.1f %% in the encoders",
+        "%d images in %.1f s, %.2f per second; %.1f %% of the time waiting for data, %.1f %% in the encoders",
         result.items,
         result.wall_s,
         result.items_per_s,

@@ -1,8 +1,8 @@
 """Reader of LeRobot data sets, codebase versions 2.0 and 2.1, as they lie on most of the hub.
 
-Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.jsonl`, `meta/episodes.jsonl` (a line an episode),
-`data/chunk-*/episode_*.parquet` and `videos/chunk-*/<key>/episode_*.mp4` (one episode a file). The calibration file,
-and all that is read, are those of `lerobot_v3.py`.
+Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.jsonl`, `meta/episodes.jsonl` (one line per
+episode), `data/chunk-*/episode_*.parquet` and `videos/chunk-*/<key>/episode_*.mp4` (one episode per file). The
+calibration file, and all that is read, are those of `lerobot_v3.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import words
 
 MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million episodes
-CHUNK = 1000  # episodes a folder, where info.json does not say
+CHUNK = 1000  # episodes per folder, where info.json does not say
 
 
 LAYOUT = "meta/info.json of version 2"  # what a folder of this format shows
@@ -56,7 +56,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line."""
+    """The objects of a file with one JSON object per line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set is incomplete")
     # not `splitlines`: a task's words may hold other characters that end a line

@@ -2,7 +2,7 @@
 
 Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.parquet`, `meta/episodes/chunk-*/file-*.parquet`
 (one row per episode: where its rows and its stretch of each video are), `data/chunk-*/file-*.parquet` (many episodes a
-file), `videos/<key>/chunk-*/file-*.mp4` (many episodes a file, found by `from_timestamp`); images may be in the
+file), `videos/<key>/chunk-*/file-*.mp4` (many episodes per file, found by `from_timestamp`); images may be in the
 Parquet files instead.
 
 What the format does not say, the calibration file does (`calibration.py`): the cameras, named as the feature behind

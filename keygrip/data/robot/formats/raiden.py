@@ -7,7 +7,7 @@ trusted):
   intrinsics and extrinsics corrected to fit; `rgb/<camera>/timestamps.npy`, int64 ns.
 - `depth/<camera>/%010d.npz`, `depth`: uint16 mm.
 - `lowdim/%010d.pkl`: `intrinsics` {camera: K in OpenCV's pixel-centre convention}, `extrinsics` {camera: 4 x 4, camera
-  to left-arm base}, `joints` [7 an arm], `action` and `actual_poses` [13 an arm: position 3, rotation 9 row-major,
+  to left-arm base}, `joints` [7 per arm], `action` and `actual_poses` [13 per arm: position 3, rotation 9 row-major,
   gripper 1], commanded and reached. The left arm's base is the world. **The right arm's pose is in its own base.**
 - `T_left_from_right` in newer pickles takes it over; else `calibration_results.json` has `bimanual_transform.
   right_base_to_left_base`, which, its name notwithstanding, raiden computes as the map from left-base to right-base
@@ -186,7 +186,7 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
             name, f"the lowdim files have no {error}: converted by an old raiden? Run `rd convert` again"
         ) from error
     if values.ndim != 2 or values.shape[1] not in (13, 26):
-        raise DemoError(name, f"actual_poses has shape {values.shape}, [{frames}, 13 an arm] is needed")
+        raise DemoError(name, f"actual_poses has shape {values.shape}, [{frames}, 13 per arm] is needed")
     arms = ["left", "right"] if values.shape[1] == 26 else ["right"]
     to_left = np.eye(4)
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Data and video files of a LeRobot data set, many episodes a file."""
+"""Data and video files of a LeRobot data set, many episodes per file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VIDEO_FILE_S = 1000.0  # LeRobot looks frames up by float32 seconds to 1e-4 s, w
 
 @dataclass
 class DataFiles:
-    """The Parquet files of the rows, one row group an episode."""
+    """The Parquet files of the rows, one row group per episode."""
 
     folder: Path
     number: int = 0
@@ -59,7 +59,7 @@ class DataFiles:
 
 @dataclass
 class VideoFiles:
-    """The videos of one camera, several episodes a file. Frames of an episode that broke off stay unused in between."""
+    """The videos of one camera, several episodes per file. Those of episodes that broke off stay unused in between."""
 
     folder: Path
     key: str

@@ -60,11 +60,11 @@ class KeygripConfig(PreTrainedConfig):
             `network.instruction.source` (a frozen text tower).
         planning: changes to how it plans, e.g. `{"compiled": True}` (geometry_vla) or `{"decoder": "viterbi"}`
             (volume_query); of a checkpoint alone, a server has its own.
-        control_hz: calls of `select_action` a second.
+        control_hz: calls of `select_action` per second.
         control: changes to keygrip's controller, e.g. `execute_seconds`, `still_distance_m`.
         cameras: calibration by image feature.
-        arms: one entry an arm, in the policy's order; empty: 8 numbers an arm, x, y, z, qw, qx, qy, qz, gripper.
-        action: "pose": 8 numbers an arm, the commanded pose. "position_step": one arm's step towards the commanded
+        arms: one entry per arm, in the policy's order; empty: 8 numbers per arm, x, y, z, qw, qx, qy, qz, gripper.
+        action: "pose": 8 numbers per arm, the commanded pose. "position_step": one arm's step towards the commanded
             position, `step_gain` a metre within -1 .. 1, and the gripper's effort.
         step_gain: of "position_step". 10 a metre suits Meta-World: 1 is a step of 1 cm of the mocap body that the hand
             follows, 3 to 7 cm behind it.

@@ -132,7 +132,7 @@ def write_dataset(scene, write_video, calibration_text):
 
 
 def to_version_2(root: Path) -> None:
-    """Turns a data set of `write_dataset` into one of version 2.1, an episode a file."""
+    """Turns a data set of `write_dataset` into one of version 2.1, an episode per file."""
     info = json.loads((root / "meta/info.json").read_text())
     rows = [row for path in sorted(root.glob("data/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
     episodes = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
