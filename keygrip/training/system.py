@@ -6,7 +6,7 @@ A model's module holds its loss, its metrics and its figures; what every module 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -204,3 +204,27 @@ def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
                 "trained": round(sum(p.numel() for p in own if p.requires_grad) / 1e6, 3),
             }
     return found
+
+
+def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> None:
+    """Compares what weights know by numbers alone, such as `arms` and `cameras`: of another run, and of this one.
+
+    Args:
+        where: names the other run in messages.
+
+    Raises:
+        ValueError: the same in another order. Of others it warns, since weights may still be a start.
+    """
+    for name, (there, here) in names.items():
+        if tuple(there) == tuple(here):
+            continue
+        if sorted(there) == sorted(here):
+            raise ValueError(
+                f"{where} has the {name} {', '.join(there)}, this run {', '.join(here)}: weights know them by their "
+                f"numbers. Set data.{name}=[{','.join(there)}]."
+            )
+        log.warning(
+            "%s has the %s %s, this run %s: weights know them by their numbers, those of the first are now taken for "
+            "the first of these, and so on",
+            *(where, name, ", ".join(there), ", ".join(here)),
+        )

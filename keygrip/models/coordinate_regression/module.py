@@ -27,7 +27,7 @@ from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
-from keygrip.training.system import System
+from keygrip.training.system import System, check_names
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,10 @@ class CoordinateRegressionModule(System):
                 statistics.cameras[0],
             )
         return {}
+
+    def check_start(self, before: CoordinateRegressionModule) -> None:
+        """Refuses a run with the same arms in another order; warns of others."""
+        check_names(f"model.init_from={self.init_from}", arms=(before.network.arms, self.network.arms))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"camera": self.camera}

@@ -30,7 +30,7 @@ from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import ReadWhere, model_part
-from keygrip.training.system import System, parameters_m
+from keygrip.training.system import System, check_names, parameters_m
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -195,19 +195,7 @@ class GeometryVLAModule(System):
                 f"{where} plans actions of kind {before.actions.kind}, this run {self.actions.kind}: the same numbers "
                 f"mean something else. Set model.actions.kind={before.actions.kind}, or model.init_from=null."
             )
-        ordered = {"cameras": (before.views, self.views), "arms": (before.actions.arms, self.actions.arms)}
-        for name, (there, here) in ordered.items():
-            if there != here and sorted(there) == sorted(here):
-                raise ValueError(
-                    f"{where} has the {name} {', '.join(there)}, this run {', '.join(here)}: weights know them by "
-                    f"their numbers. Set data.{name}=[{','.join(there)}]."
-                )
-            if there != here:
-                log.warning(
-                    "%s has the %s %s, this run %s: weights know them by their numbers, those of the first are now "
-                    "taken for the first of these, and so on",
-                    *(where, name, ", ".join(there), ", ".join(here)),
-                )
+        check_names(where, cameras=(before.views, self.views), arms=(before.actions.arms, self.actions.arms))
         seconds = before.statistics.step_seconds, self.statistics.step_seconds
         if not math.isclose(*seconds, rel_tol=1e-3):
             log.warning(

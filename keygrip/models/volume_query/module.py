@@ -37,7 +37,7 @@ from keygrip.training.distributed import global_mean
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
-from keygrip.training.system import System
+from keygrip.training.system import System, check_names
 from keygrip.training.task_metrics import MeansByTask
 
 log = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class VolumeQueryModule(System):
                 statistics.fingerprint,
             )
             report |= {f"rotation/{arm}/{name}": value for name, value in fitted.items()}
+        self.views = statistics.cameras
         if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "a volume-query policy")
         encoder = self.network.instruction_encoder
@@ -153,7 +154,6 @@ class VolumeQueryModule(System):
             encoder.prepare(statistics.instructions)
             report["instructions"] = len(statistics.instructions)
         self.by_task = MeansByTask(statistics.instructions)
-        self.views = statistics.cameras
         if len(self.views) < 2 and self.network.world_views:
             log.warning("model.network.world_views=true has no effect with one camera: name several in data.cameras")
         if len(self.views) > 1 and not self.network.world_views:
@@ -163,6 +163,13 @@ class VolumeQueryModule(System):
                 self.views[0],
             )
         return report
+
+    def check_start(self, before: VolumeQueryModule) -> None:
+        """Refuses a run with the same arms, or the same cameras that it sees, in another order; warns of others."""
+        where = f"model.init_from={self.init_from}"
+        check_names(where, arms=(before.network.arms, self.network.arms))
+        if self.network.world_views and before.network.world_views:
+            check_names(where, cameras=(before.views, self.views))
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         look = self.network.second_look

@@ -529,3 +529,22 @@ def test_steps_that_the_network_sees_above_the_horizon_are_counted(tmp_path: Pat
     )
     decoded = module.decoded_metrics(output, data, targets)  # the best of the voxels that are points
     assert all(torch.isfinite(value) for value in decoded.values())
+
+
+def test_a_start_with_arms_or_cameras_in_another_order_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = ("left", "right")
+
+    def world(cameras: tuple[str, ...], of: tuple[str, ...] = arms, start: str | None = None) -> VolumeQueryModule:
+        module = build(of, network={"world_views": True}, init_from=start)
+        module.set_statistics(statistics(of, tmp_path, cameras=cameras))
+        return module
+
+    before = world(("over", "front"))
+    monkeypatch.setattr("keygrip.training.system.load_module", lambda path, **options: before)
+    world(("over", "front"), start="run")
+    with pytest.raises(ValueError, match=r"run has the arms left, right, this run right, left.*data\.arms=\[left,ri"):
+        world(("over", "front"), ("right", "left"), "run")
+    with pytest.raises(ValueError, match=r"cameras over, front, this run front, over.*Set data\.cameras=\[over,front"):
+        world(("front", "over"), start="run")
