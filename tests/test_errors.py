@@ -131,10 +131,15 @@ def test_settings_that_cannot_work(arguments: list[str], code: int, said: str, c
         (["+vlm.width=999"], r"nothing in this run reads 'vlm.width'.*vlm is a group of model=geometry_vla"),
         (["shift=views"], r"callbacks.closed_loop has settings and no _target_.*add closed_loop=yam"),
         (["model=foveated_vlm", "data=yam"], r"learns from .* choose data="),
+        (["optimizer=muon"], r"matrices_of=.*: no trainable matrix belongs to these parts.* optimizer=adamw"),
+        (["+optimizer.lr_multipliers.backbne=0.1"], r"lr_multipliers: no trainable parameter's name .*'backbne'"),
+        (["max_steps=-1"], r"optimizer.schedule=cosine needs an end: give max_steps or max_epochs"),
     ],
 )
-def test_settings_that_nothing_reads(arguments: list[str], said: str, cli: Callable[..., Any]) -> None:
-    outcome = cli(*arguments, "logger=none", "run_dir=run")
+def test_settings_that_do_not_fit_are_refused_before_data_are_recorded(
+    arguments: list[str], said: str, cli: Callable[..., Any]
+) -> None:
+    outcome = cli("model=coordinate_regression", "data=yam", *arguments, "logger=none", "run_dir=run")
     assert outcome.code in (1, 2)
     assert re.search(said, outcome.err.splitlines()[-1]), outcome.err
     assert not Path("data").exists()

@@ -97,6 +97,7 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
     module = build_module(resolved)
     if isinstance(module, System):
         module.check_run(cfg.max_steps, begins=resume is None and not cfg.dry_run)
+        module.optimizer_recipe.check(module.trained_part(), endless=cfg.max_steps == cfg.max_epochs == -1)
         module.resumed = resume is not None
     trained = _trained_before(folder, resumed_step) if resume else {}
     started_in = _write_start(folder, cfg, overrides, origin, trained, resumed=resume is not None)

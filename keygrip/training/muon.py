@@ -64,16 +64,25 @@ class MuonAndAdamW(AdamW):
         self.check_end(total_steps)
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise ValueError("Muon needs whole matrices and strategy=fsdp divides them: use strategy=ddp, or AdamW.")
-        groups = [group for each in self.parameter_groups(module) for group in self._split(each, self._hidden(module))]
+        groups = self._groups(module)
+        betas = (self.betas[0], self.betas[1])
+        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def check(self, module: nn.Module, endless: bool) -> None:
+        super().check(module, endless)
+        self._groups(module)
+
+    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        hidden = self._hidden(module)
+        groups = [group for each in self.parameter_groups(module) for group in self._split(each, hidden)]
         if not any(group["kind"] == MATRICES for group in groups):
             raise ValueError(
                 f"optimizer.matrices_of={list(self.matrices_of)}: no trainable matrix belongs to these parts: give "
                 "those of this model's hidden layers, or choose optimizer=adamw"
             )
-        betas = (self.betas[0], self.betas[1])
-        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return groups
 
     def moments(self, module: nn.Module) -> int:
         """As `AdamW.moments`; of Muon's matrices one."""

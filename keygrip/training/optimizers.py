@@ -79,6 +79,19 @@ class AdamW:
         """Float32 numbers that the optimiser keeps from step to step: two of each trained one."""
         return 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
+    def check(self, module: nn.Module, endless: bool) -> None:
+        """What `configure` would refuse, before any data is read.
+
+        Args:
+            module: as there. endless: the run has neither a last step nor a last epoch.
+
+        Raises:
+            ValueError: as `configure`.
+        """
+        self.parameter_groups(module)
+        if endless:
+            self.check_end(math.inf)
+
     def check_end(self, total_steps: int | float) -> None:
         """Raises ValueError: the schedule needs an end and the run has none."""
         if self.schedule == "cosine" and not math.isfinite(total_steps):
