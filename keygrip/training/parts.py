@@ -15,6 +15,8 @@ brings what they would load: weights from a file, a run to start from. ``externa
 files which the checkpoint does not bring (weights of another project's frozen encoder); the caller must name those
 files, the checkpoint may not. A run that is going on has named them: `external_settings` of its own configuration.
 ``places`` names settings of a folder or an address: a checkpoint may say a folder, an address is the caller's to name.
+What the caller says by name (``offered``) goes before ``from_checkpoint``. ``makers`` names settings of functions that
+make what is missing; where the caller asks for that, a checkpoint's must lie in the same places as its classes.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Part:
         plain: settings that the class does not build where the configuration says `_recursive_: false`: they stay as
             the checkpoint has them.
         places: settings that name a folder or an address (``https://...``), from which files are fetched.
+        makers: settings that name functions, called where `make_missing` is true.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Part:
     external: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    makers: tuple[str, ...] = ()
 
 
 class ReadWhere:
@@ -126,6 +130,7 @@ def data_part(
     external: Sequence[str] = (),
     plain: Sequence[str] = (),
     places: Sequence[str] = (),
+    makers: Sequence[str] = (),
 ) -> Callable[[Class], Class]: ...
 def data_part(
     cls: Class | None = None,
@@ -134,6 +139,7 @@ def data_part(
     external: Sequence[str] = (),
     plain: Sequence[str] = (),
     places: Sequence[str] = (),
+    makers: Sequence[str] = (),
 ) -> Class | Callable[[Class], Class]:
     """Declares a class that the stored configuration of a run's data or task may build; as :func:`model_part`.
 
@@ -142,8 +148,9 @@ def data_part(
         plain: settings that are a description for the class, which neither it nor `instantiate` builds from a
             checkpoint where the configuration says ``_recursive_: false``. Parts that it names stay as they were.
         places: settings that name a folder or an address; an address is read only where the caller names it.
+        makers: settings that name functions, which the class calls where `make_missing` is true.
     """
-    named = (tuple(external), tuple(plain), tuple(places))
+    named = (tuple(external), tuple(plain), tuple(places), tuple(makers))
 
     def mark(cls: Class) -> Class:
         return _mark(DATA, cls, from_checkpoint or {}, *named)
@@ -170,12 +177,13 @@ def build_stored(
         where: its place in the checkpoint, for messages ("model").
         trust: packages beside keygrip whose declared parts may be built; importing them runs their code.
         external: values of settings that name files outside the checkpoint, by dotted key, "network.geometry.weights".
-        offered: as `external`, for those that the checkpoint has; others are left aside.
+        offered: as `external`, for those that the checkpoint has; others are left aside. Of data also settings
+            of `from_checkpoint`, in the place of what these are replaced by.
 
     Raises:
         UntrustedPartError: a name that is not a declared part, a directive of Hydra that calls something, an
-            interpolation (nothing was imported or called then), or an external file or an address that the caller has
-            not named.
+            interpolation (nothing was imported or called then), an external file or an address that the caller has not
+            named, or a function of others that would make what the caller wants made.
         ValueError: a declared part refuses its settings.
     """
     from hydra.errors import InstantiationException
@@ -191,6 +199,7 @@ def build_stored(
     for place, node in list(_nodes(ready, where)):  # parents come first
         if "_target_" in node and not place.startswith(tuple(plain)):
             part = _prepare(node, place, _key(place, where), given, offered or {})
+            _check_makers(part, node, place, trust)
             if node.get("_recursive_") is False:
                 plain += [f"{place}.{setting}." for setting in part.plain]
     if given:
@@ -362,7 +371,8 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], 
     if not isinstance(part, Part) or part.owner is not cls:
         raise UntrustedPartError(f"{place}._target_: {node['_target_']} is not a declared part")
     for setting, value in part.from_checkpoint.items():
-        node[setting] = copy.deepcopy(value)
+        named = offered if part.kind == DATA else {}  # a model's weights are the checkpoint's own in any case
+        node[setting] = copy.deepcopy(named.get(f"{key}.{setting}".lstrip("."), value))
     for setting in (*part.external, *part.places):
         dotted = f"{key}.{setting}".lstrip(".")
         if dotted in given:
@@ -380,3 +390,14 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], 
                 f"are not read on its word; name them yourself: external={{{dotted}: PATH}}"
             )
     return part
+
+
+def _check_makers(part: Part, node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
+    """Raises UntrustedPartError: what is missing would be made by a function of others, on the checkpoint's word."""
+    for setting in part.makers if node.get("make_missing") else ():
+        package, _, inside = str(node.get(setting)).partition(".")
+        if package not in trust and (package != "keygrip" or inside.partition(".")[0] not in ROOMS):
+            raise UntrustedPartError(
+                f"{place}.{setting}: {str(node.get(setting))[:80]!r} is not called on the checkpoint's word: it is "
+                f"neither keygrip's own nor in a package that you trust (trust=[{package}] if you do)"
+            )

@@ -238,6 +238,32 @@ def test_stored_robot_data_write_beside_their_demonstrations_alone(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functions(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
+    stored: dict[str, Any] = {"_target_": "keygrip.data.robot.datamodule.RobotDemos", "root": None, "camera": "over"}
+    stored |= {"arms": ["right"], "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "horizon": 4}
+    stored |= {"frame_stride": 1, "batch_size": 2, "make_missing": True}
+    record = {"_target_": "keygrip.data.robot.recordings.Recording", "_recursive_": False, "task": {"name": "reach"}}
+    record |= {"folder": str(tmp_path), "make_missing": True}
+
+    def data(recorder: str, changes: dict[str, Any], trust: tuple[str, ...] = ()) -> Any:
+        config = OmegaConf.create({"data": stored | {"record": record | {"recorder": recorder}}})
+        return Evaluated(None, config, tmp_path, tmp_path, trust).stored_data(changes)  # type: ignore[arg-type]
+
+    own = "keygrip.recording.demonstrations.record"
+    assert (data(own, {}).make_missing, data(own, {}).record.make_missing) == (False, False)
+    made = data(own, {"make_missing": True, "record": {"make_missing": True}})
+    assert (made.make_missing, made.record.make_missing) == (True, True)
+    assert not data("os.system", {"make_missing": True}).record.make_missing
+    for recorder in ("os.system", "keygrip.artifacts.write_text", "lab.record"):
+        with pytest.raises(UntrustedPartError, match=r"data\.record\.recorder: .* is not called"):
+            data(recorder, {"record": {"make_missing": True}})
+    assert data("lab.record", {"record": {"make_missing": True}}, ("lab",)).record.make_missing
+
+
 def test_a_package_is_trusted_by_name_alone(trained: Path) -> None:
     with pytest.raises(UntrustedPartError, match=r"toy_parts\.ToyModule .*trust=\[toy_parts\] if you do"):
         load_module(trained)

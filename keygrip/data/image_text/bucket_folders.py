@@ -72,7 +72,7 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     return dict(content)
 
 
-@data_part(from_checkpoint={"make_missing": False}, plain=["options"])
+@data_part(from_checkpoint={"make_missing": False}, plain=["options"], makers=["maker"])
 @dataclass(frozen=True)
 class MadeImages(MadeShards):
     """Image shards that the program makes itself where they are missing; `images.json`, written last, says that they

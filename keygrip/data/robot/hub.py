@@ -49,7 +49,7 @@ def download(name: str, make_missing: bool = True) -> Path:
     if not make_missing and not (folder / COMPLETE).is_file():
         raise FileNotFoundError(
             f"{folder} is missing, the data set {name} of the hub that the run was trained on: a checkpoint's data are "
-            f"not downloaded. A training with data.root={PREFIX}{name} fetches it; or evaluate with open_loop=false"
+            "not downloaded unasked. Fetch it with data.make_missing=true, or evaluate with open_loop=false"
         )
 
     def make(target: Path) -> None:

@@ -17,7 +17,7 @@ from keygrip.training.parts import data_part
 log = logging.getLogger(__name__)
 
 
-@data_part(from_checkpoint={"make_missing": False})
+@data_part(from_checkpoint={"make_missing": False}, makers=["recorder"])
 @dataclass(frozen=True)
 class Recording:
     """The embedded demonstrations: what to record, and where it lies.
@@ -70,8 +70,8 @@ class Recording:
         """Records what is missing, in one process at a time; says so."""
         if not self.make_missing and not self._is_complete(self.root):
             raise FileNotFoundError(
-                f"{self.root} holds {self.held()} of {self.demos} demonstrations of the run: train with the same "
-                "settings again, which records them, or evaluate with open_loop=false, or with data.root=FOLDER where "
+                f"{self.root} holds {self.held()} of {self.demos} demonstrations of the run: evaluate with "
+                "data.record.make_missing=true, which records them, or with open_loop=false, or data.root=FOLDER where "
                 "they lie now"
             )
         make_once(self.root, self._is_complete, self._record)

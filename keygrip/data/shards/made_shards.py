@@ -21,7 +21,7 @@ from keygrip.training.parts import data_part
 log = logging.getLogger(__name__)
 
 
-@data_part(from_checkpoint={"make_missing": False}, plain=["options"])
+@data_part(from_checkpoint={"make_missing": False}, plain=["options"], makers=["maker"])
 @dataclass(frozen=True)
 class MadeShards:
     """Shards that the program makes itself where they are missing.
