@@ -28,6 +28,7 @@ from keygrip.data.robot.set_checks import (
     off_screen_shares,
     refuse_flat,
     refuse_missing,
+    refuse_short,
     report_absent_views,
     report_off_screen,
     report_outliers,
@@ -296,6 +297,9 @@ class RobotDemos(ResumableData):
             len(self.train_indices),
             len(self.val_indices),
         )
+        if stage != "validate" and self.train_indices:  # what is evaluated on may be shorter
+            strides = [self.roots[self.root_of[index]].stride for index in self.train_indices]
+            refuse_short(self.train_demos, self.horizon, strides)
         if self.fit_to_workspace:
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)

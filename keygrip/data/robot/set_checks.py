@@ -50,6 +50,38 @@ def refuse_missing(
         )
 
 
+def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) -> None:
+    """Says which demonstrations end before their first target, and how many steps lie behind the end of all of them.
+
+    Args:
+        demos: of the training split. horizon: T. strides: frames from one target to the next, of each demo.
+
+    Raises:
+        ValueError: no demo reaches its first target.
+    """
+    ahead = [(len(demo) - 1) // stride for demo, stride in zip(demos, strides, strict=True)]
+    most, number = max(ahead), int(np.argmax(ahead))
+    longest = f"{demos[number].name}, with {len(demos[number])} frames the longest"
+    if not most:
+        raise ValueError(
+            f"data.frame_stride={strides[number]}: the first target lies behind the end of all {len(demos)} training "
+            f"demos ({longest}), so that there is nothing to learn: lower it"
+        )
+    if most < horizon:
+        log.warning(
+            "data.horizon=%d steps of data.frame_stride=%d frames: the last %d lie behind the end of all training "
+            "demos (%s), where the last pose is repeated: no demo shows them; data.horizon=%d would do",
+            *(horizon, strides[number], horizon - most, longest, most),
+        )
+    short = [demo.name for demo, steps in zip(demos, ahead, strict=True) if not steps]
+    if short:
+        log.warning(
+            "%d of %d training demos are shorter than one step of data.frame_stride frames and hold no target: %s%s",
+            *(len(short), len(demos), ", ".join(short[:NAMED_AT_MOST])),
+            f" and {len(short) - NAMED_AT_MOST} more" if len(short) > NAMED_AT_MOST else "",
+        )
+
+
 def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
     """Warns of demos that lack a camera, or its calibration: it is masked in them.
 

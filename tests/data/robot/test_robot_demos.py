@@ -25,7 +25,7 @@ from keygrip.data.robot.datamodule import RobotDemos, split_demos
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.robot.samples import keyframe_of, moving_frames, targets_of
 from keygrip.data.robot.schema import ArmTrajectory
-from keygrip.data.robot.set_checks import off_screen_shares
+from keygrip.data.robot.set_checks import off_screen_shares, refuse_short
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.models.policy_statistics import PolicyStatistics
 
@@ -792,3 +792,32 @@ def test_an_order_that_cannot_be_continued_is_refused(native_root: Path, robot_d
         robot_demos(native_root, batch_size=4).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data.seed=0, this run has 1"):
         robot_demos(native_root, seed=1).load_state_dict(state)
+
+
+def test_steps_that_no_demonstration_reaches_are_said_and_refused_where_there_is_none(
+    native_root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Demos of twelve frames hold targets up to eleven frames ahead."""
+    ready(robot_demos(native_root, horizon=5, frame_stride=2))
+    assert "no demo shows them" not in caplog.text
+    ready(robot_demos(native_root, horizon=6, frame_stride=2))
+    assert "horizon=6 steps of data.frame_stride=2 frames: the last 1 lie behind" in caplog.text
+    assert "no demo shows them; data.horizon=5 would do" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"frame_stride=12: the first target lies behind .* with 12 frames the longest"
+    ):
+        robot_demos(native_root, horizon=1, frame_stride=12).setup("fit")
+    robot_demos(native_root, horizon=1, frame_stride=12).setup("validate")
+
+
+def test_demonstrations_shorter_than_a_step_are_named(
+    native_root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = robot_demos(native_root, horizon=1, frame_stride=4)
+    data.setup("fit")
+    short = data.train_demos[0]
+    assert "hold no target" not in caplog.text
+    cut = replace(short, timestamps=short.timestamps[:4])
+    refuse_short([cut, *data.train_demos[1:]], 1, [4] * len(data.train_demos))
+    assert f"1 of {len(data.train_demos)} training demos are shorter than one step" in caplog.text
+    assert caplog.text.rstrip().endswith(short.name)
