@@ -159,20 +159,32 @@ class System(LightningModule):
         super().log(name, value, *args, **options)
 
     def log_values(
-        self, split: str, values: Mapping[str, Tensor], batch_size: int, bar: Collection[str] = ("total",)
+        self,
+        split: str,
+        values: Mapping[str, Tensor],
+        batch_size: int,
+        bar: Collection[str] = ("total",),
+        counts: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Logs a step's values as ``<split>/<name>``; the loss ``total`` becomes ``<split>/loss``.
 
         Args:
             split: train or val; the means of val are over all processes. values: scalars. bar: shown in the progress
                 line.
+            counts: over how many elements of this process's batch a value is a mean, where batches hold different
+                numbers of them: the mean of val is then that over all elements, and not a number where there is none.
+                Others are weighted by the batch's samples.
         """
         for name, value in values.items():
+            weight = float(batch_size)
+            if counts is not None and name in counts:
+                weight = float(counts[name])
+                value = value if weight else torch.zeros_like(value)
             self.log(
                 f"{split}/{'loss' if name == 'total' else name}",
                 value.detach(),
                 prog_bar=name in bar,
-                batch_size=batch_size,
+                batch_size=weight,
                 sync_dist=split == "val",
             )
 

@@ -1,12 +1,19 @@
-"""What a robot of one arm sees where a batch of policy samples begins."""
+"""What a robot of one arm sees where a batch of policy samples begins; and validations of batches in pieces."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from keygrip.data.batches import PolicyBatch
+from keygrip.data.batches import PolicyBatch, PolicyTargets
+
+Batch = TypeVar("Batch", bound=PolicyTargets)
 
 
 def observation_of(data: PolicyBatch, image: np.ndarray) -> dict[str, Any]:
@@ -19,3 +26,19 @@ def observation_of(data: PolicyBatch, image: np.ndarray) -> dict[str, Any]:
         "quaternion": data.start_quaternion[0, 0].numpy(),
         "gripper": data.start_gripper[0].numpy(),
     }
+
+
+def validated_in_pieces(module: LightningModule, data: Batch, pieces: Sequence[slice]) -> dict[str, float]:
+    """What is logged of a validation whose batches are pieces of one."""
+    batches = [
+        replace(
+            data,
+            instruction=data.instruction[piece],
+            **{name: value[piece] for name, value in vars(data).items() if isinstance(value, Tensor)},
+        )
+        for piece in pieces
+    ]
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", enable_model_summary=False, **options)
+    (logged,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    return dict(logged)

@@ -141,6 +141,10 @@ class CoordinateRegressionModule(System):
     def forward(self, batch: PolicyBatch) -> RegressionOutput:
         return self.network(batch.image, self.state(batch.start_position, batch.start_quaternion, batch.start_gripper))
 
+    def _counted(self, batch: PolicyBatch) -> Tensor:
+        """Bool ``[B, A, T]``: the steps that carry loss."""
+        return ~batch.action_is_pad if self.mask_padded_steps else torch.ones_like(batch.action_is_pad)
+
     def losses(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
         columns = quaternion_to_columns(batch.quaternion)
         per_step = {
@@ -148,7 +152,7 @@ class CoordinateRegressionModule(System):
             "rotation": (output.rotation - columns).abs().mean((-2, -1)),
             "gripper": F.binary_cross_entropy_with_logits(output.gripper, batch.gripper, reduction="none"),
         }
-        counted = ~batch.action_is_pad if self.mask_padded_steps else torch.ones_like(batch.action_is_pad)
+        counted = self._counted(batch)
         losses = {
             name: global_mean(value.masked_fill(~counted, 0.0).sum(), counted.sum()) for name, value in per_step.items()
         }
@@ -161,20 +165,25 @@ class CoordinateRegressionModule(System):
     def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
         """Errors in the units in which the volume-query policy reports its own."""
         position = self.denormalise(output.position)
-        intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
-        true_pixels, _ = project(batch.position, intrinsics, extrinsics)
-        pixels, _ = project(position, intrinsics, extrinsics)
-        size = self.network.image_size
-        visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
-        pixel_error = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0).sum() / visible.sum()
+        off, visible = self._pixel_errors(position, batch)
         angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
         return {
-            "pix_argmax": pixel_error,
+            "pix_argmax": off.sum() / visible.sum(),
             "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
             "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
             "rotation_deg": angle.mean(),
             "gripper_acc": ((output.gripper > 0) == (batch.gripper > 0.5)).float().mean(),
         }
+
+    def _pixel_errors(self, position: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """Distances ``[B, A, T]`` in pixels, 0 where there is none, and where there is one: of positions in metres to
+        targets inside the image."""
+        intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
+        true_pixels, _ = project(batch.position, intrinsics, extrinsics)
+        pixels, _ = project(position, intrinsics, extrinsics)
+        size = self.network.image_size
+        visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
+        return (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0), visible
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]
@@ -187,7 +196,10 @@ class CoordinateRegressionModule(System):
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)
-        self.log_values("val", self.losses(output, batch) | self.metrics(output, batch), len(batch), BAR)
+        losses, metrics = self.losses(output, batch), self.metrics(output, batch)
+        counts = dict.fromkeys(losses, self._counted(batch).sum())
+        counts["pix_argmax"] = self._pixel_errors(self.denormalise(output.position), batch)[1].sum()
+        self.log_values("val", losses | metrics, len(batch), BAR, counts)
 
 
 @dataclass

@@ -63,6 +63,7 @@ SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
 BAR = ("total", "position_cm")  # metrics in the progress line
+MASKED = ("action", "position_cm", "height_m", "rotation_deg", "gripper_acc")  # over the steps that are no padding
 
 
 @model_part(from_checkpoint={"init_from": None})
@@ -386,7 +387,8 @@ class GeometryVLAModule(System):
         values = self.losses(scene, batch) | self.metrics(scene, batch, sampled)
         if batch_idx < DIAGNOSED:
             values |= self.diagnostics(scene, batch, sampled)
-        self.log_values("val", values, len(batch), BAR)
+        counts = dict.fromkeys(MASKED, (~batch.action_is_pad).sum())
+        self.log_values("val", values, len(batch), BAR, counts)
         for name, errors in self.grip_errors(batch, sampled).items():
             self._grips[name].append(errors)
         if batch_idx == 0 and self.log_images:

@@ -346,10 +346,12 @@ class VolumeQueryModule(System):
         output = self(batch, targets, teacher=False)
         errors = self.step_errors(output, batch, targets)
         self.by_task.add(batch.instruction, {name: errors[name] for name in BY_TASK}, targets.valid)
-        metrics = self.losses(output, batch, targets)
-        metrics |= {name: _mean_where(value, targets.valid) for name, value in errors.items()}
-        metrics |= self.decoded_metrics(output, batch, targets)
-        self.log_values("val", metrics, len(batch), BAR)
+        losses = self.losses(output, batch, targets)
+        errors |= self.decoded_errors(output, batch, targets)
+        metrics = {name: _mean_where(value, targets.valid) for name, value in errors.items()}
+        counts = {name: _usable(value, targets.valid).sum() for name, value in errors.items()}
+        counts |= dict.fromkeys(losses, targets.valid.sum())
+        self.log_values("val", losses | metrics, len(batch), BAR, counts)
         if batch_idx == 0 and self.log_images_every_n_steps:
             self._show("val", output, batch, targets)
 
@@ -409,8 +411,9 @@ class VolumeQueryModule(System):
         }
 
     @torch.no_grad()
-    def decoded_metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
-        """Errors of the configured decoder (as the robot would move) and the heatmap's relative entropy."""
+    def decoded_errors(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
+        """Errors ``[B, A, T]`` of the configured decoder (as the robot would move) and the heatmap's relative
+        entropy."""
         decoded = self.decoder.decode(
             output,
             [self.codec(arm) for arm in self.network.arms],
@@ -421,12 +424,10 @@ class VolumeQueryModule(System):
             strict=False,  # a sample whose camera sees no height plane has no position, and no part in the mean
         )
         return {
-            "pix_decoded": _mean_where((decoded.pixels - targets.pixels).norm(dim=-1), targets.valid),
-            "position_cm_decoded": _mean_where((decoded.position - batch.position).norm(dim=-1) * 100, targets.valid),
-            "rotation_deg_decoded": _mean_where(
-                torch.rad2deg(self._rotation_error(decoded.quaternion, batch)), targets.valid
-            ),
-            "heatmap_entropy": _mean_where(decoded.entropy, targets.valid),
+            "pix_decoded": (decoded.pixels - targets.pixels).norm(dim=-1),
+            "position_cm_decoded": (decoded.position - batch.position).norm(dim=-1) * 100,
+            "rotation_deg_decoded": torch.rad2deg(self._rotation_error(decoded.quaternion, batch)),
+            "heatmap_entropy": decoded.entropy,
         }
 
     # -- images -----------------------------------------------------------------------------------------------------
@@ -467,5 +468,9 @@ def _classification(logits: Tensor, target: Tensor) -> Tensor:
 
 def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of ``values`` over ``valid`` entries that are finite; NaN where there is none."""
-    usable = valid & torch.isfinite(values)
+    usable = _usable(values, valid)
     return values.masked_fill(~usable, 0.0).sum() / usable.sum()
+
+
+def _usable(values: Tensor, valid: Tensor) -> Tensor:
+    return valid & torch.isfinite(values)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract_parts import observation, wrong_observations
-from policy_batches import observation_of
+from policy_batches import observation_of, validated_in_pieces
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -125,6 +125,21 @@ def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> N
     assert float(metrics["rotation_deg"]) < 0.1
     assert float(metrics["pix_argmax"]) < 1e-3
     assert float(metrics["gripper_acc"]) == 1.0
+
+
+def test_a_validation_is_the_mean_over_all_elements(module: CoordinateRegressionModule) -> None:
+    """However they are divided into batches, of which one shows no target and one is past the end of its demo."""
+    two, module.mask_padded_steps = batch(), True
+    twice = {name: torch.cat([value, value]) for name, value in vars(two).items() if isinstance(value, torch.Tensor)}
+    data = replace(two, instruction=2 * two.instruction, **twice)
+    data.position[1, :, 1] += 10.0  # outside the image
+    data.position[3] += 10.0
+    data.action_is_pad[2] = True
+    whole, parts = (
+        validated_in_pieces(module, data, pieces) for pieces in ([slice(4)], [slice(2), slice(2, 3), slice(3, 4)])
+    )
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert whole["val/pix_argmax"] > 0
 
 
 def test_picture_and_state_both_reach_the_output(module: CoordinateRegressionModule) -> None:

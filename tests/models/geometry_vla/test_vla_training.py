@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
+from policy_batches import validated_in_pieces
 from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, small_module, small_vlm, write_demos
 
 from keygrip import train
@@ -335,6 +336,21 @@ def test_errors_at_the_grip_are_of_the_steps_that_close(tmp_path: Path) -> None:
     torch.testing.assert_close(found["grip_height_cm"], torch.tensor([1.0, 2.0]), atol=1e-3, rtol=0)
     batch.action_is_pad[0, 0, 2] = True  # padding
     assert len(module.grip_errors(batch, sampled)["grip_side_cm"]) == 1
+
+
+def test_a_validation_is_the_mean_over_all_steps(tmp_path: Path) -> None:
+    """However they are divided into batches, of which one is all padding."""
+    module, data = ready_module(tmp_path), small_batch(2 * INSTRUCTIONS)
+    module.log_images = False
+    data.action_is_pad[0, :, 1:] = True
+    data.action_is_pad[-1] = True
+    count = len(data)
+    whole, parts = (
+        validated_in_pieces(module, data, pieces)
+        for pieces in ([slice(count)], [slice(1), slice(1, count - 1), slice(count - 1, count)])
+    )
+    for name in ("position_cm", "height_m", "rotation_deg", "gripper_acc"):
+        assert parts[f"val/{name}"] == pytest.approx(whole[f"val/{name}"], rel=1e-3), name
 
 
 def test_errors_at_the_grip_are_means_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from policy_batches import observation_of
+from policy_batches import observation_of, validated_in_pieces
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -259,6 +259,18 @@ def language() -> dict[str, Any]:
     return {"instruction": WordTransformer(width=16, layers=1, heads=2, rows=64, length=8)}
 
 
+def test_a_validation_is_the_mean_over_all_elements(tmp_path: Path) -> None:
+    """However they are divided into batches, of which one has no valid step."""
+    module, data = build(("right",), tmp_path, mask_padded_steps=True, log_images_every_n_steps=0), batch(size=4)
+    data.action_is_pad[0, :, 1:] = True
+    data.action_is_pad[3] = True
+    whole, parts = (
+        validated_in_pieces(module, data, pieces) for pieces in ([slice(4)], [slice(1), slice(1, 3), slice(3, 4)])
+    )
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert whole["val/position_cm_decoded"] > 0
+
+
 def test_an_instruction_is_added_to_a_network_that_is_the_same_without_it(tmp_path: Path) -> None:
     plain, told = build(("left", "right"), tmp_path), build(("left", "right"), tmp_path, network=language())
     weights = told.network.state_dict()
@@ -379,7 +391,7 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     losses = world.losses(output, two, targets)
     losses["total"].backward()
     assert all(torch.isfinite(p.grad).all() for p in world.network.parameters() if p.grad is not None)
-    assert torch.isfinite(world.decoded_metrics(output, two, targets)["position_cm_decoded"])
+    assert torch.isfinite(world.decoded_errors(output, two, targets)["position_cm_decoded"][targets.valid]).all()
     for decoder in ("argmax", "viterbi", "sample"):
         decoded = Decoder(name=decoder).decode(  # type: ignore[arg-type]
             output, [world.codec("right")], intrinsics=two.intrinsics, world_to_camera=two.world_to_camera,
@@ -527,8 +539,8 @@ def test_steps_that_the_network_sees_above_the_horizon_are_counted(tmp_path: Pat
     assert float(module.metrics(output, data, targets)["no_point_share"]) == pytest.approx(
         float(targets.valid[0].sum() / targets.valid.sum())
     )
-    decoded = module.decoded_metrics(output, data, targets)  # the best of the voxels that are points
-    assert all(torch.isfinite(value) for value in decoded.values())
+    decoded = module.decoded_errors(output, data, targets)  # the best of the voxels that are points
+    assert all(torch.isfinite(value[targets.valid]).all() for value in decoded.values())
 
 
 def test_a_start_with_arms_or_cameras_in_another_order_is_refused(
