@@ -22,7 +22,7 @@ from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, task_names
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.closed_loop import ClosedLoop
+from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
 from keygrip.evaluation.kinds import changed, plain, refuse_unknown
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.parts import UntrustedPartError, build_stored
@@ -48,7 +48,8 @@ DEFAULT_TASKS = {"metaworld": MT10}
 
 @dataclass(frozen=True)
 class EnvironmentSettings:
-    """What `ClosedLoop` takes of an environment: see there. `tasks` are the conditions, where there are several."""
+    """What `ClosedLoop` takes of an environment: see there. `tasks` are the conditions, where there are several;
+    `recorded_seeds` the episodes that were recorded there for training."""
 
     task: Any
     image_size: int
@@ -57,6 +58,7 @@ class EnvironmentSettings:
     tasks: tuple[str, ...] = ()
     control: Mapping[str, Any] | None = None
     python: str | None = None
+    recorded_seeds: frozenset[int] = frozenset()
 
     def closed_loop(self, make: partial[ClosedLoop], changes: Mapping[str, Any] | None = None) -> ClosedLoop:
         """The evaluation in this environment.
@@ -73,7 +75,7 @@ class EnvironmentSettings:
             raise ValueError(f"conditions are for one task, and {len(self.tasks)} tasks are conditions themselves")
         refuse_unknown(self.control or {}, RecedingHorizon)
         control = make.keywords.get("control", partial(RecedingHorizon))
-        return make(
+        evaluation = make(
             task=changed(self.task, changes or {}),
             conditions=task_conditions(self.tasks) if self.tasks else conditions,
             image_size=self.image_size,
@@ -83,6 +85,14 @@ class EnvironmentSettings:
             python=self.python,
             of_tasks=bool(self.tasks),
         )
+        last = evaluation.first_seed + evaluation.episodes - 1
+        if seen := sum(evaluation.first_seed <= seed <= last for seed in self.recorded_seeds):
+            log.warning(
+                "%d of the episodes %d to %d were recorded for training, so that success there is not that of new "
+                "ones: first_seed=%d and further ones are held out",
+                *(seen, evaluation.first_seed, last, HELD_OUT_SEED),
+            )
+        return evaluation
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Recorded:
     Attributes:
         environment: option of the group env; None: an environment that has none. task: None: a file of data does not
             say it. hz: control periods per second. tasks: of which there are demonstrations, where that is asked for.
+        seeds: of the recorded episodes (of one that is yet to be made: of its first ones).
     """
 
     environment: str | None
@@ -99,6 +110,7 @@ class Recorded:
     image_size: int
     hz: float
     tasks: tuple[str, ...] = ()
+    seeds: frozenset[int] = frozenset()
 
 
 def task_conditions(tasks: str | Sequence[str]) -> dict[str, list[dict[str, str]]]:
@@ -127,7 +139,9 @@ def environment_settings(
             raise SettingError(f"{data['root']} was recorded in gymnasium: give env=gymnasium env.task.id=...")
         if recorded.environment is None:
             cameras = _trained_cameras(data, recorded.task)
-            return EnvironmentSettings(recorded.task, recorded.image_size, recorded.hz, cameras)
+            return EnvironmentSettings(
+                recorded.task, recorded.image_size, recorded.hz, cameras, recorded_seeds=recorded.seeds
+            )
         env = option_of("env", recorded.environment)
         return _settings(data, env, recorded.task, recorded)
     kind: Any = get_class(env["task"]["_target_"])
@@ -152,9 +166,9 @@ def _settings(
     if tasks is None:
         tasks = DEFAULT_TASKS.get(name) if recorded is None else recorded.tasks or None
     cameras = env["cameras"] if env["cameras"] is not None else _trained_cameras(data, task)
-    return EnvironmentSettings(
-        task, image_size, hz, cameras, () if tasks is None else task_names(tasks), env["control"], env["python"]
-    )
+    names = () if tasks is None else task_names(tasks)
+    seeds = frozenset[int]() if recorded is None else recorded.seeds
+    return EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], seeds)
 
 
 def _refuse_changes(env: Mapping[str, Any]) -> None:
@@ -216,7 +230,9 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
             task = build_stored(record["task"], "data.record.task", trust)
         except UntrustedPartError as error:
             raise UntrustedPartError(f"{error}; say where to judge it: {CHOICE}") from error
-        return Recorded(ENVIRONMENTS.get(type(task)), task, record["image_size"], record["hz"])
+        first, demos = record.get("seed", 0), record.get("demos", 0)
+        seeds = frozenset(range(first, first + demos))
+        return Recorded(ENVIRONMENTS.get(type(task)), task, record["image_size"], record["hz"], seeds=seeds)
     if not isinstance(data.get("root"), str):
         raise ValueError(
             f"the run was trained on several data sets: say where to evaluate it with {CHOICE}, or give simulate=false"
@@ -235,15 +251,16 @@ def _of_folder(root: Path) -> Recorded:
         settings = json.loads(file.read_text())["settings"]
         recorded_in, image_size = settings.get("environment"), int(settings["image_size"])
         if recorded_in == "gymnasium":
-            return Recorded("gymnasium", None, image_size, float(settings["hz"]))
+            return Recorded("gymnasium", None, image_size, float(settings["hz"]), seeds=_seeds_there(root))
         if recorded_in == "metaworld":
             task = changed(
                 MetaWorldTask(), {"camera": settings["cameras"][0], "shadows": settings.get("shadows", False)}
             )
-            return Recorded("metaworld", task, image_size, HZ, _tasks_there(root))
+            return Recorded("metaworld", task, image_size, HZ, _tasks_there(root), _seeds_there(root))
         stored = dict(settings["task"])
         cell = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
-        return Recorded(ENVIRONMENTS[type(cell)], cell, image_size, float(settings["hz"]))
+        hz, seeds = float(settings["hz"]), _seeds_there(root)
+        return Recorded(ENVIRONMENTS[type(cell)], cell, image_size, hz, seeds=seeds)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"{file} does not describe a recording ({type(error).__name__}: {error}): {advice}") from error
 
@@ -259,6 +276,12 @@ def _tasks_there(root: Path) -> tuple[str, ...]:
     if not found:
         raise ValueError("the folder holds no demonstrations")
     return found
+
+
+def _seeds_there(root: Path) -> frozenset[int]:
+    """The seeds of a folder's demonstrations, with which their names end."""
+    ends = (file.parent.name.rpartition("_")[2] for file in root.glob("[!.]*/metadata.json"))
+    return frozenset(int(end) for end in ends if end.isdecimal() and len(end) < 20)
 
 
 def _trained_cameras(data: Mapping[str, Any], task: Any) -> list[str] | None:

@@ -215,6 +215,27 @@ def test_what_a_chosen_environment_leaves_open_is_as_recorded_there(
     assert (unknown.task, unknown.image_size, unknown.cameras) == (TaskOptions(), 224, None)
 
 
+@pytest.mark.parametrize(("first_seed", "episodes", "seen"), [(6, 9, 2), (0, 7, 0), (8, 2, 0), (1_000_000, 1, 1)])
+@pytest.mark.parametrize("folder", [True, False])
+def test_episodes_that_were_recorded_for_training_are_said(
+    folder: bool, first_seed: int, episodes: int, seen: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = {"name": "pick"}
+    write_recording(tmp_path, "pick_0000007", "pick_0000010", "pick_1000000", task=task, image_size=96, hz=5.0)
+    data = trained_on(tmp_path)
+    if not folder:
+        kind = {"_target_": "keygrip.envs.yam.tasks.TaskOptions"}
+        record = {"task": kind | task, "image_size": 96, "hz": 5.0}
+        data = trained_on(None, record=record | {"seed": 1_000_000 if seen == 1 else 10, "demos": 2})
+    make = partial(ClosedLoop, conditions={"all": [{}]}, first_seed=first_seed, episodes=episodes)
+    for name in ("recorded", "yam"):
+        caplog.clear()
+        chosen(data, name).closed_loop(make)
+        said = f"{seen} of the episodes {first_seed} to {first_seed + episodes - 1} were recorded for training"
+        assert (said in caplog.text) == bool(seen)
+        assert ("recorded for training" in caplog.text) == bool(seen)
+
+
 def test_a_recording_of_meta_world_says_tasks_size_and_cameras(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
