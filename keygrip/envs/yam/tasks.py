@@ -64,7 +64,7 @@ class TaskOptions:
     name: str = "pick_place"
     object: str = "cube"
     object_size_m: float = 0.04  # edge of the cube; a bar is 2.5 x 1.25 x 0.75 of it
-    region: str = "all"  # where the moved object starts; the bowl and the rest may be anywhere
+    region: str = "all"  # where the moved object starts, or the ball to reach lies; the rest may be anywhere
     distractors: int = 0
     random_start: bool = True  # the arm starts anywhere above the table, else near its home pose
     camera: str = "over"
@@ -407,9 +407,10 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     rng = stream(seed, "objects")
     half = options.half_extents
     reach_of_object = float(np.hypot(half[0], half[1]))
+    object_region, goal_region = ("all", options.region) if options.name == "reach" else (options.region, "all")
     for _ in range(200):
         taken: list[tuple[np.ndarray, float]] = []
-        spot = _free_spot(rng, options.region, taken, 0.0)
+        spot = _free_spot(rng, object_region, taken, 0.0)
         yaw = float(rng.uniform(-np.pi, np.pi))
         if spot is None:
             continue
@@ -417,7 +418,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         goal_radius = BOWL_RADIUS if options.name in IN_BOWL else SLOT_RADIUS if options.name == "peg" else 0.03
         goal_yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
         goal_height = float(rng.uniform(0.04, 0.13))
-        goal_spot = _free_spot(rng, "all", taken, TOOL_CLEARANCE + goal_radius - 0.03)
+        goal_spot = _free_spot(rng, goal_region, taken, TOOL_CLEARANCE + goal_radius - 0.03)
         if options.name != "pick":
             if goal_spot is None:
                 continue

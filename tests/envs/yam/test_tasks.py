@@ -76,6 +76,14 @@ def test_objects_start_in_their_region(region: str) -> None:
     assert all(in_region(p, region) for p in points)
 
 
+@pytest.mark.parametrize("region", REGIONS)
+def test_the_ball_to_reach_lies_in_the_region(region: str) -> None:
+    layouts = [sample_layout(TaskOptions(name="reach", region=region), seed) for seed in range(40)]
+    assert all(in_region(layout.goal[:2], region) for layout in layouts)
+    if region != "all":  # the cube beside it, which nobody moves, is anywhere
+        assert not all(in_region(layout.object.position[:2], region) for layout in layouts)
+
+
 def test_the_bowl_is_not_confined_to_the_objects_region() -> None:
     goals = np.array([sample_layout(TaskOptions(region="left"), s).goal for s in range(40)])
     assert (goals[:, 1] > 0).any()
