@@ -70,8 +70,10 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
     by_episode = pairs.mean(axis=0)
     ahead, behind = int((pairs > 0).sum()), int((pairs < 0).sum())
     generator = np.random.default_rng(0)
-    drawn = generator.integers(0, len(by_episode), (RESAMPLES, len(by_episode)))
-    low, high = np.quantile(by_episode[drawn].mean(axis=1), [0.025, 0.975])
+    # How often a resample holds each of the few different values: the same as drawing episodes, without their memory.
+    values, counts = np.unique(pairs.sum(axis=0), return_counts=True)
+    drawn = generator.multinomial(len(by_episode), counts / len(by_episode), RESAMPLES)
+    low, high = np.quantile(drawn @ values / pairs.size, [0.025, 0.975])
     return PairedDifference(
         difference=float(by_episode.mean()),
         low=float(low),

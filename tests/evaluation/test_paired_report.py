@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from scipy.stats import binom
+from scipy.stats import binom, bootstrap
 
 from keygrip.config import config_folder
 from keygrip.evaluation.paired_report import NAME, PairedReport, make_report
@@ -64,6 +65,21 @@ def test_several_seeds_are_tested_by_all_signs() -> None:
         assert paired_difference(first.tolist(), second.tolist()).p_value == pytest.approx(float(expected))
     # far beyond what random draws of signs can tell
     assert 0 < paired_difference([[True] * 200] * 2, [[False] * 200] * 2).p_value < 1e-50
+
+
+def test_the_interval_is_scipys_bootstrap_over_episodes_and_takes_no_memory_for_many() -> None:
+    generator = np.random.default_rng(5)
+    first, second = (generator.random((3, 80)) < rate for rate in (0.6, 0.45))
+    found = paired_difference(first.tolist(), second.tolist())
+    by_episode = (first.astype(float) - second).mean(axis=0)
+    drawn = bootstrap((by_episode,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    expected = drawn.confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.006)
+    many = [[True] * 30_000 + [False] * 20_000]
+    tracemalloc.start()
+    paired_difference(many, [[False] * 50_000])
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 def test_comparisons_need_the_same_episodes() -> None:
