@@ -6,6 +6,7 @@ Shape legend: B samples, A arms, T steps, C numbers of an arm's action.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +26,10 @@ from keygrip.models.geometry_vla.action_spaces import (
 from keygrip.models.nn.precision import without_autocast
 from keygrip.training.parts import ReadWhere, model_part
 
+log = logging.getLogger(__name__)
+
 SIZE = 10  # numbers of an arm's pose: position 3, rotation columns 6, opening 1
+FARTHEST = 20.0  # normalised value in training from which on its error outweighs those of hundreds of others
 LEAST_RANGE = 0.01  # smallest range used as a scale (metres, or entries of a rotation matrix): less is standing still
 
 
@@ -124,12 +128,32 @@ class PoseActions(nn.Module):
         self.known.fill_(True)
 
     def _take_rows(self, state: Tensor, actions: Tensor, mask: Tensor, row: Any) -> None:
+        reach = {}
         for column in range(state.shape[-1]):
-            self._take(state[:, column], self.state_low[row], self.state_high[row], column)
+            values = state[:, column]
+            reach[self._label("state", column, SIZE)] = self._take(
+                values, self.state_low[row], self.state_high[row], column
+            )
         for column in range(self.size):
-            self._take(actions[..., column][mask[..., column]], self.low[row], self.high[row], column)
+            values = actions[..., column][mask[..., column]]
+            reach[self._label("actions", column, self.columns)] = self._take(
+                values, self.low[row], self.high[row], column
+            )
+        far = {name: beyond for name, beyond in reach.items() if beyond > FARTHEST}
+        if far:
+            log.warning(
+                "of the training split's normalised numbers, of which all but %g %% lie in -1 .. 1, some reach %s: "
+                "errors there will outweigh all others. Repair outliers, or normalise by the whole range with "
+                "model.actions.tail=0",
+                200 * self.tail,
+                ", ".join(f"{beyond:.0f} ({name})" for name, beyond in sorted(far.items(), key=lambda each: -each[1])),
+            )
 
-    def _take(self, values: Tensor, low: Tensor, high: Tensor, column: int) -> None:
+    def _label(self, what: str, column: int, columns: int) -> str:
+        return f"number {column % columns + 1} of the {self.arms[column // columns]} arm's {what}"
+
+    def _take(self, values: Tensor, low: Tensor, high: Tensor, column: int) -> float:
+        """Puts in one number's bounds; returns how far its normalised values reach."""
         if not len(values):
             raise ValueError("The training split holds no action that is not padding: give longer demonstrations.")
         bounds = torch.tensor([self.tail, 1 - self.tail], dtype=torch.float64)
@@ -137,6 +161,7 @@ class PoseActions(nn.Module):
         middle, half = (low_value + high_value) / 2, max((high_value - low_value) / 2, LEAST_RANGE)
         low[column] = middle - half
         high[column] = middle + half
+        return float((values.double() - middle).abs().max()) / half
 
     def _embodiment(self, embodiment: Tensor | None) -> Tensor:
         if embodiment is None:

@@ -70,6 +70,23 @@ def test_almost_all_of_the_training_split_lies_in_range_and_constants_do_not_exp
     assert (state.abs() <= 1.0 + 1e-5).float().mean() > 0.96
 
 
+def test_values_far_beyond_the_range_of_almost_all_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A gripper that is shut in less than the tail's share of the frames, say."""
+    data = chunks(300)
+    PoseActions(["right"]).take(data)
+    assert not caplog.records
+    data.gripper[:] = data.start_gripper[:] = 1.0
+    data.gripper[0] = data.start_gripper[0] = 0.0
+    PoseActions(["right"]).take(data)
+    assert "all but 2 % lie in -1 .. 1, some reach 100 (number 10 of the right arm's" in caplog.text
+    assert "arm's state), 100 (number 10 of the right arm's actions)" in caplog.text
+    caplog.clear()
+    whole = PoseActions(["right"], tail=0.0)
+    whole.take(data)
+    assert not caplog.records
+    assert whole.encode(data).abs().max() <= 1 + 1e-5
+
+
 def test_padded_steps_do_not_count() -> None:
     data, padded = chunks(), chunks()
     padded.action_is_pad[:, :, -1] = True
