@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import signal
 import threading
 from collections import Counter
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import write_text
+from keygrip.cores import usable_cores
 from keygrip.envs.environment import Environment, Task, open_environment
 from keygrip.evaluation.kinds import changed
 from keygrip.evaluation.remote_rollouts import RemoteSettings, check_remote, run_remote
@@ -203,7 +203,7 @@ class ClosedLoop:
                     name,
                 )
         jobs = self._jobs(output)
-        processes = min(self.processes or os.cpu_count() or 1, len(jobs))
+        processes = min(self.processes or usable_cores(), len(jobs))
         with _Results(self.grids, len(jobs), None if output is None else output / EPISODES_FILE) as results:
             if self.python is not None:
                 self._run_elsewhere(checkpoint, jobs, processes, results)

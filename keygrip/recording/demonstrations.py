@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import locked
+from keygrip.cores import usable_cores
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
@@ -142,7 +143,7 @@ def record_step(
         seed=seed,
         image_size=image_size,
         hz=hz,
-        processes=(os.cpu_count() or 1) if processes is None else processes,
+        processes=usable_cores() if processes is None else processes,
         cameras=None if cameras is None else tuple(cameras),
         depth=depth,
         video=video,

@@ -7,7 +7,6 @@ The environment is one that `env=gymnasium` evaluates (`keygrip.envs.gymnasium_e
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import locked
+from keygrip.cores import usable_cores
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
@@ -83,7 +83,7 @@ def record_step(
                 bar.update(len(there))
                 jobs = [{"seed": s} for s in batch if s not in failed and s not in there]
                 setup = settings | {"root": str(root)}
-                workers = min(processes or os.cpu_count() or 1, max(1, len(jobs)))
+                workers = min(processes or usable_cores(), max(1, len(jobs)))
                 for _, episode in run_jobs(python or sys.executable, WORKER, setup, jobs, workers, ADVICE):
                     if episode["success"]:
                         done, recorded = done + 1, recorded + 1

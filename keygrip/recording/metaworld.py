@@ -6,7 +6,6 @@ settings); tasks share one root and their folders are named ``<task>_<seed>``.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import locked
+from keygrip.cores import usable_cores
 from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, task_names
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
@@ -92,7 +92,7 @@ def record_step(
                 WORKER,
                 settings | {"root": str(root)},
                 jobs,
-                processes or os.cpu_count() or 1,
+                processes or usable_cores(),
                 INSTALL,
             ):
                 name = episode["task"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from keygrip.cores import usable_cores
 from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.shards.set_writer import MadeSample, write_shards
@@ -221,7 +221,7 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
             count,
             seed=first,
             image_size=size,
-            processes=processes or os.cpu_count() or 1,
+            processes=processes or usable_cores(),
         )
         references = find_demos(recorded.root, "native")[:count]
         settings = {"task": task.as_dict(), "image_size": size, "first_seed": first}

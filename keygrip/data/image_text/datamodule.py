@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from keygrip.artifacts import make_once, write_bytes
+from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSamples, read_npz
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.data.image_text.bucket_folders import MadeImages, read_info
@@ -88,7 +88,7 @@ class ImageShards(ResumableData):
             max_skipped_share,
         )
         self.cache_dir, self.cache_gb = cache_dir, cache_gb
-        self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
+        self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches, self.trim_text = prefetch_batches, trim_text
         self.skipped = BadSamples(max_skipped_share)
         self.prepare_data_per_node = False  # shards lie where every node sees them

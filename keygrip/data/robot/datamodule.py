@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch.utils.data import DataLoader
 
+from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
@@ -226,7 +227,7 @@ class RobotDemos(ResumableData):
         self.skipped = BadSamples(max_broken_share, setting="data.max_broken_share")
         self.cache_gb = cache_gb
         self.cache_dir = Path(cache_dir) if cache_dir is not None else self.root / CACHE_FOLDER
-        self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
+        self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
         self.verify, self.allow_changed = verify, allow_changed
         self.reads_calibration: bool | tuple[str, ...] = True  # of the model: which cameras must be calibrated

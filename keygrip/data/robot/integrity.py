@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import locked, sha256_bytes, sha256_file, write_json
+from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import (
     HOSTILE,
     BadSample,
@@ -168,7 +169,7 @@ def verify(
         known = _read_known(cache_dir / VERIFIED)
         fresh = [index for index, identity in enumerate(identities) if identity not in known]
         if fresh:
-            workers = min(threads or os.cpu_count() or 1, THREADS)
+            workers = min(threads or usable_cores(), THREADS)
             with ThreadPoolExecutor(workers) as pool:
                 checked = pool.map(lambda index: _verdict(demos[index], cameras, depth), fresh)
                 shown = Progress(

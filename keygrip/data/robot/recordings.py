@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import make_once
+from keygrip.cores import usable_cores
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Recording:
             seed=self.seed,
             image_size=self.image_size,
             hz=self.hz,
-            processes=(os.cpu_count() or 1) if self.processes is None else self.processes,
+            processes=usable_cores() if self.processes is None else self.processes,
             depth=self.depth,
             video=self.video,
             cameras=None if self.cameras is None else tuple(self.cameras),

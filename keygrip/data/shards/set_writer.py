@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keygrip.artifacts import STALE_AFTER_S, locked, sha256_bytes, write_json
+from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
@@ -129,7 +130,7 @@ def write_shards(
             log.info("%s: %d shards are made anew, whose items have changed", root, changed)
         total = sum(len(part) for _, part, _ in jobs)
         with Progress(total=total, desc=f"write {root}", unit="item", shown=progress) as bar:
-            for count, samples in _run(jobs, make, min(processes or os.cpu_count() or 1, max(1, len(jobs)))):
+            for count, samples in _run(jobs, make, min(processes or usable_cores(), max(1, len(jobs)))):
                 result.written += samples
                 bar.update(count)
         for path in sorted(root.glob(f"{name}-*.tar")):

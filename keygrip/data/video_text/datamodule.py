@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from keygrip.artifacts import locked
+from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import MEASURES, Budget, Shares, costliest
@@ -146,7 +146,7 @@ class VideoTexts(ResumableData):
         self.max_val_samples, self.window_shards = max_val_samples, window_shards
         self.cache_dir, self.cache_gb = cache_dir, cache_gb
         self.memory_gb, self.curriculum = memory_gb, list(curriculum or [])
-        self.num_workers = min((os.cpu_count() or 1) - 1, 4) if num_workers is None else num_workers
+        self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
         self.skipped = BadSamples(max_skipped_share)
         self.unusable = BadSamples(math.inf)  # nothing is wrong with them: they are counted and end no run

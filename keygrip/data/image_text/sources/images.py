@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from keygrip.artifacts import write_text
+from keygrip.cores import usable_cores
 from keygrip.data.image_text.bucket_folders import INFO, write_info
 from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
@@ -218,7 +219,7 @@ def images(
     open_items = sum(len(job.items) for job in jobs if not job.done)
     log.info("%d images, %d of them to do, on %s", len(last_entries(items)), open_items, place)
     if workers is None:
-        workers = min((os.cpu_count() or 1) - 1, 16)
+        workers = min(usable_cores() - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
     clock, cut_before = Clock(), encoders.captions_cut
     with Progress(total=open_items, desc=f"encode {source}", unit="image", shown=progress and rank.rank == 0) as bar:
