@@ -63,8 +63,8 @@ def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest."""
-    return min(buckets, key=lambda b: (abs(math.log(width / height) - math.log(b.width / b.height)), b))
+    """The bucket whose aspect ratio is nearest; of several the first."""
+    return min(buckets, key=lambda b: abs(math.log(width / height) - math.log(b.width / b.height)))
 
 
 def shared_crop(width: int, height: int, bucket: Bucket) -> Box:

@@ -34,6 +34,13 @@ def test_nearest_bucket_is_of_the_likest_shape() -> None:
     assert nearest_bucket(1000, 1900, buckets) == Bucket(48, 96)
 
 
+def test_of_buckets_of_one_shape_the_first_is_taken() -> None:
+    """A model draws at the most usual of its sizes, which comes first."""
+    large, small = Bucket(128, 128), Bucket(64, 64)
+    assert nearest_bucket(640, 640, [large, small]) == large
+    assert nearest_bucket(640, 640, [small, large]) == small
+
+
 def test_a_bucket_is_named_by_its_size() -> None:
     assert Bucket.from_name(Bucket(96, 48).name) == Bucket(96, 48)
     with pytest.raises(ValueError, match="does not name a bucket"):
