@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_json, read_text
+from keygrip.data.bad_samples import BadSample, guard, read_text
 from keygrip.data.csv_tables import table_rows
 
 CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
@@ -42,7 +43,7 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
                 rows: list[tuple[int, Any]] = list(table_rows(text))
             else:
                 numbered = enumerate(text.split("\n"), 1)
-                rows = [(number, parse_json(line, f"line {number}")) for number, line in numbered if line.strip()]
+                rows = [(number, _json_of(line, f"line {number}")) for number, line in numbered if line.strip()]
             next(name for _, row in rows for name in FILE_NAMES if name in row)
             next(name for _, row in rows for name in CAPTION_NAMES if name in row)
             told = ((_file_of(*each), [texts_of(each[1].get(name)) or () for name in CAPTION_NAMES]) for each in rows)
@@ -53,6 +54,17 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
             f"{path} is not a list of captions: it needs one of the columns {', '.join(FILE_NAMES)} and one of "
             f"{', '.join(CAPTION_NAMES)} ({reason}); repair it, or rename it if it is another kind of file"
         ) from error
+
+
+def _json_of(text: str, where: object) -> Any:
+    """JSON of which file name and captions count: downloaders write NaN and broken text in fields beside them (LAION's
+    `similarity`, EXIF). Raises BadSample: it is none, or these are no UTF-8 text."""
+    with guard(where):
+        content = json.loads(text, parse_int=float)  # numbers of any length
+        counted = (*FILE_NAMES, *CAPTION_NAMES)
+        told = [content.get(name) for name in counted] if isinstance(content, dict) else content
+        json.dumps(told, ensure_ascii=False).encode()
+    return content
 
 
 def _file_of(number: int, row: Any) -> str:
@@ -96,7 +108,7 @@ def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path
             if len(lines) > 1:
                 wrapped.append(file.name)
             continue
-        content = read_json(file)
+        content = _json_of(read_text(file), file)
         if not isinstance(content, dict | list):
             raise BadSample(file, "it is neither an object nor a list of captions")
         told = {"captions": content} if isinstance(content, list) else content

@@ -103,6 +103,8 @@ def test_a_list_beside_an_image_is_its_captions(
         ("a.txt", "caf\u00e9".encode("latin-1"), "a.txt: it is not UTF-8 text (from byte 3 on): save it as UTF-8"),
         ("a.json", '{"caption": "caf\u00e9"}'.encode("latin-1"), "a.json: it is not UTF-8 text (from byte 16 on)"),
         ("a.json", b"{caption: one}", "a.json: Expecting property name"),
+        ("a.json", b'{"caption": "half of a pair \\ud83d"}', "a.json: UnicodeEncodeError"),
+        ("a.json", b"[" * 100000, "a.json: "),
         ("a.caption", None, "a.caption: it is a folder, not a file"),
     ],
 )
@@ -119,6 +121,16 @@ def test_a_broken_file_of_captions_is_named(name: str, content: bytes | None, re
     assert whole.reason.startswith(reason)
     assert whole.bucket is None
     assert broken.reason == "it is not an image of a known format"
+
+
+def test_what_stands_beside_a_caption_is_no_fault_of_it(tmp_path: Path) -> None:
+    """img2dataset writes NaN for scores that an image lacks (LAION's), and EXIF as it stands in the file."""
+    beside = {"similarity": float("nan"), "hash": 10**40, "exif": "\ud83d"}
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps({"caption": "one", **beside}))
+    picture(tmp_path / "b.png", 1)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "two", **beside}))
+    assert [(item.captions, item.reason) for item in listed(tmp_path)] == [(("one",), ""), (("two",), "")]
 
 
 def test_rows_may_name_their_file_in_different_columns(tmp_path: Path) -> None:
