@@ -24,7 +24,7 @@ from keygrip.evaluation.attribute_classifier import (
 )
 from keygrip.evaluation.image_captions import WORD, ClipSimilarity, change_caption
 from keygrip.evaluation.image_distances import Distances
-from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_images
+from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_batches
 from keygrip.evaluation.image_statistics import grain, set_figures
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, refuse_idle_interval
@@ -362,10 +362,10 @@ class Suite:
     @torch.no_grad()
     def reference(self) -> Tensor:
         """Features [N, F] of real training images, with which sets are compared; real held-out ones too."""
-        parts = training_images(self.data, self.encoders, self.options.features.reference_images)
-        device = self.module.device
-        batches = [batch for part in parts for batch in part.split(64)]
-        return torch.cat([self.features.features(batch.to(device).float() / 255).float().cpu() for batch in batches])
+        features, device = self.features.features, self.module.device
+        batches = training_batches(self.data, self.encoders, self.options.features.reference_images)
+        parts = (part for batch in batches for part in batch.split(64))
+        return torch.cat([features(part.to(device).float() / 255).float().cpu() for part in parts])
 
     def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
         """Real images in the place of drawn ones: another one of the set, each as an autoencoder brings it back (than

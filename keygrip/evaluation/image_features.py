@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -159,11 +159,16 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
     return FeatureEncoder(lambda images: network.to(images.device)(images), f"trained {fingerprint}", sha256_file(file))
 
 
+def training_batches(data: ImageShards, encoders: Encoders, limit: int) -> Iterator[Tensor]:
+    """The same images as uint8 [B, 3, H, W] of one size each, of which only one is held in memory."""
+    for batch in data.held_out("train", limit, with_images=True):
+        yield real_images(encoders, batch)
+
+
 def training_images(data: ImageShards, encoders: Encoders, limit: int) -> list[Tensor]:
     """uint8 [N, 3, H, W] of each size: so many training images at most, spread evenly over the buckets."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    for batch in data.held_out("train", limit, with_images=True):
-        shown = real_images(encoders, batch)
+    for shown in training_batches(data, encoders, limit):
         found.setdefault(tuple(shown.shape[2:]), []).append(shown)
     return [torch.cat(found[size]) for size in sorted(found)]
 

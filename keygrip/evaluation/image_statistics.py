@@ -12,6 +12,7 @@ from torch.nn import functional
 
 NEIGHBOURS = 3  # k of precision and recall
 BANDWIDTH = 10.0  # bandwidth of the CMMD kernel
+ROWS = 1024  # images whose distances to all others are held at once: all of 50 000 against 50 000 take 20 GB
 
 
 def frechet_distance(left: Tensor, right: Tensor) -> float:
@@ -47,12 +48,13 @@ def cmmd(left: Tensor, right: Tensor) -> float:
     a, b = (functional.normalize(values.double(), dim=-1) for values in (left, right))
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (-(2 - 2 * x @ y.T) / (2 * BANDWIDTH**2)).exp()
+        """The sum over all pairs."""
+        return torch.stack([(-(2 - 2 * rows @ y.T) / (2 * BANDWIDTH**2)).exp().sum() for rows in x.split(ROWS)]).sum()
 
     def within(x: Tensor) -> Tensor:
-        return (kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1))
+        return (kernel(x, x) - len(x)) / (len(x) * (len(x) - 1))
 
-    return float(1000 * (within(a) + within(b) - 2 * kernel(a, b).mean()))
+    return float(1000 * (within(a) + within(b) - 2 * kernel(a, b) / (len(a) * len(b))))
 
 
 def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
@@ -67,8 +69,10 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) 
         raise ValueError(f"Precision and recall need more than {neighbours} images on each side.")
 
     def share(points: Tensor, others: Tensor) -> float:
-        radius = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # the nearest is the image itself
-        return float((torch.cdist(points, others) <= radius).any(dim=1).double().mean())
+        apart = (torch.cdist(rows, others) for rows in others.split(ROWS))
+        radius = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in apart])  # the nearest is the image itself
+        inside = [(torch.cdist(rows, others) <= radius).any(dim=1) for rows in points.split(ROWS)]
+        return float(torch.cat(inside).double().mean())
 
     a, b = drawn.double(), real.double()
     return share(a, b), share(b, a)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from image_sets import SQUARE, WIDE, small_encoders, write_images, write_tiny_clip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.evaluation import image_features
+from keygrip.evaluation import image_features, image_statistics
 from keygrip.evaluation.image_captions import ClipSimilarity
 from keygrip.evaluation.image_features import FeatureOptions, train_encoder
 from keygrip.evaluation.image_report import (
@@ -85,6 +86,28 @@ def test_precision_and_recall_tell_quality_from_variety() -> None:
     assert precision > 0.95
     assert recall < 0.3
     assert precision_recall(real + 50, real) == (0.0, 0.0)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            self.numbers = max(self.numbers, value.numel() if isinstance(value, torch.Tensor) else 0)
+        return found
+
+
+def test_large_sets_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All distances between 50 000 images, of which the FID is usual, would take 20 GB several times over."""
+    left, right = normal(900, 0), normal(700, 1, 0.5)
+    whole = set_figures(left, right)
+    monkeypatch.setattr(image_statistics, "ROWS", 64)
+    with Largest() as largest:
+        assert set_figures(left, right) == whole
+    assert largest.numbers <= 64 * 900
 
 
 def test_grain_sees_noise_and_not_edges_or_shading() -> None:
