@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,8 +53,10 @@ class EvaluateImages(Callback):
         module = load_module(self.run_dir, expected=PatchDiTModule)  # with EMA weights
         module.to(trainer.strategy.root_device)  # where it was trained: by now the trainer has taken its own to the CPU
         assert isinstance(module, PatchDiTModule)
+        data = copy.copy(self.data)
+        data.trainer = None  # by whose processes batches are divided; this one evaluates alone
         output = self.run_dir / "pictures"
-        figures, images = run_suite(module, self.data, self.suite, output)
+        figures, images = run_suite(module, data, self.suite, output)
         write_json(output / "result.json", figures)
         for name, value in headline(figures).items():
             trainer.callback_metrics[f"pictures/{name}"] = torch.tensor(value)

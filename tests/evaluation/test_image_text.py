@@ -7,6 +7,7 @@ import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from keygrip.config import compose
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.evaluation import image_features
+from keygrip.evaluation import image_callback, image_features
 from keygrip.evaluation import image_text as validation
 from keygrip.evaluation.attribute_classifier import (
     ClassifierError,
@@ -27,6 +28,7 @@ from keygrip.evaluation.attribute_classifier import (
     Verdict,
     real_images,
 )
+from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.evaluation.image_captions import change_caption
 from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite, summarise
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
@@ -532,6 +534,32 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     assert (run / "evaluation" / "report.md").is_file()
     with pytest.raises(ValueError, match="PatchDiTModule, and 'episodes' is a setting of evaluate=policy"):
         evaluate.run(compose("evaluate", [f"checkpoint={run}", "episodes=3"]))
+
+
+def test_after_training_in_several_processes_one_evaluates_all_images(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And trains the encoder of features on all: its file, kept beside the shards, is that of the whole set."""
+    data = shards(root)
+    module = module_for(data)
+    trainer = SimpleNamespace(is_global_zero=True, global_rank=0, world_size=2, loggers=[], global_step=2)
+    trainer.strategy, trainer.callback_metrics = SimpleNamespace(root_device=torch.device("cpu")), {}
+    data.trainer = trainer  # type: ignore[assignment]
+    monkeypatch.setattr(image_callback, "load_module", lambda *_, **__: module)
+    trained_on: list[int] = []
+
+    def train_encoder(images: list[torch.Tensor], options: FeatureOptions) -> image_features.SmallEncoder:
+        trained_on.append(sum(map(len, images)))
+        return image_features.SmallEncoder(options.width).eval()
+
+    monkeypatch.setattr(image_features, "train_encoder", train_encoder)
+    suite = quick(cases=["reconstruction"], images=12, features=replace(FAST, steps=1))
+    EvaluateImages(suite, data, str(tmp_path)).on_fit_end(trainer, module)  # type: ignore[arg-type]
+    result = json.loads((tmp_path / "pictures" / "result.json").read_text())
+    alone = len(shards(root).samples("test", 12))
+    assert result["cases"]["reconstruction"]["images"] == alone
+    assert trained_on == [len(shards(root).samples("train"))]
+    assert data.trainer is trainer
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
