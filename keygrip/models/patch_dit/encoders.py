@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from keygrip.models.nn.precision import without_autocast
 from keygrip.models.patch_dit.autoencoders import Autoencoder, PixelPacking
 from keygrip.models.patch_dit.dino_view import COLOUR, GAMMA, GREY, DinoView, grey
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, TextEncoder
@@ -73,9 +74,14 @@ class Encoders:
             return self.autoencoder.encode(images.to(self.device)).float()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """float32 [B, C, h, w] -> images, float32 [B, 3, H, W] in 0..1."""
-        with torch.no_grad():
-            return self.autoencoder.decode(latents.to(self.device).float()).float().clamp(0, 1)
+        """float32 [B, C, h, w] -> images, float32 [B, 3, H, W] in 0..1.
+
+        In the autoencoder's own type, also under autocast: rounding to bfloat16 is grain, and large autoencoders exceed
+        what float16 holds.
+        """
+        latents = latents.to(self.device).float()
+        with torch.no_grad(), without_autocast(latents):
+            return self.autoencoder.decode(latents).float().clamp(0, 1)
 
     def encode_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States float32 [B, L, Dt], zeros at padding, and mask bool [B, L].

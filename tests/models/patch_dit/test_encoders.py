@@ -213,6 +213,20 @@ def test_the_autoencoder_of_a_flux_folder(flux: Path) -> None:
     assert own.description() == autoencoder.description()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_latents_are_decoded_in_the_autoencoder_s_own_type(dtype: torch.dtype, flux: Path) -> None:
+    """Also where the network that drew them is evaluated in fewer bits, in which this one exceeds float16."""
+    autoencoder = FluxAutoencoder(str(flux), dtype="float32")
+    with torch.no_grad():
+        autoencoder.model.decoder.conv_in.weight.mul_(1e5)
+    encoders = Encoders(autoencoder, RandomWordVectors(8, 8), small_encoders().view)
+    latents = torch.randn(1, 16, 2, 3, generator=torch.Generator().manual_seed(0))
+    wanted = encoders.decode_latents(latents)
+    assert wanted.std() > 0.01
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(encoders.decode_latents(latents), wanted)
+
+
 def test_an_autoencoder_of_another_size_is_refused(flux: Path) -> None:
     with pytest.raises(ValueError, match="latents of 16 channels and stride 8; 4 and 8 are asked for"):
         _ = FluxAutoencoder(str(flux), channels=4).model
