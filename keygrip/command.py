@@ -229,8 +229,10 @@ def _debug_requested(overrides: Sequence[str]) -> bool:
 
 
 def _helper_process() -> bool:
-    """Whether Lightning started this process from another one that the user started."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+    """Whether Lightning started this process from another one that the user started: neither torchrun nor, by its own
+    number, srun, whose variables it may have inherited (a shell or a batch script of SLURM)."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    return local not in ("0", os.environ.get("SLURM_LOCALID")) and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _say(line: str) -> None:

@@ -41,7 +41,9 @@ def assert_same_training(left: Path, right: Path) -> None:
 
 def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
     assert keygrip.train([*HERE, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
-    done = command("keygrip.train", *TOY, "strategy=ddp_cpu", "run_dir=two")
+    # In a shell that SLURM gave: its variables are those of the shell, not of the two processes.
+    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    done = command("keygrip.train", *TOY, "strategy=ddp_cpu", "run_dir=two", **slurm)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
