@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cache
@@ -95,14 +97,17 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
 @cache
 def _claimed(group: Path, start: int = 0) -> Path:
     """A new folder in ``group`` that no other process has: two starts in one second get two folders."""
-    name = stamp(start)
-    if name.startswith("job-") or "TORCHELASTIC_RUN_ID" in os.environ:
-        return group / (name if start < 2 else f"{name}-{start}")  # its processes share it; `hold` keeps others out
+    name, alone = stamp(start), _only_task_of_slurm()
+    named = group / (name if start < 2 else f"{name}-{start}")
+    if "TORCHELASTIC_RUN_ID" in os.environ or (name.startswith("job-") and not alone):
+        return named  # its processes share it; `hold` keeps others out
     told = f"KEYGRIP_RUN_FOLDER_{start}"  # to the processes that Lightning starts with the same script
     parent, _, given = os.environ.get(told, "").partition(":")
     if start and not is_first_process() and parent == str(os.getppid()):
         return Path(given)
-    folder = new_folder(group, name)
+    if alone and restarted_by_scheduler() and named.is_dir():
+        return named
+    folder = new_folder(group, named.name if alone else name)
     if start:
         os.environ[told] = f"{os.getpid()}:{folder}"
     return folder
@@ -223,13 +228,24 @@ def stamp(start: int = 0) -> str:
                 "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
             )
         return _parents_start()
-    if (
-        int(environment.get("SLURM_NTASKS") or 1) > 1
-        and "SLURM_JOB_ID" in environment
-        and "SLURM_PROCID" in environment
-    ):
-        return f"job-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
+    if _in_slurm():
+        name = f"job-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
+        # The step's number is missing in a batch script without srun, which may train several times, one after another.
+        return f"{name}-{_digest(sys.argv[1:])}" if _only_task_of_slurm() else name
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _in_slurm() -> bool:
+    return {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys()
+
+
+def _only_task_of_slurm() -> bool:
+    """Whether this is a SLURM job of one task. Queued again, it must find its run folder by its name."""
+    return _in_slurm() and int(os.environ.get("SLURM_NTASKS") or 1) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _digest(arguments: list[str]) -> str:
+    return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8]
 
 
 def _parents_start() -> str:

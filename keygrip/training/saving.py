@@ -6,8 +6,10 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -207,12 +209,14 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
 
 
 class SaveOnInterrupt(Callback):
-    """Ctrl-C, SIGTERM and the warning signals of schedulers: finish the step, save, and say how to go on.
+    """Ctrl-C, SIGTERM and SIGUSR1, by which schedulers warn before they end a job: finish the step, save, and say how
+    to go on.
 
-    A second Ctrl-C ends at once. Processes agree on the step at which they stop.
+    A second Ctrl-C ends at once. Processes agree on the step at which they stop. After SIGUSR1 (``sbatch
+    --signal=USR1@120 --requeue``) a SLURM job is queued again; it then finds its run folder and goes on.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -249,12 +253,32 @@ class SaveOnInterrupt(Callback):
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
                 where = f"saved {callback.latest_path}; go on with resume={callback.folder.parent}"
+        if number == signal.SIGUSR1 and trainer.is_global_zero:
+            _queue_again()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}", number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _queue_again() -> None:
+    """Asks SLURM to queue this job again, if it is one of its."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        failure = "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+    except OSError as error:
+        failure = str(error)
+    if failure:
+        log.warning("SLURM did not queue job %s again: %s", job, failure)
+    else:
+        log.info("SLURM queues job %s again", job)
 
 
 def _refuse_non_finite(trainer: Trainer) -> None:

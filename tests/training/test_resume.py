@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 from collections.abc import Callable
@@ -15,8 +16,14 @@ from torch import Tensor
 
 from keygrip import train
 from keygrip.config import compose
+from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.signals import Interrupted
+
+# What SLURM tells a job of one task.
+SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"} | {
+    f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID", "STEP_ID")
+}
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
@@ -93,7 +100,7 @@ def test_killed_process_resumes_to_the_same_bits(
     assert_equal(state_of(tmp_path / "killed"), uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     name: str,
     toy_overrides: Callable[..., list[str]],
@@ -114,6 +121,40 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     train.run(compose("train", [*overrides[:-1], f"resume={folder}"]))
     assert_equal(state_of(folder), uninterrupted)
+
+
+def test_a_slurm_job_that_is_warned_saves_is_queued_again_and_goes_on(
+    toy_overrides: Callable[..., list[str]],
+    uninterrupted: dict[str, Tensor],
+    cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "$@" >> called.txt\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+
+    def start() -> int:
+        for names in (run_folder.stamp, run_folder._claimed):
+            names.cache_clear()
+        return int(cli(*(each for each in toy_overrides("") if not each.startswith("run_dir="))).code)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("TOY_STOP_AT", "7")
+        patch.setenv("TOY_SIGNAL", "SIGUSR1")
+        assert start() == 128 + signal.SIGUSR1
+    assert (tmp_path / "called.txt").read_text() == "requeue 42\n"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert start() == 0
+    (folder,) = (tmp_path / "runs" / "toy_toy").iterdir()
+    assert not list(folder.glob("hpc_ckpt*"))  # Lightning's, which no resumed run reads
+    assert_equal(state_of(folder), uninterrupted)
+    for names in (run_folder.stamp, run_folder._claimed):
+        names.cache_clear()
 
 
 def test_a_run_cut_off_after_its_training_keeps_the_metrics_of_it(

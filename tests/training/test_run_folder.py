@@ -134,6 +134,24 @@ def test_slurm_tasks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_folder.choose(None, False, "m", "d") == "runs/m_d/job-42.0"
 
 
+def test_a_slurm_job_of_one_task_finds_its_folder_when_it_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_NTASKS", "1"), ("SLURM_JOB_ID", "42"), ("SLURM_PROCID", "0")):
+        monkeypatch.setenv(name, value)
+
+    def started(*arguments: str) -> str:  # by one process after another
+        run_folder.stamp.cache_clear()
+        run_folder._claimed.cache_clear()
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        return run_folder.choose(None, False, "m", "d")
+
+    commands = (["seed=1"], ["seed=2"])  # a batch script that trains twice
+    before = [started(*command) for command in commands]
+    assert all(Path(folder).name.startswith("job-42.0-") for folder in before)
+    assert len({*before, started("seed=1")}) == 3  # nothing was queued again: three runs
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert [started(*command) for command in commands] == before
+
+
 def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
     assert Path(run_folder.choose_for_sweep(False, "m", "d")).parent == Path("runs/sweeps/m_d")
     with pytest.raises(FileNotFoundError, match="no sweep in"):

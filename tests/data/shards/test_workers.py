@@ -23,7 +23,7 @@ for batch in loader:
             os.killpg(os.getpgrp(), signal.SIGTERM)
         else:  # as Slurm does: from a process that is not the trainer
             workers = [str(worker.pid) for worker in loader._iterator._workers]
-            for name in ("-TERM", "-INT"):
+            for name in ("-TERM", "-INT", "-USR1"):
                 subprocess.run(["kill", name, *workers], check=True)
             os.kill(os.getpid(), signal.SIGTERM)
 print(seen, len(received), *(worker.pid for worker in loader._iterator._workers))
