@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from keygrip.training.saving import AtomicCheckpointIO
 from keygrip.training.strategies import Strategy
 from keygrip.training.sweeps import DRY_RUN, read_result, write_result
 from keygrip.training.system import System, parameters_m
-from keygrip.training.time_limit import ScheduleByTime
+from keygrip.training.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
     kept = TrainedMetrics(folder, trained.get("metrics", {}))
     callbacks.append(kept)
     if cfg.max_minutes is not None:
-        callbacks.append(ScheduleByTime())
+        callbacks.append(TimeLimit(cfg.max_minutes))
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
@@ -169,7 +168,6 @@ def _trainer(
         **arguments,
         max_steps=cfg.max_steps,
         max_epochs=cfg.max_epochs,
-        max_time=None if cfg.max_minutes is None else timedelta(minutes=cfg.max_minutes),
         val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
         check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
         limit_val_batches=cfg.limit_val_batches,

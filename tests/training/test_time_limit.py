@@ -9,14 +9,14 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Timer
 from torch import nn
 
 from keygrip import train
 from keygrip.config import compose
+from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
 from keygrip.training.sweeps import read_result
-from keygrip.training.time_limit import ScheduleByTime
+from keygrip.training.time_limit import TimeLimit
 
 LIMIT_S = 20.0
 
@@ -46,13 +46,12 @@ class Module(lightning.LightningModule):
 def rates(monkeypatch: pytest.MonkeyPatch, max_steps: int, step_s: float) -> list[float]:
     """Learning rates of a run whose steps take `step_s` on a clock of its own."""
     module = Module()
-    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": len(module.rates) * step_s)
-    monkeypatch.setattr(Timer, "time_remaining", lambda self, stage="train": LIMIT_S - len(module.rates) * step_s)
+    monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": len(module.rates) * step_s)
+    monkeypatch.setattr(TimeLimit, "time_remaining", lambda self, stage="train": LIMIT_S - len(module.rates) * step_s)
     trainer = lightning.Trainer(
         max_steps=max_steps,
         max_epochs=-1,
-        max_time={"seconds": int(LIMIT_S)},
-        callbacks=[ScheduleByTime()],
+        callbacks=[TimeLimit(LIMIT_S / 60)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -84,6 +83,22 @@ def test_minutes_alone_end_a_run_with_a_constant_rate(toy_overrides: Callable[..
     assert result["status"] == "finished"
     assert result["steps"] > 0
     assert Path(result["checkpoint"]).is_file()
+
+
+def test_the_time_ends_with_a_step_and_a_longer_run_goes_on_as_if_it_had_not(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulated = ("accumulate_grad_batches=2", "optimizer.schedule=constant")
+    train.run(compose("train", toy_overrides("whole", *accumulated)))
+    with monkeypatch.context() as patch:
+        patch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 100.0)  # from the first batch on
+        patch.setattr(TimeLimit, "on_fit_start", lambda *_: None)
+        train.run(compose("train", toy_overrides("ended", *accumulated, "max_minutes=1")))
+    assert read_result(tmp_path / "ended")["steps"] == 1
+    train.run(compose("train", toy_overrides("ended", *accumulated, "max_minutes=1000", "resume=true")))
+    one, two = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "ended"))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
 
 
 def test_a_run_that_saves_nothing_names_no_checkpoint(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
