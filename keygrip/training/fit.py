@@ -197,9 +197,9 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
     """
     if not isinstance(module, System):
         raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if run_folder.started_together() > 1:
         raise ValueError(
-            "dry_run=true computes one process's share in one process: start it without torchrun, with "
+            "dry_run=true computes one process's share in one process: start it without torchrun or srun, with "
             "strategy.devices=GPUS_OF_A_MACHINE strategy.num_nodes=MACHINES"
         )
     processes, sharded = strategy.processes, strategy.kind == "fsdp"

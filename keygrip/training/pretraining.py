@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from keygrip.config import compose
 from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.idle_settings import BUILT, unread
 from keygrip.training.resuming import differing_settings
-from keygrip.training.run_folder import CHECKPOINT
+from keygrip.training.run_folder import CHECKPOINT, started_together
 from keygrip.training.sweeps import FINISHED, read_result
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,8 @@ class PretrainingStage:
             if self._finished(run):
                 return self._checked(run)
             command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError(
-                    f"{run} is missing, and it is trained by one process: run `{' '.join(command[1:])}` first"
-                )
+            if started_together() > 1:
+                raise ValueError(f"{run} is missing, and it is trained by one process: run `{self._command()}` first")
             if (run / CHECKPOINT).is_file():
                 command.append("resume=true")
             log.info("%s: %s is not there, training it: keygrip.train %s", self.name, run, " ".join(self.overrides))
@@ -89,11 +87,13 @@ class PretrainingStage:
         if self._finished(self.run_dir):
             self._checked(self.run_dir)
         else:
-            command = f"python -m keygrip.train {' '.join(self.overrides)} run_dir={self.run_dir}"
             raise ValueError(
                 f"dry_run=true: {self.run_dir} is missing, which this run begins with, and a dry run trains nothing: "
-                f"run `{command}` first, or name other weights (null: random ones, of an encoder)"
+                f"run `{self._command()}` first, or name other weights (null: random ones, of an encoder)"
             )
+
+    def _command(self) -> str:
+        return shlex.join(["python", "-m", "keygrip.train", *self.overrides, f"run_dir={self.run_dir}"])
 
     def _checked(self, run: Path) -> Path:
         """A finished run, if its settings are those that the overrides stand for now: what they name may change."""

@@ -168,6 +168,11 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
+def started_together() -> int:
+    """How many processes torchrun, srun or Lightning started for this run; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
 def _still_going_on(folder: Path) -> str:
     return f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
 

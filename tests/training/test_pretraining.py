@@ -64,10 +64,14 @@ def test_a_run_of_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     assert "log" not in str(no.value).partition("now:")[2]
 
 
-def test_a_run_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"is trained by one process: run `-m keygrip\.train seed=0"):
-        made(["seed=0"], str(tmp_path)).complete()
+@pytest.mark.parametrize("number", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])  # of torchrun, of srun
+def test_a_run_is_made_by_one_process(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(number, "2")
+    overrides = ["model=nothing", "data.name=two words"]
+    with pytest.raises(ValueError, match="is missing, and it is trained by one process") as no:
+        made(overrides, str(tmp_path)).complete()
+    # as a shell wants it
+    assert "run `python -m keygrip.train model=nothing 'data.name=two words' run_dir=" in str(no.value)
 
 
 def test_a_failed_run_is_an_error(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_a_dry_run_is_of_one_process_of_several(
     with pytest.raises(ValueError, match="batch_size=4 is the global batch and must divide by the 3 processes"):
         dry("three", "strategy.kind=fsdp", "strategy.devices=3")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="without torchrun"):
+    with pytest.raises(ValueError, match="without torchrun or srun"):
         dry("torchrun")
 
 
