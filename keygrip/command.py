@@ -28,7 +28,7 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
-from keygrip.training.signals import RECEIVED, Interrupted, SweepInterrupted, unmasked
+from keygrip.training.signals import RECEIVED, Interrupted, SweepInterrupted, SweepRefused, unmasked
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
@@ -100,6 +100,9 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     except KeyboardInterrupt:
         _say("stopped by SIGINT")
         code = 128 + signal.SIGINT
+    except SweepRefused as no:
+        _say(str(no))
+        code = USER_ERROR
     except SweepInterrupted as stop:
         _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
         code = 128 + stop.signal_number

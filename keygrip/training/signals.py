@@ -1,4 +1,4 @@
-"""Exceptions of runs and sweeps that a signal ended."""
+"""Exceptions of runs and sweeps that a signal ended, and of sweeps that do not begin."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def unmasked(run: Callable[[Any], Any], cfg: Any) -> Any:
         if not RECEIVED:
             raise
         raise Interrupted(f"stopped by {signal.Signals(RECEIVED[-1]).name}", RECEIVED[-1]) from error
+
+
+class SweepRefused(BaseException):
+    """A sweep does not begin; the message says why. Not an ``Exception``: Hydra makes a warning of a callback's."""
 
 
 class SweepInterrupted(BaseException):

@@ -20,8 +20,9 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
-from keygrip.training.run_folder import CHECKPOINT
-from keygrip.training.signals import Interrupted, SweepInterrupted, unmasked
+from keygrip.config_errors import root_cause
+from keygrip.training.run_folder import CHECKPOINT, RunFolderError, restarted_by_scheduler
+from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused, unmasked
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ def run_job(
         raise
     except Exception as error:
         line = describe(error, overrides)
-        record_failure(folder, FAILED, line, overrides, error)
+        if not isinstance(root_cause(error), RunFolderError):  # the folder is another run's
+            record_failure(folder, FAILED, line, overrides, error)
         if debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
         log.error("job %s (%s) failed: %s", hydra_cfg.job.num, " ".join(overrides), line)
@@ -117,10 +119,18 @@ def numbers(figures: Any) -> dict[str, float]:
 
 
 class SweepSummary(Callback):
-    """Hydra callback: notes at the start which jobs there will be, and writes the table at the end."""
+    """Hydra callback: notes at the start which jobs there will be, and writes the table at the end.
+
+    A folder that holds a sweep already is refused, unless that one is to go on: its plan and table would be lost.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
+        if "resume" in config and not config.resume and not restarted_by_scheduler() and (folder / PLAN).is_file():
+            raise SweepRefused(
+                f"{folder} already holds a sweep: continue it with its command and resume=true, or give another "
+                "hydra.sweep.dir"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
         with read_write(config), open_dict(config):

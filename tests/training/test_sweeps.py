@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from keygrip.artifacts import locked
 from keygrip.training.sweeps import PLAN, collect, finish_sweep, markdown, table, write_result
 
 TOY = [
@@ -67,9 +68,27 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any]) -> None:
     result = json.loads(Path("sweep/1/result.json").read_text())
     write_result(Path("sweep/1"), {**result, "status": "running", "metrics": {}})
     assert [row["status"] for row in collect(Path("sweep"))] == ["finished", "killed"]
+    going_on = Path("sweep/1/result.json").read_text()
+    with locked(Path("sweep/1/.lock")):  # the job is going on in another process
+        outcome = cli(*jobs, "resume=true")
+    assert outcome.code == 1
+    assert "sweep/1 belongs to a run that is still going on" in outcome.err
+    assert Path("sweep/1/result.json").read_text() == going_on
     assert cli(*jobs, "resume=true").code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
     assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
+
+
+def test_a_sweep_is_not_written_over_another(cli: Callable[..., Any]) -> None:
+    Path("sweep").mkdir()
+    plan = json.dumps({"command": "that of days ago", "jobs": [["seed=1"]], "started": 1.0})
+    Path("sweep", PLAN).write_text(plan)
+    outcome = cli(*TOY, "optimizer.lr=0.01,0.1")
+    assert outcome.code == 1
+    said = "keygrip: sweep already holds a sweep: continue it with its command and resume=true, or give another "
+    assert outcome.err.splitlines()[-1] == f"{said}hydra.sweep.dir"
+    assert [path.name for path in Path("sweep").iterdir()] == [PLAN]
+    assert Path("sweep", PLAN).read_text() == plan
 
 
 def test_several_devices_in_one_process_are_refused(cli: Callable[..., Any]) -> None:
