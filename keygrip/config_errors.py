@@ -130,7 +130,7 @@ def chain(error: BaseException) -> list[BaseException]:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What a resolver or constructor raised, without what Hydra and OmegaConf wrapped around it."""
+    """What a resolver or constructor raised, without what Hydra, OmegaConf and logging wrapped around it."""
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -142,6 +142,8 @@ def root_cause(error: BaseException) -> BaseException:
         if inner is None:
             break
         current = inner
+    if isinstance(current.__cause__, OSError) and str(current).startswith("Unable to configure handler"):
+        return current.__cause__  # logging's, of a log file in a folder that takes none
     return current
 
 

@@ -177,6 +177,13 @@ def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytes
     assert (line.rpartition("; ")[2], code) == ("free some, and run the command again", 1)
 
 
+def test_a_run_folder_that_takes_no_log_file_is_named(cli: Callable[..., Any], tmp_path: Path) -> None:
+    log = tmp_path / "run" / "train.log"
+    log.mkdir(parents=True)  # also root, who may write everywhere, cannot open it
+    outcome = cli(*TOY, f"run_dir={log.parent}")
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (1, f"keygrip: Is a directory: {log}")
+
+
 def test_the_end_of_another_process_is_named() -> None:
     said = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
     expected = "another process of this run ended: see what it said, and go on with resume=<run folder>"
