@@ -24,7 +24,7 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,21 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
         )
         if text.count("[") + text.count("{") > MAX_DEPTH or "\\u" in text:
             _check_nesting(value)
+    return value
+
+
+def parse_fields(content: bytes | str, where: object, names: Iterable[str]) -> Any:
+    """JSON of which some fields count, or all where it is no object. What stands in others is let pass: downloaders
+    write NaN, numbers of any length and broken text there (LAION's `similarity`, EXIF).
+
+    Raises:
+        BadSample: it is no JSON, or these fields are no UTF-8 text; `where` is for the message.
+    """
+    text = _decoded(content, where) if isinstance(content, bytes) else content
+    with guard(where):
+        value = json.loads(text, parse_int=float)
+        counted = [value.get(name) for name in names] if isinstance(value, dict) else value
+        json.dumps(counted, ensure_ascii=False).encode()
     return value
 
 

@@ -34,8 +34,9 @@ class RecedingHorizon:
             one): where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the
             pause. 0 switches this off.
         ensemble: average each step with the poses that earlier plans predicted for the same time, weighted by
-            ``exp(-ensemble_decay * age in plans)`` (Zhao et al., "Learning Fine-Grained Bimanual Manipulation with
-            Low-Cost Hardware", 2023). Needs ``execute_seconds`` shorter than the plan to have any effect.
+            ``exp(-ensemble_decay * age in plans)``: the newest plan counts most, where Zhao et al. ("Learning
+            Fine-Grained Bimanual Manipulation with Low-Cost Hardware", 2023) let the oldest count most; a negative
+            decay does as they do. Needs ``execute_seconds`` shorter than the plan to have any effect.
         grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its
             state between: a half-open command does not hold an object. Equal None: the predicted opening is sent as it
                 is.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, read_text
+from keygrip.data.bad_samples import BadSample, guard, parse_fields, read_text
 from keygrip.data.csv_tables import table_rows
 
 CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
@@ -57,14 +56,7 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _json_of(text: str, where: object) -> Any:
-    """JSON of which file name and captions count: downloaders write NaN and broken text in fields beside them (LAION's
-    `similarity`, EXIF). Raises BadSample: it is none, or these are no UTF-8 text."""
-    with guard(where):
-        content = json.loads(text, parse_int=float)  # numbers of any length
-        counted = (*FILE_NAMES, *CAPTION_NAMES)
-        told = [content.get(name) for name in counted] if isinstance(content, dict) else content
-        json.dumps(told, ensure_ascii=False).encode()
-    return content
+    return parse_fields(text, where, (*FILE_NAMES, *CAPTION_NAMES))
 
 
 def _file_of(number: int, row: Any) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.bad_samples import BadSample, guard, parse_fields, read_text
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.keys import sample_key
@@ -106,7 +106,7 @@ def _caption_in(parts: Parts) -> str:
         return parts["txt"].decode("utf-8-sig")
     if "json" not in parts:
         raise ValueError("it has no caption: neither txt nor json")
-    content = parse_json(parts["json"], "json")
+    content = parse_fields(parts["json"], "json", ["caption"])
     found = content.get("caption") if isinstance(content, Mapping) else None
     if found is None:
         raise ValueError("it has no caption: no txt, and no `caption` in its json")

@@ -380,6 +380,7 @@ TARS: dict[str, tuple[list[tuple[str, bytes]], set[str], list[str]]] = {
     "a json of a list": ([A[0], ("a.json", b'[{"caption": "c"}]'), *B], {"b"}, ["no `caption` in its json"]),
     "a caption of a number": ([A[0], ("a.json", b'{"caption": 3}'), *B], {"b"}, ["its caption is not text"]),
     "an image beside": ([*A, ("a.jpg", b"\xff\xd8"), *B], {"a", "b"}, []),  # a downloader's thumbnail
+    "a json with NaN": ([A[0], ("a.json", b'{"caption": "caption a", "score": NaN}'), *B], {"a", "b"}, []),
     "a byte order mark": ([A[0], ("a.txt", b"\xef\xbb\xbfcaption a"), *B], {"a", "b"}, []),
     "keys with dots": ([("v.a.mp4", A[0][1]), ("v.a.txt", b"c"), *B], {"b"}, ["it holds no video, only a.mp4, a.txt"]),
 }
