@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 LEAST_FRAMES, LEAST_CORNERS = 8, 6
 LARGEST_ERROR_PX = 2.0
 NOTICED_PX = 0.5  # a lens that displaces no pixel by more is as good as one without distortion
-SMALLEST_TURN_DEG = 15.0  # between two of the gripper's rotations; hand-eye calibration needs turns about two axes
+SMALLEST_TURN_DEG = 15.0  # of the gripper about each of two axes: one leaves a shift along it and a turn about it open
+LARGEST_SPREAD_M, LARGEST_SPREAD_DEG = 0.02, 5.0  # of a board that lies still; more is no noise of an arm
+OUTLYING, OUTLYING_M = 5.0, 0.002  # an image is left out whose board is so many times the median, and so far, away
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class CameraResult:
         intrinsics: [3, 3], pixels, corner convention (0, 0 is the first pixel's corner). distortion: [5] of OpenCV.
         pose: [4, 4], gripper_from_camera of a mounted camera, else world_from_camera.
         error_px: root mean square of the reprojection. spread_m, spread_deg: of the board's place over the frames.
+        frames: from which the place was found; left_out: further ones, whose poses do not fit the others'.
     """
 
     intrinsics: np.ndarray
@@ -61,6 +64,7 @@ class CameraResult:
     spread_m: float
     spread_deg: float
     frames: int
+    left_out: int = 0
 
 
 def opencv() -> ModuleType:
@@ -96,7 +100,8 @@ def calibrate_camera(
     """Intrinsics (unless given) and the camera's place, from images [H, W, 3] and world_from_gripper [N, 4, 4].
 
     Raises:
-        ValueError: the board is seen too seldom, or the gripper turns too little.
+        ValueError: the board is seen too seldom, the gripper turns too little or about one axis alone, or the poses do
+            not fit the images.
     """
     cv2 = opencv()
     model = charuco_board(board)
@@ -117,11 +122,7 @@ def calibrate_camera(
             f"across={board.across}, down={board.down} and dictionary={board.dictionary}, and show it larger"
         )
     poses = gripper[kept]
-    widest = _widest_turn(poses)
-    if widest < SMALLEST_TURN_DEG:
-        raise ValueError(
-            f"the gripper turns by {widest:.0f} degrees: turn it by at least {SMALLEST_TURN_DEG:.0f} about two axes"
-        )
+    refuse_turns_about_one_axis(poses)
     if intrinsics is None:
         error, matrix, distortion, turns, shifts = cv2.calibrateCamera(
             objects, pixels, size, None, None, flags=cv2.CALIB_FIX_K3
@@ -136,20 +137,17 @@ def calibrate_camera(
     board_in_camera = transform(
         np.stack([np.ravel(shift) for shift in shifts]), np.stack([cv2.Rodrigues(turn)[0] for turn in turns])
     )
-    # a camera that stands is, seen from the gripper with the board, the one that moves
-    arm = poses if mounted else invert(poses)
-    pose = hand_eye(arm, board_in_camera)
-    boards = arm @ pose @ board_in_camera
-    centre = np.median(boards[:, :3, 3], axis=0)
+    pose, used, spread_m, spread_deg = camera_place(poses, board_in_camera, mounted)
     corner = matrix + np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # OpenCV counts from the first pixel's centre
     return CameraResult(
         intrinsics=corner,
         distortion=np.ravel(distortion)[:5],
         pose=pose,
         error_px=float(error),
-        spread_m=float(np.median(np.linalg.norm(boards[:, :3, 3] - centre, axis=1))),
-        spread_deg=_widest_turn(boards) / 2,
-        frames=len(kept),
+        spread_m=spread_m,
+        spread_deg=spread_deg,
+        frames=len(used),
+        left_out=len(kept) - len(used),
     )
 
 
@@ -173,6 +171,58 @@ def largest_displacement(found: CameraResult, width: int, height: int) -> float:
     return float(np.linalg.norm(found.intrinsics[:2, :2] @ shift, axis=0).max())
 
 
+def camera_place(poses: np.ndarray, board: np.ndarray, mounted: bool) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Where a camera is: as `hand_eye`, without the frames that do not fit, since least squares follow each wrong pose.
+
+    Args:
+        poses: world_from_gripper [N, 4, 4]. board: camera_from_board [N, 4, 4]. mounted: the camera is on the gripper.
+
+    Returns:
+        The place [4, 4] (see `CameraResult.pose`), the indices of the frames that it is from, and the spread of the
+        board's place over them (m, the median; degrees).
+
+    Raises:
+        ValueError: poses and images do not belong together.
+    """
+    # a camera that stands is, seen from the gripper with the board, the one that moves
+    arm = poses if mounted else invert(poses)
+    pose, used, spread_m, spread_deg = _consistent_place(arm, board)
+    if spread_m > LARGEST_SPREAD_M or spread_deg > LARGEST_SPREAD_DEG:
+        other = _consistent_place(invert(arm), board)[2]
+        raise ValueError(
+            f"the board's place, which is one, is spread over {1e3 * spread_m:.0f} mm and {spread_deg:.0f} degrees: "
+            "the poses do not fit the images. "
+            + (
+                f"With mounted={str(not mounted).lower()} it is spread over {1e3 * other:.1f} mm: set that"
+                if other < min(spread_m / 2, LARGEST_SPREAD_M)
+                else "Check arm=, mounted=, and that images and poses are of the same moments"
+            )
+        )
+    if len(used) < len(arm):
+        log.warning(
+            "%d of %d images of the board are left out: their poses put it farther from its place than the others' do "
+            "(%s times the median). Did the arm move?",
+            len(arm) - len(used),
+            len(arm),
+            f"{OUTLYING:g}",
+        )
+    return pose, used, spread_m, spread_deg
+
+
+def refuse_turns_about_one_axis(poses: np.ndarray) -> None:
+    """Raises ValueError: poses [N, 4, 4] turn too little, or about one axis, and leave the camera's place open."""
+    first, second = np.triu_indices(len(poses), 1)
+    between = poses[second, :3, :3].transpose(0, 2, 1) @ poses[first, :3, :3]
+    turns = Rotation.from_matrix(between).as_rotvec()
+    axes = np.linalg.svd(turns, full_matrices=False)[2]
+    most, least = np.degrees(np.abs(turns @ axes[:2].T).max(axis=0))
+    if min(most, least) < SMALLEST_TURN_DEG:
+        raise ValueError(
+            f"the gripper turns by {most:.0f} degrees, and by {least:.0f} about a second axis: turn it by at least "
+            f"{SMALLEST_TURN_DEG:.0f} about two axes, or the camera's place is not determined"
+        )
+
+
 def hand_eye(arm: np.ndarray, board: np.ndarray) -> np.ndarray:
     """X [4, 4] for which arm[i] @ X @ board[i] is the same for all i; [N, 4, 4] each (Park and Martin, 1994).
 
@@ -187,6 +237,18 @@ def hand_eye(arm: np.ndarray, board: np.ndarray) -> np.ndarray:
     right = (of_board[:, :3, 3] @ pose[:3, :3].T - of_arm[:, :3, 3]).reshape(-1)
     pose[:3, 3] = np.linalg.lstsq(left, right, rcond=None)[0]
     return pose
+
+
+def _consistent_place(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+    used = np.arange(len(arm))
+    while True:
+        pose = hand_eye(arm[used], board[used])
+        boards = arm[used] @ pose @ board[used]
+        away = np.linalg.norm(boards[:, :3, 3] - np.median(boards[:, :3, 3], axis=0), axis=1)
+        worst, middle = int(away.argmax()), float(np.median(away))
+        if away[worst] <= max(OUTLYING * middle, OUTLYING_M) or len(used) <= LEAST_FRAMES:
+            return pose, used, middle, _widest_turn(boards) / 2
+        used = np.delete(used, worst)  # one at a time: each moves the place that the others are measured from
 
 
 def _widest_turn(poses: np.ndarray) -> float:
@@ -204,7 +266,7 @@ def _reprojection(
     distortion: np.ndarray,
 ) -> float:
     left = [
-        cv2.projectPoints(known, turn, shift, matrix, distortion)[0] - found
+        cv2.projectPoints(known, turn, shift, matrix, distortion)[0].reshape(-1, 2) - found.reshape(-1, 2)
         for known, found, turn, shift in zip(objects, pixels, turns, shifts, strict=True)
     ]
     return float(np.sqrt((np.concatenate(left) ** 2).sum(axis=-1).mean()))
@@ -270,6 +332,7 @@ def charuco(
     return {
         "output": str(target),
         "images": found.frames,
+        "images_left_out": found.left_out,
         "reprojection_px": round(found.error_px, 3),
         "board_spread_mm": round(found.spread_m * 1e3, 2),
         "board_spread_deg": round(found.spread_deg, 3),

@@ -13,10 +13,13 @@ from keygrip.data.robot.charuco import (
     Board,
     CameraResult,
     calibrate_camera,
+    camera_place,
     charuco,
     charuco_board,
     largest_displacement,
+    refuse_turns_about_one_axis,
 )
+from keygrip.data.robot.formats.poses import invert
 
 opencv = pytest.mark.opencv  # `make charuco` runs these
 K = np.array([[420.0, 0, 322.0], [0, 425.0, 238.0], [0, 0, 1]])
@@ -44,8 +47,9 @@ def rendered(camera_from_board: np.ndarray) -> np.ndarray:
 
 
 @opencv
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("mounted", [True, False])
-def test_board_gives_lens_and_place(mounted: bool) -> None:
+def test_board_gives_lens_and_place(mounted: bool, known: bool) -> None:
     rng = np.random.default_rng(0)
     true = pose([0.1, -0.2, 0.3], [0.02, -0.05, 0.06]) if mounted else pose([2.2, 0.1, -0.2], [0.6, 0.1, 0.5])
     fixed = pose([0, 0, 0.4], [0.3, 0.1, 0.0]) if mounted else pose([0.1, 0.3, 0.2], [0.01, 0.02, 0.03])
@@ -55,7 +59,7 @@ def test_board_gives_lens_and_place(mounted: bool) -> None:
         images.append(rendered(camera_from_board))
         board_in_arm = fixed @ np.linalg.inv(camera_from_board) @ np.linalg.inv(true)
         poses.append(board_in_arm if mounted else true @ camera_from_board @ np.linalg.inv(fixed))
-    found = calibrate_camera(images, np.stack(poses), BOARD, mounted)
+    found = calibrate_camera(images, np.stack(poses), BOARD, mounted, K if known else None)
     off = np.linalg.inv(found.pose) @ true
     assert np.abs(found.intrinsics - K).max() < 3.0
     assert np.linalg.norm(off[:3, 3]) < 0.004
@@ -102,3 +106,47 @@ def test_a_gripper_that_does_not_turn_is_refused() -> None:
     image = rendered(pose([0.1, 0.1, 0.0], [-0.1, -0.07, 0.35]))
     with pytest.raises(ValueError, match="turns by 0 degrees"):
         calibrate_camera([image] * 8, np.stack([np.eye(4)] * 8), BOARD, True)
+
+
+def seen(mounted: bool, axes: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Poses of a gripper that turns about so many axes, of the board in its camera, and the camera's true place."""
+    rng = np.random.default_rng(1)
+    true, fixed = pose([0.1, -0.2, 2.3], [0.02, -0.05, 0.06]), pose([0, 0.2, 0.4], [0.3, 0.1, 0.0])
+    noise = np.stack([pose(*rng.normal(0, 0.001, (2, 3)).tolist()) for _ in range(20)])
+    turns = rng.uniform(-0.5, 0.5, (20, 3)) * (np.arange(3) < axes)
+    poses = np.stack(
+        [
+            pose(turn.tolist(), place)
+            for turn, place in zip(turns, rng.uniform(-0.2, 0.2, (20, 3)).tolist(), strict=True)
+        ]
+    )
+    return poses, invert(true) @ invert(poses if mounted else invert(poses)) @ fixed @ noise, true
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_wrong_pose_moves_no_camera(mounted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    poses, board, true = seen(mounted)
+    right = camera_place(poses, board, mounted)[0]
+    assert np.abs(right - true).max() < 0.003
+    poses[[4, 9]] = poses[[5, 10]] @ pose([0.2, 0.3, 0.1], [0.1, 0, 0])
+    place, used, spread_m, _ = camera_place(poses, board, mounted)
+    assert sorted(set(range(20)) - set(used.tolist())) == [4, 9]
+    assert np.abs(place - true).max() < 0.003
+    assert spread_m < 0.003
+    assert "2 of 20 images of the board are left out" in caplog.text
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_images_that_do_not_fit_the_poses_are_refused(mounted: bool) -> None:
+    poses, board, _ = seen(mounted)
+    with pytest.raises(ValueError, match=f"With mounted={str(mounted).lower()} it is spread over [0-9.]+ mm: set that"):
+        camera_place(poses, board, not mounted)
+    with pytest.raises(ValueError, match=r"poses do not fit the images\. Check arm="):
+        camera_place(np.roll(poses, 1, axis=0), board, mounted)
+
+
+def test_turns_about_one_axis_determine_no_place() -> None:
+    """Whatever is added along that axis fits as well: without a word it was decimetres beside the truth."""
+    with pytest.raises(ValueError, match="degrees, and by 0 about a second axis: turn it"):
+        refuse_turns_about_one_axis(seen(True, axes=1)[0])
+    refuse_turns_about_one_axis(seen(True, axes=2)[0])
