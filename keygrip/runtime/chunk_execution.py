@@ -9,14 +9,16 @@ followed (:mod:`keygrip.runtime.plan_terms`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-from scipy.spatial.transform import Rotation, Slerp
+from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Observation, Plan, Policy, arm_axis
 from keygrip.robots.joint_arms import JointArms
+from keygrip.runtime.asynchronous import ROUNDING_S, Trajectory
 from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, placed, waypoints_of
 from keygrip.training.parts import ReadWhere
 
@@ -124,17 +126,20 @@ class RecedingHorizon:
             self._commanded = self._commanded[:, :POSE]
         elif self._commanded.shape[1] == POSE:
             self._commanded = np.concatenate([self._commanded, arm_axis(observation["joints"], 1)], axis=1)
-        ticks = max(1, round(plan.step_seconds * self.control_hz))
-        moved, steps = 0.0, plan.gripper.shape[1]
+        moved, steps, poses = 0.0, plan.gripper.shape[1], [self._commanded]
         execute_steps = max(1, round(self.execute_seconds / plan.step_seconds))
         for step in range(steps):
             still = moved < self.still_distance_m and step < steps - 1
             if step >= execute_steps and not still:
                 break
             waypoint = self._waypoint(plan, step)
-            moved += float(np.linalg.norm(waypoint[:, :3] - self._commanded[:, :3], axis=1).max())
-            self._queue.extend(placed(command, self.arms) for command in _interpolate(self._commanded, waypoint, ticks))
-            self._commanded = waypoint
+            moved += float(np.linalg.norm(waypoint[:, :3] - poses[-1][:, :3], axis=1).max())
+            poses.append(waypoint)
+        self._commanded = poses[-1]
+        # read off by time: the steps of a plan need not be whole control periods
+        way = Trajectory(plan.step_seconds * np.arange(len(poses)), np.stack(poses), self.arms)
+        periods = math.ceil(way.times[-1] * self.control_hz - ROUNDING_S)
+        self._queue.extend(way.at(tick / self.control_hz) for tick in range(1, periods + 1))
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
         """The waypoint ``[A, W]`` of one step: ensembled if asked for, the gripper's command latched."""
@@ -179,23 +184,3 @@ class RecedingHorizon:
         )
         parts = [mean("position"), quaternion, mean("gripper")[:, None]]
         return np.concatenate(parts if plan.joints is None else [*parts, mean("joints")], axis=1)
-
-
-def _interpolate(start: np.ndarray, end: np.ndarray, ticks: int) -> list[np.ndarray]:
-    """Commands ``[A, W]`` on the way from one waypoint to the next, one per control period; smooth at both ends.
-
-    A waypoint's opening is sent when its pose is reached: sent earlier, fingers close above what they shall hold.
-    """
-    commands = []
-    turns = [
-        Slerp([0.0, 1.0], Rotation.from_quat(np.stack([a[3:7], b[3:7]]), scalar_first=True))
-        for a, b in zip(start, end, strict=True)
-    ]
-    for tick in range(1, ticks + 1):
-        share = tick / ticks
-        eased = share * share * (3 - 2 * share)
-        command = start + eased * (end - start)
-        command[:, 3:7] = np.stack([turn(eased).as_quat(scalar_first=True) for turn in turns])
-        command[:, 7] = (end if tick == ticks else start)[:, 7]
-        commands.append(command)
-    return commands

@@ -241,8 +241,7 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
         raise UnsafePlanError(f"a planned opening is {plan.gripper.min():.3g} .. {plan.gripper.max():.3g}, not 0 .. 1")
     if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
         raise UnsafePlanError(f"the plan's step_seconds is {plan.step_seconds}")
-    ticks = max(1, round(plan.step_seconds * control_hz))
-    if steps * ticks > LONGEST_PLAN_S * control_hz:
+    if steps * max(plan.step_seconds, 1 / control_hz) > LONGEST_PLAN_S:  # each step is tried out, however short
         raise UnsafePlanError(
             f"the plan has {steps} steps of {plan.step_seconds:g} s: plans of up to {LONGEST_PLAN_S:g} s are followed"
         )
@@ -255,11 +254,12 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
                 f"step {step + 1} of the plan lies {100 * beyond[step]:.1f} cm outside the workspace, at "
                 f"{np.round(plan.position[arm, step], 3).tolist()} m"
             )
-        trial = motion.copy()
+        trial, ticks = motion.copy(), 0
         for step in range(steps):
-            goal = plan.position[arm, step]
-            for _ in range(ticks):
+            goal, due = plan.position[arm, step], round((step + 1) * plan.step_seconds * control_hz)
+            for _ in range(due - ticks):  # a step need not be a whole number of control periods
                 trial.move(goal, 1.0 / control_hz)
+            ticks = due
             lag = float(np.linalg.norm(np.clip(goal, low, high) - trial.position))
             if lag > limits.lag_m:
                 raise UnsafePlanError(

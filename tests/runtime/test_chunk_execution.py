@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -87,6 +90,21 @@ def test_ensembling_averages_poses_planned_for_the_same_moment() -> None:
     old, new = 0.2, 0.6  # both speak of 0.6 s after the start
     weight = np.exp(-0.5)
     np.testing.assert_allclose(commands[5, 0], (new + weight * old) / (1 + weight), atol=1e-9)
+
+
+@pytest.mark.parametrize("step_seconds", [0.15, 0.25, 4 / 30, 0.04])
+def test_steps_that_are_no_whole_control_periods_keep_their_time(step_seconds: float) -> None:
+    """Rounded to periods, a plan of 0.15 s steps would be followed at three quarters of its speed at 10 Hz."""
+    plan = replace(line(0.0, 0.2 * step_seconds, steps=40), step_seconds=step_seconds)  # 0.2 m/s
+    plan.gripper[0, 20:] = 0.0
+    controller = RecedingHorizon(Scripted(plan), control_hz=10, execute_seconds=40 * step_seconds)
+    ticks = math.ceil(400 * step_seconds - 1e-6)
+    commands = drive(controller, ticks)
+    assert controller.plans == 1
+    assert controller.wants_observation  # and so has been followed to its end
+    times = np.minimum(0.1 * np.arange(1, ticks + 1), 40 * step_seconds)
+    assert np.abs(commands[:, 0] - 0.2 * times).max() < 0.1 * 0.2 * step_seconds + 1e-9  # eased between waypoints
+    np.testing.assert_array_equal(commands[:, 7], times < 21 * step_seconds - 1e-6)
 
 
 def test_reset_forgets_the_episode() -> None:

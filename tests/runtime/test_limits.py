@@ -120,6 +120,17 @@ def test_a_plan_that_cannot_be_made_safe_is_refused(plan: Plan, sentence: str) -
         refuse_unsafe(plan, [LimitedMotion(MotionLimits(**BOX), REST)], HZ)
 
 
+@pytest.mark.parametrize("steps", [40, 100, 300])  # of 2.3 down to 0.3 control periods
+def test_a_plan_is_as_fast_as_its_steps_say(steps: int) -> None:
+    limits = MotionLimits()
+    path = REST[:3] + np.linspace(0, 1.0, steps + 1)[1:, None] * [1, 0, 0]
+    fastest = 1.0 / steps / limits.speed_m_s
+    motions = [LimitedMotion(limits, REST)]
+    refuse_unsafe(plan_of(path, step_seconds=1.1 * fastest), motions, HZ)
+    with pytest.raises(UnsafePlanError, match="behind the plan"):
+        refuse_unsafe(plan_of(path, step_seconds=fastest / 2), motions, HZ)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
