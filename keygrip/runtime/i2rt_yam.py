@@ -111,15 +111,15 @@ class YamArms:
         self._models = [(place.arm, place.gripper) for place in places]
         self._drivers: list[Driver] = []
         self._openings: list[float | None] = [None] * len(self.arms)  # the last commands
+        self.stopped = self._lost = False
+        limits = joints or JointLimits()
         try:
             for given in arms.values():
                 self._drivers.append(connect(given, sim) if isinstance(given, str) else given)
-        except RobotLostError:
+            self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
+        except BaseException:  # the drivers' threads would keep the process, and the motors, running
             self.close()
             raise
-        limits = joints or JointLimits()
-        self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
-        self.stopped = self._lost = False
 
     def _start(self, index: int) -> np.ndarray:
         """The joints [6] of an arm now, refused where they are beyond its range: its zero position is wrong then."""
@@ -215,10 +215,12 @@ class YamArms:
 
     def close(self) -> None:
         """Gives the motors back. A real arm loses its torque then and sinks: support it first."""
-        for driver in self._drivers:
-            driver.close()
-        for camera in self._feeds.values():
-            camera.close()
+        arms = zip(self.arms, self._drivers, strict=False)  # fewer drivers where one did not answer
+        for name, device in [*arms, *self._feeds.items()]:
+            try:
+                device.close()
+            except Exception as error:  # the others' threads would keep the process running
+                log.error("%s could not be closed: %s: %s", name, type(error).__name__, error)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 

@@ -161,6 +161,34 @@ def test_a_stopped_arm_keeps_its_grip(calibration: Path) -> None:
     np.testing.assert_allclose(idle.commands[-1], idle.get_joint_pos())  # it was never told another opening
 
 
+class Unclosable(Driver):
+    def close(self) -> None:
+        super().close()
+        raise OSError("the bus is gone")
+
+
+def test_an_arm_that_is_refused_gives_its_motors_back(calibration: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """i2rt's threads keep a process alive: it would hang behind its error message, with the motors under torque."""
+    content = yaml.safe_load(calibration.read_text())
+    content["arms"]["left"] = content["arms"]["right"]
+    calibration.write_text(yaml.safe_dump(content))
+    wrong_zero, silent = Driver(np.array([0.0, -1.0, 1.0, 0.6, 0.0, 0.0])), Driver()
+    silent.dead = True
+    for second, said in ((wrong_zero, "set its zero position"), (silent, "motor chain is not running")):
+        first = Unclosable()
+        with pytest.raises((ValueError, RobotLostError), match=said):
+            YamArms({"left": first, "right": second}, {"right": Still()}, renamed(calibration))
+        assert first.closed
+        assert second.closed
+        assert "left could not be closed: OSError: the bus is gone" in caplog.text
+
+
+def renamed(calibration: Path) -> Path:
+    """The calibration file, its camera called as an arm."""
+    calibration.write_text(calibration.read_text().replace("over:", "right:", 1))
+    return calibration
+
+
 def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> None:
     for fault, said in (("driver", "lost the robot"), ("camera", "stale observation")):
         driver, camera = Driver(), Still()
