@@ -22,6 +22,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.calibration import Calibration, read_calibration
+from keygrip.data.robot.corrections import corrected_calibration
 from keygrip.robots.joint_motion import JointLimits, JointMotion
 from keygrip.robots.kinematics import (
     arm_chain,
@@ -99,7 +100,7 @@ class YamArms:
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise ValueError(f"robot.control_hz must be finite and above 0, got {control_hz}")
         self.control_hz, self.instruction, self.sim = float(control_hz), instruction, sim
-        self._calibration: Calibration = read_calibration(Path(calibration))
+        self._calibration: Calibration = corrected_calibration(read_calibration(Path(calibration)))
         self._feeds = dict(cameras)
         self.cameras = tuple(self._feeds)
         for name in self._feeds:
@@ -216,7 +217,8 @@ class YamArms:
     def close(self) -> None:
         """Gives the motors back. A real arm loses its torque then and sinks: support it first."""
         arms = zip(self.arms, self._drivers, strict=False)  # fewer drivers where one did not answer
-        for name, device in [*arms, *self._feeds.items()]:
+        devices: list[tuple[str, Driver | Camera]] = [*arms, *self._feeds.items()]
+        for name, device in devices:
             try:
                 device.close()
             except Exception as error:  # the others' threads would keep the process running

@@ -161,6 +161,40 @@ def test_a_stopped_arm_keeps_its_grip(calibration: Path) -> None:
     np.testing.assert_allclose(idle.commands[-1], idle.get_joint_pos())  # it was never told another opening
 
 
+def test_an_arm_sees_through_the_corrections_that_it_was_trained_with(
+    calibration: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Demonstrations are read with what `step=calibrate` found; without it the policy would be shown other cameras."""
+    change = np.eye(4)
+    change[:3] = [[0, -1, 0, 0.01], [1, 0, 0, -0.02], [0, 0, 1, 0.03]]
+    content = yaml.safe_load(calibration.read_text())
+    hand = np.eye(4)
+    hand[:3] = [[0, 0, 1, 0.05], [1, 0, 0, 0], [0, 1, 0, -0.02]]
+    over = content["cameras"]["over"]
+    content["cameras"]["hand"] = {name: over[name] for name in ("width", "height", "intrinsics")}
+    content["cameras"]["hand"] |= {"mounted_on": "right", "camera_to_gripper": hand.tolist()}
+    plain = views_of_still(calibration, content)
+    content["corrections"] = {
+        "over": {"camera_change": change.tolist(), "focal_factor": 1.1, "lag_frames": 2},
+        "hand": {"camera_change": change.tolist()},
+    }
+    seen = views_of_still(calibration, content)
+    assert seen["over"]["intrinsics"].tolist() == (np.array([[66, 0, 32], [0, 66, 24], [0, 0, 1.0]])).tolist()
+    assert seen["hand"]["intrinsics"].tolist() == plain["hand"]["intrinsics"].tolist()
+    for name in ("over", "hand"):
+        np.testing.assert_allclose(seen[name]["world_to_camera"], change @ plain[name]["world_to_camera"], atol=1e-12)
+    assert "images are 2 frames late" in caplog.text
+    content["corrections"]["side"] = {"lag_frames": 0}
+    with pytest.raises(ValueError, match="has no camera 'side'"):
+        views_of_still(calibration, content)
+
+
+def views_of_still(calibration: Path, content: dict[str, Any]) -> dict[str, Any]:
+    calibration.write_text(yaml.safe_dump(content))
+    views: dict[str, Any] = YamArms({"right": Driver()}, {"over": Still(), "hand": Still()}, calibration).observe()
+    return dict(views["cameras"])
+
+
 class Unclosable(Driver):
     def close(self) -> None:
         super().close()

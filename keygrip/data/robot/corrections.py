@@ -1,4 +1,5 @@
-"""Corrections that `prepare step=calibrate` found: applied to recorded demos when they are read, files untouched.
+"""Corrections that `prepare step=calibrate` found: applied to recorded demos when they are read, files untouched, and
+to the cameras of a robot that is driven.
 
 They stand in a calibration file (`calibration.py`) under `corrections`, by camera:
 
@@ -15,6 +16,7 @@ corrections:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.robot.formats.poses import rigid
+from keygrip.data.robot.calibration import Calibration, read_mapping
+from keygrip.data.robot.formats.poses import invert, rigid
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+
+log = logging.getLogger(__name__)
 
 KEYS = {"camera_change", "focal_factor", "lag_frames", "uncertainty", "corrected"}
 LARGEST_LAG = 1000
@@ -126,6 +131,38 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
         cameras=cameras,
         intervention=None if demo.intervention is None else demo.intervention[kept],
     )
+
+
+def corrected_calibration(calibration: Calibration) -> Calibration:
+    """A calibration whose cameras are as its own file corrects them, for the images of a robot; a lag cannot be taken
+    from those.
+
+    Raises:
+        ValueError: a correction is impossible, or of a camera that the file does not have.
+    """
+    path = calibration.path
+    corrections = read_corrections(path, read_mapping(path).get("corrections") or {})
+    cameras = dict(calibration.cameras)
+    for name, correction in corrections.items():
+        camera = calibration.camera(name)
+        focal = np.array([[correction.focal, 1, 1], [1, correction.focal, 1], [1, 1, 1]])
+        place, mounted = camera.world_to_camera, camera.camera_to_gripper
+        cameras[name] = replace(
+            camera,
+            intrinsics=camera.intrinsics * focal,
+            world_to_camera=None if place is None else correction.change @ place,
+            camera_to_gripper=None if mounted is None else mounted @ invert(correction.change),
+        )
+        log.info("camera %s: corrected as %s says", name, path)
+        if correction.lag:
+            log.warning(
+                "camera %s: in the recordings that %s was made from, images are %d frames late, and demonstrations are "
+                "read without that; the robot's images are taken as of the time at which they arrive",
+                name,
+                path,
+                correction.lag,
+            )
+    return replace(calibration, cameras=cameras)
 
 
 def _moved(frames: FrameSource, start: int, count: int) -> FrameSource:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, is_of_the_machine, reason_of
 from keygrip.data.robot import native
-from keygrip.data.robot.calibration import read_mapping, setting
+from keygrip.data.robot.calibration import NAMES, read_mapping, setting
 from keygrip.data.robot.corrections import read_corrections, with_corrections
 from keygrip.data.robot.formats import lerobot_v2, lerobot_v3, libero, raiden, yam_abc
 from keygrip.data.robot.reference import DemoReference
@@ -83,6 +83,8 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
             )
         format = recognised[0]
     given = None if calibration is None else Path(calibration)
+    if given is None and format != "native":
+        given = next((root / name for name in NAMES if (root / name).is_file()), None)
     content = read_mapping(given) if given is not None and given.is_file() else {}
     corrections = {} if given is None else read_corrections(given, content.get("corrections") or {})
     if format == "native":
@@ -93,8 +95,8 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
             )
         references = native.find(root)
     else:
-        own = given if not corrections or content.keys() & {"cameras", "arms", "lerobot"} else None
-        references = FOREIGN_FORMATS[format].find(root, calibration=own)
+        own = calibration is not None and (not corrections or content.keys() & {"cameras", "arms", "lerobot"})
+        references = FOREIGN_FORMATS[format].find(root, calibration=given if own else None)
     if not references:
         raise FileNotFoundError(f"{root} holds no demos of format {format}")
     if given is None or not corrections:

@@ -265,6 +265,16 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
         calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 10)
 
 
+def test_corrections_are_not_made_on_top_of_others(tmp_path):
+    """What was written would undo the first ones, since it is used in their place."""
+    root, file = write(tmp_path / "data", same), tmp_path / "first.yaml"
+    head = "schema: keygrip.calibration/1\nconventions: {camera: opencv, pixel: corner, length: m}\n"
+    file.write_text(head + "corrections: {over: {focal_factor: 1.1}}")
+    with pytest.raises(ValueError, match=r"first\.yaml holds corrections already"):
+        calibrate(root, tmp_path / "second.yaml", "auto", file, None, 3, 10)
+    assert not (tmp_path / "second.yaml").exists()
+
+
 def test_corrections_that_cannot_be_are_refused(tmp_path):
     root = write(tmp_path / "data", same)
     file = tmp_path / "c.yaml"

@@ -74,9 +74,14 @@ def calibrate(
     given = (
         Path(calibration) if calibration is not None else next((root / n for n in NAMES if (root / n).is_file()), None)
     )
-    content: dict[str, Any] = {} if given is None or references[0].format == "native" else read_mapping(given)
+    content: dict[str, Any] = {} if given is None else read_mapping(given)
     if content.get("corrections"):
-        raise ValueError(f"{calibration} holds corrections already: begin with the calibration that it was made from")
+        raise ValueError(
+            f"{given} holds corrections already, and what would be written were further ones alone: begin with the "
+            "calibration that it was made from (of native demonstrations, none)"
+        )
+    if references[0].format == "native":
+        content = {}
     content.setdefault("schema", SCHEMA)
     content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
     content["corrections"], report = {}, {}

@@ -105,6 +105,22 @@ def test_notes_of_macos_are_no_episodes(tmp_path, write_episode, calibrate):
     assert contents(tmp_path) == before
 
 
+def test_a_folders_own_calibration_brings_its_corrections(tmp_path, write_episode, calibrate):
+    """As the same file does that is named: `step=calibrate` writes the cameras that it was given, and corrections."""
+    write_episode(tmp_path / "data" / "pick" / "20260101_120000_1a2b3c4d")
+    calibrate(tmp_path / "data", BASES)
+    plain = find_demos(tmp_path / "data")[0].read().cameras["top"]
+    file = tmp_path / "data/calibration.yaml"
+    content = yaml.safe_load(file.read_text()) | {"corrections": {"top": {"focal_factor": 1.1, "lag_frames": 2}}}
+    file.write_text(yaml.safe_dump(content))
+    (tmp_path / "named.yaml").write_text(file.read_text())
+    for calibration in (None, tmp_path / "named.yaml"):
+        (reference,) = find_demos(tmp_path / "data", calibration=calibration)
+        track = reference.read().cameras["top"]
+        assert len(track.frames) == N - 2
+        np.testing.assert_allclose(track.intrinsics[:, 0, 0], 1.1 * plain.intrinsics[0, 0, 0])
+
+
 @pytest.mark.parametrize("name", ["calibration.yaml", "calibration.json"])
 def test_poses_come_from_the_kinematics_and_cameras_from_the_user(
     tmp_path, joints, write_episode, calibrate, check_geometry, name
