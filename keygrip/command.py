@@ -51,8 +51,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     """Runs ``run(cfg)`` under Hydra with the promises of every command; does not return where something failed.
 
     A user's error (ValueError, a missing file, a setting that does not exist, ...) becomes one line on standard
-    error and exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C and SIGTERM end with 130
-    and 143. In a sweep a failed job is recorded and the others go on; the exit code is then 1.
+    error and exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C, SIGTERM and a closed terminal
+    end with 130, 143 and 129. In a sweep a failed job is recorded and the others go on; the exit code is then 1.
     """
     import hydra
 
@@ -83,7 +83,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
 
     code = 0
     try:
-        with _sigterm_raises():
+        with _signals_raise():
             run_folder.register_resolvers()
             register_options()
             if {"--help", "-h"} & set(sys.argv[1:]):
@@ -239,7 +239,8 @@ def _helper_process() -> bool:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"keygrip: {line}\n")
+    with contextlib.suppress(OSError):  # the terminal is gone: the exit code still says how it ended
+        sys.stderr.write(f"keygrip: {line}\n")
 
 
 def _record_failure(error: BaseException, config_name: str) -> None:
@@ -262,8 +263,9 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that temporary files and child processes are cleaned up on the way out."""
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, become exceptions, so that temporary files and child processes
+    are cleaned up, and arms stopped, on the way out."""
 
     RECEIVED.clear()
 
@@ -271,15 +273,19 @@ def _sigterm_raises() -> Iterator[None]:
         RECEIVED.append(number)
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the command goes on without its terminal
+        numbers.append(signal.SIGHUP)
     try:
-        previous = signal.signal(signal.SIGTERM, handler)
+        previous = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not the main thread: a test or a notebook
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 def _importable(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

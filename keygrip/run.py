@@ -1,7 +1,7 @@
 """Drives an arm with a policy: ``python -m keygrip.run robot=sim_yam checkpoint=RUN_FOLDER``.
 
 Limits and watchdog are on. Prints one line of JSON on standard output at the end. A run that the watchdog stopped ends
-with exit code 1; Ctrl-C and SIGTERM stop the arm, too.
+with exit code 1; Ctrl-C, SIGTERM and a terminal that is closed stop the arm, too.
 """
 
 from __future__ import annotations

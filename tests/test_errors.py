@@ -254,6 +254,34 @@ def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(
     assert capsys.readouterr().err.splitlines()[-1] == "keygrip: stopped by SIGTERM"
 
 
+@pytest.mark.parametrize("ignored", [False, True])  # by nohup
+def test_a_terminal_that_is_closed_ends_a_command_in_good_order(ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SIGTERM does: an arm is stopped and a recording is kept when the connection to the robot's computer breaks."""
+    from keygrip import command
+
+    left: list[str] = []
+
+    def drives(cfg: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+            left.append("went on")
+        finally:
+            left.append("stopped the arm")
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else lambda *_: left.append("killed"))
+    try:
+        monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
+        if ignored:
+            command.entry_point("prepare", drives)
+        else:
+            with pytest.raises(SystemExit) as stop:
+                command.entry_point("prepare", drives)
+            assert stop.value.code == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert left == (["went on", "stopped the arm"] if ignored else ["stopped the arm"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -9,6 +9,7 @@ Shape legend: A arms.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -95,7 +96,8 @@ class Grip:
 class KeyboardTakeover:
     """A terminal's keyboard: t takes over and gives back, w s a d r f move (x, y, z), q e turn, space the gripper.
 
-    A terminal reports no releases: a motion lasts `repeat_seconds` after its last key press.
+    A terminal reports no releases: a motion lasts `repeat_seconds` after its last key press. One that is closed while a
+    person has the arm is a fault, as a gamepad that goes away.
 
     Args:
         speed_m_s: of the tool. turn_rad_s: about the vertical. repeat_seconds: longer than the keyboard's repeat.
@@ -118,6 +120,7 @@ class KeyboardTakeover:
         self.speed_m_s, self.turn_rad_s, self.repeat_seconds = speed_m_s, turn_rad_s, repeat_seconds
         self.active, self._grip = False, Grip()
         self._pressed: dict[str, float] = {}
+        self._gone = False
         if not sys.stdin.isatty():
             raise ValueError("takeover=keyboard reads a terminal, and standard input is none: run it in one")
         import termios
@@ -132,12 +135,20 @@ class KeyboardTakeover:
         if self._terminal is not None:
             import termios
 
-            termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._terminal)
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._terminal)
             self._terminal = None
 
     def read(self, now: float, command: np.ndarray) -> Correction | None:
-        for key in self._keys():
-            self.press(key, now, float(command[0, 7]))
+        try:
+            for key in self._keys():
+                self.press(key, now, float(command[0, 7]))
+        except TakeoverLostError as error:
+            if self.active:
+                raise
+            if not self._gone:
+                log.error("%s: the policy drives on, and nobody can take over", error)
+            self._gone = True
         if not self.active:
             return None
         held = [key for key, moment in self._pressed.items() if now - moment < self.repeat_seconds]
@@ -162,10 +173,14 @@ class KeyboardTakeover:
 
     def _keys(self) -> str:
         keys = ""
-        if self._terminal is None:
-            return keys
-        while select.select([self._stdin], [], [], 0)[0]:
-            keys += os.read(self._stdin.fileno(), 64).decode(errors="ignore")
+        while self._terminal is not None and select.select([self._stdin], [], [], 0)[0]:
+            try:
+                pressed = os.read(self._stdin.fileno(), 64)
+            except OSError:
+                pressed = b""
+            if not pressed:  # a terminal that waits for keys is not ready: this one has ended, and is ready for ever
+                raise TakeoverLostError("lost the terminal in which a person drove the arm")
+            keys += pressed.decode(errors="ignore")
         return keys
 
 

@@ -503,6 +503,32 @@ def test_taking_over_leaves_the_gripper_as_it_is(keys: KeyboardTakeover) -> None
     np.testing.assert_array_equal(openings[36:], 0.0)
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_a_terminal_that_is_closed_holds_the_arm_that_a_person_has(
+    active: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its end can be read for ever: the loop would wait for keys and never command the arm again."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        keyboard = KeyboardTakeover()
+        if active:
+            keyboard.press("t", 0.0, 1.0)
+        os.close(master)
+        for _ in range(2):
+            if active:
+                with pytest.raises(TakeoverLostError, match="lost the terminal"):
+                    keyboard.read(0.1, START[None])
+            else:
+                assert keyboard.read(0.1, START[None]) is None
+        assert [record.getMessage() for record in caplog.records] == (
+            []
+            if active
+            else ["lost the terminal in which a person drove the arm: the policy drives on, and nobody can take over"]
+        )
+        keyboard.close()
+
+
 def test_a_run_that_is_interrupted_keeps_its_corrections(tmp_path: Path) -> None:
     for number, stop in enumerate((KeyboardInterrupt(), Interrupted("stopped by SIGTERM", signal.SIGTERM))):
         with (
