@@ -205,10 +205,19 @@ class RemotePolicy:
                 # A kept connection may have been closed by the server meanwhile: a plan asked for again is the same.
                 if fresh or attempt == 2 or isinstance(error, TimeoutError):
                     raise ConnectionError(
-                        f"no policy server answers at {self.url} ({type(error).__name__}: {error}); start one with "
-                        "python -m keygrip.serve checkpoint=..."
+                        f"no policy server answers at {self.url} ({type(error).__name__}: {error}); {_remedy(error)}"
                     ) from error
         raise AssertionError("unreachable")
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "ca=FILE names a certificate to trust, and the address must be one that it is for"
+    if isinstance(error, ssl.SSLError):
+        return "a server without tls.cert has an address of http://"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "one with tls.cert has an address of https://; else see the server's log"
+    return "start one with python -m keygrip.serve checkpoint=..."
 
 
 def _sentence(body: bytes) -> str:
