@@ -28,7 +28,7 @@ class JointLimits:
         speed_rad_s: of every joint; a faster command is slowed, all joints alike, so that the path stays the same.
         position_tolerance_m, angle_tolerance_rad: a pose that the arm misses by more is out of its reach.
         margin_rad: distance kept from the ends of each joint's range.
-        clearance_m: least distance between links that are not neighbours.
+        clearance_m: least distance between links that are not neighbours; None: not looked at.
         table_clearance_m: least height of the links above the table; None: no table.
         table_height_m: of the table in the base frame.
     """
@@ -37,7 +37,7 @@ class JointLimits:
     position_tolerance_m: float = 0.01
     angle_tolerance_rad: float = 0.1
     margin_rad: float = 0.01
-    clearance_m: float = 0.005
+    clearance_m: float | None = 0.005
     table_clearance_m: float | None = 0.0
     table_height_m: float = 0.0
 
@@ -45,9 +45,9 @@ class JointLimits:
         for name in ("speed_rad_s", "position_tolerance_m", "angle_tolerance_rad"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"joints.{name} must be finite and above 0, got {getattr(self, name)}")
-        for name in ("margin_rad", "clearance_m"):
-            if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"joints.{name} must be finite and at least 0, got {getattr(self, name)}")
+        for name, value in (("margin_rad", self.margin_rad), ("clearance_m", self.clearance_m)):
+            if value is not None and not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"joints.{name} must be finite and at least 0, got {value}")
 
 
 class JointMotion:
@@ -132,12 +132,13 @@ class JointMotion:
 
     def _refuse_collision(self, joints: np.ndarray) -> None:
         limits = self.limits
-        near = closest_links(joints, self.chain)
-        if near.distance < limits.clearance_m and near.distance < self._gap:
-            raise JointMotionError(
-                f"{near.first} and {near.second} would come within {100 * near.distance:.1f} cm of each other "
-                f"(joints.clearance_m={limits.clearance_m:g})"
-            )
+        if limits.clearance_m is not None:
+            near = closest_links(joints, self.chain)
+            if near.distance < limits.clearance_m and near.distance < self._gap:
+                raise JointMotionError(
+                    f"{near.first} and {near.second} would come within {100 * near.distance:.1f} cm of each other "
+                    f"(joints.clearance_m={limits.clearance_m:g})"
+                )
         if limits.table_clearance_m is None:
             return
         height, link = lowest_link(joints, self.chain)

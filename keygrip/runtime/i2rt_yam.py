@@ -30,6 +30,7 @@ from keygrip.robots.kinematics import (
     matrix_from_quaternion,
     quaternion_from_matrix,
 )
+from keygrip.robots.self_collision import HELD
 from keygrip.runtime.cameras import Camera
 from keygrip.runtime.robot import RobotLostError
 
@@ -51,19 +52,22 @@ class Driver(Protocol):
     def close(self) -> None: ...
 
 
-def connect(channel: str, sim: bool = False) -> Driver:
+def connect(channel: str, arm: str, gripper: str, sim: bool = False) -> Driver:
     """The driver of the YAM arm on a CAN channel; it holds the arm where it is from here on.
 
     Args:
-        channel: e.g. can0. sim: i2rt's simulated robot in place of an arm.
+        channel: e.g. can0. arm, gripper: models, by i2rt's names; motors, gains, gravity and ranges depend on them.
+        sim: i2rt's simulated robot in place of an arm.
 
     Raises:
         RobotLostError: nothing answers there.
     """
     from i2rt.robots.get_robot import get_yam_robot
+    from i2rt.robots.utils import ArmType, GripperType
 
+    models = {"arm_type": ArmType.from_string_name(arm), "gripper_type": GripperType.from_string_name(gripper)}
     try:
-        driver: Driver = get_yam_robot(channel=channel, zero_gravity_mode=False, sim=sim)
+        driver: Driver = get_yam_robot(channel=channel, zero_gravity_mode=False, sim=sim, **models)
     except Exception as error:  # whatever CAN, sockets and motors raise
         raise RobotLostError(f"no YAM arm answers on {channel}: {type(error).__name__}: {error}") from error
     return driver
@@ -110,17 +114,31 @@ class YamArms:
         self._world_from_base = [np.asarray(place.world_from_base, float) for place in places]
         self._chains = [arm_chain(place.arm, place.gripper) for place in places]
         self._models = [(place.arm, place.gripper) for place in places]
+        limits = joints or JointLimits()
+        self._refuse_unknown_links(limits)
         self._drivers: list[Driver] = []
         self._openings: list[float | None] = [None] * len(self.arms)  # the last commands
         self.stopped = self._lost = False
-        limits = joints or JointLimits()
         try:
-            for given in arms.values():
-                self._drivers.append(connect(given, sim) if isinstance(given, str) else given)
+            for given, model in zip(arms.values(), self._models, strict=True):
+                self._drivers.append(connect(given, *model, sim) if isinstance(given, str) else given)
             self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
         except BaseException:  # the drivers' threads would keep the process, and the motors, running
             self.close()
             raise
+
+    def _refuse_unknown_links(self, limits: JointLimits) -> None:
+        """Raises ValueError: distances between links, or to the table, are to be kept of an arm whose links are not
+        known."""
+        other = [(name, model) for name, model in zip(self.arms, self._models, strict=True) if model not in HELD]
+        if other and (limits.clearance_m is not None or limits.table_clearance_m is not None):
+            name, (arm, gripper) = other[0]
+            known = ", ".join(" with ".join(model) for model in HELD)
+            raise ValueError(
+                f"{self._calibration.path}: arms.{name} is {arm} with {gripper}; where links are is known of {known} "
+                "alone. robot.joints.clearance_m=null robot.joints.table_clearance_m=null drives it without keeping it "
+                "off itself and the table"
+            )
 
     def _start(self, index: int) -> np.ndarray:
         """The joints [6] of an arm now, refused where they are beyond its range: its zero position is wrong then."""

@@ -195,6 +195,49 @@ def views_of_still(calibration: Path, content: dict[str, Any]) -> dict[str, Any]
     return dict(views["cameras"])
 
 
+def as_model(calibration: Path, arm: str, gripper: str) -> Path:
+    content = yaml.safe_load(calibration.read_text())
+    content["arms"]["right"] |= {"arm": arm, "gripper": gripper}
+    calibration.write_text(yaml.safe_dump(content))
+    return calibration
+
+
+@pytest.mark.parametrize(
+    ("arm", "gripper"), [("yam", "crank_4310"), ("big_yam", "linear_4310"), ("yam_pro", "linear_3507")]
+)
+def test_an_arm_whose_links_are_not_known_is_driven_without_their_distances_alone(
+    calibration: Path, arm: str, gripper: str
+) -> None:
+    """The capsules are those of one arm: of others, links collide where they call it free."""
+    cameras = {"over": Still()}
+    file = as_model(calibration, arm, gripper)
+    with pytest.raises(ValueError, match=rf"arms\.right is {arm} with {gripper}.*clearance_m=null"):
+        YamArms({"right": Driver()}, cameras, file)
+    with pytest.raises(ValueError, match=r"table_clearance_m=null"):
+        YamArms({"right": Driver()}, cameras, file, JointLimits(clearance_m=None))
+    driver = Driver()
+    free = JointLimits(clearance_m=None, table_clearance_m=None)
+    robot = YamArms({"right": driver}, cameras, file, free, control_hz=5.0)
+    seen = robot.observe(images=False)
+    target = seen["position"][0] + [0.01, 0.0, 0.02]
+    robot.command(np.concatenate([target, seen["quaternion"][0], [0.5]])[None])
+    np.testing.assert_allclose(robot.observe(images=False)["position"][0], target, atol=2e-4)
+    in_base = forward_kinematics(driver.state[:6], arm, gripper)[0]
+    np.testing.assert_allclose([0.1 - in_base[1], 0.2 + in_base[0], in_base[2]], target, atol=2e-4)
+
+
+def test_the_driver_is_told_which_arm_and_gripper_it_has(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default it takes the motors, gains and ranges of another one."""
+    from i2rt.robots import get_robot
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(get_robot, "get_yam_robot", lambda **options: told.update(options) or Driver())
+    file = as_model(calibration, "yam_pro", "crank_4310")
+    free = JointLimits(clearance_m=None, table_clearance_m=None)
+    YamArms({"right": "can3"}, {"over": Still()}, file, free)
+    assert (told["channel"], told["arm_type"].value, told["gripper_type"].value) == ("can3", "yam_pro", "crank_4310")
+
+
 class Unclosable(Driver):
     def close(self) -> None:
         super().close()
