@@ -10,9 +10,25 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import Demo, DemoError
 
 MOVED_M = 0.02  # a gripper that moves this far must change the image
+
+
+def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
+    """Arm and gripper of a recorded YAM by i2rt's names, for its kinematics and shape; None: another robot.
+
+    Readers that compute poses from joints say which they took; other recordings are of the usual one.
+    """
+    if not demo.robot.startswith("yam"):
+        return None
+    models = demo.source.get("models")
+    found = models.get(arm) if isinstance(models, dict) else None
+    if found is None:
+        return "yam", "linear_4310"
+    if not (isinstance(found, list) and len(found) == 2 and all(str(name).isidentifier() for name in found)):
+        raise DemoError(demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper")
+    return str(found[0]), str(found[1])
 
 
 @dataclass(frozen=True)

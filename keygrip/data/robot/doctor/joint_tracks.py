@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import Examination, listed, matrices
+from keygrip.data.robot.doctor.examination import Examination, listed, matrices, yam_model
 from keygrip.data.robot.doctor.tracks import best_delay, unit_of
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -21,14 +21,10 @@ def check_joint_tracks(exam: Examination) -> None:
         scales, delays, bases, turns, places = {}, {}, {}, {}, {}
         for demo in exam.with_arm(arm):
             track = demo.arms[arm]
-            if (
-                demo.name in exchanged
-                or track.joints is None
-                or track.joints.shape[1] != 6
-                or not demo.robot.startswith("yam")
-            ):
+            model = yam_model(demo, arm)
+            if demo.name in exchanged or track.joints is None or track.joints.shape[1] != 6 or model is None:
                 continue
-            own, quaternion = forward_kinematics(track.joints)
+            own, quaternion = forward_kinematics(track.joints, *model)
             if np.ptp(own, axis=0).max() < 0.03:
                 continue
             turn = Rotation.from_matrix(matrices(track.quaternion) @ matrices(quaternion).transpose(0, 2, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import Examination, matrices, spread
+from keygrip.data.robot.doctor.examination import Examination, matrices, spread, yam_model
 from keygrip.robots.kinematics import forward_kinematics
 
 SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
@@ -21,10 +21,11 @@ def check_kinematics(exam: Examination) -> None:
         turns, swapped, world, rotations, inverse = [], [], [], [], []
         for demo in exam.with_arm(arm):
             joints = demo.arms[arm].joints
-            if demo.name in exchanged or joints is None or joints.shape[1] != 6 or not demo.robot.startswith("yam"):
+            model = yam_model(demo, arm)
+            if demo.name in exchanged or joints is None or joints.shape[1] != 6 or model is None:
                 continue
             pick = spread(len(demo), 40)
-            position, quaternion = forward_kinematics(joints[pick])
+            position, quaternion = forward_kinematics(joints[pick], *model)
             expected, found = matrices(quaternion), matrices(demo.arms[arm].quaternion[pick])
             other = matrices(np.roll(demo.arms[arm].quaternion[pick], 1, axis=1))
             turns.append(found @ expected.transpose(0, 2, 1))

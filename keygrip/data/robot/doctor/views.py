@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.doctor.examination import matrices, spread
+from keygrip.data.robot.doctor.examination import matrices, spread, yam_model
 from keygrip.data.robot.schema import Demo
 from keygrip.robots.inverse_kinematics import solve
+from keygrip.robots.kinematics import ArmChain, arm_chain
 from keygrip.robots.model_file import yam_surface
 from keygrip.robots.surface import RobotSurface, gripper_blob
 
@@ -151,25 +152,25 @@ def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.nda
     trajectory = demo.arms[arm]
     opening = np.asarray(trajectory.gripper)
     tool = tool_poses(trajectory.position, trajectory.quaternion) if poses is None else poses
-    is_yam = model is None and demo.robot.startswith("yam")
-    model = yam_surface() if is_yam else model
+    yam = yam_model(demo, arm) if model is None else None
+    model = model if yam is None else yam_surface(*yam)
     joints = trajectory.joints
     if model is not None and joints is not None and joints.shape[1] >= model.joints and poses is None:
         joints = joints[:, : model.joints]
         return Placement(model, joints, opening, base_of(model, joints, tool), "joints")
-    if is_yam and model is not None:
-        solved = _inverse(tool)
+    if yam is not None and model is not None:
+        solved = _inverse(tool, arm_chain(*yam))
         if solved is not None:
             return Placement(model, solved, opening, np.eye(4), "inverse kinematics")
     return Placement(gripper_blob(), tool[:, :3].reshape(len(tool), 12), opening, np.eye(4), "poses")
 
 
-def _inverse(tool: np.ndarray) -> np.ndarray | None:
+def _inverse(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
     """Joints [N, 6] of a YAM whose base is the world; None where it cannot reach a tenth of the poses."""
     guess, missed = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0]), 0
     joints: list[np.ndarray] = []
     for pose in tool:
-        found = solve(pose[:3, 3], pose[:3, :3], guess)
+        found = solve(pose[:3, 3], pose[:3, :3], guess, chain)
         wrong = found.position_error > IK_MISS_M or found.angle_error > IK_MISS_RAD
         missed += wrong
         if missed > max(1, len(tool) // 10):

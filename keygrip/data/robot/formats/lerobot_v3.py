@@ -212,8 +212,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     sidecar = calibration.lerobot["arms"]
     arms: dict[str, ArmTrajectory] = {}
     gripper_poses: dict[str, np.ndarray] = {}
+    models: dict[str, list[str]] = {}  # of YAMs
     for arm, entry in sidecar.items():
         base = calibration.arm(arm, only=len(sidecar) == 1)
+        models[arm] = [base.arm, base.gripper]
         gripper_poses[arm], arms[arm] = _arm(table, info, arm, entry, base, calibration.path)
     recorded = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}
@@ -273,6 +275,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             "format": "lerobot_v3" if PLACE not in episode else "lerobot_v2",
             "episode": number,
             "calibration": str(calibration.path),
+            "models": models,
             **({"notes": notes} if notes else {}),
         },
         intervention=corrected if corrected is not None and corrected.any() else None,

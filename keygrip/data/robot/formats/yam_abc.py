@@ -76,10 +76,12 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     rate = float(metadata.get("control_hz") or 30)
     arms: dict[str, ArmTrajectory] = {}
     gripper_poses: dict[str, np.ndarray] = {}
+    models: dict[str, list[str]] = {}
     for source in recorded:
         base = calibration.arm(source, only=len(recorded) == 1)
         poses, trajectory = _arm(episode, name, source, base)
-        arms["right" if len(recorded) == 1 else source] = trajectory
+        arm = "right" if len(recorded) == 1 else source
+        arms[arm], models[arm] = trajectory, [base.arm, base.gripper]
         gripper_poses[source] = poses
     frames = len(next(iter(arms.values())))
     if any(len(trajectory) != frames for trajectory in arms.values()):
@@ -121,7 +123,12 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
         timestamps=increasing((times * 1e6).round().astype(np.int64), round(1e9 / rate)),
         arms=arms,
         cameras=cameras,
-        source={"format": "yam_abc", "arms": [str(arm) for arm in recorded], "calibration": str(calibration.path)},
+        source={
+            "format": "yam_abc",
+            "arms": [str(arm) for arm in recorded],
+            "calibration": str(calibration.path),
+            "models": models,
+        },
     )
 
 

@@ -13,6 +13,9 @@ from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.kinematics import check_kinematics
+from keygrip.data.robot.doctor.views import place
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.schema import DemoError
 from keygrip.robots.kinematics import forward_kinematics
@@ -103,6 +106,28 @@ def test_notes_of_macos_are_no_episodes(tmp_path, write_episode, calibrate):
     leave_notes(tmp_path)
     assert [reference.name for reference in find_demos(tmp_path)] == ["pick/20260101_120000_1a2b3c4d"]
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arm", "gripper"), [("yam", "crank_4310"), ("big_yam", "linear_4310"), ("yam_pro", "linear_4310")]
+)
+def test_the_doctor_knows_which_arm_the_poses_were_computed_of(tmp_path, write_episode, calibrate, arm, gripper):
+    """Held against those of another, sound poses were errors: 4.7 cm beside the grasp site."""
+    write_episode(tmp_path / "data" / "pick" / "20260101_120000_1a2b3c4d", ("right",))
+    calibrate(tmp_path / "data", {"right": {"arm": arm, "gripper": gripper}})
+    import_demos(tmp_path / "data", tmp_path / "native")
+    for root in (tmp_path / "data", tmp_path / "native"):
+        (reference,) = find_demos(root)
+        demo = reference.read()
+        exam = Examination([demo], frames_per_demo=4, height_bins=32, pred_size=56)
+        check_kinematics(exam)
+        assert exam.findings == []
+        np.testing.assert_allclose(exam.measures["arm/right/site_offset_m"], 0, atol=1e-3)
+        placed = place(demo, "right")
+        np.testing.assert_allclose(placed.base, np.eye(4), atol=1e-6)
+    demo.source["models"]["right"] = ["../yam", gripper]
+    with pytest.raises(DemoError, match="the names of an arm and of its gripper"):
+        place(demo, "right")
 
 
 def test_a_folders_own_calibration_brings_its_corrections(tmp_path, write_episode, calibrate):
