@@ -30,7 +30,7 @@ def frames_and_tokens() -> None:
             found = {n: runs[run][mode].get(f"accuracy_{kind}_of_{n}") for n in LENGTHS}
             shown = [(n, value) for n, value in found.items() if value is not None]
             quality.plot(*zip(*shown, strict=True), style, marker="o", color=colour, label=f"{label}, {kind}")
-    quality.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":")
+    quality.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
     quality.set_xscale("log", base=2)
     quality.set(xlabel="frames, up to", ylabel="accuracy", ylim=(0, 1.02), title="small model, held-out tours")
     quality.legend(fontsize=7)
@@ -67,6 +67,8 @@ def sampler_curve() -> None:
     for label, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-" if len(points) > 1 else "s", label=label)
     axes.set(xscale="log", yscale="log", xlabel="milliseconds per image", ylabel="distance from 400 Heun steps")
+    axes.set_xticks((300, 500, 700, 1000), ("300", "500", "700", "1000"))
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(IMAGES / "sampler_curve.png", dpi=110)
@@ -95,7 +97,7 @@ def token_counts() -> None:
             axes.plot(
                 *zip(*curve, strict=True), "-" if len(curve) > 1 else "o", color=colour, label=label, markersize=4
             )
-        axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":")
+        axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
         axes.set_xscale("log")
         axes.set_xticks((30, 100, 300, 800), ("30", "100", "300", "800"))
         axes.minorticks_off()
