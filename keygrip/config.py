@@ -409,7 +409,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
     Initials of words count as near, and so does a last word: ``learning_rate`` finds ``lr``, ``seed`` ``first_seed``.
     """
-    known = sorted(set(known))
+    known = sorted(key for key in set(known) if not name.startswith(f"{key}."))
     parent, _, last = name.rpartition(".")
     beside = [key for key in known if key.rpartition(".")[0] == parent]
     initials = "".join(word[:1] for word in last.split("_"))

@@ -19,6 +19,9 @@ from keygrip.config import (
     with_group,
 )
 
+# What Hydra takes within quotes alone: letters beside a to z, and most signs.
+UNQUOTED_CANNOT = r"[^a-zA-Z0-9_/\-\\+.$%*@?|:]"
+
 
 @contextlib.contextmanager
 def setting_errors(config_name: str, overrides: Sequence[str]) -> Iterator[None]:
@@ -40,7 +43,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     text = one_line(error)
     cause = error.__cause__
     settings = overrides_of(overrides)
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    missing = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if missing:
         group, name = missing.groups()
         for override in overrides:  # the option may name a folder: ablation=volume_query/no_state
@@ -107,10 +110,16 @@ def _unreadable(override: str, reason: str) -> str:
     reason = re.sub(r" ?See https\S+ for details", "", reason)
     if not equals:
         return f"cannot read {override}: settings are given as name=value"
-    text = f"cannot read {override}: {reason}"
-    if re.search(r"[=(){}\[\]:,'\"\\ ]", value) and not re.match(r"\s*[\[{'\"]", value):
-        text += f"; a value with such signs stands in quotes, inside the shell's own: {_in_quotes(key, value)}"
-    return text
+    if value.startswith("~"):
+        return f"cannot read {override}: behind = the shell leaves ~ as it is: write {key}=$HOME{value[1:]}"
+    if re.search(UNQUOTED_CANNOT, value) and not re.match(r"\s*[\[{'\"]", value):
+        # An umlaut is an error of Hydra's lexer, whose words say nothing.
+        said = "" if reason.startswith("LexerNoViableAltException") else f"{reason}; "
+        return (
+            f"cannot read {override}: {said}a value with such signs stands in quotes, inside the shell's own: "
+            f"{_in_quotes(key, value)}"
+        )
+    return f"cannot read {override}: {reason}"
 
 
 def _in_quotes(key: str, value: str) -> str:

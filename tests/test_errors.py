@@ -60,6 +60,11 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["run_dir=lr=0.1"], 2, r"cannot read run_dir=lr=0.1: .*in quotes, inside .* \"run_dir='lr=0.1'\"$"),
         (["run_dir=it's"], 2, r"inside the shell's own: \"run_dir='it\\'s'\"$"),
         (["data.root=a,b"], 2, r"holds a comma: as a list write 'data.root=\[a,b\]', as one text \"data.root='a,b'\""),
+        (["data.root=Übung"], 2, r"cannot read data.root=Übung: a value .* \"data.root='Übung'\"$"),
+        (["data.root=a&b"], 2, r"cannot read data.root=a&b: a value .* \"data.root='a&b'\"$"),
+        (["data.root=~/demos"], 2, r"cannot read data.root=~/demos: .* write data.root=\$HOME/demos$"),
+        (["model="], 2, r"no option '' in group 'model': options are coordinate_regression, .*volume_query_tuned$"),
+        (["model.lr=1"], 2, r"no setting 'model.lr' in train.yaml: the nearest is 'optimizer.lr'"),
         (["bananas"], 2, r"cannot read bananas: settings are given as name=value$"),
         (
             ["callbacks=null"],
