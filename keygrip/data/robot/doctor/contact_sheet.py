@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from keygrip.data.robot.doctor.examination import Examination, matrices, spread, tensor
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.models.geometry.cameras import project
 
-_TILE_WIDTH, _HEADER, _ROWS, _COLUMNS = 280, 16, 6, 6
+_TILE_WIDTH, _HEADER, _ROWS, _COLUMNS = 280, 18, 6, 6
+_FONT = 12  # pixels: in smaller letters blanks are lost between words
 _ARM_COLOURS = {"right": (255, 210, 0), "left": (0, 220, 255)}
 _AXIS_M = 0.05
 
@@ -29,7 +30,7 @@ def contact_sheet(exam: Examination, camera: str) -> Image.Image:
     title = (
         f"{camera}{': ' + shown if shown else ''}.  Axes of the gripper: x red, y green, z (approach) blue, 5 cm each"
     )
-    ImageDraw.Draw(sheet).text((4, 2), title, fill=(255, 255, 255))
+    ImageDraw.Draw(sheet).text((4, 1), title, fill=(255, 255, 255), font=ImageFont.load_default(_FONT))
     top = _HEADER
     for row in rows:
         sheet.paste(row, (0, top))
@@ -53,7 +54,9 @@ def _sheet_row(demo: Demo, camera: str) -> Image.Image:
         left = column * (_TILE_WIDTH + 2)
         row.paste(tile, (left, _HEADER))
         name = f"{demo.name[-18:]} " if column == 0 else ""
-        ImageDraw.Draw(row).text((left + 2, 2), f"{name}#{index} {'; '.join(words)}", fill=(220, 220, 220))
+        caption = f"{name}#{index} {'; '.join(words)}"
+        font = ImageFont.load_default(_FONT)
+        ImageDraw.Draw(row).text((left + 2, 1), caption, fill=(220, 220, 220), font=font)
     return row
 
 
