@@ -10,6 +10,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.recording.demonstrations import record
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -69,3 +72,16 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
     else:
         decoders = [line.split()[0] for line in said.splitlines() if " cm " in line]
         assert decoders == ["argmax", "soft_argmax", "viterbi", "sample"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_yours_is_named_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `KEYGRIP_DEMOS="data/Übung 1" jupyter lab notebooks` starts it; the name holds what Hydra takes in quotes."""
+    record(TaskOptions("reach"), tmp_path / "Übung 1", demos=1, processes=1)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("KEYGRIP_DEMOS", "Übung 1")
+    resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    notebook = read(ROOT / "notebooks" / "one_demo.ipynb")
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
