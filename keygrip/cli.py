@@ -21,6 +21,8 @@ COMMANDS = {
     "demo": "records, trains and evaluates a policy in simulation",
 }
 
+HELP = ("--help", "-h", "help")
+
 
 def usage() -> str:
     """What ``keygrip --help`` prints."""
@@ -35,7 +37,9 @@ def usage() -> str:
 def main() -> None:
     """Runs the command that ``sys.argv`` names; an unknown one ends with exit code 2."""
     name, *rest = sys.argv[1:] or ["--help"]
-    if name in ("--help", "-h", "help"):
+    if name in HELP and rest and rest[0] in COMMANDS:  # keygrip help train
+        name, rest = rest[0], ["--help", *rest[1:]]
+    if name in HELP:
         sys.stdout.write(f"{usage()}\n")
     elif name == "--version":
         sys.stdout.write(f"keygrip {__version__}\n")

@@ -128,7 +128,7 @@ def report(result: dict[str, Any], folder: Path) -> str:
         f"(95 % interval {result['success_low']:.0%} to {result['success_high']:.0%}), after {result['demos']} "
         f"demonstrations and {result['wall_s'] / 60:.1f} minutes{since}.\n"
         + (
-            f"Errors on held-out demonstrations, mean over the next 2.4 s:\n{errors}"
+            f"Errors on held-out demonstrations, mean over the steps of a plan:\n{errors}"
             if errors
             else "Errors on held-out demonstrations: none, the run ended before its first validation.\n"
         )

@@ -29,6 +29,8 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"keygrip {__version__}\n"
     assert run(monkeypatch, "trian") == 2
     assert "there is no command 'trian': the nearest is 'train'" in capsys.readouterr().err
+    assert run(monkeypatch, "help", "demo") == 0
+    assert capsys.readouterr().out.startswith("keygrip demo [group=option ...]")
     assert set(EXAMPLES) == set(cli.COMMANDS)
     assert {len(examples) for examples in EXAMPLES.values()} == {3}
 
