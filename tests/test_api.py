@@ -32,6 +32,20 @@ def test_importing_loads_nothing_heavy_and_is_typed() -> None:
         keygrip.lode  # noqa: B018
 
 
+def test_another_system_is_named() -> None:
+    windows = "import os; os.name = 'nt'; import keygrip"
+    done = subprocess.run([sys.executable, "-c", windows], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: keygrip runs on Linux and macOS")
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_what_is_not_there(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text("import keygrip\nplan = keygrip.load_policy('run').plan({})\nkeygrip.load_polcy('run')\n")
+    done = subprocess.run([sys.executable, "-m", "mypy", str(script)], capture_output=True, text=True)
+    assert re.findall(r"mine.py:(\d+): error: (.*?);", done.stdout) == [("3", 'Module has no attribute "load_polcy"')]
+
+
 def test_a_model_is_trained_loaded_and_exported_from_python(
     toy_overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
