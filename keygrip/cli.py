@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import runpy
 import sys
 
@@ -22,6 +24,15 @@ COMMANDS = {
 }
 
 HELP = ("--help", "-h", "help")
+# Hydra's own script asks the first word of the line, and knows no command behind it.
+COMPLETION = """\
+_keygrip() {
+    local found=$(COMP_LINE=${COMP_LINE:0:$COMP_POINT} keygrip --shell-completion query=bash 2>/dev/null)
+    COMPREPLY=($(compgen -W "$found" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _keygrip keygrip
+"""
 
 
 def usage() -> str:
@@ -43,12 +54,30 @@ def main() -> None:
         sys.stdout.write(f"{usage()}\n")
     elif name == "--version":
         sys.stdout.write(f"keygrip {__version__}\n")
+    elif name in ("-sc", "--shell-completion"):
+        sys.stdout.write(COMPLETION) if rest == ["install=bash"] else _complete()
     elif name in COMMANDS:
-        sys.argv[1:] = rest
-        # As `python -m` does it: processes that a run starts then find the module by its name.
-        runpy.run_module(f"keygrip.{name}", run_name="__main__", alter_sys=True)
+        _run(name, rest)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"the nearest is {close[0]!r}; " if close else ""
         sys.stderr.write(f"keygrip: there is no command {name!r}: {hint}commands are {', '.join(COMMANDS)}\n")
         sys.exit(2)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    sys.argv[1:] = arguments
+    # As `python -m` does it: processes that a run starts then find the module by its name.
+    runpy.run_module(f"keygrip.{name}", run_name="__main__", alter_sys=True)
+
+
+def _complete() -> None:
+    """Prints what may follow the line ``COMP_LINE``: a command, or what Hydra says behind one."""
+    line = os.environ.get("COMP_LINE", "")
+    behind = re.match(r"\s*\S+\s+(\S+)\s+(.*)", line, re.DOTALL)
+    if behind is None:
+        sys.stdout.write(f"{' '.join(COMMANDS)}\n")
+    elif behind[1] in COMMANDS:
+        os.environ["COMP_LINE"] = f"keygrip {behind[2]}"
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+        _run(behind[1], ["--shell-completion", "query=bash"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +59,28 @@ def test_options_and_settings_go_in_any_order() -> None:
     ):
         with pytest.raises(SettingError, match=said):
             overrides_first(["seed=1", wrong])
+    with pytest.raises(SettingError, match="tab completion is of all commands together"):
+        overrides_first(["-sc", "install=bash"])
+
+
+def test_tab_completion(tmp_path: Path) -> None:
+    """As bash asks for it, with a command `keygrip` on its path."""
+    executable = tmp_path / "keygrip"
+    executable.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m keygrip "$@"\n')
+    executable.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+
+    def completed(line: str) -> list[str]:
+        script = (
+            f'eval "$(keygrip -sc install=bash)"; COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}; '
+            f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _keygrip; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": path})
+        return done.stdout.split()
+
+    assert completed("keygrip ev") == ["evaluate"]
+    assert completed("keygrip train seed=1 data=yam_s") == ["data=yam_stills"]
+    assert completed("keygrip trian data=yam_s") == []
 
 
 def test_python_m_keygrip(command: Callable[..., Any]) -> None:
