@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from keygrip.config import SettingError, nearest, new_name
+from keygrip.config_errors import chain
 
 # Names of sizes and counts of which there is at least one; 0 and less would build an empty part, or none.
 SIZE = re.compile(
@@ -26,6 +27,9 @@ SIZE = re.compile(
 )
 # What is built of these is other people's: its annotations are not always what it takes.
 FOREIGN = ("lightning", "torch", "torchvision", "transformers", "timm", "hydra", "submitit")
+
+# Of a class: it cannot be imported, or has no signature. Building it says so.
+NOT_THERE = (ImportError, AttributeError, TypeError, ValueError)
 
 
 def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] | None = None) -> None:
@@ -95,7 +99,10 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         target = get_object(str(node["_target_"]))
         parameters = inspect.signature(target).parameters
         hints = hints_of(target)
-    except Exception:  # what cannot be imported or has no signature is named when it is built
+    except Exception as error:
+        # A signal during the import, of which Hydra makes an ImportError, ends the command.
+        if not isinstance([error, *chain(error)][-1], NOT_THERE):
+            raise
         return
     given = {str(key): value for key, value in node.items() if not (str(key).startswith("_") and str(key)[-1] == "_")}
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):

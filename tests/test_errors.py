@@ -287,6 +287,22 @@ def test_a_terminal_that_is_closed_ends_a_command_in_good_order(ignored: bool, m
     assert left == (["went on", "stopped the arm"] if ignored else ["stopped the arm"])
 
 
+def test_a_signal_while_the_classes_of_a_configuration_are_imported_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torch alone takes seconds to import; Hydra makes an ImportError of whatever is raised meanwhile."""
+    from keygrip import command
+    from keygrip.setting_types import refuse_ill_typed
+
+    (tmp_path / "slow_import.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
+    with pytest.raises(SystemExit) as stop:
+        command.entry_point("prepare", lambda cfg: refuse_ill_typed({"_target_": "slow_import.Thing"}))
+    assert stop.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "keygrip: stopped by SIGTERM"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
