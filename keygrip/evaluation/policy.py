@@ -61,6 +61,7 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
     Args:
         changes: settings of the run's data that take the place of stored ones.
     """
+    import torch
     from lightning.pytorch import Trainer
 
     quiet_lightning(warnings_too=True)
@@ -72,7 +73,7 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
     datamodule.prepare_data()
     datamodule.setup("validate")
     trainer = Trainer(
-        accelerator="auto",
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",  # as in training: "auto" takes a Mac's MPS
         devices=1,
         logger=False,
         enable_checkpointing=False,

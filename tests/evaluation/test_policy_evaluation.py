@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from keygrip.config import compose
 from keygrip.evaluation.closed_loop import ClosedLoop
-from keygrip.evaluation.policy import closed_loop_settings, evaluate_policy
+from keygrip.evaluation.policy import closed_loop_settings, evaluate_policy, open_loop
 
 
 class Model(LightningModule):
@@ -144,3 +144,21 @@ def test_a_run_that_holds_nothing_out_has_no_open_loop(
     assert "open_loop is left out: the run holds out no demonstrations" in caplog.text
     with pytest.raises(ValueError, match="nothing is left to evaluate"):
         evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", "simulate=false"]))
+
+
+def test_the_open_loop_of_a_mac_computes_where_training_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: MPS, which Lightning's "auto" takes where it is, has no float64."""
+    chosen = {}
+
+    class Recorder:
+        def __init__(self, **settings: Any) -> None:
+            chosen.update(settings)
+
+        def validate(self, *_: Any, **__: Any) -> list[Any]:
+            return []
+
+    data = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None)
+    monkeypatch.setattr("lightning.pytorch.Trainer", Recorder)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    open_loop(SimpleNamespace(stored_data=lambda changes: data, module=None))  # type: ignore[arg-type]
+    assert chosen["accelerator"] == "cpu"
