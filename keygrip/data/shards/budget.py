@@ -6,6 +6,7 @@ the budget allows.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -101,14 +102,17 @@ def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     Raises:
         ValueError: there are not enough samples.
     """
-    found = list(batches)
+    # by size, and of equal ones the first: places are paths of halves below a batch, and sort as these lie in order
+    found: list[tuple[int, tuple[int, ...], np.ndarray]] = [(-len(b), (n,), b) for n, b in enumerate(batches)]
+    heapq.heapify(found)
     while len(found) < count:
-        largest = max(range(len(found)), key=lambda n: len(found[n]))
-        batch = found[largest]
-        if len(batch) < 2:
+        size, place, largest = found[0] if found else (0, (), np.zeros(0, np.int64))
+        if size > -2:
             raise ValueError(f"{sum(map(len, batches))} samples do not make {count} batches")
-        found[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return found[:count]
+        first, second = largest[: -size // 2], largest[-size // 2 :]
+        heapq.heapreplace(found, (-len(first), (*place, 0), first))
+        heapq.heappush(found, (-len(second), (*place, 1), second))
+    return [batch for _, _, batch in sorted(found, key=lambda each: each[1])[:count]]
 
 
 def dealt(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:

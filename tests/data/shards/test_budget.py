@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +158,25 @@ def test_batches_are_halved_or_left_out_to_be_as_many_as_wanted() -> None:
     assert [len(batch) for batch in exactly(batches, 2)] == [6, 3]
     with pytest.raises(ValueError, match="10 samples do not make 11 batches"):
         exactly(batches, 11)
+
+
+def test_halves_of_many_batches_are_found_without_looking_at_all_of_them_each_time() -> None:
+    """A set of ten million videos has some 180 000 batches, of which one in a hundred is halved."""
+    looked_at = 0
+
+    class Counted(list[int]):
+        def __len__(self) -> int:
+            nonlocal looked_at
+            looked_at += 1
+            return super().__len__()
+
+    batches: list[Any] = [Counted([n] * (4 + n % 3)) for n in range(1000)]
+    found = exactly(batches, 1100)
+    assert looked_at < 5 * 1000
+    halved = [n for n in range(1000) if n % 3 == 2][:100]  # of the largest, the first
+    assert [list(batch) for batch in found] == [
+        part for n in range(1000) for part in ([[n] * 3] * 2 if n in halved else [[n] * (4 + n % 3)])
+    ]
 
 
 def test_what_cannot_be_is_refused() -> None:
