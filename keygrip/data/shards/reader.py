@@ -52,11 +52,8 @@ class ShardSet:
             )
         manifest = _read_manifest(manifest_path)
         self.shards: list[dict[str, Any]] = [shard for shard in manifest["shards"] if shard["samples"]]
-        for name, reason in {} if quiet else manifest["broken"].items():
-            log.warning("%s is left out: %s (%s)", name, reason, self.root)
-        for name, left in {} if quiet else manifest["bad_samples"].items():
-            key, reason = next(iter(left.items()))
-            log.warning("%d samples of %s/%s are left out; the first: %s: %s", len(left), self.root, name, key, reason)
+        if not quiet:
+            _say_what_is_left_out(self.root, manifest)
         self._indices = [self._read_index(shard) for shard in self.shards]
         self._check_sizes()
         counts = [len(index) for index in self._indices]
@@ -190,6 +187,19 @@ def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:
     for shards in sets:
         for sample in range(len(shards)):
             yield shards, sample
+
+
+def _say_what_is_left_out(root: str, manifest: Mapping[str, Any]) -> None:
+    """A line for shards and one for samples: a large set has bad samples in each of its thousands of shards."""
+    broken, bad = manifest["broken"], manifest["bad_samples"]
+    if broken:
+        name, reason = next(iter(broken.items()))
+        log.warning("%d shards of %s are left out (named in its %s); %s: %s", len(broken), root, MANIFEST, name, reason)
+    if bad:
+        name, left = next(iter(bad.items()))
+        key, reason = next(iter(left.items()))
+        told = (sum(map(len, bad.values())), len(bad), root, MANIFEST, key, name, reason)
+        log.warning("%d samples in %d shards of %s are left out (named in its %s); %s of %s: %s", *told)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

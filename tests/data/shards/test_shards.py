@@ -341,6 +341,26 @@ def test_a_bad_sample_is_left_out_by_name_and_the_rest_of_its_shard_is_kept(tmp_
     assert [int(read_sample(shards, n, 8).frames[0, 0, 0, 0]) for n in range(7)] == [0, 1, 2, 4, 5, 6, 7]
 
 
+def test_what_is_left_out_of_many_shards_is_said_in_two_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """WebVid has 20 000 shards, and bad samples in most of them."""
+    for shard in range(5):
+        with ShardWriter(tmp_path / f"{shard}.tar") as writer:
+            for number in range(4):
+                parts, row = video_text_parts([picture(number)], conversations(f"n{number}"), "x", extension="png")
+                writer.add(f"s{shard}-{number}", {**parts, "json": b"{"} if number > 1 else parts, row)
+        index_path(tmp_path / f"{shard}.tar").unlink()
+    for shard in (3, 4):
+        (tmp_path / f"{shard}.tar").write_bytes((tmp_path / f"{shard}.tar").read_bytes()[:-2000])
+    write_manifest(tmp_path, describe_video_text, max_broken_share=0.8, progress=False)
+    caplog.clear()
+    assert len(ShardSet(tmp_path)) == 6
+    shards, samples = (record.getMessage() for record in caplog.records)
+    assert shards.startswith(f"2 shards of {tmp_path} are left out (named in its manifest.json); 3.tar: ")
+    assert samples.startswith(
+        f"6 samples in 3 shards of {tmp_path} are left out (named in its manifest.json); s0-2 of 0."
+    )
+
+
 @pytest.mark.parametrize(
     ("names", "frames"),
     [
