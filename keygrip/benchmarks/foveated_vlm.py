@@ -26,6 +26,7 @@ from keygrip.training.memory import GIB
 
 SHORTEST_TEXT = 32  # tokens of a question and an answer
 PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the question comes first
+RANDOM_WEIGHTS = ("language.model.weights=random", "backbone.weights=random")
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, A
     """The module with random weights, its data's settings and tokens of a text."""
     from omegaconf import OmegaConf
 
-    config = compose("train", [*overrides, "language.model.weights=random", "backbone.weights=random"])
+    config = compose("train", [*overrides, *RANDOM_WEIGHTS])
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
@@ -361,8 +362,8 @@ def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) 
 def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
     from omegaconf import OmegaConf
 
-    resolved: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
-    module = build_module(resolved)  # random weights
+    resolved: Any = OmegaConf.to_container(compose("train", [*overrides, *RANDOM_WEIGHTS]), resolve=True)
+    module = build_module(resolved)
     network = module.network
     if not isinstance(network, FoveatedVLM):
         raise ValueError(f"this case measures the foveated model; its overrides name a {type(network).__name__}")

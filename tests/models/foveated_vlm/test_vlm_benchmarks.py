@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from vlm_parts import small_backbone, small_language
 
+import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks import foveated_vlm
 from keygrip.benchmarks.foveated_vlm import (
     VLMDecode,
@@ -17,6 +20,7 @@ from keygrip.benchmarks.foveated_vlm import (
     _Push,
     fullest,
 )
+from keygrip.config import compose
 from keygrip.data.shards.budget import Budget
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 
@@ -29,6 +33,22 @@ def network(monkeypatch: pytest.MonkeyPatch) -> FoveatedVLM:
     made = FoveatedVLM(small_backbone(), small_language())
     monkeypatch.setattr(foveated_vlm, "_network", lambda overrides: (made, torch.device("cpu")))
     return made
+
+
+def test_cases_at_the_published_sizes_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched for weights that a time does not depend on."""
+    built: list[Any] = []
+    monkeypatch.setattr(foveated_vlm, "build_module", built.append)
+    cases = [case for case in compose("bench", []).cases.values() if "foveated_vlm" in case._target_]
+    overrides = [list(case.overrides) for case in cases if "overrides" in case]
+    assert len(overrides) == 4
+    for each in overrides:
+        with pytest.raises(AttributeError):  # of the module that is not built
+            foveated_vlm._network(each)
+    for config in built:
+        network = config["model"]["network"]
+        assert (network["language"]["weights"], network["backbone"]["weights"]) == ("random", "random")
+        assert (network["language"]["layers"], network["backbone"]["variant"]) == (30, "dinov2_vits14")
 
 
 @pytest.mark.slow
