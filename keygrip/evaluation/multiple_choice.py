@@ -50,8 +50,8 @@ def evaluate_choices(
         max_new_tokens: of a generated answer; what a model thinks before it answers counts.
         record: each answer is added to it, plain values.
 
-    Raises:
-        ValueError: no question is left.
+    Returns:
+        The counts and the figures of each mode; of no question that is left the counts alone.
     """
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
@@ -91,10 +91,12 @@ def evaluate_choices(
                     if record is not None:
                         record.append(_recorded(question, mode, letter, named, text))
     left = len(questions) - unreadable - too_long
+    counted = {"questions": left, "unreadable": unreadable, "too_long": too_long}
     if not left:
-        raise ValueError(
-            f"no question is left: the videos of {unreadable} cannot be decoded, and {too_long} are too long"
+        log.warning(
+            "no question is left: the videos of %d cannot be decoded, and %d are too long", unreadable, too_long
         )
+        return counted
     tasks = {question.task for question in questions}
     for found in right.values():
         for name in ("accuracy_likelihood", "accuracy_generation"):
@@ -106,7 +108,6 @@ def evaluate_choices(
     for mode in modes:
         each = seconds_of["encoder"] / frames_seen + seconds_of[mode] / row_frames
         figures[mode]["ms_per_frame"] = round(1000 * each, 5)
-    counted = {"questions": left, "unreadable": unreadable, "too_long": too_long}
     return {**counted, "tokens_per_frame": module.network.tokens_per_frame, **figures}
 
 

@@ -279,6 +279,13 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         figures = evaluate_choices(module, benchmark.questions, modes, cfg.max_new_tokens, record)
         result[name] = figures | {"without_video": benchmark.without_video, "unscored": benchmark.unscored}
         answers += [{"benchmark": name, **entry} for entry in record]
-    if cfg.vqa_answers is not None:
-        write_text(Path(cfg.vqa_answers), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers))
+        if cfg.vqa_answers is not None and answers:  # what is known by now stays where a later set ends all
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]
+            write_text(Path(cfg.vqa_answers), "".join(lines))
+    if cfg.split == "none" and not answers:
+        left_out = ", ".join(
+            f"{name}: {found['unreadable']} whose videos cannot be decoded and {found['too_long']} that are too long"
+            for name, found in result.items()
+        )
+        raise ValueError(f"no question is left of {left_out}")
     return result

@@ -21,7 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.evaluation import multiple_choice, video_text
 from keygrip.evaluation.multiple_choice import evaluate_choices
 from keygrip.evaluation.video_text import evaluate_answers
-from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
+from keygrip.evaluation.vqa_benchmarks import Benchmark, ChoiceQuestion
 from keygrip.models.foveated_vlm.generation import Answers, answer_scores
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 
@@ -74,8 +74,8 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
         "share_without_option",
         "ms_per_frame",
     }
-    with pytest.raises(ValueError, match="no question is left: the videos of 1 cannot be decoded, and 0 are too long"):
-        evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
+    none = evaluate_choices(module, [question("broken", 0)], ["coarse_fine"])
+    assert none == {"questions": 0, "unreadable": 1, "too_long": 0}
 
 
 def test_questions_that_do_not_fit_are_counted_and_end_nothing(
@@ -85,8 +85,9 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
     assert (figures["questions"], figures["unreadable"], figures["too_long"]) == (1, 0, 1)
     assert "1 questions about a left out: the conversation takes 443 positions" in caplog.text
     module.network.frame_tokens = torch.nn.Parameter(torch.zeros(2, module.network.language.width))  # of two frames
-    with pytest.raises(ValueError, match=r"no question is left: .* 1 are too long"):
-        evaluate_choices(module, [question("a", 0)], ["coarse_fine"], 4)
+    none = evaluate_choices(module, [question("a", 0)], ["coarse_fine"], 4)
+    assert none == {"questions": 0, "unreadable": 0, "too_long": 1}
+    assert "no question is left: the videos of 0 cannot be decoded, and 1 are too long" in caplog.text
     assert "the conversation has 3 frames and the model numbers 2" in caplog.text
 
 
@@ -104,6 +105,32 @@ def test_the_likeliest_letter_is_that_of_a_whole_row(module: FoveatedVLMModule) 
     for right in range(3):
         figures = evaluate_choices(module, [question("a", right)], ["coarse_fine"], 4)
         assert figures["coarse_fine"]["accuracy_likelihood"] == float(right == int(np.argmax(alone)))
+
+
+def test_a_set_of_which_nothing_is_left_keeps_what_others_gave(
+    module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"mvbench": [question("a", 0)], "mlvu": [question("broken", 0)]}
+    monkeypatch.setattr(video_text, "read_benchmark", lambda name, root: Benchmark(sets[name], 0))
+    settings = {"mode": "coarse_fine", "split": "none", "max_frames": None, "limit_batches": None}
+    kept = tmp_path / "answers.jsonl"
+
+    def evaluated(*names: str) -> dict[str, Any]:
+        cfg = {**settings, "max_new_tokens": 4, "vqa_answers": str(kept), "vqa_benchmarks": dict.fromkeys(names, "x")}
+        return evaluate_answers(SimpleNamespace(module=module), OmegaConf.create(cfg))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="no question is left of mlvu: 1 whose videos cannot be decoded and 0 that"):
+        evaluated("mlvu")
+    assert not kept.exists()
+    found = evaluated("mvbench", "mlvu")
+    assert found["mlvu"] == {"questions": 0, "unreadable": 1, "too_long": 0, "without_video": 0, "unscored": 0}
+    assert found["mvbench"]["questions"] == len(kept.read_text().splitlines()) == 1
+    kept.unlink()
+    monkeypatch.setitem(sets, "mlvu", [question("a", 7)])  # which no option is: the set ends all
+    monkeypatch.setattr(multiple_choice, "_likeliest", lambda *given: [0] if given[1][0].answer == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluated("mvbench", "mlvu")
+    assert len(kept.read_text().splitlines()) == 1
 
 
 def test_generated_answers_are_read_as_options(module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch) -> None:
