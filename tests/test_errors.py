@@ -58,6 +58,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["seed=abc"], 2, r"seed.*abc.*Integer"),
         (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
         (["run_dir=lr=0.1"], 2, r"cannot read run_dir=lr=0.1: .*in quotes, inside .* \"run_dir='lr=0.1'\"$"),
+        (["run_dir=läufe"], 2, r"cannot read run_dir=läufe: .*in quotes, inside .* \"run_dir='läufe'\"$"),
         (["run_dir=it's"], 2, r"inside the shell's own: \"run_dir='it\\'s'\"$"),
         (["data.root=a,b"], 2, r"holds a comma: as a list write 'data.root=\[a,b\]', as one text \"data.root='a,b'\""),
         (["data.root=Übung"], 2, r"cannot read data.root=Übung: a value .* \"data.root='Übung'\"$"),
