@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,14 +85,25 @@ class KeygripModel(lmms):
         self.max_frames = int(max_frames or self.module.image_options["max_frames"])
         self.max_failed_share = float(max_failed_share)
         self._last: tuple[tuple[str, ...] | None, Seen] | None = None
+        self._told: set[str] = set()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, each cut off before the first of the task's `until`; `FAILED` where a request fails.
 
+        A task's `max_new_tokens` (32768 in some) that the language model's context has no room for means as many as
+        there is room for. Where tokens are drawn (`temperature`) they are drawn from all, with seed 0, and of a request
+        that is made several times (`repeats`) with 1, 2, ... after that. What has no effect is said in the log.
+
         Raises:
             ValueError: too many requests fail, or all.
         """
-        return self._each(requests, self._answer, lambda _: FAILED)
+        made: Counter[int] = Counter()
+
+        def drawn(request: Any) -> str:
+            made[id(request)] += 1
+            return self._answer(request, made[id(request)] - 1)
+
+        return self._each(requests, drawn, lambda _: FAILED)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """How likely each target's words are, without the end of the turn: a number, and whether greedy decoding gives
@@ -134,23 +146,38 @@ class KeygripModel(lmms):
             raise ValueError(f"all of {bad.seen} requests failed; the first: {next(iter(bad.reasons))}")
         return found
 
-    def _answer(self, request: Any) -> str:
+    def _answer(self, request: Any, seed: int = 0) -> str:
         text, settings, see, number, task, split = request.args
         inputs, counts, seconds, kv = self._seen(see, task, split, number)
+        network = self.module.network
+        prompt = self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])
+        room = network.language.context - len(prompt.ids) - network.tokens_per_frame * counts[0]
+        most = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
+        temperature = float(settings.get("temperature") or 0.0)
+        for name, value in _without_effect(settings, temperature).items():
+            self._say_once(f"{task}: {name}={value} has no effect")
         said = generate(
-            self.module.network,
+            network,
             self.module.tokenizer,
             inputs,
             counts,
-            [self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])],
+            [prompt],
             [0],
             self.mode,
-            int(settings.get("max_new_tokens") or MAX_NEW_TOKENS),
-            float(settings.get("temperature") or 0.0),
+            max(1, min(most, room)),
+            temperature,
+            seed,
             kv=kv,
             seconds=seconds,
         )
+        if len(said.ids[0]) == room < most:
+            self._say_once(f"{task}: answers are cut off where the language model's context ends")
         return _until(said.texts[0], settings)
+
+    def _say_once(self, words: str) -> None:
+        if words not in self._told:
+            self._told.add(words)
+            log.warning("%s", words)
 
     def _likelihood(self, request: Any) -> tuple[float, bool]:
         text, target, see, number, task, split = request.args
@@ -225,6 +252,14 @@ def _joined(parts: Sequence[Timed]) -> Timed:
 def _question(text: str) -> str:
     """Without the marks of where images go: the model has its own place for them."""
     return Placeholders().without(text).strip()
+
+
+def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """What a task sets beside the temperature, and would answer otherwise with."""
+    found = {name: settings.get(name) for name in ("top_p", "top_k", "num_beams", "repetition_penalty")}
+    drawing = {"top_p": (None, 1), "top_k": (None, 0, -1)} if temperature > 0 else {}
+    neutral = drawing | {"num_beams": (None, 1), "repetition_penalty": (None, 1)}
+    return {name: found[name] for name, values in neutral.items() if found[name] not in values}
 
 
 def _until(text: str, settings: Mapping[str, Any]) -> str:

@@ -232,7 +232,7 @@ def test_documents_of_the_real_tasks_are_answered_and_scored_by_their_own_functi
         for number, document in enumerate(documents)
     ]
     said: list[str] = []
-    monkeypatch.setattr(model, "_answer", lambda request: (said.append(answer(request)), "B")[1])
+    monkeypatch.setattr(model, "_answer", lambda *given: (said.append(answer(*given)), "B")[1])
     answer = type(model)._answer.__get__(model)
     answers = model.generate_until(asked)
     assert answers == ["B", "-"]

@@ -89,3 +89,45 @@ def test_what_fails_is_never_the_option_chosen(model: Any, caplog: pytest.LogCap
     assert (found[0], found[1], found[3]) == (math.inf, math.inf, -math.inf)
     assert int(np.argmin(found[:3])) == 2
     assert "its target is empty" in caplog.text
+
+
+def answering(**settings: Any) -> Any:
+    return request(settings)
+
+
+def test_an_answer_may_be_as_long_as_the_context_has_room_for(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tasks ask for up to 49152 tokens; the small model's context holds 128."""
+    lengths: list[int] = []
+    whole = keygrip.evaluation.lmms.generate
+    monkeypatch.setattr(
+        keygrip.evaluation.lmms,
+        "generate",
+        lambda *given, **named: (lengths.append(given[7]), whole(*given, **named))[1],
+    )
+    monkeypatch.setattr(model.module.tokenizer, "stop_tokens", frozenset())
+    (long,) = model.generate_until([answering(max_new_tokens=49152)])
+    assert model.generate_until([answering(max_new_tokens=49152)]) == [long]
+    assert caplog.text.count("mini: answers are cut off where the language model's context ends") == 1
+    (short,) = model.generate_until([answering(max_new_tokens=20)])
+    prompt = model.module.collator.prompt((Turn("user", "What is it?"),), (0.0, 1.0))
+    assert lengths == [128 - len(prompt.ids) - 2] * 2 + [20]
+    assert len(short) < len(long)
+    assert long.startswith(short)
+
+
+def test_repeated_requests_are_drawn_anew_and_the_same_again(model: Any) -> None:
+    drawn = answering(max_new_tokens=12, temperature=1.0)
+    answers = model.generate_until([drawn] * 4)
+    assert len(set(answers)) > 1
+    assert model.generate_until([drawn] * 4) == answers
+    assert model.generate_until([answering(max_new_tokens=12, temperature=1.0)]) == answers[:1]
+
+
+def test_settings_without_effect_are_said(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model.generate_until([answering(max_new_tokens=2, temperature=0, do_sample=False, num_beams=1, top_p=0.1, top_k=5)])
+    assert "has no effect" not in caplog.text
+    model.generate_until([answering(max_new_tokens=2, temperature=0.7, top_p=0.95, num_beams=5)] * 2)
+    for words in ("mini: top_p=0.95 has no effect", "mini: num_beams=5 has no effect"):
+        assert caplog.text.count(words) == 1
