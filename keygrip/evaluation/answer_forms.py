@@ -14,7 +14,14 @@ THOUGHT = re.compile(
     r"\[think\].*?(?:\[/think\]|$)|^.*\[/think\]",
     re.DOTALL | re.IGNORECASE,
 )
-TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+TAGGED = re.compile(r"<(?:answer|conclusion)>(.*?)(?:</(?:answer|conclusion)>|$)", re.DOTALL | re.IGNORECASE)
+# Where a model that does not stop goes on with a further question of its own.
+GOES_ON = re.compile(r"\n\s*(?:<\|\w+\|>\s*)?(?:question|q|user|human)(?:\s*\d+)?\s*:", re.IGNORECASE)
+# Words of the announcement that may be options too ("The right answer is left").
+QUALIFIES = re.compile(
+    r"\b(?:best|correct|final|right|true)\s+(?=(?:answer|choice|option)\s*(?:(?:is|was|would be|should be)\b|[:=-]))",
+    re.IGNORECASE,
+)
 ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
 # Capitals that are no letters of a list: "A/C unit", "U.S.A.".
 COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")

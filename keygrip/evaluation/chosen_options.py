@@ -17,6 +17,7 @@ from keygrip.evaluation.answer_forms import (
     COUNTED,
     ENDS_NO,
     ENDS_SAID,
+    GOES_ON,
     I_SAY,
     LABELS,
     LIKE,
@@ -25,6 +26,7 @@ from keygrip.evaluation.answer_forms import (
     NUMBERED,
     OPEN,
     ORDINALS,
+    QUALIFIES,
     REASON,
     RIGHT,
     SAID_NO,
@@ -52,12 +54,16 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     answer every other letter names its option, whatever follows ("The answer is B as shown"); A, and I, do so before
     punctuation and words that give a reason. Words that are denied ("not the red cube") name nothing, nor does the "no"
     of a sentence ("there is no cat"). A letter within an option's own words ("Team B") is a part of these. What a model
-    thinks before it answers (`<think>`), and a repetition of the options, though it be cut off, is no answer.
+    thinks before it answers (`<think>`), a repetition of the options, though it be cut off, and what it says to a
+    further question of its own are no answer.
     """
     known = Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     tagged = TAGGED.findall(said)
     said = tagged[-1] if tagged else said
+    own = GOES_ON.split(said, maxsplit=1)[0]
+    if own != said and (found := chosen_option(own, options)) is not None:
+        return found
     whole = known.whole(said)
     if whole is not None:
         return whole
@@ -85,7 +91,7 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
         found = find(text, known)
         if found is not None:
             return found
-    named, (alone, labelling) = _by_words(words, known), _capitals(text, known)
+    named, (alone, labelling) = _by_words(QUALIFIES.sub("", words), known), _capitals(text, known)
     if len(alone) == 1:
         return alone.pop() if named is None or named in alone else None
     if named is None and not alone and len(labelling) == 1:

@@ -529,3 +529,37 @@ def test_letters_case_and_tags_of_options_are_compared_as_they_are(options: list
         if "<" in option and "**" in form:  # tags are taken for marks of the model's
             continue
         assert chosen_option(form.format("ABCD"[number], option), options) == number
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        ("The right answer is left.", ["left", "right"], 0),
+        ("The right option: Left", ["Left", "Right"], 0),
+        ("The right answer is right.", ["left", "right"], 1),
+        ("It is the right one.", ["left", "right"], 1),
+        ("The correct answer is incorrect.", ["Correct", "Incorrect"], 1),
+        ("The true answer is false", ["True", "False"], 1),
+    ],
+)
+def test_the_word_that_calls_an_answer_right_is_no_option(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option
+
+
+def test_the_conclusion_behind_tagged_reasoning_is_the_answer() -> None:
+    """As LLaVA-CoT writes."""
+    said = "<SUMMARY>A cube.</SUMMARY>\n<REASONING>A is dark. C?</REASONING>\n<CONCLUSION> B </CONCLUSION>"
+    assert chosen_option(said, COLOURS) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Answer: B\n\nQuestion: What shape?\nA. cube\nB. ball\nAnswer: A",
+        "The answer is B.\nQ2: And now?\nThe answer is C.",
+        "B. red\nUSER: And now?\nASSISTANT: Answer: C",
+        "Question: Which colour?\nAnswer: A\nWait, the answer is B.",  # what stands before it is no answer
+    ],
+)
+def test_a_further_question_that_a_model_asks_itself_is_no_part_of_its_answer(said: str) -> None:
+    assert chosen_option(said, COLOURS) == 1
