@@ -26,6 +26,8 @@ from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
 ROLES = ("system", "user", "assistant")
+# What Qwen's messages say of a video beside where it is: which frames are seen is the model's.
+FRAMES_OF_IT = ("fps", "nframes", "num_frames", "video_start", "video_end")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
 Message = Mapping[str, Any]
@@ -266,14 +268,21 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
 
 
 def _visual(item: Mapping[str, Any], kind: str) -> Any:
-    """What an item shows: a path, a PIL image, a list of them or an array. Raises ValueError: nothing, or what lies
-    elsewhere."""
+    """What an item shows: a path, a PIL image, a list of them or an array. Raises ValueError: nothing, what lies
+    elsewhere, or other frames of it than are seen."""
     given: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
     paths = [path for path in (given if _are_paths(given) else [given]) if isinstance(path, str)]
     if given is None or not all(map(str.strip, paths)):  # an empty path would be the present folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):
         raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
+    told = {name: item[name] for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
+    if told and told != {"fps": 1}:
+        named = ", ".join(f"{name}={str(value)[:20]}" for name, value in told.items())
+        raise ValueError(
+            f"a video with {named}: of a video a frame per second is seen, from its beginning to its end, and of "
+            "several images each counts as one second: leave that out, and of a longer video give the part alone"
+        )
     return given
 
 

@@ -39,3 +39,22 @@ def test_frames_of_a_video_may_be_paths_of_images(tmp_path: Path) -> None:
         check(talk("video", [paths[0], "https://a.example/b.png"]))
     with pytest.raises(ValueError, match="an item of type video has none"):
         check(talk("video", [paths[0], " "]))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"fps": 2.0}, r"fps=2\.0"),
+        ({"video_start": 3, "video_end": 5}, "video_start=3, video_end=5"),
+        ({"nframes": 8}, "nframes=8"),
+    ],
+)
+def test_frames_of_a_video_that_a_message_chooses_otherwise_are_refused(told: dict[str, Any], said: str) -> None:
+    """Qwen's keys: the answer would be about other frames than were asked for."""
+    image = Image.new("RGB", (8, 8))
+    video = {"type": "video", "video": [image, image]}
+    words = {"type": "text", "text": "?"}
+    with pytest.raises(ValueError, match=f"message 1: a video with {said}: of a video a frame per second is seen"):
+        check([{"role": "user", "content": [{**video, **told}, words]}])
+    check([{"role": "user", "content": [{**video, "fps": 1.0, "max_pixels": 9}, words]}])
+    check([{"role": "user", "content": [{"type": "image", "image": image, **told}, words]}])
