@@ -20,6 +20,7 @@ from keygrip.data.video_text.video_files import SUFFIXES
 
 SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+ONE_A_LINE = "each conversation stands on a line of its own (jq -c '.[]' FILE makes such lines of a JSON list)"
 Item = tuple[Any, int | None]  # of a message, with the number that its placeholder has
 
 
@@ -38,7 +39,8 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
         raise ValueError(f"conversations={path}: it is a folder, a named pipe or a device, not a file")
     talks: list[list[Any]] = []
     broken: dict[int, str] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # text may hold other ends of lines
+    lines = read_text(path).split("\n")  # text may hold other ends of lines
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         talk: Any = None
@@ -48,6 +50,8 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
                 talk = content.get("messages") if isinstance(content, dict) else content
                 if not isinstance(talk, list) or not talk:
                     raise ValueError("it is no list of messages, nor an object with messages")
+                if isinstance(talk[0], list) or (isinstance(talk[0], dict) and "messages" in talk[0]):
+                    raise ValueError(f"it is a list of conversations: {ONE_A_LINE}")
                 if isinstance(content, dict):
                     talk = _with_files(content, talk, Path(path).parent)
         except BadSample as error:
@@ -55,6 +59,8 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
             talk = []
         talks.append(talk)
     if len(broken) == len(talks):
+        if broken and lines[0].strip() in ("[", "{"):
+            raise ValueError(f"{path} is JSON over several lines, and not JSON Lines: {ONE_A_LINE}")
         raise ValueError(broken[0] if broken else f"conversations={path}: it holds no conversation")
     return talks, broken
 

@@ -130,3 +130,13 @@ def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> 
 def test_files_without_a_place_are_refused_by_name(row: dict[str, Any], why: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"talks\.jsonl, line 1: .*{why}"):
         read(tmp_path, **row)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_of_conversations_is_told_from_json_lines(indent: int | None, tmp_path: Path) -> None:
+    """As LLaMA-Factory's data sets are."""
+    file = tmp_path / "talks.json"
+    for talks in ([{"messages": [user("?")]}] * 2, [[user("?")]] * 2):
+        file.write_text(json.dumps(talks, indent=indent))
+        with pytest.raises(ValueError, match=r"talks\.json.*: each conversation stands on a line of its own \(jq -c"):
+            read_conversations(file)
