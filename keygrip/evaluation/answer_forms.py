@@ -16,7 +16,7 @@ THOUGHT = re.compile(
 )
 TAGGED = re.compile(r"<(?:answer|conclusion)>(.*?)(?:</(?:answer|conclusion)>|$)", re.DOTALL | re.IGNORECASE)
 # Where a model that does not stop goes on with a further question of its own.
-GOES_ON = re.compile(r"\n\s*(?:<\|\w+\|>\s*)?(?:question|q|user|human)(?:\s*\d+)?\s*:", re.IGNORECASE)
+GOES_ON = re.compile(r"\n[^\S\n]*(?:<\|\w+\|>\s*)?(?:question|q|user|human)(?:\s*\d+)?\s*:", re.IGNORECASE)
 # Words of the announcement that may be options too ("The right answer is left").
 QUALIFIES = re.compile(
     r"\b(?:best|correct|final|right|true)\s+(?=(?:answer|choice|option)\s*(?:(?:is|was|would be|should be)\b|[:=-]))",

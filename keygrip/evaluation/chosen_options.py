@@ -330,7 +330,7 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
         found: list[tuple[int, int]] = []
         for letter in (upper + several, lower):
             for match in re.finditer(rf"(?i:{says}){letter}", text):
-                before, behind = text[: match.start()], text[match.end(1) :]
+                before, behind = _before(text, match.start()), text[match.end(1) :]
                 if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
@@ -339,7 +339,9 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
                     _is_an_options(match.group().split()[0], known) or _is_verdict(match.group(), behind)
                 ):
                     continue
-                if SUPPOSES.search(text[: match.start(1)]) and not re.match(CORRECTS, match.group(), re.IGNORECASE):
+                if SUPPOSES.search(_before(text, match.start(1))) and not re.match(
+                    CORRECTS, match.group(), re.IGNORECASE
+                ):
                     supposed = number_of(match.group(1)) if supposed is None else supposed
                     continue
                 if _names_another(_words(behind.lstrip(".):] ")), number_of(match.group(1)), known):
@@ -358,6 +360,11 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
         if found:
             return max(found)[1]
     return supposed
+
+
+def _before(text: str, place: int) -> str:
+    """What a pattern of words before a place looks at: not all of a long text again at each place."""
+    return text[max(0, place - 300) : place]
 
 
 def _is_verdict(correction: str, behind: str) -> bool:
@@ -395,7 +402,7 @@ def _stated(text: str, last: str) -> int | None:
     """The first letter that is said to be the answer; one that only seems to be it where no other is it."""
     seeming: int | None = None
     for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?({RIGHT})", text):
-        before = text[: match.start(1)]
+        before = _before(text, match.start(1))
         if NOT.search(before) or OPEN.search(before):
             continue
         if re.match(r"\s+(?:seems|looks|appears)\b", match.group(2)) is None:
@@ -407,7 +414,9 @@ def _stated(text: str, last: str) -> int | None:
 def _shown(text: str, last: str) -> int | None:
     """The one option of which a text says that it fits ("Option C matches the video")."""
     option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
-    found = {number_of(match.group(1)) for match in re.finditer(option, text) if not NOT.search(text[: match.start()])}
+    found = {
+        number_of(match.group(1)) for match in re.finditer(option, text) if not NOT.search(_before(text, match.start()))
+    }
     return found.pop() if len(found) == 1 else None
 
 
@@ -424,7 +433,7 @@ def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
     if re.search(rf"\b[A-{known.last}]\b{_another(known.last)}", text):
         return own, labelling
     for match in re.finditer(rf"\b([A-{known.last}])\b(?!['’])", text):
-        before = text[: match.start()]
+        before = _before(text, match.start())
         if NOT.search(before) or re.match(WRONG, text[match.end() :]):
             continue
         if _is_letter(match.group(1), text[match.end() :]):
@@ -450,12 +459,17 @@ def _by_words(text: str, known: Options) -> int | None:
             for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
             if option != "no" or _answers_no(own, match.start(), match.end())
         ]
-        longest = [this for this in found if not any(_inside(this, other) for other in found)]
+        longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: it reaches furthest of those before
+        for this in sorted(found, key=lambda each: (each[0], -each[1])):
+            if this[1] > widest[1] or this[1] - this[0] >= widest[1] - widest[0]:
+                longest.append(this)
+            widest = max(widest, this, key=lambda each: each[1])
         named: set[int] = set()
         denied_to: int | None = None  # where the last one ends that is denied
-        for start, end, number in sorted(longest):
-            before = re.sub(r"\b(?:the|an?)\s+$", "", own[:start], flags=re.IGNORECASE)
-            also = denied_to is not None and re.fullmatch(r"\s*,?\s*(?:or|nor)\s+", before[denied_to:])
+        for start, end, number in longest:
+            before = re.sub(r"\b(?:the|an?)\s+$", "", _before(own, start), flags=re.IGNORECASE)
+            between = "" if denied_to is None else own[denied_to:start]
+            also = re.fullmatch(r"\s*,?\s*(?:or|nor)\s+(?:(?:the|an?)\s+)?", between, re.IGNORECASE)
             if also or NOT.search(before):
                 denied_to = end
             else:
@@ -477,11 +491,6 @@ def _numbered(text: str, known: Options) -> int | None:
     else:
         number = int(str(ordinal)) - 1 if str(ordinal).isdigit() else ORDINALS.index(str(ordinal))
     return number if number < len(known.literal) else None
-
-
-def _inside(this: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Whether words from start to end are part of longer ones."""
-    return other[0] <= this[0] and this[1] <= other[1] and other[1] - other[0] > this[1] - this[0]
 
 
 def _answers_no(text: str, start: int, end: int) -> bool:

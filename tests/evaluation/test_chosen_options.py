@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from keygrip.evaluation.chosen_options import chosen_option
@@ -563,3 +565,11 @@ def test_the_conclusion_behind_tagged_reasoning_is_the_answer() -> None:
 )
 def test_a_further_question_that_a_model_asks_itself_is_no_part_of_its_answer(said: str) -> None:
     assert chosen_option(said, COLOURS) == 1
+
+
+@pytest.mark.parametrize("said", ["The answer is A? ", "red ", "A or ", "\n", "Not A, ", "dark green or red "])
+def test_a_model_that_repeats_itself_is_read_in_a_moment(said: str) -> None:
+    """To 32 thousand characters, as reasoning models are allowed to; in seconds of this process's own."""
+    begun = time.process_time()
+    chosen_option(said * (32000 // len(said)), COLOURS)
+    assert time.process_time() - begun < 5
