@@ -116,7 +116,8 @@ def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
     """VQA accuracy: the mean of min(1, agreeing annotators / 3) over all choices of all annotators but one.
 
     With the usual ten annotators, an answer that three or more gave counts (nearly) whole. Of fewer than four
-    annotators one who agrees is enough.
+    annotators one who agrees is enough. Where all annotators agree answers are normalised too, which the data set's
+    script leaves out: it calls "Yes" wrong where all ten said "yes".
 
     Raises:
         ValueError: there is no annotated answer.
