@@ -1,7 +1,7 @@
 """keygrip's video-language models as a model of lmms-eval: ``lmms-eval --model keygrip --model_args checkpoint=RUN``.
 
 With ``accelerate launch --num_processes N -m lmms_eval ...`` lmms-eval gives each process its share of the documents.
-lmms-eval (`pip install 'keygrip[lmms]'`) finds it by the entry point `lmms_eval.models`; nothing else imports this
+lmms-eval (`pip install 'keygrip[lmms]'`) finds it by its entry point (`lmms_entry`); nothing else imports this
 module. Its requests are (text, settings, function from a document to its images and videos, number, task, split).
 """
 
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 
 from keygrip.data.bad_samples import HOSTILE, BadSamples
 from keygrip.data.batches import Turn
@@ -272,8 +271,3 @@ def _until(text: str, settings: Mapping[str, Any]) -> str:
 def _no_likelihood(request: Any) -> tuple[float, bool]:
     """What `loglikelihood` gives for a request that failed: the worst of log-likelihoods, or of losses."""
     return (-math.inf if callable(request.args[1]) else math.inf), False
-
-
-def manifest() -> ModelManifest:
-    """For lmms-eval's entry point `lmms_eval.models`."""
-    return ModelManifest(model_id="keygrip", simple_class_path=f"{__name__}.KeygripModel")

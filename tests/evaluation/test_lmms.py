@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,14 +62,13 @@ def instances(model: Any, kind: str, second: Any) -> list[Any]:
     ]
 
 
-def test_lmms_eval_finds_the_model_by_name() -> None:
-    from lmms_eval.models.registry_v2 import ModelRegistryV2
-
-    from keygrip.evaluation.lmms import KeygripModel, manifest
-
-    registry = ModelRegistryV2()
-    registry.register_manifest(manifest())
-    assert registry.get_model_class("keygrip") is KeygripModel
+@pytest.mark.parametrize("first", ["lmms_eval.models", "keygrip.evaluation.lmms"])
+def test_lmms_eval_finds_the_model_by_name(first: str) -> None:
+    """By the entry point of the package that is installed, whichever of the two is imported first."""
+    code = f"import {first}; from lmms_eval.models import get_model; print(get_model('keygrip').__module__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.split()[-1:] == ["keygrip.evaluation.lmms"], found.stderr
+    assert "Failed to load" not in found.stderr
 
 
 def test_answers_end_where_the_task_says(model: KeygripModel) -> None:

@@ -1,4 +1,4 @@
-"""What the adapter for lmms-eval returns, without the package: three of its classes are stand-ins."""
+"""What the adapter for lmms-eval returns, without the package: two of its classes are stand-ins."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     classes = {
         "lmms_eval.api.instance": SimpleNamespace(GenerationResult=lambda text: SimpleNamespace(text=text)),
         "lmms_eval.api.model": SimpleNamespace(lmms=type("lmms", (), {"__init__": lambda self: None, "rank": 0})),
-        "lmms_eval.models.registry_v2": SimpleNamespace(ModelManifest=dict),
     }
-    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models", *classes):
+    for name in ("lmms_eval", "lmms_eval.api", *classes):
         stand_in = ModuleType(name)
         vars(stand_in).update(vars(classes.get(name, SimpleNamespace())))
         monkeypatch.setitem(sys.modules, name, stand_in)
