@@ -56,7 +56,20 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
             log.warning("nothing in this job reads %r: %s", key, reason)
             continue
         raise SettingError(f"nothing in this run reads {key!r}: {reason}; leave it out")
+    _refuse_idle_shift(cfg, overrides, references)
     refuse_idle_ablation(overrides)
+
+
+def _refuse_idle_shift(cfg: DictConfig, overrides: Sequence[str], references: list[tuple[Path, Path]]) -> None:
+    """Refuses a shift of which the data are not recorded: the run would be tested under its name and trained on
+    others."""
+    for shift in overrides:
+        group, _, name = shift.partition("=")
+        settings = _option(f"shift/{name}.yaml") if group == "shift" else None
+        for path, _ in leaves_of(OmegaConf.to_container(settings), ()) if settings else ():
+            reason = _idle(cfg, path, references)
+            if reason is not None:
+                raise SettingError(f"{shift} sets {'.'.join(path)}, which nothing in this run reads: {reason}")
 
 
 def _in_sweep() -> bool:
@@ -103,11 +116,16 @@ def _replaced(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
 
 
 def _sets_something(ablation: str) -> bool:
+    return _option(f"ablation/{ablation}.yaml") != {}
+
+
+def _option(path: str) -> Any:
+    """What an option of a group sets; None: it is one of somebody else's configuration."""
     register_options()
     try:
-        return bool(ConfigStore.instance().load(f"ablation/{ablation}.yaml").node)
+        return ConfigStore.instance().load(path).node or {}
     except OSError:
-        return True  # an option of somebody else's configuration
+        return None
 
 
 def _composed(overrides: Sequence[str]) -> Any:

@@ -168,3 +168,14 @@ def test_jobs_of_a_sweep_are_warned_of_what_their_arm_does_not_read(
     assert "nothing in this job reads 'geometry.dim'" in caplog.text
     with pytest.raises(SettingError, match="geom_dit_tokens"):
         refuse_idle(cfg, [*BLIND, "model.network.geom_dit_tokens=64"])
+
+
+def test_a_shift_whose_data_are_not_recorded_is_refused() -> None:
+    """It would be trained on what the folder holds, and reported under the shift's name."""
+    shifted = ["shift=demos_20", "closed_loop=yam"]
+    refuse_idle(compose("train", shifted), shifted)
+    foreign = [*shifted, "data.root=here"]
+    with pytest.raises(SettingError, match=r"shift=demos_20 sets data\.record\.demos, .* read where root is null"):
+        refuse_idle(compose("train", foreign), foreign)
+    views = ["shift=views", "closed_loop=yam", "data.root=here"]  # differs in what is tested alone
+    refuse_idle(compose("train", views), views)
