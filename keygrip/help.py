@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,14 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     """
     given = overrides_of(overrides)
     lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
-    lines += [f"  {line}" for line in _head(config_folder() / f"{command}.yaml")]
+    for line in _head(config_folder() / f"{command}.yaml"):
+        lines += _wrapped("  ", line)
     if command == "prepare" and not any(override.startswith("step=") for override in given):
         lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
         steps = group_options("step", given)
         width = max(map(len, steps)) + 1
         for name in steps:
-            lines.append(_cut(f"  step={name:<{width}}{' '.join(_step_head(name))}"))
+            lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name)))
         return "\n".join([*lines, *_examples(command)])
     config, choices = _composed(command, given)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
@@ -85,7 +87,9 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     shown = [(group, choice) for group, choice in groups if group != "evaluate"]
     if shown:
         lines += ["", "Groups, with the option chosen here and all there are:"]
-        lines += [f"  {group}={choice or 'null'}  ({_options(group, choices, given)})" for group, choice in shown]
+        for group, choice in shown:
+            options = f"  {group}={choice or 'null'}  ({_options(group, choices, given)})"
+            lines += textwrap.wrap(options, WIDTH, subsequent_indent=" " * 6)
     lines += ["", "Settings:"]
     for path, value in _leaves(config, ()):
         key = ".".join(path)
@@ -98,7 +102,7 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         setting = f"{key}={_text(value)}"
         if why and len(setting) > LONGEST_SETTING:
             setting = f"{setting[: LONGEST_SETTING - 3]}..."
-        lines.append(_cut(f"  {setting:<34}{f'  # {why}' if why else ''}".rstrip()))
+        lines += _wrapped(f"  {setting:<34}  # ", why) if why else [f"  {setting}"]
     return "\n".join([*lines, *_examples(command)])
 
 
@@ -148,8 +152,11 @@ def _text(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+def _wrapped(start: str, text: str) -> list[str]:
+    """Lines of a text behind a start, the further ones below its first word; a comment's are comments too."""
+    further = start.rpartition("# ")[1].rjust(len(start))
+    lines = textwrap.wrap(text, WIDTH - len(start), break_long_words=False, break_on_hyphens=False) or [""]
+    return [f"{start}{lines[0]}", *(further + line for line in lines[1:])]
 
 
 def _head(path: Path) -> list[str]:

@@ -55,3 +55,12 @@ def test_every_setting_has_its_reason(command: str, overrides: list[str]) -> Non
         assert listed
     assert [line for line in listed if "  # " not in line] == []
     assert max(map(len, listed), default=0) <= 120
+
+
+@pytest.mark.parametrize("command", ["prepare", "run", "train"])
+def test_reasons_stand_whole_in_lines_of_a_terminal(command: str) -> None:
+    text = help_text(command, [])
+    assert max(map(len, text.splitlines())) <= 120
+    whole = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
+    if command == "run":
+        assert "one of the steps that callbacks.checkpoint.keep has kept; null: the latest" in whole
