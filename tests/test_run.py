@@ -147,7 +147,7 @@ class Grey:
 def drivers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Driver]:
     """Arms in place of those of CAN channels, by channel, and cameras in place of video devices."""
     found = {"can0": Driver(), "can1": Driver()}
-    monkeypatch.setattr(keygrip.runtime.i2rt_yam, "connect", lambda channel, sim: found[channel])
+    monkeypatch.setattr(keygrip.runtime.i2rt_yam, "connect", lambda channel, *_: found[channel])
     monkeypatch.setattr(keygrip.runtime.cameras, "VideoCamera", Grey)
     monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     return found
