@@ -64,7 +64,7 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
     content = read_checkpoint(checkpoint, mapped=True)
     if different := differing_settings(content[HEADER]["config"], resolved):
         raise ValueError(
-            f"{checkpoint} was made with other settings: {different}; use the same ones, or another run_dir for a new run"
+            f"{checkpoint} was made with other settings: {different}; use the same ones, or another run_dir"
         )
     return int(content["global_step"])
 
