@@ -14,13 +14,17 @@ THOUGHT = re.compile(
     r"\[think\].*?(?:\[/think\]|$)|^.*\[/think\]",
     re.DOTALL | re.IGNORECASE,
 )
-TAGGED = re.compile(r"<(?:answer|conclusion)>(.*?)(?:</(?:answer|conclusion)>|$)", re.DOTALL | re.IGNORECASE)
+# Where the answer stands behind tagged reasoning: <conclusion>, LLaVA-CoT's, where no <answer> has one.
+TAGGED = tuple(
+    re.compile(rf"<{tag}>(.*?)(?:</{tag}>|$)", re.DOTALL | re.IGNORECASE) for tag in ("answer", "conclusion")
+)
 # Where a model that does not stop goes on with a further question of its own.
-GOES_ON = re.compile(r"\n[^\S\n]*(?:<\|\w+\|>\s*)?(?:question|q|user|human)(?:\s*\d+)?\s*:", re.IGNORECASE)
-# Words of the announcement that may be options too ("The right answer is left").
+GOES_ON = re.compile(r"\n[^\S\n]*(?:<\|\w+\|>\s*)?(?:(?:question|q)(?:\s*\d+)?|user|human)\s*:", re.IGNORECASE)
+# Words of the announcement that may be options too ("The right answer is left"); at a line's end they announce nothing.
 QUALIFIES = re.compile(
-    r"\b(?:best|correct|final|right|true)\s+(?=(?:answer|choice|option)\s*(?:(?:is|was|would be|should be)\b|[:=-]))",
-    re.IGNORECASE,
+    r"(^[^\w\n]*|\b(?:an?|my|the)[^\S\n]+)(?:(?:best|correct|final|right|true)[^\S\n]+)+"
+    r"(?=(?:answer|choice|option)[^\S\n]*(?:(?:is|was|would be|should be)\b|[:=-]))",
+    re.IGNORECASE | re.MULTILINE,
 )
 ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
 # Capitals that are no letters of a list: "A/C unit", "U.S.A.".

@@ -11,7 +11,6 @@ from keygrip.evaluation.answer_forms import (
     ASKS,
     BEFORE_SAID,
     BESIDE_CJK,
-    COMPOUND,
     CONCLUDES,
     CORRECTS,
     COUNTED,
@@ -43,7 +42,15 @@ from keygrip.evaluation.answer_forms import (
     VERDICT,
     WRONG,
 )
-from keygrip.evaluation.option_texts import Options, literal_text, number_of, plain_text, unwrapped
+from keygrip.evaluation.option_texts import (
+    Options,
+    apart,
+    literal_text,
+    normal_text,
+    number_of,
+    plain_text,
+    unwrapped,
+)
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
@@ -59,11 +66,15 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """
     known = Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
-    tagged = TAGGED.findall(said)
-    said = tagged[-1] if tagged else said
-    own = GOES_ON.split(said, maxsplit=1)[0]
-    if own != said and (found := chosen_option(own, options)) is not None:
+    said = next((each for tag in TAGGED for each in reversed(tag.findall(said)) if each.strip()), said)
+    announced = GOES_ON.split(said, maxsplit=1)[0]  # what only describes something there is no answer yet
+    if announced != said and (found := _read(announced, known, announced_only=True)) is not None:
         return found
+    return _read(said, known)
+
+
+def _read(said: str, known: Options, announced_only: bool = False) -> int | None:
+    """The option of a text; None where it is one of words or capitals among others, and only announced ones count."""
     whole = known.whole(said)
     if whole is not None:
         return whole
@@ -80,18 +91,21 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     if _one_per_line(said, known):
         return None
     words = _in_a_row(said)
-    text = _apart(words, known)
+    text = apart(words, known)
     first_line = _alone(said.partition("\n")[0], known)
     if first_line is not None:
         return first_line
     listed = _listed(text, known)
     if listed is not None:
         return listed.pop() if len(listed) == 1 else None
-    for find in (_alone, _leading, _said, _bracketed):
+    for find in (_alone, _leading, _said) if announced_only else (_alone, _leading, _said, _bracketed):
         found = find(text, known)
         if found is not None:
             return found
-    named, (alone, labelling) = _by_words(QUALIFIES.sub("", words), known), _capitals(text, known)
+    if announced_only:
+        return None
+    named = _by_words(_in_a_row(QUALIFIES.sub(r"\1", said)), known)
+    alone, labelling = _capitals(text, known)
     if len(alone) == 1:
         return alone.pop() if named is None or named in alone else None
     if named is None and not alone and len(labelling) == 1:
@@ -185,32 +199,9 @@ def _without_verdicts(said: str, found: Sequence[tuple[int, int]]) -> str:
 
 def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | None:
     """The option that a text announces or says to be right."""
-    text = _apart(_in_a_row(said), known)
+    text = apart(_in_a_row(said), known)
     announced = _announced(announcements, text, known)
     return _stated(text, known.last) if announced is None else announced
-
-
-def _apart(text: str, known: Options) -> str:
-    """The text in which capitals within an option's own words ("Team B") are other signs, so that they are not taken
-    for letters of the list. `_words` takes that back. As long as the text."""
-    for option in known.literal:
-        if re.search(r"\w\W+\w", option) and re.search(rf"\b[a-{known.last.lower()}]\b", option):
-            own = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
-            text = own.sub(_all_bold, text)
-    return COMPOUND.sub(_all_bold, text)
-
-
-def _all_bold(found: re.Match[str]) -> str:
-    return re.sub(r"\b[A-Z]\b", _bold, found.group())
-
-
-def _bold(letter: re.Match[str]) -> str:
-    """A capital as a mathematical sign, of which NFKC, applied to every answer, leaves none."""
-    return chr(0x1D400 + number_of(letter.group()))
-
-
-def _words(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
 
 
 def _another(last: str) -> str:
@@ -247,10 +238,10 @@ def _leading(text: str, known: Options) -> int | None:
     )
     if match:
         number, rest = number_of(match.group(1)), text[match.end() :]
-        if _names_another(_words(rest), number, known):
+        if _names_another(normal_text(rest), number, known):
             return None
-        denied = _denied_there(_words(rest), number, known)
-        if not denied and plain[number] and plain_text(_words(rest)).startswith(plain[number]):
+        denied = _denied_there(normal_text(rest), number, known)
+        if not denied and plain[number] and plain_text(normal_text(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
@@ -262,7 +253,7 @@ def _leading(text: str, known: Options) -> int | None:
     if reasoned:
         return number_of(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
-    if match and plain_text(_words(match.group(2))).startswith(plain[number_of(match.group(1))] or "\0"):
+    if match and plain_text(normal_text(match.group(2))).startswith(plain[number_of(match.group(1))] or "\0"):
         return number_of(match.group(1))
     match = re.fullmatch(rf"(?:{LIKE}(?!I)([A-{last}]){SURE}?|(?!I)([A-{last}]){SURE})[\s.!]*", text)
     return number_of(match.group(1) or match.group(2)) if match else None
@@ -330,7 +321,7 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
         found: list[tuple[int, int]] = []
         for letter in (upper + several, lower):
             for match in re.finditer(rf"(?i:{says}){letter}", text):
-                before, behind = _before(text, match.start()), text[match.end(1) :]
+                before, behind = _before(text, match.start()), _behind(text, match.end(1), known)
                 if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
@@ -344,14 +335,15 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
                 ):
                     supposed = number_of(match.group(1)) if supposed is None else supposed
                     continue
-                if _names_another(_words(behind.lstrip(".):] ")), number_of(match.group(1)), known):
+                if _names_another(normal_text(behind.lstrip(".):] ")), number_of(match.group(1)), known):
                     continue
-                signed = _begins_literally(text[match.start(1) :], known)
+                from_it = match.group(1) + behind
+                signed = _begins_literally(from_it, known)
                 if signed is not None:  # "The answer is C++"
                     found.append((match.start(1), signed))
                     continue
                 if re.match(r"\s+[a-z]", behind) and not re.match(rf"\s+{REASON}|{RIGHT}", behind):
-                    named = _begins_with(text[match.start(1) :], known.plain)
+                    named = _begins_with(from_it, known.plain)
                     if named is not None:  # "The answer is C major"
                         found.append((match.start(1), named))
                     if named is not None or says != SAYS or match.group(1) in "AI":
@@ -365,6 +357,11 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
 def _before(text: str, place: int) -> str:
     """What a pattern of words before a place looks at: not all of a long text again at each place."""
     return text[max(0, place - 300) : place]
+
+
+def _behind(text: str, place: int, known: Options) -> str:
+    """The same of what follows a place, where two options may stand."""
+    return text[place : place + 300 + 2 * max(map(len, known.literal))]
 
 
 def _is_verdict(correction: str, behind: str) -> bool:
@@ -382,14 +379,14 @@ def _is_an_options(word: str, known: Options) -> bool:
 
 def _begins_with(text: str, plain: Sequence[str]) -> int | None:
     """The option of several words with which a text begins."""
-    own = f"{plain_text(_words(text))} "
+    own = f"{plain_text(normal_text(text))} "
     begun = [number for number, option in enumerate(plain) if " " in option and own.startswith(f"{option} ")]
     return max(begun, key=lambda number: len(plain[number]), default=None)
 
 
 def _begins_literally(text: str, known: Options) -> int | None:
     """The option with which a text begins and which is a letter with signs (C#, A+)."""
-    own = _words(text).lower()
+    own = normal_text(text).lower()
     begun = [
         number
         for number, option in enumerate(known.literal)

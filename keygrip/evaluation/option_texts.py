@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keygrip.evaluation.answer_forms import WRAPPED
+from keygrip.evaluation.answer_forms import COMPOUND, WRAPPED
 from keygrip.evaluation.text_metrics import ARTICLES, NUMBER_WORDS
 
 
@@ -98,3 +98,27 @@ def plain_text(text: str) -> str:
 def number_of(letter: str) -> int:
     """Of the option with this letter, from 0."""
     return ord(letter.upper()) - ord("A")
+
+
+def apart(text: str, known: Options) -> str:
+    """The text in which capitals within an option's own words ("Team B") are other signs, so that they are not taken
+    for letters of the list. `normal_text` takes that back. As long as the text."""
+    for option in known.literal:
+        if re.search(r"\w\W+\w", option) and re.search(rf"\b[a-{known.last.lower()}]\b", option):
+            own = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
+            text = own.sub(_all_bold, text)
+    return COMPOUND.sub(_all_bold, text)
+
+
+def _all_bold(found: re.Match[str]) -> str:
+    return re.sub(r"\b[A-Z]\b", _bold, found.group())
+
+
+def _bold(letter: re.Match[str]) -> str:
+    """A capital as a mathematical sign, of which NFKC, applied to every answer, leaves none."""
+    return chr(0x1D400 + number_of(letter.group()))
+
+
+def normal_text(text: str) -> str:
+    """A text with the signs of `apart` as letters again."""
+    return unicodedata.normalize("NFKC", text)

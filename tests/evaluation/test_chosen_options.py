@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import re
 
 import pytest
 
+from keygrip.evaluation import chosen_options
 from keygrip.evaluation.chosen_options import chosen_option
 
 COLOURS = ["blue", "red", "dark green", "a person jumps"]
@@ -567,9 +568,75 @@ def test_a_further_question_that_a_model_asks_itself_is_no_part_of_its_answer(sa
     assert chosen_option(said, COLOURS) == 1
 
 
-@pytest.mark.parametrize("said", ["The answer is A? ", "red ", "A or ", "\n", "Not A, ", "dark green or red "])
-def test_a_model_that_repeats_itself_is_read_in_a_moment(said: str) -> None:
-    """To 32 thousand characters, as reasoning models are allowed to; in seconds of this process's own."""
-    begun = time.process_time()
-    chosen_option(said * (32000 // len(said)), COLOURS)
-    assert time.process_time() - begun < 5
+SHADES = ["dark green", "red", "blue", "green"]
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("There is a red cube.\nQuestion: Which colour?\nAnswer: C. blue", 2),
+        ("A human in red.\nHuman 1: red shirt\nHuman 2: blue shirt\nThe answer is C.", 2),
+        ("The cube is red.\nUser: the ball is blue.\nThe answer is D.", 3),
+        ("A. dark green\nB. red\nC. blue\nD. green\nQuestion: Which?\nAnswer: C", 2),
+    ],
+)
+def test_what_only_describes_before_a_further_question_is_no_answer(said: str, option: int) -> None:
+    assert chosen_option(said, SHADES) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        ("The car turns right\nAnswer:", ["left", "right"], 1),
+        ("It is true\nAnswer: yes it is", ["True", "False"], 0),
+        ("It turns right - answer: right", ["left", "right"], 1),
+        ("So my final right answer is left.", ["left", "right"], 0),
+        ("Well,\n- Right answer: it goes left", ["left", "right"], 0),
+    ],
+)
+def test_an_option_at_a_lines_end_is_not_taken_for_a_part_of_the_announcement(
+    said: str, options: list[str], option: int
+) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<answer>C</answer>\n<conclusion>Done.</conclusion>",
+        "<ANSWER>blue</ANSWER> <CONCLUSION>It does not look red.</CONCLUSION>",
+        "<CONCLUSION></CONCLUSION> C",
+        "<conclusion>Red at first.</conclusion><answer>C</answer><answer> </answer>",
+    ],
+)
+def test_a_tagged_answer_counts_before_a_conclusion_and_none_that_is_empty(said: str) -> None:
+    assert chosen_option(said, SHADES) == 2
+
+
+class Counted:
+    """A pattern that counts the characters that it is given."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.pattern, self.characters = pattern, 0
+
+    def search(self, text: str) -> re.Match[str] | None:
+        self.characters += len(text)
+        return self.pattern.search(text)
+
+
+@pytest.mark.parametrize(
+    "said", ["The answer is A? ", "red ", "Not A, ", "dark green or red ", "option A matches ", "no, A ", "- A "]
+)
+def test_the_work_on_a_model_that_repeats_itself_grows_with_its_text(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not with its square: reasoning models are allowed 32 thousand tokens."""
+    looked: list[int] = []
+    for length in (4000, 8000):
+        denial, normal = Counted(chosen_options.NOT), Counted(re.compile(""))
+        with monkeypatch.context() as patch:
+            patch.setattr(chosen_options, "normal_text", lambda text, normal=normal: normal.search(text) and text)
+            patch.setattr(chosen_options, "NOT", denial)
+            chosen_option(said * (length // len(said)), SHADES)
+        looked.append(denial.characters + normal.characters)
+    assert looked[1] < 3 * looked[0]
