@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # version of the network and its training; a file of another version is trained again
+VERSION = 2  # version of the network and its training; a file of another version is trained again
 KINDS = ("trained", "dinov3", "clip", "inception")
 TEMPERATURE = 0.2
 
@@ -160,7 +160,7 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
 
 
 def training_batches(data: ImageShards, encoders: Encoders, limit: int) -> Iterator[Tensor]:
-    """The same images as uint8 [B, 3, H, W] of one size each, of which only one is held in memory."""
+    """The images of `training_images` as uint8 [B, 3, H, W] of one size each, of which one batch is held in memory."""
     for batch in data.held_out("train", limit, with_images=True):
         yield real_images(encoders, batch)
 

@@ -315,7 +315,7 @@ def _run(jobs: Sequence[Job], make: Maker, processes: int) -> Iterator[tuple[int
             raise
 
 
-_make: Maker | None = None  # one a process, with what it keeps open
+_make: Maker | None = None  # one per process, with what it keeps open
 
 
 def _start_process(make: Maker, parent: int) -> None:
