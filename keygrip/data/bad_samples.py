@@ -24,7 +24,7 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +244,7 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
     Raises:
         BadSample: it is not such JSON; `where` is for the message.
     """
-    if len(content) > max_bytes:
-        raise BadSample(where, f"its JSON has {len(content)} bytes, more than the {max_bytes} that it may have")
+    _refuse_large(content, where, max_bytes)
     text = _decoded(content, where) if isinstance(content, bytes) else content
     with guard(where):
         pairs = _unique if unique_keys else None
@@ -257,24 +256,56 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
     return value
 
 
-def parse_fields(content: bytes | str, where: object, names: Iterable[str]) -> Any:
-    """JSON of which some fields count, or all where it is no object. What stands in others is let pass: downloaders
-    write NaN, numbers of any length and broken text there (LAION's `similarity`, EXIF).
+def parse_fields(content: bytes | str, where: object, names: Collection[str]) -> Any:
+    """JSON of which some fields count, or all where it is no object. See :func:`sound_fields`.
 
     Raises:
-        BadSample: it is no JSON, or these fields are no UTF-8 text; `where` is for the message.
+        BadSample: it is no JSON, or too large, or one of these fields is none that :func:`parse_json` takes; `where` is
+            for the message.
     """
-    text = _decoded(content, where) if isinstance(content, bytes) else content
+    try:
+        return parse_json(content, where)
+    except BadSample:
+        value = parse_loosely(content, where)
+        if not isinstance(value, dict):
+            raise
+    return sound_fields(value, where, names)
+
+
+def parse_loosely(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """JSON with NaN, numbers of any length (as floats) and halves of surrogate pairs. Raises BadSample: it is none."""
+    _refuse_large(content, where, max_bytes)
     with guard(where):
-        value = json.loads(text, parse_int=float)
-        counted = [value.get(name) for name in names] if isinstance(value, dict) else value
-        json.dumps(counted, ensure_ascii=False).encode()
-    return value
+        return json.loads(_decoded(content, where) if isinstance(content, bytes) else content, parse_int=float)
+
+
+def sound_fields(value: Mapping[str, Any], where: object, names: Collection[str]) -> dict[str, Any]:
+    """The fields of an object that :func:`parse_json` takes. Others are left out: downloaders write NaN, numbers of any
+    length and broken text beside what counts (LAION's `similarity`, EXIF).
+
+    Raises:
+        BadSample: one of these names is among those left out; `where` is for the message.
+    """
+    kept: dict[str, Any] = {}
+    for name, field in value.items():
+        try:
+            with guard(where):  # of fields that are nested too deeply to be written
+                written = json.dumps({name: field})
+            kept |= parse_json(written, where)
+        except BadSample:
+            if name in names:
+                raise
+    return kept
 
 
 def read_json(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> Any:
     """A JSON file; see :func:`parse_json`. Raises BadSample: it cannot be read."""
     return parse_json(read_bytes(path, max_bytes), path, max_bytes)
+
+
+def _refuse_large(content: bytes | str, where: object, max_bytes: int) -> None:
+    if len(content) > max_bytes:
+        raise BadSample(where, f"its JSON has {len(content)} bytes, more than the {max_bytes} that it may have")
 
 
 def _finite(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import tracemalloc
@@ -16,10 +17,12 @@ from PIL import Image
 
 from keygrip.data.bad_samples import (
     HOSTILE,
+    MAX_TEXT_BYTES,
     BadSample,
     BadSamples,
     guard,
     open_image,
+    parse_fields,
     parse_json,
     parse_npy,
     read_bytes,
@@ -120,6 +123,20 @@ def test_formats_that_start_programs_are_not_opened() -> None:
 def test_json_out_of_limits_is_a_bad_sample(content: bytes) -> None:
     with pytest.raises(BadSample, match=r"^s1: "):
         parse_json(content, "s1")
+
+
+def test_fields_that_do_not_count_are_left_out_where_they_are_out_of_limits() -> None:
+    beside = {"nan": math.nan, "long": 10**400, "half": "\ud83d", "deep": json.loads("[" * 100 + "]" * 100)}
+    told = json.dumps({"caption": "c", "width": 3, **beside})
+    assert parse_fields(told, "s1", ["caption"]) == {"caption": "c", "width": 3}
+    for name in beside:
+        with pytest.raises(BadSample, match=r"^s1: "):
+            parse_fields(told, "s1", [name])
+    for content in ("[NaN]", "{", b"\xff", '{"caption": "c", "deep": ' + "[" * 100000):
+        with pytest.raises(BadSample, match=r"^s1: "):
+            parse_fields(content, "s1", ["caption"])
+    with pytest.raises(BadSample, match="more than the"):
+        parse_fields(told + " " * MAX_TEXT_BYTES, "s1", ["caption"])
 
 
 def test_json_within_limits_is_as_it_was() -> None:

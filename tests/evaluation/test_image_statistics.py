@@ -106,7 +106,7 @@ def test_large_sets_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) -
     whole = set_figures(left, right)
     monkeypatch.setattr(image_statistics, "ROWS", 64)
     with Largest() as largest:
-        assert set_figures(left, right) == pytest.approx(whole, abs=2e-4)
+        assert set_figures(left, right) == pytest.approx(whole, abs=2e-5)
     assert largest.numbers <= 64 * 900
 
 

@@ -22,12 +22,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import MAX_TEXT_BYTES, BadSample, guard, open_image, parse_json
+from keygrip.data.bad_samples import BadSample, guard, open_image, parse_fields
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
-from keygrip.data.video_text.foreign_text import PLACES, SHOWN, caption_text, holds_text, own_text, places_problem
+from keygrip.data.video_text.foreign_text import (
+    CAPTIONS,
+    PLACES,
+    SHOWN,
+    TURNS,
+    caption_text,
+    holds_text,
+    own_text,
+    places_problem,
+)
 from keygrip.data.video_text.sample_types import (
     Conversation,
     Turn,
@@ -199,7 +208,8 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
         ValueError: it is missing or malformed.
     """
     parts = lower_case(parts)
-    content = _json_of(parts) if "json" in parts else {}
+    counted = (*TURNS, *CAPTIONS) if "txt" in parts else (*TURNS, *CAPTIONS, "fps", "system")
+    content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
         return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
     if "json" in parts:
@@ -207,20 +217,6 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
     raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}{hint}")
-
-
-def _json_of(parts: Parts) -> Any:
-    """What the json of a sample holds; {} where it stands beside a txt and is metadata alone that `parse_json` refuses:
-    the caption does not depend on it. Raises BadSample: it cannot be read."""
-    try:
-        return parse_json(parts["json"], "json")
-    except BadSample:
-        if "txt" not in parts or len(parts["json"]) > MAX_TEXT_BYTES:
-            raise
-        with guard("json"):  # of NaN, numbers of any length and halves of surrogate pairs
-            if holds_text(json.loads(parts["json"].decode("utf-8-sig"), parse_int=float)):
-                raise
-        return {}
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:

@@ -104,10 +104,14 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
             "half a character": b'{"title": "x\\ud800"}',
         }.items()
     },
-    "NaN beside the caption in json": (
-        [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", b'{"caption": "c", "s": NaN}')],
-        {},
-    ),
+    **{
+        f"{field} beside the caption in json{' and a txt' if txt else ''}": (
+            [("a.jpg", jpeg()), *txt, ("a.json", b'{"caption": "a cube", ' + field.encode() + b"}")],
+            {} if "text" in field or (not txt and "fps" in field) else {"a": 1},
+        )
+        for field in ('"s": NaN', '"exif": ["\\ud800"]', f'"n": {"9" * 5000}', '"text": NaN', '"fps": NaN')
+        for txt in ([], [("a.txt", b"t")])
+    },
     "txt beside a json that is cut off": ([("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", b'{"id": ')], {}),
     "txt beside a json that is very deep": (
         [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", b"[" * 100000 + b"]" * 100000)],

@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text, regular_file
+from keygrip.data.bad_samples import (
+    BadSample,
+    guard,
+    parse_fields,
+    parse_json,
+    parse_loosely,
+    read_text,
+    regular_file,
+    sound_fields,
+)
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
@@ -49,6 +58,7 @@ log = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 1 << 33
 TURNS, MEDIA = ("conversations", "messages"), ("video", "videos", "image", "images")
+COUNTED = (*TURNS, *MEDIA, "system", "answers", "start", "end")  # fields of an entry; others may be broken
 SHOWN = (*SUFFIXES, ".gif", *(f".{ending}" for ending in VIDEO))
 
 
@@ -177,7 +187,12 @@ def _read_list(path: Path) -> list[Any]:
     if path.suffix.lower() == ".jsonl":
         return [_line(line, f"line {n} of {path}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        content = parse_json(text, path, MAX_LIST_BYTES)
+        try:
+            content = parse_json(text, path, MAX_LIST_BYTES)
+        except BadSample:  # of one entry, perhaps
+            content = parse_loosely(text, path, MAX_LIST_BYTES)
+            if isinstance(content, list):
+                content = [_sound(entry, f"entry {number} of {path}") for number, entry in enumerate(content)]
     except BadSample as error:
         raise ValueError(f"{path} is not valid JSON: {error.what}") from error
     if not isinstance(content, list):
@@ -187,7 +202,14 @@ def _read_list(path: Path) -> list[Any]:
 
 def _line(line: str, where: str) -> Any:
     try:
-        return parse_json(line, where)
+        return parse_fields(line, where, COUNTED)
+    except BadSample as error:
+        return error
+
+
+def _sound(entry: Any, where: str) -> Any:
+    try:
+        return sound_fields(entry, where, COUNTED) if isinstance(entry, Mapping) else entry
     except BadSample as error:
         return error
 

@@ -583,6 +583,21 @@ def test_lists_in_capitals_are_read_and_notes_of_macos_are_not(tmp_path: Path) -
     assert {key.split("-")[0] for key in samples(tmp_path / "set")} == {"one", "TWO", "THREE"}
 
 
+@pytest.mark.parametrize("lines", [False, True])
+def test_what_an_entry_holds_beside_its_turns_refuses_neither_it_nor_the_list(lines: bool, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    listed = [
+        {"conversations": turns, "score": float("nan"), "exif": "\ud83d"},
+        {"conversations": [turns[0], {"from": "gpt", "value": "\ud83d"}]},
+        {"conversations": turns},
+    ]
+    written = "\n".join(map(json.dumps, listed)) if lines else json.dumps(listed)
+    (tmp_path / ("list.jsonl" if lines else "list.json")).write_text(written)
+    found = entries(tmp_path)
+    assert [bool(entry.problem) for entry in found] == [False, True, False]
+    assert ("line 2" if lines else "entry 1 of") in found[1].problem
+
+
 def test_answers_of_annotators_are_texts_or_objects_as_vqa_sets_have_them(tmp_path: Path) -> None:
     said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A test."}]
     objects = [
