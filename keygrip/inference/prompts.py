@@ -27,7 +27,8 @@ from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
 ROLES = ("system", "user", "assistant")
 # What Qwen's messages say of a video beside where it is: which frames are seen is the model's.
-FRAMES_OF_IT = ("fps", "nframes", "num_frames", "video_start", "video_end")
+FRAMES_OF_IT = ("fps", "sample_fps", "nframes", "num_frames", "min_frames", "max_frames", "video_start", "video_end")
+AS_IT_IS = {"fps": ("1", "1.0"), "sample_fps": ("1", "1.0"), "video_start": ("0", "0.0")}  # what changes nothing
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
 Message = Mapping[str, Any]
@@ -276,12 +277,14 @@ def _visual(item: Mapping[str, Any], kind: str) -> Any:
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):
         raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
-    told = {name: item[name] for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
-    if told and told != {"fps": 1}:
-        named = ", ".join(f"{name}={str(value)[:20]}" for name, value in told.items())
+    told = {name: str(item[name]) for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
+    told = {name: value for name, value in told.items() if value not in AS_IT_IS.get(name, ())}
+    if told:
+        named = ", ".join(f"{name}={value[:20]}" for name, value in told.items())
         raise ValueError(
-            f"a video with {named}: of a video a frame per second is seen, from its beginning to its end, and of "
-            "several images each counts as one second: leave that out, and of a longer video give the part alone"
+            f"a video with {named}: of a video a frame per second is seen, from its beginning to its end, and of one "
+            "longer than the model's max_frames so many evenly spaced; of several images each counts as one second: "
+            "leave that out, and of a longer video give the part alone"
         )
     return given
 

@@ -47,6 +47,8 @@ def test_frames_of_a_video_may_be_paths_of_images(tmp_path: Path) -> None:
         ({"fps": 2.0}, r"fps=2\.0"),
         ({"video_start": 3, "video_end": 5}, "video_start=3, video_end=5"),
         ({"nframes": 8}, "nframes=8"),
+        ({"fps": "1", "video_start": 0, "max_frames": 4}, "max_frames=4"),
+        ({"min_frames": 4, "sample_fps": 2}, "sample_fps=2, min_frames=4"),
     ],
 )
 def test_frames_of_a_video_that_a_message_chooses_otherwise_are_refused(told: dict[str, Any], said: str) -> None:
@@ -56,5 +58,12 @@ def test_frames_of_a_video_that_a_message_chooses_otherwise_are_refused(told: di
     words = {"type": "text", "text": "?"}
     with pytest.raises(ValueError, match=f"message 1: a video with {said}: of a video a frame per second is seen"):
         check([{"role": "user", "content": [{**video, **told}, words]}])
-    check([{"role": "user", "content": [{**video, "fps": 1.0, "max_pixels": 9}, words]}])
+    check(
+        [
+            {
+                "role": "user",
+                "content": [{**video, "fps": 1.0, "sample_fps": "1", "video_start": 0, "max_pixels": 9}, words],
+            }
+        ]
+    )
     check([{"role": "user", "content": [{"type": "image", "image": image, **told}, words]}])
