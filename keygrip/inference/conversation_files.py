@@ -20,7 +20,8 @@ from keygrip.data.video_text.video_files import SUFFIXES
 
 SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
-ONE_A_LINE = "each conversation stands on a line of its own (jq -c '.[]' FILE makes such lines of a JSON list)"
+ONE_PER_LINE = "each conversation stands on a line of its own"
+SEVERAL = f"{ONE_PER_LINE} (jq -c '.[]' FILE makes such lines of a JSON list)"
 Item = tuple[Any, int | None]  # of a message, with the number that its placeholder has
 
 
@@ -39,8 +40,8 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
         raise ValueError(f"conversations={path}: it is a folder, a named pipe or a device, not a file")
     talks: list[list[Any]] = []
     broken: dict[int, str] = {}
-    lines = read_text(path).split("\n")  # text may hold other ends of lines
-    for number, line in enumerate(lines, 1):
+    text = read_text(path)
+    for number, line in enumerate(text.split("\n"), 1):  # text may hold other ends of lines
         if not line.strip():
             continue
         talk: Any = None
@@ -50,8 +51,8 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
                 talk = content.get("messages") if isinstance(content, dict) else content
                 if not isinstance(talk, list) or not talk:
                     raise ValueError("it is no list of messages, nor an object with messages")
-                if isinstance(talk[0], list) or (isinstance(talk[0], dict) and "messages" in talk[0]):
-                    raise ValueError(f"it is a list of conversations: {ONE_A_LINE}")
+                if _is_list_of_them(talk):
+                    raise ValueError(f"it is a list of conversations: {SEVERAL}")
                 if isinstance(content, dict):
                     talk = _with_files(content, talk, Path(path).parent)
         except BadSample as error:
@@ -59,10 +60,26 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
             talk = []
         talks.append(talk)
     if len(broken) == len(talks):
-        if broken and lines[0].strip() in ("[", "{"):
-            raise ValueError(f"{path} is JSON over several lines, and not JSON Lines: {ONE_A_LINE}")
+        if len(broken) > 1 and text.lstrip()[0] in "[{":
+            raise ValueError(f"{path} is JSON over several lines, and not JSON Lines: {_how_to_split(text)}")
         raise ValueError(broken[0] if broken else f"conversations={path}: it holds no conversation")
     return talks, broken
+
+
+def _is_list_of_them(content: Any) -> bool:
+    """Whether JSON is a list of conversations, in any of the usual forms, and not of the messages of one."""
+    if not isinstance(content, list) or not content:
+        return False
+    first = content[0]
+    return isinstance(first, list) or (isinstance(first, dict) and not {"messages", "conversations"}.isdisjoint(first))
+
+
+def _how_to_split(text: str) -> str:
+    """How lines of conversations are made of JSON over several lines: one that is indented, several, or a list."""
+    try:
+        return SEVERAL if _is_list_of_them(parse_json(text, "JSON")) else f"{ONE_PER_LINE} (jq -c . FILE makes it)"
+    except BadSample:  # one behind the other, perhaps
+        return f"{ONE_PER_LINE} (jq -c . FILE makes such lines of JSON)"
 
 
 def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:

@@ -140,3 +140,28 @@ def test_a_json_list_of_conversations_is_told_from_json_lines(indent: int | None
         file.write_text(json.dumps(talks, indent=indent))
         with pytest.raises(ValueError, match=r"talks\.json.*: each conversation stands on a line of its own \(jq -c"):
             read_conversations(file)
+
+
+@pytest.mark.parametrize(
+    ("talk", "words"),
+    [
+        ([user("?")], r"not JSON Lines: .*\(jq -c \. FILE"),
+        ({"messages": [user("?")]}, r"not JSON Lines: .*\(jq -c \. FILE"),
+        ([{"conversations": [user("?")]}], r"not JSON Lines: .*\(jq -c '\.\[\]' FILE"),
+    ],
+)
+def test_json_over_several_lines_is_told_how_to_become_lines(talk: Any, words: str, tmp_path: Path) -> None:
+    """One conversation is not taken apart."""
+    file = tmp_path / "talks.json"
+    for copies, blank in ((1, ""), (1, "\n \n"), (2, "")):
+        if copies == 2 and isinstance(talk, list) and "conversations" in talk[0]:
+            continue
+        file.write_text(blank + (json.dumps(talk, indent=1) + "\n") * copies)
+        with pytest.raises(ValueError, match=words):
+            read_conversations(file)
+
+
+def test_a_list_of_llama_factorys_on_one_line_is_no_conversation(tmp_path: Path) -> None:
+    (tmp_path / "talks.json").write_text(json.dumps([{"conversations": [user("?")]}]))
+    with pytest.raises(ValueError, match=r"line 1: it is a list of conversations: .*jq -c '\.\[\]'"):
+        read_conversations(tmp_path / "talks.json")
