@@ -25,7 +25,7 @@ from keygrip.evaluation.vqa_benchmarks import read_benchmark
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import EncodedText
-from keygrip.models.foveated_vlm.generation import encoded, generate
+from keygrip.models.foveated_vlm.generation import encoded, generate, room
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.scores import REFINED, Scores, comparisons
 from keygrip.progress import Progress
@@ -153,7 +153,7 @@ def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int
     for row in wanted:
         prompt = module.collator.prompt(batch.texts[row].turns[:-1], batch.seconds_of(row))
         frames = counts[videos[row]]
-        if len(prompt.ids) + frames * module.network.tokens_per_frame + max_new_tokens > context:
+        if room(module.network, len(prompt.ids), frames) < max_new_tokens:
             log.warning(
                 "nothing is generated for a question of %s in %s: with %d frames and an answer of up to %d tokens it "
                 "does not fit into the %d positions of the language model",
@@ -279,13 +279,14 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         figures = evaluate_choices(module, benchmark.questions, modes, cfg.max_new_tokens, record)
         result[name] = figures | {"without_video": benchmark.without_video, "unscored": benchmark.unscored}
         answers += [{"benchmark": name, **entry} for entry in record]
-        if cfg.vqa_answers is not None and answers:  # what is known by now stays where a later set ends all
+        if cfg.vqa_answers is not None:  # what is known by now stays where a later set ends all, and no earlier run's
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]
             write_text(Path(cfg.vqa_answers), "".join(lines))
-    if cfg.split == "none" and not answers:
+    if benchmarks and not answers:
         left_out = ", ".join(
             f"{name}: {found['unreadable']} whose videos cannot be decoded and {found['too_long']} that are too long"
             for name, found in result.items()
+            if name in benchmarks
         )
         raise ValueError(f"no question is left of {left_out}")
     return result

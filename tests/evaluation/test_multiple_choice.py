@@ -115,13 +115,24 @@ def test_a_set_of_which_nothing_is_left_keeps_what_others_gave(
     settings = {"mode": "coarse_fine", "split": "none", "max_frames": None, "limit_batches": None}
     kept = tmp_path / "answers.jsonl"
 
-    def evaluated(*names: str) -> dict[str, Any]:
-        cfg = {**settings, "max_new_tokens": 4, "vqa_answers": str(kept), "vqa_benchmarks": dict.fromkeys(names, "x")}
-        return evaluate_answers(SimpleNamespace(module=module), OmegaConf.create(cfg))  # type: ignore[arg-type]
+    def evaluated(*names: str, **others: Any) -> dict[str, Any]:
+        cfg = {
+            **settings,
+            **others,
+            "max_new_tokens": 4,
+            "vqa_answers": str(kept),
+            "vqa_benchmarks": dict.fromkeys(names, "x"),
+        }
+        data = SimpleNamespace(collator=None, prepare_data=bool, setup=bool, val_dataloader=list)
+        run: Any = SimpleNamespace(module=module, stored_data=lambda _: data)
+        return evaluate_answers(run, OmegaConf.create(cfg))
 
     with pytest.raises(ValueError, match="no question is left of mlvu: 1 whose videos cannot be decoded and 0 that"):
         evaluated("mlvu")
-    assert not kept.exists()
+    assert kept.read_text() == ""  # an earlier run's answers are not this one's
+    monkeypatch.setattr(video_text, "evaluate_modes", lambda *_: {"coarse_fine": {}})
+    with pytest.raises(ValueError, match="no question is left of mlvu: 1 whose videos cannot be decoded and 0 that"):
+        evaluated("mlvu", split="val", data=None)
     found = evaluated("mvbench", "mlvu")
     assert found["mlvu"] == {"questions": 0, "unreadable": 1, "too_long": 0, "without_video": 0, "unscored": 0}
     assert found["mvbench"]["questions"] == len(kept.read_text().splitlines()) == 1

@@ -84,6 +84,12 @@ def check_count(count: int, name: str = "max_new_tokens") -> None:
         raise ValueError(f"{name}={count}: it must be at least 1, and a whole number")
 
 
+def room(network: VideoLanguageNetwork, text: int, frames: int) -> int:
+    """How many tokens of an answer the language model's context holds behind so many of text and frames; below 0: these
+    do not fit themselves."""
+    return int(network.language.context - text - network.tokens_per_frame * frames)
+
+
 def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_tokens: int) -> None:
     """Checks that a conversation of so many tokens of text and frames can be answered.
 
@@ -91,11 +97,11 @@ def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_to
         ValueError: it does not fit into the language model's context with the answer, or the network numbers fewer
             frames.
     """
-    taken, context = text + network.tokens_per_frame * frames, network.language.context
-    if taken + max_new_tokens > context:
+    left, context = room(network, text, frames), network.language.context
+    if left < max_new_tokens:
         raise ValueError(
-            f"the conversation takes {taken} positions and the answer up to {max_new_tokens}; the language model "
-            f"holds {context}: lower max_new_tokens, or give fewer frames or less text"
+            f"the conversation takes {context - left} positions and the answer up to {max_new_tokens}; the language "
+            f"model holds {context}: lower max_new_tokens, or give fewer frames or less text"
         )
     if network.frame_tokens is not None and frames > len(network.frame_tokens):
         raise ValueError(
