@@ -25,7 +25,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
-from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate
+from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate, room
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
@@ -90,8 +90,9 @@ class KeygripModel(lmms):
         """Answers, each cut off before the first of the task's `until`; `FAILED` where a request fails.
 
         A task's `max_new_tokens` (32768 in some) that the language model's context has no room for means as many as
-        there is room for. Where tokens are drawn (`temperature`) they are drawn from all, with seed 0, and of a request
-        that is made several times (`repeats`) with 1, 2, ... after that. What has no effect is said in the log.
+        there is room for. Where tokens are drawn (`temperature`, unless `do_sample` is false) they are drawn from all,
+        with seed 0, and of a request that is made several times (`repeats`) with 1, 2, ... after that. What has no
+        effect is said in the log.
 
         Raises:
             ValueError: too many requests fail, or all.
@@ -150,9 +151,9 @@ class KeygripModel(lmms):
         inputs, counts, seconds, kv = self._seen(see, task, split, number)
         network = self.module.network
         prompt = self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])
-        room = network.language.context - len(prompt.ids) - network.tokens_per_frame * counts[0]
+        left = room(network, len(prompt.ids), counts[0])
         most = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-        temperature = float(settings.get("temperature") or 0.0)
+        temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
         for name, value in _without_effect(settings, temperature).items():
             self._say_once(f"{task}: {name}={value} has no effect")
         said = generate(
@@ -163,13 +164,13 @@ class KeygripModel(lmms):
             [prompt],
             [0],
             self.mode,
-            max(1, min(most, room)),
+            max(1, min(most, left)),
             temperature,
             seed,
             kv=kv,
             seconds=seconds,
         )
-        if len(said.ids[0]) == room < most:
+        if len(said.ids[0]) == left < most:
             self._say_once(f"{task}: answers are cut off where the language model's context ends")
         return _until(said.texts[0], settings)
 
@@ -258,7 +259,12 @@ def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str
     found = {name: settings.get(name) for name in ("top_p", "top_k", "num_beams", "repetition_penalty")}
     drawing = {"top_p": (None, 1), "top_k": (None, 0, -1)} if temperature > 0 else {}
     neutral = drawing | {"num_beams": (None, 1), "repetition_penalty": (None, 1)}
-    return {name: found[name] for name, values in neutral.items() if found[name] not in values}
+    idle = {name: found[name] for name, values in neutral.items() if found[name] not in values}
+    if not temperature and settings.get("temperature"):
+        idle["temperature"] = f"{settings['temperature']} with do_sample=False"
+    elif not temperature and settings.get("do_sample"):
+        idle["do_sample"] = "True without a temperature"
+    return idle
 
 
 def _until(text: str, settings: Mapping[str, Any]) -> str:

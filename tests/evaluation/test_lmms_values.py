@@ -130,3 +130,14 @@ def test_settings_without_effect_are_said(model: Any, caplog: pytest.LogCaptureF
     model.generate_until([answering(max_new_tokens=2, temperature=0.7, top_p=0.95, num_beams=5)] * 2)
     for words in ("mini: top_p=0.95 has no effect", "mini: num_beams=5 has no effect"):
         assert caplog.text.count(words) == 1
+
+
+def test_do_sample_says_whether_tokens_are_drawn(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    (greedy,) = model.generate_until([answering(max_new_tokens=12)])
+    assert model.generate_until([answering(max_new_tokens=12, temperature=1.0, do_sample=False)] * 4) == [greedy] * 4
+    assert "mini: temperature=1.0 with do_sample=False has no effect" in caplog.text
+    assert model.generate_until([answering(max_new_tokens=12, do_sample=True)] * 4) == [greedy] * 4
+    assert "mini: do_sample=True without a temperature has no effect" in caplog.text
+    caplog.clear()
+    assert len(set(model.generate_until([answering(max_new_tokens=12, temperature=1.0, do_sample=True)] * 4))) > 1
+    assert not caplog.text
