@@ -28,7 +28,7 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
-from keygrip.training.signals import RECEIVED, Interrupted, SweepInterrupted, SweepRefused, unmasked
+from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
@@ -60,7 +60,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     run = _importable(run)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; what is shown is decided below
     debug = _debug_requested(sys.argv[1:])
-    failed: list[Exception] = []
+    failed: list[Exception | Interrupted] = []
 
     def task(cfg: DictConfig) -> Any:
         # Pickled to other processes by some launchers: everything needed is imported inside.
@@ -72,8 +72,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
-            return unmasked(run, cfg)
-        except Exception as error:
+            return run(cfg)
+        except (Exception, Interrupted) as error:
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would add lines of its own
             return None
@@ -106,7 +106,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     except SweepInterrupted as stop:
         _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
         code = 128 + stop.signal_number
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if isinstance(error, Interrupted) and _helper_process():
             sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
         if debug:
@@ -267,12 +267,11 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
     """SIGTERM, and SIGHUP of a terminal that is closed, become exceptions, so that temporary files and child processes
-    are cleaned up, and arms stopped, on the way out."""
-
-    RECEIVED.clear()
+    are cleaned up, and arms stopped, on the way out. That is not broken off by a SIGHUP: a shell passes its own one on,
+    so that it comes twice, and systemd sends one behind SIGTERM."""
 
     def handler(number: int, frame: Any) -> None:
-        RECEIVED.append(number)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     numbers = [signal.SIGTERM]

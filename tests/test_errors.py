@@ -288,6 +288,36 @@ def test_a_terminal_that_is_closed_ends_a_command_in_good_order(ignored: bool, m
     assert left == (["went on", "stopped the arm"] if ignored else ["stopped the arm"])
 
 
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_terminal_that_is_closed_does_not_break_off_the_cleaning_up(
+    first: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell passes its own SIGHUP on, so that it comes twice; systemd sends one behind SIGTERM."""
+    from keygrip import command
+
+    left: list[str] = []
+
+    def drives(cfg: object) -> None:
+        try:
+            signal.raise_signal(first)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            left.append("stopped the arm")
+
+    def before(number: int, frame: object) -> None:
+        left.append("killed")
+
+    former = signal.signal(signal.SIGHUP, before)
+    try:
+        monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
+        with pytest.raises(SystemExit) as stop:
+            command.entry_point("prepare", drives)
+        assert signal.getsignal(signal.SIGHUP) is before
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert (stop.value.code, left) == (128 + first, ["stopped the arm"])
+
+
 def test_a_signal_while_the_classes_of_a_configuration_are_imported_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

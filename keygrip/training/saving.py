@@ -209,14 +209,14 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
 
 
 class SaveOnInterrupt(Callback):
-    """Ctrl-C, SIGTERM and SIGUSR1, by which schedulers warn before they end a job: finish the step, save, and say how
-    to go on.
+    """Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed (not under nohup) and SIGUSR1, by which schedulers warn
+    before they end a job: finish the step, save, and say how to go on.
 
     A second Ctrl-C ends at once. Processes agree on the step at which they stop. After SIGUSR1 (``sbatch
     --signal=USR1@120 --requeue``) a SLURM job is queued again; it then finds its run folder and goes on.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -225,6 +225,8 @@ class SaveOnInterrupt(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received = None
         for number in self.signals:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             with contextlib.suppress(ValueError):  # not the main thread
                 self._previous[number] = signal.signal(number, self._note)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import Any
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A signal ended the run in good order; the message says where it stopped and how to go on.
 
-    OmegaConf makes exceptions that pass through it anew from their message alone: hence the number's default.
+    Not an ``Exception``, as KeyboardInterrupt is none: what catches whatever goes wrong would take it for that and go
+    on, as the control loop does with what a policy or an arm's driver raises, and torch's `load_state_dict`.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
@@ -19,22 +18,6 @@ class Interrupted(Exception):
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
         return type(self), (str(self), self.signal_number)
-
-
-RECEIVED: list[int] = []  # numbers of signals that ended this command
-
-
-def unmasked(run: Callable[[Any], Any], cfg: Any) -> Any:
-    """``run(cfg)``, whose `Interrupted` stays one where a library makes another error of it: torch's `load_state_dict`
-    collects all exceptions as weights that do not fit."""
-    try:
-        return run(cfg)
-    except Interrupted:
-        raise
-    except Exception as error:
-        if not RECEIVED:
-            raise
-        raise Interrupted(f"stopped by {signal.Signals(RECEIVED[-1]).name}", RECEIVED[-1]) from error
 
 
 class SweepRefused(BaseException):

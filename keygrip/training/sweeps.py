@@ -22,7 +22,7 @@ from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import root_cause
 from keygrip.training.run_folder import CHECKPOINT, RunFolderError, restarted_by_scheduler
-from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused, unmasked
+from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def run_job(
         if any(override.startswith("run_dir=") for override in overrides):
             raise ValueError("a sweep has a folder of each job: give hydra.sweep.dir=<folder> in place of run_dir")
         _refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
-        figures = unmasked(run, cfg)
+        figures = run(cfg)
     except Interrupted as stop:
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
         raise SweepInterrupted(stop.signal_number, str(stop)) from stop

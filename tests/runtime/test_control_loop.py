@@ -86,7 +86,7 @@ class PointArm:
 class Clockwork:
     """Plans along a known path x(t) = 0.3 + 0.05 sin(t): a right plan for the time of its observation."""
 
-    def __init__(self, fault: Exception | None = None, from_plan: int = 0) -> None:
+    def __init__(self, fault: BaseException | None = None, from_plan: int = 0) -> None:
         self.fault, self.from_plan, self.plans = fault, from_plan, 0
 
     def plan(self, observation: Observation) -> Plan:
@@ -550,6 +550,14 @@ def test_a_run_that_is_interrupted_keeps_its_corrections(tmp_path: Path) -> None
     ):
         _ = 1 / 0
     assert not (tmp_path / "broken").exists()
+
+
+def test_a_signal_while_the_policy_plans_ends_the_run() -> None:
+    """Taken for a failure of the policy it was answered by another plan, and the arm drove on."""
+    robot, policy = PointArm(), Clockwork(Interrupted("stopped by SIGTERM", signal.SIGTERM), from_plan=1)
+    with pytest.raises(Interrupted):
+        loop_of(policy, robot).run(5.0)
+    assert (policy.plans, robot.stops) == (2, 1)
 
 
 def test_a_recording_keeps_the_times_of_an_arm_that_was_held(tmp_path: Path) -> None:

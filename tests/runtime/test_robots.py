@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.robot import RobotLostError
 from keygrip.runtime.sim_yam import SimulatedYam
 from keygrip.runtime.watchdog import State
+from keygrip.training.signals import Interrupted
 
 HOME = np.array([0.0, 1.05, 1.0, 0.6, 0.0, 0.0])  # the tool at (0.353, 0, 0.523)
 LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.55, 0.65))
@@ -290,6 +292,28 @@ def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> No
         YamArms({"right": broken}, {}, calibration)
     with pytest.raises(ValueError, match="zero position"):
         YamArms({"right": Driver(np.array([0, -0.5, 0, 0, 0, 0.0]))}, {}, calibration)
+
+
+@pytest.mark.parametrize("method", ["get_joint_pos", "command_joint_pos"])
+def test_a_signal_within_the_driver_is_no_fault_of_the_arm(calibration: Path, method: str) -> None:
+    """Taken for a lost arm it was forgotten one control period later, and the arm drove on."""
+    driver, camera = Driver(), Still()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration, control_hz=50.0)
+    camera.taken = arm.now
+    driver_method = getattr(driver, method)
+    calls: list[int] = []
+
+    def stopped(*values: np.ndarray) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
+        return driver_method(*values)
+
+    setattr(driver, method, stopped)
+    execution = ChunkExecution(SimulatedPlanner(Sideways(), lambda: 0.0), 50.0, execute_seconds=0.3)
+    with pytest.raises(Interrupted):
+        ControlLoop(arm, execution, LIMITS).run(1.0)
+    assert arm.stopped
 
 
 def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(calibration: Path) -> None:

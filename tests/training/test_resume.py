@@ -100,7 +100,7 @@ def test_killed_process_resumes_to_the_same_bits(
     assert_equal(state_of(tmp_path / "killed"), uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     name: str,
     toy_overrides: Callable[..., list[str]],
@@ -272,9 +272,7 @@ def test_the_best_state_is_kept_beside_the_latest(toy_overrides: Callable[..., l
         train.run(compose("train", toy_overrides("other", "callbacks.checkpoint.monitor=val/los")))
 
 
-def test_an_interruption_is_made_anew_from_its_message_and_travels_between_processes() -> None:
-    """OmegaConf does the one, worker processes do the other."""
+def test_an_interruption_travels_between_processes() -> None:
     stopped = Interrupted("stopped by SIGINT", signal.SIGINT)
-    assert str(type(stopped)(str(stopped))) == "stopped by SIGINT"
     again = pickle.loads(pickle.dumps(stopped))
     assert (str(again), again.signal_number) == ("stopped by SIGINT", signal.SIGINT)
