@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ DEFAULT_TASKS = {"metaworld": MT10}
 @dataclass(frozen=True)
 class EnvironmentSettings:
     """What `ClosedLoop` takes of an environment: see there. `tasks` are the conditions, where there are several;
-    `recorded_seeds` the episodes that were recorded there for training."""
+    `recorded` says what was recorded there for training."""
 
     task: Any
     image_size: int
@@ -58,7 +58,7 @@ class EnvironmentSettings:
     tasks: tuple[str, ...] = ()
     control: Mapping[str, Any] | None = None
     python: str | None = None
-    recorded_seeds: frozenset[int] = frozenset()
+    recorded: Recorded | None = None
 
     def closed_loop(self, make: partial[ClosedLoop], changes: Mapping[str, Any] | None = None) -> ClosedLoop:
         """The evaluation in this environment.
@@ -85,14 +85,25 @@ class EnvironmentSettings:
             python=self.python,
             of_tasks=bool(self.tasks),
         )
-        last = evaluation.first_seed + evaluation.episodes - 1
-        if seen := sum(evaluation.first_seed <= seed <= last for seed in self.recorded_seeds):
-            log.warning(
-                "%d of the episodes %d to %d were recorded for training, so that success there is not that of new "
-                "ones: first_seed=%d and further ones are held out",
-                *(seen, evaluation.first_seed, last, HELD_OUT_SEED),
-            )
+        episodes = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
+        cells = [cell for grid in conditions.values() for cell in grid]
+        if self._recorded_here([changed(evaluation.task, cell) for cell in cells] or [evaluation.task]):
+            assert self.recorded is not None
+            if seen := sum(seed in self.recorded.seeds for seed in episodes):
+                log.warning(
+                    "%d of the episodes %d to %d were recorded for training, so that success there is not that of new "
+                    "ones: first_seed=%d and further ones are held out",
+                    *(seen, episodes[0], episodes[-1], HELD_OUT_SEED),
+                )
         return evaluation
+
+    def _recorded_here(self, tasks: Sequence[Any]) -> bool:
+        """Whether one of these tasks, or of `tasks`, was recorded: an episode of another has its number alone."""
+        if self.recorded is None:
+            return False
+        if self.tasks:
+            return not set(self.tasks).isdisjoint(self.recorded.tasks)
+        return self.recorded.task is None or self.recorded.task in tasks
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class Recorded:
     image_size: int
     hz: float
     tasks: tuple[str, ...] = ()
-    seeds: frozenset[int] = frozenset()
+    seeds: Container[int] = ()
 
 
 def task_conditions(tasks: str | Sequence[str]) -> dict[str, list[dict[str, str]]]:
@@ -139,9 +150,7 @@ def environment_settings(
             raise SettingError(f"{data['root']} was recorded in gymnasium: give env=gymnasium env.task.id=...")
         if recorded.environment is None:
             cameras = _trained_cameras(data, recorded.task)
-            return EnvironmentSettings(
-                recorded.task, recorded.image_size, recorded.hz, cameras, recorded_seeds=recorded.seeds
-            )
+            return EnvironmentSettings(recorded.task, recorded.image_size, recorded.hz, cameras, recorded=recorded)
         env = option_of("env", recorded.environment)
         return _settings(data, env, recorded.task, recorded)
     kind: Any = get_class(env["task"]["_target_"])
@@ -167,8 +176,7 @@ def _settings(
         tasks = DEFAULT_TASKS.get(name) if recorded is None else recorded.tasks or None
     cameras = env["cameras"] if env["cameras"] is not None else _trained_cameras(data, task)
     names = () if tasks is None else task_names(tasks)
-    seeds = frozenset[int]() if recorded is None else recorded.seeds
-    return EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], seeds)
+    return EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], recorded)
 
 
 def _refuse_changes(env: Mapping[str, Any]) -> None:
@@ -231,7 +239,8 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
         except UntrustedPartError as error:
             raise UntrustedPartError(f"{error}; say where to judge it: {CHOICE}") from error
         first, demos = record.get("seed", 0), record.get("demos", 0)
-        seeds = frozenset(range(first, first + demos))
+        known = isinstance(first, int) and isinstance(demos, int)
+        seeds = range(first, first + demos) if known else ()  # a file of data may say anything
         return Recorded(ENVIRONMENTS.get(type(task)), task, record["image_size"], record["hz"], seeds=seeds)
     if not isinstance(data.get("root"), str):
         raise ValueError(

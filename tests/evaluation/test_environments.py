@@ -236,6 +236,47 @@ def test_episodes_that_were_recorded_for_training_are_said(
         assert ("recorded for training" in caplog.text) == bool(seen)
 
 
+@pytest.mark.parametrize(
+    ("first", "demos", "seen"), [(0, 10**12, 10), (5, 2, 2), (0, "x", 0), (None, 9, 0), (0, 1.5, 0)]
+)
+def test_what_a_checkpoint_says_of_its_demonstrations_is_counted_whatever_it_is(
+    first: Any, demos: Any, seen: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = {"_target_": "keygrip.envs.yam.tasks.TaskOptions", "name": "pick"}
+    data = trained_on(None, record={"task": task, "image_size": 96, "hz": 5.0, "seed": first, "demos": demos})
+    make = partial(ClosedLoop, conditions={"all": [{}]}, first_seed=0, episodes=10)
+    chosen(data, "recorded").closed_loop(make)
+    assert ("recorded for training" in caplog.text) == bool(seen)
+    assert (f"{seen} of the episodes 0 to 9" in caplog.text) == bool(seen)
+
+
+def test_episodes_of_another_task_were_not_recorded_for_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same number is another arrangement there."""
+    kind = {"_target_": "keygrip.envs.yam.tasks.TaskOptions"}
+    write_recording(tmp_path / "cell", "pick_0000000", task={"name": "pick"}, image_size=96, hz=5.0)
+    metaworld = {"environment": "metaworld", "every": 4, "image_size": 96, "cameras": ["corner3"]}
+    write_recording(tmp_path / "metaworld", "push-v3_0000000", **metaworld)
+    make = partial(ClosedLoop, first_seed=0, episodes=4)
+    cell, other = trained_on(tmp_path / "cell"), trained_on(tmp_path / "metaworld", camera="corner3")
+
+    def warned(settings: EnvironmentSettings, conditions: Any = None, **changes: Any) -> bool:
+        caplog.clear()
+        settings.closed_loop(partial(make, conditions=conditions or {}), changes)
+        return "recorded for training" in caplog.text
+
+    yam = {"all": [{}]}
+    assert warned(chosen(cell, "yam"), yam)
+    assert not warned(chosen(cell, "yam", task=kind | {"name": "stack"}), yam)
+    assert not warned(chosen(cell, "recorded"), yam, region="left")
+    assert not warned(chosen(cell, "yam"), {"left": [{"region": "left"}]})
+    assert warned(chosen(cell, "yam"), {"left": [{"region": "left"}], "all": [{}]})
+    assert warned(chosen(other, "recorded"))
+    assert warned(chosen(other, "metaworld", tasks=["reach", "push"]))
+    assert not warned(chosen(other, "metaworld", tasks=["reach"]))
+
+
 def test_a_recording_of_meta_world_says_tasks_size_and_cameras(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
