@@ -32,7 +32,8 @@ LARGEST_ERROR_PX = 2.0
 NOTICED_PX = 0.5  # a lens that displaces no pixel by more is as good as one without distortion
 SMALLEST_TURN_DEG = 15.0  # of the gripper about each of two axes: one leaves a shift along it and a turn about it open
 LARGEST_SPREAD_M, LARGEST_SPREAD_DEG = 0.02, 5.0  # of a board that lies still; more is no noise of an arm
-OUTLYING, OUTLYING_M = 5.0, 0.002  # an image is left out whose board is so many times the median, and so far, away
+# An image is left out whose board is so many times the median, and so far, away, or turned.
+OUTLYING, OUTLYING_M, OUTLYING_DEG = 5.0, 0.002, 1.0
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ def camera_place(poses: np.ndarray, board: np.ndarray, mounted: bool) -> tuple[n
         )
     if len(used) < len(arm):
         log.warning(
-            "%d of %d images of the board are left out: their poses put it farther from its place than the others' do "
-            "(%s times the median). Did the arm move?",
+            "%d of %d images of the board are left out: their poses put it farther from its place, or turn it more, "
+            "than the others' do (%s times the median). Did the arm move, or is the board small in them?",
             len(arm) - len(used),
             len(arm),
             f"{OUTLYING:g}",
@@ -245,8 +246,14 @@ def _consistent_place(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, n
         pose = hand_eye(arm[used], board[used])
         boards = arm[used] @ pose @ board[used]
         away = np.linalg.norm(boards[:, :3, 3] - np.median(boards[:, :3, 3], axis=0), axis=1)
-        worst, middle = int(away.argmax()), float(np.median(away))
-        if away[worst] <= max(OUTLYING * middle, OUTLYING_M) or len(used) <= LEAST_FRAMES:
+        turns = Rotation.from_matrix(boards[:, :3, :3])
+        turned = np.degrees((turns.mean().inv() * turns).magnitude())
+        middle = float(np.median(away))
+        beyond = np.maximum(
+            away / max(OUTLYING * middle, OUTLYING_M), turned / max(OUTLYING * float(np.median(turned)), OUTLYING_DEG)
+        )
+        worst = int(beyond.argmax())
+        if beyond[worst] <= 1 or len(used) <= LEAST_FRAMES:
             return pose, used, middle, _widest_turn(boards) / 2
         used = np.delete(used, worst)  # one at a time: each moves the place that the others are measured from
 

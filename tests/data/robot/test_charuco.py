@@ -137,6 +137,18 @@ def test_a_wrong_pose_moves_no_camera(mounted: bool, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("mounted", [True, False])
+@pytest.mark.parametrize("wrong", [[0], [4, 9]])
+def test_a_board_that_is_seen_tilted_the_other_way_moves_no_camera(mounted: bool, wrong: list[int]) -> None:
+    """As a small flat board looks: its place is right, and its turn alone is wrong."""
+    poses, board, true = seen(mounted)
+    board[wrong] = board[wrong] @ pose([np.radians(25), 0, 0], [0, 0, 0])
+    place, used, _, spread_deg = camera_place(poses, board, mounted)
+    assert sorted(set(range(20)) - set(used.tolist())) == wrong
+    assert np.abs(place - true).max() < 0.003
+    assert spread_deg < 0.3
+
+
+@pytest.mark.parametrize("mounted", [True, False])
 def test_images_that_do_not_fit_the_poses_are_refused(mounted: bool) -> None:
     poses, board, _ = seen(mounted)
     with pytest.raises(ValueError, match=f"With mounted={str(mounted).lower()} it is spread over [0-9.]+ mm: set that"):
