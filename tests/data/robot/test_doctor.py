@@ -315,6 +315,22 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
         doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [(["../yam", "x"], "the names of an arm and of its"), (["yam", "claw"], "unknown gripper 'claw'")],
+)
+def test_a_demo_of_an_arm_that_there_is_not_is_broken_and_the_others_are_examined(tmp_path, models, said):
+    root = write(tmp_path / "data")
+    file = root / "demo_1/metadata.json"
+    content = json.loads(file.read_text())
+    content["robot"] = "yam"
+    content["source"] = {"models": dict.fromkeys(content["arms"], models)}
+    file.write_text(json.dumps(content))
+    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False)
+    assert [(finding.check, finding.where) for finding in findings] == [("broken_demo", "demo_1")]
+    assert said in findings[0].what
+
+
 def test_a_camera_on_the_hand_is_recognised_and_not_blamed(tmp_path):
     def on_hand(parts: Parts, number: int) -> Parts:
         pose = np.zeros((FRAMES, 4, 4))

@@ -11,6 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.robots.kinematics import arm_chain
 
 MOVED_M = 0.02  # a gripper that moves this far must change the image
 
@@ -19,6 +20,9 @@ def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
     """Arm and gripper of a recorded YAM by i2rt's names, for its kinematics and shape; None: another robot.
 
     Readers that compute poses from joints say which they took; other recordings are of the usual one.
+
+    Raises:
+        DemoError: the recording names none that there is.
     """
     if not demo.robot.startswith("yam"):
         return None
@@ -28,6 +32,10 @@ def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
         return "yam", "linear_4310"
     if not (isinstance(found, list) and len(found) == 2 and all(str(name).isidentifier() for name in found)):
         raise DemoError(demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper")
+    try:
+        arm_chain(str(found[0]), str(found[1]))
+    except ValueError as error:
+        raise DemoError(demo.name, f"source.models.{arm}: {error}") from error
     return str(found[0]), str(found[1])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
-from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread
+from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
@@ -84,7 +84,10 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
     broken: list[DemoError] = []
     for reference in Progress(references, desc="reading demos", unit="demo", shown=progress):
         try:
-            demos.append(reference.read())
+            demo = reference.read()
+            for arm in demo.arms:
+                yam_model(demo, arm)  # the checks are of all demos: one that says nothing sensible would end them
+            demos.append(demo)
         except DemoError as error:
             broken.append(error)
     return demos, broken
