@@ -201,6 +201,7 @@ def _recorder(folder: Path, robot: Any) -> CorrectionRecorder:
         robot.arms,
         robot.cameras,
         robot.control_hz,
+        getattr(robot, "models", None),
     )
 
 

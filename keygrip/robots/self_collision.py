@@ -27,8 +27,8 @@ CAPSULES: tuple[tuple[int, tuple[float, float, float], tuple[float, float, float
     (7, (-0.001, 0.018, -0.111), (-0.002, -0.020, -0.112), 0.051),
     (7, (0.0, -0.032, -0.053), (-0.001, 0.032, -0.053), 0.057),
 )
-# Arms and grippers that they hold. Other arms' links are of another shape or have other frames and lie up to 37 cm
-# outside (big_yam; yam_pro and yam_ultra 6 cm), other grippers up to 5 cm (crank_4310).
+# Arms and grippers that they hold: other arms' links are of another shape or have other frames, and other grippers are
+# of another shape.
 HELD = (("yam", "linear_4310"), ("yam", "flexible_4310"))
 GRIPPER = 7
 ARM_JOINTS = 6

@@ -89,6 +89,11 @@ class YamArms:
 
     robot = "yam"
 
+    @property
+    def models(self) -> dict[str, tuple[str, str]]:
+        """Arm and gripper of each arm, by i2rt's names."""
+        return dict(zip(self.arms, self._models, strict=True))
+
     def __init__(
         self,
         arms: Mapping[str, str | Driver],
@@ -104,7 +109,7 @@ class YamArms:
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise ValueError(f"robot.control_hz must be finite and above 0, got {control_hz}")
         self.control_hz, self.instruction, self.sim = float(control_hz), instruction, sim
-        self._calibration: Calibration = corrected_calibration(read_calibration(Path(calibration)))
+        self._calibration: Calibration = corrected_calibration(read_calibration(Path(calibration)), cameras)
         self._feeds = dict(cameras)
         self.cameras = tuple(self._feeds)
         for name in self._feeds:
@@ -129,16 +134,20 @@ class YamArms:
 
     def _refuse_unknown_links(self, limits: JointLimits) -> None:
         """Raises ValueError: distances between links, or to the table, are to be kept of an arm whose links are not
-        known."""
-        other = [(name, model) for name, model in zip(self.arms, self._models, strict=True) if model not in HELD]
-        if other and (limits.clearance_m is not None or limits.table_clearance_m is not None):
-            name, (arm, gripper) = other[0]
-            known = ", ".join(" with ".join(model) for model in HELD)
-            raise ValueError(
-                f"{self._calibration.path}: arms.{name} is {arm} with {gripper}; where links are is known of {known} "
-                "alone. robot.joints.clearance_m=null robot.joints.table_clearance_m=null drives it without keeping it "
-                "off itself and the table"
-            )
+        known; the gripper's distance to the table is not among them."""
+        for name, (arm, gripper) in self.models.items():
+            unknown = {}
+            if limits.clearance_m is not None and (arm, gripper) not in HELD:
+                unknown["clearance_m"] = "itself"
+            if limits.table_clearance_m is not None and arm not in {held for held, _ in HELD}:
+                unknown["table_clearance_m"] = "the table"
+            if unknown:
+                known = ", ".join(" with ".join(model) for model in HELD)
+                free = " ".join(f"robot.joints.{setting}=null" for setting in unknown)
+                raise ValueError(
+                    f"{self._calibration.path}: arms.{name} is {arm} with {gripper}; where links are is known of "
+                    f"{known} alone. {free} drives it without keeping it off {' and '.join(unknown.values())}"
+                )
 
     def _start(self, index: int) -> np.ndarray:
         """The joints [6] of an arm now, refused where they are beyond its range: its zero position is wrong then."""

@@ -270,12 +270,13 @@ class GamepadTakeover:
 class CorrectionRecorder:
     """Writes a run as a native demonstration in which corrected frames are marked; a run without any leaves none.
 
-    A run that Ctrl-C or SIGTERM ends is kept: it is how a run on an arm usually ends.
+    A run that Ctrl-C, SIGTERM or a closed terminal ends is kept: it is how a run on an arm usually ends.
 
     Args:
         folder: of the demonstration; must not exist. robot, task, instruction: for its metadata.
         arms: names, in the order of the observation's A axis. cameras: names of the entries of `cameras`; one name
             alone stands for the observation's own image. fps: control periods per second.
+        models: arm and gripper of each arm by i2rt's names, of a YAM; None: the usual ones.
     """
 
     def __init__(
@@ -287,9 +288,13 @@ class CorrectionRecorder:
         arms: Sequence[str],
         cameras: Sequence[str],
         fps: float,
+        models: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.arms, self.cameras, self.fps = tuple(arms), tuple(cameras), fps
-        self._writer = DemoWriter(folder, robot, task, instruction, fps, source={"recorder": "keygrip.run"})
+        source: dict[str, Any] = {"recorder": "keygrip.run"}
+        if models is not None:
+            source["models"] = {arm: list(names) for arm, names in models.items()}
+        self._writer = DemoWriter(folder, robot, task, instruction, fps, source=source)
         self.corrected = 0
         self._began: float | None = None
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
+from keygrip.data.robot.doctor.examination import yam_model
+from keygrip.data.robot.native import read_native
 from keygrip.data.video import VideoWriter
 from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.inference.driving import _recorder
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.robots.inverse_kinematics import pointing_down
 from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
@@ -186,9 +189,15 @@ def test_an_arm_sees_through_the_corrections_that_it_was_trained_with(
     for name in ("over", "hand"):
         np.testing.assert_allclose(seen[name]["world_to_camera"], change @ plain[name]["world_to_camera"], atol=1e-12)
     assert "images are 2 frames late" in caplog.text
-    content["corrections"]["side"] = {"lag_frames": 0}
-    with pytest.raises(ValueError, match="has no camera 'side'"):
+    content["corrections"]["side"] = {"lag_frames": 7}
+    with pytest.raises(ValueError, match=r"corrections\.side corrects no camera: there is no cameras\.side$"):
         views_of_still(calibration, content)
+    for unread in (None, over):
+        content["cameras"]["side"] = unread
+        assert (
+            seen["over"]["intrinsics"].tolist() == views_of_still(calibration, content)["over"]["intrinsics"].tolist()
+        )
+    assert "7 frames late" not in caplog.text
 
 
 def views_of_still(calibration: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -205,20 +214,23 @@ def as_model(calibration: Path, arm: str, gripper: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arm", "gripper"), [("yam", "crank_4310"), ("big_yam", "linear_4310"), ("yam_pro", "linear_3507")]
+    ("arm", "gripper", "table"),
+    [("yam", "crank_4310", 0.01), ("big_yam", "linear_4310", None), ("yam_pro", "linear_3507", None)],
 )
 def test_an_arm_whose_links_are_not_known_is_driven_without_their_distances_alone(
-    calibration: Path, arm: str, gripper: str
+    calibration: Path, arm: str, gripper: str, table: float | None
 ) -> None:
-    """The capsules are those of one arm: of others, links collide where they call it free."""
+    """The capsules are those of one arm: of others, links collide where they call it free. Another gripper is none of
+    the links that are kept off the table."""
     cameras = {"over": Still()}
     file = as_model(calibration, arm, gripper)
     with pytest.raises(ValueError, match=rf"arms\.right is {arm} with {gripper}.*clearance_m=null"):
         YamArms({"right": Driver()}, cameras, file)
-    with pytest.raises(ValueError, match=r"table_clearance_m=null"):
-        YamArms({"right": Driver()}, cameras, file, JointLimits(clearance_m=None))
+    if table is None:
+        with pytest.raises(ValueError, match=r"alone\. robot\.joints\.table_clearance_m=null drives .* off the table$"):
+            YamArms({"right": Driver()}, cameras, file, JointLimits(clearance_m=None))
     driver = Driver()
-    free = JointLimits(clearance_m=None, table_clearance_m=None)
+    free = JointLimits(clearance_m=None, table_clearance_m=table)
     robot = YamArms({"right": driver}, cameras, file, free, control_hz=5.0)
     seen = robot.observe(images=False)
     target = seen["position"][0] + [0.01, 0.0, 0.02]
@@ -226,6 +238,19 @@ def test_an_arm_whose_links_are_not_known_is_driven_without_their_distances_alon
     np.testing.assert_allclose(robot.observe(images=False)["position"][0], target, atol=2e-4)
     in_base = forward_kinematics(driver.state[:6], arm, gripper)[0]
     np.testing.assert_allclose([0.1 - in_base[1], 0.2 + in_base[0], in_base[2]], target, atol=2e-4)
+
+
+def test_corrections_on_an_arm_say_which_arm_and_gripper_it_is(calibration: Path, tmp_path: Path) -> None:
+    """Else the doctor holds their poses against those of the usual gripper."""
+    file = as_model(calibration, "yam_pro", "crank_4310")
+    free = JointLimits(clearance_m=None, table_clearance_m=None)
+    arm = YamArms({"right": Driver()}, {"over": Still()}, file, free)
+    with _recorder(tmp_path / "demo", arm) as recorder:
+        for moment in (0.0, 0.1):
+            seen = arm.observe()
+            pose = np.concatenate([seen["position"], seen["quaternion"], seen["gripper"][:, None]], axis=1)
+            recorder.add(seen, pose, True, moment)
+    assert yam_model(read_native(tmp_path / "demo", "demo"), "right") == ("yam_pro", "crank_4310")
 
 
 def test_the_driver_is_told_which_arm_and_gripper_it_has(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:

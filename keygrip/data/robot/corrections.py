@@ -17,7 +17,7 @@ corrections:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -133,17 +133,24 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
     )
 
 
-def corrected_calibration(calibration: Calibration) -> Calibration:
+def corrected_calibration(calibration: Calibration, read: Collection[str]) -> Calibration:
     """A calibration whose cameras are as its own file corrects them, for the images of a robot; a lag cannot be taken
     from those.
 
+    Args:
+        read: names of the robot's cameras; corrections of others are left.
+
     Raises:
-        ValueError: a correction is impossible, or of a camera that the file does not have.
+        ValueError: a correction is impossible, or of a camera that is not among the file's, not even as null.
     """
     path = calibration.path
     corrections = read_corrections(path, read_mapping(path).get("corrections") or {})
     cameras = dict(calibration.cameras)
     for name, correction in corrections.items():
+        if name not in (*calibration.cameras, *calibration.left_out):
+            raise ValueError(f"{path}: corrections.{name} corrects no camera: there is no cameras.{name}")
+        if name not in read or name in calibration.left_out:
+            continue
         camera = calibration.camera(name)
         focal = np.array([[correction.focal, 1, 1], [1, correction.focal, 1], [1, 1, 1]])
         place, mounted = camera.world_to_camera, camera.camera_to_gripper
