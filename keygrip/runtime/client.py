@@ -216,7 +216,7 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return "a server without tls.cert has an address of http://"
     if isinstance(error, http.client.RemoteDisconnected):
-        return "one with tls.cert has an address of https://; else see the server's log"
+        return "a server with tls.cert has an address of https://; else see the server's log"
     return "start one with python -m keygrip.serve checkpoint=..."
 
 

@@ -70,8 +70,9 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
     if most < horizon:
         log.warning(
             "data.horizon=%d steps of data.frame_stride=%d frames: the last %d lie behind the end of all training "
-            "demos (%s), where the last pose is repeated: no demo shows them; data.horizon=%d would do",
+            "demos (%s), where the last pose is repeated: no demo shows them; data.horizon=%d would do%s",
             *(horizon, strides[number], horizon - most, longest, most),
+            ", or a lower data.frame_stride, with shorter steps" if strides[number] > 1 else "",
         )
     short = [demo.name for demo, steps in zip(demos, ahead, strict=True) if not steps]
     if short:
