@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+for variable in [name for name in os.environ if name.startswith("SLURM_")]:
+    del os.environ[variable]  # tests that are stopped by a signal would queue the job again in which they run
+
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = ROOT / "tests" / "support"
 
