@@ -173,13 +173,14 @@ class System(LightningModule):
                 line.
             counts: over how many elements of this process's batch a value is a mean, where batches hold different
                 numbers of them: the mean of val is then that over all elements, and not a number where there is none.
-                Others are weighted by the batch's samples.
+                Others are weighted by the batch's samples. A batch of val without any element adds nothing to the mean,
+                whatever its value; train logs the value as it is.
         """
         for name, value in values.items():
             weight = float(batch_size)
             if counts is not None and name in counts:
                 weight = float(counts[name])
-                value = value if weight else torch.zeros_like(value)
+                value = torch.zeros_like(value) if split == "val" and weight == 0 else value
             self.log(
                 f"{split}/{'loss' if name == 'total' else name}",
                 value.detach(),
@@ -222,13 +223,13 @@ def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> Non
     """Compares what weights know by numbers alone, such as `arms` and `cameras`: of another run, and of this one.
 
     Args:
-        where: names the other run in messages.
+        where: names the other run in messages. names: there and here; nothing is compared where a side has none.
 
     Raises:
         ValueError: the same in another order. Of others it warns, since weights may still be a start.
     """
     for name, (there, here) in names.items():
-        if tuple(there) == tuple(here):
+        if tuple(there) == tuple(here) or not there or not here:
             continue
         if sorted(there) == sorted(here):
             raise ValueError(
