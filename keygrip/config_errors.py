@@ -110,11 +110,21 @@ def _unreadable(override: str, reason: str) -> str:
     reason = re.sub(r" ?See https\S+ for details", "", reason)
     if not equals:
         return f"cannot read {override}: settings are given as name=value"
-    if value.startswith("~"):
-        return f"cannot read {override}: behind = the shell leaves ~ as it is: write {key}=$HOME{value[1:]}"
+    begins = r"(^|[\[,]\s*)~"  # the value, or one of a list
+    if re.search(begins, value):
+        spelled = re.sub(begins + r"(?=[/,\]]|$)", r"\1$HOME", value)
+        write = f'"{key}={spelled}"' if "[" in spelled else f"{key}={spelled}"
+        if re.search(begins, spelled):  # ~anna: another's home
+            write = "the full path"
+        return f"cannot read {override}: behind = the shell leaves ~ as it is: write {write}"
+    unread = reason.startswith("LexerNoViableAltException")  # an umlaut, say; the lexer's words say nothing
+    if unread and re.match(r"\s*[\[{]", value):
+        return (
+            f"cannot read {override}: each text with signs such as umlauts or brackets stands in quotes, inside the "
+            f"shell's own: \"{key}=['one text','another']\""
+        )
     if re.search(UNQUOTED_CANNOT, value) and not re.match(r"\s*[\[{'\"]", value):
-        # An umlaut is an error of Hydra's lexer, whose words say nothing.
-        said = "" if reason.startswith("LexerNoViableAltException") else f"{reason}; "
+        said = "" if unread else f"{reason}; "
         return (
             f"cannot read {override}: {said}a value with such signs stands in quotes, inside the shell's own: "
             f"{_in_quotes(key, value)}"
