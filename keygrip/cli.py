@@ -24,6 +24,7 @@ COMMANDS = {
 }
 
 HELP = ("--help", "-h", "help")
+COMPLETES = 'tab completion is for bash, of all commands together: eval "$(keygrip -sc install=bash)"'
 # Hydra's own script asks the first word of the line, and knows no command behind it.
 COMPLETION = """\
 _keygrip() {
@@ -55,7 +56,7 @@ def main() -> None:
     elif name == "--version":
         sys.stdout.write(f"keygrip {__version__}\n")
     elif name in ("-sc", "--shell-completion"):
-        sys.stdout.write(COMPLETION) if rest == ["install=bash"] else _complete()
+        _complete(rest)
     elif name in COMMANDS:
         _run(name, rest)
     else:
@@ -71,8 +72,15 @@ def _run(name: str, arguments: list[str]) -> None:
     runpy.run_module(f"keygrip.{name}", run_name="__main__", alter_sys=True)
 
 
-def _complete() -> None:
-    """Prints what may follow the line ``COMP_LINE``: a command, or what Hydra says behind one."""
+def _complete(asked: list[str]) -> None:
+    """Prints the script that bash evaluates, or what it asks for: what may follow the line ``COMP_LINE``, a command, or
+    what Hydra says behind one. Anything else ends with exit code 2."""
+    if asked == ["install=bash"]:
+        sys.stdout.write(COMPLETION)
+        return
+    if asked != ["query=bash"]:
+        sys.stderr.write(f"keygrip: -sc {' '.join(asked)}: {COMPLETES}\n")
+        sys.exit(2)
     line = os.environ.get("COMP_LINE", "")
     behind = re.match(r"\s*\S+\s+(\S+)\s+(.*)", line, re.DOTALL)
     if behind is None:

@@ -136,8 +136,10 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
         if not argument.startswith("-"):
             settings.append(argument)
             continue
-        if name in ("-sc", "--shell-completion") and "install=bash" in arguments:
-            raise SettingError('tab completion is of all commands together: eval "$(keygrip -sc install=bash)"')
+        if name in ("-sc", "--shell-completion") and "query=bash" not in arguments:
+            raise SettingError(
+                'tab completion is for bash, of all commands together: eval "$(keygrip -sc install=bash)"'
+            )
         if name not in (*FLAGS, *WITH_VALUE):
             close = difflib.get_close_matches(name, (*FLAGS, *WITH_VALUE), n=1, cutoff=0.5)
             hint = f"the nearest is {close[0]}; " if close and "=" not in argument else ""

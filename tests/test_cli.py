@@ -59,8 +59,21 @@ def test_options_and_settings_go_in_any_order() -> None:
     ):
         with pytest.raises(SettingError, match=said):
             overrides_first(["seed=1", wrong])
-    with pytest.raises(SettingError, match="tab completion is of all commands together"):
-        overrides_first(["-sc", "install=bash"])
+    for asked in ("install=bash", "install=fish", "uninstall=zsh"):
+        with pytest.raises(SettingError, match="tab completion is for bash, of all commands together"):
+            overrides_first(["-sc", asked])
+
+
+@pytest.mark.parametrize("asked", [["install=zsh"], ["uninstall=bash"], ["query=fish"], []])
+def test_completion_of_other_shells_is_refused(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["keygrip", "-sc", *asked])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert "tab completion is for bash" in err
 
 
 def test_tab_completion(tmp_path: Path) -> None:
