@@ -38,7 +38,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
         keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
     cfg = cfg.copy()
-    folder = run_folder_of(cfg)
+    folder = run_folder_of(cfg, overrides)
     with open_dict(cfg):
         cfg.run_dir = str(folder)
     with run_folder.hold(folder):
@@ -47,7 +47,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
         return fit(cfg, folder, overrides)
 
 
-def run_folder_of(cfg: DictConfig) -> Path:
+def run_folder_of(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Path:
     """Where a run goes, before it starts: as Hydra has chosen it, or as the settings say (named by classes, for they do
     not tell which options they come from)."""
     from hydra.core.hydra_config import HydraConfig
@@ -56,7 +56,7 @@ def run_folder_of(cfg: DictConfig) -> Path:
         return Path(HydraConfig.get().runtime.output_dir)
     model = str(cfg.model._target_).rpartition(".")[2]
     data = str(cfg.data._target_).rpartition(".")[2]
-    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts))).absolute()
+    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), overrides)).absolute()
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     with setting_errors("train", given):
         cfg, choices = compose_with_choices("train", given)
         refuse_idle(cfg, given)  # before a folder is made
-    cfg.run_dir = run_folder.choose(cfg.run_dir, cfg.resume, choices["model"], choices["data"], next(_starts))
+    model, data = choices["model"], choices["data"]
+    cfg.run_dir = run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), given)
     run(cfg, given)
     return read_result(Path(cfg.run_dir))
 

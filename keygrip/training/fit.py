@@ -16,7 +16,7 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_only
@@ -161,9 +161,13 @@ def _trainer(
     resumed: bool,
 ) -> Trainer:
     """Lightning's trainer as `cfg` says; `arguments` are the strategy's."""
-    # Lightning's own answer to SLURM's warning saves in the middle of a step, into a file that no resumed run reads:
-    # `SaveOnInterrupt` has its own.
-    slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    environment: list[Any] = []
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own answer to SLURM's warning saves in the middle of a step, into a file that no resumed run
+        # reads: `SaveOnInterrupt` has its own.
+        environment = [SLURMEnvironment(auto_requeue=False)]
+        if run_folder.tasks_of_srun() == 1 and arguments["devices"] * arguments["num_nodes"] > 1:
+            environment = [LightningEnvironment()]  # which starts the others: SLURM's would train in this one alone
     return lightning.Trainer(
         **arguments,
         max_steps=cfg.max_steps,
@@ -177,7 +181,7 @@ def _trainer(
         gradient_clip_val=cfg.optimizer.get("clip_norm") if cfg.optimizer else None,
         callbacks=callbacks,
         logger=loggers or False,
-        plugins=[AtomicCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if slurm else [])],
+        plugins=[AtomicCheckpointIO(), *environment],
         default_root_dir=str(folder),
         enable_model_summary=False,
         enable_checkpointing=True,

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,14 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("sweep_folder", choose_for_sweep, replace=True)
 
 
-def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str, start: int = 0) -> str:
+def choose(
+    run_dir: str | None,
+    resume: bool | str | None,
+    model: str,
+    data: str,
+    start: int = 0,
+    overrides: Sequence[str] | None = None,
+) -> str:
     """The folder of this run.
 
     Args:
@@ -42,6 +49,7 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
             file.
         model, data: names of the chosen configs.
         start: which of the trainings that this process starts, from 1; 0: a command, which is one.
+        overrides: of this training; None: the command line's.
 
     Raises:
         FileNotFoundError: nothing to resume.
@@ -73,7 +81,7 @@ def choose(run_dir: str | None, resume: bool | str | None, model: str, data: str
     if run_dir is not None:
         refuse_held(Path(run_dir))
         return run_dir
-    return str(_claimed(group, start))
+    return str(_claimed(group, start, None if overrides is None else tuple(overrides)))
 
 
 def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
@@ -95,19 +103,19 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
 
 
 @cache
-def _claimed(group: Path, start: int = 0) -> Path:
-    """A new folder in ``group`` that no other process has: two starts in one second get two folders."""
-    name, alone = stamp(start), _only_task_of_slurm()
-    named = group / (name if start < 2 else f"{name}-{start}")
-    if "TORCHELASTIC_RUN_ID" in os.environ or (name.startswith("job-") and not alone):
-        return named  # its processes share it; `hold` keeps others out
+def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = None) -> Path:
+    """A folder in ``group`` for this run: its scheduler's, which it finds again by its name, or a new one that no other
+    process has; two starts in one second get two folders."""
+    name = stamp(start, overrides)
+    if "TORCHELASTIC_RUN_ID" in os.environ or name.startswith("job-"):
+        named = group / (name if start < 2 else f"{name}-{start}")
+        refuse_held(named)
+        return named
     told = f"KEYGRIP_RUN_FOLDER_{start}"  # to the processes that Lightning starts with the same script
     parent, _, given = os.environ.get(told, "").partition(":")
     if start and not is_first_process() and parent == str(os.getppid()):
         return Path(given)
-    if alone and restarted_by_scheduler() and named.is_dir():
-        return named
-    folder = new_folder(group, named.name if alone else name)
+    folder = new_folder(group, name)
     if start:
         os.environ[told] = f"{os.getpid()}:{folder}"
     return folder
@@ -170,7 +178,12 @@ def is_first_process() -> bool:
 
 def started_together() -> int:
     """How many processes torchrun, srun or Lightning started for this run; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return int(os.environ.get("WORLD_SIZE") or tasks_of_srun())
+
+
+def tasks_of_srun() -> int:
+    """How many processes srun started for this run; 1 without it, and in a shell that srun started."""
+    return 1 if _in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def _still_going_on(folder: Path) -> str:
@@ -214,11 +227,13 @@ def restarted_by_scheduler() -> bool:
 
 
 @cache
-def stamp(start: int = 0) -> str:
-    """A name for this run that all its processes agree on: a time stamp, or the scheduler's job number.
+def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
+    """A name for this run that all its processes agree on: a time stamp, or the scheduler's job number, in SLURM with a
+    digest of the overrides: a batch script may train several times. The number of a step would not do: it changes with
+    the order in which steps that run side by side begin.
 
     Args:
-        start: see `choose`; each has a time stamp of its own.
+        start, overrides: see `choose`; each start has a time stamp of its own.
 
     Raises:
         ValueError: several nodes without a common name for the run.
@@ -233,24 +248,18 @@ def stamp(start: int = 0) -> str:
                 "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
             )
         return _parents_start()
-    if _in_slurm():
-        name = f"job-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
-        # The step's number is missing in a batch script without srun, which may train several times, one after another.
-        return f"{name}-{_digest(sys.argv[1:])}" if _only_task_of_slurm() else name
+    if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not _in_a_shell_of_slurm():
+        return f"job-{environment['SLURM_JOB_ID']}-{_digest(sys.argv[1:] if overrides is None else overrides)}"
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def _in_slurm() -> bool:
-    return {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys()
+def _in_a_shell_of_slurm() -> bool:
+    """Whether a user types commands in a job, as Lightning tells it: they are no parts of that job's step."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
-def _only_task_of_slurm() -> bool:
-    """Whether this is a SLURM job of one task. Queued again, it must find its run folder by its name."""
-    return _in_slurm() and int(os.environ.get("SLURM_NTASKS") or 1) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-
-
-def _digest(arguments: list[str]) -> str:
-    return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8]
+def _digest(overrides: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
 
 
 def _parents_start() -> str:

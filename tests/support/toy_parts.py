@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class ToyModule(System):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if str(self.trainer.global_step) == os.environ.get("TOY_STOP_AT"):
             os.kill(os.getpid(), getattr(signal, os.environ["TOY_SIGNAL"]))
+        if folder := os.environ.get("TOY_RANKS"):
+            Path(folder, f"rank_{self.global_rank}").touch()
         loss = self.loss(batch)
         self.log("train/loss", loss, sync_dist=world_size() > 1)
         return loss

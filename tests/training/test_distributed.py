@@ -41,10 +41,12 @@ def assert_same_training(left: Path, right: Path) -> None:
 
 def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
     assert keygrip.train([*HERE, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
-    # In a shell that SLURM gave: its variables are those of the shell, not of the two processes.
-    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    done = command("keygrip.train", *TOY, "strategy=ddp_cpu", "run_dir=two", **slurm)
+    # In a batch script of SLURM, without srun: the variables are those of the script, not of the two processes.
+    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
+    slurm |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
+    done = command("keygrip.train", *TOY, "strategy=ddp_cpu", "run_dir=two", TOY_RANKS=str(tmp_path), **slurm)
     assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("rank_*"))) == 2
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 

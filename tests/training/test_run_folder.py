@@ -4,20 +4,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from keygrip.config import SettingError, check_overrides, compose
 from keygrip.training import run_folder
+from keygrip.training.resuming import checkpoint_to_resume
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if name.startswith("TORCHELASTIC_") or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
     run_folder.stamp.cache_clear()
     run_folder._claimed.cache_clear()
@@ -128,28 +131,65 @@ def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) 
     assert (chosen(1), chosen(2)) == ("runs/m_d/job-night7", "runs/m_d/job-night7-2")
 
 
-def test_slurm_tasks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("SLURM_NTASKS", "8"), ("SLURM_JOB_ID", "42"), ("SLURM_PROCID", "3"), ("SLURM_STEP_ID", "0")):
-        monkeypatch.setenv(name, value)
-    assert run_folder.choose(None, False, "m", "d") == "runs/m_d/job-42.0"
+def in_slurm(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Callable[..., str]:
+    """The folder that one process after another, with these arguments, gets in a job of SLURM."""
+    for name, value in ({"NTASKS": "1", "JOB_ID": "42", "JOB_NAME": "train", "PROCID": "0"} | variables).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
 
-
-def test_a_slurm_job_of_one_task_finds_its_folder_when_it_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("SLURM_NTASKS", "1"), ("SLURM_JOB_ID", "42"), ("SLURM_PROCID", "0")):
-        monkeypatch.setenv(name, value)
-
-    def started(*arguments: str) -> str:  # by one process after another
+    def started(*arguments: str, **given: Any) -> str:
         run_folder.stamp.cache_clear()
         run_folder._claimed.cache_clear()
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        return run_folder.choose(None, False, "m", "d")
+        return run_folder.choose(None, False, "m", "d", **given)
 
-    commands = (["seed=1"], ["seed=2"])  # a batch script that trains twice
-    before = [started(*command) for command in commands]
-    assert all(Path(folder).name.startswith("job-42.0-") for folder in before)
-    assert len({*before, started("seed=1")}) == 3  # nothing was queued again: three runs
+    return started
+
+
+def test_slurm_tasks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {in_slurm(monkeypatch, NTASKS="8", PROCID=rank, STEP_ID="0")("seed=1") for rank in ("0", "3")}
+    assert len(folders) == 1
+    assert folders.pop().startswith("runs/m_d/job-42-")
+
+
+@pytest.mark.parametrize("tasks", ["1", "2"])
+def test_a_slurm_job_finds_its_folders_when_it_is_queued_again(tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order in which the steps of its batch script begin, and however often the job was queued."""
+    commands = (["seed=1"], ["seed=2"])
+    before = [in_slurm(monkeypatch, NTASKS=tasks, STEP_ID=str(step))(*commands[step]) for step in (0, 1)]
+    assert before[0] != before[1]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert [started(*command) for command in commands] == before
+    again = [in_slurm(monkeypatch, NTASKS=tasks, STEP_ID=str(1 - step))(*commands[step]) for step in (0, 1)]
+    assert again == before
+
+
+def test_a_second_start_of_the_same_settings_in_a_slurm_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queued again, the job could not tell their folders apart."""
+    started = in_slurm(monkeypatch)
+    folder = Path(started("seed=1"))
+    checkpoint_in(str(folder))
+    with pytest.raises(run_folder.RunFolderError, match="already holds a run: continue it with resume=true"):
+        checkpoint_to_resume(OmegaConf.create({"resume": False}), Path(started("seed=1")))
+
+
+def test_programs_side_by_side_in_a_slurm_job_have_the_folders_of_their_trainings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = in_slurm(monkeypatch)
+    first, second = (started(start=1, overrides=[f"seed={seed}"]) for seed in (1, 2))
+    assert first != second
+    assert started(start=1, overrides=["seed=2"]) == second
+
+
+@pytest.mark.parametrize("name", ["bash", "interactive"])
+def test_a_shell_in_a_slurm_job_is_no_part_of_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun -n4 --pty bash`: a command there is alone, and a second one gets a folder of its own."""
+    started = in_slurm(monkeypatch, JOB_NAME=name, NTASKS="4", STEP_NUM_TASKS="4")
+    assert run_folder.started_together() == 1
+    first, second = started("seed=1"), started("seed=1")
+    assert first != second
+    assert "job-42" not in first
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    assert run_folder.started_together() == 4
 
 
 def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
@@ -168,7 +208,7 @@ def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
 
 def test_two_starts_in_one_second_get_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     real = run_folder.stamp
-    monkeypatch.setattr(run_folder, "stamp", lambda start: "2026-01-01_00-00-00")
+    monkeypatch.setattr(run_folder, "stamp", lambda start, overrides: "2026-01-01_00-00-00")
     first = run_folder.choose(None, False, "m", "d")
     run_folder._claimed.cache_clear()  # another process
     second = run_folder.choose(None, False, "m", "d")
