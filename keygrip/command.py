@@ -28,7 +28,7 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import run_folder, sweeps
-from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
+from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused, queue_again
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
@@ -52,7 +52,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
 
     A user's error (ValueError, a missing file, a setting that does not exist, ...) becomes one line on standard
     error and exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C, SIGTERM and a closed terminal
-    end with 130, 143 and 129. In a sweep a failed job is recorded and the others go on; the exit code is then 1.
+    end with 130, 143 and 129, a SLURM job's warning SIGUSR1 with 138, and the job is queued again. In a sweep a failed
+    job is recorded and the others go on; the exit code is then 1.
     """
     import hydra
 
@@ -81,9 +82,9 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             _record_failure(error, config_name)
             raise
 
-    code = 0
+    code, received = 0, set[int]()
     try:
-        with _signals_raise():
+        with _signals_raise(received):
             run_folder.register_resolvers()
             register_options()
             if {"--help", "-h"} & set(sys.argv[1:]):
@@ -117,6 +118,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         _say(line)
         code = code or USER_ERROR
     if code:
+        if signal.SIGUSR1 in received and run_folder.is_first_process():
+            queue_again()  # last: SLURM ends the job with it
         sys.stderr.flush()
         sys.exit(code)
 
@@ -267,18 +270,25 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
+def _signals_raise(received: set[int]) -> Iterator[None]:
     """SIGTERM, and SIGHUP of a terminal that is closed, become exceptions, so that temporary files and child processes
     are cleaned up, and arms stopped, on the way out. That is not broken off by a SIGHUP: a shell passes its own one on,
-    so that it comes twice, and systemd sends one behind SIGTERM."""
+    so that it comes twice, and systemd sends one behind SIGTERM.
+
+    Args:
+        received: takes the numbers of those that came.
+    """
 
     def handler(number: int, frame: Any) -> None:
+        received.add(number)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the command goes on without its terminal
         numbers.append(signal.SIGHUP)
+    if "SLURM_JOB_ID" in os.environ:  # its warning, which a training in its steps answers by itself
+        numbers.append(signal.SIGUSR1)
     try:
         previous = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not the main thread: a test or a notebook

@@ -6,10 +6,8 @@ import contextlib
 import json
 import logging
 import math
-import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +23,7 @@ from keygrip.training.checkpoints import kept_by_step, read_checkpoint
 from keygrip.training.integrity import sign
 from keygrip.training.parts import ReadWhere
 from keygrip.training.sharding import local
-from keygrip.training.signals import Interrupted
+from keygrip.training.signals import Interrupted, queue_again
 
 log = logging.getLogger(__name__)
 
@@ -209,11 +207,12 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
 
 
 class SaveOnInterrupt(Callback):
-    """Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed (not under nohup) and SIGUSR1, by which schedulers warn
-    before they end a job: finish the step, save, and say how to go on.
+    """Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed, and SIGUSR1, by which schedulers warn before they end a
+    job: finish the step, save, and say how to go on.
 
-    A second Ctrl-C ends at once. Processes agree on the step at which they stop. After SIGUSR1 (``sbatch
-    --signal=USR1@120 --requeue``) a SLURM job is queued again; it then finds its run folder and goes on.
+    A second Ctrl-C ends at once; under nohup SIGHUP is nothing. Processes agree on the step at which they stop. After
+    SIGUSR1 a SLURM job is queued again; it then finds its run folder and goes on. With ``sbatch --requeue
+    --signal=USR1@120`` SLURM sends it to what srun started, and not to other commands of the batch script.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -225,7 +224,7 @@ class SaveOnInterrupt(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received = None
         for number in self.signals:
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             with contextlib.suppress(ValueError):  # not the main thread
                 self._previous[number] = signal.signal(number, self._note)
@@ -247,40 +246,22 @@ class SaveOnInterrupt(Callback):
         log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if not _any_process(trainer, self._received is not None):
+        number = _largest(trainer, self._received or 0)
+        if number == 0:
             return
-        number = self._received or signal.SIGTERM
         where = "nothing was saved: the run has no checkpoint callback"
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
                 where = f"saved {callback.latest_path}; go on with resume={callback.folder.parent}"
         if number == signal.SIGUSR1 and trainer.is_global_zero:
-            _queue_again()
+            queue_again()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}", number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-def _queue_again() -> None:
-    """Asks SLURM to queue this job again, if it is one of its."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
-    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        failure = "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
-    except OSError as error:
-        failure = str(error)
-    if failure:
-        log.warning("SLURM did not queue job %s again: %s", job, failure)
-    else:
-        log.info("SLURM queues job %s again", job)
 
 
 def _refuse_non_finite(trainer: Trainer) -> None:
@@ -293,7 +274,12 @@ def _refuse_non_finite(trainer: Trainer) -> None:
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:
+    return _largest(trainer, int(decision)) > 0
+
+
+def _largest(trainer: Trainer, number: int) -> int:
+    """The largest of all processes' numbers."""
     if trainer.world_size == 1:
-        return decision
-    flag = torch.tensor(float(decision), device=trainer.strategy.root_device)
-    return bool(torch.as_tensor(trainer.strategy.reduce(flag, reduce_op="sum")).item() > 0)
+        return number
+    own = torch.tensor(float(number), device=trainer.strategy.root_device)
+    return int(torch.as_tensor(trainer.strategy.reduce(own, reduce_op="max")).item())

@@ -6,8 +6,9 @@ import json
 import os
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.saving import SaveOnInterrupt
 from keygrip.training.signals import Interrupted
 
 # What SLURM tells a job of one task.
@@ -100,7 +102,7 @@ def test_killed_process_resumes_to_the_same_bits(
     assert_equal(state_of(tmp_path / "killed"), uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     name: str,
     toy_overrides: Callable[..., list[str]],
@@ -108,7 +110,7 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     overrides = toy_overrides("stopped")
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
         patch.setenv("TOY_STOP_AT", "7")
@@ -118,18 +120,39 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     saved = folder / "checkpoints" / "last.ckpt"
     assert str(stop.value) == f"stopped by {name} at step 8: saved {saved}; go on with resume={folder}"
     assert stop.value.signal_number == getattr(signal, name)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     train.run(compose("train", [*overrides[:-1], f"resume={folder}"]))
     assert_equal(state_of(folder), uninterrupted)
 
 
-def test_a_slurm_job_that_is_warned_saves_is_queued_again_and_goes_on(
-    toy_overrides: Callable[..., list[str]],
-    uninterrupted: dict[str, Tensor],
-    cli: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_under_nohup_a_closed_terminal_is_nothing(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TOY_STOP_AT", "7")
+    monkeypatch.setenv("TOY_SIGNAL", "SIGHUP")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert "train/loss" in train.run(compose("train", toy_overrides("run")))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM signals all processes of a step, and one may come to its end of the step before its signal does."""
+    queued: list[bool] = []
+    monkeypatch.setattr("keygrip.training.saving.queue_again", lambda: queued.append(True))
+    strategy = SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, torch.tensor(signal.SIGUSR1)))
+    first = SimpleNamespace(world_size=2, is_global_zero=True, global_step=3, callbacks=[], strategy=strategy)
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1 at step 3") as stop:
+        SaveOnInterrupt()._stop_if_asked(first)  # type: ignore[arg-type]
+    assert (stop.value.signal_number, queued) == (signal.SIGUSR1, [True])
+
+
+@pytest.fixture
+def started_by_slurm(
+    toy_overrides: Callable[..., list[str]], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], int]]:
+    """Trains as a job of SLURM, whose scontrol writes its arguments into called.txt; returns the exit code."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text('#!/bin/sh\necho "$@" >> called.txt\n')
@@ -143,18 +166,46 @@ def test_a_slurm_job_that_is_warned_saves_is_queued_again_and_goes_on(
             names.cache_clear()
         return int(cli(*(each for each in toy_overrides("") if not each.startswith("run_dir="))).code)
 
+    yield start
+    for names in (run_folder.stamp, run_folder._claimed):
+        names.cache_clear()
+
+
+def test_a_slurm_job_that_is_warned_saves_is_queued_again_and_goes_on(
+    started_by_slurm: Callable[[], int],
+    uninterrupted: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("TOY_STOP_AT", "7")
         patch.setenv("TOY_SIGNAL", "SIGUSR1")
-        assert start() == 128 + signal.SIGUSR1
+        assert started_by_slurm() == 128 + signal.SIGUSR1
     assert (tmp_path / "called.txt").read_text() == "requeue 42\n"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert start() == 0
+    assert started_by_slurm() == 0
     (folder,) = (tmp_path / "runs" / "toy_toy").iterdir()
     assert not list(folder.glob("hpc_ckpt*"))  # Lightning's, which no resumed run reads
     assert_equal(state_of(folder), uninterrupted)
-    for names in (run_folder.stamp, run_folder._claimed):
-        names.cache_clear()
+
+
+def test_a_slurm_job_that_is_warned_before_it_trains_is_queued_again(
+    started_by_slurm: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may import classes, train a stage before its own, or compute statistics for hours."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("keygrip.training.fit.complete_stages", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+            assert started_by_slurm() == 128 + signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (tmp_path / "called.txt").read_text() == "requeue 42\n"
+    (folder,) = (tmp_path / "runs" / "toy_toy").iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert started_by_slurm() == 0
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
 
 
 def test_a_run_cut_off_after_its_training_keeps_the_metrics_of_it(
