@@ -100,7 +100,7 @@ def test_options_of_a_folder_that_is_added_are_listed(cli: Callable[..., Any], t
     mine.write_text("# @package _global_\nmax_steps: 8  # a look is enough\n")
     added = ("--config-dir", "mine")
     shown = cli("--help", *added, "experiment=mine").out
-    assert re.search(r"^  experiment=mine +\(demo .*\| mine \|", shown, re.MULTILINE)
+    assert re.search(r"^  experiment=mine +\(demo [^)]*\| mine\s+\|", shown, re.MULTILINE)
     assert re.search(r"^  max_steps=8 +# a look is enough$", shown, re.MULTILINE)
     assert " | mine |" in cli("--help", "--config-dir=mine").out
     assert "nearest is experiment=mine; options are demo," in cli(*added, "experiment=mime").err
