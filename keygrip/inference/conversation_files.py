@@ -60,10 +60,18 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
             talk = []
         talks.append(talk)
     if len(broken) == len(talks):
-        if len(broken) > 1 and text.lstrip()[0] in "[{":
+        if len(broken) > 1 and text.lstrip()[0] in "[{" and not _is_json(text.strip().partition("\n")[0]):
             raise ValueError(f"{path} is JSON over several lines, and not JSON Lines: {_how_to_split(text)}")
         raise ValueError(broken[0] if broken else f"conversations={path}: it holds no conversation")
     return talks, broken
+
+
+def _is_json(line: str) -> bool:
+    try:
+        parse_json(line, "JSON")
+    except BadSample:
+        return False
+    return True
 
 
 def _is_list_of_them(content: Any) -> bool:

@@ -264,7 +264,7 @@ def test_a_batch_that_panics_is_planned_one_by_one(running: Start, dice: Any, ob
                 raise Panic("of the batch")
             return super().plan_batch(observations, sessions)
 
-    server = running(Panicking(lambda: free.wait(120)), batch=4, waiting=8, plan_s=120.0)
+    server = running(Panicking(lambda: free.wait(60)), batch=4, waiting=8, plan_s=60.0)
 
     def one(_: int) -> float:
         with RemotePolicy(server.url) as policy:
@@ -272,11 +272,11 @@ def test_a_batch_that_panics_is_planned_one_by_one(running: Start, dice: Any, ob
 
     with ThreadPoolExecutor(4) as pool:
         plans = [pool.submit(one, number) for number in range(4)]
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 60
         while server.server.service.waiting < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         free.set()
-        assert [plan.result(120) for plan in plans] == [0.3] * 4
+        assert [plan.result(60) for plan in plans] == [0.3] * 4
     assert max(batches) > 1
 
 
