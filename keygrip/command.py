@@ -272,8 +272,8 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 @contextlib.contextmanager
 def _signals_raise(received: set[int]) -> Iterator[None]:
     """SIGTERM, and SIGHUP of a terminal that is closed, become exceptions, so that temporary files and child processes
-    are cleaned up, and arms stopped, on the way out. That is not broken off by a SIGHUP: a shell passes its own one on,
-    so that it comes twice, and systemd sends one behind SIGTERM.
+    are cleaned up, and arms stopped, on the way out. That is not broken off by a second one: a shell passes its SIGHUP
+    on, so that it comes twice, and systemd sends SIGTERM and SIGHUP. Ctrl-C does break it off.
 
     Args:
         received: takes the numbers of those that came.
@@ -281,7 +281,8 @@ def _signals_raise(received: set[int]) -> Iterator[None]:
 
     def handler(number: int, frame: Any) -> None:
         received.add(number)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for other in {*numbers, signal.SIGHUP}:
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     numbers = [signal.SIGTERM]

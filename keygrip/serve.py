@@ -160,8 +160,9 @@ def _refuse_openness(cfg: DictConfig) -> None:
 
 async def _serve(server: PolicyServer, host: str, port: int, ready: Callable[[str], None]) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await server.serve(host, port, stop, ready)
 
 

@@ -276,7 +276,8 @@ def parse_loosely(content: bytes | str, where: object, max_bytes: int = MAX_TEXT
     """JSON with NaN, numbers of any length (as floats) and halves of surrogate pairs. Raises BadSample: it is none."""
     _refuse_large(content, where, max_bytes)
     with guard(where):
-        return json.loads(_decoded(content, where) if isinstance(content, bytes) else content, parse_int=float)
+        text = _decoded(content, where) if isinstance(content, bytes) else content
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
 
 def sound_fields(value: Mapping[str, Any], where: object, names: Collection[str]) -> dict[str, Any]:

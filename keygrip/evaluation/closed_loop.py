@@ -240,7 +240,7 @@ class ClosedLoop:
         context = multiprocessing.get_context("spawn")
         others = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
-            with _deaf_to_ctrl_c():  # they are ended from here, without a trace of each
+            with _deaf_to_the_terminal():  # they are ended from here, without a trace of each
                 waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
                 for future in as_completed(waiting):
@@ -281,16 +281,17 @@ class ClosedLoop:
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that are started within take no notice of SIGINT, which a terminal sends to all of a group."""
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Processes that are started within take no notice of SIGINT and SIGHUP, as of a terminal."""
     if threading.current_thread() is not threading.main_thread():  # no other may say so
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def _refuse_idle_shift(cfg: DictConfig, overrides: Sequence[str], references: li
         for path, _ in leaves_of(OmegaConf.to_container(settings), ()) if settings else ():
             reason = _idle(cfg, path, references)
             if reason is not None:
-                raise SettingError(f"{shift} sets {'.'.join(path)}, which nothing in this run reads: {reason}")
+                raise SettingError(
+                    f"{shift} sets {'.'.join(path)}, which nothing in this run reads: {reason}; leave one of them out"
+                )
 
 
 def _in_sweep() -> bool:

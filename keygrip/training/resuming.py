@@ -48,7 +48,7 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
         log.warning("started again by the scheduler: resuming %s", latest)
         return latest
     raise run_folder.RunFolderError(
-        f"{folder} already holds a run: continue it with resume=true, or give another run_dir"
+        f"{folder} already holds a run: continue it with resume={folder}, or give another run_dir"
     )
 
 

@@ -242,7 +242,8 @@ class SaveOnInterrupt(Callback):
     def _note(self, number: int, frame: Any) -> None:
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = number
+        if self._received != signal.SIGUSR1:  # after which the job is queued again, whatever follows
+            self._received = number
         log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:

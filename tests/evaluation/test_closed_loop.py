@@ -186,13 +186,15 @@ def test_episodes_of_a_process_that_died_are_run_again_once(deaths: int, monkeyp
     assert asked == [[1_000_000, 1_000_001, 1_000_002], [1_000_001, 1_000_002]]
 
 
-def test_processes_of_an_evaluation_leave_ctrl_c_to_the_first_one() -> None:
-    shown = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
-    before = signal.getsignal(signal.SIGINT)
-    with closed_loop._deaf_to_ctrl_c():
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_processes_of_an_evaluation_leave_a_terminals_signals_to_the_first_one(name: str) -> None:
+    number = signal.Signals[name]
+    shown = f"import signal; print(signal.getsignal(signal.{name}) == signal.SIG_IGN)"
+    before = signal.getsignal(number)
+    with closed_loop._deaf_to_the_terminal():
         inside = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert inside.stdout.strip() == "True"
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_a_second_start_of_the_same_settings_in_a_slurm_job_is_refused(monkeypat
     started = in_slurm(monkeypatch)
     folder = Path(started("seed=1"))
     checkpoint_in(str(folder))
-    with pytest.raises(run_folder.RunFolderError, match="already holds a run: continue it with resume=true"):
+    with pytest.raises(run_folder.RunFolderError, match="already holds a run: continue it with resume="):
         checkpoint_to_resume(OmegaConf.create({"resume": False}), Path(started("seed=1")))
 
 

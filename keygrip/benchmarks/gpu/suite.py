@@ -26,6 +26,7 @@ import torch
 from keygrip.artifacts import write_json
 from keygrip.benchmarks.gpu import Figures, Part
 from keygrip.training.metadata import machine
+from keygrip.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Suite:
         started, error = time.perf_counter(), None
         try:
             part.run(self.toy, figures)
-        except (Exception, KeyboardInterrupt) as failure:  # a part's failure is a result: the others go on
+        except (Exception, KeyboardInterrupt, Interrupted) as failure:  # a part's failure is a result: the others go on
             log.debug("the part failed", exc_info=True)
             error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:600]}"
         self._write(name, figures, time.perf_counter() - started, error)

@@ -185,12 +185,12 @@ def _batch_or_raise(batch: Any) -> Any:
 def start_worker(worker: int) -> None:
     """One thread for each worker, so that they do not fight with the trainer's, and no end by a signal that means the
     trainer, which needs its workers until it has saved: Ctrl-C and `timeout` signal its process group, so a worker has
-    one of its own; Slurm signals every process of a step, so a worker obeys SIGTERM from the trainer alone, and not
-    the warning SIGUSR1.
+    one of its own; Slurm and systemd signal every process, so a worker obeys SIGTERM from the trainer alone, and
+    neither SIGHUP nor the warning SIGUSR1.
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
