@@ -102,6 +102,15 @@ def test_killed_process_resumes_to_the_same_bits(
     assert_equal(state_of(tmp_path / "killed"), uninterrupted)
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """As where the tests do not run under nohup, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     name: str,
