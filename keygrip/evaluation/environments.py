@@ -87,23 +87,24 @@ class EnvironmentSettings:
         )
         episodes = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
         cells = [cell for grid in conditions.values() for cell in grid]
-        if self._recorded_here([changed(evaluation.task, cell) for cell in cells] or [evaluation.task]):
-            assert self.recorded is not None
-            if seen := sum(seed in self.recorded.seeds for seed in episodes):
-                log.warning(
-                    "%d of the episodes %d to %d were recorded for training, so that success there is not that of new "
-                    "ones: first_seed=%d and further ones are held out",
-                    *(seen, episodes[0], episodes[-1], HELD_OUT_SEED),
-                )
+        recorded = self._recorded_seeds([changed(evaluation.task, cell) for cell in cells] or [evaluation.task])
+        if seen := sum(seed in recorded for seed in episodes):
+            log.warning(
+                "%d of the episodes %d to %d were recorded for training, so that success there is not that of new "
+                "ones: first_seed=%d and further ones are held out",
+                *(seen, episodes[0], episodes[-1], HELD_OUT_SEED),
+            )
         return evaluation
 
-    def _recorded_here(self, tasks: Sequence[Any]) -> bool:
-        """Whether one of these tasks, or of `tasks`, was recorded: an episode of another has its number alone."""
+    def _recorded_seeds(self, tasks: Sequence[Any]) -> Container[int]:
+        """Seeds that were recorded of one of these tasks, or of `tasks`: an episode of another has its number alone."""
         if self.recorded is None:
-            return False
+            return ()
         if self.tasks:
-            return not set(self.tasks).isdisjoint(self.recorded.tasks)
-        return self.recorded.task is None or self.recorded.task in tasks
+            here = not set(self.tasks).isdisjoint(self.recorded.tasks)
+        else:
+            here = self.recorded.task is None or self.recorded.task in tasks
+        return self.recorded.seeds if here else ()
 
 
 @dataclass(frozen=True)

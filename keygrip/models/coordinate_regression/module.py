@@ -164,26 +164,27 @@ class CoordinateRegressionModule(System):
     @torch.no_grad()
     def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
         """Errors in the units in which the volume-query policy reports its own."""
+        return self._counted_metrics(output, batch)[0]
+
+    @torch.no_grad()
+    def _counted_metrics(self, output: RegressionOutput, batch: PolicyBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """`metrics`, and over how many targets inside the image `pix_argmax` is a mean."""
         position = self.denormalise(output.position)
-        off, visible = self._pixel_errors(position, batch)
+        intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
+        true_pixels, _ = project(batch.position, intrinsics, extrinsics)
+        pixels, _ = project(position, intrinsics, extrinsics)
+        size = self.network.image_size
+        visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
+        off = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0)
         angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
-        return {
+        metrics = {
             "pix_argmax": off.sum() / visible.sum(),
             "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
             "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
             "rotation_deg": angle.mean(),
             "gripper_acc": ((output.gripper > 0) == (batch.gripper > 0.5)).float().mean(),
         }
-
-    def _pixel_errors(self, position: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """Distances ``[B, A, T]`` in pixels, 0 where there is none, and where there is one: of positions in metres to
-        targets inside the image."""
-        intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
-        true_pixels, _ = project(batch.position, intrinsics, extrinsics)
-        pixels, _ = project(position, intrinsics, extrinsics)
-        size = self.network.image_size
-        visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
-        return (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0), visible
+        return metrics, visible.sum()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]
@@ -196,9 +197,9 @@ class CoordinateRegressionModule(System):
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)
-        losses, metrics = self.losses(output, batch), self.metrics(output, batch)
-        counts = dict.fromkeys(losses, self._counted(batch).sum())
-        counts["pix_argmax"] = self._pixel_errors(self.denormalise(output.position), batch)[1].sum()
+        losses = self.losses(output, batch)
+        metrics, in_image = self._counted_metrics(output, batch)
+        counts = dict.fromkeys(losses, self._counted(batch).sum()) | {"pix_argmax": in_image}
         self.log_values("val", losses | metrics, len(batch), BAR, counts)
 
 

@@ -70,7 +70,7 @@ def numbers(
 
 
 def _values(column: list[Any], feature: str, where: str, path: Path) -> np.ndarray:
-    """[N, n] per column, whatever its feature's shape."""
+    """A column as [N, n], whatever its feature's shape."""
     sizes = [0 if row is None else np.size(row) for row in column]
     usual = max(sizes, default=0)
     if short := [number for number, size in enumerate(sizes) if size != usual]:
