@@ -138,7 +138,7 @@ class Problem:
         world = None
         if self.further is not None:
             world = WorldScores(torch.einsum("btc,bvchw->btvhw", self.q_feat, self.further[0]), self.further[1])
-        return VolumeLogits(pixel, self.q_z @ self.sin_z.T, self.constant, world=world)
+        return VolumeLogits(pixel, self.q_z @ self.sin_z.T, self.constant, world)
 
     def factorised(self) -> tuple[Tensor, ...]:
         """Gradients of the leaves by way of two small softmaxes, or of sums that are streamed over the heights."""

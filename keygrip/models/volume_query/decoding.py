@@ -146,20 +146,6 @@ class Decoder:
         weights = logits.float().masked_fill(~near, -torch.inf).softmax(-1)
         return (weights * (index + 0.5)).sum(-1) / bins
 
-    @staticmethod
-    def _best_heights(logits: VolumeLogits, cells: Tensor) -> Tensor:
-        """The most probable height bin ``[B, A, T, K]`` over each candidate cell ``[B, A, T, K, 2]``."""
-        per_candidate = VolumeLogits(
-            logits.pixel[..., None, :, :],
-            logits.height[..., None, :],
-            logits.constant[..., None],
-            None
-            if logits.pixel_factor is None
-            else logits.pixel_factor[..., None, :, :, :].expand(*cells.shape[:-1], -1, -1, -1),
-            logits.height_factor,
-        )
-        return per_candidate.height_given_pixel(cells).argmax(-1).expand(cells.shape[:-1])
-
     def _most_probable_path(
         self,
         logits: VolumeLogits,
@@ -174,11 +160,8 @@ class Decoder:
         log_prob = logits.pixel_marginal().flatten(-2).log_softmax(-1)  # [B, A, T, HW]
         emission, index = log_prob.topk(min(self.candidates, log_prob.shape[-1]), dim=-1)  # [B, A, T, K]
         cells = torch.stack([index // width, index % width], dim=-1)  # [B, A, T, K, 2]
-        if logits.world is not None:
-            over = [logits.height_given_pixel(cells[..., k, :]).argmax(-1) for k in range(cells.shape[-2])]
-            bins = torch.stack(over, dim=-1)
-        else:
-            bins = self._best_heights(logits, cells)
+        over = [logits.height_given_pixel(cells[..., k, :]).argmax(-1) for k in range(cells.shape[-2])]
+        bins = torch.stack(over, dim=-1)  # [B, A, T, K]
         pixels = (cells.flip(-1) + 0.5) * cell_size
         points = recover_3d(
             pixels, to_metres(bins + 0.5), intrinsics[..., None, :, :], world_to_camera[..., None, :, :], strict=False

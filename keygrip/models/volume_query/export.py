@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.volume_query.network import STATE_PARTS, VolumeQueryNetwork
+from keygrip.models.volume_query.volume import BilinearCoupling
 
 
 class VolumeQueryGraph(nn.Module):
@@ -29,9 +30,9 @@ class VolumeQueryGraph(nn.Module):
         output = self.network(image, start_pixel, state, instruction=instruction)
         volume = output.volume
         logits = (volume.pixel, volume.height, output.gripper, output.rotation)
-        if volume.pixel_factor is None or volume.height_factor is None:
+        if not isinstance(volume.voxel, BilinearCoupling):
             return logits
-        return (*logits, volume.pixel_factor, volume.height_factor)
+        return (*logits, volume.voxel.pixel_factor, volume.voxel.height_factor)
 
 
 def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:

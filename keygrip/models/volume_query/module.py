@@ -22,7 +22,7 @@ from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
-from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork, VolumeQueryOutput
+from keygrip.models.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.models.volume_query.second_look import SharpImage, begin_as_shared
 from keygrip.models.volume_query.symmetry import (
@@ -33,6 +33,7 @@ from keygrip.models.volume_query.symmetry import (
 )
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
+from keygrip.models.volume_query.world import FurtherViews
 from keygrip.training.distributed import global_mean
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW

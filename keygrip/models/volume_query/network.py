@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.models.backbone import DinoBackbone
+from keygrip.models.language.instructions import InstructionStates
 from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.arms import CoupledArms
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
 from keygrip.models.volume_query.second_look import SecondLook, SharpImage
-from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, soft_argmax
-from keygrip.models.volume_query.world import VoxelProjection, WorldScores
+from keygrip.models.volume_query.volume import BilinearCoupling, VolumeLogits, VoxelScores, argmax_voxel, soft_argmax
+from keygrip.models.volume_query.world import FurtherViews, VoxelProjection, WorldScores
 from keygrip.training.parts import ReadWhere, model_part
 
 # Inputs of the arm's state and how many numbers each has: height in the bins' range, gripper opening, and two columns
@@ -36,7 +37,12 @@ from keygrip.training.parts import ReadWhere, model_part
 # Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
 
-Told = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (query, condition) -> modulated (query, condition)
+CHOICES = {
+    "coupling": ("additive", "bilinear"),
+    "logit_scale": ("none", "learned"),
+    "height_head": ("sinusoidal", "sinusoidal_and_linear"),
+    "look_backbone": ("shared", "own"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,20 +63,6 @@ class VolumeQueryOutput:
         return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach())
 
 
-@dataclass(frozen=True)
-class FurtherViews:
-    """Views of cameras beside the first.
-
-    Attributes:
-        images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.
-        first: bool ``[B]``, whether the first camera's own image is usable; its calibration always is.
-    """
-
-    images: Tensor
-    where: VoxelProjection
-    first: Tensor
-
-
 class FeatureRefiner(nn.Module):
     """From the backbone's patch map to the map F that queries are matched against, ``[B, C, P, P]``."""
 
@@ -86,11 +78,11 @@ class FeatureRefiner(nn.Module):
             nn.Conv2d(d_feat, d_feat, 3, padding=1),
         )
 
-    def forward(self, patch_map: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """F of a patch map ``[B, D, S / patch, S / patch]``; ``change`` acts on the reduced map."""
+    def forward(self, patch_map: Tensor, modulation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """F of a patch map ``[B, D, S / patch, S / patch]``; ``modulation`` acts on the reduced map."""
         reduced = self.reduce(patch_map)  # [B, C, S / patch, S / patch]
-        if change is not None:
-            reduced = change(reduced)
+        if modulation is not None:
+            reduced = modulation(reduced)
         upsampled = F.interpolate(reduced, size=(self.pred_size, self.pred_size), mode="bilinear", align_corners=False)
         return self.refine(upsampled)
 
@@ -150,23 +142,19 @@ class ArmStream(nn.Module):
         self.coupling = nn.Linear(d_model, coupling_rank * d_feat) if coupling_rank else None
         self.coupling_rank = coupling_rank
 
-    def start(
-        self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor, told: Told | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The query ``[B, trunk]`` and the condition ``[1 | B, T, d_cond]`` that the trunk begins with.
+    def start(self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The query ``[B, trunk]`` and the condition ``[1, T, d_cond]`` that the trunk begins with.
 
-        From ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``; ``told`` changes both by what is known
-        beside the image.
+        From ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``.
         """
         parts = [start_features, cls]
         if self.state is not None:
             assert state is not None
             parts.append(self.state(state))
-        query, condition = self.query(torch.cat(parts, dim=-1)), self.lift_time(sin_t)[None]
-        return (query, condition) if told is None else told(query, condition)
+        return self.query(torch.cat(parts, dim=-1)), self.lift_time(sin_t)[None]
 
     def forward(self, query: Tensor, condition: Tensor) -> Tensor:
-        """Trunk output ``[B, T, d_model]`` of what ``start`` gives."""
+        """Trunk output ``[B, T, d_model]`` of a query ``[B, trunk]`` under a condition ``[1 | B, T, d_cond]``."""
         steps = query[:, None].expand(-1, condition.shape[1], -1)
         for block in self.blocks:
             steps = block(steps, condition)
@@ -179,31 +167,33 @@ class ArmStream(nn.Module):
         sin_z: Tensor,
         sin_t: Tensor,
         coupling_z: Tensor | None,
-        others: tuple[Tensor, VoxelProjection] | None = None,
+        further: tuple[Tensor, VoxelProjection] | None = None,
     ) -> VolumeLogits:
         """Volume logits with leading shape ``[B, T]`` from the trunk ``[B, T, d_model]`` and F ``[B, C, P, P]``.
 
-        ``others``: F of further views, ``[B, V, C, P, P]``, and where the voxels lie in them.
+        Args:
+            sin_z: ``[Z, d_sin_z]``. sin_t: ``[T, d_sin_t]``. coupling_z: ``[r, d_sin_z]``, None without the coupling.
+            further: F of further views, ``[B, V, C, P, P]``, and where the voxels lie in them; None: there are none.
         """
         q_feat, q_z, q_t = trunk.split(self.widths, dim=-1)
-        world = None if others is None else torch.einsum("btc,bvchw->btvhw", q_feat, others[0])
+        pixel_scale: Tensor | float = 1.0
         pixel = torch.einsum("btc,bchw->bthw", q_feat, feature_map)
         height = q_z @ sin_z.T
         if self.log_scales is not None:
-            sharpness = self.log_scales[0].exp() * 2 / math.sqrt(self.widths[0])
-            pixel = pixel * sharpness
-            world = None if world is None else world * sharpness
+            pixel_scale = self.log_scales[0].exp() * 2 / math.sqrt(self.widths[0])
+            pixel = pixel * pixel_scale
             height = height * (self.log_scales[1].exp() * 4 / math.sqrt(self.widths[1]))
         if self.direct_height is not None:
             height = height + self.direct_height(trunk)
-        constant = (q_t * sin_t).sum(-1)
-        if others is not None and world is not None:
-            return VolumeLogits(pixel, height, constant, world=WorldScores(world, others[1]))
-        if self.coupling is None or coupling_z is None:
-            return VolumeLogits(pixel, height, constant)
-        q_coupling = self.coupling(trunk).unflatten(-1, (self.coupling_rank, -1))  # [B, T, r, C]
-        factor = torch.einsum("btrc,bchw->btrhw", q_coupling, feature_map) / math.sqrt(self.widths[0])
-        return VolumeLogits(pixel, height, constant, factor, coupling_z @ sin_z.T)
+        voxel: VoxelScores | None = None
+        if further is not None:
+            maps, where = further
+            voxel = WorldScores(torch.einsum("btc,bvchw->btvhw", q_feat, maps) * pixel_scale, where)
+        elif self.coupling is not None and coupling_z is not None:
+            q_coupling = self.coupling(trunk).unflatten(-1, (self.coupling_rank, -1))  # [B, T, r, C]
+            factor = torch.einsum("btrc,bchw->btrhw", q_coupling, feature_map) / math.sqrt(self.widths[0])
+            voxel = BilinearCoupling(factor, coupling_z @ sin_z.T)
+        return VolumeLogits(pixel, height, (q_t * sin_t).sum(-1), voxel)
 
 
 def _head(width: int, classes: int, deep: bool) -> nn.Module:
@@ -291,12 +281,11 @@ class VolumeQueryNetwork(nn.Module):
             raise ValueError("model.network.couple_arms=true needs two arms: set data.arms=[left,right].")
         if world_views and coupling != "additive":
             raise ValueError("model.network.world_views=true needs model.network.coupling=additive.")
-        if coupling not in ("additive", "bilinear"):
-            raise ValueError(f"model.network.coupling is additive or bilinear, not {coupling!r}.")
-        if logit_scale not in ("none", "learned"):
-            raise ValueError(f"model.network.logit_scale is none or learned, not {logit_scale!r}.")
-        if height_head not in ("sinusoidal", "sinusoidal_and_linear"):
-            raise ValueError(f"model.network.height_head is sinusoidal or sinusoidal_and_linear, not {height_head!r}.")
+        for (name, values), value in zip(
+            CHOICES.items(), (coupling, logit_scale, height_head, look_backbone), strict=True
+        ):
+            if value not in values:
+                raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {value!r}.")
         if not arms or len(set(arms)) != len(arms):
             raise ValueError(f"The arms must be at least one and different, got {list(arms)}.")
         self.backbone = backbone
@@ -355,8 +344,6 @@ class VolumeQueryNetwork(nn.Module):
                 own_backbone=look_backbone == "own",
             )
         )
-        if look_backbone not in ("shared", "own"):
-            raise ValueError(f"model.network.look_backbone is shared or own, not {look_backbone!r}.")
         self.register_buffer("sin_z", sinusoidal_features(height_bins, d_sin_z), persistent=False)  # [Z, d_sin_z]
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
@@ -388,6 +375,44 @@ class VolumeQueryNetwork(nn.Module):
             views: what further cameras see (`world_views`); None: one camera.
             sharp: what the second look reads; needed where there is one.
         """
+        self._check_inputs(image, state, instruction, views, sharp)
+        states = None if self.instruction is None else self.instruction.encoder(instruction)
+        feature_map, cls, further = self._image_features(image, views, states)
+        trunks = self._trunks(feature_map, cls, start_pixel, state, states)
+        # a first image that shows nothing corrects nothing
+        usable = None if views is None else views.first.to(feature_map.dtype)[:, None, None]
+        outputs = []
+        for index, arm in enumerate(self.arms):
+            stream, trunk = self._stream(arm), trunks[arm]
+            volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z, further)
+            if not self.step_features and self.second_look is None:
+                outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
+                continue
+            pixels = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index]
+            head_input = trunk
+            if self.step_features:
+                step_features = sample_features(feature_map, pixels, self.image_size)  # [B, T, C]
+                head_input = torch.cat([trunk, step_features], dim=-1)
+            gripper, rotation = stream.gripper(head_input), stream.rotation(head_input)
+            if self.second_look is not None and sharp is not None:
+                corrections = self.second_look(arm, self.backbone, sharp, pixels, trunk)
+                more_gripper, more_rotation = (each if usable is None else each * usable for each in corrections)
+                gripper, rotation = gripper + more_gripper, rotation + more_rotation
+            outputs.append((volume, gripper, rotation))
+        volumes, grippers, rotations = zip(*outputs, strict=True)
+        return VolumeQueryOutput(
+            VolumeLogits.stack(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1)
+        )
+
+    def _check_inputs(
+        self,
+        image: Tensor,
+        state: Tensor | None,
+        instruction: Tensor | None,
+        views: FurtherViews | None,
+        sharp: SharpImage | None,
+    ) -> None:
+        """Raises ValueError: an image of another size, or an input too many or too few; see `forward`."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} x "
@@ -409,58 +434,48 @@ class VolumeQueryNetwork(nn.Module):
                 if self.second_look is None
                 else "The network was built with a second look: give it the sharper image (data.detail_size)."
             )
-        told: dict[str, Told] = {}
-        change = None
+
+    def _image_features(
+        self, image: Tensor, views: FurtherViews | None, states: InstructionStates | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, VoxelProjection] | None]:
+        """F ``[B, C, P, P]`` and CLS ``[B, D]`` of the image; of further views F ``[B, V, C, P, P]``, and where the
+        voxels lie in them."""
+        modulation = None
         if self.instruction is not None:
-            states = self.instruction.encoder(instruction)
             count = 1 if views is None else 1 + views.images.shape[1]
-            change = partial(self.instruction.features, states=states, views=count)
-            told = {arm: partial(query, states=states) for arm, query in self.instruction.queries.items()}
-        others = usable = None
+            modulation = partial(self.instruction.features, states=states, views=count)
         if views is None:
             features = self.backbone(image)
-            feature_map, cls = self.refiner(features.grid_map(), change), features.cls  # [B, C, P, P], [B, D]
-        else:
-            together = torch.cat([image[:, None], views.images.to(image.dtype)], dim=1)
-            features = self.backbone(together.flatten(0, 1))
-            maps = self.refiner(features.grid_map(), change).unflatten(0, together.shape[:2])  # [B, 1 + V, C, P, P]
-            usable = views.first.to(maps.dtype)
-            feature_map = maps[:, 0] * usable[:, None, None, None]
-            cls = features.cls.unflatten(0, together.shape[:2])[:, 0] * usable[:, None]
-            others = (maps[:, 1:], views.where)
+            return self.refiner(features.grid_map(), modulation), features.cls, None
+        together = torch.cat([image[:, None], views.images.to(image.dtype)], dim=1)  # [B, 1 + V, 3, S, S]
+        features = self.backbone(together.flatten(0, 1))
+        maps = self.refiner(features.grid_map(), modulation).unflatten(0, together.shape[:2])  # [B, 1 + V, C, P, P]
+        usable = views.first.to(maps.dtype)
+        cls = features.cls.unflatten(0, together.shape[:2])[:, 0] * usable[:, None]
+        return maps[:, 0] * usable[:, None, None, None], cls, (maps[:, 1:], views.where)
+
+    def _trunks(
+        self,
+        feature_map: Tensor,
+        cls: Tensor,
+        start_pixel: Tensor,
+        state: Tensor | None,
+        states: InstructionStates | None,
+    ) -> dict[str, Tensor]:
+        """Every arm's trunk output ``[B, T, d_model]``; arguments as of `forward`, and the instruction's states."""
         start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]
         queries: dict[str, Tensor] = {}
         conditions: dict[str, Tensor] = {}
         for index, arm in enumerate(self.arms):
             own_state = None if state is None else state[:, index]
-            queries[arm], conditions[arm] = self._stream(arm).start(
-                start_features[:, index], cls, own_state, self.sin_t, told.get(arm)
-            )
+            query, condition = self._stream(arm).start(start_features[:, index], cls, own_state, self.sin_t)
+            if self.instruction is not None:
+                query, condition = self.instruction.queries[arm](query, condition, states)
+            queries[arm], conditions[arm] = query, condition
         if self.coupled_arms is not None:
             queries = self.coupled_arms.queries(queries)
         trunks = {arm: self._stream(arm)(queries[arm], conditions[arm]) for arm in self.arms}
-        if self.coupled_arms is not None:
-            trunks = self.coupled_arms.steps(trunks)
-        outputs = []
-        for index, arm in enumerate(self.arms):
-            stream, trunk = self._stream(arm), trunks[arm]
-            volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z, others)
-            if not self.step_features and self.second_look is None:
-                outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
-                continue
-            pixels, seen = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index], trunk
-            if self.step_features:
-                seen = torch.cat([trunk, sample_features(feature_map, pixels, self.image_size)], dim=-1)
-            gripper, rotation = stream.gripper(seen), stream.rotation(seen)
-            if self.second_look is not None and sharp is not None:
-                more_gripper, more_rotation = self.second_look(arm, self.backbone, sharp, pixels, trunk)
-                if usable is not None:  # a first image that shows nothing corrects nothing
-                    more_gripper = more_gripper * usable[:, None, None]
-                    more_rotation = more_rotation * usable[:, None, None]
-                gripper, rotation = gripper + more_gripper, rotation + more_rotation
-            outputs.append((volume, gripper, rotation))
-        volumes, grippers, rotations = zip(*outputs, strict=True)
-        return VolumeQueryOutput(_stack_arms(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1))
+        return trunks if self.coupled_arms is None else self.coupled_arms.steps(trunks)
 
     def _stream(self, arm: str) -> ArmStream:
         stream = self.streams[arm]
@@ -477,23 +492,3 @@ class VolumeQueryNetwork(nn.Module):
         logits = volume.float()
         position, _ = soft_argmax(logits, argmax_voxel(logits)[0])
         return position * (self.image_size / self.pred_size)
-
-
-def _stack_arms(volumes: Sequence[VolumeLogits]) -> VolumeLogits:
-    """Add the arm axis: leading shape ``[B, T]`` of each arm to ``[B, A, T]``."""
-    first = volumes[0]
-    factor = None
-    if first.pixel_factor is not None:
-        factor = torch.stack([volume.pixel_factor for volume in volumes if volume.pixel_factor is not None], dim=1)
-    world = None
-    if first.world is not None:
-        maps = torch.stack([volume.world.maps for volume in volumes if volume.world is not None], dim=1)
-        world = WorldScores(maps, first.world.where)
-    return VolumeLogits(
-        torch.stack([volume.pixel for volume in volumes], dim=1),
-        torch.stack([volume.height for volume in volumes], dim=1),
-        torch.stack([volume.constant for volume in volumes], dim=1),
-        factor,
-        first.height_factor,
-        world,
-    )

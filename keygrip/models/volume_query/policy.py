@@ -16,11 +16,10 @@ from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.cameras import project
 from keygrip.models.policy import Needs, Observation, Plan, calibration_of, poses_of, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
-from keygrip.models.volume_query.network import FurtherViews
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
 from keygrip.models.volume_query.targets import arm_state, views_of_images
-from keygrip.models.volume_query.world import KnownProjections
+from keygrip.models.volume_query.world import FurtherViews, KnownProjections
 
 if TYPE_CHECKING:
     from keygrip.models.volume_query.module import VolumeQueryModule

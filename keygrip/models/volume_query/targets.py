@@ -17,9 +17,9 @@ from keygrip.models.dark_images import shows_nothing
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import quaternion_to_matrix
 from keygrip.models.policy_statistics import PolicyStatistics
-from keygrip.models.volume_query.network import FurtherViews, VolumeQueryNetwork
+from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.models.volume_query.volume import VolumeTarget, bilinear_target, hard_target
-from keygrip.models.volume_query.world import VoxelProjection, project_voxels
+from keygrip.models.volume_query.world import FurtherViews, VoxelProjection, project_voxels
 
 
 @dataclass(frozen=True)

@@ -7,104 +7,28 @@ joint softmax over Z * H * W voxels then factorises exactly into a softmax over 
 
 the constant cancels, and loss, gradient, argmax and sampling cost O(HW + Z) per step instead of O(ZHW).
 
-The optional bilinear coupling adds ``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, which lets the height depend
-on the pixel. It does not factorise, but the sum over the volume can be streamed over z with O(HW) memory. So are the
-scores that further cameras add (:mod:`keygrip.models.volume_query.world`).
+An optional term depends on pixel and height together (`VoxelScores`): the bilinear coupling
+``sum_r pixel_factor[r, y, x] * height_factor[r, z]``, or the scores of further cameras
+(:mod:`keygrip.models.volume_query.world`). It does not factorise, but sums over the volume are streamed over z with
+O(HW) memory.
 
-Shape legend: ``*`` leading shape (batch, arms, steps), H rows, W columns, Z height bins, R rank of the coupling.
+Shape legend: ``*`` leading shape (batch, arms, steps), H rows, W columns, Z height bins, C target cells, K target
+heights, R rank of the coupling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels, two_hot
 from keygrip.models.nn.precision import without_autocast
-from keygrip.models.volume_query.world import WorldScores
-
-
-@dataclass(frozen=True)
-class VolumeLogits:
-    """Logits of the volume in parts.
-
-    Attributes:
-        pixel: ``[*, H, W]``. height: ``[*, Z]``.
-        constant: ``[*]`` the same for every voxel. It cancels in the softmax and gets no gradient from the loss.
-        pixel_factor: ``[*, R, H, W]`` and height_factor: ``[R, Z]``: the bilinear coupling, or both None.
-        world: what further cameras add to every voxel, with leading shape ``[B, *]``; None with one camera. Not
-            together with the coupling.
-    """
-
-    pixel: Tensor
-    height: Tensor
-    constant: Tensor
-    pixel_factor: Tensor | None = None
-    height_factor: Tensor | None = None
-    world: WorldScores | None = None
-
-    def dense(self) -> Tensor:
-        """The whole volume ``[*, Z, H, W]``: the reference for tests and benchmarks, never used in training."""
-        volume = self.pixel[..., None, :, :] + self.height[..., :, None, None] + self.constant[..., None, None, None]
-        if self.pixel_factor is not None and self.height_factor is not None:
-            with without_autocast(volume):
-                volume = volume + torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
-        if self.world is not None:
-            volume = volume + torch.stack([self.world.slice(z) for z in range(self.height.shape[-1])], dim=-3)
-        return volume
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> VolumeLogits:
-        """``change`` applied to every part."""
-        pixel_factor, height_factor = (
-            None if part is None else change(part) for part in (self.pixel_factor, self.height_factor)
-        )
-        world = None if self.world is None else self.world.map(change)
-        return VolumeLogits(
-            change(self.pixel), change(self.height), change(self.constant), pixel_factor, height_factor, world
-        )
-
-    def float(self) -> VolumeLogits:
-        """In float32, where softmax and log-sum-exp are computed also under reduced-precision autocast."""
-        return self.map(Tensor.float)
-
-    def detach(self) -> VolumeLogits:
-        """Without gradients."""
-        return self.map(Tensor.detach)
-
-    def height_given_pixel(self, cells: Tensor) -> Tensor:
-        """Logits over heights ``[*, Z]`` at the cells ``[*, 2]`` (row, column)."""
-        if self.world is not None:
-            return self.height + self.world.at(cells)
-        if self.pixel_factor is None or self.height_factor is None:
-            return self.height
-        width = self.pixel.shape[-1]
-        index = cells[..., 0] * width + cells[..., 1]
-        factors = self.pixel_factor.flatten(-2)  # [*, R, HW]
-        chosen = factors.gather(-1, index[..., None, None].expand(*factors.shape[:-1], 1))[..., 0]  # [*, R]
-        with without_autocast(chosen):
-            return self.height + chosen @ self.height_factor
-
-    def pixel_marginal(self) -> Tensor:
-        """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant per step)."""
-        total: Tensor | None = None
-        if self.world is not None:
-            for z in range(self.height.shape[-1]):
-                slice_ = self.height[..., z, None, None] + self.world.slice(z)
-                total = slice_ if total is None else torch.logaddexp(total, slice_)
-            assert total is not None
-            return self.pixel + total
-        if self.pixel_factor is None or self.height_factor is None:
-            return self.pixel
-        for z in range(self.height.shape[-1]):  # streamed, so that no more than one slice exists
-            slice_ = self.height[..., z, None, None] + _coupled(self.pixel_factor, self.height_factor[:, z])
-            total = slice_ if total is None else torch.logaddexp(total, slice_)
-        assert total is not None
-        return self.pixel + total
 
 
 @dataclass(frozen=True)
@@ -120,6 +44,149 @@ class VolumeTarget:
     cell_weights: Tensor
     heights: Tensor
     height_weights: Tensor
+
+
+class VoxelScores(ABC):
+    """The part of the logits that depends on pixel and height together, for every step."""
+
+    @abstractmethod
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """``change`` applied to every tensor."""
+
+    @classmethod
+    @abstractmethod
+    def stack(cls, scores: Sequence[Self]) -> Self:
+        """Scores ``[B, T, ...]`` of A arms as ``[B, A, T, ...]``; what does not depend on the step is the first's."""
+
+    @abstractmethod
+    def slice(self, z: int) -> Tensor:
+        """Scores ``[*, H, W]`` of the voxels of one height bin."""
+
+    @abstractmethod
+    def dense(self, bins: int) -> Tensor:
+        """Scores ``[*, Z, H, W]`` of all voxels."""
+
+    @abstractmethod
+    def at(self, cells: Tensor) -> Tensor:
+        """Scores ``[*, Z]`` of the voxels over one cell per step, ``[*, 2]`` (row, column)."""
+
+    @abstractmethod
+    def expectation(self, target: VolumeTarget) -> Tensor:
+        """The mean ``[*]`` over a target's voxels."""
+
+    @abstractmethod
+    def log_normaliser(self, pixel: Tensor, height: Tensor) -> Tensor:
+        """``[*]``: log of the sum over all voxels of exp(pixel + height + score), in O(HW) memory.
+
+        Args:
+            pixel: ``[*, H, W]``. height: ``[*, Z]``.
+        """
+
+
+@dataclass(frozen=True)
+class BilinearCoupling(VoxelScores):
+    """``sum_r pixel_factor[r, y, x] * height_factor[r, z]``.
+
+    It is computed in float32 under autocast too: the normaliser and its gradient must be of the same logits.
+
+    Attributes:
+        pixel_factor: ``[*, R, H, W]``. height_factor: ``[R, Z]``.
+    """
+
+    pixel_factor: Tensor
+    height_factor: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> BilinearCoupling:
+        return BilinearCoupling(change(self.pixel_factor), change(self.height_factor))
+
+    @classmethod
+    def stack(cls, scores: Sequence[BilinearCoupling]) -> BilinearCoupling:
+        return cls(torch.stack([each.pixel_factor for each in scores], dim=1), scores[0].height_factor)
+
+    def slice(self, z: int) -> Tensor:
+        return _coupled(self.pixel_factor, self.height_factor[:, z])
+
+    def dense(self, bins: int) -> Tensor:
+        with without_autocast(self.pixel_factor):
+            return torch.einsum("...rhw,rz->...zhw", self.pixel_factor, self.height_factor)
+
+    def at(self, cells: Tensor) -> Tensor:
+        factors = self._factors_at(cells[..., None, :])[..., 0]  # [*, R]
+        with without_autocast(factors):
+            return factors @ self.height_factor
+
+    def expectation(self, target: VolumeTarget) -> Tensor:
+        pixel = (self._factors_at(target.cells) * target.cell_weights[..., None, :]).sum(-1)  # [*, R]
+        at_heights = self.height_factor.T[target.heights]  # [*, K, R]
+        return (pixel * (at_heights * target.height_weights[..., None]).sum(-2)).sum(-1)
+
+    def log_normaliser(self, pixel: Tensor, height: Tensor) -> Tensor:
+        return _StreamedLogSumExp.apply(pixel, height, self.pixel_factor, self.height_factor)
+
+    def _factors_at(self, cells: Tensor) -> Tensor:
+        """Pixel factors ``[*, R, C]`` of cells ``[*, C, 2]``."""
+        rank = self.pixel_factor.shape[-3]
+        return gather_pixels(self.pixel_factor, cells[..., None, :, :].expand(*cells.shape[:-2], rank, -1, -1))
+
+
+@dataclass(frozen=True)
+class VolumeLogits:
+    """Logits of the volume in parts.
+
+    Attributes:
+        pixel: ``[*, H, W]``. height: ``[*, Z]``.
+        constant: ``[*]`` the same for every voxel. It cancels in the softmax and gets no gradient from the loss.
+        voxel: what depends on pixel and height together; None: the softmax factorises.
+    """
+
+    pixel: Tensor
+    height: Tensor
+    constant: Tensor
+    voxel: VoxelScores | None = None
+
+    def dense(self) -> Tensor:
+        """The whole volume ``[*, Z, H, W]``: the reference for tests and benchmarks, never used in training."""
+        volume = self.pixel[..., None, :, :] + self.height[..., :, None, None] + self.constant[..., None, None, None]
+        return volume if self.voxel is None else volume + self.voxel.dense(self.height.shape[-1])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> VolumeLogits:
+        """``change`` applied to every part."""
+        voxel = None if self.voxel is None else self.voxel.map(change)
+        return VolumeLogits(change(self.pixel), change(self.height), change(self.constant), voxel)
+
+    def float(self) -> VolumeLogits:
+        """In float32, where softmax and log-sum-exp are computed also under reduced-precision autocast."""
+        return self.map(Tensor.float)
+
+    def detach(self) -> VolumeLogits:
+        """Without gradients."""
+        return self.map(Tensor.detach)
+
+    @staticmethod
+    def stack(volumes: Sequence[VolumeLogits]) -> VolumeLogits:
+        """Logits ``[B, T, ...]`` of A arms as ``[B, A, T, ...]``."""
+        voxels = [volume.voxel for volume in volumes if volume.voxel is not None]
+        return VolumeLogits(
+            torch.stack([volume.pixel for volume in volumes], dim=1),
+            torch.stack([volume.height for volume in volumes], dim=1),
+            torch.stack([volume.constant for volume in volumes], dim=1),
+            type(voxels[0]).stack(voxels) if voxels else None,
+        )
+
+    def height_given_pixel(self, cells: Tensor) -> Tensor:
+        """Logits over heights ``[*, Z]`` at the cells ``[*, 2]`` (row, column)."""
+        return self.height if self.voxel is None else self.height + self.voxel.at(cells)
+
+    def pixel_marginal(self) -> Tensor:
+        """Logits over pixels ``[*, H, W]`` with the height summed out (up to a constant per step)."""
+        if self.voxel is None:
+            return self.pixel
+        total: Tensor | None = None
+        for z in range(self.height.shape[-1]):  # streamed, so that no more than one slice exists
+            slice_ = self.height[..., z, None, None] + self.voxel.slice(z)
+            total = slice_ if total is None else torch.logaddexp(total, slice_)
+        assert total is not None
+        return self.pixel + total
 
 
 def hard_target(cells: Tensor, heights: Tensor) -> VolumeTarget:
@@ -146,38 +213,14 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
     Exact: equals the cross-entropy of ``logits.dense()`` (tests show loss and gradient equal to 1e-9 in float64).
     ``logits.constant`` cancels and receives no gradient.
     """
-    if logits.world is not None:
+    if logits.voxel is not None:
         pixel = (gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
         height = (logits.height.gather(-1, target.heights) * target.height_weights).sum(-1)
-        world = logits.world.expectation(target.cells, target.cell_weights, target.heights, target.height_weights)
-        return _world_normaliser(logits, logits.world) - pixel - height - world
-    if logits.pixel_factor is not None and logits.height_factor is not None:
-        normaliser = _StreamedLogSumExp.apply(logits.pixel, logits.height, logits.pixel_factor, logits.height_factor)
-        pixel = (gather_pixels(logits.pixel, target.cells) * target.cell_weights).sum(-1)
-        height = (logits.height.gather(-1, target.heights) * target.height_weights).sum(-1)
-        factors = logits.pixel_factor.flatten(-2)  # [*, R, HW]
-        index = target.cells[..., 0] * logits.pixel.shape[-1] + target.cells[..., 1]  # [*, C]
-        at_cells = factors.gather(-1, index[..., None, :].expand(*factors.shape[:-1], index.shape[-1]))  # [*, R, C]
-        mean_factor = (at_cells * target.cell_weights[..., None, :]).sum(-1)  # [*, R]
-        at_heights = logits.height_factor.T[target.heights]  # [*, K, R]
-        coupling = (mean_factor * (at_heights * target.height_weights[..., None]).sum(-2)).sum(-1)
-        return normaliser - pixel - height - coupling
+        voxel = logits.voxel.expectation(target)
+        return logits.voxel.log_normaliser(logits.pixel, logits.height) - pixel - height - voxel
     index = target.cells[..., 0] * logits.pixel.shape[-1] + target.cells[..., 1]
     pixel = _CrossEntropy.apply(logits.pixel.flatten(-2), index, target.cell_weights)
     return pixel + _CrossEntropy.apply(logits.height, target.heights, target.height_weights)
-
-
-def _world_normaliser(logits: VolumeLogits, world: WorldScores) -> Tensor:
-    """log sum over all voxels ``[*]``, streamed over z; slices are computed again in backward, none is kept."""
-
-    def over_pixels(pixel: Tensor, maps: Tensor, z: int) -> Tensor:
-        return (pixel + WorldScores(maps, world.where).slice(z)).flatten(-2).logsumexp(-1)
-
-    slices = [
-        checkpoint(over_pixels, logits.pixel, world.maps, z, use_reentrant=False, preserve_rng_state=False)
-        for z in range(logits.height.shape[-1])
-    ]
-    return (torch.stack(slices, dim=-1) + logits.height).logsumexp(-1)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -236,8 +279,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
 
 
 def _coupled(pixel_factor: Tensor, height_factor: Tensor) -> Tensor:
-    """Coupling of all pixels with one height, [*, R, H, W] and [R] -> [*, H, W], in float32 under autocast too: the
-    normaliser and its gradient must be of the same logits."""
+    """Coupling of all pixels with one height, ``[*, R, H, W]`` and ``[R]`` -> ``[*, H, W]``."""
     with without_autocast(pixel_factor):
         return torch.einsum("...rhw,r->...hw", pixel_factor, height_factor)
 
@@ -245,20 +287,12 @@ def _coupled(pixel_factor: Tensor, height_factor: Tensor) -> Tensor:
 def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
     """The most probable voxel: cells ``[*, 2]`` (row, column) and height bins ``[*]``; equals the dense argmax."""
     width = logits.pixel.shape[-1]
-    if logits.world is None and (logits.pixel_factor is None or logits.height_factor is None):
-        best = logits.pixel.flatten(-2).argmax(-1)
-        heights = logits.height.argmax(-1)
+    if logits.voxel is None:
+        best, heights = logits.pixel.flatten(-2).argmax(-1), logits.height.argmax(-1)
     else:
         best_value: Tensor | None = None
         for z in range(logits.height.shape[-1]):
-            if logits.world is not None:
-                added = logits.world.slice(z)
-            else:
-                assert logits.pixel_factor is not None
-                assert logits.height_factor is not None
-                added = _coupled(logits.pixel_factor, logits.height_factor[:, z])
-            slice_ = logits.pixel + added
-            value, index = slice_.flatten(-2).max(-1)
+            value, index = (logits.pixel + logits.voxel.slice(z)).flatten(-2).max(-1)
             value = value + logits.height[..., z]
             if best_value is None:
                 best_value, best, heights = value, index, torch.zeros_like(index)

@@ -7,21 +7,23 @@ that one map per step and view is sampled, never a feature vector per voxel.
 
 These scores differ from voxel to voxel and do not factorise: sums over the volume are streamed over z.
 
-Shape legend: B batch, ``*`` further leading shape (arms, steps), V further views, P cells along a side, Z height bins,
-S image side in pixels.
+Shape legend: B batch, ``*`` further leading shape (arms, steps), V further views, P cells along a side (P' of a
+further view's map), Z height bins, S image side in pixels.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.geometry.cameras import cell_centres, inside_image, project, recover_3d
+from keygrip.models.volume_query.volume import VolumeTarget, VoxelScores
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class VoxelProjection:
         shown = usable[:, :, None, None, None]
         grid = self.grid.masked_fill(~shown[..., None], 0.0)
         return VoxelProjection(grid, self.seen * shown.to(self.seen.dtype))
+
+
+@dataclass(frozen=True)
+class FurtherViews:
+    """Views of cameras beside the first.
+
+    Attributes:
+        images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.
+        first: bool ``[B]``, whether the first camera's own image is usable; its calibration always is.
+    """
+
+    images: Tensor
+    where: VoxelProjection
+    first: Tensor
 
 
 @torch.no_grad()
@@ -120,8 +136,8 @@ class KnownProjections:
 
 
 @dataclass(frozen=True)
-class WorldScores:
-    """Logits that further views add to every voxel.
+class WorldScores(VoxelScores):
+    """Logits that further views add to every voxel; the leading shape ``*`` of `VoxelScores` is here ``[B, *]``.
 
     Attributes:
         maps: ``[B, *, V, P', P']``, each step's score of each place of each view. where: of the voxels in those views.
@@ -131,11 +147,16 @@ class WorldScores:
     where: VoxelProjection
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WorldScores:
-        """``change`` applied to every tensor."""
         return WorldScores(change(self.maps), VoxelProjection(change(self.where.grid), change(self.where.seen)))
 
+    @classmethod
+    def stack(cls, scores: Sequence[WorldScores]) -> WorldScores:
+        return cls(torch.stack([each.maps for each in scores], dim=1), scores[0].where)
+
+    def dense(self, bins: int) -> Tensor:
+        return torch.stack([self.slice(z) for z in range(bins)], dim=-3)
+
     def slice(self, z: int) -> Tensor:
-        """What is added at one height, ``[B, *, P, P]``."""
         flat = self.maps.flatten(1, -4)  # [B, N, V, P', P']
         total: Tensor | None = None
         for view in range(flat.shape[2]):
@@ -147,7 +168,6 @@ class WorldScores:
         return total.unflatten(1, self.maps.shape[1:-3])
 
     def at(self, cells: Tensor) -> Tensor:
-        """What is added over one cell per step: ``[B, *, Z]`` for cells ``[B, *, 2]`` (row, column)."""
         flat = self.maps.flatten(1, -4)  # [B, N, V, P', P']
         batch, steps, views = flat.shape[:3]
         width, levels = self.where.grid.shape[-2], self.where.grid.shape[2]
@@ -166,10 +186,20 @@ class WorldScores:
             total = total + sampled.view(batch, steps, levels) * seen.to(flat.dtype)
         return total.unflatten(1, self.maps.shape[1:-3])
 
-    def expectation(self, cells: Tensor, cell_weights: Tensor, heights: Tensor, height_weights: Tensor) -> Tensor:
-        """The mean over a `VolumeTarget`'s voxels, ``[B, *]``."""
-        total = torch.zeros_like(height_weights[..., 0], dtype=self.maps.dtype)
-        for place in range(cells.shape[-2]):
-            over = (self.at(cells[..., place, :]).gather(-1, heights) * height_weights).sum(-1)
-            total = total + cell_weights[..., place] * over
+    def expectation(self, target: VolumeTarget) -> Tensor:
+        total = torch.zeros_like(target.height_weights[..., 0], dtype=self.maps.dtype)
+        for place in range(target.cells.shape[-2]):
+            at_cell = self.at(target.cells[..., place, :])  # [B, *, Z]
+            over = (at_cell.gather(-1, target.heights) * target.height_weights).sum(-1)
+            total = total + target.cell_weights[..., place] * over
         return total
+
+    def log_normaliser(self, pixel: Tensor, height: Tensor) -> Tensor:
+        def over_pixels(pixel: Tensor, maps: Tensor, z: int) -> Tensor:
+            return (pixel + WorldScores(maps, self.where).slice(z)).flatten(-2).logsumexp(-1)
+
+        slices = [  # computed again in backward, none is kept
+            checkpoint(over_pixels, pixel, self.maps, z, use_reentrant=False, preserve_rng_state=False)
+            for z in range(height.shape[-1])
+        ]
+        return (torch.stack(slices, dim=-1) + height).logsumexp(-1)

@@ -14,7 +14,7 @@ from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.network import VolumeQueryOutput
-from keygrip.models.volume_query.volume import VolumeLogits
+from keygrip.models.volume_query.volume import BilinearCoupling, VolumeLogits
 
 P, Z, S, T = 24, 16, 96, 4
 HEIGHTS = torch.tensor([0.0, 0.16])
@@ -163,9 +163,9 @@ def test_what_is_no_point_is_not_decoded(name: str, coupled: bool, height: float
         return torch.randn(*shape, generator=generator) * 2
 
     steps = 40
-    factors = (draw(1, 1, steps, 2, P, P), draw(2, Z)) if coupled else (None, None)
+    coupling = BilinearCoupling(draw(1, 1, steps, 2, P, P), draw(2, Z)) if coupled else None
     drawn = output(draw(1, 1, steps, P, P), draw(1, 1, steps, Z))
-    result = replace(drawn, volume=replace(drawn.volume, pixel_factor=factors[0], height_factor=factors[1]))
+    result = replace(drawn, volume=replace(drawn.volume, voxel=coupling))
     decoded = decode(Decoder(name), result, torch.Generator().manual_seed(0), (k, pose))  # type: ignore[arg-type]
     assert torch.isfinite(decoded.position).all()
     assert torch.isfinite(decoded.entropy).all()

@@ -28,6 +28,7 @@ from keygrip.models.volume_query.network import VolumeQueryNetwork
 from keygrip.models.volume_query.policy import SENTENCES_KEPT
 from keygrip.models.volume_query.targets import height_centres
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
+from keygrip.models.volume_query.world import WorldScores
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.task_metrics import MeansByTask
@@ -383,11 +384,11 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     targets = plain.targets(one)
     expected, same = (module(one, targets, teacher=True) for module in (plain, world))
     assert torch.equal(expected.volume.pixel, same.volume.pixel)  # one view: the same to the bit
-    assert same.volume.world is None
+    assert same.volume.voxel is None
 
     two = several(batch(), 2)
     output = world(two, targets, teacher=True)
-    assert output.volume.world is not None
+    assert isinstance(output.volume.voxel, WorldScores)
     losses = world.losses(output, two, targets)
     losses["total"].backward()
     assert all(torch.isfinite(p.grad).all() for p in world.network.parameters() if p.grad is not None)
@@ -406,24 +407,24 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         first_black.images[:, 0] = 7
         alone = world(first_black, targets, teacher=True).volume
         assert float(alone.pixel.abs().max()) == 0
-        assert alone.world is not None
-        assert float(alone.world.slice(0).abs().max()) > 0
+        assert isinstance(alone.voxel, WorldScores)
+        assert float(alone.voxel.slice(0).abs().max()) > 0
         two.images[:, 1] = torch.tensor([0, 135, 0], dtype=torch.uint8)[
             :, None, None
         ]  # a decoder's green, or tinted grey
         green = world(two, targets, teacher=True).volume
-        assert green.world is not None
-        assert float(green.world.slice(0).abs().max()) == 0
+        assert isinstance(green.voxel, WorldScores)
+        assert float(green.voxel.slice(0).abs().max()) == 0
 
         noise = torch.randint(0, 3, two.images[:, 1].shape, dtype=torch.uint8)
         two.images[:, 1] = noise  # a covered lens: the server lets it through, since it is left out
         covered = world(two, targets, teacher=True).volume
-        assert covered.world is not None
-        assert float(covered.world.slice(0).abs().max()) == 0
+        assert isinstance(covered.voxel, WorldScores)
+        assert float(covered.voxel.slice(0).abs().max()) == 0
         two.images[:, 1] = noise * 5
         faint = world(two, targets, teacher=True).volume
-        assert faint.world is not None
-        assert float(faint.world.slice(0).abs().max()) > 0
+        assert isinstance(faint.voxel, WorldScores)
+        assert float(faint.voxel.slice(0).abs().max()) > 0
 
     checkpoint: dict[str, object] = {}
     assert world.masks_views

@@ -16,6 +16,7 @@ from keygrip.data.batches import normalised
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.second_look import SharpImage, place_code, windows
+from keygrip.models.volume_query.world import WorldScores
 from tests.models.volume_query.test_module import S, T, batch, build, several, statistics
 from tests.models.volume_query.test_network import build as build_network
 
@@ -174,8 +175,8 @@ def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
         one, other = (each(data, each.targets(data), teacher=teacher) for each in (plain, module))
         assert torch.equal(one.rotation, other.rotation)
         assert torch.equal(one.gripper, other.gripper)
-        assert other.volume.world is not None
-        assert torch.equal(one.volume.world.maps, other.volume.world.maps)
+        assert isinstance(other.volume.voxel, WorldScores)
+        assert torch.equal(one.volume.voxel.maps, other.volume.voxel.maps)
 
     head = module.network.second_look.heads["right"][-1]  # type: ignore[union-attr,index]
     torch.nn.init.normal_(head.weight)  # type: ignore[arg-type]
@@ -199,7 +200,7 @@ def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
         np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
         # the windows lie where the volume of both cameras is decoded, not that of the first alone
         pixels = module.network._decoded_pixels(output.volume)
-        alone = module.network._decoded_pixels(replace(output.volume, world=None))
+        alone = module.network._decoded_pixels(replace(output.volume, voxel=None))
         assert float((pixels - alone).abs().max()) > 0.5
         again = module.network(
             data.image, targets.start_pixels, step_pixels=pixels, views=module.further_views(data),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from keygrip.models.volume_query.volume import (
+    BilinearCoupling,
     VolumeLogits,
     argmax_voxel,
     bilinear_target,
@@ -27,13 +28,15 @@ def random_logits(coupled: bool, seed: int = 0) -> VolumeLogits:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
-    factors = (draw(B, T, R, H, W), draw(R, Z)) if coupled else (None, None)
-    return VolumeLogits(draw(B, T, H, W), draw(B, T, Z), draw(B, T), *factors)
+    coupling = BilinearCoupling(draw(B, T, R, H, W), draw(R, Z)) if coupled else None
+    return VolumeLogits(draw(B, T, H, W), draw(B, T, Z), draw(B, T), coupling)
 
 
 def leaves(logits: VolumeLogits) -> list[torch.Tensor]:
-    parts = [logits.pixel, logits.height, logits.pixel_factor, logits.height_factor]
-    return [part for part in parts if part is not None]
+    found = [logits.pixel, logits.height]
+    if isinstance(logits.voxel, BilinearCoupling):
+        found += [logits.voxel.pixel_factor, logits.voxel.height_factor]
+    return found
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -114,13 +117,15 @@ def test_argmax_equals_dense(coupled: bool) -> None:
 def test_samples_follow_the_dense_distribution(coupled: bool) -> None:
     draws = 40_000
     one = random_logits(coupled, seed=3)
-    factor = None if one.pixel_factor is None else one.pixel_factor[0, 0].detach().expand(draws, R, H, W)
+    coupling = None
+    if isinstance(one.voxel, BilinearCoupling):
+        factor = one.voxel.pixel_factor[0, 0].detach().expand(draws, R, H, W)
+        coupling = BilinearCoupling(factor, one.voxel.height_factor.detach())
     single = VolumeLogits(
         one.pixel[0, 0].detach().expand(draws, H, W),
         one.height[0, 0].detach().expand(draws, Z),
         torch.zeros(draws),
-        factor,
-        None if one.height_factor is None else one.height_factor.detach(),
+        coupling,
     )
     cells, heights = sample_voxel(single, torch.Generator().manual_seed(0))
     index = (heights * H + cells[..., 0]) * W + cells[..., 1]

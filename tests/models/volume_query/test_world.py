@@ -52,12 +52,12 @@ def random_logits(seed: int = 0, size: int = S) -> VolumeLogits:
     heights = torch.linspace(0, 0.2, Z, dtype=torch.float64)
     where = project_voxels(*cameras(V, size=size), heights, P, size, usable)
     world = WorldScores(draw(B, A, T, V, P, P), where)
-    return VolumeLogits(draw(B, A, T, P, P), draw(B, A, T, Z), draw(B, A, T), world=world)
+    return VolumeLogits(draw(B, A, T, P, P), draw(B, A, T, Z), draw(B, A, T), world)
 
 
 def written_out(logits: VolumeLogits, size: int = S) -> torch.Tensor:
     """The volume [B, A, T, Z, P, P], each voxel projected and interpolated by hand; sample 1 lacks view 2."""
-    assert logits.world is not None
+    assert isinstance(logits.voxel, WorldScores)
     k, poses = cameras(V, size=size)
     heights = torch.linspace(0, 0.2, Z, dtype=torch.float64)
     rows = []
@@ -75,7 +75,7 @@ def written_out(logits: VolumeLogits, size: int = S) -> torch.Tensor:
                         gx, gy = ((u * P / size) - 0.5).clamp(0, P - 1).tolist()
                         x0, y0 = min(int(gx), P - 2), min(int(gy), P - 2)
                         fx, fy = gx - x0, gy - y0
-                        m = logits.world.maps[b, :, :, v - 1]
+                        m = logits.voxel.maps[b, :, :, v - 1]
                         value = value + (1 - fy) * ((1 - fx) * m[..., y0, x0] + fx * m[..., y0, x0 + 1])
                         value = value + fy * ((1 - fx) * m[..., y0 + 1, x0] + fx * m[..., y0 + 1, x0 + 1])
                     rows.append(value)
@@ -85,15 +85,15 @@ def written_out(logits: VolumeLogits, size: int = S) -> torch.Tensor:
 @pytest.mark.parametrize("size", [S, 100])  # 100 / P is no float32
 def test_loss_gradient_and_argmax_equal_the_dense_reference(size: int) -> None:
     logits = random_logits(size=size)
-    assert logits.world is not None
+    assert isinstance(logits.voxel, WorldScores)
     dense = written_out(logits, size)
-    assert 0.2 < float(logits.world.where.seen.mean()) < 0.95  # some voxels lie outside of the further views
+    assert 0.2 < float(logits.voxel.where.seen.mean()) < 0.95  # some voxels lie outside of the further views
     torch.testing.assert_close(logits.dense(), dense, rtol=0, atol=1e-9)
     generator = torch.Generator().manual_seed(1)
     position = torch.rand(B, A, T, 2, generator=generator, dtype=torch.float64) * P
     height = torch.rand(B, A, T, generator=generator, dtype=torch.float64) * Z
     weights = torch.rand(B, A, T, generator=generator, dtype=torch.float64)
-    leaves = [logits.pixel, logits.height, logits.world.maps]
+    leaves = [logits.pixel, logits.height, logits.voxel.maps]
     log_prob = F.log_softmax(dense.flatten(3), -1)
     for target in (
         bilinear_target(position, height, (P, P), Z),
@@ -164,10 +164,10 @@ def test_known_projections_are_those_that_would_be_made_anew(monkeypatch: pytest
 
 def test_a_view_that_sees_nothing_leaves_the_one_view_volume() -> None:
     logits = random_logits()
-    assert logits.world is not None
-    where = VoxelProjection(logits.world.where.grid, torch.zeros_like(logits.world.where.seen))
-    blind = replace(logits, world=WorldScores(logits.world.maps, where))
-    plain = replace(logits, world=None)
+    assert isinstance(logits.voxel, WorldScores)
+    where = VoxelProjection(logits.voxel.where.grid, torch.zeros_like(logits.voxel.where.seen))
+    blind = replace(logits, voxel=WorldScores(logits.voxel.maps, where))
+    plain = replace(logits, voxel=None)
     target = hard_target(torch.zeros(B, A, T, 2, dtype=torch.long), torch.ones(B, A, T, dtype=torch.long))
     torch.testing.assert_close(volume_cross_entropy(blind, target), volume_cross_entropy(plain, target))
     assert torch.equal(argmax_voxel(blind)[0], argmax_voxel(plain)[0])
