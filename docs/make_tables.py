@@ -116,6 +116,80 @@ def options() -> str:
     return markdown(["switched off", "success, 50 episodes", "pixel", "height", "position", "rotation", "time"], rows)
 
 
+def count(result: Mapping[str, Any] | None) -> str:
+    return "" if result is None else f"{result['successes']} of {result['episodes']}"
+
+
+def rotation() -> str:
+    """The second look: success and yaw error at the grip, with both controllers."""
+    runs = {run["task"]: run for run in read("volume_query_rotation")["runs"]}
+    cube, own = runs["pick a cube"], ", the windows' own backbone from the start"
+    rows = []
+    for words, controller, run in (
+        ("bar, own backbone, 1000 steps", "present", runs["pick a bar" + own]),
+        ("the same policy", "earlier", runs["pick a bar" + own]["grip_early"]),
+        ("bar, shared backbone, 900 steps", "earlier", runs["pick a bar"]),
+        ("bar, shared backbone, 360 steps", "earlier", runs["pick a bar, fewer steps"]),
+        ("cube, own backbone, 1000 steps", "present", runs["pick a cube" + own]),
+        ("the same policy", "earlier", runs["pick a cube" + own]["grip_early"]),
+        ("cube, shared backbone, 412 steps", "earlier", {"tuning": cube["tuning_of_the_first_part"]}),
+        ("and 250 more with an own backbone", "earlier", cube),
+        ("cube, `pick_place`, shared backbone, the demo's 280 steps", "earlier", runs["pick_place of a cube"]),
+        (
+            "the same, plans keep to one grip",
+            "earlier",
+            {"tuning": runs["pick_place of a cube"]["tuning_with_steady_turns"]},
+        ),
+    ):
+        tuning, held = run["tuning"], run.get("held_out")
+        spread = (held or {}).get("grip_yaw_error_deg")
+        rows.append(
+            (
+                words,
+                controller,
+                count(held),
+                f"{held['grip_yaw_error_deg_median']:.1f} deg" if held else "",
+                f"{spread['within_8_deg']} of {spread['grips']}" if spread else "",
+                count(tuning),
+                f"{tuning['grip_yaw_error_deg_median']:.1f} deg",
+            )
+        )
+    header = ("object and training", "controller", "held out", "yaw error at the grip (median)", "grips within 8 deg")
+    return markdown([*header, "tuning seeds", "yaw error there"], rows)
+
+
+def further_tasks() -> str:
+    """Peg, pedestals and handover."""
+    runs = {run["task"]: run for run in read("volume_query_tasks")["runs"]}
+    pedestals, handover = "pick off pedestals of 0 to 6 cm", "handover of a bar between two arms"
+    two, one = runs[f"{pedestals}, two cameras"], runs[f"{pedestals}, one camera of the same recordings"]
+    short, more = runs[f"{handover}, 600 steps"], runs[f"{handover}, more demonstrations"]
+    still = runs[f"{handover}, an expert that stands still before it grips"]
+    present = "openings_sent_when_the_pose_is_reached"
+    rows = []
+    for words, controller, trained, run in (
+        ("`peg`, second look", "present", runs["peg"], runs["peg"]),
+        ("another training with the same command", "earlier", runs["peg"], runs["peg"]["earlier"]),
+        ("pedestals, two cameras", "present", two, two),
+        ("one of the two cameras", "present", one, one),
+        ("handover", "earlier", short, short),
+        ("handover, second look", "earlier", runs[handover], runs[handover]),
+        ("the same", "earlier", more, more),
+        ("the same policy", "present", more, more[present]),
+        ("the same, an expert that stands still before it grips", "earlier", still, still),
+        ("the same policy", "present", still, still[present]),
+    ):
+        demos = re.search(r"demos=(\d+)", trained["command"])
+        steps = re.search(r"(\d+) steps", trained["note"]) or re.search(r"max_steps=(\d+)", trained["command"])
+        assert demos is not None
+        assert steps is not None
+        heights = run["held_out"].get("by_height", {})
+        by_height = [count(heights.get(height)) for height in ("0-2 cm", "2-4 cm", "4-6 cm")]
+        rows.append((words, demos[1], steps[1], controller, count(run["held_out"]), *by_height, count(run["tuning"])))
+    header = ["task", "demonstrations", "steps", "controller", "held out"]
+    return markdown([*header, "on 0-2 cm", "2-4 cm", "4-6 cm", "tuning seeds"], rows)
+
+
 def speed() -> str:
     """Loss, training, loading and inference of the volume query."""
     loss, training, loader, inference = (read(name) for name in ("volume_loss", "training", "loader", "inference"))
@@ -1031,7 +1105,7 @@ def metaworld_equal_time_tasks() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(seeds, errors, shifts, options, speed, headline, metaworld_tasks, metaworld_groups),
+        *(seeds, errors, shifts, options, rotation, further_tasks, speed, headline, metaworld_tasks, metaworld_groups),
         *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
         *(
             dit_claims,

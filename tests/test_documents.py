@@ -55,6 +55,24 @@ def test_links_and_images_lead_to_files(path: Path) -> None:
     assert [link for link in local if not (path.parent / link).exists()] == []
 
 
+def headings(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub writes them: lower case, blanks to hyphens, punctuation gone."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {
+        re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in re.findall(r"(?m)^#+ (.+)$", text)
+    }
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_sections_lead_to_headings(path: Path) -> None:
+    lost = []
+    for link, _ in LINK.findall(path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        if "://" not in link and anchor and anchor not in headings(path.parent / file if file else path):
+            lost.append(link)
+    assert lost == []
+
+
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_that_a_document_names_exist(path: Path) -> None:
     named = set(OPTION.findall(path.read_text(encoding="utf-8")))
