@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.models.nn.adaln import AdaLNModulation, modulate
-from keygrip.models.nn.attention import Attention, KeyValues
+from keygrip.models.nn.attention import Attention, AttentionRecord, KeyValues
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.sinusoids import LevelEmbedding, level_features
 
@@ -51,22 +51,6 @@ class BlockContext:
         if not torch.is_grad_enabled():
             self._kept = found
         return found
-
-
-@dataclass
-class AttentionRecord:
-    """Collects each block's cross-attention to groups of its context, for monitoring.
-
-    Attributes:
-        groups: sizes of consecutive groups of context tokens.
-        shares: of the attention, a tensor ``[B, groups]`` per block. reads: of what it adds, likewise, where asked for.
-        sizes: whether `reads` are asked for.
-    """
-
-    groups: Sequence[int]
-    sizes: bool = False
-    shares: list[Tensor] = field(default_factory=list)
-    reads: list[Tensor] = field(default_factory=list)
 
 
 class HeadBlock(nn.Module):
@@ -95,10 +79,7 @@ class HeadBlock(nn.Module):
             keys_values = context.keys_values(self.attention)
             read = self.attention(queries, keys_values, context.mask).reshape(x.shape)
             if record is not None:
-                given = (queries, record.groups, keys_values, context.mask)
-                record.shares.append(self.attention.shares(*given))
-                if record.sizes:
-                    record.reads.append(self.attention.reads(*given))
+                record.add(self.attention, queries, keys_values, context.mask)
         x = x + read
         return x + self.mlp(self.mlp_norm(x))
 

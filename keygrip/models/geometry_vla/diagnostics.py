@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keygrip.models.geometry_vla.action_head import AttentionRecord
+from keygrip.models.nn.attention import AttentionRecord
 
 if TYPE_CHECKING:
     from keygrip.data.batches import MultiViewPolicyBatch

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch
 from keygrip.models.geometry.rotations import geodesic_angle
-from keygrip.models.geometry_vla.action_head import AttentionRecord
 from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
 from keygrip.models.geometry_vla.figures import scene_figure
@@ -23,6 +22,7 @@ from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Sce
 from keygrip.models.geometry_vla.pointing import pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.language.tokenizers import ChatTokenizer
+from keygrip.models.nn.attention import AttentionRecord
 from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, seeded_noise, velocity
 from keygrip.models.nn.lora import Adapter
 from keygrip.models.nn.short_attention import short_attention

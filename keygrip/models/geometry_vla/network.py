@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keygrip.models.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext, HeadBlock
+from keygrip.models.geometry_vla.action_head import ActionHead, BlockContext, HeadBlock
 from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
 from keygrip.models.geometry_vla.pointing import PatchPointing, PointedActions, PointedTokens, Pointing, meeting_points
 from keygrip.models.language.qwen_vl import QwenVL
+from keygrip.models.nn.attention import AttentionRecord
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.precision import without_autocast

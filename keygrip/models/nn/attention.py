@@ -6,7 +6,7 @@ Shape legend: B batch, N queries, M context tokens, D width of the queries, Dc w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +171,28 @@ class Attention(nn.Module):
         if self.query_norm is not None:
             queries = _normed(self.query_norm, queries)
         return queries.to(keys_values.values.dtype)
+
+
+@dataclass
+class AttentionRecord:
+    """Collects each block's cross-attention to groups of its context, for monitoring.
+
+    Attributes:
+        groups: sizes of consecutive groups of context tokens.
+        shares: of the attention, a tensor ``[B, groups]`` per block. reads: of what it adds, likewise, where asked for.
+        sizes: whether `reads` are asked for.
+    """
+
+    groups: Sequence[int]
+    sizes: bool = False
+    shares: list[Tensor] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
+
+    def add(self, attention: Attention, x: Tensor, keys_values: KeyValues, mask: Tensor | None) -> None:
+        """Records one block's attention; arguments as of `Attention.forward`."""
+        self.shares.append(attention.shares(x, self.groups, keys_values, mask))
+        if self.sizes:
+            self.reads.append(attention.reads(x, self.groups, keys_values, mask))
 
 
 def _attend(queries: Tensor, context: KeyValues, mask: Tensor | None) -> Tensor:

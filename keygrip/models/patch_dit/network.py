@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.nn.adaln import AdaLNModulation, modulate
-from keygrip.models.nn.attention import Attention, KeyValues
+from keygrip.models.nn.attention import Attention, AttentionRecord, KeyValues
 from keygrip.models.nn.flow_matching import velocity, velocity_from_data
 from keygrip.models.nn.sinusoids import LevelEmbedding
 from keygrip.models.patch_dit.context import Context, ContextBuilder
@@ -46,6 +46,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass
+class BlockCache:
+    """Keys and values of a context at one block, None before the first pass.
+
+    Attributes:
+        cls_place: where the CLS token stands in the context. context, patches: of the two cross-attentions; the second
+            only of networks that attend to patches separately.
+    """
+
+    cls_place: int
+    context: KeyValues | None = None
+    patches: KeyValues | None = None
+
+
+@dataclass
 class ContextCache:
     """Keys and values of a context at every block, filled by the first pass that is given it.
 
@@ -53,8 +67,7 @@ class ContextCache:
     level. For sampling, without gradients, and one context only.
     """
 
-    blocks: dict[int, KeyValues] = field(default_factory=dict)
-    patches: dict[int, KeyValues] = field(default_factory=dict)  # of networks that attend to patches separately
+    blocks: list[BlockCache] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,23 +126,19 @@ class DiTBlock(nn.Module):
         condition: Tensor,
         tokens: Tensor,
         mask: Tensor | None,
-        cache: ContextCache | None = None,
-        number: int = 0,
-        cls_place: int = 0,
-        watched: list[Tensor] | None = None,
-        groups: tuple[int, ...] = (),
         patches: Tensor | None = None,
         angles: Tensor | None = None,
+        cache: BlockCache | None = None,
+        record: AttentionRecord | None = None,
     ) -> Tensor:
         """``[B, N, D]``.
 
         Args:
             x: ``[B, N, D]``. condition: ``[B, D]``. tokens: ``[B, M, D]``; with a filled ``cache`` the CLS token alone,
                 ``[B, 1, D]``. mask: bool ``[B, M]`` or None.
-            cache: filled or read at ``number``; its CLS token stands at ``cls_place``.
-            watched: takes the attention shares ``[B, len(groups)]`` of this block's cross-attention.
             patches: ``[B, P, D]``, for the attention of their own, where there is one.
             angles: rotary positions of x, ``[N, d / 2]`` or ``[B, N, d / 2]``, for the self-attention.
+            cache: filled or read. record: takes this block's cross-attention to text, CLS and patches.
         """
         parts = [part[:, None] for part in self.modulation(condition)]
         shifts, scales, gates = parts[:3], parts[3:6], parts[6:]
@@ -141,35 +150,35 @@ class DiTBlock(nn.Module):
             return gates[branch] * value if self.gated else value
 
         x = x + gated(0, self.self_attention(inner(0), angles=angles))
-        context = self._context(tokens, cache, number, cls_place)
-        asking = inner(1)
-        if watched is not None:
-            watched.append(self.cross_attention.shares(asking, groups, context, mask))
-        read = self.cross_attention(asking, context, mask)
+        context = self._context(tokens, cache)
+        queries = inner(1)
+        if record is not None:
+            record.add(self.cross_attention, queries, context, mask)
+        read = self.cross_attention(queries, context, mask)
         if self.patch_attention is not None and patches is not None:
-            read = read + self.patch_attention(asking, self._patch_context(patches, cache, number))
+            read = read + self.patch_attention(queries, self._patch_context(patches, cache))
         x = x + gated(1, read)
         return x + gated(2, self.mlp(inner(2)))
 
-    def _patch_context(self, patches: Tensor, cache: ContextCache | None, number: int) -> KeyValues:
+    def _patch_context(self, patches: Tensor, cache: BlockCache | None) -> KeyValues:
         assert self.patch_attention is not None
-        if cache is None:
-            return self.patch_attention.keys_values(patches)
-        if number not in cache.patches:
-            cache.patches[number] = self.patch_attention.keys_values(patches)
-        return cache.patches[number]
+        if cache is not None and cache.patches is not None:
+            return cache.patches
+        new = self.patch_attention.keys_values(patches)
+        if cache is not None:
+            cache.patches = new
+        return new
 
-    def _context(self, tokens: Tensor, cache: ContextCache | None, number: int, cls_place: int) -> KeyValues:
+    def _context(self, tokens: Tensor, cache: BlockCache | None) -> KeyValues:
         new = self.cross_attention.keys_values(tokens)
         if cache is None:
             return new
-        kept = cache.blocks.get(number)
-        if kept is None:
-            cache.blocks[number] = new
-            return new
-        kept.keys[:, :, cls_place : cls_place + 1] = new.keys
-        kept.values[:, :, cls_place : cls_place + 1] = new.values
-        return kept
+        if cache.context is None:
+            cache.context = new
+        else:  # of the CLS token alone
+            cache.context.keys[:, :, cache.cls_place : cache.cls_place + 1] = new.keys
+            cache.context.values[:, :, cache.cls_place : cache.cls_place + 1] = new.values
+        return cache.context
 
 
 @model_part
@@ -318,7 +327,7 @@ class PatchDiT(nn.Module):
         cache: ContextCache | None = None,
         tap: int | None = None,
         floor: float | None = None,
-        watched: list[Tensor] | None = None,
+        record: AttentionRecord | None = None,
     ) -> DiTOutput:
         """The velocity at x_s.
 
@@ -329,15 +338,17 @@ class PatchDiT(nn.Module):
             tap: number of blocks after which tokens are given out as well.
             floor: with ``prediction="x"``, the least level to divide by; None: ``timestep_floor``, as the loss wants it
                 (see `target`). Sampling gives a smaller one.
-            watched: takes the attention shares ``[B, G]`` on ``context.groups`` of every block.
+            record: takes every block's cross-attention to ``context.groups``.
         """
         rows, columns = self.grid(x)
         condition = context.cls + self.level_embedding(level)  # [B, D], used twice: here and as the CLS token
         patches: Tensor | None = None
         if self.separate_patches:
             patches, context = context.patches, replace(context, patches=None)
-        tokens = condition[:, None] if cache is not None and cache.blocks else context.tokens(condition)
-        mask, cls_place = context.mask, context.groups[0]
+        first_pass = cache is None or not cache.blocks
+        tokens = context.tokens(condition) if first_pass else condition[:, None]
+        if cache is not None and first_pass:
+            cache.blocks = [BlockCache(cls_place=context.groups[0]) for _ in self.blocks]
         hidden = self.latent_in(self._to_tokens(x))
         where = grid_positions((rows, columns), columns / rows, x.device)
         if self.latent_positions == "cells":
@@ -346,26 +357,20 @@ class PatchDiT(nn.Module):
             places = position_features(where, self.width, self.position_cells)
         hidden = hidden + places.to(hidden.dtype)
         angles = rotary_angles(where, self.d_head, self.position_cells) if self.rotary else None
-        turned = angles  # of the tokens that go through the block
+        routing = self.routing if self.training else None
+        whole, index = hidden, None  # index: of the tokens that go through the block; None: all do
+        block_angles = angles
+        mask = context.mask
         tapped: Tapped | None = None
-        whole, index = hidden, None
         for number, block in enumerate(self.blocks):
-            if self.routing is not None and self.training:
-                if number == self.routed[0]:
-                    whole, index = hidden, self.routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
-                    hidden = self.routing.take(whole, index)
-                    turned = None if angles is None else angles[index]  # [B, K, d / 2]
-                elif number == self.routed[1] and index is not None:
-                    hidden, index, turned = self.routing.put_back(whole, hidden, index), None, angles
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    block, hidden, condition, tokens, mask, None, 0, 0, None, (), patches, turned, use_reentrant=False
-                )
-            else:
-                hidden = block(
-                    *(hidden, condition, tokens, mask, cache, number, cls_place, watched, context.groups, patches),
-                    turned,
-                )
+            if routing is not None and number == self.routed[0]:
+                whole, index = hidden, routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
+                hidden = routing.take(whole, index)
+                block_angles = None if angles is None else angles[index]  # [B, K, d / 2]
+            elif routing is not None and number == self.routed[1] and index is not None:
+                hidden, index, block_angles = routing.put_back(whole, hidden, index), None, angles
+            kept = None if cache is None else cache.blocks[number]
+            hidden = self._run(block, hidden, condition, tokens, mask, patches, block_angles, kept, record)
             if tap is not None and number + 1 == tap:
                 tapped = Tapped(hidden, index)
         last = self.final_norm(hidden)
@@ -375,14 +380,17 @@ class PatchDiT(nn.Module):
         if self.output_convolution is not None:
             raw = raw + self.output_convolution(raw)
         if self.detail is not None:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                raw = checkpoint(self.detail, x, raw, last, condition, use_reentrant=False)
-            else:
-                raw = self.detail(x, raw, last, condition)
+            raw = self._run(self.detail, x, raw, last, condition)
         raw = raw.to(x.dtype)
         if self.prediction == "x":
             raw = velocity_from_data(x, raw, level, self.timestep_floor if floor is None else floor)
         return DiTOutput(raw, tapped)
+
+    def _run(self, part: nn.Module, *inputs: Any) -> Tensor:
+        """A part's output, whose activations are recomputed in the backward pass with `gradient_checkpointing`."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
 
     def target(self, x: Tensor, data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """What the velocity of `forward` is compared with in training: noise - data, and with ``prediction="x"`` below
@@ -394,12 +402,13 @@ class PatchDiT(nn.Module):
     @torch.no_grad()
     def attention_shares(self, x: Tensor, level: Tensor, context: Context) -> Tensor:
         """Shares of cross-attention on text, CLS and patches by block, ``[depth, B, 3]``; arguments as of `forward`."""
-        watched: list[Tensor] = []
+        joint = replace(context, patches=None) if self.separate_patches else context
+        record = AttentionRecord(joint.groups)
         training = self.training
         self.eval()
-        self(x, level, context, watched=watched)
+        self(x, level, context, record=record)
         self.train(training)
-        return torch.stack(watched)
+        return torch.stack(record.shares)
 
     def grid(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of latent tokens of latents ``[B, C, h, w]``."""

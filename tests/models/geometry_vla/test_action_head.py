@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from keygrip.models.geometry_vla.action_head import ActionHead, AttentionRecord, BlockContext, HeadBlock
+from keygrip.models.geometry_vla.action_head import ActionHead, BlockContext, HeadBlock
+from keygrip.models.nn.attention import AttentionRecord
 
 B, T, DA, DS, H, M = 2, 4, 10, 10, 32, 9
 
