@@ -71,6 +71,21 @@ def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarra
     )
 
 
+def image_of(view: Mapping[str, Any]) -> np.ndarray:
+    """The image ``[H, W, 3]`` uint8, RGB, of a camera.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    if view.get("image") is None:
+        raise ValueError("the observation lacks 'image', which is H x W x 3 uint8, RGB")
+    image = np.asarray(view["image"])
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        sides = " x ".join(map(str, image.shape)) or "a single value"
+        raise ValueError(f"'image' of the observation must be H x W x 3 uint8, RGB, not {sides} {image.dtype}")
+    return image
+
+
 def calibration_of(view: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The intrinsics ``[3, 3]`` and the pose ``[4, 4]``, world to camera, of a camera.
 

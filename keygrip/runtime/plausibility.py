@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.models.dark_images import DARK_LEVELS, spread_of_image
-from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, views_of, views_there
+from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, image_of, views_of, views_there
 
 QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
 GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
@@ -64,7 +64,7 @@ class Bounds:
         views: list[Mapping[str, Any] | None] = [observation]
         if needs.cameras:
             views = [*(views_there if masks else views_of)(observation, needs.cameras)]
-        levels = [0.0 if view is None else spread_of_image(view["image"]) for view in views]
+        levels = [0.0 if view is None else spread_of_image(image_of(view)) for view in views]
         masked = [masks and spread < DARK_LEVELS for spread in levels]
         dark = [spread < self.image_levels for spread in levels]
         refused = [

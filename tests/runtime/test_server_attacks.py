@@ -120,6 +120,9 @@ def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> 
     bounds.refuse_images(covered(seen, "front"), one)  # which it does not read
     with pytest.raises(ImplausibleError, match="'image' shows nothing"):
         bounds.refuse_images({**seen, "image": np.full((48, 64, 3), 7, np.uint8)}, one)
+    for image, said in ((np.zeros((48, 64)), "not 48 x 64 float64"), (np.full((48, 64, 3), 0.5), "not .* float64")):
+        with pytest.raises(ValueError, match=said):  # and nothing of a covered lens
+            bounds.refuse_images({**seen, "image": image}, one)
     absent = {**seen, "cameras": {**seen["cameras"], "front": None}}
     bounds.refuse_images(absent, both, masks=True)
     with pytest.raises(ImplausibleError, match="camera 'over' shows nothing"):

@@ -22,7 +22,7 @@ from keygrip.models.coordinate_regression.network import (
 )
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
-from keygrip.models.policy import Needs, Observation, Plan, poses_of
+from keygrip.models.policy import Needs, Observation, Plan, image_of, poses_of
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.distributed import global_mean
 from keygrip.training.optimizers import AdamW
@@ -236,9 +236,7 @@ class CoordinateRegressionPolicy:
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         """The plans for several observations, in one pass of the network."""
         module = self.module
-        images = [
-            self._geometry.apply(np.asarray(seen["image"]), np.eye(3))[0].to(module.device) for seen in observations
-        ]
+        images = [self._geometry.apply(image_of(seen), np.eye(3))[0].to(module.device) for seen in observations]
         poses = [poses_of(seen, len(module.network.arms)) for seen in observations]
         position, quaternion, gripper = (
             torch.as_tensor(np.stack(parts), dtype=torch.float32, device=module.device)

@@ -17,7 +17,7 @@ from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.nn.low_precision import Precision
-from keygrip.models.policy import Needs, Observation, Plan, calibration_of, poses_of, robot_number, views_of
+from keygrip.models.policy import Needs, Observation, Plan, calibration_of, image_of, poses_of, robot_number, views_of
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class GeometryVLAPolicy:
         return [{} if outside else {name: row[..., :-1]} for outside, row in zip(moved.tolist(), numbers, strict=True)]
 
     def _view(self, view: Mapping[str, Any], calibrated: bool) -> View:
-        image = np.asarray(view["image"])
+        image = image_of(view)
         if not calibrated:
             return self._geometry.view(image, np.eye(3), np.eye(4))
         return self._geometry.view(image, *calibration_of(view))

@@ -14,7 +14,7 @@ from keygrip.data.batches import CLOSED, normalised
 from keygrip.data.robot.augmentation import View
 from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.cameras import project
-from keygrip.models.policy import Needs, Observation, Plan, calibration_of, poses_of, views_of, views_there
+from keygrip.models.policy import Needs, Observation, Plan, calibration_of, image_of, poses_of, views_of, views_there
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
@@ -145,7 +145,7 @@ class VolumeQueryPolicy:
         """
         if view is None:
             return self._geometry.absent_view()
-        image = np.asarray(view["image"])
+        image = image_of(view)
         if image_shows_nothing(image):
             image = np.zeros_like(image)
         return self._geometry.view(image, *calibration_of(view))
@@ -181,7 +181,7 @@ class VolumeQueryPolicy:
         look = self.module.network.second_look
         if look is None:
             return None
-        images = [np.asarray(self._first_view(seen)["image"]) for seen in observations]
+        images = [image_of(self._first_view(seen)) for seen in observations]
         details = [self._geometry.detail(image, look.sharp_size) for image in images]
         return SharpImage(torch.stack(details).to(self.module.device), self._geometry.mean, self._geometry.std)
 
@@ -217,7 +217,7 @@ class VolumeQueryPolicy:
             first = [self._first_view(seen) for seen in observations]
             calibrations = [calibration_of(one) for one in first]
             cut = [
-                self._geometry.apply(np.asarray(one["image"]), intrinsics)
+                self._geometry.apply(image_of(one), intrinsics)
                 for one, (intrinsics, _) in zip(first, calibrations, strict=True)
             ]
             image = torch.stack([one.to(device) for one, _ in cut])
