@@ -118,6 +118,7 @@ class ChunkExecution:
         if self.grip_below is not None and self.release_above is not None and self.grip_below > self.release_above:
             raise ValueError("execution.grip_below must not exceed execution.release_above.")
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self._waits: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.all_latencies: list[float] = []
         self._asked_from: np.ndarray | None = None
         self._outdated = False
@@ -152,11 +153,17 @@ class ChunkExecution:
         """Of the next plan, from its observation to its arrival: the longest of the last few."""
         return max(self._latencies, default=0.0)
 
+    @property
+    def expected_wait_s(self) -> float:
+        """For the next plan, from the request to its arrival: the latency without the age of the observation, which
+        the request cannot precede."""
+        return max(self._waits, default=0.0)
+
     def wants_plan(self, now: float) -> bool:
         """Whether the next `target` asks for a plan and so reads the cameras."""
         if self.planner.busy_since is not None:
             return False
-        lead = self.expected_latency_s if self.asynchronous else 0.0
+        lead = self.expected_wait_s if self.asynchronous else 0.0
         return self._current is None or now >= self._due - lead - ROUNDING_S
 
     def target(
@@ -207,6 +214,7 @@ class ChunkExecution:
         assert outcome.plan is not None
         observed = float(outcome.request.observation.get("time_s", outcome.request.time_s))
         self._latencies.append(now - observed)
+        self._waits.append(now - outcome.request.time_s)
         self.all_latencies.append(now - observed)
         plan = replace(outcome.plan, time_s=observed if self.asynchronous else now)
         in_terms = followed(plan, self.follow, self.arms)
