@@ -99,7 +99,7 @@ def _policy(cfg: DictConfig) -> Policy:
         if idle:
             raise ValueError(f"{idle[0]} has no effect with server=...: give it to keygrip serve")
         try:
-            remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca)
+            remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca, renews=True)
         except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program
             raise ConnectionError(f"server={cfg.server}: {error}") from error
         return remote

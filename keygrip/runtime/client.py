@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import ssl
 import time
 from types import TracebackType
@@ -20,6 +21,8 @@ from urllib.parse import urlsplit
 
 from keygrip.models.policy import Needs, Observation, Plan, UnderWay
 from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_plan, encode_observation
+
+log = logging.getLogger(__name__)
 
 LARGEST_ANSWER = 1 << 26  # bytes; a plan has some thousands
 NO_JSON = (ValueError, TypeError, KeyError, RecursionError)  # what text that is not the expected JSON raises
@@ -46,6 +49,9 @@ class RemotePolicy:
         timeout_s: of a connection and of a plan. patience_s: how long to ask again while the server is busy.
         token: the server's, where it has one. ca: PEM file of the certificate (or authority) to trust with https;
             None: those that the system trusts.
+        renews: a session that the server no longer knows (it was started again, replaced a stuck policy, or was not
+            asked for `limits.session_s`) is opened anew with the last seed: an arm drives on, and its plans are no
+            longer those of one episode's seed. False: that is a ServerError, so that no episode is of two sequences.
 
     Raises:
         ValueError: no such address, or no such certificate.
@@ -60,6 +66,7 @@ class RemotePolicy:
         patience_s: float = 2.0,
         token: str | None = None,
         ca: str | None = None,
+        renews: bool = False,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None or parts.path not in ("", "/"):
@@ -79,8 +86,9 @@ class RemotePolicy:
         else:
             self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._options = (timeout_s, patience_s, token, ca)
+        self._options = (timeout_s, patience_s, token, ca, renews)
         self._session: str | None = None
+        self._renews, self._seed = renews, 0
         health = self.health()
         try:
             calibration, camera = health["needs"].get("calibration", True), health["needs"].get("camera")
@@ -122,6 +130,7 @@ class RemotePolicy:
         """
         if not self._stochastic:
             return
+        self._seed = seed
         body = json.dumps({"seed": seed}).encode()
         status, answer = self._ask("POST", "/reset", body, self._session, "application/json")
         if status == 404 and self._session is not None:  # expired between episodes: a new one is as good
@@ -173,9 +182,14 @@ class RemotePolicy:
     def _plan(self, body: bytes) -> Plan:
         if self._session is None:
             self.reset(0)
-        began = time.monotonic()
+        began, renews = time.monotonic(), self._renews and self._session is not None
         while True:
             status, answer = self._ask("POST", "/plan", body, self._session)
+            if status == 404 and renews:
+                log.warning("%s knows this session no longer (%s): a new one is opened", self.url, _sentence(answer))
+                self.reset(self._seed)
+                renews = False
+                continue
             if status != 503 or time.monotonic() - began > self.patience_s:
                 break
             time.sleep(0.05)

@@ -81,6 +81,21 @@ def test_sessions_are_few_expire_and_cannot_be_guessed(
     assert say(server.port, "POST", "/reset", b"{}", Content_Type="text/plain")[0] == 415
 
 
+def test_an_arm_drives_on_where_the_server_no_longer_knows_its_session(
+    running: Start, dice: Any, observation: Observe
+) -> None:
+    server, anew = running(dice()), dice()
+    anew.reset(5)
+    with RemotePolicy(server.url, renews=True) as policy:
+        policy.reset(5)
+        first = policy.plan(observation())
+        server.server.service.sessions.clear()  # as a server that was started again
+        np.testing.assert_array_equal(policy.plan(observation()).position, first.position)
+        np.testing.assert_array_equal(first.position, anew.plan(observation()).position)
+        np.testing.assert_array_equal(policy.plan(observation()).position, anew.plan(observation()).position)
+        assert len(server.server.service.sessions) == 1
+
+
 def test_waiting_requests_are_computed_together_and_one_bad_one_fails_alone(
     running: Start, dice: Any, observation: Observe
 ) -> None:
