@@ -1,7 +1,7 @@
 """Makes the image of the foveated model's card from a trained run: ``python docs/make_vlm_figures.py runs/vlm``.
 
-Writes docs/images/where_it_looked.png: a question of each kind about a held-out video, the answer, and where the
-query looked in every frame.
+Writes docs/images/where_it_looked.png: a question of each kind about a held-out video, the answer, and the query's
+attention in every frame; and for README.md its upper half, where_it_looked_three.png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main(run: Path) -> None:
     figure, _ = show_answers(module, batch, ROWS)
     assert figure is not None
     IMAGES.mkdir(exist_ok=True)
-    Image.fromarray(figure).quantize(192).save(IMAGES / "where_it_looked.png", optimize=True)
+    image = Image.fromarray(figure).quantize(192)
+    image.save(IMAGES / "where_it_looked.png", optimize=True)
+    image.crop((0, 0, image.width, image.height // 2)).save(IMAGES / "where_it_looked_three.png", optimize=True)
 
 
 if __name__ == "__main__":
