@@ -28,20 +28,18 @@ from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.models.geometry_vla.places import MOST_VIEWS, PlaceEmbedding, grid_places
 from keygrip.models.geometry_vla.pointing import PatchPointing, PointedActions, PointedTokens, Pointing, meeting_points
-from keygrip.models.language.qwen_vl import QwenVL
+from keygrip.models.language.qwen_vl import QwenVL, Semantics
 from keygrip.models.nn.attention import AttentionRecord
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
 from keygrip.models.nn.inpainting import guided_velocity
 from keygrip.models.nn.precision import without_autocast
-from keygrip.models.nn.sinusoids import level_features
 from keygrip.models.nn.standardise import RunningStandardisation
 from keygrip.training.compilation import Backend
 from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
-
-MOST_VIEWS = 16  # views that have an embedding of their number
 
 
 @model_part
@@ -90,22 +88,6 @@ class Scene:
     pointing: Tensor | None = None
     met: Tensor | None = None
     places: Tensor | None = None
-
-
-class PlaceEmbedding(nn.Module):
-    """From places ``[B, L, 3]`` (see `Semantics`) to ``[B, L, H]``, zeros for words; all zeros at first."""
-
-    def __init__(self, width: int, features: int = 32) -> None:
-        super().__init__()
-        self.features = features
-        self.lift = nn.Linear(3 * features, width)
-        nn.init.zeros_(self.lift.weight)
-        nn.init.zeros_(self.lift.bias)
-
-    def forward(self, places: Tensor) -> Tensor:
-        scaled = places / places.new_tensor([MOST_VIEWS, 1.0, 1.0])
-        lifted = self.lift(level_features(scaled, self.features).flatten(-2))
-        return lifted * (places[..., :1] > 0)
 
 
 @model_part
@@ -192,14 +174,14 @@ class GeometryVLA(nn.Module):
         super().__init__()
         _check_geometry(
             geometry,
-            geom_inject_to_dit,
-            geom_inject_to_vlm,
-            geom_dit_tokens,
-            geom_compression_type,
-            pointed_tokens,
-            geom_places,
-            geom_blank,
-            geom_standardised,
+            to_head=geom_inject_to_dit,
+            to_vlm=geom_inject_to_vlm,
+            tokens=geom_dit_tokens,
+            kind=geom_compression_type,
+            pointed=pointed_tokens,
+            places=geom_places,
+            blank=geom_blank,
+            standardised=geom_standardised,
         )
         if blocks > vlm.layers:
             raise ValueError(
@@ -301,54 +283,73 @@ class GeometryVLA(nn.Module):
             geometry: features in place of those of the geometry encoder.
         """
         blocks, views = len(self.head.blocks), images.shape[1]
-        few, pointing, met = None, None, None
         found = geometry  # its depth is what the depth loss looks at, `features` what the actions are made of
         if self.geometry is not None and found is None:
             found = self.geometry(images, intrinsics, world_to_camera)
         features = self._blanked(found) if self.blank and found is not None else found
-        if self.vlm_compressor is not None and self.vlm_gain is not None:
-            assert features is not None
-            with without_autocast(images):
-                (prefix,) = self.vlm_compressor(self._placed(features.tokens, views))
-                prefix = self.vlm_gain(prefix)
-            semantics = self.vlm(images, instructions, blocks, prefix)
-        else:
-            semantics = self.vlm(images, instructions, blocks)
+        semantics = self.vlm(images, instructions, blocks, self._prompt_prefix(features, views))
+        pointing, met, pointed = None, None, None
         if self.pointing is not None:
             pointing = self._maps(semantics.layers[-1].float(), semantics.places, views, features)
         # From here on in float32: what the head reads and the head itself.
         with without_autocast(images):
-            if features is not None and self.compressor is not None:
-                few = self.compressor(self._placed(features.tokens, views))
-                if self.standardised is None:
-                    few = [self._normed(tokens) for tokens in few]
-                else:
-                    few = list(self.standardised(torch.stack(few, dim=1)).unbind(dim=1))
-                if self.scale is not None:
-                    assert features.scale is not None
-                    scale = self._normed(self.scale(features.scale.float()))[:, None]
-                    few = [torch.cat([tokens, scale], dim=1) for tokens in few]
+            geometry_tokens = self._geometry_tokens(features, views)
             if self.triangulates:
                 assert pointing is not None
                 shares = intrinsics / intrinsics.new_tensor([[images.shape[-1]], [images.shape[-1]], [1.0]])
                 met = meeting_points(pointing, shares, world_to_camera)
-            pointed = []
             if self.pointed is not None and pointing is not None:
-                pointed = [self.pointed(pointing, features, met)]
-            groups = (
-                semantics.places.shape[1],
-                0 if few is None else few[0].shape[1],
-                sum(p.shape[1] for p in pointed),
-            )
-            mask, contexts = semantics.mask, []
-            if mask is not None:
-                mask = F.pad(mask, (0, groups[1] + groups[2]), value=True)
-            where = 0.0 if self.places is None else self.places(semantics.places)
-            for index, hidden in enumerate(semantics.layers):
-                words = self._normed(hidden.float()) + where
-                tokens = torch.cat([words, *([] if few is None else [few[index]]), *pointed], dim=1)
-                contexts.append(BlockContext(tokens, mask))
+                pointed = self.pointed(pointing, features, met)
+            contexts, groups = self._contexts(semantics, geometry_tokens, pointed)
         return Scene(contexts, groups, found, pointing, None if met is None else met[0])
+
+    def _prompt_prefix(self, features: GeometryFeatures | None, views: int) -> Tensor | None:
+        """Geometry tokens ``[B, K, H]`` for the language model's prompt; None where it gets none."""
+        if self.vlm_compressor is None or self.vlm_gain is None:
+            return None
+        assert features is not None
+        with without_autocast(features.tokens):
+            (prefix,) = self.vlm_compressor(self._placed(features.tokens, views))
+            return self.vlm_gain(prefix)
+
+    def _geometry_tokens(self, features: GeometryFeatures | None, views: int) -> list[Tensor] | None:
+        """Geometry tokens ``[B, K, H]`` for each of the head's blocks, K + 1 with the token of the metric scale; None
+        where it reads none."""
+        if features is None or self.compressor is None:
+            return None
+        tokens = self.compressor(self._placed(features.tokens, views))
+        if self.standardised is None:
+            tokens = [self._normed(each) for each in tokens]
+        else:
+            tokens = list(self.standardised(torch.stack(tokens, dim=1)).unbind(dim=1))
+        if self.scale is None:
+            return tokens
+        assert features.scale is not None
+        scale = self._normed(self.scale(features.scale.float()))[:, None]
+        return [torch.cat([each, scale], dim=1) for each in tokens]
+
+    def _contexts(
+        self, semantics: Semantics, geometry: list[Tensor] | None, pointed: Tensor | None
+    ) -> tuple[list[BlockContext], tuple[int, int, int]]:
+        """What each block of the head reads, hidden states of its layer, geometry and pointed tokens; and how many
+        tokens each of the three groups has."""
+        groups = (
+            semantics.places.shape[1],
+            0 if geometry is None else geometry[0].shape[1],
+            0 if pointed is None else pointed.shape[1],
+        )
+        mask, contexts = semantics.mask, []
+        if mask is not None:
+            mask = F.pad(mask, (0, groups[1] + groups[2]), value=True)
+        where = 0.0 if self.places is None else self.places(semantics.places)
+        for index, hidden in enumerate(semantics.layers):
+            parts = [self._normed(hidden.float()) + where]
+            if geometry is not None:
+                parts.append(geometry[index])
+            if pointed is not None:
+                parts.append(pointed)
+            contexts.append(BlockContext(torch.cat(parts, dim=1), mask))
+        return contexts, groups
 
     def _maps(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
         """Logits of where the gripper will be, from all that they are read from."""
@@ -383,10 +384,7 @@ class GeometryVLA(nn.Module):
                 f"model.network.geom_places=true needs geometry tokens on a square grid, got {tokens.shape[1]} of "
                 f"{views} views: set it to false with this geometry encoder."
             )
-        shares = (torch.arange(side, device=tokens.device) + 0.5) / side
-        numbers = torch.arange(views, device=tokens.device) + 1.0
-        places = torch.stack(torch.meshgrid(numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)  # [G, 3]
-        return tokens + self.geometry_places(places[None])
+        return tokens + self.geometry_places(grid_places(views, side, tokens.device)[None])
 
     @staticmethod
     def _blanked(features: GeometryFeatures) -> GeometryFeatures:
@@ -456,6 +454,7 @@ class GeometryVLA(nn.Module):
 
 def _check_geometry(
     geometry: GeometryEncoder | None,
+    *,
     to_head: bool,
     to_vlm: bool,
     tokens: int,
