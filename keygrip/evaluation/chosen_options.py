@@ -385,12 +385,13 @@ def _begins_with(text: str, plain: Sequence[str]) -> int | None:
 
 
 def _begins_literally(text: str, known: Options) -> int | None:
-    """The option with which a text begins and which is a letter with signs (C#, A+)."""
+    """The option with which a text begins and which is a letter with signs (C#, A+), or several letters (b, e, a)."""
     own = normal_text(text).lower()
     begun = [
         number
         for number, option in enumerate(known.literal)
-        if re.fullmatch(r"[a-z][^\w\s]+", option) and re.match(rf"{re.escape(option)}(?![^\s.,;:!?)])", own)
+        if re.fullmatch(r"[a-z](?:[^\w\s]+|(?:[\W_]+[a-z])+)", option)
+        and re.match(rf"{re.escape(option)}(?![^\s.,;:!?)])", own)
     ]
     return max(begun, key=lambda number: len(known.literal[number]), default=None)
 

@@ -534,6 +534,12 @@ def test_letters_case_and_tags_of_options_are_compared_as_they_are(options: list
         assert chosen_option(form.format("ABCD"[number], option), options) == number
 
 
+@pytest.mark.parametrize("options", [["b, e, a", "e, a, b", "a, b, e"], ["B, C, A", "A, C, B", "C, B, A"]])
+@pytest.mark.parametrize("form", ["The answer is {}", "The correct order is as follows. Answer: {}.", "I choose {}"])
+def test_an_announced_option_of_several_letters_is_not_its_first_letter(options: list[str], form: str) -> None:
+    assert [chosen_option(form.format(option), options) for option in options] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("said", "options", "option"),
     [
