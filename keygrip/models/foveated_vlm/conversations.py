@@ -152,7 +152,13 @@ def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer
 
 
 def _answer_spans(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> list[tuple[int, int]]:
-    return [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
+    spans = [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):  # the token is that of a later turn
+        raise ValueError(
+            f"the chat template does not end every assistant's turn with {tokenizer.end_text}: name the token that "
+            "does as eos_token in tokenizer_config.json"
+        )
+    return spans
 
 
 def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, whole: str) -> tuple[int, int]:

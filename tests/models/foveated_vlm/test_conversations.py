@@ -274,6 +274,17 @@ def test_conversations_and_templates_that_cannot_be_used_are_refused(tiny: ChatT
         encode_conversation(TALK[:2], endless, "visual_first", "answers")
 
 
+def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_between(tiny: ChatTokenizer) -> None:
+    """As Phi-3 has it: every turn ends with another token, and the conversation with the eos token."""
+    template = (
+        "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[end]' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% else %}{{ '<|im_end|>' }}{% endif %}"
+    )
+    tokenizer = ChatTokenizer.from_state(tiny.state() | {"chat_template": template})
+    with pytest.raises(ValueError, match="does not end every assistant's turn"):
+        encode_conversation(TALK, tokenizer, "visual_first", "answers")
+
+
 def samples() -> list[VideoTextSample]:
     frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     first = Conversation(TALK[:2], "mark", {"frame": 1})
