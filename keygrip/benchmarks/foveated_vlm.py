@@ -262,7 +262,7 @@ class _Frame:
 
     def __call__(self) -> None:
         network = self.network
-        seen = network.ask(network.query_projection(self.state), self.kv)  # type: ignore[arg-type]
+        seen = network.query_frames(network.query_projection(self.state), self.kv)  # type: ignore[arg-type]
         network.language.extend(network.connector(seen), self.cache)
         self.cache.layers.crop(-1)
         self.cache.length -= 1

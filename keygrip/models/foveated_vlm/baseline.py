@@ -58,16 +58,14 @@ class PooledVLM(VideoLanguageNetwork):
         grid = self.backbone(frames).grid_map()
         return F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
 
-    def see(
+    def visual_tokens(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> tuple[Tensor, Passes | None, Tensor]:
-        """See `VideoLanguageNetwork.see`; there is one mode, and nothing to refine."""
+        """See `VideoLanguageNetwork.visual_tokens`; there is one mode, and nothing to refine."""
         if mode not in self.modes or refinement:
             raise ValueError(f"the pooled baseline has mode=many_tokens only, without refinement; got mode={mode!r}")
         if not any(rows.frame_counts):
-            visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
-            numbers = tuple(part for part in (self.frame_tokens, self.frame_clock) if part is not None)
-            return visual, None, self.unused(self.backbone, self.connector, *numbers)
+            return self._without_frames(rows)
         pooled = self.encode(real_frames(frames, rows.frame_counts)) if kv is None else kv
         assert isinstance(pooled, Tensor)
         tokens = self.connector(pooled).flatten(0, 1)  # [M * K, C]
@@ -78,4 +76,4 @@ class PooledVLM(VideoLanguageNetwork):
         # rows that share a video take the same tokens; what stands behind a shorter video's end is never placed
         first = torch.tensor([starts[video] for video in rows.videos])[:, None]
         index = (first + torch.arange(longest)[None]).clamp_max(len(tokens) - 1).to(tokens.device)
-        return tokens[index], None, self.unused()
+        return tokens[index], None, self.zero_of_unused()

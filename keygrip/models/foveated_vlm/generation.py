@@ -151,7 +151,7 @@ def generate(
     check_temperature(temperature)
     device = frames.device
     rows = rows_of(prompts, videos, frame_counts, device, seconds)
-    visual, passes, _ = network.see(frames, rows, mode, kv=kv)
+    visual, passes, _ = network.visual_tokens(frames, rows, mode, kv=kv)
     layout = rows.layout(network.tokens_per_frame)
     language = network.language
     if layout.source.shape[1] + max_new_tokens > language.context:
@@ -163,7 +163,7 @@ def generate(
     # Rows are padded on the right; what padding leaves in the cache is a hole that no later token sees.
     same = bool(layout.valid.all())
     hidden = language.extend(
-        layout.place(language.embed(rows.input_ids), network.numbered_of(visual, rows)),
+        layout.place(language.embed(rows.input_ids), network.with_frame_positions_of(visual, rows)),
         cache,
         None if same else layout.valid,
     )
@@ -223,7 +223,7 @@ def answer_likelihoods(
         with_end: the token that ends the answer's turn counts.
     """
     rows = rows_of(answered, videos, frame_counts, frames.device, seconds)
-    visual, _, _ = network.see(frames, rows, mode, kv=kv)
+    visual, _, _ = network.visual_tokens(frames, rows, mode, kv=kv)
     hidden, layout = network.read(visual, rows)
     mask = torch.zeros(rows.input_ids.shape, dtype=torch.bool, device=frames.device)
     for row, text in enumerate(answered):

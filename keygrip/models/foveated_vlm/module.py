@@ -311,9 +311,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def _patches(self, batch: VideoTextBatch) -> int:
         return (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
 
-    def seen(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
-        """Frames as the backbone wants them, and None; where what it makes of them is kept, the frames as they came,
-        since nothing looks at their pixels again, and that from memory."""
+    def encoder_inputs(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
+        """The network's `frames` and `kv`: normalised frames and None; with a frame cache the frames as they came, whose
+        pixels nothing reads, and what the encoder made of them."""
         network, backbone = self.network, self.network.backbone
         if self.frame_cache is None or not any(rows.frame_counts):
             return batch.normalised(backbone.mean, backbone.std), None
@@ -328,7 +328,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         rows = text_rows(batch)
         positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
         with short_attention(batch.frames.device, max(positions, self._patches(batch))):
-            frames, kv = self.seen(batch, rows)
+            frames, kv = self.encoder_inputs(batch, rows)
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:
                 batch = self._for_coarse_step(batch, self.coarse_kinds)
@@ -360,7 +360,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
         rows = text_rows(batch)
-        frames, kv = self.seen(batch, rows)
+        frames, kv = self.encoder_inputs(batch, rows)
         for mode, (of_network, refinement) in self._validated().items():
             output = self.network(frames, rows, of_network, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)

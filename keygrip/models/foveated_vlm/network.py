@@ -101,11 +101,11 @@ class VideoLanguageNetwork(nn.Module):
     Args:
         backbone: the encoder. language: the language model.
         visual_scale: see `Connector`.
-        frame_numbers: up to so many frames each visual token also says, by a learned vector, which frame it is of. 0:
-            no such vectors (as published): a language model knows its visual tokens by their places alone.
-        frame_clock: each visual token, and each hidden state that a query is made of, also says by a learned map of
-            sinusoids how many frames came before: as `frame_numbers` without a limit, and for the queries too. With
-            `seconds` it says when its frame was taken, which differs where a long video is thinned.
+        frame_numbers: a learned vector for each of the first so many frames, added to the frame's visual tokens. 0:
+            none (as published): the language model tells frames apart by their places in the row alone.
+        frame_clock: a learned map of sinusoids of the frame's number, added to its visual tokens and to the hidden
+            state that its query is made of: no limit on the number of frames. `seconds`: of the time at which the frame
+            was taken, which differs where a long video is thinned.
         pack_rows: rows of different lengths go through the language model one behind the other, which costs a mask and
             saves the padding; the same figures but for rounding.
     """
@@ -144,7 +144,7 @@ class VideoLanguageNetwork(nn.Module):
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
-        visual = self.numbered_of(visual, rows)
+        visual = self.with_frame_positions_of(visual, rows)
         text = self.language.embed(rows.input_ids)
         lengths = [
             length + rows.frame_counts[video] * self.tokens_per_frame
@@ -159,12 +159,13 @@ class VideoLanguageNetwork(nn.Module):
         packing = Packing.of(lengths, embeddings.shape[1], embeddings.device)
         return packing.unpack(self.language.packed(packing.pack(embeddings), packing.rows, packing.positions))
 
-    def numbered_of(self, visual: Tensor, rows: TextRows) -> Tensor:
-        """Visual tokens [B, N, C] of rows from their first frame on; see `numbered`."""
+    def with_frame_positions_of(self, visual: Tensor, rows: TextRows) -> Tensor:
+        """Visual tokens [B, N, C] of whole rows with their frames' positions; see `with_frame_positions`."""
         frames = visual.shape[1] // self.tokens_per_frame
-        return self.numbered(visual, 0, rows.seconds_of(rows.videos, frames) if self.counts_seconds else None)
+        seconds = rows.seconds_of(rows.videos, frames) if self.counts_seconds else None
+        return self.with_frame_positions(visual, 0, seconds)
 
-    def clocked(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
+    def clock_embeddings(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
         """Embeddings of the clock for frames `first` to `first + count`, [count, C], or for their seconds [B, count].
 
         Raises:
@@ -180,8 +181,8 @@ class VideoLanguageNetwork(nn.Module):
             )
         return self.frame_clock.at(seconds)
 
-    def numbered(self, visual: Tensor, first: int = 0, seconds: Tensor | None = None) -> Tensor:
-        """Visual tokens [B, N, C], from that of frame `first` on, with the vectors of their frames' numbers.
+    def with_frame_positions(self, visual: Tensor, first: int = 0, seconds: Tensor | None = None) -> Tensor:
+        """Visual tokens [B, N, C], from that of frame `first` on, plus the vectors of their frames' numbers or seconds.
 
         Args:
             seconds: [B, N / tokens_per_frame], when the frames were taken; only for a clock that counts them.
@@ -191,7 +192,8 @@ class VideoLanguageNetwork(nn.Module):
         """
         if self.frame_clock is not None and visual.shape[1]:
             count = visual.shape[1] // self.tokens_per_frame
-            return visual + self.clocked(first, count, seconds).repeat_interleave(self.tokens_per_frame, dim=-2)
+            clock = self.clock_embeddings(first, count, seconds)
+            return visual + clock.repeat_interleave(self.tokens_per_frame, dim=-2)
         if self.frame_tokens is None or not visual.shape[1]:
             return visual
         frames = first + visual.shape[1] // self.tokens_per_frame
@@ -207,10 +209,10 @@ class VideoLanguageNetwork(nn.Module):
         """What all questions about frames [M, 3, H, W] share; see `Encoded`."""
 
     @abstractmethod
-    def see(
+    def visual_tokens(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> tuple[Tensor, Passes | None, Tensor]:
-        """Visual tokens [B, N, C] of the rows, what was seen, and `unused`.
+        """Visual tokens [B, N, C] of the rows, results of the passes, and `zero_of_unused`.
 
         Args:
             frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0. Unused where `kv` is given.
@@ -225,12 +227,18 @@ class VideoLanguageNetwork(nn.Module):
     def forward(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> VLMOutput:
-        """Hidden states of rows of text about videos; arguments and errors as in `see`."""
-        visual, passes, idle = self.see(frames, rows, mode, refinement, kv)
+        """Hidden states of rows of text about videos; arguments and errors as in `visual_tokens`."""
+        visual, passes, zero = self.visual_tokens(frames, rows, mode, refinement, kv)
         hidden, layout = self.read(visual, rows)
-        return VLMOutput(hidden + idle, layout, visual, passes)
+        return VLMOutput(hidden + zero, layout, visual, passes)
 
-    def unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
+    def _without_frames(self, rows: TextRows, *own: nn.Module | nn.Parameter | None) -> tuple[Tensor, None, Tensor]:
+        """What `visual_tokens` gives for text alone; ``own``: parts that other rows use, beside those of this class."""
+        visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
+        parts = (self.backbone, self.connector, self.frame_tokens, self.frame_clock, *own)
+        return visual, None, self.zero_of_unused(*(part for part in parts if part is not None))
+
+    def zero_of_unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
         """Zero that depends on parameters which this batch does not use: every process then has a gradient for all."""
         total = torch.zeros((), device=self.connector.scale.device)  # type: ignore[arg-type]
         if not (self.training and torch.is_grad_enabled()):
@@ -330,27 +338,27 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Keys and values of frames [M, 3, H, W] at every block that the query goes through."""
         return self.backbone.keys_and_values(frames)[self.first_block :]
 
-    def ask(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
+    def query_frames(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
         """Embeddings [M, Q, D] of frames under queries [M, Q, D]."""
-        return self._asked.query(queries, kv, self.first_block)
+        return self._query_encoder.query(queries, kv, self.first_block)
 
     def choose_queries(self, visual: Tensor, streams: Streams) -> Tensor:
         """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
-            placed = streams.layout.place(prefix, self.numbered(visual, 0, streams.seconds))
+            placed = streams.layout.place(prefix, self.with_frame_positions(visual, 0, streams.seconds))
             lengths = [text + frames - 1 for text, frames in zip(streams.lengths, streams.frame_counts, strict=True)]
             hidden = take(self.hidden_of(placed, lengths), streams.query_at)
         else:  # single frames with nothing before them: zero, with gradients (of zero) as in any other batch
             hidden = 0.0 * visual
-        return self._as_queries(self.before(hidden, 0, streams.seconds), streams.first)
+        return self._as_queries(self.with_clock(hidden, 0, streams.seconds), streams.first)
 
-    def before(self, hidden: Tensor, first: int, seconds: Tensor | None = None) -> Tensor:
-        """Hidden states [S, F, C] before the frames from `first` on, which know their number (or their seconds [S, F])
-        where there is a clock."""
+    def with_clock(self, hidden: Tensor, first: int, seconds: Tensor | None = None) -> Tensor:
+        """Hidden states [S, F, C] before the frames from `first` on, plus the clock's embedding of each frame's number
+        (or of its seconds [S, F]); unchanged without a clock."""
         if self.frame_clock is None:
             return hidden
-        return hidden + self.clocked(first, hidden.shape[1], seconds)
+        return hidden + self.clock_embeddings(first, hidden.shape[1], seconds)
 
     def run_passes(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Passes:
         """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
@@ -358,7 +366,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         Args:
             refinement: coarse_fine only; how often the queries are chosen again from what they have just shown.
         """
-        coarse = self.ask(self.static_query.expand(len(kv[0].key), -1, -1), kv)
+        coarse = self.query_frames(self.static_query.expand(len(kv[0].key), -1, -1), kv)
         driving = streams.to_streams(self.connector(coarse))  # [S, F, C]
         if mode == "coarse_only":
             return Passes(driving, coarse, None, None, kv)
@@ -370,31 +378,23 @@ class FoveatedVLM(VideoLanguageNetwork):
             queries, fine = self._fine_pass(kv, streams, self.connector(fine))
         return Passes(self.connector(fine), coarse, fine, queries, kv)
 
-    def see(
-        self,
-        frames: Tensor,
-        rows: TextRows,
-        mode: str,
-        refinement: int = 0,
-        kv: Encoded | None = None,
+    def visual_tokens(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> tuple[Tensor, Passes | None, Tensor]:
-        """See `VideoLanguageNetwork.see`."""
+        """See `VideoLanguageNetwork.visual_tokens`."""
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
         if refinement and mode != "coarse_fine":
             raise ValueError(f"refinement={refinement} has no effect in mode={mode}")
         streams = rows.streams
         if len(streams) == 0:
-            visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
-            queries = (self.static_query, self.first_query, self.query_projection)
-            numbers = tuple(part for part in (self.frame_tokens, self.frame_clock) if part is not None)
-            own = () if self.query_path is None else (self.query_path,)
-            return visual, None, self.unused(self.backbone, self.connector, *queries, *numbers, *own)
+            queries = (self.static_query, self.first_query, self.query_projection, self.query_path)
+            return self._without_frames(rows, *queries)
         kv = self.encode(real_frames(frames, rows.frame_counts)) if kv is None else kv
         assert not isinstance(kv, Tensor)
         passes = self.run_passes(kv, streams, mode, refinement)
-        idle = self.unused(self.first_query, self.query_projection) if mode == "coarse_only" else self.unused()
-        return passes.visual[streams.of_row], passes, idle
+        unused = (self.first_query, self.query_projection) if mode == "coarse_only" else ()
+        return passes.visual[streams.of_row], passes, self.zero_of_unused(*unused)
 
     @torch.no_grad()
     def attention(self, passes: Passes, streams: Streams) -> Tensor:
@@ -414,13 +414,13 @@ class FoveatedVLM(VideoLanguageNetwork):
         else:
             queries = streams.to_frames(passes.queries)
         kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in passes.kv]
-        _, weights = self._asked.query_with_attention(queries[:limit], kv, self.first_block)
+        _, weights = self._query_encoder.query_with_attention(queries[:limit], kv, self.first_block)
         return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
     # ------------------------------------------------------------------ parts
 
     @property
-    def _asked(self) -> DinoBackbone:
+    def _query_encoder(self) -> DinoBackbone:
         return self.backbone if self.query_path is None else self.query_path
 
     def _as_queries(self, hidden: Tensor, first: Tensor) -> Tensor:
@@ -436,12 +436,12 @@ class FoveatedVLM(VideoLanguageNetwork):
         """
         if state is None:
             return self.first_query
-        return self.query_projection(self.before(state, frame, seconds)).to(self.first_query.dtype)
+        return self.query_projection(self.with_clock(state, frame, seconds)).to(self.first_query.dtype)
 
     def _fine_pass(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [S, F, D] chosen from given visual tokens, and what they show [S, F, D]."""
         queries = self.choose_queries(visual, streams)
-        return queries, streams.to_streams(self.ask(streams.to_frames(queries), kv))
+        return queries, streams.to_streams(self.query_frames(streams.to_frames(queries), kv))
 
     def _autoregressive_pass(self, kv: Sequence[BlockKV], streams: Streams, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """As at inference: frame by frame, each query from the cached past."""
@@ -455,13 +455,15 @@ class FoveatedVLM(VideoLanguageNetwork):
         counts = torch.tensor(streams.frame_counts, device=coarse.device)[:, None]
         for frame in range(streams.longest):
             now = None if streams.seconds is None else streams.seconds[:, frame : frame + 1]
-            query = self._as_queries(self.before(state, frame, now), streams.first[:, frame : frame + 1])  # [S, 1, D]
-            seen = self._ask_frame(query, kv, streams, frame)
+            before = self.with_clock(state, frame, now)
+            query = self._as_queries(before, streams.first[:, frame : frame + 1])  # [S, 1, D]
+            seen = self._query_frame(query, kv, streams, frame)
             queries.append(query)
             fine.append(seen)
             if frame + 1 < streams.longest:
                 visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(seen)
-                state = self.language.extend(self.numbered(visual, frame, now), cache, counts > frame if full else None)
+                visual = self.with_frame_positions(visual, frame, now)
+                state = self.language.extend(visual, cache, counts > frame if full else None)
         return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
 
     def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:
@@ -474,7 +476,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         valid = torch.arange(width, device=prefix.device)[None] < length
         return take(self.language.extend(prefix, cache, valid), (length - 1).clamp_min(0))
 
-    def _ask_frame(self, query: Tensor, kv: Sequence[BlockKV], streams: Streams, frame: int) -> Tensor:
+    def _query_frame(self, query: Tensor, kv: Sequence[BlockKV], streams: Streams, frame: int) -> Tensor:
         """What queries [S, 1, D] show of each stream's frame number `frame`, [S, 1, D]; zero where one has ended."""
         counts = [after - before for before, after in zip(streams.frame_starts, streams.frame_starts[1:], strict=False)]
         going = [video for video, count in enumerate(counts) if count > frame]
@@ -485,16 +487,14 @@ class FoveatedVLM(VideoLanguageNetwork):
             if video in place
         ]
         index = [streams.frame_starts[video] + frame for video in going]
-        if len(index) == 1:  # a view
-            part = [BlockKV(b.key[index[0] : index[0] + 1], b.value[index[0] : index[0] + 1]) for b in kv]
-        else:
-            at = torch.tensor(index, device=query.device)
-            part = [BlockKV(b.key[at], b.value[at]) for b in kv]
+        # one frame: a view, which copies nothing
+        at = slice(index[0], index[0] + 1) if len(index) == 1 else torch.tensor(index, device=query.device)
+        part = [BlockKV(block.key[at], block.value[at]) for block in kv]
         if len(streams) == len(now) == len(going) == 1:
-            return self.ask(query, part)
+            return self.query_frames(query, part)
         stream, slot = (torch.tensor(list(v), device=query.device) for v in zip(*now, strict=True))
         table = query.new_zeros(len(going) * streams.slots_per_frame, query.shape[-1]).index_copy(
             0, slot, query[stream, 0]
         )
-        seen = self.ask(table.view(len(going), streams.slots_per_frame, -1), part).flatten(0, 1)
+        seen = self.query_frames(table.view(len(going), streams.slots_per_frame, -1), part).flatten(0, 1)
         return seen.new_zeros(len(streams), seen.shape[-1]).index_copy(0, stream, seen[slot])[:, None]

@@ -125,16 +125,17 @@ class StreamingSession:
         kv = network.encode(frame[None])
         coarse = None
         if self.mode == "coarse_only" or self._driving is not self._row:
-            coarse = network.connector(network.ask(network.static_query, kv))
+            coarse = network.connector(network.query_frames(network.static_query, kv))
         if self.mode == "coarse_only":
             assert coarse is not None
-            self._row.read(network.numbered(coarse, self.frames, now))
+            self._row.read(network.with_frame_positions(coarse, self.frames, now))
         else:
-            fine = network.connector(network.ask(network.query_after(self._driving.state, self.frames, now), kv))
-            self._row.read(network.numbered(fine, self.frames, now))
+            query = network.query_after(self._driving.state, self.frames, now)
+            fine = network.connector(network.query_frames(query, kv))
+            self._row.read(network.with_frame_positions(fine, self.frames, now))
             if self._driving is not self._row:
                 assert coarse is not None
-                self._driving.read(network.numbered(coarse, self.frames, now))
+                self._driving.read(network.with_frame_positions(coarse, self.frames, now))
         self.frames += 1
         self._second = taken
 

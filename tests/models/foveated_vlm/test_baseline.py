@@ -25,7 +25,7 @@ def test_tokens_are_the_means_of_the_frames_quarters() -> None:
     network = build()  # 28 px with patches of 14: a token per patch
     frames = frames_of([2])
     with torch.no_grad():
-        visual, passes, _ = network.see(frames, rows_of([(0, 3, 1)], [2]), "many_tokens")
+        visual, passes, _ = network.visual_tokens(frames, rows_of([(0, 3, 1)], [2]), "many_tokens")
         patches = network.backbone(frames[0]).patches
     torch.testing.assert_close(visual[0], network.connector(patches).flatten(0, 1))
     assert passes is None

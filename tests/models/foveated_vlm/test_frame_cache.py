@@ -105,7 +105,7 @@ def test_what_is_kept_does_not_depend_on_the_length_of_the_rows_beside_it(tmp_pa
     for positions in (1, SHORT + 1):
         module.frame_cache = FrameCache(1.0)
         with short_attention(torch.device("cpu"), positions):
-            module.seen(batch, text_rows(batch))
+            module.encoder_inputs(batch, text_rows(batch))
         kept.append(module.frame_cache.kept)
     for name, blocks in kept[0].items():
         for one, other in zip(blocks, kept[1][name], strict=True):
@@ -191,7 +191,7 @@ def test_the_coarse_pass_may_begin_with_the_encoders_cls_token() -> None:
     network = with_path("own", query_start="cls")
     images = frames_of([2], 32)[0]
     with torch.no_grad():
-        coarse = network.eval().ask(network.static_query.expand(2, -1, -1), network.encode(images))[:, 0]
+        coarse = network.eval().query_frames(network.static_query.expand(2, -1, -1), network.encode(images))[:, 0]
         torch.testing.assert_close(coarse, network.backbone.eval()(images).cls, atol=2e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="is random or cls, not 'zero'"):
         with_path("shared", query_start="zero")

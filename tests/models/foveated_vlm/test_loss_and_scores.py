@@ -270,13 +270,13 @@ def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., 
     quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
     module, batch = parts(refinement=1, refinement_from=0.0, coarse_share=0.4, **quiet)
     module.__class__ = Descent
-    see, steps = module.network.see, []
+    visual_tokens, steps = module.network.visual_tokens, []
 
     def watched(frames: Any, rows: Any, mode: str, refinement: int = 0, kv: Any = None) -> Any:
         steps.append((mode, refinement, module.network.query_projection.weight.detach().clone()))
-        return see(frames, rows, mode, refinement, kv)
+        return visual_tokens(frames, rows, mode, refinement, kv)
 
-    module.network.see = watched
+    module.network.visual_tokens = watched
     fitted(module, [batch] * 40, gradient_clip_val=1.0)
     assert len(steps) == 40
     assert 8 <= sum(mode == "coarse_only" for mode, _, _ in steps) <= 24
@@ -308,13 +308,13 @@ def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tupl
     quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
     module, batch = parts(coarse_share=0.5, coarse_kinds=["glance"], **quiet)
     module.__class__ = Descent
-    see, steps = module.network.see, []
+    visual_tokens, steps = module.network.visual_tokens, []
 
     def watched(frames: Any, rows: Any, mode: str, refinement: int = 0, kv: Any = None) -> Any:
         steps.append((mode, [p.detach().clone() for p in module.network.parameters()]))
-        return see(frames, rows, mode, refinement, kv)
+        return visual_tokens(frames, rows, mode, refinement, kv)
 
-    module.network.see = watched
+    module.network.visual_tokens = watched
     fitted(module, [batch] * 12, gradient_clip_val=1.0)
     assert {mode for mode, _ in steps} == {"coarse_only", "coarse_fine"}
     for (mode, before), (_, after) in itertools.pairwise(steps):

@@ -24,7 +24,7 @@ def test_a_query_that_starts_as_the_cls_token_gives_dinos_own_cls_output(build: 
     network = build(variant)
     images = frames_of([3], SIZES[variant])[0]
     with torch.no_grad():
-        found = network.ask(network.backbone.cls_input().expand(3, -1, -1), network.encode(images))[:, 0]
+        found = network.query_frames(network.backbone.cls_input().expand(3, -1, -1), network.encode(images))[:, 0]
         torch.testing.assert_close(found, network.backbone(images).cls, atol=2e-6, rtol=1e-5)
 
 
