@@ -35,7 +35,11 @@ EXAMPLES = {
         "checkpoint=RUN video='[a.mp4,b.mp4]' question='[\"Which?\",\"How many?\"]'",
         "checkpoint=RUN conversations=talks.jsonl",
     ),
-    "serve": ("checkpoint=RUN", "checkpoint=RUN port=0", "checkpoint=RUN host=192.168.1.5 device=cuda"),
+    "serve": (
+        "checkpoint=RUN",
+        "checkpoint=RUN port=0",
+        "checkpoint=RUN host=192.168.1.5 'token=${oc.env:KEYGRIP_TOKEN}'",
+    ),
     "run": (
         "checkpoint=RUN robot=sim_yam",
         "checkpoint=RUN robot=yam robot.calibration=FILE dry_run=plan.png",
@@ -95,10 +99,10 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         key = ".".join(path)
         why = comments.get(path, "")
         why = why or COMMON.get(key, "")
-        for end in range(len(path) - 1, 1, -1):  # one of several values of one kind, described together
-            why = why or comments.get(path[:end], "")
         if not why and str(value).startswith("${"):
             continue  # passed on: the setting that it names is listed
+        for end in range(len(path) - 1, 1, -1):  # one of several values of one kind, described together
+            why = why or comments.get(path[:end], "")
         setting = f"{key}={_text(value)}"
         if why and len(setting) > LONGEST_SETTING:
             setting = f"{setting[: LONGEST_SETTING - 3]}..."

@@ -6,8 +6,9 @@ import importlib
 
 import pytest
 
-from keygrip.config import group_options
+from keygrip.config import compose, group_options
 from keygrip.help import EXAMPLES, help_text
+from keygrip.serve import _refuse_openness
 
 # a data set that fits each model
 DATA = {
@@ -55,6 +56,16 @@ def test_every_setting_has_its_reason(command: str, overrides: list[str]) -> Non
         assert listed
     assert [line for line in listed if "  # " not in line] == []
     assert max(map(len, listed), default=0) <= 120
+
+
+def test_a_setting_that_passes_another_on_is_not_listed_under_its_sections_comment() -> None:
+    assert "model.network.image_size=" not in help_text("train", [])  # ${backbone.image_size}, which is listed
+
+
+def test_examples_of_the_server_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYGRIP_TOKEN", "t" * 43)
+    for example in EXAMPLES["serve"]:
+        _refuse_openness(compose("serve", [part.strip("'") for part in example.split()]))
 
 
 @pytest.mark.parametrize("command", ["prepare", "run", "train"])

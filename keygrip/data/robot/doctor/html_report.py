@@ -34,7 +34,7 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
     measures = exam.measures
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>keygrip doctor</title>",
-        f"<style>{STYLE}</style><h1>{escape(str(measures.get('root', '')))}</h1>",
+        f"<style>{STYLE}</style><h1>Doctor's report on {escape(str(measures.get('root', '')))}</h1>",
         f"<p>{measures.get('examined', 0)} of {measures.get('demos', 0)} demos examined, "
         f"{measures.get('readable', 0)} readable, format {escape(str(measures.get('format', '')))}.</p>",
         _findings(exam.findings),
@@ -47,7 +47,8 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
         parts += [_figure(image, caption) for caption, image in exam.overlays]
     for key, value in measures.items():
         if key.endswith("/agreement") and isinstance(value, dict):
-            parts.append(f"<h2>{escape(key.removesuffix('/agreement'))}</h2>")
+            pair = key.removesuffix("/agreement").replace("camera/", "Camera ", 1).replace("/arm/", ", arm ")
+            parts.append(f"<h2>{escape(pair)}</h2>")
             parts.append(_bars("agreement of images and poses by demo (1 is perfect)", value))
             fit = measures.get(key.removesuffix("agreement") + "fit")
             curve = measures.get(key.removesuffix("agreement") + "agreement_by_lag")

@@ -261,7 +261,7 @@ def described(found: Fit) -> dict[str, object]:
         "turn_deg": [round(float(v), 2) for v in np.degrees(found.change[:3])],
         "shift_mm": [round(float(v) * 1e3, 1) for v in found.change[3:6]],
         "focal_percent": round((found.focal - 1) * 100, 2),
-        "late_frames": round(found.lag, 2),
+        "late_frames": round(found.lag, 2) + 0.0,
         "agreement_before": round(found.before, 3),
         "agreement_after": round(found.after, 3),
         "residual_px": round(found.residual, 2),
