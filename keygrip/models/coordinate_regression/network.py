@@ -24,9 +24,8 @@ class RegressionOutput:
     """Poses in normalised units.
 
     Attributes:
-        position: ``[B, A, T, 3]``, -1 .. 1 over the training range. rotation: ``[B, A, T, 3, 2]`` two columns of the
-            matrix, not yet
-        orthonormal. gripper: ``[B, A, T]`` logit of the opening.
+        position: ``[B, A, T, 3]``, -1 .. 1 over the training range. rotation: ``[B, A, T, 3, 2]``, two columns of the
+            matrix, not yet orthonormal. gripper: ``[B, A, T]``, logit of the opening.
     """
 
     position: Tensor

@@ -161,7 +161,7 @@ class ActionHead(nn.Module):
         state: Tensor,
         contexts: Sequence[BlockContext],
         record: AttentionRecord | None = None,
-        told: Tensor | None = None,
+        action_bias: Tensor | None = None,
     ) -> Tensor:
         """The velocity of noisy actions, ``[B R, T, Da]`` float32 (noise minus data, see `nn.flow_matching`).
 
@@ -169,7 +169,7 @@ class ActionHead(nn.Module):
             actions: ``[B R, T, Da]``, the R draws of a sample in a row. level: ``[B R]``, 0 data .. 1 noise.
             state: ``[B, Ds]``.
             contexts: one for each of the N blocks, of B samples.
-            told: ``[B, T, H]``, added to the actions' tokens; None: nothing.
+            action_bias: ``[B, T, H]``, added to the actions' tokens; None: nothing.
         """
         assert len(contexts) == len(self.blocks), "a context for every block"
         with without_autocast(actions):
@@ -178,7 +178,9 @@ class ActionHead(nn.Module):
             if self.future_tokens is not None:
                 parts.append(self.future_tokens.expand(len(actions), -1, -1))
             tokens = self.actions(actions.float(), level)
-            parts.append(tokens if told is None else tokens + told.repeat_interleave(draws, dim=0))
+            if action_bias is not None:
+                tokens = tokens + action_bias.repeat_interleave(draws, dim=0)
+            parts.append(tokens)
             x = torch.cat(parts, dim=1)
             condition = self.condition(level)
             for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):

@@ -218,10 +218,9 @@ class GeometryVLA(nn.Module):
                 raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
         self.pointed: PointedTokens | None = None
         if pointed_tokens:
-            told = self.geometry if geom_inject_to_dit else None
-            seen = None if told is None else told.dim
-            points = told is not None and told.predicts_points
-            self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, seen, points, pointed_triangulated)
+            source = self.geometry if geom_inject_to_dit else None
+            geom_dim, points = (None, False) if source is None else (source.dim, source.predicts_points)
+            self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, geom_dim, points, pointed_triangulated)
         elif pointed_triangulated:
             raise ValueError("model.network.pointed_triangulated=true is of pointed tokens: set pointed_tokens=true.")
         self.pointed_actions: PointedActions | None = None
@@ -399,13 +398,13 @@ class GeometryVLA(nn.Module):
         self, scene: Scene, actions: Tensor, level: Tensor, state: Tensor, record: AttentionRecord | None = None
     ) -> Tensor:
         """The velocity ``[B R, T, Da]`` of noisy actions of that shape at noise levels ``[B R]``; state ``[B, Ds]``."""
-        told = None
+        action_bias = None
         if self.pointed_actions is not None:
             assert scene.places is not None, "GeometryVLAModule.with_places adds them"
             with without_autocast(actions):
                 present = state.float().unflatten(-1, (-1, SIZE))[..., :3]  # of each arm
-                told = self.pointed_actions(scene.places, present)
-        return self.head(actions, level, state, scene.contexts, record, told)
+                action_bias = self.pointed_actions(scene.places, present)
+        return self.head(actions, level, state, scene.contexts, record, action_bias)
 
     @torch.no_grad()
     def sample(self, scene: Scene, noise: Tensor, state: Tensor, sampling: ActionSampling | None = None) -> Tensor:

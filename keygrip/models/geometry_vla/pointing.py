@@ -185,8 +185,8 @@ class PointedTokens(nn.Module):
 
 
 class PointedActions(nn.Module):
-    """What each action token of the head is told of where the rays meet: of its own step's maps, and of the keyframe's,
-    from the world and from where the gripper is. Zeros at first.
+    """What is added to each action token of the head: where the rays meet, of the maps of its own step and of the
+    keyframe, from the world and from where the gripper is. Zeros at first.
 
     Pointed tokens say the same, among a hundred others; a head that found its target there followed it in part only,
     and drew its plans to the middle of the positions that it was trained on (`benchmarks/vla_metaworld.json`).

@@ -90,8 +90,8 @@ class Encoders:
         """
         with torch.no_grad():
             states, mask = self.text.encode(captions)
-        told = torch.tensor([bool(caption.strip()) for caption in captions], device=mask.device)
-        states, mask = states * told[:, None, None], mask & told[:, None]
+        captioned = torch.tensor([bool(caption.strip()) for caption in captions], device=mask.device)
+        states, mask = states * captioned[:, None, None], mask & captioned[:, None]
         return states.to(self.device), mask.to(self.device)
 
     @property

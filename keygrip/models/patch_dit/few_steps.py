@@ -147,14 +147,14 @@ class FewSteps:
         """
         count = len(data)
         category = CATEGORIES[int(dropout.draw(1))]
-        told = conditions
+        kept = conditions
         if category == "text":
-            told = conditions.without_dino()
+            kept = conditions.without_dino()
         elif category == "dino":
-            told = replace(conditions, text=None, text_mask=None)
+            kept = replace(conditions, text=None, text_mask=None)
         window = int(torch.randint(self.windows, ()))
         noise, share = torch.randn_like(data), torch.rand(count, device=data.device)
-        return self.chord_loss(student, data, conditions, window, noise, share, shift, told)
+        return self.chord_loss(student, data, conditions, window, noise, share, shift, kept)
 
     @torch.no_grad()
     def validation_loss(
@@ -182,21 +182,21 @@ class FewSteps:
         noise: Tensor,
         share: Tensor,
         shift: float = 1.0,
-        told: Conditions | None = None,
+        kept: Conditions | None = None,
     ) -> Tensor:
         """Mean squared error of the velocity along the teacher's chord through one window.
 
         Args:
             data, noise: ``[B, C, h, w]``. share: ``[B]`` in 0..1, how far up the chord the student is asked. shift: see
-                `levels`. told: those of the conditions that are used; None: all. The others pass through the student
+                `levels`. kept: those of the conditions that are used; None: all. The others pass through the student
                 and are dropped there, so that the same parameters have gradients in all processes.
         """
-        told = conditions if told is None else told
+        kept = conditions if kept is None else kept
         count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
         high, low = self.levels(shift)[window : window + 2]
         start = interpolate(data, noise, torch.full((count,), high, device=device))
-        end = self.led(start, told, high, low)
-        keep = [torch.full((count,), has, device=device) for has in (told.has_text, told.has_dino)]
+        end = self.teacher_end(start, kept, high, low)
+        keep = [torch.full((count,), has, device=device) for has in (kept.has_text, kept.has_dino)]
         context = student.context_builder(conditions, keep[0], keep[1], aspect)
         x, level = interpolate(end, start, share), low + (high - low) * share
         found = student(x, level, context, floor=FLOOR).velocity
@@ -206,8 +206,8 @@ class FewSteps:
         return error.pow(2).mean()
 
     @torch.no_grad()
-    def led(self, start: Tensor, conditions: Conditions, high: float, low: float) -> Tensor:
-        """Where the teacher leads latents ``[B, C, h, w]`` at one noise level by a lower one."""
+    def teacher_end(self, start: Tensor, conditions: Conditions, high: float, low: float) -> Tensor:
+        """The teacher's latents at the noise level ``low``, sampled from ``start`` ``[B, C, h, w]`` at ``high``."""
         assert self._network is not None, "take_teacher comes first"
         network = self._network.to(start.device)
         guide = None if self._guide is None else self._guide.to(start.device)

@@ -67,12 +67,12 @@ FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number
 
 
 class Term(NamedTuple):
-    """A step of guidance: scale (v_told - v_untold)."""
+    """A step of guidance: scale (v_positive - v_negative), of the velocities of two branches."""
 
     name: str  # of the condition, by which the rescale is chosen, or GUIDE
     scale: float
-    told: str
-    untold: str
+    positive: str
+    negative: str
 
 
 def _interval(given: Any) -> tuple[float, float]:
@@ -212,13 +212,13 @@ class Sampling:
     def weights(self, conditions: Conditions) -> dict[str, float]:
         """The weight of each branch in the guided velocity, `none` first; they add up to 1."""
         terms = self.terms(conditions)
-        if all(term.untold == "none" for term in terms):
-            scales = {term.told: term.scale for term in terms}
+        if all(term.negative == "none" for term in terms):
+            scales = {term.positive: term.scale for term in terms}
             return {"none": 1 - sum(scales.values())} | scales
         found = {"none": 1.0}
         for term in terms:
-            found[term.told] = found.get(term.told, 0.0) + term.scale
-            found[term.untold] = found.get(term.untold, 0.0) - term.scale
+            found[term.positive] = found.get(term.positive, 0.0) + term.scale
+            found[term.negative] = found.get(term.negative, 0.0) - term.scale
         return found
 
     def branches(self, conditions: Conditions, level: float) -> tuple[str, ...]:
@@ -240,16 +240,16 @@ class Sampling:
         if len(velocities) == 1:
             return next(iter(velocities.values()))
         terms, weights = self.terms(conditions), self.weights(conditions)
-        if not all(name in velocities for term in terms for name in (term.told, term.untold)):
+        if not all(name in velocities for term in terms for name in (term.positive, term.negative)):
             parts = (weights[name] * velocity for name, velocity in velocities.items())
             return sum(parts, start=torch.zeros_like(x))
         guided = velocities["none"]
         for term in terms:
-            told, untold = velocities[term.told], velocities[term.untold]
-            push = term.scale * (told - untold)
+            positive, negative = velocities[term.positive], velocities[term.negative]
+            push = term.scale * (positive - negative)
             rescale = self._rescale(term.name)
             if rescale:
-                push = _rescaled(untold + push, told, x, level, rescale) - untold
+                push = _rescaled(negative + push, positive, x, level, rescale) - negative
             guided = guided + push
         return guided
 
@@ -338,8 +338,8 @@ class Velocities:
 
     def _context(self, group: tuple[str, ...], device: torch.device) -> tuple[Context, ContextCache | None]:
         if group not in self._contexts:
-            told = [BRANCHES[everything_given(self.conditions) if name == GUIDE else name] for name in group]
-            keep = torch.tensor(told, device=device).repeat_interleave(self.batch, dim=0)
+            kept = [BRANCHES[everything_given(self.conditions) if name == GUIDE else name] for name in group]
+            keep = torch.tensor(kept, device=device).repeat_interleave(self.batch, dim=0)
             conditions = self.conditions.repeated(len(group))
             context = self._network_of(group).context_builder(
                 conditions, keep[:, 0], keep[:, 1], self.aspect, keep[:, 2]

@@ -1,11 +1,11 @@
 """Equivalent grips: turns of the gripper about the vertical under which the object is symmetric.
 
 A cube is gripped as well after a quarter turn, a bar after a half turn; a policy that moves both tells them apart by a
-word of the instruction. Which of these grips a demonstration shows is
-then no error of the policy's: their classes share the probability that the loss asks for, and errors count to the
-nearest of them. Once the object is held there is nothing to choose, so only plans that begin with an open gripper are
-treated so. Two steps of a plan may mean two of these grips, since each is decoded by itself: every step is therefore
-turned to the equivalent nearest to the one before it, lest the gripper turns from grip to grip.
+word of the instruction. A policy that plans another of these grips than the demonstration makes no error: the loss is
+on the summed probability of their classes, and errors are measured to the nearest of them. Once the object is held
+there is nothing to choose, so this holds only for plans that begin with an open gripper. Steps are decoded one by one
+and may come out as different equivalents: each is turned to the equivalent nearest to the step before it, so that the
+gripper does not turn from grip to grip.
 
 Shape legend: ``*`` leading shape, T steps, R rotation classes, N the order of the symmetry.
 """

@@ -246,7 +246,7 @@ def test_windows_of_the_teacher_are_its_sampler_cut_in_pieces() -> None:
     few.take_teacher(teacher, InitSource("teacher", {}))
     x = seeded_noise([1, 2], (CHANNELS, *SIZE))
     for high, low in ((1.0, 0.5), (0.5, 0.0)):
-        x = few.led(x, conditions, high, low)
+        x = few.teacher_end(x, conditions, high, low)
     whole = sample(teacher, conditions, SIZE, replace(few.teacher, steps=6), seeds=[1, 2])
     torch.testing.assert_close(x, whole, atol=1e-5, rtol=1e-5)
 

@@ -193,11 +193,11 @@ def test_a_teacher_is_drawn_with_its_guide(runs: Path, tmp_path: Path, caplog: p
     few.take_teacher(teacher.network, source)
     wanted = sample(teacher.network, conditions, (4, 4), way, seeds=[1, 2], guide=teacher.guide_network)
     start = seeded_noise([1, 2], (48, 4, 4))
-    torch.testing.assert_close(few.led(start, conditions, 1.0, 0.0), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(few.teacher_end(start, conditions, 1.0, 0.0), wanted, atol=1e-5, rtol=1e-4)
     alone = FewSteps(1, 3, replace(way, steps=Sampling.steps, guide_scale=0.0))
     alone.take_teacher(teacher.network, source)
     assert "is drawn with guide_scale=0.5, its student learns it without" in caplog.text
-    assert float((alone.led(start, conditions, 1.0, 0.0) - wanted).abs().max()) > 1e-3
+    assert float((alone.teacher_end(start, conditions, 1.0, 0.0) - wanted).abs().max()) > 1e-3
     assert alone.teacher_digest != few.teacher_digest
     with pytest.raises(ValueError, match=r"teacher\.guide_scale=0\.5: model\.init_from=.*base has no guide"):
         few.take_teacher(teacher.network, read_source(runs / "base"))
