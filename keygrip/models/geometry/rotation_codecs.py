@@ -36,7 +36,7 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype count as not seen in training
+COVERED_RAD = math.radians(15.0)  # farther from every prototype, or from PC1's axis, is not seen in training
 WARNING_DEG = 45.0  # largest decode error above which a warning is logged: no manipulation task tolerates it
 # Bins this much wider than 98 % of the rotations need are warned about, unless they are this narrow all the same.
 WIDENED, NARROW_BIN_DEG = 2.0, 2.0
@@ -201,7 +201,10 @@ class PCARotation(RotationCodec):
 
     def covers(self, quaternions: Tensor) -> Tensor:
         scores = self.scores(quaternions)
-        return (scores >= self.score_range[0]) & (scores <= self.score_range[1])
+        within = (scores >= self.score_range[0]) & (scores <= self.score_range[1])
+        # a turn about another axis leaves the score as it is: its place on the axis is then far away, in any bin
+        on_axis = self._from_position(self.bin_position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
+        return within & (geodesic_angle(normalise(quaternions), on_axis) <= COVERED_RAD)
 
     def encode(self, quaternions: Tensor) -> Tensor:
         return self.bin_position(quaternions).long().clamp_max(self.classes - 1)

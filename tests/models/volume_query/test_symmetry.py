@@ -64,6 +64,21 @@ def test_classes_are_those_of_the_equivalents_that_the_codec_holds() -> None:
         assert classes[row].nonzero().flatten().tolist() == sorted(expected.tolist())
 
 
+def test_a_gripper_that_training_never_turned_about_the_vertical_has_one_grip() -> None:
+    """Its bins are of a tilt: a quarter turn changes nothing there, and must not pass for one of them."""
+    tilts = rotation_exp(torch.deg2rad(torch.linspace(-40, 40, 81))[:, None] * torch.tensor([1.0, 0.0, 0.0]))
+    bins = PCARotation(classes=32)
+    bins.fit(tilts)
+    chosen, free = tilts[10:70:9], torch.tensor(True)
+    for order in (2, 4, 8):
+        classes = equivalent_classes(bins, chosen, free.expand(len(chosen)), order)
+        assert classes.sum(-1).tolist() == [1] * len(chosen)
+        turned = equivalent_turns(chosen[:1], order)[:, 1]  # where the gripper stands at the start
+        kept = steady_turns(chosen[:1], turned[0], free, bins, order)
+        torch.testing.assert_close(kept, chosen[:1])
+    assert bool(bins.covers(tilts[1:-1]).all())
+
+
 def test_the_loss_is_of_the_summed_probability() -> None:
     torch.manual_seed(0)
     logits, classes = torch.randn(4, 6, dtype=torch.float64).float(), torch.rand(4, 6) < 0.4
