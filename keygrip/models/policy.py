@@ -100,7 +100,8 @@ def _numbers(seen: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: i
     if name not in seen:
         raise ValueError(f"the observation lacks {name!r}, which is {wanted} numbers")
     try:
-        value = arm_axis(seen[name], len(shape) - 1) if arms == 1 else np.asarray(seen[name], dtype=np.float64)
+        value = np.array(seen[name], dtype=np.float64)  # a copy: torch warns of arrays that cannot be written
+        value = arm_axis(value, len(shape) - 1) if arms == 1 else value
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name!r} of the observation must be {wanted} numbers: {error}") from error
     if value.shape != shape:
