@@ -20,7 +20,7 @@ def read(name: str) -> dict[str, Any]:
 def frames_and_tokens() -> None:
     """Quality and time of the language model against the number of frames: one chosen token per frame, and many."""
     runs = {run["run"]: run for run in read("foveated_vlm")["runs"]}
-    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     quality, time = figure.subplots(1, 2)
     for run, mode, label, colour in (
         ("long_0", "autoregressive", "1 chosen token per frame", "tab:blue"),
@@ -33,7 +33,7 @@ def frames_and_tokens() -> None:
     quality.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
     quality.set_xscale("log", base=2)
     quality.set(xlabel="frames, up to", ylabel="accuracy", ylim=(0, 1.02), title="small model, held-out tours")
-    quality.legend(fontsize=7)
+    quality.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     recorded = read("vlm_tokens")
     for tokens, colour in ((1, "tab:blue"), (4, "tab:green"), (16, "tab:orange"), (64, "tab:red")):
         points = [(n, recorded.get(f"frames_{n}_tokens_{tokens}_ms")) for n in LENGTHS]
@@ -43,18 +43,18 @@ def frames_and_tokens() -> None:
     time.set_xscale("log", base=2)
     time.set_yscale("log")
     time.set(xlabel="frames", ylabel="seconds to read frames and question", title="SmolLM2 135M, one processor thread")
-    time.legend(fontsize=7)
+    time.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     for axes in (quality, time):
         axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
         axes.grid(alpha=0.3)
     IMAGES.mkdir(exist_ok=True)
-    figure.savefig(IMAGES / "frames_and_tokens.png", dpi=110)
+    figure.savefig(IMAGES / "frames_and_tokens.png", dpi=120)
 
 
 def sampler_curve() -> None:
     """Distance from the exact sample against time, by solver and by the interval of noise levels with guidance."""
     recorded = read("dit_curve")
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.2), layout="constrained")
     axes = figure.subplots()
     curves: dict[str, list[tuple[float, float]]] = {}
     for name in recorded:
@@ -70,8 +70,8 @@ def sampler_curve() -> None:
     axes.set_xticks((300, 500, 700, 1000), ("300", "500", "700", "1000"))
     axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(which="both", alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(IMAGES / "sampler_curve.png", dpi=110)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(IMAGES / "sampler_curve.png", dpi=120)
 
 
 def token_counts() -> None:
@@ -104,14 +104,14 @@ def token_counts() -> None:
         axes.set(xlabel="TFLOP of training, without the encoder", title=question, ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on test")
-    panels[2].legend(fontsize=7, loc="lower right")
-    figure.savefig(IMAGES / "token_counts.png", dpi=110)
+    panels[2].legend(fontsize=9, loc="lower right")
+    figure.savefig(IMAGES / "token_counts.png", dpi=120)
 
 
 def metaworld_demonstrations() -> None:
     """Success on MT10 against the demonstrations of each task, at one training time; the peers beside it."""
     recorded = read("metaworld_equal_time")
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(run["name"] for run in recorded["runs"]))
     for name in names:
@@ -126,10 +126,10 @@ def metaworld_demonstrations() -> None:
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     axes.set(xlabel="demonstrations of each task", ylabel="success, %", ylim=(0, 102))
-    axes.set_title(f"Meta-World MT10, {recorded['minutes']} minutes of training on one core", fontsize=9)
+    axes.set_title(f"Meta-World MT10, {recorded['minutes']} minutes of training on one core", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(IMAGES / "metaworld_demonstrations.png", dpi=110)
+    axes.legend(fontsize=9)
+    figure.savefig(IMAGES / "metaworld_demonstrations.png", dpi=120)
 
 
 if __name__ == "__main__":
