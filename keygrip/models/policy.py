@@ -86,6 +86,18 @@ def image_of(view: Mapping[str, Any]) -> np.ndarray:
     return image
 
 
+def instruction_of(observation: Observation) -> str:
+    """The sentence that says what to do.
+
+    Raises:
+        ValueError: there is none, or an empty one.
+    """
+    instruction = observation.get("instruction")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+    return instruction
+
+
 def calibration_of(view: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The intrinsics ``[3, 3]`` and the pose ``[4, 4]``, world to camera, of a camera.
 

@@ -17,7 +17,17 @@ from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.nn.low_precision import Precision
-from keygrip.models.policy import Needs, Observation, Plan, calibration_of, image_of, poses_of, robot_number, views_of
+from keygrip.models.policy import (
+    Needs,
+    Observation,
+    Plan,
+    calibration_of,
+    image_of,
+    instruction_of,
+    poses_of,
+    robot_number,
+    views_of,
+)
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -258,7 +268,7 @@ class GeometryVLAPolicy:
     def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _Seen:
         """The encoders' pass, the present poses and the noise of several plans."""
         module, device, needs = self.module, self.module.device, self.needs
-        instructions = [_instruction(seen) for seen in observations]
+        instructions = [instruction_of(seen) for seen in observations]
         views = [
             [
                 self._view(view, needs.calibrated(name))
@@ -328,10 +338,3 @@ class GeometryVLAPolicy:
         if not calibrated:
             return self._geometry.view(image, np.eye(3), np.eye(4))
         return self._geometry.view(image, *calibration_of(view))
-
-
-def _instruction(observation: Observation) -> str:
-    instruction = observation.get("instruction")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError("the observation lacks an instruction, which tells this policy what to do")
-    return instruction

@@ -14,7 +14,17 @@ from keygrip.data.batches import CLOSED, normalised
 from keygrip.data.robot.augmentation import View
 from keygrip.models.dark_images import image_shows_nothing
 from keygrip.models.geometry.cameras import project
-from keygrip.models.policy import Needs, Observation, Plan, calibration_of, image_of, poses_of, views_of, views_there
+from keygrip.models.policy import (
+    Needs,
+    Observation,
+    Plan,
+    calibration_of,
+    image_of,
+    instruction_of,
+    poses_of,
+    views_of,
+    views_there,
+)
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
@@ -102,7 +112,7 @@ class VolumeQueryPolicy:
         encoder = self.module.network.instruction_encoder
         if encoder is None:
             return None
-        sentences = _instructions(observations)
+        sentences = [instruction_of(seen) for seen in observations]
         for sentence in sentences:
             if sentence not in self._read:
                 if len(self._read) == SENTENCES_KEPT:
@@ -192,7 +202,7 @@ class VolumeQueryPolicy:
         module = self.module
         if not module.symmetry.several or not self.steady_turns:
             return planned
-        sentences = _instructions(observations) if self._turns_by_word else ()
+        sentences = [instruction_of(seen) for seen in observations] if self._turns_by_word else ()
         for order, free in module.symmetry.choices(sentences, gripper >= CLOSED):
             planned = torch.stack(
                 [
@@ -257,11 +267,3 @@ class VolumeQueryPolicy:
             )
             for row in range(len(observations))
         ]
-
-
-def _instructions(observations: Sequence[Observation]) -> list[str]:
-    """The sentence of each. Raises ValueError where one has none."""
-    sentences = [seen.get("instruction") for seen in observations]
-    if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
-        raise ValueError("the observation lacks an instruction, which tells this policy what to do")
-    return [str(sentence) for sentence in sentences]
