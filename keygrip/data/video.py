@@ -376,7 +376,8 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
 
     The header of an mp4 counts in decoding order, which with B-frames and uneven times may end long before the last
     frame is shown. That of an AVI is as long as the file, of which a part may be missing; the number of frames is
-    whole. Matroska and WebM give only the length of the longest stream, sound included, counted from 0.
+    whole. Matroska and WebM give only the length of the longest stream, sound included, counted from 0; ASF (WMV) too,
+    whose frames may begin later.
 
     Raises:
         ValueError: no frames, or the packets end before the time that the file says.
@@ -384,7 +385,8 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
     # libav may give a stream of Matroska the length of the whole all the same
     if stream.duration is None or stream.time_base is None or "matroska" in container.format.name:
         return _length_of_packets(source)
-    declared = float(stream.duration * stream.time_base)
+    late = max(0, stream.start_time or 0) if container.format.name == "asf" else 0
+    declared = float((stream.duration - late) * stream.time_base)
     if container.format.name == "avi" and stream.frames and stream.average_rate:
         declared = max(declared, float(stream.frames / stream.average_rate))
         if untimed_order(container, stream):

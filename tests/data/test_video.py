@@ -86,6 +86,20 @@ def test_matroska_of_few_frames_beside_longer_sound_is_read(tmp_path: Path) -> N
     assert numbers(decode_video(str(path), 16, "stretch")) == [0, 1, 2, 3]
 
 
+def test_windows_media_whose_frames_begin_late_are_as_long_as_they_are_shown(tmp_path: Path) -> None:
+    """Its header counts from 0: of 4 seconds from second 3 on frames up to second 6 were asked for."""
+    with av.open(str(tmp_path / "a.wmv"), "w") as file:
+        stream = file.add_stream("wmv2", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + 10 * number, np.uint8), format="rgb24")
+            frame.pts = 15 + number
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    assert duration_s(tmp_path / "a.wmv") == pytest.approx(4.0, abs=0.02)
+    assert numbers(decode_video(str(tmp_path / "a.wmv"), 16, "stretch")) == [0, 5, 10, 15]
+
+
 def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", [0.0, 2.5, 5.0, 5.5], 2)
     shown = frames_at(str(path), lambda _: [0, 1, 2, 2.4, 2.6, 4.9, 5.0, 5.6], lambda image: np.asarray(image))
