@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, distributed
 
@@ -39,3 +41,15 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     if not torch.is_grad_enabled():
         return global_sum(total) / everywhere.clamp(min=1e-12) * (everywhere > 0)
     return total * (world_size() / everywhere.clamp(min=1e-12)) * (everywhere > 0)
+
+
+def weighted_means(losses: Mapping[str, Tensor], counted: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Each loss's mean over the counted elements of the global batch, as `global_mean`, and their weighted ``total``.
+
+    Args:
+        losses: by name, each of the shape of ``counted``. counted: bool. weights: by the same names.
+    """
+    count = counted.sum()
+    means = {name: global_mean(loss.masked_fill(~counted, 0.0).sum(), count) for name, loss in losses.items()}
+    total = sum((weights[name] * mean for name, mean in means.items()), start=torch.zeros((), device=counted.device))
+    return means | {"total": total}

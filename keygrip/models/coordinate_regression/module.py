@@ -24,7 +24,7 @@ from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
 from keygrip.models.policy import Needs, Observation, Plan, image_of, poses_of
 from keygrip.models.policy_statistics import PolicyStatistics
-from keygrip.training.distributed import global_mean
+from keygrip.training.distributed import weighted_means
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System, check_names
@@ -102,7 +102,7 @@ class CoordinateRegressionModule(System):
         checkpoint[STATE] = {"camera": self.camera}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if STATE in checkpoint:  # checkpoints have named it only since it is looked for by name
+        if STATE in checkpoint:  # the name is optional
             name = checkpoint[STATE]["camera"]
             self.camera = None if name is None else str(name)
 
@@ -146,20 +146,15 @@ class CoordinateRegressionModule(System):
         return ~batch.action_is_pad if self.mask_padded_steps else torch.ones_like(batch.action_is_pad)
 
     def losses(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
+        """The three losses and their weighted ``total``, each a scalar averaged over the counted steps of the global
+        batch."""
         columns = quaternion_to_columns(batch.quaternion)
         per_step = {
             "position": (output.position - self.normalise(batch.position)).abs().mean(-1),
             "rotation": (output.rotation - columns).abs().mean((-2, -1)),
             "gripper": F.binary_cross_entropy_with_logits(output.gripper, batch.gripper, reduction="none"),
         }
-        counted = self._counted(batch)
-        losses = {
-            name: global_mean(value.masked_fill(~counted, 0.0).sum(), counted.sum()) for name, value in per_step.items()
-        }
-        total = sum(
-            (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
-        )
-        return losses | {"total": total}
+        return weighted_means(per_step, self._counted(batch), self.weights)
 
     @torch.no_grad()
     def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:

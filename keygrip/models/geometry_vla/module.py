@@ -221,7 +221,7 @@ class GeometryVLAModule(System):
         vlm = self.network.vlm
         vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"], vlm.vocabulary))
         self.views = tuple(checkpoint[STATE]["views"])
-        if "calibrated" in checkpoint[STATE]:  # older ones have no encoder that depends on it
+        if "calibrated" in checkpoint[STATE]:  # optional: without it no encoder depends on it
             self._take_calibrated(checkpoint[STATE]["calibrated"])
 
     @property

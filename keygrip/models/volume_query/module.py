@@ -34,7 +34,7 @@ from keygrip.models.volume_query.symmetry import (
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import FurtherViews
-from keygrip.training.distributed import global_mean
+from keygrip.training.distributed import weighted_means
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -182,7 +182,7 @@ class VolumeQueryModule(System):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if STATE in checkpoint:
             self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
-        elif self.network.world_views:  # checkpoints of one camera have named it only since it is looked for by name
+        elif self.network.world_views:  # of one camera the name is optional
             raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
 
     @property
@@ -291,14 +291,7 @@ class VolumeQueryModule(System):
             "gripper": _classification(output.gripper, targets.gripper),
             "rotation": rotation,
         }
-        count = targets.valid.sum()
-        losses = {
-            name: global_mean(value.masked_fill(~targets.valid, 0.0).sum(), count) for name, value in per_step.items()
-        }
-        total = sum(
-            (self.weights[name] * value for name, value in losses.items()), start=torch.zeros((), device=self.device)
-        )
-        return losses | {"total": total}
+        return weighted_means(per_step, targets.valid, self.weights)
 
     def _choices(self, batch: PolicyBatch) -> list[tuple[int, Tensor]]:
         """Numbers of equivalent grips, and bool ``[B, A, T]`` where there is that choice: the plan begins with an open
