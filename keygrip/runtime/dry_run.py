@@ -6,6 +6,7 @@ Writes a figure (.png, any format that matplotlib writes) or a recording for the
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from matplotlib.figure import Figure
 
 from keygrip.artifacts import atomic_path, atomic_write
 from keygrip.models.policy import Plan, Policy, arm_axis
-from keygrip.runtime.asynchronous import Trajectory
-from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
+from keygrip.runtime.asynchronous import ROUNDING_S, Trajectory
+from keygrip.runtime.limits import LONGEST_PLAN_S, LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE, Follow, followed, waypoints_of
 from keygrip.runtime.robot import JointRobot, Robot
 
@@ -32,7 +33,8 @@ class Rehearsal:
     Attributes:
         observation: as it is. plan: in the terms in which it is followed. refused: why the plan would be refused, None:
             it would not.
-        times: [K] seconds from the observation. targets, commands: [K, A, 8] of the plan, and within the limits.
+        times: [K] seconds from the observation, where the arms stand, to the plan's end, or 60 s.
+        targets, commands: [K, A, 8] of the plan, and within the limits; the present pose where the plan is no path.
         plan_ms: of each timed plan.
     """
 
@@ -83,30 +85,40 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
         ],
         axis=1,
     )
-    steps, period = plan.gripper.shape[1], 1.0 / robot.control_hz
-    begin = start
-    if plan.joints is not None:
-        assert arms is not None
-        begin = np.concatenate([start, arms.commanded_joints], axis=1)
-    waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
-    path = Trajectory(plan.step_seconds * np.arange(steps + 1), waypoints, arms)
-    times = np.arange(1, round(plan.step_seconds * steps / period) + 1) * period
-    targets = np.stack([path.at(float(moment))[:, :POSE] for moment in times])
-    commands = targets
-    if limits is not None:
-        motions = [LimitedMotion(limits, pose) for pose in start]
+    motions = [] if limits is None else [LimitedMotion(limits, pose) for pose in start]
+    if motions:
         try:
             refuse_unsafe(plan, motions, robot.control_hz)
         except UnsafePlanError as error:
             refused = refused or str(error)
-        if np.isfinite(targets).all():
-            commands = np.stack(
-                [
-                    [motion.step(pose, period) for motion, pose in zip(motions, target, strict=True)]
-                    for target in targets
-                ]
-            )
+    period, seconds, steps = 1.0 / robot.control_hz, plan.step_seconds, plan.gripper.shape[1]
+    if _is_path(plan, len(start)):
+        periods = max(1, math.ceil(min(seconds * steps, LONGEST_PLAN_S) * robot.control_hz - ROUNDING_S))
+        begin = start
+        if plan.joints is not None:
+            assert arms is not None
+            begin = np.concatenate([start, arms.commanded_joints], axis=1)
+        waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
+        path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
+        targets = np.stack([path.at(tick * period)[:, :POSE] for tick in range(periods + 1)])
+    else:
+        refused = refused or "the plan is no path of finite poses"
+        targets = np.stack([start, start])
+    commands = targets
+    if motions:
+        moved = [
+            [motion.step(pose, period) for motion, pose in zip(motions, target, strict=True)] for target in targets[1:]
+        ]
+        commands = np.stack([start, *moved])
+    times = period * np.arange(len(targets))
     return Rehearsal(observation, plan, refused, times, targets, commands, milliseconds)
+
+
+def _is_path(plan: Plan, arms: int) -> bool:
+    """Whether a plan says where that many arms shall be when, in whatever haste."""
+    parts = (plan.position, plan.quaternion, plan.gripper, np.asarray(plan.step_seconds))
+    finite = len(plan.gripper) == arms and all(np.isfinite(part).all() for part in parts)
+    return finite and plan.step_seconds > 0 and bool((np.linalg.norm(plan.quaternion, axis=-1) > 0).all())
 
 
 def dry_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +440,38 @@ def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, cali
     refused = dry_run(Sideways(), arm, LIMITS, tmp_path / "refused.png")
     assert "outside the workspace" in refused["refused"]
     json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: replace(plan, step_seconds=0.01), None),  # shorter than a control period
+        (lambda plan: replace(plan, position=plan.position * np.nan), "position is not finite"),
+        (lambda plan: replace(plan, quaternion=plan.quaternion * 0), "norm 0, not 1"),
+        (lambda plan: replace(plan, step_seconds=0.0), "step_seconds is 0.0"),
+        (lambda plan: replace(plan, gripper=plan.gripper.repeat(2, axis=0)), "for 2 arms, the robot has 1"),
+    ],
+)
+def test_a_dry_run_says_of_any_plan_whether_it_would_be_followed(
+    change: Callable[[Plan], Plan], said: str | None, tmp_path: Path, calibration: Path
+) -> None:
+    class Changed(Sideways):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            return change(Plan(plan.position[:, :1], plan.quaternion[:, :1], plan.gripper[:, :1], plan.step_seconds))
+
+    camera = Still()
+    arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    wide = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1.0))
+    result = dry_run(Changed(), arm, wide, tmp_path / "plan.png")
+    if said is None:
+        assert result["refused"] is None
+        assert 0 < result["fastest_m_s"] <= LIMITS.speed_m_s + 1e-9
+    else:
+        assert said in result["refused"]
+        assert result["fastest_m_s"] == 0
+    json.dumps(result, allow_nan=False)
 
 
 def test_the_expert_as_a_policy_succeeds_under_latency() -> None:
