@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from keygrip.artifacts import write_bytes, write_text
 from keygrip.models.patch_dit.figures import image_grid
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +26,26 @@ EXPLAINED = {
     "autoencoder": "the real images as the autoencoder brings them back: no drawn image can be better",
     "another_picture": "a real image, another one than asked for",
     "real": "the real images themselves: the classifier's own error, and the distance of real sets from each other",
+}
+FIGURES = {
+    "psnr_db": "peak signal-to-noise ratio against the image asked for, dB",
+    "ssim": "structural similarity to the image asked for; 1: equal",
+    "dino_distance": "distance from the image asked for in DINO features",
+    "judge_distance": "the same in the features of the attribute classifier",
+    "lpips": "the same in those of LPIPS",
+    "clip_similarity": "cosine of CLIP's embeddings of image and caption",
+    "grain": "mean distance of pixels from the median of their 3 x 3 neighbourhood, 1/255",
+    "cube_px": "how far the cube is from where it was asked for, mean; `block_px` likewise",
+    "cube_within_4px": "share of images with the cube that near; `block_within_4px` likewise",
+    "colour_of_reference": "share of cubes in the colour of the reference image",
+    "objects_as_named": "share of images with exactly the named objects",
+    "colour_as_asked": "share of cubes in the colour that the words ask for",
+    "side_as_asked": "share of cubes on the side of the block that the words ask for",
+    "frechet": "Frechet distance of the set from real training images",
+    "cmmd": "maximum mean discrepancy of the same sets; 0: none",
+    "precision": "share of the images that lie among real ones",
+    "recall": "share of real images that lie among these",
+    "grain_off": "how far grain is off that of real images",
 }
 # What is weighed against each other over the scales; a minus: less is better. The first pair of figures that were
 # measured; where several pairs of scales have the very same best shares, these are weighed by `QUALITY`.
@@ -55,7 +72,7 @@ SHARES = (
     ("reconstruction", "cube_within_4px", 0.95, "share of reconstructions with the cube within 4 px"),
     ("reconstruction", "colour_as_asked", 0.98, "share of reconstructions with the right colour"),
     ("changed_words", "colour_as_asked", 0.95, "share of changed words whose colour is drawn"),
-    ("changed_words", "cube_within_4px", 0.90, "share of these with the cube in place"),
+    ("changed_words", "cube_within_4px", 0.90, "share of images of changed words with the cube in place"),
 )
 
 
@@ -153,10 +170,10 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     lines += [f"Sampling: {sampling}.", ""]
     if "features" in figures:
         anchor = (
-            "These training images may be among the real ones that sets are compared with: the row `real` is no anchor "
-            "of the distances, which tell only how these sets of images differ from each other."
+            "These training images may be among the real ones that sets are compared with: the column `real` is no "
+            "anchor of the distances, which tell only how these sets of images differ from each other."
             if figures["split"] == "train"
-            else "The row `real` says how far real held-out images are from the same real training images."
+            else "The column `real` says how far real held-out images are from the same real training images."
         )
         lines += [
             f"Sets are compared in the features of: {figures['features']['name']} (SHA-256 "
@@ -172,7 +189,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             f"held-out real ones (validation split) its mean error is {classifier['cube_px']:.2f} px for the cube and "
             f"{classifier['block_px']:.2f} px for the block; {classifier['near']:.1%} of the cubes are within 4 px and "
             f"{classifier['colour']:.1%} of the colours are named correctly. Its error on the images of this report is "
-            "in the row `real`. Pixels are those of an image whose shorter side has 64.",
+            "in the column `real`. Pixels are those of an image whose shorter side has 64.",
             "",
         ]
     if figures["lpips_note"]:
@@ -181,6 +198,8 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
         lines += ["## Samples", "", f"![samples]({SAMPLES})", ""]
     lines += ["## Figures", "", *table(figures["cases"]), ""]
     lines += [f"- `{case}`: {EXPLAINED[case]}" for case in figures["cases"]]
+    measured = {name for row in (*figures["cases"].values(), *figures["scales"]) for name in row}
+    lines += ["", "In the tables:", "", *(f"- `{name}`: {why}" for name, why in FIGURES.items() if name in measured)]
     if figures["scales"]:
         lines += ["", "## Words against features", "", "The same images over the two guidance scales.", ""]
         lines += [f"![{name}]({name})" for name in (SCALE_MAP, SCALES) if name in images]
@@ -219,12 +238,12 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A Markdown table: one line per row, one column for each figure that any row has."""
+    """A Markdown table: one column per row of figures, one line for each figure that any has, to fit a page."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for title, row in rows.items():
-        cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines = ["| | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
+    for name in names:
+        cells = (f"{row[name]:.4g}" if name in row else "" for row in rows.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 

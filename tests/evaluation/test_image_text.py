@@ -415,6 +415,9 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     assert "No text scale is better in both objects_as_named and frechet than: text" in text
     assert "| reconstruction, 2 steps |" in text
     assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
+    named = set(re.findall(r"(?m)^\| ([a-z]\w*) \|", text)) - {"images", "evaluations", "s_per_image"}
+    told = " ".join(re.findall(r"(?m)^- .*", text))
+    assert {name for name in named if f"`{name}`" not in told} == {"cube_px_median", "block_px_median"}
     assert "its mean error is" in text
     assert "LPIPS was not computed" in text or "lpips" in figures["cases"]["reconstruction"]
     assert json.loads(json.dumps(figures)) == figures
@@ -567,10 +570,10 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
 
 def test_tables_have_a_column_for_each_figure_of_any_row() -> None:
     assert table({"one": {"a": 1.0}, "two": {"a": 2.0, "b": 0.12345}}) == [
-        "| | a | b |",
+        "| | one | two |",
         "| --- | --- | --- |",
-        "| one | 1 |  |",
-        "| two | 2 | 0.1235 |",
+        "| a | 1 | 2 |",
+        "| b |  | 0.1235 |",
     ]
 
 
