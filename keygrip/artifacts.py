@@ -89,13 +89,39 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         file.write(content)
 
 
+def json_text(
+    content: Any, indent: int | None = None, ascii_only: bool = False, default: Callable[[Any], Any] | None = None
+) -> str:
+    """``content`` as JSON that every reader takes: numbers that are not finite are null, for JSON has none.
+
+    Args:
+        indent, default: as for `json.dumps`. ascii_only: other characters are escaped, for any terminal.
+
+    Raises:
+        ValueError, TypeError: it is not JSON.
+    """
+    try:
+        return json.dumps(content, indent=indent, ensure_ascii=ascii_only, default=default, allow_nan=False)
+    except ValueError:  # also of what holds itself, at which this raises again
+        standard = _finite(json.loads(json.dumps(content, default=default)))
+        return json.dumps(standard, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
-    """``content`` as JSON with a final newline, whole or not at all.
+    """``content`` as JSON (`json_text`) with a final newline, whole or not at all.
 
     Raises:
         ValueError, TypeError: it is not JSON; nothing is written then.
     """
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json_text(content, indent) + "\n")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ computed them. Progress and logs go to standard error.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 import shlex
@@ -22,7 +21,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 from keygrip.training.strategies import use_tf32
@@ -155,7 +154,7 @@ def print_result(cfg: DictConfig) -> None:
     """Measures and prints the result as one line of JSON."""
     result = run(cfg)
     sys.stderr.flush()
-    print(json.dumps(result))
+    print(json_text(result, ascii_only=True))
     if result.get("failed"):
         sys.stdout.flush()
         raise ChildProcessError(

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import compose
 from keygrip.training.run_folder import CHECKPOINT, is_first_process
@@ -144,7 +145,7 @@ def print_report(cfg: DictConfig) -> None:
     result = run(cfg)
     sys.stderr.flush()
     print(report(result, Path(cfg.run_dir)))
-    print(json.dumps(result))
+    print(json_text(result, ascii_only=True))
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ The checkpoint's model decides what is measured (`keygrip.evaluation.kinds`) and
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
 from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.config_errors import setting_errors
@@ -88,7 +87,7 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
 
 def print_result(cfg: DictConfig) -> None:
     """Evaluates and prints the result as one line of JSON."""
-    print(json.dumps(run(cfg)))
+    print(json_text(run(cfg), ascii_only=True))
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

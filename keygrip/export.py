@@ -8,7 +8,6 @@ peft does; ``diffusers`` a DiT as the folder of a `DiffusionPipeline`. Prints on
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import atomic_folder
+from keygrip.artifacts import atomic_folder, json_text
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -111,7 +110,7 @@ def _size(folder: Path) -> int:
 
 def print_result(cfg: DictConfig) -> None:
     """`run`, and its result as the one line on standard output."""
-    print(json.dumps(run(cfg)))
+    print(json_text(run(cfg), ascii_only=True))
 
 
 def main() -> None:

@@ -6,12 +6,12 @@ Prints one line of JSON last on standard output: the answers, and where the figu
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def print_answers(cfg: DictConfig) -> None:
     """Answers and prints the result as one line of JSON."""
-    print(json.dumps(run(cfg), ensure_ascii=False))
+    print(json_text(run(cfg)))
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.setting_types import refuse_ill_typed
 
@@ -33,7 +33,7 @@ def print_report(cfg: DictConfig) -> None:
         ValueError: the step found errors in the data.
     """
     report = run(cfg)
-    print(json.dumps(report, default=str), flush=True)
+    print(json_text(report, ascii_only=True, default=str), flush=True)
     if report.get("errors"):
         where = report.get("problems_file")
         listed = f"all listed in {where}" if where else "the first listed above"

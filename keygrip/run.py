@@ -6,12 +6,12 @@ with exit code 1; Ctrl-C, SIGTERM and a terminal that is closed stop the arm, to
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def print_report(cfg: DictConfig) -> None:
     """Runs, and prints the figures as one line of JSON."""
-    print(json.dumps(run(cfg)), flush=True)
+    print(json_text(run(cfg), ascii_only=True), flush=True)
 
 
 def main() -> None:

@@ -6,12 +6,12 @@ last on standard output: where they lie, and the time it took.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def print_result(cfg: DictConfig) -> None:
     """Draws and prints the result as one line of JSON."""
-    print(json.dumps(run(cfg), ensure_ascii=False))
+    print(json_text(run(cfg)))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from keygrip import artifacts
@@ -41,6 +43,28 @@ def test_json_that_is_none_writes_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     artifacts.write_json(tmp_path / "x.json", {"ä": 1})
     assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n "ä": 1\n}\n'
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+    """JSON has no NaN: browsers, Go and Rust refuse a file that holds one."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    content = {"loss": float("nan"), "each": (1.5, np.float64("inf")), "text": "NaN"}
+    artifacts.write_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse) == {
+        "loss": None,
+        "each": [1.5, None],
+        "text": "NaN",
+    }
+    assert artifacts.json_text({"ä": float("-inf"), "file": tmp_path}, ascii_only=True, default=str) == (
+        f'{{"\\u00e4": null, "file": "{tmp_path}"}}'
+    )
+    holds_itself: list[object] = []
+    holds_itself.append(holds_itself)
+    with pytest.raises(ValueError, match="Circular"):
+        artifacts.json_text(holds_itself)
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:

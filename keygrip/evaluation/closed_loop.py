@@ -7,7 +7,6 @@ seed, control) alone, so the number of processes does not change the result.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import multiprocessing
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.artifacts import write_text
+from keygrip.artifacts import json_text, write_text
 from keygrip.cores import usable_cores
 from keygrip.envs.environment import Environment, Task, open_environment
 from keygrip.evaluation.kinds import changed
@@ -376,7 +375,7 @@ class _Results:
         self.done.append(job)
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps({'condition': job.condition, **vars(episode)})}\n")
+                file.write(f"{json_text({'condition': job.condition, **vars(episode)}, ascii_only=True)}\n")
         won = sum(each.success for found in self.episodes.values() for each in found)
         self._bar.set_postfix_str(f"{won} of {len(self.done)} succeeded", refresh=False)
         self._bar.update()

@@ -18,7 +18,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from keygrip.artifacts import atomic_write, write_json, write_text
+from keygrip.artifacts import atomic_write, json_text, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import root_cause
 from keygrip.training.run_folder import CHECKPOINT, RunFolderError, restarted_by_scheduler
@@ -41,7 +41,7 @@ _failures: list[str] = []
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json`` into a run folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RESULT, json.dumps(result, indent=1, default=str) + "\n")
+    write_text(folder / RESULT, json_text(result, indent=1, ascii_only=True, default=str) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -352,4 +352,6 @@ def _same(left: Sequence[str], right: Sequence[str]) -> bool:
 
 
 def _figure(value: Any) -> Any:
+    if value is None:  # what JSON has for a number that is not finite
+        return "nan"
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from keygrip.artifacts import locked
+from keygrip.artifacts import locked, write_json
 from keygrip.training.sweeps import PLAN, collect, finish_sweep, markdown, table, write_result
 
 TOY = [
@@ -115,6 +115,16 @@ def test_jobs_without_a_result_are_missing(tmp_path: Path, capsys: pytest.Captur
     from keygrip.training.sweeps import close_sweeps
 
     assert close_sweeps() == [f"2 of 3 jobs of the sweep did not finish: 1 (missing), 2 (killed); see {tmp_path}"]
+
+
+def test_a_metric_that_is_not_finite_is_seen_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / PLAN, {"jobs": [["seed=0"], ["seed=1"]]})
+    for seed, loss in ((0, 0.5), (1, float("nan"))):
+        result = {"status": "finished", "overrides": [f"seed={seed}"], "metrics": {"val/loss": loss}, "wall_s": 1.0}
+        write_result(tmp_path / str(seed), result)
+    assert "NaN" not in (tmp_path / "1" / "result.json").read_text()
+    finish_sweep(tmp_path)
+    assert [row["val/loss"] for row in rows_of(tmp_path)] == ["0.5", "nan"]
 
 
 def test_table_is_aligned_markdown() -> None:
