@@ -900,6 +900,21 @@ def vlm_lengths() -> str:
     return markdown(["per frame", "frames", *spans], rows)
 
 
+def vlm_short_tours() -> str:
+    """Accuracy of two seeds on many tours of 1 to 4 frames, and how many questions it is of."""
+    record = read("foveated_vlm")["lengths"]["short_tours"]["runs"]
+    rows: list[list[str]] = []
+    for kind in ("mark", "cue", "glance"):
+        for run in record:
+            found = [run["autoregressive"].get(f"accuracy_{kind}_of_{end}") for end in (1, 2, 4)]
+            rows.append(
+                [f"*{kind}*, seed {run['seed']}", *("" if share is None else f"{share:.2f}" for share in found)]
+            )
+        asked = [record[0]["autoregressive"].get(f"questions_{kind}_of_{end}") for end in (1, 2, 4)]
+        rows.append([f"questions about *{kind}*", *("" if number is None else f"{number:.0f}" for number in asked)])
+    return markdown(["frames", "1", "2", "3 to 4"], rows)
+
+
 def vlm_claims() -> str:
     """Jobs of `sweep=vlm_claims` that were run: means over seeds; in brackets the autoregressive extremes."""
     record = read("foveated_vlm")["claims"]
@@ -1127,6 +1142,7 @@ TABLES: dict[str, Callable[[], str]] = {
             vlm_gpu,
             vlm_others,
             vlm_lengths,
+            vlm_short_tours,
             vlm_ablations,
             vlm_label_free,
             vlm_self_supervised,
