@@ -219,10 +219,12 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
     ema = (cfg.callbacks or {}).get("ema") is not None
     try:
         batch = next(iter(datamodule.train_dataloader())).to(device)
+        log.info("dry run: losses of a batch, then the memory of a step; at real size minutes on a CPU")
         report = {"processes": processes} | module.to(device).dry_run(batch)
         if sharded:
             device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
         worst = datamodule.worst_batches() if hasattr(datamodule, "worst_batches") else []
+        log.info("dry run: memory of a step on %s", f"{len(worst)} of the largest batches" if worst else "that batch")
         accumulated = cfg.accumulate_grad_batches > 1
         moments = 4 * module.optimizer_recipe.moments(module.trained_part())
         counts = [

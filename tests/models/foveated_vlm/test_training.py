@@ -248,8 +248,12 @@ def test_the_fused_loss_on_a_cpu_is_refused_in_a_sentence(overrides: Callable[..
         train.run(compose("train", overrides("run", "max_steps=1", "model.loss_kernel=liger")))
 
 
-def test_a_dry_run_writes_no_checkpoint(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    report: dict[str, Any] = train.run(compose("train", overrides("dry", "dry_run=true")))
+def test_a_dry_run_writes_no_checkpoint_and_says_what_it_does(
+    overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        report: dict[str, Any] = train.run(compose("train", overrides("dry", "dry_run=true")))
+    assert [line.partition(":")[0] for line in caplog.messages].count("dry run") == 2
     assert set(report["modes"]) == {"coarse_only", "coarse_fine", "autoregressive"}
     assert not (tmp_path / "dry" / "checkpoints").exists()
 
