@@ -31,14 +31,9 @@ from keygrip.envs.yam.tasks import Placed, TaskOptions
 from keygrip.envs.yam.text import EpisodeTrace, describe
 from keygrip.envs.yam.two_arms import HandoverCell
 from keygrip.progress import Progress
+from keygrip.recording.episodes import record_successes
 from keygrip.recording.handover import record_handover
-from keygrip.recording.recorded_folder import (
-    LOCK_FILE,
-    SETTINGS_FILE,
-    demo_name,
-    refuse_other_settings,
-    store,
-)
+from keygrip.recording.recorded_folder import LOCK_FILE, SETTINGS_FILE, demo_name, refuse_other_settings, store
 from keygrip.recording.signs import SignKeeper
 
 ROBOT = "yam"
@@ -106,9 +101,9 @@ def record(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: a setting out of range, or `root` holds a recording made with other settings.
+        ValueError: a setting out of range, `root` holds a recording made with other settings, or the expert fails in
+            more than half of the episodes.
         RenderingUnavailableError: this machine cannot draw off screen.
-        RuntimeError: the expert fails in more than half of the episodes.
     """
     if demos < 1 or processes < 1:
         raise ValueError(f"demos and processes must be at least 1, got demos={demos}, processes={processes}")
@@ -163,35 +158,15 @@ def _record(
     task = settings.task
     _check_settings(root, settings)
     failed = set(_read_settings(root).get("failed_seeds", []))
-    started, done, recorded, next_seed, failures = time.monotonic(), 0, 0, seed, 0
+    started = time.monotonic()
     with (
         Progress(total=demos, desc=f"record {task.name}", unit="demo", shown=progress) as bar,
         _Workers(settings, root, min(processes, demos)) as workers,
     ):
-        while done < demos:
-            # As many further seeds as demos are missing: the same set of seeds whatever the number of processes.
-            batch = range(next_seed, next_seed + demos - done)
-            next_seed = batch.stop
-            there = [s for s in batch if (root / demo_name(task.name, s) / "metadata.json").is_file()]
-            known = [s for s in batch if s in failed]
-            failures += len(known)
-            done += len(there)
-            bar.update(len(there))
-            for episode_seed, success in workers.run([s for s in batch if s not in {*there, *known}]):
-                if success:
-                    done, recorded = done + 1, recorded + 1
-                    bar.update(1)
-                else:
-                    failed.add(episode_seed)
-                    failures += 1
-                    bar.set_postfix(failed=failures)
-                    _write_settings(root, settings, failed)
-            if failures > 10 and failures > (next_seed - seed) / 2:
-                raise RuntimeError(
-                    f"the expert failed in {failures} of {next_seed - seed} episodes of {task.name}: "
-                    f"the task's options ask for more than it can do"
-                )
-    return RecordSummary(root, done, recorded, failures, time.monotonic() - started)
+        counts = record_successes(
+            root, task.name, demos, seed, failed, workers.run, lambda: _write_settings(root, settings, failed), bar
+        )
+    return RecordSummary(root, counts.demos, counts.recorded, counts.failed, time.monotonic() - started)
 
 
 def _read_settings(root: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from keygrip.cores import usable_cores
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
-from keygrip.recording.recorded_folder import LOCK_FILE, demo_name, failed_seeds, store
+from keygrip.recording.episodes import record_successes
+from keygrip.recording.recorded_folder import LOCK_FILE, failed_seeds, store
 
 WORKER = "keygrip.recording.gymnasium_worker"
 ADVICE = "Give env.python=PATH of an environment that has the simulator and keygrip."
-FAILURES = 10  # before an expert that fails more often than it succeeds ends the recording
 
 
 def record_step(
@@ -70,34 +70,22 @@ def record_step(
         "cameras": None if cameras is None else list(cameras),
         "video": video,
     }
-    started, done, recorded, next_seed = time.monotonic(), 0, 0, seed
-    with locked(root / LOCK_FILE):
+
+    def run(seeds: list[int]) -> Iterator[tuple[int, bool]]:
+        jobs, setup = [{"seed": s} for s in seeds], settings | {"root": str(root)}
+        for _, episode in run_jobs(python or sys.executable, WORKER, setup, jobs, processes or usable_cores(), ADVICE):
+            yield episode["seed"], episode["success"]
+
+    started = time.monotonic()
+    with locked(root / LOCK_FILE), Progress(total=demos, desc=f"record {task.name}", unit="demo") as bar:
         failed = set(failed_seeds(root, settings, []))
-        with Progress(total=demos, desc=f"record {task.name}", unit="demo") as bar:
-            while done < demos:
-                # As many further seeds as demos are missing: the same seeds whatever the number of processes.
-                batch = range(next_seed, next_seed + demos - done)
-                next_seed = batch.stop
-                there = [s for s in batch if (root / demo_name(task.name, s) / "metadata.json").is_file()]
-                done += len(there)
-                bar.update(len(there))
-                jobs = [{"seed": s} for s in batch if s not in failed and s not in there]
-                setup = settings | {"root": str(root)}
-                workers = min(processes or usable_cores(), max(1, len(jobs)))
-                for _, episode in run_jobs(python or sys.executable, WORKER, setup, jobs, workers, ADVICE):
-                    if episode["success"]:
-                        done, recorded = done + 1, recorded + 1
-                        bar.update(1)
-                        continue
-                    failed.add(episode["seed"])
-                    store(root, settings, sorted(failed))
-                failures = len([s for s in failed if seed <= s < next_seed])
-                if failures > FAILURES and failures > (next_seed - seed) / 2:
-                    raise ValueError(f"the expert of {task.id} failed in {failures} of {next_seed - seed} episodes")
+        counts = record_successes(
+            root, task.name, demos, seed, failed, run, lambda: store(root, settings, sorted(failed)), bar
+        )
     return {
         "root": str(root),
-        "demos": done,
-        "recorded": recorded,
-        "failed_episodes": len([s for s in failed if seed <= s < next_seed]),
+        "demos": counts.demos,
+        "recorded": counts.recorded,
+        "failed_episodes": counts.failed,
         "wall_s": round(time.monotonic() - started, 1),
     }

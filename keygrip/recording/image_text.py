@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,7 @@ from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import as_tensor, encode_images, prepare_image
 from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.envs.yam.stills import Still, StillCell, StillOptions
-
-log = logging.getLogger(__name__)
-
-FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
+from keygrip.recording.split_seeds import split_seeds
 
 
 @dataclass
@@ -99,13 +95,18 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     identity = {"fingerprint": encoders.fingerprint, "description": encoders.description}
     per_shard, report = int(options.get("images_per_shard", 250)), dict[str, Any](root=str(root))
     maker = ImageMaker(drawn, buckets, options["encoders"])
-    for split, first in FIRST_SEEDS.items():
+    for split, every in split_seeds(options).items():
         by_bucket: dict[Bucket, list[int]] = {}
-        for seed in range(first, first + int(options[split])):
+        for seed in every:
             by_bucket.setdefault(maker.bucket_of(seed), []).append(seed)
         report[split] = 0
         for bucket, seeds in sorted(by_bucket.items()):
-            settings = {"picture": drawn.as_dict(), "encoders": identity, "first_seed": first, "bucket": bucket.name}
+            settings = {
+                "picture": drawn.as_dict(),
+                "encoders": identity,
+                "first_seed": every.start,
+                "bucket": bucket.name,
+            }
             few = len(seeds) <= 2 * per_shard  # starting processes would take longer
             written = write_shards(
                 Path(root) / split / bucket.name,

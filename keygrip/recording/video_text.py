@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,20 +30,19 @@ from keygrip.data.video_text.sample_types import Conversation
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.envs.yam.tours import TourCell, TourOptions, describe
 from keygrip.recording.demonstrations import record
+from keygrip.recording.split_seeds import FIRST_SEEDS, split_seeds
 
-if TYPE_CHECKING:
-    from keygrip.envs.yam.tours import TourCell, TourOptions
-
-log = logging.getLogger(__name__)
-
-FIRST_SEEDS = {"train": 0, "val": 500_000, "test": 1_000_000}
 TOUR_QUALITY = 95  # JPEG quality; lower ones blur small digits
 TOURS, DEMOS = "tours", "demos"
 
 
-def conversations_of(text: Mapping[str, Any], kinds: Sequence[str] = ("caption", "video")) -> list[Conversation]:
+def conversations_of(text: Mapping[str, Any]) -> list[Conversation]:
     """What `text.json` of a demo says: its captions of the whole video, and all questions."""
-    told = [caption(c["text"], c.get("evidence")) for c in text.get("captions", []) if c.get("kind", "video") in kinds]
+    told = [
+        caption(c["text"], c.get("evidence"))
+        for c in text.get("captions", [])
+        if c.get("kind", "video") in ("caption", "video")
+    ]
     asked = [answer(q["question"], q["answer"], q["kind"], q.get("evidence")) for q in text.get("questions", [])]
     return told + asked
 
@@ -88,16 +86,15 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     if set(even) - set(FIRST_SEEDS):
         raise ValueError(f"even_lengths={even} names splits; these are {', '.join(FIRST_SEEDS)}")
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
-    for split, first in FIRST_SEEDS.items():
-        count = int(options[split])
-        if not count:
+    for split, seeds in split_seeds(options).items():
+        if not seeds:
             continue
         tour = replace(every, even_lengths=True) if split in even else every
         written = write_shards(
             Path(root) / split,
-            list(range(first, first + count)),
+            seeds,
             TourMaker(tour),
-            {"tour": tour.as_dict(), "first_seed": first},
+            {"tour": tour.as_dict(), "first_seed": seeds.start},
             int(options.get("videos_per_shard", 100)),
             TOURS,
             options.get("processes"),
@@ -211,20 +208,19 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     task = TaskOptions(**(options.get("task") or {}))
     size, processes = int(options["image_size"]), options.get("processes")
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
-    for split, first in FIRST_SEEDS.items():
-        count = int(options[split])
-        if not count:
+    for split, seeds in split_seeds(options).items():
+        if not seeds:
             continue
         recorded = record(
             task,
             Path(root) / f"demos-{split}",
-            count,
-            seed=first,
+            len(seeds),
+            seed=seeds.start,
             image_size=size,
             processes=processes or usable_cores(),
         )
-        references = find_demos(recorded.root, "native")[:count]
-        settings = {"task": task.as_dict(), "image_size": size, "first_seed": first}
+        references = find_demos(recorded.root, "native")[: len(seeds)]
+        settings = {"task": task.as_dict(), "image_size": size, "first_seed": seeds.start}
         maker = DemoMaker(task.camera, size, "stretch")
         per_shard = int(options.get("videos_per_shard", 100))
         written = write_shards(
@@ -278,15 +274,13 @@ def make_texts(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         root: folder of the splits. options: `train`, `val`, `test` (how many).
     """
     report: dict[str, Any] = {"root": str(root)}
-    for split, first in FIRST_SEEDS.items():
-        count = int(options[split])
-        if count:
-            seeds = list(range(first, first + count))
+    for split, seeds in split_seeds(options).items():
+        if seeds:
             written = write_shards(
                 Path(root) / split,
                 seeds,
                 TextMaker(),
-                {"first_seed": first},
+                {"first_seed": seeds.start},
                 1000,
                 "texts",
                 1,

@@ -149,7 +149,7 @@ def test_an_expert_that_cannot_do_it_stops_the_recording(tmp_path: Path, monkeyp
         return np.tile([0.3, 0.0, 0.2, 0.0, 1.0, 0.0, 0.0, 1.0], (2, 1))
 
     monkeypatch.setattr(recorder, "expert_actions", helpless)
-    with pytest.raises(RuntimeError, match="expert failed in"):
+    with pytest.raises(ValueError, match="expert failed in"):
         record(PICK, tmp_path, 6, image_size=16, progress=False)
 
 
