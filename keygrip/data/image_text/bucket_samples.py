@@ -78,12 +78,10 @@ class BucketBatchSampler(GlobalBatchSampler):
             found += [members[start : start + self.batch_size] for start in range(0, stop, self.batch_size)]
         return [found[place] for place in rng.permutation(len(found))]
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         for batch in self.batches(epoch)[first:]:
-            if len(batch) < self.ranks:
-                batch = np.resize(batch, self.ranks)  # so that no rank waits forever
-            yield [SampleKey(int(index), epoch) for index in np.array_split(batch, self.ranks)[self.rank]]
+            # samples of a batch with fewer than there are ranks are repeated, so that no rank waits forever
+            yield np.array_split(np.resize(batch, max(len(batch), self.ranks)), self.ranks)
 
 
 class ImageTextSamples(SubstitutingSamples[ImageTextSample]):

@@ -9,7 +9,6 @@ computed, so that resuming is a number and neither workers nor ranks change it.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgeted, dealt, exactly, side_by_side
-from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
+from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.training.parts import data_part
 
 
@@ -376,52 +375,26 @@ def bucketed(
     return samples[np.concatenate([rng.permutation(together).ravel(), rest[whole:]])]
 
 
-class BatchListSampler(GlobalBatchSampler, ABC):
-    """A sampler whose batches may differ in size, equally many in every epoch.
-
-    `parts_of` gives them; positions and resuming are as in :class:`GlobalBatchSampler`.
-    """
-
-    @abstractmethod
-    def parts_of(self, epoch: int, first: int = 0) -> Iterator[list[np.ndarray]]:
-        """The samples of each batch from the `first` on: a part for each rank."""
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
-        for parts in self.parts_of(epoch, first):
-            yield [SampleKey(int(index), epoch) for index in parts[self.rank]]
-
-
 class MixedBatchSampler(GlobalBatchSampler):
-    """This rank's part of each bucketed, mixed global batch; everything else as in :class:`GlobalBatchSampler`.
+    """This rank's part of each global batch of a mixture; everything else as in :class:`GlobalBatchSampler`.
 
     Args:
         mixture: of the training sources. rank, ranks: this process and how many there are.
     """
 
     def __init__(self, mixture: Mixture, rank: int = 0, ranks: int = 1) -> None:
-        super().__init__(mixture.batches * mixture.batch_size, mixture.batch_size, rank, ranks, mixture.seed)
-        self.mixture = mixture
-
-    def order(self, epoch: int) -> np.ndarray:
-        return self.mixture.order(epoch)
-
-
-class BudgetedBatchSampler(BatchListSampler):
-    """As :class:`MixedBatchSampler`, for a mixture with a budget."""
-
-    def __init__(self, mixture: Mixture, rank: int = 0, ranks: int = 1) -> None:
-        super().__init__(mixture.samples, ranks, rank, ranks, mixture.seed, drop_last=False)
+        divided = mixture.batch_size if mixture.budget is None else ranks  # a budget's batches differ in size anyway
+        super().__init__(mixture.samples, divided, rank, ranks, mixture.seed, drop_last=False)
         self.mixture = mixture
 
     def __len__(self) -> int:
         return self.mixture.batches
 
-    def parts_of(self, epoch: int, first: int = 0) -> Iterator[list[np.ndarray]]:
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         return (self.mixture.parts(batch, self.ranks) for batch in self.mixture.batches_of(epoch)[first:])
 
 
-class BucketedSampler(BatchListSampler):
+class BucketedSampler(GlobalBatchSampler):
     """Every sample once, in bucketed batches of one fixed order (validation).
 
     Args:
@@ -453,11 +426,8 @@ class BucketedSampler(BatchListSampler):
         chosen, rng = self._chosen()
         return bucketed(chosen, self.bucket[chosen], self.length[chosen], self.batch_size, rng)
 
-    def parts_of(self, epoch: int, first: int = 0) -> Iterator[list[np.ndarray]]:
-        if self.budget is not None:
-            return iter(self._planned()[first:])
-        order = self.order(epoch)
-        return (np.array_split(self.global_batch(order, step), self.ranks) for step in range(first, self.count))
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
+        return super().parts_of(epoch, first) if self.budget is None else iter(self._planned()[first:])
 
     def _chosen(self) -> tuple[np.ndarray, np.random.Generator]:
         rng = np.random.default_rng(0)

@@ -133,12 +133,16 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
         return np.concatenate([batch, np.resize(order, self.ranks - len(batch))]) if len(batch) < self.ranks else batch
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
+    def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
+        """The sample indices of each global batch of an epoch, from the batch `first` on: an array for each rank."""
         order = self.order(epoch)
         for step in range(first, len(self)):
-            for_rank = np.array_split(self.global_batch(order, step), self.ranks)[self.rank]
-            yield [SampleKey(int(index), epoch) for index in for_rank]
+            yield np.array_split(self.global_batch(order, step), self.ranks)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
+        for parts in self.parts_of(epoch, first):
+            yield [SampleKey(int(index), epoch) for index in parts[self.rank]]
 
 
 class ResumableLoader(DataLoader[Any]):

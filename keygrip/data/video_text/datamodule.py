@@ -19,9 +19,9 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import MEASURES, Budget, Shares, costliest
+from keygrip.data.shards.index import SPLITS
 from keygrip.data.shards.mixing import (
     BucketedSampler,
-    BudgetedBatchSampler,
     Component,
     MixedBatchSampler,
     Mixture,
@@ -56,7 +56,6 @@ from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 AUTO = "auto"
 TRIED = 64  # videos of a source, whether they can be cut
 COSTLY = 4  # batches, by estimate the largest, among which the largest one is sought by what it really holds
@@ -194,7 +193,6 @@ class VideoTexts(ResumableData):
         opened = {split: self._usable(split, parts) for split, parts in opened.items()}
         if fitting:
             self._check_clips(opened["train"])
-        if fitting:
             self.mixture = self._mixture(opened["train"])
         self.parts = opened
         self._report()
@@ -424,8 +422,7 @@ class VideoTexts(ResumableData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.mixture is not None
-        kind = MixedBatchSampler if self.budget is None else BudgetedBatchSampler
-        sampler = kind(self.mixture, *self.ranks)
+        sampler = MixedBatchSampler(self.mixture, *self.ranks)
         if self.trainer is not None:
             sampler.follow(self.batches_done)
         collator = self._training_collator

@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 
 from keygrip.data.shards.budget import Budget, Sizes, budgeted, cost, costliest, dealt, exactly, side_by_side
-from keygrip.data.shards.mixing import (
-    BucketedSampler,
-    BudgetedBatchSampler,
-    Component,
-    Mixture,
-    Stage,
-    padding_of,
-)
+from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padding_of
 from keygrip.data.video_text.batching import rows_of
 
 BUDGET = Budget(frames=256, positions=4096)
@@ -69,7 +62,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(mixture: Mixture) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3, 5])
 def test_ranks_share_each_batch(mixture: Mixture, ranks: int) -> None:
-    parts = [list(BudgetedBatchSampler(mixture, rank, ranks)) for rank in range(ranks)]
+    parts = [list(MixedBatchSampler(mixture, rank, ranks)) for rank in range(ranks)]
     for batch, *shares in zip(mixture.batches_of(0), *parts, strict=True):
         assert all(shares)
         together = [key.sample for share in shares for key in share]
@@ -78,7 +71,7 @@ def test_ranks_share_each_batch(mixture: Mixture, ranks: int) -> None:
         )
         counts = [len(share) for share in shares]
         assert max(counts) - min(counts) <= 1
-    sampler = BudgetedBatchSampler(mixture, 0, ranks)
+    sampler = MixedBatchSampler(mixture, 0, ranks)
     sampler.follow(lambda: mixture.batches + 7)  # in the second epoch
     (first, *_), wanted = list(sampler), mixture.parts(mixture.batches_of(1)[7], ranks)[0]
     assert [key.sample for key in first] == wanted.tolist()
