@@ -27,6 +27,7 @@ import numpy as np
 
 from keygrip.data.robot.calibration import Calibration, read_mapping
 from keygrip.data.robot.formats.poses import invert, rigid
+from keygrip.data.robot.frames import checked_index
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,7 @@ class OffsetFrames:
         return self.count
 
     def read(self, index: int) -> np.ndarray:
-        if not 0 <= index < self.count:
-            raise IndexError(f"frame {index} asked for, {self.count} are there")
-        return self.source.read(self.start + index)
+        return self.source.read(self.start + checked_index(index, self.count, "an offset camera"))
 
     def identity(self) -> str:
         return f"{self.source.identity()}:offset {self.start}:{self.count}"

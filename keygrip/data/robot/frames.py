@@ -35,7 +35,8 @@ def _checked_rotation(rotate: int) -> int:
     return rotate
 
 
-def _checked_index(index: int, length: int, what: object) -> int:
+def checked_index(index: int, length: int, what: object) -> int:
+    """The index of a frame of so many. Raises IndexError: there is no such frame; `what` is for the message."""
     if not 0 <= index < length:
         raise IndexError(f"{what}: frame {index} asked for, it holds frames 0 to {length - 1}")
     return index
@@ -81,7 +82,7 @@ class NumberedFiles:
 
     def path(self, index: int) -> Path:
         """The file of a frame. Raises IndexError."""
-        return self.folder / (self.pattern % (self.start + _checked_index(index, self.frames, self.folder)))
+        return self.folder / (self.pattern % (self.start + checked_index(index, self.frames, self.folder)))
 
     def identity(self) -> str:
         with os.scandir(self.folder) as entries:
@@ -187,7 +188,7 @@ class VideoFrames:
         )
 
     def read(self, index: int) -> np.ndarray:
-        _checked_index(index, len(self), self.path)
+        checked_index(index, len(self), self.path)
         if self.start + index >= self.frames_in_file():
             self.verify()
         return _rotated(read_frame(self.path, self.start + index), self.rotate)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample, inside, read_json, read_npz
+from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.frames import DepthFrames, JpegFrames, VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import (
@@ -28,12 +28,10 @@ from keygrip.data.robot.schema import (
     FrameSource,
     words,
 )
-from keygrip.data.source_files import is_hidden
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
 PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # one frame number in a file name; a wider one could fill memory
-SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
 
 
 def _looks_native(folder: Path) -> bool:
@@ -50,29 +48,19 @@ def _looks_native(folder: Path) -> bool:
     return isinstance(content, dict) and str(content.get("schema", "")).startswith("keygrip.demo/")
 
 
-def _demo_folders(root: Path, depth: int = SEARCH_DEPTH) -> list[Path]:
-    """Folders that are demos, complete or cut off, in the order of their names. Hidden folders (a writer's unfinished
-    ones) are passed over."""
-    if any((root / part).exists() for part in ("metadata.json", "trajectory.npz", "cameras.npz", "rgb")):
-        return [root]
-    if depth == 0:
-        return []
-    children = sorted(child for child in root.iterdir() if child.is_dir() and not is_hidden(child))
-    return [demo for child in children for demo in _demo_folders(child, depth - 1)]
+def _is_demo(folder: Path) -> bool:
+    """Whether a folder has a part of a demo, of one that was cut off too."""
+    return any((folder / part).exists() for part in ("metadata.json", "trajectory.npz", "cameras.npz", "rgb"))
 
 
 def find(root: Path) -> list[DemoReference]:
     """References to the native demos under `root`, unread."""
-    references = []
-    for folder in _demo_folders(root):
-        name = folder.name if folder == root else folder.relative_to(root).as_posix()
-        references.append(DemoReference(name, folder, "native", partial(read_native, folder, name)))
-    return references
+    return folder_references(root, demo_folders(root, _is_demo), "native", read_native)
 
 
 def detect(root: Path) -> bool:
     """Whether a folder holds native demos."""
-    return any(_looks_native(folder) for folder in _demo_folders(root))
+    return any(map(_looks_native, demo_folders(root, _is_demo)))
 
 
 def _archive(name: str, path: Path, wanted: Iterable[str]) -> Mapping[str, np.ndarray]:
@@ -163,12 +151,7 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "metadata.json"
     if not path.is_file():
         raise DemoError(name, "no completion mark (metadata.json is written last): the recording was cut off")
-    try:
-        metadata = read_json(path)
-    except BadSample as error:
-        raise DemoError(name, f"metadata.json is not JSON ({error.what})") from error
-    if not isinstance(metadata, dict):
-        raise DemoError(name, "metadata.json holds no object")
+    metadata = read_object(path, name)
     if metadata.get("schema") != SCHEMA:
         raise DemoError(name, f"schema is {metadata.get('schema')!r}, this version reads {SCHEMA!r}")
     if metadata.get("complete") is not True:
@@ -213,36 +196,18 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         raise DemoError(name, "metadata.json names no camera")
     cameras = {}
     for camera, entry in entries.items():
-        depth = entry.get("depth")
-        width, height = int(entry["width"]), int(entry["height"])
+        width, height, depth = int(entry["width"]), int(entry["height"]), entry.get("depth")
+        images = _frame_source(name, folder, entry["frames"], frames, camera, depth=False)
+        depths = None if depth is None else _frame_source(name, folder, depth, frames, camera, depth=True)
         if reason := entry.get("uncalibrated"):
-            cameras[camera] = CameraTrack.without_calibration(
-                width,
-                height,
-                _frame_source(name, folder, entry["frames"], frames, camera, depth=False),
-                frames,
-                str(reason),
-                None if depth is None else _frame_source(name, folder, depth, frames, camera, depth=True),
-            )
+            cameras[camera] = CameraTrack.without_calibration(width, height, images, frames, str(reason), depths)
             continue
-        cameras[camera] = CameraTrack(
-            width=width,
-            height=height,
-            intrinsics=CameraTrack.broadcast(_part(name, poses, f"{camera}/intrinsics", "cameras.npz"), frames),
-            world_to_camera=CameraTrack.broadcast(
-                _part(name, poses, f"{camera}/world_to_camera", "cameras.npz"), frames
-            ),
-            frames=_frame_source(name, folder, entry["frames"], frames, camera, depth=False),
-            depth=None if depth is None else _frame_source(name, folder, depth, frames, camera, depth=True),
+        intrinsics, world_to_camera = (
+            CameraTrack.broadcast(_part(name, poses, f"{camera}/{part}", "cameras.npz"), frames)
+            for part in ("intrinsics", "world_to_camera")
         )
-    text: dict[str, Any] = {}
-    if (folder / "text.json").is_file():
-        try:
-            text = read_json(folder / "text.json")
-        except BadSample as error:
-            raise DemoError(name, f"text.json is not JSON ({error.what})") from error
-        if not isinstance(text, dict):
-            raise DemoError(name, "text.json holds no object")
+        cameras[camera] = CameraTrack(width, height, intrinsics, world_to_camera, images, depths)
+    text = read_object(folder / "text.json", name) if (folder / "text.json").is_file() else {}
     return Demo(
         name=name,
         path=folder,

@@ -104,7 +104,7 @@ class CameraTrack:
 
     Args:
         width, height: of every frame, pixels.
-        intrinsics: [N, 3, 3], pixels; [3, 3] is broadcast by `CameraTrack.static`.
+        intrinsics: [N, 3, 3], pixels; [3, 3] is broadcast by `CameraTrack.broadcast`.
         world_to_camera: [N, 4, 4] rigid.
         frames: the images.
         depth: uint16 millimetres, or None.

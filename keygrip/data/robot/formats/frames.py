@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
-from keygrip.data.robot.frames import rgb_pixels
+from keygrip.data.robot.frames import checked_index, rgb_pixels
 from keygrip.data.robot.schema import FrameSource
 
 
@@ -29,9 +29,7 @@ class SelectedFrames:
         return len(self.indices)
 
     def read(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self.indices):
-            raise IndexError(f"frame {index} asked for, there are {len(self.indices)}")
-        return self.source.read(self.indices[index])
+        return self.source.read(self.indices[checked_index(index, len(self), "selected frames")])
 
     def identity(self) -> str:
         return f"{self.source.identity()}:{hashlib.sha256(str(self.indices).encode()).hexdigest()}"
@@ -93,8 +91,7 @@ class HDF5Frames:
         return self.frames
 
     def read(self, index: int) -> np.ndarray:
-        if not 0 <= index < self.frames:
-            raise IndexError(f"{self.path}: frame {index} asked for, {self.dataset} holds 0 to {self.frames - 1}")
+        checked_index(index, self.frames, f"{self.path}: {self.dataset}")
         with open_hdf5(self.path) as file:
             image = np.asarray(own_dataset(file, self.dataset)[index])
         return np.ascontiguousarray(image[::-1] if self.upside_down else image)
@@ -124,10 +121,8 @@ class ParquetFrames:
     def read(self, index: int) -> np.ndarray:
         import pyarrow.parquet as parquet
 
-        if not 0 <= index < len(self.rows):
-            raise IndexError(f"{self.path}: frame {index} asked for, there are {len(self.rows)}")
         file = parquet.ParquetFile(self.path)
-        row = self.rows[index]
+        row = self.rows[checked_index(index, len(self), self.path)]
         for group in range(file.metadata.num_row_groups):
             held = file.metadata.row_group(group).num_rows
             if row < held:

@@ -30,13 +30,13 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard, open_image, read_bytes, read_json, read_npy, read_npz
+from keygrip.data.bad_samples import guard, open_image, read_bytes, read_npy, read_npz
 from keygrip.data.robot.calibration import read_mapping, setting
+from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
-from keygrip.data.robot.frames import JpegFrames
+from keygrip.data.robot.frames import JpegFrames, NumberedFiles
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
-from keygrip.data.source_files import is_hidden
 
 ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
@@ -111,39 +111,23 @@ def safe_load(path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class NpzDepth:
-    """Depth files `%010d.npz` with one array `depth`, uint16 mm."""
-
-    folder: Path
-    frames: int
-
-    def __len__(self) -> int:
-        return self.frames
+class NpzDepth(NumberedFiles):
+    """One `.npz` file per frame with an array `depth`, [H, W] uint16 mm."""
 
     def read(self, index: int) -> np.ndarray:
-        if not 0 <= index < self.frames:
-            raise IndexError(f"{self.folder}: depth frame {index} asked for, it holds 0 to {self.frames - 1}")
-        depth = read_npz(self.folder / f"{index:010d}.npz", {"depth"})["depth"]
+        depth = read_npz(self.path(index), {"depth"})["depth"]
         if depth.ndim != 2:
             raise ValueError(f"{self.folder}: depth of frame {index} has shape {depth.shape}")
         return depth.astype(np.uint16)
-
-    def identity(self) -> str:
-        return JpegFrames(self.folder, "%010d.npz", self.frames).identity()
 
 
 # ---------------------------------------------------------------------- finding
 
 
-def _episodes(folder: Path, depth: int = 3) -> list[Path]:
-    """Folders of episodes; one that was cut off has one of its two parts, and is named when it is read."""
+def _is_episode(folder: Path) -> bool:
+    """One that was cut off has one of its two parts, and is named when it is read."""
     native = (folder / "trajectory.npz").is_file()
-    if (folder / "lowdim").is_dir() or ((folder / "rgb").is_dir() and not native):
-        return [folder]
-    if depth == 0 or not folder.is_dir():
-        return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child))
-    return [episode for child in children for episode in _episodes(child, depth - 1)]
+    return (folder / "lowdim").is_dir() or ((folder / "rgb").is_dir() and not native)
 
 
 LAYOUT = "<task>/0000/lowdim"  # what a folder of this format shows
@@ -151,7 +135,8 @@ LAYOUT = "<task>/0000/lowdim"  # what a folder of this format shows
 
 def detect(root: Path) -> bool:
     """True where the folder holds `<...>/lowdim/*.pkl` beside `rgb/`."""
-    return any(next((episode / "lowdim").glob(ROWS), None) is not None for episode in _episodes(root))
+    episodes = demo_folders(root, _is_episode)
+    return any(next((episode / "lowdim").glob(ROWS), None) is not None for episode in episodes)
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
@@ -159,11 +144,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     own."""
     if calibration is not None and not calibration.is_file():
         raise FileNotFoundError(f"calibration file {calibration} does not exist")
-    references = []
-    for episode in _episodes(root):
-        name = episode.name if episode == root else episode.relative_to(root).as_posix()
-        references.append(DemoReference(name, episode, "raiden", partial(read, episode, name, calibration)))
-    return references
+    return folder_references(root, demo_folders(root, _is_episode), "raiden", partial(read, calibration=calibration))
 
 
 # ---------------------------------------------------------------------- reading
@@ -236,13 +217,7 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
         raise DemoError(
             name, "no metadata.json, which raiden writes last: the conversion was cut off; run `rd convert` again"
         )
-    try:
-        content = read_json(path)
-    except BadSample as error:
-        raise DemoError(name, f"metadata.json is not JSON ({error.what})") from error
-    if not isinstance(content, dict):
-        raise DemoError(name, "metadata.json holds no object")
-    return content
+    return read_object(path, name)
 
 
 def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
@@ -369,7 +344,7 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     depth_folder = episode / "depth" / camera
     depth: FrameSource | None = None
     if (depth_folder / f"{len(rows) - 1:010d}.npz").is_file():
-        depth = NpzDepth(depth_folder, len(rows))
+        depth = NpzDepth(depth_folder, "%010d.npz", len(rows))
     frames = JpegFrames(folder, f"%010d{suffixes[0]}", len(rows))
     return CameraTrack(width, height, intrinsics, world_to_camera, frames, depth, uncalibrated)
 

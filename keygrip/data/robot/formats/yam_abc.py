@@ -21,24 +21,20 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import read_json, read_npy
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
+from keygrip.data.robot.demo_folders import demo_folders, folder_references
 from keygrip.data.robot.formats.frames import SelectedFrames
 from keygrip.data.robot.formats.poses import increasing, opening, quaternions, transform
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
-from keygrip.data.source_files import is_hidden
 from keygrip.robots.kinematics import forward_kinematics
 
 FLAG = "write_complete.flag"
 
 
-def _episodes(folder: Path, depth: int = 3) -> list[Path]:
-    if next(folder.glob("[!.]*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file():
-        return [folder]  # one that was cut off is named when it is read
-    if depth == 0:
-        return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child))
-    return [episode for child in children for episode in _episodes(child, depth - 1)]
+def _is_episode(folder: Path) -> bool:
+    """One that was cut off has one of its two parts, and is named when it is read."""
+    return next(folder.glob("[!.]*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file()
 
 
 LAYOUT = "<slug>/<stamp>_<id>/*-joint_pos.npy"  # what a folder of this format shows
@@ -46,7 +42,7 @@ LAYOUT = "<slug>/<stamp>_<id>/*-joint_pos.npy"  # what a folder of this format s
 
 def detect(root: Path) -> bool:
     """True where the folder holds episodes with `<arm>-joint_pos.npy`."""
-    return bool(_episodes(root))
+    return bool(demo_folders(root, _is_episode))
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
@@ -56,11 +52,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
         FileNotFoundError: no calibration file. ValueError: one that cannot be used.
     """
     cameras = read_calibration(find_calibration(root, calibration, "yam-abc"))
-    references = []
-    for episode in _episodes(root):
-        name = episode.name if episode == root else episode.relative_to(root).as_posix()
-        references.append(DemoReference(name, episode, "yam_abc", partial(read, episode, name, cameras)))
-    return references
+    return folder_references(root, demo_folders(root, _is_episode), "yam_abc", partial(read, calibration=cameras))
 
 
 def read(episode: Path, name: str, calibration: Calibration) -> Demo:
