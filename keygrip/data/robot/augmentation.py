@@ -319,30 +319,20 @@ class Augmentation:
         image: np.ndarray,
         intrinsics: np.ndarray,
         world_to_camera: np.ndarray,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        detail_size: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """A random view of one camera image.
 
         Args:
             generator: the only source of chance.
             geometry: the nominal map that the random one varies.
             image: H x W x 3 uint8 RGB. intrinsics: 3x3. world_to_camera: 4x4.
+            detail_size: Q, side of the same view at a higher resolution, pixels; None: none is made.
 
         Returns:
             float32 [3, S, S] normalised, intrinsics [3, 3] and world_to_camera [4, 4] of the result (the camera rolls
-            with a turn).
+            with a turn), and the sharper view uint8 [3, Q, Q], not normalised, or None.
         """
-        return self.apply_with_detail(generator, geometry, image, intrinsics, world_to_camera, None)[:3]
-
-    def apply_with_detail(
-        self,
-        generator: np.random.Generator,
-        geometry: ImageGeometry,
-        image: np.ndarray,
-        intrinsics: np.ndarray,
-        world_to_camera: np.ndarray,
-        detail_size: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `apply`, and the same view at `detail_size`: uint8 [3, Q, Q], not normalised; None without a size."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         size = geometry.image_size
         new_intrinsics, new_pose = follow_pixels(box.to_image(size), intrinsics, world_to_camera)

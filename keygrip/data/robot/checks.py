@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.frames import VideoFrames
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, demo_guard
 
 # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
 QUATERNION_TOLERANCE = 1e-2
@@ -137,7 +136,7 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
 
 
 def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
-    try:
+    with demo_guard(name, f"camera {camera!r}: "):
         if isinstance(track.frames, VideoFrames):
             track.frames.verify()
         for index in {0, frames - 1}:
@@ -148,12 +147,6 @@ def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> No
                     f"camera {camera!r}: frame {index} is {image.shape} {image.dtype}, the demo says "
                     f"{track.height} x {track.width} x 3 uint8",
                 )
-    except DemoError:
-        raise
-    except HOSTILE as error:
-        if is_of_the_machine(error):
-            raise
-        raise DemoError(name, f"camera {camera!r}: {reason_of(error)}") from error
 
 
 def pose_outliers(poses: ArmTrajectory) -> np.ndarray:

@@ -10,13 +10,13 @@ Frames are checked by threads: decoders and hashes release Python's lock, and no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import (
     HOSTILE,
     BadSample,
+    guard,
     inside,
     is_of_the_machine,
     open_image,
@@ -38,7 +39,7 @@ from keygrip.data.bad_samples import (
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint
 from keygrip.data.robot.frames import JpegFrames, VideoFrames
-from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
 from keygrip.data.video import frames_between
 from keygrip.progress import Progress
 
@@ -120,7 +121,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
             continue
         try:
             demo = reference.read()
-            _check_pixels(demo, tuple(demo.cameras), depth=True, digest=None)
+            _check_pixels(demo, tuple(demo.cameras), depth=True)
         except DemoError as error:
             report["broken"].append(str(error))
             log.warning("no manifest: %s", error)
@@ -188,7 +189,7 @@ def verify(
     return [known[identity] for identity in identities]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writable_lock(folder: Path) -> Iterator[None]:
     """One process at a time, where the folder can be written; the others find its findings."""
     try:
@@ -205,12 +206,9 @@ def _writable_lock(folder: Path) -> Iterator[None]:
 
 def _read_known(path: Path) -> dict[str, Verdict]:
     """Findings of earlier checks; none where the file is missing or damaged."""
-    try:
+    with contextlib.suppress(BadSample), guard(path):
         return {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
-    except HOSTILE as error:
-        if is_of_the_machine(error):
-            raise
-        return {}
+    return {}
 
 
 def _identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
@@ -225,25 +223,26 @@ def _identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
 
 
 def _verdict(demo: Demo, cameras: Sequence[str], depth: bool) -> Verdict:
-    digest = hashlib.sha256(demo_fingerprint(demo).encode())
     try:
-        if _is_native(demo):
-            files = read_manifest(demo.path)
-            if files is None:
-                files = file_hashes(demo.path)
-            else:
-                compare_with_manifest(demo.path, files)
-            content = sha256_bytes(json.dumps(sorted(files.items())).encode())[:32]
-            _check_pixels(demo, cameras, depth, None)
-        else:
-            _check_pixels(demo, cameras, depth, digest)
-            content = digest.hexdigest()[:32]
-    except HOSTILE as error:
-        if is_of_the_machine(error):
-            raise
-        reason = error.reason if isinstance(error, DemoError) else reason_of(error)
-        return Verdict(demo.name, "", reason)
-    return Verdict(demo.name, content)
+        with demo_guard(demo.name):
+            return Verdict(demo.name, _checked_content(demo, cameras, depth))
+    except DemoError as error:
+        return Verdict(demo.name, "", error.reason)
+
+
+def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
+    """The hash of all that a recording holds, after its files and frames were checked."""
+    if not _is_native(demo):
+        digest = hashlib.sha256(demo_fingerprint(demo).encode())
+        _check_pixels(demo, cameras, depth, digest.update)
+        return digest.hexdigest()[:32]
+    files = read_manifest(demo.path)
+    if files is None:
+        files = file_hashes(demo.path)
+    else:
+        compare_with_manifest(demo.path, files)
+    _check_pixels(demo, cameras, depth)
+    return sha256_bytes(json.dumps(sorted(files.items())).encode())[:32]
 
 
 def _is_native(demo: Demo) -> bool:
@@ -276,16 +275,17 @@ def _sources(track: CameraTrack, depth: bool) -> list[FrameSource]:
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
 
-def _check_pixels(demo: Demo, cameras: Sequence[str], depth: bool, digest: Any) -> None:
+def _check_pixels(
+    demo: Demo, cameras: Sequence[str], depth: bool, take: Callable[[Any], None] = lambda content: None
+) -> None:
     """Decodes every frame.
 
     Args:
-        digest: takes in what was read (encoded bytes where a frame is a file); None: nothing is hashed.
+        take: is given what was read: encoded bytes where a frame is a file, else its pixels.
 
     Raises:
         DemoError: with the camera and the first frame that cannot be used.
     """
-    take: Callable[[Any], None] = digest.update if digest is not None else _nothing
     for name, track in _tracks(demo, cameras):
         for source in _sources(track, depth):
             what = "frame"
@@ -304,10 +304,6 @@ def _check_pixels(demo: Demo, cameras: Sequence[str], depth: bool, digest: Any) 
                 raise DemoError(
                     demo.name, f"camera {name!r}: {what} {frame} cannot be used: {reason_of(error)}"
                 ) from error
-
-
-def _nothing(content: Any) -> None:
-    """Takes in nothing."""
 
 
 def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[int, ...]]:

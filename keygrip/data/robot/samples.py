@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View
 from keygrip.data.robot.frame_cache import FrameCache
-from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
+from keygrip.data.robot.schema import ArmTrajectory, Demo, demo_guard
 from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SubstitutingSamples
 
 TARGETS = ("commanded", "reached")
-EXTRA_TARGETS = ("joints", "controller")  # what else of an arm is read, where a model's actions are not poses
 SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
 IDLE_SPEED_MPS = 0.005  # slower counts as standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees per second
@@ -107,7 +105,7 @@ def poses_of(
     M.
 
     Args:
-        extra: of `EXTRA_TARGETS`, what the model reads beside poses.
+        extra: "joints" and "controller", where the model reads them beside poses.
     """
     axis = np.asarray(frame).ndim
     trajectories = [demo.arms[name] for name in arms]
@@ -151,7 +149,8 @@ class SampleOptions:
         drop_idle_s: see `moving_frames`; None keeps all.
         intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
         detail_size: side of a sharper cut of the first camera's image, pixels; None: none.
-        extra: of `EXTRA_TARGETS`, what the model reads beside poses. embodiments: robots that it keeps apart.
+        extra: "joints" and "controller", where the model reads them beside poses.
+        embodiments: robots that it keeps apart.
         view_dropout: probability that a camera beside the first is masked in a sample.
     """
 
@@ -241,13 +240,8 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         return self._seen(number, frame, key, common)
 
     def _image(self, number: int, camera: str, frame: int) -> np.ndarray:
-        try:
+        with demo_guard(self.demos[number].name, f"frame {frame} of camera {camera!r} cannot be read: "):
             return self.frames[camera].read(self.demo_indices[number], frame)
-        except HOSTILE as error:
-            if is_of_the_machine(error):
-                raise
-            name = self.demos[number].name
-            raise DemoError(name, f"frame {frame} of camera {camera!r} cannot be read: {reason_of(error)}") from error
 
     def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         """The sample: what is common to all batches, and the camera's image."""
@@ -261,7 +255,7 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
             detail = None if size is None else options.geometry.detail(pixels, size)
         else:
             generator = sample_generator(options.seed, key)
-            image, intrinsics, pose, detail = options.augmentation.apply_with_detail(
+            image, intrinsics, pose, detail = options.augmentation.apply(
                 generator, options.geometry, pixels, camera.intrinsics[frame], world_to_camera, options.detail_size
             )
         return PolicyBatch(image=image, intrinsics=intrinsics, world_to_camera=pose, detail=detail, **common)
@@ -335,18 +329,12 @@ class MultiViewSamples(DemoSamples):
     def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
         """H x W uint16 millimetres, where depth is wanted; unknown everywhere (0) where it was not recorded."""
         track = self.demos[number].cameras[camera]
-        source = track.depth
         if not self.depth:
             return None
-        if source is None:
+        if track.depth is None:
             return np.zeros((track.height, track.width), dtype=np.uint16)
-        try:
-            return source.read(frame)
-        except HOSTILE as error:
-            if is_of_the_machine(error):
-                raise
-            name = self.demos[number].name
-            raise DemoError(name, f"depth {frame} of camera {camera!r} cannot be read: {reason_of(error)}") from error
+        with demo_guard(self.demos[number].name, f"depth {frame} of camera {camera!r} cannot be read: "):
+            return track.depth.read(frame)
 
 
 def collate(samples: list[PolicyTargets]) -> PolicyTargets:

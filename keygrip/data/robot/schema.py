@@ -9,13 +9,15 @@ Legend of shapes: N frames of a demo, J joints, H and W the height and width of 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample
+from keygrip.data.bad_samples import HOSTILE, BadSample, is_of_the_machine, reason_of
 
 SCHEMA = "keygrip.demo/1"
 CONVENTIONS = {
@@ -38,6 +40,26 @@ class DemoError(BadSample):
 
     def __str__(self) -> str:
         return f"demo {self.name!r}: {self.reason}"
+
+
+@contextlib.contextmanager
+def demo_guard(name: str, what: str = "") -> Iterator[None]:
+    """Turns whatever broken data raise inside the block into an error of a demo.
+
+    Args:
+        name: of the demo. what: beginning of the reason.
+
+    Raises:
+        DemoError: those of the block pass unchanged, and so do errors of the machine.
+    """
+    try:
+        yield
+    except DemoError:
+        raise
+    except HOSTILE as error:
+        if is_of_the_machine(error):
+            raise
+        raise DemoError(name, f"{what}{reason_of(error)}") from error
 
 
 def words(value: Any) -> str:

@@ -26,8 +26,8 @@ def refuse_missing(
     """Raises ValueError: some demos do not hold what the targets are made of.
 
     Args:
-        targets: "commanded" or "reached". extra: of `EXTRA_TARGETS`. strides: frames from one target to the next, of
-            each root.
+        targets: "commanded" or "reached". extra: "joints" and "controller", where the model reads them.
+        strides: frames from one target to the next, of each root.
     """
     if targets == "commanded":
         without = [demo.name for demo in demos if any(demo.arms[arm].commanded is None for arm in arms)]

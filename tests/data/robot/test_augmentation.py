@@ -49,7 +49,7 @@ def test_a_point_is_found_where_the_new_camera_puts_it(fit: str, rotate: float, 
     for draw in range(120):
         point = np.array([*rng.uniform(-0.25, 0.25, 2), rng.uniform(0, 0.2)])
         picture = picture_of(point, INTRINSICS, pose)
-        image, intrinsics, new_pose = augmentation_without_colour(augmentation).apply(
+        image, intrinsics, new_pose, _ = augmentation_without_colour(augmentation).apply(
             np.random.default_rng(draw), geometry, picture, INTRINSICS, pose
         )
         assert image.shape == (3, size, size)

@@ -221,9 +221,7 @@ def test_the_sharp_image_is_the_same_view_in_the_same_colours() -> None:
     picture = np.asarray(Image.fromarray(coarse).resize((160, 160), Image.Resampling.BICUBIC))
     geometry, augmentation = ImageGeometry(48, (0.0,) * 3, (1.0,) * 3, 0.8), Augmentation(rotate_degrees=5.0)
     camera = np.eye(3), np.eye(4)
-    image, *_, detail = augmentation.apply_with_detail(
-        np.random.default_rng(1), geometry, picture, *camera, detail_size=96
-    )
+    image, *_, detail = augmentation.apply(np.random.default_rng(1), geometry, picture, *camera, detail_size=96)
     plain = augmentation.apply(np.random.default_rng(1), geometry, picture, *camera)
     assert torch.equal(image, plain[0])
     assert detail is not None

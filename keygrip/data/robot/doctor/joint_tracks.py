@@ -9,7 +9,7 @@ from keygrip.data.robot.doctor.examination import Examination, listed, matrices,
 from keygrip.data.robot.doctor.tracks import best_delay, unit_of
 from keygrip.robots.kinematics import forward_kinematics
 
-SCALE, DELAY_FRAMES, SPREAD_M, ODD_M, ODD_DEG = 0.02, 0.4, 0.006, 0.008, 2.0
+SCALE, DELAY_FRAMES, SPREAD_M, ODD_M = 0.02, 0.4, 0.006, 0.008
 
 
 def check_joint_tracks(exam: Examination) -> None:

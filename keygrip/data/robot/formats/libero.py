@@ -18,6 +18,7 @@ one, `eye_in_hand` is of use only to models that read no calibration.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import xml.etree.ElementTree as ElementTree
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, parse_json, reason_of
+from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, parse_json, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
@@ -54,15 +55,11 @@ LAYOUT = "*.hdf5"  # what a folder of this format shows
 def detect(root: Path) -> bool:
     """True where a file below the folder has `data/demo_*/obs/agentview_rgb`."""
     for path in _files(root):
-        try:
-            with open_hdf5(path) as file:
-                demos = file.get("data")
-                if demos is not None and any("obs/agentview_rgb" in demos[key] for key in demos):
-                    return True
-        except HOSTILE as error:
-            if is_of_the_machine(error):
-                raise
-            continue  # another kind of file, or cut off: `find` reports it where the format is named
+        # what cannot be opened is another kind of file, or cut off: `find` reports it where the format is named
+        with contextlib.suppress(BadSample), guard(path), open_hdf5(path) as file:
+            demos = file.get("data")
+            if demos is not None and any("obs/agentview_rgb" in demos[key] for key in demos):
+                return True
     return False
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.lerobot_export.statistics import ImageCounter, Statistics, sampled_frames
-from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.schema import Demo, DemoError, demo_guard
 from keygrip.data.video import VideoWriter
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -110,9 +109,5 @@ class VideoFiles:
 
 
 def _image(demo: Demo, camera: str, index: int) -> np.ndarray:
-    try:
+    with demo_guard(demo.name, f"camera {camera!r}, frame {index}: "):
         return np.ascontiguousarray(demo.cameras[camera].frames.read(index))
-    except HOSTILE as error:
-        if is_of_the_machine(error):
-            raise
-        raise DemoError(demo.name, f"camera {camera!r}, frame {index}: {reason_of(error)}") from error
