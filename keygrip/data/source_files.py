@@ -20,6 +20,15 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == MACOS_NOTES
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file name is UTF-8: Python hands out other bytes as halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
     """What has one of these endings in a folder, in the order of paths, without hidden files. A folder, a link or a
     pipe of such a name is among them: who reads it says what it is.

@@ -23,6 +23,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard, read_npz, regular_file
 from keygrip.data.shards.keys import sample_key
+from keygrip.data.source_files import is_utf8
 
 SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"
@@ -286,7 +287,7 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
             raise ShardError(f"{path} is cut off in {name}")
         if member.isdir() or hidden:
             continue
-        if not is_text(member.name):
+        if not is_utf8(member.name):
             found.bad[key] = "its name is not UTF-8: pack its files under another one"
         elif length > LONGEST_KEY:
             found.bad[key] = f"its key has {length} characters, more than the {LONGEST_KEY} that a key may have"
@@ -326,15 +327,6 @@ def _written(key: str) -> tuple[str, int]:
     many characters it had."""
     text = key.encode("utf-8", "backslashreplace").decode()
     return (text if len(text) <= LONGEST_KEY else sample_key(text)), len(text)
-
-
-def is_text(name: str) -> bool:
-    """Whether a name is UTF-8: tarfile hands out other bytes as halves of surrogate pairs."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _checked(row: Row) -> Row:

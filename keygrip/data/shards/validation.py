@@ -273,35 +273,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
             futures = [pool.submit(examine_shard, *job) for job in jobs]
             reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
     problems = [problem for report in reports for problem in report.problems]
-    keys: dict[str, str] = {}
-    contents: dict[str, str] = {}
-    for report in reports:
-        for number, key in enumerate(report.keys):
-            where = f"{report.name} (sample {number})"
-            if key in keys:
-                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {where}")
-            keys[key] = where
-        for digest, name in report.contents:
-            if digest in contents:
-                problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
-            contents[digest] = name
+    problems += _repeated(reports)
     report_shared(reports)
     buckets = _image_counts(root, reports)
     for name, counts in buckets.items():
         if not counts["complete"]:
             problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
-    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
-        problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
-    for place in split_folders(root):
-        manifest = read_json(Path(place) / MANIFEST)
-        problems += list(manifest["broken"].values())
-        empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # of which nothing was examined
-        for name in empty:
-            found = manifest["bad_samples"].get(name, {}).items()
-            problems += [f"{place}/{name}, {key}: {reason}" for key, reason in found]
-        known = {shard["name"] for shard in manifest["shards"]} | set(manifest["broken"])
-        new = sorted({path.name for path in tar_files(Path(place))} - known)
-        problems += [f"{place}/{name} is not in the manifest, so it is not read: run step=manifest" for name in new]
+    problems += _listed_problems(root)
     problems += [problem for report in reports for problem in report.known]
     problems_file = _write_problems(Path(root) / PROBLEMS_FILE, problems)
     for problem in problems[:NAMED_AT_MOST]:
@@ -328,6 +306,42 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         if buckets
         else {}
     )
+
+
+def _repeated(reports: Sequence[ShardReport]) -> list[str]:
+    """A problem for each key and each content that an earlier sample of the set has."""
+    problems = []
+    keys: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    for report in reports:
+        for number, key in enumerate(report.keys):
+            where = f"{report.name} (sample {number})"
+            if key in keys:
+                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {where}")
+            keys[key] = where
+        for digest, name in report.contents:
+            if digest in contents:
+                problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
+            contents[digest] = name
+    return problems
+
+
+def _listed_problems(root: Path | str) -> list[str]:
+    """What the manifests left out, and where they and `images.json` differ from the files that are there."""
+    problems = []
+    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
+        problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
+    for place in split_folders(root):
+        manifest = read_json(Path(place) / MANIFEST)
+        problems += list(manifest["broken"].values())
+        empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # of which nothing was examined
+        for name in empty:
+            found = manifest["bad_samples"].get(name, {}).items()
+            problems += [f"{place}/{name}, {key}: {reason}" for key, reason in found]
+        known = {shard["name"] for shard in manifest["shards"]} | set(manifest["broken"])
+        new = sorted({path.name for path in tar_files(Path(place))} - known)
+        problems += [f"{place}/{name} is not in the manifest, so it is not read: run step=manifest" for name in new]
+    return problems
 
 
 def _write_problems(file: Path, problems: Sequence[str]) -> str | None:

@@ -25,11 +25,10 @@ from keygrip.data.shards.index import (
     ShardIndex,
     index_path,
     index_shard,
-    is_text,
     make_index,
 )
 from keygrip.data.shards.keys import MOST_BYTES
-from keygrip.data.source_files import files_in
+from keygrip.data.source_files import files_in, is_utf8
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ def write_manifest(
     root = Path(root)
     paths = tar_files(root)
     compressed = compressed_shards(root)
-    if odd := next((path.name for path in (*paths, *compressed) if not is_text(path.name)), None):
+    if odd := next((path.name for path in (*paths, *compressed) if not is_utf8(path.name)), None):
         raise ValueError(f"the name of the shard {odd!a} in {root} is not UTF-8, as a manifest is: rename the file")
     if not paths:
         named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
@@ -142,18 +141,7 @@ def write_manifest(
     columns: dict[str, str] = {}
     for path in Progress(paths, desc=f"index {root}", unit="shard", shown=progress):
         try:
-            if index_path(path).is_file() and not again:
-                content = index_path(path).read_bytes()
-                index = ShardIndex.from_bytes(content, str(index_path(path)))
-                if index.size != path.stat().st_size:
-                    raise ShardError(
-                        f"{path} has {path.stat().st_size} bytes, its index was made of {index.size}: it is cut off, "
-                        "or replaced (again=true indexes it anew)"
-                    )
-            else:
-                index = index_shard(path, describe)
-                content = index.to_bytes()
-                write_bytes(index_path(path), content)
+            index, digest = _indexed(path, describe, again)
         except ShardError as error:
             broken[path.name] = str(error)
             continue
@@ -166,7 +154,6 @@ def write_manifest(
         columns = columns or found
         if index.bad:
             bad[path.name] = index.bad
-        digest = sha256_bytes(content)
         shards.append({"name": path.name, "bytes": index.size, "samples": len(index), "index_sha256": digest})
     for reason in broken.values():
         log.warning("left out: %s", reason)
@@ -196,6 +183,27 @@ def write_manifest(
     }
     write_json(root / MANIFEST, manifest)
     return manifest
+
+
+def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, str]:
+    """The index of a shard, made where there is none (anew with `again`), and the SHA-256 of its file.
+
+    Raises:
+        ShardError: the shard is broken, or is not the one that was indexed.
+    """
+    if again or not index_path(path).is_file():
+        index = index_shard(path, describe)
+        content = index.to_bytes()
+        write_bytes(index_path(path), content)
+    else:
+        content = index_path(path).read_bytes()
+        index = ShardIndex.from_bytes(content, str(index_path(path)))
+        if index.size != path.stat().st_size:
+            raise ShardError(
+                f"{path} has {path.stat().st_size} bytes, its index was made of {index.size}: it is cut off, "
+                "or replaced (again=true indexes it anew)"
+            )
+    return index, sha256_bytes(content)
 
 
 def tar_files(root: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.image_text.sources.captions import CAPTION_FILES, captions_beside, find_captions
-from keygrip.data.source_files import everything_below, is_hidden
+from keygrip.data.source_files import everything_below, is_hidden, is_utf8
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -104,28 +104,8 @@ def list_items(
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    below = everything_below(source)
-    every = [path for path in below if not path.is_dir()]
-    hidden = [path.relative_to(source) for path in below if is_hidden(path)]
-    if hidden:
-        log.warning("%d hidden files and folders in %s are not read (%s, ...)", len(hidden), source, hidden[0])
-    beside = [path for path in every if path.suffix.lower() in BESIDE]
+    paths, beside = _image_files(source)
     capitals = {path.with_suffix(path.suffix.lower()): path for path in beside if path.suffix != path.suffix.lower()}
-    others: Counter[str] = Counter()
-    paths = []
-    for path in every:
-        if path.suffix.lower() in BESIDE or is_hidden(path):
-            continue
-        if path.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES) or is_image(path):
-            paths.append(path)
-        else:
-            others[path.suffix.lower() or "no ending"] += 1
-    if others:
-        counted = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
-        log.warning("%d other files in %s are no images (%s)", others.total(), source, counted)
-    if all(path.suffix.lower() in OTHER_SUFFIXES for path in paths):
-        other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
     folders = sorted({path.parent for path in beside if path.name.lower() in CAPTION_FILES})
     listed, taken = _of_these(source, paths, folders), set[str]()
     wrapped: list[str] = []
@@ -180,6 +160,38 @@ def list_items(
             min(wrapped),
         )
     return merge_duplicates(with_hashes(items, source, before, progress), known or {})
+
+
+def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
+    """The images below a folder, those that are not decoded too, and the files of captions and notes. Hidden files and
+    those of other kinds are counted in the log.
+
+    Raises:
+        FileNotFoundError: there are no images that can be decoded.
+    """
+    below = everything_below(source)
+    hidden = [path.relative_to(source) for path in below if is_hidden(path)]
+    if hidden:
+        log.warning("%d hidden files and folders in %s are not read (%s, ...)", len(hidden), source, hidden[0])
+    others: Counter[str] = Counter()
+    paths, beside = [], []
+    for path in (path for path in below if not path.is_dir()):
+        ending = path.suffix.lower()
+        if ending in BESIDE:
+            beside.append(path)
+        elif is_hidden(path):
+            continue
+        elif ending in (*SUFFIXES, *OTHER_SUFFIXES) or is_image(path):
+            paths.append(path)
+        else:
+            others[ending or "no ending"] += 1
+    if others:
+        counted = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
+        log.warning("%d other files in %s are no images (%s)", others.total(), source, counted)
+    if all(path.suffix.lower() in OTHER_SUFFIXES for path in paths):
+        other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
+        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
+    return paths, beside
 
 
 def _of_these(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
@@ -252,15 +264,6 @@ def merge_duplicates(items: Sequence[Item], known: Mapping[str, tuple[str, ...]]
             reason = f"the same file as {own.path}, which {what}"
             found[number] = replace(items[number], bucket=None, reason=reason, duplicate=True)
     return found
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a file name can be written as UTF-8 (names on disk may hold any bytes)."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def frozen_items(
