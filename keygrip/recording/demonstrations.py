@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,6 +33,7 @@ from keygrip.recording.episodes import record_successes
 from keygrip.recording.handover import record_handover
 from keygrip.recording.recorded_folder import LOCK_FILE, SETTINGS_FILE, demo_name, refuse_other_settings, store
 from keygrip.recording.signs import SignKeeper
+from keygrip.worker_processes import prepare_worker
 
 ROBOT = "yam"
 ARM = "right"
@@ -299,7 +298,9 @@ class _Workers:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a forked GL context is broken
-            self._pool = ProcessPoolExecutor(self.processes, context, _start_worker, (self.settings, self.root))
+            self._pool = ProcessPoolExecutor(
+                self.processes, context, _start_worker, (self.settings, self.root, os.getpid())
+            )
         try:
             for future in as_completed([self._pool.submit(_run_in_worker, seed) for seed in seeds]):
                 yield future.result()
@@ -320,19 +321,10 @@ def _build_cell(settings: RecordSettings) -> YamCell | HandoverCell:
     return YamCell(settings.task, settings.image_size, settings.hz, cameras=settings.cameras)
 
 
-def _start_worker(settings: RecordSettings, root: Path) -> None:
+def _start_worker(settings: RecordSettings, root: Path, parent: int) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets episodes under way finish
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: one thread per process, not per core
+    prepare_worker(parent)
     _worker = (_build_cell(settings), settings, root)
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent has been killed; the pool would leave it waiting for work forever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _run_in_worker(seed: int) -> tuple[int, bool]:

@@ -9,8 +9,6 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +24,7 @@ from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.progress import Progress
+from keygrip.worker_processes import prepare_worker
 
 log = logging.getLogger(__name__)
 
@@ -320,17 +319,8 @@ _make: Maker | None = None  # one per process, with what it keeps open
 
 def _start_process(make: Maker, parent: int) -> None:
     global _make
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which lets shards under way finish
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    prepare_worker(parent)
     _make = make
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent has been killed."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _run_job(job: Job) -> tuple[int, int]:
