@@ -57,14 +57,14 @@ class RobotSurface:
         return np.asarray((poses[:, :3, :3] @ self.points[which][..., None])[..., 0] + poses[:, :3, 3])
 
 
-def sample_triangles(triangles: np.ndarray, density: float = POINTS_PER_M2, seed: int = 0) -> np.ndarray:
+def sample_triangles(triangles: np.ndarray, density: float = POINTS_PER_M2) -> np.ndarray:
     """[P, 3] points spread evenly over triangles [F, 3, 3], `density` for each square metre; always the same."""
     edges = triangles[:, 1:] - triangles[:, :1]
     areas = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1) / 2
     total = float(areas.sum())
     if not total > 0:
         return np.zeros((0, 3))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     count = int(np.clip(total * density, 50, MOST_POINTS))
     chosen = np.searchsorted(np.cumsum(areas) / total, (np.arange(count) + rng.uniform(0, 1, count)) / count)
     u, v = rng.uniform(0, 1, (2, count, 1))
@@ -73,12 +73,13 @@ def sample_triangles(triangles: np.ndarray, density: float = POINTS_PER_M2, seed
     return np.asarray(triangles[chosen, 0] + u * edges[chosen, 0] + v * edges[chosen, 1])
 
 
-def gripper_blob(length: float = 0.16, radius: float = 0.035, density: float = POINTS_PER_M2) -> RobotSurface:
+def gripper_blob() -> RobotSurface:
     """A stand-in for any gripper's surface: a capsule from the finger tips back along the approach.
 
     `link_poses` takes joints [N, 12], the tool's pose as the first three rows of a matrix, row by row.
     """
-    count = int(2 * np.pi * radius * length * density)
+    length, radius = 0.16, 0.035  # metres
+    count = int(2 * np.pi * radius * length * POINTS_PER_M2)
     rng = np.random.default_rng(0)
     along, angle = rng.uniform(-length, 0.0, count), rng.uniform(0, 2 * np.pi, count)
     wide = radius * np.clip(0.4 - along / length, 0.4, 1.0)

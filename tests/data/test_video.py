@@ -15,7 +15,7 @@ from shard_sets import picture
 from keygrip.data import video
 from keygrip.data.video import VideoWriter, duration_s, frames_at, read_video, write_video
 from keygrip.data.video_frames import upright_frame
-from keygrip.data.video_text.conversations import decode_video, describe_video_text
+from keygrip.data.video_text.conversations import decode_timed, describe_video_text
 
 
 def write(
@@ -63,7 +63,7 @@ def test_sound_and_a_late_start_do_not_change_the_frames(
     path = write(tmp_path / f"a.{ending}", [start + n / 4 for n in range(16)], 4, audio_s)
     assert duration_s(path) == pytest.approx(4.0, abs=0.02)
     for source in (str(path), path.read_bytes()):
-        assert numbers(decode_video(source, 16, "stretch")) == [0, 4, 8, 12]
+        assert numbers(decode_timed(source, 16, "stretch", 64)[0]) == [0, 4, 8, 12]
     if ending == "mkv":
         text = b'{"conversations": [{"turns": [{"role": "user", "text": "?"}, {"role": "assistant", "text": "!"}]}]}'
         assert describe_video_text({"mkv": path.read_bytes(), "json": text})["frames"] == 4
@@ -74,7 +74,7 @@ def test_time_stamps_in_milliseconds_lose_no_frame(tmp_path: Path) -> None:
         tmp_path / "a.mkv", [int(1000 * n / 3) / 1000 for n in range(9)], 3
     )  # 0, 0.333, 0.666, 1.0, ... cut off
     assert duration_s(path) == pytest.approx(2.999, abs=0.001)
-    assert numbers(decode_video(str(path), 16, "stretch")) == [0, 3, 6]
+    assert numbers(decode_timed(str(path), 16, "stretch", 64)[0]) == [0, 3, 6]
 
 
 def test_matroska_of_few_frames_beside_longer_sound_is_read(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_matroska_of_few_frames_beside_longer_sound_is_read(tmp_path: Path) -> N
     with av.open(str(path)) as file:
         assert file.streams.video[0].duration is not None
     assert duration_s(path) == pytest.approx(4.0, abs=0.05)
-    assert numbers(decode_video(str(path), 16, "stretch")) == [0, 1, 2, 3]
+    assert numbers(decode_timed(str(path), 16, "stretch", 64)[0]) == [0, 1, 2, 3]
 
 
 def test_windows_media_whose_frames_begin_late_are_as_long_as_they_are_shown(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_windows_media_whose_frames_begin_late_are_as_long_as_they_are_shown(tmp
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     assert duration_s(tmp_path / "a.wmv") == pytest.approx(4.0, abs=0.02)
-    assert numbers(decode_video(str(tmp_path / "a.wmv"), 16, "stretch")) == [0, 5, 10, 15]
+    assert numbers(decode_timed(str(tmp_path / "a.wmv"), 16, "stretch", 64)[0]) == [0, 5, 10, 15]
 
 
 def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_cover_before_the_video_is_not_the_video(tmp_path: Path) -> None:
             file.mux(stream.encode(frame))
         file.mux(cover.encode(None))
         file.mux(stream.encode(None))
-    assert numbers(decode_video(str(path), 32, "stretch")) == [0, 4, 8]
+    assert numbers(decode_timed(str(path), 32, "stretch", 64)[0]) == [0, 4, 8]
     assert read_video(path).shape == (12, 32, 32, 3)
     assert video.count_frames(path) == 12
 
@@ -286,11 +286,11 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, ending: str, audio_s
         write(tmp_path / "a.mkv", [n / 10 for n in range(40)], 10, audio_s, noise=60).rename(path)
     else:
         path = write(tmp_path / f"a.{ending}", [n / 10 for n in range(40)], 10, audio_s, noise=60)
-    assert len(decode_video(str(path), 16, "stretch")) == 4
+    assert len(decode_timed(str(path), 16, "stretch", 64)[0]) == 4
     whole = path.read_bytes()
     for share in (0.25, 0.4):  # behind that an AVI has little but its index
         with pytest.raises(ValueError, match=r"says it lasts 4\.\d s|cannot be decoded"):
-            decode_video(whole[: int(share * len(whole))], 16, "stretch")
+            decode_timed(whole[: int(share * len(whole))], 16, "stretch", 64)
 
 
 def test_a_raw_stream_without_times_is_named(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_damaged_frames_are_refused(tmp_path: Path) -> None:
     for n in range(30):
         content[start + size // 3 + n * size // 100] ^= 0xFF
     with pytest.raises(ValueError, match=r"damaged|cannot be decoded"):
-        decode_video(bytes(content), 16, "stretch")
+        decode_timed(bytes(content), 16, "stretch", 64)
 
 
 def test_frames_larger_than_their_header_says_are_refused() -> None:

@@ -7,7 +7,6 @@ an error.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from collections import Counter
 from functools import partial
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from keygrip.artifacts import make_once, write_bytes
+from keygrip.artifacts import atomic_write, make_once
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSamples, read_npz
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
@@ -82,11 +81,8 @@ class ImageShards(ResumableData):
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction:g} must lie between 0 and 1")
         self.root, self.make, self.batch_size, self.seed = root, make, batch_size, seed
-        self.val_fraction, self.max_val_samples, self.max_skipped_share = (
-            val_fraction,
-            max_val_samples,
-            max_skipped_share,
-        )
+        self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
+        self.max_skipped_share = max_skipped_share
         self.cache_dir, self.cache_gb = cache_dir, cache_gb
         self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches, self.trim_text = prefetch_batches, trim_text
@@ -237,9 +233,9 @@ class ImageShards(ResumableData):
         return dict(read_npz(file))
 
     def _measure(self, file: Path) -> None:
-        buffer = io.BytesIO()
-        np.savez(buffer, **measure(self.samples("train")))  # type: ignore[arg-type]
-        write_bytes(file, buffer.getvalue())
+        measured = measure(self.samples("train"))
+        with atomic_write(file) as opened:
+            np.savez(opened, **measured)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------------------------------------------------- loading
 

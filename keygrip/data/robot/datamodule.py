@@ -37,6 +37,7 @@ from keygrip.data.robot.set_checks import (
 )
 from keygrip.data.robot.statistics import DemoStatistics, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
+from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
@@ -272,8 +273,7 @@ class RobotDemos(ResumableData):
             raise FileNotFoundError(f"{self.root} is not there; prepare_data() records it on the first process")
         unwritable = self.root.is_dir() and not os.access(self.root, os.W_OK)
         if unwritable and self.cache_dir == self.root / CACHE_FOLDER:
-            digest = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
-            self.cache_dir = Path.home() / ".cache" / "keygrip" / digest
+            self.cache_dir = folder_beside(str(self.root.resolve()))
             log.info("%s cannot be written; what is derived from it goes to %s", self.root, self.cache_dir)
         settings = (self.cameras, self.arms, self.depth, self.max_demos, self.max_broken_share, self.verify)
         options = ReadingOptions(*settings, calibrated=self.reads_calibration, masks_views=self.masks_views)
@@ -378,18 +378,12 @@ class RobotDemos(ResumableData):
             left = int(self.cache_gb * 1e9)
             for camera in self.cameras:
                 tracks = [demo.cameras.get(camera) for demo in self.demos]
-                cache = FrameCache(
-                    [NoFrames() if track is None else track.frames for track in tracks],
-                    [
-                        FrameShape(0, 0, 0)
-                        if track is None
-                        else FrameShape(len(track.frames), track.height, track.width)
-                        for track in tracks
-                    ],
-                    self.cache_dir,
-                    camera,
-                    left,
-                )
+                sources = [NoFrames() if track is None else track.frames for track in tracks]
+                shapes = [
+                    FrameShape(len(track.frames), track.height, track.width) if track else FrameShape(0, 0, 0)
+                    for track in tracks
+                ]
+                cache = FrameCache(sources, shapes, self.cache_dir, camera, left)
                 self._frames[camera] = cache
                 left -= cache.limit_bytes
         return self._frames
@@ -398,20 +392,20 @@ class RobotDemos(ResumableData):
         self, augmentation: Augmentation | None, drop_idle: bool, training: bool = False
     ) -> SampleOptions:
         return SampleOptions(
-            self.camera,
-            self.arms,
-            self.targets,
-            self.horizon,
-            tuple(self.roots[root].stride for root in self.root_of),
-            self.geometry,
-            augmentation,
-            self.seed,
-            self.drop_idle_s if drop_idle else None,
-            self.intervention_weight if training else 1.0,
-            self.detail_size,
-            self.extra_targets,
-            self.embodiments,
-            self.view_dropout if training else 0.0,
+            camera=self.camera,
+            arms=self.arms,
+            targets=self.targets,
+            horizon=self.horizon,
+            strides=tuple(self.roots[root].stride for root in self.root_of),
+            geometry=self.geometry,
+            augmentation=augmentation,
+            seed=self.seed,
+            drop_idle_s=self.drop_idle_s if drop_idle else None,
+            intervention_weight=self.intervention_weight if training else 1.0,
+            detail_size=self.detail_size,
+            extra=self.extra_targets,
+            embodiments=self.embodiments,
+            view_dropout=self.view_dropout if training else 0.0,
         )
 
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, training: bool) -> DemoSamples:

@@ -348,17 +348,13 @@ def _seconds(duration: float, most: int) -> np.ndarray:
     return np.arange(count) if count <= most else np.linspace(0, duration - 1, most)
 
 
-def decode_video(content: bytes | str, size: int, fit: str, most: int = MAX_FRAMES) -> np.ndarray:
-    """uint8 [F, S, S, 3] of a video file or its bytes: a frame per second, at most `most`, evenly.
+def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [F, S, S, 3] of a video file or its bytes, a frame per second, at most `most`, evenly; and the second of
+    each, float [F].
 
     Raises:
         ValueError: it cannot be decoded, or ends long before its length.
     """
-    return decode_timed(content, size, fit, most)[0]
-
-
-def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `decode_video`, and the second of each frame."""
     times = np.zeros(0)
 
     def chosen(length: float) -> np.ndarray:

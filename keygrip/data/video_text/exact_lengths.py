@@ -8,7 +8,6 @@ there yet is counted and added, so that training and validation, and runs of few
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from keygrip.artifacts import locked, sha256_bytes, write_bytes
+from keygrip.artifacts import atomic_write, locked, sha256_bytes
 from keygrip.data.bad_samples import BadSample, guard, read_npz
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.resuming import refuse_too_few_files
@@ -172,6 +171,5 @@ def _stored(file: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(file: Path, longest: np.ndarray, rows: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, longest=longest, rows=rows)
-    write_bytes(file, buffer.getvalue())
+    with atomic_write(file) as opened:
+        np.savez_compressed(opened, longest=longest, rows=rows)

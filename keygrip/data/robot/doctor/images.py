@@ -36,9 +36,9 @@ class Stream:
     images: np.ndarray
 
 
-def read_stream(demo: Demo, camera: str, most: int = MOST_FRAMES) -> Stream:
+def read_stream(demo: Demo, camera: str) -> Stream:
     """Reads all frames of a demo's camera, small; of a long demo every n-th."""
-    index = np.arange(0, len(demo), -(-len(demo) // most))
+    index = np.arange(0, len(demo), -(-len(demo) // MOST_FRAMES))
     frames = demo.cameras[camera].frames
     return Stream(index, np.stack([shrunk(frames.read(int(i))) for i in index]))
 

@@ -34,12 +34,7 @@ def _thinned(view: View) -> View:
     return replace(view, index=view.index[::2], images=view.images[::2], foreground=view.foreground[::2])
 
 
-def starts(
-    pairs: Sequence[tuple[View, Placement]],
-    best: int = 3,
-    lags: Sequence[int] = LAGS,
-    rolls: Sequence[float] = ROLLS_DEG,
-) -> list[tuple[float, np.ndarray]]:
+def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[float, np.ndarray]]:
     """The best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
     found: list[tuple[float, np.ndarray]] = []
     pairs = [(_thinned(view), robot) for view, robot in pairs]
@@ -59,11 +54,11 @@ def starts(
     spectrum = np.fft.rfft2(window)
     shifts = [(np.fft.fftfreq(size, 1 / size)).astype(int) for size in canvas]
     allowed = (np.abs(shifts[0]) <= top)[:, None] & (np.abs(shifts[1]) <= left)[None]
-    for lag in lags:
+    for lag in LAGS:
         projected = [
             seen(robot.at(view.index + lag, EVERY), view.intrinsics, view.world_to_camera)[0] for view, robot in pairs
         ]
-        for roll in rolls:
+        for roll in ROLLS_DEG:
             cosine, sine = np.cos(np.radians(roll)), np.sin(np.radians(roll))
             for scale in SCALES:
                 turn = scale * np.array([[cosine, -sine], [sine, cosine]], dtype=np.float32)
@@ -95,11 +90,11 @@ def starts(
     return found[:best]
 
 
-def wide_fit(pairs: Sequence[tuple[View, Placement]], lags: Sequence[int] = LAGS) -> Fit:
+def wide_fit(pairs: Sequence[tuple[View, Placement]]) -> Fit:
     """The better of a fit that begins at no change and fits that begin where a search over the whole image says."""
     near = fit(pairs)
     fits = [near]
-    for _, change in starts(pairs, best=2, lags=lags):
+    for _, change in starts(pairs, best=2):
         fits.append(fit(pairs, start=change, prior=LONG_PRIOR))
     best = max(fits, key=lambda found: found.after)
     return best if best.after > near.after + 0.01 else near

@@ -63,7 +63,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
     return edge
 
 
-def agreement(silhouettes: np.ndarray, changed: np.ndarray, least: float = 1.0) -> float:
+def agreement(silhouettes: np.ndarray, changed: np.ndarray) -> float:
     """Correlation in -1..1 of silhouettes and foreground [F, h, w] in how they change over the frames.
 
     What never moves (the base, the table) says nothing either way. Where the robot stands in most frames, it is the
@@ -74,6 +74,6 @@ def agreement(silhouettes: np.ndarray, changed: np.ndarray, least: float = 1.0) 
     own -= own.mean(axis=0)
     other = changed - changed.mean(axis=0)
     power = float((own * own).sum()), float((other * other).sum())
-    if min(power) < least:
+    if min(power) < 1:
         return 0.0
     return float((own * other).sum() / np.sqrt(power[0] * power[1]))

@@ -51,10 +51,10 @@ class View:
         return replace(self, images=images, foreground=foreground(images))
 
 
-def shrunk(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """An image [H, W, 3] whose longer side has at most `side` pixels."""
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """An image [H, W, 3] whose longer side has at most `SIDE` pixels."""
     height, width = image.shape[:2]
-    scale = side / max(height, width)
+    scale = SIDE / max(height, width)
     if scale >= 1:
         return image
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
