@@ -237,13 +237,13 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         }
         if read.embodiments:
             common["embodiment"] = torch.tensor(read.embodiments.index(self.demos[number].robot))
-        return self._seen(number, frame, key, common)
+        return self._with_images(number, frame, key, common)
 
     def _image(self, number: int, camera: str, frame: int) -> np.ndarray:
         with demo_guard(self.demos[number].name, f"frame {frame} of camera {camera!r} cannot be read: "):
             return self.frames[camera].read(self.demo_indices[number], frame)
 
-    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
+    def _with_images(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         """The sample: what is common to all batches, and the camera's image."""
         options = self.options
         camera, pixels = self.demos[number].cameras[options.camera], self._image(number, options.camera, frame)
@@ -284,10 +284,10 @@ class MultiViewSamples(DemoSamples):
         super().__init__(demos, demo_indices, frames, options)
         self.cameras, self.depth = tuple(cameras), depth
 
-    def _seen(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
+    def _with_images(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         options = self.options
         generator = sample_generator(options.seed, key)
-        there = self._there(number, generator)
+        there = self._shown_views(number, generator)
         views = [
             self._view(number, name, frame, generator) if shown else options.geometry.absent_view(self.depth)
             for name, shown in zip(self.cameras, there, strict=True)
@@ -307,7 +307,7 @@ class MultiViewSamples(DemoSamples):
             **common,
         )
 
-    def _there(self, number: int, generator: np.random.Generator) -> list[bool]:
+    def _shown_views(self, number: int, generator: np.random.Generator) -> list[bool]:
         """Which views a sample shows: of the cameras that the demo has, the first and those that are not dropped."""
         there = [name in self.demos[number].cameras for name in self.cameras]
         if self.options.view_dropout:  # without it nothing is drawn: samples are those of a run that has no such option

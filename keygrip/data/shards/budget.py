@@ -56,7 +56,7 @@ class Sizes:
     rows: np.ndarray
 
 
-def budgeted(
+def pack_batches(
     samples: np.ndarray, sizes: Sizes, budget: Budget, most: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Samples in batches of similar size, each within the budget and of at most `most`; in random order.
@@ -95,7 +95,7 @@ def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: B
     return cuts
 
 
-def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+def with_count(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     """As many batches as wanted: the largest are halved, or the last left out. In random order these are any; the
     smallest would always be those of the longest samples.
 
@@ -115,7 +115,7 @@ def exactly(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     return [batch for _, _, batch in sorted(found, key=lambda each: each[1])[:count]]
 
 
-def dealt(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:
+def split_over_ranks(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:
     """The parts of a batch for each of the ranks: one sample in turn, those with the most rows first.
 
     So a rank has at most its share of the rows and the rows of one sample more, and at most one sample more than
@@ -128,14 +128,14 @@ def dealt(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:
     return [order[rank::ranks] for rank in range(ranks)]
 
 
-def side_by_side(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.ndarray]]:
+def group_by_rank(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.ndarray]]:
     """Batches of one rank each, so many of them next to each other, so that every sample comes once. The largest are
     halved to make them go up; samples are repeated only where there are too few."""
     wanted = -(-len(batches) // ranks) * ranks
     if sum(map(len, batches)) < wanted:
         own = np.split(np.resize(np.concatenate(batches), wanted), wanted)
     else:
-        own = exactly(batches, wanted)
+        own = with_count(batches, wanted)
     return [own[start : start + ranks] for start in range(0, wanted, ranks)]
 
 

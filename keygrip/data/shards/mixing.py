@@ -15,7 +15,17 @@ from itertools import chain
 
 import numpy as np
 
-from keygrip.data.shards.budget import BLUR, POOL, SLACK, Budget, Sizes, budgeted, dealt, exactly, side_by_side
+from keygrip.data.shards.budget import (
+    BLUR,
+    POOL,
+    SLACK,
+    Budget,
+    Sizes,
+    group_by_rank,
+    pack_batches,
+    split_over_ranks,
+    with_count,
+)
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.training.parts import data_part
 
@@ -190,7 +200,7 @@ class Mixture:
         parts = [self._endless(n, len(part), 0, counts[n]) for n, part in enumerate(self.components)]
         pool = np.concatenate([start + part for start, part in zip(self.starts[:-1], parts, strict=True)])
         rng = np.random.default_rng([self.seed, 4])
-        filled = len(budgeted(rng.permutation(pool), self.sizes, self.budget, self.batch_size, rng))
+        filled = len(pack_batches(rng.permutation(pool), self.sizes, self.budget, self.batch_size, rng))
         return len(pool) / (filled + 1 + filled // SLACK)
 
     def _by_weight(self, stage: Stage, samples: int) -> list[int]:
@@ -312,7 +322,7 @@ class Mixture:
         found = []
         for part, more in zip(pools, extra, strict=True):
             pool = rng.permutation(np.concatenate([part, more]))
-            found.append(budgeted(pool, self.sizes, self.budget, self.batch_size, rng))
+            found.append(pack_batches(pool, self.sizes, self.budget, self.batch_size, rng))
         return found
 
     def batches_of(self, epoch: int) -> list[np.ndarray]:
@@ -321,14 +331,14 @@ class Mixture:
             return list(self.order(epoch).reshape(self.batches, self.batch_size))
         found = self._filled(epoch)
         if not self.curriculum:
-            return exactly(list(chain.from_iterable(found)), self.batches)
+            return with_count(list(chain.from_iterable(found)), self.batches)
         wanted = [batches for _, batches in self._stages_of(epoch)]
-        return list(chain.from_iterable(exactly(pool, count) for pool, count in zip(found, wanted, strict=True)))
+        return list(chain.from_iterable(with_count(pool, count) for pool, count in zip(found, wanted, strict=True)))
 
     def parts(self, batch: np.ndarray, ranks: int) -> list[np.ndarray]:
         """What each of the ranks has of a batch; batches themselves do not depend on how many there are, so that runs
         go on with other ones."""
-        return np.array_split(batch, ranks) if self.budget is None else dealt(batch, self.sizes, ranks)
+        return np.array_split(batch, ranks) if self.budget is None else split_over_ranks(batch, self.sizes, ranks)
 
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The same samples, those of each window of shards together."""
@@ -440,7 +450,7 @@ class BucketedSampler(GlobalBatchSampler):
         frames, positions = (max(1, whole // self.ranks) for whole in (self.budget.frames, self.budget.positions))
         own = replace(self.budget, frames=frames, positions=positions)
         most = max(1, self.most // self.ranks)
-        return side_by_side(budgeted(chosen, self.sizes, own, most, rng), self.ranks)
+        return group_by_rank(pack_batches(chosen, self.sizes, own, most, rng), self.ranks)
 
 
 def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:

@@ -53,7 +53,7 @@ class ShardSet:
         manifest = _read_manifest(manifest_path)
         self.shards: list[dict[str, Any]] = [shard for shard in manifest["shards"] if shard["samples"]]
         if not quiet:
-            _say_what_is_left_out(self.root, manifest)
+            _warn_of_left_out(self.root, manifest)
         self._indices = [self._read_index(shard) for shard in self.shards]
         self._check_sizes()
         counts = [len(index) for index in self._indices]
@@ -189,7 +189,7 @@ def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:
             yield shards, sample
 
 
-def _say_what_is_left_out(root: str, manifest: Mapping[str, Any]) -> None:
+def _warn_of_left_out(root: str, manifest: Mapping[str, Any]) -> None:
     """A line for shards and one for samples: a large set has bad samples in each of its thousands of shards."""
     broken, bad = manifest["broken"], manifest["bad_samples"]
     if broken:

@@ -81,7 +81,7 @@ class WithinBudget:
     Batches are planned before their samples are read: from characters, or from counted tokens where another sample may
     take the place of a broken one. In one that turns out too large the samples with the longest rows are left out, at
     most all but one; their rows are counted in the batch's `left_out`. Samples do not always divide by the processes:
-    each may have those of one sample more than its share (see `keygrip.data.shards.budget.dealt`).
+    each may have those of one sample more than its share (see `keygrip.data.shards.budget.split_over_ranks`).
 
     Args:
         positions: of a batch over all processes. ranks: how many these are: each has its part of the samples.

@@ -151,13 +151,13 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """The ones most like it: of its source, in length."""
         yield key
-        start, alike, place = self._among_alike(key)
+        start, alike, place = self._neighbours(key)
         for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
             yield SampleKey(int(start + alike[(place + step) % len(alike)]), key.epoch)
 
     def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """With shorter and shorter text and as many frames, down to the shortest; then with fewer frames."""
-        start, alike, place = self._among_alike(key)
+        start, alike, place = self._neighbours(key)
         part = self.parts[int(np.searchsorted(self.starts, key.sample, side="right")) - 1]
         frames = np.minimum(part.column("frames"), self.max_frames)[alike]
         first = int(np.searchsorted(frames, frames[place]))
@@ -167,7 +167,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
             if each != place:
                 yield SampleKey(int(start + alike[each]), key.epoch)
 
-    def _among_alike(self, key: SampleKey) -> tuple[int, np.ndarray, int]:
+    def _neighbours(self, key: SampleKey) -> tuple[int, np.ndarray, int]:
         """Where a sample's part begins, its samples by frames and length of text, and the sample's place in these."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         start, alike = int(self.starts[number]), self._alike[number]

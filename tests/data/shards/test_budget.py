@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keygrip.data.shards.budget import Budget, Sizes, budgeted, cost, costliest, dealt, exactly, side_by_side
+from keygrip.data.shards.budget import (
+    Budget,
+    Sizes,
+    cost,
+    costliest,
+    group_by_rank,
+    pack_batches,
+    split_over_ranks,
+    with_count,
+)
 from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padding_of
 from keygrip.data.video_text.batching import rows_of
 
@@ -85,7 +94,7 @@ def test_no_rank_has_more_than_its_share_of_the_rows_and_one_sample(ranks: int) 
         count = int(rng.integers(ranks, 40))
         rows, frames = rng.choice([1, 1, 2, 8], count), rng.integers(8, 12, count)
         sizes = Sizes(frames, rng.uniform(10, 99, count), rows)
-        parts = dealt(rng.permutation(count), sizes, ranks)
+        parts = split_over_ranks(rng.permutation(count), sizes, ranks)
         assert sorted(np.concatenate(parts).tolist()) == list(range(count))
         for part in parts:
             assert rows[part].sum() - rows[part].max() <= rows.sum() / ranks
@@ -106,7 +115,7 @@ def test_held_out_samples_come_once_and_each_rank_keeps_to_its_share(ranks: int)
 
 def test_fewer_samples_than_ranks_are_repeated() -> None:
     sets = [[np.array([3]), np.array([5, 6])], [np.array([3])]]
-    assert [sorted(int(n) for step in side_by_side(each, 4) for part in step for n in part) for each in sets] == [
+    assert [sorted(int(n) for step in group_by_rank(each, 4) for part in step for n in part) for each in sets] == [
         [3, 3, 5, 6],
         [3, 3, 3, 3],
     ]
@@ -141,16 +150,16 @@ def test_rows_that_samples_give_at_most() -> None:
 
 def test_a_sample_larger_than_the_budget_is_alone() -> None:
     sizes = Sizes(np.array([300, 1, 1]), np.array([310.0, 5.0, 5.0]), np.array([1, 1, 1]))
-    batches = budgeted(np.arange(3), sizes, BUDGET, 64, np.random.default_rng(0))
+    batches = pack_batches(np.arange(3), sizes, BUDGET, 64, np.random.default_rng(0))
     assert sorted(batch.tolist() for batch in batches) in ([[0], [1, 2]], [[0], [2, 1]])
 
 
 def test_batches_are_halved_or_left_out_to_be_as_many_as_wanted() -> None:
     batches = [np.arange(6), np.arange(6, 9), np.arange(9, 10)]
-    assert [len(batch) for batch in exactly(batches, 4)] == [3, 3, 3, 1]
-    assert [len(batch) for batch in exactly(batches, 2)] == [6, 3]
+    assert [len(batch) for batch in with_count(batches, 4)] == [3, 3, 3, 1]
+    assert [len(batch) for batch in with_count(batches, 2)] == [6, 3]
     with pytest.raises(ValueError, match="10 samples do not make 11 batches"):
-        exactly(batches, 11)
+        with_count(batches, 11)
 
 
 def test_halves_of_many_batches_are_found_without_looking_at_all_of_them_each_time() -> None:
@@ -164,7 +173,7 @@ def test_halves_of_many_batches_are_found_without_looking_at_all_of_them_each_ti
             return super().__len__()
 
     batches: list[Any] = [Counted([n] * (4 + n % 3)) for n in range(1000)]
-    found = exactly(batches, 1100)
+    found = with_count(batches, 1100)
     assert looked_at < 5 * 1000
     halved = [n for n in range(1000) if n % 3 == 2][:100]  # of the largest, the first
     assert [list(batch) for batch in found] == [

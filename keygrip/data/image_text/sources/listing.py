@@ -107,7 +107,7 @@ def list_items(
     paths, beside = _image_files(source)
     capitals = {path.with_suffix(path.suffix.lower()): path for path in beside if path.suffix != path.suffix.lower()}
     folders = sorted({path.parent for path in beside if path.name.lower() in CAPTION_FILES})
-    listed, taken = _of_these(source, paths, folders), set[str]()
+    listed, taken = _listed_captions(source, paths, folders), set[str]()
     wrapped: list[str] = []
     partly: list[str] = []
 
@@ -194,7 +194,7 @@ def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
     return paths, beside
 
 
-def _of_these(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
     """Captions of the lists in some folders by the names of these files; names that mean none of them, or none inside
     the folder of the list, are said in the log, and so are files of which lists of several folders say different
     things.
@@ -367,7 +367,7 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
             )
     tried = [last[path] for path in unread if path in last and last[path].bucket and path in now]
     with ThreadPoolExecutor(8) as pool:
-        again = pool.map(lambda item: _taken_on_again(source, item, now[item.path]), tried)
+        again = pool.map(lambda item: _second_entry(source, item, now[item.path]), tried)
         repaired = [replace(item, generation=generation) for item in again if item is not None]
     if any(item.bucket for item in repaired):
         log.info("%d images that could not be encoded were repaired", sum(item.bucket is not None for item in repaired))
@@ -395,7 +395,7 @@ def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str
     return now
 
 
-def _taken_on_again(source: Path, tried: Item, new: Item) -> Item | None:
+def _second_entry(source: Path, tried: Item, new: Item) -> Item | None:
     """A second entry for an image that a shard could not take; None while nothing has changed.
 
     It keeps its key, under which no sample was written. A file that can be decoded and was refused all the same (its
