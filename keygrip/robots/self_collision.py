@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keygrip.robots.kinematics import ArmChain, arm_chain
+from keygrip.robots.kinematics import ARM_JOINTS, ArmChain, arm_chain
 
 # Link (0 base, 1 to 6 what turns with that joint, 7 the gripper in the tool's frame), both ends of the axis, radius.
 # Fitted to the meshes of dreamscale-i2rt: the smallest capsules that hold all vertices.
@@ -31,7 +31,6 @@ CAPSULES: tuple[tuple[int, tuple[float, float, float], tuple[float, float, float
 # of another shape.
 HELD = (("yam", "linear_4310"), ("yam", "flexible_4310"))
 GRIPPER = 7
-ARM_JOINTS = 6
 # Links fewer joints apart touch by construction: the wrist is one block.
 APART = 3
 

@@ -19,6 +19,10 @@ from keygrip.data.robot.integrity import write_manifest
 from keygrip.data.robot.schema import CONVENTIONS, SCHEMA, ArmTrajectory, Demo, DemoError
 from keygrip.data.video import VideoWriter
 
+# Arrays of an arm in trajectory.npz and the fields of `ArmPose` that they hold, of both tracks and of the reached one.
+POSE_ARRAYS = {"position_m": "position", "quaternion_wxyz": "quaternion", "gripper_opening": "gripper"}
+REACHED_ARRAYS = {"joint_positions_rad": "joints", "controller_action": "controller"}
+
 
 @dataclass(frozen=True)
 class ArmPose:
@@ -229,23 +233,10 @@ class DemoWriter:
             trajectory["intervention"] = np.asarray(self._interventions, dtype=bool)
         for prefix, store in (("", self._reached), ("commanded_", self._commanded)):
             for arm, poses in store.items():
-                trajectory[f"{arm}/{prefix}position_m"] = np.stack(
-                    [np.asarray(pose.position, dtype=np.float64) for pose in poses]
-                )
-                trajectory[f"{arm}/{prefix}quaternion_wxyz"] = np.stack(
-                    [np.asarray(pose.quaternion, dtype=np.float64) for pose in poses]
-                )
-                trajectory[f"{arm}/{prefix}gripper_opening"] = np.asarray(
-                    [pose.gripper for pose in poses], dtype=np.float64
-                )
-                if not prefix and all(pose.joints is not None for pose in poses):
-                    trajectory[f"{arm}/joint_positions_rad"] = np.stack(
-                        [np.asarray(pose.joints, dtype=np.float64) for pose in poses]
-                    )
-                if not prefix and all(pose.controller is not None for pose in poses):
-                    trajectory[f"{arm}/controller_action"] = np.stack(
-                        [np.asarray(pose.controller, dtype=np.float64) for pose in poses]
-                    )
+                for name, part in (POSE_ARRAYS if prefix else POSE_ARRAYS | REACHED_ARRAYS).items():
+                    values = [getattr(pose, part) for pose in poses]
+                    if all(value is not None for value in values):
+                        trajectory[f"{arm}/{prefix}{name}"] = np.asarray(values, dtype=np.float64)
         cameras: dict[str, np.ndarray] = {}
         entries: dict[str, dict[str, Any]] = {}
         for camera, camera_poses in self._cameras.items():

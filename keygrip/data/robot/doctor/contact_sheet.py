@@ -7,9 +7,10 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from keygrip.data.robot.doctor.examination import Examination, matrices, spread, tensor
+from keygrip.data.robot.doctor.examination import Examination, spread, tensor
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.models.geometry.cameras import project
+from keygrip.robots.kinematics import matrix_from_quaternion
 
 _TILE_WIDTH, _HEADER, _ROWS, _COLUMNS = 280, 18, 6, 6
 _FONT = 12  # pixels: in smaller letters blanks are lost between words
@@ -69,7 +70,7 @@ def _draw_arm(
     colour: tuple[int, int, int],
 ) -> str:
     """Draws path, axes and marker of one arm; returns its caption."""
-    axes = matrices(trajectory.quaternion[index : index + 1])[0].T * _AXIS_M
+    axes = matrix_from_quaternion(trajectory.quaternion[index : index + 1])[0].T * _AXIS_M
     points = np.concatenate([trajectory.position, trajectory.position[index] + axes])
     pixels, _ = project(tensor(points), tensor(track.intrinsics[index]), tensor(track.world_to_camera[index]))
     shown = [tuple(float(value) for value in pixel * scale) for pixel in pixels.numpy()]

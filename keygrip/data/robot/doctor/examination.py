@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.robots.kinematics import arm_chain
@@ -136,8 +135,3 @@ def listed(names: Iterable[str]) -> str:
 def tensor(values: np.ndarray) -> torch.Tensor:
     """A float64 copy."""
     return torch.from_numpy(np.array(values, dtype=np.float64))
-
-
-def matrices(quaternion: np.ndarray) -> np.ndarray:
-    """Rotation matrices [..., 3, 3] of quaternions wxyz [..., 4]."""
-    return Rotation.from_quat(quaternion, scalar_first=True).as_matrix()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import Examination, listed, matrices, yam_model
+from keygrip.data.robot.doctor.examination import Examination, listed, yam_model
 from keygrip.data.robot.doctor.tracks import best_delay, unit_of
-from keygrip.robots.kinematics import forward_kinematics
+from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 SCALE, DELAY_FRAMES, SPREAD_M, ODD_M = 0.02, 0.4, 0.006, 0.008
 
@@ -27,7 +27,9 @@ def check_joint_tracks(exam: Examination) -> None:
             own, quaternion = forward_kinematics(track.joints, *model)
             if np.ptp(own, axis=0).max() < 0.03:
                 continue
-            turn = Rotation.from_matrix(matrices(track.quaternion) @ matrices(quaternion).transpose(0, 2, 1))
+            turn = Rotation.from_matrix(
+                matrix_from_quaternion(track.quaternion) @ matrix_from_quaternion(quaternion).transpose(0, 2, 1)
+            )
             base = turn.mean()
             turned = base.apply(own)
             delay = best_delay(turned, track.position, 8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import Examination, matrices, spread, yam_model
-from keygrip.robots.kinematics import forward_kinematics
+from keygrip.data.robot.doctor.examination import Examination, spread, yam_model
+from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
 KINEMATICS_SPREAD_M = 0.01  # spread of the difference between recorded poses and forward kinematics
@@ -26,8 +26,11 @@ def check_kinematics(exam: Examination) -> None:
                 continue
             pick = spread(len(demo), 40)
             position, quaternion = forward_kinematics(joints[pick], *model)
-            expected, found = matrices(quaternion), matrices(demo.arms[arm].quaternion[pick])
-            other = matrices(np.roll(demo.arms[arm].quaternion[pick], 1, axis=1))
+            expected, found = (
+                matrix_from_quaternion(quaternion),
+                matrix_from_quaternion(demo.arms[arm].quaternion[pick]),
+            )
+            other = matrix_from_quaternion(np.roll(demo.arms[arm].quaternion[pick], 1, axis=1))
             turns.append(found @ expected.transpose(0, 2, 1))
             swapped.append(other @ expected.transpose(0, 2, 1))
             world.append((demo.arms[arm].position[pick], position))

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, matrices, tensor
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, tensor
 from keygrip.data.robot.schema import CameraTrack, Demo
 from keygrip.models.geometry.cameras import camera_centre, inside_image, pixel_rays, project, recover_3d
+from keygrip.robots.kinematics import matrix_from_quaternion
 
 ON_SCREEN_SHARE = 0.9  # share of frames; below it training loses targets, below half of it the calibration is wrong
 LARGEST_CELL_MM = 25.0  # edge of a cell of the prediction grid on the table
@@ -47,7 +48,7 @@ def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
         if np.ptp(pose[:, :3, 3], axis=0).max() < MOVED_M:
             return None
         for arm, trajectory in demo.arms.items():
-            turned = matrices(trajectory.quaternion).transpose(0, 2, 1)
+            turned = matrix_from_quaternion(trajectory.quaternion).transpose(0, 2, 1)
             own = (turned @ (pose[:, :3, 3] - trajectory.position)[..., None])[..., 0]
             if np.ptp(own, axis=0).max() < 0.25 * np.ptp(pose[:, :3, 3], axis=0).max():
                 return arm

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, matrices
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed
 from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
 from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.robots.kinematics import matrix_from_quaternion
 
 LARGEST_BIN_MM = 20.0  # a height bin worth more cannot tell a grasp from a miss
 SMALLEST_RANGE_M = 0.02  # range of heights; with less, the height bins carry no information
@@ -142,7 +143,7 @@ def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray],
     turning = np.zeros(3)
     for trajectory in trajectories:
         height = trajectory.position[:, 2]
-        turned = matrices(reading(trajectory.quaternion))
+        turned = matrix_from_quaternion(reading(trajectory.quaternion))
         down.append(-turned[height <= np.quantile(height, 0.25), 2, 2])
         turns = Rotation.from_matrix(turned[1:] @ turned[:-1].transpose(0, 2, 1)).as_rotvec()
         turning += np.abs(turns).sum(axis=0)

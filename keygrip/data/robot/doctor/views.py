@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.doctor.examination import matrices, spread, yam_model
+from keygrip.data.robot.doctor.examination import spread, yam_model
+from keygrip.data.robot.formats.poses import transform
 from keygrip.data.robot.schema import Demo
 from keygrip.robots.inverse_kinematics import solve
-from keygrip.robots.kinematics import ArmChain, arm_chain
+from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
 from keygrip.robots.model_file import yam_surface
 from keygrip.robots.surface import RobotSurface, gripper_blob
 
@@ -137,9 +138,7 @@ class Placement:
 
 def tool_poses(position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
     """[N, 4, 4] world_from_tool."""
-    poses = np.zeros((len(position), 4, 4))
-    poses[:, :3, :3], poses[:, :3, 3], poses[:, 3, 3] = matrices(quaternion), position, 1
-    return poses
+    return transform(position, matrix_from_quaternion(quaternion))
 
 
 def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.ndarray | None = None) -> Placement:
