@@ -1,7 +1,7 @@
 """Which files of a folder are read: those of some endings in upper or lower case, without hidden ones.
 
 macOS leaves notes beside files on disks and in archives that are not its own: `._a.jpg` beside `a.jpg`, or a folder
-`__MACOSX` of them. They are called as what they are about and hold nothing of it.
+`__MACOSX` of them. Such a note has the name of the file that it is about, and none of its content.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def is_utf8(name: str) -> bool:
 
 
 def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
-    """What has one of these endings in a folder, in the order of paths, without hidden files. A folder, a link or a
-    pipe of such a name is among them: who reads it says what it is.
+    """What has one of these endings in a folder, in the order of paths, without hidden files. Folders, links
+    and pipes of such a name are among them: readers refuse them by name.
 
     Args:
         endings: in lower case; several dots may be in one (".tar.gz"). below: in all folders below it too.

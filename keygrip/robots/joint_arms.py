@@ -1,4 +1,4 @@
-"""Arms that are driven by joints: what whoever follows a plan's joints must know of them.
+"""Arms that are driven by joints: the interface that a follower of planned joints needs.
 
 Units: metres, radians; quaternions wxyz. Shape legend: A arms, J joints of an arm.
 """

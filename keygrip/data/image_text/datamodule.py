@@ -45,7 +45,7 @@ class ImageShards(ResumableData):
     """Images with text from shards in aspect buckets.
 
     Args:
-        root: folder or URL, see the module's description. None: `make`.
+        root: folder or URL, see `keygrip.data.image_text.bucket_folders`. None: `make`.
         make: how the shards are made where they are missing.
         batch_size: images, global over all ranks; every batch is of one bucket.
         seed: of the order.

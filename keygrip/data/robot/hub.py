@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: downloaded once into a folder, read from there ever after."""
+"""Data sets of the Hugging Face hub, downloaded once into a folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def download(name: str, make_missing: bool = True) -> Path:
             from huggingface_hub import snapshot_download
 
             snapshot_download(repo_id=name, repo_type="dataset", local_dir=target)
-        except Exception as error:  # of the network, the hub's answer, or a missing package: all end in one sentence
+        except Exception as error:  # of the network, the hub's answer, or a missing package: all become one error
             raise FileNotFoundError(
                 f"the data set {name} cannot be had from the hub ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:160]}): where there is a network, run `hf download {name} --repo-type "

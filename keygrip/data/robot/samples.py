@@ -45,8 +45,8 @@ def targets_of(arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, t
 
 
 def keyframe_of(arm: ArmTrajectory, frame: int | np.ndarray, targets: str) -> np.ndarray:
-    """Number of the next keyframe after `frame`, int [...]: the first frame in which the gripper is to have closed or
-    opened, or the last frame of all (also for that one itself)."""
+    """Number of the next keyframe after `frame`, int [...]: the first later frame at which the target gripper has
+    closed or opened, else the demo's last frame (which is its own keyframe)."""
     _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets)  # of frames 1 and on
     shut = gripper < CLOSED
     events = np.append(np.flatnonzero(shut[1:] != shut[:-1]) + 2, len(arm) - 1)

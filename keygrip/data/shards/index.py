@@ -4,8 +4,8 @@ A shard set is a folder (or a URL) of ``*.tar`` files in webdataset's layout, an
 and ``manifest.json``, written last. A sample is all files of a tar, wherever they lie in it, that share the part of
 their name before the first dot; what follows the dot names the member ("json", "00.jpg", "01.jpg", ...). The index
 holds where each member lies and one row of columns per sample (frames, text length, width, ...), from which the order
-of samples, buckets and mixtures are computed without opening a tar. What members and columns mean is defined by the
-rooms that write and read them.
+of samples, buckets and mixtures are computed without opening a tar. What members and columns mean is defined by
+`keygrip.data.video_text.conversations` and `keygrip.data.image_text.samples`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class ShardSet:
     Args:
         root: folder or URL with a manifest.
         cache_dir: for remote sets, where copies lie. cache_gb: their limit.
-        quiet: whether what the manifest leaves out is not said in the log.
+        quiet: do not log what the manifest leaves out.
 
     Attributes:
         columns: by name, [N]. shard: [N] int32, the number of each sample's shard. fingerprint: of all indices; the
@@ -75,7 +75,7 @@ class ShardSet:
         return int(self._starts[-1])
 
     def hashes(self, name: str) -> dict[str, str]:
-        """Beginnings of the hashes of all indices, by shard, as NAME/SHARD."""
+        """The first 16 hex digits of each index's SHA-256, by NAME/SHARD."""
         return {f"{name}/{shard['name']}": shard["index_sha256"][:16] for shard in self.shards}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class ShardCache:
         """The local copy of a file, copied now if it is not there, or of another size.
 
         Args:
-            size: that it must have; None: any. fresh: copied again, so that a set that has changed there is not read as
-                it was; where it cannot be had now the copy is used, which is said in the log.
+            size: that it must have, bytes; None: any. fresh: copy it again, so that a set that has changed there is
+                read as it is now; where it cannot be reached, the copy is used and a warning logged.
 
         Raises:
             FileNotFoundError: there is no such file. ConnectionError: whether there is cannot be said, or it cannot be

@@ -78,7 +78,7 @@ class ResumableData(LightningDataModule):
         }
 
     def shard_hashes(self) -> dict[str, str]:
-        """A hash of each training shard by its name: what a checkpoint says to name shards that have changed since."""
+        """A hash of each training shard by its name. Checkpoints store it, to name shards that have changed since."""
         return {}
 
     def batches_done(self) -> int:

@@ -163,7 +163,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def _shared_memory_is_named(batches: Any) -> Iterator[Any]:
-    """Batches; torch's errors for shared memory that is too small become one sentence.
+    """Passes batches on; replaces torch's errors about too little shared memory by one that says what to do.
 
     Raises:
         OSError: workers could not hand over a batch.
@@ -187,10 +187,14 @@ def _batch_or_raise(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """One thread for each worker, so that they do not fight with the trainer's, and no end by a signal that means the
-    trainer, which needs its workers until it has saved: Ctrl-C and `timeout` signal its process group, so a worker has
-    one of its own; Slurm and systemd signal every process, so a worker obeys SIGTERM from the trainer alone, and
-    neither SIGHUP nor the warning SIGUSR1.
+    """Prepares a loader worker: one thread for torch, and none of the signals that are meant for the trainer, which
+    needs its workers until it has saved, ends it.
+
+    Ctrl-C and `timeout` signal the trainer's process group, so a worker gets a group of its own. Slurm and systemd
+    signal every process, so a worker obeys SIGTERM from the trainer alone and ignores SIGHUP and the warning SIGUSR1.
+
+    Args:
+        worker: its number, which torch passes.
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)

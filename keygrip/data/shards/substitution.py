@@ -18,7 +18,7 @@ Sample = TypeVar("Sample", covariant=True)
 
 
 class UnusableSample(BadSample):
-    """A sample in which nothing is wrong and of which this run can use nothing, such as a text that is too long."""
+    """A sample that is sound, but of which this run can use nothing: its text is too long, for example."""
 
 
 class SubstitutingSamples(Dataset[Sample], ABC):
@@ -30,12 +30,13 @@ class SubstitutingSamples(Dataset[Sample], ABC):
         order stays a function of (seed, epoch, step)."""
 
     def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """What may replace a sample of which nothing can be used: other samples than `candidates`, where a similar one
-        is likely to be no better."""
+        """Samples that may replace one of which nothing can be used. A subclass gives others than `candidates` where
+        similar samples are likely to be unusable too."""
         return itertools.islice(self.candidates(key), 1, None)
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[BadSample]]] | list[BadSample]:
-        """A batch's samples, each with what was skipped on the way to it; or the error where nothing could be used."""
+        """A batch's samples, each with the bad samples that it replaces; or a single error where neither a sample nor
+        any of its replacements could be used."""
         found = []
         for key in keys:
             skipped: list[BadSample] = []

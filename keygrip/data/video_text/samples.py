@@ -168,7 +168,8 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
                 yield SampleKey(int(start + alike[each]), key.epoch)
 
     def _neighbours(self, key: SampleKey) -> tuple[int, np.ndarray, int]:
-        """Where a sample's part begins, its samples by frames and length of text, and the sample's place in these."""
+        """Number of the first sample of a sample's part, the part's samples sorted by frames and then length of text,
+        int64 [n], and the sample's place in that order."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         start, alike = int(self.starts[number]), self._alike[number]
         if alike is None:  # only where something is broken
