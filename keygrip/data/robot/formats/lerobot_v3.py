@@ -245,15 +245,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             intrinsics = CameraTrack.broadcast(known.intrinsics_for(width, height), frames)
             poses = known.poses(gripper_poses, frames)
         cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
-    tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
-    instruction = tasks if isinstance(tasks, str) else words(tasks[0])
-    notes = []
-    if not isinstance(tasks, str) and len(set(tasks)) > 1:
-        notes = ["episodes with several tasks count as their first one"]
-    task = episode.get("keygrip/task")
-    named_task = task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name
-    if episode.get("keygrip/instruction") == "" and instruction == task:
-        instruction = ""  # there was none: LeRobot's sentence is the task's name
+    task, instruction, notes = _task_of(episode, table, root)
     corrected = None
     if "intervention" in calibration.lerobot:
         where = calibration.lerobot["intervention"]
@@ -265,7 +257,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         name=name,
         path=root,
         robot=str(info.get("robot_type") or "unknown"),
-        task=named_task,
+        task=task,
         instruction=instruction,
         fps=_exact_rate(episode, rate),
         timestamps=increasing((times * 1e9).round().astype(np.int64), round(1e9 / rate)),
@@ -280,6 +272,18 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         },
         intervention=corrected if corrected is not None and corrected.any() else None,
     )
+
+
+def _task_of(episode: dict[str, Any], table: dict[str, Any], root: Path) -> tuple[str, str, list[str]]:
+    """Name of an episode's task, its instruction, and what was left out."""
+    tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
+    instruction = tasks if isinstance(tasks, str) else words(tasks[0])
+    several = not isinstance(tasks, str) and len(set(tasks)) > 1
+    task = episode.get("keygrip/task")
+    named_task = task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name
+    if episode.get("keygrip/instruction") == "" and instruction == task:
+        instruction = ""  # there was none: LeRobot's sentence is the task's name
+    return named_task, instruction, ["episodes with several tasks count as their first one"] * several
 
 
 def _exact_rate(episode: dict[str, Any], rate: float) -> float:
