@@ -14,6 +14,7 @@ from PIL import Image
 from keygrip.cores import usable_cores
 from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
@@ -138,11 +139,7 @@ class DemoMaker:
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
             conversations.insert(0, caption(sentence, request="What is the robot told to do?"))
-        yield MadeSample(_key(demo.name), *video_text_parts(frames, conversations, DEMOS, fps))
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "-").replace("/", "-")[-90:]
+        yield MadeSample(sample_key(demo.name), *video_text_parts(frames, conversations, DEMOS, fps))
 
 
 def robot_videos(

@@ -64,13 +64,13 @@ def test_tests_have_as_many_short_tours_as_long_ones(tmp_path: Path) -> None:
 class LongDemo:
     """70 seconds at 10 Hz, without text of its own."""
 
-    fps, instruction, name = 10.0, "lift the cube", "pick_0"
+    fps, instruction = 10.0, "lift the cube"
     cameras: ClassVar[dict[str, Any]] = {
         "front": SimpleNamespace(frames=SimpleNamespace(read=lambda n: np.full((8, 8, 3), n % 256, np.uint8)))
     }
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: str = "pick_0") -> None:
+        self.path, self.name = path, name
 
     def __len__(self) -> int:
         return 700
@@ -103,6 +103,17 @@ def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytes
         InstantiationException, match=r"max_frames=70 is of demonstrations.* simulated\.tour\.max_frames"
     ):
         run(compose("prepare", ["step=robot_videos", f"root={tmp_path / 'tours'}", "max_frames=70"]))
+
+
+def test_demonstrations_of_like_names_keep_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["pick_0", "day/pick-1", "day-pick.1", "\u00e4" * 90]
+    found = [SimpleNamespace(name=name, read=lambda name=name: LongDemo(tmp_path, name)) for name in names]
+    monkeypatch.setattr(video_text, "find_demos", lambda *given: found)
+    report = robot_videos(tmp_path, tmp_path / "set", camera="front", image_size=8, val_fraction=0, processes=1)
+    assert (report["train"], report["failed"]) == (4, 0)
+    keys = [ShardSet(tmp_path / "set" / "train").key(sample) for sample in range(4)]
+    assert keys[0] == "pick_0"
+    assert len(set(keys)) == 4
 
 
 def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
