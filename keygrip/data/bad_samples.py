@@ -42,6 +42,7 @@ MAX_DEPTH = 64  # nested lists and objects of JSON; deeper ones end in recursion
 MAX_INTEGER = 1 << 64
 MAX_DIMENSIONS = 32
 REASON_CHARACTERS = 300
+NAMED_AT_MOST = 10  # bad samples in a message or by name in the log; all are counted
 # Pillow decodes EPS by starting another program; formats that are not listed are not opened, whatever a file is called
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 
@@ -101,10 +102,10 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def first_of(reasons: Sequence[str], shown: int = 10) -> str:
-    """The first reasons and the number of the others, for one message."""
-    more = f"; and {len(reasons) - shown} more" if len(reasons) > shown else ""
-    return "; ".join(reasons[:shown]) + more
+def first_of(reasons: Sequence[str]) -> str:
+    """The first `NAMED_AT_MOST` reasons and the number of the others, for one message."""
+    more = f"; and {len(reasons) - NAMED_AT_MOST} more" if len(reasons) > NAMED_AT_MOST else ""
+    return "; ".join(reasons[:NAMED_AT_MOST]) + more
 
 
 def is_of_the_machine(error: BaseException) -> bool:
@@ -142,15 +143,12 @@ class BadSamples:
         max_share: more than this share of the samples seen is an error; inf: none is.
         setting: name of the setting that holds `max_share`, for the message.
         checked_after: samples seen before the share is checked.
-        named: so many are logged by name; all are counted and kept in `reasons`.
     """
 
-    def __init__(
-        self, max_share: float, setting: str = "data.max_skipped_share", checked_after: int = 200, named: int = 10
-    ) -> None:
+    def __init__(self, max_share: float, setting: str = "data.max_skipped_share", checked_after: int = 200) -> None:
         if not (0 <= max_share <= 1 or max_share == math.inf):
             raise ValueError(f"{setting}={max_share}: it is a share, from 0 to 1")
-        self.max_share, self.setting, self.checked_after, self.named = max_share, setting, checked_after, named
+        self.max_share, self.setting, self.checked_after = max_share, setting, checked_after
         self.seen = 0
         self.reasons: dict[str, int] = {}  # how often each was met
 
@@ -167,7 +165,7 @@ class BadSamples:
         """
         self.seen += seen
         for reason in reasons:
-            if reason not in self.reasons and len(self.reasons) < self.named:
+            if reason not in self.reasons and len(self.reasons) < NAMED_AT_MOST:
                 log.warning("skipped: %s", reason)
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if self.seen >= self.checked_after:
@@ -186,7 +184,7 @@ class BadSamples:
         """One line; empty where nothing was left out."""
         if not self.count:
             return ""
-        names = list(self.reasons)[: self.named]
+        names = list(self.reasons)[:NAMED_AT_MOST]
         more = len(self.reasons) - len(names)
         return f"{self.count} of {self.seen} samples skipped: " + "; ".join(names) + (f"; {more} more" if more else "")
 
@@ -428,9 +426,9 @@ def parse_npy(content: bytes, where: object = "the array", max_bytes: int = MAX_
         return flat.reshape(shape, order="F" if fortran else "C").copy()
 
 
-def read_npy(path: Path | str, max_bytes: int = MAX_ARRAY_BYTES) -> np.ndarray:
+def read_npy(path: Path | str) -> np.ndarray:
     """The array of an .npy file; see :func:`parse_npy`. Raises BadSample: it cannot be read."""
-    return parse_npy(read_bytes(path, max_bytes + (1 << 16)), path, max_bytes)
+    return parse_npy(read_bytes(path, MAX_ARRAY_BYTES + (1 << 16)), path)
 
 
 def read_npz(

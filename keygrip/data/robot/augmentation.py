@@ -225,7 +225,7 @@ class ImageGeometry:
     def detail(self, image: np.ndarray, size: int) -> Tensor:
         """The same cut of a camera image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
         _check_image(image)
-        return _channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
+        return channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
 
     def absent_view(self, depth: bool = False) -> View:
         """What stands for a camera that is not there, to be masked: black, at the origin; `depth`: unknown."""
@@ -338,7 +338,7 @@ class Augmentation:
         new_intrinsics, new_pose = follow_pixels(box.to_image(size), intrinsics, world_to_camera)
         seen = cut(image, box, size)
         colours = self.colours(generator, seen)
-        detail = None if detail_size is None else _channels_first(recolour(cut(image, box, detail_size), colours))
+        detail = None if detail_size is None else channels_first(recolour(cut(image, box, detail_size), colours))
         return (
             normalise(seen, geometry.mean, geometry.std, colours),
             torch.from_numpy(new_intrinsics.astype(np.float32)),
@@ -365,7 +365,8 @@ class Augmentation:
         return replace(seen, image=recolour(seen.image, colours), detail=detail)
 
 
-def _channels_first(image: np.ndarray) -> Tensor:
+def channels_first(image: np.ndarray) -> Tensor:
+    """[C, H, W] of an image [H, W, C], contiguous."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
-from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View
+from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View, channels_first
 from keygrip.data.robot.frame_cache import FrameCache
 from keygrip.data.robot.schema import ArmTrajectory, Demo, demo_guard
 from keygrip.data.shards.sampling import SampleKey, sample_generator
@@ -296,7 +296,7 @@ class MultiViewSamples(DemoSamples):
         detail = views[0].detail
         return MultiViewPolicyBatch(
             images=torch.from_numpy(np.stack([view.image.transpose(2, 0, 1) for view in views])),
-            detail=None if detail is None else torch.from_numpy(np.ascontiguousarray(detail.transpose(2, 0, 1))),
+            detail=None if detail is None else channels_first(detail),
             view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
             view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,
