@@ -34,7 +34,8 @@ from keygrip.models.foveated_vlm.generation import (
     generate,
 )
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
-from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.video_language import VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module, trusted_packages
 
 log = logging.getLogger(__name__)

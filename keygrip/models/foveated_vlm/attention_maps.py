@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch
-from keygrip.models.foveated_vlm.monitor import attention_on_target
-from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
+from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLMOutput
 
 Blocks = Literal["last", "all"]
 
@@ -59,3 +61,31 @@ def attention_on_targets(
         )
         found.append((batch.kind[n], where))
     return found
+
+
+def attention_on_target(patches: Tensor, pixel: tuple[float, float], area: float, image_size: int) -> float:
+    """Attention on a thing relative to uniform attention.
+
+    Args:
+        patches: [h, w] attention on the patches, any scale. pixel: (x, y) of the thing's centre, corner convention.
+        area: pixels of the thing that are seen; a square of that area stands for it.
+
+    Returns:
+        the share of the attention on patches that the square touches by a quarter or more (at least the one under its
+        centre), over the share of these patches among all.
+    """
+    height, width = patches.shape
+    side = math.sqrt(max(area, 1.0))
+    cover = []
+    for centre, count in ((pixel[1], height), (pixel[0], width)):
+        cell = image_size / count
+        edges = torch.arange(count) * cell
+        overlap = (
+            torch.minimum(edges + cell, torch.tensor(centre + side / 2)) - edges.clamp_min(centre - side / 2)
+        ).clamp_min(0)
+        cover.append(overlap / cell)
+    touched = cover[0][:, None] * cover[1][None] >= 0.25
+    row, column = (min(int(c / image_size * n), n - 1) for c, n in ((pixel[1], height), (pixel[0], width)))
+    touched[row, column] = True
+    share = float(patches[touched.to(patches.device)].sum() / patches.sum().clamp_min(1e-12))
+    return share / (float(touched.sum()) / touched.numel())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.frame_cache import Encoded
-from keygrip.models.foveated_vlm.network import Passes, VideoLanguageNetwork
 from keygrip.models.foveated_vlm.rows import TextRows, real_frames
+from keygrip.models.foveated_vlm.video_language import Passes, VideoLanguageNetwork
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
 

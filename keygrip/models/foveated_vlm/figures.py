@@ -13,7 +13,8 @@ from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.generation import check_room, generate
-from keygrip.models.foveated_vlm.network import FoveatedVLM, VLMOutput
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.video_language import VLMOutput
 from keygrip.training.figures import drawable, figure_to_image, printable
 
 if TYPE_CHECKING:

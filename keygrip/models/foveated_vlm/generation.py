@@ -13,8 +13,9 @@ from torch import Tensor
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
-from keygrip.models.foveated_vlm.network import FoveatedVLM, Passes, VideoLanguageNetwork
+from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, real_frames, take
+from keygrip.models.foveated_vlm.video_language import Passes, VideoLanguageNetwork
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,23 +21,24 @@ from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.frame_cache import Encoded, FrameCache, frame_names
 from keygrip.models.foveated_vlm.hub_files import hub_files
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
-from keygrip.models.foveated_vlm.monitor import Health, relative_entropy
-from keygrip.models.foveated_vlm.network import FoveatedVLM, VideoLanguageNetwork, VLMOutput
+from keygrip.models.foveated_vlm.monitor import RANGES, health_figures
+from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, text_rows
 from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, score
 from keygrip.models.foveated_vlm.streaming import VideoStream
+from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLMOutput
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.accumulation import WindowMean, completes_step
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
+from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
-HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 SHOWN_ROWS = 4
 COARSE_MISSES = 50  # coarse steps in a row without a question of coarse_kinds, after which training stops
 
@@ -151,7 +153,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
-        self.health = Health(from_step=monitor_from_step)
+        self.health = RangeChecks(RANGES, monitor_from_step)
         self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
         self._window = WindowMean()
         self._scores: dict[str, Scores] = {}
@@ -312,8 +314,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         return (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
 
     def encoder_inputs(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
-        """The network's `frames` and `kv`: normalised frames and None; with a frame cache the frames as they came, whose
-        pixels nothing reads, and what the encoder made of them."""
+        """The network's `frames` and `kv`: normalised frames and None; with a frame cache the frames as they came,
+        whose pixels nothing reads, and what the encoder made of them."""
         network, backbone = self.network, self.network.backbone
         if self.frame_cache is None or not any(rows.frame_counts):
             return batch.normalised(backbone.mean, backbone.std), None
@@ -349,7 +351,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log("train/left_out_rows", float(self._left_out), batch_size=size)
             self.log("train/clips", float(batch.clips), batch_size=size)
         if self._health_now():
-            self._examine(output, rows, batch, frames, scores.loss.detach())
+            assert isinstance(self.network, FoveatedVLM)
+            self._report_health(
+                health_figures(self.network, output, rows, frames, scores, partial(self.score, batch=batch))
+            )
         if self._shown(self.log_images_every_n_steps) and completes_step(self.trainer):
             self._show("train", batch)
         return loss if self.trainer.accumulate_grad_batches == 1 else self._window.weighted(loss, scores.tokens)
@@ -410,34 +415,6 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def _health_now(self) -> bool:
         return isinstance(self.network, FoveatedVLM) and self.due(self.monitor_every_n_steps)
-
-    @torch.no_grad()
-    def _examine(self, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, frames: Tensor, loss: Tensor) -> None:
-        """Health of this process's rows, of which all may be text: so nothing here waits for other processes.
-
-        Args:
-            loss: [], sum over the rows.
-        """
-        network = self.network
-        assert isinstance(network, FoveatedVLM)
-        figures: dict[str, Any] = {}
-        if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
-            figures["static_query_std"] = network.static_query.float().std()
-        passes, streams = output.passes, rows.streams
-        if passes is not None:
-            attention = network.attention_by_frame(passes, streams, HEALTH_FRAMES).flatten(0, 1)
-            used = streams.slots if passes.queries is not None else torch.arange(len(attention), device=loss.device)
-            figures["attention_entropy"] = relative_entropy(attention[used[used < len(attention)]])
-            visual = passes.visual.flatten(0, 1)[streams.places]
-            figures["visual_over_text_std"] = visual.float().std() / network.language.embedding_std
-            if passes.fine is not None:
-                coarse = streams.to_streams(passes.coarse)
-                difference = (passes.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
-                figures["query_effect"] = difference
-                kv = [type(block)(block.key.detach(), block.value.detach()) for block in passes.kv]
-                other = self.score(network(frames, rows, "coarse_only", kv=kv), batch)
-                figures["loss_fine_over_coarse"] = loss / other.loss.clamp_min(1e-9)
-        self._report_health(figures)
 
     def _report_health(self, figures: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in figures.items()}

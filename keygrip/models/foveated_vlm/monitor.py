@@ -1,14 +1,23 @@
-"""Health metrics of the foveation, each with its healthy range and one warning outside of it."""
+"""Health metrics of the foveation, each with its healthy range.
+
+Legend: V videos, F frames of the longest.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from keygrip.training.monitors import Range, RangeChecks
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.scores import BatchScores
+from keygrip.models.foveated_vlm.video_language import VLMOutput
+from keygrip.training.monitors import Range
+
+HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
 
 RANGES = {
     "attention_entropy": Range(
@@ -34,11 +43,41 @@ RANGES = {
 }
 
 
-class Health(RangeChecks):
-    """The checks of `RANGES`; see `RangeChecks`."""
+@torch.no_grad()
+def health_figures(
+    network: FoveatedVLM,
+    output: VLMOutput,
+    rows: TextRows,
+    frames: Tensor,
+    scores: BatchScores,
+    score: Callable[[VLMOutput], BatchScores],
+) -> dict[str, Tensor]:
+    """Figures of `RANGES`, [] each, on one process's rows; those about frames are left out where all rows are text.
 
-    def __init__(self, ranges: Mapping[str, Range] = RANGES, from_step: int = 0) -> None:
-        super().__init__(ranges, from_step)
+    Nothing here waits for other processes, whose rows may be text where these are not.
+
+    Args:
+        output, scores: of the training step. score: gives the scores of another output for the same batch.
+        frames: [V, F, 3, H, W], as the network was given them.
+    """
+    figures: dict[str, Tensor] = {}
+    if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
+        figures["static_query_std"] = network.static_query.float().std()
+    passes, streams = output.passes, rows.streams
+    if passes is None:
+        return figures
+    attention = network.attention_by_frame(passes, streams, HEALTH_FRAMES).flatten(0, 1)
+    used = streams.slots if passes.queries is not None else torch.arange(len(attention), device=frames.device)
+    figures["attention_entropy"] = relative_entropy(attention[used[used < len(attention)]])
+    visual = passes.visual.flatten(0, 1)[streams.places]
+    figures["visual_over_text_std"] = visual.float().std() / network.language.embedding_std
+    if passes.fine is not None:
+        coarse = streams.to_streams(passes.coarse)
+        figures["query_effect"] = (passes.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
+        kv = [type(block)(block.key.detach(), block.value.detach()) for block in passes.kv]
+        of_coarse = score(network(frames, rows, "coarse_only", kv=kv))
+        figures["loss_fine_over_coarse"] = scores.loss / of_coarse.loss.clamp_min(1e-9)
+    return figures
 
 
 def relative_entropy(attention: Tensor) -> Tensor:
@@ -46,31 +85,3 @@ def relative_entropy(attention: Tensor) -> Tensor:
     mass = attention.sum(-1) > 0.5
     entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1) / math.log(attention.shape[-1])
     return (entropy * mass).sum() / mass.sum().clamp_min(1)
-
-
-def attention_on_target(patches: Tensor, pixel: tuple[float, float], area: float, image_size: int) -> float:
-    """Attention on a thing relative to uniform attention.
-
-    Args:
-        patches: [h, w] attention on the patches, any scale. pixel: (x, y) of the thing's centre, corner convention.
-        area: pixels of the thing that are seen; a square of that area stands for it.
-
-    Returns:
-        the share of the attention on patches that the square touches by a quarter or more (at least the one under its
-        centre), over the share of these patches among all.
-    """
-    height, width = patches.shape
-    side = math.sqrt(max(area, 1.0))
-    cover = []
-    for centre, count in ((pixel[1], height), (pixel[0], width)):
-        cell = image_size / count
-        edges = torch.arange(count) * cell
-        overlap = (
-            torch.minimum(edges + cell, torch.tensor(centre + side / 2)) - edges.clamp_min(centre - side / 2)
-        ).clamp_min(0)
-        cover.append(overlap / cell)
-    touched = cover[0][:, None] * cover[1][None] >= 0.25
-    row, column = (min(int(c / image_size * n), n - 1) for c, n in ((pixel[1], height), (pixel[0], width)))
-    touched[row, column] = True
-    share = float(patches[touched.to(patches.device)].sum() / patches.sum().clamp_min(1e-12))
-    return share / (float(touched.sum()) / touched.numel())

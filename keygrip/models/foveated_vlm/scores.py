@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.loss import Kernel, fused_cross_entropy, token_cross_entropy
-from keygrip.models.foveated_vlm.network import VLMOutput
+from keygrip.models.foveated_vlm.video_language import VLMOutput
 from keygrip.training.distributed import world_size
 
 REFINED = "coarse_fine_refined"  # what `coarse_fine` is called where queries are chosen again

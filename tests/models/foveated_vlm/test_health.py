@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from keygrip.models.foveated_vlm.monitor import Health, Range, attention_on_target, relative_entropy
+from keygrip.models.foveated_vlm.attention_maps import attention_on_target
+from keygrip.models.foveated_vlm.monitor import relative_entropy
+from keygrip.training.monitors import Range, RangeChecks
 
 
 def test_entropy_is_one_for_uniform_attention_and_zero_for_a_single_token() -> None:
@@ -35,7 +37,7 @@ def test_attention_on_a_thing_is_relative_to_uniform() -> None:
 
 
 def test_a_warning_comes_once_and_again_after_recovery(caplog: pytest.LogCaptureFixture) -> None:
-    health = Health({"a": Range(0.0, 1.0, "too much"), "b": Range(0.5, math.inf, "too little")}, from_step=2)
+    health = RangeChecks({"a": Range(0.0, 1.0, "too much"), "b": Range(0.5, math.inf, "too little")}, from_step=2)
     assert health.check({"a": 3.0}, 1) == []  # too early
     (line,) = health.check({"a": 3.0, "b": 0.6, "unknown": 9.0}, 2)
     assert "health/a is 3, healthy is below 1: too much" in line
@@ -46,4 +48,4 @@ def test_a_warning_comes_once_and_again_after_recovery(caplog: pytest.LogCapture
 
 
 def test_figures_that_are_not_numbers_are_ill() -> None:
-    assert Health({"a": Range(0.0, 1.0, "x")}).check({"a": math.nan}, 0)
+    assert RangeChecks({"a": Range(0.0, 1.0, "x")}).check({"a": math.nan}, 0)

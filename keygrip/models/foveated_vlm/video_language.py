@@ -1,0 +1,238 @@
+"""What the foveated network and its baseline share: rows of text with visual tokens through a language model.
+
+Legend: V videos, F frames of the longest, M real frames of all videos, S streams (`rows.Streams`: videos, or questions
+about videos), B rows of text, L text tokens, N visual tokens of a row, T positions, D backbone width, C language width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from keygrip.models.backbone import BlockKV, DinoBackbone
+from keygrip.models.foveated_vlm.clock import FrameClock
+from keygrip.models.foveated_vlm.frame_cache import Encoded
+from keygrip.models.foveated_vlm.rows import Packing, RowLayout, TextRows
+from keygrip.models.language.decoder import LanguageModel
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Results of the passes over the videos.
+
+    Attributes:
+        visual: [S, F, C], the visual tokens that the answer is made from, zero behind a stream's end.
+        coarse: [M, 1, D], embeddings under the learned query. fine: [S, F, D] under the chosen ones, None in
+            coarse_only.
+        queries: [S, F, D], the chosen queries, None in coarse_only.
+        kv: keys and values of the M frames by block.
+    """
+
+    visual: Tensor
+    coarse: Tensor
+    fine: Tensor | None
+    queries: Tensor | None
+    kv: Sequence[BlockKV]
+
+
+@dataclass(frozen=True)
+class VLMOutput:
+    """Hidden states of whole rows.
+
+    Attributes:
+        hidden: [B, T, C] after the language model's last norm. layout: where what lies in them.
+        visual: [B, N, C], the visual tokens of the rows. passes: None where no row has frames, and for the baseline.
+    """
+
+    hidden: Tensor
+    layout: RowLayout
+    visual: Tensor
+    passes: Passes | None
+
+    def predicting(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, C] that predict the text tokens under a mask [B, L], and which: bool [B, L], n True.
+
+        A token with nothing before it (the first of a row without frames) cannot be predicted and is left out.
+        """
+        at = self.layout.text_at - 1
+        mask = mask & (at >= 0)
+        row, token = mask.nonzero(as_tuple=True)
+        return self.hidden[row, at[row, token]], mask
+
+
+class Connector(nn.Module):
+    """Frame embeddings [..., D] to visual tokens [..., C] of about the scale of the language model's token embeddings.
+
+    Args:
+        scale: None takes the standard deviation of the language model's embeddings as they are loaded.
+    """
+
+    def __init__(self, dim: int, language: LanguageModel, scale: float | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, language.width)
+        nn.init.normal_(self.linear.weight, std=dim**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("scale", language.embedding_std if scale is None else torch.tensor(float(scale)))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.linear(embeddings) * self.scale
+
+
+class VideoLanguageNetwork(nn.Module):
+    """What the foveated network and its baselines share: rows of text with visual tokens through a language model.
+
+    Args:
+        backbone: the encoder. language: the language model.
+        visual_scale: see `Connector`.
+        frame_numbers: a learned vector for each of the first so many frames, added to the frame's visual tokens. 0:
+            none (as published): the language model tells frames apart by their places in the row alone.
+        frame_clock: a learned map of sinusoids of the frame's number, added to its visual tokens and to the hidden
+            state that its query is made of: no limit on the number of frames. `seconds`: of the time at which the frame
+            was taken, which differs where a long video is thinned.
+        pack_rows: rows of different lengths go through the language model one behind the other, which costs a mask and
+            saves the padding; the same figures but for rounding.
+    """
+
+    tokens_per_frame = 1
+    modes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        backbone: DinoBackbone,
+        language: LanguageModel,
+        visual_scale: float | None = None,
+        frame_numbers: int = 0,
+        pack_rows: bool = False,
+        frame_clock: bool | Literal["seconds"] = False,
+    ) -> None:
+        super().__init__()
+        if frame_clock not in (True, False, "seconds"):
+            raise ValueError(f"model.network.frame_clock is true, false or seconds, not {frame_clock!r}")
+        self.counts_seconds = frame_clock == "seconds"
+        if frame_numbers < 0:
+            raise ValueError(f"model.network.frame_numbers={frame_numbers}: 0 for none, or up to how many frames")
+        if frame_numbers and frame_clock:
+            raise ValueError("model.network: frame_numbers and frame_clock both number frames: choose one of them")
+        self.pack_rows = pack_rows
+        self.backbone = backbone
+        self.language = language
+        self.connector = Connector(backbone.embed_dim, language, visual_scale)
+        self.frame_tokens = (
+            nn.Parameter(torch.randn(frame_numbers, language.width) * float(language.embedding_std))
+            if frame_numbers
+            else None
+        )
+        self.frame_clock = FrameClock(language) if frame_clock else None
+
+    def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
+        """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
+        layout = rows.layout(self.tokens_per_frame)
+        visual = self.with_frame_positions_of(visual, rows)
+        text = self.language.embed(rows.input_ids)
+        lengths = [
+            length + rows.frame_counts[video] * self.tokens_per_frame
+            for length, video in zip(rows.lengths, rows.videos, strict=True)
+        ]
+        return self.hidden_of(layout.place(text, visual), lengths), layout
+
+    def hidden_of(self, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The language model's hidden states [B, T, C] of rows of these lengths; those of padding mean nothing."""
+        if not self.pack_rows:
+            return self.language(embeddings)
+        packing = Packing.of(lengths, embeddings.shape[1], embeddings.device)
+        return packing.unpack(self.language.packed(packing.pack(embeddings), packing.rows, packing.positions))
+
+    def with_frame_positions_of(self, visual: Tensor, rows: TextRows) -> Tensor:
+        """Visual tokens [B, N, C] of whole rows with their frames' positions; see `with_frame_positions`."""
+        frames = visual.shape[1] // self.tokens_per_frame
+        seconds = rows.seconds_of(rows.videos, frames) if self.counts_seconds else None
+        return self.with_frame_positions(visual, 0, seconds)
+
+    def clock_embeddings(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
+        """Embeddings of the clock for frames `first` to `first + count`, [count, C], or for their seconds [B, count].
+
+        Raises:
+            ValueError: it counts seconds, and they are not known.
+        """
+        assert self.frame_clock is not None
+        if not self.counts_seconds:
+            return self.frame_clock(first, count)
+        if seconds is None:
+            raise ValueError(
+                "model.network.frame_clock=seconds: when the frames were taken is not known here; give their seconds, "
+                "or train with frame_clock=true, which counts frames"
+            )
+        return self.frame_clock.at(seconds)
+
+    def with_frame_positions(self, visual: Tensor, first: int = 0, seconds: Tensor | None = None) -> Tensor:
+        """Visual tokens [B, N, C], from that of frame `first` on, plus the vectors of their frames' numbers or seconds.
+
+        Args:
+            seconds: [B, N / tokens_per_frame], when the frames were taken; only for a clock that counts them.
+
+        Raises:
+            ValueError: more frames than there are vectors, or seconds that are not known.
+        """
+        if self.frame_clock is not None and visual.shape[1]:
+            count = visual.shape[1] // self.tokens_per_frame
+            clock = self.clock_embeddings(first, count, seconds)
+            return visual + clock.repeat_interleave(self.tokens_per_frame, dim=-2)
+        if self.frame_tokens is None or not visual.shape[1]:
+            return visual
+        frames = first + visual.shape[1] // self.tokens_per_frame
+        if frames > len(self.frame_tokens):
+            raise ValueError(
+                f"a video has {frames} frames and model.network.frame_numbers={len(self.frame_tokens)}: raise it, "
+                "take model.network.frame_clock, or lower data.max_frames"
+            )
+        return visual + self.frame_tokens[first:frames].repeat_interleave(self.tokens_per_frame, dim=0)
+
+    @abstractmethod
+    def encode(self, frames: Tensor) -> Encoded:
+        """What all questions about frames [M, 3, H, W] share; see `Encoded`."""
+
+    @abstractmethod
+    def visual_tokens(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
+    ) -> tuple[Tensor, Passes | None, Tensor]:
+        """Visual tokens [B, N, C] of the rows, results of the passes, and `zero_of_unused`.
+
+        Args:
+            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0. Unused where `kv` is given.
+            rows: the text. mode: how the videos are looked at.
+            refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
+            kv: `encode` of the real frames where it is known already (another mode's `Passes.kv`).
+
+        Raises:
+            ValueError: an unknown mode, or refinement outside of coarse_fine.
+        """
+
+    def forward(
+        self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
+    ) -> VLMOutput:
+        """Hidden states of rows of text about videos; arguments and errors as in `visual_tokens`."""
+        visual, passes, zero = self.visual_tokens(frames, rows, mode, refinement, kv)
+        hidden, layout = self.read(visual, rows)
+        return VLMOutput(hidden + zero, layout, visual, passes)
+
+    def _without_frames(self, rows: TextRows, *own: nn.Module | nn.Parameter | None) -> tuple[Tensor, None, Tensor]:
+        """What `visual_tokens` gives for text alone; ``own``: parts that other rows use, beside those of this class."""
+        visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
+        parts = (self.backbone, self.connector, self.frame_tokens, self.frame_clock, *own)
+        return visual, None, self.zero_of_unused(*(part for part in parts if part is not None))
+
+    def zero_of_unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
+        """Zero that depends on parameters which this batch does not use: every process then has a gradient for all."""
+        total = torch.zeros((), device=self.connector.scale.device)  # type: ignore[arg-type]
+        if not (self.training and torch.is_grad_enabled()):
+            return total
+        for part in parts:
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                if parameter.requires_grad:
+                    total = total + 0.0 * parameter.sum()
+        return total
