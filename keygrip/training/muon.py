@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from keygrip.training.optimizers import AdamW, Schedule
+from keygrip.training.optimizers import AdamW, Schedule, ScheduledRates
 from keygrip.training.parts import model_part
 from keygrip.training.strategies import is_faster_in_bf16
 
@@ -67,8 +67,8 @@ class MuonAndAdamW(AdamW):
         groups = self._groups(module)
         betas = (self.betas[0], self.betas[1])
         optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        rates = ScheduledRates(optimizer, Schedule(self, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def check(self, module: nn.Module, endless: bool) -> None:
         super().check(module, endless)

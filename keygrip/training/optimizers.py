@@ -72,8 +72,8 @@ class AdamW:
         """
         self.check_end(total_steps)
         optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(self, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        rates = ScheduledRates(optimizer, Schedule(self, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def moments(self, module: nn.Module) -> int:
         """Float32 numbers that the optimiser keeps from step to step: two of each trained one."""
@@ -154,6 +154,38 @@ class Schedule:
             return 1.0
         progress = min(1.0, max((step - self.warmup) / max(1, self.total - self.warmup), self.time_share))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
+    """An optimiser's learning rates by a schedule. A checkpoint brings the step and not the schedule, which is that of
+    the present settings: a resumed run may be longer or shorter than it was.
+
+    Args:
+        optimizer: its groups' rates are the peaks. schedule: of all groups.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+        super().__init__(optimizer, schedule)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at a stored step; where the schedule is another one, with its rates from the first step on."""
+        super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
+        self.apply()
+
+    def take_time_share(self, share: float) -> None:
+        """Sets `Schedule.time_share`, which the rates follow from the next step on."""
+        for schedule in self.lr_lambdas:
+            assert isinstance(schedule, Schedule)
+            schedule.time_share = share
+
+    def apply(self) -> None:
+        """Gives the optimiser's groups the rates of the present step."""
+        rates = [
+            peak * schedule(self.last_epoch) for peak, schedule in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
 
 
 def _fits(name: str, prefix: str) -> bool:

@@ -62,10 +62,15 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
         ValueError: settings that change what is computed differ; they are named.
     """
     content = read_checkpoint(checkpoint, mapped=True)
-    if different := differing_settings(content[HEADER]["config"], resolved):
+    before = content[HEADER]["config"]
+    if different := differing_settings(before, resolved):
         raise ValueError(
             f"{checkpoint} was made with other settings: {different}; use the same ones, or another run_dir"
         )
+    changed = [name for name in LENGTH if before.get(name) != resolved.get(name)]
+    if changed and (resolved.get("optimizer") or {}).get("schedule") == "cosine":
+        said = ", ".join(f"{name} ({before.get(name)} then, {resolved.get(name)} now)" for name in changed)
+        log.info("the learning rate goes on along the cosine of another length: %s", said)
     return int(content["global_step"])
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from keygrip.training.accumulation import completes_step
-from keygrip.training.optimizers import Schedule
+from keygrip.training.optimizers import ScheduledRates
 
 
 class TimeLimit(Timer):
@@ -25,16 +25,24 @@ class TimeLimit(Timer):
     def __init__(self, minutes: float) -> None:
         super().__init__(timedelta(minutes=minutes))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for rates in self._tell(trainer):
+            rates.apply()  # of a resumed run, whose time goes on
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        remaining = self.time_remaining()
-        assert remaining is not None  # it has a duration
-        elapsed = self.time_elapsed()
-        share = float(trainer.strategy.broadcast(elapsed / max(elapsed + remaining, 1e-9)))
-        for config in trainer.lr_scheduler_configs:
-            for schedule in getattr(config.scheduler, "lr_lambdas", ()):
-                if isinstance(schedule, Schedule):
-                    schedule.time_share = min(1.0, share)
+        self._tell(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if completes_step(trainer):
             super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def _tell(self, trainer: Trainer) -> list[ScheduledRates]:
+        """Tells the schedules of a run which share of the time has passed, and returns them."""
+        elapsed, remaining = self.time_elapsed(), self.time_remaining()
+        assert remaining is not None  # it has a duration
+        share = min(1.0, float(trainer.strategy.broadcast(elapsed / max(elapsed + remaining, 1e-9))))
+        found = [each.scheduler for each in trainer.lr_scheduler_configs if isinstance(each.scheduler, ScheduledRates)]
+        for rates in found:
+            rates.take_time_share(share)
+        return found

@@ -73,6 +73,31 @@ def test_schedule_warms_up_linearly_and_ends_at_its_share() -> None:
     assert max(rates) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("now", [10, 100])
+def test_a_resumed_run_follows_the_schedule_of_its_present_length(now: int) -> None:
+    recipe = AdamW(lr=2.0, lr_multipliers={"head": 0.5})
+
+    def start(total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        configured = recipe.configure(Network(), total)
+        return configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+
+    def share_at(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * step / now))
+
+    (before, its_rates), (optimizer, rates) = start(10), start(now)
+    for _ in range(8):
+        before.step()
+        its_rates.step()
+    optimizer.load_state_dict(before.state_dict())
+    rates.load_state_dict(its_rates.state_dict())
+    for step in range(8, 10):
+        found = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert found["rest"] == pytest.approx(2.0 * share_at(step))
+        assert found["head"] == pytest.approx(1.0 * share_at(step))
+        optimizer.step()
+        rates.step()
+
+
 def test_warmup_is_shortened_in_a_short_run() -> None:
     scheduler = AdamW(lr=1.0, warmup_steps=150).configure(nn.Linear(2, 1), 20)["lr_scheduler"]["scheduler"]
     assert scheduler.get_last_lr()[0] == pytest.approx(0.5)

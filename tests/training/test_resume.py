@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -296,11 +297,18 @@ def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., li
         train.run(compose("train", overrides))
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    overrides = toy_overrides("run")
+def test_a_longer_run_goes_on_from_a_finished_one_along_its_own_cosine(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = toy_overrides("run", "optimizer.lr=1.0e-3", "optimizer.final_lr_share=0", "optimizer.warmup_steps=0")
     train.run(compose("train", overrides))
-    train.run(compose("train", [*overrides, "resume=true", "max_steps=20", "callbacks.checkpoint.every_n_steps=4"]))
+    with caplog.at_level("INFO"):
+        train.run(compose("train", [*overrides, "resume=true", "max_steps=20", "callbacks.checkpoint.every_n_steps=4"]))
+    assert "the cosine of another length: max_steps (13 then, 20 now)" in caplog.text
     assert read_checkpoint(tmp_path / "run")["global_step"] == 20
+    rate = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000016.ckpt")["optimizer_states"][0]
+    expected = 1e-3 * 0.5 * (1 + math.cos(math.pi * 16 / 20))
+    assert rate["param_groups"][0]["lr"] == pytest.approx(expected)
 
 
 def test_accumulated_gradients_resume_to_the_same_bits(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
+from keygrip.training.signals import Interrupted
 from keygrip.training.sweeps import read_result
 from keygrip.training.time_limit import TimeLimit
 
@@ -72,6 +75,28 @@ def test_the_rate_is_small_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch
 
 def test_a_limit_that_is_not_reached_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates(monkeypatch, max_steps=12, step_s=1.0) == rates(monkeypatch, max_steps=12, step_s=0.0)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max_minutes=1", 0.5), ("max_minutes=null", 0.8)])
+def test_a_resumed_run_follows_the_share_of_time_from_its_first_step(
+    limit: str,
+    expected: float,
+    toy_overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the time has passed and a fifth of the steps; without a limit only the steps count."""
+    cosine = ("max_steps=10", "optimizer.lr=1.0e-3", "optimizer.warmup_steps=0", "optimizer.final_lr_share=0")
+    monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 30.0)
+    monkeypatch.setenv("TOY_STOP_AT", "1")
+    monkeypatch.setenv("TOY_SIGNAL", "SIGTERM")
+    with pytest.raises(Interrupted, match="at step 2"):
+        train.run(compose("train", toy_overrides("run", *cosine, "max_minutes=1")))
+    monkeypatch.delenv("TOY_STOP_AT")
+    train.run(compose("train", toy_overrides("run", *cosine, limit, "resume=true", "logger=csv", "max_steps=10")))
+    with (tmp_path / "run" / "csv" / "metrics.csv").open(newline="") as file:
+        found = [float(row["lr-AdamW/rest"]) for row in csv.DictReader(file) if row["lr-AdamW/rest"]]
+    assert found[0] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * (1 - expected))))
 
 
 def test_minutes_alone_end_a_run_with_a_constant_rate(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
