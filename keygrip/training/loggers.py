@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import secrets
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from keygrip.artifacts import write_text
+from keygrip.artifacts import atomic_write, write_text
 from keygrip.training.run_folder import is_first_process
 
 if TYPE_CHECKING:
@@ -45,8 +47,30 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
         elif resumed_step and part._target_.endswith("TensorBoardLogger"):
             # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.
             extra = {"purge_step": resumed_step + 1}
-        loggers.append(instantiate(part, _convert_="all", **extra))
+        logger = instantiate(part, _convert_="all", **extra)
+        if resumed_step and part._target_.endswith("CSVLogger") and is_first_process():
+            _keep_table(logger, resumed_step)
+        loggers.append(logger)
     return loggers
+
+
+def _keep_table(logger: Any, resumed_step: int) -> None:
+    """Keeps the rows that a run's CSVLogger wrote before the step at which it goes on: Lightning's removes the table of
+    an earlier start. Later rows are logged again."""
+    file = Path(logger.log_dir) / "metrics.csv"
+    if not file.is_file():
+        return
+    with file.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(lines)
+        kept = [row for row in table if row["step"].isdecimal() and int(row["step"]) < resumed_step]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the table will be deleted
+        writer = logger.experiment
+    with atomic_write(file, "w") as rows:
+        into = csv.DictWriter(rows, table.fieldnames or ["step"])
+        into.writeheader()
+        into.writerows(kept)
+    writer.metrics_keys = list(into.fieldnames)
 
 
 def wandb_id(folder: Path) -> str:

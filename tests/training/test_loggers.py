@@ -91,6 +91,35 @@ def test_tensorboard_gets_settings_images_and_the_gradient_norm(
     assert not loggers.takes_images([])
 
 
+@pytest.mark.parametrize("stop_at", [7, 8])
+def test_a_resumed_run_keeps_its_table(
+    stop_at: int, toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed run logged after its last checkpoint stands there once, too."""
+    import toy_parts
+
+    whole_step = toy_parts.ToyModule.training_step
+
+    def failing_step(self: toy_parts.ToyModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == stop_at:
+            raise RuntimeError("power cut")
+        return whole_step(self, batch, batch_idx)
+
+    def logged(name: str) -> list[tuple[str, ...]]:
+        with (tmp_path / name / "csv" / "metrics.csv").open(newline="") as file:
+            return [
+                (row["step"], row["train/loss"], row["val/loss"], row["lr-AdamW/rest"]) for row in csv.DictReader(file)
+            ]
+
+    settings = ("logger=csv", "callbacks.checkpoint.every_n_steps=4", "callbacks.throughput=null")
+    train.run(compose("train", toy_overrides("whole", *settings)))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(toy_parts.ToyModule, "training_step", failing_step)
+        train.run(compose("train", toy_overrides("cut", *settings)))
+    train.run(compose("train", toy_overrides("cut", *settings, "resume=true")))
+    assert logged("cut") == logged("whole")
+
+
 class Growing(LightningModule):
     """Its gradient at step n, from 1, is n."""
 
