@@ -111,7 +111,7 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
-    log_settings(loggers, resolved)
+    log_settings(loggers, resolved, resumed_step)
     callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks)]
     kept = TrainedMetrics(folder, trained.get("metrics", {}))
     callbacks.append(kept)

@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.tensorboard.summary import hparams
 
 from keygrip.artifacts import atomic_write, write_text
 from keygrip.training.run_folder import is_first_process
@@ -87,11 +89,21 @@ def wandb_id(folder: Path) -> str:
     return made
 
 
-def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any]) -> None:
-    """The resolved configuration as hyperparameters, in every logger that takes them."""
+def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int = 0) -> None:
+    """The resolved configuration as hyperparameters, in every logger that takes them; as text too in TensorBoard.
+
+    Args:
+        step: optimiser step at which the run begins or goes on.
+    """
     flat = flattened(resolved)
     for logger in loggers:
         logger.log_hyperparams(flat)
+        if isinstance(logger, TensorBoardLogger) and is_first_process():
+            # Lightning writes them into a YAML file alone, which TensorBoard does not read, where no metric goes along.
+            for part in hparams(flat, {}):
+                logger.experiment.file_writer.add_summary(part, step)
+            text = OmegaConf.to_yaml(OmegaConf.create(dict(resolved)))
+            logger.experiment.add_text("config", f"```yaml\n{text}```", step)
 
 
 def flattened(node: Any, prefix: str = "") -> dict[str, Any]:

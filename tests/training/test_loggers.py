@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader
 
 from keygrip import train
@@ -88,6 +89,13 @@ def test_tensorboard_gets_settings_images_and_the_gradient_norm(
     assert all(norm.value > 0 for norm in norms)
     settings = (tmp_path / "run" / "tensorboard" / "hparams.yaml").read_text()
     assert "model.width: 8" in settings
+    plugins = {tag: data.plugin_data.plugin_name for tag, data in events.summary_metadata.items()}
+    assert plugins["_hparams_/session_start_info"] == "hparams"  # TensorBoard's table of runs
+    started = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    assert started.hparams["model.width"].number_value == 8
+    assert b"width: 8" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert not loggers.takes_images([])
 
 
