@@ -85,6 +85,9 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
         group = full.partition(".")[0].partition("@")[0]
         if models_with(group) and group not in known:
+            if "." in full and not close_key:  # of another model, so spelling alone is left to go by
+                closest = difflib.get_close_matches(full, known, n=1, cutoff=0.0)[0]
+                hint = f"of what this run reads the nearest is {closest!r}; {hint}"
             hint = f"{with_group(group)}; {hint}"
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
     mandatory = re.search(r"Missing mandatory value: (\S+)", causes)

@@ -49,9 +49,13 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         # Settings of other models.
         (["vlm.width=999"], 2, r"no setting 'vlm.width' .*: vlm is a group of model=geometry_vla.* the nearest is '"),
         (["language.model.layers=77"], 2, r"language is a group of model=foveated_vlm, model=pooled_vlm; "),
-        (["geometry.dim=3"], 2, r"geometry is a group of model=depth_reader, model=geometry_vla"),
-        (["encoders.text.length=1"], 2, r"encoders is a group of model=image_autoencoder, model=patch_dit"),
-        (["model=coordinate_regression", "rotation.classes=5"], 2, r"rotation is a group of model=volume_query"),
+        (["geometry.dim=3"], 2, r"geometry is a group of model=depth_reader, .* the nearest is '[a-z]"),
+        (["encoders.text.length=1"], 2, r"encoders is a group of model=image_autoencoder, .* the nearest is '[a-z]"),
+        (
+            ["model=coordinate_regression", "rotation.classes=5"],
+            2,
+            r"rotation is a group of model=volume_query.* the nearest is 'model.rotation_weight'",
+        ),
         (["model=coordinate_regression", "rotation=kmeans"], 2, r"rotation is a group of model=volume_query"),
         (["language=smollm2_135m"], 2, r"language is a group of model=foveated_vlm"),
         (["model=foveated_vlm", "data=robot_videos", "closed_loop=yam"], 2, r"closed_loop is a group of model=coord"),
