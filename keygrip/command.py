@@ -27,7 +27,7 @@ from keygrip.config import (
 )
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
-from keygrip.training import run_folder, sweeps
+from keygrip.training import results, run_folder, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused, queue_again
 
 CONFIG_ERROR = 2
@@ -265,8 +265,8 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         line = "stopped by SIGINT" if isinstance(error, KeyboardInterrupt) else ""
         line = line or describe_error(error, config_name, overrides)[0]
-        status = sweeps.INTERRUPTED if stopped else sweeps.FAILED
-        sweeps.record_failure(folder, status, line, overrides, error)
+        status = results.INTERRUPTED if stopped else results.FAILED
+        results.record_failure(folder, status, line, overrides, error)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ seeds, and says what came out. An interrupted demo goes on where it was. Overrid
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -20,8 +19,8 @@ from omegaconf import DictConfig
 from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import compose
+from keygrip.training.results import RESULT, read_result, write_result
 from keygrip.training.run_folder import CHECKPOINT, is_first_process
-from keygrip.training.sweeps import read_result, write_result
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     continued = bool(cfg.resume)
     folder = Path(cfg.run_dir)
     metrics = train(cfg)
-    trained = json.loads((folder / "result.json").read_text())
-    conditions = json.loads((folder / "closed_loop" / "result.json").read_text())["conditions"]
+    trained = read_result(folder)
+    conditions = read_result(folder / "closed_loop")["conditions"]
     (success,) = conditions.values()
     result = {
         "success_rate": success["success_rate"],
@@ -86,7 +85,7 @@ def _continued(cfg: DictConfig) -> DictConfig:
 
 def _put_finished_aside(folder: Path) -> None:
     """Renames the folder of a finished demo, so that ``runs/demo`` is always the newest."""
-    result = folder / "result.json"
+    result = folder / RESULT
     if not (folder / CHECKPOINT).is_file() or "success_rate" not in read_result(folder):
         return
     made = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(result.stat().st_mtime))

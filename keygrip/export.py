@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     from keygrip.exporting import folder, graphs
     from keygrip.training import checkpoints
-    from keygrip.training.sweeps import read_result
+    from keygrip.training.results import read_result
 
     if cfg.format not in FORMATS:
         raise ValueError(f"format={cfg.format!r}: choose {', '.join(FORMATS)}")

@@ -17,7 +17,7 @@ from keygrip.config_errors import setting_errors
 from keygrip.training import run_folder
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.main_guard import refuse_unguarded_script
-from keygrip.training.sweeps import read_result
+from keygrip.training.results import read_result
 
 _starts = itertools.count(1)  # trainings of this process that no command started
 

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 
 from keygrip.artifacts import write_json, write_text
 from keygrip.evaluation.statistics import holm, paired_difference, wilson_interval
-from keygrip.training.sweeps import FINISHED, RESULT, markdown, read_result
+from keygrip.training.results import FINISHED, RESULT, read_result
+from keygrip.training.sweeps import markdown
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,9 @@ from omegaconf import DictConfig
 
 from keygrip.artifacts import atomic_write, write_text
 from keygrip.evaluation.statistics import wilson_interval
-from keygrip.training.sweeps import FINISHED, PLAN, RESULT, collect, markdown, read_result
+from keygrip.training.results import FINISHED, RESULT, read_result
+from keygrip.training.run_folder import PLAN
+from keygrip.training.sweeps import collect, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

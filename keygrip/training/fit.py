@@ -40,10 +40,10 @@ from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
 from keygrip.training.pretraining import complete_stages, with_run_folders
 from keygrip.training.progress import Throughput
+from keygrip.training.results import DRY_RUN, FINISHED, RUNNING, read_result, write_result
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
 from keygrip.training.strategies import Strategy
-from keygrip.training.sweeps import DRY_RUN, read_result, write_result
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
 
@@ -307,7 +307,7 @@ def _write_start(
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
-    start = {"status": "running", "command": _command(), "overrides": overrides, "metrics": {}, "run_dir": str(folder)}
+    start = {"status": RUNNING, "command": _command(), "overrides": overrides, "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began} | trained)
     return metadata
 
@@ -363,7 +363,7 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
 def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
     start, checkpoint = read_result(folder), folder / run_folder.CHECKPOINT
     result = {
-        "status": "finished",
+        "status": FINISHED,
         "steps": trainer.global_step,
         "wall_s": round(wall_s, 1),
         "metrics": metrics,

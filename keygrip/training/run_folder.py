@@ -16,11 +16,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from keygrip.artifacts import locked
+from keygrip.training.results import RESULT
 
 RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
-SWEEP = "sweep.json"
+PLAN = "sweep.json"  # of a sweep: its command and its jobs
 
 
 class RunFolderError(ValueError):
@@ -95,10 +96,10 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
     if isinstance(resume, str) and resume.lower() not in {"true", "false"}:
         raise ValueError("a sweep resumes as a whole: give resume=true, and hydra.sweep.dir=<folder> for an older one")
     if resume is True or str(resume).lower() == "true":
-        found = [path.parent for path in group.glob(f"*/{SWEEP}")]
+        found = [path.parent for path in group.glob(f"*/{PLAN}")]
         if not found:
             raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
-        return str(max(found, key=lambda folder: (_recorded(folder / SWEEP, "started"), folder.name)))
+        return str(max(found, key=lambda folder: (_recorded(folder / PLAN, "started"), folder.name)))
     return str(_claimed(group))
 
 
@@ -202,7 +203,7 @@ def newest(group: Path) -> Path:
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
-    return max(found, key=lambda folder: (_recorded(folder / "result.json", "started_at"), folder.name))
+    return max(found, key=lambda folder: (_recorded(folder / RESULT, "started_at"), folder.name))
 
 
 def _recorded(file: Path, key: str) -> float:

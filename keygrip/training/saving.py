@@ -22,12 +22,13 @@ from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import kept_by_step, read_checkpoint
 from keygrip.training.integrity import sign
 from keygrip.training.parts import ReadWhere
+from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted, queue_again
 
 log = logging.getLogger(__name__)
 
-LATEST = "last.ckpt"
+LATEST = CHECKPOINT.name
 BEST = "best.ckpt"
 
 

@@ -18,48 +18,29 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from keygrip.artifacts import atomic_write, json_text, write_json, write_text
+from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import root_cause
-from keygrip.training.run_folder import CHECKPOINT, RunFolderError, restarted_by_scheduler
+from keygrip.training.results import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    RESULT,
+    RUNNING,
+    read_result,
+    record_failure,
+    write_result,
+)
+from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError, restarted_by_scheduler
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 log = logging.getLogger(__name__)
 
-RESULT = "result.json"
-PLAN = "sweep.json"
 SHOWN = 6  # metrics in the printed table; summary.csv has them all
 LOSSES = "loss_against_compute.png"
-# What may stand in result.json. "running" stays where a process was killed; the table then says "killed".
-FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
-DRY_RUN = "dry run"
 
 _open_sweeps: list[Path] = []
 _failures: list[str] = []
-
-
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json`` into a run folder, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RESULT, json_text(result, indent=1, ascii_only=True, default=str) + "\n")
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """``result.json`` of a run folder; empty where there is none or it cannot be read."""
-    try:
-        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:
-    """Writes how a run ended, and its trace (``error.txt``); leaves the result of an earlier, finished run alone."""
-    if not folder.is_dir() or read_result(folder).get("status") == FINISHED:
-        return
-    result = {**read_result(folder), "status": status, "error": line, "overrides": list(overrides)}
-    write_result(folder, {"metrics": {}, **result})
-    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
 
 
 def run_job(

@@ -17,7 +17,7 @@ from scipy.stats import binom, bootstrap
 from keygrip.config import config_folder
 from keygrip.evaluation.paired_report import NAME, PairedReport, make_report
 from keygrip.evaluation.statistics import holm, paired_difference
-from keygrip.training.sweeps import write_result
+from keygrip.training.results import write_result
 
 
 def outcomes(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from keygrip.evaluation.shift_report import ShiftReport, make_report, plot, read_cells
 from keygrip.evaluation.statistics import wilson_interval
-from keygrip.training.sweeps import PLAN, write_result
+from keygrip.training.results import write_result
+from keygrip.training.run_folder import PLAN
 
 
 def job(folder: Path, number: int, overrides: list[str], status: str, conditions: dict[str, tuple[int, int]]) -> None:

@@ -12,7 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from keygrip.artifacts import locked, write_json
-from keygrip.training.sweeps import PLAN, collect, finish_sweep, markdown, table, write_result
+from keygrip.training.results import write_result
+from keygrip.training.run_folder import PLAN
+from keygrip.training.sweeps import collect, finish_sweep, markdown, table
 
 TOY = [
     "--config-dir",

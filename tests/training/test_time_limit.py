@@ -17,8 +17,8 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
+from keygrip.training.results import read_result
 from keygrip.training.signals import Interrupted
-from keygrip.training.sweeps import read_result
 from keygrip.training.time_limit import TimeLimit
 
 LIMIT_S = 20.0

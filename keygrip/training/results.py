@@ -1,0 +1,39 @@
+"""``result.json`` of a run folder: how a run ended, its metrics, and the command that made it."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from keygrip.artifacts import json_text, write_text
+
+RESULT = "result.json"
+# Values of "status". A killed process leaves "running".
+FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interrupted", "running", "dry run"
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json`` into a run folder, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESULT, json_text(result, indent=1, ascii_only=True, default=str) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """``result.json`` of a run folder; empty where there is none or it cannot be read."""
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:
+    """Writes how a run ended, and its trace (``error.txt``); leaves the result of an earlier, finished run alone."""
+    if not folder.is_dir() or read_result(folder).get("status") == FINISHED:
+        return
+    result = {**read_result(folder), "status": status, "error": line, "overrides": list(overrides)}
+    write_result(folder, {"metrics": {}, **result})
+    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
