@@ -58,11 +58,11 @@ class Server:
         theirs.close()
         try:
             if not ours.poll(START_S):
-                raise RuntimeError(f"the server has not started within {START_S:g} s")
+                raise TimeoutError(f"the server has not started within {START_S:g} s")
             one_by_one, batching = ours.recv(), ours.recv()
             return self._measure(one_by_one, batching, quick)
         except EOFError as error:
-            raise RuntimeError("the server's process has died") from error
+            raise ChildProcessError("the server's process has died") from error
         finally:
             ours.close()  # tells it to stop
             process.join(30)

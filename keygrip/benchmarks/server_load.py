@@ -150,15 +150,15 @@ def _policy(overrides: Sequence[str]) -> Policy:
 
 
 def _heard(connection: Connection, seconds: float) -> Any:
-    """What a process says. Raises RuntimeError where it says nothing, and what it has failed with."""
+    """What a process says. Raises TimeoutError: nothing within that time; ChildProcessError: it died or failed."""
     try:
         if not connection.poll(seconds):
-            raise RuntimeError(f"a process of the measurement has said nothing for {seconds:g} s")
+            raise TimeoutError(f"a process of the measurement has said nothing for {seconds:g} s")
         said = connection.recv()
     except EOFError as error:
-        raise RuntimeError("a process of the measurement has died") from error
+        raise ChildProcessError("a process of the measurement has died") from error
     if isinstance(said, Exception):
-        raise RuntimeError(f"a client failed: {said}") from said
+        raise ChildProcessError(f"a client failed: {said}") from said
     return said
 
 

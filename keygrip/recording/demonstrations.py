@@ -103,6 +103,7 @@ def record(
         ValueError: a setting out of range, `root` holds a recording made with other settings, or the expert fails in
             more than half of the episodes.
         RenderingUnavailableError: this machine cannot draw off screen.
+        ChildProcessError: a worker process died.
     """
     if demos < 1 or processes < 1:
         raise ValueError(f"demos and processes must be at least 1, got demos={demos}, processes={processes}")
@@ -305,7 +306,7 @@ class _Workers:
             for future in as_completed([self._pool.submit(_run_in_worker, seed) for seed in seeds]):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"a recording process died (out of memory, or a script without an `if __name__ == '__main__'` guard); "
                 f"the demos in {self.root} are whole: run again to continue, perhaps with fewer processes"
             ) from error

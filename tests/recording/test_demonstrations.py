@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from keygrip import artifacts
 from keygrip.artifacts import temporary_beside
+from keygrip.command import describe_error
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.reference import DemoReference
 from keygrip.envs.yam.environment import YamCell
@@ -83,6 +86,21 @@ def test_two_processes_write_the_same_bytes(serial: Path, tmp_path: Path) -> Non
     summary = record(PICK, tmp_path / "demos", 4, image_size=SIZE, processes=2, progress=False)
     assert (summary.demos, summary.recorded, summary.failed) == (4, 4, 0)
     assert contents(tmp_path / "demos") == contents(serial)
+
+
+def test_a_killed_recorder_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> Future[object]:
+        answer = Future[object]()
+        answer.set_exception(BrokenProcessPool())
+        return answer
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", killed)
+    with pytest.raises(ChildProcessError) as died:
+        record(PICK, tmp_path / "demos", 4, image_size=SIZE, processes=2, progress=False)
+    line, code = describe_error(died.value, "prepare", ())
+    assert line.startswith("a recording process died")
+    assert f"the demos in {tmp_path / 'demos'} are whole: run again to continue" in line
+    assert code == 1
 
 
 def test_an_interrupted_recording_continues_to_the_same_folders(

@@ -103,6 +103,7 @@ def write_shards(
 
     Raises:
         ValueError: nothing to write, the folder holds a set with other settings, or too many items are broken.
+        ChildProcessError: a worker process died.
     """
     started = time.monotonic()
     root = Path(root)
@@ -305,7 +306,7 @@ def _run(jobs: Sequence[Job], make: Maker, processes: int) -> Iterator[tuple[int
             for future in as_completed([pool.submit(_run_job, job) for job in jobs]):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise ChildProcessError(
                 "a process that writes shards died (out of memory?); the shards that are there are whole: run again to "
                 "continue, perhaps with fewer processes"
             ) from error

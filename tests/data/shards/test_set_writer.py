@@ -10,6 +10,8 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from shard_sets import conversations, picture
 
+from keygrip.command import describe_error
 from keygrip.data.shards import set_writer, writer
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards
@@ -90,6 +93,21 @@ def test_processes_and_interruptions_change_nothing(tmp_path: Path) -> None:
     assert again.samples == 16
     assert again.written == 9
     assert files(tmp_path / "alone") == files(tmp_path / "together")
+
+
+def test_a_killed_worker_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> Future[object]:
+        answer = Future[object]()
+        answer.set_exception(BrokenProcessPool())
+        return answer
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", killed)
+    with pytest.raises(ChildProcessError) as died:
+        written(tmp_path, processes=2)
+    line, code = describe_error(died.value, "prepare", ())
+    assert line.startswith("a process that writes shards died")
+    assert "run again to continue" in line
+    assert code == 1
 
 
 def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
