@@ -228,7 +228,9 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     if figures["steps"]:
         lines += ["", "## Quality against steps", "", "Evaluations of the network and seconds are per image.", ""]
         rows = {
-            f"{row['case']}, {row['steps']} steps": {k: v for k, v in row.items() if k not in ("case", "steps")}
+            f"{row['case']}, {row['steps']} step{'s' * (row['steps'] > 1)}": {
+                k: v for k, v in row.items() if k not in ("case", "steps")
+            }
             for row in figures["steps"]
         }
         lines += table({"real images, as many": figures["real_grid"], **rows})

@@ -413,6 +413,7 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
         "No pair of scales (of those with .*)?is better in both [a-z0-9_]* and [a-z0-9_]* than: text", text
     )
     assert "No text scale is better in both objects_as_named and frechet than: text" in text
+    assert "| reconstruction, 1 step |" in text
     assert "| reconstruction, 2 steps |" in text
     assert all(f"({path.name})" in text and Image.open(path).size[0] > 100 for path in pictures)
     named = set(re.findall(r"(?m)^\| ([a-z]\w*) \|", text)) - {"images", "evaluations", "s_per_image"}
