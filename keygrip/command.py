@@ -28,10 +28,12 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
 from keygrip.training import results, run_folder, sweeps
-from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused, queue_again
+from keygrip.training.launch import is_first_process, is_helper_process, queue_again
+from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 CONFIG_ERROR = 2
 USER_ERROR = 1
+STOPS = (Exception, KeyboardInterrupt, Interrupted, SweepRefused)  # what may end a command
 STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
 # What gloo and NCCL say of a process that is gone.
 OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
@@ -61,7 +63,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     run = _importable(run)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; what is shown is decided below
     debug = _debug_requested(sys.argv[1:])
-    failed: list[Exception | Interrupted] = []
+    failed: list[BaseException] = []
 
     def task(cfg: DictConfig) -> Any:
         # Pickled to other processes by some launchers: everything needed is imported inside.
@@ -74,13 +76,10 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
             return run(cfg)
-        except (Exception, Interrupted) as error:
+        except STOPS as error:
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would add lines of its own
             return None
-        except KeyboardInterrupt as error:
-            _record_failure(error, config_name)
-            raise
 
     code, received = 0, set[int]()
     try:
@@ -91,26 +90,17 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
             sys.argv[1:] = overrides_first(sys.argv[1:])
-            if not _helper_process():  # to which Lightning adds hydra.run.dir
+            if not is_helper_process():  # to which Lightning adds hydra.run.dir
                 check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
             hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
             if failed:
                 raise failed[0]
-    except KeyboardInterrupt:
-        _say("stopped by SIGINT")
-        code = 128 + signal.SIGINT
-    except SweepRefused as no:
-        _say(str(no))
-        code = USER_ERROR
-    except SweepInterrupted as stop:
-        _say(f"{stop}; go on with the same command, resume=true and hydra.sweep.dir=<its folder>")
-        code = 128 + stop.signal_number
-    except (Exception, Interrupted) as error:
-        if isinstance(error, Interrupted) and _helper_process():
+    except STOPS as error:
+        if isinstance(error, Interrupted) and is_helper_process():
             sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
-        if debug:
+        if debug and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
         _say(line)
@@ -118,7 +108,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         _say(line)
         code = code or USER_ERROR
     if code:
-        if signal.SIGUSR1 in received and run_folder.is_first_process():
+        if signal.SIGUSR1 in received and is_first_process():
             queue_again()  # last: SLURM ends the job with it
         sys.stderr.flush()
         sys.exit(code)
@@ -175,8 +165,13 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT", 128 + signal.SIGINT
+    if isinstance(error, SweepRefused):
+        return str(error), USER_ERROR
     if isinstance(error, Interrupted):
-        return str(error), 128 + error.signal_number
+        further = "; go on with the same command, resume=true and hydra.sweep.dir=<its folder>"
+        return f"{error}{further if isinstance(error, SweepInterrupted) else ''}", 128 + error.signal_number
     root = root_cause(error)
     where = ""
     if isinstance(error, InstantiationException):
@@ -238,13 +233,6 @@ def _debug_requested(overrides: Sequence[str]) -> bool:
     return any(override.lstrip("+").lower() == "debug=true" for override in overrides)
 
 
-def _helper_process() -> bool:
-    """Whether Lightning started this process from another one that the user started: neither torchrun nor, by its own
-    number, srun, whose variables it may have inherited (a shell or a batch script of SLURM)."""
-    local = os.environ.get("LOCAL_RANK", "0")
-    return local not in ("0", os.environ.get("SLURM_LOCALID")) and "TORCHELASTIC_RUN_ID" not in os.environ
-
-
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal is gone: the exit code still says how it ended
         sys.stderr.write(f"keygrip: {line}\n")
@@ -263,8 +251,7 @@ def _record_failure(error: BaseException, config_name: str) -> None:
             return  # the command has no run folder: nothing is left in the user's
         overrides = list(hydra_cfg.overrides.task)
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-        line = "stopped by SIGINT" if isinstance(error, KeyboardInterrupt) else ""
-        line = line or describe_error(error, config_name, overrides)[0]
+        line = describe_error(error, config_name, overrides)[0]
         status = results.INTERRUPTED if stopped else results.FAILED
         results.record_failure(folder, status, line, overrides, error)
 

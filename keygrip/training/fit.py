@@ -35,6 +35,7 @@ from keygrip.training.compatibility import (
 )
 from keygrip.training.compute import Compute
 from keygrip.training.idle_settings import refuse_idle
+from keygrip.training.launch import started_together, tasks_of_srun
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
@@ -166,7 +167,7 @@ def _trainer(
         # Lightning's own answer to SLURM's warning saves in the middle of a step, into a file that no resumed run
         # reads: `SaveOnInterrupt` has its own.
         environment = [SLURMEnvironment(auto_requeue=False)]
-        if run_folder.tasks_of_srun() == 1 and arguments["devices"] * arguments["num_nodes"] > 1:
+        if tasks_of_srun() == 1 and arguments["devices"] * arguments["num_nodes"] > 1:
             environment = [LightningEnvironment()]  # which starts the others: SLURM's would train in this one alone
     return lightning.Trainer(
         **arguments,
@@ -201,7 +202,7 @@ def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy
     """
     if not isinstance(module, System):
         raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
-    if run_folder.started_together() > 1:
+    if started_together() > 1:
         raise ValueError(
             "dry_run=true computes one process's share in one process: start it without torchrun or srun, with "
             "strategy.devices=GPUS_OF_A_MACHINE strategy.num_nodes=MACHINES"

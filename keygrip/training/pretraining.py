@@ -24,9 +24,10 @@ from keygrip.artifacts import locked
 from keygrip.config import compose
 from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.idle_settings import BUILT, unread
+from keygrip.training.launch import started_together
 from keygrip.training.results import FINISHED, read_result
 from keygrip.training.resuming import differing_settings
-from keygrip.training.run_folder import CHECKPOINT, started_together
+from keygrip.training.run_folder import CHECKPOINT
 
 log = logging.getLogger(__name__)
 

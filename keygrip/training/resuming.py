@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import HEADER, read_checkpoint
+from keygrip.training.launch import restarted_by_scheduler
 from keygrip.training.strategies import named_precision
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,14 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
             resume.
     """
     latest = folder / run_folder.CHECKPOINT
-    if cfg.resume:
-        return run_folder.checkpoint_to_resume(folder, cfg.resume)
+    resume = run_folder.resume_setting(cfg.resume)
+    if isinstance(resume, str) and Path(resume).is_file():
+        return Path(resume)
+    if resume:
+        return latest
     if not latest.is_file():
         return None
-    if run_folder.restarted_by_scheduler():
+    if restarted_by_scheduler():
         log.warning("started again by the scheduler: resuming %s", latest)
         return latest
     raise run_folder.RunFolderError(

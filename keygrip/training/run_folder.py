@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from keygrip.artifacts import locked
+from keygrip.training.launch import in_a_shell_of_slurm, is_first_process
 from keygrip.training.results import RESULT
 
 RUNS = Path("runs")
@@ -58,31 +59,30 @@ def choose(
             ``run_dir`` is not the folder that ``resume`` names.
     """
     group = RUNS / f"{model}_{data}"
-    if isinstance(resume, str) and resume.lower() in {"true", "false"}:
-        resume = resume.lower() == "true"
+    resume = resume_setting(resume)
     if isinstance(resume, str):
         folder = _folder_of(Path(resume))
         if run_dir is not None and Path(run_dir).resolve() != folder.resolve():
             raise ValueError(
                 f"resume={resume} goes on in {folder}, and run_dir={run_dir} is another folder: leave out run_dir"
             )
-        refuse_held(folder)
-        return str(folder)
-    if resume:
-        if run_dir is not None:
-            if not (Path(run_dir) / CHECKPOINT).is_file():
-                raise FileNotFoundError(
-                    f"nothing to resume: {Path(run_dir) / CHECKPOINT} does not exist; leave out resume=true"
-                )
-            refuse_held(Path(run_dir))
-            return run_dir
-        found = newest(group)
-        refuse_held(found)
-        return str(found)
-    if run_dir is not None:
-        refuse_held(Path(run_dir))
-        return run_dir
-    return str(_claimed(group, start, None if overrides is None else tuple(overrides)))
+    elif run_dir is not None:
+        folder = Path(run_dir)
+        if resume and not (folder / CHECKPOINT).is_file():
+            raise FileNotFoundError(f"nothing to resume: {folder / CHECKPOINT} does not exist; leave out resume=true")
+    elif resume:
+        folder = newest(group)
+    else:
+        return str(_claimed(group, start, None if overrides is None else tuple(overrides)))
+    refuse_held(folder)
+    return str(folder)
+
+
+def resume_setting(resume: bool | str | None) -> bool | str:
+    """The setting ``resume``, given as text or not: whether to resume, or the path of what is resumed."""
+    if isinstance(resume, str):
+        return {"true": True, "false": False}.get(resume.lower(), resume)
+    return bool(resume)
 
 
 def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
@@ -93,9 +93,10 @@ def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
         ValueError: ``resume`` names a run; a sweep resumes as a whole.
     """
     group = RUNS / "sweeps" / f"{model}_{data}"
-    if isinstance(resume, str) and resume.lower() not in {"true", "false"}:
+    resume = resume_setting(resume)
+    if isinstance(resume, str):
         raise ValueError("a sweep resumes as a whole: give resume=true, and hydra.sweep.dir=<folder> for an older one")
-    if resume is True or str(resume).lower() == "true":
+    if resume:
         found = [path.parent for path in group.glob(f"*/{PLAN}")]
         if not found:
             raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
@@ -172,21 +173,6 @@ def refuse_held(folder: Path) -> None:
         raise RunFolderError(_still_going_on(folder)) from error
 
 
-def is_first_process() -> bool:
-    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
-    return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
-
-
-def started_together() -> int:
-    """How many processes torchrun, srun or Lightning started for this run; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE") or tasks_of_srun())
-
-
-def tasks_of_srun() -> int:
-    """How many processes srun started for this run; 1 without it, and in a shell that srun started."""
-    return 1 if _in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-
-
 def _still_going_on(folder: Path) -> str:
     return f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
 
@@ -215,18 +201,6 @@ def _recorded(file: Path, key: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def checkpoint_to_resume(folder: Path, resume: bool | str) -> Path:
-    """The checkpoint file that ``resume`` names, given the run folder that ``choose`` found for it."""
-    if isinstance(resume, str) and resume.lower() not in {"true", "false"} and Path(resume).is_file():
-        return Path(resume)
-    return folder / CHECKPOINT
-
-
-def restarted_by_scheduler() -> bool:
-    """True where torchrun or SLURM started this run again after a failure or a requeue."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
 @cache
 def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
     """A name for this run that all its processes agree on: a time stamp, or the scheduler's job number, in SLURM with a
@@ -249,14 +223,9 @@ def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
                 "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
             )
         return _parents_start()
-    if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not _in_a_shell_of_slurm():
+    if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not in_a_shell_of_slurm():
         return f"job-{environment['SLURM_JOB_ID']}-{_digest(sys.argv[1:] if overrides is None else overrides)}"
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-
-
-def _in_a_shell_of_slurm() -> bool:
-    """Whether a user types commands in a job, as Lightning tells it: they are no parts of that job's step."""
-    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def _digest(overrides: Sequence[str]) -> str:

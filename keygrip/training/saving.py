@@ -21,10 +21,11 @@ from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import kept_by_step, read_checkpoint
 from keygrip.training.integrity import sign
+from keygrip.training.launch import queue_again
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sharding import local
-from keygrip.training.signals import Interrupted, queue_again
+from keygrip.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import root_cause
+from keygrip.training.launch import restarted_by_scheduler
 from keygrip.training.results import (
     FAILED,
     FINISHED,
@@ -31,7 +32,7 @@ from keygrip.training.results import (
     record_failure,
     write_result,
 )
-from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError, restarted_by_scheduler
+from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def run_job(
         figures = run(cfg)
     except Interrupted as stop:
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
-        raise SweepInterrupted(stop.signal_number, str(stop)) from stop
+        raise SweepInterrupted(str(stop), stop.signal_number) from stop
     except KeyboardInterrupt as stop:
         record_failure(folder, INTERRUPTED, "stopped by SIGINT", overrides, stop)
         raise

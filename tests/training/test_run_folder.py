@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from keygrip.config import SettingError, check_overrides, compose
 from keygrip.training import run_folder
+from keygrip.training.launch import started_together
 from keygrip.training.resuming import checkpoint_to_resume
 
 
@@ -56,7 +57,7 @@ def test_resuming_a_path() -> None:
     file = checkpoint_in("elsewhere/run")
     for path in ("elsewhere/run", str(file)):
         assert run_folder.choose(None, path, "m", "d") == "elsewhere/run"
-        assert run_folder.checkpoint_to_resume(Path("elsewhere/run"), path) == file
+        assert checkpoint_to_resume(OmegaConf.create({"resume": path}), Path("elsewhere/run")) == file
 
 
 def test_a_resumed_run_stays_in_its_folder() -> None:
@@ -184,12 +185,12 @@ def test_programs_side_by_side_in_a_slurm_job_have_the_folders_of_their_training
 def test_a_shell_in_a_slurm_job_is_no_part_of_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`srun -n4 --pty bash`: a command there is alone, and a second one gets a folder of its own."""
     started = in_slurm(monkeypatch, JOB_NAME=name, NTASKS="4", STEP_NUM_TASKS="4")
-    assert run_folder.started_together() == 1
+    assert started_together() == 1
     first, second = started("seed=1"), started("seed=1")
     assert first != second
     assert "job-42" not in first
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    assert run_folder.started_together() == 4
+    assert started_together() == 4
 
 
 def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:

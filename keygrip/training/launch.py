@@ -1,0 +1,60 @@
+"""How this process was launched: by torchrun, by srun or sbatch (SLURM), by Lightning, or alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+
+log = logging.getLogger(__name__)
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
+    return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def started_together() -> int:
+    """How many processes torchrun, srun or Lightning started for this run; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE") or tasks_of_srun())
+
+
+def tasks_of_srun() -> int:
+    """How many processes srun started for this run; 1 without it, and in a shell that srun started."""
+    return 1 if in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def is_helper_process() -> bool:
+    """Whether Lightning started this process from the one that the user started. Not so where torchrun did, or srun,
+    which gives both variables the same number; a shell or a batch script of SLURM may have passed on its own."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    return local not in ("0", os.environ.get("SLURM_LOCALID")) and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def in_a_shell_of_slurm() -> bool:
+    """Whether a user types commands in an interactive job of SLURM, by the names that Lightning looks for: such a
+    command is no part of the job's step."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+
+
+def restarted_by_scheduler() -> bool:
+    """Whether torchrun or SLURM started this run again, after a failure or a requeue."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def queue_again() -> None:
+    """Asks SLURM to queue this job again; does nothing outside of SLURM, and logs a refusal."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        failure = "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+    except OSError as error:
+        failure = str(error)
+    if failure:
+        log.warning("SLURM did not queue job %s again: %s", job, failure)
+    else:
+        log.info("SLURM queues job %s again", job)
