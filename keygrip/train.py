@@ -37,23 +37,26 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
         FileNotFoundError: data, weights or a checkpoint to resume are missing.
         keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     cfg = cfg.copy()
-    folder = run_folder_of(cfg, overrides)
+    command = "train"
+    if overrides is None and HydraConfig.initialized():  # a command, for which Hydra has chosen the folder
+        hydra = HydraConfig.get()
+        folder, command, overrides = Path(hydra.runtime.output_dir), hydra.job.name, hydra.overrides.task
+    else:
+        folder = _folder_of(cfg, overrides)
     with open_dict(cfg):
         cfg.run_dir = str(folder)
     with run_folder.hold(folder):
         from keygrip.training.fit import fit  # torch and lightning take seconds to import; an error above does not
 
-        return fit(cfg, folder, overrides)
+        return fit(cfg, folder, command, list(overrides or ()))
 
 
-def run_folder_of(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Path:
-    """Where a run goes, before it starts: as Hydra has chosen it, or as the settings say (named by classes, for they do
-    not tell which options they come from)."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if HydraConfig.initialized():
-        return Path(HydraConfig.get().runtime.output_dir)
+def _folder_of(cfg: DictConfig, overrides: Sequence[str] | None) -> Path:
+    """The run folder of a training that no command started. Settings do not tell which options they come from, so that
+    a new folder is named after the classes of model and data."""
     model = str(cfg.model._target_).rpartition(".")[2]
     data = str(cfg.data._target_).rpartition(".")[2]
     return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), overrides)).absolute()

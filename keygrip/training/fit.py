@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,8 +31,9 @@ from keygrip.training.compatibility import (
     refuse_unfit,
 )
 from keygrip.training.compute import Compute
+from keygrip.training.dry_run import dry_run
 from keygrip.training.idle_settings import refuse_idle
-from keygrip.training.launch import started_together, tasks_of_srun
+from keygrip.training.launch import tasks_of_srun
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
@@ -44,34 +42,27 @@ from keygrip.training.progress import Throughput
 from keygrip.training.results import DRY_RUN, FINISHED, RUNNING, read_result, write_result
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
-from keygrip.training.strategies import Strategy
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
 
 
-def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -> dict[str, Any]:
+def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Trains as ``cfg`` says, in a folder that this process holds, and returns the headline metrics.
 
     Args:
-        overrides: those that ``cfg`` was composed with; None: the command line's.
+        command: of keygrip that trains, for ``result.json``: ``train``, or one with a recipe of its own, as ``demo``.
+        overrides: those that ``cfg`` was composed with.
 
     Raises:
         ValueError: settings or data that cannot be trained with. FileNotFoundError: data, weights or a checkpoint to
             resume are missing. keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
     started = time.monotonic()
-    overrides = _overrides() if overrides is None else list(overrides)
     resume = checkpoint_to_resume(cfg, folder)
     quiet_lightning(warnings_too=not cfg.debug)
-    refuse_unfit(cfg)
-    refuse_unread(cfg, TrainSchema)
-    refuse_idle(cfg, overrides)
-    _refuse_callbacks_without_class(cfg.callbacks)
-    refuse_odd_numbers(cfg)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    refuse_ill_typed(plain)
+    plain = _checked_settings(cfg, overrides)
     resolved = with_run_folders(plain)
     strategy = instantiate(cfg.strategy)
     # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
@@ -82,40 +73,25 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
     resumed_step = check_resumed(resume, resolved) if resume else 0
     complete_stages(plain, train=not cfg.dry_run)
     origin = run_metadata()
-    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    if cfg.deterministic:  # read at the first product on a GPU; without it torch warns at every one
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
-    # Filling what is overwritten anyway costs a sixth of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _seed(cfg)
 
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
-    datamodule = instantiate(built.data, _convert_="all")
-    if resume is None:
-        refuse_missing_weights(plain)
-    if hasattr(datamodule, "refuse_missing"):
-        datamodule.refuse_missing()
-    module = build_module(resolved)
-    if isinstance(module, System):
-        module.check_run(cfg.max_steps, begins=resume is None and not cfg.dry_run)
-        module.optimizer_recipe.check(module.trained_part(), endless=cfg.max_steps == cfg.max_epochs == -1)
-        module.resumed = resume is not None
+    datamodule, module = _build(cfg, built.data, plain, resolved, resumed=resume is not None)
     trained = _trained_before(folder, resumed_step) if resume else {}
-    started_in = _write_start(folder, cfg, overrides, origin, trained, resumed=resume is not None)
+    metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
-        _set_statistics(module, datamodule, origin, started_in)
+        _set_statistics(module, datamodule, origin, metadata_file)
     if cfg.dry_run:
-        report = _dry_run(datamodule, module, cfg, strategy)
-        if started_in is not None:
+        report = dry_run(datamodule, module, cfg, strategy)
+        if metadata_file is not None:
             write_result(folder, read_result(folder) | {"status": DRY_RUN, "dry_run": report})
         return report
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved, resumed_step)
-    callbacks: list[Callback] = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks)]
     kept = TrainedMetrics(folder, trained.get("metrics", {}))
-    callbacks.append(kept)
+    callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks), kept]
     if cfg.max_minutes is not None:
         callbacks.append(TimeLimit(cfg.max_minutes))
     if not loggers:  # it refuses to run without one
@@ -138,16 +114,64 @@ def fit(cfg: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -
     return metrics
 
 
-def _set_statistics(module: Any, datamodule: Any, origin: dict[str, Any], started_in: Path | None) -> None:
-    """Sets up the data and hands its statistics to the module; adds the data to `origin` and to its file."""
+def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved settings as plain data, after every check that needs neither data nor a model.
+
+    Raises:
+        ValueError: settings that do not fit together, have no effect, or are of a wrong kind; SettingError among them.
+    """
+    refuse_unfit(cfg)
+    refuse_unread(cfg, TrainSchema)
+    refuse_idle(cfg, overrides)
+    _refuse_callbacks_without_class(cfg.callbacks)
+    refuse_odd_numbers(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    refuse_ill_typed(plain)
+    return plain
+
+
+def _seed(cfg: DictConfig) -> None:
+    """Seeds every generator, and makes torch's kernels deterministic where that is wanted."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.deterministic:  # read at the first product on a GPU; without it torch warns at every one
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
+    # Filling what is overwritten anyway costs a sixth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _build(
+    cfg: DictConfig, data: DictConfig, plain: dict[str, Any], resolved: dict[str, Any], resumed: bool
+) -> tuple[Any, LightningModule]:
+    """The data module, which has read nothing yet, and the module; what they would refuse later is refused here.
+
+    Args:
+        data: the node of the data module. plain: settings with pretraining stages as they are. resolved: with run
+            folders in their places.
+    """
+    datamodule = instantiate(data, _convert_="all")
+    if not resumed:
+        refuse_missing_weights(plain)
+    if hasattr(datamodule, "refuse_missing"):
+        datamodule.refuse_missing()
+    module = build_module(resolved)
+    if isinstance(module, System):
+        module.check_run(cfg.max_steps, begins=not resumed and not cfg.dry_run)
+        module.optimizer_recipe.check(module.trained_part(), endless=cfg.max_steps == cfg.max_epochs == -1)
+        module.resumed = resumed
+    return datamodule, module
+
+
+def _set_statistics(module: Any, datamodule: Any, origin: dict[str, Any], metadata_file: Path | None) -> None:
+    """Sets up the data and hands its statistics to the module; adds the data's origin to `origin` and to its file."""
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(module)
     datamodule.prepare_data()
     datamodule.setup("fit")
     if hasattr(datamodule, "origin"):
         origin["data"] = datamodule.origin
-        if started_in is not None:
-            write_json(started_in, origin)
+        if metadata_file is not None:
+            write_json(metadata_file, origin)
     report = module.set_statistics(datamodule.statistics)
     for name, value in (report or {}).items():
         log.info("  %-28s %.4g", name, value)
@@ -187,64 +211,6 @@ def _trainer(
         enable_model_summary=False,
         enable_checkpointing=True,
     )
-
-
-def _dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy: Strategy) -> dict[str, Any]:
-    """One process's batch through a module (`System.dry_run`), and the memory of a training step on it, or where the
-    data module knows it on the batch that takes most; no training.
-
-    Memory is measured on a GPU where there is one, except where parameters are divided over processes: there it is
-    counted, since one device need not hold them all.
-
-    Raises:
-        ValueError: a module or data without a dry run, several processes that each would do all of it, or a batch that
-            the GPU does not hold.
-    """
-    if not isinstance(module, System):
-        raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
-    if started_together() > 1:
-        raise ValueError(
-            "dry_run=true computes one process's share in one process: start it without torchrun or srun, with "
-            "strategy.devices=GPUS_OF_A_MACHINE strategy.num_nodes=MACHINES"
-        )
-    processes, sharded = strategy.processes, strategy.kind == "fsdp"
-    if processes > 1:
-        if not hasattr(datamodule, "processes"):
-            raise ValueError(
-                f"dry_run=true: a {type(datamodule).__name__} divides no batch over {processes} processes without a "
-                "trainer; choose strategy=auto"
-            )
-        datamodule.processes = processes
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = strategy.precision in ("auto", "bf16-mixed")
-    ema = (cfg.callbacks or {}).get("ema") is not None
-    try:
-        batch = next(iter(datamodule.train_dataloader())).to(device)
-        log.info("dry run: losses of a batch, then the memory of a step; at real size minutes on a CPU")
-        report = {"processes": processes} | module.to(device).dry_run(batch)
-        if sharded:
-            device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
-        worst = datamodule.worst_batches() if hasattr(datamodule, "worst_batches") else []
-        log.info("dry run: memory of a step on %s", f"{len(worst)} of the largest batches" if worst else "that batch")
-        accumulated = cfg.accumulate_grad_batches > 1
-        moments = 4 * module.optimizer_recipe.moments(module.trained_part())
-        counts = [
-            replace(module.step_memory(each.to(device), bf16, ema, accumulated), optimizer=moments)
-            for each in worst or [batch]
-        ]
-        largest = max(range(len(counts)), key=lambda number: counts[number].total)
-        found = counts[largest]
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"dry_run=true: the GPU does not hold a step of one process's batch (data.batch_size="
-            f"{cfg.data.get('batch_size')} over {processes}): lower data.batch_size, or divide it over more "
-            "(strategy.devices); without a GPU (CUDA_VISIBLE_DEVICES=) the same command counts how much it takes"
-        ) from error
-    memory = (found.divided(processes) if sharded else found).report()
-    report |= {"worst_bucket": worst[largest].sizes() | memory} if worst else {"memory": memory}
-    for name, value in report.items():
-        log.info("  %-20s %s", name, json.dumps(value))
-    return report
 
 
 def _parts(group: DictConfig | None) -> list[Any]:
@@ -290,7 +256,8 @@ def _trained_before(folder: Path, step: int) -> dict[str, Any]:
 def _write_start(
     folder: Path,
     cfg: DictConfig,
-    overrides: list[str],
+    command: str,
+    overrides: Sequence[str],
     origin: dict[str, Any],
     trained: dict[str, Any],
     resumed: bool,
@@ -308,7 +275,7 @@ def _write_start(
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
-    start = {"status": RUNNING, "command": _command(), "overrides": overrides, "metrics": {}, "run_dir": str(folder)}
+    start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began} | trained)
     return metadata
 
@@ -378,15 +345,6 @@ def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: f
     for name, value in metrics.items():
         log.info("  %-28s %.5g", name, value)
     log.info("finished %d steps in %.0f s: %s", trainer.global_step, wall_s, folder)
-
-
-def _command() -> str:
-    """Which command trains: `train`, or one that names a recipe of its own, as `demo` does."""
-    return str(HydraConfig.get().job.name) if HydraConfig.initialized() else "train"
-
-
-def _overrides() -> list[str]:
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def quiet_lightning(warnings_too: bool) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+import keygrip
 from keygrip.config import SettingError, check_overrides, compose
 from keygrip.training import run_folder
 from keygrip.training.launch import started_together
@@ -247,3 +249,16 @@ def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("LOCAL_RANK")
     with run_folder.hold(Path("run")):
         assert run_folder.choose("run", False, "m", "d") == "run"  # asked again by the run itself
+
+
+def test_a_training_that_another_programs_hydra_command_starts_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`keygrip.train(...)` inside somebody's `@hydra.main`."""
+    theirs = OmegaConf.create({"runtime": {"output_dir": "outputs"}, "job": {"name": "app"}, "overrides": {"task": []}})
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: theirs)
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("keygrip.training.fit.fit", lambda cfg, *given: started.append(given) or {})
+    keygrip.train(["run_dir=mine", "seed=3"])
+    assert started == [(Path("mine").absolute(), "train", ["run_dir=mine", "seed=3"])]

@@ -1,0 +1,76 @@
+"""``dry_run=true``: one batch through the model, and the memory that a training step takes; no training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig
+
+from keygrip.training.launch import started_together
+from keygrip.training.strategies import Strategy
+from keygrip.training.system import System
+
+log = logging.getLogger(__name__)
+
+
+def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy: Strategy) -> dict[str, Any]:
+    """One process's batch through a module (`System.dry_run`), and the memory of a training step on it, or where the
+    data module knows it on the batch that takes most; no training.
+
+    Memory is measured on a GPU where there is one, except where parameters are divided over processes: there it is
+    counted, since one device need not hold them all.
+
+    Raises:
+        ValueError: a module or data without a dry run, several processes that each would do all of it, or a batch that
+            the GPU does not hold.
+    """
+    if not isinstance(module, System):
+        raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")
+    if started_together() > 1:
+        raise ValueError(
+            "dry_run=true computes one process's share in one process: start it without torchrun or srun, with "
+            "strategy.devices=GPUS_OF_A_MACHINE strategy.num_nodes=MACHINES"
+        )
+    processes, sharded = strategy.processes, strategy.kind == "fsdp"
+    if processes > 1:
+        if not hasattr(datamodule, "processes"):
+            raise ValueError(
+                f"dry_run=true: a {type(datamodule).__name__} divides no batch over {processes} processes without a "
+                "trainer; choose strategy=auto"
+            )
+        datamodule.processes = processes
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = strategy.precision in ("auto", "bf16-mixed")
+    ema = (cfg.callbacks or {}).get("ema") is not None
+    try:
+        batch = next(iter(datamodule.train_dataloader())).to(device)
+        log.info("dry run: losses of a batch, then the memory of a step; at real size minutes on a CPU")
+        report = {"processes": processes} | module.to(device).dry_run(batch)
+        if sharded:
+            device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
+        worst = datamodule.worst_batches() if hasattr(datamodule, "worst_batches") else []
+        log.info("dry run: memory of a step on %s", f"{len(worst)} of the largest batches" if worst else "that batch")
+        accumulated = cfg.accumulate_grad_batches > 1
+        moments = 4 * module.optimizer_recipe.moments(module.trained_part())
+        counts = [
+            replace(module.step_memory(each.to(device), bf16, ema, accumulated), optimizer=moments)
+            for each in worst or [batch]
+        ]
+        largest = max(range(len(counts)), key=lambda number: counts[number].total)
+        found = counts[largest]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"dry_run=true: the GPU does not hold a step of one process's batch (data.batch_size="
+            f"{cfg.data.get('batch_size')} over {processes}): lower data.batch_size, or divide it over more "
+            "(strategy.devices); without a GPU (CUDA_VISIBLE_DEVICES=) the same command counts how much it takes"
+        ) from error
+    memory = (found.divided(processes) if sharded else found).report()
+    report |= {"worst_bucket": worst[largest].sizes() | memory} if worst else {"memory": memory}
+    for name, value in report.items():
+        log.info("  %-20s %s", name, json.dumps(value))
+    return report
