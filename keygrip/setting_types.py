@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +76,10 @@ def wanted(value: Any, hint: Any) -> str | None:
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     """The types of a callable's parameters by name, as far as they can be found out."""
     function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    names = getattr(function, "__globals__", {})
+    names: dict[str, Any] = {}
+    for each in reversed(target.__mro__ if isinstance(target, type) else ()):  # a dataclass has fields of its bases
+        names |= vars(sys.modules[each.__module__])
+    names |= getattr(function, "__globals__", {})
     hints: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         try:  # one by one: some name classes that are imported for type checkers alone

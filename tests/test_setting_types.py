@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 from keygrip import prepare
 from keygrip.config import SettingError
 from keygrip.evaluation.kinds import changed
+from keygrip.models.patch_dit.guidance import Order
+from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.runtime.watchdog import WatchdogSettings
-from keygrip.setting_types import refuse_ill_typed, wanted
+from keygrip.setting_types import hints_of, refuse_ill_typed, wanted
 
 NAN, INF = float("nan"), float("inf")
 
@@ -41,6 +43,12 @@ NAN, INF = float("nan"), float("inf")
 def test_kinds(hint: Any, good: list[Any], bad: list[Any]) -> None:
     assert [wanted(value, hint) for value in good] == [None] * len(good)
     assert all(wanted(value, hint) for value in bad)
+
+
+def test_fields_that_a_dataclass_inherits_have_the_types_of_the_file_that_names_them() -> None:
+    hint = hints_of(Sampling)["guidance"]
+    assert wanted("none", hint) is None
+    assert wanted("text", hint) == wanted("text", Order) is not None
 
 
 @pytest.fixture(scope="module")

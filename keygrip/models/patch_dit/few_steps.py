@@ -24,9 +24,10 @@ from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
 from keygrip.models.nn.lora import merge
 from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Conditions
 from keygrip.models.patch_dit.dino_view import weights_digest
+from keygrip.models.patch_dit.guidance import SCALES
 from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
-from keygrip.models.patch_dit.sampler import FLOOR, SCALES, Sampling, Velocities
+from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class FewSteps:
             )
         lowest, highest = teacher.interval
         ends = itertools.pairwise(self.levels())
-        guided = teacher.guidance != "none" and any(getattr(teacher, name) for name in (*SCALES, "guide_scale"))
+        guided = teacher.guidance != "none" and any(getattr(teacher, name) for name in SCALES)
         levels = [level for high, low in ends for level in self._inside(high, low)[:-1]]
         if guided and not any(lowest <= level <= highest for level in levels):
             raise ValueError(
