@@ -268,6 +268,19 @@ def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) 
         raise ValueError(f"{file}: what the model stored beside its weights cannot be used: {reason}") from error
 
 
+def stored_beside_weights(checkpoint: Mapping[str, Any], model: str, *names: str) -> Mapping[str, Any]:
+    """What a module's ``on_save_checkpoint`` stored under the key ``model``, with at least these parts.
+
+    Raises:
+        ValueError: parts that are not there, by name.
+    """
+    stored = checkpoint.get(model)
+    missing = [name for name in names if not isinstance(stored, Mapping) or name not in stored]
+    if missing:
+        raise ValueError(f"the checkpoint has no {', '.join(missing)} ({model}): it was not written by this model")
+    return checkpoint[model]
+
+
 def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
     """The state dictionary to use, with the EMA in place of the last step's parameters where there is one, and which
     it is in words."""

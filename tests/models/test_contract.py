@@ -18,6 +18,7 @@ import pytest
 import torch
 from contract_parts import EVALUATE, OPTIONS, QUICK, observation, wrong_observations
 from hydra.utils import get_class
+from lightning.pytorch import LightningModule
 
 import keygrip
 from keygrip import export
@@ -103,6 +104,9 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
         module: Any = keygrip.load(file)
         assert type(module) is kind
         assert not module.training
+        if kind.on_load_checkpoint is not LightningModule.on_load_checkpoint:
+            with pytest.raises(ValueError, match=r"the checkpoint has no .*: it was not written by this model"):
+                module.on_load_checkpoint({})
         exported = home / f"{name}-export"
         export.run(compose("export", [f"checkpoint={file}", f"to={exported}"]))
         again = keygrip.load(exported)

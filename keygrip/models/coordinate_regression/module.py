@@ -24,6 +24,7 @@ from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
 from keygrip.models.policy import Needs, Observation, Plan, image_of, poses_of
 from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import weighted_means
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -102,9 +103,8 @@ class CoordinateRegressionModule(System):
         checkpoint[STATE] = {"camera": self.camera}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if STATE in checkpoint:  # the name is optional
-            name = checkpoint[STATE]["camera"]
-            self.camera = None if name is None else str(name)
+        name = stored_beside_weights(checkpoint, STATE, "camera")["camera"]
+        self.camera = None if name is None else str(name)
 
     def policy(self) -> CoordinateRegressionPolicy:
         """The module as something that plans from observations."""

@@ -30,6 +30,7 @@ from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLM
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.accumulation import WindowMean, completes_step
+from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.monitors import RangeChecks
@@ -223,9 +224,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.image_options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if TOKENIZER_STATE not in checkpoint:
-            raise ValueError("the checkpoint has no tokenizer: it was not written by this model")
-        stored, vocabulary = checkpoint[TOKENIZER_STATE], self.network.language.vocabulary
+        stored = stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer", "pictures")
+        vocabulary = self.network.language.vocabulary
         self.collator.tokenizer = ChatTokenizer.from_state(stored["tokenizer"], vocabulary)
         self.image_options = frame_settings(**stored["pictures"])
         self._check_tokenizer()

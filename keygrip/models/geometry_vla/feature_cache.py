@@ -104,7 +104,7 @@ class FeatureCache:
         try:
             content = path.read_bytes()
             feature = load(content)["feature"]
-            if _told(content).get(CHECKSUM, _checksum(feature)) != _checksum(feature):
+            if _metadata(content).get(CHECKSUM) != _checksum(feature):
                 raise ValueError("its checksum differs")
         except FileNotFoundError:
             return None
@@ -149,8 +149,8 @@ def _checksum(feature: Tensor) -> str:
     return str(zlib.crc32(feature.contiguous().numpy().tobytes()))
 
 
-def _told(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file; files of earlier versions have none."""
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return dict(header.get("__metadata__") or {})
 

@@ -27,6 +27,7 @@ from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, seeded
 from keygrip.models.nn.lora import Adapter
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import ReadWhere, model_part
@@ -216,13 +217,10 @@ class GeometryVLAModule(System):
         checkpoint[STATE] = {"tokenizer": tokenizer.state(), **cameras}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if STATE not in checkpoint:
-            raise ValueError("the checkpoint has no tokenizer and cameras: it was not written by this model")
-        vlm = self.network.vlm
-        vlm.set_tokenizer(ChatTokenizer.from_state(checkpoint[STATE]["tokenizer"], vlm.vocabulary))
-        self.views = tuple(checkpoint[STATE]["views"])
-        if "calibrated" in checkpoint[STATE]:  # optional: without it no encoder depends on it
-            self._take_calibrated(checkpoint[STATE]["calibrated"])
+        stored, vlm = stored_beside_weights(checkpoint, STATE, "tokenizer", "views", "calibrated"), self.network.vlm
+        vlm.set_tokenizer(ChatTokenizer.from_state(stored["tokenizer"], vlm.vocabulary))
+        self.views = tuple(stored["views"])
+        self._take_calibrated(stored["calibrated"])
 
     @property
     def adapter(self) -> Adapter | None:

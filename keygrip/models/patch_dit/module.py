@@ -27,6 +27,7 @@ from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figure
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
 from keygrip.models.patch_dit.warm_start import rename_rules, warm_start
+from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean
 from keygrip.training.loggers import takes_images
 from keygrip.training.monitors import RangeChecks
@@ -214,12 +215,11 @@ class PatchDiTModule(System):
             checkpoint[STATE]["teacher_digest"] = self.few_steps.teacher_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if STATE not in checkpoint:
-            raise ValueError("the checkpoint has no statistics of image shards: it was not written by this model")
-        self.statistics.take_plain(checkpoint[STATE]["statistics"], checkpoint.get("state_dict", {}))
+        stored = stored_beside_weights(checkpoint, STATE, "statistics", "view", "autoencoder")
+        self.statistics.take_plain(stored["statistics"], checkpoint.get("state_dict", {}))
         if self.few_steps is not None:
-            self.few_steps.refuse_other_teacher(checkpoint[STATE].get("teacher_digest"))
-        self._encoder_weights = {name: checkpoint[STATE].get(name) for name in ("view", "autoencoder")}
+            self.few_steps.refuse_other_teacher(stored.get("teacher_digest"))
+        self._encoder_weights = {name: stored[name] for name in ("view", "autoencoder")}
 
     def ready_encoders(self) -> Encoders:
         """The encoders on this module's device, with the stored weights of their small parts.

@@ -34,6 +34,7 @@ from keygrip.models.volume_query.symmetry import (
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import FurtherViews
+from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import weighted_means
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
@@ -180,10 +181,7 @@ class VolumeQueryModule(System):
         checkpoint[STATE] = {"views": list(self.views)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if STATE in checkpoint:
-            self.views = tuple(str(name) for name in checkpoint[STATE]["views"])
-        elif self.network.world_views:  # of one camera the name is optional
-            raise ValueError("the checkpoint does not name its cameras: it was not written by this model")
+        self.views = tuple(str(name) for name in stored_beside_weights(checkpoint, STATE, "views")["views"])
 
     @property
     def masks_views(self) -> bool:

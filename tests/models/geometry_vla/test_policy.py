@@ -327,7 +327,7 @@ def test_a_checkpoint_holds_all_that_a_plan_needs(module: GeometryVLAModule, tmp
     np.testing.assert_array_equal(
         other.policy().plan(observation()).position, module.policy().plan(observation()).position
     )
-    with pytest.raises(ValueError, match="no tokenizer and cameras"):
+    with pytest.raises(ValueError, match=r"no tokenizer, views, calibrated \(geometry_vla\)"):
         small_module().on_load_checkpoint({})
     with pytest.raises(ValueError, match="no tokenizer yet"):
         small_module().on_save_checkpoint({})
