@@ -22,8 +22,9 @@ from keygrip.models.coordinate_regression.network import (
 )
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
-from keygrip.models.policy import Needs, Observation, Plan, image_of, poses_of
+from keygrip.models.policy import Needs, Observation, Plan, image_of
 from keygrip.models.policy_statistics import PolicyStatistics
+from keygrip.models.policy_tensors import plans_of, stacked_poses
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import weighted_means
 from keygrip.training.optimizers import AdamW
@@ -232,18 +233,7 @@ class CoordinateRegressionPolicy:
         """The plans for several observations, in one pass of the network."""
         module = self.module
         images = [self._geometry.apply(image_of(seen), np.eye(3))[0].to(module.device) for seen in observations]
-        poses = [poses_of(seen, len(module.network.arms)) for seen in observations]
-        position, quaternion, gripper = (
-            torch.as_tensor(np.stack(parts), dtype=torch.float32, device=module.device)
-            for parts in zip(*poses, strict=True)
-        )
-        output = module.network(torch.stack(images), module.state(position, quaternion, gripper))
-        return [
-            Plan(
-                position=module.denormalise(output.position[row]).double().cpu().numpy(),
-                quaternion=columns_to_quaternion(output.rotation[row]).double().cpu().numpy(),
-                gripper=output.gripper[row].sigmoid().double().cpu().numpy(),
-                step_seconds=module.statistics.step_seconds,
-            )
-            for row in range(len(observations))
-        ]
+        state = module.state(*stacked_poses(observations, len(module.network.arms), module.device))
+        output = module.network(torch.stack(images), state)
+        position, quaternion = module.denormalise(output.position), columns_to_quaternion(output.rotation)
+        return plans_of(position, quaternion, output.gripper.sigmoid(), module.statistics.step_seconds)

@@ -24,10 +24,10 @@ from keygrip.models.policy import (
     calibration_of,
     image_of,
     instruction_of,
-    poses_of,
     robot_number,
     views_of,
 )
+from keygrip.models.policy_tensors import plans_of, stacked_poses, stacked_views
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -276,21 +276,8 @@ class GeometryVLAPolicy:
             ]
             for seen in observations
         ]
-        images = torch.from_numpy(
-            np.stack([np.stack([view.image.transpose(2, 0, 1) for view in seen]) for seen in views])
-        ).to(device)
-        intrinsics, world_to_camera = (
-            torch.as_tensor(
-                np.stack([np.stack([getattr(view, name) for view in seen]) for seen in views]),
-                dtype=torch.float32,
-                device=device,
-            )
-            for name in ("intrinsics", "world_to_camera")
-        )
-        poses = [poses_of(seen, len(needs.arms)) for seen in observations]
-        position, quaternion, gripper = (
-            torch.as_tensor(np.stack(parts), dtype=torch.float32, device=device) for parts in zip(*poses, strict=True)
-        )
+        images, intrinsics, world_to_camera = stacked_views(views, device)
+        position, quaternion, gripper = stacked_poses(observations, len(needs.arms), device)
         robots = self._robots(len(position))
         scene = module.with_places(module.network.encode(images, instructions, intrinsics, world_to_camera), robots)
         shape = (1, module.network.head.horizon, module.actions.size)
@@ -306,19 +293,10 @@ class GeometryVLAPolicy:
         kept = planned.clamp(low - self.margin_m, high + self.margin_m)
         moved = (kept - planned).abs().amax(dim=(1, 2, 3)) > MOVED_M
         terms = self._own_terms(sampled, moved)
-        return [
-            Plan(
-                position=kept[row].double().cpu().numpy(),
-                quaternion=turned[row].double().cpu().numpy(),
-                gripper=opening[row].clamp(0, 1).double().cpu().numpy(),
-                step_seconds=module.statistics.step_seconds,
-                joints=terms[row].get("joints"),
-                controller=terms[row].get("controller"),
-            )
-            for row in range(len(planned))
-        ]
+        plans = plans_of(kept, turned, opening.clamp(0, 1), module.statistics.step_seconds)
+        return [replace(plan, **own) for plan, own in zip(plans, terms, strict=True)]
 
-    def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, Any]]:
         """The plans as joints or inputs of a controller, where these are the actions.
 
         A plan whose poses were moved into the workspace has no joints: what was planned is not what may be done. Of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,10 +21,10 @@ from keygrip.models.policy import (
     calibration_of,
     image_of,
     instruction_of,
-    poses_of,
     views_of,
     views_there,
 )
+from keygrip.models.policy_tensors import plans_of, stacked, stacked_poses, stacked_views
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
@@ -164,14 +164,9 @@ class VolumeQueryPolicy:
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
         """The first camera's image, intrinsics and pose, and what the others see."""
-        module, device = self.module, self.module.device
+        module = self.module
         seen = [[self._view(view) for view in self._views(observation)] for observation in observations]
-        stacked = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in views]) for views in seen])
-        images = torch.from_numpy(stacked).to(device)
-        k, camera = (
-            torch.as_tensor(np.stack([[getattr(view, name) for view in views] for views in seen])).float().to(device)
-            for name in ("intrinsics", "world_to_camera")
-        )
+        images, k, camera = stacked_views(seen, module.device)
         further = views_of_images(
             images,
             k,
@@ -217,10 +212,6 @@ class VolumeQueryPolicy:
     def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
         module, network, statistics = self.module, self.module.network, self.module.statistics
         device = module.device
-
-        def stacked(arrays: Iterable[np.ndarray]) -> torch.Tensor:
-            return torch.stack([torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays])
-
         if network.world_views and len(module.views) > 1:
             image, k, camera, further = self._all_views(observations)
         else:
@@ -231,10 +222,9 @@ class VolumeQueryPolicy:
                 for one, (intrinsics, _) in zip(first, calibrations, strict=True)
             ]
             image = torch.stack([one.to(device) for one, _ in cut])
-            k = torch.stack([torch.as_tensor(matrix, dtype=torch.float32, device=device) for _, matrix in cut])
-            camera, further = stacked(world_to_camera for _, world_to_camera in calibrations), None
-        poses = [poses_of(seen, len(network.arms)) for seen in observations]
-        position, quaternion, gripper = (stacked(parts) for parts in zip(*poses, strict=True))
+            k = torch.stack([matrix for _, matrix in cut]).to(device)
+            camera, further = stacked([world_to_camera for _, world_to_camera in calibrations], device), None
+        position, quaternion, gripper = stacked_poses(observations, len(network.arms), device)
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
         output = network(
@@ -257,13 +247,4 @@ class VolumeQueryPolicy:
         turns = self._turns(decoded.quaternion, quaternion, gripper, observations)
         low, high = statistics.position_range
         kept = decoded.position.clamp(low - self.margin_m, high + self.margin_m)
-        return [
-            Plan(
-                position=kept[row].double().cpu().numpy(),
-                quaternion=turns[row].double().cpu().numpy(),
-                gripper=decoded.gripper[row].double().cpu().numpy(),
-                step_seconds=statistics.step_seconds,
-                uncertainty=decoded.entropy[row].double().cpu().numpy(),
-            )
-            for row in range(len(observations))
-        ]
+        return plans_of(kept, turns, decoded.gripper, statistics.step_seconds, decoded.entropy)

@@ -1,0 +1,58 @@
+"""Observations of several sessions as tensors, and planned tensors as plans: what lies between the interface of
+policies and their networks.
+
+Shape legend: B observations, V views, A arms, T planned steps, S side of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keygrip.data.robot.augmentation import View
+from keygrip.models.policy import Observation, Plan, poses_of
+
+
+def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Arrays of one shape as one tensor ``[len(arrays), ...]``, float32."""
+    return torch.as_tensor(np.stack(arrays), dtype=torch.float32, device=device)
+
+
+def stacked_poses(
+    observations: Sequence[Observation], arms: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Present poses, float32: position ``[B, A, 3]`` metres, quaternion ``[B, A, 4]`` wxyz, gripper ``[B, A]``.
+
+    Raises:
+        ValueError: as `keygrip.models.policy.poses_of`.
+    """
+    poses = [poses_of(seen, arms) for seen in observations]
+    position, quaternion, gripper = (stacked(parts, device) for parts in zip(*poses, strict=True))
+    return position, quaternion, gripper
+
+
+def stacked_views(views: Sequence[Sequence[View]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Images uint8 ``[B, V, 3, S, S]``, intrinsics ``[B, V, 3, 3]`` and world_to_camera ``[B, V, 4, 4]``, float32."""
+    images = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in seen]) for seen in views])
+    intrinsics = [np.stack([view.intrinsics for view in seen]) for seen in views]
+    world_to_camera = [np.stack([view.world_to_camera for view in seen]) for seen in views]
+    return torch.from_numpy(images).to(device), stacked(intrinsics, device), stacked(world_to_camera, device)
+
+
+def plans_of(
+    position: Tensor, quaternion: Tensor, gripper: Tensor, step_seconds: float, uncertainty: Tensor | None = None
+) -> list[Plan]:
+    """A plan for each observation.
+
+    Args:
+        position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper, uncertainty: ``[B, A, T]``. See `Plan`.
+    """
+    entropies = [None] * len(position) if uncertainty is None else uncertainty.double().cpu().numpy()
+    poses = (part.double().cpu().numpy() for part in (position, quaternion, gripper))
+    return [
+        Plan(at, turn, opening, step_seconds, entropy)
+        for at, turn, opening, entropy in zip(*poses, entropies, strict=True)
+    ]
