@@ -27,6 +27,7 @@ from typing import IO, Any
 
 WRITING = ".writing"
 BLOCK_BYTES = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
 STALE_AFTER_S = 600.0  # without a change, after which what is half written is taken for left behind
 
 
@@ -335,7 +336,7 @@ def _is_full_disk(error: OSError | RuntimeError) -> bool:
     if isinstance(error, DiskFullError):
         return False
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
+        return error.errno in DISK_FULL
     # torch's zip writer reports every failed write as an assertion of its own, without the system's reason
     text = str(error)
     return "inline_container" in text or "PytorchStreamWriter" in text or "unexpected pos" in text

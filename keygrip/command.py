@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from keygrip.artifacts import DISK_FULL
 from keygrip.config import (
     SettingError,
     check_overrides,
@@ -37,7 +37,6 @@ STOPS = (Exception, KeyboardInterrupt, Interrupted, SweepRefused)  # what may en
 STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
 # What gloo and NCCL say of a process that is gone.
 OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Hydra's options of the command line, and those that a value follows.
 FLAGS: tuple[str, ...] = (
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i"),
@@ -196,7 +195,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
         return "another process of this run ended: see what it said, and go on with resume=<run folder>", USER_ERROR
-    if isinstance(root, OSError) and root.errno in FULL and root.filename is None and type(root) is OSError:
+    if isinstance(root, OSError) and root.errno in DISK_FULL and root.filename is None and type(root) is OSError:
         reason = (
             f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"
         )

@@ -245,7 +245,7 @@ def load_module(
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         said = settings_of_other_sizes(config, state, module.state_dict())
-        raise ValueError(f"the weights in {file} do not fit its model: {_first_lines(error)} ({said})") from error
+        raise ValueError(f"the weights in {file} do not fit its model: {misfit(error)} ({said})") from error
     log.info(
         "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
     )
@@ -333,5 +333,6 @@ def _model_config(checkpoint: dict[str, Any], file: Path) -> Any:
     return config["model"]
 
 
-def _first_lines(error: Exception) -> str:
+def misfit(error: RuntimeError) -> str:
+    """What does not fit, in one line, of an error of `load_state_dict`."""
     return " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]

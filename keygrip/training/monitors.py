@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from keygrip.training.sharding import local
 
@@ -44,12 +44,17 @@ class StopOnNonFinite(Callback):
             return
         total, self._sum, self._since = self._sum, None, 0
         if not torch.isfinite(total):
-            broken = [name for name, p in pl_module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
+            broken = non_finite_parameters(pl_module)
             what = f" (no longer finite: {', '.join(broken[:3])}; {len(broken)} in all)" if broken else ""
             raise ValueError(
                 f"the loss became NaN or infinite in the {self.every_n_steps} batches before step {trainer.global_step}"
                 f"{what}: lower optimizer.lr or optimizer.clip_norm, or use strategy.precision=32-true"
             )
+
+
+def non_finite_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters with NaN or infinite values; where they are sharded, in this process's part."""
+    return [name for name, p in module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
 
 
 class GradientNorm(Callback):

@@ -7,7 +7,7 @@ where its author has declared it::
     @model_part(from_checkpoint={"weights": "random"})
     class Tower(nn.Module): ...
 
-and only where it lies in keygrip's own rooms or in a package that the caller names (``trust=["my_lab"]``).
+and only where it lies in one of keygrip's `SUBPACKAGES` or in a package that the caller names (``trust=["my_lab"]``).
 :func:`build_stored` checks the whole configuration first, by reading source files, before it imports or calls anything.
 
 ``from_checkpoint`` gives settings that are replaced when the part is built from a checkpoint, because the checkpoint
@@ -34,8 +34,8 @@ from typing import Any, TypeVar, overload
 
 MARK = "__keygrip_part__"
 MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check looks for them in source files
-# Rooms of keygrip whose declared classes a stored configuration may name.
-ROOMS = ("models", "data", "envs", "training", "recording")
+# Of keygrip: those whose declared classes a stored configuration may name.
+SUBPACKAGES = ("models", "data", "envs", "training", "recording")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+", re.ASCII)
 HYDRA_FLAGS = {"_partial_": bool, "_recursive_": bool, "_convert_": str}
 DEEPEST = 64
@@ -302,7 +302,7 @@ def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
     module, _, name = target.rpartition(".")
     package, *rest = module.split(".")
     if package == "keygrip":
-        if not rest or rest[0] not in ROOMS:
+        if not rest or rest[0] not in SUBPACKAGES:
             return "it is no declared part of keygrip"
         root = Path(__file__).resolve().parents[1]
     elif package in trust:
@@ -330,14 +330,18 @@ def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
     return "that module declares no such part (@model_part or @data_part)"
 
 
+def _statements(file: Path) -> list[ast.stmt]:
+    """The top level of a source file; empty where it cannot be read."""
+    try:
+        return ast.parse(file.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError, OSError):
+        return []
+
+
 @functools.lru_cache(maxsize=1024)
 def _declares(file: Path, name: str) -> bool:
     """Whether a source file defines a class of this name, at its top level, with one of the decorators."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return False
-    for statement in tree.body:
+    for statement in _statements(file):
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return any(_decorator(each) in (MODEL, DATA) for each in statement.decorator_list)
     return False
@@ -345,11 +349,7 @@ def _declares(file: Path, name: str) -> bool:
 
 def _re_exported(file: Path, name: str) -> str | None:
     """Where a package's ``__init__.py`` takes a name from (``from package.module import Name``)."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return None
-    for statement in tree.body:
+    for statement in _statements(file):
         if isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
             for alias in statement.names:
                 if alias.name == name and alias.asname is None:
@@ -396,7 +396,7 @@ def _check_makers(part: Part, node: dict[str, Any], place: str, trust: Sequence[
     """Raises UntrustedPartError: what is missing would be made by a function of others, on the checkpoint's word."""
     for setting in part.makers if node.get("make_missing") else ():
         package, _, inside = str(node.get(setting)).partition(".")
-        if package not in trust and (package != "keygrip" or inside.partition(".")[0] not in ROOMS):
+        if package not in trust and (package != "keygrip" or inside.partition(".")[0] not in SUBPACKAGES):
             raise UntrustedPartError(
                 f"{place}.{setting}: {str(node.get(setting))[:80]!r} is not called on the checkpoint's word: it is "
                 f"neither keygrip's own nor in a package that you trust (trust=[{package}] if you do)"

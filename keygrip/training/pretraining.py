@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from keygrip.artifacts import locked
+from keygrip.artifacts import make_once
 from keygrip.config import compose
 from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.idle_settings import BUILT, unread
@@ -67,26 +67,24 @@ class PretrainingStage:
             ValueError: it is missing, and this is one of several processes; or it was trained with other settings
                 than its overrides stand for now.
         """
-        run = self.run_dir
-        if self._finished(run):  # not locked: it may lie where nothing can be written
-            return self._checked(run)
-        with locked(run.parent / f".{run.name}.lock"):
-            if self._finished(run):
-                return self._checked(run)
-            command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
-            if started_together() > 1:
-                raise ValueError(f"{run} is missing, and it is trained by one process: run `{self._command()}` first")
-            if (run / CHECKPOINT).is_file():
-                command.append("resume=true")
-            log.info("%s: %s is not there, training it: keygrip.train %s", self.name, run, " ".join(self.overrides))
-            if _run(command) or not self._finished(run):
-                raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
-        return run
+        if not make_once(self.run_dir, self._finished, self._train):
+            self._refuse_other_settings()
+        return self.run_dir
+
+    def _train(self, run: Path) -> None:
+        if started_together() > 1:
+            raise ValueError(f"{run} is missing, and it is trained by one process: run `{self._command()}` first")
+        command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
+        if (run / CHECKPOINT).is_file():
+            command.append("resume=true")
+        log.info("%s: %s is not there, training it: keygrip.train %s", self.name, run, " ".join(self.overrides))
+        if _run(command) or not self._finished(run):
+            raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
 
     def require(self) -> None:
         """Raises ValueError where there is no finished run, or one of other settings."""
         if self._finished(self.run_dir):
-            self._checked(self.run_dir)
+            self._refuse_other_settings()
         else:
             raise ValueError(
                 f"dry_run=true: {self.run_dir} is missing, which this run begins with, and a dry run trains nothing: "
@@ -96,8 +94,9 @@ class PretrainingStage:
     def _command(self) -> str:
         return shlex.join(["python", "-m", "keygrip.train", *self.overrides, f"run_dir={self.run_dir}"])
 
-    def _checked(self, run: Path) -> Path:
-        """A finished run, if its settings are those that the overrides stand for now: what they name may change."""
+    def _refuse_other_settings(self) -> None:
+        """Refuses a finished run of other settings than the overrides stand for now: what they name may change."""
+        run = self.run_dir
         now = cast(dict[str, Any], OmegaConf.to_container(compose("train", self.overrides), resolve=True))
         before = read_checkpoint(run / CHECKPOINT, mapped=True)[HEADER]["config"]
         if different := differing_settings(before, with_run_folders(now), same_length=True):
@@ -106,7 +105,6 @@ class PretrainingStage:
                 f"move it away to train {self.name} anew, or name {run} itself as the weights to start from"
             )
         log.info("%s: %s", self.name, run)
-        return run
 
     @staticmethod
     def _finished(run: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from keygrip.config import leaves_of
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.launch import restarted_by_scheduler
@@ -87,7 +88,7 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], same_length:
     Returns:
         Four of them with their values, and how many more there are; empty where none differs.
     """
-    before, now = _flat(before), _flat(now)
+    before, now = ({".".join(path): value for path, value in leaves_of(each, ())} for each in (before, now))
     for settings in (before, now):
         if "strategy.precision" in settings:
             accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
@@ -105,9 +106,3 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], same_length:
 
 def _within(key: str, parts: tuple[str, ...]) -> bool:
     return any(key == part or key.startswith(f"{part}.") for part in parts)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, dict) and node:
-        return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
-    return {prefix.removesuffix("."): node}

@@ -22,9 +22,9 @@ from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import kept_by_step, read_checkpoint
 from keygrip.training.integrity import sign
 from keygrip.training.launch import queue_again
+from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT
-from keygrip.training.sharding import local
 from keygrip.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ class SaveOnInterrupt(Callback):
 
 
 def _refuse_non_finite(trainer: Trainer) -> None:
-    broken = [n for n, p in trainer.lightning_module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
+    broken = non_finite_parameters(trainer.lightning_module)
     if _any_process(trainer, bool(broken)):
         raise ValueError(
             f"weights became NaN or infinite before step {trainer.global_step} ({', '.join(broken[:3])}; "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from keygrip.training import loggers
 from keygrip.training.accumulation import completes_step
-from keygrip.training.checkpoints import load_module
+from keygrip.training.checkpoints import load_module, misfit
 from keygrip.training.memory import StepMemory, count_step, measure_step, outside_modules
 from keygrip.training.optimizers import AdamW
 
@@ -130,8 +130,9 @@ class System(LightningModule):
         try:
             self.network.load_state_dict(self.started_from(before.network.state_dict()))
         except RuntimeError as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"the weights of model.init_from={path} do not fit this network: {reason}") from error
+            raise ValueError(
+                f"the weights of model.init_from={path} do not fit this network: {misfit(error)}"
+            ) from error
         log.info("weights of %s are the start", path)
         return before
 
