@@ -69,10 +69,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.metadata import machine
 
     use_tf32(cfg.tf32, torch.cuda.is_available())
-
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "9"
-    )  # the profiler that counts memory would talk about GPUs that are not there
+    # torch's profiler, which counts memory, would otherwise warn of GPUs that are not there.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     names = list(cfg.cases) if cfg.case == ALL else [_known("case", cfg.case, list(cfg.cases))]
     figures = {}
     for name in names:

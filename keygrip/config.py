@@ -254,8 +254,8 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     return compose_with_choices(config_name, overrides)[0]
 
 
-def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:
-    """As `compose`, and the option that was chosen of each group, e.g. ``{"model": "volume_query", "data": "yam"}``."""
+def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
+    """As `compose`, and the option of each group (None: none), e.g. ``{"model": "volume_query", "ablation": None}``."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -270,7 +270,7 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
         overrides = completed(config_name, overrides)
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             cfg = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
-        choices = {str(group): str(option) for group, option in cfg.hydra.runtime.choices.items()}
+        choices = {str(group): option for group, option in cfg.hydra.runtime.choices.items()}
         with open_dict(cfg):
             del cfg["hydra"]
         return cfg, choices

@@ -12,13 +12,11 @@ from omegaconf import OmegaConf
 
 from keygrip.config import (
     OPTIONS,
-    check_overrides,
-    completed,
+    compose_with_choices,
     config_folder,
     config_folders,
     group_options,
     overrides_of,
-    register_options,
 )
 
 EXAMPLES = {
@@ -81,7 +79,7 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         for name in steps:
             lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name)))
         return "\n".join([*lines, *_examples(command)])
-    config, choices = _composed(command, given)
+    config, choices = compose_with_choices(command, given)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
     comments = _comments_of("", command)
     for group, choice in groups:
@@ -95,7 +93,7 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
             options = f"  {group}={choice or 'null'}  ({_options(group, choices, given)})"
             lines += textwrap.wrap(options, WIDTH, subsequent_indent=" " * 6)
     lines += ["", "Settings:"]
-    for path, value in _leaves(config, ()):
+    for path, value in _leaves(OmegaConf.to_container(config, resolve=False), ()):
         key = ".".join(path)
         why = comments.get(path, "")
         why = why or COMMON.get(key, "")
@@ -112,23 +110,6 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
 
 def _examples(command: str) -> list[str]:
     return ["", "Examples:", *(f"  keygrip {command} {example}".rstrip() for example in EXAMPLES[command])]
-
-
-def _composed(command: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """The unresolved config of a command without Hydra's node, and the option of each group."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    register_options()
-    check_overrides(command, overrides)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        cfg = compose(command, overrides=completed(command, overrides), return_hydra_config=True)
-    choices = {str(group): option for group, option in cfg.hydra.runtime.choices.items()}
-    content = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(content, dict)
-    content.pop("hydra", None)
-    return {str(key): value for key, value in content.items()}, choices
 
 
 def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str]) -> str:

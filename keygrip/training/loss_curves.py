@@ -171,11 +171,8 @@ def draw(jobs: Sequence[Job]) -> Figure | None:
 def _styles(jobs: Sequence[Job]) -> list[dict[str, str]]:
     """One look a job: the first override in colour, the second in dashes, the third in markers, where they have few
     enough values; else a look of its own for each job."""
-    values = [
-        list(dict.fromkeys(job.overrides.get(name, "") for job in jobs))
-        for name in dict.fromkeys(name for job in jobs for name in job.overrides)
-    ]
     names = list(dict.fromkeys(name for job in jobs for name in job.overrides))
+    values = [list(dict.fromkeys(job.overrides.get(name, "") for job in jobs)) for name in names]
     looks = (("color", COLOURS), ("linestyle", DASHES), ("marker", MARKERS))
     if len(names) <= len(looks) and all(
         len(found) <= len(look) for found, (_, look) in zip(values, looks, strict=False)

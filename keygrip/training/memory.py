@@ -23,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 GIB = 2**30
-Step = Callable[
-    [Callable[[Tensor], Tensor]], Tensor
-]  # from what brings a batch's tensors to where it runs, to the loss
+# Gives the loss; its argument brings a tensor of the batch to where the step runs.
+Step = Callable[[Callable[[Tensor], Tensor]], Tensor]
 ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
 SMALL = 2**20  # size up to which tensors that depend on no parameter are computed for real
 

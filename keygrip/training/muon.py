@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from keygrip.training.optimizers import AdamW, Schedule, ScheduledRates
+from keygrip.training.optimizers import AdamW, Schedule, ScheduledRates, belongs_to
 from keygrip.training.parts import model_part
 from keygrip.training.strategies import is_faster_in_bf16
 
@@ -101,11 +101,11 @@ class MuonAndAdamW(AdamW):
 
     def _hidden(self, module: nn.Module) -> set[int]:
         """Identities of Muon's parameters."""
-
-        def named(name: str) -> bool:
-            return any(name.startswith(f"{part}.") or f".{part}." in name for part in self.matrices_of)
-
-        return {id(p) for name, p in module.named_parameters() if p.ndim == 2 and named(name)}
+        return {
+            id(parameter)
+            for name, parameter in module.named_parameters()
+            if parameter.ndim == 2 and any(belongs_to(name, part) for part in self.matrices_of)
+        }
 
     def _split(self, group: dict[str, Any], hidden: set[int]) -> list[dict[str, Any]]:
         parts = []

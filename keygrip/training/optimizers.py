@@ -108,7 +108,7 @@ class AdamW:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            prefix = max((p for p in self.lr_multipliers if _fits(name, p)), key=len, default="")
+            prefix = max((p for p in self.lr_multipliers if belongs_to(name, p)), key=len, default="")
             used.add(prefix)
             decay = parameter.ndim >= 2 and id(parameter) not in kept
             groups.setdefault((prefix, decay), []).append(parameter)
@@ -188,7 +188,7 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
         self._last_lr = rates
 
 
-def _fits(name: str, prefix: str) -> bool:
+def belongs_to(name: str, prefix: str) -> bool:
     """Whether a parameter belongs to a named part: ``backbone`` fits ``backbone.x`` and ``network.backbone.x``."""
     return name == prefix or name.startswith(f"{prefix}.") or f".{prefix}." in name
 
