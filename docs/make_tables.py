@@ -17,8 +17,10 @@ from keygrip.evaluation.paired_report import table as paired_table
 from keygrip.evaluation.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLES: dict[str, Callable[..., str]] = {}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 FIRST, FRESH = "first_seed_1000000", "first_seed_2000000"
+FIRST_MT50 = "volume query with language, 20 demonstrations"
 LAST_MT50 = "two cameras, eased scripts, from the one before"  # name of the run
 # Cases of the image suite, and their columns.
 IMAGE_CASES = {
@@ -33,12 +35,18 @@ IMAGE_CASES = {
 }
 
 
+def table(make: Callable[..., str]) -> Callable[..., str]:
+    """Registers a function, which makes the table of its name without arguments."""
+    TABLES[make.__name__] = make
+    return make
+
+
 def read(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [list(header), *(list(row) for row in rows)]
+    lines: list[list[object]] = [list(header), *(list(row) for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
 
@@ -59,12 +67,14 @@ def ablation(recorded: str) -> str:
     return "the recipe as it is" if name == "none" else f"`ablation={folders[system]}/{name}`"
 
 
+@table
 def seeds() -> str:
     """Success of the demo's settings by task and training seed."""
     rows = [(r["task"], r["training_seed"], rate(r[FIRST]), rate(r[FRESH])) for r in read("volume_query_seeds")["runs"]]
     return markdown(["task", "training seed", "seeds from 1 000 000", "fresh seeds from 2 000 000"], rows)
 
 
+@table
 def errors() -> str:
     """The demo's errors on held-out demonstrations beside what quantisation alone costs."""
     figures = read("volume_query_seeds")["demo_after_float32_geometry"]["errors"]
@@ -80,6 +90,7 @@ def errors() -> str:
     return markdown(["", "error", "floor"], rows)
 
 
+@table
 def shifts() -> str:
     """Volume query against coordinate regression."""
     results = read("volume_query_shifts")["results"]
@@ -97,6 +108,7 @@ def shifts() -> str:
     return markdown(["trained on", "training", "tested on", "volume query", "coordinate regression"], rows)
 
 
+@table
 def options() -> str:
     """The ablation of the volume query's options."""
     rows = []
@@ -120,6 +132,7 @@ def count(result: Mapping[str, Any] | None) -> str:
     return "" if result is None else f"{result['successes']} of {result['episodes']}"
 
 
+@table
 def rotation() -> str:
     """The second look: success and yaw error at the grip, with both controllers."""
     runs = {run["task"]: run for run in read("volume_query_rotation")["runs"]}
@@ -158,6 +171,62 @@ def rotation() -> str:
     return markdown([*header, "tuning seeds", "yaw error there"], rows)
 
 
+@table
+def controllers() -> str:
+    """The same policies with the earlier controller and with the present one."""
+    bar = _run("volume_query_rotation", "task", "pick a bar, the windows' own backbone from the start")
+    handover = _run("volume_query_tasks", "task", "handover of a bar between two arms, more demonstrations")
+    steps = read("metaworld_mt10")["controller"]
+    two, one = (_run("metaworld_mt50", "name", name) for name in (LAST_MT50, FIRST_MT50))
+    pedestals = next(
+        job
+        for job in read("vla_geometry_comparison")["jobs"]
+        if job["overrides"]["ablation"] == "geometry_vla/arm_both" and "closed_loop_gripper_early" in job
+    )
+    rows = []
+    for words, earlier, present, record in (
+        ("a bar", bar["grip_early"]["held_out"], bar["held_out"], "volume_query_rotation"),
+        (
+            "a handed-over bar",
+            handover["held_out"],
+            handover["openings_sent_when_the_pose_is_reached"]["held_out"],
+            "volume_query_tasks",
+        ),
+        (
+            "geometry-injected policy on pedestals (`arm_both`)",
+            pedestals["closed_loop_gripper_early"],
+            pedestals["closed_loop"],
+            "vla_geometry_comparison",
+        ),
+        ("MT10, steps of 0.1 s, tuning positions", steps["at_the_beginning"], steps["when_reached"], "metaworld_mt10"),
+        ("MT50, two cameras", two["earlier_controller"]["all"], two["result"]["all"], "metaworld_mt50"),
+        ("MT50, one camera", one["earlier_controller"]["all"], one["result"]["all"], "metaworld_mt50"),
+    ):
+        rows.append((words, count(earlier), count(present), f"[`{record}.json`](../benchmarks/{record}.json)"))
+    return markdown(["policy", "earlier", "present", "record"], rows)
+
+
+def _run(record: str, key: str, name: str) -> dict[str, Any]:
+    """The run of a record whose `key` is `name`."""
+    found: dict[str, Any] = next(run for run in read(record)["runs"] if run[key] == name)
+    return found
+
+
+@table
+def grip_windows() -> str:
+    """The yaw of a grip, read from windows of the policy's own image and of a sharper one."""
+    record = read("grip_yaw")
+    rows = [
+        (words, *(f"{record[images][f'yaw_error_deg_{kind}']:.1f} deg" for kind in ("median", "mean")))
+        for words, images in (
+            ("32 px of the policy's own 192 px image", "coarse"),
+            ("64 px of a 384 px image", "sharp"),
+        )
+    ]
+    return markdown(["window of 8 cm, 150 steps of 64, one training seed", "yaw error, median", "mean"], rows)
+
+
+@table
 def further_tasks() -> str:
     """Peg, pedestals and handover."""
     runs = {run["task"]: run for run in read("volume_query_tasks")["runs"]}
@@ -190,6 +259,7 @@ def further_tasks() -> str:
     return markdown([*header, "on 0-2 cm", "2-4 cm", "4-6 cm", "tuning seeds"], rows)
 
 
+@table
 def speed() -> str:
     """Loss, training, loading and inference of the volume query."""
     loss, training, loader, inference = (read(name) for name in ("volume_loss", "training", "loader", "inference"))
@@ -221,6 +291,7 @@ def speed() -> str:
     return markdown(["figure", "value", "command"], rows)
 
 
+@table
 def headline() -> str:
     """README: the policy in a few lines."""
     rows: list[tuple[str, str]] = []
@@ -276,7 +347,7 @@ def headline() -> str:
     words = f"from one camera, {min(equal)} demonstrations of each task, 20 minutes of training on one core"
     rows.append((words, f"{few['successes']} of {few['episodes']}"))
     words = "Meta-World MT50, one policy for all fifty, at most 20 demonstrations of each, three hours of one core"
-    first = mt50["volume query with language, 20 demonstrations"]
+    first = mt50[FIRST_MT50]
     rows.append((words, f"two cameras {mt50[LAST_MT50]} of 500; after the first 65 minutes, one camera: {first}"))
     return markdown(["task (simulator, 100 demonstrations if not said, held-out seeds)", "success"], rows)
 
@@ -287,6 +358,13 @@ def over_seeds(values: Sequence[float], digits: int, unit: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def span(values: Iterable[float], digits: int = 2) -> str:
+    """Lowest to highest; one number where both are the same as written."""
+    ordered = sorted(values)
+    return " to ".join(dict.fromkeys(f"{end:.{digits}f}" for end in (ordered[0], ordered[-1])))
+
+
+@table
 def dit_claims() -> str:
     """Patches against CLS alone and a DINO that sees colour, beside an unrelated real image."""
     jobs = [job for job in read("dit_claims")["jobs"] if job["status"] == "finished"]
@@ -331,6 +409,7 @@ def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
     return [job["suite"]["cases"] for job in jobs if job["overrides"].get("ablation") == ablation]
 
 
+@table
 def dit_images(run: str = "run", pixels: int = 64) -> str:
     """The small recipe's images beside real ones and an unrelated real one."""
     cases = read("dit_images")[run]["cases"]
@@ -365,11 +444,13 @@ def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, 
     return markdown(["", *(title for title, _ in columns_by_seed)], rows)
 
 
+@table
 def dit_images_128px() -> str:
     """The same at 128 px."""
     return dit_images("run_128px", 128)
 
 
+@table
 def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
     """The small model on latents of an autoencoder of its own; mean and range over training seeds."""
     runs = read("dit_images")[run]["runs"]
@@ -381,11 +462,13 @@ def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
     return _image_figures(columns, pixels)
 
 
+@table
 def dit_latents_128px() -> str:
     """The same at 128 px."""
     return dit_latents("run_latents_128px_6000", 128)
 
 
+@table
 def dit_switches_128px() -> str:
     """Noise levels in training and a detail head at 128 px: errors by noise level, and what is drawn."""
     record = read("dit_images")["switches_128px"]
@@ -417,6 +500,7 @@ def dit_switches_128px() -> str:
     return markdown(header, rows)
 
 
+@table
 def dit_trainings_128px() -> str:
     """Trainings of the 128 px recipe on latents: steps, learning rate, share of words alone and decoder."""
     record = read("dit_images")
@@ -456,6 +540,7 @@ def dit_trainings_128px() -> str:
     return markdown(header, rows)
 
 
+@table
 def dit_detail_head() -> str:
     """The small recipe with and without convolutions behind the last layer."""
     record = read("dit_images")
@@ -470,11 +555,13 @@ def dit_detail_head() -> str:
     return _image_figures(columns, 64)
 
 
+@table
 def dit_few_steps() -> str:
     """A student of four steps beside its teacher of forty, on pixels at 64 px."""
     return _student_and_teacher("few_steps")
 
 
+@table
 def dit_few_steps_latents_128px() -> str:
     """The same on latents at 128 px."""
     return _student_and_teacher("few_steps_latents_128px")
@@ -494,6 +581,7 @@ def _student_and_teacher(name: str) -> str:
     return markdown(header, rows)
 
 
+@table
 def dit_recipes() -> str:
     """What led to the small recipe: a few settings in equal or more steps."""
     rows = []
@@ -519,6 +607,7 @@ def dit_recipes() -> str:
     return markdown(header, rows)
 
 
+@table
 def dit_decoders() -> str:
     """One transformer at 128 px, drawn through its autoencoder's decoder as it was and trained on."""
     record = read("dit_images")["decoders_128px"]
@@ -541,6 +630,7 @@ def dit_decoders() -> str:
     return markdown(["decoder", *columns], rows)
 
 
+@table
 def dit_ablations() -> str:
     """One switch of the small recipe changed at a time: mean over training seeds, lowest to highest."""
     record = read("dit_ablations")
@@ -577,6 +667,64 @@ def dit_ablations() -> str:
     return markdown(["switch", "seeds", *columns], rows)
 
 
+@table
+def dit_views() -> str:
+    """A grey reference against a colour one: means over training seeds."""
+    jobs = [job for job in read("dit_claims")["jobs"] if job["status"] == "finished"]
+    rows = []
+    for title, case, name, digits, unit in (
+        ("colour as changed words ask", "changed_words", "colour_as_asked", 2, ""),
+        ("colour of reconstructions, right words", "reconstruction", "colour_as_asked", 2, ""),
+        ("PSNR of reconstructions", "reconstruction", "psnr_db", 1, " dB"),
+        ("cube within 4 of 64 px", "reconstruction", "cube_within_4px", 2, ""),
+    ):
+        means = (fmean(cases[case][name] for cases in _of(jobs, kind)) for kind in ("dit_none", "dit_colour_view"))
+        rows.append((title, *(f"{mean:.{digits}f}{unit}" for mean in means)))
+    return markdown(["", "grey", "colour"], rows)
+
+
+@table
+def dit_speed() -> str:
+    """Time and memory at the reference size."""
+    sampler, step, image = read("dit_sampler"), read("dit_step"), read("gpu/dit_sample")["figures"]
+    rows = [
+        (
+            "a sampling step of three branches as one batch, with the context's keys and values kept and its padding "
+            "cut off",
+            f"{sampler['step_ms'] / 1000:.1f} s: {sampler['speedup_over_four']:.2f} times faster than four plain "
+            f"passes, {sampler['speedup_over_three']:.2f} times faster than three, results equal to "
+            f"{sampler['max_relative_difference']:.1e}",
+            "float32, one thread of an AMD EPYC; `bench case=dit_sampler cases.dit_sampler.threads=1`",
+        ),
+        (
+            "a training step with patches",
+            f"{step['step_ms'] / 1000:.1f} s: {step['patches_over_cls_time']:.2f} times that with CLS alone, "
+            f"{step['patches_over_cls_memory']:.2f} times its memory ({gigabytes(step['peak_mb'])} GB beyond weights)",
+            "the same; `case=dit_step cases.dit_step.threads=1`",
+        ),
+        (
+            "memory of a training step at 512 px, batch 1, bf16",
+            f"{step['estimated_512px_bf16_gb']:.1f} GB: {step['estimated_weights_and_states_gb']:.1f} of weights, "
+            "their copies in bf16 and EMA, gradients and optimiser states, "
+            f"{step['estimated_activations_gb']:.1f} of what else is there at the step's peak",
+            "**counted**, not measured",
+        ),
+        (
+            "an image at 512 px, 50 steps with guidance, bf16, without the autoencoder",
+            f"{image['batch_1_image_ms'] / 1000:.1f} s for one image, {image['batch_8_image_ms'] / 1000:.2f} s per "
+            "image for eight at once",
+            "an H100; `bench suite=gpu part=dit_sample`, record `benchmarks/gpu/dit_sample.json`",
+        ),
+    ]
+    return markdown(["what", "figure", "on"], rows)
+
+
+def gigabytes(mebibytes: float) -> str:
+    """GB of what benchmarks record in MiB."""
+    return f"{mebibytes * 2**20 / 1e9:.1f}"
+
+
+@table
 def vla_injection() -> str:
     """The same policy with and without geometry, by training seed."""
     runs = read("vla_injection")["runs"]
@@ -613,6 +761,7 @@ def vla_injection() -> str:
     return markdown(["", "with injection", "without"], rows)
 
 
+@table
 def vla_comparison() -> str:
     """Policies on the same demonstrations and images."""
     rows = [
@@ -630,6 +779,7 @@ def vla_comparison() -> str:
     return markdown(header, rows)
 
 
+@table
 def vla_ablations() -> str:
     """What the parts of the geometry-injected policy are worth."""
     words = {
@@ -653,6 +803,7 @@ def vla_ablations() -> str:
     return markdown(header, rows)
 
 
+@table
 def vla_recipe() -> str:
     """What the parts of the small recipe are worth on named cubes, one after the other."""
     rows = []
@@ -672,6 +823,7 @@ def vla_recipe() -> str:
     return markdown(header, rows)
 
 
+@table
 def vla_compression() -> str:
     """How geometry reaches the action head."""
     rows = []
@@ -730,6 +882,7 @@ ARMS = {
 }
 
 
+@table
 def vla_arms() -> str:
     """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
     figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
@@ -750,6 +903,7 @@ def vla_arms() -> str:
     return markdown([*header, "plans move with another scene's geometry", "parameters"], rows)
 
 
+@table
 def vla_arms_elsewhere() -> str:
     """Arms of the controlled comparison on tasks beside the pedestals."""
     pedestals, flat, hidden = (jobs_by_arm(shift) for shift in (None, "flat", "hidden"))
@@ -800,11 +954,13 @@ def mean_success(jobs: Collection[Any]) -> float:
     return sum(job["closed_loop"]["successes"] for job in jobs) / len(jobs)
 
 
+@table
 def vla_arms_compared() -> str:
     """The same, paired by episode: the report that the sweep writes."""
     return markdown(*paired_table(read("vla_geometry_comparison")["paired"]))
 
 
+@table
 def vla_metaworld() -> str:
     """MT10 by sentences: what each addition to the small recipe gave."""
     hard = ("reach-v3", "peg-insert-side-v3", "push-v3", "pick-place-v3")
@@ -822,6 +978,7 @@ def vla_metaworld() -> str:
     return markdown([*header, "keyframe pointing (val)", "position error (val)"], rows)
 
 
+@table
 def metaworld_same_recordings() -> str:
     """MT10 by sentences: two of our systems from the same recordings, task by task."""
     record = read("vla_metaworld")
@@ -842,6 +999,158 @@ def metaworld_same_recordings() -> str:
     return markdown(header, rows)
 
 
+@table
+def vlm_summary() -> str:
+    """Accuracy by way of training, lowest to highest over training seeds."""
+    record, named, claims = _vlm_runs()
+    lengths, short = record["lengths"], record["lengths"]["short_tours"]["runs"]
+
+    def row(
+        training: str, seeds: str, runs: list[dict[str, Any]], mode: str = "autoregressive", ends: Sequence[int] = ()
+    ) -> list[str]:
+        figures = [f"_of_{end}" for end in ends] or [""]
+        cells = [
+            span(run[mode][name] for run in runs for end in figures if (name := f"accuracy_{kind}{end}") in run[mode])
+            for kind in ("mark", "cue", "glance")
+        ]
+        return [training, *cells, seeds]
+
+    labelled = "question first, **encoder pretrained with labels of the same videos** (`experiment=vlm_robot_videos`)"
+    own = "question first, **self-supervised encoder**, six times the steps"
+    again = "the same, the encoder trained again on another machine, throughout in bf16"
+    stalled = "two; a third learned nothing after the first stages"
+    long = "trained on 1 to 64 frames (`experiment=vlm_lengths`, self-supervised encoder), asked about 33 to 64"
+    few = "the same at 1 to 4 frames; 0.95 was wanted for *glance*, which one of the two **misses**"
+    pooled = "16 pooled tokens per frame, as many floating-point operations and thus fewer steps, at 33 to 64 frames"
+    order = "**published order, source and start of the queries** (`query_source=fine`, a random coarse query), "
+    order += "self-supervised encoder"
+    parallel = "the same as parallel training sees it: it promises more than inference gives"
+    frames_first = "frames first, otherwise the recipe (`query_source=coarse`, the coarse pass started from CLS, "
+    frames_first += "label-taught encoder)"
+    adamw = [named["self_supervised_0"], named["own_encoder_1_longer"]]
+    rows = [
+        row(labelled, "three", [named[f"final_{seed}"] for seed in range(3)]),
+        row(own, "three, one encoder for all", [named[f"muon_{seed}"] for seed in range(3)]),
+        row(again, "three", claims["recipe"]),
+        row("the same with AdamW, 7000 to 9000 steps", stalled, adamw),
+        row(long, "three", lengths["runs"], ends=[64]),
+        row(few, "two were measured on enough tours", short, ends=[1, 2, 4]),
+        row(pooled, "one; longer training was not tried", lengths["pooled"]["runs"], "many_tokens", [64]),
+        row(order, "three", claims["published_order"]),
+        row(parallel, "three", claims["published_order"], "coarse_fine"),
+        row("the coarse pass alone in the published order", "three", claims["coarse_only_published"], "coarse_only"),
+        row(frames_first, "one", [named["visual_first_0"]]),
+    ]
+    return markdown(["training", "*mark*", "*cue*", "*glance*", "training seeds"], rows)
+
+
+@table
+def vlm_headline() -> str:
+    """README: the digit on a cube of some colour, lowest to highest over training seeds."""
+    record, named, claims = _vlm_runs()
+
+    def mark(runs: list[dict[str, Any]], mode: str = "autoregressive", end: str = "") -> str:
+        return span(run[mode][f"accuracy_mark{end}"] for run in runs)
+
+    own = [*(named[f"muon_{seed}"] for seed in range(3)), *claims["recipe"]]
+    lengths = record["lengths"]
+    coarse, pooled = "one coarse token alone", "16 pooled tokens per frame, trained with as many operations"
+    rows = [
+        (
+            "question before the frames, **encoder pretrained with the labels of the same videos**",
+            mark([named[f"final_{seed}"] for seed in range(3)]),
+            "",
+        ),
+        (
+            "the same, self-supervised encoder (trained twice), six times the steps",
+            mark(own),
+            f"{coarse}, trained so: {mark(claims['coarse_only'], 'coarse_only')}",
+        ),
+        (
+            "trained on videos of 1 to 64 frames, asked about 33 to 64; self-supervised encoder",
+            mark(lengths["runs"], end="_of_64"),
+            f"{pooled}: {mark(lengths['pooled']['runs'], 'many_tokens', '_of_64')} (one seed)",
+        ),
+        (
+            "**the published order**: frames before the question, a chosen query chooses the next one; self-supervised "
+            "encoder",
+            mark(claims["published_order"]),
+            f"{coarse}: {mark(claims['coarse_only_published'], 'coarse_only')}",
+        ),
+    ]
+    return markdown(["question and frames", "accuracy", "for comparison"], rows)
+
+
+def _vlm_runs() -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """The record of the foveated model, its runs by name, and those of `sweep=vlm_claims` by job."""
+    record = read("foveated_vlm")
+    named = {run["run"]: run for run in [*record["runs"], *record["label_free"]["runs"]]}
+    claims: dict[str, list[dict[str, Any]]] = {}
+    for run in record["claims"]["runs"]:
+        claims.setdefault(run["ablation"].removeprefix("vlm_claims/"), []).append(run)
+    return record, named, claims
+
+
+@table
+def vlm_speed() -> str:
+    """Time and memory on one thread of a CPU."""
+    step, decode, stream = read("vlm_step"), read("vlm_decode"), read("vlm_stream")
+    steps = [
+        f"{step[f'{order}_step_ms'] / 1000:.1f} s, {step[f'{order}_fine_over_coarse_time']:.2f} times a coarse one"
+        for order in ("visual_first", "question_first")
+    ]
+    peaks = ", ".join(gigabytes(step[f"peak_{frames}_frames_mb"]) for frames in (1, 8, 16, 32))
+    eighth, later, last = (f"{stream[f'push_ms_{frame}']:.0f}" for frame in (8, 64, 512))
+    rows = [
+        ("a coarse_fine training step in the published order", steps[0], "`bench case=vlm_step`"),
+        ("the same with the question first", steps[1], "the same"),
+        ("peak of memory beside the weights at 1, 8, 16, 32 frames", f"{peaks} GB", "the same"),
+        (
+            "an autoregressive frame without the encoder, at 8 and 64 frames",
+            f"{decode['ms_per_frame_8']:.1f} and {decode['ms_per_frame_64']:.1f} ms",
+            "`bench case=vlm_decode`",
+        ),
+        (
+            "a frame that a stream is given, encoder included, as the 8th, 64th and 512th",
+            f"{eighth}, {later} and {last} ms ({stream['frame_512_over_8_time']:.2f} times as long), and "
+            f"{span((stream[f'push_extra_mb_{frame}'] for frame in (8, 64, 512)), 1)} MiB beside what is kept of the "
+            "past at each",
+            "`bench case=vlm_stream`, one thread of an Intel Xeon, 2.8 GHz; record `benchmarks/vlm_stream.json`",
+        ),
+    ]
+    return markdown(["what", "figure", "command"], rows)
+
+
+@table
+def vlm_memory() -> str:
+    """Memory of a training step of each recipe on its largest batch."""
+    record = read("vlm_memory")
+    rows = []
+    for words, recipes, between in (
+        ("SmolLM2 135M and DINOv2-S, stage 1; stages 2 and 3", ("stage1_135m", "stage2_135m"), "; "),
+        (
+            "as published, stage 1; stages 2 and 3",
+            ("stage1_135m_published", "stage2_135m_published"),
+            "; ",
+        ),
+        ("360M, stage 2 (`vlm_stage2_360m`)", ("stage2_360m",), ""),
+        ("1.7B and DINOv2-B, stage 2 (`vlm_stage2_1700m`)", ("stage2_1700m",), ""),
+        (
+            "cells of `sweep=vlm_scaling` with DINOv2-S",
+            ("scaling_135m_small", "scaling_360m_small"),
+            " and ",
+        ),
+        (
+            "the same with DINOv2-B, which a GPU of 24 GB does not hold",
+            ("scaling_135m_base", "scaling_360m_base"),
+            " and ",
+        ),
+    ):
+        rows.append((words, between.join(f"{record[f'{recipe}_worst_gib']:.1f}" for recipe in recipes)))
+    return markdown(["recipe", "GiB"], rows)
+
+
+@table
 def vlm_seeds() -> str:
     """The foveated model's figures by training seed, with the label-taught encoder."""
     runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
@@ -849,6 +1158,7 @@ def vlm_seeds() -> str:
     return _vlm_by_seed(runs, mark=0.95, cue=0.9, trained=title)
 
 
+@table
 def vlm_self_supervised() -> str:
     """The same with the self-supervised encoder: runs of the recipe, and of an earlier one with AdamW."""
     runs = [run for run in read("foveated_vlm")["label_free"]["runs"] if "shorter stage" not in run["settings"]]
@@ -881,6 +1191,7 @@ def _vlm_by_seed(runs: Sequence[dict[str, Any]], mark: float, cue: float, traine
     return markdown(["", "wanted", *(run["settings"].replace("=", " ") for run in runs)], rows)
 
 
+@table
 def vlm_lengths() -> str:
     """Accuracy by the number of frames of models that were trained on all lengths."""
     record = read("foveated_vlm")["lengths"]
@@ -900,6 +1211,7 @@ def vlm_lengths() -> str:
     return markdown(["per frame", "frames", *spans], rows)
 
 
+@table
 def vlm_short_tours() -> str:
     """Accuracy of two seeds on many tours of 1 to 4 frames, and how many questions it is of."""
     record = read("foveated_vlm")["lengths"]["short_tours"]["runs"]
@@ -915,6 +1227,7 @@ def vlm_short_tours() -> str:
     return markdown(["frames", "1", "2", "3 to 4"], rows)
 
 
+@table
 def vlm_claims() -> str:
     """Jobs of `sweep=vlm_claims` that were run: means over seeds; in brackets the autoregressive extremes."""
     record = read("foveated_vlm")["claims"]
@@ -937,6 +1250,7 @@ def vlm_claims() -> str:
     return markdown(["job", "seeds", "*mark*", "*cue*", "*glance*", "gap"], rows)
 
 
+@table
 def vlm_token_counts() -> str:
     """One chosen token per frame and several pooled ones: means over seeds, in brackets the extremes."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -955,6 +1269,7 @@ def vlm_token_counts() -> str:
     return markdown(titles, rows)
 
 
+@table
 def vlm_gpu() -> str:
     """Steps of stage 1 on a GPU, as they are written and compiled."""
     rows = []
@@ -971,6 +1286,7 @@ def vlm_gpu() -> str:
     return markdown(["", "step", "frames per second", "peak memory", "share of the peak"], rows)
 
 
+@table
 def vlm_others() -> str:
     """Models that were trained otherwise."""
     titles = {
@@ -993,6 +1309,7 @@ def vlm_others() -> str:
     return markdown(["model (seed 0)", "*mark*", "*cue*", "*glance*", "gap"], rows)
 
 
+@table
 def vlm_refinement() -> str:
     """Runs with refinement, where chosen queries choose the next ones at inference."""
     record = read("foveated_vlm")
@@ -1009,6 +1326,7 @@ def vlm_refinement() -> str:
     return markdown(header, rows)
 
 
+@table
 def vlm_ablations() -> str:
     """What single changes cost, on `val`."""
     rows = []
@@ -1027,6 +1345,7 @@ def vlm_ablations() -> str:
     return markdown(["", "*mark*", "*cue*", "*glance*", "gap", "attention on the asked cube"], rows)
 
 
+@table
 def vlm_label_free() -> str:
     """What linear heads find in frozen encoders, on `val`: of random weights, and of the one that no label taught."""
     kinds = ("colour", "pointed", "digit", "asked", "frame_colour", "frame_digit")
@@ -1055,6 +1374,7 @@ def vlm_label_free() -> str:
     return markdown(header, rows)
 
 
+@table
 def metaworld_tasks() -> str:
     """Success on MT10 by task: each policy of the record, and what it was trained and judged on."""
     runs = read("metaworld_mt10")["runs"]
@@ -1068,6 +1388,7 @@ def _by_task(runs: Sequence[dict[str, Any]], tasks: Iterable[str]) -> list[tuple
     return [(task.removesuffix("-v3"), *(rate(run["result"]["tasks"][task]) for run in runs)) for task in tasks]
 
 
+@table
 def metaworld_groups() -> str:
     """The same by difficulty group."""
     rows = [
@@ -1078,6 +1399,7 @@ def metaworld_groups() -> str:
     return markdown(["policy", "group", "success"], rows)
 
 
+@table
 def metaworld_mt50() -> str:
     """MT50 by difficulty group: one policy for all fifty tasks, beside the script that it imitates."""
     runs = read("metaworld_mt50")["runs"]
@@ -1093,6 +1415,7 @@ def metaworld_mt50() -> str:
     return markdown(["policy", *(group.replace("_", " ") for group in groups), "all 50 tasks"], rows)
 
 
+@table
 def metaworld_mt50_tasks() -> str:
     """The same by task: all fifty, those first that the last policy solves least."""
     runs = read("metaworld_mt50")["runs"]
@@ -1101,6 +1424,7 @@ def metaworld_mt50_tasks() -> str:
     return markdown(["task", *(run["name"] for run in runs)], _by_task(runs, tasks))
 
 
+@table
 def metaworld_equal_time() -> str:
     """MT10: policies that were trained on the same demonstrations for the same wall time."""
     rows = [
@@ -1110,50 +1434,12 @@ def metaworld_equal_time() -> str:
     return markdown(["policy", "demonstrations of each task", "steps", "batch", "success"], rows)
 
 
+@table
 def metaworld_equal_time_tasks() -> str:
     """The same by task."""
     runs = read("metaworld_equal_time")["runs"]
     header = ["task", *(f"{run['name']}, {run['demos']}" for run in runs)]
     return markdown(header, _by_task(runs, runs[0]["result"]["tasks"]))
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table
-    for table in (
-        *(seeds, errors, shifts, options, rotation, further_tasks, speed, headline, metaworld_tasks, metaworld_groups),
-        *(metaworld_mt50, metaworld_mt50_tasks, metaworld_equal_time, metaworld_equal_time_tasks),
-        *(
-            dit_claims,
-            dit_images,
-            dit_images_128px,
-            dit_detail_head,
-            dit_few_steps,
-            dit_few_steps_latents_128px,
-            dit_recipes,
-            dit_decoders,
-            dit_ablations,
-            dit_latents,
-            dit_latents_128px,
-            dit_trainings_128px,
-            dit_switches_128px,
-            vlm_seeds,
-            vlm_claims,
-            vlm_token_counts,
-            vlm_gpu,
-            vlm_others,
-            vlm_lengths,
-            vlm_short_tours,
-            vlm_ablations,
-            vlm_label_free,
-            vlm_self_supervised,
-        ),
-        vlm_refinement,
-        *(vla_injection, vla_ablations, vla_comparison, vla_compression, vla_recipe, vla_arms, vla_arms_compared),
-        vla_arms_elsewhere,
-        vla_metaworld,
-        metaworld_same_recordings,
-    )
-}
 
 
 def main() -> None:
