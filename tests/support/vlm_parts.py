@@ -48,6 +48,7 @@ def small_language(family: type[LanguageModel] = Llama, **changes: object) -> La
         "context": 128,
         "rope_theta": 10000.0,
         "tie_embeddings": True,
+        "norm_eps": 1e-5,
         "embedding_std": 0.5,
     }
     return family(**(options | changes))  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """The interface that video-language models use of a language model, over any decoder of transformers.
 
 A family of models (Llama, Qwen2, ...) is one file: a class that derives from `LanguageModel`, takes its sizes as
-arguments, makes the configuration of transformers, and hands it over. See `keygrip.models.language.llama`.
+arguments, makes the configuration of transformers, and hands it over. One with Llama's sizes derives from
+`keygrip.models.language.llama.LlamaSized`, which does so for it.
 
 Shapes: B rows, T positions, C width, K positions in a cache, W vocabulary.
 """
@@ -34,56 +35,6 @@ SIZES = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-
-
-def llama_config(
-    kind: Any,
-    *,
-    layers: int,
-    width: int,
-    heads: int,
-    kv_heads: int,
-    mlp_width: int,
-    vocabulary: int,
-    context: int,
-    rope_theta: float,
-    tie_embeddings: bool,
-    norm_eps: float,
-    **own: Any,
-) -> Any:
-    """The configuration of transformers for a decoder with Llama's sizes (Llama, Qwen2, Mistral).
-
-    Args:
-        kind: its class, such as `transformers.LlamaConfig`. own: further settings of that class.
-        layers, width, heads, kv_heads, mlp_width, vocabulary, context, rope_theta, tie_embeddings, norm_eps: see
-            `keygrip.models.language.llama.Llama`.
-
-    Raises:
-        ValueError: `heads` does not divide `width`, or `kv_heads` does not divide `heads`.
-    """
-    if width % heads or heads % kv_heads:
-        raise ValueError(
-            f"language: heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads"
-        )
-    return kind(
-        hidden_size=width,
-        intermediate_size=mlp_width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": float(rope_theta)},
-        rms_norm_eps=norm_eps,
-        tie_word_embeddings=tie_embeddings,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-        # transformers' 0.02 is for widths of thousands: at 128 attention would start uniform and stay so for long
-        initializer_range=width**-0.5,
-        **own,
-    )
 
 
 class LanguageModel(nn.Module):

@@ -1,14 +1,20 @@
-"""Llama-type language models: SmolLM2, Llama 2 and 3, or a small one from scratch."""
+"""Llama-type language models: SmolLM2, Llama 2 and 3, or a small one from scratch; and what their relatives share."""
 
 from __future__ import annotations
 
-from keygrip.models.language.decoder import LanguageModel, llama_config
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from keygrip.models.language.decoder import LanguageModel
 from keygrip.training.parts import model_part
 
 
-@model_part(from_checkpoint={"weights": "random"})
-class Llama(LanguageModel):
-    """A Llama of any size. All sizes are in the config: a checkpoint rebuilds the model without other files.
+class LlamaSized(LanguageModel):
+    """A decoder of any size with Llama's settings. All sizes are in the config: a checkpoint rebuilds the model without
+    other files.
+
+    A subclass names the classes of transformers by what they begin with (`architecture`: "Llama" for LlamaConfig,
+    LlamaModel and LlamaForCausalLM), and further settings of the configuration (`own`).
 
     Args:
         layers, width, heads, kv_heads, mlp_width, vocabulary: sizes; `heads` divides `width`, `kv_heads` divides
@@ -22,6 +28,9 @@ class Llama(LanguageModel):
         ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that are not there.
     """
 
+    architecture: ClassVar[str]
+    own: ClassVar[Mapping[str, Any]] = {}
+
     def __init__(
         self,
         layers: int,
@@ -33,25 +42,45 @@ class Llama(LanguageModel):
         context: int,
         rope_theta: float,
         tie_embeddings: bool,
-        norm_eps: float = 1e-5,
+        norm_eps: float,
         embedding_std: float = 0.14,
         weights: str = "random",
         gradient_checkpointing: bool = False,
     ) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+        import transformers
 
-        config = llama_config(
-            LlamaConfig,
-            layers=layers,
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            mlp_width=mlp_width,
-            vocabulary=vocabulary,
-            context=context,
-            rope_theta=rope_theta,
-            tie_embeddings=tie_embeddings,
-            norm_eps=norm_eps,
-            attention_bias=False,
+        if width % heads or heads % kv_heads:
+            raise ValueError(
+                f"language: heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads"
+            )
+        config, decoder, whole = (
+            getattr(transformers, self.architecture + part) for part in ("Config", "Model", "ForCausalLM")
         )
-        super().__init__(config, LlamaModel, LlamaForCausalLM, weights, embedding_std, gradient_checkpointing)
+        sizes = config(
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocabulary,
+            max_position_embeddings=context,
+            rope_parameters={"rope_type": "default", "rope_theta": float(rope_theta)},
+            rms_norm_eps=norm_eps,
+            tie_word_embeddings=tie_embeddings,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+            # transformers' 0.02 is for widths of thousands: at 128 attention would start uniform and stay so for long
+            initializer_range=width**-0.5,
+            **self.own,
+        )
+        super().__init__(sizes, decoder, whole, weights, embedding_std, gradient_checkpointing)
+
+
+@model_part(from_checkpoint={"weights": "random"})
+class Llama(LlamaSized):
+    """A Llama; see `LlamaSized`."""
+
+    architecture = "Llama"
+    own: ClassVar = {"attention_bias": False}

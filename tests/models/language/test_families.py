@@ -16,10 +16,13 @@ from keygrip.models.foveated_vlm.generation import generate
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.decoder import LanguageModel
+from keygrip.models.language.llama import LlamaSized
 
 for module in pkgutil.iter_modules(keygrip.models.language.__path__):
     importlib.import_module(f"{keygrip.models.language.__name__}.{module.name}")
-FAMILIES: list[type[LanguageModel]] = LanguageModel.__subclasses__()
+FAMILIES: list[type[LanguageModel]] = [
+    family for family in (*LanguageModel.__subclasses__(), *LlamaSized.__subclasses__()) if family is not LlamaSized
+]
 
 
 class Letters:
