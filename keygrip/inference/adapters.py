@@ -84,8 +84,8 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
                 f"lora={folder}: there is no {name}; give a folder as `keygrip export format=lora` makes"
             )
     config = _config(folder / CONFIG)
-    told = _metadata(folder / WEIGHTS)
-    trained_on = told.get(INPUTS)
+    metadata = _metadata(folder / WEIGHTS)
+    trained_on = metadata.get(INPUTS)
     if None not in (inputs, trained_on) and inputs != trained_on:
         raise ValueError(
             f"lora={folder} was trained on features that were normalised otherwise than this checkpoint's "
@@ -115,7 +115,7 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
         if not torch.isfinite((weight + change).to(weight)).all():
             raise ValueError(f"{folder / WEIGHTS}: {name} becomes infinite by its difference: the adapter is damaged")
         changes.append((weight, change))
-    if BASE_WEIGHTS in told and told[BASE_WEIGHTS] != base_digest(network):
+    if BASE_WEIGHTS in metadata and metadata[BASE_WEIGHTS] != base_digest(network):
         log.warning(
             "lora=%s was trained on other weights than this checkpoint's, and its differences fit those: draw from the "
             "checkpoint that its run began with",

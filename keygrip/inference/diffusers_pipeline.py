@@ -354,10 +354,10 @@ class PatchDiTPipeline(DiffusionPipeline):
             if callback_on_step_end is None:
                 return x
             time = self.scheduler.timesteps[number]
-            told = callback_on_step_end(self, number, time, {"latents": x}) or {}
-            if not isinstance(told, Mapping):
-                raise ValueError(f"callback_on_step_end returns a dict, not {type(told).__name__}")
-            changed: Tensor = told.get("latents", x)
+            returned = callback_on_step_end(self, number, time, {"latents": x}) or {}
+            if not isinstance(returned, Mapping):
+                raise ValueError(f"callback_on_step_end returns a dict, not {type(returned).__name__}")
+            changed: Tensor = returned.get("latents", x)
             if not isinstance(changed, Tensor) or changed.shape != x.shape:
                 raise ValueError(f"callback_on_step_end gives latents that are no tensor of shape {list(x.shape)}")
             if changed is not x and sampling.solver != "euler":

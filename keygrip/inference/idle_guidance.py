@@ -17,8 +17,8 @@ OF_ONE = ("independent", "none")  # kinds of guidance that need no second condit
 
 
 @dataclass(frozen=True)
-class Told:
-    """What drawings are told, any of them.
+class GivenConditions:
+    """What any of the images is drawn from.
 
     Args:
         words, images: whether there are any. both: whether one drawing has both. masks: of images.
@@ -33,7 +33,9 @@ class Told:
     redraws_a_part: bool = False
 
 
-def refuse_idle_guidance(module: PatchDiTModule, given: Collection[str], sampling: Sampling, told: Told) -> None:
+def refuse_idle_guidance(
+    module: PatchDiTModule, given: Collection[str], sampling: Sampling, conditions: GivenConditions
+) -> None:
     """Refuses settings without effect, and warns of what the model was not trained for.
 
     Args:
@@ -42,31 +44,31 @@ def refuse_idle_guidance(module: PatchDiTModule, given: Collection[str], samplin
     Raises:
         ValueError: names the first of them.
     """
-    for names, has, condition in ((OF_WORDS, told.words, "prompt"), (OF_IMAGES, told.images, "image")):
+    for names, has, condition in ((OF_WORDS, conditions.words, "prompt"), (OF_IMAGES, conditions.images, "image")):
         idle = [name for name in names if name in given and not has]
         if idle:
             raise ValueError(f"{idle[0]} has no effect without {condition}: leave it out")
     both = [name for name in OF_BOTH if name in given and getattr(sampling, name)]
     both += ["guidance"] if "guidance" in given and sampling.guidance not in OF_ONE else []
-    if both and not told.both:
+    if both and not conditions.both:
         raise ValueError(f"{both[0]} is for prompt and image together: leave it out")
-    if told.strength == 1 and not told.redraws_a_part:
+    if conditions.strength == 1 and not conditions.redraws_a_part:
         raise ValueError("strength=1 without redraw leaves nothing of start_image: give less, or leave start_image out")
-    if told.strength not in (None, 1) and module.few_steps is not None:
+    if conditions.strength not in (None, 1) and module.few_steps is not None:
         raise ValueError(
-            f"start_image at strength={told.strength:g}: a student of few steps was trained to begin with noise alone; "
-            "give strength=1 with redraw, or draw with its teacher"
+            f"start_image at strength={conditions.strength:g}: a student of few steps was trained to begin with noise "
+            "alone; give strength=1 with redraw, or draw with its teacher"
         )
     if "interval" in given:
         ways = [module.sampling_at(size, sampling) for size in module.statistics.latent_sizes]
-        refuse_idle_interval(ways, 1.0 if told.strength is None else told.strength)
+        refuse_idle_interval(ways, 1.0 if conditions.strength is None else conditions.strength)
     patches = module.network.use_dino_patches
-    idle = [name for name, has in (("image_mask", told.masks), ("cls_scale", "cls_scale" in given)) if has]
+    idle = [name for name, has in (("image_mask", conditions.masks), ("cls_scale", "cls_scale" in given)) if has]
     if idle and not patches:
         raise ValueError(f"{idle[0]} has no effect: this model was trained without patches, leave it out")
-    if told.images and not patches:
+    if conditions.images and not patches:
         log.warning("this model was trained without patches: of the image only its overall look counts")
     if "cls_scale" in idle and not module.dropout.cls_alone:
         log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
-    if told.masks and not module.dropout.masked_patches:
+    if conditions.masks and not module.dropout.masked_patches:
         log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches is 0)")

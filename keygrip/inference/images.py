@@ -17,7 +17,7 @@ from keygrip.artifacts import nearest_existing, scratch_folder
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
 from keygrip.inference.given_texts import texts_of
-from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
+from keygrip.inference.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.inference.image_files import (
     files_of,
     move_files,
@@ -89,7 +89,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
     given = {field.name: cfg.get(field.name) for field in fields(Sampling)}
     sampling = module.sampling_with(given)
-    told = Told(
+    conditions = GivenConditions(
         words=any(r.prompt for r in requests),
         images=any(r.images for r in requests),
         both=any(r.prompt and r.images for r in requests),
@@ -98,7 +98,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         redraws_a_part=steering.redraw is not None,
     )
     named = {name for name, value in given.items() if value is not None}
-    refuse_idle_guidance(module, named, sampling, told)
+    refuse_idle_guidance(module, named, sampling, conditions)
     buckets = buckets_of(cfg.size, module, requests, steering)
     files = files_of(requests, buckets)
     target = Path(cfg.run_dir) if cfg.run_dir else _samples_of(file)

@@ -277,10 +277,10 @@ def _visual(item: Mapping[str, Any], kind: str) -> Any:
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):
         raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
-    told = {name: str(item[name]) for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
-    told = {name: value for name, value in told.items() if value not in AS_IT_IS.get(name, ())}
-    if told:
-        named = ", ".join(f"{name}={value[:20]}" for name, value in told.items())
+    options = {name: str(item[name]) for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
+    options = {name: value for name, value in options.items() if value not in AS_IT_IS.get(name, ())}
+    if options:
+        named = ", ".join(f"{name}={value[:20]}" for name, value in options.items())
         raise ValueError(
             f"a video with {named}: of a video a frame per second is seen, from its beginning to its end, and of one "
             "longer than the model's max_frames so many evenly spaced; of several images each counts as one second: "

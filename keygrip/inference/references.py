@@ -204,10 +204,10 @@ def blended(parts: Sequence[Conditions], masks: Sequence[Tensor] | None) -> Cond
     mean = torch.stack(cls).mean(dim=0)
     if masks is None:
         return replace(first, cls=mean, patches=torch.stack(patches).mean(dim=0))
-    found, told = torch.zeros_like(patches[0]), torch.zeros(patches[0].shape[:2], dtype=torch.bool)
-    told = told.to(found.device)
+    found, in_reference = torch.zeros_like(patches[0]), torch.zeros(patches[0].shape[:2], dtype=torch.bool)
+    in_reference = in_reference.to(found.device)
     for own, mask in zip(patches, masks, strict=True):
         where = mask.to(found.device)
         found = torch.where(where[..., None], own, found)
-        told = told | where
-    return replace(first, cls=mean, patches=found, patch_mask=told)
+        in_reference = in_reference | where
+    return replace(first, cls=mean, patches=found, patch_mask=in_reference)

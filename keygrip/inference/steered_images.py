@@ -15,7 +15,7 @@ from torch import Tensor
 from keygrip.data.bad_samples import guard
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
-from keygrip.inference.idle_guidance import Told, refuse_idle_guidance
+from keygrip.inference.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -118,7 +118,7 @@ class SteeredImages:
             ValueError: names the first of them.
         """
         words, images = any(prompt.strip() for prompt in self.prompts), bool(self.steering)
-        told = Told(
+        conditions = GivenConditions(
             words=words,
             images=images,
             both=words and images,
@@ -126,7 +126,7 @@ class SteeredImages:
             strength=None if self.start_image is None else self.strength,
             redraws_a_part=self.redraw is not None,
         )
-        refuse_idle_guidance(self.module, given, sampling, told)
+        refuse_idle_guidance(self.module, given, sampling, conditions)
 
     def conditions(self, bucket: Bucket) -> Conditions:
         """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape, or under

@@ -234,7 +234,7 @@ class VideoStream:
     Args:
         module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
         seconds: when the frames to come were taken, all of them: so many can be pushed, each of its second. A model
-            that is told so (`collator.timestamps`) needs it, and so cannot follow a camera. One with
+            that reads times (`collator.timestamps`) needs it, and so cannot follow a camera. One with
             `frame_clock="seconds"` can: see `push`.
         answer_tokens: so much of the language model's context is kept for an answer: `push` takes no frame into it.
             None: 64, or a quarter of what the question leaves where that is less.
@@ -261,12 +261,14 @@ class VideoStream:
         refuse_half_characters(question, "the question")
         self.module = module
         try:
-            self._told = None if seconds is None else tuple(map(float, seconds))
+            self._seconds = None if seconds is None else tuple(map(float, seconds))
         except (TypeError, ValueError) as error:
             raise ValueError(f"seconds={seconds!r}: a number for each frame to come") from error
-        if self._told and not (all(map(math.isfinite, self._told)) and list(self._told) == sorted(self._told)):
-            raise ValueError(f"seconds={list(self._told)[:8]}: those of frames are finite and do not fall back")
-        text = module.collator.prompt((Turn("user", question),), self._told)
+        if self._seconds and not (
+            all(map(math.isfinite, self._seconds)) and list(self._seconds) == sorted(self._seconds)
+        ):
+            raise ValueError(f"seconds={list(self._seconds)[:8]}: those of frames are finite and do not fall back")
+        text = module.collator.prompt((Turn("user", question),), self._seconds)
         self.session = StreamingSession(module.network, module.tokenizer, mode)
         self.session.read(text.ids[: text.visual_at])
         self._rest = text.ids[text.visual_at :]
@@ -301,9 +303,9 @@ class VideoStream:
                 f"context of {network.language.context}",
             )
         ]
-        if self._told is not None:
-            said = f"it was told the seconds of {len(self._told)} frames, and all have been pushed"
-            rooms.append((len(self._told) - self.frames, said))
+        if self._seconds is not None:
+            said = f"it was told the seconds of {len(self._seconds)} frames, and all have been pushed"
+            rooms.append((len(self._seconds) - self.frames, said))
         if network.frame_tokens is not None:
             numbers = len(network.frame_tokens)
             said = (
@@ -329,8 +331,8 @@ class VideoStream:
             raise ValueError(
                 f"the stream is full: {full}. Answers can still be had; begin a new stream for further frames"
             )
-        if self._told is not None:
-            second = self._second_as_told(second)
+        if self._seconds is not None:
+            second = self._known_second(second)
         images = self.module.image_options
         if not isinstance(frame, Image.Image):
             if not isinstance(frame, np.ndarray):
@@ -341,12 +343,12 @@ class VideoStream:
         fitted = shown_image(frame, images["image_size"], images["fit"])
         self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
-    def _second_as_told(self, second: float | None) -> float:
-        assert self._told is not None
-        told = self._told[self.frames]
-        if second is not None and second != told:
-            raise ValueError(f"a frame of second {second:g}; the stream was told that it is of second {told:g}")
-        return told
+    def _known_second(self, second: float | None) -> float:
+        assert self._seconds is not None
+        known = self._seconds[self.frames]
+        if second is not None and second != known:
+            raise ValueError(f"a frame of second {second:g}; the stream was told that it is of second {known:g}")
+        return known
 
     def stream(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`.

@@ -89,12 +89,12 @@ class MapAnythingGeometry(GeometryEncoder):
         cameras: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        told = _checked(calibration, cameras)
+        chosen = _checked(calibration, cameras)
         model = _load_mapanything(weights)
         model.eval().requires_grad_(False)
         self._model = [model]  # in a list, it is no submodule
         self.weights, self.image_size, self.cache = weights, image_size, cache
-        self.decided_by_data, self.calibration = told is None, told  # None: until `take_calibrated`
+        self.decided_by_data, self.calibration = chosen is None, chosen  # None: until `take_calibrated`
         self.scale_token, self.cameras = scale_token, tuple(cameras or ())
         self.dim = int(model.info_sharing.dim)
         self.patch_size = int(model.encoder.patch_size)
@@ -115,7 +115,7 @@ class MapAnythingGeometry(GeometryEncoder):
         return () if self.calibration is None else self.calibration  # undecided, it asks for none
 
     def take_calibrated(self, cameras: Sequence[str]) -> None:
-        """With calibration="auto": the cameras of which it is told the calibration from now on.
+        """With calibration="auto": the cameras whose calibration it reads from now on.
 
         Raises:
             ValueError: others were decided before (a run that is resumed on other demonstrations).
@@ -123,10 +123,10 @@ class MapAnythingGeometry(GeometryEncoder):
         if not self.decided_by_data:
             return
         there = tuple(name for name in self.cameras if name in cameras)
-        told = there if self.cameras[0] in there else ()
-        decided = bool(told) if len(told) in (0, len(self.cameras)) else told
+        chosen = there if self.cameras[0] in there else ()
+        decided = bool(chosen) if len(chosen) in (0, len(self.cameras)) else chosen
         if self.calibration is None:
-            if there != told:
+            if there != chosen:
                 log.warning(
                     "geometry.calibration=auto: camera %s, in whose frame MapAnything is told poses, is not calibrated "
                     "in all demonstrations, so that it is not told those of %s either: put one of them first in "
@@ -156,13 +156,13 @@ class MapAnythingGeometry(GeometryEncoder):
 
     @torch.no_grad()
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
-        told = self._told(images.shape[1])
-        cameras = (intrinsics[:, told], world_to_camera[:, told]) if told else ()
+        given = self._calibrated_views(images.shape[1])
+        cameras = (intrinsics[:, given], world_to_camera[:, given]) if given else ()
         if self.cache is None or is_counting():  # images without content are in no cache
             found = self.compute(images, *cameras)
         else:
-            which = "".join(f"-{number}" for number in told) if len(told) < images.shape[1] else ""
-            kind = f"{'+scale' if self.scale_token else ''}{f'+cameras{which}' if told else ''}"
+            which = "".join(f"-{number}" for number in given) if len(given) < images.shape[1] else ""
+            kind = f"{'+scale' if self.scale_token else ''}{f'+cameras{which}' if given else ''}"
             maker = f"mapanything{kind}:{self.fingerprint}:{self.image_size}"
             found = self.cache.features(images, maker, self.compute, cameras)
         if not self.scale_token:
@@ -173,8 +173,8 @@ class MapAnythingGeometry(GeometryEncoder):
         """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images; with `scale_token` one more, the last.
 
         Args:
-            cameras: nothing, or intrinsics ``[B, C, 3, 3]`` and world_to_camera ``[B, C, 4, 4]`` of the C views of
-                which it is told the cameras.
+            cameras: nothing, or intrinsics ``[B, C, 3, 3]`` and world_to_camera ``[B, C, 4, 4]`` of the C views
+                whose calibration it reads.
 
         Raises:
             ValueError: `scale_token` with a MapAnything that has none.
@@ -190,7 +190,7 @@ class MapAnythingGeometry(GeometryEncoder):
         views = [{"img": view, "data_norm_type": [self.norm_type]} for view in seen.unbind(1)]
         if cameras:
             with without_autocast(images):  # half precision would move rays by pixels
-                for place, number in enumerate(self._told(len(views))):
+                for place, number in enumerate(self._calibrated_views(len(views))):
                     intrinsics, world_to_camera = (part[:, place].float() for part in cameras)
                     views[number] |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
         found: list[Any] = []
@@ -217,8 +217,8 @@ class MapAnythingGeometry(GeometryEncoder):
             tokens.append(scale.transpose(1, 2)[:, :1])
         return torch.cat(tokens, dim=1).float()
 
-    def _told(self, views: int) -> list[int]:
-        """Numbers of the views of which it is told the cameras; it masks its optional inputs view by view."""
+    def _calibrated_views(self, views: int) -> list[int]:
+        """Numbers of the views whose calibration it reads; it masks its optional inputs view by view."""
         if self.cameras and views != len(self.cameras):
             raise ValueError(f"geometry.cameras names {len(self.cameras)} views, and the batch has {views}.")
         if self.calibration is None:
@@ -272,7 +272,7 @@ def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
 def _checked(
     calibration: bool | Literal["auto"] | Sequence[str], cameras: Sequence[str] | None
 ) -> bool | tuple[str, ...] | None:
-    """Of which cameras it is told the calibration; None: not decided yet. Raises ValueError: one is no view, or the
+    """The cameras whose calibration it reads; None: not decided yet. Raises ValueError: one is no view, or the
     first view is not among them."""
     if isinstance(calibration, bool):
         return calibration
@@ -297,8 +297,10 @@ def _checked(
     return named
 
 
-def _named(told: bool | tuple[str, ...]) -> str:
-    return ", ".join(told) if isinstance(told, tuple) else "all cameras" if told else "no camera"
+def _named(calibration: bool | tuple[str, ...]) -> str:
+    if isinstance(calibration, tuple):
+        return ", ".join(calibration)
+    return "all cameras" if calibration else "no camera"
 
 
 def _load_mapanything(weights: str) -> Any:
