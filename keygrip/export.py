@@ -79,6 +79,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     content[checkpoints.WEIGHTS_ARE] = which
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
     card = folder.model_card(loaded, content, weights, which, read_result(run_folder), usage)
+    result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
     if cfg.format in WRITERS:
         try:
             write = get_method(WRITERS[cfg.format])
@@ -86,26 +87,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             raise ImportError(f"format={cfg.format} needs a package: pip install 'keygrip[dit]' ({error})") from error
         with atomic_folder(target) as made:
             write(made, module, content, weights, card)
-        return {"folder": str(target), "format": cfg.format, "weights": which, "bytes": _size(target)}
-    result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
+    else:
 
-    def write_graph(where: Path) -> None:
-        if cfg.format == "safetensors":
-            return
-        write = graphs.write_onnx if cfg.format == "onnx" else graphs.write_torch_export
-        result["largest_relative_difference"] = write(module.export_graph(), where / FILES[cfg.format])
-        result["file"] = str(target / FILES[cfg.format])
+        def write_graph(where: Path) -> None:
+            if cfg.format not in FILES:
+                return
+            write = graphs.write_onnx if cfg.format == "onnx" else graphs.write_torch_export
+            result["largest_relative_difference"] = write(module.export_graph(), where / FILES[cfg.format])
+            result["file"] = str(target / FILES[cfg.format])
 
-    files, facts = module.export_files() if hasattr(module, "export_files") else ({}, {})
-    folder.write_export(target, content, weights, card, write_graph, files, facts)
-    result["bytes"] = sum(path.stat().st_size for path in target.iterdir())
+        files, facts = module.export_files() if hasattr(module, "export_files") else ({}, {})
+        folder.write_export(target, content, weights, card, write_graph, files, facts)
     log.info("exported %s to %s", file, target)
-    return result
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return result | {"bytes": sum(path.stat().st_size for path in target.rglob("*") if path.is_file())}
 
 
 def print_result(cfg: DictConfig) -> None:

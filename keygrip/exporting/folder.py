@@ -128,14 +128,13 @@ def read_export(folder: str | Path) -> dict[str, Any]:
         found = config.get("schema") if isinstance(config, dict) else None
         raise ValueError(f"{file} is not a keygrip export of schema {SCHEMA!r} (it says {found!r})")
     hashes = config.get("sha256")
-    if not isinstance(hashes, dict) or WEIGHTS not in hashes or set(hashes) - {WEIGHTS, PROCESSOR, CONFIG}:
-        raise ValueError(f"{file} does not name the hashes of its weights: the export is incomplete")
+    if not isinstance(hashes, dict) or not {WEIGHTS, CONFIG} <= set(hashes) <= {WEIGHTS, PROCESSOR, CONFIG}:
+        raise ValueError(f"{file} does not name the hashes of its weights and values: the export is incomplete")
     parts: dict[str, dict[str, Tensor]] = {PROCESSOR: {}}
-    told = hashes.pop(CONFIG, None)  # exports of earlier versions have none
-    for name, digest in hashes.items():
+    for name in sorted(hashes.keys() - {CONFIG}):
         if not (root / name).is_file():  # a pipe or a device would be read for ever
             raise FileNotFoundError(f"{root / name} is missing, or is no file: copy the export again")
-        if sha256_file(root / name) != digest:
+        if sha256_file(root / name) != hashes[name]:
             raise ValueError(f"{root / name} is not the file that was exported (its SHA-256 differs): copy it again")
         try:
             parts[name] = load_file(root / name)
@@ -144,7 +143,7 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     content = _restored(config.get("checkpoint"), parts[PROCESSOR], 0)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no checkpoint")
-    if told is not None and told != _digest(config["checkpoint"]):
+    if hashes[CONFIG] != _digest(config["checkpoint"]):
         raise ValueError(f"{file} is not the file that was exported (the SHA-256 of its values differs): copy it again")
     return content | {"state_dict": parts[WEIGHTS]}
 

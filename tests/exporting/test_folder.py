@@ -81,6 +81,7 @@ def test_values_that_are_no_data_are_refused_and_nothing_remains(tmp_path: Path)
         (lambda config: [], "not a keygrip export"),
         (lambda config: config | {"schema": "other/1"}, "other/1"),
         (lambda config: config | {"sha256": {}}, "does not name the hashes"),
+        (lambda config: config | {"sha256": {WEIGHTS: config["sha256"][WEIGHTS]}}, "does not name the hashes"),
         (lambda config: config | {"sha256": config["sha256"] | {"../../secret": "0"}}, "does not name the hashes"),
         (lambda config: config | {"checkpoint": [1]}, "holds no checkpoint"),
         (lambda config: config | {"checkpoint": {"x": {"__tensor__": "gone"}}}, "names the tensor 'gone'"),
