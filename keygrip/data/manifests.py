@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
+from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
+from keygrip.data.image_text.samples import describe_image_text, is_image_text
 from keygrip.data.robot import integrity, native
-from keygrip.data.shards import validation
+from keygrip.data.shards.index import SPLITS, Parts, Row, lower_case
+from keygrip.data.shards.remote import is_remote
+from keygrip.data.shards.writer import compressed_shards, tar_files, write_manifest
+from keygrip.data.video_text.conversations import describe_video_text
+
+log = logging.getLogger(__name__)
 
 
 def make_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
@@ -21,4 +30,89 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
     """
     if "://" not in str(root) and Path(root).is_dir() and native.detect(Path(root)):
         return integrity.make_manifests(root, again, max_broken_share)
-    return validation.make_manifests(root, again, max_broken_share)
+    return make_shard_manifests(root, again, max_broken_share)
+
+
+def describe(parts: Parts) -> Row:
+    """Columns of a sample of either kind, known by its parts."""
+    parts = lower_case(parts)
+    return describe_image_text(parts) if is_image_text(parts) else describe_video_text(parts)
+
+
+def split_folders(root: Path | str) -> list[str]:
+    """The shard sets at a root: itself, or its splits.
+
+    Raises:
+        FileNotFoundError: none. ValueError: the root is a URL, or has shards both beside its splits (or buckets) and in
+            them, of which training would read the ones or the others; or those of a bucket that is named as none.
+    """
+    if is_remote(root):
+        raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
+    whole, *splits = (_sets_in(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
+    divided = [folder for split in splits for folder in split]
+    if whole and divided:
+        raise ValueError(
+            f"{root} has shards in {whole[0]} and in {divided[0]}: bring all of them into train/, val/ and test/, or "
+            "all out of these"
+        )
+    if not whole and not divided:
+        raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
+    return whole or divided
+
+
+def _sets_in(place: Path) -> list[str]:
+    """The shard sets of a split: its folder, or the buckets in it. Raises ValueError: both, or no bucket's name."""
+    found = [
+        folder
+        for folder in (place, *sorted(place.glob("bucket_*")))
+        if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
+    ]
+    buckets = [folder for folder in found if folder != place]
+    for folder in buckets:
+        if not BUCKET_NAME.match(folder.name) or Bucket.from_name(folder.name).name != folder.name:
+            raise ValueError(
+                f"{folder} holds shards that training would not read as part of {place}: buckets of images are called "
+                "bucket_<width>x<height>, in pixels; rename the folder, or name it as a root of its own"
+            )
+    if len(found) > len(buckets) > 0:
+        raise ValueError(
+            f"{place} has shards and so has {buckets[0]}, and training would read the ones or the others: bring all of "
+            "them into one folder, or move it away and name it as a root of its own"
+        )
+    return [str(folder) for folder in found]
+
+
+def tar_files_below(root: Path | str) -> list[Path]:
+    """Tar files anywhere below a folder, compressed ones too."""
+    folders = [Path(root), *(path for path in sorted(Path(root).rglob("*")) if path.is_dir())]
+    return [path for folder in folders for path in (*tar_files(folder), *compressed_shards(folder))]
+
+
+def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
+    """Indexes the shards of a set (or of its splits) that have no index, and writes the manifests.
+
+    Args:
+        root: folder of shards. again: index all anew. max_broken_share: more broken shards than this are an error.
+    """
+    report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0, "bad_samples": 0}
+    folders = split_folders(root)
+    elsewhere = [path for path in tar_files_below(root) if str(path.parent) not in folders]
+    if elsewhere:
+        log.warning(
+            "%d tar files below %s lie in folders that are not read as part of this set; the first: %s. Name the "
+            "folder as root, or bring them into train/, val/ and test/",
+            len(elsewhere),
+            root,
+            elsewhere[0],
+        )
+    for folder in folders:
+        manifest = write_manifest(folder, describe, max_broken_share, again)
+        report["shards"] += len(manifest["shards"])
+        report["samples"] += manifest["samples"]
+        report["broken"] += len(manifest["broken"])
+        report["bad_samples"] += sum(len(left) for left in manifest["bad_samples"].values())
+    if any(Path(folder).name.startswith("bucket_") and Path(folder) != Path(root) for folder in folders):
+        info = Path(root) / INFO
+        known = read_info(str(root))["encoders"] if info.is_file() else None
+        write_info(root, known)
+    return report

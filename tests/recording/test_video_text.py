@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 
 from keygrip.config import compose
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import validate
+from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import parse_conversations, read_sample
 from keygrip.prepare import run
 from keygrip.recording import video_text

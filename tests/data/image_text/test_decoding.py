@@ -20,7 +20,7 @@ from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources.images import images
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import validate
+from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import shown_image
 
 

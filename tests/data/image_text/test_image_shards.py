@@ -33,9 +33,10 @@ from keygrip.data.image_text.samples import (
 )
 from keygrip.data.image_text.sources.encoding import as_tensor, prepare_image
 from keygrip.data.image_text.statistics import Moments
+from keygrip.data.manifests import make_manifests
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import make_manifests, validate
 from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.validation import validate
 
 COUNTS = {SQUARE: 11, WIDE: 6}
 

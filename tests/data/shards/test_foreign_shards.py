@@ -18,9 +18,10 @@ from PIL import Image
 from shard_sets import conversations, picture, small_video, write_set
 
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.manifests import make_manifests
 from keygrip.data.shards.index import split_name
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import make_manifests, validate
+from keygrip.data.validation import validate
 from keygrip.data.video_text.batching import rows_of
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,

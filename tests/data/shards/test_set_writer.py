@@ -20,13 +20,14 @@ import pytest
 from shard_sets import conversations, picture
 
 from keygrip.command import describe_error
+from keygrip.data.manifests import make_manifests
 from keygrip.data.shards import set_writer, writer
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.set_writer import Broken, MadeSample, Written, fingerprint, write_shards
-from keygrip.data.shards.validation import make_manifests, validate
 from keygrip.data.shards.writer import write_manifest
+from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
 from keygrip.recording import video_text
 

@@ -17,12 +17,13 @@ import webdataset
 from shard_sets import conversations, picture, write_set
 
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards.examination import ShardReport
 from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path, index_shard, split_name
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import ShardCache
-from keygrip.data.shards.validation import ShardReport, report_shared
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
+from keygrip.data.video_text.examination import report_shared
 
 
 def overwrite(path: Path, offset: int, content: bytes) -> None:

@@ -26,8 +26,8 @@ from keygrip.data.image_text.sources.images import Rank, images
 from keygrip.data.image_text.sources.jobs import Claims, jobs_of
 from keygrip.data.image_text.sources.listing import key_of, list_items
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import validate
 from keygrip.data.shards.writer import ShardWriter
+from keygrip.data.validation import validate
 from keygrip.models.patch_dit.encoders import Encoders
 
 OPTIONS: dict[str, Any] = {"size": 32, "bucket_step": 16, "max_aspect": 3.0, "images_per_shard": 4, "batch_size": 3}

@@ -17,8 +17,8 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.sources.images import images
 from keygrip.data.image_text.sources.listing import Item, list_items
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import validate
 from keygrip.data.source_files import everything_below, files_in
+from keygrip.data.validation import validate
 
 
 def picture(path: Path, shade: int = 0, caption: str | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources.images import images
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import validate
+from keygrip.data.validation import validate
 from keygrip.models.patch_dit.encoders import Encoders
 
 OPTIONS: dict[str, Any] = {"size": 32, "bucket_step": 16, "max_aspect": 3.0, "images_per_shard": 4, "batch_size": 3}

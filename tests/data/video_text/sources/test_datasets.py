@@ -21,7 +21,7 @@ from shard_sets import picture, small_video
 
 from keygrip.data.shards.keys import file_keys, sample_key
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.validation import validate
+from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import read_sample
 from keygrip.data.video_text.sources.cauldron import CauldronMaker, cauldron
 from keygrip.data.video_text.sources.smoltalk import smoltalk

@@ -1,0 +1,104 @@
+"""Examination of shards of images with text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from keygrip.data.image_text.near_copies import near_copies, thumbnail_in
+from keygrip.data.image_text.samples import (
+    IMAGE,
+    LATENT,
+    MORE_TEXT,
+    NEEDED,
+    PATCHES,
+    TEXT,
+    TEXT_MASK,
+    captions_of,
+    read_image_text,
+)
+from keygrip.data.shards.examination import NAMED_AT_MOST, ShardReport, digest_of, unknown_member
+from keygrip.data.shards.index import SPLITS, Parts
+from keygrip.data.shards.reader import ShardSet
+
+log = logging.getLogger(__name__)
+
+
+def examine_image_text(shards: ShardSet, sample: int, parts: Parts, report: ShardReport) -> None:
+    """Counts what an image has, and reads it where it is complete.
+
+    A sample that lacks a part is skipped in training: it is counted and no problem.
+
+    Raises:
+        BadSample: a part cannot be read, or parts do not belong together.
+    """
+    report.has["images"] += 1
+    report.has["latents"] += LATENT in parts
+    report.has["patches"] += PATCHES in parts
+    report.has["text"] += TEXT in parts and TEXT_MASK in parts
+    name = shards.where(sample)
+    if not set(NEEDED) - set(parts):
+        report.has["complete"] += 1
+        found = read_image_text(shards, sample, with_image=True)
+        for caption in range(1, len(captions_of(found.record))):
+            read_image_text(shards, sample, caption=caption)
+        if (source := found.record.get("source")) is not None:
+            name = f"{source} ({name})"
+        if not found.record.get("caption"):
+            report.has["without_caption"] += 1
+        if (thumbnail := thumbnail_in(found.record)) is not None:
+            report.thumbnails[name] = thumbnail
+    unknown = [name for name in parts if name not in (*NEEDED, IMAGE) and not MORE_TEXT.match(name)]
+    if unknown:
+        report.problems.append(unknown_member(shards.where(sample), unknown[0], ", ".join(NEEDED)))
+    # The image alone: with another caption or in another file it must not stand on both sides of a split either.
+    report.contents.append((digest_of({LATENT: parts[LATENT]} if LATENT in parts else parts), name))
+
+
+def report_near_copies(root: Path | str, reports: Sequence[ShardReport]) -> int | None:
+    """Warns of images that look as good as the same: held-out ones beside those of train/, or any of a set without
+    splits, which is divided by keys. How many there are; None where fewer than two images have a thumbnail."""
+    thumbnails: dict[str, dict[str, bytes]] = {}
+    for report in reports:
+        place = Path(report.name).relative_to(root).parts[0]
+        split = place if place in SPLITS else ""
+        thumbnails.setdefault(split, {}).update(report.thumbnails)
+    images, compared = sum(report.has["complete"] for report in reports), sum(map(len, thumbnails.values()))
+    if compared < 2:
+        return None
+    if compared < images:
+        log.warning("%d of %d images have no thumbnail, and no near copies were looked for", images - compared, images)
+    pool = thumbnails.get("train") or thumbnails.get("") or {}
+    names, count = list(pool), 0
+    for split, held in thumbnails.items():
+        if split == "train":
+            continue
+        pairs = near_copies(list(held.values()), None if held is pool else list(pool.values()))
+        count += len(pairs)
+        own = list(held)
+        told = [f"{own[number]} and {names[other]}" for number, other in pairs[:NAMED_AT_MOST]]
+        if pairs and split:
+            log.warning("%d images of %s/ are near copies of images of train/: %s", len(pairs), split, "; ".join(told))
+        elif pairs:
+            log.warning(
+                "%d images are near copies of another one; a set without val/ is divided by keys, and copies may be "
+                "trained on and held out: %s",
+                len(pairs),
+                "; ".join(told),
+            )
+    return count
+
+
+def image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:
+    """How many images of each folder have what; empty for other shards."""
+    counts: dict[str, dict[str, int]] = {}
+    for report in reports:
+        if report.has:
+            name = Path(report.name).parent.relative_to(root).as_posix()
+            row = counts.setdefault(name, dict.fromkeys(("images", "complete", "latents", "patches", "text"), 0))
+            for what, count in report.has.items():
+                row[what] = row.get(what, 0) + count
+    for name, row in counts.items():
+        log.info("%s: %s", name, ", ".join(f"{count} {what}" for what, count in row.items()))
+    return counts

@@ -1,0 +1,178 @@
+"""Validation of shards: decodes and checks every sample before training."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keygrip.artifacts import write_text
+from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.image_text.bucket_folders import INFO, buckets_there, read_info
+from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
+from keygrip.data.image_text.samples import is_image_text
+from keygrip.data.manifests import describe, split_folders
+from keygrip.data.shards.examination import NAMED_AT_MOST, ShardReport
+from keygrip.data.shards.index import MANIFEST, ShardError, index_shard, lower_case
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.writer import tar_files
+from keygrip.data.video_text.examination import examine_video_text, report_shared
+from keygrip.progress import Progress
+
+log = logging.getLogger(__name__)
+
+PROBLEMS_FILE = "problems.txt"
+
+
+def examine_shard(place: str, number: int) -> ShardReport:
+    """Reads, decodes and checks everything in a shard of a set."""
+    shards = ShardSet(place, quiet=True)
+    entry = shards.shards[number]
+    report = ShardReport(f"{place}/{entry['name']}")
+    try:
+        fresh = index_shard(Path(place) / entry["name"], describe)
+        report.known += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
+        fresh, stored = fresh.without(fresh.bad), shards.index(number).without(fresh.bad)
+        for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
+            if not np.array_equal(getattr(fresh, what), getattr(stored, what)):
+                problem = f"{report.name}: its index is not of this tar ({what} differ): step=manifest again=true"
+                report.problems.append(problem)
+                return report
+        for name, values in fresh.columns.items():
+            for row in np.flatnonzero(values != stored.columns[name]).tolist():
+                said = stored.columns[name][row]
+                problem = f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {said}"
+                report.problems.append(problem)
+    except ShardError as error:
+        report.problems.append(str(error))
+        return report
+    first = shards.first_sample(number)
+    for sample in range(first, first + entry["samples"]):
+        report.keys.append(shards.key(sample))
+        try:
+            with guard(shards.where(sample)):
+                parts = lower_case(shards.read(sample))
+            examine = examine_image_text if is_image_text(parts) else examine_video_text
+            examine(shards, sample, parts, report)
+        except BadSample as error:
+            report.problems.append(str(error))
+    return report
+
+
+def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
+    """Looks at every sample of a set and of its splits.
+
+    Checked: every shard is whole and agrees with its index and manifest; every sample has its text and images and
+    decodes; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is not
+    empty. The first problems are named in the log, those before the rest that the manifest does not know; all of them
+    are written into ``problems.txt`` of the root.
+
+    Of images with text: how many have latents, patches and text, in every bucket. Samples without patches are skipped
+    in training; a bucket in which all lack something is an error.
+
+    Held-out images that are near copies of trained ones, or of a set without splits any near copies, are no errors:
+    they are counted and the first ones named in the log.
+
+    Returns:
+        `errors` (how many), `problems` (the first ones), `problems_file` (with all, or None), `shards`, `samples`,
+        `kinds` and `frames` (how many of each); of images with text `images`, `near_copies` (how many images have one;
+        None where they were not compared), and `buckets` with the counts of each.
+    """
+    jobs = [
+        (place, number) for place in split_folders(root) for number in range(len(ShardSet(place, quiet=True).shards))
+    ]
+    if processes == 1 or len(jobs) == 1:
+        reports = [examine_shard(*job) for job in Progress(jobs, desc=f"validate {root}", unit="shard")]
+    else:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            futures = [pool.submit(examine_shard, *job) for job in jobs]
+            reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
+    problems = [problem for report in reports for problem in report.problems]
+    problems += _repeated(reports)
+    report_shared(reports)
+    buckets = image_counts(root, reports)
+    for name, counts in buckets.items():
+        if not counts["complete"]:
+            problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
+    problems += _listed_problems(root)
+    problems += [problem for report in reports for problem in report.known]
+    problems_file = _write_problems(Path(root) / PROBLEMS_FILE, problems)
+    for problem in problems[:NAMED_AT_MOST]:
+        log.error("%s", problem)
+    if len(problems) > NAMED_AT_MOST:
+        log.error("and %d more%s", len(problems) - NAMED_AT_MOST, f": see {problems_file}" if problems_file else "")
+    kinds: Counter[str] = sum((report.kinds for report in reports), Counter())
+    frames: Counter[int] = sum((report.frames for report in reports), Counter())
+    return {
+        "root": str(root),
+        "errors": len(problems),
+        "problems": problems[:NAMED_AT_MOST],
+        "problems_file": problems_file,
+        "shards": len(reports),
+        "samples": sum(len(report.keys) for report in reports),
+        "kinds": dict(sorted(kinds.items())),
+        "frames": {str(count): number for count, number in sorted(frames.items())},
+    } | (
+        {
+            "images": sum((Counter(c) for c in buckets.values()), Counter()),
+            "near_copies": report_near_copies(root, reports),
+            "buckets": buckets,
+        }
+        if buckets
+        else {}
+    )
+
+
+def _repeated(reports: Sequence[ShardReport]) -> list[str]:
+    """A problem for each key and each content that an earlier sample of the set has."""
+    problems = []
+    keys: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    for report in reports:
+        for number, key in enumerate(report.keys):
+            where = f"{report.name} (sample {number})"
+            if key in keys:
+                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {where}")
+            keys[key] = where
+        for digest, name in report.contents:
+            if digest in contents:
+                problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
+            contents[digest] = name
+    return problems
+
+
+def _listed_problems(root: Path | str) -> list[str]:
+    """What the manifests left out, and where they and `images.json` differ from the files that are there."""
+    problems = []
+    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
+        problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
+    for place in split_folders(root):
+        manifest = read_json(Path(place) / MANIFEST)
+        problems += list(manifest["broken"].values())
+        empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # of which nothing was examined
+        for name in empty:
+            found = manifest["bad_samples"].get(name, {}).items()
+            problems += [f"{place}/{name}, {key}: {reason}" for key, reason in found]
+        known = {shard["name"] for shard in manifest["shards"]} | set(manifest["broken"])
+        new = sorted({path.name for path in tar_files(Path(place))} - known)
+        problems += [f"{place}/{name} is not in the manifest, so it is not read: run step=manifest" for name in new]
+    return problems
+
+
+def _write_problems(file: Path, problems: Sequence[str]) -> str | None:
+    """Writes a line for each problem; the file, or None where it cannot be written or there are none."""
+    try:
+        if not problems:
+            file.unlink(missing_ok=True)  # of an earlier validation
+            return None
+        write_text(file, "".join(f"{' '.join(problem.split())}\n" for problem in problems))
+    except OSError as error:
+        log.warning("%s cannot be written: %s", file, error)
+        return None
+    return str(file)
