@@ -203,7 +203,7 @@ class TestCases:
             **dict.fromkeys(("repetitions", "quick_repetitions"), 1),
             **dict.fromkeys(("limit_s", "quick_limit_s"), 1.0),
         )
-        with pytest.raises(ValueError, match="measures the volume-query policy"):
+        with pytest.raises(ValueError, match="measures a VolumeQueryModule"):
             case.run(quick=True)
 
     def test_cpu_precision(self) -> None:

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, peak_extra_bytes, threads
+from keygrip.benchmarks.measuring import (
+    Timed,
+    Work,
+    interleaved_seconds,
+    milliseconds,
+    peak_extra_bytes,
+    random_module,
+    threads,
+)
 from keygrip.config import compose
 from keygrip.data.batches import VideoTextBatch
 from keygrip.data.shards.budget import Budget
@@ -21,7 +29,6 @@ from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.streaming import StreamingSession
 from keygrip.models.language.cache import LanguageCache
-from keygrip.training.checkpoints import build_module
 from keygrip.training.memory import GIB
 
 SHORTEST_TEXT = 32  # tokens of a question and an answer
@@ -87,7 +94,6 @@ class VLMStep(Timed):
         return figures
 
     def _batch(self, network: FoveatedVLM, order: str, frames: int, device: torch.device) -> tuple[Tensor, TextRows]:
-
         size, rows = network.backbone.image_size, self.videos * self.questions
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
@@ -241,7 +247,6 @@ class _Step:
     mode: str
 
     def __call__(self) -> None:
-
         self.network.zero_grad(set_to_none=True)
         output = self.network(self.frames, self.rows, self.mode)
         mask = torch.ones_like(self.rows.input_ids, dtype=torch.bool)
@@ -254,7 +259,6 @@ class _Frame:
     """One frame more on a cache of so many positions, which is then cut back to what it was."""
 
     def __init__(self, network: FoveatedVLM, kv: Sequence[object], past: int, device: torch.device) -> None:
-
         self.network, self.kv, self.past = network, kv, past
         self.cache = LanguageCache()
         self.state = network.language.extend(torch.randn(1, past, network.language.width, device=device), self.cache)
@@ -327,15 +331,11 @@ def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> t
 
 def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int]:
     """The module with random weights, its data's settings and tokens of a text."""
-    from omegaconf import OmegaConf
-
     config = compose("train", [*overrides, *RANDOM_WEIGHTS])
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
-        module = build_module(resolved)
-    assert isinstance(module, FoveatedVLMModule)
-    return module.to("cuda") if on_gpu else module, resolved["data"], resolved["collator"]["max_tokens"]
+        module = random_module(config, FoveatedVLMModule)
+    return module.to("cuda") if on_gpu else module, config.data, config.collator.max_tokens
 
 
 def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) -> VideoTextBatch:
@@ -360,12 +360,8 @@ def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) 
 
 
 def _network(overrides: Sequence[str]) -> tuple[FoveatedVLM, torch.device]:
-    from omegaconf import OmegaConf
-
-    resolved: Any = OmegaConf.to_container(compose("train", [*overrides, *RANDOM_WEIGHTS]), resolve=True)
-    module = build_module(resolved)
-    network = module.network
+    network = random_module(compose("train", [*overrides, *RANDOM_WEIGHTS]), FoveatedVLMModule).network
     if not isinstance(network, FoveatedVLM):
-        raise ValueError(f"this case measures the foveated model; its overrides name a {type(network).__name__}")
+        raise ValueError(f"this case measures the foveated network; its overrides name a {type(network).__name__}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return network.to(device), device

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from keygrip.benchmarks.inference import looking_down
-from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds
+from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, random_module
 from keygrip.config import compose
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -29,7 +29,6 @@ from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import Scene
 from keygrip.models.nn.low_precision import Precision
 from keygrip.models.policy_statistics import PolicyStatistics
-from keygrip.training.checkpoints import build_module
 from keygrip.training.memory import GIB, count_forward
 from keygrip.training.system import parameters_m
 
@@ -53,7 +52,6 @@ class VLAParams:
 
     def run(self, quick: bool) -> dict[str, float]:
         """`pool_m`, `per_layer_m`, `qformer_m`."""
-
         figures = {}
         for kind in TYPES:
             with torch.device("meta"):
@@ -301,14 +299,9 @@ class _Parts:
 
 
 def untrained(config: DictConfig) -> GeometryVLAModule:
-    """The module of a training config with random weights, and statistics of poses above a table."""
-
-    OmegaConf.resolve(config)
-    module = build_module({"model": OmegaConf.to_container(config.model)})  # random weights
-    if not isinstance(module, GeometryVLAModule):
-        raise ValueError(
-            f"this case measures the geometry-injected policy; its overrides name a {type(module).__name__}"
-        )
+    """The module of a training config with random weights, and statistics of poses above a table; errors as
+    `random_module`."""
+    module = random_module(config, GeometryVLAModule)
     _take_statistics(module, config)
     return module.eval()
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, threads
+from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, random_module, threads
 from keygrip.config import compose
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
@@ -22,7 +22,6 @@ from keygrip.exporting.graphs import export_program, write_onnx
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.progress import Progress
-from keygrip.training.checkpoints import build_module
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,9 @@ class Inference(Timed):
 
 
 def untrained(config: DictConfig) -> VolumeQueryModule:
-    """The volume-query module of a training config, with random weights and a table's ranges as statistics."""
-
-    OmegaConf.resolve(config)
-    module = build_module({"model": OmegaConf.to_container(config.model)})  # random weights
-    if not isinstance(module, VolumeQueryModule):
-        raise ValueError(
-            f"case=inference measures the volume-query policy; cases.inference.overrides name a {type(module).__name__}"
-        )
+    """The volume-query module of a training config, with random weights and a table's ranges as statistics; errors as
+    `random_module`."""
+    module = random_module(config, VolumeQueryModule)
     data = config.data
     half_yaw = np.linspace(-math.pi / 4, math.pi / 4, 64)
     zero = np.zeros_like(half_yaw)

@@ -10,11 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from keygrip.training.checkpoints import build_module
 
 Work = Callable[[], object]
+Module = TypeVar("Module", bound=LightningModule)
 
 MIN_REPETITIONS = 3  # fewer give no usable median
 MEASURED = "keygrip: the measured run"  # in a profiler's trace
@@ -69,6 +75,19 @@ def interleaved_seconds(
             if repetition >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def random_module(config: DictConfig, kind: type[Module]) -> Module:
+    """The module of a training config with random weights.
+
+    Raises:
+        ValueError: it is none of this kind.
+    """
+    OmegaConf.resolve(config)
+    module = build_module({"model": OmegaConf.to_container(config.model)})
+    if not isinstance(module, kind):
+        raise ValueError(f"this case measures a {kind.__name__}; its overrides name a {type(module).__name__}")
+    return module
 
 
 @contextmanager

@@ -110,20 +110,25 @@ class Server:
         }
 
 
+def closed(parent: Connection) -> asyncio.Event:
+    """Set once the other end of a connection that carries no messages to here is closed; called in an event loop."""
+    event, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def wait() -> None:
+        parent.poll(None)
+        loop.call_soon_threadsafe(event.set)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return event
+
+
 def _serve(overrides: list[str], device: str, clients: int, parent: Connection) -> None:
     """Two servers of one policy until the other end of `parent` is closed: plans one by one, and in batches."""
-
     policy = untrained(compose("train", overrides)).to(device).policy()
     about = {"model": type(policy.module).__name__}
 
     async def until_closed() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def watch() -> None:
-            parent.poll(None)  # there is never a message: it ends when the other end is closed
-            loop.call_soon_threadsafe(stop.set)
-
-        threading.Thread(target=watch, daemon=True).start()
+        stop = closed(parent)
         listening = []
         for batch in (1, clients):
             server = PolicyServer(policy, policy.needs, about, Limits(waiting=clients, batch=batch))

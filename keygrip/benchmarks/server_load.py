@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from keygrip.benchmarks import server_clients
 from keygrip.benchmarks.inference import looking_down, untrained
 from keygrip.benchmarks.measuring import milliseconds
+from keygrip.benchmarks.server import START_S, closed
 from keygrip.config import compose
 from keygrip.models.policy import Policy
 from keygrip.runtime.server import PolicyServer
@@ -25,7 +25,6 @@ from keygrip.runtime.sessions import seeded
 
 log = logging.getLogger(__name__)
 
-START_S = 300.0  # limit for a process's start on a busy machine
 DONE_S = 3600.0
 
 
@@ -169,13 +168,6 @@ def _serve(overrides: list[str], clients: int, batch: int, parent: Connection) -
     server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, limits)
 
     async def until_closed() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def watch() -> None:
-            parent.poll(None)  # there is never a message: it ends when the other end is closed
-            loop.call_soon_threadsafe(stop.set)
-
-        threading.Thread(target=watch, daemon=True).start()
-        await server.serve("127.0.0.1", 0, stop, parent.send)
+        await server.serve("127.0.0.1", 0, closed(parent), parent.send)
 
     asyncio.run(until_closed())
