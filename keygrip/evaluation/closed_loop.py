@@ -67,7 +67,7 @@ class ConditionResult:
             kinds["by_height"] = _by_kind(self.episodes, lambda episode: _height_range(episode.height_cm))
         if joint_plans := sum(episode.joint_plans for episode in self.episodes):
             kinds["joint_plans"] = joint_plans / sum(episode.plans for episode in self.episodes)
-        return _rates(self.episodes) | {
+        return success_rates(self.episodes) | {
             "failures": dict(Counter(episode.failure for episode in self.episodes if episode.failure)),
             "episode_s_median": float(np.median([episode.seconds for episode in self.episodes])),
             "plan_ms_median": float(np.median([episode.plan_ms for episode in self.episodes])),
@@ -76,7 +76,7 @@ class ConditionResult:
         }
 
 
-def _rates(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+def success_rates(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     """Success rate with its 95 % Wilson interval, and the counts behind it."""
     won = sum(episode.success for episode in episodes)
     low, high = wilson_interval(won, len(episodes))
@@ -89,7 +89,7 @@ def _by_kind(episodes: Sequence[EpisodeResult], kind: Callable[[EpisodeResult], 
     groups: dict[str, list[EpisodeResult]] = {}
     for episode in episodes:
         groups.setdefault(kind(episode), []).append(episode)
-    return {name: _rates(groups[name]) for name in sorted(groups)}
+    return {name: success_rates(groups[name]) for name in sorted(groups)}
 
 
 def _height_range(height_cm: float) -> str:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from keygrip.evaluation.attribute_classifier import (
-    TrainedClassifier,
-    feature_distance,
-)
+from keygrip.evaluation.attribute_classifier import TrainedClassifier, feature_distance
 from keygrip.models.patch_dit.encoders import Encoders
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from keygrip.artifacts import write_json
 from keygrip.envs.metaworld.tasks import DIFFICULTY
-from keygrip.evaluation.closed_loop import ConditionResult, summarise
+from keygrip.evaluation.closed_loop import ConditionResult, success_rates, summarise
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
-from keygrip.evaluation.statistics import wilson_interval
 
 
 def write_report(results: list[ConditionResult], file: Path, tasks: bool) -> dict[str, Any]:
@@ -40,12 +39,8 @@ def over_tasks(results: Sequence[ConditionResult]) -> dict[str, Any]:
 
     def pooled(chosen: Sequence[ConditionResult]) -> dict[str, Any]:
         episodes = [episode for result in chosen for episode in result.episodes]
-        won = sum(episode.success for episode in episodes)
-        low, high = wilson_interval(won, len(episodes))
-        rates = [sum(episode.success for episode in each.episodes) / len(each.episodes) for each in chosen]
-        mean = sum(rates) / len(rates)
-        counts = {"tasks": len(chosen), "episodes": len(episodes), "successes": won}
-        return {"success_rate": mean, "success_low": low, "success_high": high, **counts}
+        mean = sum(success_rates(each.episodes)["success_rate"] for each in chosen) / len(chosen)
+        return success_rates(episodes) | {"success_rate": mean, "tasks": len(chosen)}
 
     groups: dict[str, list[ConditionResult]] = {}
     for result in results:
