@@ -9,7 +9,7 @@ computed, so that resuming is a number and neither workers nor ranks change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -26,8 +26,8 @@ from keygrip.data.shards.budget import (
     split_over_ranks,
     with_count,
 )
+from keygrip.data.shards.curriculum import Curriculum, Stage, check_stages
 from keygrip.data.shards.sampling import GlobalBatchSampler
-from keygrip.training.parts import data_part
 
 
 @dataclass(frozen=True)
@@ -54,29 +54,6 @@ class Component:
 
     def __len__(self) -> int:
         return len(self.bucket)
-
-
-@data_part
-@dataclass(frozen=True)
-class Stage:
-    """A part of the run in which the lead sources have their own proportions (a curriculum: easy ones first).
-
-    Args:
-        weights: by name of the lead source; one that is not named takes no part.
-        steps: how many batches it lasts; None: to the end.
-
-    Raises:
-        ValueError: weights that are negative or all zero, or no steps.
-    """
-
-    weights: Mapping[str, float]
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()) > 0:
-            raise ValueError(f"a stage of the curriculum needs weights of which one is above 0, not {self.weights}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"a stage of the curriculum lasts at least one step, not {self.steps}")
 
 
 class Mixture:
@@ -112,7 +89,7 @@ class Mixture:
     ) -> None:
         self.budget = budget
         self.components, self.batch_size, self.seed = list(components), batch_size, seed
-        self.curriculum: list[Stage] = []  # until it is known of how many batches an epoch is
+        self.curriculum: Curriculum | None = None  # until it is known of how many batches an epoch is
         self.window_shards = window_shards
         for part in self.components:
             if not len(part):
@@ -128,7 +105,13 @@ class Mixture:
             )
         if window_shards is not None and window_shards < 1:
             raise ValueError(f"window_shards must be at least 1, not {window_shards}")
-        self._check_curriculum(curriculum)
+        self.names = [part.name for part in self.components]
+        if curriculum:
+            check_stages(curriculum, {self.names[n] for n in self.lead})
+            if window_shards is not None:
+                raise ValueError(
+                    "a curriculum and window_shards cannot be combined: its stages draw their samples from everywhere"
+                )
         self.starts = np.cumsum([0, *(len(part) for part in self.components)])
         self.bucket = np.concatenate([part.bucket for part in self.components])
         self.length = np.concatenate([part.length for part in self.components])
@@ -141,29 +124,14 @@ class Mixture:
                 f"{batch_size}; lower data.batch_size"
             )
         self.samples = self.batches * batch_size  # of an epoch; of one pass with a budget
-        self.per_batch: list[float] = []  # with a budget and a curriculum: samples of a batch, by stage
+        filling: list[float] | None = None
         if budget is not None:
             self.samples = math.floor(leading / (1 - shares))
             filled = sum(map(len, self._filled(0)))
             self.batches = min(self.samples, filled + 1 + filled // SLACK)
-            self.per_batch = [self._samples_per_batch(stage) for stage in curriculum]
-        self.curriculum = list(curriculum)
-
-    def _check_curriculum(self, curriculum: Sequence[Stage]) -> None:
-        if not curriculum:
-            return
-        names = {self.components[n].name for n in self.lead}
-        if other := sorted({name for stage in curriculum for name in stage.weights} - names):
-            raise ValueError(
-                f"the curriculum names {', '.join(other)}; sources without a share are {', '.join(sorted(names))}"
-            )
-        ends = [stage.steps is not None for stage in curriculum]
-        if ends != [True] * (len(ends) - 1) + [False]:
-            raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
-        if self.window_shards is not None:
-            raise ValueError(
-                "a curriculum and window_shards cannot be combined: its stages draw their samples from everywhere"
-            )
+            filling = [self._samples_per_batch(stage) for stage in curriculum]
+        if curriculum:
+            self.curriculum = Curriculum(curriculum, self.batches, batch_size, filling)
 
     def counts(self, epoch: int) -> list[int]:
         """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
@@ -176,13 +144,13 @@ class Mixture:
         return counts
 
     def _total(self, epoch: int) -> int:
-        """Samples of an epoch: with a budget and a curriculum as many as its stages take."""
-        return sum(self._stage_totals(epoch)) if self.per_batch and self.curriculum else self.samples
+        """Samples of an epoch: with a curriculum as many as its stages take."""
+        return sum(self.curriculum.totals(epoch)) if self.curriculum else self.samples
 
     def _drawn(self, number: int, share: float, epoch: int) -> int:
         """Samples drawn from a component before an epoch: their mean over all offsets is its share of all samples."""
         offset = np.random.default_rng([self.seed, number, 1]).random()
-        if self.per_batch and self.curriculum:
+        if self.curriculum and self.budget is not None:  # epochs differ in how many samples they hold
             return math.floor(share * sum(self._total(past) for past in range(epoch)) + offset)
         return math.floor(share * self.samples * epoch + offset)
 
@@ -196,18 +164,12 @@ class Mixture:
         """So many samples of a stage, those that are mixed in with them, over the batches that they fill."""
         assert self.budget is not None
         counts = [0 if part.share is None else round(part.share * samples) for part in self.components]
-        counts = np.add(counts, self._by_weight(stage, samples - sum(counts))).tolist()
+        counts = np.add(counts, stage.counts(self.names, samples - sum(counts))).tolist()
         parts = [self._endless(n, len(part), 0, counts[n]) for n, part in enumerate(self.components)]
         pool = np.concatenate([start + part for start, part in zip(self.starts[:-1], parts, strict=True)])
         rng = np.random.default_rng([self.seed, 4])
         filled = len(pack_batches(rng.permutation(pool), self.sizes, self.budget, self.batch_size, rng))
         return len(pool) / (filled + 1 + filled // SLACK)
-
-    def _by_weight(self, stage: Stage, samples: int) -> list[int]:
-        """So many samples of a stage, by component."""
-        weights = np.array([stage.weights.get(part.name, 0.0) for part in self.components])
-        borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
-        return np.diff(np.round(borders * samples).astype(int)).tolist()
 
     def _lead_samples(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         order = rng.permutation(np.concatenate([np.arange(*self.starts[n : n + 2]) for n in self.lead]))
@@ -215,46 +177,13 @@ class Mixture:
         return np.resize(order, self.counts(epoch)[self.lead[0]])
 
     def epochs_of_stages(self) -> list[int]:
-        """Epochs that together hold batches of every stage: the first one, and the one in which each stage begins,
-        with the next where it goes on there."""
-        found, start = {0}, 0
-        for stage in self.curriculum:
-            epoch = start // self.batches
-            found.add(epoch)
-            if stage.steps is None or start + stage.steps > (epoch + 1) * self.batches:
-                found.add(epoch + 1)
-            start += stage.steps or 0
-        return sorted(found)
-
-    def _stages_of(self, epoch: int) -> list[tuple[int, int]]:
-        """The numbers of the stages that an epoch's batches belong to, each with how many of them."""
-        found, start = [], 0
-        first, last = epoch * self.batches, (epoch + 1) * self.batches
-        for number, stage in enumerate(self.curriculum):
-            stop = last if stage.steps is None else start + stage.steps
-            inside = min(stop, last) - max(start, first)
-            if inside > 0:
-                found.append((number, inside))
-            start = stop
-        return found
-
-    def _stage_totals(self, epoch: int) -> list[int]:
-        """Samples of each of the epoch's stages, mixed-in ones with them."""
-        if not self.per_batch:
-            return [self.batch_size * batches for _, batches in self._stages_of(epoch)]
-        # rounding takes a sample away here and there, and no batch may be empty
-        return [max(round(self.per_batch[n] * batches), batches + 2) for n, batches in self._stages_of(epoch)]
+        """Epochs that together hold batches of every stage; the first one without a curriculum."""
+        return self.curriculum.epochs() if self.curriculum else [0]
 
     def _staged_counts(self, epoch: int) -> list[list[int]]:
         """For each of the epoch's stages, samples of each component (zero for those that are mixed in)."""
-        lead, before = self.counts(epoch)[self.lead[0]], 0
-        rows: list[list[int]] = []
-        totals = self._stage_totals(epoch)
-        for (number, _), total in zip(self._stages_of(epoch), totals, strict=True):
-            before += total
-            here = round(lead * before / sum(totals)) - sum(sum(row) for row in rows)
-            rows.append(self._by_weight(self.curriculum[number], here))
-        return rows
+        assert self.curriculum is not None
+        return self.curriculum.counts(epoch, self.names, self.counts(epoch)[self.lead[0]])
 
     def _staged_samples(self, epoch: int, rng: np.random.Generator) -> list[np.ndarray]:
         """The lead samples of an epoch, by stage; every component goes on where it stood."""
@@ -332,7 +261,7 @@ class Mixture:
         found = self._filled(epoch)
         if not self.curriculum:
             return with_count(list(chain.from_iterable(found)), self.batches)
-        wanted = [batches for _, batches in self._stages_of(epoch)]
+        wanted = [batches for _, batches in self.curriculum.stages_of(epoch)]
         return list(chain.from_iterable(with_count(pool, count) for pool, count in zip(found, wanted, strict=True)))
 
     def parts(self, batch: np.ndarray, ranks: int) -> list[np.ndarray]:

@@ -19,13 +19,13 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import MEASURES, Budget, Shares, costliest
+from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.index import SPLITS
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     Component,
     MixedBatchSampler,
     Mixture,
-    Stage,
     padding_of,
 )
 from keygrip.data.shards.remote import folder_beside

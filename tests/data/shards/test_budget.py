@@ -19,7 +19,8 @@ from keygrip.data.shards.budget import (
     split_over_ranks,
     with_count,
 )
-from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, Stage, padding_of
+from keygrip.data.shards.curriculum import Stage
+from keygrip.data.shards.mixing import BucketedSampler, Component, MixedBatchSampler, Mixture, padding_of
 from keygrip.data.video_text.batching import rows_of
 
 BUDGET = Budget(frames=256, positions=4096)

@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
+from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     Component,
     MixedBatchSampler,
     Mixture,
-    Stage,
     bucketed,
     padded_share,
 )

@@ -13,7 +13,8 @@ from shard_sets import CharacterCollator, write_conversations
 
 from keygrip.data.batches import Turn
 from keygrip.data.shards.budget import Budget
-from keygrip.data.shards.mixing import Component, Mixture, Stage
+from keygrip.data.shards.curriculum import Stage
+from keygrip.data.shards.mixing import Component, Mixture
 from keygrip.data.shards.set_writer import settings_of
 from keygrip.data.video_text.batching import WithinBudget
 from keygrip.data.video_text.conversations import answer, read_sample
@@ -115,8 +116,9 @@ def told(frames: int, count: int) -> Component:
 def test_the_epochs_of_all_stages() -> None:
     stages = [Stage({"of 2": 1.0}, 40), Stage({"of 2": 0.5, "of 32": 0.5}, 10), Stage({"of 32": 1.0})]
     mixture = Mixture([told(2, 64), told(32, 16)], 8, 0, None, stages)
+    assert mixture.curriculum is not None
     epochs = mixture.epochs_of_stages()
-    assert {number for epoch in epochs for number, _ in mixture._stages_of(epoch)} == {0, 1, 2}
+    assert {number for epoch in epochs for number, _ in mixture.curriculum.stages_of(epoch)} == {0, 1, 2}
     assert max(epochs) <= 50 // mixture.batches + 1
     assert Mixture([told(2, 64)], 8).epochs_of_stages() == [0]
 
