@@ -79,6 +79,24 @@ def test_options_that_a_document_names_exist(path: Path) -> None:
     assert sorted(f"{group}={name}" for group, name in named if name not in group_options(group)) == []
 
 
+def unquoted(command: str) -> str:
+    """A line of shell without its quoted parts and its comment."""
+    return re.sub(r"(^|\s)#.*", "", re.sub(r"'[^']*'|\"[^\"]*\"", "", command))
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_survive_the_shell(path: Path) -> None:
+    """zsh, macOS's shell, refuses an unquoted [...] that matches no file; bash too makes two words of {a,b}."""
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^ *```bash\n(.*?)```", text)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert [line for line in lines if re.search(r"=\[|[{*?]", unquoted(line))] == []
+    inline = re.findall(r"`([^`]+)`", re.sub(r"(?s)```.*?```", "", text))
+    assert [line for line in inline if re.search(r"^[\w.+]+=\{\w+:[^}]*,", unquoted(line))] == []
+    commands = [line for line in inline if re.search(r"^[\w.+]+=\S+\s.*=|^(python|keygrip) ", line)]
+    assert [line for line in commands if re.search(r"=\[[^\]]*,", unquoted(line))] == []
+
+
 def strings_of(node: Any) -> Iterator[str]:
     if isinstance(node, dict | list):
         for child in node.values() if isinstance(node, dict) else node:
