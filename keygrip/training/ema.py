@@ -70,7 +70,7 @@ class EMA(Callback):
         self._put_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_out(pl_module)
+        self.take_out(pl_module)
 
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
@@ -79,10 +79,10 @@ class EMA(Callback):
         try:
             yield
         finally:
-            self._take_out(module)
+            self.take_out(module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_out(pl_module)
+        self.take_out(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self._own is None, "saved during validation, when the weights are not the run's own"
@@ -102,7 +102,7 @@ class EMA(Callback):
         """The whole EMA on the first process; the others take part in gathering it."""
         self._put_in(module)
         state = trainer.strategy.lightning_module_state_dict()
-        self._take_out(module)
+        self.take_out(module)
         return {name: state[name] for name in self._ema if name in state}
 
     @torch.no_grad()
@@ -115,7 +115,8 @@ class EMA(Callback):
             local(parameter).copy_(self._ema[name])
 
     @torch.no_grad()
-    def _take_out(self, module: LightningModule) -> None:
+    def take_out(self, module: LightningModule) -> None:
+        """Puts the weights themselves back where the EMA is in their place: after a validation, or in one that ends."""
         if self._own is None:
             return
         for name, parameter in _trainable(module).items():

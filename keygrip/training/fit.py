@@ -78,6 +78,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
     datamodule, module = _build(cfg, built.data, plain, resolved, resumed=resume is not None)
     trained = _trained_before(folder, resumed_step) if resume else {}
+    if resume is not None and resumed_step == cfg.max_steps and not trained and not no_validation(cfg):
+        log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, metadata_file)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import kept_by_step, read_checkpoint
+from keygrip.training.ema import EMA
 from keygrip.training.integrity import sign
 from keygrip.training.launch import queue_again
 from keygrip.training.monitors import non_finite_parameters
@@ -210,8 +211,9 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
 
 class SaveOnInterrupt(Callback):
     """Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed, and SIGUSR1, by which schedulers warn before they end a
-    job: finish the step, save, and say how to go on.
+    job: finish the step, or the batch of a validation, save, and say how to go on.
 
+    What is saved in a validation is the state of the training step before it; a resumed run leaves that validation out.
     A second Ctrl-C ends at once; under nohup SIGHUP is nothing. Processes agree on the step at which they stop. After
     SIGUSR1 a SLURM job is queued again; it then finds its run folder and goes on. With ``sbatch --requeue
     --signal=USR1@120`` SLURM sends it to what srun started, and not to other commands of the batch script.
@@ -235,6 +237,10 @@ class SaveOnInterrupt(Callback):
         if completes_step(trainer):
             self._stop_if_asked(trainer)
 
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not trainer.sanity_checking and completes_step(trainer):
+            self._stop_if_asked(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
@@ -246,13 +252,15 @@ class SaveOnInterrupt(Callback):
             raise KeyboardInterrupt
         if self._received != signal.SIGUSR1:  # after which the job is queued again, whatever follows
             self._received = number
-        log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
+        log.warning("%s: finishing this step or validation batch, then saving", signal.Signals(number).name)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         number = _largest(trainer, self._received or 0)
         if number == 0:
             return
         where = "nothing was saved: the run has no checkpoint callback"
+        if trainer.validating:
+            _leave_validation(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
@@ -265,6 +273,18 @@ class SaveOnInterrupt(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _leave_validation(trainer: Trainer) -> None:
+    """Weights and progress as where the last training batch ended, from where Lightning resumes exactly; in the middle
+    of a validation it would go on with a part of it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA):
+            callback.take_out(trainer.lightning_module)
+    loop = trainer.fit_loop.epoch_loop
+    loop.val_loop.batch_progress.reset()
+    for progress in (loop.batch_progress.total, loop.batch_progress.current):
+        progress.completed -= 1
 
 
 def _refuse_non_finite(trainer: Trainer) -> None:

@@ -22,6 +22,7 @@ from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.saving import SaveOnInterrupt
 from keygrip.training.signals import Interrupted
+from keygrip.training.results import read_result
 
 # What SLURM tells a job of one task.
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"} | {
@@ -135,6 +136,43 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
     assert_equal(state_of(folder), uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("stop_at", "more"),
+    [
+        pytest.param("8 2", (), id="mid-epoch"),
+        pytest.param("12 4", (), id="in the last batch of the last validation"),
+        pytest.param("12 1", ("max_steps=12",), id="after the last step"),
+        pytest.param("5 1", ("val_every_n_steps=5",), id="at the end of an epoch"),
+        pytest.param("10 0", ("val_every_n_steps=null",), id="by epochs"),
+        pytest.param("4 1", ("callbacks.checkpoint.every_n_steps=4",), id="saved before it"),
+        pytest.param("4 1", ("accumulate_grad_batches=2", "val_every_n_steps=2", "data.samples=48"), id="accumulated"),
+    ],
+)
+def test_a_signal_in_a_validation_saves_the_step_before_it_and_resumes_to_the_same_bits(
+    stop_at: str,
+    more: tuple[str, ...],
+    toy_overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    more = (*more, "callbacks.ema.decay=0.5")
+    train.run(compose("train", toy_overrides("whole", *more)))
+    overrides, step = toy_overrides("stopped", *more), stop_at.partition(" ")[0]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step}: saved .*last.ckpt"):
+        patch.setenv("TOY_STOP_IN_VALIDATION", stop_at)
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        train.run(compose("train", overrides))
+    train.run(compose("train", [*overrides, "resume=true"]))
+    assert_equal(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
+    metrics = [read_result(tmp_path / name)["metrics"] for name in ("stopped", "whole")]
+    if "max_steps=12" not in more:
+        assert metrics[0]["train/loss"] == metrics[1]["train/loss"]
+    left_out = step in ("10", "12")  # the last one
+    assert metrics[0].get("val/error") == (None if left_out else metrics[1]["val/error"])
+    assert ("no step is left" in caplog.text) == ("max_steps=12" in more)
+
+
 def test_under_nohup_a_closed_terminal_is_nothing(
     toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +190,9 @@ def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: py
     queued: list[bool] = []
     monkeypatch.setattr("keygrip.training.saving.queue_again", lambda: queued.append(True))
     strategy = SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, torch.tensor(signal.SIGUSR1)))
-    first = SimpleNamespace(world_size=2, is_global_zero=True, global_step=3, callbacks=[], strategy=strategy)
+    first = SimpleNamespace(
+        world_size=2, is_global_zero=True, global_step=3, callbacks=[], strategy=strategy, validating=False
+    )
     with pytest.raises(Interrupted, match="stopped by SIGUSR1 at step 3") as stop:
         SaveOnInterrupt()._stop_if_asked(first)  # type: ignore[arg-type]
     assert (stop.value.signal_number, queued) == (signal.SIGUSR1, [True])
