@@ -101,14 +101,16 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
     _advise(cfg)
     _announce(cfg, module, resume, resumed_step)
+    ended = False
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+        ended = True
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from stop
         raise
     finally:
-        finish(loggers)
+        finish(loggers, failed=not ended)
 
     metrics = kept.before | _headline(trainer, module)
     if trainer.is_global_zero:

@@ -143,12 +143,16 @@ def log_text(loggers: Iterable[Any], key: str, text: str, step: int) -> None:
             _writer(logger).add_text(key, text, step)
 
 
-def finish(loggers: Iterable[Any]) -> None:
-    """Ends what a logger would carry over into the next job of a sweep: W&B keeps one run for each process."""
+def finish(loggers: Iterable[Any], failed: bool) -> None:
+    """Ends what a logger would carry over into the next job of a sweep: W&B keeps one run for each process.
+
+    Args:
+        failed: the run did not come to its end; W&B shows it as failed then, until it is resumed.
+    """
     for logger in loggers:
         experiment = _writer(logger)
         if type(logger).__name__ == "WandbLogger" and hasattr(experiment, "finish"):
-            experiment.finish()
+            experiment.finish(exit_code=int(failed))
 
 
 def _writer(logger: Any) -> Any:

@@ -21,6 +21,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training import loggers
 from keygrip.training.monitors import GradientNorm
+from keygrip.training.signals import Interrupted
 
 IMAGE = np.full((4, 5, 3), 7, np.uint8)
 
@@ -40,8 +41,8 @@ class WandbLogger:
     def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int) -> None:
         self.calls.append((key, data[0][0], step))
 
-    def finish(self) -> None:
-        self.calls.append(("finish",))
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", exit_code))
 
 
 def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path) -> None:
@@ -50,9 +51,25 @@ def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path) -> 
     loggers.log_image(made, "val/x", IMAGE, 5)
     loggers.log_text(made, "val/y", "words", 5)
     assert loggers.takes_images(made)
-    loggers.finish(made)
+    loggers.finish(made, failed=False)
     settings = ("settings", {"model.width": 3, "model.sizes": "[1, 2]", "seed": 0})
-    assert made[0].calls == [settings, ("val/x", (4, 5, 3), 5), ("val/y", "words", 5), ("finish",)]
+    assert made[0].calls == [settings, ("val/x", (4, 5, 3), 5), ("val/y", "words", 5), ("finish", 0)]
+
+
+@pytest.mark.parametrize("signal_name", [None, "SIGTERM"])
+def test_wandb_is_told_whether_a_run_came_to_its_end(
+    signal_name: str | None, toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr("keygrip.training.fit.finish", lambda _, failed: found.append(failed))
+    if signal_name is None:
+        train.run(compose("train", toy_overrides("run", "max_steps=2")))
+    else:
+        monkeypatch.setenv("TOY_STOP_AT", "1")
+        monkeypatch.setenv("TOY_SIGNAL", signal_name)
+        with pytest.raises(Interrupted):
+            train.run(compose("train", toy_overrides("run", "max_steps=2")))
+    assert found == [signal_name is not None]
 
 
 def test_a_run_folder_keeps_its_wandb_run(tmp_path: Path) -> None:

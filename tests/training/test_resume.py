@@ -20,9 +20,9 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.results import read_result
 from keygrip.training.saving import SaveOnInterrupt
 from keygrip.training.signals import Interrupted
-from keygrip.training.results import read_result
 
 # What SLURM tells a job of one task.
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"} | {
