@@ -175,7 +175,7 @@ def test_an_arm_sees_through_the_corrections_that_it_was_trained_with(
     change[:3] = [[0, -1, 0, 0.01], [1, 0, 0, -0.02], [0, 0, 1, 0.03]]
     content = yaml.safe_load(calibration.read_text())
     hand = np.eye(4)
-    hand[:3] = [[0, 0, 1, 0.05], [1, 0, 0, 0], [0, 1, 0, -0.02]]
+    hand[:3] = [[0, 0, 1, 0.05], [1, 0, 0, 0.0], [0, 1, 0, -0.02]]
     over = content["cameras"]["over"]
     content["cameras"]["hand"] = {name: over[name] for name in ("width", "height", "intrinsics")}
     content["cameras"]["hand"] |= {"mounted_on": "right", "camera_to_gripper": hand.tolist()}
@@ -299,9 +299,13 @@ def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> No
         driver, camera = Driver(), Still()
         arm = YamArms({"right": driver}, {"over": camera}, calibration, control_hz=20.0)
         clock = [0.0]
-        arm.now = lambda clock=clock: clock[0]  # type: ignore[method-assign]
+        arm.now = lambda clock=clock: clock[0]  # type: ignore[method-assign, misc]
         arm.wait_until = lambda moment, clock=clock: clock.__setitem__(0, max(clock[0], moment))  # type: ignore
-        camera.taken = lambda arm=arm, fault=fault: min(arm.now(), 1.0) if fault == "camera" else arm.now()
+
+        def taken(arm: YamArms = arm, fault: str = fault) -> float:
+            return min(arm.now(), 1.0) if fault == "camera" else arm.now()
+
+        camera.taken = taken
 
         def plant(driver: Driver = driver, arm: YamArms = arm, fault: str = fault) -> bool:
             driver.dead = fault == "driver" and arm.now() >= 1.0
