@@ -17,6 +17,7 @@ Shape legend: A arms, T planned steps.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -72,12 +73,17 @@ class MotionLimits:
             elif not (math.isfinite(value) and value > 0):
                 raise ValueError(f"limits.{field.name} must be finite and above 0, got {value}")
         low, high = self.box()
-        if (low >= high).any():
-            axis = "xyz"[int(np.argmax(low >= high))]
-            raise ValueError(
-                f"limits: the workspace is empty along {axis} ({low[int(np.argmax(low >= high))]:g} m to "
-                f"{high[int(np.argmax(low >= high))]:g} m; table_height_m={self.table_height_m})"
-            )
+        for axis, least, most in zip("xyz", low, high, strict=True):
+            if least >= most:
+                raise ValueError(
+                    f"limits: the workspace is empty along {axis} ({least:g} m to {most:g} m; "
+                    f"table_height_m={self.table_height_m})"
+                )
+
+    @property
+    def axis_acceleration_m_s2(self) -> float:
+        """Of each axis of the position: with all three at it, the acceleration has the norm `acceleration_m_s2`."""
+        return self.acceleration_m_s2 / math.sqrt(3)
 
     def box(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper corner [3] of where the tool may be, metres; infinite where nothing bounds it."""
@@ -119,12 +125,6 @@ class LimitedMotion:
         pose = _checked_pose(np.asarray(pose, dtype=np.float64))
         self.position, self.rotation = pose[:3].copy(), Rotation.from_quat(pose[3:7], scalar_first=True)
 
-    def copy(self) -> LimitedMotion:
-        """An independent motion in the same state."""
-        other = LimitedMotion(self.limits, self.command())
-        other.velocity, other.turn_velocity = self.velocity.copy(), self.turn_velocity.copy()
-        return other
-
     def command(self) -> np.ndarray:
         """[8] the present command."""
         quaternion = self.rotation.as_quat(canonical=True, scalar_first=True)
@@ -154,7 +154,7 @@ class LimitedMotion:
 
     def hold(self, seconds: float) -> np.ndarray:
         """Brakes to a halt within the limits and stays there; returns the command [8]."""
-        change = self.limits.acceleration_m_s2 / math.sqrt(3) * seconds
+        change = self.limits.axis_acceleration_m_s2 * seconds
         speed = np.abs(self.velocity).max()
         self._advance(self.velocity * (max(0.0, speed - change) / speed if speed > 0 else 0.0), seconds)
         self._accelerate_turn(np.zeros(3), seconds)
@@ -162,34 +162,26 @@ class LimitedMotion:
 
     def move(self, goal: np.ndarray, seconds: float) -> None:
         """Moves the position alone towards a goal [3] for one control period."""
-        limits = self.limits
+        limits, most = self.limits, self.limits.axis_acceleration_m_s2 * seconds
         offset = np.clip(goal, self._low, self._high) - self.position
         distance = float(np.linalg.norm(offset))
         wanted = np.zeros(3)
         if distance > ROUNDING_M:
-            braking = _speed_that_stops_within(distance, limits.acceleration_m_s2 / math.sqrt(3), seconds)
-            speed = min(distance / seconds, limits.speed_m_s, max(braking, 0.0))
+            speed = min(distance / seconds, limits.speed_m_s)
             # a target closer than one period's braking distance is reached exactly
-            if distance / seconds <= limits.acceleration_m_s2 / math.sqrt(3) * seconds:
-                speed = min(distance / seconds, limits.speed_m_s)
+            if distance / seconds > most:
+                speed = min(speed, _speed_that_stops_within(distance, limits.axis_acceleration_m_s2, seconds))
             wanted = offset * (speed / distance)
         change = wanted - self.velocity
-        most = limits.acceleration_m_s2 / math.sqrt(3) * seconds
         share = min(1.0, most / max(float(np.abs(change).max()), 1e-300))
         self._advance(self.velocity + share * change, seconds)
 
     def _advance(self, velocity: np.ndarray, seconds: float) -> None:
         """Takes a velocity for one period, slowed before the walls of the workspace."""
-        rate = self.limits.acceleration_m_s2 / math.sqrt(3)
         for axis in range(3):
-            wall = self._high[axis] if velocity[axis] > 0 else self._low[axis]
-            room = abs(wall - self.position[axis])
-            outside = (
-                (self.position[axis] - self._high[axis])
-                if velocity[axis] > 0
-                else (self._low[axis] - self.position[axis])
-            )
-            most = 0.0 if outside >= 0 else _speed_that_stops_within(room, rate, seconds)
+            position = self.position[axis]
+            room = self._high[axis] - position if velocity[axis] > 0 else position - self._low[axis]
+            most = _speed_that_stops_within(room, self.limits.axis_acceleration_m_s2, seconds) if room > 0 else 0.0
             velocity[axis] = float(np.clip(velocity[axis], -most, most))
         self.velocity = velocity
         moved = self.position + velocity * seconds
@@ -254,7 +246,7 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
                 f"step {step + 1} of the plan lies {100 * beyond[step]:.1f} cm outside the workspace, at "
                 f"{np.round(plan.position[arm, step], 3).tolist()} m"
             )
-        trial, ticks = motion.copy(), 0
+        trial, ticks = copy(motion), 0  # a motion replaces its arrays and changes none in place
         for step in range(steps):
             goal, due = plan.position[arm, step], round((step + 1) * plan.step_seconds * control_hz)
             for _ in range(due - ticks):  # a step need not be a whole number of control periods
