@@ -16,57 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.spatial.transform import Rotation, Slerp
 
-from keygrip.models.policy import Observation, Plan, UnderWay, arm_axis
+from keygrip.models.policy import Observation, Plan, UnderWay
 from keygrip.robots.joint_arms import JointArms
-from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, placed, waypoints_of
+from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, observed_poses, placed, waypoints_of
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
+from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, blended, check_grip, executed_steps, gripped
 
-ROUNDING_S = 1e-6
 LATENCIES_KEPT = 8  # the next plan is expected to take as long as the slowest of this many
-
-
-class Trajectory:
-    """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening when it is reached.
-
-    Args:
-        times: [T + 1] seconds, rising. poses: [T + 1, A, W], the first where the motion begins.
-        arms: where their joints put the tools; needed where there are joints.
-    """
-
-    def __init__(self, times: np.ndarray, poses: np.ndarray, arms: JointArms | None = None) -> None:
-        self.times, self.poses, self.arms = times, poses, arms
-        self._turns = [
-            Slerp(times, Rotation.from_quat(poses[:, arm, 3:7], scalar_first=True)) for arm in range(poses.shape[1])
-        ]
-
-    def at(self, moment: float) -> np.ndarray:
-        """[A, W] at a moment; the first pose before the beginning, the last one after the end."""
-        times, poses = self.times, self.poses
-        moment = float(np.clip(moment, times[0], times[-1]))
-        index = min(max(int(np.searchsorted(times, moment - ROUNDING_S)), 1), len(times) - 1)
-        share = float(np.clip((moment - times[index - 1]) / (times[index] - times[index - 1]), 0, 1))
-        eased = share * share * (3 - 2 * share)
-        pose = poses[index - 1] + eased * (poses[index] - poses[index - 1])
-        when = times[index - 1] + eased * (times[index] - times[index - 1])
-        for arm, turn in enumerate(self._turns):
-            pose[arm, 3:7] = turn(np.clip(when, times[0], times[-1])).as_quat(scalar_first=True)
-        pose[:, 7] = poses[index if moment >= times[index] - ROUNDING_S else index - 1, :, 7]
-        return placed(np.asarray(pose), self.arms)
-
-
-def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
-    """Between two poses [A, W], `share` of the new one, at most 1; the gripper's opening is the new one's. The joints
-    are left out where one of the two has none."""
-    width = min(old.shape[1], new.shape[1])
-    old, new = old[:, :width], new[:, :width]
-    pose = old + share * (new - old)
-    for arm in range(len(pose)):
-        turns = Rotation.from_quat(np.stack([old[arm, 3:7], new[arm, 3:7]]), scalar_first=True)
-        pose[arm, 3:7] = Slerp([0.0, 1.0], turns)(share).as_quat(scalar_first=True)
-    pose[:, 7] = new[:, 7]
-    return np.asarray(pose)
 
 
 @dataclass
@@ -113,11 +70,7 @@ class ChunkExecution:
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= least):
                 raise ValueError(f"execution.{name} is at least {least:g}, got {value}")
-        if (self.grip_below is None) != (self.release_above is None):
-            raise ValueError("execution.grip_below and execution.release_above are given together or not at all.")
-        if self.grip_below is not None and self.release_above is not None and self.grip_below > self.release_above:
-            raise ValueError("execution.grip_below must not exceed execution.release_above.")
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        check_grip(self.grip_below, self.release_above, "execution")
         self._waits: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.all_latencies: list[float] = []
         self._asked_from: np.ndarray | None = None
@@ -151,7 +104,7 @@ class ChunkExecution:
     @property
     def expected_latency_s(self) -> float:
         """Of the next plan, from its observation to its arrival: the longest of the last few."""
-        return max(self._latencies, default=0.0)
+        return max(self.all_latencies[-LATENCIES_KEPT:], default=0.0)
 
     @property
     def expected_wait_s(self) -> float:
@@ -184,7 +137,7 @@ class ChunkExecution:
         if commanded is not None:
             self._target = np.array(commanded, float)
         elif self._target is None:
-            self._target = _pose_of(observation)
+            self._target = observed_poses(observation)
         if self._gripper is None:
             self.reset_gripper(self._target[:, 7])
         self._take(self.planner.poll(now), now)
@@ -212,11 +165,10 @@ class ChunkExecution:
         if outcome.error is not None:
             raise outcome.error
         assert outcome.plan is not None
-        observed = float(outcome.request.observation.get("time_s", outcome.request.time_s))
-        self._latencies.append(now - observed)
+        observed_s = float(outcome.request.observation.get("time_s", outcome.request.time_s))
         self._waits.append(now - outcome.request.time_s)
-        self.all_latencies.append(now - observed)
-        plan = replace(outcome.plan, time_s=observed if self.asynchronous else now)
+        self.all_latencies.append(now - observed_s)
+        plan = replace(outcome.plan, time_s=observed_s if self.asynchronous else now)
         in_terms = followed(plan, self.follow, self.arms)
         if self.accept is not None:
             self.accept(in_terms, now)
@@ -237,18 +189,8 @@ class ChunkExecution:
         poses[0, :, 7] = self._gripper  # the last opening asked for: the command may be on its way, the plan be older
         self._previous = self._current if self.asynchronous else None
         self._current, self._blend_from = Trajectory(times, poses, self.arms), now
-        self._due = self._end_of_execution(times, poses, plan.step_seconds)
-
-    def _end_of_execution(self, times: np.ndarray, poses: np.ndarray, step_seconds: float) -> float:
-        moved, steps, execute = 0.0, len(times) - 1, max(1, round(self.execute_seconds / step_seconds))
-        due = float(times[0])
-        for step in range(steps):
-            still = moved < self.still_distance_m and step < steps - 1
-            if step >= execute and not still:
-                break
-            moved += float(np.linalg.norm(poses[step + 1, :, :3] - poses[step, :, :3], axis=1).max())
-            due = float(times[step + 1])
-        return due
+        execute = max(1, round(self.execute_seconds / plan.step_seconds))
+        self._due = float(times[executed_steps(poses[:, :, :3], execute, self.still_distance_m)])
 
     def _read(self, moment: float) -> np.ndarray:
         assert self._current is not None
@@ -266,16 +208,6 @@ class ChunkExecution:
                 pose = placed(blended(before, pose, share), self.arms)
             elif reached:
                 self._previous = None
-        if self.grip_below is not None and self.release_above is not None:
-            gripper = pose[:, 7]
-            pose[:, 7] = np.where(
-                gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
-            )
+        pose[:, 7] = gripped(pose[:, 7], self._gripper, self.grip_below, self.release_above)
         self._gripper = pose[:, 7].copy()
         return pose
-
-
-def _pose_of(observation: Observation) -> np.ndarray:
-    """[A, 8] the present pose."""
-    position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
-    return np.concatenate([position, quaternion, arm_axis(observation["gripper"], 0)[:, None]], axis=1)

@@ -18,8 +18,8 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Observation, Plan, Policy, arm_axis
 from keygrip.robots.joint_arms import JointArms
-from keygrip.runtime.asynchronous import ROUNDING_S, Trajectory
-from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, placed, waypoints_of
+from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, observed_poses, placed, waypoints_of
+from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, check_grip, executed_steps, gripped
 from keygrip.training.parts import ReadWhere
 
 
@@ -68,10 +68,7 @@ class RecedingHorizon:
         check_follow(self.follow, "control.follow")
         if not (np.isfinite(self.execute_seconds) and self.execute_seconds > 0):
             raise ValueError(f"control.execute_seconds is above 0, got {self.execute_seconds}.")
-        if (self.grip_below is None) != (self.release_above is None):
-            raise ValueError("control.grip_below and control.release_above are given together or not at all.")
-        if self.grip_below is not None and self.release_above is not None and self.grip_below > self.release_above:
-            raise ValueError("control.grip_below must not exceed control.release_above.")
+        check_grip(self.grip_below, self.release_above, "control")
         self.reset()
 
     def reset(self) -> None:
@@ -112,47 +109,31 @@ class RecedingHorizon:
             (start, old) for start, old in self._history if start + old.gripper.shape[1] * old.step_seconds > self._time
         ]
         if self._commanded is None:
-            self._commanded = np.concatenate(
-                [
-                    arm_axis(observation["position"], 1),
-                    arm_axis(observation["quaternion"], 1),
-                    arm_axis(observation["gripper"], 0)[:, None],
-                ],
-                axis=1,
-            )
+            self._commanded = observed_poses(observation)
             if self.grip_below is not None:
                 self._gripper = self._commanded[:, 7] = np.where(self._commanded[:, 7] < 0.5, 0.0, 1.0)
         if plan.joints is None:
             self._commanded = self._commanded[:, :POSE]
         elif self._commanded.shape[1] == POSE:
             self._commanded = np.concatenate([self._commanded, arm_axis(observation["joints"], 1)], axis=1)
-        moved, steps, poses = 0.0, plan.gripper.shape[1], [self._commanded]
-        execute_steps = max(1, round(self.execute_seconds / plan.step_seconds))
-        for step in range(steps):
-            still = moved < self.still_distance_m and step < steps - 1
-            if step >= execute_steps and not still:
-                break
-            waypoint = self._waypoint(plan, step)
-            moved += float(np.linalg.norm(waypoint[:, :3] - poses[-1][:, :3], axis=1).max())
-            poses.append(waypoint)
+        waypoints = [self._waypoint(plan, step) for step in range(plan.gripper.shape[1])]
+        poses = np.stack([self._commanded, *waypoints])
+        execute = max(1, round(self.execute_seconds / plan.step_seconds))
+        poses = poses[: executed_steps(poses[:, :, :3], execute, self.still_distance_m) + 1]
+        if self._gripper is not None:
+            for pose in poses[1:]:
+                pose[:, 7] = self._gripper = gripped(pose[:, 7], self._gripper, self.grip_below, self.release_above)
         self._commanded = poses[-1]
         # read off by time: the steps of a plan need not be whole control periods
-        way = Trajectory(plan.step_seconds * np.arange(len(poses)), np.stack(poses), self.arms)
+        way = Trajectory(plan.step_seconds * np.arange(len(poses)), poses, self.arms)
         periods = math.ceil(way.times[-1] * self.control_hz - ROUNDING_S)
         self._queue.extend(way.at(tick / self.control_hz) for tick in range(1, periods + 1))
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
-        """The waypoint ``[A, W]`` of one step: ensembled if asked for, the gripper's command latched."""
-        waypoint = waypoints_of(plan)[:, step]
+        """The waypoint ``[A, W]`` of one step, ensembled if asked for."""
         if self.ensemble and len(self._history) > 1:
-            waypoint = placed(self._ensembled(plan, step), self.arms)
-        gripper = waypoint[:, 7]
-        if self._gripper is not None and self.grip_below is not None and self.release_above is not None:
-            self._gripper = np.where(
-                gripper < self.grip_below, 0.0, np.where(gripper > self.release_above, 1.0, self._gripper)
-            )
-            waypoint[:, 7] = self._gripper
-        return waypoint
+            return placed(self._ensembled(plan, step), self.arms)
+        return waypoints_of(plan)[:, step]
 
     def _ensembled(self, plan: Plan, step: int) -> np.ndarray:
         moment = self._time + (step + 1) * plan.step_seconds

@@ -17,11 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keygrip.artifacts import atomic_path, atomic_write
-from keygrip.models.policy import Plan, Policy, arm_axis
-from keygrip.runtime.asynchronous import ROUNDING_S, Trajectory
+from keygrip.models.policy import Plan, Policy
 from keygrip.runtime.limits import LONGEST_PLAN_S, LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
-from keygrip.runtime.plan_terms import POSE, Follow, followed, waypoints_of
+from keygrip.runtime.plan_terms import POSE, Follow, followed, observed_poses, waypoints_of
 from keygrip.runtime.robot import JointRobot, Robot
+from keygrip.runtime.trajectory import ROUNDING_S, Trajectory
 
 TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
 
@@ -77,14 +77,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
         plan = followed(plan, follow, arms)
     except UnsafePlanError as error:
         plan, refused = replace(plan, joints=None), str(error)
-    start = np.concatenate(
-        [
-            arm_axis(observation["position"], 1),
-            arm_axis(observation["quaternion"], 1),
-            arm_axis(observation["gripper"], 0)[:, None],
-        ],
-        axis=1,
-    )
+    start = observed_poses(observation)
     motions = [] if limits is None else [LimitedMotion(limits, pose) for pose in start]
     if motions:
         try:

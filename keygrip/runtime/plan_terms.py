@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from keygrip.models.policy import Needs, Plan
+from keygrip.models.policy import Needs, Observation, Plan, arm_axis
 from keygrip.robots.joint_arms import JointArms
 from keygrip.runtime.limits import UnsafePlanError
 
@@ -96,6 +96,12 @@ def followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
             f"plan's poses: {why}"
         )
     return replace(plan, joints=joints, position=poses[..., :3], quaternion=poses[..., 3:])
+
+
+def observed_poses(observation: Observation) -> np.ndarray:
+    """[A, 8] the poses and gripper openings that an observation shows."""
+    position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
+    return np.concatenate([position, quaternion, arm_axis(observation["gripper"], 0)[:, None]], axis=1)
 
 
 def waypoints_of(plan: Plan) -> np.ndarray:
