@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.models.policy import Plan, arm_axis
+from keygrip.models.policy import Plan
 from keygrip.robots.joint_motion import JointMotionError
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
-from keygrip.runtime.plan_terms import POSE
+from keygrip.runtime.plan_terms import POSE, observed_poses
 from keygrip.runtime.robot import JointRobot, Robot, RobotLostError
 from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, TakeoverLostError, moved_by
 from keygrip.runtime.watchdog import State, Watchdog
@@ -108,9 +108,8 @@ class ControlLoop:
         self.execution.accept, self.execution.arms = self._accept, self._jointed
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
-        self._event: str | None = None  # a fault that lasts until the next plan is there
-        self._corrected = self._seen = self._lost = False
-        self._fresh = True  # whether the last observation is one of now
+        self._plan_fault: str | None = None  # of a plan or a command: until the next plan, or a person, is there
+        self._lost = False  # the robot has not been seen since it did not answer
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
         """Runs for so many seconds of the robot's clock, or until `over`.
@@ -119,18 +118,16 @@ class ControlLoop:
             RobotLostError: the robot does not answer at the start; nothing has moved.
         """
         robot, period = self.robot, 1.0 / self.robot.control_hz
-        observation = robot.observe(images=False)
-        self._rest(observation)
+        self._rest(robot.observe(images=False))
         start = due = now = robot.now()
         ticks = late = corrected = 0
-        last: dict[str, Any] = observation
         try:
             while now - start < seconds - 1e-9 and not over():
-                last = self._tick(last, now, max(0.0, now - due))
-                late += now - due > 0.5 * period
-                corrected += self._corrected
+                tick = self._tick(now, max(0.0, now - due))
                 ticks += 1
-                if self.watchdog.state is State.STOPPED:
+                late += tick.late_s > 0.5 * period
+                corrected += tick.corrected
+                if tick.state is State.STOPPED:
                     break
                 # lost time is not made up: the arm would exceed its limits
                 due = max(due, now) + period
@@ -154,57 +151,55 @@ class ControlLoop:
 
     # ---- one period --------------------------------------------------------------------------------------------------
 
-    def _tick(self, last: dict[str, Any], now: float, late_s: float) -> dict[str, Any]:
-        observation, fault = self._observe(last, now)
+    def _tick(self, now: float, late_s: float) -> Tick:
+        images = self.execution.wants_plan(now) or self.recorder is not None
+        observation, fault = self._observe(now, images)
         correction: Correction | None = None
         if self.takeover is not None and fault is None:
             try:
                 correction = self.takeover.read(now, self._command)
             except TakeoverLostError as error:
                 fault = str(error)
+        target: np.ndarray | None = None
         if fault is not None:
             self.execution.drop()
-        target: np.ndarray | None = None
-        if correction is not None:
+        elif correction is not None:
             target = self._correct(correction)
-        elif fault is None:
-            if self._corrected:
-                self.execution.reset_gripper(self._command[:, 7])
-            target, fault = self._follow(observation, now)
-        self._corrected = correction is not None
-        state = self.watchdog.update(now, fault or (None if correction is not None else self._event))
+        else:
+            target = self._follow(observation, now, images)
+        state = self.watchdog.update(now, fault or self._plan_fault)
         if state is not State.RUNNING:
             target = None
         self._send(target)
+        if correction is not None:
+            self.execution.reset_gripper(self._command[:, 7])
         # what was seen while the arm was held is kept too: without it the poses on both sides would stand side by side
-        if self.recorder is not None and "image" in observation and self._fresh and state is not State.STOPPED:
+        if self.recorder is not None and "image" in observation and state is not State.STOPPED:
             self.recorder.add(observation, self._command, correction is not None and state is State.RUNNING, now)
+        shown = None if target is None else target[:, :POSE]
+        tick = Tick(now, shown, self._command.copy(), state, correction is not None, late_s)
         if self.on_tick is not None:
-            shown = None if target is None else target[:, :POSE]
-            self.on_tick(Tick(now, shown, self._command.copy(), state, correction is not None, late_s))
+            self.on_tick(tick)
         if state is State.STOPPED:
             log.error("stopped: %s", self.watchdog.reason)
-        return observation
+        return tick
 
-    def _observe(self, last: dict[str, Any], now: float) -> tuple[dict[str, Any], str | None]:
-        """The present observation, or the last one, and what is wrong with it."""
+    def _observe(self, now: float, images: bool) -> tuple[dict[str, Any], str | None]:
+        """The present observation, empty where it cannot be used, and the fault, None where there is none."""
         settings = self.watchdog.settings
-        self._fresh = False
         try:
-            self._seen = self.execution.wants_plan(now) or self.recorder is not None
-            observation = self.robot.observe(images=self._seen)
+            observation = self.robot.observe(images=images)
         except RobotLostError as error:
             self._lost = True
-            return last, f"lost the robot: {error}"
+            return {}, f"lost the robot: {error}"
         age = self.robot.now() - float(observation["time_s"])  # a driver that hangs, or waits for a camera, took time
         if not age >= -1.0 / self.robot.control_hz:  # also a time that is not a number
-            return observation, f"the observation is {-age:.2f} s ahead of the robot's clock"
+            return {}, f"the observation is {-age:.2f} s ahead of the robot's clock"
         if age > settings.stale_seconds:
-            return observation, f"stale observation: {age:.2f} s old"
+            return {}, f"stale observation: {age:.2f} s old"
         for name in ("position", "quaternion", "gripper"):
             if not np.isfinite(np.asarray(observation[name], float)).all():
-                return observation, f"the observation's {name} is not finite"
-        self._fresh = True
+                return {}, f"the observation's {name} is not finite"
         if self._lost:  # it may have sunk, or been pushed, meanwhile: from the old command it would jump back
             self._rest(observation, gripper=self._command[:, 7:])
             self._lost = False
@@ -213,29 +208,29 @@ class ControlLoop:
             return observation, f"stuck policy: a plan has taken {now - busy:.1f} s"
         return observation, None
 
-    def _follow(self, observation: dict[str, Any], now: float) -> tuple[np.ndarray | None, str | None]:
-        """The plan's target for this period, or the fault."""
+    def _follow(self, observation: dict[str, Any], now: float, images: bool) -> np.ndarray | None:
+        """The plan's target for this period; None: there is a fault of the plan."""
         command = self._command
         if self._jointed is not None:
             command = np.concatenate([command, self._jointed.commanded_joints], axis=1)
         try:
-            target = self.execution.target(observation, now, command, may_ask=self._seen)
+            target = self.execution.target(observation, now, command, may_ask=images)
         except ConnectionError as error:
-            self._event = f"lost the policy: {error}"
+            self._plan_fault = f"lost the policy: {error}"
         except UnsafePlanError as error:
-            self._event = f"unsafe plan: {error}"
+            self._plan_fault = f"unsafe plan: {error}"
         except Exception as error:
-            self._event = f"the policy failed: {type(error).__name__}: {error}"
+            self._plan_fault = f"the policy failed: {type(error).__name__}: {error}"
         else:
             if self.execution.has_plan:
-                self._event = None
-            return target, None
+                self._plan_fault = None
+            return target
         self.execution.drop()
-        return None, self._event
+        return None
 
     def _correct(self, correction: Correction) -> np.ndarray:
         self.execution.drop()
-        self._event = None
+        self._plan_fault = None
         return moved_by(self._command, correction, 1.0 / self.robot.control_hz)
 
     # ---- motion ------------------------------------------------------------------------------------------------------
@@ -243,10 +238,9 @@ class ControlLoop:
     def _rest(self, observation: dict[str, Any], gripper: np.ndarray | None = None) -> None:
         """The arm is at rest where it is seen; `gripper` [A, 1]: its command, None: the opening that is seen, which is
         wider than the command where something is held."""
-        position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
-        if gripper is None:
-            gripper = arm_axis(observation["gripper"], 0)[:, None]
-        self._command = np.concatenate([position, quaternion, gripper], axis=1)
+        self._command = observed_poses(observation)
+        if gripper is not None:
+            self._command[:, 7:] = gripper
         if self.limits is not None:
             self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
 
@@ -286,7 +280,7 @@ class ControlLoop:
 
     def _refused(self, fault: str) -> None:
         """The arm is still under the last command: the limited motion goes back there."""
-        self._event = fault
+        self._plan_fault = fault
         self.execution.drop()
         for motion, pose in zip(self._motions, self._command, strict=False):
             motion.reset(pose)

@@ -397,6 +397,28 @@ def test_a_correction_moves_the_arm_and_is_recorded_and_weighted(tmp_path: Path)
     assert not demo.intervention[weighted_frames(frames, demo.intervention, 0.0)].any()
 
 
+def test_a_fault_after_a_correction_leaves_the_gripper_as_the_person_left_it() -> None:
+    """The policy's half-open command, within the dead band, keeps the gripper as it is: closed by the person."""
+
+    class HalfOpen(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            plan.gripper[:] = 0.5
+            return plan
+
+    class Glitch(PointArm):
+        def observe(self, images: bool = True) -> dict[str, Any]:
+            self.lost = self.ticks == 20  # the period after the correction
+            return super().observe(images)
+
+    robot = Glitch()
+    report = loop_of(HalfOpen(), robot, takeover=Script()).run(4.0)
+    assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING]
+    openings = np.array(robot.sent)[:, 7]
+    np.testing.assert_array_equal(openings[:10], 1.0)
+    np.testing.assert_array_equal(openings[12:], 0.0)
+
+
 def test_an_arm_that_a_person_drove_stops_with_their_device(tmp_path: Path) -> None:
     class Unplugged(Script):
         def read(self, now: float, command: np.ndarray) -> Correction | None:
