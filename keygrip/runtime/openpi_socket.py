@@ -13,8 +13,9 @@ from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from keygrip.models.policy import Policy
 from keygrip.runtime import openpi
-from keygrip.runtime.service import PolicyService, Refusal
-from keygrip.runtime.sessions import SessionError, checked_seed
+from keygrip.runtime.refusal import Refusal
+from keygrip.runtime.service import PolicyService
+from keygrip.runtime.sessions import checked_seed
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,6 @@ async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, pol
                 answer = openpi.encode_plan(plan, 1e3 * (time.perf_counter() - began))
         except Refusal as refusal:
             status, answer = refusal.status, f"{refusal.status}: {refusal.sentence}"
-        except SessionError as error:
-            status, answer = error.status, f"{error.status}: {error}"
         except Exception as error:  # as HTTP answers it: the conversation goes on
             log.error("a message could not be answered", exc_info=error)
             status, answer = 500, f"500: the server failed: {type(error).__name__}"

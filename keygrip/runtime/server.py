@@ -27,8 +27,9 @@ from keygrip.models.policy import Needs, Policy
 from keygrip.runtime import metrics
 from keygrip.runtime.openpi_socket import converse
 from keygrip.runtime.plausibility import Bounds
-from keygrip.runtime.service import Limits, PolicyService, Refusal
-from keygrip.runtime.sessions import SessionError, checked_seed
+from keygrip.runtime.refusal import Refusal
+from keygrip.runtime.service import Limits, PolicyService
+from keygrip.runtime.sessions import checked_seed
 from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_request, encode_plan
 
 log = logging.getLogger(__name__)
@@ -128,68 +129,52 @@ class PolicyServer:
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Who may ask, how many at once, and a sentence for every refusal; counts the answers."""
-        if request.path == "/" and not self._refused(request):  # a conversation counts its own answers
-            try:
-                return await handler(request)
-            except Refusal as refusal:
-                return self._counted(_refusal(refusal))
-        self._in_progress += 1
+        """Answers every refusal with a sentence, and counts the answers."""
+        conversation = request.path == "/"  # it may last, and counts its own answers
+        self._in_progress += not conversation
         try:
-            return self._counted(await self._response(request, handler))
+            response = await self._response(request, handler)
         finally:
-            self._in_progress -= 1
+            self._in_progress -= not conversation
+        if not isinstance(response, web.WebSocketResponse):
+            self.service.metrics.answers["http", response.status] += 1
+        return response
 
     async def _response(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        refused = self._refused(request)
-        if refused:
-            response = _refusal(refused)
-            if request.can_read_body:
-                response.force_close()
-            return response
-        if self._in_progress > self.limits.requests:
-            return _refusal(
-                Refusal(503, f"more than {self.limits.requests} requests at once: ask again in a moment", again=True)
-            )
         try:
+            self._admit(request)
             return await handler(request)
         except Refusal as refusal:
-            response = _refusal(refusal)
-            if refusal.status in (408, 413):
-                response.force_close()
-            return response
-        except SessionError as error:
-            return _refusal(Refusal(error.status, str(error)))
-        except web.HTTPRequestEntityTooLarge:
-            response = _refusal(self._too_large())
-            response.force_close()
-            return response
+            refused = refusal
         except web.HTTPNotFound:
-            return _refusal(Refusal(404, PLACES))
+            refused = Refusal(404, PLACES)
         except web.HTTPMethodNotAllowed:
-            return _refusal(Refusal(405, PLACES))
+            refused = Refusal(405, PLACES)
         except (ConnectionError, ClientConnectionError, BadHttpMessage, TransferEncodingError) as error:
             self.service.metrics.disconnects += 1
             log.info("%s went away before its request had arrived (%s)", request.remote, type(error).__name__)
-            response = web.Response(status=400)
-            response.force_close()
-            return response
-
-    def _refused(self, request: web.Request) -> Refusal | None:
-        """Why this client is not answered at all."""
-        if self._token is None or request.path == "/healthz":
-            return None
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        # openpi's client sends its api_key as "Api-Key"
-        if scheme.lower() in ("bearer", "api-key") and hmac.compare_digest(
-            given.encode(errors="surrogateescape"), self._token.encode()
-        ):
-            return None
-        return Refusal(401, "the header Authorization must say: Bearer, and the server's token")
-
-    def _counted(self, response: web.StreamResponse) -> web.StreamResponse:
-        self.service.metrics.answers["http", response.status] += 1
+            gone = web.Response(status=400)
+            gone.force_close()
+            return gone
+        response = web.json_response({"error": refused.sentence}, status=refused.status)
+        if refused.again:
+            response.headers["Retry-After"] = "1"
+        if refused.status in (408, 413) or (refused.status == 401 and request.can_read_body):
+            response.force_close()  # the rest of the body is not read
         return response
+
+    def _admit(self, request: web.Request) -> None:
+        """Raises Refusal: the client has no token, or too many requests are in progress."""
+        if self._token is not None and request.path != "/healthz":
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            # openpi's client sends its api_key as "Api-Key"
+            if scheme.lower() not in ("bearer", "api-key") or not hmac.compare_digest(
+                given.encode(errors="surrogateescape"), self._token.encode()
+            ):
+                raise Refusal(401, "the header Authorization must say: Bearer, and the server's token")
+        if self._in_progress > self.limits.requests and request.path != "/":
+            sentence = f"more than {self.limits.requests} requests at once: ask again in a moment"
+            raise Refusal(503, sentence, again=True)
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         if "Origin" in request.headers:  # browsers let any web page open websockets to any address, and say so here
@@ -246,20 +231,13 @@ class PolicyServer:
             raise Refusal(415, f"the header Content-Type must say {kind}")
         if "Content-Encoding" in request.headers:
             raise Refusal(415, "compressed bodies are not taken")
+        large = Refusal(413, f"the body is larger than {self.limits.request_mb:g} MB: send smaller images")
         if request.content_length is not None and request.content_length > self.limits.request_bytes:
-            raise self._too_large()
+            raise large
         try:
             async with asyncio.timeout(self.limits.read_s):
                 return await request.read()
         except TimeoutError:
             raise Refusal(408, f"the body did not arrive within {self.limits.read_s:g} s") from None
-
-    def _too_large(self) -> Refusal:
-        return Refusal(413, f"the body is larger than {self.limits.request_mb:g} MB: send smaller images")
-
-
-def _refusal(refusal: Refusal) -> web.Response:
-    response = web.json_response({"error": refusal.sentence}, status=refusal.status)
-    if refusal.again:
-        response.headers["Retry-After"] = "1"
-    return response
+        except web.HTTPRequestEntityTooLarge:  # of a body whose length was not said
+            raise large from None

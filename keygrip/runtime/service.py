@@ -1,7 +1,7 @@
 """What both protocols of the policy server share: from an encoded observation to a plan or a refusal.
 
 Decoding runs in threads of its own, so that the event loop answers `/health` meanwhile; the policy runs in another
-(`planning`); what goes in and what comes out is held to the training data (`plausibility`).
+(`batch_planner`); what goes in and what comes out is held to the training data (`plausibility`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from keygrip.models.policy import Needs, Observation, Plan, Policy, UnderWay, co
 from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
 from keygrip.runtime.metrics import Metrics
 from keygrip.runtime.plausibility import Bounds, ImplausibleError, masks_views
+from keygrip.runtime.refusal import Refusal
 from keygrip.runtime.sessions import Sessions, seeded, stochastic
 from keygrip.runtime.wire import Entry, WireError, entries_of, under_way_entries
 
@@ -68,14 +69,6 @@ class Limits:
     def request_bytes(self) -> int:
         """`request_mb` in bytes."""
         return int(self.request_mb * 1e6)
-
-
-class Refusal(Exception):
-    """An answer without a plan: a status of HTTP, a sentence, and whether to ask again soon."""
-
-    def __init__(self, status: int, sentence: str, again: bool = False) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence, self.again = status, sentence, again
 
 
 class PolicyService:

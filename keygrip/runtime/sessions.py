@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from keygrip.models.policy import Policy
+from keygrip.runtime.refusal import Refusal
 
 LARGEST_SEED = 2**62
-
-
-class SessionError(ValueError):
-    """No such session, or none to be had. `status` is that of HTTP."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(eq=False)
@@ -77,31 +70,31 @@ class Sessions:
         """The name of a new session.
 
         Raises:
-            SessionError: too many are open.
+            Refusal: too many are open.
         """
         if len(self) >= self._most:
-            raise SessionError(503, f"{self._most} sessions are open: close one (DELETE /session), or ask again later")
+            raise Refusal(503, f"{self._most} sessions are open: close one (DELETE /session), or ask again later")
         name = secrets.token_urlsafe(16)
         self._open[name] = Session(seeded(policy, seed), time.monotonic())
         return name
 
     def restart(self, name: str, policy: Policy, seed: int) -> None:
-        """Starts an episode of a session. Raises SessionError where it is not open."""
+        """Starts an episode of a session. Raises Refusal where it is not open."""
         self.find(name).policy = seeded(policy, seed)
 
     def find(self, name: str) -> Session:
-        """An open session. Raises SessionError where it is not open."""
+        """An open session. Raises Refusal where it is not open."""
         self._close_idle()
         session = self._open.get(name)
         if session is None:
-            raise SessionError(
+            raise Refusal(
                 404, f"no such session: it was closed, or not used for {self._idle_s:g} s, or the policy was replaced"
             )
         session.used = time.monotonic()
         return session
 
     def end(self, name: str) -> None:
-        """Closes a session. Raises SessionError where it is not open."""
+        """Closes a session. Raises Refusal where it is not open."""
         self.find(name)
         del self._open[name]
 
@@ -116,7 +109,7 @@ class Sessions:
 
 
 def checked_seed(value: object) -> int:
-    """The seed of a request. Raises SessionError where it is none."""
+    """The seed of a request. Raises Refusal where it is none."""
     if type(value) is not int or not 0 <= value < LARGEST_SEED:
-        raise SessionError(400, f"a seed is a whole number from 0 to {LARGEST_SEED - 1}, not {str(value)[:40]!r}")
+        raise Refusal(400, f"a seed is a whole number from 0 to {LARGEST_SEED - 1}, not {str(value)[:40]!r}")
     return value
