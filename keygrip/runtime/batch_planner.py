@@ -123,7 +123,7 @@ class BatchPlanner:
                 worker.awake.notify()
             self.pending = 0
             for job in lost:
-                _settle(job, error=UnavailableError("the policy was stuck and is being loaded again"))
+                _settle(job.answer, UnavailableError("the policy was stuck and is being loaded again"))
             log.error("the policy has computed one plan for more than %g s", self._stuck_s)
             if self._make is None or self.replaced >= self._replacements:
                 self.failed.set()
@@ -156,10 +156,7 @@ class BatchPlanner:
             return  # the jobs were answered when it was found stuck
         self.pending -= len(jobs)
         for job, result in zip(jobs, results, strict=True):
-            if isinstance(result, BaseException):
-                _settle(job, error=result)
-            else:
-                _settle(job, plan=result)
+            _settle(job.answer, result)
 
     # ---- in the worker's thread ------------------------------------------------------------------------------------
 
@@ -209,17 +206,17 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
     return [found[job] for job in jobs]
 
 
-def _settle(job: _Job, plan: Plan | None = None, error: BaseException | None = None) -> None:
-    if job.answer.done():
+def _settle(answer: asyncio.Future[Any], result: Any) -> None:
+    """Gives a future its result, or the error that `result` is; one that has one, or was cancelled, is left alone."""
+    if answer.done():
         return
-    if error is None:
-        assert plan is not None
-        job.answer.set_result(plan)
-    elif isinstance(error, asyncio.CancelledError):
-        job.answer.cancel()
+    if isinstance(result, asyncio.CancelledError):
+        answer.cancel()
+    elif isinstance(result, BaseException):
+        answer.set_exception(result)
+        answer.exception()  # nobody may be waiting for it any more
     else:
-        job.answer.set_exception(error)
-        job.answer.exception()  # no request may be waiting for it any more
+        answer.set_result(result)
 
 
 async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
@@ -227,22 +224,13 @@ async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
-    def deliver(result: Any, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
     def run() -> None:
-        result, failure = None, None
         try:
             result = call()
         except BaseException as error:
-            failure = ordinary(error)
+            result = ordinary(error)
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(deliver, result, failure)
+            loop.call_soon_threadsafe(_settle, future, result)
 
     threading.Thread(target=run, name="policy-loading", daemon=True).start()
     return await future

@@ -99,7 +99,7 @@ class ThreadPlanner:
         while True:
             request = self._asked.get()
             try:
-                outcome = answer(self._policy, request)
+                outcome = PlanOutcome(request, planned(self._policy, request.observation, request.under_way))
             except BaseException as error:
                 outcome = PlanOutcome(request, error=ordinary(error))
             self._done.put(outcome)
@@ -123,7 +123,10 @@ class SimulatedPlanner:
 
     def request(self, request: PlanRequest) -> None:
         assert self._outcome is None
-        self._outcome = answer(self._policy, request)
+        try:
+            self._outcome = PlanOutcome(request, planned(self._policy, request.observation, request.under_way))
+        except Exception as error:
+            self._outcome = PlanOutcome(request, error=error)
         self._ready = request.time_s + self._latency_s()
 
     def poll(self, now: float) -> PlanOutcome | None:
@@ -160,11 +163,3 @@ def ordinary(error: BaseException) -> Exception:
     panic = PolicyPanicError(f"{type(error).__name__}: {error}")
     panic.__cause__ = error
     return panic
-
-
-def answer(policy: Policy, request: PlanRequest) -> PlanOutcome:
-    """The policy's answer to a request. Whatever it raises is an outcome too: the arm must be held then."""
-    try:
-        return PlanOutcome(request, plan=planned(policy, request.observation, request.under_way))
-    except Exception as error:
-        return PlanOutcome(request, error=error)
