@@ -77,27 +77,43 @@ def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.
     return target
 
 
-class Grip:
-    """The gripper's opening that a person has asked for since they took over; None: the gripper stays as it is, so that
-    taking over drops nothing."""
+class Device:
+    """A device with which a person takes the arm over and gives it back.
+
+    One that goes away while a person has the arm is a fault, which holds the arm and then stops it: the policy was
+    taken off the arm for a reason. Where the policy drives it goes on, without anybody who could take over.
+
+    Attributes:
+        active: whether the person has the arm. opening: of the gripper, 0 to 1, that they have asked for since they
+            took over; None: the gripper stays as it is, so that taking over drops nothing.
+    """
 
     def __init__(self) -> None:
+        self.active = False
         self.opening: float | None = None
+        self._gone = False
 
-    def release(self) -> None:
-        """Somebody takes over or gives back."""
-        self.opening = None
+    def switch(self) -> None:
+        """Takes over, or gives back."""
+        self.active, self.opening = not self.active, None
 
-    def toggle(self, present: float) -> None:
+    def switch_gripper(self, present: float) -> None:
         """Closes what is open and opens what is closed; `present` opening, 0 to 1, where nothing was asked for yet."""
         self.opening = 0.0 if (present if self.opening is None else self.opening) > 0.5 else 1.0
 
+    def lost(self, message: str) -> None:
+        """The device cannot be read. Raises TakeoverLostError while a person has the arm, else says it once."""
+        if self.active:
+            raise TakeoverLostError(message)
+        if not self._gone:
+            log.error("%s: the policy drives on, and nobody can take over", message)
+        self._gone = True
 
-class KeyboardTakeover:
+
+class KeyboardTakeover(Device):
     """A terminal's keyboard: t takes over and gives back, w s a d r f move (x, y, z), q e turn, space the gripper.
 
-    A terminal reports no releases: a motion lasts `repeat_seconds` after its last key press. One that is closed while a
-    person has the arm is a fault, as a gamepad that goes away.
+    A terminal reports no releases: a motion lasts `repeat_seconds` after its last key press.
 
     Args:
         speed_m_s: of the tool. turn_rad_s: about the vertical. repeat_seconds: longer than the keyboard's repeat.
@@ -118,9 +134,8 @@ class KeyboardTakeover:
 
     def __init__(self, speed_m_s: float = 0.1, turn_rad_s: float = 0.6, repeat_seconds: float = 0.3) -> None:
         self.speed_m_s, self.turn_rad_s, self.repeat_seconds = speed_m_s, turn_rad_s, repeat_seconds
-        self.active, self._grip = False, Grip()
+        super().__init__()
         self._pressed: dict[str, float] = {}
-        self._gone = False
         if not sys.stdin.isatty():
             raise ValueError("takeover=keyboard reads a terminal, and standard input is none: run it in one")
         import termios
@@ -143,12 +158,8 @@ class KeyboardTakeover:
         try:
             for key in self._keys():
                 self.press(key, now, float(command[0, 7]))
-        except TakeoverLostError as error:
-            if self.active:
-                raise
-            if not self._gone:
-                log.error("%s: the policy drives on, and nobody can take over", error)
-            self._gone = True
+        except EOFError:
+            self.lost("lost the terminal in which a person drove the arm")
         if not self.active:
             return None
         held = [key for key, moment in self._pressed.items() if now - moment < self.repeat_seconds]
@@ -158,16 +169,15 @@ class KeyboardTakeover:
                 axis, sign = self.MOVES[key]
                 velocity[axis] += sign * self.speed_m_s
             turn[2] += self.TURNS.get(key, 0.0) * self.turn_rad_s
-        return Correction(velocity, turn, self._grip.opening)
+        return Correction(velocity, turn, self.opening)
 
     def press(self, key: str, now: float, opening: float) -> None:
         """A key press at a moment, when the gripper's command was an opening of 0 to 1."""
         if key == "t":
-            self.active = not self.active
+            self.switch()
             self._pressed.clear()
-            self._grip.release()
         elif key == " " and self.active:
-            self._grip.toggle(opening)
+            self.switch_gripper(opening)
         elif key in self.MOVES or key in self.TURNS:
             self._pressed[key] = now
 
@@ -179,17 +189,14 @@ class KeyboardTakeover:
             except OSError:
                 pressed = b""
             if not pressed:  # a terminal that waits for keys is not ready: this one has ended, and is ready for ever
-                raise TakeoverLostError("lost the terminal in which a person drove the arm")
+                raise EOFError
             keys += pressed.decode(errors="ignore")
         return keys
 
 
-class GamepadTakeover:
+class GamepadTakeover(Device):
     """A gamepad through Linux's joystick interface: the left stick moves in x and y, the right one in z and turns;
     button 0 takes over and gives back, button 1 closes and opens.
-
-    A device that goes away while a person has the arm is a fault, which holds the arm and then stops it: the policy was
-    taken off the arm for a reason. Where the policy drives it goes on, without anybody who could take over.
 
     Args:
         device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: of a stick, share of its way.
@@ -219,10 +226,10 @@ class GamepadTakeover:
         self._file = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
         self.speed_m_s, self.turn_rad_s, self.dead_band = speed_m_s, turn_rad_s, dead_band
         self.axes = tuple(axes)
-        self.active, self._grip = False, Grip()
+        super().__init__()
         self._axes: dict[int, float] = {}
         self._rested: set[int] = set()
-        self._rest, self._gone = b"", False
+        self._rest = b""
 
     def close(self) -> None:
         """Gives the device back."""
@@ -234,12 +241,7 @@ class GamepadTakeover:
         except BlockingIOError:
             pass  # nothing has happened since
         except OSError as error:
-            if self.active:
-                raise TakeoverLostError(f"lost the gamepad that a person drove the arm with: {error}") from error
-            if not self._gone:
-                log.error("the gamepad is gone (%s): the policy drives on, and nobody can take over", error)
-            self._gone = True
-            return None
+            self.lost(f"lost the gamepad with which a person drove the arm ({error})")
         whole = len(self._rest) // self.EVENT.size * self.EVENT.size
         for _, value, kind, number in self.EVENT.iter_unpack(self._rest[:whole]):
             self._event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL), float(command[0, 7]))
@@ -248,7 +250,7 @@ class GamepadTakeover:
             return None
         across, along, turn, up = (self._axis(number) for number in self.axes)
         velocity = self.speed_m_s * np.array([-along, -across, -up])
-        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), self._grip.opening)
+        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), self.opening)
 
     def _event(self, value: int, kind: int, number: int, initial: bool, opening: float) -> None:
         if kind == self.AXIS:
@@ -257,10 +259,9 @@ class GamepadTakeover:
                 self._rested.add(number)
         elif kind == self.BUTTON and value == 1 and not initial:
             if number == 0:
-                self.active = not self.active
-                self._grip.release()
+                self.switch()
             elif number == 1 and self.active:
-                self._grip.toggle(opening)
+                self.switch_gripper(opening)
 
     def _axis(self, number: int) -> float:
         value = self._axes.get(number, 0.0)
