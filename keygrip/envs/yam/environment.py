@@ -15,38 +15,26 @@ from gymnasium import spaces
 
 from keygrip.envs.rendering import CameraViews, Lens, substeps_of
 from keygrip.envs.yam import scene, tasks
+from keygrip.envs.yam.episode import LIFTED, Progress, next_joints, settle, start_of, touching
 from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
 from keygrip.envs.yam.text import Sight
-from keygrip.robots.inverse_kinematics import solve, yaw_of
-from keygrip.robots.kinematics import arm_chain, forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.inverse_kinematics import yaw_of
+from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
 from keygrip.robots.mujoco_backend import mujoco
 
-LIFTED = 0.03  # m above its rest at which the object counts as lifted
 PICK_HEIGHT = 0.07  # m above its rest at which `pick` is done
 REACH_DISTANCE = 0.015
-STEADY_S = 0.3  # a success must last this long
 STILL_SPEED = 0.05  # m/s
-OUT_OF_REACH = 0.01  # m left by the inverse kinematics, a centimetre or more for half a second
-OUT_OF_REACH_S = 0.5
-FASTEST_JOINT = 4.0  # rad/s: a wild command becomes a fast motion, not a jump
-SETTLE_STEPS = 100
 SUNK = 0.002  # m below the table's surface at which a pedestal that is not needed ends
 
 
 @dataclass
-class Progress:
-    """What has happened in the episode so far."""
+class TaskProgress(Progress):
+    """What has happened in an episode of one arm so far."""
 
-    lifted: bool = False
     held: bool = False
     let_go: bool = False  # it was released by command after being lifted
-    steady_s: float = 0.0
-    out_of_reach_s: float = 0.0
-    unreachable: bool = False
-    lost: bool = False  # the object fell off the table
-    success: bool = False
     yaw_error: float | None = None  # rad, closing axis against the object, when the first grip begins
-    highest: float = 0.0
     other_lifted: bool = False  # named_place: an object that was not named was lifted
     other_in_bowl: bool = False  # or lies in the bowl now
 
@@ -198,11 +186,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         direction = np.array(look.light_direction) / np.linalg.norm(look.light_direction)
         model.light_dir[0] = direction
         model.light_pos[0] = model.stat.center - 1.5 * direction  # centres the shadow map on the table
-        mujoco.mj_forward(model, data)
-        for _ in range(SETTLE_STEPS):
-            mujoco.mj_step(model, data)
-        data.time = 0.0
-        mujoco.mj_forward(model, data)
+        settle(model, data)
 
     # ---- gymnasium -------------------------------------------------------------------------------------------------
 
@@ -216,7 +200,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         self.seed = int(seed) if seed is not None else int(self.np_random.integers(0, 2**31))
         self.layout = sample_layout(self.task, self.seed)
         self._arrange(self.layout)
-        self.progress = Progress()
+        self.progress = TaskProgress()
         self.elapsed = 0
         self.commanded_joints = self.layout.start_joints.copy()
         self.commanded_gripper = 1.0
@@ -258,12 +242,11 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             raise ValueError(
                 f"an action is 8 finite numbers (position 3, quaternion wxyz 4, gripper 1), got {action.tolist()}"
             )
-        found = solve(action[:3], matrix_from_quaternion(action[3:7]), start_of(joints, self.commanded_joints))
-        change = found.joints - self.commanded_joints
-        change *= min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
+        start = start_of(joints, self.commanded_joints)
+        wanted, position_error = next_joints(action, start, self.commanded_joints, self.hz)
         gripper = float(np.clip(action[7], 0.0, 1.0))
         before = np.append(self.commanded_joints, self.commanded_gripper * self._finger_range)
-        after = np.append(self.commanded_joints + change, gripper * self._finger_range)
+        after = np.append(wanted, gripper * self._finger_range)
         if gripper < 0.5 <= self.commanded_gripper and self.progress.yaw_error is None:
             self.progress.yaw_error = self.yaw_error
         for i in range(self._substeps):
@@ -272,7 +255,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         mujoco.mj_forward(self.model, self.data)  # sites lag a step behind mj_step
         self.commanded_joints, self.commanded_gripper = after[:6], gripper
         self.elapsed += 1
-        self._judge(found.position_error)
+        self._judge(position_error)
 
     def render(self) -> np.ndarray:
         """[H, W, 3] uint8 image of the first camera."""
@@ -355,53 +338,43 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
 
     # ---- what has happened -----------------------------------------------------------------------------------------
 
-    def _touching(self, body: int) -> set[int]:
-        """Bodies in contact with a body."""
-        pairs = self.model.geom_bodyid[self.data.contact.geom[: self.data.ncon]]  # [C, 2]
-        touching = pairs[(pairs == body).any(axis=1)].ravel()
-        return {int(b) for b in touching if b != body}
-
     def _judge(self, position_error: float) -> None:
         """Updates the progress after a control period."""
-        progress, period = self.progress, 1 / self.hz
-        position, touching = self.object_position, self._touching(self._object)
+        progress, touched = self.progress, touching(self.model, self.data, self._object)
         speed = float(np.linalg.norm(self.data.cvel[self._object][3:]))
-        held = all(finger in touching for finger in self._finger_bodies)
-        raised = float(position[2]) - self._rest_height
+        held = all(finger in touched for finger in self._finger_bodies)
+        height = float(self.object_position[2])
+        raised = height - self._rest_height
         if progress.held and not held and progress.lifted and self.commanded_gripper >= 0.5:
             progress.let_go = True
         if held and raised > LIFTED:
             progress.lifted, progress.let_go = True, False
-        progress.held, progress.highest = held, max(progress.highest, raised)
-        progress.lost = bool(position[2] < -0.05)
-        progress.out_of_reach_s = progress.out_of_reach_s + period if position_error > OUT_OF_REACH else 0.0
-        progress.unreachable = progress.unreachable or progress.out_of_reach_s >= OUT_OF_REACH_S - 1e-9
+        progress.held = held
         self._judge_others()
-        progress.steady_s = progress.steady_s + period if self._goal_met(held, raised, touching, speed) else 0.0
-        progress.success = progress.steady_s >= STEADY_S - 1e-9
+        progress.update(1 / self.hz, height, position_error, self._goal_met(held, raised, touched, speed))
 
     def _judge_others(self) -> None:
         """Whether an object that was not named is being moved in place of the one that was."""
         self.progress.other_in_bowl = False
         for body, rest in zip(self._others, self._other_rests, strict=True):
-            touching = self._touching(body)
-            gripped = all(finger in touching for finger in self._finger_bodies)
+            touched = touching(self.model, self.data, body)
+            gripped = all(finger in touched for finger in self._finger_bodies)
             self.progress.other_lifted |= gripped and float(self.data.xpos[body][2]) - rest > LIFTED
-            self.progress.other_in_bowl |= self._goal_body in touching and self._in_bowl(self.data.xpos[body])
+            self.progress.other_in_bowl |= self._goal_body in touched and self._in_bowl(self.data.xpos[body])
 
     def _in_bowl(self, position: np.ndarray) -> bool:
         assert self.layout is not None
         inside = np.hypot(*(position[:2] - self.layout.goal[:2])) < tasks.BOWL_RADIUS
         return bool(inside and position[2] < tasks.BOWL_HEIGHT + self.task.half_extents[2])
 
-    def _goal_met(self, held: bool, raised: float, touching: set[int], speed: float) -> bool:
+    def _goal_met(self, held: bool, raised: float, touched: set[int], speed: float) -> bool:
         assert self.layout is not None
         if self.task.name == "reach":
             return bool(np.linalg.norm(self.tool_pose[0] - self.layout.goal) < REACH_DISTANCE)
         if self.task.name == "pick":
             return held and raised > PICK_HEIGHT
-        released = self.commanded_gripper >= 0.5 and not touching.intersection(self._finger_bodies)
-        rests = released and speed < STILL_SPEED and touching == {self._goal_body}
+        released = self.commanded_gripper >= 0.5 and not touched.intersection(self._finger_bodies)
+        rests = released and speed < STILL_SPEED and touched == {self._goal_body}
         position = self.object_position
         if self.task.name in tasks.IN_BOWL:
             return rests and self._in_bowl(position) and not self.progress.other_in_bowl
@@ -441,17 +414,3 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             "object_colour": self.layout.object.colour,
             "object_height_m": self.layout.object.pedestal,
         }
-
-
-def start_of(planned: np.ndarray | None, commanded: np.ndarray) -> np.ndarray:
-    """The joints from which inverse kinematics starts: those of a plan where there are any.
-
-    Raises:
-        ValueError: they are not as many finite angles as the commanded ones.
-    """
-    if planned is None:
-        return commanded
-    planned = np.asarray(planned, float)
-    if planned.shape != commanded.shape or not np.isfinite(planned).all():
-        raise ValueError(f"joints are {' x '.join(map(str, commanded.shape))} finite angles, got {planned.tolist()}")
-    return planned

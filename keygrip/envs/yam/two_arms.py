@@ -5,42 +5,20 @@ Frames as in `keygrip.envs.yam.environment`; arrays have a leading axis of arms,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from keygrip.envs.rendering import CameraViews, Lens, substeps_of
 from keygrip.envs.yam import handover, scene
-from keygrip.envs.yam.environment import (
-    FASTEST_JOINT,
-    LIFTED,
-    OUT_OF_REACH,
-    OUT_OF_REACH_S,
-    SETTLE_STEPS,
-    STEADY_S,
-    start_of,
-)
+from keygrip.envs.yam.episode import LIFTED, Progress, next_joints, settle, start_of, touching
 from keygrip.envs.yam.handover import ARMS, BASES, HandoverLayout, HandoverTask, sample_handover
-from keygrip.robots.inverse_kinematics import solve
-from keygrip.robots.kinematics import arm_chain, forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
 from keygrip.robots.mujoco_backend import mujoco
 
 NAMES = {"left": scene.RobotNames("left_yam_", "left_"), "right": scene.YAM}
 HANDED_HEIGHT = 0.06  # m above the table at which the bar must be when the left arm holds it
 GONE = 0.06  # m from the middle of the bar at which the right hand has left it
-
-
-@dataclass
-class HandoverProgress:
-    """What has happened in the episode so far."""
-
-    lifted: bool = False
-    steady_s: float = 0.0
-    out_of_reach_s: float = 0.0
-    unreachable: bool = False
-    lost: bool = False
-    success: bool = False
 
 
 class HandoverCell(CameraViews):
@@ -97,12 +75,8 @@ class HandoverCell(CameraViews):
         half = layout.yaw / 2
         data.qpos[at : at + 7] = [*(layout.bar + [0, 0, 0.001]), np.cos(half), 0.0, 0.0, np.sin(half)]
         model.geom_rgba[np.flatnonzero(model.geom_bodyid == self._bar)] = [*layout.colour, 1.0]
-        mujoco.mj_forward(model, data)
-        for _ in range(SETTLE_STEPS):
-            mujoco.mj_step(model, data)
-        data.time = 0.0
-        mujoco.mj_forward(model, data)
-        self.progress, self.elapsed = HandoverProgress(), 0
+        settle(model, data)
+        self.progress, self.elapsed = Progress(), 0
         self.commanded_joints, self.commanded_gripper = layout.start_joints.copy(), np.ones(2)
         self._rest_height = float(data.xpos[self._bar][2])
         return self.observation(), self._info()
@@ -124,12 +98,11 @@ class HandoverCell(CameraViews):
         if not usable or (np.linalg.norm(action[:, 3:7], axis=1) < 1e-6).any():
             raise ValueError(f"an action is 8 finite numbers for each of {', '.join(ARMS)}, got {action.tolist()}")
         starts = start_of(joints, self.commanded_joints)
-        wanted, left_over = self.commanded_joints.copy(), 0.0
+        wanted, position_error = self.commanded_joints.copy(), 0.0
         for arm, pose in enumerate(action):
-            found = solve(pose[:3] - BASES[arm], matrix_from_quaternion(pose[3:7]), starts[arm])
-            change = found.joints - self.commanded_joints[arm]
-            wanted[arm] += change * min(1.0, FASTEST_JOINT / self.hz / max(float(np.abs(change).max()), 1e-12))
-            left_over = max(left_over, found.position_error)
+            in_base = np.concatenate([pose[:3] - BASES[arm], pose[3:]])
+            wanted[arm], missed = next_joints(in_base, starts[arm], self.commanded_joints[arm], self.hz)
+            position_error = max(position_error, missed)
         gripper = np.clip(action[:, 7], 0.0, 1.0)
         before = np.concatenate([self.commanded_joints, self.commanded_gripper[:, None] * self._finger_range], axis=1)
         after = np.concatenate([wanted, gripper[:, None] * self._finger_range], axis=1)
@@ -139,7 +112,7 @@ class HandoverCell(CameraViews):
         mujoco.mj_forward(self.model, self.data)
         self.commanded_joints, self.commanded_gripper = wanted, gripper
         self.elapsed += 1
-        self._judge(left_over)
+        self._judge(position_error)
 
     def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
         """Success, whether the episode is over without it, and `info`."""
@@ -201,19 +174,13 @@ class HandoverCell(CameraViews):
     # ---- what has happened -----------------------------------------------------------------------------------------
 
     def _judge(self, position_error: float) -> None:
-        progress, period = self.progress, 1 / self.hz
-        pairs = self.model.geom_bodyid[self.data.contact.geom[: self.data.ncon]]  # [C, 2]
-        touching = set(pairs[(pairs == self._bar).any(axis=1)].ravel().tolist()) - {self._bar}
-        left, right = ([finger in touching for finger in fingers] for fingers in self._fingers)
+        touched = touching(self.model, self.data, self._bar)
+        left, right = ([finger in touched for finger in fingers] for fingers in self._fingers)
         height = float(self.data.xpos[self._bar][2])
-        progress.lifted |= height - self._rest_height > LIFTED and (all(left) or all(right))
-        progress.lost = height < -0.05
-        progress.out_of_reach_s = progress.out_of_reach_s + period if position_error > OUT_OF_REACH else 0.0
-        progress.unreachable |= progress.out_of_reach_s >= OUT_OF_REACH_S - 1e-9
+        self.progress.lifted |= height - self._rest_height > LIFTED and (all(left) or all(right))
         apart = float(np.linalg.norm(self.data.site_xpos[self._tools[1]] - self.data.xpos[self._bar])) > GONE
         handed = all(left) and not any(right) and height > HANDED_HEIGHT and apart
-        progress.steady_s = progress.steady_s + period if handed else 0.0
-        progress.success = progress.steady_s >= STEADY_S - 1e-9
+        self.progress.update(1 / self.hz, height, position_error, handed)
 
     @property
     def failure_reason(self) -> str | None:
