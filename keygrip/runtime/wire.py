@@ -111,12 +111,8 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
         for camera, view in zip(needs.cameras, views_of(observation, needs.cameras), strict=True):
             parts = VIEW if needs.calibrated(camera) else VIEW[:1]
             arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in parts}
-    names = [
-        name
-        for name, entry in entries_of(needs).items()
-        if name not in arrays and name != "instruction" and not entry.optional
-    ]
-    absent = [name for name in (*names, *(["instruction"] if needs.instruction else [])) if name not in observation]
+    names = [name for name, entry in entries_of(needs).items() if name not in arrays and not entry.optional]
+    absent = [name for name in names if name not in observation]
     if absent:
         raise ValueError(f"the observation lacks {absent[0]!r}, which the policy reads")
     arrays |= {name: np.asarray(observation[name]) for name in names}
@@ -179,16 +175,8 @@ def _checked_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, E
             f"the observation was taken {time_s - planned_s:.4g} s after that of the plan under way, outside "
             f"{-EARLIEST_S:g} to {OLDEST_PLAN_S:g}: 'time_s' and '{UNDER_WAY}time_s' are seconds of one clock"
         )
-    plan = Plan(
-        position=part["position"],
-        quaternion=part["quaternion"],
-        gripper=part["gripper"],
-        step_seconds=float(part["step_seconds"]),
-        time_s=planned_s,
-        joints=part.get("joints"),
-        controller=part.get("controller"),
-    )
-    return time_s, UnderWay(plan, float(found["delay_s"]))
+    parts: dict[str, Any] = part | {"step_seconds": float(part["step_seconds"]), "time_s": planned_s}
+    return time_s, UnderWay(Plan(**parts), float(found["delay_s"]))
 
 
 def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
@@ -266,27 +254,14 @@ def decode_plan(body: bytes) -> Plan:
     if not names <= set(arrays) <= names | set(OF_SOME):
         raise WireError(f"the answer is no plan: it holds {', '.join(sorted(arrays))}")
     gripper = arrays["gripper"]
-    shapes = {
-        "position": (*gripper.shape, 3),
-        "quaternion": (*gripper.shape, 4),
-        "step_seconds": (),
-        "uncertainty": gripper.shape,
-    }
-    for name, shape in shapes.items():
-        if name in arrays and arrays[name].shape != shape:
-            raise WireError(f"the answer is no plan: {name} is {arrays[name].shape}, gripper {gripper.shape}")
-    for name in ("joints", "controller"):
-        if name in arrays and arrays[name].shape[:-1] != gripper.shape:
-            raise WireError(f"the answer is no plan: {name} is {arrays[name].shape}, gripper {gripper.shape}")
-    return Plan(
-        position=arrays["position"],
-        quaternion=arrays["quaternion"],
-        gripper=gripper,
-        step_seconds=float(arrays["step_seconds"]),
-        uncertainty=arrays.get("uncertainty"),
-        joints=arrays.get("joints"),
-        controller=arrays.get("controller"),
-    )
+    shapes = dict.fromkeys(("gripper", "uncertainty"), gripper.shape)
+    shapes |= {"position": (*gripper.shape, 3), "quaternion": (*gripper.shape, 4), "step_seconds": ()}
+    for name, array in arrays.items():
+        any_number = (*gripper.shape, *array.shape[-1:])  # of joints, or of a controller's inputs
+        if array.shape != shapes.get(name, any_number):
+            raise WireError(f"the answer is no plan: {name} is {array.shape}, gripper {gripper.shape}")
+    parts: dict[str, Any] = arrays | {"step_seconds": float(arrays["step_seconds"])}
+    return Plan(**parts)
 
 
 def _save(arrays: Mapping[str, np.ndarray]) -> bytes:
