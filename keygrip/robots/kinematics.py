@@ -84,12 +84,12 @@ class ArmChain:
             position = position + rotation @ self.offsets[i]
             rotation = rotation @ self.rotations[i]
             origins[i], axes[i] = position, rotation @ self.axes[i]
-            rotation = rotation @ _axis_rotation(self.axes[i], joints[i])
+            rotation = rotation @ axis_rotation(self.axes[i], joints[i])
         return position + rotation @ self.tool_offset, rotation @ self.tool_rotation, origins, axes
 
 
-def _axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
-    """Rodrigues' formula for a unit axis."""
+def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
+    """[3, 3] of a turn by an angle, rad, about a unit axis [3]: Rodrigues' formula."""
     x, y, z = axis
     c, s = np.cos(angle), np.sin(angle)
     k = 1 - c

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keygrip.robots.kinematics import ARM_JOINTS, ArmChain, arm_chain
+from keygrip.robots.kinematics import ARM_JOINTS, ArmChain, arm_chain, axis_rotation
 
 # Link (0 base, 1 to 6 what turns with that joint, 7 the gripper in the tool's frame), both ends of the axis, radius.
 # Fitted to the meshes of dreamscale-i2rt: the smallest capsules that hold all vertices.
@@ -55,7 +55,7 @@ def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.n
     tool, turned, origins, _ = chain.frames(joints)
     rotations, rotation = [np.eye(3)], np.eye(3)
     for index in range(ARM_JOINTS):
-        rotation = rotation @ chain.rotations[index] @ _about(chain.axes[index], float(joints[index]))
+        rotation = rotation @ chain.rotations[index] @ axis_rotation(chain.axes[index], float(joints[index]))
         rotations.append(rotation)
     return np.concatenate([np.zeros((1, 3)), origins, tool[None]]), np.stack([*rotations, turned])
 
@@ -95,12 +95,6 @@ def lowest_link(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[floa
 def _name(capsule: int) -> str:
     link = CAPSULES[capsule][0]
     return {0: "base", GRIPPER: "gripper"}.get(link, f"link{link}")
-
-
-def _about(axis: np.ndarray, angle: float) -> np.ndarray:
-    x, y, z = axis
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
 
 
 def _pairs() -> tuple[np.ndarray, np.ndarray]:
