@@ -19,6 +19,8 @@ MOST_REQUESTS = 100_000
 BLENDED = "blend=true puts several images together: give image=[FILE,FILE]"
 SEEDS = range(-(2**63), 2**63)  # torch takes them, and those that follow from them by `samples`
 
+Row = tuple[str | None, tuple[str, ...], int]  # words, images that steer together, and the seed of the first sample
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -55,52 +57,51 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
         raise ValueError("samples and batch_size must be at least 1")
     if cfg.seed not in SEEDS:
         raise ValueError(f"seed={cfg.seed} is out of range: give a number from {SEEDS[0]} to {SEEDS[-1]}")
-    images: list[str] = [] if cfg.image is None else texts_of("image", cfg.image)
-    if cfg.prompts is not None:
-        if cfg.prompt is not None:
-            raise ValueError("prompt and prompts both say what to draw: give one of them")
-        rows = read_prompts(Path(cfg.prompts))
-        if images and any(row["image"] for row in rows):
-            raise ValueError(f"{cfg.prompts} names images itself: leave image out")
-        pairs = [(row["prompt"], row["image"], row["seed"]) for row in rows]
-        shared = tuple(images) if cfg.blend else tuple(images[:1])
-        if cfg.blend and len(images) < 2:
-            raise ValueError(BLENDED)
-        if len(images) > 1 and not cfg.blend:
-            raise ValueError(f"{len(images)} images for a file of prompts: give one, or blend=true")
-        _check_count(len(pairs), cfg.samples)
-        found = [(prompt, (image,) if image else shared, seed) for prompt, image, seed in pairs]
-        return [
-            SampleRequest(prompt, own, (cfg.seed if seed is None else seed) + n)
-            for prompt, own, seed in found
-            for n in range(cfg.samples)
-        ]
+    images = [] if cfg.image is None else texts_of("image", cfg.image)
+    rows = _of_command_line(cfg, images) if cfg.prompts is None else _of_file(cfg, images)
+    if len(rows) * cfg.samples > MOST_REQUESTS:
+        raise ValueError(
+            f"{cfg.samples} samples of {len(rows)} requests each: at most {MOST_REQUESTS} images by one command"
+        )
+    return [SampleRequest(prompt, own, seed + n) for prompt, own, seed in rows for n in range(cfg.samples)]
+
+
+def _of_file(cfg: DictConfig, images: list[str]) -> list[Row]:
+    """Of a file of prompts, with the images of the command line where it names none."""
+    if cfg.prompt is not None:
+        raise ValueError("prompt and prompts both say what to draw: give one of them")
+    rows = read_prompts(Path(cfg.prompts))
+    if images and any(row["image"] for row in rows):
+        raise ValueError(f"{cfg.prompts} names images itself: leave image out")
+    if cfg.blend and len(images) < 2:
+        raise ValueError(BLENDED)
+    if len(images) > 1 and not cfg.blend:
+        raise ValueError(f"{len(images)} images for a file of prompts: give one, or blend=true")
+    return [
+        (
+            row["prompt"],
+            (row["image"],) if row["image"] else tuple(images),
+            cfg.seed if row["seed"] is None else row["seed"],
+        )
+        for row in rows
+    ]
+
+
+def _of_command_line(cfg: DictConfig, images: list[str]) -> list[Row]:
+    """Of words and images: as many of each, or one that goes with all of the other."""
     prompts = prompts_of(cfg.prompt)
     if prompts == [None] and not images:
         raise ValueError('nothing to draw: give prompt="...", image=FILE, or both')
-    if cfg.blend:
-        if len(images) < 2:
-            raise ValueError(BLENDED)
-        sets: list[tuple[str, ...]] = [tuple(images)]
-    else:
-        sets = [(image,) for image in images] or [()]
+    if cfg.blend and len(images) < 2:
+        raise ValueError(BLENDED)
+    sets: list[tuple[str, ...]] = [tuple(images)] if cfg.blend else [(image,) for image in images] or [()]
     count = max(len(prompts), len(sets))
-    _check_count(count, cfg.samples)
     for name, values in (("prompt", prompts), ("image", sets)):
         if len(values) not in (1, count):
             raise ValueError(f"{len(prompts)} prompts and {len(sets)} images: give as many of each, or one {name}")
     if None in prompts and not images:
         raise ValueError(f"prompt {prompts.index(None)} of the list is empty and there is no image: nothing to draw")
-    return [
-        SampleRequest(prompts[n % len(prompts)], sets[n % len(sets)], cfg.seed + seed)
-        for n in range(count)
-        for seed in range(cfg.samples)
-    ]
-
-
-def _check_count(rows: int, samples: int) -> None:
-    if rows * samples > MOST_REQUESTS:
-        raise ValueError(f"{samples} samples of {rows} requests each: at most {MOST_REQUESTS} images by one command")
+    return [(prompts[n % len(prompts)], sets[n % len(sets)], cfg.seed) for n in range(count)]
 
 
 def prompts_of(value: Any) -> list[str | None]:
