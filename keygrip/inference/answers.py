@@ -85,23 +85,8 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         refuse_unwritable(cfg.figure, "figure")
     if cfg.figure is not None and cfg.stream:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
-    talks, broken = (None, {}) if cfg.conversations is None else read_conversations(cfg.conversations)
-    paths: list[Any] = [] if talks is not None else _listed(cfg.video)
-    questions = [] if talks is not None or cfg.question is None else texts_of("question", cfg.question)
-    if any(not question.strip() for question in questions):
-        raise ValueError("question='': a question is empty")
-    if cfg.figure is not None and paths and all(path is None for path in paths):
-        raise ValueError(NO_STRIPS)
-    if talks is None and not (paths and questions):
-        raise ValueError("video and question: give at least one of each (video=null: text alone)")
-    if any(path is not None and not str(path).strip() for path in paths):
-        raise ValueError("video='': a path is empty; name a file or folder (video=null: text alone)")
-    if paths and not any(path is None or Path(str(path)).exists() for path in paths):
-        raise FileNotFoundError(f"there is no video, image or folder at {paths[0]}")
-    if cfg.figure is not None and len(paths) * len(questions) > MOST_STRIPS:
-        raise ValueError(
-            f"figure=... holds {MOST_STRIPS} answers at most, not {len(paths) * len(questions)}: leave it out"
-        )
+    paths, questions = ([], []) if cfg.conversations is not None else _videos_and_questions(cfg)
+    talks, broken = ([], {}) if cfg.conversations is None else read_conversations(cfg.conversations)
     module = load_module(
         find_checkpoint(cfg.checkpoint, cfg.checkpoint_step),
         map_location="cuda" if torch.cuda.is_available() else "cpu",
@@ -115,16 +100,33 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if cfg.max_frames is not None:
         module.image_options["max_frames"] = cfg.max_frames
     started = time.perf_counter()
-    found = (
-        _continued(module, talks, broken, mode, cfg)
-        if talks is not None
-        else _asked(module, paths, questions, mode, cfg)
-    )
+    if cfg.conversations is None:
+        found = _asked(module, paths, questions, mode, cfg)
+    else:
+        found = _continued(module, talks, broken, mode, cfg)
     return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
 
 
-def _listed(given: Any) -> list[Any]:
-    return [given] if given is None or isinstance(given, str | int | float) else list(given)
+def _videos_and_questions(cfg: DictConfig) -> tuple[list[Any], list[str]]:
+    """Paths, None for text alone, and what is asked about each. Raises as `answer`."""
+    one = cfg.video is None or isinstance(cfg.video, str | int | float)
+    paths: list[Any] = [cfg.video] if one else list(cfg.video)
+    questions = [] if cfg.question is None else texts_of("question", cfg.question)
+    if any(not question.strip() for question in questions):
+        raise ValueError("question='': a question is empty")
+    if cfg.figure is not None and paths and all(path is None for path in paths):
+        raise ValueError(NO_STRIPS)
+    if not (paths and questions):
+        raise ValueError("video and question: give at least one of each (video=null: text alone)")
+    if any(path is not None and not str(path).strip() for path in paths):
+        raise ValueError("video='': a path is empty; name a file or folder (video=null: text alone)")
+    if not any(path is None or Path(str(path)).exists() for path in paths):
+        raise FileNotFoundError(f"there is no video, image or folder at {paths[0]}")
+    if cfg.figure is not None and len(paths) * len(questions) > MOST_STRIPS:
+        raise ValueError(
+            f"figure=... holds {MOST_STRIPS} answers at most, not {len(paths) * len(questions)}: leave it out"
+        )
+    return paths, questions
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
