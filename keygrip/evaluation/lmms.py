@@ -22,6 +22,7 @@ from lmms_eval.api.model import lmms
 
 from keygrip.data.bad_samples import HOSTILE, BadSamples
 from keygrip.data.batches import Turn
+from keygrip.data.spacing import evenly
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
@@ -221,7 +222,7 @@ class KeygripModel(lmms):
         if not found:
             found = [(np.zeros((0, size, size, 3), np.uint8), ())]
         together, times = _joined(found)
-        keep = np.linspace(0, max(len(together) - 1, 0), min(len(together), self.max_frames)).round().astype(int)
+        keep = evenly(len(together), self.max_frames)
         return self.module.as_input(together[keep]), [len(keep)], [times and tuple(times[n] for n in keep)]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:

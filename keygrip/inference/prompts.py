@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.batches import Turn
+from keygrip.data.spacing import evenly
 from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
-from keygrip.data.video_text.sample_types import evenly
 from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters

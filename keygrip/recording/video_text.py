@@ -16,6 +16,7 @@ from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import MadeSample, write_shards
+from keygrip.data.spacing import evenly
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     answer,
@@ -127,7 +128,7 @@ class DemoMaker:
         wanted = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
         fps = 1.0
         if len(wanted) > self.max_frames:
-            wanted = np.linspace(0, len(demo) - 1, self.max_frames).round().astype(int)
+            wanted = np.array(evenly(len(demo), self.max_frames))
             fps = rate_of(wanted / demo.fps)
         source = demo.cameras[camera].frames
         frames = [

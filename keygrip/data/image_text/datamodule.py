@@ -33,6 +33,7 @@ from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
+from keygrip.data.spacing import evenly
 from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ class ImageShards(ResumableData):
             ends = np.cumsum([0, *(len(part) for part in parts)]) * limit / total
             counts = np.diff(ends.round().astype(int))
             parts = [
-                BucketPart(p.bucket, p.shards, p.chosen[np.linspace(0, len(p) - 1, n).round().astype(int)])
+                BucketPart(p.bucket, p.shards, p.chosen[evenly(len(p), n)])
                 for p, n in zip(parts, counts, strict=True)
                 if n
             ]

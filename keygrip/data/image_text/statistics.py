@@ -7,6 +7,7 @@ import numpy as np
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.bucket_samples import ImageTextSamples
 from keygrip.data.shards.sampling import SampleKey
+from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
 
 MEASURED = 2048  # samples from which the statistics are computed
@@ -41,8 +42,8 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
     """Means and standard deviations of latents, CLS vectors and patches, channel by channel, over evenly chosen
     samples."""
     latent, cls, patches = Moments(), Moments(), Moments()
-    chosen = np.unique(np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round().astype(int))
-    for number in Progress(chosen.tolist(), desc="statistics", unit="image", leave=False, shown=progress):
+    chosen = evenly(len(samples), MEASURED)
+    for number in Progress(chosen, desc="statistics", unit="image", leave=False, shown=progress):
         try:
             sample = samples[SampleKey(number, 0)]
         except BadSample:

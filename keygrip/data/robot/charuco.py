@@ -23,6 +23,7 @@ from keygrip.data.robot.calibration import SCHEMA
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats.poses import invert, transform
 from keygrip.data.robot.schema import Demo
+from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import matrix_from_quaternion
 
 log = logging.getLogger(__name__)
@@ -350,9 +351,8 @@ def charuco(
 
 def _images(demos: Sequence[Demo], camera: str, arm: str, most: int) -> tuple[list[np.ndarray], np.ndarray]:
     pairs = [(demo, index) for demo in demos for index in range(len(demo))]
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
     images, poses = [], []
-    for number in chosen:
+    for number in evenly(len(pairs), most):
         demo, index = pairs[number]
         images.append(demo.cameras[camera].frames.read(index))
         track = demo.arms[arm]

@@ -26,6 +26,7 @@ from keygrip.data.bad_samples import BadSample, guard, open_image, parse_fields
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
+from keygrip.data.spacing import evenly
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import (
     CAPTIONS,
@@ -41,7 +42,6 @@ from keygrip.data.video_text.sample_types import (
     Conversation,
     Turn,
     VideoTextSample,
-    evenly,
     image_seconds,
     kind_problem,
     kinds_column,

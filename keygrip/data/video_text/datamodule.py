@@ -32,6 +32,7 @@ from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.substitution import Collate, CountingLoader
+from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import (
     Collator,
     MeasuringCollator,
@@ -249,7 +250,7 @@ class VideoTexts(ResumableData):
         tried = cut = 0
         for part in parts:
             longer = part.chosen[part.column("frames") > clips.frames[0]]
-            for sample in longer[np.linspace(0, len(longer) - 1, min(len(longer), TRIED)).round().astype(int)].tolist():
+            for sample in longer[evenly(len(longer), TRIED)].tolist():
                 with contextlib.suppress(BadSample):  # counted when they are read
                     told = read_conversations(part.shards, sample)
                     cut += clips.may_be_cut([c for c in told if is_asked(c.kind, part.kinds, self.questions)])

@@ -11,6 +11,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import MeasuringCollator
 from keygrip.data.video_text.conversations import read_conversations, text_length
 from keygrip.data.video_text.sample_types import Conversation, Turn
@@ -128,10 +129,9 @@ def _spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
     """Some of the chosen samples, evenly of some of their shards."""
     shard = shards.shard[chosen]
     names = np.unique(shard)
-    picked = names[np.linspace(0, len(names) - 1, min(MEASURED_SHARDS, len(names))).round().astype(int)]
+    picked = names[evenly(len(names), MEASURED_SHARDS)]
     found = []
     for name in picked:
         inside = chosen[shard == name]
-        count = min(len(inside), MEASURED // len(picked))
-        found.append(inside[np.linspace(0, len(inside) - 1, count).round().astype(int)])
+        found.append(inside[evenly(len(inside), MEASURED // len(picked))])
     return np.concatenate(found)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.data.spacing import evenly
+
 LONGEST_KIND = 64  # characters
 
 
@@ -123,8 +125,3 @@ def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
 def seconds_of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:
     """Seconds of the frames that were taken; None where a video gave fewer frames than its length promises."""
     return tuple(float(seconds[n]) for n in taken) if not taken or taken[-1] < len(seconds) else None
-
-
-def evenly(count: int, limit: int) -> list[int]:
-    """Which of so many frames are taken where there is a limit: evenly spaced, the first and the last among them."""
-    return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).round().astype(int).tolist()

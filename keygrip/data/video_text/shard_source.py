@@ -14,6 +14,7 @@ from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.set_writer import SETTINGS_FILE, settings_of
+from keygrip.data.spacing import evenly
 from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import FITS
 from keygrip.data.video_text.sample_types import kinds_of
@@ -115,7 +116,7 @@ class ShardSource:
             counts = shards.columns["frames"][chosen]
             chosen = chosen[(counts >= fewest) & (counts <= most)]
         if split == "train" and self.max_samples is not None and len(chosen) > self.max_samples:
-            chosen = chosen[np.linspace(0, len(chosen) - 1, self.max_samples).round().astype(int)]
+            chosen = chosen[evenly(len(chosen), self.max_samples)]
         return shards, chosen
 
     def prepared_fit(self, cache_dir: str | Path | None = None) -> str | None:

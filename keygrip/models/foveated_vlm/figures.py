@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import VideoTextBatch
+from keygrip.data.spacing import evenly
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.generation import check_room, generate
@@ -107,8 +108,8 @@ def draw_attention(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.n
         axes = part.subplots(1, columns, squeeze=False)[0]
         for axis in axes:
             axis.axis("off")
-        numbers = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
-        for axis, number in zip(axes, numbers.tolist(), strict=False):
+        numbers = evenly(len(frames), columns)
+        for axis, number in zip(axes, numbers, strict=False):
             side = frames.shape[1]
             strength = maps[number] / max(float(maps[number].max()), 1e-12)
             axis.imshow(frames[number], extent=(0, side, side, 0))

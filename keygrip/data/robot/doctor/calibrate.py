@@ -18,12 +18,12 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
 from keygrip.data.robot.corrections import entry
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.doctor.examination import spread
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
 from keygrip.data.robot.doctor.silhouettes import moved
 from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
 from keygrip.data.robot.schema import Demo
+from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
 
@@ -63,7 +63,7 @@ def calibrate(
         raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
     references = find_demos(root, format, calibration)
     demos: list[Demo] = []
-    for index in Progress(spread(len(references), max_demos), desc="reading demos", unit="demo"):
+    for index in Progress(evenly(len(references), max_demos), desc="reading demos", unit="demo"):
         try:
             demos.append(references[index].read())
         except BadSample as error:
@@ -152,7 +152,7 @@ def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
 
     Some images and some points of the robot find the place, all of them the last fraction.
     """
-    few = [pairs[index] for index in spread(len(pairs), 6)]
+    few = [pairs[index] for index in evenly(len(pairs), 6)]
     own = agreement_of(few)
     tried = [fit(few)]
     for _, change in starts(few, best=3):

@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from keygrip.data.robot.doctor.examination import Examination, spread, tensor
+from keygrip.data.robot.doctor.examination import Examination, tensor
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
+from keygrip.data.spacing import evenly
 from keygrip.models.geometry.cameras import project
 from keygrip.robots.kinematics import matrix_from_quaternion
 
@@ -22,7 +23,7 @@ def contact_sheet(exam: Examination, camera: str) -> Image.Image:
     """Rows of frames of a few demos with the projected gripper, its path, and its axes (x red, y green, z blue, 5
     cm)."""
     demos = exam.with_camera(camera)
-    demos = [demos[index] for index in spread(len(demos), _ROWS)]
+    demos = [demos[index] for index in evenly(len(demos), _ROWS)]
     rows = [_sheet_row(demo, camera) for demo in demos]
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _HEADER), (24, 24, 24))
@@ -43,7 +44,7 @@ def _sheet_row(demo: Demo, camera: str) -> Image.Image:
     track = demo.cameras[camera]
     scale = _TILE_WIDTH / track.width
     size = (_TILE_WIDTH, max(1, round(track.height * scale)))
-    pick = spread(len(demo), _COLUMNS)
+    pick = evenly(len(demo), _COLUMNS)
     row = Image.new("RGB", ((_TILE_WIDTH + 2) * len(pick), size[1] + _HEADER + 2), (24, 24, 24))
     for column, index in enumerate(pick):
         tile = Image.fromarray(track.frames.read(index)).resize(size)

@@ -121,11 +121,6 @@ class Examination:
         return [demo for demo in self.demos if camera in demo.cameras]
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of 0 .. count - 1, evenly spread, ends included."""
-    return [int(index) for index in np.unique(np.linspace(0, count - 1, min(wanted, count)).round())]
-
-
 def listed(names: Iterable[str]) -> str:
     """The first five names, and how many more there are."""
     listed = list(names)

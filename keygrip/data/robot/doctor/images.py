@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, spread, tensor
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, tensor
 from keygrip.data.robot.doctor.views import shrunk, stands
 from keygrip.data.robot.schema import Demo
+from keygrip.data.spacing import evenly
 from keygrip.models.geometry.cameras import project
 
 DARK, BRIGHT = 8.0, 247.0  # mean grey level of an image
@@ -52,7 +53,7 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
     for demo in exam.with_camera(camera):
         stream = read_stream(demo, camera)
         images = stream.images
-        mean = float(images[spread(len(images), exam.frames_per_demo)].mean())
+        mean = float(images[evenly(len(images), exam.frames_per_demo)].mean())
         levels.append(mean)
         if mean < DARK:
             dark.append(demo.name)
@@ -64,7 +65,7 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
         outliers = _outlier_frames(stream)
         if outliers:
             odd[demo.name] = outliers
-        kept = spread(len(images), 3 * exam.frames_per_demo)
+        kept = evenly(len(images), 3 * exam.frames_per_demo)
         streams[demo.name] = Stream(stream.index[kept], images[kept])
     exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
     rows: list[tuple[str, list[str], str, str]] = [

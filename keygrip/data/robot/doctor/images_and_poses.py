@@ -21,7 +21,7 @@ from keygrip.data.robot.doctor.causes import (
     place_with,
     pose_cause,
 )
-from keygrip.data.robot.doctor.examination import Examination, listed, spread
+from keygrip.data.robot.doctor.examination import Examination, listed
 from keygrip.data.robot.doctor.overlays import add_overlays
 from keygrip.data.robot.doctor.registration import (
     FOCAL,
@@ -38,6 +38,7 @@ from keygrip.data.robot.doctor.search import wide_fit
 from keygrip.data.robot.doctor.silhouettes import agreement
 from keygrip.data.robot.doctor.tracks import in_degrees
 from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
+from keygrip.data.spacing import evenly
 from keygrip.robots.surface import RobotSurface
 
 FITTED, FRAMES = 5, 8  # demos of a joint fit, and images of each
@@ -208,7 +209,7 @@ def _good(seen: Seen) -> list[str]:
     """Demos of the joint fit: those whose agreement is not far below the others'."""
     usual = float(np.median([seen.scores[name] for name in seen.pairs]))
     names = [name for name in seen.pairs if seen.scores[name] >= 0.6 * usual] or list(seen.pairs)
-    return [names[index] for index in spread(len(names), FITTED)]
+    return [names[index] for index in evenly(len(names), FITTED)]
 
 
 def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:

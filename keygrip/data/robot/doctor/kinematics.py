@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import Examination, spread, yam_model
+from keygrip.data.robot.doctor.examination import Examination, yam_model
+from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
@@ -24,7 +25,7 @@ def check_kinematics(exam: Examination) -> None:
             model = yam_model(demo, arm)
             if demo.name in exchanged or joints is None or joints.shape[1] != 6 or model is None:
                 continue
-            pick = spread(len(demo), 40)
+            pick = evenly(len(demo), 40)
             position, quaternion = forward_kinematics(joints[pick], *model)
             expected, found = (
                 matrix_from_quaternion(quaternion),

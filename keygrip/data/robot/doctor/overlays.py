@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.doctor.examination import Examination, spread
+from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.registration import LAG, NUMBERS, agreement_of, silhouette
 from keygrip.data.robot.doctor.silhouettes import boundary
 from keygrip.data.robot.doctor.views import Placement, View
+from keygrip.data.spacing import evenly
 
 RECORDED, FITTED = (235, 40, 40), (40, 210, 80)
 SHOWN, SIZE = 3, 360  # demos that are shown; pixels of an image's longer side
@@ -34,7 +35,7 @@ def add_overlays(
 ) -> None:
     """Notes images and the curve of agreement by lag for the report."""
     names = list(pairs)
-    for index in spread(len(names), SHOWN):
+    for index in evenly(len(names), SHOWN):
         view, robot = pairs[names[index]]
         frame = len(view.index) // 2
         caption = f"{names[index]}, camera {camera}, arm {arm}, frame {int(view.index[frame])}"

@@ -13,7 +13,7 @@ import numpy as np
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
-from keygrip.data.robot.doctor.examination import Examination, Finding, listed, spread, yam_model
+from keygrip.data.robot.doctor.examination import Examination, Finding, listed, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
@@ -37,6 +37,7 @@ from keygrip.data.robot.doctor.trajectories import (
 )
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
 
@@ -142,7 +143,7 @@ def doctor(
     """
     output = Path(output)
     references = find_demos(root, format, calibration)
-    chosen = spread(len(references), max_demos or len(references))
+    chosen = evenly(len(references), max_demos or len(references))
     demos, broken = _read([references[index] for index in chosen], progress)
     examination = Examination(demos, frames_per_demo, height_bins, pred_size)
     examination.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.doctor.examination import spread, yam_model
+from keygrip.data.robot.doctor.examination import yam_model
 from keygrip.data.robot.formats.poses import transform
 from keygrip.data.robot.schema import Demo
+from keygrip.data.spacing import evenly
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
 from keygrip.robots.model_file import yam_surface
@@ -85,9 +86,9 @@ def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.nd
     """Reads `frames` images of a camera that stands, evenly spread over it (`held_images`: small already)."""
     track = demo.cameras[camera]
     held = held_images or {}
-    index = np.array(spread(len(demo), frames))
+    index = np.array(evenly(len(demo), frames))
     if len(held) >= frames:
-        index = np.array(sorted(held))[spread(len(held), frames)]
+        index = np.array(sorted(held))[evenly(len(held), frames)]
     images = np.stack([held[i] if i in held else shrunk(track.frames.read(i)) for i in index])
     across, down = images.shape[2] / track.width, images.shape[1] / track.height
     return View(

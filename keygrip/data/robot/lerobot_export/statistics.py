@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keygrip.data.spacing import evenly
+
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 BINS = 5000
 Statistics = dict[str, np.ndarray]
@@ -30,7 +32,7 @@ def of_numbers(values: np.ndarray) -> Statistics:
 def sampled_frames(frames: int) -> list[int]:
     """Which of an episode's frames image statistics are counted at."""
     wanted = max(min(100, frames), min(int(frames**0.75), 10_000))
-    return [int(index) for index in np.round(np.linspace(0, frames - 1, wanted))]
+    return evenly(frames, wanted)
 
 
 class ImageCounter:
