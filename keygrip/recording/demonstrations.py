@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,6 @@ def _check_settings(root: Path, settings: RecordSettings) -> None:
     if stored is None:
         _write_settings(root, settings, ())
         return
-    # an older recording lacks options that came later: it was made as if they stood at their defaults
-    stored["task"] = {option.name: option.default for option in fields(settings.task)} | stored["task"]
     there, asked = ({**each, **each["task"]} for each in (stored, now))
     refuse_other_settings(root, *({k: v for k, v in each.items() if k != "task"} for each in (there, asked)))
 

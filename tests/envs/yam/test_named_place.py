@@ -291,18 +291,15 @@ def test_an_observation_holds_both_cameras_and_the_instruction() -> None:
     one.close()
 
 
-def test_an_older_recording_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its settings lack the options that came later."""
+def test_a_recording_whose_settings_lack_an_option_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "record_episode", lambda *arguments: True)
     task = TaskOptions(name="reach")
     record(task, tmp_path, 1, image_size=48, progress=False)
     stored = json.loads((tmp_path / "recording.json").read_text())
-    for option in ("pedestal_m", "phrasings", "jitter_every_camera"):
-        del stored["settings"]["task"][option]
+    del stored["settings"]["task"]["pedestal_m"]
     (tmp_path / "recording.json").write_text(json.dumps(stored))
-    record(task, tmp_path, 1, image_size=48, progress=False)
-    with pytest.raises(ValueError, match=r"camera_jitter_deg: 0\.0 there, 3\.0 now"):
-        record(TaskOptions(name="reach", camera_jitter_deg=3.0), tmp_path, 1, image_size=48, progress=False)
+    with pytest.raises(ValueError, match=r"pedestal_m: None there, .* now.*use another folder or remove it"):
+        record(task, tmp_path, 1, image_size=48, progress=False)
 
 
 def test_depth_pictures_are_sixteen_bit_files(recorded: Path) -> None:

@@ -195,7 +195,7 @@ def images(
         "max_enlargement": max_enlargement,
         "trim_text": trim_text,
         "decoding": DECODING,
-        **({"keep_images": True} if keep_images else {}),  # sets that were begun without it go on
+        "keep_images": keep_images,
     }
     # a folder in which nothing was listed holds no shards, whatever was tried there
     check_settings(root, settings, new=not (root / ITEMS_FILE).is_file())
