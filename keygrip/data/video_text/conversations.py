@@ -30,6 +30,7 @@ from keygrip.data.spacing import evenly
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import (
     CAPTIONS,
+    PAIR,
     PLACES,
     SHOWN,
     TURNS,
@@ -208,7 +209,8 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
         ValueError: it is missing or malformed.
     """
     parts = lower_case(parts)
-    counted = (*TURNS, *CAPTIONS) if "txt" in parts else (*TURNS, *CAPTIONS, "fps", "system")
+    told = (*TURNS, *CAPTIONS, *PAIR)
+    counted = told if "txt" in parts else (*told, "fps", "system")
     content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
         return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)

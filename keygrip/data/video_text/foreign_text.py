@@ -2,11 +2,14 @@
 
 Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns under `conversations`, `messages` or
 `texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}; content is text or a list of
-{"type": "text" | "image" | "video"} items. Anything else is refused by what it has.
+{"type": "text" | "image" | "video"} items. Or, as the published model's own shards have it, one question at the top of
+the json, {"user", "assistant", "source", "frame_count"}, whose `user` may be empty: then its `source` says what is
+asked (`REQUESTS`), as it does of a caption. Anything else is refused by what it has.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,12 +26,21 @@ MAY_NAME = re.compile(r"clip|file|frame|image|img|media|path|photo|picture|url|v
 ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 OF_VIDEO = re.compile(r"\.(gif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
+PAIR = ("user", "assistant")
+# What the published model was asked for captions, by the `source` of a sample, and where that is another one.
+REQUESTS = {
+    "openvid": "Write a brief caption for this video.",
+    "webvid": "What would be the WebVid caption for this video?",
+    "vript": "Provide a detailed narration of what happens in this video.",
+    "sharegpt4video": "Describe what happens in this video in detail.",
+}
+UNNAMED_REQUEST = "Describe this."
 
 
 def holds_text(content: Any) -> bool:
     """Whether a sample's json has turns or a caption, well-formed or not."""
     return isinstance(content, list) or (
-        isinstance(content, Mapping) and any(content.get(name) for name in (*TURNS, *CAPTIONS))
+        isinstance(content, Mapping) and any(content.get(name) for name in (*TURNS, *CAPTIONS, "assistant"))
     )
 
 
@@ -46,6 +58,8 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
     if not isinstance(content, Mapping):
         raise ValueError("its json is no object")
     name = next((name for name in TURNS if content.get(name)), None)
+    if name is None and content.get("assistant"):
+        return _of_pair(content, packed)
     if name is not None:
         turns = content[name]
         if not isinstance(turns, list):
@@ -69,9 +83,34 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
         raise ValueError(f"the {odd[0]} of its json is a {type(content[odd[0]]).__name__}, not text")
+    empty = [each for each in (*TURNS, *CAPTIONS, "assistant") if each in content]
+    if name is None and empty:
+        raise ValueError(f"the {empty[0]} of its json is empty ({json.dumps(content[empty[0]])[:20]})")
     if name is None:
-        raise ValueError(f"its json holds no {', '.join((*TURNS, *CAPTIONS))}; it holds {_listed(content)}")
-    return _timed(caption_text(content[name], request, content), _named_images(content), content)
+        known = ", ".join((*TURNS, *CAPTIONS, *PAIR))
+        raise ValueError(f"its json holds none of {known}; it holds {_listed(content)}")
+    asked = _request(content, request)
+    return _timed(caption_text(content[name], asked, content), _named_images(content), content)
+
+
+def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
+    """A sample's one question and answer at the top of its json, in this project's own form. Raises ValueError: nothing
+    is asked of nothing, or a turn is no text."""
+    count, user = content.get("frame_count"), content.get("user") or ""
+    captioned = isinstance(user, str) and not user.strip()
+    if captioned and not (packed or count):
+        raise ValueError("its user is empty, and it has no frames of which a caption could be asked")
+    told = dict(content) | ({"user": _request(content, UNNAMED_REQUEST)} if captioned else {})
+    own = own_text(told | {"conversations": [{name: told[name] for name in PAIR}]}, "", packed)
+    if captioned:
+        own["conversations"][0]["kind"] = "caption"
+    return own if count is None else own | {"frames": count}
+
+
+def _request(content: Mapping[str, Any], otherwise: str) -> str:
+    """What is asked for a caption of a sample."""
+    source = content.get("source")
+    return REQUESTS.get(source, otherwise) if isinstance(source, str) else otherwise
 
 
 def _timed(own: dict[str, Any], images: int, content: Mapping[str, Any]) -> dict[str, Any]:

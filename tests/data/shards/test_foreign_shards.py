@@ -70,8 +70,35 @@ def pair(key: str, image: str = "jpg", content: bytes | None = None) -> Members:
 CAPTION = text(caption="c")
 TWO = [("a.00.jpg", jpeg()), ("a.01.jpg", jpeg())]
 GOOD = pair("good")
+
+
+def published(frames: int | None = 2, **content: Any) -> bytes:
+    """The json of a sample of the published model's shards."""
+    told = {"user": "", "assistant": "A dog runs.", "source": "openvid"} | content
+    return text(**told, **({} if frames is None else {"frame_count": frames}))
+
+
+THREE = [("a.000.jpg", jpeg()), ("a.001.jpg", jpeg())]
 # name: members, and frames of the samples that are delivered; all other keys are named
 LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
+    "the published model's frames": ([*THREE, ("a.json", published())], {"a": 2}),
+    "the published model's image": ([("a.jpg", jpeg()), ("a.json", published(1, user="Which?"))], {"a": 1}),
+    "the published model's text": ([("a.json", published(0, user="Why?", source="smoltalk"))], {"a": 0}),
+    "the published model's video": ([("a.mp4", small_video()), ("a.json", published(None))], {"a": 2}),
+    "the published model's, a frame lost": ([THREE[0], ("a.json", published())], {}),
+    "the published model's, all frames lost": ([("a.json", published())], {}),
+    "the published model's, no question": ([("a.json", published(0))], {}),
+    "the published model's, no answer": ([*THREE, ("a.json", published(assistant=""))], {}),
+    "the published model's preferences": (
+        [("a.jpg", jpeg()), ("a.json", text(user="?", chosen_assistant="!", rejected_assistant="?", frame_count=1))],
+        {},
+    ),
+    "the published model's tokens": ([("a.jpg", jpeg()), ("a.json", text(token_ids=[1], loss_mask=[1]))], {}),
+    "who sent it is no question": (
+        [("a.jpg", jpeg()), ("a.txt", b"a cube"), ("a.json", text(user="ann"))],
+        {"a": 1},
+    ),
+    "a null caption": ([("a.jpg", jpeg()), ("a.json", text(caption=None))], {}),
     "jpg beside json": (pair("a"), {"a": 1}),
     "jpeg": (pair("a", "jpeg"), {"a": 1}),
     "upper case": ([("a.JPG", jpeg()), ("a.JSON", text(conversations=TALK))], {"a": 1}),
@@ -735,3 +762,34 @@ def test_text_of_a_json_counts_before_a_txt(tmp_path: Path, content: bytes, said
     make_manifests(tmp_path)
     (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
     assert conversation.turns[-1].text == said
+
+
+@pytest.mark.parametrize(
+    ("content", "asked", "kind"),
+    [
+        ({"source": "webvid"}, "What would be the WebVid caption for this video?", "caption"),
+        ({"source": "vript", "user": None}, "Provide a detailed narration of what happens in this video.", "caption"),
+        ({"source": "other"}, "Describe this.", "caption"),
+        ({"source": "webvid", "user": "<video>\nWho runs?"}, "Who runs?", "text"),
+    ],
+)
+def test_the_source_of_a_published_sample_says_what_is_asked(content: dict[str, Any], asked: str, kind: str) -> None:
+    found = own_text({"user": "", "assistant": "A dog.", "frame_count": 3} | content, "Describe it.", packed=True)
+    said = found["conversations"][0]
+    assert [turn["text"] for turn in said["turns"]] == [asked, "A dog."]
+    assert (said["kind"], found["source"], found["frames"]) == (kind, content["source"], 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"), [("openvid", "Write a brief caption for this video."), ("x", "Describe it.")]
+)
+def test_the_source_of_a_caption_says_what_is_asked(source: str, asked: str) -> None:
+    found = own_text({"caption": "A dog.", "source": source}, "Describe it.", packed=True)
+    assert found["conversations"][0]["turns"][0]["text"] == asked
+
+
+def test_a_text_that_is_empty_is_named_as_empty() -> None:
+    with pytest.raises(ValueError, match=r"the caption of its json is empty \(null\)"):
+        own_text({"caption": None, "url": "x"}, "")
+    with pytest.raises(ValueError, match=r"its json holds none of .*; it holds url"):
+        own_text({"url": "x"}, "")

@@ -33,10 +33,11 @@ from keygrip.data.video_text.conversations import (
     shard_frame_settings,
     video_text_parts,
 )
+from keygrip.data.video_text.foreign_text import REQUESTS
 
 log = logging.getLogger(__name__)
 
-REQUEST = "What would be the WebVid caption for this video?"  # as the published model was asked
+REQUEST = REQUESTS["webvid"]
 MAX_LIST_BYTES = 1 << 33
 MAX_VIDEO_BYTES = 1 << 32  # with its text
 COLUMNS = ("videoid", "page_dir", "name")
@@ -109,7 +110,8 @@ def _caption_in(parts: Parts) -> str:
     content = parse_fields(parts["json"], "json", ["caption"])
     found = content.get("caption") if isinstance(content, Mapping) else None
     if found is None:
-        raise ValueError("it has no caption: no txt, and no `caption` in its json")
+        there = isinstance(content, Mapping) and "caption" in content
+        raise ValueError(f"it has no caption: no txt, and {'a null as' if there else 'no'} `caption` in its json")
     if not isinstance(found, str):
         raise ValueError("its caption is not text")
     return found
