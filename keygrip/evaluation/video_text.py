@@ -41,11 +41,13 @@ class _Asked:
 
     Attributes:
         rows: B indices. prompts: B conversations up to the answer. too_long: how many other rows do not fit.
+            unanswered: how many more end with the user's turn.
     """
 
     rows: list[int]
     prompts: list[EncodedText]
     too_long: int
+    unanswered: int
 
 
 @torch.no_grad()
@@ -67,7 +69,8 @@ def evaluate_modes(
     `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
     block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
     the batches' size; no generation). Beside the modes, `too_long`: captions and VQA questions for which nothing is
-    generated, since with their frames and an answer they do not fit into the language model's context.
+    generated, since with their frames and an answer they do not fit into the language model's context, and
+    `unanswered`: those that end with the user's turn, so that it is not known what the annotators answered.
 
     Raises:
         ValueError: a mode that the network does not have, or no batch.
@@ -85,13 +88,14 @@ def evaluate_modes(
         evaluated[REFINED] = ("coarse_fine", module.refinement)
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
-    frames_seen = too_long = 0
+    frames_seen = too_long = unanswered = 0
     for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
         videos.update(f"videos_of_{length}" for length in _octaves(batch))
         asked = _asked(module, batch, max_new_tokens)
         too_long += asked.too_long
+        unanswered += asked.unanswered
         with timed(seconds, ENCODER, module.device):
             frames, rows = module.inputs(batch)
             kv = encoded(module.network, frames, rows.frame_counts)
@@ -125,6 +129,7 @@ def evaluate_modes(
         "tokens_per_frame": module.network.tokens_per_frame,
         **dict(sorted(videos.items())),
         "too_long": too_long,
+        "unanswered": unanswered,
         **{mode: _rounded(values) for mode, values in figures.items()},
         **_rounded(comparisons(figures)),
     }
@@ -143,11 +148,12 @@ def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
 
 def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int) -> _Asked:
     """Captions and VQA questions that fit into the language model's context with their frames and an answer."""
-    wanted = [
-        row
-        for row, text in enumerate(batch.texts)
-        if (batch.kind[row] == "caption" or "answers" in text.evidence) and text.turns[-1].role == "assistant"
-    ]
+    scored = [row for row, text in enumerate(batch.texts) if batch.kind[row] == "caption" or "answers" in text.evidence]
+    wanted = [row for row in scored if batch.texts[row].turns[-1].role == "assistant"]
+    for row in (row for row in scored if row not in wanted):
+        log.warning(
+            "no answer is scored of %s in %s, which ends with the user's turn", batch.key[row], batch.source[row]
+        )
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
     context, rows, prompts = module.network.language.context, [], []
     for row in wanted:
@@ -166,7 +172,7 @@ def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int
             continue
         rows.append(row)
         prompts.append(prompt)
-    return _Asked(rows, prompts, len(wanted) - len(rows))
+    return _Asked(rows, prompts, len(wanted) - len(rows), len(scored) - len(wanted))
 
 
 def _generated(
@@ -277,7 +283,11 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     for name, benchmark in benchmarks.items():
         record: list[dict[str, Any]] = []
         figures = evaluate_choices(module, benchmark.questions, modes, cfg.max_new_tokens, record)
-        result[name] = figures | {"without_video": benchmark.without_video, "unscored": benchmark.unscored}
+        result[name] = figures | {
+            "without_video": benchmark.without_video,
+            "unscored": benchmark.unscored,
+            "open_ended": benchmark.open_ended,
+        }
         answers += [{"benchmark": name, **entry} for entry in record]
         if cfg.vqa_answers is not None:  # what is known by now stays where a later set ends all, and no earlier run's
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]

@@ -45,6 +45,7 @@ MVBENCH_FOLDERS = {
     "egocentric_navigation": "vlnqa",
     "episodic_reasoning": "tvqa/frames_fps3_hq",
 }
+VIDEO_MME_COLUMNS = ("videoID", "question", "options", "answer", "duration")
 VIDEO_MME_GROUPS = ("domain", "sub_category", "task_type")
 
 
@@ -85,12 +86,14 @@ class Benchmark:
 
     Attributes:
         questions: those whose video is there. without_video: how many others it has. unscored: how many more whose
-            answer is none of their candidates, or is not said.
+            answer is none of their candidates, or is not said. open_ended: how many entries have no candidates at all,
+            to be answered in words of one's own, as MLVU's of generation.
     """
 
     questions: list[ChoiceQuestion]
     without_video: int
     unscored: int = 0
+    open_ended: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,20 @@ class Unscored:
     reason: str
 
 
+@dataclass(frozen=True)
+class OpenEnded:
+    """An entry without candidates, and where it stands."""
+
+    where: str
+
+
+# What a set's entry gives: a question, the name of its video, which is not there, or why nothing is chosen.
+Entry = ChoiceQuestion | str | Unscored | OpenEnded
+
+
 def read_benchmark(name: str, root: str | Path) -> Benchmark:
-    """The questions of a benchmark; those whose video is not there, or whose answer is none of their candidates, are
-    counted and named in the log.
+    """The questions of a benchmark; those whose video is not there, whose answer is none of their candidates, or that
+    have none, are counted and named in the log.
 
     Raises:
         FileNotFoundError: no question files, or none of the videos. ValueError: an unknown benchmark, entries of
@@ -117,10 +131,15 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
     questions = [question for question in found if isinstance(question, ChoiceQuestion)]
     missing = [video for video in found if isinstance(video, str)]
     unscored = [entry.reason for entry in found if isinstance(entry, Unscored)]
+    open_ended = [entry.where for entry in found if isinstance(entry, OpenEnded)]
     if len(unscored) > len(questions):
         raise ValueError(
             f"{name}: {len(unscored)} of {len(unscored) + len(questions)} questions whose videos are there cannot be "
             f"scored; the first: {unscored[0]}"
+        )
+    if open_ended and not questions and not missing:
+        raise ValueError(
+            f"{name}: all {len(open_ended)} questions are to be answered in words; choices alone are scored"
         )
     if not questions:
         raise FileNotFoundError(f"none of the videos of {name} lies below {root}: unpack them there")
@@ -137,15 +156,22 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
         log.warning(
             "%s: %d questions are left out, which cannot be scored; the first: %s", name, len(unscored), unscored[0]
         )
-    return Benchmark(questions, len(missing), len(unscored))
+    if open_ended:
+        log.warning(
+            "%s: %d questions are left out, which have no candidates; the first: %s",
+            name,
+            len(open_ended),
+            open_ended[0],
+        )
+    return Benchmark(questions, len(missing), len(unscored), len(open_ended))
 
 
-def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
+def _video_mme(root: Path) -> Iterator[Entry]:
     """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and perhaps
     `domain`, `sub_category`, `task_type`. What a file repeats of another one is left out."""
     import pyarrow.parquet
 
-    files = files_in(root, ".parquet", below=True)
+    files = [file for file in files_in(root, ".parquet", below=True) if _asks(file)]
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
     videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
@@ -172,6 +198,21 @@ def _video_mme(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     _say_repeated(repeated)
 
 
+def _asks(file: Path) -> bool:
+    """Whether a parquet file holds questions of Video-MME. Raises ValueError: some of their columns alone."""
+    import pyarrow.parquet
+
+    with guard(file):
+        columns = pyarrow.parquet.read_schema(file).names
+    lacks = [name for name in VIDEO_MME_COLUMNS if name not in columns]
+    if "question" in lacks and "options" in lacks:
+        log.warning("%s is left out: no questions of Video-MME, its columns are %.200s", file, ", ".join(columns))
+        return False
+    if lacks:
+        raise ValueError(f"{file}: of the columns of Video-MME's questions it lacks {', '.join(lacks)}")
+    return True
+
+
 def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
     """Options without their letters where all have their own ("A. red", "B. blue")."""
     labels = [re.match(rf"\s*\(?{chr(ord('A') + number)}[.):]\s*", option) for number, option in enumerate(options)]
@@ -182,7 +223,7 @@ def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
+def _candidates(root: Path) -> Iterator[Entry]:
     """JSON lists, a task per file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
     perhaps `start` and `end`. What a file repeats of another one is left out: some copies hold a list of all tasks
     beside the folder with theirs, which comes first, or one without the answers, which comes last."""
@@ -192,9 +233,11 @@ def _candidates(root: Path) -> Iterator[ChoiceQuestion | str | Unscored]:
     entries: list[tuple[Path, dict[str, Any]]] = []
     for file in files:
         content = read_json(file)
-        listed = content if isinstance(content, list) else []
-        # without candidates: MLVU's open questions
-        entries += [(file, entry) for entry in listed if isinstance(entry, dict) and "candidates" in entry]
+        listed = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
+        entries += [(file, entry) for entry in listed if "candidates" in entry]
+        for entry in listed:
+            if "candidates" not in entry and "question" in entry:
+                yield OpenEnded(f"{file}: {str(entry['question'])[:60]!r}")
     entries.sort(key=lambda entry: "answer" not in entry[1])
     videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file, entry in entries:
@@ -276,8 +319,7 @@ def _options(given: Any) -> tuple[str, ...]:
     return tuple(str(option) for option in given)
 
 
-# What an entry of either form gives: a question, the name of its video, which is not there, or why it has no score.
-READERS: dict[str, Callable[[Path], Iterator[ChoiceQuestion | str | Unscored]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
     "video_mme": _video_mme,
     "mlvu": _candidates,
     "mvbench": _candidates,

@@ -134,7 +134,14 @@ def test_a_set_of_which_nothing_is_left_keeps_what_others_gave(
     with pytest.raises(ValueError, match="no question is left of mlvu: 1 whose videos cannot be decoded and 0 that"):
         evaluated("mlvu", split="val", data=None)
     found = evaluated("mvbench", "mlvu")
-    assert found["mlvu"] == {"questions": 0, "unreadable": 1, "too_long": 0, "without_video": 0, "unscored": 0}
+    assert found["mlvu"] == {
+        "questions": 0,
+        "unreadable": 1,
+        "too_long": 0,
+        "without_video": 0,
+        "unscored": 0,
+        "open_ended": 0,
+    }
     assert found["mvbench"]["questions"] == len(kept.read_text().splitlines()) == 1
     kept.unlink()
     monkeypatch.setitem(sets, "mlvu", [question("a", 7)])  # which no option is: the set ends all
@@ -183,7 +190,7 @@ def test_generated_answers_are_as_long_as_the_setting_allows(
     monkeypatch.setattr(
         video_text,
         "read_benchmark",
-        lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0, unscored=0),
+        lambda *_: SimpleNamespace(questions=[question("a", 1)], without_video=0, unscored=0, open_ended=0),
     )
     settings = {"mode": "coarse_fine", "split": "none", "vqa_answers": None, "vqa_benchmarks": {"mvbench": "x"}}
     cfg = OmegaConf.create({**settings, "max_frames": None, "limit_batches": None, "max_new_tokens": most})

@@ -12,7 +12,7 @@ import torch
 from vlm_parts import small_backbone, small_language, small_module
 
 from keygrip.config import compose
-from keygrip.data.batches import Conversation, VideoTextBatch, VideoTextSample
+from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
 from keygrip.data.video_text.conversations import answer
 from keygrip.evaluation import video_text
 from keygrip.evaluation.video_text import evaluate_modes
@@ -107,6 +107,15 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
     alone = evaluate_modes(module, [batch(module, (2, (long,)))], ["coarse_fine"], 60)
     assert alone["too_long"] == 1
     assert "vqa_accuracy" not in alone["coarse_fine"]
+
+
+def test_what_ends_with_the_users_turn_is_counted(module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether the annotators answered the last question or the one before it is not known."""
+    more = Conversation((*VQA.turns, Turn("user", "Where is it?")), VQA.kind, VQA.evidence)
+    found = evaluate_modes(module, [batch(module, (2, (VQA, more)))], ["coarse_fine"], 6)
+    assert (found["unanswered"], found["too_long"]) == (1, 0)
+    assert found["coarse_fine"]["questions_vqa"] == 2
+    assert "no answer is scored of 0000 in set, which ends with the user's turn" in caplog.text
 
 
 def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule) -> None:

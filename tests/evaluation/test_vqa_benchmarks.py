@@ -99,11 +99,26 @@ def test_sets_of_candidates(name: str, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "video" / "b").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (number * 80, 0, 0)).save(tmp_path / "video" / "b" / f"{number:03d}.png")
-    first, second = read_benchmark(name, tmp_path).questions
+    found = read_benchmark(name, tmp_path)
+    assert found.open_ended == 1
+    first, second = found.questions
     assert (first.answer, first.task) == (1, "1_colour")
     assert (second.answer, second.task) == (0, "place")
     assert len(read_frames(first.video, 28, "stretch", 64)) == 3
     assert read_frames(second.video, 28, "stretch", 64)[:, 0, 0, 0].tolist() == [0, 80, 160]
+
+
+def test_questions_without_candidates_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    video(tmp_path / "a.mp4")
+    told = {"video": "a.mp4", "question": "Tell.", "answer": "x"}
+    write(tmp_path / "8_sub_scene.json", [told])
+    with pytest.raises(ValueError, match="mlvu: all 1 questions are to be answered in words; choices alone are scored"):
+        read_benchmark("mlvu", tmp_path)
+    write(tmp_path / "1_colour.json", [told | {"candidates": ["x", "y"]}])
+    found = read_benchmark("mlvu", tmp_path)
+    assert (len(found.questions), found.open_ended, found.unscored) == (1, 1, 0)
+    assert "mlvu: 1 questions are left out, which have no candidates; the first: " in caplog.text
+    assert "8_sub_scene.json: 'Tell.'" in caplog.text
 
 
 def test_what_is_missing_or_of_another_form_is_said(tmp_path: Path) -> None:
@@ -355,6 +370,24 @@ def test_answers_of_video_mme_that_are_no_letter_of_theirs_are_counted(tmp_path:
         (f"{said}?", 1) for said in ("b", "B.", "(B)", "B. y")
     ]
     assert found.unscored == 3
+
+
+def test_a_parquet_file_of_something_else_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    video(tmp_path / "data" / "a.mp4")
+    pq.write_table(pa.table({"path": ["a"], "vector": [[1.0]]}), tmp_path / "features.parquet")
+    with pytest.raises(FileNotFoundError, match="no parquet file with the questions"):
+        read_benchmark("video_mme", tmp_path)
+    mme(tmp_path / "videomme" / "test.parquet", {})
+    assert len(read_benchmark("video_mme", tmp_path).questions) == 1
+    assert "features.parquet is left out: no questions of Video-MME, its columns are path, vector" in caplog.text
+    pq.write_table(pa.table({"question": ["?"], "options": [["A. x"]], "videoID": ["a"]}), tmp_path / "more.parquet")
+    with pytest.raises(ValueError, match=r"more\.parquet: of the columns .* it lacks answer, duration"):
+        read_benchmark("video_mme", tmp_path)
 
 
 def test_options_of_video_mme_lose_their_letters_alone(tmp_path: Path) -> None:
