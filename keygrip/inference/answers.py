@@ -346,4 +346,4 @@ def _shown(title: str, pieces: Iterator[str]) -> str:
             said += piece
     finally:
         sys.stderr.write("\n")
-    return said.strip()
+    return said

@@ -179,7 +179,7 @@ class VideoChat:
                 prompt = self._read(messages)
                 text = self._check_room(prompt, max_new_tokens)
                 if not prompt.at_its_place:
-                    answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how)).strip()
+                    answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how))
                     continue
             except (ValueError, OSError) as error:
                 if left_out is None:

@@ -374,21 +374,21 @@ class VideoStream:
 
     def answer(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
         """The answer to what was seen so far; more frames may follow. Arguments as of `stream`."""
-        return "".join(self.stream(max_new_tokens, temperature, seed)).strip()
+        return "".join(self.stream(max_new_tokens, temperature, seed))
 
 
 def pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of tokens as they come, whole characters only."""
+    """Text of tokens as they come, whole characters only, and without white space at both ends of the whole."""
     ids: list[int] = []
     shown = ""
     for token in tokens:
         ids.append(token)
         if tokenizer.is_byte(token):  # bytes in a row are decoded together: an incomplete one spoils those before it
             continue
-        text = tokenizer.decode(ids)
-        if not text.endswith(UNFINISHED) and text.startswith(shown):
+        text = tokenizer.decode(ids).strip()
+        if not text.endswith(UNFINISHED) and text != shown and text.startswith(shown):
             yield text[len(shown) :]
             shown = text
-    text = tokenizer.decode(ids) if ids else ""
+    text = tokenizer.decode(ids).strip() if ids else ""
     if text != shown and text.startswith(shown):
         yield text[len(shown) :]

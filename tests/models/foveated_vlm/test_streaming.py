@@ -306,6 +306,9 @@ def test_pieces_are_whole_characters() -> None:
     text = "a\u00e9\u20acb"
     found = list(pieces(Bytes(), iter(text.encode())))  # type: ignore[arg-type]
     assert found == list(text)
+    found = list(pieces(Bytes(), iter(b" \n a  b \n")))  # type: ignore[arg-type]
+    assert found == ["a", "  b"]  # as an answer that is not streamed
+    assert list(pieces(Bytes(), iter(b"  "))) == []  # type: ignore[arg-type]
 
 
 def test_a_full_stream_still_answers(tmp_path: Path) -> None:
