@@ -22,11 +22,8 @@ folder's ``pipeline.py``; without that it refuses, as for every pipeline of a cl
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import numbers
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -42,19 +39,18 @@ from torch import Tensor
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
+from keygrip.inference.schedulers import OWN_SCHEDULER, set_levels
 from keygrip.inference.steered_images import MOST_PIXELS, SteeredImages
-from keygrip.models.nn.flow_matching import integrate, noise_levels, shifted
+from keygrip.models.nn.flow_matching import integrate
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, Velocities
+from keygrip.models.patch_dit.sampler import NOT_FINITE, Velocities
 from keygrip.training.checkpoints import load_module
 from keygrip.training.parts import UntrustedPartError
 from keygrip.training.strategies import automatic_precision
 
 CLASS = "PatchDiTPipeline"
-OUTPUTS = ("pil", "np", "pt")
-OWN_SCHEDULER = "leave the pipeline the scheduler that it came with"
-LEVEL_TOLERANCE = 1e-4  # of noise levels; schedulers compute them in float32
+OUTPUTS = ("pil", "np", "pt", "latent")
 STUB = "pipeline"  # the file of the folder that diffusers' own DiffusionPipeline executes where it is told to
 STUB_TEXT = f'''"""keygrip's class, for diffusers' DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
 
@@ -269,6 +265,8 @@ class PatchDiTPipeline(DiffusionPipeline):
         redraw: Image.Image | None = None,
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_scale: None = None,
+        negative_prompt: None = None,
     ) -> Any:
         """Images.
 
@@ -278,12 +276,14 @@ class PatchDiTPipeline(DiffusionPipeline):
             num_inference_steps, text_scale, dino_scale, guidance, solver, full_scale, cls_scale, guide_scale,
                 text_rescale, dino_rescale, full_rescale, interval: None: the model's own, see
                 `keygrip.models.patch_dit.sampler.Sampling`. Steps of the solver euler are the scheduler's.
-            generator, num_images_per_prompt, latents, output_type ("pil", "np" or "pt"), return_dict: as in diffusers.
+            generator, num_images_per_prompt, latents, return_dict: as in diffusers.
+            output_type: "pil", "np", "pt" or, as `latents` are given, not decoded, "latent".
             image_mask, blend, start_image, strength, redraw: see
                 `keygrip.inference.steered_images.SteeredImages`.
             callback_on_step_end: as in diffusers: called with the pipeline, the number of the step from 0, its timestep
                 and ``{"latents": ...}``; what it returns as latents is gone on with, by the solver euler alone.
             callback_on_step_end_tensor_inputs: the latents are all there is.
+            guidance_scale, negative_prompt: of other pipelines, and refused with what does it here.
 
         Raises:
             ValueError: neither words nor image, lists of different lengths, a size that does not divide, an image of
@@ -292,6 +292,16 @@ class PatchDiTPipeline(DiffusionPipeline):
         module: PatchDiTModule = self.transformer.module
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUTS)}")
+        if guidance_scale is not None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale!r}: words and the reference image have a scale each: give text_scale "
+                "and dino_scale (see Sampling for full_scale and guidance)"
+            )
+        if negative_prompt is not None:
+            raise ValueError(
+                "negative_prompt: the model is guided away from no words, which it was trained on, not from others: "
+                "leave it out; text_scale says how far"
+            )
         if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be a whole number, at least 1")
         if list(callback_on_step_end_tensor_inputs) != ["latents"]:
@@ -311,8 +321,10 @@ class PatchDiTPipeline(DiffusionPipeline):
         if sampling.solver != "euler" and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"solver={sampling.solver} takes steps of its own, and none of {type(self.scheduler).__name__}: give "
-                "solver='euler', or leave the pipeline the scheduler that it came with"
+                f"solver='euler', or {OWN_SCHEDULER}"
             )
+        if redraw is not None and output_type == "latent":
+            raise ValueError("redraw keeps pixels, and output_type='latent' gives none: choose another output_type")
         steered = SteeredImages(module, prompt, image, image_mask, blend, start_image, strength, redraw)
         steered.refuse_idle({name for name, value in given.items() if value is not None}, sampling)
         bucket = self._bucket(module, steered.shown, height, width)
@@ -339,7 +351,7 @@ class PatchDiTPipeline(DiffusionPipeline):
             times = start.edit.strength
             x = (1 - times) * start.edit.latents + times * noise
             kept = None if start.edit.mask is None else (start.edit.mask, noise - start.edit.latents)
-        self._set_levels(sampling, module.shift_of(noise), times, device)
+        set_levels(self.scheduler, sampling.steps, module.shift_of(noise), times, device)
         module.eval()
         aspect = bucket.width / bucket.height
         velocities = Velocities(module.network, conditions, total, aspect, guide=module.guide_network)
@@ -381,7 +393,7 @@ class PatchDiTPipeline(DiffusionPipeline):
                         bar.update()
 
                     x = integrate(velocity_at, x, sigmas, sampling.solver, on_step)
-            drawn = encoders.decode_latents(module.statistics.restored(x)).cpu()
+            drawn = x if output_type == "latent" else encoders.decode_latents(module.statistics.restored(x)).cpu()
         if not bool(torch.isfinite(drawn).all()):
             raise ValueError(NOT_FINITE)
         if start is not None and start.redrawn is not None:  # pixels that stay are the image's own
@@ -392,36 +404,6 @@ class PatchDiTPipeline(DiffusionPipeline):
         elif output_type == "np":
             shown = drawn.permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=shown) if return_dict else (shown,)
-
-    def _set_levels(self, sampling: Sampling, shift: float, strength: float, device: torch.device) -> None:
-        """The scheduler's noise levels, from `strength` to 0: as those of `sample`, since two shifts are one by their
-        product and the scheduler has that of its own configuration, ``shift`` being the resolution's."""
-        own = getattr(self.scheduler, "shift", self.scheduler.config.get("shift", 1.0))  # set_shift may change it
-        if not isinstance(own, int | float) or isinstance(own, bool) or not 0 < own < math.inf:
-            raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json, set_shift): a number above 0")
-        steps = max(1, round(sampling.steps * strength))
-        levels = torch.tensor(noise_levels(steps, shift)[:-1], dtype=torch.float64)
-        if strength != 1 and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"strength={strength:g} starts between noise and data, where {type(self.scheduler).__name__} cannot: "
-                f"{OWN_SCHEDULER}"
-            )
-        if strength != 1:  # the scheduler's shift comes last: taken off here, put on again there
-            levels = shifted(strength * shifted(levels, own), 1 / own)
-        named = type(self.scheduler).__name__
-        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(f"{named} takes no noise levels (sigmas): {OWN_SCHEDULER}")
-        self.scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
-        wanted = [*shifted(levels, own).tolist(), 0.0]
-        found = self.scheduler.sigmas.tolist()
-        other = len(found) != len(wanted) or max(map(abs, map(operator.sub, found, wanted))) > LEVEL_TOLERANCE
-        if other and not isinstance(
-            self.scheduler, FlowMatchEulerDiscreteScheduler
-        ):  # whose own options may ask for it
-            raise ValueError(
-                f"{named} would draw at other noise levels than the model's ({_first(found)} in place of "
-                f"{_first(wanted)}): {OWN_SCHEDULER}"
-            )
 
     @staticmethod
     def _bucket(module: PatchDiTModule, image: Image.Image | None, height: int | None, width: int | None) -> Bucket:
@@ -443,10 +425,6 @@ class PatchDiTPipeline(DiffusionPipeline):
             return bucket
         trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
         return trained[0] if image is None else nearest_bucket(*image.size, trained)
-
-
-def _first(levels: Sequence[float]) -> str:
-    return ", ".join(f"{level:.3f}" for level in levels[:3]) + ", ..."
 
 
 def _refuse_type(name: str, value: Any, kind: type | None) -> None:

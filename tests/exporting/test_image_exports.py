@@ -24,6 +24,7 @@ from keygrip.config import compose
 from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
 from keygrip.models.nn.flow_matching import seeded_noise
 from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.training.checkpoints import read_checkpoint, weights_of
 
 
@@ -98,6 +99,10 @@ def test_a_pipeline_of_diffusers_draws_the_same_images(trained: Path, tmp_path: 
         ["a red thing", "a green thing"], generator=torch.Generator().manual_seed(0), output_type="pt"
     ).images
     assert two.shape[0] == 2
+    latents = pipeline("a red thing", image, latents=noise, output_type="latent").images
+    assert latents.shape == noise.shape
+    decoded = module.ready_encoders().decode_latents(module.statistics.restored(latents))
+    assert np.abs(as_bytes(decoded.cpu())[0].astype(int) - np.asarray(drawn)).max() <= 1
     with pytest.raises(ValueError, match="nothing to draw"):
         pipeline()
 
@@ -418,6 +423,9 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
         ({"image": Image.new("RGB", (0, 0))}, "image 0 cannot be used: it has no pixels"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: must be a whole number"),
         ({"text_scale": "2"}, "text_scale='2': must be a number"),
+        ({"guidance_scale": 7.5}, r"guidance_scale=7\.5: .* give text_scale and dino_scale"),
+        ({"negative_prompt": "blurry"}, "negative_prompt: .* leave it out; text_scale says how far"),
+        ({"start_image": one, "redraw": one, "output_type": "latent"}, "output_type='latent' gives none"),
         ({"latents": np.zeros((1, 3, 4, 4))}, "latents are a tensor, not ndarray"),
         ({"generator": (torch.Generator(),) * 2}, "2 generators for 1 images"),
         ({"callback_on_step_end": lambda *_: [1]}, "callback_on_step_end returns a dict, not list"),
