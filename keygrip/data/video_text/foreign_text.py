@@ -89,8 +89,8 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
     if name is None:
         known = ", ".join((*TURNS, *CAPTIONS, *PAIR))
         raise ValueError(f"its json holds none of {known}; it holds {_listed(content)}")
-    asked = _request(content, request)
-    return _timed(caption_text(content[name], asked, content), _named_images(content), content)
+    captioned = caption_text(content[name], _request(content, request), content)
+    return _timed(captioned, _named_images(content), content)
 
 
 def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
