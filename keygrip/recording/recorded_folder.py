@@ -25,13 +25,15 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
     """What a recording in `root` stored of failed seeds. A new one notes its settings, and `none` for the seeds.
 
     Raises:
-        ValueError: `root` holds a recording with other settings; two are never mixed.
+        ValueError: `root` holds demonstrations with other settings; two recordings are never mixed.
     """
     path = root / SETTINGS_FILE
-    if not path.is_file():
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    # a try that ended before its first demonstration (an image size that the environment does not have) binds nobody
+    empty = not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
+    if not stored or (empty and stored.get("settings") != settings):
         store(root, settings, none)
         return none
-    stored = json.loads(path.read_text())
     refuse_other_settings(root, stored.get("settings", {}), settings)
     return stored["failed_seeds"]
 

@@ -83,6 +83,7 @@ def test_the_expert_of_a_gymnasium_environment_is_recorded(tmp_path: Path, monke
     with pytest.raises(Exception, match="has no method expert_action"):
         record(tmp_path / "none", "env.task.id=gym_lab:Inexpert-v0", "demos=1")
     assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == []
+    assert record(tmp_path / "none", name, "demos=1")["recorded"] == 1  # what the failed try was told binds nobody
 
 
 def test_the_expert_of_two_arms_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
