@@ -89,11 +89,6 @@ class YamArms:
 
     robot = "yam"
 
-    @property
-    def models(self) -> dict[str, tuple[str, str]]:
-        """Arm and gripper of each arm, by i2rt's names."""
-        return dict(zip(self.arms, self._models, strict=True))
-
     def __init__(
         self,
         arms: Mapping[str, str | Driver],
@@ -162,6 +157,11 @@ class YamArms:
         return np.clip(joints, limits[:, 0], limits[:, 1])
 
     # ---- the robot ---------------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> dict[str, tuple[str, str]]:
+        """Arm and gripper of each arm, by i2rt's names."""
+        return dict(zip(self.arms, self._models, strict=True))
 
     def now(self) -> float:
         return time.monotonic()
