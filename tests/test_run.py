@@ -74,7 +74,7 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
     monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
     run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
-    assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem"})]
+    assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem", "renews": True})]
     for setting in (
         "tf32=true",
         "device=cpu",

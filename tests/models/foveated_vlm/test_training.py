@@ -175,7 +175,10 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     )
     modes = {"coarse_fine", "coarse_only", "coarse_fine_refined"}
     videos = {"videos_of_2": 1, "videos_of_4": 1}
-    assert modes | {"fine_over_coarse", "tokens_per_frame", "too_long"} | videos.keys() == result["test"].keys()
+    assert (
+        modes | {"fine_over_coarse", "tokens_per_frame", "too_long", "unanswered"} | videos.keys()
+        == result["test"].keys()
+    )
     assert videos.items() <= result["test"].items()
     assert {"loss_mark", "accuracy_caption", "perplexity", "bleu_4", "ms_per_frame"} <= result["test"][
         "coarse_fine"

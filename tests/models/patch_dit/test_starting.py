@@ -293,6 +293,7 @@ def test_a_student_is_trained_validated_and_drawn(
     with pytest.raises(ValueError, match=r"drawn at timestep_shift=6\.0 .*Give model\.few_steps\.timestep_shift=6\.0"):
         started("steps", *options, "model.few_steps.timestep_shift=3", f"model.init_from={runs / 'base'}")
     beside = {"statistics": student.statistics.plain(), "teacher_digest": few.teacher_digest}
+    beside |= {"view": None, "autoencoder": None}  # encoders without weights of their own
     stored = {"patch_dit": beside}  # sharded training resumes without the weights here
     student.on_load_checkpoint(stored)
     few.take_teacher(student.network, InitSource("teacher", {}))
