@@ -48,6 +48,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
             for row in np.flatnonzero(values != stored.columns[name]).tolist():
                 said = stored.columns[name][row]
                 problem = f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {said}"
+                problem += ": step=manifest again=true"
                 report.problems.append(problem)
     except ShardError as error:
         report.problems.append(str(error))

@@ -30,7 +30,6 @@ from keygrip.data.spacing import evenly
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import (
     CAPTIONS,
-    PAIR,
     PLACES,
     SHOWN,
     TURNS,
@@ -209,7 +208,7 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
         ValueError: it is missing or malformed.
     """
     parts = lower_case(parts)
-    told = (*TURNS, *CAPTIONS, *PAIR)
+    told = (*TURNS, *CAPTIONS)
     counted = told if "txt" in parts else (*told, "fps", "system")
     content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json

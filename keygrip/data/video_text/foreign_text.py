@@ -39,9 +39,15 @@ UNNAMED_REQUEST = "Describe this."
 
 def holds_text(content: Any) -> bool:
     """Whether a sample's json has turns or a caption, well-formed or not."""
-    return isinstance(content, list) or (
-        isinstance(content, Mapping) and any(content.get(name) for name in (*TURNS, *CAPTIONS, "assistant"))
-    )
+    if not isinstance(content, Mapping):
+        return isinstance(content, list)
+    return any(content.get(name) for name in (*TURNS, *CAPTIONS)) or is_pair(content)
+
+
+def is_pair(content: Mapping[str, Any]) -> bool:
+    """Whether a json has one question and its answer at its top, well-formed or not, and no turns or caption: either
+    key alone, or beside a caption, is what downloaders note of an uploader or of a model."""
+    return "user" in content and bool(content.get("assistant")) and not any(map(content.get, (*TURNS, *CAPTIONS)))
 
 
 def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
     if not isinstance(content, Mapping):
         raise ValueError("its json is no object")
     name = next((name for name in TURNS if content.get(name)), None)
-    if name is None and content.get("assistant"):
+    if is_pair(content):
         return _of_pair(content, packed)
     if name is not None:
         turns = content[name]
@@ -83,11 +89,12 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
         raise ValueError(f"the {odd[0]} of its json is a {type(content[odd[0]]).__name__}, not text")
-    empty = [each for each in (*TURNS, *CAPTIONS, "assistant") if each in content]
+    empty = [each for each in (*TURNS, *CAPTIONS) if each in content]
+    empty += ["assistant"] if "user" in content and "assistant" in content else []
     if name is None and empty:
         raise ValueError(f"the {empty[0]} of its json is empty ({json.dumps(content[empty[0]])[:20]})")
     if name is None:
-        known = ", ".join((*TURNS, *CAPTIONS, *PAIR))
+        known = ", ".join((*TURNS, *CAPTIONS, " with ".join(PAIR)))
         raise ValueError(f"its json holds none of {known}; it holds {_listed(content)}")
     captioned = caption_text(content[name], _request(content, request), content)
     return _timed(captioned, _named_images(content), content)
@@ -96,8 +103,8 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
 def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     """A sample's one question and answer at the top of its json, in this project's own form. Raises ValueError: nothing
     is asked of nothing, or a turn is no text."""
-    count, user = content.get("frame_count"), content.get("user") or ""
-    captioned = isinstance(user, str) and not user.strip()
+    count, user = content.get("frame_count"), content["user"]
+    captioned = user is None or (isinstance(user, str) and not user.strip())
     if captioned and not (packed or count):
         raise ValueError("its user is empty, and it has no frames of which a caption could be asked")
     told = dict(content) | ({"user": _request(content, UNNAMED_REQUEST)} if captioned else {})

@@ -754,6 +754,10 @@ def test_kinds_that_cannot_be_chosen_are_named(tmp_path: Path, kind: str) -> Non
         (text(conversations=TALK), "This."),
         (text(caption="", width=8), "of the txt"),
         (text(caption=None, id=3), "of the txt"),
+        (text(assistant="gpt-4o"), "of the txt"),
+        (text(user="uploader", caption="of the json", assistant="gpt-4o"), "of the json"),
+        (b'{"user": NaN, "assistant": "gpt-4o"}', "of the txt"),
+        (b'{"user": NaN, "caption": "of the json"}', "of the json"),
     ],
 )
 def test_text_of_a_json_counts_before_a_txt(tmp_path: Path, content: bytes, said: str) -> None:
@@ -791,5 +795,12 @@ def test_the_source_of_a_caption_says_what_is_asked(source: str, asked: str) -> 
 def test_a_text_that_is_empty_is_named_as_empty() -> None:
     with pytest.raises(ValueError, match=r"the caption of its json is empty \(null\)"):
         own_text({"caption": None, "url": "x"}, "")
+    with pytest.raises(ValueError, match=r"the assistant of its json is empty"):
+        own_text({"user": "Who?", "assistant": ""}, "")
+    with pytest.raises(ValueError, match=r"user with assistant; it holds assistant"):
+        own_text({"assistant": "A dog."}, "")
+    for user in (0, False, []):  # no question, and not none either
+        with pytest.raises(ValueError, match=r"a turn has no role or no text|a user.s turn without words"):
+            own_text({"user": user, "assistant": "A dog."}, "", packed=True)
     with pytest.raises(ValueError, match=r"its json holds none of .*; it holds url"):
         own_text({"url": "x"}, "")
