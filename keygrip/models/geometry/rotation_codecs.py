@@ -103,8 +103,13 @@ class RotationCodec(nn.Module):
     def encode(self, quaternions: Tensor) -> Tensor:
         """Class indices ``[...]`` (int64) of rotations ``[..., 4]``."""
 
-    def covers(self, quaternions: Tensor) -> Tensor:
-        """Whether rotations ``[..., 4]`` are among those that training showed: near their code, bool ``[...]``."""
+    def covers(self, quaternions: Tensor, like: Tensor | None = None) -> Tensor:
+        """Whether rotations ``[..., 4]`` are among those that training showed: near their code, bool ``[...]``.
+
+        ``like``: rotations ``[..., 4]`` that it did show, which may lie off the axis of a codec that has one: others
+        may then lie as far off, and what is near beyond it.
+        """
+        del like
         decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
         return geodesic_angle(normalise(quaternions), decoded) <= COVERED_RAD
 
@@ -199,12 +204,17 @@ class PCARotation(RotationCodec):
         position = (self.scores(quaternions) - low) / (high - low) * self.classes
         return position.clamp(0, self.classes)
 
-    def covers(self, quaternions: Tensor) -> Tensor:
+    def covers(self, quaternions: Tensor, like: Tensor | None = None) -> Tensor:
         scores = self.scores(quaternions)
         within = (scores >= self.score_range[0]) & (scores <= self.score_range[1])
         # a turn about another axis leaves the score as it is: its place on the axis is then far away, in any bin
+        allowed = COVERED_RAD if like is None else COVERED_RAD + self._off_axis(like)
+        return within & (self._off_axis(quaternions) <= allowed)
+
+    def _off_axis(self, quaternions: Tensor) -> Tensor:
+        """Radians ``[...]`` from rotations ``[..., 4]`` to their places on PC1's axis."""
         on_axis = self._from_position(self.bin_position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
-        return within & (geodesic_angle(normalise(quaternions), on_axis) <= COVERED_RAD)
+        return geodesic_angle(normalise(quaternions), on_axis)
 
     def encode(self, quaternions: Tensor) -> Tensor:
         return self.bin_position(quaternions).long().clamp_max(self.classes - 1)

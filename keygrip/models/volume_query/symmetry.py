@@ -113,7 +113,7 @@ def equivalent_classes(codec: RotationCodec, quaternion: Tensor, free: Tensor, o
     """
     turned = equivalent_turns(quaternion, order)
     codes = codec.encode(turned)  # [*, N]
-    counts = codec.covers(turned) & free[..., None]
+    counts = codec.covers(turned, like=turned[..., :1, :]) & free[..., None]
     counts[..., 0] = True
     chosen = torch.zeros(*quaternion.shape[:-1], codec.classes, dtype=torch.int64, device=quaternion.device)
     return chosen.scatter_add(-1, codes, counts.long()) > 0
@@ -133,7 +133,7 @@ def steady_turns(quaternion: Tensor, start: Tensor, free: Tensor, codec: Rotatio
         free: ``[*]``, whether there is a choice. codec: equivalents that it does not cover are left out.
     """
     turned = equivalent_turns(quaternion, order)  # [*, T, N, 4]
-    allowed = codec.covers(turned) & free[..., None, None]
+    allowed = codec.covers(turned, like=turned[..., :1, :]) & free[..., None, None]
     allowed[..., 0] = True
     chosen, previous = [], start
     for t in range(quaternion.shape[-2]):

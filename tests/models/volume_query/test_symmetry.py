@@ -13,7 +13,7 @@ from policy_batches import observation_of
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.models.geometry.rotation_codecs import PCARotation
-from keygrip.models.geometry.rotations import geodesic_angle, rotation_exp
+from keygrip.models.geometry.rotations import geodesic_angle, quaternion_multiply, rotation_exp
 from keygrip.models.policy import Observation
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
 from keygrip.models.volume_query.symmetry import (
@@ -77,6 +77,22 @@ def test_a_gripper_that_training_never_turned_about_the_vertical_has_one_grip() 
         kept = steady_turns(chosen[:1], turned[0], free, bins, order)
         torch.testing.assert_close(kept, chosen[:1])
     assert bool(bins.covers(tilts[1:-1]).all())
+
+
+def test_a_gripper_that_is_tilted_too_keeps_its_equivalent_grips() -> None:
+    """Tilts lie off the axis of bins of yaw, and a turn about the vertical leaves them as they are."""
+    torch.manual_seed(0)
+    yaw = about_vertical(torch.rand(2000) * 190 - 95)
+    shares = []
+    for tilt in (0.0, 8.0, 15.0):
+        tilts = torch.cat([torch.deg2rad(tilt * torch.randn(len(yaw), 2)), torch.zeros(len(yaw), 1)], dim=-1)
+        shown = quaternion_multiply(yaw, rotation_exp(tilts))
+        bins = PCARotation(classes=32)
+        bins.fit(shown)
+        classes = equivalent_classes(bins, shown, torch.ones(len(yaw), dtype=torch.bool), 4)
+        shares.append(float(classes.sum(-1).float().mean()))
+    assert shares == pytest.approx([shares[0]] * 3, abs=0.1)
+    assert shares[0] > 2
 
 
 def test_the_loss_is_of_the_summed_probability() -> None:
