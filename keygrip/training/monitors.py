@@ -79,7 +79,7 @@ class GradientNorm(Callback):
 
 class RandomnessByStep(Callback):
     """Seeds torch's generators before every batch from (seed, batch, rank): a resumed run draws the numbers it would
-    have drawn.
+    have drawn, and every validation the same ones.
 
     Args:
         seed: of the run.
@@ -89,7 +89,14 @@ class RandomnessByStep(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        index = trainer.fit_loop.epoch_loop.total_batch_idx
+        self._seed(trainer.fit_loop.epoch_loop.total_batch_idx, trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._seed(-1 - batch_idx, trainer)  # none of training's
+
+    def _seed(self, index: int, trainer: Trainer) -> None:
         mixed = (self.seed * 1_000_003 + index) * 65_537 + trainer.global_rank
         torch.manual_seed(mixed % (1 << 63))
 

@@ -56,6 +56,25 @@ def test_validation_leaves_training_as_it_was(toy_overrides: Callable[..., list[
         assert torch.equal(often[name], never[name])
 
 
+def test_every_validation_draws_the_same_numbers_after_resuming_too(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+
+    drawn: dict[int, list[float]] = {}
+
+    def validate(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> None:
+        drawn.setdefault(self.trainer.global_step, []).append(float(torch.rand(())))
+
+    monkeypatch.setattr(toy_parts.ToyModule, "validation_step", validate)
+    train.run(compose("train", toy_overrides("run", "max_steps=8")))
+    train.run(compose("train", toy_overrides("run", "max_steps=12", "resume=true")))
+    drawn.pop(0)  # the check before the first step
+    assert drawn.keys() == {4, 8, 12}
+    assert drawn[4] == drawn[8] == drawn[12]
+    assert len(set(drawn[4])) == len(drawn[4]) > 1
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="decay"):
         EMA(decay=1.0)
