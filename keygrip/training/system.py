@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.training import loggers
-from keygrip.training.accumulation import completes_step
+from keygrip.training.accumulation import WindowMean, completes_step
 from keygrip.training.checkpoints import load_module, misfit
 from keygrip.training.memory import StepMemory, count_step, measure_step, outside_modules
 from keygrip.training.optimizers import AdamW
@@ -40,6 +40,7 @@ class System(LightningModule):
         usage: lines of Python for the model card of an export, with {name} for its folder; None: `keygrip.load`.
         own_files: files that the run's settings name and no checkpoint holds, by dotted key; set where a run builds its
             module. A run that this one starts from may need the same.
+        window: the batches of an optimiser step, where gradients of several are accumulated for it.
         resumed: whether a run goes on: its weights come from its own checkpoint, and where it began is not read again.
 
     Args:
@@ -58,6 +59,7 @@ class System(LightningModule):
         self.optimizer_recipe = optimizer
         self.own_files: Mapping[str, Any] = {}
         self.resumed = False
+        self.window = WindowMean()
 
     def trained_part(self) -> nn.Module:
         """The module whose parameters the optimiser gets."""
@@ -65,6 +67,14 @@ class System(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.trained_part(), self.trainer.estimated_stepping_batches)
+
+    def on_after_backward(self) -> None:
+        """Makes accumulated gradients those of the mean over a step's batches, as many as there are."""
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated > 1:
+            self.window.add_batch()
+            if completes_step(self.trainer):
+                self.window.finish(self.parameters(), accumulated)
 
     # -- before training ----------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLMOutput
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
-from keygrip.training.accumulation import WindowMean, completes_step
+from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.memory import StepMemory
@@ -156,7 +156,6 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
         self.health = RangeChecks(RANGES, monitor_from_step)
         self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
-        self._window = WindowMean()
         self._scores: dict[str, Scores] = {}
         self._on_targets: dict[str, list[float]] = {}
 
@@ -238,8 +237,6 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        if self.trainer.accumulate_grad_batches > 1:
-            self._window.finish(self.network.parameters(), self.trainer.accumulate_grad_batches)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self._health_now():
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -357,7 +354,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         if self._shown(self.log_images_every_n_steps) and completes_step(self.trainer):
             self._show("train", batch)
-        return loss if self.trainer.accumulate_grad_batches == 1 else self._window.weighted(loss, scores.tokens)
+        return loss if self.trainer.accumulate_grad_batches == 1 else self.window.weighted(loss, scores.tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._scores = defaultdict(Scores)

@@ -24,6 +24,7 @@ from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.foveated_vlm.scores import Scores, comparisons
 from keygrip.models.language.tokenizers import TrainedTokenizer
+from keygrip.training.monitors import GradientNorm
 from keygrip.training.optimizers import AdamW
 
 
@@ -338,10 +339,12 @@ def test_batches_of_a_step_count_by_their_tokens(parts: Callable[..., tuple]) ->
     counts = [int(batch.loss_mask.sum()) for batch in batches]
     assert max(counts) > 3 * min(counts)
     start = {name: value.clone() for name, value in module.network.state_dict().items()}
+    norms: list[Any] = []
     for window in (batches[:2], batches[2:]):
         module.zero_grad()
         scores = [module.score(module(batch, "coarse_only"), batch) for batch in window]
         (sum(each.loss for each in scores) / sum(each.tokens for each in scores)).backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in module.network.parameters() if p.grad is not None]))
         with torch.no_grad():
             for parameter in module.network.parameters():
                 if parameter.grad is not None:
@@ -349,7 +352,11 @@ def test_batches_of_a_step_count_by_their_tokens(parts: Callable[..., tuple]) ->
     wanted = {name: value.clone() for name, value in module.network.state_dict().items()}
     module.zero_grad()
     module.network.load_state_dict(start)
-    trainer = fitted(module, batches, accumulate_grad_batches=2)
+    norm = GradientNorm(every_n_steps=1)
+    logged: list[Any] = []
+    module.log = lambda name, value, **_: logged.append(value) if name == "train/grad_norm" else None
+    trainer = fitted(module, batches, accumulate_grad_batches=2, callbacks=[norm])
     assert trainer.global_step == 2
+    torch.testing.assert_close(logged, norms, atol=1e-5, rtol=1e-4)
     for name, value in module.network.state_dict().items():
         torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4)
