@@ -61,6 +61,14 @@ def test_tests_have_as_many_short_tours_as_long_ones(tmp_path: Path) -> None:
         make_tours(tmp_path, options | {"even_lengths": ["tests"]})
 
 
+def test_a_split_has_no_fewer_samples_than_none_and_no_seeds_of_the_next(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"val=-2: a split has 0 \(none\) to 500000 samples"):
+        make_texts(tmp_path, {"train": 1, "val": -2, "test": 0})
+    with pytest.raises(ValueError, match="train=500001"):
+        make_texts(tmp_path, {"train": 500_001, "val": 1, "test": 0})
+    assert not list(tmp_path.iterdir())
+
+
 class LongDemo:
     """70 seconds at 10 Hz, without text of its own."""
 
