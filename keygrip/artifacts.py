@@ -116,6 +116,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_values(content: Any) -> Any:
+    """``content`` as it comes back from a JSON file, to be stored and compared with what was stored: tuples are lists,
+    numbers that are not finite their names ("Infinity"), and what JSON has no form for its `str`."""
+    return json.loads(json.dumps(content, default=str), parse_constant=str)
+
+
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """``content`` as JSON (`json_text`) with a final newline, whole or not at all.
 

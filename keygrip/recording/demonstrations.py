@@ -6,11 +6,10 @@ processes nor an interruption changes what ends up on the disk.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from keygrip.envs.yam.two_arms import HandoverCell
 from keygrip.progress import Progress
 from keygrip.recording.episodes import record_successes
 from keygrip.recording.handover import record_handover
-from keygrip.recording.recorded_folder import LOCK_FILE, SETTINGS_FILE, demo_name, refuse_other_settings, store
+from keygrip.recording.recorded_folder import LOCK_FILE, demo_name, failed_seeds, store
 from keygrip.recording.signs import SignKeeper
 from keygrip.worker_processes import prepare_worker
 
@@ -155,39 +154,17 @@ def record_step(
 def _record(
     settings: RecordSettings, root: Path, demos: int, seed: int, processes: int, progress: bool
 ) -> RecordSummary:
-    task = settings.task
-    _check_settings(root, settings)
-    failed = set(_read_settings(root).get("failed_seeds", []))
+    task, stored = settings.task, settings.as_dict()
+    failed = set(failed_seeds(root, stored, []))
     started = time.monotonic()
     with (
         Progress(total=demos, desc=f"record {task.name}", unit="demo", shown=progress) as bar,
         _Workers(settings, root, min(processes, demos)) as workers,
     ):
         counts = record_successes(
-            root, task.name, demos, seed, failed, workers.run, lambda: _write_settings(root, settings, failed), bar
+            root, task.name, demos, seed, failed, workers.run, lambda: store(root, stored, sorted(failed)), bar
         )
     return RecordSummary(root, counts.demos, counts.recorded, counts.failed, time.monotonic() - started)
-
-
-def _read_settings(root: Path) -> dict[str, Any]:
-    path = root / SETTINGS_FILE
-    stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return stored
-
-
-def _write_settings(root: Path, settings: RecordSettings, failed: Iterable[int]) -> None:
-    store(root, settings.as_dict(), sorted(failed))
-
-
-def _check_settings(root: Path, settings: RecordSettings) -> None:
-    """Refuses to mix two recordings in a folder; notes the settings of a new one."""
-    stored = _read_settings(root).get("settings")
-    now = json.loads(json.dumps(settings.as_dict()))
-    if stored is None:
-        _write_settings(root, settings, ())
-        return
-    there, asked = ({**each, **each["task"]} for each in (stored, now))
-    refuse_other_settings(root, *({k: v for k, v in each.items() if k != "task"} for each in (there, asked)))
 
 
 def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root: Path, seed: int) -> bool:

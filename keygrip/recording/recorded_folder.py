@@ -6,11 +6,11 @@ Imports no simulator: workers in a simulator's own environment use it too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.artifacts import write_json
+from keygrip.artifacts import json_values, write_json
 
 SETTINGS_FILE = "recording.json"
 LOCK_FILE = ".recording.lock"
@@ -31,23 +31,33 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
     stored = json.loads(path.read_text()) if path.is_file() else {}
     # a try that ended before its first demonstration (an image size that the environment does not have) binds nobody
     empty = not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
-    if not stored or (empty and stored.get("settings") != settings):
+    if not stored or (empty and stored.get("settings") != json_values(settings)):
         store(root, settings, none)
         return none
-    refuse_other_settings(root, stored.get("settings", {}), settings)
+    _refuse_other_settings(root, stored.get("settings", {}), json_values(settings))
     return stored["failed_seeds"]
 
 
 def store(root: Path, settings: dict[str, Any], failed: Any) -> None:
     """Writes settings and failed seeds, whole or not at all."""
-    write_json(root / SETTINGS_FILE, {"settings": settings, "failed_seeds": failed})
+    write_json(root / SETTINGS_FILE, {"settings": json_values(settings), "failed_seeds": failed})
 
 
-def refuse_other_settings(root: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_other_settings(root: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ValueError, with the settings that differ, where those of a recording are not those asked for."""
+    there, now = dict(_by_name(there)), dict(_by_name(now))
     keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if keys:
         difference = ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
         raise ValueError(
             f"{root} holds a recording with other settings ({difference}); use another folder or remove it"
         )
+
+
+def _by_name(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings, those of a mapping by names of their own (task.region)."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _by_name(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

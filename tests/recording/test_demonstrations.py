@@ -20,8 +20,9 @@ from keygrip.data.robot.reference import DemoReference
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions, sample_layout
 from keygrip.recording import demonstrations as recorder
+from keygrip.recording import recorded_folder
 from keygrip.recording.demonstrations import RecordSettings, record, record_episode
-from keygrip.recording.recorded_folder import LOCK_FILE
+from keygrip.recording.recorded_folder import LOCK_FILE, failed_seeds
 from keygrip.robots.kinematics import forward_kinematics
 
 SIZE = 48
@@ -142,6 +143,24 @@ def test_other_settings_do_not_mix_into_a_folder(serial: Path) -> None:
         record(PICK, serial, 4, image_size=64, progress=False)
     with pytest.raises(ValueError, match="region: 'all' there, 'left' now"):
         record(TaskOptions(name="pick", region="left"), serial, 4, image_size=SIZE, progress=False)
+
+
+def test_a_try_that_failed_before_its_first_demonstration_binds_nobody(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="camera"):
+        record(PICK, tmp_path, 1, image_size=SIZE, cameras=("none",), progress=False)
+    assert (tmp_path / "recording.json").is_file()
+    assert record(PICK, tmp_path, 1, image_size=SIZE, progress=False).recorded == 1
+    assert json.loads((tmp_path / "recording.json").read_text())["settings"]["cameras"] == ["over"]
+
+
+def test_numbers_that_are_not_finite_are_the_same_settings_again(tmp_path: Path) -> None:
+    (tmp_path / "pick_0").mkdir()
+    limits = {"task": {"speed": float("inf"), "box": (1.0, float("nan"))}}
+    assert failed_seeds(tmp_path, limits, []) == []
+    recorded_folder.store(tmp_path, limits, [3])
+    assert failed_seeds(tmp_path, limits, []) == [3]
+    with pytest.raises(ValueError, match=r"\(task\.speed: 'Infinity' there, None now\)"):
+        failed_seeds(tmp_path, {"task": {**limits["task"], "speed": None}}, [])
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from keygrip.artifacts import STALE_AFTER_S, locked, sha256_bytes, write_json
+from keygrip.artifacts import STALE_AFTER_S, json_values, locked, sha256_bytes, write_json
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, guard, read_json
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
@@ -227,7 +227,7 @@ def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -
         ValueError: other settings.
     """
     path = root / SETTINGS_FILE
-    now = json.loads(json.dumps(settings, default=str))
+    now = json_values(settings)
     if new or not path.is_file():
         write_json(path, now)
         return

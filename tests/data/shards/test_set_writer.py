@@ -278,6 +278,14 @@ def test_sets_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
         written(tmp_path, numbers=24)
 
 
+def test_sets_whose_settings_are_not_finite_are_continued(tmp_path: Path) -> None:
+    limits = {"limits": [float("nan"), float("inf")]}
+    written(tmp_path, settings=limits)
+    assert written(tmp_path, settings=limits).written == 0
+    with pytest.raises(ValueError, match=r"limits: \['NaN', 'Infinity'\] there, \['NaN', None\] now"):
+        written(tmp_path, settings={"limits": [float("nan"), None]})
+
+
 def test_too_much_that_is_broken_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
