@@ -231,15 +231,19 @@ def _candidates(root: Path) -> Iterator[Entry]:
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
     entries: list[tuple[Path, dict[str, Any]]] = []
+    videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file in files:
         content = read_json(file)
         listed = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
         entries += [(file, entry) for entry in listed if "candidates" in entry]
         for entry in listed:
             if "candidates" not in entry and "question" in entry:
+                told = (Path(str(entry.get("video"))).name, str(entry["question"]).strip())
+                if first.setdefault(told, file) != file:
+                    repeated[file] += 1
+                    continue
                 yield OpenEnded(f"{file}: {str(entry['question'])[:60]!r}")
     entries.sort(key=lambda entry: "answer" not in entry[1])
-    videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file, entry in entries:
         with _named(file, entry):
             options = _options(entry["candidates"])

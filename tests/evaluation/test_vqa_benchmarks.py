@@ -119,6 +119,9 @@ def test_questions_without_candidates_are_named_and_counted(tmp_path: Path, capl
     assert (len(found.questions), found.open_ended, found.unscored) == (1, 1, 0)
     assert "mlvu: 1 questions are left out, which have no candidates; the first: " in caplog.text
     assert "8_sub_scene.json: 'Tell.'" in caplog.text
+    write(tmp_path / "json" / "8_sub_scene.json", [told | {"video": "videos/a.mp4"}, told | {"video": "b.mp4"}])
+    assert read_benchmark("mlvu", tmp_path).open_ended == 2  # what another file repeats counts once
+    assert "8_sub_scene.json: 1 questions are left out, which another file has" in caplog.text
 
 
 def test_what_is_missing_or_of_another_form_is_said(tmp_path: Path) -> None:
