@@ -40,14 +40,14 @@ class _Asked:
     """The rows of a batch that are scored by what the model says, captions and VQA.
 
     Attributes:
-        rows: B indices. prompts: B conversations up to the answer. too_long: how many other rows do not fit.
-            unanswered: how many more end with the user's turn.
+        rows: B indices. prompts: B conversations up to the answer. too_long: which other rows do not fit.
+            unanswered: which more end with the user's turn.
     """
 
     rows: list[int]
     prompts: list[EncodedText]
-    too_long: int
-    unanswered: int
+    too_long: list[str]
+    unanswered: list[str]
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def evaluate_modes(
         evaluated[REFINED] = ("coarse_fine", module.refinement)
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
-    frames_seen = too_long = unanswered = 0
+    frames_seen, too_long, unanswered = 0, list[str](), list[str]()
     for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
@@ -114,6 +114,21 @@ def evaluate_modes(
                 said[mode] += _generated(module, batch, asked, frames, kv, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
+    if unanswered:
+        log.warning(
+            "no answer is scored of %d conversations, which end with the user's turn; the first: %s",
+            len(unanswered),
+            unanswered[0],
+        )
+    if too_long:
+        log.warning(
+            "nothing is generated for %d questions, which with their frames and an answer of up to %d tokens do not "
+            "fit into the %d positions of the language model; the first: %s",
+            len(too_long),
+            max_new_tokens,
+            module.network.language.context,
+            too_long[0],
+        )
     figures: dict[str, dict[str, Any]] = {}
     for mode in evaluated:
         figures[mode] = scores[mode].figures() | scores[mode].questions()
@@ -128,8 +143,8 @@ def evaluate_modes(
     return {
         "tokens_per_frame": module.network.tokens_per_frame,
         **dict(sorted(videos.items())),
-        "too_long": too_long,
-        "unanswered": unanswered,
+        "too_long": len(too_long),
+        "unanswered": len(unanswered),
         **{mode: _rounded(values) for mode, values in figures.items()},
         **_rounded(comparisons(figures)),
     }
@@ -150,29 +165,22 @@ def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int
     """Captions and VQA questions that fit into the language model's context with their frames and an answer."""
     scored = [row for row, text in enumerate(batch.texts) if batch.kind[row] == "caption" or "answers" in text.evidence]
     wanted = [row for row in scored if batch.texts[row].turns[-1].role == "assistant"]
-    for row in (row for row in scored if row not in wanted):
-        log.warning(
-            "no answer is scored of %s in %s, which ends with the user's turn", batch.key[row], batch.source[row]
-        )
+    unanswered = [_place(batch, row) for row in scored if row not in wanted]
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
-    context, rows, prompts = module.network.language.context, [], []
+    rows, prompts, too_long = [], [], []
     for row in wanted:
         prompt = module.collator.prompt(batch.texts[row].turns[:-1], batch.seconds_of(row))
         frames = counts[videos[row]]
         if room(module.network, len(prompt.ids), frames) < max_new_tokens:
-            log.warning(
-                "nothing is generated for a question of %s in %s: with %d frames and an answer of up to %d tokens it "
-                "does not fit into the %d positions of the language model",
-                batch.key[row],
-                batch.source[row],
-                frames,
-                max_new_tokens,
-                context,
-            )
+            too_long.append(f"{_place(batch, row)}, with {frames} frames")
             continue
         rows.append(row)
         prompts.append(prompt)
-    return _Asked(rows, prompts, len(wanted) - len(rows), len(scored) - len(wanted))
+    return _Asked(rows, prompts, too_long, unanswered)
+
+
+def _place(batch: VideoTextBatch, row: int) -> str:
+    return f"{batch.key[row]} in {batch.source[row]}"
 
 
 def _generated(

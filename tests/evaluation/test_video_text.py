@@ -103,7 +103,9 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
     assert found["too_long"] == 2
     assert found["coarse_fine"]["questions_vqa"] == 3
     assert "vqa_accuracy" in found["coarse_fine"]
-    assert "nothing is generated for a question of 0000 in set: with 2 frames and an answer of up to 60" in caplog.text
+    (said,) = (record.getMessage() for record in caplog.records if "nothing is generated" in record.getMessage())
+    assert said.startswith("nothing is generated for 2 questions, which with their frames and an answer of up to 60")
+    assert said.endswith("; the first: 0000 in set, with 2 frames")
     alone = evaluate_modes(module, [batch(module, (2, (long,)))], ["coarse_fine"], 60)
     assert alone["too_long"] == 1
     assert "vqa_accuracy" not in alone["coarse_fine"]
@@ -112,10 +114,11 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
 def test_what_ends_with_the_users_turn_is_counted(module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture) -> None:
     """Whether the annotators answered the last question or the one before it is not known."""
     more = Conversation((*VQA.turns, Turn("user", "Where is it?")), VQA.kind, VQA.evidence)
-    found = evaluate_modes(module, [batch(module, (2, (VQA, more)))], ["coarse_fine"], 6)
-    assert (found["unanswered"], found["too_long"]) == (1, 0)
-    assert found["coarse_fine"]["questions_vqa"] == 2
-    assert "no answer is scored of 0000 in set, which ends with the user's turn" in caplog.text
+    found = evaluate_modes(module, [batch(module, (2, (VQA, more))), batch(module, (1, (more,)))], ["coarse_fine"], 6)
+    assert (found["unanswered"], found["too_long"]) == (2, 0)
+    assert found["coarse_fine"]["questions_vqa"] == 3
+    (said,) = (record.getMessage() for record in caplog.records if "no answer is scored" in record.getMessage())
+    assert said.endswith("of 2 conversations, which end with the user's turn; the first: 0000 in set")
 
 
 def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule) -> None:
