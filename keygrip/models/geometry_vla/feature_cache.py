@@ -103,8 +103,10 @@ class FeatureCache:
         path = self._path(key)
         try:
             content = path.read_bytes()
-            feature = load(content)["feature"]
-            if _metadata(content).get(CHECKSUM) != _checksum(feature):
+            feature, checksum = load(content)["feature"], _metadata(content).get(CHECKSUM)
+            if checksum is None:  # nothing says that it is whole: as good as not there
+                return None
+            if checksum != _checksum(feature):
                 raise ValueError("its checksum differs")
         except FileNotFoundError:
             return None

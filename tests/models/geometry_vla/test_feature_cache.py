@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from keygrip.models.geometry_vla import feature_cache
@@ -93,6 +94,18 @@ def test_a_broken_file_is_computed_again(tmp_path: Path) -> None:
         assert compute.computed == computed
         assert torch.equal(cache.features(images, "a", compute), first)
         assert compute.computed == computed
+
+
+def test_files_without_a_checksum_are_not_read_and_not_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, compute, images = FeatureCache(tmp_path, 1.0), Counting(), pictures(2)
+    first = cache.features(images, "a", compute)
+    for path in tmp_path.glob("*/*.safetensors"):
+        path.write_bytes(save({"feature": torch.zeros(8, 6)}))
+    assert torch.equal(cache.features(images, "a", compute), first)
+    assert torch.equal(cache.features(images, "a", compute), first)
+    assert (compute.computed, caplog.text) == (4, "")
 
 
 def work(folder: str, limit_gb: float, seed: int) -> None:
