@@ -29,6 +29,7 @@ SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val", "test")  # folders of a set that is divided
 INDEX_SUFFIX = ".index.npz"
+OWN = ("keys", "first_part", "part_names", "part_offsets", "part_sizes", "part_crcs")  # arrays of an index file
 END_OF_TAR = 1024  # bytes of zeros
 COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
@@ -50,8 +51,7 @@ class ShardIndex:
 
     Args:
         keys: [N] str. first_part: [N + 1] int64, sample i owns the parts first_part[i] to first_part[i + 1].
-        part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes.
-        part_crcs: [M] int64, CRC-32 of their bytes; None in indices of earlier versions, whose parts are not checked.
+        part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes. part_crcs: [M] int64, CRC-32 of their bytes.
         columns: by name, [N] int64, float64 or str.
         size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason.
     """
@@ -61,10 +61,10 @@ class ShardIndex:
     part_names: np.ndarray
     part_offsets: np.ndarray
     part_sizes: np.ndarray
+    part_crcs: np.ndarray
     columns: dict[str, np.ndarray]
     size: int
     bad: dict[str, str] = field(default_factory=dict)
-    part_crcs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,11 +77,10 @@ class ShardIndex:
             "part_names": self.part_names,
             "part_offsets": self.part_offsets,
             "part_sizes": self.part_sizes,
+            "part_crcs": self.part_crcs,
             "size": np.int64(self.size),
             **{f"column/{name}": values for name, values in self.columns.items()},
         }
-        if self.part_crcs is not None:
-            arrays["part_crcs"] = self.part_crcs
         if self.bad:
             arrays |= {"bad_keys": np.array([*self.bad]), "bad_reasons": np.array([*self.bad.values()])}
         buffer = io.BytesIO()
@@ -95,10 +94,10 @@ class ShardIndex:
             arrays = read_npz(content, where=name)
             with guard(name):
                 columns = {k.removeprefix("column/"): v for k, v in arrays.items() if k.startswith("column/")}
-                own = {key: arrays[key] for key in ("keys", "first_part", "part_names", "part_offsets", "part_sizes")}
+                own = {key: arrays[key] for key in OWN}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
-                bad, crcs = dict(zip(*reasons, strict=True)), arrays.get("part_crcs")
-                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad, part_crcs=crcs)
+                bad = dict(zip(*reasons, strict=True))
+                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad)
                 index._check()
                 return index
         except BadSample as error:
@@ -109,8 +108,7 @@ class ShardIndex:
     def _check(self) -> None:
         """Raises ValueError: its arrays do not belong together, or point outside of the tar."""
         samples, members = len(self.keys), len(self.part_names)
-        crcs = np.zeros(members, dtype=np.int64) if self.part_crcs is None else self.part_crcs
-        numbers = (self.first_part, self.part_offsets, self.part_sizes, crcs)
+        numbers = (self.first_part, self.part_offsets, self.part_sizes, self.part_crcs)
         if any(values.ndim != 1 for values in (self.keys, self.part_names, *numbers, *self.columns.values())):
             raise ValueError("an array has more than one dimension")
         if any(values.dtype.kind != "i" for values in numbers) or {
@@ -126,7 +124,7 @@ class ShardIndex:
             or (np.diff(self.first_part) < 0).any()
             or len(self.part_offsets) != members
             or len(self.part_sizes) != members
-            or len(crcs) != members
+            or len(self.part_crcs) != members
             or any(len(values) != samples for values in self.columns.values())
             or (members and (self.part_offsets.min() < 0 or self.part_sizes.min() < 0 or ends.max() > self.size))
         ):
@@ -144,7 +142,7 @@ class ShardIndex:
             part_names=self.part_names[members],
             part_offsets=self.part_offsets[members],
             part_sizes=self.part_sizes[members],
-            part_crcs=None if self.part_crcs is None else self.part_crcs[members],
+            part_crcs=self.part_crcs[members],
             columns={name: values[keep] for name, values in self.columns.items()},
         )
 

@@ -154,7 +154,7 @@ class ShardSet:
                 content = os.pread(file, size, int(index.part_offsets[part]))
                 if len(content) != size:
                     raise ValueError(f"the file ends within {index.part_names[part]}")
-                if index.part_crcs is not None and zlib.crc32(content) != index.part_crcs[part]:
+                if zlib.crc32(content) != index.part_crcs[part]:
                     raise ValueError(
                         f"the bytes of {index.part_names[part]} are not those that were indexed: bring the shard back, "
                         "or index it anew (step=manifest again=true) if it was changed on purpose"
