@@ -24,6 +24,7 @@ from keygrip.training.parts import model_part
 
 KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
 PLACE = "\ufdd1"  # stands behind words to find them in a rendered conversation; Unicode keeps it out of all text
+EXAMPLE = (Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
 PromptOrder = Literal["visual_first", "question_first"]
 Supervise = Literal["all", "answers"]
 
@@ -216,12 +217,18 @@ class ConversationCollator:
         self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None:
-        """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet."""
+        """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet.
+
+        Raises:
+            ValueError: its chat template cannot be trained with, as `encode_conversation` says.
+        """
         if self.tokenizer is None:
             try:
-                self.tokenizer = self.source.load(folder)
+                tokenizer = self.source.load(folder)
             except FileNotFoundError:
-                self.tokenizer = self.source.load(folder, texts())
+                tokenizer = self.source.load(folder, texts())
+            encode_conversation(self.with_system(EXAMPLE), tokenizer, self.prompt_order, self.supervise)
+            self.tokenizer = tokenizer
 
     def _encode(self, turns: tuple[Turn, ...]) -> EncodedText:
         """Simulated questions come again and again, and a template takes a while to fill in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,14 @@ from keygrip.data.batches import Conversation, Turn, VideoTextSample
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, encode_around, encode_conversation
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.foveated_vlm.streaming import pieces
-from keygrip.models.language.tokenizers import END_OF_TEXT, TURN_END, TURN_START, ChatTokenizer, TrainedTokenizer
+from keygrip.models.language.tokenizers import (
+    END_OF_TEXT,
+    TINY_TEMPLATE,
+    TURN_END,
+    TURN_START,
+    ChatTokenizer,
+    TrainedTokenizer,
+)
 
 # As SmolLM2 has it: a system turn where the user gives none.
 SMOLLM_LIKE = (
@@ -274,7 +281,19 @@ def test_conversations_and_templates_that_cannot_be_used_are_refused(tiny: ChatT
         encode_conversation(TALK[:2], endless, "visual_first", "answers")
 
 
-def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_between(tiny: ChatTokenizer) -> None:
+class Given:
+    """A source of a tokenizer that is there."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
+        return self.tokenizer
+
+
+def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_between(
+    tiny: ChatTokenizer, tmp_path: Path
+) -> None:
     """As Phi-3 has it: every turn ends with another token, and the conversation with the eos token."""
     template = (
         "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[end]' }}{% endfor %}"
@@ -283,6 +302,19 @@ def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_betw
     tokenizer = ChatTokenizer.from_state(tiny.state() | {"chat_template": template})
     with pytest.raises(ValueError, match="does not end every assistant's turn"):
         encode_conversation(TALK, tokenizer, "visual_first", "answers")
+    collator = ConversationCollator(Given(tokenizer), "visual_first", "answers")
+    with pytest.raises(ValueError, match=r"every assistant's turn with <\|im_end\|>: name the token"):
+        collator.prepare(tmp_path, lambda: iter(()))  # before any shard is read
+
+
+def test_a_template_without_system_turns_is_refused_where_one_is_set(tiny: ChatTokenizer, tmp_path: Path) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    source = Given(ChatTokenizer.from_state(tiny.state() | {"chat_template": refusing + TINY_TEMPLATE}))
+    ConversationCollator(source, "question_first", "answers").prepare(tmp_path, lambda: iter(()))
+    with pytest.raises(ValueError, match="no system turn"):
+        ConversationCollator(source, "question_first", "answers", system="Be brief.").prepare(
+            tmp_path, lambda: iter(())
+        )
 
 
 def samples() -> list[VideoTextSample]:
