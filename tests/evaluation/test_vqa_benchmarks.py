@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keygrip.data.video_text.video_files import read_timed_frames
+from keygrip.data.video_text.conversations import whole_seconds
+from keygrip.data.video_text.video_files import numbers_of_clip, read_timed_frames
 from keygrip.evaluation.vqa_benchmarks import Videos, read_benchmark
 
 
@@ -223,7 +224,7 @@ def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
     write(tmp_path / "json" / "episodic_reasoning.json", [folder])
     video(tmp_path / "star" / "Charades_v1_480" / "a.mp4", seconds=4)
     (tmp_path / "tvqa" / "b").mkdir(parents=True)
-    for number in range(15):
+    for number in range(1, 16):
         Image.new("RGB", (8, 8), (number * 10, 0, 0)).save(tmp_path / "tvqa" / "b" / f"{number:05d}.jpg", quality=95)
     clipped, frames = read_benchmark("mvbench", tmp_path).questions
     assert (clipped.clip, frames.clip) == ((1.0, 3.0), (2.0, 4.0))
@@ -238,6 +239,31 @@ def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
     write(tmp_path / "json" / "action_sequence.json", [{**entry, "end": None}])
     with pytest.raises(ValueError, match=r"clip from 1\.0 to None"):
         read_benchmark("mvbench", tmp_path)
+
+
+def names_in_the_script(start: float, end: float, images: int, segments: int) -> list[int]:
+    """MVBench's own choice of images, written again: names are numbers from 1, 3 per second."""
+    first, last = max(1, round(start * 3)), min(round(end * 3), images)
+    part = float(last - first) / segments
+    return [int(first + part / 2 + np.round(part * number)) for number in range(segments)]
+
+
+def test_images_of_folders_are_those_of_mvbenchs_script() -> None:
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(2000):
+        images, segments = int(rng.integers(60, 400)), int(rng.choice([4, 8, 16]))
+        start = float(rng.uniform(0, images / 3 - 1))
+        end = start + float(rng.uniform(0, 60))
+        wanted = names_in_the_script(start, end, images, segments)
+        chosen = (numbers_of_clip(images, (start, end), 3.0, segments) + 1).tolist()
+        if whole_seconds(min(end, images / 3) - start) > segments:
+            compared += 1
+            assert chosen == wanted
+        else:  # one per second, of which its script takes more
+            assert chosen[0] == max(1, round(start * 3))
+            assert set(np.diff(chosen)) <= {3, 2, 1, 0}
+            assert max(chosen) <= images
+    assert compared > 1000
 
 
 def test_clips_of_mvbench_that_are_turned_round_or_a_moment(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def read_timed_frames(
     fit: str,
     max_frames: int,
     clip: tuple[float, float] | None = None,
-    folder_fps: float = 1.0,
+    folder_fps: float | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """uint8 [F, S, S, 3]: one frame per second of a video or an animation, every image of a folder in the order of its
     names (2.jpg before 10.jpg); and the second of each, counted from the first (of the clip).
@@ -33,8 +33,8 @@ def read_timed_frames(
 
     Args:
         clip: only these seconds of it, at least one frame; of more than `max_frames` seconds, the frames in the middle
-            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips; without one, a second
-            lies between two of them.
+            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips, which are then taken as
+            by MVBench's script (`numbers_of_clip`); None: the images are of second 0, 1, 2, ...
 
     Raises:
         FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded, or ends before
@@ -46,9 +46,12 @@ def read_timed_frames(
         if not files:
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:
-            times = clip_times(len(files) / folder_fps, clip, max_frames, path)
-            images = [read_image(files[min(int(time * folder_fps), len(files) - 1)], size, fit) for time in times]
-            return np.stack(images), _from_first(times)
+            times = clip_times(len(files) / (folder_fps or 1), clip, max_frames, path)
+            numbers = times.astype(int)
+            if folder_fps is not None:
+                numbers = numbers_of_clip(len(files), clip, folder_fps, max_frames)
+                times = numbers / folder_fps
+            return np.stack([read_image(files[number], size, fit) for number in numbers]), _from_first(times)
         keep = evenly(len(files), max_frames)
         return np.stack([read_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
     if not path.exists():
@@ -93,6 +96,19 @@ def clip_times(duration: float, clip: tuple[float, float] | None, max_frames: in
     if count <= max_frames:
         return start + np.arange(count)
     return start + (np.arange(max_frames) + 0.5) * (end - start) / max_frames
+
+
+def numbers_of_clip(count: int, clip: tuple[float, float], fps: float, max_frames: int) -> np.ndarray:
+    """Which of a folder's `count` images, from 0, are of a clip (see `clip_times`). As in MVBench's script
+    (`get_index` with first_idx=1), image n counted from 1 is of second n / fps, and the middles are rounded."""
+    first, last = max(1, round(clip[0] * fps)), min(round(clip[1] * fps), count)
+    seconds = whole_seconds(min(clip[1], count / fps) - clip[0])
+    if seconds <= max_frames:
+        numbers = first + np.round(np.arange(seconds) * fps)
+    else:
+        part = (last - first) / max_frames
+        numbers = first + np.floor(part / 2 + np.round(part * np.arange(max_frames)))
+    return np.minimum(numbers.astype(int), count) - 1
 
 
 def read_animation(
