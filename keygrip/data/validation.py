@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import write_text
-from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.image_text.bucket_folders import INFO, buckets_there, read_info
 from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
 from keygrip.data.image_text.samples import is_image_text
@@ -22,6 +22,7 @@ from keygrip.data.shards.examination import NAMED_AT_MOST, ShardReport
 from keygrip.data.shards.index import MANIFEST, ShardError, index_shard, lower_case
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import tar_files
+from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.examination import examine_video_text, report_shared
 from keygrip.progress import Progress
 

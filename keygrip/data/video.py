@@ -23,7 +23,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import MAX_PIXELS, guard, is_of_the_machine, regular_file
+from keygrip.data.bad_samples import guard, is_of_the_machine
+from keygrip.data.untrusted_files import MAX_PIXELS, regular_file
 from keygrip.data.video_frames import untimed_order, upright_frame, yuv420p
 
 # Containers that hold their images themselves, by what is in a file, not by its ending. Lists and playlists (ffconcat,

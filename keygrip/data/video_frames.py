@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import MAX_PIXELS
+from keygrip.data.untrusted_files import MAX_PIXELS
 
 # What a player does to a stored frame, by the display matrix [[a, b], [c, d]], which takes the pixel (x, y) to
 # (ax + cy, bx + dy); PIL turns counterclockwise.

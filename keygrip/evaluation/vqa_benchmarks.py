@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import guard, read_json
+from keygrip.data.bad_samples import guard
 from keygrip.data.source_files import everything_below, files_in, is_hidden
+from keygrip.data.untrusted_files import read_json
 
 log = logging.getLogger(__name__)
 

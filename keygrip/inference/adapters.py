@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.untrusted_files import read_json
 from keygrip.exporting.folder import save_tensors
 from keygrip.models.nn.lora import BASE, NAME, Adapter, adapted_layers, is_difference, peft_config, plain_name
 from keygrip.training.integrity import tensors_digest

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.untrusted_files import parse_json, read_text
 from keygrip.data.video_text.foreign_text import media_key, with_system
 from keygrip.data.video_text.placeholders import Placeholders, number_of
 from keygrip.data.video_text.video_files import SUFFIXES

@@ -10,8 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_text
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.csv_tables import table_rows
+from keygrip.data.untrusted_files import parse_json, read_text
 from keygrip.inference.given_texts import each_of, text_of, texts_of
 
 COLUMNS = ("prompt", "image", "seed")

@@ -26,8 +26,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import normalised
+from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.exporting.folder import CONFIG
 from keygrip.inference.prompts import Message, PromptReader, check, marked, refuse_message

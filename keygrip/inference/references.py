@@ -12,9 +12,10 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional
 
-from keygrip.data.bad_samples import BadSample, open_image
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
 from keygrip.data.image_text.decoding import decode_image, refuse_transparency, size_of
+from keygrip.data.untrusted_files import open_image
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.module import PatchDiTModule

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import write_json
-from keygrip.data.bad_samples import read_json
 from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
 from keygrip.data.shards.index import MANIFEST, SPLITS
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.remote import cache_of, is_remote
+from keygrip.data.untrusted_files import read_json
 from keygrip.training.parts import data_part
 
 SCHEMA = "keygrip.images/1"

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from keygrip.artifacts import atomic_write, make_once
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import BadSamples, read_npz
+from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.data.image_text.bucket_folders import MadeImages, read_info
 from keygrip.data.image_text.bucket_samples import BucketBatchSampler, BucketPart, ImageTextSamples, make_batch
@@ -34,6 +34,7 @@ from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.shards.substitution import Collate, CountingLoader
 from keygrip.data.spacing import evenly
+from keygrip.data.untrusted_files import read_npz
 from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import HOSTILE, open_image
+from keygrip.data.bad_samples import HOSTILE
+from keygrip.data.untrusted_files import open_image
 
 EXIF_ORIENTATION = 0x0112
 ORIENTATIONS = range(2, 9)  # that turn or mirror

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import BadSample, guard, npy_header, open_image, parse_json, parse_npy
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.index import Parts, Row, lower_case
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.untrusted_files import npy_header, open_image, parse_json, parse_npy
 
 CLS, PATCHES, LATENT, TEXT, TEXT_MASK, RECORD = (
     "dinov3.npy",

@@ -32,8 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import guard, read_json, read_text
+from keygrip.data.bad_samples import guard
 from keygrip.data.robot.formats.poses import invert, rigid
+from keygrip.data.untrusted_files import read_json, read_text
 
 SCHEMA = "keygrip.calibration/1"
 MAX_CALIBRATION_BYTES = 1 << 20

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, read_json
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.data.source_files import is_hidden
+from keygrip.data.untrusted_files import read_json
 
 SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task/demo, root/robot/task/demo
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import open_image, read_bytes
 from keygrip.data.robot.frame_rates import differs
+from keygrip.data.untrusted_files import open_image, read_bytes
 from keygrip.data.video import count_frames, file_identity, frame_times, read_frame
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keygrip.artifacts import locked
-from keygrip.data.bad_samples import BadSample, first_of, is_of_the_machine, read_json
+from keygrip.data.bad_samples import BadSample, first_of, is_of_the_machine
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.native_writer import write_demo
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import DemoError
+from keygrip.data.untrusted_files import read_json
 from keygrip.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -25,21 +25,12 @@ import numpy as np
 
 from keygrip.artifacts import locked, sha256_bytes, sha256_file, write_json
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import (
-    HOSTILE,
-    BadSample,
-    guard,
-    inside,
-    is_of_the_machine,
-    open_image,
-    read_bytes,
-    read_json,
-    reason_of,
-)
+from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint
 from keygrip.data.robot.frames import JpegFrames, VideoFrames
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
+from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
 from keygrip.data.video import frames_between
 from keygrip.progress import Progress
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, inside, read_json, read_npz
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.frames import DepthFrames, JpegFrames, VideoFrames
 from keygrip.data.robot.reference import DemoReference
@@ -28,6 +28,7 @@ from keygrip.data.robot.schema import (
     FrameSource,
     words,
 )
+from keygrip.data.untrusted_files import inside, read_json, read_npz
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")

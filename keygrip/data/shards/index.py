@@ -21,9 +21,10 @@ from typing import IO
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard, read_npz, regular_file
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.source_files import is_utf8
+from keygrip.data.untrusted_files import read_npz, regular_file
 
 SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"

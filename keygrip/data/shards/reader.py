@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.index import INDEX_SUFFIX, MANIFEST, SCHEMA, Parts, ShardError, ShardIndex
 from keygrip.data.shards.remote import ShardCache, cache_of, is_remote
+from keygrip.data.untrusted_files import read_json
 
 log = logging.getLogger(__name__)
 

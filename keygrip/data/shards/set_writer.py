@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 from keygrip.artifacts import STALE_AFTER_S, json_values, locked, sha256_bytes, write_json
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.untrusted_files import read_json
 from keygrip.progress import Progress
 from keygrip.worker_processes import prepare_worker
 

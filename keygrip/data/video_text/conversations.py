@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, guard, open_image, parse_fields
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.spacing import evenly
+from keygrip.data.untrusted_files import open_image, parse_fields
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import (
     CAPTIONS,

@@ -18,10 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from keygrip.artifacts import atomic_write, locked, sha256_bytes
-from keygrip.data.bad_samples import BadSample, guard, read_npz
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.resuming import refuse_too_few_files
 from keygrip.data.shards.sampling import start_worker
+from keygrip.data.untrusted_files import read_npz
 from keygrip.data.video_text.batching import MeasuringCollator
 from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, open_image, read_bytes
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.source_files import files_in
 from keygrip.data.spacing import evenly
+from keygrip.data.untrusted_files import open_image, read_bytes
 from keygrip.data.video import frames_at
 from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import MAX_FRAMES, decode_image, decode_timed, fit_image, whole_seconds

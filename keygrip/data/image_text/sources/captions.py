@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, parse_fields, read_text
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.csv_tables import table_rows
+from keygrip.data.untrusted_files import parse_fields, read_text
 
 CAPTION_FILES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
 FILE_NAMES, CAPTION_NAMES = ("file_name", "file", "image"), ("caption", "text", "captions")

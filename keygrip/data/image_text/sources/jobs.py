@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from keygrip.artifacts import locked, write_json
-from keygrip.data.bad_samples import BadSample, guard, read_json
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import decode_image
 from keygrip.data.image_text.near_copies import THUMBNAIL, thumbnail_of
@@ -22,6 +22,7 @@ from keygrip.data.image_text.sources.listing import Item
 from keygrip.data.shards.index import index_path
 from keygrip.data.shards.set_writer import failures_path
 from keygrip.data.shards.writer import ShardWriter
+from keygrip.data.untrusted_files import read_json
 
 PENDING_WRITES = 8
 

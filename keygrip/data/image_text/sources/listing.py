@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from keygrip.artifacts import locked, sha256_file, write_text
-from keygrip.data.bad_samples import BadSample, open_image, regular_file
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.bucket_folders import INFO
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.image_text.sources.captions import CAPTION_FILES, captions_beside, find_captions
 from keygrip.data.source_files import everything_below, is_hidden, is_utf8
+from keygrip.data.untrusted_files import open_image, regular_file
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)

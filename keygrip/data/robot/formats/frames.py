@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
 from keygrip.data.robot.frames import checked_index, rgb_pixels
 from keygrip.data.robot.schema import FrameSource
+from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, parse_json, read_json, read_text
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.robot.formats import lerobot_v3
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import words
+from keygrip.data.untrusted_files import parse_json, read_json, read_text
 
 MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million episodes
 CHUNK = 1000  # episodes per folder, where info.json does not say

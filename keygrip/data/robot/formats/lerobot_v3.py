@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.bad_samples import BadSample, guard, inside, read_json, regular_file
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.robot.calibration import (
     ArmCalibration,
     Calibration,
@@ -64,6 +64,7 @@ from keygrip.data.robot.formats.poses import increasing, opening, quaternions, r
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
+from keygrip.data.untrusted_files import inside, read_json, regular_file
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."

@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, parse_json, reason_of
+from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
 from keygrip.data.source_files import files_in
+from keygrip.data.untrusted_files import parse_json
 
 logger = logging.getLogger(__name__)
 

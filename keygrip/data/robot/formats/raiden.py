@@ -30,13 +30,14 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import guard, open_image, read_bytes, read_npy, read_npz
+from keygrip.data.bad_samples import guard
 from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames, NumberedFiles
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
+from keygrip.data.untrusted_files import open_image, read_bytes, read_npy, read_npz
 
 ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, open_image
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
+from keygrip.data.untrusted_files import open_image
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,

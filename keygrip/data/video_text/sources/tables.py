@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, guard, reason_of, regular_file
+from keygrip.data.bad_samples import BadSample, guard, reason_of
 from keygrip.data.shards.keys import file_keys
+from keygrip.data.untrusted_files import regular_file
 
 
 @dataclass(frozen=True)

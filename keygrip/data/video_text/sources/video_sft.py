@@ -16,19 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import (
-    BadSample,
-    guard,
-    parse_fields,
-    parse_json,
-    parse_loosely,
-    read_text,
-    regular_file,
-    sound_fields,
-)
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
+from keygrip.data.untrusted_files import parse_fields, parse_json, parse_loosely, read_text, regular_file, sound_fields
 from keygrip.data.video_text.conversations import (
     DECODING,
     MAX_FRAMES,
