@@ -71,18 +71,23 @@ def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarra
     )
 
 
-def image_of(view: Mapping[str, Any]) -> np.ndarray:
+def image_of(view: Mapping[str, Any], camera: str = "") -> np.ndarray:
     """The image ``[H, W, 3]`` uint8, RGB, of a camera.
+
+    Args:
+        camera: its name in the observation's `cameras`, for messages; "": the view is the observation.
 
     Raises:
         ValueError: it is missing, or something else.
     """
     if view.get("image") is None:
-        raise ValueError("the observation lacks 'image', which is H x W x 3 uint8, RGB")
+        others = view.get("cameras") or {}
+        here = f"; it has the cameras {', '.join(others)}, and this policy reads one without a name" if others else ""
+        raise ValueError(f"{_whose(camera)} lacks 'image', which is H x W x 3 uint8, RGB{here}")
     image = np.asarray(view["image"])
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         sides = " x ".join(map(str, image.shape)) or "a single value"
-        raise ValueError(f"'image' of the observation must be H x W x 3 uint8, RGB, not {sides} {image.dtype}")
+        raise ValueError(f"'image' of {_whose(camera)} must be H x W x 3 uint8, RGB, not {sides} {image.dtype}")
     return image
 
 
@@ -98,31 +103,41 @@ def instruction_of(observation: Observation) -> str:
     return instruction
 
 
-def calibration_of(view: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def calibration_of(view: Mapping[str, Any], camera: str = "") -> tuple[np.ndarray, np.ndarray]:
     """The intrinsics ``[3, 3]`` and the pose ``[4, 4]``, world to camera, of a camera.
+
+    Args:
+        camera: as for `image_of`.
 
     Raises:
         ValueError: as `poses_of`.
     """
-    return _numbers(view, "intrinsics", (3, 3)), _numbers(view, "world_to_camera", (4, 4))
+    whose = _whose(camera)
+    return _numbers(view, "intrinsics", (3, 3), whose=whose), _numbers(view, "world_to_camera", (4, 4), whose=whose)
 
 
-def _numbers(seen: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: int = 0) -> np.ndarray:
+def _whose(camera: str) -> str:
+    return f"camera {camera!r} of the observation" if camera else "the observation"
+
+
+def _numbers(
+    seen: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: int = 0, whose: str = "the observation"
+) -> np.ndarray:
     wanted = " x ".join(map(str, shape))
     if name not in seen:
-        raise ValueError(f"the observation lacks {name!r}, which is {wanted} numbers")
+        raise ValueError(f"{whose} lacks {name!r}, which is {wanted} numbers")
     try:
         value = np.array(seen[name], dtype=np.float64)  # a copy: torch warns of arrays that cannot be written
         value = arm_axis(value, len(shape) - 1) if arms == 1 else value
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name!r} of the observation must be {wanted} numbers: {error}") from error
+        raise ValueError(f"{name!r} of {whose} must be {wanted} numbers: {error}") from error
     if value.shape != shape:
         given = " x ".join(map(str, np.shape(seen[name]))) or "a single number"
-        raise ValueError(f"{name!r} of the observation must be {wanted}, not {given}")
+        raise ValueError(f"{name!r} of {whose} must be {wanted}, not {given}")
     if not np.isfinite(value).all():
-        raise ValueError(f"{name!r} of the observation holds numbers that are not finite")
+        raise ValueError(f"{name!r} of {whose} holds numbers that are not finite")
     if problem := implausible(name, value):
-        raise ValueError(f"{name!r} of the observation {problem}")
+        raise ValueError(f"{name!r} of {whose} {problem}")
     return value
 
 

@@ -64,7 +64,10 @@ class Bounds:
         views: list[Mapping[str, Any] | None] = [observation]
         if needs.cameras:
             views = [*(views_there if masks else views_of)(observation, needs.cameras)]
-        levels = [0.0 if view is None else spread_of_image(image_of(view)) for view in views]
+        levels = [
+            0.0 if view is None else spread_of_image(image_of(view, name))
+            for name, view in zip(names, views, strict=True)
+        ]
         masked = [masks and spread < DARK_LEVELS for spread in levels]
         dark = [spread < self.image_levels for spread in levels]
         refused = [

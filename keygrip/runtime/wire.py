@@ -110,7 +110,7 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     if needs.cameras:
         for camera, view in zip(needs.cameras, views_of(observation, needs.cameras), strict=True):
             parts = VIEW if needs.calibrated(camera) else VIEW[:1]
-            arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in parts}
+            arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in parts if name in view}
     names = [name for name, entry in entries_of(needs).items() if name not in arrays and not entry.optional]
     absent = [name for name in names if name not in observation]
     if absent:

@@ -90,6 +90,10 @@ def test_what_the_robot_lacks_is_said_before_anything_is_sent(observation: Obser
     with pytest.raises(ValueError, match=r"lacks camera 'front'.*it has over"):
         encode_observation(sent, needs)
     sent = observation()
+    sent["cameras"]["front"] = {"image": sent["cameras"]["front"]["image"]}
+    with pytest.raises(ValueError, match="lacks 'cameras/front/intrinsics', which the policy reads"):
+        encode_observation(sent, needs)
+    sent = observation()
     del sent["instruction"]
     with pytest.raises(ValueError, match="lacks 'instruction'"):
         encode_observation(sent, needs)

@@ -271,7 +271,7 @@ class GeometryVLAPolicy:
         instructions = [instruction_of(seen) for seen in observations]
         views = [
             [
-                self._view(view, needs.calibrated(name))
+                self._view(view, name, needs.calibrated(name))
                 for name, view in zip(needs.cameras, views_of(seen, needs.cameras), strict=True)
             ]
             for seen in observations
@@ -311,8 +311,8 @@ class GeometryVLAPolicy:
             return [{name: row} for row in numbers.clip(-1, 1)]
         return [{} if outside else {name: row[..., :-1]} for outside, row in zip(moved.tolist(), numbers, strict=True)]
 
-    def _view(self, view: Mapping[str, Any], calibrated: bool) -> View:
-        image = image_of(view)
+    def _view(self, view: Mapping[str, Any], camera: str, calibrated: bool) -> View:
+        image = image_of(view, camera)
         if not calibrated:
             return self._geometry.view(image, np.eye(3), np.eye(4))
-        return self._geometry.view(image, *calibration_of(view))
+        return self._geometry.view(image, *calibration_of(view, camera))

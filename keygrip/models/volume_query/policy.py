@@ -148,24 +148,27 @@ class VolumeQueryPolicy:
             )
         return views
 
-    def _view(self, view: Mapping[str, Any] | None) -> View:
+    def _view(self, view: Mapping[str, Any] | None, camera: str) -> View:
         """One camera's image as the network takes it; black, which is masked, where it shows nothing.
 
         The whole image decides, as at the server: what it lets through is left out whatever the cut shows of it.
         """
         if view is None:
             return self._geometry.absent_view()
-        image = image_of(view)
+        image = image_of(view, camera)
         if image_shows_nothing(image):
             image = np.zeros_like(image)
-        return self._geometry.view(image, *calibration_of(view))
+        return self._geometry.view(image, *calibration_of(view, camera))
 
     def _all_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
         """The first camera's image, intrinsics and pose, and what the others see."""
         module = self.module
-        seen = [[self._view(view) for view in self._views(observation)] for observation in observations]
+        seen = [
+            [self._view(view, name) for name, view in zip(module.views, self._views(observation), strict=True)]
+            for observation in observations
+        ]
         images, k, camera = stacked_views(seen, module.device)
         further = views_of_images(
             images,

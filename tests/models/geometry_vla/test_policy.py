@@ -309,6 +309,13 @@ def test_what_an_observation_lacks_is_named(module: GeometryVLAModule) -> None:
         policy.plan({name: value for name, value in seen.items() if name != "instruction"})
     with pytest.raises(ValueError, match="lacks an instruction"):
         policy.plan(seen | {"instruction": " \n"})
+    front, whose = seen["cameras"]["front"], "camera 'front' of the observation"
+    for wrong, said in (
+        ({**front, "image": None}, f"^{whose} lacks 'image'"),
+        ({**front, "image": front["image"][..., 0]}, f"^'image' of {whose} must be .*, not {S} x {S} uint8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            module.policy().plan({**seen, "cameras": {**seen["cameras"], "front": wrong}})
     seen["cameras"] = {"over": seen["cameras"]["over"]}
     with pytest.raises(ValueError, match="lacks camera 'front'"):
         policy.plan(seen)

@@ -210,6 +210,9 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=said):
             policy.plan(seen | wrong)
+    named = {key: value for key, value in seen.items() if key != "image"} | {"cameras": {"over": seen, "front": seen}}
+    with pytest.raises(ValueError, match=r"lacks 'image', .*; it has the cameras over, front, and this policy reads"):
+        policy.plan(named)
     with torch.no_grad():
         output = module(data, module.targets(data), teacher=False)
         decoded = module.decoder.decode(
