@@ -277,7 +277,10 @@ def stored_beside_weights(checkpoint: Mapping[str, Any], model: str, *names: str
     stored = checkpoint.get(model)
     missing = [name for name in names if not isinstance(stored, Mapping) or name not in stored]
     if missing:
-        raise ValueError(f"the checkpoint has no {', '.join(missing)} ({model}): it was not written by this model")
+        raise ValueError(
+            f"the checkpoint has no {', '.join(missing)} ({model}): it was written by another model, or by another "
+            "version of keygrip: load it with that one, or train again"
+        )
     return checkpoint[model]
 
 

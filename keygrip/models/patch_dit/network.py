@@ -250,10 +250,16 @@ class PatchDiT(nn.Module):
         output_convolution: bool = False,
     ) -> None:
         super().__init__()
-        chosen = (adaln, prediction, patch_attention, latent_positions, level_frequencies)
-        for (name, values), value in zip(CHOICES.items(), chosen, strict=True):
-            if value not in values:
-                raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {value!r}.")
+        chosen = {
+            "adaln": adaln,
+            "prediction": prediction,
+            "patch_attention": patch_attention,
+            "latent_positions": latent_positions,
+            "level_frequencies": level_frequencies,
+        }
+        for name, values in CHOICES.items():
+            if chosen[name] not in values:
+                raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {chosen[name]!r}.")
         if level_hidden < 1:
             raise ValueError(f"model.network.level_hidden={level_hidden}: must be at least 1.")
         if rotary and (width % heads or width // heads % 4):

@@ -281,11 +281,15 @@ class VolumeQueryNetwork(nn.Module):
             raise ValueError("model.network.couple_arms=true needs two arms: set data.arms=[left,right].")
         if world_views and coupling != "additive":
             raise ValueError("model.network.world_views=true needs model.network.coupling=additive.")
-        for (name, values), value in zip(
-            CHOICES.items(), (coupling, logit_scale, height_head, look_backbone), strict=True
-        ):
-            if value not in values:
-                raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {value!r}.")
+        chosen = {
+            "coupling": coupling,
+            "logit_scale": logit_scale,
+            "height_head": height_head,
+            "look_backbone": look_backbone,
+        }
+        for name, values in CHOICES.items():
+            if chosen[name] not in values:
+                raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {chosen[name]!r}.")
         if not arms or len(set(arms)) != len(arms):
             raise ValueError(f"The arms must be at least one and different, got {list(arms)}.")
         self.backbone = backbone
