@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.config import compose
-from keygrip.data.image_text.sources.images import images
+from keygrip.data.image_text.sources.images import encode_folder
 from keygrip.data.video_text.conversations import encode_jpeg
 
 
@@ -25,7 +25,7 @@ class Precompute:
         overrides: of ``keygrip.train``, which say what encoders; their weights are random unless they name others.
         pictures, quick_pictures: how many JPEG files. width, height: of each.
         size, bucket_step: of the buckets.
-        batch_size, workers, device: see :func:`keygrip.data.image_text.sources.images.images`.
+        batch_size, workers, device: see :func:`keygrip.data.image_text.sources.images.encode_folder`.
     """
 
     overrides: list[str]
@@ -47,7 +47,7 @@ class Precompute:
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
             source, root = Path(name) / "pictures", Path(name) / "shards"
             count = self.write(source, self.quick_pictures if quick else self.pictures)
-            report = images(
+            report = encode_folder(
                 source,
                 root,
                 encoders,

@@ -18,7 +18,7 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.image_text.samples import read_image_text
-from keygrip.data.image_text.sources.images import images
+from keygrip.data.image_text.sources.images import encode_folder
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import shown_image
@@ -109,7 +109,7 @@ def test_every_odd_file_of_a_folder_is_encoded_or_named(tmp_path: Path, place: s
     (source / "film.mp4").write_bytes(b"no image and no claim to be one")
     (source / "metadata.jsonl").write_text("\n".join(rows))
     options: dict[str, Any] = {"size": EDGE, "bucket_step": 16, "max_aspect": 1.0, "workers": 0, "device": "cpu"}
-    report = images(source, tmp_path / "root", small_encoders(), max_failed_share=0.5, progress=False, **options)
+    report = encode_folder(source, tmp_path / "root", small_encoders(), max_failed_share=0.5, progress=False, **options)
     left = {row["source"]: row["reason"] for row in map(json.loads, (tmp_path / "root" / "failed.jsonl").open())}
     assert report["samples"] + report["failed"] + report["duplicates"] == len(files) > 120
     assert report["failed"] == len(refused())
@@ -141,7 +141,7 @@ def test_all_captions_are_kept_and_taken_in_turn(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "root"
     rows: list[tuple[str, Any]] = [("a.png", "one"), ("b.png", ["two", None, "three", "two"]), ("a.png", "four words")]
     listed(source, *rows, ("c.png", None), ("d.png", "  "), ("e.png", ""))
-    report = images(source, root, small_encoders(), **OPTIONS)
+    report = encode_folder(source, root, small_encoders(), **OPTIONS)
     assert report["samples"] == 2
     left = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
     assert left == {"c.png": "it has no caption", "d.png": "its caption is empty", "e.png": "its caption is empty"}
@@ -167,14 +167,14 @@ def test_all_captions_are_kept_and_taken_in_turn(tmp_path: Path) -> None:
 def test_images_added_later_get_shards_of_their_own(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "root"
     listed(source, ("b.png", "one"), ("c.png", "two"), ("d.png", "three"), ("e.png", ""))
-    images(source, root, small_encoders(), **OPTIONS)
+    encode_folder(source, root, small_encoders(), **OPTIONS)
     before = {path.name: path.read_bytes() for path in root.rglob("*.tar")}
-    again = images(source, root, small_encoders(), **OPTIONS)
+    again = encode_folder(source, root, small_encoders(), **OPTIONS)
     assert (again["items"], again["samples"]) == (0, 3)
     noise(source / "a.png", 100)
     (source / "z.png").write_bytes((source / "b.png").read_bytes())
     listed(source, ("a.png", "new"), ("b.png", "one"), ("c.png", "two"), ("d.png", "three"), ("e.png", "told now"))
-    report = images(source, root, small_encoders(), **OPTIONS)
+    report = encode_folder(source, root, small_encoders(), **OPTIONS)
     assert (report["items"], report["samples"], report["shards"]) == (2, 5, 3)
     after = {path.name: path.read_bytes() for path in root.rglob("*.tar")}
     assert {name: after[name] for name in before} == before
@@ -187,7 +187,7 @@ def test_images_are_kept_where_asked(tmp_path: Path) -> None:
     """With their pixels; read for evaluation alone; a broken one is found by validation and by who reads it."""
     source, root = tmp_path / "source", tmp_path / "root"
     listed(source, ("a.png", "one"), ("b.png", "two"))
-    images(source, root, small_encoders(), keep_images=True, **OPTIONS)
+    encode_folder(source, root, small_encoders(), keep_images=True, **OPTIONS)
     assert validate(root)["errors"] == 0
     shards = ShardSet(root / "bucket_32x32")
     assert read_image_text(shards, 0).image is None
@@ -195,7 +195,7 @@ def test_images_are_kept_where_asked(tmp_path: Path) -> None:
     assert kept is not None
     np.testing.assert_array_equal(kept, np.asarray(Image.open(source / "a.png").convert("RGB")))
     with pytest.raises(ValueError, match="made with other settings"):
-        images(source, root, small_encoders(), **OPTIONS)
+        encode_folder(source, root, small_encoders(), **OPTIONS)
     tar = next(root.rglob("*.tar"))
     tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"IHDX"))
     assert read_image_text(shards, 0).image is None
@@ -210,7 +210,7 @@ def test_files_of_one_content_are_one_sample_with_all_captions(tmp_path: Path) -
         noise(source / f"{name}.png", 5)
     noise(source / "z.png", 6)
     listed(source, ("y.png", "second"), ("x.png", "first"), ("z.png", "third"))
-    report = images(source, root, small_encoders(), **{**OPTIONS, "max_failed_share": 0.0})
+    report = encode_folder(source, root, small_encoders(), **{**OPTIONS, "max_failed_share": 0.0})
     assert (report["samples"], report["failed"], report["duplicates"]) == (2, 0, 1)
     assert read_image_text(ShardSet(root / "bucket_32x32"), 0).record["captions"] == ["first", "second"]
     assert "the same file as x.png" in (root / "failed.jsonl").read_text()
@@ -220,7 +220,7 @@ def test_files_of_one_content_are_one_sample_with_all_captions(tmp_path: Path) -
     noise(other / "x.png", 5)
     noise(other / "x2.bmp", 5)
     listed(other, ("x.png", "first"), ("x2.bmp", "copy"))
-    images(other, tmp_path / "copies", small_encoders(), **OPTIONS)
+    encode_folder(other, tmp_path / "copies", small_encoders(), **OPTIONS)
     problems = validate(tmp_path / "copies")["problems"]
     assert len(problems) == 1
     assert re.match(r"the same content occurs twice: x2?\.(png|bmp) \(.*\) and x2?\.(png|bmp) \(", problems[0])
@@ -241,7 +241,7 @@ def test_no_caption_is_lost_without_a_word(tmp_path: Path, caplog: pytest.LogCap
     (source / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": t}) for n, t in rows))
     (source / "captions.csv").write_text("file,caption\na.png,other\n")
     with caplog.at_level("WARNING"):
-        report = images(source, root, small_encoders(), **OPTIONS)
+        report = encode_folder(source, root, small_encoders(), **OPTIONS)
     assert (report["samples"], report["failed"], report["captions_cut"]) == (4, 0, 1)
     shards = ShardSet(root / "bucket_32x32")
     records = [read_image_text(shards, number).record for number in range(4)]

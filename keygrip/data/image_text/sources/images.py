@@ -127,7 +127,7 @@ class Clock:
     start: float | None = None  # until the first batch
 
 
-def images(
+def encode_folder(
     source: str | Path,
     root: str | Path,
     encoders: ImageEncoders,

@@ -22,7 +22,7 @@ from keygrip.data.image_text.near_copies import near_copies
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources import images as step
 from keygrip.data.image_text.sources.encoding import prepare_image
-from keygrip.data.image_text.sources.images import Rank, images
+from keygrip.data.image_text.sources.images import Rank, encode_folder
 from keygrip.data.image_text.sources.jobs import Claims, jobs_of
 from keygrip.data.image_text.sources.listing import key_of, list_items
 from keygrip.data.shards.reader import ShardSet
@@ -59,7 +59,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def prepared(source: Path, root: Path, encoders: Encoders | None = None, **options: Any) -> dict[str, Any]:
-    return images(source, root, encoders or small_encoders(), **{**OPTIONS, "max_failed_share": 0.5, **options})
+    return encode_folder(source, root, encoders or small_encoders(), **{**OPTIONS, "max_failed_share": 0.5, **options})
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.image_text.crops import Bucket
-from keygrip.data.image_text.sources.images import images
+from keygrip.data.image_text.sources.images import encode_folder
 from keygrip.data.image_text.sources.listing import Item, list_items
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.source_files import everything_below, files_in
@@ -41,7 +41,7 @@ def prepared(source: Path, root: Path) -> dict[str, Any]:
         "batch_size": 3,
         "workers": 0,
     }
-    return images(source, root, small_encoders(), **options, device="cpu", progress=False, max_failed_share=0.5)
+    return encode_folder(source, root, small_encoders(), **options, device="cpu", progress=False, max_failed_share=0.5)
 
 
 # ---- tables of captions ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from keygrip.data.image_text.samples import read_image_text
-from keygrip.data.image_text.sources.images import images
+from keygrip.data.image_text.sources.images import encode_folder
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.validation import validate
 from keygrip.models.patch_dit.encoders import Encoders
@@ -30,7 +30,7 @@ def picture(path: Path, shade: int) -> None:
 
 
 def prepared(source: Path, root: Path, encoders: Encoders | None = None, **options: Any) -> dict[str, Any]:
-    return images(source, root, encoders or small_encoders(), **{**OPTIONS, **options})
+    return encode_folder(source, root, encoders or small_encoders(), **{**OPTIONS, **options})
 
 
 def contents(root: Path) -> dict[str, bytes]:
