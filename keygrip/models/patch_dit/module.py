@@ -23,7 +23,7 @@ from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.figures import image_grid
 from keygrip.models.patch_dit.guide import EarlyGuide
 from keygrip.models.patch_dit.init_source import StatisticsOf, normalise_as, read_source
-from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
+from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_at_half_noise, gradient_figures, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
 from keygrip.models.patch_dit.warm_start import rename_rules, warm_start
@@ -37,7 +37,6 @@ from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
 
-ATTENDED = 4  # samples whose attention is monitored
 # Conditions under which validation computes the loss of the same images and noise.
 VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True), "none": (False, False)}
 
@@ -244,11 +243,7 @@ class PatchDiTModule(System):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         if self.due(self.monitor_every_n_steps):
-            builder = self.network.context_builder
-            figures = {"grad_norm": gradient_norm(list(self.network.parameters()))}
-            if builder.dino_patch_proj is not None and self.lora is None:
-                figures["patch_gradient"] = gradient_norm(list(builder.dino_patch_proj.parameters()))
-            self._report(figures)
+            self._report(gradient_figures(self.network, adapted=self.lora is not None))
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def sharded_parts(self) -> list[Any]:
@@ -344,7 +339,7 @@ class PatchDiTModule(System):
                 self.log(f"train/{name}", value, batch_size=count)
         if self.due(self.monitor_every_n_steps):
             self._report({"velocity_norm": velocity_norm(output.velocity)})
-            self._report(self._attention(data, conditions, aspect))
+            self._report(attention_at_half_noise(self.network, data, conditions, aspect))
         return loss + self._alignment_loss("train", output, data, conditions, keep_patches)
 
     def on_validation_epoch_start(self) -> None:
@@ -408,18 +403,6 @@ class PatchDiTModule(System):
         loss = global_mean((losses * counted).sum(), counted.sum())
         self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses), sync_dist=split == "val")
         return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
-
-    # -- monitoring ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _attention(self, data: Tensor, conditions: Conditions, aspect: float) -> dict[str, Tensor]:
-        """Where the cross-attention looks with both conditions, half-way between data and noise."""
-        data, conditions = data[:ATTENDED], conditions.first(ATTENDED)
-        everything = torch.ones(len(data), dtype=torch.bool, device=self.device)
-        level = torch.full((len(data),), 0.5, device=self.device)
-        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0)).to(data)
-        context = self.network.context_builder(conditions, everything, everything, aspect)
-        return attention_figures(self.network.attention_shares(interpolate(data, noise, level), level, context))
 
     def _report(self, figures: dict[str, Tensor]) -> None:
         """Straight to the loggers, whatever their own interval, and compared with the healthy ranges."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from keygrip.models.patch_dit.context import CATEGORIES
+from keygrip.models.nn.flow_matching import interpolate
+from keygrip.models.patch_dit.context import CATEGORIES, Conditions
 from keygrip.training.distributed import global_sum
 from keygrip.training.monitors import Range
 
+if TYPE_CHECKING:
+    from keygrip.models.patch_dit.network import PatchDiT
+
 GROUPS = ("text", "cls", "patches")
+ATTENDED = 4  # samples whose attention is monitored
 
 RANGES = {
     "velocity_norm": Range(
@@ -81,6 +87,37 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients: over all processes
+
+
+def gradient_figures(network: PatchDiT, adapted: bool) -> dict[str, Tensor]:
+    """Norms of the gradients of the whole network and of the projection of its patches.
+
+    Args:
+        adapted: LoRA is trained alone; the projection has no gradient then and is left out.
+    """
+    figures = {"grad_norm": gradient_norm(list(network.parameters()))}
+    projection = network.context_builder.dino_patch_proj
+    if projection is not None and not adapted:
+        figures["patch_gradient"] = gradient_norm(list(projection.parameters()))
+    return figures
+
+
+@torch.no_grad()
+def attention_at_half_noise(
+    network: PatchDiT, data: Tensor, conditions: Conditions, aspect: float
+) -> dict[str, Tensor]:
+    """Where the cross-attention looks with both conditions, half-way between data and noise that is always the same.
+
+    Args:
+        data: latents ``[B, C, h, w]``, normalised, of which the first few count. conditions: theirs, normalised.
+        aspect: width over height of the images.
+    """
+    data, conditions = data[:ATTENDED], conditions.first(ATTENDED)
+    everything = torch.ones(len(data), dtype=torch.bool, device=data.device)
+    level = torch.full((len(data),), 0.5, device=data.device)
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0)).to(data)
+    context = network.context_builder(conditions, everything, everything, aspect)
+    return attention_figures(network.attention_shares(interpolate(data, noise, level), level, context))
 
 
 def attention_figures(shares: Tensor) -> dict[str, Tensor]:
