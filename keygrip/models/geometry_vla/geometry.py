@@ -92,6 +92,11 @@ class GeometryEncoder(nn.Module, ABC):
         """Whether its features hold a scale token."""
         return False
 
+    def grid_side(self, image_size: int | None = None) -> int | None:
+        """Patches along a side of a view whose images have a side of ``image_size`` pixels (None: it is not known yet);
+        None: not known."""
+        return None
+
     def take_start(self) -> None:
         """Called once at the start of training: an encoder that begins with another run's weights takes them over."""
 
@@ -204,6 +209,9 @@ class DinoMultiView(GeometryEncoder):
     @property
     def reads_cameras(self) -> bool:
         return self.camera_rays
+
+    def grid_side(self, image_size: int | None = None) -> int | None:
+        return None if image_size is None else image_size // self.backbone.patch_size
 
     def take_start(self) -> None:
         """Takes over the encoder of the run to start from, if there is one.

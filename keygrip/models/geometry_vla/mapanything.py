@@ -142,6 +142,9 @@ class MapAnythingGeometry(GeometryEncoder):
             )
         self.calibration = decided
 
+    def grid_side(self, image_size: int | None = None) -> int | None:
+        return self.image_size // self.patch_size  # to which it brings images of any size
+
     def outside_modules(self) -> list[nn.Module]:
         return list(self._model)
 

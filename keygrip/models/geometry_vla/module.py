@@ -174,6 +174,7 @@ class GeometryVLAModule(System):
                 f"model.network.{name}=true: rays of one camera ({statistics.cameras[0]}) meet nowhere. "
                 "Give data.cameras two or more, or set it to false."
             )
+        self.network.check_grids(statistics.geometry.image_size)
         self.statistics.take(statistics, self.network.head.horizon)
         self.actions.take(statistics.chunks)
         self.views = tuple(statistics.cameras)

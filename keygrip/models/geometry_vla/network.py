@@ -28,8 +28,16 @@ from keygrip.models.geometry_vla.action_spaces import COLUMNS
 from keygrip.models.geometry_vla.actions import SIZE
 from keygrip.models.geometry_vla.compression import GeometryCompressor, build_geom_compressor
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
+from keygrip.models.geometry_vla.network_checks import check_geometry, check_pointing
 from keygrip.models.geometry_vla.places import MOST_VIEWS, PlaceEmbedding, grid_places
-from keygrip.models.geometry_vla.pointing import PatchPointing, PointedActions, PointedTokens, Pointing, meeting_points
+from keygrip.models.geometry_vla.pointing import (
+    PatchPointing,
+    PointedActions,
+    PointedTokens,
+    Pointing,
+    meeting_points,
+    refuse_other_grid,
+)
 from keygrip.models.language.qwen_vl import QwenVL, Semantics
 from keygrip.models.nn.attention import AttentionRecord
 from keygrip.models.nn.flow_matching import SOLVERS, Solver, integrate, noise_levels
@@ -172,7 +180,7 @@ class GeometryVLA(nn.Module):
         geom_standardised: bool = False,
     ) -> None:
         super().__init__()
-        _check_geometry(
+        check_geometry(
             geometry,
             to_head=geom_inject_to_dit,
             to_vlm=geom_inject_to_vlm,
@@ -183,46 +191,42 @@ class GeometryVLA(nn.Module):
             blank=geom_blank,
             standardised=geom_standardised,
         )
+        check_pointing(
+            cells=pointing_cells,
+            patch_cells=pointing_patch_cells,
+            keyframe=pointing_keyframe,
+            tokens=pointed_tokens,
+            triangulated=pointed_triangulated,
+            actions=pointed_actions,
+        )
         if blocks > vlm.layers:
             raise ValueError(
                 f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
                 "reads one of them."
             )
+        # Modules are built in this order for the weights that they draw: a seed then gives the same ones.
         self.vlm, self.compiled = vlm, False
         self.context_norm, self.blank = context_norm, geom_blank
         self.places = PlaceEmbedding(vlm.width) if context_places else None
         maps = horizon + pointing_keyframe
         self.pointing = Pointing(vlm.width, len(arms), maps, pointing_cells) if pointing_cells else None
-        self.geometry: GeometryEncoder | None = None
+        if geometry is not None and not (geom_inject_to_dit or geom_inject_to_vlm):
+            log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
+            geometry = None
+        self.geometry = geometry
         self.compressor: GeometryCompressor | None = None
         self.vlm_compressor: GeometryCompressor | None = None
-        if geometry is not None and (geom_inject_to_dit or geom_inject_to_vlm):
-            self.geometry = geometry
+        if geometry is not None:
+            compressor = partial(build_geom_compressor, geom_compression_type, geometry.dim, vlm.width)
             if geom_inject_to_dit and geom_dit_tokens:
-                self.compressor = build_geom_compressor(
-                    geom_compression_type, geometry.dim, vlm.width, blocks, geom_dit_tokens, geom_qformer_heads
-                )
+                self.compressor = compressor(blocks, geom_dit_tokens, geom_qformer_heads)
             if geom_inject_to_vlm:
-                self.vlm_compressor = build_geom_compressor(
-                    geom_compression_type, geometry.dim, vlm.width, 1, geom_dit_tokens, geom_qformer_heads
-                )
-        elif geometry is not None:
-            log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
-        read_from_maps = {
-            "pointed_tokens": pointed_tokens,
-            "pointing_keyframe": pointing_keyframe,
-            "pointed_actions": pointed_actions,
-        }
-        for name, wanted in read_from_maps.items():
-            if wanted and not pointing_cells:
-                raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
+                self.vlm_compressor = compressor(1, geom_dit_tokens, geom_qformer_heads)
         self.pointed: PointedTokens | None = None
         if pointed_tokens:
-            source = self.geometry if geom_inject_to_dit else None
+            source = geometry if geom_inject_to_dit else None
             geom_dim, points = (None, False) if source is None else (source.dim, source.predicts_points)
             self.pointed = PointedTokens(vlm.width, len(arms), maps, MOST_VIEWS, geom_dim, points, pointed_triangulated)
-        elif pointed_triangulated:
-            raise ValueError("model.network.pointed_triangulated=true is of pointed tokens: set pointed_tokens=true.")
         self.pointed_actions: PointedActions | None = None
         if pointed_actions:
             self.pointed_actions = PointedActions(vlm.width, len(arms), horizon, pointing_keyframe)
@@ -239,26 +243,33 @@ class GeometryVLA(nn.Module):
         )
         self.scale: nn.Linear | None = None
         self.geometry_places: PlaceEmbedding | None = None
-        if self.geometry is not None and self.geometry.gives_scale:
-            if self.compressor is None:
-                raise ValueError(
-                    "geometry.scale_token=true: its token stands beside compressed tokens in the head, and there are "
-                    "none (geom_inject_to_dit=false or geom_dit_tokens=0): set geometry.scale_token=false."
-                )
-            self.scale = nn.Linear(self.geometry.dim, vlm.width)
-        if self.geometry is not None and geom_places:
-            self.geometry_places = PlaceEmbedding(self.geometry.dim)
         self.patch_pointing: PatchPointing | None = None
-        if pointing_patch_cells and (pointing_patch_cells < 0 or not pointing_cells):
-            raise ValueError(
-                f"model.network.pointing_patch_cells={pointing_patch_cells} is a number of cells, of maps "
-                "(pointing_cells above 0) that are also read from a geometry encoder's tokens: set it to 0."
-            )
-        if pointing_patch_cells and self.geometry is not None:
-            self.patch_pointing = PatchPointing(vlm.width, self.geometry.dim, len(arms), maps, pointing_patch_cells)
+        if geometry is not None:
+            if geometry.gives_scale:
+                self.scale = nn.Linear(geometry.dim, vlm.width)
+            if geom_places:
+                self.geometry_places = PlaceEmbedding(geometry.dim)
+            if pointing_patch_cells:
+                self.patch_pointing = PatchPointing(vlm.width, geometry.dim, len(arms), maps, pointing_patch_cells)
+        self.check_grids()
         shape = (blocks, geom_dit_tokens, vlm.width)
         self.standardised = RunningStandardisation(*shape) if geom_standardised else None
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
+
+    def check_grids(self, image_size: int | None = None) -> None:
+        """Refuses maps whose cells would not be those that the geometry encoder's patches give, where its patches are
+        known.
+
+        Args:
+            image_size: side of the images, pixels; None: not known yet.
+
+        Raises:
+            ValueError: `pointing_patch_cells` does not fit.
+        """
+        side = None if self.geometry is None else self.geometry.grid_side(image_size)
+        if side is not None and self.patch_pointing is not None and self.pointing is not None:
+            tokens = round(self.vlm.tokens_per_view**0.5)
+            refuse_other_grid(side, tokens, self.patch_pointing.cells, self.pointing.cells)
 
     @property
     def triangulates(self) -> bool:
@@ -358,14 +369,8 @@ class GeometryVLA(nn.Module):
             return logits
         assert features is not None
         finer = self.patch_pointing(hidden, places, views, features.tokens.float())
-        if finer.shape != logits.shape:
-            patches = finer.shape[-1] // self.patch_pointing.cells
-            fitting = logits.shape[-1] // patches if logits.shape[-1] % patches == 0 else 0
-            raise ValueError(
-                f"model.network.pointing_patch_cells={self.patch_pointing.cells} gives maps of {finer.shape[-1]} cells "
-                f"per side, and pointing_cells={self.pointing.cells} of {logits.shape[-1]}: both must give the same; "
-                f"set pointing_patch_cells={fitting}."
-            )
+        of_patches, of_tokens = self.patch_pointing.cells, self.pointing.cells
+        refuse_other_grid(finer.shape[-1] // of_patches, logits.shape[-1] // of_tokens, of_patches, of_tokens)
         return logits + finer
 
     def _placed(self, tokens: Tensor, views: int) -> Tensor:
@@ -449,48 +454,3 @@ class GeometryVLA(nn.Module):
         """Blocks that are used through their `forward` alone."""
         geometry = [] if self.geometry is None else self.geometry.sharded_parts()
         return [*self.vlm.sharded_parts(), *geometry, *self.head.blocks, *self.head.mixers]
-
-
-def _check_geometry(
-    geometry: GeometryEncoder | None,
-    *,
-    to_head: bool,
-    to_vlm: bool,
-    tokens: int,
-    kind: str,
-    pointed: bool,
-    places: bool,
-    blank: bool,
-    standardised: bool,
-) -> None:
-    """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
-    if geometry is None and (to_head or to_vlm):
-        name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
-        raise ValueError(
-            f"model.network.{name}=true needs a geometry encoder: choose geometry=dino_multiview or "
-            "geometry=mapanything, or set it to false."
-        )
-    if tokens < 0 or (to_vlm and tokens < 1):
-        raise ValueError(
-            f"model.network.geom_dit_tokens={tokens}: at least 0, and at least 1 with geom_inject_to_vlm=true."
-        )
-    if to_head and not tokens and not pointed:
-        raise ValueError(
-            "model.network.geom_dit_tokens=0 leaves geometry at the pointed places alone: set pointed_tokens=true, or "
-            "geom_inject_to_dit=false."
-        )
-    if to_vlm and kind == "per_layer":
-        raise ValueError(
-            "model.network.geom_compression_type=per_layer gives each block of the head its own tokens, and the "
-            "language model's prompt has one set: use pool or qformer with geom_inject_to_vlm=true."
-        )
-    if places and not (to_vlm or (to_head and tokens)):
-        raise ValueError("model.network.geom_places=true is of compressed geometry tokens, and there are none.")
-    if blank and not (to_vlm or to_head):
-        raise ValueError(
-            "model.network.geom_blank=true is of what actions are told of geometry, and they are told none."
-        )
-    if standardised and not (to_head and tokens):
-        raise ValueError(
-            "model.network.geom_standardised=true is of compressed geometry tokens in the head, and there are none."
-        )

@@ -105,6 +105,29 @@ class PatchPointing(nn.Module):
         return logits.flatten(7, 9).flatten(4, 6)
 
 
+def refuse_other_grid(patches: int, tokens: int, patch_cells: int, cells: int) -> None:
+    """Refuses maps read from patches of the geometry encoder that have other cells than those of image tokens.
+
+    Args:
+        patches, tokens: along a side of a view. patch_cells, cells: along a side of a patch, of a token.
+
+    Raises:
+        ValueError: another number of cells, or a token that covers no whole number of patches.
+    """
+    setting = f"model.network.pointing_patch_cells={patch_cells}"
+    if patches % tokens:
+        raise ValueError(
+            f"{setting}: the language model's {tokens} x {tokens} tokens of a view do not divide the geometry "
+            f"encoder's {patches} x {patches} patches: set it to 0 with this geometry encoder."
+        )
+    if patches * patch_cells != tokens * cells:
+        fitting = tokens * cells // patches if tokens * cells % patches == 0 else 0
+        raise ValueError(
+            f"{setting} gives maps of {patches * patch_cells} cells per side, and pointing_cells={cells} of "
+            f"{tokens * cells}: both must give the same; set pointing_patch_cells={fitting}."
+        )
+
+
 def image_tokens(hidden: Tensor, places: Tensor, views: int) -> Tensor:
     """The states of images ``[B, V, P, P, H]`` among hidden states ``[B, L, H]``, by their places ``[B, L, 3]``."""
     images = hidden[places[..., 0] > 0].unflatten(0, (len(hidden), views, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from looking import looking_at
 from torch import Tensor
-from vla_parts import V, observation, ready_module, small_batch, small_geometry, small_module, small_statistics
+from vla_parts import S, V, observation, ready_module, small_batch, small_geometry, small_module, small_statistics
 
+from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.cameras import project
-from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
+from keygrip.models.geometry_vla.geometry import DECIMETRES, DinoMultiView, GeometryFeatures
 from keygrip.models.geometry_vla.pointing import (
     PatchPointing,
     PointedActions,
@@ -95,9 +97,37 @@ def test_maps_read_from_patches_need_maps_and_one_grid(tmp_path: Path) -> None:
         small_module(pointing_patch_cells=1, pointing_cells=0)
     without = small_module(pointing_patch_cells=1, pointing_cells=2, geom_inject_to_dit=False)
     assert without.network.patch_pointing is None
-    module = ready_module(tmp_path, pointing_cells=2, pointing_patch_cells=1)
-    with pytest.raises(ValueError, match=r"patch_cells=1 gives maps of 2 cells per side, and pointing_cells=2 of 4"):
-        module(small_batch())
+    said = r"patch_cells=1 gives maps of 2 cells per side, and pointing_cells=2 of 4: .* set pointing_patch_cells=2"
+    module = small_module(pointing_cells=2, pointing_patch_cells=1)  # the encoder takes images of any size
+    with pytest.raises(ValueError, match=said):
+        module.set_statistics(small_statistics(tmp_path))
+
+
+class FixedSize(DinoMultiView):
+    """Looks at images at one size, as MapAnything."""
+
+    side = 2
+
+    def grid_side(self, image_size: int | None = None) -> int:
+        return self.side
+
+
+@pytest.mark.parametrize(
+    ("side", "cells", "said"),
+    [
+        (4, 2, "gives maps of 8 cells per side, and pointing_cells=2 of 4: both must give the same; .*_patch_cells=1"),
+        (3, 2, "2 x 2 tokens of a view do not divide the geometry encoder's 3 x 3 patches: set it to 0"),
+        (2, 2, None),
+    ],
+)
+def test_maps_that_fit_no_encoder_of_one_size_are_refused_when_the_network_is_built(
+    side: int, cells: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FixedSize, "side", side)
+    backbone = DinoBackbone("tiny", S, "random", width=16, depth=1, heads=2)
+    geometry = FixedSize(backbone, views=V, dim=16, layers=1, heads=2)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        small_module(geometry, pointing_cells=2, pointing_patch_cells=cells)
 
 
 def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:

@@ -1,0 +1,72 @@
+"""Refuses settings of the network that ask for what has no effect or is not there, and says what to set."""
+
+from __future__ import annotations
+
+from keygrip.models.geometry_vla.geometry import GeometryEncoder
+
+
+def check_geometry(
+    geometry: GeometryEncoder | None,
+    *,
+    to_head: bool,
+    to_vlm: bool,
+    tokens: int,
+    kind: str,
+    pointed: bool,
+    places: bool,
+    blank: bool,
+    standardised: bool,
+) -> None:
+    """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
+    if geometry is None and (to_head or to_vlm):
+        name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
+        raise ValueError(
+            f"model.network.{name}=true needs a geometry encoder: choose geometry=dino_multiview or "
+            "geometry=mapanything, or set it to false."
+        )
+    if tokens < 0 or (to_vlm and tokens < 1):
+        raise ValueError(
+            f"model.network.geom_dit_tokens={tokens}: at least 0, and at least 1 with geom_inject_to_vlm=true."
+        )
+    if to_head and not tokens and not pointed:
+        raise ValueError(
+            "model.network.geom_dit_tokens=0 leaves geometry at the pointed places alone: set pointed_tokens=true, or "
+            "geom_inject_to_dit=false."
+        )
+    if to_vlm and kind == "per_layer":
+        raise ValueError(
+            "model.network.geom_compression_type=per_layer gives each block of the head its own tokens, and the "
+            "language model's prompt has one set: use pool or qformer with geom_inject_to_vlm=true."
+        )
+    if places and not (to_vlm or (to_head and tokens)):
+        raise ValueError("model.network.geom_places=true is of compressed geometry tokens, and there are none.")
+    if blank and not (to_vlm or to_head):
+        raise ValueError(
+            "model.network.geom_blank=true is of what actions are told of geometry, and they are told none."
+        )
+    if standardised and not (to_head and tokens):
+        raise ValueError(
+            "model.network.geom_standardised=true is of compressed geometry tokens in the head, and there are none."
+        )
+    if geometry is not None and (to_head or to_vlm) and geometry.gives_scale and not (to_head and tokens):
+        raise ValueError(
+            "geometry.scale_token=true: its token stands beside compressed tokens in the head, and there are none "
+            "(geom_inject_to_dit=false or geom_dit_tokens=0): set geometry.scale_token=false."
+        )
+
+
+def check_pointing(
+    *, cells: int, patch_cells: int, keyframe: bool, tokens: bool, triangulated: bool, actions: bool
+) -> None:
+    """Raises ValueError where something is to read maps, and there are none, or reads a part of what there is not."""
+    read_from_maps = {"pointed_tokens": tokens, "pointing_keyframe": keyframe, "pointed_actions": actions}
+    for name, wanted in read_from_maps.items():
+        if wanted and not cells:
+            raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
+    if triangulated and not tokens:
+        raise ValueError("model.network.pointed_triangulated=true is of pointed tokens: set pointed_tokens=true.")
+    if patch_cells and (patch_cells < 0 or not cells):
+        raise ValueError(
+            f"model.network.pointing_patch_cells={patch_cells} is a number of cells, of maps (pointing_cells above 0) "
+            "that are also read from a geometry encoder's tokens: set it to 0."
+        )
