@@ -17,8 +17,9 @@ from keygrip.evaluation.image_cases import ImageSuite
 from keygrip.evaluation.image_report import REPORT
 from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.training.checkpoints import load_module
+from keygrip.training.checkpoints import load_module, run_config
 from keygrip.training.loggers import log_image
+from keygrip.training.parts import external_settings, named_packages
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,10 @@ class EvaluateImages(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        module = load_module(self.run_dir, expected=PatchDiTModule)  # with EMA weights
+        own = run_config(trainer)["model"]
+        # What the user's own configuration names was named by the user: its checkpoint is opened with that.
+        trust, external = named_packages(own), external_settings(own)
+        module = load_module(self.run_dir, expected=PatchDiTModule, trust=trust, external=external)  # with EMA weights
         module.to(trainer.strategy.root_device)  # where it was trained: by now the trainer has taken its own to the CPU
         assert isinstance(module, PatchDiTModule)
         data = copy.copy(self.data)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dit_parts import SMALL, stir
+from dit_parts import SMALL, stir, write_flux
 from image_sets import COLOURS, SQUARE, WIDE, small_encoders, write_images, write_tiny_clip
 from omegaconf import OmegaConf
 from PIL import Image
@@ -35,9 +35,11 @@ from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
 from keygrip.evaluation.image_text import headline, run_suite
+from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Sampling
+from keygrip.models.patch_dit.text_encoders import T5Text
 from keygrip.training.checkpoints import build_module
 
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
@@ -550,6 +552,7 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
     trainer.strategy, trainer.callback_metrics = SimpleNamespace(root_device=torch.device("cpu")), {}
     data.trainer = trainer  # type: ignore[assignment]
     monkeypatch.setattr(image_callback, "load_module", lambda *_, **__: module)
+    monkeypatch.setattr(image_callback, "run_config", lambda _: {"model": {}})
     trained_on: list[int] = []
 
     def train_encoder(images: list[torch.Tensor], options: FeatureOptions) -> image_features.SmallEncoder:
@@ -564,6 +567,40 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
     assert result["cases"]["reconstruction"]["images"] == alone
     assert trained_on == [len(shards(root).samples("train"))]
     assert data.trainer is trainer
+
+
+def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large encoders are in no checkpoint; and parts of a package beside keygrip are built by nobody unasked."""
+    from keygrip import train
+
+    (tmp_path / "my_lab.py").write_text(
+        "from keygrip.models.nn.flow_matching import LogitNormalTimesteps\n"
+        "from keygrip.training.parts import model_part\n\n\n"
+        "@model_part\nclass Middle(LogitNormalTimesteps):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flux, tiny = write_flux(tmp_path / "flux"), small_encoders()
+    text = T5Text(str(flux), 6, 24, "float32", "text_encoder_2", "tokenizer_2")
+    root = write_images(tmp_path / "set", {SQUARE: 4}, Encoders(tiny.autoencoder, text, tiny.view))
+    small = [o for o in SMALL if not o.startswith(("model=", "data=", "encoders=", "encoders.text", "optimizer="))]
+    part = ["encoders.text._target_=keygrip.models.patch_dit.text_encoders.T5Text", f"+encoders.text.source={flux}"]
+    part += ["+encoders.text.subfolder=text_encoder_2", "+encoders.text.tokenizer_subfolder=tokenizer_2"]
+    part += ["encoders.text.width=24", "encoders.text.length=6", "+encoders.text.dtype=float32"]
+    evaluated: list[PatchDiTModule] = []
+
+    def suite_of(module: PatchDiTModule, *_: Any) -> tuple[dict[str, Any], list[Path]]:
+        evaluated.append(module)
+        (tmp_path / "run" / "pictures").mkdir()
+        return {"cases": {}, "classifier": None}, []
+
+    monkeypatch.setattr(image_callback, "run_suite", suite_of)
+    given = [f"data.root={root}", f"run_dir={tmp_path / 'run'}", "max_steps=1", "val_every_n_steps=1"]
+    given += ["model.timesteps._target_=my_lab.Middle", "model.log_images_every_n_steps=0"]
+    train.run(compose("train", ["experiment=dit_robot_images", *small, *part, *given, "callbacks.ema=null"]))
+    assert [type(module.timesteps).__name__ for module in evaluated] == ["Middle"]
+    assert isinstance(evaluated[0].encoders.text, T5Text)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
