@@ -21,7 +21,7 @@ from keygrip.exporting.folder import CONFIG, WEIGHTS, is_export, read_export
 from keygrip.training.build_limits import at_most_stored, settings_of_other_sizes
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
-from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings
+from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings, named_packages
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.torch_files import BROKEN, TorchFileError, read_torch_file, refuse_missing_device
 
@@ -298,12 +298,14 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[s
 def build_module(config: dict[str, Any]) -> LightningModule:
     """Instantiates ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint.
 
-    The module's `own_files` are those that the configuration names (`keygrip.training.system.System`)."""
+    The module's `own_files` and `own_packages` are those that the configuration names
+    (`keygrip.training.system.System`)."""
     from hydra.utils import instantiate
 
     module = instantiate(OmegaConf.create(copy.deepcopy(config["model"])), _convert_="all")
     if hasattr(module, "own_files"):
         module.own_files = external_settings(config["model"])
+        module.own_packages = named_packages(config["model"])
     return module
 
 

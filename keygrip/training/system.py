@@ -40,6 +40,7 @@ class System(LightningModule):
         usage: lines of Python for the model card of an export, with {name} for its folder; None: `keygrip.load`.
         own_files: files that the run's settings name and no checkpoint holds, by dotted key; set where a run builds its
             module. A run that this one starts from may need the same.
+        own_packages: those beside keygrip whose classes the run's settings name; likewise.
         window: the batches of an optimiser step, where gradients of several are accumulated for it.
         resumed: whether a run goes on: its weights come from its own checkpoint, and where it began is not read again.
 
@@ -58,6 +59,7 @@ class System(LightningModule):
         super().__init__()
         self.optimizer_recipe = optimizer
         self.own_files: Mapping[str, Any] = {}
+        self.own_packages: tuple[str, ...] = ()
         self.resumed = False
         self.window = WindowMean()
 
@@ -128,12 +130,13 @@ class System(LightningModule):
 
         Args:
             path: run folder or checkpoint; its EMA weights, where it has them. kind: what this is, for messages.
-            Files that it needs and does not hold are those of this run's own settings (`own_files`).
+            Files that it needs and does not hold, and packages whose parts it may name, are those of this run's own
+            settings (`own_files`, `own_packages`).
 
         Raises:
             FileNotFoundError, ValueError: it is missing, of another model, or does not fit.
         """
-        before = load_module(path, offered=self.own_files)
+        before = load_module(path, trust=self.own_packages, offered=self.own_files)
         if not isinstance(before, type(self)):
             raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not {kind}")
         self.check_start(before)

@@ -24,8 +24,10 @@ from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, TrainedAutoencoder
 from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
+from keygrip.training.parts import UntrustedPartError
 from keygrip.training.pretraining import PretrainingStage, with_run_folders
 
+NETWORK = "keygrip.models.patch_dit.trained_autoencoder.ConvAutoencoder"
 SIZES = {"channels": 4, "stride": 4, "width": 8}
 
 
@@ -171,6 +173,28 @@ def test_a_decoder_alone_is_trained_on_from_a_run_with_noise_on_its_latents(run:
     assert isinstance(after, AutoencoderModule)
     for name, value in before.network.state_dict().items():
         assert torch.equal(value, after.network.state_dict()[name]) == name.startswith("encoder."), name
+
+
+def test_a_run_with_parts_of_a_package_starts_from_another_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own settings name the package, which is permission to build its parts from the earlier checkpoint."""
+    (tmp_path / "own_lab.py").write_text(
+        "from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder\n"
+        "from keygrip.training.parts import model_part\n\n\n"
+        "@model_part\nclass Network(ConvAutoencoder):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = [*settings(run.parent), "model.network._target_=own_lab.Network", "max_steps=1"]
+    train.run(compose("train", [*own, f"run_dir={tmp_path / 'first'}"]))
+    on = [f"model.init_from={tmp_path / 'first'}", "model.decoder_only=true", f"run_dir={tmp_path / 'on'}"]
+    train.run(compose("train", [*own, *on]))
+    before, after = (load_module(tmp_path / name, trust=["own_lab"]) for name in ("first", "on"))
+    assert isinstance(before, AutoencoderModule)
+    assert isinstance(after, AutoencoderModule)
+    torch.testing.assert_close(after.network.encoder.state_dict(), before.network.encoder.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UntrustedPartError, match=r"own_lab\.Network is not built"):  # of a run that does not name it
+        train.run(compose("train", [*own, "model.network._target_=" + NETWORK, *on, f"run_dir={tmp_path / 'other'}"]))
 
 
 def test_latent_noise_is_of_each_image_and_in_standard_deviations() -> None:
