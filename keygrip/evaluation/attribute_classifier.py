@@ -223,6 +223,7 @@ def classifier_for(
     if firsts["val"] is None:
         raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
     told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
+    told["held_out"] = data.fingerprint_of("val")  # on which its error, kept with it, is measured
     fingerprint = hashlib.sha256(json.dumps({**told, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"attribute_classifier-{fingerprint}.pt"
     make_once(

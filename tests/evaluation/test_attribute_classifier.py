@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,22 @@ def test_other_data_or_options_are_another_classifier(root: Path, tmp_path: Path
     assert second is not None
     assert third is not None
     assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+
+
+def test_the_error_is_that_on_the_validation_images_of_now(tmp_path: Path) -> None:
+    """Which may be more than those on which a classifier of the same training images was tested before."""
+    short = ClassifierOptions(width=16, steps=1, batch_size=4)
+    counts = []
+    for name, count in (("first", 4), ("more", 12)):
+        write_images(tmp_path / name, {SQUARE: count}, small_encoders(), {"val": 5000})
+    write_images(tmp_path / "set", {SQUARE: 4}, small_encoders(), {"train": 0, "val": 9000})
+    for name in ("first", "more"):
+        shutil.rmtree(tmp_path / "set" / "val")
+        shutil.copytree(tmp_path / name / "val", tmp_path / "set" / "val")
+        found = classifier_for(shards(tmp_path / "set"), small_encoders(), short)
+        assert found is not None
+        counts.append(found.error.images)
+    assert counts == [4, 12]
 
 
 def test_another_classifier_s_file_is_refused(root: Path) -> None:

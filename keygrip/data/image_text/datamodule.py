@@ -207,8 +207,12 @@ class ImageShards(ResumableData):
     @property
     def fingerprint(self) -> str:
         """Of everything that the order of training samples depends on."""
+        return self.fingerprint_of("train")
+
+    def fingerprint_of(self, split: str) -> str:
+        """Of the samples of a split and their order; needs `setup`."""
         digest = hashlib.sha256()
-        for part in self.parts["train"]:
+        for part in self.parts[split]:
             digest.update(f"{part.bucket.name}:{part.shards.fingerprint}:".encode())
             digest.update(np.ascontiguousarray(part.chosen).tobytes())
         return digest.hexdigest()[:16]
