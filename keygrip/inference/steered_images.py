@@ -89,6 +89,9 @@ class SteeredImages:
         self.count = max(len(prompts), len(steering))
         if not self.count:
             raise ValueError("nothing to draw: give prompt, image, or both")
+        blank = [place for place, text in enumerate(prompts) if not text.strip()]
+        if blank and not images:
+            raise ValueError(f"prompt {blank[0]} is empty and there is no image: nothing to draw")
         if any(len(given) not in (0, 1, self.count) for given in (prompts, steering)):
             raise ValueError(f"{len(prompts)} prompts and {len(images)} images: give as many of each, or one")
         if masks and len(masks) != (len(images) if blend else min(len(images), 1)):
@@ -117,7 +120,13 @@ class SteeredImages:
         Raises:
             ValueError: names the first of them.
         """
-        words, images = any(prompt.strip() for prompt in self.prompts), bool(self.steering)
+        told = [bool(prompt.strip()) for prompt in self.prompts]
+        words, images = any(told), bool(self.steering)
+        if words and images and not all(told) and sampling.full_scale:  # its term is of both conditions
+            raise ValueError(
+                f"prompt {told.index(False)} is empty, and full_scale={sampling.full_scale} is for words and image "
+                "together: draw images without words by a call of their own"
+            )
         conditions = GivenConditions(
             words=words,
             images=images,

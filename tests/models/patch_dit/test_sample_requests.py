@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from keygrip.inference import images
 from keygrip.inference.image_files import files_of
 from keygrip.inference.image_requests import SampleRequest, requested
 from keygrip.inference.references import open_mask, open_reference
+from keygrip.inference.steered_images import SteeredImages
+from keygrip.models.patch_dit.sampler import Sampling
 
 
 def asked(*overrides: str) -> list[SampleRequest]:
@@ -56,6 +59,18 @@ def test_numbers_are_text_and_null_is_no_prompt() -> None:
     assert [(request.prompt, request.images) for request in found] == [(None, ("a.png",)), ("a red cube", ("a.png",))]
     with pytest.raises(ValueError, match="prompt 1 of the list is empty and there is no image: nothing to draw"):
         asked("prompt=[a red cube,null]")
+
+
+def test_blank_words_beside_others_are_none_for_callers_that_hold_images() -> None:
+    """As on the command line, where they are drawn in batches of their own."""
+    module: Any = None  # nothing is drawn
+    image = Image.new("RGB", (8, 8))
+    for prompt in ("", " ", ["a red cube", "  "]):
+        with pytest.raises(ValueError, match=r"prompt [01] is empty and there is no image: nothing to draw"):
+            SteeredImages(module, prompt)
+    steered = SteeredImages(module, ["a red cube", ""], image)
+    with pytest.raises(ValueError, match=r"prompt 1 is empty, and full_scale=1\.0 is for words and image together"):
+        steered.refuse_idle([], Sampling(full_scale=1.0))
 
 
 def test_blank_words_are_none(tmp_path: Path) -> None:
