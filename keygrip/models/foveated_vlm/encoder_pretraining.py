@@ -26,7 +26,7 @@ from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, norma
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.models.nn.standardise import RunningStandardisation
-from keygrip.training.distributed import global_sum
+from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -292,7 +292,7 @@ class EncoderPretrainingModule(System):
             values = values.reshape(len(wanted), -1)
             counted = wanted != IGNORED
             total = F.cross_entropy(values, wanted, ignore_index=IGNORED, reduction="sum")
-            losses[name] = total / counted.sum().clamp_min(1)
+            losses[name] = global_mean(total, counted.sum())
             shown = counted & (wanted > 0) if name == "colour" else counted
             right[name] = (((values.argmax(-1) == wanted) & shown).sum(), shown.sum())
         return losses, right

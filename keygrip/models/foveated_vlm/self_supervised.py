@@ -35,7 +35,7 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.objects import SIDE, crops_of, draw_objects
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.short_attention import short_attention
-from keygrip.training.distributed import world_size
+from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -242,7 +242,7 @@ class SelfSupervisedModule(System):
 
     def training_step(self, batch: FramesBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, self._seed(batch_idx))
-        loss = self._total(losses)
+        loss = global_mean(self._total(losses) * len(batch), len(batch))  # videos of other lengths in other processes
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), batch_size=len(batch))

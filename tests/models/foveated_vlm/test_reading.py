@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import distributed
+from torch import multiprocessing as mp
 from vlm_parts import small_backbone
 
 from keygrip.data.batches import VideoTextSample
@@ -90,6 +94,45 @@ def test_a_small_reader_learns_its_frames() -> None:
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
     assert {name: int(good) == int(count) > 0 for name, (good, count) in right.items()} == dict.fromkeys(weights, True)
+
+
+def cubes(frames: int, asked: int) -> EncoderPretrainingBatch:
+    """So many frames, of which the first are asked about."""
+    generator = torch.Generator().manual_seed(frames)
+    return EncoderPretrainingBatch(
+        frames=torch.randint(0, 255, (frames, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        frame=torch.arange(asked),
+        pixel=torch.rand(asked, 2, generator=generator) * 32,
+        area=torch.full((asked,), 200.0),
+        colour=torch.arange(asked) % 2,
+        digit=torch.arange(asked),
+        pointed=torch.ones(asked, dtype=torch.int64),
+    )
+
+
+def a_loss(batch: EncoderPretrainingBatch) -> float:
+    torch.manual_seed(0)
+    weights = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
+    network = EncoderPretraining(small_backbone("tiny"), 2)
+    module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=1e-3), weights)
+    return float(module.loss(batch).detach())
+
+
+def _part(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    Path(folder, f"{rank}.txt").write_text(str(a_loss(cubes(2, 1) if rank == 0 else cubes(6, 6))))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
+    """One of them has fewer frames, and fewer of these are asked about."""
+    mp.start_processes(_part, (str(tmp_path),), nprocs=2, start_method="fork")  # spawned, they import torch anew
+    few, many = cubes(2, 1), cubes(6, 6)
+    names = ("frames", "pixel", "area", "colour", "digit", "pointed")
+    whole = {name: torch.cat([getattr(few, name), getattr(many, name)]) for name in names}
+    together = a_loss(EncoderPretrainingBatch(frame=torch.cat([few.frame, many.frame + 2]), **whole))
+    parts = [float((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1)]
+    assert sum(parts) / 2 == pytest.approx(together, rel=1e-5)  # as DDP averages the gradients
 
 
 def test_standardised_heads_see_how_features_differ_and_not_how_much() -> None:
