@@ -36,7 +36,8 @@ class BucketBatchSampler(GlobalBatchSampler):
     """Global batches of one bucket each; otherwise as :class:`GlobalBatchSampler`.
 
     In training, what does not fill a batch of its bucket is left out of the epoch, other samples in each. In
-    validation (`shuffle=False`, `drop_last=False`) every sample comes once, and a bucket's last batch may be smaller.
+    validation (`shuffle=False`, `drop_last=False`) every sample comes once, and a bucket's last batch may be smaller,
+    or larger by fewer samples than there are ranks.
 
     Args:
         bucket: [N] int, of each sample.
@@ -65,8 +66,10 @@ class BucketBatchSampler(GlobalBatchSampler):
             )
 
     def __len__(self) -> int:
-        whole = self.counts // self.batch_size
-        return int((whole if self.drop_last else -(-self.counts // self.batch_size)).sum())
+        whole, rest = np.divmod(self.counts, self.batch_size)
+        if not self.drop_last:
+            whole = whole + ((rest >= self.ranks) | ((whole == 0) & (rest > 0)))
+        return int(whole.sum())
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """All ranks' batches of an epoch, in order."""
@@ -75,12 +78,16 @@ class BucketBatchSampler(GlobalBatchSampler):
         for bucket in np.unique(self.bucket):
             members = rng.permutation(np.flatnonzero(self.bucket == bucket))
             stop = len(members) // self.batch_size * self.batch_size if self.drop_last else len(members)
-            found += [members[start : start + self.batch_size] for start in range(0, stop, self.batch_size)]
-        return [found[place] for place in rng.permutation(len(found))]
+            parts = [members[start : start + self.batch_size] for start in range(0, stop, self.batch_size)]
+            if len(parts) > 1 and len(parts[-1]) < self.ranks:
+                # an empty batch keeps the place in the order, which is then that of one process
+                parts[-2:] = [np.concatenate(parts[-2:]), members[:0]]
+            found += parts
+        return [found[place] for place in rng.permutation(len(found)) if len(found[place])]
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         for batch in self.batches(epoch)[first:]:
-            # samples of a batch with fewer than there are ranks are repeated, so that no rank waits forever
+            # a bucket of fewer samples than there are ranks repeats them, so that no rank waits forever
             yield np.array_split(np.resize(batch, max(len(batch), self.ranks)), self.ranks)
 
 

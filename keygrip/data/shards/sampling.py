@@ -35,8 +35,9 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
     With `drop_last` (training) the incomplete batch at the end of an epoch is left out: every step then averages over
     the same number of samples on every rank, and shuffling leaves out others each epoch. Without it (validation) the
-    last batch is divided as evenly as it goes; only where it holds fewer samples than there are ranks does it repeat
-    the epoch's first ones, so that no rank waits forever.
+    last batch is divided as evenly as it goes, and what is left for fewer samples than there are ranks is added to the
+    batch before it: every sample counts once, whatever the number of ranks. Only a data set of fewer samples than ranks
+    repeats its first ones, so that no rank waits forever.
 
     Args:
         samples: how many the data set holds.
@@ -95,7 +96,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         """Batches of a full epoch, also while one is being resumed."""
         whole, rest = divmod(self.samples, self.batch_size)
-        return whole if self.drop_last or not rest else whole + 1
+        return whole if self.drop_last or not rest or (whole and rest < self.ranks) else whole + 1
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration starts this epoch, unless a `position` is followed."""
@@ -130,7 +131,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
     def global_batch(self, order: np.ndarray, step: int) -> np.ndarray:
         """All ranks' sample indices of one step."""
-        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        stop = None if not self.drop_last and step + 1 == len(self) else (step + 1) * self.batch_size
+        batch = order[step * self.batch_size : stop]
         return np.concatenate([batch, np.resize(order, self.ranks - len(batch))]) if len(batch) < self.ranks else batch
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:

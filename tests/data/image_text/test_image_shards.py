@@ -231,9 +231,17 @@ def test_ranks_share_each_batch() -> None:
 
 def test_no_rank_of_validation_goes_without_a_batch() -> None:
     options = {"shuffle": False, "drop_last": False}
-    ranks = [list(BucketBatchSampler(np.zeros(5, int), 4, rank, 2, **options)) for rank in range(2)]  # type: ignore[arg-type]
-    assert [len(batches) for batches in ranks] == [2, 2]
+    buckets = np.repeat([0, 1, 2, 3], [13, 1, 8, 6])
+    samplers = [BucketBatchSampler(buckets, 4, rank, 2, **options) for rank in range(2)]  # type: ignore[arg-type]
+    ranks = [list(sampler) for sampler in samplers]
+    assert [len(batches) for batches in ranks] == [len(sampler) for sampler in samplers] == [8, 8]
     assert all(batch for batches in ranks for batch in batches)
+    seen = [key.sample for batches in ranks for batch in batches for key in batch]
+    assert sorted(seen) == sorted([*range(28), 13])  # none comes twice but that of the bucket of one
+    alone = list(BucketBatchSampler(buckets, 4, **options))  # type: ignore[arg-type]
+    merged = [[*left, *right] for left, right in zip(*ranks, strict=True)]
+    places = [next(n for n, batch in enumerate(alone) if batch[0] == both[0]) for both in merged]
+    assert places == sorted(places)  # in the order of one process
 
 
 def test_too_few_samples_for_a_batch_are_refused() -> None:
