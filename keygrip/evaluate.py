@@ -22,7 +22,7 @@ from keygrip.config import compose, listed, quoted, register_completion
 from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.training.main_guard import refuse_unguarded_script
-from keygrip.training.run_folder import CHECKPOINT, hold
+from keygrip.training.run_folder import CHECKPOINT, given_path, hold
 from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
     """The folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run folder;
     for a checkpoint beside the latest one a folder of its name in there, ``evaluation/step-N``."""
     if run_dir is not None:
-        return Path(run_dir)
+        return given_path("run_dir", run_dir)
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
     if folder.name != CHECKPOINT.parent.name:

@@ -84,6 +84,9 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
         (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
+        (["run_dir="], 1, r"run_dir is an empty text, often a shell's variable that is not set: give a path, or run"),
+        (["resume="], 1, r"resume is an empty text, often a shell's variable that is not set: give a path"),
+        (["-m", "seed=0,1", "hydra.sweep.dir="], 1, r"hydra\.sweep\.dir is an empty text, often a shell's variable"),
     ],
 )
 def test_settings_that_do_not_exist(
@@ -429,10 +432,25 @@ def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Any]) -> None:
     toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
     assert cli(*toy).code == 0
     file = Path("run/checkpoints/last.ckpt")
-    file.write_bytes(file.read_bytes()[:1000])
+    whole = file.read_bytes()
+    file.unlink()  # of which the checkpoint that is kept by its step is a hard link
+    file.write_bytes(whole[:1000])
     outcome = cli(*toy, "resume=true")
     assert outcome.code == 1
-    assert "last.ckpt is truncated or not a checkpoint (1000 bytes)" in outcome.err.splitlines()[-1]
+    kept = "run/checkpoints/step-00000003.ckpt"
+    said = outcome.err.splitlines()[-1]
+    assert re.search(
+        rf"last.ckpt is truncated or not a checkpoint \(1000 bytes\): take another one, as \S+{kept}", said
+    )
+    file.unlink()  # neither a new run nor the old one, without its latest checkpoint
+    for given, remedy in [([], r"remove \S+/run/checkpoints"), (["resume=true"], f"resume={kept}")]:
+        outcome = cli(*toy, *given)
+        assert outcome.code == 1
+        assert re.search(f"{remedy}$", outcome.err.splitlines()[-1])
+    assert outcome.err.count("\n") == 1
+    outcome = cli(*TOY, "logger=none", "val_every_n_steps=null", f"resume={kept}", "max_steps=4")
+    assert outcome.code == 0, outcome.err
+    assert file.is_file()
 
 
 def test_logs_go_to_standard_error_only(cli: Callable[..., Any]) -> None:

@@ -22,7 +22,7 @@ from keygrip.training.build_limits import at_most_stored, settings_of_other_size
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
 from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings, named_packages
-from keygrip.training.run_folder import CHECKPOINT
+from keygrip.training.run_folder import CHECKPOINT, kept_by_step
 from keygrip.training.torch_files import BROKEN, TorchFileError, read_torch_file, refuse_missing_device
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,6 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
 
 
-def kept_by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder that are named by their step, in the order of steps."""
-    return {int(file.stem[5:]): file for file in sorted(folder.glob("step-*.ckpt")) if file.stem[5:].isdecimal()}
-
-
 def _of_step(path: Path, step: int) -> Path:
     kept = kept_by_step(path / CHECKPOINT.parent)
     if step not in kept:
@@ -135,9 +130,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mapped: bool = 
     except TorchFileError as error:
         if error.is_archive:
             raise ValueError(f"not a keygrip checkpoint: {error}") from error
-        raise ValueError(
-            f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): take another one"
-        ) from error
+        others = [str(each) for each in kept_by_step(file.parent).values() if not each.samefile(file)]  # a hard link
+        another = f"take another one, as {others[-1]}" if others else "take another one"
+        raise ValueError(f"{file} is truncated or not a checkpoint ({file.stat().st_size} bytes): {another}") from error
     checked = _checked_header(content, file)
     if not signed:
         raise ChangedFileError(f"{file} has no hash at its end: it was changed, or not written by this keygrip")

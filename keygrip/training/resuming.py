@@ -48,6 +48,11 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     if resume:
         return latest
     if not latest.is_file():
+        if run_folder.kept_by_step(latest.parent):
+            raise run_folder.RunFolderError(
+                f"{folder} holds checkpoints of an earlier run, but not its latest: give another run_dir, or remove "
+                f"{latest.parent}"
+            )
         return None
     if restarted_by_scheduler():
         log.warning("started again by the scheduler: resuming %s", latest)

@@ -55,27 +55,48 @@ def choose(
 
     Raises:
         FileNotFoundError: nothing to resume.
-        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one, or
-            ``run_dir`` is not the folder that ``resume`` names.
+        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one,
+            ``run_dir`` is not the folder that ``resume`` names, or one of the two is an empty text.
     """
     group = RUNS / f"{model}_{data}"
     resume = resume_setting(resume)
     if isinstance(resume, str):
-        folder = _folder_of(Path(resume))
+        folder = _folder_of(given_path("resume", resume))
         if run_dir is not None and Path(run_dir).resolve() != folder.resolve():
             raise ValueError(
                 f"resume={resume} goes on in {folder}, and run_dir={run_dir} is another folder: leave out run_dir"
             )
     elif run_dir is not None:
-        folder = Path(run_dir)
+        folder = given_path("run_dir", run_dir)
         if resume and not (folder / CHECKPOINT).is_file():
-            raise FileNotFoundError(f"nothing to resume: {folder / CHECKPOINT} does not exist; leave out resume=true")
+            remedy = _resume_kept(folder) or "leave out resume=true"
+            raise FileNotFoundError(f"nothing to resume: {folder / CHECKPOINT} does not exist; {remedy}")
     elif resume:
         folder = newest(group)
     else:
         return str(_claimed(group, start, None if overrides is None else tuple(overrides)))
     refuse_held(folder)
     return str(folder)
+
+
+def given_path(setting: str, path: str | Path) -> Path:
+    """The path that a setting gives.
+
+    Raises:
+        ValueError: an empty text, which pathlib takes for the present folder.
+    """
+    if not str(path):
+        raise ValueError(
+            f"{setting} is an empty text, often a shell's variable that is not set: give a path, or {setting}=. for "
+            "the present folder"
+        )
+    return Path(path)
+
+
+def kept_by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder that are named by their step, in the order of steps."""
+    found = (file for file in folder.glob("step-*.ckpt") if file.stem[5:].isdecimal())
+    return {int(file.stem[5:]): file for file in sorted(found, key=lambda file: int(file.stem[5:]))}
 
 
 def resume_setting(resume: bool | str | None) -> bool | str:
@@ -246,5 +267,12 @@ def _folder_of(path: Path) -> Path:
     if (path / CHECKPOINT).is_file():
         return path
     if path.is_dir():
-        raise FileNotFoundError(f"nothing to resume: {path} holds no {CHECKPOINT}")
+        kept = _resume_kept(path)
+        raise FileNotFoundError(f"nothing to resume: {path} holds no {CHECKPOINT}{kept and '; '}{kept}")
     raise FileNotFoundError(f"nothing to resume: {path} does not exist")
+
+
+def _resume_kept(folder: Path) -> str:
+    """How to go on from the newest checkpoint that is left of a run without `CHECKPOINT`; empty where none is left."""
+    kept = list(kept_by_step((folder / CHECKPOINT).parent).values())
+    return f"go on from the newest one that is left with resume={kept[-1]}" if kept else ""

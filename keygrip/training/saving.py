@@ -19,13 +19,13 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.training.accumulation import completes_step
-from keygrip.training.checkpoints import kept_by_step, read_checkpoint
+from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.ema import EMA
 from keygrip.training.integrity import sign
 from keygrip.training.launch import queue_again
 from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
-from keygrip.training.run_folder import CHECKPOINT
+from keygrip.training.run_folder import CHECKPOINT, kept_by_step
 from keygrip.training.signals import Interrupted
 
 log = logging.getLogger(__name__)

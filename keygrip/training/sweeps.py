@@ -32,7 +32,7 @@ from keygrip.training.results import (
     record_failure,
     write_result,
 )
-from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError
+from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError, given_path
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,10 @@ class SweepSummary(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
+        try:
+            folder = given_path("hydra.sweep.dir", config.hydra.sweep.dir)
+        except ValueError as error:
+            raise SweepRefused(str(error)) from error
         if "resume" in config and not config.resume and not restarted_by_scheduler() and (folder / PLAN).is_file():
             raise SweepRefused(
                 f"{folder} already holds a sweep: continue it with its command and resume=true, or give another "

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 import keygrip
 from keygrip.config import SettingError, check_overrides, compose
+from keygrip.evaluate import evaluation_output
 from keygrip.training import run_folder
 from keygrip.training.launch import started_together
 from keygrip.training.resuming import checkpoint_to_resume
@@ -67,6 +68,17 @@ def test_a_resumed_run_stays_in_its_folder() -> None:
     assert run_folder.choose("elsewhere/../elsewhere/run", "elsewhere/run", "m", "d") == "elsewhere/run"
     with pytest.raises(ValueError, match="run_dir=another is another folder: leave out run_dir"):
         run_folder.choose("another", "elsewhere/run", "m", "d")
+
+
+def test_an_empty_text_is_not_the_present_folder() -> None:
+    for run_dir, resume in [("", False), ("", True), (None, "")]:
+        with pytest.raises(
+            ValueError, match=r"is an empty text, often a shell's variable that is not set: give a path"
+        ):
+            run_folder.choose(run_dir, resume, "m", "d")
+    with pytest.raises(ValueError, match=r"run_dir is an empty text, .* or run_dir=\. for the present folder"):
+        evaluation_output("run/checkpoints/last.ckpt", "")
+    assert run_folder.choose(".", False, "m", "d") == "."
 
 
 def test_hydras_own_name_for_the_run_folder_is_refused() -> None:
