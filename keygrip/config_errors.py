@@ -19,6 +19,8 @@ from keygrip.config import (
     with_group,
 )
 
+# What ${oc.env:NAME} says of an environment variable that is not there.
+UNSET = re.compile(r"Environment variable '([^']+)' not found")
 # What Hydra takes within quotes alone: letters beside a to z, and most signs.
 UNQUOTED_CANNOT = r"[^a-zA-Z0-9_/\-\\+.$%*@?|:]"
 
@@ -62,6 +64,16 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         options = group_options(group, settings)
         return f"nothing is chosen of the group {group!r}: give {group}=NAME, one of {', '.join(options)}"
     causes = " ".join([text] + [one_line(each) for each in chain(error)])
+    unset = UNSET.search(causes)
+    if unset:
+        name = unset.group(1)
+        place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{name}\b", each)]
+        key = naming[0] if naming else place.group(1) if place else "a setting"
+        return (
+            f"{key} takes its value from the environment variable {name}, which is not set: export {name}=..., or give "
+            "the setting another value"
+        )
     interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
     if interpolated:
         place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
@@ -76,6 +88,9 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         )
         others = [o for o in settings if o.lstrip("+~").split("=")[0] != full]
         known = known_keys(config_name, others)
+        left_out = next((o for o in overrides if o.startswith("~") and f"{full}.".startswith(f"{o[1:]}.")), None)
+        if full in known and left_out is not None:
+            return f"{left_out} leaves out {full}, which this run needs: a setting is given another value, NAME=VALUE"
         if config_name == "prepare":  # what a step's function gets is set by the step's own settings
             known = [each for each in known if each.partition(".")[0] != "call"]
         given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
@@ -161,6 +176,8 @@ def root_cause(error: BaseException) -> BaseException:
         inner = current.__cause__
         if isinstance(current, InterpolationResolutionError):
             inner = inner or current.__context__  # what a resolver raised is not named as the cause
+            if isinstance(inner, KeyError) and UNSET.search(str(inner)):
+                break  # this one names the setting too
         if inner is None:
             break
         current = inner

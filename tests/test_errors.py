@@ -84,6 +84,12 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
         (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
+        (["~data", "data.root=here"], 2, r"~data leaves out data.root, which this run needs"),
+        (
+            ["run_dir=${oc.env:NO_SUCH_FOLDER}/run"],
+            2,
+            r"run_dir takes its value from the environment variable NO_SUCH_FOLDER, which is not set: export NO_",
+        ),
         (["run_dir="], 1, r"run_dir is an empty text, often a shell's variable that is not set: give a path, or run"),
         (["resume="], 1, r"resume is an empty text, often a shell's variable that is not set: give a path"),
         (["-m", "seed=0,1", "hydra.sweep.dir="], 1, r"hydra\.sweep\.dir is an empty text, often a shell's variable"),
@@ -160,6 +166,19 @@ def test_settings_that_do_not_fit_are_refused_before_data_are_recorded(
     assert outcome.code in (1, 2)
     assert re.search(said, outcome.err.splitlines()[-1]), outcome.err
     assert not Path("data").exists()
+
+
+def test_an_environment_variable_that_is_not_set_is_named_with_its_setting(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    said = "data.root takes its value from the environment variable NO_SUCH_FOLDER, which is not set"
+    outcome = cli("data.root=${oc.env:NO_SUCH_FOLDER}", "run_dir=run")
+    assert (outcome.code, said in outcome.err) == (2, True), outcome.err
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    recipe = "# @package _global_\ndata:\n  root: ${oc.env:NO_SUCH_FOLDER}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(recipe)
+    outcome = cli("--config-dir", "conf", "experiment=mine", "run_dir=run")
+    assert (outcome.code, said in outcome.err) == (2, True), outcome.err
 
 
 def test_a_gpu_that_is_not_there(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
