@@ -78,6 +78,9 @@ def test_combinations_that_cannot_work_are_refused() -> None:
         Strategy(kind="ddp", num_nodes=0)
     with pytest.raises(ValueError, match=r"strategy\.precision='fp8': must be one of auto, 32-true, "):
         Strategy(precision="fp8")
+    for casting in ("bf16-true", "16-true", "64-true", "64"):  # the policies cannot be trained in them
+        with pytest.raises(ValueError, match=f"strategy.precision='{casting}': .*statistics stay in float32"):
+            Strategy(precision=casting)
     assert Strategy(precision="bf16").precision == named_precision("cpu", "bf16") == "bf16-mixed"
     assert Strategy(precision="32").precision == "32-true"
 
