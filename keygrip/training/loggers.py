@@ -58,21 +58,30 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
 
 def _keep_table(logger: Any, resumed_step: int) -> None:
     """Keeps the rows that a run's CSVLogger wrote before the step at which it goes on: Lightning's removes the table of
-    an earlier start. Later rows are logged again."""
+    an earlier start. Later rows are logged again; those that a killed process left torn are left out."""
     file = Path(logger.log_dir) / "metrics.csv"
-    if not file.is_file():
+    aside = file.with_name("metrics.before_resume.csv")  # holds the rows while Lightning removes the table
+    source = aside if aside.is_file() else file
+    if not source.is_file():
         return
-    with file.open(newline="", encoding="utf-8") as lines:
-        table = csv.DictReader(lines)
-        kept = [row for row in table if row["step"].isdecimal() and int(row["step"]) < resumed_step]
+    with source.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(line for line in lines if line.endswith("\n"))
+        names, rows = list(table.fieldnames or ()), list(table)
+    if "step" not in names:
+        log.warning("%s has no table of this run's earlier steps: it begins anew", source)
+        return
+    whole = [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
+    if len(whole) < len(rows):
+        log.warning("%s: %d torn rows are left out", source, len(rows) - len(whole))
+    with atomic_write(aside, "w") as kept:
+        into = csv.DictWriter(kept, names)
+        into.writeheader()
+        into.writerows(row for row in whole if int(row["step"]) < resumed_step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the table will be deleted
         writer = logger.experiment
-    with atomic_write(file, "w") as rows:
-        into = csv.DictWriter(rows, table.fieldnames or ["step"])
-        into.writeheader()
-        into.writerows(kept)
-    writer.metrics_keys = list(into.fieldnames)
+    aside.replace(file)
+    writer.metrics_keys = names
 
 
 def wandb_id(folder: Path) -> str:

@@ -145,6 +145,50 @@ def test_a_resumed_run_keeps_its_table(
     assert logged("cut") == logged("whole")
 
 
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        pytest.param("loss,step\n0.5,0\n0.4,1\n0.3,2\n", ["loss,step", "0.5,0", "0.4,1"], id="whole"),
+        pytest.param("loss,step,x\n0.5,0,1\n0.4", ["loss,step,x", "0.5,0,1"], id="torn"),
+        pytest.param("loss,step\n0.5,0\n0.4,1", ["loss,step", "0.5,0"], id="torn in its last number"),
+        pytest.param("loss,step,x\n0.4\n0.5,0,1\n", ["loss,step,x", "0.5,0,1"], id="torn and written behind"),
+        pytest.param("loss,step\n0.5,0,7\n0.4,1\n", ["loss,step", "0.4,1"], id="surplus"),
+        pytest.param("", None, id="empty"),
+        pytest.param("loss\n0.5\n", None, id="no steps"),
+    ],
+)
+def test_a_killed_runs_table_keeps_its_whole_rows(
+    content: str, kept: list[str] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text(content)
+    logger = CSVLogger(tmp_path, name="", version="")
+    loggers._keep_table(logger, resumed_step=2)
+    assert ("torn rows" in caplog.text) == ("x\n0.4\n" in content or ",7" in content)
+    assert ("begins anew" in caplog.text) == (kept is None)
+    logger.log_metrics({"loss": 0.1}, step=2)
+    logger.save()
+    written = file.read_text().splitlines()
+    assert written[0].split(",")[:2] == ["loss", "step"]
+    assert written[1:-1] == ([] if kept is None else kept[1:])
+    assert written[-1].startswith("0.1,2")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_resumed_run_that_is_killed_at_its_start_keeps_its_table(tmp_path: Path) -> None:
+    class Killed(CSVLogger):
+        @property
+        def experiment(self) -> Any:
+            (tmp_path / "metrics.csv").unlink()
+            raise KeyboardInterrupt
+
+    (tmp_path / "metrics.csv").write_text("loss,step\n0.5,0\n0.4,1\n0.3,2\n")
+    with pytest.raises(KeyboardInterrupt):
+        loggers._keep_table(Killed(tmp_path, name="", version=""), resumed_step=2)
+    loggers._keep_table(CSVLogger(tmp_path, name="", version=""), resumed_step=2)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["loss,step", "0.5,0", "0.4,1"]
+
+
 class Growing(LightningModule):
     """Its gradient at step n, from 1, is n."""
 
