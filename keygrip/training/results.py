@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,20 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """``result.json`` of a run folder; empty where there is none or it cannot be read."""
+    """``result.json`` of a run folder; empty where there is none or it cannot be read.
+
+    A metric that is null there is nan: JSON has no numbers that are not finite (`keygrip.artifacts.json_text`).
+    """
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    if isinstance(content.get("metrics"), dict):
+        found = content["metrics"].items()
+        content["metrics"] = {name: math.nan if value is None else value for name, value in found}
+    return content
 
 
 def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:

@@ -337,6 +337,4 @@ def _same(left: Sequence[str], right: Sequence[str]) -> bool:
 
 
 def _figure(value: Any) -> Any:
-    if value is None:  # what JSON has for a number that is not finite
-        return "nan"
     return float(f"{value:.5g}") if isinstance(value, float) else value

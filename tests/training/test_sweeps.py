@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from keygrip.artifacts import locked, write_json
-from keygrip.training.results import write_result
+from keygrip.training.results import read_result, write_result
 from keygrip.training.run_folder import PLAN
 from keygrip.training.sweeps import collect, finish_sweep, markdown, table
 
@@ -125,6 +126,7 @@ def test_a_metric_that_is_not_finite_is_seen_in_the_table(tmp_path: Path, capsys
         result = {"status": "finished", "overrides": [f"seed={seed}"], "metrics": {"val/loss": loss}, "wall_s": 1.0}
         write_result(tmp_path / str(seed), result)
     assert "NaN" not in (tmp_path / "1" / "result.json").read_text()
+    assert math.isnan(read_result(tmp_path / "1")["metrics"]["val/loss"])
     finish_sweep(tmp_path)
     assert [row["val/loss"] for row in rows_of(tmp_path)] == ["0.5", "nan"]
 
