@@ -76,20 +76,30 @@ def wanted(value: Any, hint: Any) -> str | None:
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     """The types of a callable's parameters by name, as far as they can be found out."""
     function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    names: dict[str, Any] = {}
-    for each in reversed(target.__mro__ if isinstance(target, type) else ()):  # a dataclass has fields of its bases
-        names |= vars(sys.modules[each.__module__])
-    names |= getattr(function, "__globals__", {})
+    names: dict[str, Any] = getattr(inspect.unwrap(function), "__globals__", {})
+    inherited = _names_of_fields(target) if isinstance(target, type) else {}
     hints: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         try:  # one by one: some name classes that are imported for type checkers alone
             alone = types.SimpleNamespace(__annotations__={name: parameter.annotation})
-            hints[name] = typing.get_type_hints(alone, names)[name]
+            hints[name] = typing.get_type_hints(alone, inherited.get(name, names))[name]
         except Exception:
             hints[name] = Any
         if parameter.annotation is inspect.Parameter.empty:
             hints[name] = Any
     return hints
+
+
+def _names_of_fields(target: type) -> dict[str, dict[str, Any]]:
+    """By field of a dataclass, the names in the module of the class that declares it: one of its bases, it may be."""
+    made = next(each for each in target.__mro__ if "__init__" in vars(each))
+    if "__dataclass_fields__" not in vars(made):
+        return {}
+    return {
+        name: getattr(sys.modules.get(each.__module__), "__dict__", {})
+        for each in reversed(made.__mro__)
+        for name in inspect.get_annotations(each)
+    }
 
 
 def _below(place: str, name: str) -> str:

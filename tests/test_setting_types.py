@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +51,19 @@ def test_fields_that_a_dataclass_inherits_have_the_types_of_the_file_that_names_
     hint = hints_of(Sampling)["guidance"]
     assert wanted("none", hint) is None
     assert wanted("text", hint) == wanted("text", Order) is not None
+
+
+def test_the_same_name_in_the_files_of_a_dataclass_and_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, code in (
+        ("base", "Size = int\n@dataclass\nclass Base:\n    first: Size = 1"),
+        ("derived", "from base import Base\nSize = str\n@dataclass\nclass Derived(Base):\n    second: Size = 'a'"),
+    ):
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(f"from __future__ import annotations\nfrom dataclasses import dataclass\n{code}", vars(module))
+    assert hints_of(module.Derived) == {"first": int, "second": str}
+    monkeypatch.delitem(sys.modules, "base")  # a script's, or one that was loaded by path
+    assert hints_of(module.Derived) == {"first": Any, "second": str}
 
 
 @pytest.fixture(scope="module")
