@@ -49,7 +49,8 @@ def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy:
     ema = (cfg.callbacks or {}).get("ema") is not None
     try:
         batch = next(iter(datamodule.train_dataloader())).to(device)
-        log.info("dry run: losses of a batch, then the memory of a step; at real size minutes on a CPU")
+        slow = "; at real size minutes on a CPU" if device == "cpu" else ""
+        log.info("dry run: losses of a batch, then the memory of a step%s", slow)
         report = {"processes": processes} | module.to(device).dry_run(batch)
         if sharded:
             device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
