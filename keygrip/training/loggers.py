@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import secrets
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -116,12 +117,13 @@ def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int 
 
 
 def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"model.network.width": 3}`` from nested dictionaries; lists as text."""
+    """``{"model.network.width": 3}`` from nested dictionaries; lists, and integers that no float holds, as text."""
     if isinstance(node, Mapping):
         return {
             key: value for name, child in node.items() for key, value in flattened(child, f"{prefix}{name}.").items()
         }
-    value = node if node is None or isinstance(node, bool | int | float | str) else str(node)
+    kept = node is None or isinstance(node, float | str) or (isinstance(node, int) and abs(node) <= sys.float_info.max)
+    value = node if kept else str(node)
     return {prefix.removesuffix("."): value}
 
 

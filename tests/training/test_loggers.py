@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -187,6 +187,16 @@ def test_a_resumed_run_that_is_killed_at_its_start_keeps_its_table(tmp_path: Pat
         loggers._keep_table(Killed(tmp_path, name="", version=""), resumed_step=2)
     loggers._keep_table(CSVLogger(tmp_path, name="", version=""), resumed_step=2)
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["loss,step", "0.5,0", "0.4,1"]
+
+
+def test_an_integer_that_no_float_holds_is_text_among_the_settings(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path, name="", version="")
+    loggers.log_settings([board], {"seed": 10**400, "width": 10**300})
+    board.finalize("success")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (shown["seed"].string_value, shown["width"].number_value) == (str(10**400), 1e300)
 
 
 class Growing(LightningModule):
