@@ -149,7 +149,8 @@ def _policy(overrides: Sequence[str]) -> Policy:
 
 
 def _heard(connection: Connection, seconds: float) -> Any:
-    """What a process says. Raises TimeoutError: nothing within that time; ChildProcessError: it died or failed."""
+    """What a process says. Raises TimeoutError: nothing within that time; ChildProcessError: it died; RuntimeError: a
+    client failed, with what it raised."""
     try:
         if not connection.poll(seconds):
             raise TimeoutError(f"a process of the measurement has said nothing for {seconds:g} s")
@@ -157,7 +158,7 @@ def _heard(connection: Connection, seconds: float) -> Any:
     except EOFError as error:
         raise ChildProcessError("a process of the measurement has died") from error
     if isinstance(said, Exception):
-        raise ChildProcessError(f"a client failed: {said}") from said
+        raise RuntimeError(f"a client failed: {type(said).__name__}: {said}") from said
     return said
 
 
