@@ -85,10 +85,15 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def first_of(reasons: Sequence[str]) -> str:
-    """The first `NAMED_AT_MOST` reasons and the number of the others, for one message."""
-    more = f"; and {len(reasons) - NAMED_AT_MOST} more" if len(reasons) > NAMED_AT_MOST else ""
-    return "; ".join(reasons[:NAMED_AT_MOST]) + more
+def first_of(reasons: Sequence[str], most: int = NAMED_AT_MOST, between: str = "; ") -> str:
+    """The first ``most`` reasons and the number of the others, for one message."""
+    more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
+    return between.join([*reasons[:most], *more])
+
+
+def first_names(names: Sequence[str]) -> str:
+    """As `first_of`, of the names of demos or frames: twenty of them."""
+    return first_of(names, 20, ", ")
 
 
 def is_of_the_machine(error: BaseException) -> bool:

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keygrip.data.bad_samples import first_of
+from keygrip.data.bad_samples import first_names, first_of
 from keygrip.data.robot.schema import Demo
 
 log = logging.getLogger(__name__)
 
 GAP = 2.5  # median steps; a longer time between two frames is a gap
 JUDGED_FROM = 10  # steps: of fewer a single late frame decides the rate
-NAMED_AT_MOST = 20  # demos in one line of the log
 SAME = 1.05  # steps whose seconds differ by a smaller factor are one step: recorders keep their rate to a few percent
 LARGEST_STRIDE = 30  # of the slowest data set, in what an error proposes
 PERCENT = 0.4  # a percent by which steps differ is as bad there as a step that is longer by a factor of 2 ** 0.4
@@ -100,13 +99,12 @@ def report_gaps(demos: Sequence[Demo], root: object) -> None:
     if gaps:
         log.warning(
             "%s: time stamps jump in %d of %d demos, by up to %.2f s; frames were dropped there, and a policy learns "
-            "to move too fast (leave these demos out, or record them again): %s%s",
+            "to move too fast (leave these demos out, or record them again): %s",
             root,
             len(gaps),
             len(demos),
             max(gaps.values()),
-            ", ".join(f"{name} ({gap:.2f} s)" for name, gap in [*gaps.items()][:NAMED_AT_MOST]),
-            f" and {len(gaps) - NAMED_AT_MOST} more" if len(gaps) > NAMED_AT_MOST else "",
+            first_names([f"{name} ({gap:.2f} s)" for name, gap in gaps.items()]),
         )
 
 

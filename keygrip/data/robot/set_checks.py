@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from keygrip.data.bad_samples import first_names
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.checks import pose_outliers
 from keygrip.data.robot.samples import targets_of
@@ -16,8 +17,6 @@ from keygrip.data.robot.schema import Demo
 from keygrip.models.geometry.cameras import inside_image, project
 
 log = logging.getLogger(__name__)
-
-NAMED_AT_MOST = 20  # demos in one line of the log
 
 
 def refuse_missing(
@@ -77,9 +76,8 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
     short = [demo.name for demo, steps in zip(demos, ahead, strict=True) if not steps]
     if short:
         log.warning(
-            "%d of %d training demos are shorter than one step of data.frame_stride frames and hold no target: %s%s",
-            *(len(short), len(demos), ", ".join(short[:NAMED_AT_MOST])),
-            f" and {len(short) - NAMED_AT_MOST} more" if len(short) > NAMED_AT_MOST else "",
+            "%d of %d training demos are shorter than one step of data.frame_stride frames and hold no target: %s",
+            *(len(short), len(demos), first_names(short)),
         )
 
 
@@ -142,11 +140,10 @@ def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) ->
     if found:
         log.warning(
             "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
-            "bins (repair or remove these demos): %s%s",
+            "bins (repair or remove these demos): %s",
             len(found),
             targets,
-            ", ".join(found[:NAMED_AT_MOST]),
-            f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else "",
+            first_names(found),
         )
 
 
@@ -205,11 +202,10 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
     log.warning(
         "%d of %d demos have more than %.0f %% of their steps outside camera %s's image as the network sees "
         "it, where they are masked "
-        "out of the loss (check the calibration with the geometry doctor, or set data.fit=stretch): %s%s",
+        "out of the loss (check the calibration with the geometry doctor, or set data.fit=stretch): %s",
         len(outside),
         count,
         100 * limit,
         camera,
-        ", ".join(f"{name} ({100 * outside[name]:.0f} %)" for name in worst[:NAMED_AT_MOST]),
-        f" and {len(worst) - NAMED_AT_MOST} more" if len(worst) > NAMED_AT_MOST else "",
+        first_names([f"{name} ({100 * outside[name]:.0f} %)" for name in worst]),
     )

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from keygrip.artifacts import STALE_AFTER_S, json_values, locked, sha256_bytes, write_json
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import NAMED_AT_MOST, BadSample, guard
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -30,7 +30,6 @@ from keygrip.worker_processes import prepare_worker
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
-NAMED_AT_MOST = 10
 
 
 @dataclass(frozen=True)

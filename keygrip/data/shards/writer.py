@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from keygrip.artifacts import atomic_write, sha256_bytes, write_bytes, write_json
-from keygrip.data.bad_samples import first_of
+from keygrip.data.bad_samples import NAMED_AT_MOST, first_of
 from keygrip.data.shards.index import (
     COMPRESSED,
     MANIFEST,
@@ -32,8 +32,6 @@ from keygrip.data.source_files import files_in, is_utf8
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
-
-NAMED_AT_MOST = 10
 
 
 class ShardWriter:

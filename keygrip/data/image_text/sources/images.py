@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from keygrip.artifacts import write_text
 from keygrip.cores import usable_cores
+from keygrip.data.bad_samples import NAMED_AT_MOST
 from keygrip.data.image_text.bucket_folders import INFO, write_info
 from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 
 DECODING = 5  # version of decoding: shards of another version hold other pixels of unusual images
 FAILED_FILE = "failed.jsonl"
-NAMED_AT_MOST = 10
 LOOK_AGAIN_S = 2.0
 
 
