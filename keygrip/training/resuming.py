@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from keygrip.config import leaves_of
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import HEADER, read_checkpoint
-from keygrip.training.launch import restarted_by_scheduler
+from keygrip.training.launch import is_first_process, restarted_by_scheduler
 from keygrip.training.strategies import named_precision
 
 log = logging.getLogger(__name__)
@@ -78,9 +78,9 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
             f"{checkpoint} was made with other settings: {different}; use the same ones, or another run_dir"
         )
     changed = [name for name in LENGTH if before.get(name) != resolved.get(name)]
-    if changed and (resolved.get("optimizer") or {}).get("schedule") == "cosine":
+    if changed and (resolved.get("optimizer") or {}).get("schedule") == "cosine" and is_first_process():
         said = ", ".join(f"{name} ({before.get(name)} then, {resolved.get(name)} now)" for name in changed)
-        log.info("the learning rate goes on along the cosine of another length: %s", said)
+        log.info("from here the learning rate follows the cosine of a run of the new length: %s", said)
     return int(content["global_step"])
 
 

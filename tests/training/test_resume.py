@@ -344,7 +344,7 @@ def test_a_longer_run_goes_on_from_a_finished_one_along_its_own_cosine(
     train.run(compose("train", overrides))
     with caplog.at_level("INFO"):
         train.run(compose("train", [*overrides, "resume=true", "max_steps=20", "callbacks.checkpoint.every_n_steps=4"]))
-    assert "the cosine of another length: max_steps (13 then, 20 now)" in caplog.text
+    assert "the cosine of a run of the new length: max_steps (13 then, 20 now)" in caplog.text
     assert read_checkpoint(tmp_path / "run")["global_step"] == 20
     rate = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000016.ckpt")["optimizer_states"][0]
     expected = 1e-3 * 0.5 * (1 + math.cos(math.pi * 16 / 20))
