@@ -214,8 +214,9 @@ class SaveOnInterrupt(Callback):
     job: finish the step, or the batch of a validation, save, and say how to go on.
 
     What is saved in a validation is the state of the training step before it; a resumed run leaves that validation out.
-    A second Ctrl-C ends at once; under nohup SIGHUP is nothing. Processes agree on the step at which they stop. After
-    SIGUSR1 a SLURM job is queued again; it then finds its run folder and goes on. With ``sbatch --requeue
+    A second Ctrl-C ends at once; under nohup SIGHUP is nothing. Processes agree on the step or validation batch at
+    which they stop: each must have equally many of these, as `keygrip.training.distributed.global_mean` wants too.
+    After SIGUSR1 a SLURM job is queued again; it then finds its run folder and goes on. With ``sbatch --requeue
     --signal=USR1@120`` SLURM sends it to what srun started, and not to other commands of the batch script.
     """
 
