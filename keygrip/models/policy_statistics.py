@@ -33,7 +33,7 @@ class PolicyStatistics(nn.Module):
         self.register_buffer("known", torch.tensor(False))
         self.register_buffer("_height_range", torch.tensor([0.0, 1.0]))
         self.register_buffer("_position_range", torch.tensor([[0.0] * 3, [1.0] * 3]))
-        self.register_buffer("_step_seconds", torch.tensor(0.0))
+        self.register_buffer("_step_seconds", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("_image_size", torch.tensor(0))
         self.register_buffer("_image_field", torch.tensor(1.0, dtype=torch.float64))
         self.register_buffer("_image_stretch", torch.tensor(False))

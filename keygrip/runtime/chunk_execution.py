@@ -126,7 +126,7 @@ class RecedingHorizon:
         self._commanded = poses[-1]
         # read off by time: the steps of a plan need not be whole control periods
         way = Trajectory(plan.step_seconds * np.arange(len(poses)), poses, self.arms)
-        periods = math.ceil(way.times[-1] * self.control_hz - ROUNDING_S)
+        periods = math.ceil((way.times[-1] - ROUNDING_S) * self.control_hz)
         self._queue.extend(way.at(tick / self.control_hz) for tick in range(1, periods + 1))
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:

@@ -107,6 +107,16 @@ def test_steps_that_are_no_whole_control_periods_keep_their_time(step_seconds: f
     np.testing.assert_array_equal(commands[:, 7], times < 21 * step_seconds - 1e-6)
 
 
+def test_a_step_that_carries_float32_rounding_adds_no_control_period() -> None:
+    """Checkpoints may hold 0.1 s as float32, 1.5e-9 s too long: over 50 steps at 100 Hz more than 1e-6 periods."""
+    plan = replace(line(0.0, 0.002, steps=50), step_seconds=float(np.float32(0.1)))
+    controller = RecedingHorizon(Scripted(plan), control_hz=100, execute_seconds=5.0)
+    commands = drive(controller, 500)
+    assert controller.plans == 1
+    assert controller.wants_observation
+    np.testing.assert_allclose(commands[-1, 0], 0.1, atol=1e-6)
+
+
 def test_reset_forgets_the_episode() -> None:
     policy = Scripted(line(0.0, 0.1), line(0.0, 0.1))
     controller = RecedingHorizon(policy, control_hz=10, execute_seconds=1.2)
