@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from keygrip.data.batches import PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.frame_rates import step_seconds
 from keygrip.data.robot.samples import SampleOptions, kept_frames, poses_of
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import ArmTrajectory, Demo
 
-CHUNKS_AT_MOST = 20_000  # action chunks for the statistics: means and quantiles to half a percent, 10 MB
+CHUNKS_AT_MOST = 20_000  # action chunks for statistics, of a robot: means and quantiles to half a percent, 10 MB
+Range = tuple[tuple[float, float, float], tuple[float, float, float]]  # lowest and highest x, y, z, metres
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class DemoStatistics:
         height_range: lowest and highest world z, metres, of the targets that are trained on *and* of the reached poses,
             over all arms.
         position_range: the same for x, y, z: two rows of three, metres.
+        robot_ranges: the same of each robot that the model keeps apart, by name.
         quaternions: by arm, [M, 4] w x y z, the targets' rotations: what a rotation basis is fitted on.
         arms: names, in the order of a batch's arm dimension.
         targets: "commanded" or "reached".
@@ -42,13 +45,13 @@ class DemoStatistics:
         cache_dir: folder for what is derived from this data set.
         cameras: the views of a `MultiViewPolicyBatch`, in order, or the one camera.
         calibrated: those of them that are calibrated in all demos, of both splits.
-        chunks: start poses and targets of training frames (all, or an even choice of 20 000), for what is normalised by
-            the actions themselves.
+        chunks: start poses and targets of training frames (all, or an even choice of 20 000 of each robot that the
+            model keeps apart), for what is normalised by the actions themselves.
         instructions: the different sentences of the training split, sorted.
     """
 
     height_range: tuple[float, float]
-    position_range: tuple[tuple[float, float, float], tuple[float, float, float]]
+    position_range: Range
     quaternions: dict[str, np.ndarray]
     arms: tuple[str, ...]
     targets: str
@@ -63,6 +66,7 @@ class DemoStatistics:
     chunks: PolicyTargets | None = None
     instructions: tuple[str, ...] = ()
     calibrated: tuple[str, ...] = ()
+    robot_ranges: Mapping[str, Range] = field(default_factory=dict)
 
 
 def compute_statistics(
@@ -81,20 +85,17 @@ def compute_statistics(
     """
     train = [demos[index] for index in train_indices]
     quaternions: dict[str, np.ndarray] = {}
-    positions: list[np.ndarray] = []
     digest = hashlib.sha256(f"{options.targets}:{options.arms}".encode())
     for arm in options.arms:
-        reached = [demo.arms[arm] for demo in train]
-        goals = [pose.commanded if options.targets == "commanded" else pose for pose in reached]
-        quaternions[arm] = np.concatenate([goal.quaternion for goal in goals if goal is not None])
-        positions += [pose.position for pose in (*reached, *goals) if pose is not None]
+        quaternions[arm] = np.concatenate([goal.quaternion for goal in _goals(train, arm, options)])
         digest.update(np.ascontiguousarray(quaternions[arm]).tobytes())
-    stacked = np.concatenate(positions)
-    digest.update(np.ascontiguousarray(stacked).tobytes())
-    low, high = stacked.min(axis=0), stacked.max(axis=0)
+    positions = _positions(train, options)
+    digest.update(np.ascontiguousarray(positions).tobytes())
+    low, high = _range_of(positions)
+    by_robot = {name: [demo for demo in train if demo.robot == name] for name in options.embodiments}
     return DemoStatistics(
-        height_range=(float(low[2]), float(high[2])),
-        position_range=(tuple(low.tolist()), tuple(high.tolist())),
+        height_range=(low[2], high[2]),
+        position_range=(low, high),
         quaternions=quaternions,
         arms=options.arms,
         targets=options.targets,
@@ -109,7 +110,24 @@ def compute_statistics(
         chunks=_chunks(train, train_indices, options),
         instructions=tuple(sorted({demo.instruction for demo in train})),
         calibrated=tuple(name for name in cameras if all(_is_calibrated(demo, name) for demo in demos)),
+        robot_ranges={name: _range_of(_positions(own, options)) for name, own in by_robot.items() if own},
     )
+
+
+def _goals(demos: Sequence[Demo], arm: str, options: SampleOptions) -> list[ArmTrajectory]:
+    goals = [demo.arms[arm].commanded if options.targets == "commanded" else demo.arms[arm] for demo in demos]
+    return [goal for goal in goals if goal is not None]
+
+
+def _positions(demos: Sequence[Demo], options: SampleOptions) -> np.ndarray:
+    """[P, 3] all that arms reached and targets name, metres."""
+    tracks = [track for arm in options.arms for track in (*(d.arms[arm] for d in demos), *_goals(demos, arm, options))]
+    return np.concatenate([track.position for track in tracks])
+
+
+def _range_of(positions: np.ndarray) -> Range:
+    low, high = positions.min(axis=0).tolist(), positions.max(axis=0).tolist()
+    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
 
 def _is_calibrated(demo: Demo, camera: str) -> bool:
@@ -117,15 +135,21 @@ def _is_calibrated(demo: Demo, camera: str) -> bool:
 
 
 def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: SampleOptions) -> PolicyTargets:
-    """Targets of training frames, without images: all frames that are samples, or an even choice of them."""
+    """Targets of training frames, without images: all frames that are samples, or an even choice of them; of each robot
+    that the model keeps apart by itself, so that a rare one beside a frequent one is not left out."""
     kept = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in train]
-    every = max(1, math.ceil(sum(len(frames) for frames in kept) / CHUNKS_AT_MOST))
+    robots = [demo.robot if options.embodiments else "" for demo in train]
+    frames_of: dict[str, int] = defaultdict(int)
+    for robot, frames in zip(robots, kept, strict=True):
+        frames_of[robot] += len(frames)
     parts: list[dict[str, torch.Tensor]] = []
     instructions: list[str] = []
-    skip = 0  # frames to pass over at the beginning of the next demo, so that the choice is even over all of them
-    for index, demo, frames in zip(train_indices, train, kept, strict=True):
-        chosen = frames[skip::every]
-        skip = (skip - len(frames)) % every
+    # frames to pass over at the beginning of a robot's next demo, so that the choice is even over all of them
+    skip: dict[str, int] = defaultdict(int)
+    for index, demo, robot, frames in zip(train_indices, train, robots, kept, strict=True):
+        every = max(1, math.ceil(frames_of[robot] / CHUNKS_AT_MOST))
+        chosen = frames[skip[robot] :: every]
+        skip[robot] = (skip[robot] - len(frames)) % every
         which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
         if options.embodiments:
             which["embodiment"] = torch.full((len(chosen),), options.embodiments.index(demo.robot))

@@ -7,13 +7,14 @@ Shape legend: B samples, A arms, T steps, C numbers of an arm's action.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyTargets
+from keygrip.data.robot.statistics import Range
 from keygrip.models.geometry_vla.action_spaces import (
     COLUMNS,
     ActionKind,
@@ -104,8 +105,12 @@ class PoseActions(nn.Module):
         """What of the arms' recordings it is made of beside the poses: "joints" or "controller"."""
         return () if self.space.reads is None else (self.space.reads,)
 
-    def take(self, chunks: PolicyTargets) -> None:
-        """Computes the statistics from action chunks of the training split; padded steps do not count."""
+    def take(self, chunks: PolicyTargets, robot_ranges: Mapping[str, Range] | None = None) -> None:
+        """Computes the statistics from action chunks of the training split; padded steps do not count.
+
+        Args:
+            robot_ranges: with `embodiments` the lowest and highest position of each, metres.
+        """
         if chunks.position.shape[1] != len(self.arms):
             raise ValueError(
                 f"The data has {chunks.position.shape[1]} arms and the model {len(self.arms)}: set data.arms."
@@ -123,8 +128,9 @@ class PoseActions(nn.Module):
                     f"model.actions.embodiments names {name!r}, of which there is no training demonstration."
                 )
             self._take_rows(state[rows], actions[rows], mask[rows], number)
-            positions = torch.cat([chunks.start_position[rows].flatten(0, 1), chunks.position[rows].flatten(0, 2)])
-            self.position_range[number] = torch.stack([positions.amin(dim=0), positions.amax(dim=0)])
+            if robot_ranges is None or name not in robot_ranges:
+                raise ValueError(f"the data module's statistics hold no range of the positions of {name!r}")
+            self.position_range[number] = torch.tensor(robot_ranges[name])
         self.known.fill_(True)
 
     def _take_rows(self, state: Tensor, actions: Tensor, mask: Tensor, row: Any) -> None:

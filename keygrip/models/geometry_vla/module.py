@@ -176,7 +176,7 @@ class GeometryVLAModule(System):
             )
         self.network.check_grids(statistics.geometry.image_size)
         self.statistics.take(statistics, self.network.head.horizon)
-        self.actions.take(statistics.chunks)
+        self.actions.take(statistics.chunks, statistics.robot_ranges)
         self.views = tuple(statistics.cameras)
         self._take_calibrated(statistics.calibrated)
         if self.init_from is None:

@@ -244,6 +244,30 @@ def test_of_many_frames_the_chunks_are_an_even_choice(
     assert places == list(range(0, samples, every))
 
 
+def test_of_many_frames_every_robot_has_its_own_choice_and_range(
+    tmp_path: Path, native_demo: Any, change_metadata: Any, robot_demos: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A robot whose one demo falls between two frames of an even choice over all was said to have none."""
+    for number in range(7):
+        folder = native_demo(tmp_path / f"demo_{number}", seed=number, cameras=CAMERAS, level=0.1 + 0.01 * number)
+        if number == 2:
+            change_metadata(folder, robot="panda")
+    monkeypatch.setattr(module_under_test, "CHUNKS_AT_MOST", 2)
+    data = robot_demos(tmp_path, cameras=CAMERAS, val_fraction=0.0)
+    data.embodiments = ("yam", "panda")
+    statistics = ready(data).statistics
+    chunks = statistics.chunks
+    assert chunks is not None
+    assert chunks.embodiment is not None
+    assert torch.bincount(chunks.embodiment).tolist() == [2, 2]
+    assert list(zip(chunks.demo_index.tolist(), chunks.frame_index.tolist(), strict=True)) == [
+        (0, 0), (2, 0), (2, 6), (4, 0)
+    ]  # fmt: skip
+    for name, robot_range in statistics.robot_ranges.items():
+        reached = np.concatenate([demo.arms["right"].position for demo in data.demos if demo.robot == name])
+        np.testing.assert_array_equal(robot_range, [reached.min(axis=0), reached.max(axis=0)])
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

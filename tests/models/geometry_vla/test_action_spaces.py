@@ -175,7 +175,7 @@ def trained(folder: Path, kind: str, chunks: PolicyTargets, **options: object):
     module = small_module(kind=kind, action_kind=kind)  # type: ignore[arg-type]
     if options:
         module.actions = PoseActions(("right",), kind, **options)  # type: ignore[arg-type]
-    module.set_statistics(replace(small_statistics(folder), chunks=chunks))
+    module.set_statistics(replace(small_statistics(folder), chunks=chunks, robot_ranges=RANGES))
     return module
 
 
@@ -231,6 +231,9 @@ def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
         assert np.abs(left).max() <= 1
 
 
+RANGES = {"yam": ((-9.0, -9.0, -9.0), (9.0, 9.0, 9.0)), "panda": ((-6.0, -9.0, -9.0), (9.0, 9.0, 30.0))}
+
+
 def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
     first, second = poses(40, 1), poses(40, 2)
     second["position"] = second["position"] * 3 + 1
@@ -238,7 +241,7 @@ def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
     both = {name: torch.cat([first[name], second[name]]) for name in first}
     chunks = PolicyTargets(**both, instruction=["go"] * 80, embodiment=torch.tensor([0] * 40 + [1] * 40))
     actions = PoseActions(["right"], embodiments=["yam", "panda"])
-    actions.take(chunks)
+    actions.take(chunks, RANGES)
     for rows, part in ((slice(0, 40), first), (slice(40, 80), second)):
         alone = PoseActions(["right"])
         alone.take(PolicyTargets(**part, instruction=["go"] * 40))
@@ -248,11 +251,15 @@ def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
         torch.testing.assert_close(points[rows], alone.places(part["position"]))
     decoded = actions.decode(actions.encode(chunks), chunks.start_position, chunks.start_quaternion, chunks.embodiment)
     torch.testing.assert_close(decoded[0], chunks.position, atol=1e-4, rtol=0)
-    torch.testing.assert_close(actions.position_range[1, 0], second["position"].flatten(0, 2).amin(0), atol=1.0, rtol=0)
+    assert actions.position_range.tolist() == [[list(end) for end in RANGES[name]] for name in ("yam", "panda")]
+    with pytest.raises(ValueError, match="no range of the positions of 'panda'"):
+        PoseActions(["right"], embodiments=["yam", "panda"]).take(chunks, {"yam": RANGES["yam"]})
     with pytest.raises(ValueError, match="say which robot"):
         actions.encode(replace(chunks, embodiment=None))
     with pytest.raises(ValueError, match="'panda', of which there is no training"):
-        PoseActions(["right"], embodiments=["yam", "panda"]).take(replace(chunks, embodiment=torch.zeros(80).long()))
+        PoseActions(["right"], embodiments=["yam", "panda"]).take(
+            replace(chunks, embodiment=torch.zeros(80).long()), RANGES
+        )
     module = trained(tmp_path, "absolute", chunks, embodiments=["yam", "panda"])
     assert module.embodiments == ("yam", "panda")
     with pytest.raises(ValueError, match="the model knows yam, panda: say which"):
