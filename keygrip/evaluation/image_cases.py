@@ -142,11 +142,13 @@ class Asked:
     Args:
         conditions: normalised. target: [B, 3, H, W] the real images to compare with.
         records: whose layout is asked for, B of them. colours: of the cube, in words.
+        seeds: B of them, from which the images are drawn; an image of the data has the same one in every case.
     """
 
     conditions: Conditions
     target: Tensor
     records: list[dict[str, Any]]
+    seeds: list[int]
     colours: list[str] | None
     captions: list[str]
 
@@ -229,7 +231,7 @@ class Suite:
         """Conditions of a case for a batch; None where it applies to none of its images."""
         own = self.module.statistics.conditions(batch)
         colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
-        asked = Asked(own, real, batch.records, colours, list(batch.captions))
+        asked = Asked(own, real, batch.records, list(numbers), colours, list(batch.captions))
         if case == "reconstruction":
             return asked
         if case == "text_only":
@@ -267,12 +269,12 @@ class Suite:
             states.to(own.cls), mask.to(own.cls.device), own.cls[index], _rows(own.patches, index), own.patch_grid
         )
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
-        return Asked(conditions, asked.target[index], [asked.records[i] for i in kept], colours, captions)
+        records, seeds = ([of[i] for i in kept] for of in (asked.records, asked.seeds))
+        return Asked(conditions, asked.target[index], records, seeds, colours, captions)
 
-    def draw(self, asked: Asked, size: tuple[int, int], first_seed: int, sampling: Sampling | None = None) -> Tensor:
+    def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
         """Images [B, 3, H, W] in 0..1."""
-        seeds = list(range(first_seed, first_seed + len(asked.records)))
-        drawn = self.module.draw(asked.conditions, size, seeds, sampling or self.sampling)
+        drawn = self.module.draw(asked.conditions, size, asked.seeds, sampling or self.sampling)
         if not bool(torch.isfinite(drawn).all()):
             raise ValueError(NOT_FINITE)
         return drawn
@@ -337,7 +339,7 @@ class Suite:
                     asked_of = self.ask(case, batch, real, numbers)
                     if asked_of is None:
                         continue
-                    drawn = self.draw(asked_of, size, numbers.start)
+                    drawn = self.draw(asked_of, size)
                     self._add(values[case], self.measure(drawn, asked_of))
                     sets[case].append(self.features.features(drawn).float().cpu())
                     if shown:
@@ -448,11 +450,11 @@ class Suite:
         grains = torch.cat([grain(images).float().cpu() for images in real])
         return {"grain": round(float(grains.mean()), 5), **set_figures(features, self.reference)}
 
-    def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int], int]]:
-        """What a case asks of the images of the curves: with the latents' size and the first seed of each batch."""
+    def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
+        """What a case asks of the images of the curves: with the latents' size of each batch."""
         if case not in self._grids:
             self._grids[case] = [
-                (asked, (batch.latents.shape[2], batch.latents.shape[3]), numbers.start)
+                (asked, (batch.latents.shape[2], batch.latents.shape[3]))
                 for batch, real, numbers in self.batches(self.options.grid_images)
                 if (asked := self.ask(case, batch, real, numbers)) is not None
             ]
@@ -463,9 +465,9 @@ class Suite:
         """Figures of a case drawn in one way, and the first batch's images; empty where nothing is asked."""
         values: dict[str, list[Tensor]] = defaultdict(list)
         parts, first, spent, evaluations = [], torch.zeros(0), 0.0, 0
-        for asked, size, first_seed in self._grid(case):
+        for asked, size in self._grid(case):
             started = time.perf_counter()
-            drawn = self.draw(asked, size, first_seed, sampling).cpu()
+            drawn = self.draw(asked, size, sampling).cpu()
             spent += time.perf_counter() - started
             drawn = drawn.to(self.module.device)
             self._add(values, self.measure(drawn, asked))

@@ -175,6 +175,19 @@ def test_each_case_asks_for_what_it_says(root: Path) -> None:
     assert torch.equal(shuffled.conditions.cls, own.conditions.cls)  # type: ignore[arg-type]
 
 
+def test_an_image_has_the_same_seed_in_every_case_also_where_others_are_left_out(root: Path) -> None:
+    batch, real, numbers = max(suite_of(root).batches(8), key=lambda each: len(each[0]))
+    colour = batch.records[-1]["evidence"]["colour"]
+    suite = suite_of(root, None, replace_words={colour: "teal"})
+    own, changed = (suite.ask(case, batch, real, numbers) for case in ("reconstruction", "changed_words"))
+    assert own is not None
+    assert changed is not None
+    assert own.seeds == list(numbers)
+    named = [i for i, caption in enumerate(batch.captions) if colour in caption.lower().split()]
+    assert 0 < len(named) < len(own.seeds)
+    assert changed.seeds == [own.seeds[i] for i in named]
+
+
 def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     """Real images in the place of drawn ones: full marks for the right ones, and none for others."""
     suite = suite_of(root)
@@ -484,7 +497,7 @@ def test_shuffled_patches_change_what_is_drawn_only_where_they_have_places(root:
         batch, real, numbers = next(iter(suite.batches(4)))
         size = (batch.latents.shape[2], batch.latents.shape[3])
         cases = [suite.ask(case, batch, real, numbers) for case in ("reconstruction", "shuffled_patches")]
-        left, right = (suite.draw(asked, size, 0) for asked in cases if asked is not None)
+        left, right = (suite.draw(asked, size) for asked in cases if asked is not None)
         drawn[places] = float((left - right).abs().max())
     assert drawn[False] < 1e-4 < 1e-3 < drawn[True]
 

@@ -58,7 +58,7 @@ class DepthReaderModule(System):
 
     def set_statistics(self, statistics: DemoStatistics) -> None:
         """Nothing of the data is kept; a run to start from is taken over, if there is one."""
-        self.network.take_start()
+        self.network.take_start(self.own_packages, self.own_files)
 
     def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
         """The encoder's features of a batch's images."""

@@ -8,9 +8,9 @@ a side of a patch, g = c S / patch cells along a side of an image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,12 @@ class GeometryEncoder(nn.Module, ABC):
         None: not known."""
         return None
 
-    def take_start(self) -> None:
-        """Called once at the start of training: an encoder that begins with another run's weights takes them over."""
+    def take_start(self, trust: Sequence[str] = (), offered: Mapping[str, Any] | None = None) -> None:
+        """Called once at the start of training: an encoder that begins with another run's weights takes them over.
+
+        Args:
+            trust: packages whose parts that run may name. offered: files that it may need, by their setting.
+        """
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""
@@ -213,8 +217,11 @@ class DinoMultiView(GeometryEncoder):
     def grid_side(self, image_size: int | None = None) -> int | None:
         return None if image_size is None else image_size // self.backbone.patch_size
 
-    def take_start(self) -> None:
+    def take_start(self, trust: Sequence[str] = (), offered: Mapping[str, Any] | None = None) -> None:
         """Takes over the encoder of the run to start from, if there is one.
+
+        Args:
+            trust, offered: as `keygrip.training.checkpoints.load_module` takes them.
 
         Raises:
             ValueError: it is another kind of run, or its encoder has other sizes.
@@ -225,7 +232,7 @@ class DinoMultiView(GeometryEncoder):
                     "geometry.frozen=true would keep random weights: set geometry.init_from to a trained run."
                 )
             return
-        found = load_module(self.init_from)
+        found = load_module(self.init_from, trust=trust, offered=offered)
         trained = getattr(found, "network", None)
         if not isinstance(trained, DinoMultiView):
             raise ValueError(

@@ -182,7 +182,7 @@ class GeometryVLAModule(System):
         if self.init_from is None:
             self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
             if self.network.geometry is not None:
-                self.network.geometry.take_start()
+                self.network.geometry.take_start(self.own_packages, self.own_files)
         elif not self.resumed:
             before = self.take_weights(self.init_from, "a vision-language-action policy")
             assert before.network.vlm.tokenizer is not None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from vla_parts import CAMERAS, ready_module, small_batch, small_geometry, write_demos
+from vla_parts import CAMERAS, ready_module, small_batch, small_geometry, small_module, small_statistics, write_demos
 
 from keygrip import train
 from keygrip.config import compose
@@ -23,7 +23,7 @@ START = "runs/depth_reader-x"
 
 def trained(network: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "keygrip.models.geometry_vla.geometry.load_module", lambda path: SimpleNamespace(network=network)
+        "keygrip.models.geometry_vla.geometry.load_module", lambda path, **opening: SimpleNamespace(network=network)
     )
 
 
@@ -85,6 +85,25 @@ def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) 
         small_geometry(init_from=START).take_start()
     with pytest.raises(ValueError, match=r"geometry\.frozen=true would keep random weights"):
         small_geometry(frozen=True).take_start()
+
+
+def test_a_start_is_opened_with_the_packages_and_files_that_the_run_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def load(path: str, **opening: object) -> SimpleNamespace:
+        opened.append(opening)
+        return SimpleNamespace(network=small_geometry())
+
+    monkeypatch.setattr("keygrip.models.geometry_vla.geometry.load_module", load)
+    module = DepthReaderModule(small_geometry(init_from=START), AdamW(lr=1e-2))
+    policy = small_module(geometry=small_geometry(init_from=START))
+    statistics = small_statistics(tmp_path)
+    for started in (module, policy):
+        started.own_packages, started.own_files = ("own_lab",), {"backbone.source": "weights"}
+        started.set_statistics(statistics)
+    assert opened == [{"trust": ("own_lab",), "offered": {"backbone.source": "weights"}}] * 2
 
 
 GEOMETRY = ("views=3", "dim=64", "layers=3", "heads=2", "cells=2", "camera_rays=true")
