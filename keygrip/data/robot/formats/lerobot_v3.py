@@ -40,6 +40,7 @@ lerobot:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Collection
@@ -65,6 +66,7 @@ from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.data.untrusted_files import inside, read_json, regular_file
+from keygrip.data.video import file_identity
 from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
@@ -337,13 +339,10 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
     """Columns without images of the episode's rows in the order of `frame_index`, and which rows of the file they
     are."""
     import pyarrow.compute as compute
-    import pyarrow.parquet as parquet
 
     if not file.is_file():
         raise DemoError(name, f"{file} is missing")
-    schema = parquet.read_schema(file)
-    images = {field.name for field in schema if str(field.type).startswith("struct")}
-    table = parquet.read_table(file, columns=[field for field in schema.names if field not in images])
+    table = _without_images(file, file_identity(file))
     own = np.flatnonzero(compute.equal(table["episode_index"], number).to_numpy())
     part = table.take(own)
     order = np.argsort(part["frame_index"].to_numpy(), kind="stable")
@@ -352,6 +351,16 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
         raise DemoError(name, f"{file.name}: frame_index of the episode does not run from 0 to {len(frame) - 1}")
     part = part.take(order)
     return {key: part[key].to_pylist() for key in part.column_names}, [int(row) for row in own[order]]
+
+
+@functools.lru_cache(maxsize=1)  # episodes are read in order, and those of a file one after the other
+def _without_images(file: Path, identity: str) -> Any:
+    """The table of a Parquet file without its columns of images; `identity` says whether it is the same file still."""
+    import pyarrow.parquet as parquet
+
+    schema = parquet.read_schema(file)
+    columns = [field.name for field in schema if not str(field.type).startswith("struct")]
+    return parquet.read_table(file, columns=columns).combine_chunks()
 
 
 def _arm(

@@ -276,6 +276,29 @@ def test_every_episode_finds_its_rows_and_its_stretch_of_video(
         np.testing.assert_allclose(np.diff(demo.timestamps), 1e9 / FPS, rtol=1e-6)
 
 
+def test_a_file_of_many_episodes_is_read_once(tmp_path, write_dataset, monkeypatch):
+    write_dataset(tmp_path)
+    read, files = pq.read_table, []
+
+    def counted(file, **options):
+        files.append(file)
+        return read(file, **options)
+
+    references = find_demos(tmp_path)
+    monkeypatch.setattr(pq, "read_table", counted)
+    demos = [reference.read() for reference in references]
+    assert tuple(map(len, demos)) == LENGTHS
+    data_files = [file.name for file in files if file.parent.parent.name == "data"]
+    assert data_files == ["file-000.parquet", "file-001.parquet"]
+    path = tmp_path / "data/chunk-000/file-001.parquet"  # the one read last
+    rows = read(path).to_pylist()
+    for row in rows:
+        row["observation.state"][0] += 0.5
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    moved = references[2].read().arms["right"].position - demos[2].arms["right"].position
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 0.5, atol=1e-6)
+
+
 def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
     step = np.linspace(0, 1, 6)[:, None]
     joints = np.array([0.2, 1.0, 1.2, -1.1, 0.1, 0.0]) + step * np.array([-0.3, 0.2, 0.1, -0.2, -0.2, 0.4])
