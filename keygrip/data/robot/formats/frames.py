@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ import numpy as np
 from keygrip.data.robot.frames import checked_index, rgb_pixels
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
+from keygrip.data.video import file_identity
+
+GROUPS_KEPT = 64  # row groups that a thread keeps at most: each is looked for among them
+KEPT_BYTES = 1 << 28  # of them together, the one read last aside
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,55 @@ class HDF5Frames:
         return f"{self.path}:{stat.st_size}:{stat.st_mtime_ns}:{self.dataset}:{self.frames}:{self.upside_down}"
 
 
+class _RowGroups(threading.local):
+    """The row groups of image columns that a thread read last: Parquet gives no single row, and whoever reads the
+    frames of an episode, of all cameras in turn, would read each group once for every row. By thread, so that none
+    waits for or displaces another, and a process that is forked meets no lock."""
+
+    def __init__(self) -> None:
+        self.held: list[_RowGroup] = []  # the one used last at the end
+
+    def value(self, path: Path, column: str, row: int) -> Any:
+        """What a row of a file's column holds. Raises OSError: the file has no such row."""
+        key = (file_identity(path), column)
+        for place, group in enumerate(self.held):
+            if group.key == key and 0 <= row - group.first < len(group.values):
+                self.held.append(self.held.pop(place))
+                break
+        else:
+            group = _RowGroup.read(path, column, row, key)
+            self.held = [*self.held, group][-GROUPS_KEPT:]
+            while len(self.held) > 1 and sum(each.values.nbytes for each in self.held) > KEPT_BYTES:
+                del self.held[0]
+        return group.values[row - group.first].as_py()
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """One column of a row group: `values` are those of the rows from `first` on."""
+
+    key: tuple[str, str]
+    first: int
+    values: Any
+
+    @classmethod
+    def read(cls, path: Path, column: str, row: int, key: tuple[str, str]) -> _RowGroup:
+        """The group that holds a row. Raises OSError: there is none."""
+        import pyarrow.parquet as parquet
+
+        first = 0
+        with parquet.ParquetFile(path) as file:
+            for number in range(file.metadata.num_row_groups):
+                rows = file.metadata.row_group(number).num_rows
+                if row < first + rows:
+                    return cls(key, first, file.read_row_group(number, columns=[column]).column(column))
+                first += rows
+        raise OSError(f"{path} has no row {row}")
+
+
+_row_groups = _RowGroups()
+
+
 @dataclass(frozen=True)
 class ParquetFrames:
     """Images stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
@@ -119,21 +173,11 @@ class ParquetFrames:
         return len(self.rows)
 
     def read(self, index: int) -> np.ndarray:
-        import pyarrow.parquet as parquet
-
-        file = parquet.ParquetFile(self.path)
         row = self.rows[checked_index(index, len(self), self.path)]
-        for group in range(file.metadata.num_row_groups):
-            held = file.metadata.row_group(group).num_rows
-            if row < held:
-                value = file.read_row_group(group, columns=[self.column]).column(self.column)[row].as_py()
-                break
-            row -= held
-        else:
-            raise OSError(f"{self.path} has no row {self.rows[index]}")
+        value = _row_groups.value(self.path, self.column, row)
         content = value["bytes"] if isinstance(value, dict) else value
         source = content if content else inside(self.root, value["path"])
-        with open_image(source, f"{self.path}: row {self.rows[index]}") as image:
+        with open_image(source, f"{self.path}: row {row}") as image:
             return rgb_pixels(image)
 
     def identity(self) -> str:

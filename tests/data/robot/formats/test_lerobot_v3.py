@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.formats import frames
+from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.schema import DemoError
@@ -297,6 +300,65 @@ def test_a_file_of_many_episodes_is_read_once(tmp_path, write_dataset, monkeypat
     pq.write_table(pa.Table.from_pylist(rows), path)
     moved = references[2].read().arms["right"].position - demos[2].arms["right"].position
     np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 0.5, atol=1e-6)
+
+
+def stored_pictures(
+    path: Path, first: int, columns: tuple[str, ...] = ("left", "right")
+) -> dict[str, list[np.ndarray]]:
+    """12 pictures in each of two columns, in row groups of 4; pixels of picture i are `first` + i, on the right 100
+    more."""
+    pictures = {
+        name: [np.full((8, 8, 3), first + 100 * number + i, np.uint8) for i in range(12)]
+        for number, name in enumerate(columns)
+    }
+    cells: dict[str, list[dict]] = {name: [] for name in columns}
+    for name in columns:
+        for picture in pictures[name]:
+            encoded = io.BytesIO()
+            Image.fromarray(picture).save(encoded, "PNG")
+            cells[name].append({"bytes": encoded.getvalue(), "path": None})
+    pq.write_table(pa.table(cells), path, row_group_size=4)
+    return pictures
+
+
+@pytest.fixture
+def group_reads(monkeypatch) -> list[tuple[int, str]]:
+    """(row group, column) of every reading."""
+    reads: list[tuple[int, str]] = []
+    read = pq.ParquetFile.read_row_group
+
+    def counted(self, number, columns):
+        reads.append((number, *columns))
+        return read(self, number, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    return reads
+
+
+def test_images_in_parquet_are_read_a_row_group_at_a_time(tmp_path, group_reads):
+    path = tmp_path / "images.parquet"
+    pictures = stored_pictures(path, first=0)
+    rows = (9, 10, 2, 3, 4, 5, 6, 11)
+    sources = {name: ParquetFrames(path, name, rows, tmp_path) for name in pictures}
+    for index, row in enumerate(rows):
+        for name, source in sources.items():  # the cameras in turn
+            np.testing.assert_array_equal(source.read(index), pictures[name][row])
+    assert group_reads == [(2, "left"), (2, "right"), (0, "left"), (0, "right"), (1, "left"), (1, "right")]
+    other = stored_pictures(path, first=20)  # another file of the same name
+    os.utime(path, ns=(0, 0))
+    np.testing.assert_array_equal(sources["right"].read(0), other["right"][9])
+    with pytest.raises(OSError, match="has no row 12"):
+        ParquetFrames(path, "left", (12,), tmp_path).read(0)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("KEPT_BYTES", 1), ("GROUPS_KEPT", 1)])
+def test_few_row_groups_of_images_are_kept(tmp_path, group_reads, monkeypatch, limit, value):
+    monkeypatch.setattr(frames, limit, value)
+    pictures = stored_pictures(tmp_path / "images.parquet", first=0)
+    source = ParquetFrames(tmp_path / "images.parquet", "left", tuple(range(12)), tmp_path)
+    for row in (0, 1, 4, 5, 0):
+        np.testing.assert_array_equal(source.read(row), pictures["left"][row])
+    assert group_reads == [(0, "left"), (1, "left"), (0, "left")]
 
 
 def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
