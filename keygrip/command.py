@@ -22,11 +22,12 @@ from keygrip.config import (
     check_overrides,
     completed,
     config_folder,
-    new_name,
+    overrides_of,
     register_options,
 )
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.help import help_text
+from keygrip.renamed_settings import new_name
 from keygrip.training import results, run_folder, sweeps
 from keygrip.training.launch import is_first_process, is_helper_process, queue_again
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
@@ -84,7 +85,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     try:
         with _signals_raise(received):
             run_folder.register_resolvers()
-            register_options()
+            register_options(overrides_of(sys.argv[1:]))
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return

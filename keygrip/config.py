@@ -18,57 +18,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, Node, OmegaConf, open_dict
 
-# Settings and options that have a new name: old dotted key or old `group=option` -> new one. A key stands for all
-# below it. Each is refused with its new name for one version.
-RENAMED: dict[str, str] = {
-    "question_sets": "vqa_benchmarks",
-    "control.execute_steps": "control.execute_seconds",
-    "callbacks.closed_loop.closed_loop.control.execute_steps": (
-        "callbacks.closed_loop.closed_loop.control.execute_seconds"
-    ),
-    **{
-        f"callbacks.closed_loop.closed_loop.{name}": f"callbacks.closed_loop.env.{name}"
-        for name in ("task", "image_size", "hz", "cameras", "python")
-    },
-    "level_shift": "timestep_shift",
-    "sampling.level_shift": "sampling.timestep_shift",
-    "model.sampling.level_shift": "model.sampling.timestep_shift",
-    "model.network.level_floor": "model.network.timestep_floor",
-    "model.levels": "model.timesteps",
-    "model.kv_cache_gb": "model.vision_cache_gb",
-    "model.vision_kv_cache_gb": "model.vision_cache_gb",
-    "model.start_from": "model.init_from",
-    "model.warm_start": "model.init_from",
-    "model.health_every_n_steps": "model.monitor_every_n_steps",
-    "model.health_from_step": "model.monitor_from_step",
-    "model.pictures": "model.log_images",
-    "model.vis_every_n_steps": "model.log_images_every_n_steps",
-    "vlm.prompt_order=pictures_first": "vlm.prompt_order=images_first",
-    "model=mark_reader": "model=vlm_encoder_pretraining",
-    "experiment=mark_reader": "experiment=vlm_encoder_pretraining",
-    "experiment=mark_asker": "experiment=vlm_query_pretraining",
-    "ablation=foveated_vlm/frozen_encoder": "ablation=foveated_vlm/shared_query_path",
-    "ablation=patch_dit/uniform_levels": "ablation=patch_dit/uniform_timesteps",
-    "model.collator": "collator",
-    "picture": "figure",
-    "callbacks.average": "callbacks.ema",
-    "model.encoder": "backbone.init_from",
-    "geometry.start": "geometry.init_from",
-    "language.tokenizer.run": "language.tokenizer.init_from",
-    "shift=none": "shift=null",
-    "optimizer=from_scratch": "optimizer=adamw",
-    "optimizer=finetune": "optimizer=adamw with optimizer.lr=5e-5, as experiment=yam_dinov3 has it",
-    "optimizer=dit": "optimizer=adamw; model=patch_dit_base has its numbers",
-    "optimizer=dit_from_scratch": "optimizer=adamw; experiment=dit_robot_images has its numbers",
-    "optimizer=dit_muon": "optimizer=muon",
-    "optimizer=dit_warm_start": "optimizer=adamw with optimizer.lr=1.5e-4",
-    "optimizer=vla": "optimizer=adamw; experiment=vla_qwen_mapanything has its numbers",
-    "optimizer=vla_from_scratch": "optimizer=muon",
-    "optimizer=vlm": "optimizer=adamw; experiment=vlm_stage1 has its numbers",
-    "optimizer=vlm_from_scratch": "optimizer=adamw; experiment=vlm_robot_videos has its numbers",
-}
-# Ablations were named by a prefix: `ablation=vq_no_state` is `ablation=volume_query/no_state`.
-_ABLATED = {"vq": "volume_query", "vlm": "foveated_vlm", "dit": "patch_dit", "vla": "geometry_vla"}
+from keygrip.renamed_settings import ABLATED, RENAMED, new_name
+
 OPTIONS = "options.yaml"
 
 
@@ -194,29 +145,68 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
 
 def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
     """`config_folder`, and the folders that ``hydra.searchpath`` adds to it."""
-    added = [each for each in overrides if each.startswith("hydra.searchpath=")]
-    return [config_folder(), *(Path(each) for each in re.findall(r"file://([^,\]'\"]+)", " ".join(added)))]
+    added = [each.partition("=")[2] for each in overrides if each.startswith("hydra.searchpath=")]
+    paths = [path.removeprefix("file://") for each in added for path in re.findall(r"[^,\[\]'\"]+", each)]
+    return [config_folder(), *(Path(path) for path in paths if "://" not in path)]
+
+
+def register_options(overrides: Sequence[str] = ()) -> None:
+    """Makes every section of ``<group>/options.yaml`` an option of that group, as if it were a file of its own: in
+    ``conf/``, and in the folders that ``overrides`` add.
+
+    A first line ``# @package ...`` holds for all sections.
+
+    Raises:
+        SettingError: an added folder has an option of keygrip's own name, of which one would not be read.
+    """
+    own = _register_own()
+    for folder in config_folders(overrides)[1:]:
+        if folder.resolve() == config_folder():
+            continue
+        files = [file for group in _groups() for part in ("", "*/") for file in folder.glob(f"{group}/{part}{OPTIONS}")]
+        sections = {option for file in files for option in _sections(folder, file)}
+        twice = sorted(own & sections | {option for option in own if (folder / f"{option}.yaml").is_file()})
+        if twice:
+            more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
+            raise SettingError(
+                f"{folder} has an option {twice[0]}{more}, and so has keygrip: one of the two would not be read; give "
+                "yours another name"
+            )
+        for file in files:
+            _store(folder, file)
 
 
 @cache
-def register_options() -> None:
-    """Makes every section of ``conf/<group>/options.yaml`` an option of that group, as if it were a file of its own.
-
-    A first line ``# @package ...`` holds for all sections.
-    """
+def _register_own() -> frozenset[str]:
+    """Registers the sections of ``conf/``; returns the names of all that is there: ``optimizer/adamw``, ``train``."""
     OmegaConf.register_new_resolver("mandatory", _refuse_without_value, replace=True)
-    for file in sorted(config_folder().rglob(OPTIONS)):
-        group = file.parent.relative_to(config_folder()).as_posix()
-        package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
-        for name, node in OmegaConf.load(file).items():
-            ConfigStore.instance().store(
-                name=str(name),
-                node=node,
-                group=group,
-                package=package.group(1) if package else None,
-                provider="keygrip",
-            )
+    own = config_folder()
+    found = set[str]()
+    for file in sorted(own.rglob("*.yaml")):
+        if file.name == OPTIONS:
+            _store(own, file)
+            found |= _sections(own, file)
+        else:
+            found.add(file.relative_to(own).with_suffix("").as_posix())
     ConfigStore.instance().repo = _SharedOptions(ConfigStore.instance().repo)
+    return frozenset(found)
+
+
+def _sections(folder: Path, file: Path) -> set[str]:
+    group = file.parent.relative_to(folder).as_posix()
+    return {f"{group}/{name!s}" for name in OmegaConf.load(file)}
+
+
+def _store(folder: Path, file: Path) -> None:
+    package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
+    for name, node in OmegaConf.load(file).items():
+        ConfigStore.instance().store(
+            name=str(name),
+            node=node,
+            group=file.parent.relative_to(folder).as_posix(),
+            package=package.group(1) if package else None,
+            provider="keygrip",
+        )
 
 
 def _refuse_without_value(*, _node_: Node) -> None:
@@ -260,7 +250,7 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    register_options()
+    register_options(overrides)
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -290,6 +280,8 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
         known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
     except OSError:  # of `keygrip prepare`: each step has settings of its own
         known = []
+    if "hydra.run.dir=" in overrides:
+        raise SettingError("hydra.run.dir is empty, which would be the present folder: name the run folder by run_dir")
     if {"run_dir", "hydra.run.dir"} <= {override.partition("=")[0] for override in overrides}:
         raise SettingError("run_dir and hydra.run.dir both name the run folder: give run_dir alone")
     groups = _groups()
@@ -307,8 +299,8 @@ def _refuse_renamed(override: str) -> None:
     for option in value.split(","):
         new = RENAMED.get(f"{key}={option}")
         system, _, name = option.partition("_")
-        if key == "ablation" and "/" not in option and system in _ABLATED:
-            moved = f"ablation={_ABLATED[system]}/{name}"
+        if key == "ablation" and "/" not in option and system in ABLATED:
+            moved = f"ablation={ABLATED[system]}/{name}"
             new = RENAMED.get(moved, moved)
             if new.partition("=")[2] not in group_options("ablation"):
                 new = None
@@ -316,14 +308,6 @@ def _refuse_renamed(override: str) -> None:
             raise SettingError(f"{key}={option} is now {new}")
     if (new := new_name(key)) is not None:
         raise SettingError(f"the setting {key!r} is now {new!r}")
-
-
-def new_name(key: str) -> str | None:
-    """The present name of a renamed dotted key, or None where it was not renamed."""
-    for old, new in RENAMED.items():
-        if "=" not in old and (key == old or key.startswith(f"{old}.")):
-            return f"{new}{key.removeprefix(old)}"
-    return None
 
 
 def refuse_unread(cfg: DictConfig, schema: type) -> None:
@@ -456,7 +440,7 @@ def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:
         path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")
     }
     options = {name for name in options if f"{name}.yaml".rpartition("/")[2] != OPTIONS and name[0] != "_"}
-    register_options()
+    register_options(overrides)
 
     def stored(inside: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
@@ -478,7 +462,11 @@ def listed(overrides: Sequence[str]) -> list[str]:
 
 def values_of(key: str, value: str) -> list[str]:
     """What an override's value names: one text, the several of a sweep, or none where it cannot be read (Hydra will say
-    why) or is missing (``???``)."""
+    why) or is missing (``???``). ``${oc.env:NAME}`` is resolved.
+
+    Raises:
+        OmegaConfBaseException: an environment variable that is not set, or another setting as the value.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -488,7 +476,8 @@ def values_of(key: str, value: str) -> list[str]:
     except HydraException:
         return []
     texts = [str(each.text if hasattr(each, "text") else each) for each in found if each is not None]
-    return [text.strip("'\"") if override.is_sweep_override() else text for text in texts if text not in ("", "???")]
+    texts = [text.strip("'\"") if override.is_sweep_override() else text for text in texts if text not in ("", "???")]
+    return [str(OmegaConf.create({key: text})[key]) if "${" in text else text for text in texts]
 
 
 def quoted(text: str) -> str:

@@ -77,7 +77,7 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         steps = group_options("step", given)
         width = max(map(len, steps)) + 1
         for name in steps:
-            lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name)))
+            lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name, config_folders(given))))
         return "\n".join([*lines, *_examples(command)])
     config, choices = compose_with_choices(command, given)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
@@ -155,15 +155,17 @@ def _head(path: Path) -> list[str]:
     return found
 
 
-def _step_head(name: str) -> list[str]:
-    """What stands above a step's file, or above its section of the options file."""
-    folder = config_folder() / "step"
-    if (folder / f"{name}.yaml").is_file():
-        return _head(folder / f"{name}.yaml")
-    lines = (folder / OPTIONS).read_text(encoding="utf-8").splitlines()
+def _step_head(name: str, folders: Sequence[Path]) -> list[str]:
+    """What stands above a step's file, or above its section of an options file, in the folder that has it."""
+    for folder in folders:
+        if (folder / "step" / f"{name}.yaml").is_file():
+            return _head(folder / "step" / f"{name}.yaml")
+    files = (folder / "step" / OPTIONS for folder in folders)
+    texts = [file.read_text(encoding="utf-8").splitlines() for file in files if file.is_file()]
+    lines = next((lines for lines in texts if f"{name}:" in lines), [f"{name}:"])
     end = lines.index(f"{name}:")
     start = end
-    while lines[start - 1].startswith("#"):
+    while start and lines[start - 1].startswith("#"):
         start -= 1
     return [line.removeprefix("#").strip() for line in lines[start:end]]
 

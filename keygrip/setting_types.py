@@ -18,8 +18,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from keygrip.config import SettingError, nearest, new_name
+from keygrip.config import SettingError, nearest
 from keygrip.config_errors import chain
+from keygrip.renamed_settings import new_name
 
 # Names of sizes and counts of which there is at least one; 0 and less would build an empty part, or none.
 SIZE = re.compile(

@@ -96,9 +96,11 @@ def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
     assert values_of("checkpoint", quoted(text)) == ([text] if text else [])
 
 
-def test_values_of_an_override() -> None:
+def test_values_of_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values_of("checkpoint", "runs/a,'runs/b, c'") == ["runs/a", "runs/b, c"]
     assert values_of("checkpoint", "???") == values_of("checkpoint", "lr=1") == values_of("checkpoint", "null") == []
+    monkeypatch.setenv("KEYGRIP_TEST_RUN", "runs/c")
+    assert values_of("checkpoint", "runs/a,${oc.env:KEYGRIP_TEST_RUN}/x") == ["runs/a", "runs/c/x"]
 
 
 def test_recipes_ask_for_what_they_must_be_given() -> None:

@@ -91,6 +91,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
             r"run_dir takes its value from the environment variable NO_SUCH_FOLDER, which is not set: export NO_",
         ),
         (["run_dir="], 1, r"run_dir is an empty text, often a shell's variable that is not set: give a path, or run"),
+        (["hydra.run.dir="], 2, r"hydra\.run\.dir is empty, which would be the present folder: name the run folder by"),
         (["resume="], 1, r"resume is an empty text, often a shell's variable that is not set: give a path"),
         (["-m", "seed=0,1", "hydra.sweep.dir="], 1, r"hydra\.sweep\.dir is an empty text, often a shell's variable"),
     ],
@@ -118,6 +119,32 @@ def test_options_of_a_folder_that_is_added_are_listed(cli: Callable[..., Any], t
     assert " | mine |" in cli("--help", "--config-dir=mine").out
     assert "nearest is experiment=mine; options are demo," in cli(*added, "experiment=mime").err
     assert "the nearest is 'optimizer.lr'" in cli(*added, "experiment=mine", "optimizer.lrr=1").err
+
+
+@pytest.mark.parametrize("added", [("--config-dir", "mine"), ("hydra.searchpath=[mine]",)])
+def test_sections_of_a_folder_that_is_added_are_options(
+    added: tuple[str, ...], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine" / "experiment" / "options.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\nsmall_demo:\n  defaults: [demo]\n  max_steps: 8  # a look is enough\n")
+    assert cli(*added, "experiment=small_demo", "--cfg", "job", "--package", "max_steps").out.split() == ["8"]
+    shown = cli("--help", *added, "experiment=small_demo").out
+    assert re.search(r"^  max_steps=8 +# a look is enough$", shown, re.MULTILINE)
+    assert "nearest is experiment=small_demo; " in cli(*added, "experiment=small_dema").err
+
+
+@pytest.mark.parametrize("file", ["optimizer/adamw.yaml", "optimizer/options.yaml"])
+def test_options_of_an_added_folder_with_names_of_keygrips_own_are_refused(
+    file: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("adamw:\n  lr: 7\n")
+    outcome = cli("--config-dir", "mine", "dry_run=true")
+    assert outcome.code == 2
+    assert "mine has an option optimizer/adamw, and so has keygrip: one of the two would not be read" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

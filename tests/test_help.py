@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,12 @@ def test_reasons_stand_whole_in_lines_of_a_terminal(command: str) -> None:
     whole = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
     if command == "run":
         assert "one of the steps that callbacks.checkpoint.keep has kept; null: the latest" in whole
+
+
+def test_a_step_of_an_added_folder_is_listed_with_its_comment(tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "weigh.yaml").write_text("# Weighs each demonstration.\ncall: {}\n")
+    (tmp_path / "step" / "options.yaml").write_text("# Counts them.\nweigh_twice:\n  call: {}\n")
+    text = help_text("prepare", ["--config-dir", str(tmp_path)])
+    assert re.search(r"^  step=weigh +Weighs each demonstration\.$", text, re.MULTILINE)
+    assert re.search(r"^  step=weigh_twice +Counts them\.$", text, re.MULTILINE)

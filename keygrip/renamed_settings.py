@@ -1,0 +1,63 @@
+"""Former names of settings and options: each is refused with its new name."""
+
+from __future__ import annotations
+
+# Settings and options that have a new name: old dotted key or old `group=option` -> new one. A key stands for all
+# below it. Each is refused with its new name for one version.
+RENAMED: dict[str, str] = {
+    "question_sets": "vqa_benchmarks",
+    "control.execute_steps": "control.execute_seconds",
+    "callbacks.closed_loop.closed_loop.control.execute_steps": (
+        "callbacks.closed_loop.closed_loop.control.execute_seconds"
+    ),
+    **{
+        f"callbacks.closed_loop.closed_loop.{name}": f"callbacks.closed_loop.env.{name}"
+        for name in ("task", "image_size", "hz", "cameras", "python")
+    },
+    "level_shift": "timestep_shift",
+    "sampling.level_shift": "sampling.timestep_shift",
+    "model.sampling.level_shift": "model.sampling.timestep_shift",
+    "model.network.level_floor": "model.network.timestep_floor",
+    "model.levels": "model.timesteps",
+    "model.kv_cache_gb": "model.vision_cache_gb",
+    "model.vision_kv_cache_gb": "model.vision_cache_gb",
+    "model.start_from": "model.init_from",
+    "model.warm_start": "model.init_from",
+    "model.health_every_n_steps": "model.monitor_every_n_steps",
+    "model.health_from_step": "model.monitor_from_step",
+    "model.pictures": "model.log_images",
+    "model.vis_every_n_steps": "model.log_images_every_n_steps",
+    "vlm.prompt_order=pictures_first": "vlm.prompt_order=images_first",
+    "model=mark_reader": "model=vlm_encoder_pretraining",
+    "experiment=mark_reader": "experiment=vlm_encoder_pretraining",
+    "experiment=mark_asker": "experiment=vlm_query_pretraining",
+    "ablation=foveated_vlm/frozen_encoder": "ablation=foveated_vlm/shared_query_path",
+    "ablation=patch_dit/uniform_levels": "ablation=patch_dit/uniform_timesteps",
+    "model.collator": "collator",
+    "picture": "figure",
+    "callbacks.average": "callbacks.ema",
+    "model.encoder": "backbone.init_from",
+    "geometry.start": "geometry.init_from",
+    "language.tokenizer.run": "language.tokenizer.init_from",
+    "shift=none": "shift=null",
+    "optimizer=from_scratch": "optimizer=adamw",
+    "optimizer=finetune": "optimizer=adamw with optimizer.lr=5e-5, as experiment=yam_dinov3 has it",
+    "optimizer=dit": "optimizer=adamw; model=patch_dit_base has its numbers",
+    "optimizer=dit_from_scratch": "optimizer=adamw; experiment=dit_robot_images has its numbers",
+    "optimizer=dit_muon": "optimizer=muon",
+    "optimizer=dit_warm_start": "optimizer=adamw with optimizer.lr=1.5e-4",
+    "optimizer=vla": "optimizer=adamw; experiment=vla_qwen_mapanything has its numbers",
+    "optimizer=vla_from_scratch": "optimizer=muon",
+    "optimizer=vlm": "optimizer=adamw; experiment=vlm_stage1 has its numbers",
+    "optimizer=vlm_from_scratch": "optimizer=adamw; experiment=vlm_robot_videos has its numbers",
+}
+# Ablations were named by a prefix: `ablation=vq_no_state` is `ablation=volume_query/no_state`.
+ABLATED = {"vq": "volume_query", "vlm": "foveated_vlm", "dit": "patch_dit", "vla": "geometry_vla"}
+
+
+def new_name(key: str) -> str | None:
+    """The present name of a renamed dotted key, or None where it was not renamed."""
+    for old, new in RENAMED.items():
+        if "=" not in old and (key == old or key.startswith(f"{old}.")):
+            return f"{new}{key.removeprefix(old)}"
+    return None
