@@ -108,6 +108,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         _say(line)
         code = code or USER_ERROR
     if code:
+        if is_first_process():
+            run_folder.remove_empty_claims()
         if signal.SIGUSR1 in received and is_first_process():
             queue_again()  # last: SLURM ends the job with it
         sys.stderr.flush()

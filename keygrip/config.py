@@ -286,7 +286,9 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
         raise SettingError("run_dir and hydra.run.dir both name the run folder: give run_dir alone")
     groups = _groups()
     for override in overrides:
-        key = override.lstrip("+").partition("=")[0].partition("@")[0]
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if override.startswith("~") and key in known and key not in groups:
+            raise SettingError(f"~{key} leaves out a setting that is always read: give it another value, {key}=VALUE")
         if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
             close = nearest(key, known)
             has = f"it has {', '.join(known)}" if known else f"give {key}=... without + where a step has it"

@@ -105,6 +105,14 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
                 hint = f"of what this run reads the nearest is {closest!r}; {hint}"
             hint = f"{with_group(group)}; {hint}"
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
+    continuous = re.search(r"does not support sweep type : (\w+)_SWEEP", causes)
+    if continuous:
+        kind = continuous.group(1).lower()
+        given = " ".join(each for each in overrides if each.partition("=")[2].startswith(f"{kind}(")) or "a setting"
+        return (
+            f"{given}: Hydra's own sweeper takes no {kind}: give values, NAME=1,2,3 or NAME=range(1,4), or take a "
+            "sweeper that searches (hydra/sweeper=optuna, a package of its own)"
+        )
     mandatory = re.search(r"Missing mandatory value: (\S+)", causes)
     if mandatory:
         return f"the setting {mandatory.group(1)} has no value: give {mandatory.group(1)}=..."

@@ -84,6 +84,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
         (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
+        (["~seed"], 2, r"~seed leaves out a setting that is always read: give it another value, seed=VALUE"),
         (["~data", "data.root=here"], 2, r"~data leaves out data.root, which this run needs"),
         (
             ["run_dir=${oc.env:NO_SUCH_FOLDER}/run"],

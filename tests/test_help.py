@@ -72,6 +72,7 @@ def test_examples_of_the_server_are_not_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("command", ["prepare", "run", "train"])
 def test_reasons_stand_whole_in_lines_of_a_terminal(command: str) -> None:
+    importlib.import_module(f"keygrip.{command}")
     text = help_text(command, [])
     assert max(map(len, text.splitlines())) <= 120
     whole = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())

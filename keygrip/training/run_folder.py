@@ -83,14 +83,25 @@ def given_path(setting: str, path: str | Path) -> Path:
     """The path that a setting gives.
 
     Raises:
-        ValueError: an empty text, which pathlib takes for the present folder.
+        ValueError: an empty text, which pathlib takes for the present folder; a symbolic link to what is not there.
     """
     if not str(path):
         raise ValueError(
             f"{setting} is an empty text, often a shell's variable that is not set: give a path, or {setting}=. for "
             "the present folder"
         )
+    _refuse_dangling(Path(path), f"{setting}={path}")
     return Path(path)
+
+
+def _refuse_dangling(path: Path, what: str) -> None:
+    """Raises ValueError: a path, or a folder above it, is a symbolic link to what is not there."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(
+                f"{what}: {place} is a symbolic link to {place.readlink()}, which is not there: make that folder (is "
+                "its disk mounted?), or give another"
+            )
 
 
 def kept_by_step(folder: Path) -> dict[int, Path]:
@@ -139,13 +150,19 @@ def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = No
     if start and not is_first_process() and parent == str(os.getppid()):
         return Path(given)
     folder = new_folder(group, name)
+    _made.append(folder)
     if start:
         os.environ[told] = f"{os.getpid()}:{folder}"
     return folder
 
 
 def new_folder(group: Path, name: str) -> Path:
-    """A folder in ``group`` that this call has made: with a number behind its name where another process has that."""
+    """A folder in ``group`` that this call has made: with a number behind its name where another process has that.
+
+    Raises:
+        ValueError: ``group`` lies below a symbolic link to what is not there.
+    """
+    _refuse_dangling(group, f"a new folder in {group}")
     for number in itertools.count(1):
         folder = group / (name if number == 1 else f"{name}-{number}")
         try:
@@ -154,6 +171,25 @@ def new_folder(group: Path, name: str) -> Path:
             continue
         return folder
     raise AssertionError
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder of a run or sweep that did not begin, and the folders of `RUNS` above it that are empty then."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        for above in folder.parents[: len(folder.parents) - 1]:
+            if above != RUNS and RUNS not in above.parents:
+                break
+            above.rmdir()
+
+
+def remove_empty_claims() -> None:
+    """Removes what `choose` and `choose_for_sweep` have made and nothing was written to."""
+    while _made:
+        remove_if_empty(_made.pop())
+
+
+_made: list[Path] = []  # by `_claimed` of this process
 
 
 @contextlib.contextmanager

@@ -32,12 +32,13 @@ from keygrip.training.results import (
     record_failure,
     write_result,
 )
-from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError, given_path
+from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError, given_path, remove_if_empty
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 log = logging.getLogger(__name__)
 
 SHOWN = 6  # metrics in the printed table; summary.csv has them all
+MULTIRUN = "multirun.yaml"  # Hydra's own
 LOSSES = "loss_against_compute.png"
 
 _open_sweeps: list[Path] = []
@@ -136,6 +137,7 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return []
@@ -143,6 +145,8 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
     parsed = OverridesParser.create().parse_overrides(overrides + list(config.hydra.overrides.task))
     try:
         return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    except HydraException:  # says so itself when the sweep begins
+        return []
     except Exception as error:
         log.warning("the jobs of this sweep are not known beforehand (%s): a missing one will not be noticed", error)
         return []
@@ -175,10 +179,17 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
 
 
 def close_sweeps() -> list[str]:
-    """Finishes sweeps that were cut off; one line for each sweep with jobs that did not finish."""
+    """Finishes sweeps that were cut off, and removes those of which no job began; one line for each sweep with jobs
+    that did not finish."""
     for folder in list(_open_sweeps):
         with contextlib.suppress(OSError):
-            finish_sweep(folder)
+            if {path.name for path in folder.iterdir()} <= {PLAN, MULTIRUN}:  # no job began: the settings were refused
+                _open_sweeps.remove(folder)
+                for path in folder.iterdir():
+                    path.unlink()
+                remove_if_empty(folder)
+            else:
+                finish_sweep(folder)
     lines = list(_failures)
     _failures.clear()
     return lines
@@ -235,10 +246,15 @@ def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     given = {path: read_result(path).get("overrides", []) for path in folders}
     if not plan["jobs"]:
         return [(overrides, path) for path, overrides in given.items()]
-    return [
-        (overrides, next((path for path in folders if _same(given[path], overrides)), None))
-        for overrides in plan["jobs"]
-    ]
+    found = dict[int, Path]()
+    for named in (True, False):  # jobs with the same overrides (seed=0,0) are told apart by the folder's number
+        for number, overrides in enumerate(plan["jobs"]):
+            for path in folders if number not in found else ():
+                if _same(given[path], overrides) and (path.name == str(number) or not named):
+                    found[number] = path
+                    folders.remove(path)
+                    break
+    return [(overrides, found.get(number)) for number, overrides in enumerate(plan["jobs"])]
 
 
 def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list[str], list[list[Any]]]:

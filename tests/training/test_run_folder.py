@@ -81,6 +81,16 @@ def test_an_empty_text_is_not_the_present_folder() -> None:
     assert run_folder.choose(".", False, "m", "d") == "."
 
 
+def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    Path("runs").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"run_dir=runs/a: runs is a symbolic link to \S+/disk, which is not there"):
+        run_folder.choose("runs/a", False, "m", "d")
+    with pytest.raises(ValueError, match=r"a new folder in runs/m_d: runs is a symbolic link to \S+/disk"):
+        run_folder.new_folder(Path("runs/m_d"), "job")  # looked for a free name for ever
+    (tmp_path / "disk").mkdir()
+    assert run_folder.choose("runs/a", False, "m", "d") == "runs/a"
+
+
 def test_hydras_own_name_for_the_run_folder_is_refused() -> None:
     with pytest.raises(SettingError, match=r"given by run_dir, not by hydra\.run\.dir"):
         compose("train", ["hydra.run.dir=there"])

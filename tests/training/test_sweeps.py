@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,33 @@ def test_jobs_without_a_result_are_missing(tmp_path: Path, capsys: pytest.Captur
     from keygrip.training.sweeps import close_sweeps
 
     assert close_sweeps() == [f"2 of 3 jobs of the sweep did not finish: 1 (missing), 2 (killed); see {tmp_path}"]
+
+
+def test_jobs_with_the_same_overrides_have_rows_of_their_own(tmp_path: Path) -> None:
+    write_json(tmp_path / PLAN, {"jobs": [["seed=0"]] * 11})
+    for number in (1, 2, 10):
+        figures = {"status": "finished", "overrides": ["seed=0"], "metrics": {"loss": number}, "wall_s": 1.0}
+        write_result(tmp_path / str(number), figures)
+    losses = [row["metrics"].get("loss") for row in collect(tmp_path)]
+    assert losses == [None, 1, 2, *[None] * 7, 10]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "optimizer.lr=interval(0.1,1)",
+            r"^keygrip: optimizer\.lr=interval\(0\.1,1\): Hydra's own sweeper takes no",
+        ),
+        ("optimizer=adamw,nothing", r"^keygrip: no option 'nothing' in group 'optimizer'"),
+    ],
+)
+def test_a_sweep_that_is_refused_leaves_nothing(given: str, said: str, cli: Callable[..., Any], tmp_path: Path) -> None:
+    for folder in (TOY[-1:], []):
+        outcome = cli(*TOY[:-1], *folder, given)
+        assert outcome.code == 2
+        assert re.search(said, outcome.err, re.MULTILINE), outcome.err
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_metric_that_is_not_finite_is_seen_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
