@@ -194,6 +194,9 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return str(root), CONFIG_ERROR
     if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
         return f"{where}the package {root.name!r} is not installed: {_installation(root.name)}", USER_ERROR
+    lost = re.match(r"Error loading '([^']+)':\s*ModuleNotFoundError\(\"No module named '([\w]+)'", str(root))
+    if lost:  # Hydra's words for a class of a package that is not there
+        return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
@@ -226,7 +229,10 @@ def _installation(package: str) -> str:
             extras.add(extra[1])
     extras -= {"dev", "lmms"}  # which hold others whole
     if not extras:
-        return f"pip install {package}"
+        own = [each for each in (Path(package), Path(f"{package}.py")) if each.exists()]
+        if own:
+            return f"{own[0]} of the present folder is found with `export PYTHONPATH=$PWD`"
+        return f"pip install {package}, or, if it is your own, export PYTHONPATH=<the folder that holds it>"
     extra_name = max(extras)
     return f"pip install 'keygrip[{extra_name}]' (in a clone: pip install -e '.[{extra_name}]')"
 

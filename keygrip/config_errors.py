@@ -105,6 +105,12 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
                 hint = f"of what this run reads the nearest is {closest!r}; {hint}"
             hint = f"{with_group(group)}; {hint}"
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
+    without = re.search(r"Cannot find primary config '([^']+)'", causes)
+    if without:
+        return (
+            f"there is no {without.group(1)}.yaml in the folder that stands in place of keygrip's configs "
+            "(--config-path): a folder of yours is added to these with --config-dir FOLDER"
+        )
     continuous = re.search(r"does not support sweep type : (\w+)_SWEEP", causes)
     if continuous:
         kind = continuous.group(1).lower()

@@ -27,6 +27,7 @@ SIZE = re.compile(
     r"(?:^|_)(?:width|depth|heads|layers|blocks|dim|bins|classes|size|horizon|stride|channels)$|"
     r"^d_(?:feat|sin_z|sin_t|cond)$"
 )
+NUMBER_AS_TEXT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?([eE][-+]?\d+)?|true|false", re.IGNORECASE)
 # What is built of these is other people's: its annotations are not always what it takes.
 FOREIGN = ("lightning", "torch", "torchvision", "transformers", "timm", "hydra", "submitit")
 
@@ -136,6 +137,8 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         if problem is not None:
             shown = "null" if value is None else repr(value)
             full = _below(place, key)
+            if isinstance(value, str) and NUMBER_AS_TEXT.fullmatch(value):
+                problem += "; this is text, as environment variables are: write ${oc.decode:${oc.env:NAME}}"
             raise SettingError(f"{passed_on.get(full, full)}={shown[:80]}: must be {problem}")
 
 

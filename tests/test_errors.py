@@ -84,6 +84,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
         (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
+        (["--config-path=/"], 2, r"no train\.yaml in the folder .* added to these with --config-dir FOLDER"),
         (["~seed"], 2, r"~seed leaves out a setting that is always read: give it another value, seed=VALUE"),
         (["~data", "data.root=here"], 2, r"~data leaves out data.root, which this run needs"),
         (
@@ -153,6 +154,12 @@ def test_options_of_an_added_folder_with_names_of_keygrips_own_are_refused(
     [
         (["data.fail=the folder x is empty"], 1, "keygrip: the folder x is empty"),
         (["+model.depth=3"], 2, "no setting 'model.depth': the nearest is 'model.width'"),
+        (
+            ["model.width=${oc.env:NO_WIDTH,'8'}"],
+            2,
+            "model.width='8': must be a whole number; this is text, as",
+        ),
+        (["model._target_=their_own.Model"], 1, "pip install their_own, or, if it is your own, export PYTHONPATH=<"),
         (["optimizer.lr=fast"], 2, "optimizer.lr='fast': must be a finite number"),
         (["model.width=[8]"], 2, "model.width=[8]: must be a whole number"),
         (["max_steps=-7"], 1, "max_steps=-7: must be at least 1, or -1 for no limit"),
@@ -282,7 +289,11 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
 
 @pytest.mark.parametrize(
     ("package", "said"),
-    [("transformers", "pip install 'keygrip[vlm]' (in a clone: pip install -e '.[vlm]')"), ("foo", "pip install foo")],
+    [
+        ("transformers", "pip install 'keygrip[vlm]' (in a clone: pip install -e '.[vlm]')"),
+        ("foo", "pip install foo, or, if it is your own, export PYTHONPATH=<the folder that holds it>"),
+        ("mine", "mine of the present folder is found with `export PYTHONPATH=$PWD`"),
+    ],
 )
 def test_a_missing_package_is_named_with_its_extra(
     package: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -293,6 +304,7 @@ def test_a_missing_package_is_named_with_its_extra(
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
     with pytest.raises(SystemExit):
         command.entry_point("prepare", needs_it)
@@ -522,3 +534,9 @@ def test_import_is_light_and_help_needs_no_torch(command: Callable[..., Any], tm
     done = command("light")
     assert done.returncode == 0, done.stderr
     assert "model=geometry_vla" in done.stdout
+
+
+def test_a_run_folder_may_be_named_by_the_overrides(cli: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = cli("run_dir=all/${hydra:job.override_dirname}", "seed=3", "optimizer.lr=fast")
+    assert "optimizer.lr='fast': must be a finite number" in outcome.err  # it was a RecursionError
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["optimizer.lr=fast,seed=3"]
