@@ -171,7 +171,7 @@ class Suite:
         self.clip = None if folder is None else ClipSimilarity(folder)
         self.colours = [] if classifier is None else classifier.network.colours
         self._refuse_impossible()
-        self._grids: dict[str, list[tuple[Asked, tuple[int, int], int]]] = {}
+        self._grids: dict[str, list[tuple[Asked, tuple[int, int]]]] = {}
         self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
 
     def _refuse_impossible(self) -> None:

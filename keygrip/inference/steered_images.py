@@ -91,7 +91,7 @@ class SteeredImages:
             raise ValueError("nothing to draw: give prompt, image, or both")
         blank = [place for place, text in enumerate(prompts) if not text.strip()]
         if blank and not images:
-            raise ValueError(f"prompt {blank[0]} is empty and there is no image: nothing to draw")
+            raise ValueError(f"prompt {blank[0]} is empty and no image steers: give a prompt, or image=IMAGE")
         if any(len(given) not in (0, 1, self.count) for given in (prompts, steering)):
             raise ValueError(f"{len(prompts)} prompts and {len(images)} images: give as many of each, or one")
         if masks and len(masks) != (len(images) if blend else min(len(images), 1)):

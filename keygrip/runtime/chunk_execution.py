@@ -9,7 +9,6 @@ followed (:mod:`keygrip.runtime.plan_terms`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.models.policy import Observation, Plan, Policy, arm_axis
 from keygrip.robots.joint_arms import JointArms
 from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, observed_poses, placed, waypoints_of
-from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, check_grip, executed_steps, gripped
+from keygrip.runtime.trajectory import Trajectory, check_grip, control_periods, executed_steps, gripped
 from keygrip.training.parts import ReadWhere
 
 
@@ -126,7 +125,7 @@ class RecedingHorizon:
         self._commanded = poses[-1]
         # read off by time: the steps of a plan need not be whole control periods
         way = Trajectory(plan.step_seconds * np.arange(len(poses)), poses, self.arms)
-        periods = math.ceil((way.times[-1] - ROUNDING_S) * self.control_hz)
+        periods = control_periods(way.times[-1], self.control_hz)
         self._queue.extend(way.at(tick / self.control_hz) for tick in range(1, periods + 1))
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:

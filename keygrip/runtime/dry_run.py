@@ -6,7 +6,6 @@ Writes a figure (.png, any format that matplotlib writes) or a recording for the
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from keygrip.models.policy import Plan, Policy
 from keygrip.runtime.limits import LONGEST_PLAN_S, LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE, Follow, followed, observed_poses, waypoints_of
 from keygrip.runtime.robot import JointRobot, Robot
-from keygrip.runtime.trajectory import ROUNDING_S, Trajectory
+from keygrip.runtime.trajectory import Trajectory, control_periods
 
 TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
 
@@ -86,7 +85,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
             refused = refused or str(error)
     period, seconds, steps = 1.0 / robot.control_hz, plan.step_seconds, plan.gripper.shape[1]
     if _is_path(plan, len(start)):
-        periods = max(1, math.ceil(min(seconds * steps, LONGEST_PLAN_S) * robot.control_hz - ROUNDING_S))
+        periods = max(1, control_periods(min(seconds * steps, LONGEST_PLAN_S), robot.control_hz))
         begin = start
         if plan.joints is not None:
             assert arms is not None

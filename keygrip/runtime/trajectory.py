@@ -6,6 +6,8 @@ where these are followed (:mod:`keygrip.runtime.plan_terms`).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
@@ -13,6 +15,12 @@ from keygrip.robots.joint_arms import JointArms
 from keygrip.runtime.plan_terms import placed
 
 ROUNDING_S = 1e-6
+
+
+def control_periods(seconds: float, control_hz: float) -> int:
+    """Control periods until a motion of so many seconds is over. The last one may be begun alone; what rounding adds to
+    the seconds begins none."""
+    return math.ceil((seconds - ROUNDING_S) * control_hz)
 
 
 class Trajectory:

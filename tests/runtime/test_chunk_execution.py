@@ -10,6 +10,7 @@ import pytest
 
 from keygrip.models.policy import Observation, Plan
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.trajectory import control_periods
 
 DOWN = np.array([0.0, 1.0, 0.0, 0.0])
 
@@ -115,6 +116,13 @@ def test_a_step_that_carries_float32_rounding_adds_no_control_period() -> None:
     assert controller.plans == 1
     assert controller.wants_observation
     np.testing.assert_allclose(commands[-1, 0], 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "hz", "periods"), [(0.1, 50, 100, 500), (0.3, 16, 10, 48), (0.35, 3, 10, 11)]
+)
+def test_a_motion_takes_the_periods_that_it_fills(step: float, steps: int, hz: float, periods: int) -> None:
+    assert control_periods(steps * step, hz) == control_periods(steps * float(np.float32(step)), hz) == periods
 
 
 def test_reset_forgets_the_episode() -> None:

@@ -200,9 +200,11 @@ class PCARotation(RotationCodec):
     def bin_position(self, quaternions: Tensor) -> Tensor:
         """Position ``[...]`` on the bins' scale: bin i spans [i, i + 1], values outside the fitted range are
         clamped."""
+        return self._position(quaternions).clamp(0, self.classes)
+
+    def _position(self, quaternions: Tensor) -> Tensor:
         low, high = self.score_range.tolist()
-        position = (self.scores(quaternions) - low) / (high - low) * self.classes
-        return position.clamp(0, self.classes)
+        return (self.scores(quaternions) - low) / (high - low) * self.classes
 
     def covers(self, quaternions: Tensor, like: Tensor | None = None) -> Tensor:
         scores = self.scores(quaternions)
@@ -212,8 +214,8 @@ class PCARotation(RotationCodec):
         return within & (self._off_axis(quaternions) <= allowed)
 
     def _off_axis(self, quaternions: Tensor) -> Tensor:
-        """Radians ``[...]`` from rotations ``[..., 4]`` to their places on PC1's axis."""
-        on_axis = self._from_position(self.bin_position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
+        """Radians ``[...]`` from rotations ``[..., 4]`` to their places on PC1's axis, beyond the bins too."""
+        on_axis = self._from_position(self._position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
         return geodesic_angle(normalise(quaternions), on_axis)
 
     def encode(self, quaternions: Tensor) -> Tensor:

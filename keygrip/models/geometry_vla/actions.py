@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from keygrip.data.batches import PolicyTargets
-from keygrip.data.robot.statistics import Range
 from keygrip.models.geometry_vla.action_spaces import (
     COLUMNS,
     ActionKind,
@@ -26,6 +25,9 @@ from keygrip.models.geometry_vla.action_spaces import (
 )
 from keygrip.models.nn.precision import without_autocast
 from keygrip.training.parts import ReadWhere, model_part
+
+if TYPE_CHECKING:
+    from keygrip.data.robot.statistics import Range
 
 log = logging.getLogger(__name__)
 

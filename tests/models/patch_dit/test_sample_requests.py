@@ -66,7 +66,7 @@ def test_blank_words_beside_others_are_none_for_callers_that_hold_images() -> No
     module: Any = None  # nothing is drawn
     image = Image.new("RGB", (8, 8))
     for prompt in ("", " ", ["a red cube", "  "]):
-        with pytest.raises(ValueError, match=r"prompt [01] is empty and there is no image: nothing to draw"):
+        with pytest.raises(ValueError, match=r"prompt [01] is empty and no image steers"):
             SteeredImages(module, prompt)
     steered = SteeredImages(module, ["a red cube", ""], image)
     with pytest.raises(ValueError, match=r"prompt 1 is empty, and full_scale=1\.0 is for words and image together"):

@@ -79,6 +79,15 @@ def test_a_gripper_that_training_never_turned_about_the_vertical_has_one_grip() 
     assert bool(bins.covers(tilts[1:-1]).all())
 
 
+def test_a_turn_about_the_axis_beyond_the_bins_allows_its_equivalents_no_more_tilt() -> None:
+    yaw = about_vertical(torch.linspace(-20, 20, 41))
+    bins = PCARotation(classes=8)
+    bins.fit(yaw)
+    tilted = rotation_exp(torch.deg2rad(torch.tensor([40.0, 0.0, 0.0])))
+    for beyond in (0.0, 90.0):
+        assert not bool(bins.covers(tilted, like=about_vertical(torch.tensor(beyond))))
+
+
 def test_a_gripper_that_is_tilted_too_keeps_its_equivalent_grips() -> None:
     """Tilts lie off the axis of bins of yaw, and a turn about the vertical leaves them as they are."""
     torch.manual_seed(0)
