@@ -42,21 +42,18 @@ class EMA(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._loaded:
-            self._take_loaded(pl_module)
-        else:
-            self._ema = {name: local(p.detach()).float().clone() for name, p in _trainable(pl_module).items()}
-        self._last_step = trainer.global_step
-
-    def _take_loaded(self, module: LightningModule) -> None:
-        parameters = _trainable(module)
-        if self._loaded.keys() != parameters.keys():
+        parameters = _trainable(pl_module)
+        if not self._loaded:
+            self._ema = {name: local(p.detach()).float().clone() for name, p in parameters.items()}
+        elif self._loaded.keys() != parameters.keys():
             changed = sorted(self._loaded.keys() ^ parameters.keys())
             raise ValueError(
                 f"the checkpoint's EMA weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
             )
-        self._ema = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
-        self._loaded = {}
+        else:
+            self._ema = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
+            self._loaded = {}
+        self._last_step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -70,8 +67,6 @@ class EMA(Callback):
         torch._foreach_lerp_(list(self._ema.values()), own, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._loaded:  # of a run that has no step left
-            self._take_loaded(pl_module)
         self._put_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

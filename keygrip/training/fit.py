@@ -78,6 +78,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
     datamodule, module = _build(cfg, built.data, plain, resolved, resumed=resume is not None)
     trained = _trained_before(folder, resumed_step) if resume else {}
+    if resume is not None and resumed_step == cfg.max_steps and not trained and not no_validation(cfg):
+        log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, metadata_file)
@@ -91,10 +93,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     log_settings(loggers, resolved, resumed_step)
     kept = TrainedMetrics(folder, trained.get("metrics", {}))
-    callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks)]
-    if resume is not None and not no_validation(cfg):
-        callbacks.append(ValidatedAtTheEnd(not trained))
-    callbacks.append(kept)
+    callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks), kept]
     if cfg.max_minutes is not None:
         callbacks.append(TimeLimit(cfg.max_minutes))
     if not loggers:  # it refuses to run without one
@@ -227,44 +226,6 @@ def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
         if part is not None and "_target_" not in part:
             hint = ": add closed_loop=yam" if name == "closed_loop" else ""
             raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
-
-
-class ValidatedAtTheEnd(Callback):
-    """Validates at the end of a resumed run that would have no figures of a validation: its last one was cut off, or
-    lies before the checkpoint.
-
-    Args:
-        needed: also where no step is left.
-    """
-
-    def __init__(self, needed: bool) -> None:
-        self.needed = needed
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.needed = trainer.strategy.broadcast(self.needed)  # others may not see the first process's run folder
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.needed = True
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.needed = False
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validate(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validate(trainer)  # no step was left
-
-    def _validate(self, trainer: Trainer) -> None:
-        if not (self.needed and trainer.enable_validation):
-            return
-        if trainer.is_global_zero:
-            log.info("validating at the end: since the run was resumed there was no validation")
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False  # else it goes on behind the batches that the checkpoint counts
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
 
 
 class TrainedMetrics(Callback):

@@ -102,7 +102,6 @@ class SaveLatest(Checkpoint):
         self.mode = mode
         self.keep = keep
         self.best: float | None = None
-        self._best_taken = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
 
@@ -132,16 +131,6 @@ class SaveLatest(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
-        self._take_best(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._take_best(trainer)  # of a run that has no step left
-
-    def _take_best(self, trainer: Trainer) -> None:
-        if self._best_taken:
-            return
-        self._best_taken = True
         if trainer.global_step == 0:
             return
         try:
