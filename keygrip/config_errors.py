@@ -68,7 +68,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     if unset:
         name = unset.group(1)
         place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
-        naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{name}\b", each)]
+        naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{re.escape(name)}\b", each)]
         key = naming[0] if naming else place.group(1) if place else "a setting"
         return (
             f"{key} takes its value from the environment variable {name}, which is not set: export {name}=..., or give "

@@ -269,7 +269,7 @@ class Suite:
             states.to(own.cls), mask.to(own.cls.device), own.cls[index], _rows(own.patches, index), own.patch_grid
         )
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
-        records, seeds = ([of[i] for i in kept] for of in (asked.records, asked.seeds))
+        records, seeds = [asked.records[i] for i in kept], [asked.seeds[i] for i in kept]
         return Asked(conditions, asked.target[index], records, seeds, colours, captions)
 
     def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:

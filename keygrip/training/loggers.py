@@ -62,7 +62,7 @@ def _keep_table(logger: Any, resumed_step: int) -> None:
     an earlier start. Later rows are logged again; those that a killed process left torn are left out."""
     file = Path(logger.log_dir) / "metrics.csv"
     aside = file.with_name("metrics.before_resume.csv")  # holds the rows while Lightning removes the table
-    source = aside if aside.is_file() else file
+    source = file if file.is_file() else aside
     if not source.is_file():
         return
     with source.open(newline="", encoding="utf-8") as lines:

@@ -79,7 +79,8 @@ class GradientNorm(Callback):
 
 class RandomnessByStep(Callback):
     """Seeds torch's generators before every batch from (seed, batch, rank): a resumed run draws the numbers it would
-    have drawn, and every validation the same ones.
+    have drawn, and every validation the same ones. After a validation they are as before it: a loader that shuffles by
+    them would begin each epoch in the same state, and so in the same order.
 
     Args:
         seed: of the run.
@@ -87,9 +88,20 @@ class RandomnessByStep(Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._before: tuple[Tensor, list[Tensor]] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._seed(trainer.fit_loop.epoch_loop.total_batch_idx, trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._before = torch.get_rng_state(), cuda
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._before is not None
+        torch.set_rng_state(self._before[0])
+        if self._before[1]:
+            torch.cuda.set_rng_state_all(self._before[1])
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

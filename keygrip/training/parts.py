@@ -38,6 +38,7 @@ MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check lo
 SUBPACKAGES = ("models", "data", "envs", "training", "recording")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+", re.ASCII)
 HYDRA_FLAGS = {"_partial_": bool, "_recursive_": bool, "_convert_": str}
+PACKAGE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 DEEPEST = 64
 MOST_NODES = 100_000
 
@@ -234,9 +235,10 @@ def external_settings(config: Any) -> dict[str, Any]:
 
 
 def named_packages(config: Any) -> tuple[str, ...]:
-    """The packages beside keygrip whose classes a user's own configuration names."""
+    """The packages beside keygrip whose classes a user's own configuration names, and that `trust` may name."""
     targets = [str(node["_target_"]) for _, node in _nodes(config, "") if "_target_" in node]
-    return tuple(sorted({target.partition(".")[0] for target in targets} - {"keygrip"}))
+    packages = {target.partition(".")[0] for target in targets} - {"keygrip"}
+    return tuple(sorted(each for each in packages if PACKAGE.fullmatch(each)))
 
 
 def _key(place: str, where: str) -> str:
@@ -254,7 +256,7 @@ def _check_names(trust: Sequence[str]) -> None:
     if isinstance(trust, str):
         raise ValueError(f"trust is a list of packages, e.g. trust=[{trust}]")
     for package in trust:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", package):
+        if not PACKAGE.fullmatch(package):
             raise ValueError(f"trust={package!r} is not the name of a package")
 
 

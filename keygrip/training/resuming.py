@@ -50,8 +50,8 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     if not latest.is_file():
         if run_folder.kept_by_step(latest.parent):
             raise run_folder.RunFolderError(
-                f"{folder} holds checkpoints of an earlier run, but not its latest: give another run_dir, or remove "
-                f"{latest.parent}"
+                f"{folder} holds checkpoints of an earlier run, but not its latest: {run_folder.resume_kept(folder)}, "
+                f"give another run_dir, or remove {latest.parent}"
             )
         return None
     if restarted_by_scheduler():

@@ -69,7 +69,7 @@ def choose(
     elif run_dir is not None:
         folder = given_path("run_dir", run_dir)
         if resume and not (folder / CHECKPOINT).is_file():
-            remedy = _resume_kept(folder) or "leave out resume=true"
+            remedy = resume_kept(folder) or "leave out resume=true"
             raise FileNotFoundError(f"nothing to resume: {folder / CHECKPOINT} does not exist; {remedy}")
     elif resume:
         folder = newest(group)
@@ -303,12 +303,12 @@ def _folder_of(path: Path) -> Path:
     if (path / CHECKPOINT).is_file():
         return path
     if path.is_dir():
-        kept = _resume_kept(path)
+        kept = resume_kept(path)
         raise FileNotFoundError(f"nothing to resume: {path} holds no {CHECKPOINT}{kept and '; '}{kept}")
     raise FileNotFoundError(f"nothing to resume: {path} does not exist")
 
 
-def _resume_kept(folder: Path) -> str:
+def resume_kept(folder: Path) -> str:
     """How to go on from the newest checkpoint that is left of a run without `CHECKPOINT`; empty where none is left."""
     kept = list(kept_by_step((folder / CHECKPOINT).parent).values())
     return f"go on from the newest one that is left with resume={kept[-1]}" if kept else ""

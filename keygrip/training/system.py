@@ -71,7 +71,8 @@ class System(LightningModule):
         return self.optimizer_recipe.configure(self.trained_part(), self.trainer.estimated_stepping_batches)
 
     def on_after_backward(self) -> None:
-        """Makes accumulated gradients those of the mean over a step's batches, as many as there are."""
+        """Makes accumulated gradients those of the mean over a step's batches, as many as there are. A subclass that
+        overrides it calls this one too."""
         accumulated = self.trainer.accumulate_grad_batches
         if accumulated > 1:
             self.window.add_batch()

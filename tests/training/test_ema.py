@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,24 @@ def test_every_validation_draws_the_same_numbers_after_resuming_too(
     assert drawn.keys() == {4, 8, 12}
     assert drawn[4] == drawn[8] == drawn[12]
     assert len(set(drawn[4])) == len(drawn[4]) > 1
+
+
+def test_a_loader_that_shuffles_by_torchs_generator_has_another_order_after_each_validation(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+
+    orders: list[list[int]] = []
+
+    class Shuffled(toy_parts.ToyLoader):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            order = torch.randperm(40)
+            orders.append(order.tolist())
+            return self.data.batches(order, 0)
+
+    monkeypatch.setattr(toy_parts.ToyData, "train_dataloader", lambda self: Shuffled(self, shuffled=True))
+    train.run(compose("train", toy_overrides("run", "max_steps=15", "val_every_n_steps=5")))
+    assert len({tuple(order) for order in orders}) == len(orders) >= 3
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -189,6 +189,13 @@ def test_a_resumed_run_that_is_killed_at_its_start_keeps_its_table(tmp_path: Pat
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["loss,step", "0.5,0", "0.4,1"]
 
 
+def test_rows_laid_aside_do_not_hide_a_table_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "metrics.before_resume.csv").write_text("loss,step\n0.5,0\n")
+    (tmp_path / "metrics.csv").write_text("loss,step\n0.5,0\n0.4,1\n")
+    loggers._keep_table(CSVLogger(tmp_path, name="", version=""), resumed_step=2)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["loss,step", "0.5,0", "0.4,1"]
+
+
 def test_an_integer_that_no_float_holds_is_text_among_the_settings(tmp_path: Path) -> None:
     board = TensorBoardLogger(tmp_path, name="", version="")
     loggers.log_settings([board], {"seed": 10**400, "width": 10**300})

@@ -14,7 +14,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.models.backbone import DinoBackbone
 from keygrip.training.checkpoints import load_module, read_checkpoint
-from keygrip.training.parts import UntrustedPartError, build_stored, model_part
+from keygrip.training.parts import UntrustedPartError, build_stored, model_part, named_packages
 from keygrip.training.saving import AtomicCheckpointIO
 
 TRUST = ["toy_parts"]
@@ -376,3 +376,12 @@ def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., l
                 checked += "_target_" in node
         assert plain
     assert checked > 60
+
+
+def test_named_packages_are_those_that_trust_may_name() -> None:
+    """A notebook's `__main__` is none, and must not refuse what needs no permission."""
+    config = {"_target_": "keygrip.A", "a": [{"_target_": "__main__.B"}, {"_target_": "_lab.C"}, {"_target_": "lab.D"}]}
+    assert named_packages(config) == ("lab",)
+    build_stored(
+        {"_target_": "keygrip.training.optimizers.AdamW", "lr": 0.1}, "optimizer", trust=named_packages(config)
+    )
