@@ -131,11 +131,13 @@ def _this_command() -> list[str]:
 
 
 def _forwarded(arguments: Sequence[str]) -> list[str]:
-    """Hydra's own flags about where configs are."""
+    """Hydra's own flags and setting about where configs are."""
     kept = []
     for position, argument in enumerate(arguments):
         if argument.split("=")[0] in FORWARDED:
             kept.append(argument)
             if "=" not in argument and position + 1 < len(arguments):
                 kept.append(arguments[position + 1])
+        elif argument.lstrip("+").startswith("hydra.searchpath="):  # Hydra gives jobs no setting of its own
+            kept.append(argument)
     return kept

@@ -201,3 +201,10 @@ def test_submitit_runs_jobs(command: Callable[..., Any], tmp_path: Path) -> None
     assert done.returncode == 1, done.stderr
     (folder,) = (tmp_path / "runs" / "sweeps" / "toy_toy").iterdir()
     assert [row["status"] for row in rows_of(folder)] == ["finished", "failed"]
+
+
+def test_jobs_of_their_own_processes_find_configs_where_the_sweep_does() -> None:
+    from hydra_plugins.keygrip_launcher.processes import _forwarded
+
+    where = ["--config-dir", "mine", "hydra.searchpath=[file://theirs]", "-cn=train"]
+    assert _forwarded(["-m", *where, "hydra/launcher=processes", "seed=0,1", "hydra.sweep.dir=sweep"]) == where
