@@ -9,6 +9,7 @@ tokens come from the template alone.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from keygrip.artifacts import sha256_bytes
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample, stack_frames
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
+
+log = logging.getLogger(__name__)
 
 KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
 PLACE = "\ufdd1"  # stands behind words to find them in a rendered conversation; Unicode keeps it out of all text
@@ -220,14 +223,19 @@ class ConversationCollator:
         """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet.
 
         Raises:
-            ValueError: its chat template cannot be trained with, as `encode_conversation` says.
+            ValueError: its chat template cannot be trained with, as `encode_conversation` says of one question and its
+                answer. Where it is so of several questions alone, a warning says that these samples are refused.
         """
         if self.tokenizer is None:
             try:
                 tokenizer = self.source.load(folder)
             except FileNotFoundError:
                 tokenizer = self.source.load(folder, texts())
-            encode_conversation(self.with_system(EXAMPLE), tokenizer, self.prompt_order, self.supervise)
+            encode_conversation(self.with_system(EXAMPLE[:2]), tokenizer, self.prompt_order, self.supervise)
+            try:
+                encode_conversation(self.with_system(EXAMPLE), tokenizer, self.prompt_order, self.supervise)
+            except ValueError as error:
+                log.warning("samples of several questions will be refused: %s", error)
             self.tokenizer = tokenizer
 
     def _encode(self, turns: tuple[Turn, ...]) -> EncodedText:

@@ -292,9 +292,10 @@ class Given:
 
 
 def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_between(
-    tiny: ChatTokenizer, tmp_path: Path
+    tiny: ChatTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As Phi-3 has it: every turn ends with another token, and the conversation with the eos token."""
+    """As Phi-3 has it: every turn ends with another token, and the conversation with the eos token. One question can
+    be trained with, and of several it is said before any shard is read that they cannot."""
     template = (
         "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[end]' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[assistant]' }}{% else %}{{ '<|im_end|>' }}{% endif %}"
@@ -303,8 +304,27 @@ def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_betw
     with pytest.raises(ValueError, match="does not end every assistant's turn"):
         encode_conversation(TALK, tokenizer, "visual_first", "answers")
     collator = ConversationCollator(Given(tokenizer), "visual_first", "answers")
-    with pytest.raises(ValueError, match=r"every assistant's turn with <\|im_end\|>: name the token"):
-        collator.prepare(tmp_path, lambda: iter(()))  # before any shard is read
+    collator.prepare(tmp_path, lambda: iter(()))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("samples of several questions will be refused: the chat template does not end every")
+    row = collator.prompt(TALK[:2])
+    assert marked(tokenizer, row.ids, row.loss).endswith("[assistant][7[end]<|im_end|>]")
+    assert collator.problem(Conversation(TALK[:2], "text", {})) is None
+    assert "every assistant's turn with <|im_end|>" in str(collator.problem(Conversation(TALK, "text", {})))
+
+
+def test_a_template_that_refuses_a_second_question_is_warned_of(
+    tiny: ChatTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + TINY_TEMPLATE
+    source = Given(ChatTokenizer.from_state(tiny.state() | {"chat_template": refusing}))
+    ConversationCollator(source, "visual_first", "answers").prepare(tmp_path, lambda: iter(()))
+    assert "samples of several questions will be refused" in caplog.text
+    assert "one question" in caplog.text
+    endless = TINY_TEMPLATE.replace(TURN_END, "")
+    source = Given(ChatTokenizer.from_state(tiny.state() | {"chat_template": endless}))
+    with pytest.raises(ValueError, match="does not end an assistant's turn"):
+        ConversationCollator(source, "visual_first", "answers").prepare(tmp_path, lambda: iter(()))
 
 
 def test_a_template_without_system_turns_is_refused_where_one_is_set(tiny: ChatTokenizer, tmp_path: Path) -> None:
