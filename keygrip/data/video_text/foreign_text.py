@@ -38,16 +38,22 @@ UNNAMED_REQUEST = "Describe this."
 
 
 def holds_text(content: Any) -> bool:
-    """Whether a sample's json has turns or a caption, well-formed or not."""
+    """Whether a sample's json has turns, well-formed or not, or a caption of words."""
     if not isinstance(content, Mapping):
         return isinstance(content, list)
-    return any(content.get(name) for name in (*TURNS, *CAPTIONS)) or is_pair(content)
+    return any(map(content.get, TURNS)) or _caption(content) is not None or is_pair(content)
+
+
+def _caption(content: Mapping[str, Any]) -> str | None:
+    """The key of a json's caption: the first that holds words."""
+    return next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
 
 
 def is_pair(content: Mapping[str, Any]) -> bool:
     """Whether a json has one question and its answer at its top, well-formed or not, and no turns or caption: either
     key alone, or beside a caption, is what downloaders note of an uploader or of a model."""
-    return "user" in content and bool(content.get("assistant")) and not any(map(content.get, (*TURNS, *CAPTIONS)))
+    told = any(map(content.get, TURNS)) or _caption(content) is not None
+    return "user" in content and bool(content.get("assistant")) and not told
 
 
 def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         said = without_placeholders(said, places)
         own = _of_turns(said, "text", content) | {SHOWN: named or count > 0, PLACES: count}
         return own if of_video else _timed(own, max(count, images), content)
-    name = next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
+    name = _caption(content)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and odd:
         raise ValueError(f"the {odd[0]} of its json is a {type(content[odd[0]]).__name__}, not text")

@@ -754,6 +754,8 @@ def test_kinds_that_cannot_be_chosen_are_named(tmp_path: Path, kind: str) -> Non
         (text(conversations=TALK), "This."),
         (text(caption="", width=8), "of the txt"),
         (text(caption=None, id=3), "of the txt"),
+        (text(caption={"en": "of another form"}, text=7), "of the txt"),
+        (text(user="Who?", assistant="of the json", caption=" "), "of the json"),
         (text(assistant="gpt-4o"), "of the txt"),
         (text(user="uploader", caption="of the json", assistant="gpt-4o"), "of the json"),
         (b'{"user": NaN, "assistant": "gpt-4o"}', "of the txt"),
@@ -790,6 +792,12 @@ def test_the_source_of_a_published_sample_says_what_is_asked(content: dict[str, 
 def test_the_source_of_a_caption_says_what_is_asked(source: str, asked: str) -> None:
     found = own_text({"caption": "A dog.", "source": source}, "Describe it.", packed=True)
     assert found["conversations"][0]["turns"][0]["text"] == asked
+
+
+@pytest.mark.parametrize("beside", [{"caption": " "}, {"caption": 3}, {"text": {"en": "A dog."}}, {"text": []}])
+def test_what_is_no_caption_beside_a_question_leaves_it_a_question(beside: dict[str, Any]) -> None:
+    found = own_text({"user": "Who?", "assistant": "A dog."} | beside, "Describe it.")
+    assert [turn["text"] for turn in found["conversations"][0]["turns"]] == ["Who?", "A dog."]
 
 
 def test_a_text_that_is_empty_is_named_as_empty() -> None:
