@@ -34,8 +34,9 @@ def read_timed_frames(
 
     Args:
         clip: only these seconds of it, at least one frame; of more than `max_frames` seconds, the frames in the middle
-            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips, which are then taken as
-            by MVBench's script (`numbers_of_clip`); None: the images are of second 0, 1, 2, ...
+            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips; of more than `max_frames`
+            seconds the images are those of MVBench's script (`numbers_of_clip`), of shorter ones one per second. None:
+            the images are of second 0, 1, 2, ...
 
     Raises:
         FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded, or ends before
@@ -101,7 +102,9 @@ def clip_times(duration: float, clip: tuple[float, float] | None, max_frames: in
 
 def numbers_of_clip(count: int, clip: tuple[float, float], fps: float, max_frames: int) -> np.ndarray:
     """Which of a folder's `count` images, from 0, are of a clip (see `clip_times`). As in MVBench's script
-    (`get_index` with first_idx=1), image n counted from 1 is of second n / fps, and the middles are rounded."""
+    (`get_index` with first_idx=1), image n counted from 1 is of second n / fps, and of a clip of more seconds than
+    `max_frames` the middles are rounded. A shorter one has one image per second, where the script takes as many images
+    of every clip."""
     first, last = max(1, round(clip[0] * fps)), min(round(clip[1] * fps), count)
     seconds = whole_seconds(min(clip[1], count / fps) - clip[0])
     if seconds <= max_frames:
