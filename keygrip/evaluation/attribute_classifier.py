@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,17 +223,24 @@ def classifier_for(
     if firsts["val"] is None:
         raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
     told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
-    told["held_out"] = data.fingerprint_of("val")  # on which its error, kept with it, is measured
     fingerprint = hashlib.sha256(json.dumps({**told, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"attribute_classifier-{fingerprint}.pt"
-    make_once(
-        file, Path.is_file, lambda path: _save(train_classifier(data, encoders, options, fingerprint), options, path)
-    )
+    held_out = data.fingerprint_of("val")
+
+    def make(path: Path) -> None:
+        if path.is_file():
+            trained = tested_again(load_classifier(path, fingerprint), data, encoders)
+        else:
+            trained = train_classifier(data, encoders, options, fingerprint)
+        _save(trained, held_out, options, path)
+
+    make_once(file, lambda path: path.is_file() and load_tensors(path).get("held_out") == held_out, make)
     return load_classifier(file, fingerprint)
 
 
-def _save(trained: TrainedClassifier, options: ClassifierOptions, file: Path) -> None:
+def _save(trained: TrainedClassifier, held_out: str, options: ClassifierOptions, file: Path) -> None:
     content = {
+        "held_out": held_out,  # fingerprint of the images on which the error was measured
         "fingerprint": trained.fingerprint,
         "colours": trained.network.colours,
         "width": options.width,
@@ -284,10 +291,7 @@ def train_classifier(
     """Trains a classifier on the training split and tests it on the validation split. A pure function of both."""
     colours: list[str] = []
     buckets = _load(data, encoders, "train", colours)
-    known = len(colours)
-    held_out = _load(data, encoders, "val", colours)
-    if len(colours) > known:
-        raise ValueError(f"the validation images show the colours {colours[known:]}, which no training image shows")
+    held_out = _held_out(data, encoders, colours)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = AttributeClassifier(colours, options.width)
@@ -309,7 +313,26 @@ def train_classifier(
             loss.backward()
             nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
-    classifier.eval()
+    return TrainedClassifier(classifier.eval(), _error(classifier, held_out), fingerprint)
+
+
+def tested_again(trained: TrainedClassifier, data: ImageShards, encoders: Encoders) -> TrainedClassifier:
+    """A classifier with its error on the validation split of now. Raises ValueError: that shows other colours."""
+    held_out = _held_out(data, encoders, trained.network.colours)
+    return replace(trained, error=_error(trained.network, held_out))
+
+
+def _held_out(data: ImageShards, encoders: Encoders, colours: Sequence[str]) -> list[_Bucket]:
+    found = [*colours]
+    held_out = _load(data, encoders, "val", found)
+    if len(found) > len(colours):
+        raise ValueError(
+            f"the validation images show the colours {found[len(colours) :]}, which no training image shows"
+        )
+    return held_out
+
+
+def _error(classifier: AttributeClassifier, held_out: Sequence[_Bucket]) -> ClassifierError:
     error = measure_classifier(classifier, [(bucket.images, bucket.truth) for bucket in held_out])
     log.info(
         "classifier: on %d held-out images it misses cubes by %.2f px, names %.1f %% of the colours rightly and finds "
@@ -319,7 +342,7 @@ def train_classifier(
         100 * error.colour,
         100 * error.objects,
     )
-    return TrainedClassifier(classifier, error, fingerprint)
+    return error
 
 
 def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tensor:

@@ -16,6 +16,7 @@ from keygrip.data.image_text.sources.encoding import as_tensor
 from keygrip.evaluation.attribute_classifier import (
     AttributeClassifier,
     ClassifierOptions,
+    TrainedClassifier,
     Truth,
     classifier_for,
     count_objects,
@@ -25,6 +26,7 @@ from keygrip.evaluation.attribute_classifier import (
     measure_classifier,
     objects_as_named,
     real_images,
+    train_classifier,
 )
 
 TRAINED = ClassifierOptions(width=16, steps=150, batch_size=16, lr=5e-3)
@@ -79,20 +81,32 @@ def test_other_data_or_options_are_another_classifier(root: Path, tmp_path: Path
     assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
 
 
-def test_the_error_is_that_on_the_validation_images_of_now(tmp_path: Path) -> None:
-    """Which may be more than those on which a classifier of the same training images was tested before."""
+def test_the_error_is_that_on_the_validation_images_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be more than those on which a classifier of the same training images was tested before; it is not
+    trained again for that."""
+    trainings = []
+
+    def trained(*told: Any) -> TrainedClassifier:
+        trainings.append("once")
+        return train_classifier(*told)
+
     short = ClassifierOptions(width=16, steps=1, batch_size=4)
-    counts = []
+    counts, weights, fingerprints = [], [], set()
     for name, count in (("first", 4), ("more", 12)):
         write_images(tmp_path / name, {SQUARE: count}, small_encoders(), {"val": 5000})
     write_images(tmp_path / "set", {SQUARE: 4}, small_encoders(), {"train": 0, "val": 9000})
-    for name in ("first", "more"):
+    monkeypatch.setattr("keygrip.evaluation.attribute_classifier.train_classifier", trained)
+    for name in ("first", "more", "first"):
         shutil.rmtree(tmp_path / "set" / "val")
         shutil.copytree(tmp_path / name / "val", tmp_path / "set" / "val")
         found = classifier_for(shards(tmp_path / "set"), small_encoders(), short)
         assert found is not None
         counts.append(found.error.images)
-    assert counts == [4, 12]
+        weights.append(found.network.maps.weight)
+        fingerprints.add(found.fingerprint)
+    assert counts == [4, 12, 4]
+    assert (len(fingerprints), trainings) == (1, ["once"])  # what it learned from is the same
+    assert all(torch.equal(weights[0], each) for each in weights)
 
 
 def test_another_classifier_s_file_is_refused(root: Path) -> None:
