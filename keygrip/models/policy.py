@@ -57,6 +57,12 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
     return [seen[name] for name in cameras]
 
 
+def called(observation: Observation, cameras: Sequence[str]) -> Sequence[str]:
+    """What messages call the views of `views_there` (see `image_of`): by name where the observation names its cameras,
+    and "" where its own image is that of the only camera."""
+    return cameras if observation.get("cameras") else ("",)
+
+
 def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the arms are: position ``[A, 3]``, quaternion ``[A, 4]`` and gripper ``[A]`` of an observation, as it names
     them; with one arm the A axis may be left out.

@@ -13,14 +13,14 @@ Shape legend: A arms, T planned steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from keygrip.models.dark_images import DARK_LEVELS, spread_of_image
-from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, image_of, views_of, views_there
+from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, called, image_of, views_of, views_there
 
 QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
 GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
@@ -60,19 +60,21 @@ class Bounds:
             needs: what the policy reads. masks: it leaves out images that show nothing by its own criterion
                 (`keygrip.models.dark_images`); they are let through, unless all are such.
         """
-        names = needs.cameras or ("",)
+        names: Sequence[str] = needs.cameras or ("",)
+        told = names
         views: list[Mapping[str, Any] | None] = [observation]
         if needs.cameras:
             views = [*(views_there if masks else views_of)(observation, needs.cameras)]
+            told = called(observation, needs.cameras)
         levels = [
             0.0 if view is None else spread_of_image(image_of(view, name))
-            for name, view in zip(names, views, strict=True)
+            for name, view in zip(told, views, strict=True)
         ]
         masked = [masks and spread < DARK_LEVELS for spread in levels]
         dark = [spread < self.image_levels for spread in levels]
         refused = [
             name
-            for name, is_dark, is_masked in zip(names, dark, masked, strict=True)
+            for name, is_dark, is_masked in zip(told, dark, masked, strict=True)
             if is_dark and (all(masked) or not is_masked)
         ]
         if refused:
@@ -80,14 +82,14 @@ class Bounds:
                 f"{_image(refused[0])} shows nothing: its brightness varies by less than bounds.image_levels="
                 f"{self.image_levels:g} of 255; is the lens covered, the light off, or the camera not running?"
             )
-        for name, view in zip(names, views, strict=True):
+        for name, said, view in zip(names, told, views, strict=True):
             if view is None or not needs.calibrated(name):
                 continue
             height, width = np.shape(view["image"])[:2]
             centre = np.asarray(view["intrinsics"], float)[:2, 2]
             if not np.abs(centre / (width, height) - 0.5).max() <= self.centre_share:  # also what is not a number
                 raise ImplausibleError(
-                    f"{_image(name)} has {width} x {height} pixels and its intrinsics put the centre at "
+                    f"{_image(said)} has {width} x {height} pixels and its intrinsics put the centre at "
                     f"({centre[0]:.4g}, {centre[1]:.4g}), farther from the middle than bounds.centre_share="
                     f"{self.centre_share:g} of a side: are they of another resolution?"
                 )

@@ -123,6 +123,13 @@ def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> 
     for image, said in ((np.zeros((48, 64)), "not 48 x 64 float64"), (np.full((48, 64, 3), 0.5), "not .* float64")):
         with pytest.raises(ValueError, match=said):  # and nothing of a covered lens
             bounds.refuse_images({**seen, "image": image}, one)
+    flat = {name: value for name, value in seen.items() if name != "cameras"}  # what a client of one camera may send
+    with pytest.raises(ImplausibleError, match=r"^'image' shows nothing"):
+        bounds.refuse_images({**flat, "image": np.full((48, 64, 3), 7, np.uint8)}, Needs(("right",), ("front",)))
+    with pytest.raises(ValueError, match=r"^the observation lacks 'image'"):
+        bounds.refuse_images({**flat, "image": None}, Needs(("right",), ("front",)))
+    with pytest.raises(ValueError, match=r"^camera 'front' of the observation lacks 'image'"):
+        bounds.refuse_images({"cameras": {"front": {**flat, "image": None}}}, Needs(("right",), ("front",)))
     absent = {**seen, "cameras": {**seen["cameras"], "front": None}}
     bounds.refuse_images(absent, both, masks=True)
     with pytest.raises(ImplausibleError, match="camera 'over' shows nothing"):

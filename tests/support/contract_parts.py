@@ -63,11 +63,14 @@ def wrong_observations(seen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
         yield {**seen, name: value}, said
     for name in ("position", "quaternion", "gripper"):
         yield {key: value for key, value in seen.items() if key != name}, f"the observation lacks '{name}', which is"
-    image, whose = seen["image"], "(camera '.+' of )?the observation"
-    for wrong, said in (
-        (image[..., 0], f"'image' of {whose} must be H x W x 3 uint8, RGB, not 96 x 128 uint8"),
-        (image.astype(np.float32) / 255, f"'image' of {whose} must be .*, not 96 x 128 x 3 float32"),
-        (None, f"{whose} lacks 'image'"),
-    ):
-        views = {name: {**view, "image": wrong} for name, view in seen["cameras"].items()}
-        yield {**seen, "image": wrong, "cameras": views}, said
+    cameras, image = [*seen["cameras"]], seen["image"]
+    # the only camera needs no name, and has none in what is said then
+    for names in [cameras, []] if len(cameras) == 1 else [cameras]:
+        whose = f"camera '{names[0]}' of the observation" if names else "the observation"
+        for wrong, said in (
+            (image[..., 0], f"^'image' of {whose} must be H x W x 3 uint8, RGB, not 96 x 128 uint8"),
+            (image.astype(np.float32) / 255, f"^'image' of {whose} must be .*, not 96 x 128 x 3 float32"),
+            (None, f"^{whose} lacks 'image'"),
+        ):
+            views = {name: {**seen["cameras"][name], "image": wrong} for name in names}
+            yield {**seen, "image": wrong, "cameras": views}, said

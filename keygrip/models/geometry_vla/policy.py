@@ -22,6 +22,7 @@ from keygrip.models.policy import (
     Observation,
     Plan,
     calibration_of,
+    called,
     image_of,
     instruction_of,
     robot_number,
@@ -271,8 +272,10 @@ class GeometryVLAPolicy:
         instructions = [instruction_of(seen) for seen in observations]
         views = [
             [
-                self._view(view, name, needs.calibrated(name))
-                for name, view in zip(needs.cameras, views_of(seen, needs.cameras), strict=True)
+                self._view(view, told, needs.calibrated(name))
+                for name, view, told in zip(
+                    needs.cameras, views_of(seen, needs.cameras), called(seen, needs.cameras), strict=True
+                )
             ]
             for seen in observations
         ]

@@ -19,6 +19,7 @@ from keygrip.models.policy import (
     Observation,
     Plan,
     calibration_of,
+    called,
     image_of,
     instruction_of,
     views_of,
@@ -181,15 +182,19 @@ class VolumeQueryPolicy:
         mean, std = self._geometry.mean, self._geometry.std
         return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
 
-    def _first_view(self, observation: Observation) -> Mapping[str, Any]:
-        """What the first camera sees: of a network of one camera, the observation's own image."""
-        return views_of(observation, self.module.views[:1])[0] if self.module.network.world_views else observation
+    def _first_view(self, observation: Observation) -> tuple[Mapping[str, Any], str]:
+        """What the first camera sees, and what messages call it: of a network of one camera, the observation's own
+        image."""
+        if not self.module.network.world_views:
+            return observation, ""
+        first = self.module.views[:1]
+        return views_of(observation, first)[0], called(observation, first)[0]
 
     def _sharp_image(self, observations: Sequence[Observation]) -> SharpImage | None:
         look = self.module.network.second_look
         if look is None:
             return None
-        images = [image_of(self._first_view(seen)) for seen in observations]
+        images = [image_of(*self._first_view(seen)) for seen in observations]
         details = [self._geometry.detail(image, look.sharp_size) for image in images]
         return SharpImage(torch.stack(details).to(self.module.device), self._geometry.mean, self._geometry.std)
 
@@ -219,9 +224,9 @@ class VolumeQueryPolicy:
             image, k, camera, further = self._all_views(observations)
         else:
             first = [self._first_view(seen) for seen in observations]
-            calibrations = [calibration_of(one) for one in first]
+            calibrations = [calibration_of(*one) for one in first]
             cut = [
-                self._geometry.apply(image_of(one), intrinsics)
+                self._geometry.apply(image_of(*one), intrinsics)
                 for one, (intrinsics, _) in zip(first, calibrations, strict=True)
             ]
             image = torch.stack([one.to(device) for one, _ in cut])
