@@ -146,7 +146,8 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
 def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
     """`config_folder`, and the folders that ``hydra.searchpath`` adds to it."""
     added = [each.partition("=")[2] for each in overrides if each.startswith("hydra.searchpath=")]
-    paths = [path.removeprefix("file://") for each in added for path in re.findall(r"[^,\[\]'\"]+", each)]
+    named = [path.strip() for each in added for path in re.findall(r"[^,\[\]'\"]+", each)]
+    paths = [path.removeprefix("file://") for path in named if path]
     return [config_folder(), *(Path(path) for path in paths if "://" not in path)]
 
 
@@ -280,7 +281,7 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
         known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
     except OSError:  # of `keygrip prepare`: each step has settings of its own
         known = []
-    if "hydra.run.dir=" in overrides:
+    if "run_dir" in known and "hydra.run.dir=" in overrides:
         raise SettingError("hydra.run.dir is empty, which would be the present folder: name the run folder by run_dir")
     if {"run_dir", "hydra.run.dir"} <= {override.partition("=")[0] for override in overrides}:
         raise SettingError("run_dir and hydra.run.dir both name the run folder: give run_dir alone")

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 
 from keygrip.config import (
@@ -107,10 +108,12 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
     without = re.search(r"Cannot find primary config '([^']+)'", causes)
     if without:
-        return (
-            f"there is no {without.group(1)}.yaml in the folder that stands in place of keygrip's configs "
-            "(--config-path): a folder of yours is added to these with --config-dir FOLDER"
-        )
+        if any(each.partition("=")[0] in ("--config-path", "-cp") for each in sys.argv[1:]):
+            return (
+                f"there is no {without.group(1)}.yaml in the folder that stands in place of keygrip's configs "
+                "(--config-path): a folder of yours is added to these with --config-dir FOLDER"
+            )
+        return f"there is no {without.group(1)}.yaml in keygrip's configs, nor in a folder added by --config-dir FOLDER"
     continuous = re.search(r"does not support sweep type : (\w+)_SWEEP", causes)
     if continuous:
         kind = continuous.group(1).lower()

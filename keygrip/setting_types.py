@@ -137,8 +137,8 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         if problem is not None:
             shown = "null" if value is None else repr(value)
             full = _below(place, key)
-            if isinstance(value, str) and NUMBER_AS_TEXT.fullmatch(value):
-                problem += "; this is text, as environment variables are: write ${oc.decode:${oc.env:NAME}}"
+            if isinstance(value, str) and NUMBER_AS_TEXT.fullmatch(value) and re.search(r"number|true", problem):
+                problem += "; this is text: leave out its quotes, or write ${oc.decode:${oc.env:NAME}} for a variable"
             raise SettingError(f"{passed_on.get(full, full)}={shown[:80]}: must be {problem}")
 
 

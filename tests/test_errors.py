@@ -84,6 +84,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
         (["run_dir=here", "resume=true"], 1, r"here/checkpoints/last.ckpt does not exist; leave out resume=true"),
+        (["--config-name=nothing"], 2, r"no nothing\.yaml in keygrip's configs, nor in a folder added"),
         (["--config-path=/"], 2, r"no train\.yaml in the folder .* added to these with --config-dir FOLDER"),
         (["~seed"], 2, r"~seed leaves out a setting that is always read: give it another value, seed=VALUE"),
         (["~data", "data.root=here"], 2, r"~data leaves out data.root, which this run needs"),
@@ -123,17 +124,19 @@ def test_options_of_a_folder_that_is_added_are_listed(cli: Callable[..., Any], t
     assert "the nearest is 'optimizer.lr'" in cli(*added, "experiment=mine", "optimizer.lrr=1").err
 
 
-@pytest.mark.parametrize("added", [("--config-dir", "mine"), ("hydra.searchpath=[mine]",)])
+@pytest.mark.parametrize("added", [("--config-dir", "mine"), ("hydra.searchpath=[file://more, file://mine]",)])
 def test_sections_of_a_folder_that_is_added_are_options(
     added: tuple[str, ...], cli: Callable[..., Any], tmp_path: Path
 ) -> None:
+    (tmp_path / "more").mkdir()
     mine = tmp_path / "mine" / "experiment" / "options.yaml"
     mine.parent.mkdir(parents=True)
-    mine.write_text("# @package _global_\nsmall_demo:\n  defaults: [demo]\n  max_steps: 8  # a look is enough\n")
-    assert cli(*added, "experiment=small_demo", "--cfg", "job", "--package", "max_steps").out.split() == ["8"]
-    shown = cli("--help", *added, "experiment=small_demo").out
+    name = "small_demo" if "--config-dir" in added else "little_demo"
+    mine.write_text(f"# @package _global_\n{name}:\n  defaults: [demo]\n  max_steps: 8  # a look is enough\n")
+    assert cli(*added, f"experiment={name}", "--cfg", "job", "--package", "max_steps").out.split() == ["8"]
+    shown = cli("--help", *added, f"experiment={name}").out
     assert re.search(r"^  max_steps=8 +# a look is enough$", shown, re.MULTILINE)
-    assert "nearest is experiment=small_demo; " in cli(*added, "experiment=small_dema").err
+    assert f"nearest is experiment={name}; " in cli(*added, f"experiment={name[:-1]}a").err
 
 
 @pytest.mark.parametrize("file", ["optimizer/adamw.yaml", "optimizer/options.yaml"])
@@ -157,7 +160,7 @@ def test_options_of_an_added_folder_with_names_of_keygrips_own_are_refused(
         (
             ["model.width=${oc.env:NO_WIDTH,'8'}"],
             2,
-            "model.width='8': must be a whole number; this is text, as",
+            "model.width='8': must be a whole number; this is text: leave",
         ),
         (["model._target_=their_own.Model"], 1, "pip install their_own, or, if it is your own, export PYTHONPATH=<"),
         (["optimizer.lr=fast"], 2, "optimizer.lr='fast': must be a finite number"),

@@ -138,6 +138,6 @@ def _forwarded(arguments: Sequence[str]) -> list[str]:
             kept.append(argument)
             if "=" not in argument and position + 1 < len(arguments):
                 kept.append(arguments[position + 1])
-        elif argument.lstrip("+").startswith("hydra.searchpath="):  # Hydra gives jobs no setting of its own
+        elif argument.startswith("hydra.searchpath="):  # Hydra gives jobs no setting of its own
             kept.append(argument)
     return kept

@@ -20,7 +20,7 @@ from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, op
 from keygrip.data.video import file_identity
 
 GROUPS_KEPT = 64  # row groups that a thread keeps at most: each is looked for among them
-KEPT_BYTES = 1 << 28  # of them together, the one read last aside
+KEPT_BYTES = 1 << 26  # of them together in a thread, the one read last aside
 
 
 @dataclass(frozen=True)
