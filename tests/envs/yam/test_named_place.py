@@ -295,6 +295,7 @@ def test_a_recording_whose_settings_lack_an_option_is_refused(tmp_path: Path, mo
     monkeypatch.setattr(recorder, "record_episode", lambda *arguments: True)
     task = TaskOptions(name="reach")
     record(task, tmp_path, 1, image_size=48, progress=False)
+    (tmp_path / "reach-000000").mkdir()  # the demonstration that no one recorded here
     stored = json.loads((tmp_path / "recording.json").read_text())
     del stored["settings"]["task"]["pedestal_m"]
     (tmp_path / "recording.json").write_text(json.dumps(stored))
