@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from keygrip import __version__
 from keygrip.artifacts import DISK_FULL
 from keygrip.config import (
     SettingError,
@@ -81,6 +82,9 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             failed.append(error)  # raised again outside Hydra, which would add lines of its own
             return None
 
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        sys.stdout.write(f"keygrip {__version__}\n")
+        return
     code, received = 0, set[int]()
     try:
         with _signals_raise(received):
@@ -193,7 +197,10 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     if isinstance(root, SettingError):
         return str(root), CONFIG_ERROR
     if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
-        return f"{where}the package {root.name!r} is not installed: {_installation(root.name)}", USER_ERROR
+        package = root.name.partition(".")[0]
+        if package != root.name and package in sys.modules:
+            return f"{where}the package {package!r} is installed and has no module {root.name!r}", USER_ERROR
+        return f"{where}the package {package!r} is not installed: {_installation(package)}", USER_ERROR
     lost = re.match(r"Error loading '([^']+)':\s*ModuleNotFoundError\(\"No module named '([\w]+)'", str(root))
     if lost:  # Hydra's words for a class of a package that is not there
         return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR

@@ -31,6 +31,8 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert all(f"  {name} " in shown for name in cli.COMMANDS)
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"keygrip {__version__}\n"
+    assert run(monkeypatch, "train", "--version") == 0
+    assert capsys.readouterr().out == f"keygrip {__version__}\n"
     assert run(monkeypatch, "trian") == 2
     assert "there is no command 'trian': the nearest is 'train'" in capsys.readouterr().err
     with monkeypatch.context() as context:

@@ -295,11 +295,13 @@ def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, mo
     [
         ("transformers", "pip install 'keygrip[vlm]' (in a clone: pip install -e '.[vlm]')"),
         ("foo", "pip install foo, or, if it is your own, export PYTHONPATH=<the folder that holds it>"),
+        ("foo.bar", "pip install foo, or, if it is your own, export PYTHONPATH=<the folder that holds it>"),
         ("mine", "mine of the present folder is found with `export PYTHONPATH=$PWD`"),
+        ("torch.no_such_part", None),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(
-    package: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from keygrip import command
 
@@ -311,7 +313,12 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setattr(sys, "argv", ["prepare", "step=validate", "root=x"])
     with pytest.raises(SystemExit):
         command.entry_point("prepare", needs_it)
-    assert capsys.readouterr().err.splitlines()[-1] == f"keygrip: the package {package!r} is not installed: {said}"
+    top = package.partition(".")[0]
+    if said is None:
+        expected = f"keygrip: the package {top!r} is installed and has no module {package!r}"
+    else:
+        expected = f"keygrip: the package {top!r} is not installed: {said}"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
 def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(

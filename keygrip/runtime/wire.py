@@ -114,7 +114,9 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     names = [name for name, entry in entries_of(needs).items() if name not in arrays and not entry.optional]
     absent = [name for name in names if name not in observation]
     if absent:
-        raise ValueError(f"the observation lacks {absent[0]!r}, which the policy reads")
+        alone = len(needs.cameras) == 1 and not observation.get("cameras")  # its camera's entries have no prefix then
+        name = absent[0].removeprefix(f"cameras/{needs.cameras[0]}/") if alone else absent[0]
+        raise ValueError(f"the observation lacks {name!r}, which the policy reads")
     arrays |= {name: np.asarray(observation[name]) for name in names}
     if needs.instruction:
         arrays["instruction"] = np.frombuffer(str(observation["instruction"]).encode(), np.uint8)

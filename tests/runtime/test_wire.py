@@ -93,6 +93,11 @@ def test_what_the_robot_lacks_is_said_before_anything_is_sent(observation: Obser
     sent["cameras"]["front"] = {"image": sent["cameras"]["front"]["image"]}
     with pytest.raises(ValueError, match="lacks 'cameras/front/intrinsics', which the policy reads"):
         encode_observation(sent, needs)
+    one_camera = replace(needs, cameras=("front",))
+    alone = {**sent, "image": sent["cameras"]["front"]["image"]}
+    del alone["cameras"], alone["intrinsics"]
+    with pytest.raises(ValueError, match="lacks 'intrinsics', which the policy reads"):
+        encode_observation(alone, one_camera)
     sent = observation()
     del sent["instruction"]
     with pytest.raises(ValueError, match="lacks 'instruction'"):
