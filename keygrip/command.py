@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from yaml import MarkedYAMLError
 
 from keygrip import __version__
 from keygrip.artifacts import DISK_FULL
@@ -196,6 +197,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return describe_config_error(error, config_name, overrides), CONFIG_ERROR
     if isinstance(root, SettingError):
         return str(root), CONFIG_ERROR
+    if isinstance(root, MarkedYAMLError):
+        return f"{where}no valid YAML: {one_line(root)}", CONFIG_ERROR
     if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
         package = root.name.partition(".")[0]
         if package != root.name and package in sys.modules:

@@ -158,7 +158,8 @@ def register_options(overrides: Sequence[str] = ()) -> None:
     A first line ``# @package ...`` holds for all sections.
 
     Raises:
-        SettingError: an added folder has an option of keygrip's own name, of which one would not be read.
+        SettingError: an added folder has an option of keygrip's own name, of which one would not be read, or one
+            without settings.
     """
     own = _register_own()
     for folder in config_folders(overrides)[1:]:
@@ -194,8 +195,10 @@ def _register_own() -> frozenset[str]:
 
 
 def _sections(folder: Path, file: Path) -> set[str]:
-    group = file.parent.relative_to(folder).as_posix()
-    return {f"{group}/{name!s}" for name in OmegaConf.load(file)}
+    group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
+    if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
+        raise SettingError(f"{file}: an option is a name with settings below it, as in a file {group}/NAME.yaml")
+    return {f"{group}/{name!s}" for name in options}
 
 
 def _store(folder: Path, file: Path) -> None:

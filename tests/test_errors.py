@@ -153,6 +153,26 @@ def test_options_of_an_added_folder_with_names_of_keygrips_own_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("options", "mine: [1\n", r"no valid YAML: .*mine/optimizer/options.yaml., line 2"),
+        ("mine", "lr: {\n", r"no valid YAML: .*mine/optimizer/mine.yaml., line 2"),
+        ("options", "mine: 3\n", r"optimizer/options.yaml: an option is a name with settings below it"),
+        ("options", "- mine\n", r"optimizer/options.yaml: an option is a name with settings below it"),
+    ],
+)
+def test_faulty_files_of_an_added_folder_are_named(
+    file: str, text: str, said: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine" / "optimizer"
+    folder.mkdir(parents=True)
+    (folder / f"{file}.yaml").write_text(text)
+    outcome = cli("--config-dir", "mine", "optimizer=mine")
+    assert outcome.code == 2
+    assert re.search(said, outcome.err)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["data.fail=the folder x is empty"], 1, "keygrip: the folder x is empty"),
