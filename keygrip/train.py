@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from keygrip.command import entry_point
-from keygrip.config import compose_with_choices, listed
+from keygrip.config import SettingError, compose_with_choices, listed
 from keygrip.config_errors import setting_errors
 from keygrip.training import run_folder
 from keygrip.training.idle_settings import refuse_idle
@@ -72,12 +72,15 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
         What ``result.json`` holds: ``status``, ``steps``, ``metrics``, ``run_dir``, ``checkpoint``, ``wall_s``.
 
     Raises:
-        ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
+        ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist,
+            and for ``sweep=NAME``, which is several trainings.
     """
     refuse_unguarded_script()
     given = listed(overrides)
     with setting_errors("train", given):
         cfg, choices = compose_with_choices("train", given)
+        if (sweep := choices.get("sweep")) is not None:
+            raise SettingError(f"sweep={sweep} is several trainings, for the command: keygrip train sweep={sweep}")
         refuse_idle(cfg, given)  # before a folder is made
     model, data = choices["model"], choices["data"]
     cfg.run_dir = run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), given)

@@ -78,6 +78,7 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
         (["optimizer.lr=1e-3,1e-4"], "optimizer.lr=1e-3,1e-4 holds a comma: as a list write"),
         (["-m"], "cannot read -m: settings are given as name=value"),
         (["model=volume_quer"], "no option 'volume_quer' in group 'model': nearest is model=volume_query"),
+        (["sweep=vla_comparison"], "several trainings, for the command: keygrip train sweep=vla_comparison"),
         (["max_stepz=1"], "there is no setting 'max_stepz' in train.yaml: the nearest is 'max_steps'"),
     ],
 )
