@@ -207,6 +207,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     lost = re.match(r"Error loading '([^']+)':\s*ModuleNotFoundError\(\"No module named '([\w]+)'", str(root))
     if lost:  # Hydra's words for a class of a package that is not there
         return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
+    if type(root).__name__ == "UncompletedJobError":
+        return _without_result(str(root)), USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
@@ -224,6 +226,16 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         what = f"{type(root).__name__}: {one_line(root)}"
         return f"{where}cannot be built with these settings ({what}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
+
+
+def _without_result(message: str) -> str:
+    """What submitit says of a job that died, without all that the job wrote."""
+    found = re.match(r"Job (\S+) .*with path (.+)\n.*state: (\w+)", message)
+    job = one_line(ValueError(message.partition("\n")[0]))
+    if found:
+        log = found[2].replace("_result.pkl", "_log.err")
+        job = f"job {found[1]} of the cluster ended without a result (state {found[3]}): see {log}"
+    return f"{job}; others may still run: when they have ended, the same command with resume=true makes the table"
 
 
 def _installation(package: str) -> str:

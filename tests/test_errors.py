@@ -284,6 +284,20 @@ def test_the_end_of_another_process_is_named() -> None:
     assert describe_error(RuntimeError(said), "train", []) == (expected, 1)
 
 
+def test_a_job_of_a_cluster_that_died_is_named_with_its_log() -> None:
+    from submitit.core.utils import UncompletedJobError
+
+    said = (
+        "Job 12_3 (task: 0) with path /a b/12_3_0_result.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\n"
+        "Error stream produced:\n----------------------------------------\nstep 1\nstep 2\n"
+    )
+    expected = (
+        "job 12_3 of the cluster ended without a result (state OUT_OF_MEMORY): see /a b/12_3_0_log.err; others may "
+        "still run: when they have ended, the same command with resume=true makes the table"
+    )
+    assert describe_error(UncompletedJobError(said), "train", []) == (expected, 1)
+
+
 def test_debug_shows_the_trace(cli: Callable[..., Any]) -> None:
     outcome = cli(*TOY, "logger=none", "run_dir=run", "data.fail=empty", "debug=true")
     assert outcome.code == 1
