@@ -117,23 +117,41 @@ def resume_setting(resume: bool | str | None) -> bool | str:
     return bool(resume)
 
 
-def choose_for_sweep(resume: bool | str | None, model: str, data: str) -> str:
+def choose_for_sweep(resume: bool | str | None, *names: str) -> str:
     """The folder of a sweep, whose jobs are numbered folders inside; with ``resume=true`` the newest one.
+
+    Args:
+        names: of the sweep, or of the model and the data that it trains.
 
     Raises:
         FileNotFoundError: no sweep to resume.
         ValueError: ``resume`` names a run; a sweep resumes as a whole.
     """
-    group = RUNS / "sweeps" / f"{model}_{data}"
+    group = RUNS / "sweeps" / "_".join(names)
+    if not whole_sweep(resume):
+        return str(_claimed(group))
+    found = newest_sweep(group)
+    if found is None:
+        raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
+    return str(found)
+
+
+def whole_sweep(resume: bool | str | None) -> bool:
+    """Whether a sweep resumes, by the setting ``resume``.
+
+    Raises:
+        ValueError: it names a run; a sweep resumes as a whole.
+    """
     resume = resume_setting(resume)
     if isinstance(resume, str):
         raise ValueError("a sweep resumes as a whole: give resume=true, and hydra.sweep.dir=<folder> for an older one")
-    if resume:
-        found = [path.parent for path in group.glob(f"*/{PLAN}")]
-        if not found:
-            raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
-        return str(max(found, key=lambda folder: (_recorded(folder / PLAN, "started"), folder.name)))
-    return str(_claimed(group))
+    return resume
+
+
+def newest_sweep(group: Path) -> Path | None:
+    """The sweep in ``group`` that began last, as it recorded that itself; None where there is none."""
+    found = [path.parent for path in group.glob(f"*/{PLAN}")]
+    return max(found, key=lambda folder: (_recorded(folder / PLAN, "started"), folder.name), default=None)
 
 
 @cache
@@ -221,13 +239,19 @@ def refuse_held(folder: Path) -> None:
     Raises:
         RunFolderError: it is held.
     """
-    if folder.resolve() in _held or not is_first_process() or not (folder / LOCK).is_file():
-        return
+    if folder.resolve() not in _held and is_first_process() and is_held(folder):
+        raise RunFolderError(_still_going_on(folder))
+
+
+def is_held(folder: Path) -> bool:
+    """Whether some process trains into a folder at this moment."""
+    if not (folder / LOCK).is_file():
+        return False
     try:
         with locked(folder / LOCK, wait=False):
-            pass
-    except BlockingIOError as error:
-        raise RunFolderError(_still_going_on(folder)) from error
+            return False
+    except BlockingIOError:
+        return True
 
 
 def _still_going_on(folder: Path) -> str:

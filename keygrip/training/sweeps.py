@@ -20,8 +20,8 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
-from keygrip.config_errors import root_cause
-from keygrip.training.launch import restarted_by_scheduler
+from keygrip.config_errors import one_line, root_cause
+from keygrip.training.launch import is_first_process, restarted_by_scheduler
 from keygrip.training.results import (
     FAILED,
     FINISHED,
@@ -32,7 +32,17 @@ from keygrip.training.results import (
     record_failure,
     write_result,
 )
-from keygrip.training.run_folder import CHECKPOINT, PLAN, RunFolderError, given_path, remove_if_empty
+from keygrip.training.run_folder import (
+    CHECKPOINT,
+    PLAN,
+    RunFolderError,
+    given_path,
+    is_held,
+    newest_sweep,
+    remove_if_empty,
+    resume_setting,
+    whole_sweep,
+)
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 log = logging.getLogger(__name__)
@@ -104,30 +114,45 @@ def numbers(figures: Any) -> dict[str, float]:
 class SweepSummary(Callback):
     """Hydra callback: notes at the start which jobs there will be, and writes the table at the end.
 
-    A folder that holds a sweep already is refused, unless that one is to go on: its plan and table would be lost.
+    A folder that holds a sweep already is refused, unless that one is to go on: its plan and table would be lost. So
+    is one that holds none where a sweep is to go on: every job would begin anew.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             folder = given_path("hydra.sweep.dir", config.hydra.sweep.dir)
+            jobs = planned_jobs(config)
+            if "resume" in config:
+                given = (o.partition("=")[2] for job in jobs for o in job if o.startswith("resume="))
+                going_on = [whole_sweep(resume) for resume in (config.resume, *given)]
+                _refuse_other_sweep(folder, any(going_on))
         except ValueError as error:
-            raise SweepRefused(str(error)) from error
-        if "resume" in config and not config.resume and not restarted_by_scheduler() and (folder / PLAN).is_file():
-            raise SweepRefused(
-                f"{folder} already holds a sweep: continue it with its command and resume=true, or give another "
-                "hydra.sweep.dir"
-            )
+            raise SweepRefused(one_line(root_cause(error))) from error
         folder.mkdir(parents=True, exist_ok=True)
         # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
-        plan = {"command": _command(config), "jobs": planned_jobs(config), "started": time.time()}
+        plan = {"command": _command(config), "jobs": jobs, "started": time.time()}
         write_json(folder / PLAN, plan)
         _open_sweeps.append(folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         finish_sweep(Path(config.hydra.sweep.dir))
+
+
+def _refuse_other_sweep(folder: Path, resume: bool) -> None:
+    """Raises ValueError: the folder holds a sweep that is not to go on, or none and one is to go on."""
+    planned = (folder / PLAN).is_file()
+    if resume and not planned:
+        beside = newest_sweep(folder.parent)
+        hint = "leave out resume=true" if beside is None else f"the newest beside it is hydra.sweep.dir={beside}"
+        raise ValueError(f"nothing to resume: {folder} holds no sweep; {hint}")
+    if planned and not resume and not restarted_by_scheduler():
+        raise ValueError(
+            f"{folder} already holds a sweep: continue it with its command and resume=true, or give another "
+            "hydra.sweep.dir"
+        )
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]]:

@@ -6,17 +6,23 @@ import csv
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from configs import composed
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from keygrip.artifacts import locked, write_json
+from keygrip.config import config_folder
 from keygrip.training.results import read_result, write_result
 from keygrip.training.run_folder import PLAN
-from keygrip.training.sweeps import collect, finish_sweep, markdown, table
+from keygrip.training.sweeps import collect, finish_sweep, markdown, run_job, table
 
 TOY = [
     "--config-dir",
@@ -81,6 +87,53 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any]) -> None:
     assert cli(*jobs, "resume=true").code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
     assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """The processes that the launcher of processes starts: none runs, each says one line and ends well."""
+    from hydra_plugins.keygrip_launcher import processes
+
+    started: list[SimpleNamespace] = []
+
+    def start(command: list[str], *, env: dict[str, str], stdout: Any, **kwargs: Any) -> SimpleNamespace:
+        stdout.write(b"a line\n")
+        folder = next(each for each in command if each.startswith("hydra.run.dir=")).partition("=")[2].strip('"')
+        started.append(SimpleNamespace(command=command, env=env, folder=Path(folder), returncode=0, poll=lambda: 0))
+        return started[-1]
+
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=start, STDOUT=None))
+    return started
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "sweep").glob("*.yaml")))
+def test_a_named_sweep_finds_its_folder_again(name: str) -> None:
+    text = (config_folder() / "sweep" / f"{name}.yaml").read_text()
+    assert f"    dir: ${{sweep_folder:${{resume}},{name}}}\n" in text
+
+
+def test_a_sweep_goes_on_in_a_folder_that_holds_one(cli: Callable[..., Any], processes: list[SimpleNamespace]) -> None:
+    named = ("sweep=vla_comparison", "hydra/launcher=processes", "ablation=yam_depth/volume_query")
+    outcome = cli(*named, "resume=true")
+    assert outcome.code == 1
+    assert "nothing to resume: no sweep in runs/sweeps/vla_comparison/; leave out" in outcome.err.splitlines()[-1]
+    older = Path("runs/sweeps/vla_comparison/older")
+    older.mkdir(parents=True)
+    write_json(older / PLAN, {"jobs": [], "started": 1.0})
+    for given, said in (
+        (("resume=true", "hydra.sweep.dir=runs/sweeps/vla_comparison/oldre"), f"beside it is hydra.sweep.dir={older}"),
+        (("resume=true", "hydra.sweep.dir=new"), "nothing to resume: new holds no sweep; leave out resume=true"),
+        (("resume=runs/one", "hydra.sweep.dir=new"), "a sweep resumes as a whole: give resume=true"),
+        (("resume=runs/one",), "a sweep resumes as a whole: give resume=true"),
+        (("resume=runs/one,runs/two",), "a sweep resumes as a whole: give resume=true"),
+    ):
+        outcome = cli(*named, *given)
+        assert (outcome.code, len(processes)) == (1, 0)
+        assert said in outcome.err.splitlines()[-1]
+        assert not Path("new").exists()
+    assert cli(*named, "resume=true").code == 0
+    assert [job.folder for job in processes] == [older / "0"]
+    assert list(older.parent.iterdir()) == [older]
 
 
 def test_a_sweep_is_not_written_over_another(cli: Callable[..., Any]) -> None:
