@@ -244,13 +244,16 @@ def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def collect(folder: Path) -> list[dict[str, Any]]:
     """One row a job: ``job, status, overrides {name: value}, metrics, wall_s, error``.
 
-    A planned job without a result is ``missing``, one whose process died is ``killed``.
+    A planned job without a result is ``missing``, one whose process died is ``killed``; ``running`` is one that goes on
+    by itself, as on a cluster.
     """
     rows = []
     for number, (overrides, job_folder) in enumerate(_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
-        status = "killed" if result.get("status") == RUNNING else result.get("status", "missing")
+        status = result.get("status", "missing")
+        if status == RUNNING and not (job_folder and is_held(job_folder)):
+            status = "killed"
         rows.append(
             {
                 "job": number,
@@ -267,11 +270,12 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     """Overrides of each planned job, and the folder with its result; without a plan, of each result."""
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    folders = [path.parent for path in sorted(folder.glob(f"**/{RESULT}"))]
-    given = {path: read_result(path).get("overrides", []) for path in folders}
+    results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
+    # Those of evaluations, in the folder of their job, have no status.
+    given = {path: result.get("overrides", []) for path, result in results.items() if "status" in result}
     if not plan["jobs"]:
         return [(overrides, path) for path, overrides in given.items()]
-    found = dict[int, Path]()
+    folders, found = list(given), dict[int, Path]()
     for named in (True, False):  # jobs with the same overrides (seed=0,0) are told apart by the folder's number
         for number, overrides in enumerate(plan["jobs"]):
             for path in folders if number not in found else ():

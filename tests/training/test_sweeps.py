@@ -80,6 +80,7 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any]) -> None:
     assert [row["status"] for row in collect(Path("sweep"))] == ["finished", "killed"]
     going_on = Path("sweep/1/result.json").read_text()
     with locked(Path("sweep/1/.lock")):  # the job is going on in another process
+        assert [row["status"] for row in collect(Path("sweep"))] == ["finished", "running"]
         outcome = cli(*jobs, "resume=true")
     assert outcome.code == 1
     assert "sweep/1 belongs to a run that is still going on" in outcome.err
@@ -134,6 +135,14 @@ def test_a_sweep_goes_on_in_a_folder_that_holds_one(cli: Callable[..., Any], pro
     assert cli(*named, "resume=true").code == 0
     assert [job.folder for job in processes] == [older / "0"]
     assert list(older.parent.iterdir()) == [older]
+
+
+def test_an_evaluation_in_the_folder_of_a_job_is_no_job(tmp_path: Path) -> None:
+    for jobs in ([], [[]]):  # not known beforehand; one without overrides
+        write_json(tmp_path / PLAN, {"jobs": jobs})
+        write_result(tmp_path / "0" / "closed_loop", {"conditions": {}})
+        write_result(tmp_path / "0", {"status": "failed", "overrides": [], "metrics": {}})
+        assert [row["status"] for row in collect(tmp_path)] == ["failed"]
 
 
 def test_a_sweep_is_not_written_over_another(cli: Callable[..., Any]) -> None:
