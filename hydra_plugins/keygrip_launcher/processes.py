@@ -18,6 +18,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from keygrip.training.run_folder import resume_setting
+from keygrip.training.sweeps import found_before, record_finished
+
 log = logging.getLogger(__name__)
 
 FORWARDED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
@@ -28,7 +31,9 @@ class _Job:
     number: int
     overrides: list[str]
     folder: Path
-    gpus: list[int] = field(default_factory=list)
+    finished: bool = False
+    gpus: list[str] = field(default_factory=list)
+    started: float = 0.0
     process: subprocess.Popen[bytes] | None = None
     output: IO[bytes] | None = None
 
@@ -36,11 +41,13 @@ class _Job:
 class ProcessLauncher(Launcher):
     """Runs every job as ``python -m <this command> <its overrides>``; its output goes to ``output.log`` in its folder.
 
-    A job that fails or dies does not stop the others. Ctrl-C and SIGTERM are passed on, so that every job saves.
+    A job that fails or dies does not stop the others. Ctrl-C and SIGTERM are passed on, so that every job saves. In a
+    sweep that goes on, jobs that finished before are left out, and the others resume what they have.
 
     Args:
         jobs_at_once: how many run side by side.
-        gpus_per_job: each job sees this many GPUs of its own (``CUDA_VISIBLE_DEVICES``); 0 leaves visibility alone.
+        gpus_per_job: each job sees this many GPUs of its own (``CUDA_VISIBLE_DEVICES``), out of those that the command
+            sees; 0 leaves visibility alone.
     """
 
     def __init__(self, jobs_at_once: int = 1, gpus_per_job: int = 0) -> None:
@@ -59,11 +66,14 @@ class ProcessLauncher(Launcher):
         setup_globals()
         assert self.config is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        waiting = [self._job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
-        free = [list(range(s * self.gpus_per_job, (s + 1) * self.gpus_per_job)) for s in range(self.jobs_at_once)]
+        free = self._shares()
+        jobs = [self._job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        waiting = [job for job in jobs if not job.finished]
         running: list[_Job] = []
-        returns: dict[int, JobReturn] = {}
-        total = len(waiting)
+        returns = {job.number: _returned(job) for job in jobs if job.finished}
+        if returns:
+            log.info("finished before, not run again: job %s", ", ".join(map(str, returns)))
+        total = len(jobs)
         log.info("%d jobs, %d at a time; each writes output.log in its folder", total, self.jobs_at_once)
         try:
             while waiting or running:
@@ -86,6 +96,26 @@ class ProcessLauncher(Launcher):
             raise
         return [returns[number] for number in sorted(returns)]
 
+    def _shares(self) -> list[list[str]]:
+        """The GPUs of each of the jobs that run side by side, by the names that this process has for its own.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not self.gpus_per_job:
+            return [[] for _ in range(self.jobs_at_once)]
+        import torch  # takes seconds, and Hydra imports this file for every command
+
+        count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
+        if self.jobs_at_once * self.gpus_per_job > count:
+            shown = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+            raise ValueError(
+                f"hydra.launcher: jobs_at_once={self.jobs_at_once} with gpus_per_job={self.gpus_per_job}, and {count} "
+                f"GPUs are seen{shown}: lower one of the two"
+            )
+        return [names[s * self.gpus_per_job : (s + 1) * self.gpus_per_job] for s in range(self.jobs_at_once)]
+
     def _job(self, number: int, overrides: list[str]) -> _Job:
         assert self.hydra_context is not None
         assert self.config is not None
@@ -93,17 +123,21 @@ class ProcessLauncher(Launcher):
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-        return _Job(number, overrides, Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+        folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
+        finished, resume = found_before(config, folder, overrides)
+        if "resume" in config and resume_setting(config.resume) != resume:
+            overrides = [*overrides, f"resume={str(resume).lower()}"]
+        return _Job(number, overrides, folder, finished)
 
-    def _start(self, job: _Job, gpus: list[int]) -> _Job:
-        job.gpus = gpus
+    def _start(self, job: _Job, gpus: list[str]) -> _Job:
+        job.gpus, job.started = gpus, time.perf_counter()
         job.folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         fixed = [f'hydra.run.dir="{job.folder}"', "hydra.mode=RUN", f"hydra.job.num={job.number}"]
         command = [*_this_command(), *_forwarded(sys.argv[1:]), *job.overrides, *fixed]
-        job.output = (job.folder / "output.log").open("wb")
+        job.output = (job.folder / "output.log").open("ab")
         # A session of its own: Ctrl-C reaches a job once, through us, and not a second time from the terminal.
         job.process = subprocess.Popen(
             command, env=environment, stdout=job.output, stderr=subprocess.STDOUT, start_new_session=True
@@ -119,8 +153,14 @@ class ProcessLauncher(Launcher):
         if code:
             what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             log.error("job %d ended with %s: see %s", job.number, what, job.folder / "output.log")
-        # A job's outcome is in its result.json; Hydra is told that every job succeeded, so that none stops the others.
-        return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, working_dir=str(job.folder))
+        else:
+            record_finished(job.folder, job.overrides, None, time.perf_counter() - job.started)
+        return _returned(job)
+
+
+def _returned(job: _Job) -> JobReturn:
+    # A job's outcome is in its result.json; Hydra is told that every job succeeded, so that none stops the others.
+    return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, working_dir=str(job.folder))
 
 
 def _this_command() -> list[str]:

@@ -60,7 +60,7 @@ def run_job(
 ) -> Any:
     """One job of a sweep. What goes wrong in it is written into its folder, and the sweep goes on.
 
-    With ``resume=true`` a job that finished before is not run again, and one that was cut off goes on.
+    In a sweep that goes on a job that finished before is not run again, and one that was cut off goes on.
 
     Args:
         describe: one line about an error, given it and the job's overrides. debug: writes the trace too.
@@ -71,13 +71,12 @@ def run_job(
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     started = time.perf_counter()
-    before = read_result(folder)
-    if cfg.get("resume"):
-        if before.get("status") == FINISHED and _same(before.get("overrides", []), overrides):
-            log.info("job %s finished before: not run again", hydra_cfg.job.num)
-            return before["metrics"]
-        with open_dict(cfg):
-            cfg.resume = (folder / CHECKPOINT).is_file()
+    finished, resume = found_before(cfg, folder, overrides)
+    if finished:
+        log.info("job %s finished before: not run again", hydra_cfg.job.num)
+        return read_result(folder).get("metrics")
+    if "resume" in cfg:
+        cfg.resume = resume
     try:
         if any(override.startswith("run_dir=") for override in overrides):
             raise ValueError("a sweep has a folder of each job: give hydra.sweep.dir=<folder> in place of run_dir")
@@ -97,11 +96,29 @@ def run_job(
             sys.stderr.write("".join(traceback.format_exception(error)))
         log.error("job %s (%s) failed: %s", hydra_cfg.job.num, " ".join(overrides), line)
         return None
-    if read_result(folder).get("status") != FINISHED:
-        wall_s = round(time.perf_counter() - started, 1)
-        metrics = numbers(figures)
-        write_result(folder, {"status": FINISHED, "overrides": overrides, "metrics": metrics, "wall_s": wall_s})
+    if is_first_process():  # the others of a job return while the first still evaluates
+        record_finished(folder, overrides, figures, time.perf_counter() - started)
     return figures
+
+
+def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tuple[bool, bool]:
+    """What a sweep that goes on, by ``resume=true`` or because the scheduler started it again, finds of a job.
+
+    Returns:
+        Whether it finished, and whether it left a checkpoint to resume; of a sweep that begins both are False.
+    """
+    if "resume" not in cfg or not (resume_setting(cfg.resume) or restarted_by_scheduler()):
+        return False, False
+    before = read_result(folder)
+    finished = before.get("status") == FINISHED and _same(before.get("overrides", []), overrides)
+    return finished, (folder / CHECKPOINT).is_file()
+
+
+def record_finished(folder: Path, overrides: Sequence[str], figures: Any, seconds: float) -> None:
+    """Writes that a job finished, with the numbers among its ``figures``, where it has not done so itself."""
+    if read_result(folder).get("status") != FINISHED:
+        result = {"overrides": list(overrides), "metrics": numbers(figures), "wall_s": round(seconds, 1)}
+        write_result(folder, {"status": FINISHED, **result})
 
 
 def numbers(figures: Any) -> dict[str, float]:

@@ -70,7 +70,7 @@ def test_a_serial_sweep_goes_on_after_a_failed_job_and_says_so(cli: Callable[...
     assert any("hparams" in tag for tag in board.summary_metadata)
 
 
-def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any]) -> None:
+def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = (*TOY, "optimizer.lr=0.01,0.1", "max_steps=6", "callbacks.checkpoint.every_n_steps=2")
     assert cli(*jobs).code == 0
     first = Path("sweep/0/result.json").stat().st_mtime_ns
@@ -88,6 +88,9 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any]) -> None:
     assert cli(*jobs, "resume=true").code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
     assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again, by the command as it was
+    assert cli(*jobs).code == 0
+    assert Path("sweep/0/result.json").stat().st_mtime_ns == first
 
 
 @pytest.fixture
@@ -105,6 +108,49 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
 
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=start, STDOUT=None))
     return started
+
+
+def test_a_sweep_of_processes_resumes_what_did_not_finish(
+    cli: Callable[..., Any], processes: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = (*TOY, "hydra/launcher=processes", "optimizer.lr=0.01,0.1,1")
+    assert cli(*jobs).code == 0
+    assert [[each for each in job.command if each.startswith("resume=")] for job in processes] == [[], [], []]
+    first = Path("sweep/0/result.json").stat().st_mtime_ns
+    result = json.loads(Path("sweep/1/result.json").read_text())
+    for resuming in (["resume=true"], []):
+        processes.clear()
+        Path("sweep/1/result.json").write_text(json.dumps(result | {"status": "interrupted"}))
+        Path("sweep/1/checkpoints").mkdir(exist_ok=True)
+        Path("sweep/1/checkpoints/last.ckpt").touch()
+        Path("sweep/2/result.json").unlink()
+        if not resuming:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert cli(*jobs, *resuming).code == 0
+        assert [str(job.folder) for job in processes] == ["sweep/1", "sweep/2"]
+        last = [[each.lower() for each in job.command if each.startswith("resume=")][-1:] for job in processes]
+        assert last == [["resume=true"], ["resume=false"] if resuming else []]
+    assert Path("sweep/0/result.json").stat().st_mtime_ns == first
+    assert Path("sweep/1/output.log").read_text() == "a line\n" * 3
+    assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished"] * 3
+
+
+def test_processes_share_out_the_gpus_that_the_command_sees(
+    cli: Callable[..., Any], processes: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("hydra/launcher=processes", "hydra.launcher.jobs_at_once=2", "hydra.launcher.gpus_per_job=2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("keygrip.training.metadata.machine", dict)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
+    assert cli(*TOY, *given, "seed=1,2").code == 0
+    assert [job.env["CUDA_VISIBLE_DEVICES"] for job in processes] == ["4,5", "6,GPU-7"]
+    processes.clear()
+    outcome = cli(*TOY, *given, "hydra.launcher.jobs_at_once=3", "seed=1,2", "hydra.sweep.dir=more")
+    assert outcome.code == 1
+    said = "and 4 GPUs are seen with CUDA_VISIBLE_DEVICES=4,5,6,GPU-7: lower one of the two"
+    assert outcome.err.splitlines()[-1] == f"keygrip: hydra.launcher: jobs_at_once=3 with gpus_per_job=2, {said}"
+    assert processes == []
+    assert not Path("more").exists()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "sweep").glob("*.yaml")))
@@ -135,6 +181,21 @@ def test_a_sweep_goes_on_in_a_folder_that_holds_one(cli: Callable[..., Any], pro
     assert cli(*named, "resume=true").code == 0
     assert [job.folder for job in processes] == [older / "0"]
     assert list(older.parent.iterdir()) == [older]
+
+
+def test_a_helper_process_of_a_job_leaves_its_result_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = {"runtime": {"output_dir": str(tmp_path)}, "overrides": {"task": ["seed=1"]}, "job": {"num": 0}}
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(hydra | {"launcher": {}}))
+    cfg = OmegaConf.create({"resume": False})
+    write_result(tmp_path, {"status": "running", "overrides": ["seed=1"], "metrics": {}})
+    for process, status in (("1", "running"), ("0", "finished")):
+        monkeypatch.setenv("SLURM_PROCID", process)
+        run_job(lambda cfg: {"loss": 1.0}, cfg, lambda error, given: str(error), False)
+        assert read_result(tmp_path)["status"] == status
 
 
 def test_an_evaluation_in_the_folder_of_a_job_is_no_job(tmp_path: Path) -> None:
