@@ -206,6 +206,26 @@ def test_an_evaluation_in_the_folder_of_a_job_is_no_job(tmp_path: Path) -> None:
         assert [row["status"] for row in collect(tmp_path)] == ["failed"]
 
 
+@pytest.mark.parametrize("root", sorted(path.stem for path in config_folder().glob("*.yaml")))
+def test_every_command_makes_a_table_of_its_sweeps(root: str) -> None:
+    cfg = composed(root, ["step=record"] if root == "prepare" else [], with_hydra=True)
+    assert cfg.hydra.callbacks.sweep_summary._target_.endswith(".SweepSummary")
+
+
+def test_a_sweep_of_another_command_says_which_jobs_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from keygrip import command, prepare
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", "-m", "step=validate", "root=none1,none2"])
+    with pytest.raises(SystemExit) as stop:
+        command.entry_point("prepare", prepare.print_report)
+    assert stop.value.code == 1
+    said = r"keygrip: 2 of 2 jobs of the sweep did not finish: 0 \(failed\), 1 \(failed\); see multirun/.*"
+    assert re.fullmatch(said, capsys.readouterr().err.splitlines()[-1])
+
+
 def test_a_sweep_is_not_written_over_another(cli: Callable[..., Any]) -> None:
     Path("sweep").mkdir()
     plan = json.dumps({"command": "that of days ago", "jobs": [["seed=1"]], "started": 1.0})
