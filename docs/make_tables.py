@@ -431,7 +431,7 @@ def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, 
         (f"cube within {pixels // 16} of {pixels} px", "cube_within_4px", 2),
         (f"block within {pixels // 16} of {pixels} px", "block_within_4px", 2),
         ("colour as asked", "colour_as_asked", 2),
-        ("side as asked", "side_as_asked", 2),
+        ("side as asked (another image's features: as there)", "side_as_asked", 2),
         ("exactly the named objects", "objects_as_named", 2),
     )
     rows = [

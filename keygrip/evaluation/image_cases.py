@@ -141,7 +141,7 @@ class Asked:
 
     Args:
         conditions: normalised. target: [B, 3, H, W] the real images to compare with.
-        records: whose layout is asked for, B of them. colours: of the cube, in words.
+        records: whose layout is asked for, B of them. colours: of the cube, in words. sides_told: so are their sides.
         seeds: B of them, from which the images are drawn; an image of the data has the same one in every case.
     """
 
@@ -151,6 +151,7 @@ class Asked:
     seeds: list[int]
     colours: list[str] | None
     captions: list[str]
+    sides_told: bool = True
 
 
 class Suite:
@@ -241,9 +242,8 @@ class Suite:
                 return None
             other = torch.arange(len(batch)).roll(-1)
             records = [batch.records[i] for i in other.tolist()]
-            return replace(
-                asked, conditions=own.with_dino_of(other), target=real[other.to(real.device)], records=records
-            )
+            target = real[other.to(real.device)]
+            return replace(asked, conditions=own.with_dino_of(other), target=target, records=records, sides_told=False)
         if case == "shuffled_patches":
             assert own.patches is not None
             order = torch.randperm(own.patches.shape[1], generator=torch.Generator().manual_seed(numbers.start))
@@ -270,7 +270,7 @@ class Suite:
         )
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
         records, seeds = [asked.records[i] for i in kept], [asked.seeds[i] for i in kept]
-        return Asked(conditions, asked.target[index], records, seeds, colours, captions)
+        return Asked(conditions, asked.target[index], records, seeds, colours, captions, sides_told=not words)
 
     def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
         """Images [B, 3, H, W] in 0..1."""
@@ -310,7 +310,7 @@ class Suite:
         apart = (truth[:, 0, 0] - truth[:, 1, 0]).cpu()
         clear = apart.abs() > SIDE_MARGIN
         side = (verdict.places[:, 0, 0] - verdict.places[:, 1, 0]).cpu()
-        found["side_as_asked"] = (torch.sign(side) == torch.sign(apart))[clear]
+        found["side_as_asked" if asked.sides_told else "side_of_reference"] = (side.sign() == apart.sign())[clear]
         return found
 
     def evaluate(self) -> dict[str, Any]:
@@ -427,7 +427,7 @@ class Suite:
         return table
 
     def _with_grain_off(self, found: dict[str, Any]) -> dict[str, Any]:
-        """With how far the grain is from that of as many real images: more is noise, less is blur."""
+        """With how far the grain is from that of real images: more is noise, less is blur."""
         return {**found, "grain_off": round(abs(found["grain"] - self.real_grid["grain"]), 5)}
 
     def steps(self) -> list[dict[str, Any]]:
@@ -444,11 +444,12 @@ class Suite:
     @cached_property
     @torch.no_grad()
     def real_grid(self) -> dict[str, float]:
-        """The anchor of the curves: as many held-out real images against the same training images."""
+        """The anchor of the curves: `grid_images` held-out real images against the same training images."""
         real = [images for _, images, _ in self.batches(self.options.grid_images)]
         features = torch.cat([self.features.features(images).float().cpu() for images in real])
         grains = torch.cat([grain(images).float().cpu() for images in real])
-        return {"grain": round(float(grains.mean()), 5), **set_figures(features, self.reference)}
+        mean = round(float(grains.mean()), 5)
+        return {"images": len(features), "grain": mean, **set_figures(features, self.reference)}
 
     def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
         """What a case asks of the images of the curves: with the latents' size of each batch."""

@@ -41,6 +41,7 @@ FIGURES = {
     "objects_as_named": "share of images with exactly the named objects",
     "colour_as_asked": "share of cubes in the colour that the words ask for",
     "side_as_asked": "share of cubes on the side of the block that the words ask for",
+    "side_of_reference": "the same of the reference image, where the words are of another one or replaced",
     "frechet": "Frechet distance of the set from real training images",
     "cmmd": "maximum mean discrepancy of the same sets; 0: none",
     "precision": "share of the images that lie among real ones",
@@ -207,7 +208,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
         rows = {
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
-        lines += ["", *table({"real images, as many": figures["real_grid"], **rows})]
+        lines += ["", *table({"real images": figures["real_grid"], **rows})]
         found = weighed(figures["scales"], SCALES_PARETO)
         if found is not None:
             pair, front = found
@@ -219,7 +220,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
         lines += ["", "## Words alone over the text scale", ""]
         named = {f"text {row['text_scale']:g}": row for row in figures["word_scales"]}
         rows = {name: {k: v for k, v in row.items() if k != "text_scale"} for name, row in named.items()}
-        lines += table({"real images, as many": figures["real_grid"], **rows})
+        lines += table({"real images": figures["real_grid"], **rows})
         found = weighed(figures["word_scales"], WORDS_PARETO)
         if found is not None:
             names = " and ".join(name.lstrip("-") for name in found[0])
@@ -233,7 +234,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             }
             for row in figures["steps"]
         }
-        lines += table({"real images, as many": figures["real_grid"], **rows})
+        lines += table({"real images": figures["real_grid"], **rows})
     if CURVES in images:
         lines += ["", f"![{CURVES}]({CURVES})"]
     return "\n".join(lines) + "\n"
@@ -290,7 +291,7 @@ def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
 def curves(figures: Mapping[str, Any]) -> bytes:
     """Three plots: what is weighed against each other over the guidance scales, with its Pareto front; the same of
     images from words alone; and the Frechet distance against the evaluations that an image costs, by case, beside that
-    of as many real images."""
+    of real images."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -329,7 +330,7 @@ def curves(figures: Mapping[str, Any]) -> bytes:
             right.annotate(f"{row['steps']}", (row["evaluations"], row["frechet"]), fontsize=7)
     if drawn:
         if "frechet" in real:
-            right.axhline(real["frechet"], color="black", linestyle=":", label="real images, as many")
+            right.axhline(real["frechet"], color="black", linestyle=":", label="real images")
         right.set(xlabel="evaluations per image", ylabel=AXES["frechet"], xscale="log", yscale="log", title="steps")
         right.legend()
     else:

@@ -211,6 +211,8 @@ def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     swapped, _, _ = asked_of(suite, "dino_swap")
     followed = {name: float(values.mean()) for name, values in suite.measure(real.roll(-1, 0), swapped).items()}
     assert followed["cube_within_4px"] == 1
+    assert followed["side_of_reference"] == 1
+    assert "side_as_asked" not in followed  # the words are of the own image
     changed, _, _ = asked_of(suite, "changed_words")
     kept = {name: float(values.mean()) for name, values in suite.measure(real, changed).items()}
     assert (kept["colour_as_asked"], kept["colour_of_reference"], kept["objects_as_named"]) == (0, 1, 0)
@@ -407,7 +409,8 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     curve = [(row["case"], row["steps"], row["evaluations"]) for row in figures["steps"]]  # three and two branches
     assert curve == [("reconstruction", 1, 3), ("reconstruction", 2, 6), ("text_only", 1, 2), ("text_only", 2, 4)]
     assert all({"frechet", "ssim", "s_per_image"} <= set(row) for row in [*figures["steps"], *figures["scales"]])
-    assert set(figures["real_grid"]) == {"grain", "frechet", "cmmd"}  # of two images no neighbours
+    assert set(figures["real_grid"]) == {"images", "grain", "frechet", "cmmd"}  # of two images no neighbours
+    assert figures["real_grid"]["images"] == quick().grid_images
     assert [row["text_scale"] for row in figures["word_scales"]] == [1.0, 3.0]  # words alone: other images by scale
     assert figures["word_scales"][0]["ssim"] != figures["word_scales"][1]["ssim"]
     for row in [*figures["word_scales"], *figures["scales"]]:
@@ -439,6 +442,7 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     assert json.loads(json.dumps(figures)) == figures
     names = headline(figures)
     assert names["shuffled_patches/psnr_db"] == figures["cases"]["shuffled_patches"]["psnr_db"]
+    assert "side_of_reference" in figures["cases"]["dino_swap"]
     assert {"changed_words/colour_as_asked", "reconstruction/cube_within_4px", "text_only/side_as_asked"} <= set(names)
 
 
