@@ -29,10 +29,10 @@ class AutoencoderModule(System):
         network: the autoencoder. encoders: of the shards, which hold pixels exactly. optimizer: the recipe.
         difference_weight: of the error of differences. kl_weight: of the mean divergence per number of a latent.
         shown: images that validation shows. init_from: run folder or checkpoint of such an autoencoder whose weights
-            are the start. decoder_only: the encoder stays as `init_from` has it, so that a model of its latents need
-            not be trained anew. latent_noise: largest standard deviation of the noise on what the decoder is given in
-            training, in standard deviations of a latent's channel; drawn for each image from 0 on. What a diffusion
-            model draws is never quite a latent of an image.
+            are the start. decoder_only: the encoder stays as `init_from` has it, and with it latents; a
+            model that was trained on them goes on drawing with the decoder of then. latent_noise: largest standard
+            deviation of the noise on what the decoder is given in training, in standard deviations of a latent's
+            channel; drawn for each image from 0 on. What a diffusion model draws is never quite a latent of an image.
 
     Raises:
         ValueError: negative weights, encoders whose latents are not pixels, or `decoder_only` without `init_from`.

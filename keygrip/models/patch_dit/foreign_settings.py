@@ -56,14 +56,20 @@ def foreign_settings(names: Iterable[str], found: Mapping[str, Tensor]) -> Forei
     # Of layers that this network lacks, `found` has the file's own names.
     if any(".self_attention.query.weight" in name for name in found):
         shown["qk_norm"] = any(norm in name for name in found for norm in (".query_norm.", ".q_norm.", ".norm_q."))
-    whole = list(names)
+    names = list(names)
     shown["output_convolution"] = any(
-        name.endswith(f"{layer}.weight") for name in whole for layer in ("output_conv", "output_convolution")
+        name.endswith(f"{layer}.weight") for name in names for layer in ("output_conv", "output_convolution")
     )
-    named = all(any(name == known or name.endswith(f".{known}") for name in whole) for known in SOURCE_NAMES)
-    if not named or level is None or latent is None or len(level) != len(latent):  # its noise level's MLP is as wide
+    as_wide = level is not None and latent is not None and len(level) == len(latent)  # its noise level's MLP
+    if not has_source_names(names) or not as_wide:
         return ForeignSettings(shown, {})
     return ForeignSettings(shown, shown | SOURCE_SETTINGS)
+
+
+def has_source_names(names: Iterable[str]) -> bool:
+    """Whether a file has the names of the source's own transformer, which no other implementation that we know has."""
+    names = list(names)
+    return all(any(name == known or name.endswith(f".{known}") for name in names) for known in SOURCE_NAMES)
 
 
 def other_settings(meaning: Mapping[str, Any], theirs: Mapping[str, Any], both_have_patches: bool) -> dict[str, Any]:

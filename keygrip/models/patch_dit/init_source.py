@@ -139,8 +139,10 @@ def read_source(path: str | Path) -> InitSource:
     refuse_other_format(content, file)
     if isinstance(content.get(HEADER), Mapping):
         return _keygrip_source(str(path), read_checkpoint(file))  # refuses it: it has lost its hash
-    nested = (content[key] for key in ("state_dict", "model", "ema") if isinstance(content.get(key), Mapping))
-    return InitSource(str(path), _of_network(next(nested, content)))
+    key, weights = _by_name(content)
+    if key:
+        log.info("init_from=%s: its weights are those under %r, of %s", file, key, ", ".join(map(str, content)))
+    return InitSource(str(path), _of_network(weights))
 
 
 def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:
@@ -172,6 +174,16 @@ def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: Stati
             "features as they are, give model.init_from_statistics=identity",
             source.path,
         )
+
+
+def _by_name(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Where a file of somebody else's has its weights, and these; "": they stand there themselves. The EMA goes first,
+    with which such models are drawn."""
+    for key in ("ema", "ema_state_dict", "model_ema", "state_dict", "model"):
+        inside = content.get(key)
+        if isinstance(inside, Mapping) and any(isinstance(value, Tensor) for value in inside.values()):
+            return key, inside
+    return "", content
 
 
 def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:

@@ -48,7 +48,7 @@ def cell_features(grid: tuple[int, int], width: int, device: torch.device | str 
     float32: a quarter each for sine and cosine of the row and of the column.
 
     A place in the image has other features in a finer grid and in another bucket; networks that were trained so need
-    them (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023).
+    them, such as that of model=patch_dit_source. The fixed tables of DiT and PixArt have the column's half first.
 
     Args:
         grid: (rows, columns). width: a multiple of 4.

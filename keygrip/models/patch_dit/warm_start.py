@@ -6,9 +6,10 @@ without a word. A rule of one's own that leads to a usual name (``^head\\.`` to 
 usual there, and they are brought into our order; one that leads to our name (``latent_out.``) says that they stand as
 here, and they are taken as they are:
 
-- ``qkv`` is split into query and key_value;
+- ``qkv`` is split into query and key_value, separate keys and values are joined;
 - ``adaLN_modulation.1`` gives shift and scale (and gate) of one branch after the other, ours all shifts, then all
-  scales;
+  scales; six vectors are three shifts and scales in the source's own transformer alone, elsewhere shift, scale and gate
+  of two branches, and are left out with a warning;
 - ``final_proj`` and ``final_layer.linear`` give a token's numbers by (row, column, channel), ours by channel first;
 - null embeddings in the features' own space, before the projection, are projected;
 - a layer that has no bias there gets one of zeros here, and parameters that differ by axes of length 1 are taken.
@@ -29,6 +30,7 @@ from keygrip.models.patch_dit.foreign_settings import (
     SOURCE_CONFIG,
     as_overrides,
     foreign_settings,
+    has_source_names,
     other_settings,
     plain,
 )
@@ -65,6 +67,7 @@ USUAL = {
 BUILDER = "context_builder."
 PROJECTED = {"null_text": "text_proj", "null_dino": "dino_proj", "null_dino_patches": "dino_patch_proj"}
 PARTS = (6, 9)  # vectors of a block's modulation: shift and scale of three branches, with or without gates
+KEYS, VALUES = ("to_k", "k_proj", "k"), ("to_v", "v_proj", "v")  # of attention, where they are layers of their own
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,8 @@ def translated(
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     idle = set(renames)
-    wrapper = _wrapper(weights)
+    wrapper, of_source, gates = _wrapper(weights), has_source_names(weights), list[str]()
+    weights = _joined(weights, own)
     for name, value in weights.items():
         plain = _own_name(name.removeprefix(wrapper), own)
         for pattern, replacement in renames.items():
@@ -299,6 +303,10 @@ def translated(
         if plain not in own:
             for pattern, replacement in USUAL.items():
                 plain = plain if plain in own else re.sub(pattern, replacement, plain)
+            unsure = plain in own and not of_source and value.shape == own[plain].shape
+            if unsure and _vectors(plain, value, own) == PARTS[0]:
+                gates.append(name)
+                plain = name
             value = _in_our_order(plain, value, own, patch_size) if plain in own else value
         parts = _split(plain, value)
         fits = plain in own or any(part in own for part in parts)
@@ -313,6 +321,13 @@ def translated(
         origin |= dict.fromkeys(new, name)
     if idle:
         raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
+    if gates:
+        log.warning(
+            "%s and %d more of the file are left out: six vectors of a block are usually shift, scale and gate of two "
+            "branches, and this network's are shift and scale of three. Where the file's are the latter, all shifts "
+            "first, say so with model.init_from_renames=[[PATTERN,modulation.linear.]]",
+            *(gates[0], len(gates) - 1),
+        )
     return _projected(found, own)
 
 
@@ -331,11 +346,16 @@ def _in_our_order(name: str, value: Tensor, own: Mapping[str, Tensor], patch_siz
     cells = patch_size**2
     if name.startswith("latent_out.") and not value.shape[0] % cells:
         return value.unflatten(0, (cells, -1)).transpose(0, 1).flatten(0, 1)
-    if name.startswith("blocks.") and ".modulation.linear." in name:
-        count, rest = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
-        if count in PARTS and not rest:
-            return value.unflatten(0, (3, count // 3, -1)).transpose(0, 1).flatten(0, 2)
-    return value
+    count = _vectors(name, value, own)
+    return value.unflatten(0, (3, count // 3, -1)).transpose(0, 1).flatten(0, 2) if count in PARTS else value
+
+
+def _vectors(name: str, value: Tensor, own: Mapping[str, Tensor]) -> int:
+    """Of how many vectors of the network's width a block's modulation consists; 0: it is none."""
+    if not name.startswith("blocks.") or ".modulation.linear." not in name:
+        return 0
+    count, rest = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
+    return 0 if rest else count
 
 
 def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -358,6 +378,20 @@ def _split(name: str, value: Tensor) -> dict[str, Tensor]:
         return {name: value}
     width = value.shape[0] // 3
     return {f"{stem}.query.{part}": value[:width], f"{stem}.key_value.{part}": value[width:]}
+
+
+def _joined(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With keys and values that are layers of their own as one layer, ``kv``."""
+    found = dict(weights)
+    for name in weights:
+        stem, _, part = name.rpartition(".")
+        above, _, layer = stem.rpartition(".")
+        if layer not in KEYS or name in own:
+            continue
+        other = f"{above}.{VALUES[KEYS.index(layer)]}.{part}"
+        if other in found and found[name].shape == found[other].shape:
+            found[f"{above}.kv.{part}"] = torch.cat([found.pop(name), found.pop(other)])
+    return found
 
 
 def _squeezed(value: Tensor) -> list[int]:

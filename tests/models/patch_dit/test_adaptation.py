@@ -97,6 +97,38 @@ def test_weights_under_other_names_are_all_taken(options: dict[str, Any]) -> Non
     assert torch.equal(velocity(network, conditions), velocity(source, conditions))
 
 
+def test_separate_keys_and_values_are_joined() -> None:
+    source, network = small_dit(seed=3), small_dit(seed=4)
+    weights: dict[str, Tensor] = {}
+    for name, value in foreign(source).items():
+        stem, fused, part = name.rpartition(".attn.qkv.")
+        layers = dict(zip(("q", "k", "v"), value.chunk(3), strict=True)) if fused else {}
+        stem, both, part = (stem, fused, part) if fused else name.rpartition(".cross_attn.kv.")
+        layers = layers or (dict(zip(("k", "v"), value.chunk(2), strict=True)) if both else {})
+        kind = both.split(".")[1] if both else ""
+        weights |= {f"{stem}.{kind}.to_{layer}.{part}": rows for layer, rows in layers.items()} or {name: value}
+    assert sum(".to_v." in name for name in weights) >= 4
+    report = take(network, weights, "there", min_share=1.0)
+    assert not report.missing
+    assert not report.unexpected
+    conditions = conditions_of()
+    assert torch.equal(velocity(network, conditions), velocity(source, conditions))
+
+
+def test_gates_of_the_usual_transformer_are_no_shifts_and_scales(caplog: pytest.LogCaptureFixture) -> None:
+    """Six vectors of a DiT's block are shift, scale and gate of two branches; by shape they are ours of three."""
+    source, network = small_dit(seed=3), small_dit(seed=4)
+    before = network.blocks[0].modulation.linear.weight.clone()
+    weights = {name: value for name, value in foreign(source).items() if "dino_proj" not in name}
+    report = take(network, weights, "there", min_share=0.5)
+    assert torch.equal(network.blocks[0].modulation.linear.weight, before)
+    assert "blocks.0.modulation.linear.weight" in report.missing
+    assert "blocks.0.adaLN_modulation.1.weight" in report.unexpected
+    assert "six vectors of a block are usually shift, scale and gate of two" in caplog.text
+    take(network, weights, "there", {r"adaLN_modulation\.1": "modulation.linear"}, min_share=0.5)
+    assert torch.equal(network.blocks[0].modulation.linear.weight, weights["blocks.0.adaLN_modulation.1.weight"])
+
+
 def test_layers_without_bias_and_nulls_in_the_space_of_features() -> None:
     """A bias that the source does not have is zero, not what it was initialised to; a null embedding that it drops in
     before the projection is projected."""

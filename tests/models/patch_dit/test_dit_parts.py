@@ -177,6 +177,17 @@ def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
         read_source(tmp_path / "nowhere.pt")
 
 
+def test_of_several_sets_of_weights_the_ema_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training scripts of DiT and SiT save both and draw with the EMA."""
+    caplog.set_level("INFO")
+    first, second = {"a.weight": torch.zeros(3)}, {"a.weight": torch.ones(3)}
+    torch.save({"model": first, "ema": second, "opt": {"step": 3}}, tmp_path / "both.pt")
+    assert torch.equal(read_source(tmp_path / "both.pt").weights["a.weight"], torch.ones(3))
+    assert "its weights are those under 'ema'" in caplog.text
+    torch.save({"model": first, "ema": {"decay": 0.9}}, tmp_path / "one.pt")
+    assert torch.equal(read_source(tmp_path / "one.pt").weights["a.weight"], torch.zeros(3))
+
+
 def test_kinds_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = small_dit(seed=1)
     weights = {name: value.clone() for name, value in source.state_dict().items()}
