@@ -96,6 +96,12 @@ class ChunkExecution:
         self._target = None
         self._outdated = self.planner.busy_since is not None
 
+    def discard(self, now: float) -> None:
+        """Takes a plan from before `drop` off the planner once it is ready, so that the next can be asked for: call it
+        in every control period, also while the arm is held, or moved by another controller."""
+        if self._outdated and self.planner.poll(now) is not None:
+            self._outdated = False
+
     @property
     def has_plan(self) -> bool:
         """Whether a plan is being followed."""

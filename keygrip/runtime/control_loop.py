@@ -152,6 +152,7 @@ class ControlLoop:
     # ---- one period --------------------------------------------------------------------------------------------------
 
     def _tick(self, now: float, late_s: float) -> Tick:
+        self.execution.discard(now)
         images = self.execution.wants_plan(now) or self.recorder is not None
         observation, fault = self._observe(now, images)
         correction: Correction | None = None
@@ -160,6 +161,8 @@ class ControlLoop:
                 correction = self.takeover.read(now, self._command)
             except TakeoverLostError as error:
                 fault = str(error)
+        if correction is None:  # a person needs no plan
+            fault = fault or self._stuck(now)
         target: np.ndarray | None = None
         if fault is not None:
             self.execution.drop()
@@ -203,10 +206,14 @@ class ControlLoop:
         if self._lost:  # it may have sunk, or been pushed, meanwhile: from the old command it would jump back
             self._rest(observation, gripper=self._command[:, 7:])
             self._lost = False
-        busy = self.execution.planner.busy_since
-        if busy is not None and now - busy > settings.stuck_seconds:
-            return observation, f"stuck policy: a plan has taken {now - busy:.1f} s"
         return observation, None
+
+    def _stuck(self, now: float) -> str | None:
+        """The fault of a plan that does not come."""
+        busy = self.execution.planner.busy_since
+        if busy is not None and now - busy > self.watchdog.settings.stuck_seconds:
+            return f"stuck policy: a plan has taken {now - busy:.1f} s"
+        return None
 
     def _follow(self, observation: dict[str, Any], now: float, images: bool) -> np.ndarray | None:
         """The plan's target for this period; None: there is a fault of the plan."""

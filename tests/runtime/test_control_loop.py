@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +287,20 @@ def test_a_fault_that_ends_lets_the_arm_go_on() -> None:
     assert abs(ticks[-1].command[0, 0] - path(6.0)) < 0.01
 
 
+def test_a_plan_that_comes_late_holds_the_arm_until_it_is_there() -> None:
+    """It was asked for 2.5 s ago: it is not followed, and the next one is."""
+    robot, ticks, policy = PointArm(), [], Clockwork()  # type: ignore[var-annotated]
+    latencies = itertools.chain([0.0, 2.5], itertools.repeat(0.0))
+    loop = loop_of(policy, robot, on_tick=ticks.append)
+    loop.execution.planner = SimulatedPlanner(policy, lambda: next(latencies))
+    report = loop.run(8.0)
+    assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING]
+    held, over = (moment for moment, *_ in report.events)
+    assert over - held == pytest.approx(2.5 - 2.1)  # until it has come, since it is late by a period
+    assert report.plans == policy.plans - 1
+    assert abs(ticks[-1].command[0, 0] - path(8.0)) < 0.01
+
+
 class Slow(PointArm):
     """An arm whose observations take a while, stamped when they begin or when they end."""
 
@@ -395,6 +411,38 @@ def test_a_correction_moves_the_arm_and_is_recorded_and_weighted(tmp_path: Path)
     assert set(np.unique(weighted)) == set(frames)
     np.testing.assert_array_equal(weighted_frames(frames, demo.intervention, 1.0), frames)
     assert not demo.intervention[weighted_frames(frames, demo.intervention, 0.0)].any()
+
+
+@dataclass
+class Between(Script):
+    """Moves up for a while."""
+
+    begin: float
+    end: float
+
+    def read(self, now: float, command: np.ndarray) -> Correction | None:
+        return Correction(np.array([0.0, 0.0, 0.02])) if self.begin <= now < self.end else None
+
+
+def test_a_plan_that_comes_while_a_person_has_the_arm_is_no_fault() -> None:
+    robot, ticks = PointArm(), []  # type: ignore[var-annotated]
+    loop = loop_of(Clockwork(), robot, 0.3, takeover=Between(1.15, 6.0), on_tick=ticks.append)
+    report = loop.run(9.0)
+    assert report.events == []
+    assert report.corrected_ticks == 48
+    assert abs(ticks[-1].command[0, 0] - path(9.0)) < 0.01  # and the policy goes on
+
+
+def test_a_person_takes_the_arm_of_a_policy_that_is_stuck() -> None:
+    robot, policy = PointArm(), Clockwork()
+    latencies = itertools.chain([0.0], itertools.repeat(np.inf))
+    loop = loop_of(policy, robot, takeover=Between(4.0, 8.0))
+    loop.execution.planner = SimulatedPlanner(policy, lambda: next(latencies))
+    report = loop.run(20.0)
+    assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING, State.HOLDING, State.STOPPED]
+    assert [moment for moment, *_ in report.events][1:] == pytest.approx([4.0, 8.0, 10.0])
+    assert report.corrected_ticks == 40
+    assert robot.pose[0, 2] == pytest.approx(0.28, abs=0.01)
 
 
 def test_a_fault_after_a_correction_leaves_the_gripper_as_the_person_left_it() -> None:
