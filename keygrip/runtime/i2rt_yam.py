@@ -73,6 +73,14 @@ def connect(channel: str, arm: str, gripper: str, sim: bool = False) -> Driver:
     return driver
 
 
+def _has_ended(driver: Driver) -> bool:
+    """Whether a thread of i2rt's has ended (CAN, a motor's error, a joint beyond its range). The driver goes on to
+    report the last state and to take commands then."""
+    server = getattr(driver, "_server_thread", None)
+    chain_runs = getattr(getattr(driver, "motor_chain", None), "running", True)
+    return not chain_runs or (server is not None and not server.is_alive())
+
+
 class YamArms:
     """One or several YAM arms with the cameras around them.
 
@@ -255,8 +263,12 @@ class YamArms:
 
     def _state(self, index: int) -> np.ndarray:
         """[7] joints and opening."""
+        driver = self._drivers[index]
+        if _has_ended(driver):
+            self._lost = True
+            raise RobotLostError(f"arm {self.arms[index]}: its driver has ended with an error, which stands above")
         try:
-            state = np.array(self._drivers[index].get_joint_pos(), float)
+            state = np.array(driver.get_joint_pos(), float)
         except Exception as error:  # the driver's thread may have ended with anything
             self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: {type(error).__name__}: {error}") from error

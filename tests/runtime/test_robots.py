@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,27 +42,33 @@ LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.5
 
 
 class Driver:
-    """What i2rt's MotorChainRobot does with a command: clip it in place, be there."""
+    """What i2rt's MotorChainRobot does with a command: clip it in place, be there. Once it is dead it goes on to report
+    the last state and to take commands, as that does."""
 
     def __init__(self, joints: np.ndarray = HOME) -> None:
         self.state = np.append(joints, 1.0)
         self.commands: list[np.ndarray] = []
-        self.closed = self.dead = False
+        self.motor_chain = SimpleNamespace(running=True)
+        self.closed = False
+
+    @property
+    def dead(self) -> bool:
+        return not self.motor_chain.running
+
+    @dead.setter
+    def dead(self, dead: bool) -> None:
+        self.motor_chain.running = not dead
 
     def num_dofs(self) -> int:
         return 7
 
     def get_joint_pos(self) -> np.ndarray:
-        if self.dead:
-            raise RuntimeError("motor chain is not running")
         return self.state
 
     def command_joint_pos(self, joint_pos: np.ndarray) -> None:
-        if self.dead:
-            raise RuntimeError("motor chain is not running")
         limits = arm_chain().limits
         joint_pos[:6] = np.clip(joint_pos[:6], limits[:, 0], limits[:, 1])
-        self.state = joint_pos
+        self.state = self.state if self.dead else joint_pos
         self.commands.append(joint_pos.copy())
 
     def close(self) -> None:
@@ -279,7 +286,7 @@ def test_an_arm_that_is_refused_gives_its_motors_back(calibration: Path, caplog:
     calibration.write_text(yaml.safe_dump(content))
     wrong_zero, silent = Driver(np.array([0.0, -1.0, 1.0, 0.6, 0.0, 0.0])), Driver()
     silent.dead = True
-    for second, said in ((wrong_zero, "set its zero position"), (silent, "motor chain is not running")):
+    for second, said in ((wrong_zero, "set its zero position"), (silent, "arm right: its driver has ended")):
         first = Unclosable()
         with pytest.raises((ValueError, RobotLostError), match=said):
             YamArms({"left": first, "right": second}, {"right": Still()}, renamed(calibration))
@@ -292,6 +299,61 @@ def renamed(calibration: Path) -> Path:
     """The calibration file, its camera called as an arm."""
     calibration.write_text(calibration.read_text().replace("over:", "right:", 1))
     return calibration
+
+
+class Chain:
+    """Motors on a bus that are where they are told to be, with some gain."""
+
+    same_bus_device_driver = None
+
+    def __init__(self) -> None:
+        self.running, self.position = True, np.append(HOME, 0.5)
+
+    def __len__(self) -> int:
+        return 7
+
+    def read_states(self) -> list[Any]:
+        zero = dict.fromkeys(("vel", "eff", "temp_mos", "temp_rotor", "timestamp"), 0.0)
+        return [SimpleNamespace(pos=value, **zero) for value in self.position]
+
+    def set_commands(self, torques: np.ndarray, pos: np.ndarray, kp: np.ndarray, **_: Any) -> list[Any]:
+        self.position = np.array(pos) if np.any(kp) else self.position
+        return self.read_states()
+
+    def close(self) -> None:
+        self.running = False
+
+
+@pytest.mark.parametrize("ends", ["chain", "server"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_driver_of_i2rt_whose_thread_has_ended_is_a_lost_robot(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """It goes on to report where the arm was, and to take commands."""
+    from i2rt.robots.motor_chain_robot import MotorChainRobot
+
+    chain = Chain()
+    driver = MotorChainRobot(
+        chain,
+        use_gravity_comp=False,
+        joint_limits=arm_chain().limits,
+        gripper_index=6,
+        gripper_limits=np.array([0.0, 1.0]),
+        kp=[10.0] * 7,
+        kd=[1.0] * 7,
+        zero_gravity_mode=False,
+    )
+    arm = YamArms({"right": driver}, {"over": Still()}, calibration)
+    np.testing.assert_allclose(arm.observe(images=False)["joints"][0], HOME, atol=1e-6)
+    if ends == "chain":
+        chain.running = False
+    else:
+        monkeypatch.setattr(driver, "update", lambda: 1 / 0)
+        driver._server_thread.join(10)
+    np.testing.assert_allclose(driver.get_joint_pos()[:6], HOME, atol=1e-6)
+    with pytest.raises(RobotLostError, match="arm right: its driver has ended"):
+        arm.observe(images=False)
+    arm.close()
 
 
 def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> None:
