@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,12 +52,16 @@ class Driver(Protocol):
     def close(self) -> None: ...
 
 
-def connect(channel: str, arm: str, gripper: str, sim: bool = False) -> Driver:
+def connect(
+    channel: str, arm: str, gripper: str, sim: bool = False, gripper_limits: Sequence[float] | None = None
+) -> Driver:
     """The driver of the YAM arm on a CAN channel; it holds the arm where it is from here on.
 
     Args:
         channel: e.g. can0. arm, gripper: models, by i2rt's names; motors, gains, gravity and ranges depend on them.
         sim: i2rt's simulated robot in place of an arm.
+        gripper_limits: the gripper motor's angles closed and open, rad. None: i2rt drives the fingers of a real arm to
+            both ends to find them, and holds its joints by constant torques alone meanwhile.
 
     Raises:
         RobotLostError: nothing answers there.
@@ -66,8 +70,17 @@ def connect(channel: str, arm: str, gripper: str, sim: bool = False) -> Driver:
     from i2rt.robots.utils import ArmType, GripperType
 
     models = {"arm_type": ArmType.from_string_name(arm), "gripper_type": GripperType.from_string_name(gripper)}
+    limits = None if gripper_limits is None else np.array(gripper_limits, float)
+    if limits is None and not sim:
+        log.warning(
+            "%s: the fingers are now driven to both ends, with up to 0.5 Nm for about 4 s, and the arm is held by "
+            "constant torques alone meanwhile: support it, and keep the fingers free and empty",
+            channel,
+        )
     try:
-        driver: Driver = get_yam_robot(channel=channel, zero_gravity_mode=False, sim=sim, **models)
+        driver: Driver = get_yam_robot(
+            channel=channel, zero_gravity_mode=False, sim=sim, gripper_limits_override=limits, **models
+        )
     except Exception as error:  # whatever CAN, sockets and motors raise
         raise RobotLostError(f"no YAM arm answers on {channel}: {type(error).__name__}: {error}") from error
     return driver
@@ -89,10 +102,10 @@ class YamArms:
         cameras: by name, in the order that the policy names them.
         calibration: calibration file with an entry for every camera, and where each of several arms stands.
         joints: limits of the joints. control_hz: commands per second. sim: i2rt's simulated robots in place of arms.
-        instruction: what the arms are told to do.
+        instruction: what the arms are told to do. gripper_limits: of some of the arms, see `connect`.
 
     Raises:
-        RobotLostError: an arm does not answer. ValueError: the calibration lacks something.
+        RobotLostError: an arm does not answer. ValueError: the calibration lacks something, or limits are no such.
     """
 
     robot = "yam"
@@ -106,11 +119,18 @@ class YamArms:
         control_hz: float = 30.0,
         sim: bool = False,
         instruction: str = "",
+        gripper_limits: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         if not arms:
             raise ValueError("robot.arms names no arm: e.g. robot.arms.right=can0")
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise ValueError(f"robot.control_hz must be finite and above 0, got {control_hz}")
+        ends = dict(gripper_limits or {})
+        for name, pair in ends.items():
+            if name not in arms:
+                raise ValueError(f"robot.gripper_limits.{name} is of no arm: robot.arms names {', '.join(arms)}")
+            if len(pair) != 2 or not np.isfinite(list(pair)).all() or pair[0] == pair[1]:
+                raise ValueError(f"robot.gripper_limits.{name} is [closed, open], two angles in rad, got {list(pair)}")
         self.control_hz, self.instruction, self.sim = float(control_hz), instruction, sim
         self._calibration: Calibration = corrected_calibration(read_calibration(Path(calibration)), cameras)
         self._feeds = dict(cameras)
@@ -128,8 +148,9 @@ class YamArms:
         self._openings: list[float | None] = [None] * len(self.arms)  # the last commands
         self.stopped = self._lost = False
         try:
-            for given, model in zip(arms.values(), self._models, strict=True):
-                self._drivers.append(connect(given, *model, sim) if isinstance(given, str) else given)
+            for (name, given), model in zip(arms.items(), self._models, strict=True):
+                driver = connect(given, *model, sim, ends.get(name)) if isinstance(given, str) else given
+                self._drivers.append(driver)
             self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
         except BaseException:  # the drivers' threads would keep the process, and the motors, running
             self.close()

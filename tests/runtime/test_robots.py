@@ -273,6 +273,31 @@ def test_the_driver_is_told_which_arm_and_gripper_it_has(calibration: Path, monk
     assert (told["channel"], told["arm_type"].value, told["gripper_type"].value) == ("can3", "yam_pro", "crank_4310")
 
 
+def test_fingers_that_connecting_moves_are_announced_and_known_ends_spare_it(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from i2rt.robots import get_robot
+
+    told: list[Any] = []
+
+    def connected(**options: Any) -> Driver:
+        told.append((options["gripper_limits_override"], "fingers are now driven" in caplog.text))
+        return Driver()
+
+    monkeypatch.setattr(get_robot, "get_yam_robot", connected)
+    YamArms({"right": "can3"}, {"over": Still()}, calibration)
+    assert told == [(None, True)]
+    assert "can3: the fingers" in caplog.text
+    caplog.clear()
+    YamArms({"right": "can3"}, {"over": Still()}, calibration, gripper_limits={"right": [0.1, -4.7]})
+    YamArms({"right": "can3"}, {"over": Still()}, calibration, sim=True)
+    assert told[1][0].tolist() == [0.1, -4.7]
+    assert caplog.text == ""
+    for wrong, said in (({"left": [0, 1]}, "is of no arm"), ({"right": [1, 1]}, r"right is \[closed, open\]")):
+        with pytest.raises(ValueError, match=said):
+            YamArms({"right": "can3"}, {"over": Still()}, calibration, gripper_limits=wrong)
+
+
 class Unclosable(Driver):
     def close(self) -> None:
         super().close()
