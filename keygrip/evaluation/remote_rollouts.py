@@ -69,7 +69,7 @@ def run_remote(
         {"task": asdict(task), "seed": seed, "video": None if video is None else str(video.resolve())}
         for task, seed, video in episodes
     ]
-    with _served(policy, processes) as url:
+    with _served(policy, processes, len(jobs)) as url:
         for number, report in run_jobs(settings.python, WORKER, plain | {"url": url}, jobs, processes, ADVICE):
             yield number, EpisodeResult(**report)
 
@@ -86,13 +86,21 @@ def check_remote(settings: RemoteSettings, task: Any, seed: int, needs: Needs | 
 
 
 @contextlib.contextmanager
-def _served(policy: Any, processes: int) -> Iterator[str]:
-    """The address of a server of a policy, as long as the block lasts."""
+def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
+    """The address of a server of a policy for so many workers, as long as the block lasts. One that dies leaves its
+    session open, and is started again once an episode."""
     try:
         from keygrip.runtime.server import Limits, PolicyServer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
-    limits = Limits(requests=processes + 4, waiting=processes + 1, plan_s=300.0, stuck_s=600.0, idle_s=600.0)
+    limits = Limits(
+        requests=processes + 4,
+        waiting=processes + 1,
+        sessions=processes + episodes,
+        plan_s=300.0,
+        stuck_s=600.0,
+        idle_s=600.0,
+    )
     server = PolicyServer(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
     address: list[str] = []
     known, stop = threading.Event(), asyncio.Event()

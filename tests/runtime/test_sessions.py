@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keygrip.evaluation.remote_rollouts import _served
+from keygrip.models.policy import Needs
 from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.service import Limits
 from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, encode_observation
@@ -189,3 +191,13 @@ def test_limits_that_contradict_each_other_are_refused() -> None:
         Limits(stuck_s=10)
     with pytest.raises(ValueError, match=r"limits\.batch must be above 0"):
         dataclasses.replace(Limits(), batch=0)
+
+
+def test_every_worker_of_rollouts_elsewhere_has_a_session_and_one_that_died_again(dice: Any, needs: Needs) -> None:
+    policy = dice()
+    policy.needs = needs
+    with _served(policy, 66, 4) as url, contextlib.ExitStack() as left:
+        for seed in range(70):
+            client = RemotePolicy(url)
+            left.callback(client._connection.close)
+            client.reset(seed)
