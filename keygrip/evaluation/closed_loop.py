@@ -269,14 +269,14 @@ class ClosedLoop:
     def _jobs(self, output: Path | None) -> list[_Job]:
         jobs = []
         for name, grid in self.grids.items():
-            for index in range(self.episodes):
+            for index in sorted(range(self.episodes), key=lambda index: index % len(grid)):
                 seed = self.first_seed + index
                 video = None
                 if output is not None and index < self.videos:
                     video = output / "videos" / f"{name}-{seed}.mp4"
                 jobs.append(_Job(name, dict(grid[index % len(grid)]), seed, video))
         # Tasks that differ need their own scene: neighbours that share one save building it again.
-        return sorted(jobs, key=lambda job: (job.video is None, job.condition, sorted(job.overrides.items()), job.seed))
+        return sorted(jobs, key=lambda job: (job.video is None, job.condition))
 
 
 @contextlib.contextmanager

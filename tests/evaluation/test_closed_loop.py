@@ -18,6 +18,7 @@ import pytest
 import slow_episodes
 
 from keygrip.data.video import read_video
+from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult, summarise
@@ -141,6 +142,21 @@ def test_the_policys_own_failure_is_counted_not_raised(monkeypatch: pytest.Monke
     (result,) = run(monkeypatch, None)
     assert result.summary()["failures"] == {"policy_error": 3}
     assert result.episodes[0].detail == "no ray meets its plane"
+
+
+def test_episodes_of_a_grids_entry_are_neighbours() -> None:
+    """Also where entries differ in a mapping, which has no order."""
+    grid = [{"options": {"a": 1}}, {"options": {"a": 2}}]
+    loop = ClosedLoop(GymnasiumTask("my_lab:Lift-v0"), {"levels": grid}, episodes=4, videos=1)
+    first, other = grid
+    filmed, *others = loop._jobs(Path("out"))
+    assert filmed.video is not None
+    assert [(job.overrides, job.seed - loop.first_seed) for job in (filmed, *others)] == [
+        (first, 0),
+        (first, 2),
+        (other, 1),
+        (other, 3),
+    ]
 
 
 def test_an_evaluation_that_fails_keeps_the_episodes_that_had_ended(
