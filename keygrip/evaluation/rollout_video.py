@@ -60,7 +60,7 @@ def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
     for arm in range(plan.position.shape[0]):
         points = np.concatenate([current[arm : arm + 1], plan.position[arm]])
         in_camera = points @ camera[:3, :3].T + camera[:3, 3]
-        if (in_camera[:, 2] <= 0).any():
+        if not np.isfinite(in_camera).all() or (in_camera[:, 2] <= 0).any():
             continue
         homogeneous = in_camera @ k.T
         pixels = homogeneous[:, :2] / homogeneous[:, 2:] * SCALE

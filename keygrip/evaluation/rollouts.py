@@ -82,6 +82,8 @@ def run_episode(
     while not over:
         try:
             action = controller.act(observation)
+            if not np.isfinite(action).all():
+                raise ValueError("the policy's plan is not finite")
         except ValueError as error:  # no valid 3D point: the episode counts as policy_error and the evaluation goes on
             failure, detail = "policy_error", str(error)
             break

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,15 @@ def test_the_policys_own_failure_is_counted_not_raised(monkeypatch: pytest.Monke
     (result,) = run(monkeypatch, None)
     assert result.summary()["failures"] == {"policy_error": 3}
     assert result.episodes[0].detail == "no ray meets its plane"
+
+
+def test_a_plan_that_is_not_finite_is_the_policys_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = Reacher.plan
+    monkeypatch.setattr(Reacher, "plan", lambda *given: replace(original(*given), position=np.full((1, 4, 3), np.nan)))
+    (result,) = run(monkeypatch, tmp_path)
+    assert result.summary()["failures"] == {"policy_error": 3}
+    assert result.episodes[0].detail == "the policy's plan is not finite"
+    assert len(list((tmp_path / "videos").iterdir())) == 1
 
 
 def test_episodes_of_a_grids_entry_are_neighbours() -> None:
