@@ -35,6 +35,9 @@ INFO = ("success", "failure_reason", "instruction")
 class Environment(Protocol):
     """One robot at one task. The simulator's own actions are the environment's matter: it is given poses.
 
+    One of several arms also has `arms`, their names in the order of the axis of arms: a policy that has them in another
+    order is refused.
+
     Attributes:
         hz: control periods per second.
     """

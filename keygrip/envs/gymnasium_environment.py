@@ -55,6 +55,8 @@ class GymnasiumEnvironment:
         ValueError: there is no such environment.
     """
 
+    arms = ("left", "right")  # of two: one has no name
+
     def __init__(self, task: GymnasiumTask, image_size: int, hz: float, cameras: tuple[str, ...] | None = None) -> None:
         self.task, self.image_size, self.hz, self.cameras = task, image_size, float(hz), cameras
         try:

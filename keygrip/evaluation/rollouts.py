@@ -74,7 +74,7 @@ def run_episode(
         policy.reset(seed)
     observation, info = environment.reset(seed=seed)
     if (needs := getattr(policy, "needs", None)) is not None:
-        _refuse_unfit(observation, needs)
+        _refuse_unfit(environment, observation, needs)
     recording, draw_every = None, max(1, round(environment.hz / VIDEO_HZ))
     if video is not None:
         recording = RolloutVideo(video, environment.hz / draw_every, info["instruction"])
@@ -144,12 +144,12 @@ def check_environment(
         refuse_idle_follow(follow, "control.follow", needs, isinstance(environment, JointEnvironment))
         observation, _ = environment.reset(seed=seed)
         if needs is not None:
-            _refuse_unfit(observation, needs)
+            _refuse_unfit(environment, observation, needs)
     finally:
         environment.close()
 
 
-def _refuse_unfit(observation: Any, needs: Needs) -> None:
+def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> None:
     views_there(observation, needs.cameras)
     if needs.instruction and not str(observation.get("instruction") or "").strip():
         raise ValueError(
@@ -160,6 +160,13 @@ def _refuse_unfit(observation: Any, needs: Needs) -> None:
     if arms != len(needs.arms):
         raise ValueError(
             f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
+        )
+    # one arm is one arm, whatever both sides call it
+    order = tuple(getattr(environment, "arms", ()))
+    if arms > 1 and tuple(needs.arms) != order and sorted(needs.arms) == sorted(order):
+        raise ValueError(
+            f"the policy's arms are {', '.join(needs.arms)} in this order, the environment gives {', '.join(order)}: "
+            f"plans would move the wrong arm; train with data.arms=[{','.join(order)}]"
         )
 
 

@@ -14,7 +14,7 @@ from keygrip.envs.workers import serve_jobs
 from keygrip.models.policy import arm_axis
 from keygrip.recording.recorded_folder import demo_name
 
-ARMS = {1: ("right",), 2: ("left", "right")}  # names by number, in the order of the axis of arms
+ARMS = {1: ("right",), 2: GymnasiumEnvironment.arms}  # names by number, in the order of the axis of arms
 CAMERA = "camera"  # the name of an unnamed one
 
 

@@ -15,7 +15,7 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.video import read_video
 from keygrip.envs.environment import open_environment
 from keygrip.envs.gymnasium_environment import GymnasiumTask
-from keygrip.evaluation.rollouts import run_episode
+from keygrip.evaluation.rollouts import check_environment, run_episode
 from keygrip.models.policy import Needs, Plan
 from keygrip.prepare import run
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -95,6 +95,11 @@ def test_the_expert_of_two_arms_is_recorded(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(left.position[1:], left.commanded.position[:-1], atol=1e-12)
     np.testing.assert_allclose(right.commanded.position, left.commanded.position * [1, -1, 1], atol=1e-12)
     assert (left.commanded.gripper.min(), right.commanded.gripper.max()) == (1.0, 0.0)
+    task = GymnasiumTask("gym_lab:TwoArmPointMass-v0")
+    for arms in (("left", "right"), ("one", "other")):
+        check_environment(task, 32, 10.0, None, 1, Needs(arms))
+    with pytest.raises(ValueError, match=r"data\.arms=\[left,right\]"):
+        check_environment(task, 32, 10.0, None, 1, Needs(("right", "left")))
 
 
 class Watching:

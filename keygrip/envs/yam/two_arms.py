@@ -35,6 +35,8 @@ class HandoverCell(CameraViews):
         render_images: without, observations hold no images, and no GL library is needed.
     """
 
+    arms = ARMS
+
     def __init__(
         self,
         task: HandoverTask,

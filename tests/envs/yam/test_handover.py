@@ -12,8 +12,8 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.envs.environment import Environment, open_environment
 from keygrip.envs.yam.handover import ARMS, BASES, GRIP_APART, HandoverTask, handover_actions, sample_handover
 from keygrip.envs.yam.two_arms import HandoverCell
-from keygrip.evaluation.rollouts import run_episode
-from keygrip.models.policy import Plan
+from keygrip.evaluation.rollouts import check_environment, run_episode
+from keygrip.models.policy import Needs, Plan
 from keygrip.recording.demonstrations import record
 from keygrip.robots.kinematics import forward_kinematics
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -136,6 +136,13 @@ def test_a_recording_is_read_back_and_a_policy_drives_both_arms(tmp_path: Path) 
     in_camera = np.einsum("ij,aj->ai", camera.world_to_camera[0][:3, :3], tools) + camera.world_to_camera[0][:3, 3]
     pixels = np.einsum("ij,aj->ai", camera.intrinsics[0], in_camera)
     assert ((pixels[:, :2] / pixels[:, 2:] > 0) & (pixels[:, :2] / pixels[:, 2:] < 64)).all()  # both hands are seen
+
+
+def test_a_policy_whose_arms_are_in_another_order_is_refused() -> None:
+    """Its demonstrations are read by name: it would be shown, and would move, the other arm."""
+    check_environment(HandoverTask(), 32, 10.0, None, 1, Needs(ARMS))
+    with pytest.raises(ValueError, match=r"data\.arms=\[left,right\]"):
+        check_environment(HandoverTask(), 32, 10.0, None, 1, Needs(ARMS[::-1]))
 
 
 @pytest.mark.slow
