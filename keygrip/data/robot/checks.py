@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from keygrip.data.robot.frames import VideoFrames
+from keygrip.data.robot.frames import verify_source
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, demo_guard
 
 # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
@@ -137,8 +137,7 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
 
 def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
     with demo_guard(name, f"camera {camera!r}: "):
-        if isinstance(track.frames, VideoFrames):
-            track.frames.verify()
+        verify_source(track.frames)
         for index in {0, frames - 1}:
             image = track.frames.read(index)
             if image.shape != (track.height, track.width, 3) or image.dtype != np.uint8:

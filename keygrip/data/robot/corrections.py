@@ -27,7 +27,7 @@ import numpy as np
 
 from keygrip.data.robot.calibration import Calibration, read_mapping
 from keygrip.data.robot.formats.poses import invert, rigid
-from keygrip.data.robot.frames import checked_index
+from keygrip.data.robot.frames import checked_index, verify_source
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,10 @@ class OffsetFrames:
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(self.start + checked_index(index, self.count, "an offset camera"))
+
+    def verify(self) -> None:
+        """Checks all of the source, see `verify_source`."""
+        verify_source(self.source)
 
     def identity(self) -> str:
         return f"{self.source.identity()}:offset {self.start}:{self.count}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from keygrip.data.robot.frame_rates import differs
+from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import open_image, read_bytes
 from keygrip.data.video import count_frames, file_identity, frame_times, read_frame
 
@@ -40,6 +42,21 @@ def checked_index(index: int, length: int, what: object) -> int:
     if not 0 <= index < length:
         raise IndexError(f"{what}: frame {index} asked for, it holds frames 0 to {length - 1}")
     return index
+
+
+@runtime_checkable
+class _Verifiable(Protocol):
+    def verify(self) -> None: ...
+
+
+def verify_source(frames: FrameSource) -> None:
+    """Checks as a whole the video that frames are of, also a choice of them in another order.
+
+    Raises:
+        OSError: its frames are not those of the recording's rows (see `VideoFrames.verify`).
+    """
+    if isinstance(frames, _Verifiable):
+        frames.verify()
 
 
 @dataclass(frozen=True)

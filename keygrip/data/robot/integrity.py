@@ -28,7 +28,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint
-from keygrip.data.robot.frames import JpegFrames, VideoFrames
+from keygrip.data.robot.frames import JpegFrames, VideoFrames, verify_source
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
 from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
 from keygrip.data.video import frames_between
@@ -325,3 +325,4 @@ def _decoded_shape(content: bytes, where: str, turned: bool) -> tuple[int, int, 
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()
     return (width, height, 3) if turned else (height, width, 3)
+        verify_source(source)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.robot.frames import checked_index, rgb_pixels
+from keygrip.data.robot.frames import checked_index, rgb_pixels, verify_source
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
 from keygrip.data.video import file_identity
@@ -35,6 +35,10 @@ class SelectedFrames:
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(self.indices[checked_index(index, len(self), "selected frames")])
+
+    def verify(self) -> None:
+        """Checks all of the source, see `verify_source`."""
+        verify_source(self.source)
 
     def identity(self) -> str:
         return f"{self.source.identity()}:{hashlib.sha256(str(self.indices).encode()).hexdigest()}"

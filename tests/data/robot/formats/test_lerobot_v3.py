@@ -203,6 +203,12 @@ def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video
     with pytest.raises(DemoError, match=f"the video has {3 * FPS} frames per second and the data set {FPS}"):
         find_demos(tmp_path)[0].read()
     if version == 2:
+    corrections = {"corrections": {"top": {"lag_frames": 1}}}  # images that are a frame late are no others
+    (tmp_path / "corrected.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load((tmp_path / "calibration.yaml").read_text()) | corrections)
+    )
+    with pytest.raises(DemoError, match=f"the video has {3 * FPS} frames per second and the data set {FPS}"):
+        find_demos(tmp_path, calibration=tmp_path / "corrected.yaml")[0].read()
         write_video(file, pictures[: LENGTHS[0] + 1], FPS)
         with pytest.raises(DemoError, match=f"holds {LENGTHS[0] + 1} frames for {LENGTHS[0]} rows"):
             find_demos(tmp_path)[0].read()
