@@ -3,7 +3,8 @@
 A native recording holds `manifest.json`, written with it: size and SHA-256 of each of its files. When a data set is
 first used, every file is compared with its manifest and every frame is decoded; what was found is kept beside the set
 (`verified.json` in its cache folder) under the files' names, sizes and modification times, so that only recordings that
-changed are looked at again. Foreign recordings have no manifest: their frames and poses are hashed at that time.
+changed, or were found broken, are looked at again. Foreign recordings have no manifest: their frames and poses are
+hashed at that time.
 
 Frames are checked by threads: decoders and hashes release Python's lock, and nothing has to be sent to a process.
 """
@@ -15,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -41,6 +43,7 @@ MANIFEST_SCHEMA = "keygrip.manifest/1"
 VERIFIED = "verified.json"
 THREADS = 8  # more threads only wait for the disk
 KEPT_ENTRIES = 200_000  # entries kept in the file of checked recordings
+KEPT_EVERY_S = 60.0  # what was found so far is written so often: a first check may take hours
 AGAIN = "restore the file, or, where it was changed on purpose, run prepare step=manifest again=true"
 
 
@@ -147,7 +150,9 @@ def data_version(contents: Mapping[str, str]) -> str:
 def verify(
     demos: Sequence[Demo], cameras: Sequence[str], depth: bool, cache_dir: Path, threads: int | None = None
 ) -> list[Verdict]:
-    """Checks every file and frame of recordings, those that were checked before only by size and modification time.
+    """Checks every file and frame of recordings, those that were found sound before only by size and modification time.
+
+    What was found is kept every minute, and where the check is interrupted.
 
     Args:
         demos: as read. cameras: whose frames are decoded. depth: also their depth. cache_dir: where the findings are
@@ -158,7 +163,7 @@ def verify(
     """
     identities = [_identity(demo, cameras, depth) for demo in demos]
     with _writable_lock(cache_dir):
-        known = _read_known(cache_dir / VERIFIED)
+        known = _known_sound(cache_dir / VERIFIED)
         fresh = [index for index, identity in enumerate(identities) if identity not in known]
         if fresh:
             workers = min(threads or usable_cores(), THREADS)
@@ -171,13 +176,25 @@ def verify(
                     unit="demo",
                     leave=False,
                 )
-                known |= {identities[index]: verdict for index, verdict in zip(fresh, shown, strict=True)}
-            entries = {identity: asdict(verdict) for identity, verdict in list(known.items())[-KEPT_ENTRIES:]}
-            try:
-                write_json(cache_dir / VERIFIED, entries, indent=None)
-            except OSError as error:
-                log.info("%s cannot be written (%s): the recordings are verified again next time", cache_dir, error)
+                kept = time.monotonic()
+                try:
+                    for index, verdict in zip(fresh, shown, strict=True):
+                        known[identities[index]] = verdict
+                        if time.monotonic() - kept > KEPT_EVERY_S:
+                            _keep(known, cache_dir)
+                            kept = time.monotonic()
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)  # an interruption waits for no further recordings
+                    _keep(known, cache_dir)
     return [known[identity] for identity in identities]
+
+
+def _keep(known: Mapping[str, Verdict], cache_dir: Path) -> None:
+    entries = {identity: asdict(verdict) for identity, verdict in list(known.items())[-KEPT_ENTRIES:]}
+    try:
+        write_json(cache_dir / VERIFIED, entries, indent=None)
+    except OSError as error:
+        log.info("%s cannot be written (%s): the recordings are verified again next time", cache_dir, error)
 
 
 @contextlib.contextmanager
@@ -195,10 +212,15 @@ def _writable_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read_known(path: Path) -> dict[str, Verdict]:
-    """Findings of earlier checks; none where the file is missing or damaged."""
+def _known_sound(path: Path) -> dict[str, Verdict]:
+    """Recordings that earlier checks found sound; none where the file is missing or damaged.
+
+    A problem holds for one check alone: a file that is restored has its old size and time, and a disk may have failed
+    to read for a moment.
+    """
     with contextlib.suppress(BadSample), guard(path):
-        return {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
+        found = {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
+        return {identity: verdict for identity, verdict in found.items() if verdict.problem is None}
     return {}
 
 
@@ -311,6 +333,7 @@ def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[
             height, width, channels = image.shape
             yield (width, height, channels) if source.rotate in (90, 270) else (height, width, channels)
     else:
+        verify_source(source)
         for index in range(len(source)):
             frame = np.ascontiguousarray(source.read(index))
             take(frame.data)
@@ -325,4 +348,3 @@ def _decoded_shape(content: bytes, where: str, turned: bool) -> tuple[int, int, 
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()
     return (width, height, 3) if turned else (height, width, 3)
-        verify_source(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ import pytest
 from keygrip.data.manifests import make_manifests
 from keygrip.data.robot import integrity
 from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_hashes, read_manifest
+from keygrip.data.robot.schema import Demo
 from keygrip.data.video import frames_between, read_frame, write_video
 
 Make = Callable[..., RobotDemos]
@@ -84,6 +87,44 @@ def test_recordings_are_looked_at_once(root: Path, robot_demos: Make, monkeypatc
     (root / ".keygrip" / VERIFIED).write_text('{"a": [1, 2]}')  # a damaged file of findings is no finding
     assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_04"]
     assert len(checked) == 21
+
+
+def test_a_recording_that_was_restored_is_taken_again(root: Path, robot_demos: Make) -> None:
+    """`rsync -a` restores bytes, size and time: by these nothing has changed since it was found broken."""
+    path = root / "demo_03" / FRAME
+    content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    flip_a_bit(path)
+    os.utime(path, ns=times)
+    assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_03"]
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    assert ready(robot_demos(root)).broken == []
+
+
+@pytest.mark.parametrize("every_s", [60.0, 0.0])
+def test_an_interrupted_check_goes_on_from_there(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_s: float
+) -> None:
+    demos = [reference.read() for reference in find_demos(root)]
+    checked: list[str] = []
+    real, keep = integrity._verdict, integrity._keep
+    kept: list[int] = []
+
+    def interrupted(demo: Demo, *rest: Any) -> integrity.Verdict:
+        if demo.name == "demo_05":
+            raise KeyboardInterrupt
+        return real(demo, *rest)
+
+    monkeypatch.setattr(integrity, "KEPT_EVERY_S", every_s)
+    monkeypatch.setattr(integrity, "_keep", lambda known, folder: kept.append(len(known)) or keep(known, folder))
+    monkeypatch.setattr(integrity, "_verdict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        integrity.verify(demos, ["over"], False, tmp_path / "cache", threads=1)
+    assert kept == ([5] if every_s else [1, 2, 3, 4, 5, 5])
+    monkeypatch.setattr(integrity, "_verdict", lambda demo, *rest: checked.append(demo.name) or real(demo, *rest))
+    verdicts = integrity.verify(demos, ["over"], False, tmp_path / "cache", threads=1)
+    assert checked == [f"demo_{number:02d}" for number in range(5, 10)]
+    assert [verdict.problem for verdict in verdicts] == [None] * 10
 
 
 def test_the_version_follows_the_files_and_not_their_place(
