@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,28 +17,31 @@ log = logging.getLogger(__name__)
 def demo_fingerprint(demo: Demo) -> str:
     """A hash of a demo's poses, calibration and number of frames; not of its pixels or of where it lies."""
     digest = hashlib.sha256(str(len(demo)).encode())
-
-    def add(name: str, values: np.ndarray | None) -> None:
+    for name, values in numbers(demo):
         digest.update(name.encode())
         if values is not None:
             digest.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
-
-    def add_arm(name: str, arm: ArmTrajectory) -> None:
-        for part in ("position", "quaternion", "gripper", "joints"):
-            add(f"{name}/{part}", getattr(arm, part))
-        if arm.controller is not None:
-            add(f"{name}/controller", arm.controller)
-        if arm.commanded is not None:
-            add_arm(f"{name}/commanded", arm.commanded)
-
-    for name in sorted(demo.arms):
-        add_arm(name, demo.arms[name])
-    for name in sorted(demo.cameras):
-        camera = demo.cameras[name]
-        add(f"{name}/intrinsics", camera.intrinsics)
-        add(f"{name}/world_to_camera", camera.world_to_camera)
     digest.update(repr(demo.instruction).encode())
     return digest.hexdigest()[:16]
+
+
+def numbers(demo: Demo) -> Iterator[tuple[str, np.ndarray | None]]:
+    """A demo's poses and calibration by name, [N, ...] each; None: what was not recorded."""
+    for name in sorted(demo.arms):
+        yield from _poses(name, demo.arms[name])
+    for name in sorted(demo.cameras):
+        camera = demo.cameras[name]
+        yield f"{name}/intrinsics", camera.intrinsics
+        yield f"{name}/world_to_camera", camera.world_to_camera
+
+
+def _poses(name: str, arm: ArmTrajectory) -> Iterator[tuple[str, np.ndarray | None]]:
+    for part in ("position", "quaternion", "gripper", "joints"):
+        yield f"{name}/{part}", getattr(arm, part)
+    if arm.controller is not None:
+        yield f"{name}/controller", arm.controller
+    if arm.commanded is not None:
+        yield from _poses(f"{name}/commanded", arm.commanded)
 
 
 def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:

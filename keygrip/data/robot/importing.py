@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSample, first_of, is_of_the_machine
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.fingerprint import numbers
+from keygrip.data.robot.frames import VideoFrames
+from keygrip.data.robot.native import read_native
 from keygrip.data.robot.native_writer import write_demo
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import DemoError
+from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.data.untrusted_files import read_json
 from keygrip.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".importing.lock"
+SAME = 1e-9  # by so much numbers may differ that were computed on another machine
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,9 @@ def import_demos(
 ) -> ImportSummary:
     """Writes every demo under `source` as a native folder of the same name under `destination`.
 
-    A demo is written under a hidden name and renamed when it is whole; demos that are there are left alone, so a second
-    call continues where the first was stopped. One at a time: a second import into a folder waits for the first.
+    A demo is written under a hidden name and renamed when it is whole; demos that are there are compared with what they
+    would be now and left alone, so a second call continues where the first was stopped. One at a time: a second import
+    into a folder waits for the first.
 
     Args:
         source: folder of recordings. destination: folder of native demos; made where it is missing.
@@ -65,7 +73,7 @@ def import_demos(
 
     Raises:
         FileNotFoundError: no data. ValueError: source and destination are one folder; too many broken demos; a demo of
-            the same name was imported from elsewhere.
+            the same name was imported from elsewhere, or with another calibration or other cameras.
     """
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve() or source.resolve() in destination.resolve().parents:
@@ -75,13 +83,16 @@ def import_demos(
     broken: list[tuple[str, str]] = []
     notes: dict[str, None] = {}
     with locked(destination / LOCK_FILE):  # another import would remove what this one is writing
-        for reference in Progress(references, desc=f"importing {references[0].format}", unit="demo", shown=progress):
+        # those that are there first: nothing is written beside a demo that is refused
+        order = sorted(references, key=lambda reference: not _is_there(destination / reference.name))
+        for reference in Progress(order, desc=f"importing {references[0].format}", unit="demo", shown=progress):
             folder = destination / reference.name
-            if (folder / "metadata.json").is_file():
-                _refuse_another(reference, folder)
-                skipped += 1
-                continue
             try:
+                if _is_there(folder):
+                    _refuse_another(reference, folder)
+                    _refuse_changed(reference, folder, cameras, video)
+                    skipped += 1
+                    continue
                 notes.update(dict.fromkeys(_import(reference, folder, cameras, video, jpeg_quality)))
             except DemoError as error:
                 broken.append((error.name, error.reason))
@@ -98,6 +109,10 @@ def import_demos(
     return ImportSummary(written, skipped, broken, list(notes))
 
 
+def _is_there(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file()
+
+
 def _refuse_another(reference: DemoReference, folder: Path) -> None:
     """Raises ValueError where a native folder holds another recording than the one of its name."""
     origin = _origin(folder)
@@ -109,6 +124,47 @@ def _refuse_another(reference: DemoReference, folder: Path) -> None:
         f"{folder} was imported from {origin}, and {reference.path} has a demo of the same name: import it into "
         "another folder"
     )
+
+
+def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool) -> None:
+    """Raises ValueError where a demo is not what an import would write now. DemoError: one of the two is broken."""
+    now = reference.read(images=False, uncalibrated=True)
+    there = replace(reference, path=folder, format="native", reader=partial(read_native, folder, reference.name))
+    try:
+        held = there.read(images=False, uncalibrated=True)
+    except DemoError as error:
+        raise DemoError(reference.name, f"{folder} is damaged ({error.reason}): remove it") from error
+    if changed := _difference(held, now, cameras, video):
+        raise ValueError(
+            f"{folder} was imported before, and now {changed}. Demos of two calibrations, settings or sources are "
+            "never mixed: import into another folder, or remove what is there"
+        )
+
+
+def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: bool) -> str:
+    """What is no longer as it was imported, in words; empty: nothing."""
+    kept = sorted(now.cameras if cameras is None else cameras)
+    if sorted(held.cameras) != kept:
+        return f"its cameras are {', '.join(kept)}; there they are {', '.join(sorted(held.cameras))}"
+    if any(isinstance(track.frames, VideoFrames) != video for track in held.cameras.values()):
+        return f"video={str(video).lower()} is asked for; there it is {str(not video).lower()}"
+    if held.instruction != now.instruction:
+        return f"its instruction is {now.instruction!r}; there it is {held.instruction!r}"
+    before, after = _stored(held, kept), _stored(now, kept)
+    for name in sorted(before.keys() | after.keys()):
+        one, other = before.get(name), after.get(name)
+        if one is None or other is None:
+            if one is not other:
+                return f"it has {'no ' if other is None else ''}{name}; there it has {'no' if one is None else 'some'}"
+        elif one.shape != other.shape or not np.allclose(one, other, rtol=SAME, atol=SAME):
+            return f"its {name} is another than there"
+    return ""
+
+
+def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
+    """The numbers of a demo that a native folder holds: of cameras those that are kept and calibrated."""
+    known = {name: track for name, track in demo.cameras.items() if name in cameras and not track.uncalibrated}
+    return {"times": demo.timestamps - demo.timestamps[0], **dict(numbers(replace(demo, cameras=known)))}
 
 
 def _origin(folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -202,13 +203,13 @@ def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video
     write_video(file, np.repeat(pictures, 3, axis=0), 3 * FPS)
     with pytest.raises(DemoError, match=f"the video has {3 * FPS} frames per second and the data set {FPS}"):
         find_demos(tmp_path)[0].read()
-    if version == 2:
     corrections = {"corrections": {"top": {"lag_frames": 1}}}  # images that are a frame late are no others
     (tmp_path / "corrected.yaml").write_text(
         yaml.safe_dump(yaml.safe_load((tmp_path / "calibration.yaml").read_text()) | corrections)
     )
     with pytest.raises(DemoError, match=f"the video has {3 * FPS} frames per second and the data set {FPS}"):
         find_demos(tmp_path, calibration=tmp_path / "corrected.yaml")[0].read()
+    if version == 2:
         write_video(file, pictures[: LENGTHS[0] + 1], FPS)
         with pytest.raises(DemoError, match=f"holds {LENGTHS[0] + 1} frames for {LENGTHS[0]} rows"):
             find_demos(tmp_path)[0].read()
@@ -584,6 +585,47 @@ def test_a_row_without_numbers_is_named(tmp_path, write_dataset):
             DemoError, match=rf"observation\.state {said} at frame 3 .* others have 8 .*right\.position"
         ):
             find_demos(tmp_path)[0].read()
+
+
+def test_an_import_is_continued_with_what_it_was_begun_with(tmp_path, write_dataset):
+    """All episodes have one origin, the data set, which says nothing of its calibration or of their numbers."""
+    write_dataset(tmp_path / "raw")
+    source, destination = tmp_path / "raw", tmp_path / "native"
+    imported = partial(import_demos, source, destination, progress=False)
+    assert imported(max_demos=2).written == 2
+    held = {path: path.stat().st_mtime_ns for path in destination.rglob("*")}
+    file = source / "calibration.yaml"
+    given = file.read_text()
+    for entry, change, said in (
+        ("cameras", lambda c: c["top"]["intrinsics"].update(fx=91.0), "its top/intrinsics is another than there"),
+        ("cameras", lambda c: c.clear(), "it has no top/intrinsics; there it has some"),
+        ("lerobot", lambda c: c["arms"]["right"]["gripper"].update(open=100.0), "its right/gripper is another"),
+        ("lerobot", lambda c: c["arms"]["right"].pop("commanded"), "it has no right/commanded/gripper; there it has s"),
+    ):
+        content = yaml.safe_load(given)
+        change(content[entry])
+        file.write_text(yaml.safe_dump(content))
+        with pytest.raises(
+            ValueError, match=f"episode_000000 was imported before, and now {said}.*into another folder"
+        ):
+            imported()
+    file.write_text(given)
+    with pytest.raises(ValueError, match="now video=true is asked for; there it is false"):
+        imported(video=True)
+    with pytest.raises(ValueError, match="now its cameras are top, wrist; there they are top"):
+        imported(cameras=["top", "wrist"])
+    table = source / "meta/episodes/chunk-000/file-000.parquet"
+    episodes = table.read_bytes()
+    rows = pq.read_table(table).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"tasks": ["Take it"]} for row in rows]), table)
+    with pytest.raises(ValueError, match="now its instruction is 'Take it'; there it is 'Pick up the cube'"):
+        imported()
+    table.write_bytes(episodes)
+    assert {path: path.stat().st_mtime_ns for path in destination.rglob("*")} == held
+    assert (imported().written, imported().skipped) == (1, 3)
+    (destination / "episode_000002/trajectory.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"episode_000002: .*episode_000002 is damaged \(.*: remove it"):
+        imported()
 
 
 def test_import_to_native(tmp_path, write_dataset, check_geometry):
