@@ -121,7 +121,7 @@ class DemoMaker:
     max_frames: int = MAX_FRAMES
 
     def __call__(self, reference: Any) -> Iterable[MadeSample]:
-        demo = reference.read()
+        demo = reference.read(uncalibrated=True)  # a video needs no calibration
         camera = self.camera or next(iter(demo.cameras))
         if camera not in demo.cameras:
             raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")

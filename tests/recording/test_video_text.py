@@ -13,6 +13,7 @@ import pytest
 from hydra.errors import InstantiationException
 
 from keygrip.config import compose
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import parse_conversations, read_sample
@@ -85,7 +86,7 @@ class LongDemo:
 
 
 def test_frames_of_long_demonstrations_keep_their_seconds(tmp_path: Path) -> None:
-    reference = SimpleNamespace(read=lambda: LongDemo(tmp_path))
+    reference = SimpleNamespace(read=lambda **given: LongDemo(tmp_path))
     (sample,) = DemoMaker("front", 8, "stretch")(reference)
     content = json.loads(sample.parts["json"])
     assert content["frames"] == 64
@@ -97,7 +98,7 @@ def test_frames_of_long_demonstrations_keep_their_seconds(tmp_path: Path) -> Non
 
 def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the step, and of the set that it writes: a set with another limit is not continued."""
-    reference = SimpleNamespace(name="pick_0", read=lambda: LongDemo(tmp_path))
+    reference = SimpleNamespace(name="pick_0", read=lambda **given: LongDemo(tmp_path))
     monkeypatch.setattr(video_text, "find_demos", lambda *given: [reference])
     step = ["step=robot_videos", f"source={tmp_path}", "camera=front", "image_size=8", "val_fraction=0", "processes=1"]
     for limit, frames in ((70, 70), (65, 65)):
@@ -115,7 +116,7 @@ def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytes
 
 def test_demonstrations_of_like_names_keep_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["pick_0", "day/pick-1", "day-pick.1", "\u00e4" * 90]
-    found = [SimpleNamespace(name=name, read=lambda name=name: LongDemo(tmp_path, name)) for name in names]
+    found = [SimpleNamespace(name=name, read=lambda name=name, **given: LongDemo(tmp_path, name)) for name in names]
     monkeypatch.setattr(video_text, "find_demos", lambda *given: found)
     report = robot_videos(tmp_path, tmp_path / "set", camera="front", image_size=8, val_fraction=0, processes=1)
     assert (report["train"], report["failed"]) == (4, 0)
@@ -155,6 +156,25 @@ def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
     plain = read_sample(ShardSet(tmp_path / "set" / "train"), 0, 48)
     assert [c.kind for c in plain.conversations] == ["caption"]
     assert plain.conversations[0].turns[1].text == "Pick up the red cube."
+
+
+@pytest.mark.parametrize(("camera", "calibrated"), [("hand", True), ("hand", False), (None, False)])
+def test_videos_need_no_calibration(tmp_path: Path, camera: str | None, calibrated: bool) -> None:
+    unknown = {"hand": "no entry"} if calibrated else {"hand": "no entry", "over": "no entry"}
+    with DemoWriter(tmp_path / "demos/demo_0", "yam", "pick", "pick it", 10.0, uncalibrated=unknown) as writer:
+        for index in range(12):
+            writer.add(
+                index * 100_000_000,
+                {"hand": np.full((16, 16, 3), 200, np.uint8), "over": np.zeros((16, 16, 3), np.uint8)},
+                dict.fromkeys(("hand", "over"), CameraPose(np.diag([20.0, 20.0, 1.0]), np.eye(4))),
+                {"right": ArmPose(np.zeros(3), np.array([1.0, 0, 0, 0]), 1.0)},
+            )
+    report = robot_videos(
+        tmp_path / "demos", tmp_path / "set", camera=camera, image_size=16, val_fraction=0, processes=1
+    )
+    assert (report["train"], report["failed"]) == (1, 0)
+    frames = read_sample(ShardSet(tmp_path / "set" / "train"), 0, 16).frames
+    assert np.mean([np.asarray(frame).mean() for frame in frames]) > 100
 
 
 def test_texts_are_answered_by_what_they_say() -> None:

@@ -22,7 +22,7 @@ from keygrip.artifacts import atomic_write
 from keygrip.data.robot.calibration import SCHEMA
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats.poses import invert, transform
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import CameraTrack, Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import matrix_from_quaternion
 
@@ -297,21 +297,27 @@ def charuco(
     Args:
         root, format, calibration: as for `find_demos`. output: the file to write.
         camera, arm: names in the recording. mounted: the camera moves with this arm and the board lies still.
-        keep_intrinsics: take the recording's K; false: fit it too.
+        keep_intrinsics: take the recording's K, where it has one; false: fit it too.
         max_images: evenly spread over all demos.
 
     Raises:
-        ValueError: no such camera or arm, or see `calibrate_camera`. FileExistsError: `output` is there.
+        ValueError: no such camera or arm, no K to keep, or see `calibrate_camera`. FileExistsError: `output` is there.
     """
     target = Path(output)
     if target.exists():
         raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
-    demos = [reference.read() for reference in find_demos(root, format, calibration)]
+    references = find_demos(root, format, calibration)
+    # a camera that is to be calibrated need not have been so far
+    demos = [reference.read(cameras=(camera,), uncalibrated=True) for reference in references]
     demos = [demo for demo in demos if camera in demo.cameras and arm in demo.arms]
     if not demos:
         raise ValueError(f"no demo in {root} has camera {camera!r} and arm {arm!r}")
-    images, poses = _images(demos, camera, arm, max_images)
     track = demos[0].cameras[camera]
+    if keep_intrinsics and _stands_in(track):
+        raise ValueError(
+            f"keep_intrinsics=true: {demos[0].name} has no intrinsics of camera {camera!r} to keep; leave it out"
+        )
+    images, poses = _images(demos, camera, arm, max_images)
     known = np.asarray(track.intrinsics[0]) if keep_intrinsics else None
     found = calibrate_camera(images, poses, board, mounted, known)
     place = (
@@ -347,6 +353,12 @@ def charuco(
         "distortion": [round(float(value), 4) for value in found.distortion],
         "distortion_px": round(displaced, 2),
     }
+
+
+def _stands_in(track: CameraTrack) -> bool:
+    """Whether the intrinsics are made up: those of a camera of which nothing is known."""
+    unknown = CameraTrack.without_calibration(track.width, track.height, track.frames, 1, "")
+    return bool(track.uncalibrated) and np.array_equal(track.intrinsics[0], unknown.intrinsics[0])
 
 
 def _images(demos: Sequence[Demo], camera: str, arm: str, most: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import keygrip.data.robot.charuco
+from keygrip.data.robot.calibration import read_calibration
 from keygrip.data.robot.charuco import (
     Board,
     CameraResult,
@@ -99,6 +101,21 @@ def test_a_lens_that_distorts_is_said(
         assert (report["distortion_px"] > 0.5) == said
         if said:
             assert f"by up to {report['distortion_px']:.1f} px" in caplog.text
+
+
+def test_a_camera_without_calibration_is_what_a_board_is_for(
+    tmp_path: Path, native_demo, change_metadata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its intrinsics are made up, and none to keep."""
+    cameras = json.loads((native_demo(tmp_path / "demos/demo_0") / "metadata.json").read_text())["cameras"]
+    change_metadata(tmp_path / "demos/demo_0", cameras={"over": cameras["over"] | {"uncalibrated": "no entry"}})
+    monkeypatch.setattr(keygrip.data.robot.charuco, "calibrate_camera", lambda *given: lens(0, 0, 0, 0, 0))
+    fitted, kept = (("auto", None, "over", "right", True, keep, BOARD, 8) for keep in (False, True))
+    assert charuco(tmp_path / "demos", tmp_path / "new.yaml", *fitted)["images"] == 8
+    assert list(read_calibration(tmp_path / "new.yaml").cameras) == ["over"]
+    with pytest.raises(ValueError, match="demo_0 has no intrinsics of camera 'over' to keep"):
+        charuco(tmp_path / "demos", tmp_path / "kept.yaml", *kept)
+    assert not (tmp_path / "kept.yaml").exists()
 
 
 @opencv

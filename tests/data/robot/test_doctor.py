@@ -315,6 +315,42 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
         doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
 
 
+def test_a_camera_that_is_not_calibrated_leaves_the_other_checks(tmp_path):
+    """Some models need no calibration, and what was made up of it says nothing."""
+
+    def hung(parts: Parts, number: int) -> Parts:  # needs the camera's pose to be found
+        return frozen(parts, number)
+
+    root = write(tmp_path / "data", hung)
+    for number in range(DEMOS):
+        file = root / f"demo_{number}/metadata.json"
+        content = json.loads(file.read_text())
+        content["cameras"]["over"]["uncalibrated"] = "no entry in calibration.yaml"
+        file.write_text(json.dumps(content))
+    findings = doctor(root, tmp_path / "out", progress=False)
+    assert [(finding.check, finding.severity, finding.where) for finding in findings] == [
+        ("uncalibrated_camera", "warning", "camera over, all demos")
+    ]
+    assert "no entry in calibration.yaml" in findings[0].what
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["readable"] == DEMOS
+    assert not [name for name in report if name.endswith(("on_screen", "agreement"))]
+    sheet = np.asarray(Image.open(tmp_path / "out/contact_sheet_over.png").convert("RGB")).astype(int)
+    assert (np.abs(sheet - [255, 210, 0]).max(axis=-1) < 40).sum() == 0  # no gripper is drawn
+    with DemoWriter(root / "demo_dark", "yam", "pick", "pick up the cube", 10.0, uncalibrated={"over": "x"}) as writer:
+        parts = sound(0)
+        for i in range(FRAMES):
+            pose = ArmPose(parts.position[i], parts.quaternion[i], float(parts.gripper[i]), parts.joints[i])
+            writer.add(
+                int(parts.times[i]),
+                {"over": np.zeros_like(parts.images[i])},
+                {"over": CameraPose(parts.intrinsics, parts.world_to_camera[i])},
+                {"right": pose},
+            )
+    findings = doctor(root, tmp_path / "dark", compare_images=False, progress=False)
+    assert [finding.check for finding in findings] == ["uncalibrated_camera", "dark_camera"]
+
+
 @pytest.mark.parametrize(
     ("models", "said"),
     [(["../yam", "x"], "the names of an arm and of its"), (["yam", "claw"], "unknown gripper 'claw'")],

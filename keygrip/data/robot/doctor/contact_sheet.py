@@ -70,7 +70,10 @@ def _draw_arm(
     scale: float,
     colour: tuple[int, int, int],
 ) -> str:
-    """Draws path, axes and marker of one arm; returns its caption."""
+    """Draws path, axes and marker of one arm, where the camera is calibrated; returns its caption."""
+    height = f"z {trajectory.position[index, 2]:.3f} m, open {trajectory.gripper[index]:.2f}"
+    if track.uncalibrated:
+        return f"not calibrated, {height}"
     axes = matrix_from_quaternion(trajectory.quaternion[index : index + 1])[0].T * _AXIS_M
     points = np.concatenate([trajectory.position, trajectory.position[index] + axes])
     pixels, _ = project(tensor(points), tensor(track.intrinsics[index]), tensor(track.world_to_camera[index]))
@@ -79,7 +82,6 @@ def _draw_arm(
     for before, after in pairwise(path[: index + 1]):
         if np.isfinite([*before, *after]).all():
             draw.line([before, after], fill=colour, width=1)
-    height = f"z {trajectory.position[index, 2]:.3f} m, open {trajectory.gripper[index]:.2f}"
     here = path[index]
     inside = np.isfinite(here).all() and 0 <= here[0] < track.width * scale and 0 <= here[1] < track.height * scale
     if not inside:

@@ -107,8 +107,11 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
 
 
 def _still_frames(demo: Demo, camera: str, stream: Stream) -> list[int]:
-    """Frames of spans in which nothing in the image changes while a gripper in it, or the camera, moves."""
+    """Frames of spans in which nothing in the image changes while a gripper in it, or the camera, moves; of a camera
+    that is not calibrated neither can be said."""
     track, index = demo.cameras[camera], stream.index
+    if track.uncalibrated:
+        return []
     scale = stream.images.shape[2] / track.width
     way = np.zeros(len(index) - 1)
     for arm in demo.arms.values():
@@ -198,7 +201,7 @@ def _vote(demo: Demo, camera: str, stream: Stream) -> int:
     """1 where the thing first gripped has the colour that the instruction names first, -1 where it has that colour with
     red and blue exchanged, 0 where neither can be said."""
     word = next((w for w in re.findall(r"[a-z]+", demo.instruction.lower()) if w in HUES), None)
-    if word is None or not demo.arms:
+    if word is None or not demo.arms or demo.cameras[camera].uncalibrated:
         return 0
     arm = next(iter(demo.arms.values()))
     closing = np.flatnonzero(arm.gripper < arm.gripper[0] - 0.3)

@@ -20,7 +20,21 @@ GRAZING_SLOPE = 0.1  # sine of the angle between a viewing ray and the horizonta
 def check_projection(exam: Examination) -> None:
     """Whether the gripper projects into each image, and how well a point on the table can be localised there."""
     for camera in exam.cameras:
-        demos = exam.with_camera(camera)
+        unknown = {demo.name: demo.cameras[camera].uncalibrated for demo in exam.with_camera(camera)}
+        unknown = {name: reason for name, reason in unknown.items() if reason}
+        demos = [demo for demo in exam.with_camera(camera) if demo.name not in unknown]
+        if unknown:
+            exam.add(
+                "uncalibrated_camera",
+                "warning",
+                f"camera {camera}, {listed(unknown) if demos else 'all demos'}",
+                f"it is not calibrated: {next(iter(unknown.values()))}. Nothing that needs its pose was checked",
+                "Some models need no calibration (docs/data.md); for the others give it in a calibration file",
+                camera=camera,
+                demos=unknown,
+            )
+        if not demos:
+            continue
         carrier = _mounted_on(demos, camera)
         exam.measures[f"camera/{camera}/mounted_on"] = carrier
         track = demos[0].cameras[camera]

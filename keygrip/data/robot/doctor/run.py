@@ -85,7 +85,7 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
     broken: list[DemoError] = []
     for reference in Progress(references, desc="reading demos", unit="demo", shown=progress):
         try:
-            demo = reference.read()
+            demo = reference.read(uncalibrated=True)  # some models need no calibration
             for arm in demo.arms:
                 yam_model(demo, arm)  # the checks are of all demos: one that says nothing sensible would end them
             demos.append(demo)
