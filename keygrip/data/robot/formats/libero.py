@@ -7,9 +7,12 @@ robosuite's conventions:
 - Images are as OpenGL reads them, bottom row first, unless the attribute `macros_image_convention` says `opencv`;
   they are turned upright here (rows reversed; a rotation by 180 degrees, which some code uses, would mirror the scene).
 - The world is MuJoCo's, z up, metres. Fingers are 0.04 m from the middle when open.
-- Observations were written after the step of the same row, so `actions[i + 1]` was given at row i. Actions are scaled
-  offsets of an operational-space controller, whose goal depends on its state; they are not turned into commanded poses,
-  but kept as they are for model.actions.kind=osc.
+- Observations were written after the step of the same row, so `actions[i + 1]` was given at row i. Files without
+  `env_args` are those of OpenVLA's `regenerate_libero_dataset.py`, which writes the observation before the step and no
+  attributes: there `actions[i]` was given at row i. Actions are scaled offsets of an operational-space controller,
+  whose goal depends on its state; they are not turned into commanded poses, but kept as they are for
+  model.actions.kind=osc.
+- Without `problem_info` the instruction is the file's name, less the scene, as LIBERO's own sentences are.
 
 Cameras: `agentview` is read from the MuJoCo model stored with each demo (fixed to the world), any other from a
 calibration file (`calibration.py`, cameras `agentview` and `eye_in_hand`; the hand's is `mounted_on: right`). Without
@@ -21,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 from pathlib import Path
@@ -42,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 FINGER_STROKE_M = 0.04  # stroke of each of the Panda's two fingers
 CONTROL_HZ = 20.0  # LIBERO's control_freq; used where the file does not say
+SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")  # begins the names of LIBERO-90's and LIBERO-10's tasks
 CAMERAS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y up
 
@@ -104,11 +109,14 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         fingers = own_array(observed, "gripper_states")
         joints = own_array(observed, "joint_states") if "joint_states" in observed else None
         actions = own_array(demo, "actions") if "actions" in demo else None
+        regenerated = "env_args" not in data.attrs
         upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
         sizes = {camera: observed[dataset].shape for camera, dataset in CAMERAS.items() if dataset in observed}
         model = _text(demo.attrs.get("model_file", ""))
         instruction, rate, task = _task(data, path)
     frames = len(position)
+    if actions is not None and not regenerated:
+        actions = np.concatenate([actions[1:], actions[-1:]])
     matrices = Rotation.from_rotvec(turn).as_matrix()
     arm = ArmTrajectory(
         position=position,
@@ -117,7 +125,7 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
             fingers[:, 0] - fingers[:, 1], "gripper_states (distance of the fingers)", 0.0, 2 * FINGER_STROKE_M
         ),
         joints=joints,
-        controller=None if actions is None else np.concatenate([actions[1:], actions[-1:]]),
+        controller=actions,
     )
     cameras: dict[str, CameraTrack] = {}
     for camera, (held, height, width, _) in sizes.items():
@@ -136,6 +144,8 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
     notes = (
         ["images are stored bottom row first (robosuite's opengl convention) and turned upright"] if upside_down else []
     )
+    if regenerated and actions is not None:
+        notes.append("actions are taken as given at their own row: the file has no env_args, as OpenVLA writes it")
     for note in notes:
         logger.debug("%s: %s", name, note)
     return Demo(
@@ -166,7 +176,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _task(data: Any, path: Path) -> tuple[str, float, str]:
     """Instruction, control rate and task name from the attributes of `data`, else from the file's name."""
     task = path.stem.removesuffix("_demo")
-    instruction, rate = task.replace("_", " "), CONTROL_HZ
+    instruction, rate = SCENE.sub("", task).replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
         told = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get("language_instruction")
         instruction = words(told) or instruction

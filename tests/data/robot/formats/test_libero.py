@@ -117,6 +117,24 @@ def test_instructions_of_several_words_and_the_controllers_inputs_are_kept(tmp_p
     assert native.cameras["eye_in_hand"].uncalibrated == demo.cameras["eye_in_hand"].uncalibrated
 
 
+def test_files_without_attributes_are_those_of_openvla(tmp_path, square):
+    """Regenerated without no-ops: an observation stands before the step of its own row, and nothing says the task."""
+    write_file(tmp_path / FILE, square, demos=1)
+    actions = np.random.default_rng(0).uniform(-1, 1, (len(square.position), 7))
+    with h5py.File(tmp_path / FILE, "r+") as file:
+        file["data/demo_0/actions"][...] = actions
+        for group in (file["data"], file["data/demo_0"]):
+            for name in list(group.attrs):
+                del group.attrs[name]
+    demo = find_demos(tmp_path)[0].read(uncalibrated=True)
+    np.testing.assert_array_equal(demo.arms["right"].controller, actions)
+    assert (demo.instruction, demo.fps) == ("put the black bowl on the plate", 20.0)
+    assert demo.task == "KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
+    assert "actions are taken as given at their own row" in " ".join(demo.source["notes"])
+    (tmp_path / FILE).rename(tmp_path / "LIVING_ROOM_SCENE10_put_it_down_demo.hdf5")
+    assert find_demos(tmp_path)[0].read(uncalibrated=True).instruction == "put it down"
+
+
 def test_a_calibration_file_adds_the_hand_and_overrides_the_model(tmp_path, square, calibration_text, check_geometry):
     write_file(tmp_path / FILE, square, xml="<mujoco/>")
     with pytest.raises(DemoError, match=r"no camera is calibrated \(agentview: .*calibration\.yaml"):
