@@ -7,7 +7,8 @@ no poses and no calibration: poses come from the forward kinematics of the YAM m
 calibration file (`calibration.py`). There, a camera is named by its role, with the key behind it where a role has
 several (`top`, `top_left`).
 
-The arm of a one-armed recording is called "right" here, whatever it is called there.
+The arm of a one-armed recording is called "right" here, whatever it is called there; a camera is mounted on it by
+either name.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
         arm = "right" if len(recorded) == 1 else source
         arms[arm], models[arm] = trajectory, [base.arm, base.gripper]
         gripper_poses[source] = poses
+        if arm not in calibration.arms:  # else the file has another arm of that name
+            gripper_poses[arm] = poses  # step=charuco knows it by this name
     frames = len(next(iter(arms.values())))
     if any(len(trajectory) != frames for trajectory in arms.values()):
         raise DemoError(name, f"the arms have different lengths: {[len(t) for t in arms.values()]}")

@@ -202,6 +202,23 @@ def test_a_camera_on_the_hand_moves_with_it(tmp_path, joints, write_episode, cal
     np.testing.assert_allclose(pose[:3, :3], matrix, atol=1e-9)
 
 
+def test_a_camera_is_mounted_on_the_only_arm_by_either_name(
+    tmp_path, write_episode, calibrate, calibration_text, scene
+):
+    """`step=charuco` writes the name that the arm has here; a file of two arms means the other one by it."""
+    write_episode(tmp_path / "a" / "b", arms=("left",))
+    wrist = {key: value for key, value in calibration_text(scene).items() if key != "world_to_camera"}
+    wrist["camera_to_gripper"] = np.eye(4).tolist()
+    for name, arms in (("left", None), ("right", None), ("right", {"left": {}})):
+        calibrate(tmp_path, arms, wrist=wrist | {"mounted_on": name})
+        demo = find_demos(tmp_path)[0].read()
+        place = np.linalg.inv(demo.cameras["wrist"].world_to_camera[3])[:3, 3]
+        np.testing.assert_allclose(place, demo.arms["right"].position[3], atol=1e-9)
+    calibrate(tmp_path, BASES, wrist=wrist | {"mounted_on": "right"})
+    with pytest.raises(DemoError, match="mounted on arm 'right'; recorded are left"):
+        find_demos(tmp_path)[0].read()
+
+
 def test_a_slower_camera_gives_the_nearest_picture(tmp_path, write_episode, calibrate, calibration_text, scene):
     write_episode(tmp_path / "a" / "b", slow_camera=True)
     calibrate(tmp_path, BASES, wrist=calibration_text(scene))
