@@ -28,6 +28,9 @@ from keygrip.data.robot.schema import FrameSource
 log = logging.getLogger(__name__)
 
 STALE_AFTER_S = 86400.0  # an unused cache of other content is removed when it is older than a day
+# Of another machine, whose locks may not be seen here. A container has a new name each time and never comes back.
+STALE_ELSEWHERE_S = 7 * STALE_AFTER_S
+TOUCHED_EVERY_S = 3600.0  # a cache in use looks no older than that
 DISK_RESERVE = 1 << 30  # bytes left free on the disk beside the cache
 
 
@@ -82,7 +85,7 @@ class FrameCache:
         pixels, marks = folder / f"{stem}.pixels", folder / f"{stem}.marks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._remove_stale(folder, f"frames-{name}-{machine}-", keep=stem)
+            self._remove_stale(folder, f"frames-{name}-", machine, keep=stem)
             held = pixels.stat().st_blocks * 512 if pixels.exists() else 0
             free = shutil.disk_usage(folder).free
             if self.limit_bytes - held > free - DISK_RESERVE:
@@ -102,6 +105,7 @@ class FrameCache:
                         os.ftruncate(descriptor, size)  # sparse: takes room only as slots are filled
                 finally:
                     os.close(descriptor)
+            os.utime(marks)  # before it is opened, and locked, another cache must not take it for a stale one
         except OSError as error:
             log.warning("no frame cache: %s cannot be written (%s); frames are decoded every time", folder, error)
             self.limit_bytes = 0
@@ -117,10 +121,12 @@ class FrameCache:
             )
 
     @staticmethod
-    def _remove_stale(folder: Path, prefix: str, keep: str) -> None:
-        """Removes caches of other content that no process has open and that were not used for a day."""
+    def _remove_stale(folder: Path, prefix: str, machine: str, keep: str) -> None:
+        """Removes caches of other content that no process has open and that were not used for a day, or, of another
+        machine, for a week."""
         for marks in folder.glob(f"{prefix}*.marks"):
-            if marks.stem == keep or time.time() - marks.stat().st_mtime < STALE_AFTER_S:
+            limit = STALE_AFTER_S if marks.name.startswith(f"{prefix}{machine}-") else STALE_ELSEWHERE_S
+            if marks.stem == keep or time.time() - marks.stat().st_mtime < limit:
                 continue
             descriptor = os.open(marks, os.O_RDWR)
             try:
@@ -144,11 +150,15 @@ class FrameCache:
         self._pixels_file = os.open(self.pixels_path, os.O_RDWR)
         self._marks_file = os.open(self.marks_path, os.O_RDWR)
         fcntl.flock(self._marks_file, fcntl.LOCK_SH)
-        os.utime(self.marks_path)
+        self._touch()
         self._pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
         self._marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
         self._compared = np.zeros(self.total_frames, dtype=bool)
         self._open_in = os.getpid()
+
+    def _touch(self) -> None:
+        os.utime(self._marks_file)
+        self._touched = time.monotonic()
 
     def close(self) -> None:
         """Gives back this process's files."""
@@ -170,6 +180,8 @@ class FrameCache:
             return self.sources[demo].read(frame)
         if self._open_in != os.getpid():
             self._open()
+        if time.monotonic() - self._touched > TOUCHED_EVERY_S:
+            self._touch()
         slot = int(self._first_slot[demo]) + frame
         shape = self.shapes[demo]
         mark = int(self._marks[slot])

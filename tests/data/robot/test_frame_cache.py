@@ -184,6 +184,47 @@ def test_old_unused_caches_are_removed_and_used_ones_kept(
     assert young.marks_path.exists()
 
 
+def test_old_caches_of_machines_that_are_gone_are_removed(
+    make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start of a container has a new name."""
+    caches = []
+    for number in range(3):
+        monkeypatch.setattr(frame_cache.platform, "node", lambda number=number: f"pod-{number}")
+        caches.append(make(10**6))
+        all_frames(caches[-1])
+    gone, young, used = caches
+    for cache in (gone, young):
+        cache.close()
+    for cache, weeks in ((gone, 1.1), (young, 0.9), (used, 1.1)):
+        long_ago = time.time() - weeks * frame_cache.STALE_ELSEWHERE_S
+        os.utime(cache.marks_path, (long_ago, long_ago))
+    monkeypatch.setattr(frame_cache.platform, "node", lambda: "pod-9")
+    make(10**6)
+    assert not gone.marks_path.exists()
+    assert not gone.pixels_path.exists()
+    assert young.marks_path.exists()
+    assert used.marks_path.exists()
+
+
+def test_a_cache_in_use_is_never_old(
+    tmp_path: Path, make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks of another machine are not seen its age is all that tells."""
+    long_ago = time.time() - 2 * frame_cache.STALE_ELSEWHERE_S
+    cache = make(10**6)
+    os.utime(cache.marks_path, (long_ago, long_ago))
+    again = make(10**6)  # not opened yet
+    assert time.time() - again.marks_path.stat().st_mtime < 60
+    all_frames(again)
+    os.utime(again.marks_path, (long_ago, long_ago))
+    all_frames(again)
+    assert time.time() - again.marks_path.stat().st_mtime > 60
+    monkeypatch.setattr(frame_cache, "TOUCHED_EVERY_S", 0.0)
+    all_frames(again)
+    assert time.time() - again.marks_path.stat().st_mtime < 60
+
+
 def test_frames_of_other_sizes_than_promised_are_refused(tmp_path: Path) -> None:
     source = Counted(0, tmp_path / "decoded")
     cache = FrameCache([source], [FrameShape(FRAMES, HEIGHT, WIDTH + 1)], tmp_path / "cache", "over", 10**6)
