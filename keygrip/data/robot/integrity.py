@@ -114,7 +114,7 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
         if not again and (reference.path / MANIFEST).is_file():
             continue
         try:
-            demo = reference.read()
+            demo = reference.read(uncalibrated=True)
             _check_pixels(demo, tuple(demo.cameras), depth=True)
         except DemoError as error:
             report["broken"].append(str(error))

@@ -208,6 +208,16 @@ def test_a_manifest_is_not_written_for_a_recording_that_cannot_be_read(native_ro
         make_manifests(native_root, again=True)
 
 
+def test_manifests_are_also_of_cameras_without_calibration(native_root: Path, change_metadata: Any) -> None:
+    for name in ("demo_06", "demo_07"):
+        entry = json.loads((native_root / name / "metadata.json").read_text())["cameras"]["over"]
+        change_metadata(native_root / name, cameras={"over": entry | {"uncalibrated": "no entry"}})
+    (native_root / "demo_07" / FRAME).write_bytes(b"no image")
+    report = make_manifests(native_root)
+    assert report["written"] == 9
+    assert "demo 'demo_07': camera 'over': frame 5 cannot be used" in report["broken"][0]
+
+
 def test_videos_are_decoded_in_order_by_their_own_reader(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (12, 32, 48, 3), dtype=np.uint8)
     write_video(tmp_path / "v.mp4", frames, fps=10)
