@@ -192,17 +192,18 @@ def build_stored(
     from omegaconf import OmegaConf
 
     _check_names(trust)
-    for place, node in _nodes(config, where):
-        _check_node(node, place, trust)
+    for path, node in _nodes(config, where):
+        _check_node(node, ".".join(path), trust)
     ready = copy.deepcopy(config)
     given = dict(external or {})
-    plain: list[str] = []  # beginnings of places where nothing is built
-    for place, node in list(_nodes(ready, where)):  # parents come first
-        if "_target_" in node and not place.startswith(tuple(plain)):
-            part = _prepare(node, place, _key(place, where), given, offered or {})
+    plain: list[tuple[str, ...]] = []  # paths below which nothing is built; as text, a key with dots could pretend one
+    for path, node in list(_nodes(ready, where)):  # parents come first
+        if "_target_" in node and not any(path[: len(above)] == above for above in plain):
+            place = ".".join(path)
+            part = _prepare(node, place, ".".join(path[1:]), given, offered or {})
             _check_makers(part, node, place, trust)
             if node.get("_recursive_") is False:
-                plain += [f"{place}.{setting}." for setting in part.plain]
+                plain += [(*path, setting) for setting in part.plain]
     if given:
         raise ValueError(f"external: {', '.join(sorted(given))} is no setting of this checkpoint that names a file")
     if not isinstance(ready, dict | list):
@@ -226,11 +227,11 @@ def external_settings(config: Any) -> dict[str, Any]:
     from hydra.utils import get_object
 
     found: dict[str, Any] = {}
-    for place, node in _nodes(config, ""):
+    for path, node in _nodes(config, ""):
         part = getattr(get_object(node["_target_"]), MARK, None) if "_target_" in node else None
         for setting in part.external if isinstance(part, Part) else ():
             if node.get(setting) is not None:
-                found[_key(f"{place}.{setting}", "")] = node[setting]
+                found[".".join((*path[1:], setting))] = node[setting]
     return found
 
 
@@ -239,11 +240,6 @@ def named_packages(config: Any) -> tuple[str, ...]:
     targets = [str(node["_target_"]) for _, node in _nodes(config, "") if "_target_" in node]
     packages = {target.partition(".")[0] for target in targets} - {"keygrip"}
     return tuple(sorted(each for each in packages if PACKAGE.fullmatch(each)))
-
-
-def _key(place: str, where: str) -> str:
-    """A place as a dotted key below `where`."""
-    return place.removeprefix(where).lstrip(".")
 
 
 def check_plain(config: Any, where: str) -> None:
@@ -260,21 +256,23 @@ def _check_names(trust: Sequence[str]) -> None:
             raise ValueError(f"trust={package!r} is not the name of a package")
 
 
-def _nodes(config: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All dictionaries of a configuration with their places, after checking that it is plain data."""
-    waiting, seen = [(where, config, 0)], 0
+def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """All dictionaries of a configuration with their paths, `where` first, after checking that it is plain data."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((where,), config)]
+    seen = 0
     while waiting:
-        place, node, depth = waiting.pop()
+        path, node = waiting.pop()
+        place = ".".join(path)
         seen += 1
-        if depth > DEEPEST or seen > MOST_NODES:
+        if len(path) > DEEPEST + 1 or seen > MOST_NODES:
             raise UntrustedPartError(f"{where}: the stored configuration is too deep or too large to be one")
         if isinstance(node, dict):
             if not all(isinstance(key, str) for key in node):
                 raise UntrustedPartError(f"{place}: a stored configuration has keys that are not text")
-            yield place, node
-            waiting += [(f"{place}.{key}", child, depth + 1) for key, child in node.items()]
+            yield path, node
+            waiting += [((*path, key), child) for key, child in node.items()]
         elif isinstance(node, list | tuple):
-            waiting += [(f"{place}.{index}", child, depth + 1) for index, child in enumerate(node)]
+            waiting += [((*path, str(index)), child) for index, child in enumerate(node)]
         elif isinstance(node, str):
             if "${" in node:
                 raise UntrustedPartError(f"{place}: {node[:80]!r} is an interpolation, which is not evaluated here")

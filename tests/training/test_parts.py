@@ -322,6 +322,22 @@ def test_what_made_shards_hold_stays_as_it_was() -> None:
     assert built.options["view"].loaded_weights == "random"
 
 
+def test_a_key_with_dots_is_not_taken_for_a_place_where_nothing_is_built(tmp_path: Path) -> None:
+    made = {"_target_": "keygrip.data.shards.made_shards.MadeShards", "_recursive_": False, "maker": "m", "options": {}}
+    source = {"_target_": "keygrip.data.video_text.shard_source.ShardSource"}
+    evil = made | {"maker": "os.system", "folder": str(tmp_path), "make_missing": True}
+    names = ("a.make.options.b", "a.make.options", "a")
+    sources = {name: source | {"make": made if name == "a" else evil} for name in names}
+    for stored in (sources, dict(reversed(sources.items()))):
+        found = build_stored({"sources": stored}, "data")["sources"]
+        assert [found[name].make.make_missing for name in names] == [False] * 3
+    text = {"_target_": "keygrip.models.patch_dit.text_encoders.T5Text", "source": "/etc/secret", "length": 8}
+    for name in ("x.options.y", "x.options"):
+        for stored in ({name: text, "x": made}, {"x": made, name: text}):
+            with pytest.raises(UntrustedPartError, match=rf"model\.{name}\.source: the checkpoint names files outside"):
+                build_stored(stored, "model")
+
+
 def test_files_outside_a_checkpoint_are_named_by_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"_target_": "keygrip.models.patch_dit.text_encoders.T5Text", "source": "/etc/secret", "length": 8}
     with pytest.raises(UntrustedPartError, match=r"external=\{encoders.text.source: PATH\}"):
@@ -371,8 +387,8 @@ def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., l
         cfg = compose("train", [f"model={file.stem}", f"data={choice}", "run_dir=x"])
         plain: Any = OmegaConf.to_container(OmegaConf.create({"model": cfg.model, "data": cfg.data, **cfg}))
         for name in ("model", "data"):
-            for place, node in _nodes(OmegaConf.to_container(cfg, resolve=True)[name], name):  # type: ignore[index, call-overload]
-                _check_node(node, place, ())
+            for path, node in _nodes(OmegaConf.to_container(cfg, resolve=True)[name], name):  # type: ignore[index, call-overload]
+                _check_node(node, ".".join(path), ())
                 checked += "_target_" in node
         assert plain
     assert checked > 60
