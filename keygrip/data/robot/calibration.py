@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from keygrip.data.bad_samples import guard
 from keygrip.data.robot.formats.poses import invert, rigid
@@ -197,21 +198,30 @@ def _checked(path: Path, content: dict[str, Any]) -> Calibration:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file with a mapping at its top. Raises ValueError where it is not one."""
-    import yaml
-
     if path.suffix == ".json":
         content = read_json(path, MAX_CALIBRATION_BYTES)
     else:
         text = read_text(path, MAX_CALIBRATION_BYTES)
         with guard(path):
             try:
-                content = yaml.safe_load(text)
+                content = yaml.load(text, _Loader)
             except yaml.YAMLError as error:
                 raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
             _refuse_too_many(content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values without merge keys, which copy what they name: some lines of them fill any memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line} merges another mapping (<<), which is not read: write its values there")
+        super().flatten_mapping(node)
 
 
 def _refuse_too_many(content: Any) -> None:

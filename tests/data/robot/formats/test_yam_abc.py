@@ -12,6 +12,7 @@ from macos import leave_notes
 from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.calibration import read_calibration
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.kinematics import check_kinematics
@@ -144,6 +145,14 @@ def test_a_folders_own_calibration_brings_its_corrections(tmp_path, write_episod
         track = reference.read().cameras["top"]
         assert len(track.frames) == N - 2
         np.testing.assert_allclose(track.intrinsics[:, 0, 0], 1.1 * plain.intrinsics[0, 0, 0])
+
+
+def test_merge_keys_of_a_calibration_are_not_multiplied_out(tmp_path):
+    """Each line has ten times the pairs of the one before it: ten lines would fill any memory while they are read."""
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 10)}]}}" for i in range(5)]
+    (tmp_path / "calibration.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"calibration\.yaml: line 2 merges another mapping \(<<\)"):
+        read_calibration(tmp_path / "calibration.yaml")
 
 
 @pytest.mark.parametrize("name", ["calibration.yaml", "calibration.json"])
