@@ -54,24 +54,37 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         yield file
 
 
-def own_dataset(group: Any, name: str) -> Any:
-    """The data set `name` of an HDF5 file or group, read from this file alone.
+def own_object(group: Any, name: str) -> Any:
+    """What `name` stands for in an HDF5 file or group, found in this file alone: no link is followed, also none to
+    another place of the file, where the next one may lead out of it.
 
     Raises:
-        ValueError: it is a link to another file, its numbers lie in another file, or it is too large.
+        KeyError: there is nothing of that name. ValueError: it is behind a link.
     """
     import h5py
 
     for part in name.split("/"):
-        if isinstance(group.get(part, getlink=True), h5py.ExternalLink):
-            raise ValueError(f"{name} is a link to another file")
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink | None):
+            raise ValueError(f"{name} is a link to another place or file, which is not followed: copy what it names")
         group = group[part]
-    if not isinstance(group, h5py.Dataset) or group.external or group.is_virtual:
-        raise ValueError(f"{name} does not hold its numbers in this file")
-    entry_bytes = math.prod(group.shape[1:] or group.shape) * group.dtype.itemsize
-    if entry_bytes > 3 * MAX_PIXELS:
-        raise ValueError(f"{name} has shape {group.shape}, more than can be read")
     return group
+
+
+def own_dataset(group: Any, name: str) -> Any:
+    """The data set `name` of an HDF5 file or group, read from this file alone.
+
+    Raises:
+        ValueError: it is behind a link, its numbers lie in another file, or it is too large.
+    """
+    import h5py
+
+    dataset = own_object(group, name)
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{name} does not hold its numbers in this file")
+    entry_bytes = math.prod(dataset.shape[1:] or dataset.shape) * dataset.dtype.itemsize
+    if entry_bytes > 3 * MAX_PIXELS:
+        raise ValueError(f"{name} has shape {dataset.shape}, more than can be read")
+    return dataset
 
 
 def own_array(group: Any, name: str) -> np.ndarray:

@@ -35,7 +35,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
-from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array
+from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_object
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
@@ -63,9 +63,11 @@ def detect(root: Path) -> bool:
     for path in _files(root):
         # what cannot be opened is another kind of file, or cut off: `find` reports it where the format is named
         with contextlib.suppress(BadSample), guard(path), open_hdf5(path) as file:
-            demos = file.get("data")
-            if demos is not None and any("obs/agentview_rgb" in demos[key] for key in demos):
-                return True
+            demos = own_object(file, "data")
+            for key in demos:
+                with contextlib.suppress(KeyError, ValueError):  # another demo may hold images
+                    if "agentview_rgb" in own_object(demos, f"{key}/obs"):
+                        return True
     return False
 
 
@@ -80,7 +82,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
         stem = path.relative_to(root).with_suffix("").as_posix()
         try:
             with open_hdf5(path) as file:
-                keys = sorted(file["data"], key=lambda key: (len(key), key))
+                keys = sorted(own_object(file, "data"), key=lambda key: (len(key), key))
         except HOSTILE as error:
             if is_of_the_machine(error):
                 raise
@@ -100,8 +102,8 @@ def _unreadable(name: str, reason: str) -> Demo:
 def read(path: Path, key: str, name: str, calibration: Calibration | None) -> Demo:
     """Reads one demo of a file. Raises DemoError where a part is missing or no camera is known."""
     with open_hdf5(path) as file:
-        data, demo = file["data"], file["data"][key]
-        observed = demo["obs"]
+        data = own_object(file, "data")
+        demo, observed = own_object(data, key), own_object(data, f"{key}/obs")
         missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observed]
         if missing:
             raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")
@@ -111,7 +113,7 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         actions = own_array(demo, "actions") if "actions" in demo else None
         regenerated = "env_args" not in data.attrs
         upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
-        sizes = {camera: observed[dataset].shape for camera, dataset in CAMERAS.items() if dataset in observed}
+        sizes = {camera: own_dataset(observed, name).shape for camera, name in CAMERAS.items() if name in observed}
         model = _text(demo.attrs.get("model_file", ""))
         instruction, rate, task = _task(data, path)
     frames = len(position)

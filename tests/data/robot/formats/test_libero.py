@@ -174,6 +174,22 @@ def test_broken_files_are_named(tmp_path, square):
         demos["demo_1"].read()
 
 
+def test_links_are_not_followed_out_of_the_file(tmp_path, square):
+    write_file(tmp_path / "other" / FILE, square)
+    write_file(tmp_path / "set" / FILE, square, demos=3)
+    with h5py.File(tmp_path / "set" / FILE, "r+") as file:
+        file["ext"] = h5py.ExternalLink(str(tmp_path / "other" / FILE), "data/demo_0")
+        for name, path in (("demo_0/obs", "ext/obs"), ("demo_1/obs/agentview_rgb", "ext/obs/agentview_rgb")):
+            del file["data"][name]
+            file["data"][name] = h5py.SoftLink(f"/{path}")
+        del file["data/demo_2"]
+        file["data/demo_2"] = h5py.ExternalLink(str(tmp_path / "other" / FILE), "data/demo_0")
+    references = find_demos(tmp_path / "set")
+    for reference, name in zip(references, ("demo_0/obs", "agentview_rgb", "demo_2"), strict=True):
+        with pytest.raises(DemoError, match=f"{name} is a link to another place or file"):
+            reference.read()
+
+
 def test_files_in_capitals_are_read_and_notes_of_macos_are_not(tmp_path, square):
     write_file(tmp_path / "set" / FILE, square)
     write_file(tmp_path / "set" / "other_demo.HDF5", square)
