@@ -11,10 +11,13 @@ arrays and never objects (see `wire` and `messagepack`), and without the token n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hmac
+import ipaddress
 import json
 import logging
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -66,6 +69,7 @@ class PolicyServer:
         self.service = PolicyService(policy, needs, about, self.limits, bounds or Bounds(), make)
         self._token, self._tls = token, tls
         self._in_progress = 0
+        self._names: set[str] | None = None  # of the Host header, beside IP addresses; None: any
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -109,6 +113,8 @@ class PolicyServer:
                 await site.start()
             except OSError as error:
                 raise OSError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+            if self._token is None and all(ipaddress.ip_address(each[0]).is_loopback for each in runner.addresses):
+                self._names = {"localhost", host.lower()}
             bound = runner.addresses[0]
             name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
             ready(f"{'http' if self._tls is None else 'https'}://{name}:{bound[1]}")
@@ -164,7 +170,14 @@ class PolicyServer:
         return response
 
     def _admit(self, request: web.Request) -> None:
-        """Raises Refusal: the client has no token, or too many requests are in progress."""
+        """Raises Refusal: it is a web page's request, it has no token, or too many are in progress."""
+        if "Origin" in request.headers:  # browsers let any web page post to any address, and say so here
+            raise Refusal(403, "no answers for web pages (the request has an Origin)")
+        if self._names is not None and not _is_one_of(self._names, request.headers.get("Host", "localhost")):
+            # A web page's own name can be made to lead to this machine; then its requests need not have an Origin.
+            raise Refusal(
+                403, "the server answers this machine alone: ask for localhost or 127.0.0.1, or start it with a token"
+            )
         if self._token is not None and request.path != "/healthz":
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # openpi's client sends its api_key as "Api-Key"
@@ -177,8 +190,6 @@ class PolicyServer:
             raise Refusal(503, sentence, again=True)
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
-        if "Origin" in request.headers:  # browsers let any web page open websockets to any address, and say so here
-            raise Refusal(403, "no websockets for web pages (the request has an Origin)")
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refusal(404, PLACES)
         return await converse(self.service, request)
@@ -241,3 +252,12 @@ class PolicyServer:
             raise Refusal(408, f"the body did not arrive within {self.limits.read_s:g} s") from None
         except web.HTTPRequestEntityTooLarge:  # of a body whose length was not said
             raise large from None
+
+
+def _is_one_of(names: set[str], host: str) -> bool:
+    """Whether a Host header says one of these names, or an IP address, which no web page's name can stand for."""
+    name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name.lower().removesuffix(".") in names

@@ -114,7 +114,7 @@ def test_malformed_requests_are_refused_with_a_sentence(running: Start, observat
 
 def test_large_bodies_are_refused_before_they_are_read(running: Start, observation: Observe, needs: Needs) -> None:
     server = running(request_mb=0.1)
-    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\n"
+    head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\n"
     announced = raw(server.port, f"{head}Content-Length: 50000000000\r\n\r\n".encode())  # not one byte of it is sent
     assert b"413" in announced.splitlines()[0]
     assert b"larger than 0.1 MB" in announced
@@ -125,7 +125,7 @@ def test_large_bodies_are_refused_before_they_are_read(running: Start, observati
 
 def test_a_client_that_never_finishes_is_dropped(running: Start, observation: Observe, needs: Needs) -> None:
     server, body = running(read_s=0.3, idle_s=0.5), encode_observation(observation(), needs)
-    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
     answer = raw(server.port, head.encode() + body[:100])
     assert b"408" in answer.splitlines()[0]
     assert b"did not arrive within 0.3 s" in answer
@@ -182,7 +182,7 @@ def test_a_crowd_is_served_or_refused_and_nobody_is_left_waiting(
 
 def test_requests_that_still_arrive_count_too(running: Start, observation: Observe, needs: Needs) -> None:
     server, body = running(requests=2, read_s=20), encode_observation(observation(), needs)
-    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
     held = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2)]
     for connection in held:
         connection.sendall(head.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,7 +173,7 @@ def test_a_plan_that_is_not_finite_never_leaves(running: Start, toy: Any, observ
 
 
 def post(port: int, body: bytes) -> bytes:
-    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(head.encode() + body)
         return connection.recv(65536)
@@ -204,6 +206,27 @@ def test_floods_of_names_are_refused_unread(running: Start, monkeypatch: pytest.
     assert all(len(answer) < 1000 for answer in [*answers, *alone])  # a refusal does not repeat what was sent
     assert set(parsed) == {len(long_name)}
     assert not loaded
+
+
+def test_a_web_page_gets_no_answer(running: Start) -> None:
+    """Also one whose own name was made to lead to this machine: then it is no other site's, and GETs have no Origin."""
+
+    def status(server: Any, method: str, path: str, **headers: str) -> int:
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, "{}", {"Content-Type": "application/json", **headers})
+            return connection.getresponse().status
+
+    local, open_to_all, with_token = running(), running(host="0.0.0.0"), running(more={"token": TOKEN})
+    for path in ("/plan", "/reset"):
+        for server in (local, open_to_all):
+            assert status(server, "POST", path, Origin="http://evil:8421", Host="evil:8421") == 403
+    for host in ("evil:8421", "localhost.evil", "127.0.0.1.evil:80", "[::1].evil", ""):
+        assert status(local, "GET", "/health", Host=host) == 403
+    for host in ("localhost:8421", "LocalHost", "127.0.0.1:1", "[::1]:8421", "192.168.1.5"):
+        assert status(local, "POST", "/reset", Host=host) == 200
+    assert status(open_to_all, "POST", "/reset", Host="robot.lan") == 200
+    assert status(with_token, "POST", "/reset", Host="robot.lan", Authorization=f"Bearer {TOKEN}") == 200
 
 
 def test_without_the_token_nothing_is_answered(running: Start, observation: Observe, needs: Any) -> None:
@@ -271,7 +294,7 @@ def test_a_client_that_hangs_up_leaves_one_line(
     running: Start, observation: Observe, needs: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     server, body = running(), encode_observation(observation(), needs)
-    head = f"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
     with caplog.at_level(logging.INFO):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head.encode() + body[:1000])
