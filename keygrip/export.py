@@ -77,8 +77,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     run_folder = file.parent.parent if file.is_file() else file
     usage = getattr(module, "usage", None)
     content[checkpoints.WEIGHTS_ARE] = which
+    content[checkpoints.HEADER] = folder.without_passwords(content[checkpoints.HEADER])
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
-    card = folder.model_card(loaded, content, weights, which, read_result(run_folder), usage)
+    card = folder.model_card(loaded, content, weights, which, folder.without_passwords(read_result(run_folder)), usage)
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
     if cfg.format in WRITERS:
         try:

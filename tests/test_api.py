@@ -71,6 +71,24 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
 
 
+def test_an_export_holds_no_password_of_an_address(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    from keygrip import export
+    from keygrip.training.checkpoints import find_checkpoint, read_checkpoint
+    from keygrip.training.results import read_result, write_result
+    from keygrip.training.saving import AtomicCheckpointIO
+
+    run = Path(keygrip.train(toy_overrides("run", "max_steps=1"))["run_dir"])
+    content, root = read_checkpoint(run), "https://me:p@ss:word@host/set"
+    content["keygrip"]["config"]["data"]["roots"] = [root, "s3://bucket/a@b"]
+    AtomicCheckpointIO().save_checkpoint(content, find_checkpoint(run))
+    write_result(run, read_result(run) | {"overrides": [f"data.roots=[{root}]"]})
+    export.run(compose("export", [f"checkpoint={run}", f"to={tmp_path / 'toy'}", "trust=[toy_parts]"]))
+    texts = [path.read_text(errors="replace") for path in (tmp_path / "toy").iterdir()]
+    assert not any("ss:word" in text or "me:p" in text for text in texts)
+    assert sum("https://host/set" in text for text in texts) == 2
+    assert sum("s3://bucket/a@b" in text for text in texts) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
