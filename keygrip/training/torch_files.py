@@ -42,6 +42,7 @@ NAMED = {
     *("torch LongStorage", "torch BoolStorage", "torch ComplexFloatStorage", "torch ComplexDoubleStorage"),
     *(f"torch {name}" for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
 }
+ARCHIVE = b"PK\3\4"
 LEGACY_PICKLES = 5  # before torch 1.6: a number, a version, the machine, the content, the names of its storages
 
 
@@ -70,9 +71,11 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
             file.
     """
     path = Path(file)
-    with path.open("rb"):  # what the system refuses is said in its own words
-        pass
+    with path.open("rb") as opened:  # what the system refuses is said in its own words
+        begins_as_archive = opened.read(len(ARCHIVE)) == ARCHIVE  # by which torch tells them
     is_archive = zipfile.is_zipfile(path)
+    if begins_as_archive != is_archive:  # what is looked at here must be what torch reads
+        raise TorchFileError(f"{path} {_what_is_wrong(EOFError(), False, path)}", is_archive)
     if is_archive:
         _refuse_compressed(path)
     try:
@@ -123,8 +126,9 @@ def _refuse_compressed(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error, OSError):
-        return  # torch reads archives in its own way, and says what is wrong
+    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error, OSError) as error:
+        # torch, which reads archives in its own way, may find there what was not looked at here
+        raise TorchFileError(f"{path} {_what_is_wrong(error, True, path)}", is_archive=True) from error
     if packed:
         raise TorchFileError(
             f"{path} holds compressed records ({packed[0].filename[:80]!r}, {packed[0].file_size} bytes unpacked), "

@@ -43,6 +43,26 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
     assert read_torch_file(repacked({"a": torch.ones(3)}, tmp_path / "plain.pth"))["a"].sum() == 3
 
 
+def test_an_archive_that_only_torch_reads_is_not_read(tmp_path: Path) -> None:
+    bomb = repacked({"a": torch.zeros(1 << 20)}, tmp_path / "x.pth", zipfile.ZIP_DEFLATED)
+    content = bytearray(bomb.read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 64  # the version of zip that is needed to read the first record
+    bomb.write_bytes(content)
+    assert torch.load(bomb, weights_only=True)["a"].numel() == 1 << 20
+    with pytest.raises(TorchFileError, match=r"x\.pth holds more than tensors and plain values, or is damaged"):
+        read_torch_file(bomb)
+
+
+def test_a_file_that_is_an_archive_at_its_end_alone_is_not_read(tmp_path: Path) -> None:
+    torch.save({"a": Call(bytearray, 9)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    archive = repacked({"a": torch.zeros(2)}, tmp_path / "plain.pth").read_bytes()
+    with (tmp_path / "x.pth").open("ab") as file:
+        file.write(archive)
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["a"] == bytearray(9)
+    with pytest.raises(TorchFileError, match=r"x\.pth is truncated or no file of torch"):
+        read_torch_file(tmp_path / "x.pth")
+
+
 def own_memory() -> int:
     """Bytes of this process that lie in no file."""
     found = Path("/proc/self/status")
