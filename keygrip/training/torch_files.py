@@ -18,6 +18,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from keygrip.training.nested_values import inside_of, size_of
+
 # What a file that is cut off, damaged or made for this purpose can raise in torch.load, beside its UnpicklingError.
 BROKEN: tuple[type[Exception], ...] = (
     *(RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
@@ -86,7 +88,7 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
         raise TorchFileError(f"{path} {_what_is_wrong(error, is_archive, path)}", is_archive) from error
     if unknown is not None:
         raise TorchFileError(f"{path} names {unknown}: it holds more than tensors and plain values", is_archive)
-    if _size_of(content) > MOST_VALUES:
+    if size_of(content) > MOST_VALUES:
         raise TorchFileError(
             f"{path} holds more than {MOST_VALUES} values, or a container inside itself: keygrip writes no such file, "
             "it is not read",
@@ -161,32 +163,6 @@ def _what_is_wrong(error: Exception, is_archive: bool, path: Path) -> str:
     return f"is truncated or no file of torch ({path.stat().st_size} bytes)"
 
 
-def _size_of(content: Any) -> float:
-    """How many values nested containers hold, each counted wherever it is named; infinite for one inside itself."""
-    sizes: dict[int, float] = {}
-    around: set[int] = set()
-    waiting = [(content, False)]
-    while waiting:
-        value, left = waiting.pop()
-        inside = _inside(value)
-        if left:
-            around.discard(id(value))
-            sizes[id(value)] = 1 + sum(sizes.get(id(each), 1) for each in inside)
-        elif id(value) in around:
-            return float("inf")
-        elif inside and id(value) not in sizes:
-            around.add(id(value))
-            waiting.append((value, True))
-            waiting += [(each, False) for each in inside]
-    return sizes.get(id(content), 1)
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    return list(value) if isinstance(value, list | tuple | set) else []
-
-
 def _tensors(content: Any) -> list[Tensor]:
     """All tensors in nested containers, each once: a pickle may name one container many times."""
     found, waiting, seen = [], [content], set()
@@ -196,7 +172,7 @@ def _tensors(content: Any) -> list[Tensor]:
             found.append(value)
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
-            waiting += _inside(value)
+            waiting += inside_of(value)
     return found
 
 

@@ -38,9 +38,11 @@ from keygrip.data.robot.frames import JpegFrames, NumberedFiles
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.data.untrusted_files import open_image, read_bytes, read_npy, read_npz
+from keygrip.training.nested_values import size_of
 
 ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
+MOST_SHARED = 1_000_000  # values by which containers that a pickle names twice may hold more than it has bytes
 RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 
 
@@ -106,9 +108,12 @@ def safe_load(path: Path) -> Any:
     content = read_bytes(path, MAX_PICKLE_BYTES)
     with guard(f"{path.parent.name}/{path.name}"):
         try:
-            return RestrictedUnpickler(io.BytesIO(content)).load()
+            loaded = RestrictedUnpickler(io.BytesIO(content)).load()
         except pickle.PickleError as error:
             raise ValueError(str(error)) from error
+        if size_of(loaded) > len(content) + MOST_SHARED:
+            raise ValueError(f"its {len(content)} bytes stand for too many values, or for a container inside itself")
+        return loaded
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,41 @@ def test_a_malicious_pickle_does_nothing_but_fail(tmp_path, scene):
         assert not target.exists()
 
 
+def many_times(value: object, kind: object = list) -> object:
+    for _ in range(4):  # a hundred million of them in a kilobyte; without a limit it could be any number
+        value = kind([value] * 100)
+    return value
+
+
+def object_array(values: list) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+@pytest.mark.parametrize(
+    "poses",
+    [
+        many_times(0.0),
+        many_times(0.0, tuple),
+        many_times(0.0, object_array),
+        [np.zeros(2000)] * 2000,
+        [bytearray(2000)] * 2000,
+    ],
+    ids=["lists", "tuples", "arrays of objects", "arrays", "bytes"],
+)
+def test_a_small_pickle_that_stands_for_many_values_is_refused(tmp_path, scene, poses):
+    write_episode(tmp_path / "0000", scene, arms=1)
+    loop: list = []
+    loop.append(loop)
+    row = tmp_path / "0000" / "lowdim" / f"{2:010d}.pkl"
+    for value in (poses, loop):
+        row.write_bytes(pickle.dumps({"intrinsics": {}, "extrinsics": {}, "actual_poses": value}))
+        assert row.stat().st_size < 40_000
+        with pytest.raises(DemoError, match=r"0000000002\.pkl: its \d+ bytes stand for too many values"):
+            find_demos(tmp_path)[0].read()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -1,0 +1,42 @@
+"""How much nested containers hold: a few bytes of a pickle can name one list any number of times, and whoever visits
+its values never ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def size_of(content: Any) -> float:
+    """How many values nested containers and arrays hold, each counted wherever it is named; infinite for one inside
+    itself."""
+    sizes: dict[int, float] = {}
+    around: set[int] = set()
+    waiting = [(content, False)]
+    while waiting:
+        value, left = waiting.pop()
+        inside = inside_of(value)
+        if left:
+            around.discard(id(value))
+            sizes[id(value)] = 1.0 + sum(sizes.get(id(each), _own_size(each)) for each in inside)
+        elif id(value) in around:
+            return float("inf")
+        elif inside and id(value) not in sizes:
+            around.add(id(value))
+            waiting.append((value, True))
+            waiting += [(each, False) for each in inside]
+    return sizes.get(id(content), _own_size(content))
+
+
+def inside_of(value: Any) -> list[Any]:
+    """What a container holds, keys included; nothing for other values."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return list(value.flat)
+    return list(value) if isinstance(value, list | tuple | set | frozenset) else []
+
+
+def _own_size(value: Any) -> int:
+    return value.size if isinstance(value, np.ndarray) else len(value) if isinstance(value, bytearray) else 1
