@@ -305,7 +305,22 @@ class RobotDemos(ResumableData):
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)
         report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
+        self._report_views()
         self._report_detail()
+
+    def _report_views(self) -> None:
+        """Says which part of each camera's image the network sees."""
+        for camera in self.cameras:
+            track = next(demo.cameras[camera] for demo in self.demos if camera in demo.cameras)
+            box = self.geometry.box(track.width, track.height)
+            log.info(
+                "camera %s: the network sees %.0f %% of the width and %.0f %% of the height of %d x %d pixels",
+                camera,
+                100 * (box.right - box.left) / track.width,
+                100 * (box.bottom - box.top) / track.height,
+                track.width,
+                track.height,
+            )
 
     def _report_detail(self) -> None:
         """Warns of a sharper image that is no sharper than what was recorded."""

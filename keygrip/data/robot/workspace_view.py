@@ -87,8 +87,18 @@ def choose_fit(
 def fit_to_workspace(
     demos: Sequence[Demo], cameras: Sequence[str], arms: Sequence[str], geometry: ImageGeometry
 ) -> ImageGeometry:
-    """The geometry of `choose_fit` for the workspace and the cameras of the demos; says which."""
-    tracks = {camera: found for camera in cameras if (found := chosen_tracks(demos, camera))}
+    """The geometry of `choose_fit` for the workspace and the cameras of the demos; says which.
+
+    Where the workspace lies in a camera that no demo has calibrated is not known: all see their whole images then.
+    """
+    tracks = {camera: chosen_tracks(demos, camera) for camera in cameras}
+    if unknown := [camera for camera, found in tracks.items() if not found]:
+        log.warning(
+            "data.fit=auto: where the workspace lies in camera %s is not known, since no demo has its calibration: "
+            "fit=stretch field=1, the whole image of every camera",
+            ", ".join(unknown),
+        )
+        return replace(geometry, fit="stretch", field=1.0)
     chosen, shares = choose_fit(geometry, tracks, workspace_points(demos, arms))
     log.info("data.fit=auto: fit=%s field=%g", chosen.fit, chosen.field)
     for camera, (kept, seen) in shares.items():
@@ -98,7 +108,7 @@ def fit_to_workspace(
 
 
 def chosen_tracks(demos: Sequence[Demo], camera: str) -> list[CameraTrack]:
-    """A camera in an even choice of the demos; those without it, or its calibration, are left out."""
-    every = max(1, len(demos) // DEMOS_AT_MOST)
-    tracks = [demo.cameras[camera] for demo in demos[::every] if camera in demo.cameras]
-    return [track for track in tracks if not track.uncalibrated]
+    """A camera in an even choice of the demos that have it, and its calibration."""
+    tracks = [demo.cameras[camera] for demo in demos if camera in demo.cameras]
+    tracks = [track for track in tracks if not track.uncalibrated]
+    return tracks[:: max(1, len(tracks) // DEMOS_AT_MOST)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from looking import looking_at
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.schema import CameraTrack
-from keygrip.data.robot.workspace_view import choose_fit, kept_share
+from keygrip.data.robot.workspace_view import choose_fit, fit_to_workspace, kept_share
 from keygrip.robots.kinematics import arm_chain, forward_kinematics
 
 PRODUCTION = ImageGeometry(448, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), field=0.95)  # of experiment=yam_dinov3
@@ -70,3 +71,32 @@ def test_the_data_module_chooses_and_says_so(
     assert "data.fit=auto: fit=crop field=0.9" in caplog.text
     assert wide.geometry.field == 1.0  # so little of the image would not do
     assert "camera over sees 100.0 % of the workspace, the network 100.0 % of that" in caplog.text
+    size = narrow.demos[0].cameras["over"]
+    assert size.width > size.height
+    across = 90 * size.height / size.width
+    said = f"camera over: the network sees {across:.0f} % of the width and 90 % of the height of {size.width} x "
+    assert said in caplog.text
+
+
+def test_the_whole_image_of_all_cameras_where_one_is_not_calibrated(
+    native_root: Path, robot_demos: Callable[..., RobotDemos], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = robot_demos(native_root, fit="auto", field=0.857)
+    data.setup("fit")
+    known = data.train_demos
+    found = [demo.cameras["over"].frames for demo in known]
+    wide = [
+        CameraTrack.without_calibration(1280, 720, frames, len(demo), "no calibration file")
+        for demo, frames in zip(known, found, strict=True)
+    ]
+    for cameras in (("hand",), ("over", "hand")):
+        caplog.clear()
+        demos = [
+            replace(demo, cameras={**demo.cameras, "hand": track}) for demo, track in zip(known, wide, strict=True)
+        ]
+        chosen = fit_to_workspace(demos, cameras, data.arms, data.geometry)
+        assert (chosen.fit, chosen.field) == ("stretch", 1.0)
+        assert "camera hand is not known" in caplog.text
+    demos[1:] = known[1:]  # one calibrated demonstration is enough to know
+    demos[-1] = replace(known[-1], cameras={**known[-1].cameras, "hand": known[-1].cameras["over"]})
+    assert fit_to_workspace(demos, ("over", "hand"), data.arms, data.geometry) == data.geometry
