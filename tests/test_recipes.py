@@ -193,6 +193,13 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
         assert_configures(cfg)
 
 
+@pytest.mark.parametrize("kind", ["", "_lora", "_frozen"])
+def test_recipes_for_own_cameras_cut_nothing_of_the_workspace_off(kind: str) -> None:
+    option = f"experiment=vla_qwen_mapanything{kind}"
+    data = composed("train", [option, *GIVEN[option]]).data
+    assert (data.fit, data.field) == ("auto", 1.0)
+
+
 def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being_coarse_alone() -> None:
     """What a claim compares must have no other difference: prompt order, query source and start are the same."""
 

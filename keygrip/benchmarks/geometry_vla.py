@@ -337,7 +337,7 @@ def _take_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
                 targets=data.targets,
                 horizon=horizon,
                 step_seconds=data.frame_stride / data.record.hz,
-                geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field, data.fit),
+                geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field),
                 demos=0,
                 frames=count,
                 fingerprint="",

@@ -117,7 +117,7 @@ def untrained(config: DictConfig) -> VolumeQueryModule:
                 targets=data.targets,
                 horizon=data.horizon,
                 step_seconds=data.frame_stride / data.record.hz,
-                geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field, data.fit),
+                geometry=ImageGeometry(data.image_size, tuple(data.mean), tuple(data.std), data.field),
                 demos=0,
                 frames=0,
                 fingerprint="",
