@@ -7,6 +7,7 @@ Shape legend: ``*`` leading shape, H rows, W columns, C cells.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +38,14 @@ def bilinear_cells(grid_position: Tensor, shape: tuple[int, int]) -> tuple[Tenso
 def gather_pixels(maps: Tensor, cells: Tensor) -> Tensor:
     """Values ``[*, C]`` of maps ``[*, H, W]`` at cells ``[*, C, 2]``."""
     return maps.flatten(-2).gather(-1, cells[..., 0] * maps.shape[-1] + cells[..., 1])
+
+
+def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Tensor:
+    """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats
+    outside."""
+    # grid_sample with align_corners=False has the corner convention
+    grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)
+    kind = torch.promote_types(feature_map.dtype, torch.float32)  # in bf16 places would be off by a twentieth of a cell
+    flat = grid.flatten(1, -2)[:, :, None].to(kind)  # [B, N, 1, 2]
+    sampled = F.grid_sample(feature_map.to(kind), flat, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])

@@ -16,7 +16,14 @@ from keygrip.models.geometry.cameras import MIN_VERTICAL_SLOPE, camera_centre, c
 from keygrip.models.geometry.rotation_codecs import RotationCodec
 from keygrip.models.nn.image_sampling import gather_pixels
 from keygrip.models.volume_query.network import VolumeQueryOutput
-from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, pixel_entropy, sample_voxel, soft_argmax
+from keygrip.models.volume_query.volume import (
+    StepPlaces,
+    VolumeLogits,
+    argmax_voxel,
+    pixel_entropy,
+    sample_voxel,
+    soft_argmax,
+)
 from keygrip.training.parts import ReadWhere, model_part
 
 DecoderName = Literal["argmax", "soft_argmax", "sample", "viterbi"]
@@ -95,29 +102,22 @@ class Decoder:
             output: leading shape ``[B, A, T]``. codecs: one an arm. intrinsics: ``[B, 3, 3]`` of the input image.
             world_to_camera: ``[B, 4, 4]``. height_range: ``[2]`` metres.
             strict: raise where no voxel is a point; otherwise the positions of those steps are NaN.
+            Steps whose gripper and rotation were read at decoded places (`VolumeQueryOutput.places`) are there.
 
         Raises:
             ParallelRayError: the camera sees none of the height planes.
         """
-        whole = output.volume.float()
-        cell_size = image_size / whole.pixel.shape[-1]
-        to_metres = _HeightScale(height_range, whole.height.shape[-1])
-        cameras = intrinsics[:, None, None], world_to_camera[:, None, None]
-        logits = _of_points(whole, to_metres, *cameras, image_size)
-        if self.name == "sample":
-            cells, bins = sample_voxel(logits, generator)
-            grid, height_position = cells.flip(-1) + 0.5, bins + 0.5
-        else:
-            if self.name == "viterbi":
-                cells, bins = self._most_probable_path(logits, cell_size, to_metres, *cameras)
-            else:
-                cells, bins = argmax_voxel(logits)
-            if self.name == "argmax":
-                grid, height_position = cells.flip(-1) + 0.5, bins + 0.5
-            else:
-                grid, height_position = soft_argmax(logits, cells, self.window)
-        pixels = grid * cell_size
-        position = recover_3d(pixels, to_metres(height_position), *cameras, strict=strict)
+        places = output.places or self.places(
+            output.volume,
+            intrinsics=intrinsics,
+            world_to_camera=world_to_camera,
+            height_range=height_range,
+            image_size=image_size,
+            generator=generator,
+        )
+        pixels = places.grid * (image_size / output.volume.pixel.shape[-1])
+        heights = _HeightScale(height_range, output.volume.height.shape[-1])(places.height)
+        position = recover_3d(pixels, heights, intrinsics[:, None, None], world_to_camera[:, None, None], strict=strict)
         if self.name == "sample":
             quaternions = [codec.decode(_draw(output.rotation[:, i], generator)) for i, codec in enumerate(codecs)]
         elif self.name == "argmax":
@@ -131,8 +131,36 @@ class Decoder:
             position,
             torch.stack(quaternions, dim=1),
             self._gripper(output.gripper, generator),
-            pixel_entropy(whole),
+            pixel_entropy(output.volume.float()),
         )
+
+    def places(
+        self,
+        volume: VolumeLogits,
+        *,
+        intrinsics: Tensor,
+        world_to_camera: Tensor,
+        height_range: Tensor,
+        image_size: int,
+        generator: torch.Generator | None = None,
+    ) -> StepPlaces:
+        """Where each step is, from the volume alone; arguments as of `decode`.
+
+        Given to a network as ``step_pixels``, it makes gripper and rotation those of the very places of the plan.
+        """
+        whole = volume.float()
+        to_metres = _HeightScale(height_range, whole.height.shape[-1])
+        cameras = intrinsics[:, None, None], world_to_camera[:, None, None]
+        logits = _of_points(whole, to_metres, *cameras, image_size)
+        if self.name == "sample":
+            cells, bins = sample_voxel(logits, generator)
+        elif self.name == "viterbi":
+            cells, bins = self._most_probable_path(logits, image_size / whole.pixel.shape[-1], to_metres, *cameras)
+        else:
+            cells, bins = argmax_voxel(logits)
+        if self.name in ("sample", "argmax"):
+            return StepPlaces(cells.flip(-1) + 0.5, bins + 0.5)
+        return StepPlaces(*soft_argmax(logits, cells, self.window))
 
     def _gripper(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         bins = logits.shape[-1]

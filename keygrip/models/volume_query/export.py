@@ -2,7 +2,8 @@
 
 Outputs, leading shape [B, A, T]: pixel logits [P, P], height logits [Z], gripper logits, rotation logits and, where the
 coupling is bilinear, pixel factors [r, P, P] and height factors [r, Z] (without leading shape). The exact decoding of
-the volume from them is :mod:`keygrip.models.volume_query.volume`'s.
+the volume from them is :mod:`keygrip.models.volume_query.volume`'s. With `step_features` the graph reads gripper and
+rotation around the most probable voxel of a step, whatever decoder its reader uses.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -222,7 +223,8 @@ class VolumeQueryModule(System):
         )
 
     def forward(self, batch: PolicyBatch, targets: StepTargets, *, teacher: bool) -> VolumeQueryOutput:
-        """The network's output; with ``teacher`` the step features are taken at the targets' pixels, as in training."""
+        """The network's output; gripper and rotation are read at the targets' pixels with ``teacher``, as in training,
+        and without where the decoder places the steps, as in control."""
         state = arm_state(
             self.network.state_parts,
             batch.start_position,
@@ -230,17 +232,24 @@ class VolumeQueryModule(System):
             batch.start_gripper,
             self.statistics.height_range,
         )
-        looks = self.network.step_features or self.network.second_look is not None
-        step_pixels = targets.pixels if teacher and looks else None
         return self.network(
             batch.image,
             targets.start_pixels,
             state,
-            step_pixels,
+            targets.pixels if teacher else partial(self.decoder.places, **self._decoding(batch)),
             self.instruction_tokens(batch.instruction),
             self.further_views(batch),
             self.sharp_image(batch),
         )
+
+    def _decoding(self, batch: PolicyBatch) -> dict[str, Any]:
+        """What a decoder needs beside the network's output."""
+        return {
+            "intrinsics": batch.intrinsics,
+            "world_to_camera": batch.world_to_camera,
+            "height_range": self.statistics.height_range,
+            "image_size": self.network.image_size,
+        }
 
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
         """Views of the cameras beside the first, where the network reads them.
@@ -409,10 +418,7 @@ class VolumeQueryModule(System):
         decoded = self.decoder.decode(
             output,
             [self.codec(arm) for arm in self.network.arms],
-            intrinsics=batch.intrinsics,
-            world_to_camera=batch.world_to_camera,
-            height_range=self.statistics.height_range,
-            image_size=self.network.image_size,
+            **self._decoding(batch),
             strict=False,  # a sample whose camera sees no height plane has no position, and no part in the mean
         )
         return {

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.language.instructions import InstructionStates
 from keygrip.models.nn.adaln import AdaLNZeroMLP
+from keygrip.models.nn.image_sampling import sample_features
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.arms import CoupledArms
 from keygrip.models.volume_query.language import InstructionConditioning, InstructionEncoder
 from keygrip.models.volume_query.second_look import SecondLook, SharpImage
-from keygrip.models.volume_query.volume import BilinearCoupling, VolumeLogits, VoxelScores, argmax_voxel, soft_argmax
+from keygrip.models.volume_query.volume import BilinearCoupling, StepPlaces, VolumeLogits, VoxelScores, best_places
 from keygrip.models.volume_query.world import FurtherViews, VoxelProjection, WorldScores
 from keygrip.training.parts import ReadWhere, model_part
 
@@ -52,15 +53,17 @@ class VolumeQueryOutput:
     Attributes:
         volume: leading shape ``[B, A, T]``, grid P x P, Z heights.
         gripper: ``[B, A, T, G]``. rotation: ``[B, A, T, R]``.
+        places: where the steps were decoded for them to be read there; None: they were not read at decoded places.
     """
 
     volume: VolumeLogits
     gripper: Tensor
     rotation: Tensor
+    places: StepPlaces | None = None
 
     def detach(self) -> VolumeQueryOutput:
         """Without gradients, for images and metrics."""
-        return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach())
+        return VolumeQueryOutput(self.volume.detach(), self.gripper.detach(), self.rotation.detach(), self.places)
 
 
 class FeatureRefiner(nn.Module):
@@ -85,17 +88,6 @@ class FeatureRefiner(nn.Module):
             reduced = modulation(reduced)
         upsampled = F.interpolate(reduced, size=(self.pred_size, self.pred_size), mode="bilinear", align_corners=False)
         return self.refine(upsampled)
-
-
-def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Tensor:
-    """Bilinear features ``[B, *, C]`` of the map ``[B, C, P, P]`` at pixels ``[B, *, 2]``; the border repeats
-    outside."""
-    # grid_sample with align_corners=False has the corner convention
-    grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)
-    kind = torch.promote_types(feature_map.dtype, torch.float32)  # in bf16 places would be off by a twentieth of a cell
-    flat = grid.flatten(1, -2)[:, :, None].to(kind)  # [B, N, 1, 2]
-    sampled = F.grid_sample(feature_map.to(kind), flat, mode="bilinear", padding_mode="border", align_corners=False)
-    return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])
 
 
 class ArmStream(nn.Module):
@@ -352,6 +344,11 @@ class VolumeQueryNetwork(nn.Module):
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
     @property
+    def looks(self) -> bool:
+        """Whether gripper and rotation are read at the steps' pixels."""
+        return self.step_features or self.second_look is not None
+
+    @property
     def instruction_encoder(self) -> InstructionEncoder | None:
         """What makes tokens of sentences; None where the network reads none."""
         return None if self.instruction is None else self.instruction.encoder  # type: ignore[return-value]
@@ -361,7 +358,7 @@ class VolumeQueryNetwork(nn.Module):
         image: Tensor,
         start_pixel: Tensor,
         state: Tensor | None = None,
-        step_pixels: Tensor | None = None,
+        step_pixels: Tensor | Callable[[VolumeLogits], StepPlaces] | None = None,
         instruction: Tensor | None = None,
         views: FurtherViews | None = None,
         sharp: SharpImage | None = None,
@@ -373,8 +370,8 @@ class VolumeQueryNetwork(nn.Module):
             start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features
                 count.
             state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
-            step_pixels: ``[B, A, T, 2]`` where ``step_features`` and the second look are taken; None takes the decoded
-                positions.
+            step_pixels: ``[B, A, T, 2]`` where ``step_features`` and the second look are taken, or what decodes the
+                volume (`Decoder.places`); None: around the most probable voxel.
             instruction: int64 ``[B, ...]``, the encoder's tokens; needed where there is one.
             views: what further cameras see (`world_views`); None: one camera.
             sharp: what the second look reads; needed where there is one.
@@ -385,28 +382,24 @@ class VolumeQueryNetwork(nn.Module):
         trunks = self._trunks(feature_map, cls, start_pixel, state, states)
         # a first image that shows nothing corrects nothing
         usable = None if views is None else views.first.to(feature_map.dtype)[:, None, None]
+        fixed = (feature_map, self.sin_z, self.sin_t, self.coupling_z, further)
+        volume = VolumeLogits.stack([self._stream(arm).volume(trunks[arm], *fixed) for arm in self.arms])
+        places, pixels = self._step_pixels(volume, step_pixels)
         outputs = []
         for index, arm in enumerate(self.arms):
             stream, trunk = self._stream(arm), trunks[arm]
-            volume = stream.volume(trunk, feature_map, self.sin_z, self.sin_t, self.coupling_z, further)
-            if not self.step_features and self.second_look is None:
-                outputs.append((volume, stream.gripper(trunk), stream.rotation(trunk)))
-                continue
-            pixels = self._decoded_pixels(volume) if step_pixels is None else step_pixels[:, index]
             head_input = trunk
             if self.step_features:
-                step_features = sample_features(feature_map, pixels, self.image_size)  # [B, T, C]
+                step_features = sample_features(feature_map, pixels[:, index], self.image_size)  # [B, T, C]
                 head_input = torch.cat([trunk, step_features], dim=-1)
             gripper, rotation = stream.gripper(head_input), stream.rotation(head_input)
             if self.second_look is not None and sharp is not None:
-                corrections = self.second_look(arm, self.backbone, sharp, pixels, trunk)
+                corrections = self.second_look(arm, self.backbone, sharp, pixels[:, index], trunk)
                 more_gripper, more_rotation = (each if usable is None else each * usable for each in corrections)
                 gripper, rotation = gripper + more_gripper, rotation + more_rotation
-            outputs.append((volume, gripper, rotation))
-        volumes, grippers, rotations = zip(*outputs, strict=True)
-        return VolumeQueryOutput(
-            VolumeLogits.stack(volumes), torch.stack(grippers, dim=1), torch.stack(rotations, dim=1)
-        )
+            outputs.append((gripper, rotation))
+        grippers, rotations = (torch.stack(each, dim=1) for each in zip(*outputs, strict=True))
+        return VolumeQueryOutput(volume, grippers, rotations, places)
 
     def _check_inputs(
         self,
@@ -492,7 +485,13 @@ class VolumeQueryNetwork(nn.Module):
         return [*self.backbone.sharded_parts(), *blocks]
 
     @torch.no_grad()
-    def _decoded_pixels(self, volume: VolumeLogits) -> Tensor:
-        logits = volume.float()
-        position, _ = soft_argmax(logits, argmax_voxel(logits)[0])
-        return position * (self.image_size / self.pred_size)
+    def _step_pixels(
+        self, volume: VolumeLogits, given: Tensor | Callable[[VolumeLogits], StepPlaces] | None
+    ) -> tuple[StepPlaces | None, Tensor]:
+        """Places that were decoded for it, and pixels ``[B, A, T, 2]``, where the heads look; empty if they do not."""
+        if not self.looks:
+            return None, volume.pixel.new_empty(0)
+        if isinstance(given, Tensor):
+            return None, given
+        places = best_places(volume.float()) if given is None else given(volume)
+        return (None if given is None else places), places.grid * (self.image_size / self.pred_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -235,23 +236,24 @@ class VolumeQueryPolicy:
         position, quaternion, gripper = stacked_poses(observations, len(network.arms), device)
         start_pixels, _ = project(position, k[:, None], camera[:, None])
         state = arm_state(network.state_parts, position, quaternion, gripper, statistics.height_range)
+        decoder = self.chosen_decoder()
+        settings: dict[str, Any] = {
+            "intrinsics": k,
+            "world_to_camera": camera,
+            "height_range": statistics.height_range,
+            "image_size": network.image_size,
+            "generator": self._generator,
+        }
         output = network(
             image,
             start_pixels,
             state,
-            instruction=self._tokens(observations),
-            views=further,
-            sharp=self._sharp_image(observations),
+            partial(decoder.places, **settings),
+            self._tokens(observations),
+            further,
+            self._sharp_image(observations),
         )
-        decoded = self.chosen_decoder().decode(
-            output,
-            [module.codec(arm) for arm in network.arms],
-            intrinsics=k,
-            world_to_camera=camera,
-            height_range=statistics.height_range,
-            image_size=network.image_size,
-            generator=self._generator,
-        )
+        decoded = decoder.decode(output, [module.codec(arm) for arm in network.arms], **settings)
         turns = self._turns(decoded.quaternion, quaternion, gripper, observations)
         low, high = statistics.position_range
         kept = decoded.position.clamp(low - self.margin_m, high + self.margin_m)

@@ -46,6 +46,18 @@ class VolumeTarget:
     height_weights: Tensor
 
 
+@dataclass(frozen=True)
+class StepPlaces:
+    """Where in the volume each step is decoded.
+
+    Attributes:
+        grid: ``[*, 2]`` (x, y) in cells and height: ``[*]`` in bins, both fractional, corner convention.
+    """
+
+    grid: Tensor
+    height: Tensor
+
+
 class VoxelScores(ABC):
     """The part of the logits that depends on pixel and height together, for every step."""
 
@@ -341,6 +353,11 @@ def soft_argmax(logits: VolumeLogits, cells: Tensor, window: int = 3) -> tuple[T
     near_bin = (bins - height_logits.argmax(-1, keepdim=True)).abs() <= window
     height_weights = height_logits.masked_fill(~near_bin, -torch.inf).softmax(-1)
     return torch.stack([x, y], dim=-1), (height_weights * (bins + 0.5)).sum(-1)
+
+
+def best_places(logits: VolumeLogits) -> StepPlaces:
+    """`soft_argmax` around the most probable voxel."""
+    return StepPlaces(*soft_argmax(logits, argmax_voxel(logits)[0]))
 
 
 def pixel_entropy(logits: VolumeLogits) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,17 +17,18 @@ from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.dark_images import image_shows_nothing
+from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry.rotation_codecs import PCARotation
 from keygrip.models.geometry.rotations import rotation_exp
 from keygrip.models.language.instructions import WordTransformer
 from keygrip.models.policy import Observation
-from keygrip.models.volume_query.decoding import Decoder
+from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.network import VolumeQueryNetwork
-from keygrip.models.volume_query.policy import SENTENCES_KEPT
+from keygrip.models.volume_query.policy import SENTENCES_KEPT, VolumeQueryPolicy
 from keygrip.models.volume_query.targets import height_centres
-from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
+from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import WorldScores
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
@@ -224,6 +225,50 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
     np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
     assert plan.step_seconds == 0.3
     assert plan.gripper.shape == (1, T)
+
+
+@pytest.mark.parametrize("sky", [False, True], ids=["table", "horizon"])
+@pytest.mark.parametrize("decoder", get_args(DecoderName))
+def test_turn_and_opening_are_read_where_the_plan_goes(
+    decoder: DecoderName, sky: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, data = build(("right",), tmp_path, network={"step_features": True}).eval(), batch(size=1)
+    pixel, height = torch.zeros(1, T, P, P), torch.zeros(1, T, Z)
+    pixel[..., 10, 4], pixel[:, 1, 12, 12] = 10.0, 10.1  # one path, which the best voxel of its middle step leaves
+    height[..., 3] = 9.0
+    if sky:
+        pixel[..., 1, 8] = 12.0  # no point: the camera looks 5 degrees below the horizon
+        turn = torch.deg2rad(torch.tensor(5.0))
+        pose = torch.eye(4)
+        pose[1, 1:3] = torch.stack([-turn.sin(), -turn.cos()])
+        pose[2, 1:3] = torch.stack([turn.cos(), -turn.sin()])
+        pose[:3, 3] = -pose[:3, :3] @ torch.tensor([0.0, -1.0, 0.5])
+        data.world_to_camera = pose[None]
+    with torch.no_grad():
+        module.network.refiner.refine[-1].weight.mul_(30)  # as initialised, places look much the same
+    volume = VolumeLogits(pixel, height, torch.zeros(1, T))
+    monkeypatch.setattr(module.network.streams["right"], "volume", lambda *_: volume)
+    calls: list[Any] = []
+    module.network.register_forward_hook(lambda _, given, found: calls.append((given, found)))
+    picture = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
+    plan = VolumeQueryPolicy(module, decoder, margin_m=100.0).plan(observation_of(data, picture))
+    (image, start, *_), planned = calls[0]
+    cameras = data.intrinsics[:, None, None], data.world_to_camera[:, None, None]
+    went, _ = project(torch.as_tensor(plan.position, dtype=torch.float32)[None], *cameras)
+    with torch.no_grad():
+        told, best = (module.network(image, start, step_pixels=pixels) for pixels in (went, None))
+        for name in ("rotation", "gripper"):
+            torch.testing.assert_close(getattr(planned, name), getattr(told, name), atol=1e-3, rtol=1e-3)
+        if decoder == "viterbi" or sky:
+            assert float((best.rotation - told.rotation).abs().max()) > 1e-2
+        elif decoder == "soft_argmax":
+            assert torch.equal(best.rotation, planned.rotation), "no camera without a horizon changes anything"
+        module.decoder = Decoder(decoder)  # and so in validation
+        targets, settings = module.targets(data), module._decoding(data)
+        output = module(data, targets, teacher=False)
+        pixels = module.decoder.decode(output, [module.codec("right")], **settings).pixels
+        told = module.network(data.image, targets.start_pixels, step_pixels=pixels)
+        torch.testing.assert_close(output.rotation, told.rotation, atol=1e-4, rtol=1e-4)
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:

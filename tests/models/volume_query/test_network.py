@@ -9,7 +9,7 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.adaln import AdaLNZeroMLP
 from keygrip.models.nn.sinusoids import sinusoidal_features
 from keygrip.models.volume_query.network import VolumeQueryNetwork, sample_features
-from keygrip.models.volume_query.volume import hard_target, volume_cross_entropy
+from keygrip.models.volume_query.volume import best_places, hard_target, volume_cross_entropy
 
 
 def tiny_backbone() -> DinoBackbone:
@@ -96,10 +96,7 @@ def test_step_features_look_at_the_decoded_pixel_unless_told() -> None:
     network = build(step_features=True)
     image, start = torch.randn(1, 3, 64, 64), torch.tensor([[[20.0, 20.0]]])
     own = network(image, start)
-    decoded = network._decoded_pixels(
-        type(own.volume)(*[getattr(own.volume, n)[:, 0] for n in ("pixel", "height", "constant")])
-    )
-    told = network(image, start, step_pixels=decoded[:, None])
+    told = network(image, start, step_pixels=best_places(own.volume).grid * (64 / 12))
     elsewhere = network(image, start, step_pixels=torch.full((1, 1, 3, 2), 5.0))
     torch.testing.assert_close(told.gripper, own.gripper)
     assert (elsewhere.gripper - own.gripper).abs().max() > 1e-5

@@ -16,6 +16,7 @@ from keygrip.data.batches import normalised
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.models.volume_query.second_look import SharpImage, place_code, windows
+from keygrip.models.volume_query.volume import best_places
 from keygrip.models.volume_query.world import WorldScores
 from tests.models.volume_query.test_module import S, T, batch, build, several, statistics
 from tests.models.volume_query.test_network import build as build_network
@@ -199,8 +200,8 @@ def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
         np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
         np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
         # the windows lie where the volume of both cameras is decoded, not that of the first alone
-        pixels = module.network._decoded_pixels(output.volume)
-        alone = module.network._decoded_pixels(replace(output.volume, voxel=None))
+        volumes = output.volume, replace(output.volume, voxel=None)
+        pixels, alone = (best_places(volume).grid * (S / module.network.pred_size) for volume in volumes)
         assert float((pixels - alone).abs().max()) > 0.5
         again = module.network(
             data.image, targets.start_pixels, step_pixels=pixels, views=module.further_views(data),
