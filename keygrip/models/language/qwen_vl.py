@@ -368,23 +368,24 @@ class QwenVL(nn.Module):
         # Inputs of a frozen model still get gradients through it.
         frozen = self.trainable == "frozen" and (extra is None or not extra.requires_grad)
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            pixels, grid = self.patches(images)
-            output = self.model(
-                input_ids=ids if extra is None else ids.clamp(min=0),
-                inputs_embeds=None if extra is None else self._embedded(ids, extra),
+            # The language model alone: the whole one would also keep all hidden states of its vision tower.
+            output = self.model.language_model(
+                inputs_embeds=self._embedded(ids, images, extra),
                 attention_mask=None if mask is None else mask.long(),
                 position_ids=positions,
-                pixel_values=pixels,
-                image_grid_thw=grid,
                 output_hidden_states=True,
                 use_cache=False,
             )
         return Semantics(list(output.hidden_states[-last:]), mask, places)
 
-    def _embedded(self, ids: Tensor, extra: Tensor) -> Tensor:
-        """Embeddings ``[B, L, H]`` of token ids, those of id EXTRA given by ``extra`` ``[B, K, H]``."""
+    def _embedded(self, ids: Tensor, images: Tensor, extra: Tensor | None) -> Tensor:
+        """Embeddings ``[B, L, H]`` of token ids, those of id EXTRA given by ``extra`` ``[B, K, H]``, those of images by
+        the vision tower."""
         known = self.model.get_input_embeddings()(ids.clamp(min=0))
-        return known.masked_scatter((ids == EXTRA)[..., None], extra.to(known.dtype))
+        if extra is not None:
+            known = known.masked_scatter((ids == EXTRA)[..., None], extra.to(known.dtype))
+        seen = torch.cat(self.model.get_image_features(*self.patches(images), return_dict=True).pooler_output)
+        return known.masked_scatter((ids == self.image_token)[..., None], seen.to(known.dtype))
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the

@@ -92,6 +92,25 @@ def test_last_layers_come_in_order_and_pictures_and_words_reach_them(vlm: QwenVL
         vlm(batch.images, batch.instruction, 4)
 
 
+def test_the_states_are_those_of_the_whole_model_and_its_vision_tower_keeps_none(vlm: QwenVL) -> None:
+    batch, asked = small_batch(), []
+    ids, positions, mask, _ = vlm.tokens(batch.instruction, V)
+    assert mask is not None
+    pixels, grid = vlm.patches(batch.images)
+    hook = vlm.model.visual.register_forward_pre_hook(lambda _, given, named: asked.append(named), with_kwargs=True)
+    with torch.no_grad():
+        found = vlm(batch.images, batch.instruction, 3).layers
+        hook.remove()
+        whole = vlm.model(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, pixel_values=pixels,
+            image_grid_thw=grid, output_hidden_states=True, use_cache=False,
+        )  # fmt: skip
+    (named,) = asked
+    assert not named.get("output_hidden_states")
+    for one, other in zip(found, whole.hidden_states[-3:], strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("trainable", "vision", "language"), [("all", 1, 1), ("language", 0, 1), ("frozen", 0, 0)])
 def test_what_is_trained(trainable: str, vision: bool, language: bool, tmp_path: Path) -> None:
     vlm = small_vlm(trainable=trainable)
