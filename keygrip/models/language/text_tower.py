@@ -100,10 +100,13 @@ class PretrainedTextTower(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> InstructionStates:
         """States of sentences given as `tokens` makes them, ``[B, L, 2]``."""
-        _, tower, _ = self._parts()
+        _, tower, padding = self._parts()
         tower.to(tokens.device)
         ids, mask = tokens[..., 0], tokens[..., 1].bool()
-        # SigLIP was trained on padded sentences without a mask, CLIP's causal tower never looks at what comes after.
+        # CLIP's causal tower never looks at what comes after. SigLIP was trained on sentences padded to its own length,
+        # without a mask; its pooled state is that of the last place.
+        if tower.config.model_type in SIGLIP:
+            ids = F.pad(ids, (0, tower.config.max_position_embeddings - self.length), value=padding)
         found = tower(input_ids=ids)
-        words = F.layer_norm(found.last_hidden_state.float(), (self.width,)) * mask[..., None]
+        words = F.layer_norm(found.last_hidden_state[:, : self.length].float(), (self.width,)) * mask[..., None]
         return InstructionStates(words, mask, F.layer_norm(found.pooler_output.float(), (self.width,)))

@@ -28,12 +28,13 @@ def test_states_are_transformers_own(folder: Path) -> None:
     kind = transformers.AutoConfig.from_pretrained(folder).model_type
     model = transformers.CLIPTextModel if kind.startswith("clip") else transformers.SiglipTextModel
     theirs = model.from_pretrained(folder)
-    padded = tokenizer()(sentences, padding="max_length", max_length=8, return_tensors="pt")["input_ids"]
+    trained_with = 12  # tokens, to which SigLIP pads whatever instruction.length is
+    padded = tokenizer()(sentences, padding="max_length", max_length=trained_with, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = theirs.eval()(input_ids=padded)
     whole = torch.nn.functional.layer_norm(expected.pooler_output, (16,))
     torch.testing.assert_close(states.whole, whole)
-    words = torch.nn.functional.layer_norm(expected.last_hidden_state, (16,))
+    words = torch.nn.functional.layer_norm(expected.last_hidden_state[:, :8], (16,))
     torch.testing.assert_close(states.words[states.mask], words[states.mask])
     assert not states.words[~states.mask].any()
 
