@@ -46,16 +46,24 @@ class GeometryFeatures:
     log_depth: Tensor | None = None
     scale: Tensor | None = None
 
+    def detach(self) -> GeometryFeatures:
+        """Without gradients."""
+        parts = (self.tokens, self.points, self.log_depth, self.scale)
+        return GeometryFeatures(*(None if part is None else part.detach() for part in parts))  # type: ignore[arg-type]
+
 
 class GeometryEncoder(nn.Module, ABC):
     """What the action head needs of a geometry encoder: ``dim``, the width D of its tokens, and ``forward``.
 
     Attributes:
         one_graph: whether torch can compile its ``forward`` as a whole.
+        action_gradient: whether the loss of the actions trains it; false: what acts reads its features without
+            gradients.
     """
 
     dim: int
     one_graph: bool = False
+    action_gradient: bool = True
 
     @abstractmethod
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
@@ -272,12 +280,11 @@ class DinoMultiView(GeometryEncoder):
             shape = tokens.shape
             tokens = block(tokens.flatten(0, 1) if alone else tokens.flatten(1, 2)).reshape(shape)
         tokens = self.norm(tokens)
-        given = (tokens if self.action_gradient else tokens.detach()).flatten(1, 2)
         if self.head is None:
-            return GeometryFeatures(given)
+            return GeometryFeatures(tokens.flatten(1, 2))
         cells = self.head(tokens).unflatten(-1, (self.cells, self.cells, 4)).unflatten(2, (height, width))
         cells = cells.transpose(3, 4).flatten(4, 5).flatten(2, 3).float()  # [B, V, h c, w c, 4]
-        return GeometryFeatures(given, cells[..., :3], cells[..., 3])
+        return GeometryFeatures(tokens.flatten(1, 2), cells[..., :3], cells[..., 3])
 
     def _places(self, height: int, width: int, device: torch.device) -> Tensor:
         """Where a patch lies in its image, ``[N, D]``."""

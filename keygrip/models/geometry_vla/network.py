@@ -296,7 +296,11 @@ class GeometryVLA(nn.Module):
         found = geometry  # its depth is what the depth loss looks at, `features` what the actions are made of
         if self.geometry is not None and found is None:
             found = self.geometry(images, intrinsics, world_to_camera)
-        features = self._blanked(found) if self.blank and found is not None else found
+        features = found
+        if found is not None and self.geometry is not None and not self.geometry.action_gradient:
+            features = found.detach()
+        if self.blank and features is not None:
+            features = self._blanked(features)
         semantics = self.vlm(images, instructions, blocks, self._prompt_prefix(features, views))
         pointing, met, pointed = None, None, None
         if self.pointing is not None:

@@ -104,13 +104,28 @@ def test_rays_tell_the_calibration_and_pictures_alone_do_not() -> None:
         assert bool((other - plain).abs().max() > 1e-4) == rays
 
 
-def test_the_actions_gradient_can_be_kept_out() -> None:
+@pytest.mark.parametrize("kind", ["tokens", "points", "maps"])
+def test_the_actions_gradient_can_be_kept_out(kind: str, tmp_path: Path) -> None:
+    pointing = {"pointing_cells": 2, "pointed_tokens": True}
+    options: dict[str, dict[str, Any]] = {
+        "tokens": {},
+        "points": {**pointing, "geom_dit_tokens": 0},  # the head reads geometry at the pointed places alone
+        "maps": {**pointing, "pointing_patch_cells": 2, "geom_inject_to_vlm": True},
+    }
     for let in (True, False):
-        encoder, batch = small_geometry(action_gradient=let), small_batch()
-        features = encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
-        assert features.tokens.requires_grad == let
-        assert features.points is not None
-        assert features.points.requires_grad
+        module = ready_module(tmp_path, geometry=small_geometry(action_gradient=let), **options[kind]).train()
+        batch = small_batch()
+        losses = module.losses(module(batch), batch)
+        losses["action"].backward(retain_graph=True)
+        assert module.network.geometry is not None
+        encoder = dict(module.network.geometry.named_parameters())
+        moved = {name for name, each in encoder.items() if each.grad is not None and bool(each.grad.any())}
+        assert bool(moved) == let, moved
+        (losses["points"] + losses["depth"]).backward()
+        assert all(encoder[name].grad is not None for name in ("head.weight", "reduce.weight")), "depth trains it"
+
+
+def test_an_encoder_that_nothing_would_train_is_refused() -> None:
     with pytest.raises(ValueError, match=r"set one of them above 0, or action_gradient=true"):
         small_geometry(action_gradient=False, point_weight=0.0, depth_weight=0.0)
     assert small_geometry(point_weight=0.0, depth_weight=0.0).head is None
