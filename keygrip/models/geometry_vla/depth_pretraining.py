@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
 
 HEADLINE = ("loss", "point_cm", "depth_cm")
+BAR = ("loss", "point_cm")  # metrics in the progress line
 
 
 @model_part
@@ -77,12 +78,15 @@ class DepthReaderModule(System):
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self(batch), batch)
-        self._log("train", losses, len(batch))
+        self.log_values("train", losses, len(batch), BAR)
         return losses["loss"]
 
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         features = self(batch)
-        self._log("val", self.losses(features, batch), len(batch))
+        losses = self.losses(features, batch)
+        assert batch.depth is not None
+        counts = self.network.counts(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+        self.log_values("val", losses, len(batch), BAR, counts | {"loss": counts["points"]})
         if batch_idx == 0 and self.log_images:
             self._show(features, batch)
 
@@ -94,8 +98,3 @@ class DepthReaderModule(System):
     def _show(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> None:
         if self.shows_images:
             self.show_image("val/depth", self.figure(features, batch))
-
-    def _log(self, split: str, values: dict[str, Tensor], batch_size: int) -> None:
-        for name, value in values.items():
-            shown = name in ("loss", "point_cm")
-            self.log(f"{split}/{name}", value.detach(), prog_bar=shown, batch_size=batch_size, sync_dist=split == "val")

@@ -76,6 +76,12 @@ class GeometryEncoder(nn.Module, ABC):
         nothing."""
         return {}
 
+    def counts(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> dict[str, Tensor]:
+        """Over how many cells each of `losses` is a mean, by the same names."""
+        return {}
+
     @property
     def learns_depth(self) -> bool:
         """Whether it has losses on depth."""
@@ -308,9 +314,7 @@ class DinoMultiView(GeometryEncoder):
         """`points` and `depth`, weighted; and their errors without weight or gradient, `point_cm` and `depth_cm`."""
         assert features.points is not None
         assert features.log_depth is not None
-        points, known, metres = depth_targets(
-            depth, intrinsics, world_to_camera, cells=features.points.shape[2], limit=self.max_depth_m
-        )
+        points, known, metres = self._targets(features, depth, intrinsics, world_to_camera)
         count = known.sum()
         distance = (features.points - points).abs().sum(-1).masked_fill(~known, 0.0)
         ratio = (features.log_depth - metres.clamp(min=1e-3).log()).abs().masked_fill(~known, 0.0)
@@ -323,6 +327,20 @@ class DinoMultiView(GeometryEncoder):
             "point_cm": 100 * straight.sum() / count.clamp(min=1),
             "depth_cm": 100 * off.sum() / count.clamp(min=1),
         }
+
+    def counts(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> dict[str, Tensor]:
+        _, known, _ = self._targets(features, depth, intrinsics, world_to_camera)
+        return dict.fromkeys(("points", "depth", "point_cm", "depth_cm"), known.sum())
+
+    def _targets(
+        self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`depth_targets` of the cells that the features say something of."""
+        assert features.points is not None
+        cells = features.points.shape[2]
+        return depth_targets(depth, intrinsics, world_to_camera, cells=cells, limit=self.max_depth_m)
 
     def sharded_parts(self) -> list[nn.Module]:
         return list(self.blocks)

@@ -19,7 +19,7 @@ from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
 from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
-from keygrip.models.geometry_vla.pointing import pointing_losses
+from keygrip.models.geometry_vla.pointing import pointing_counts, pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.models.nn.attention import AttentionRecord
@@ -295,6 +295,18 @@ class GeometryVLAModule(System):
             losses |= pointing
         return losses | {"total": total}
 
+    def counts(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+        """Over how many steps, maps or cells a value of a batch's validation is a mean; of others: over samples."""
+        counts = dict.fromkeys(MASKED, (~batch.action_is_pad).sum())
+        geometry, seen = self.network.geometry, scene.geometry
+        if geometry is not None and seen is not None and seen.points is not None and batch.depth is not None:
+            counts |= geometry.counts(seen, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+        if scene.pointing is not None:
+            counts |= pointing_counts(scene.pointing, batch)
+        # of one sample it is not a number
+        counts["geometry_slot"] = torch.tensor(len(batch) if len(batch) > 1 else 0)
+        return counts
+
     def sample(self, scene: Scene, batch: MultiViewPolicyBatch) -> Tensor:
         """Actions ``[B, T, Da]``, each from noise that is a function of its demonstration and frame."""
         seeds = (batch.demo_index * SEED_STRIDE + batch.frame_index).tolist()
@@ -386,8 +398,7 @@ class GeometryVLAModule(System):
         values = self.losses(scene, batch) | self.metrics(scene, batch, sampled)
         if batch_idx < DIAGNOSED:
             values |= self.diagnostics(scene, batch, sampled)
-        counts = dict.fromkeys(MASKED, (~batch.action_is_pad).sum())
-        self.log_values("val", values, len(batch), BAR, counts)
+        self.log_values("val", values, len(batch), BAR, self.counts(scene, batch))
         for name, errors in self.grip_errors(batch, sampled).items():
             self._grips[name].append(errors)
         if batch_idx == 0 and self.log_images:

@@ -299,22 +299,36 @@ def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
     Args:
         logits: ``[B, V, A, M, g, g]``.
     """
-    steps = batch.position.shape[2]
-    losses = _map_losses(logits[:, :, :, :steps], batch.position, ~batch.action_is_pad, batch, "pointing")
-    if logits.shape[3] > steps:
-        always = torch.ones_like(batch.action_is_pad[:, :, :1])
-        losses |= _map_losses(logits[:, :, :, steps:], batch.keyframe[:, :, None], always, batch, "keyframe")
+    losses: dict[str, Tensor] = {}
+    for name, maps, pixels, counted in _targets(logits, batch):
+        losses |= _map_losses(maps, pixels, counted, batch.images.shape[-1], name)
     return losses
 
 
-def _map_losses(
-    logits: Tensor, position: Tensor, counts: Tensor, batch: MultiViewPolicyBatch, name: str
-) -> dict[str, Tensor]:
-    """Of maps ``[B, V, A, M, g, g]`` against positions ``[B, A, M, 3]``, where ``counts`` ``[B, A, M]``."""
-    size, cells = batch.images.shape[-1], logits.shape[-1]
+def pointing_counts(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
+    """Over how many maps each of `pointing_losses` is a mean, by the same names."""
+    targets = _targets(logits, batch)
+    return {each: counted.sum() for name, *_, counted in targets for each in (name, f"{name}_px")}
+
+
+def _targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """By name, maps ``[B, V, A, M, g, g]``, the pixels ``[B, V, A, M, 2]`` that they are to show, and which count."""
+    steps, size = batch.position.shape[2], batch.images.shape[-1]
+    asked = [("pointing", logits[:, :, :, :steps], batch.position, ~batch.action_is_pad)]
+    if logits.shape[3] > steps:
+        always = torch.ones_like(batch.action_is_pad[:, :, :1])
+        asked.append(("keyframe", logits[:, :, :, steps:], batch.keyframe[:, :, None], always))
     cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
-    pixels, _ = project(position[:, None], *cameras)  # [B, V, A, M, 2]
-    counts = inside_image(pixels, size, size) & counts[:, None]
+    found = []
+    for name, maps, position, wanted in asked:
+        pixels, _ = project(position[:, None], *cameras)
+        found.append((name, maps, pixels, inside_image(pixels, size, size) & wanted[:, None]))
+    return found
+
+
+def _map_losses(logits: Tensor, pixels: Tensor, counts: Tensor, size: int, name: str) -> dict[str, Tensor]:
+    """Of maps ``[B, V, A, M, g, g]`` of images of ``size`` pixels a side, as `_targets` gives them."""
+    cells = logits.shape[-1]
     around, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, M, 4]
     logs = logits.float().flatten(-2).log_softmax(dim=-1).unflatten(-1, (cells, cells))
     surprise = -(gather_pixels(logs, around) * weights).sum(dim=-1)

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from vla_parts import CAMERAS, ready_module, small_batch, small_geometry, small_module, small_statistics, write_demos
+from policy_batches import validated_in_pieces
+from vla_parts import (
+    CAMERAS,
+    INSTRUCTIONS,
+    ready_module,
+    small_batch,
+    small_geometry,
+    small_module,
+    small_statistics,
+    write_demos,
+)
 
 from keygrip import train
 from keygrip.config import compose
@@ -40,6 +50,19 @@ def test_it_learns_the_depth_of_a_batch() -> None:
         errors.append(float(losses["point_cm"]))
     assert errors[-1] < 0.3 * errors[0]
     torch.testing.assert_close(losses["loss"], losses["points"] + losses["depth"])
+
+
+def test_a_validation_is_the_mean_over_all_known_cells() -> None:
+    module, data = DepthReaderModule(small_geometry(), AdamW(lr=1e-3), log_images=False), small_batch(2 * INSTRUCTIONS)
+    assert data.depth is not None
+    data.depth[0] = 0.0
+    data.depth[1, :, 8:] = 0.0
+    whole, parts = (
+        validated_in_pieces(module, data, each) for each in ([slice(4)], [slice(1), slice(1, 2), slice(2, 4)])
+    )
+    assert set(whole) == {f"val/{name}" for name in ("loss", "points", "depth", "point_cm", "depth_cm")}
+    assert parts == pytest.approx(whole, rel=1e-3)
+    assert whole["val/point_cm"] > 0
 
 
 def test_batches_without_depth_and_encoders_that_learn_none_are_refused() -> None:

@@ -353,6 +353,36 @@ def test_a_validation_is_the_mean_over_all_steps(tmp_path: Path) -> None:
         assert parts[f"val/{name}"] == pytest.approx(whole[f"val/{name}"], rel=1e-3), name
 
 
+def unevenly_seen() -> MultiViewPolicyBatch:
+    """Four samples, of which the first is in no image and without depth, and each other in another share of both."""
+    data = small_batch(2 * INSTRUCTIONS)
+    assert data.depth is not None
+    away = data.view_world_to_camera.clone()
+    away[0, :, 0, 3] += 10.0
+    away[1, 1, 0, 3] += 10.0
+    data.view_world_to_camera = away
+    data.depth[0] = 0.0
+    data.depth[1, :, 8:] = 0.0
+    data.depth[2, 1] = 0.0
+    return data
+
+
+def test_a_validation_of_maps_and_depth_is_the_mean_over_all_that_count(tmp_path: Path) -> None:
+    """However they are divided into batches, of which one holds none; and a batch of one sample spoils no other."""
+    module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True, pointed_tokens=True)
+    module.log_images = False
+    data = unevenly_seen()
+    divisions = ([slice(4)], [slice(2), slice(2, 4)], [slice(1), slice(1, 4)])
+    whole, halves, uneven = (validated_in_pieces(module, data, pieces) for pieces in divisions)
+    names = [name for kind in ("pointing", "keyframe") for name in (kind, f"{kind}_px")]
+    for name in (*names, "points", "depth", "point_cm", "depth_cm"):
+        assert whole[f"val/{name}"] > 0, name
+        for parts in (halves, uneven):
+            assert parts[f"val/{name}"] == pytest.approx(whole[f"val/{name}"], rel=1e-3), name
+    alone = validated_in_pieces(module, data, [slice(1, 4)])
+    assert uneven["val/geometry_slot"] == pytest.approx(alone["val/geometry_slot"], rel=1e-4)
+
+
 def test_errors_at_the_grip_are_means_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, logged = ready_module(tmp_path), {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
