@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from keygrip.config import config_folder
+
+log = logging.getLogger(__name__)
 
 LARGEST_SEED = 1 << 32  # numpy's own generator takes no more
 
@@ -61,6 +64,17 @@ def no_validation(cfg: DictConfig) -> str:
     if cfg.val_every_n_steps and 0 < cfg.max_steps < cfg.val_every_n_steps:
         return f"val_every_n_steps={cfg.val_every_n_steps} is above max_steps={cfg.max_steps}"
     return ""
+
+
+def say_no_validation(reason: str, monitor: str | None) -> None:
+    """Logs why a run never validates, and what it will therefore lack.
+
+    Args:
+        monitor: metric of the best checkpoint; None: none is wanted.
+    """
+    log.info("no validation: %s", reason)
+    if monitor:
+        log.warning("without validation there is no best checkpoint by callbacks.checkpoint.monitor=%s", monitor)
 
 
 def refuse_missing_weights(settings: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from keygrip.training.compatibility import (
     refuse_missing_weights,
     refuse_odd_numbers,
     refuse_unfit,
+    say_no_validation,
 )
 from keygrip.training.compute import Compute
 from keygrip.training.dry_run import dry_run
@@ -44,6 +45,7 @@ from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
+from keygrip.training.validating import ValidateBySteps
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks), kept]
     if cfg.max_minutes is not None:
         callbacks.append(TimeLimit(cfg.max_minutes))
+    if cfg.val_every_n_steps:
+        callbacks.append(ValidateBySteps(cfg.val_every_n_steps, OmegaConf.select(cfg, "callbacks.checkpoint.monitor")))
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
@@ -201,7 +205,7 @@ def _trainer(
         **arguments,
         max_steps=cfg.max_steps,
         max_epochs=cfg.max_epochs,
-        val_check_interval=cfg.val_every_n_steps and cfg.val_every_n_steps * cfg.accumulate_grad_batches,
+        val_check_interval=cfg.val_every_n_steps,  # in batches: see `ValidateBySteps`
         check_val_every_n_epoch=None if cfg.val_every_n_steps else 1,
         limit_val_batches=cfg.limit_val_batches,
         num_sanity_val_steps=0 if resumed else 1,
@@ -314,9 +318,7 @@ def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, ste
         cfg.run_dir,
     )
     if never := no_validation(cfg):
-        log.info("no validation: %s", never)
-        if monitor := OmegaConf.select(cfg, "callbacks.checkpoint.monitor"):
-            log.warning("without validation there is no best checkpoint by callbacks.checkpoint.monitor=%s", monitor)
+        say_no_validation(never, OmegaConf.select(cfg, "callbacks.checkpoint.monitor"))
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:

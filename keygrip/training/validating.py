@@ -1,0 +1,45 @@
+"""When a run validates: every so many optimiser steps, however many batches a step takes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from keygrip.training.accumulation import completes_step
+from keygrip.training.compatibility import say_no_validation
+
+NEVER = sys.maxsize  # no batch has this number; of an infinite one Lightning makes the end of every epoch
+
+
+class ValidateBySteps(Callback):
+    """Validates after every ``every_n_steps`` optimiser steps.
+
+    Lightning counts batches, of which the last step of an epoch takes fewer where `accumulate_grad_batches` does not
+    divide the epoch.
+
+    Args:
+        monitor: the metric of the best checkpoint, of which there is none in a run without validation; None: none is
+            wanted.
+    """
+
+    def __init__(self, every_n_steps: int, monitor: str | None = None) -> None:
+        self.every_n_steps, self.monitor = every_n_steps, monitor
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        # of the steps in the settings it was said before
+        if steps < self.every_n_steps and steps != trainer.max_steps and trainer.enable_validation:
+            reason = f"val_every_n_steps={self.every_n_steps} is above the {steps} steps of this run"
+            say_no_validation(reason, self.monitor)
+        self._plan(trainer, due=trainer.global_step > 0)  # where Lightning leaves out that of a resumed step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._plan(trainer, due=completes_step(trainer))
+
+    def _plan(self, trainer: Trainer, due: bool) -> None:
+        if trainer.accumulate_grad_batches > 1:
+            now = due and trainer.global_step % self.every_n_steps == 0
+            trainer.val_check_batch = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if now else NEVER
