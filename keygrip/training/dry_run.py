@@ -45,7 +45,7 @@ def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy:
             )
         datamodule.processes = processes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = strategy.precision in ("auto", "bf16-mixed")
+    bf16 = strategy.precision != "32-true"  # float16 is as large
     ema = (cfg.callbacks or {}).get("ema") is not None
     try:
         batch = next(iter(datamodule.train_dataloader())).to(device)

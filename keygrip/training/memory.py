@@ -187,14 +187,15 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated
         module: its parameters stay as they are; they may be on torch's device `meta`.
         step: gives the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; it takes a
             function that turns a real tensor of the batch, if it is not small, into one of its shape alone.
-        bf16: under autocast. ema: averaged weights are kept. accumulated: gradients of another batch are there
-            already, as from the second batch of a step on (`accumulate_grad_batches`).
+        bf16: under autocast, as Lightning's: each use of a weight makes its own copy. ema: averaged weights are kept.
+        accumulated: gradients of another batch are there already, as from the second batch of a step on
+            (`accumulate_grad_batches`).
     """
     with _counted(module) as (live, change):
         if accumulated:
             for parameter in module.parameters():  # stand-ins
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             loss = step(change)
         loss.backward()
     return StepMemory(step=live.peak, measured=False, **held(module, ema))
@@ -271,7 +272,7 @@ def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulat
     before = torch.cuda.memory_allocated(device)
     try:
         for _ in range(2 if accumulated else 1):
-            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 loss = step(lambda tensor: tensor.to(device))
             loss.backward()
         torch.cuda.synchronize(device)

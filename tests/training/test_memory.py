@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -64,6 +65,22 @@ def test_the_second_batch_of_a_step_finds_gradients_of_the_first(width: int, row
     second = count_step(network, step, bf16=False, ema=False, accumulated=True).step
     assert first <= second <= first + gradients
     assert second == pytest.approx(taken, rel=0.01)
+
+
+def test_under_autocast_each_use_of_a_weight_makes_a_copy_as_in_training() -> None:
+    """Lightning's trainer lets torch keep no copy for the next use of the same weight."""
+    layer, batch = nn.Linear(2048, 2048, bias=False), torch.randn(4, 2048)
+
+    def step(of_batch: object) -> Tensor:
+        return layer(layer(of_batch(batch))).square().mean()  # type: ignore[operator, no-any-return]
+
+    def trained(of_batch: object) -> Tensor:
+        with MixedPrecision("bf16-mixed", "cpu").autocast_context_manager():
+            return step(of_batch)
+
+    taken = allocated(trained) + batch.nbytes
+    # of shapes alone, gradients of two uses are not added in place
+    assert taken <= count_step(layer, step, bf16=True, ema=False).step < 1.25 * taken
 
 
 class Pieces(nn.Module):
