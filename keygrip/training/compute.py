@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
+from keygrip.training.distributed import total_of
 from keygrip.training.loss_curves import STEP_TFLOP
 from keygrip.training.sharding import is_sharded
 
@@ -95,7 +96,7 @@ class Compute(Callback):
 
     @property
     def summary(self) -> dict[str, float]:
-        """``tflop`` of the whole run, from the mean of what this process counted; empty where it counted nothing."""
+        """``tflop`` of the whole run, from the mean of what was counted; empty where nothing was."""
         return {"tflop": self._steps * self._counted / self._counts} if self._counts else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,8 +120,8 @@ class Compute(Callback):
         counter = self._stop()
         if counter is None:
             return
-        batches = trainer.accumulate_grad_batches * trainer.world_size
-        found = counter.get_total_flops() * batches / TERA
+        flops = total_of(counter.get_total_flops(), pl_module.device)  # processes hold unequal parts of a batch
+        found = flops * trainer.accumulate_grad_batches / TERA
         self._counted, self._counts = self._counted + found, self._counts + 1
         for logger in trainer.loggers:
             logger.log_metrics({STEP_TFLOP: found}, step=trainer.global_step)

@@ -21,6 +21,14 @@ def global_sum(value: Tensor) -> Tensor:
     return value
 
 
+def total_of(number: float, device: torch.device) -> float:
+    """The sum of a number over all processes, computed on their devices, for which it waits; every process must call
+    it."""
+    if world_size() == 1:
+        return number
+    return float(global_sum(torch.tensor(number, dtype=torch.float64, device=device)))
+
+
 def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     """``sum(total) / sum(count)`` over all processes, scaled so that DDP's averaging gives its exact gradient.
 

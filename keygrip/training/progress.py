@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from tqdm import tqdm
 
-from keygrip.training.distributed import global_sum
+from keygrip.training.distributed import total_of
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Throughput(Callback):
         self.skip_batches = skip_batches
         self.total_wait_s = 0.0
         self.total_s = 0.0
-        self.total_samples = 0
+        self.total_samples = 0.0
         self._reset_window()
         self._seen = 0
         self._ended: float | None = None
@@ -175,23 +175,24 @@ class Throughput(Callback):
         if self._ended is not None and self._seen > self.skip_batches:
             self._wait_s += self._started - self._ended
             self._time_s += now - self._ended
-            self._samples += _size(batch) * trainer.world_size
+            self._samples += _size(batch)
             self._batches += 1
         self._ended = now
         if self._batches >= self.every_n_steps:
+            samples = total_of(self._samples, pl_module.device)
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
-                self._time_s += time.perf_counter() - now
-                self._ended = time.perf_counter()
+            self._ended = time.perf_counter()
+            self._time_s += self._ended - now
             figures = {
-                "speed/samples_per_s": self._samples / self._time_s,
+                "speed/samples_per_s": samples / self._time_s,
                 "speed/data_wait_share": self._wait_s / self._time_s,
             }
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step)
             self.total_wait_s += self._wait_s
             self.total_s += self._time_s
-            self.total_samples += self._samples
+            self.total_samples += samples
             self._reset_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,9 +230,9 @@ class SkippedSamples(Callback):
             counted = getattr(getattr(trainer, "datamodule", None), name, None)
             if counted is None:
                 continue
-            everywhere = global_sum(torch.tensor(float(counted.count), device=pl_module.device))
+            everywhere = total_of(float(counted.count), pl_module.device)
             for logger in trainer.loggers:
-                logger.log_metrics({f"data/{name}": float(everywhere)}, step=trainer.global_step)
+                logger.log_metrics({f"data/{name}": everywhere}, step=trainer.global_step)
 
 
 def _size(batch: Any) -> int:

@@ -37,14 +37,17 @@ def assert_same_training(left: Path, right: Path) -> None:
     one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in (left, right))
     for name in ("val/loss", "val/error"):
         assert one[name] == pytest.approx(two[name], abs=1e-5), name
+    assert one["tflop"] == pytest.approx(two["tflop"])
 
 
 def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
-    assert keygrip.train([*HERE, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
+    """Batches of five: one process has three samples of each, the other two."""
+    uneven = "data.batch_size=5"
+    assert keygrip.train([*HERE, uneven, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
     # In a batch script of SLURM, without srun: the variables are those of the script, not of the two processes.
     slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
     slurm |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
-    done = command("keygrip.train", *TOY, "strategy=ddp_cpu", "run_dir=two", TOY_RANKS=str(tmp_path), **slurm)
+    done = command("keygrip.train", *TOY, uneven, "strategy=ddp_cpu", "run_dir=two", TOY_RANKS=str(tmp_path), **slurm)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("rank_*"))) == 2
     assert_same_training(tmp_path / "one", tmp_path / "two")

@@ -31,7 +31,7 @@ from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.short_attention import short_attention
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import global_mean, world_size
+from keygrip.training.distributed import global_mean, global_sum, world_size
 from keygrip.training.memory import StepMemory
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
@@ -336,7 +336,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
-        self.log(f"{name}loss", loss.detach(), prog_bar=True, batch_size=size)
+        everywhere = global_sum(loss) / world_size()  # a process holds another share of the batch's rows than the next
+        self.log(f"{name}loss", everywhere, prog_bar=True, batch_size=size)
         accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
         self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
         self._left_out += batch.left_out

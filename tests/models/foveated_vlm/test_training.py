@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     """Examined in every step: what is computed there must not wait for the other. With a budget processes have other
     numbers of rows. Validation goes frame by frame through videos of other lengths."""
     options = [*batch, "data.sources.texts.share=0.5", "model.monitor_every_n_steps=1", "max_steps=6"]
-    options += ["val_every_n_steps=3", "model.log_images_every_n_steps=2"]
+    options += ["val_every_n_steps=3", "model.log_images_every_n_steps=2", "logger=csv"]
     train.run(compose("train", overrides("one", *options)))
     parallel = [each for each in overrides("two", *options) if each != "strategy=cpu"]
     done = command("keygrip.train", *parallel, *strategy)
@@ -117,6 +118,13 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0, msg=name)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def losses(folder: Path) -> list[float]:
+    """``train/loss`` of the steps of a run."""
+    with (folder / "csv" / "metrics.csv").open(newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
 @pytest.mark.parametrize(
