@@ -172,6 +172,11 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
         super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
         self.apply()
 
+    @property
+    def time_share(self) -> float:
+        """The largest `Schedule.time_share`."""
+        return max(schedule.time_share for schedule in self.lr_lambdas if isinstance(schedule, Schedule))
+
     def take_time_share(self, share: float) -> None:
         """Sets `Schedule.time_share`, which the rates follow from the next step on."""
         for schedule in self.lr_lambdas:

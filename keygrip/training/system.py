@@ -18,7 +18,7 @@ from keygrip.training import loggers
 from keygrip.training.accumulation import WindowMean, completes_step
 from keygrip.training.checkpoints import load_module, misfit
 from keygrip.training.memory import StepMemory, count_step, measure_step, outside_modules
-from keygrip.training.optimizers import AdamW
+from keygrip.training.optimizers import AdamW, ScheduledRates
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,13 @@ class System(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.trained_part(), self.trainer.estimated_stepping_batches)
+
+    def progress(self) -> float:
+        """The share of the run that has passed, 0 to 1: of its steps, or of its time (`max_minutes`) where that is
+        further; the same in every process."""
+        schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs]
+        of_time = [each.time_share for each in schedules if isinstance(each, ScheduledRates)]
+        return min(1.0, max(self.global_step / max(1, self.trainer.estimated_stepping_batches), *of_time, 0.0))
 
     def on_after_backward(self) -> None:
         """Makes accumulated gradients those of the mean over a step's batches, as many as there are. A subclass that

@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import toy_parts
 from torch import nn
 
 from keygrip import train
@@ -97,6 +98,35 @@ def test_a_resumed_run_follows_the_share_of_time_from_its_first_step(
     with (tmp_path / "run" / "csv" / "metrics.csv").open(newline="") as file:
         found = [float(row["lr-AdamW/rest"]) for row in csv.DictReader(file) if row["lr-AdamW/rest"]]
     assert found[0] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * (1 - expected))))
+
+
+@pytest.mark.parametrize(
+    ("length", "shares"),
+    [
+        ({"max_steps": -1, "optimizer.schedule": "constant"}, [0.0, 0.25, 0.5, 0.75]),
+        ({"max_steps": 100}, [0.0, 0.25, 0.5, 0.75]),
+        ({"max_steps": 2}, [0.0, 0.5]),
+    ],
+)
+def test_what_depends_on_the_share_of_the_run_follows_the_time_where_that_is_further(
+    length: dict[str, Any],
+    shares: list[float],
+    toy_overrides: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock of which a step takes 15 seconds of the minute."""
+    found: list[float] = []
+    step = toy_parts.ToyModule.training_step
+
+    def noted(self: toy_parts.ToyModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        found.append(self.progress())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(toy_parts.ToyModule, "training_step", noted)
+    monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 15.0 * len(found))
+    settings = [f"{name}={value}" for name, value in length.items()]
+    train.run(compose("train", toy_overrides("run", *settings, "max_minutes=1")))
+    assert found == pytest.approx(shares)
 
 
 def test_minutes_alone_end_a_run_with_a_constant_rate(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -285,8 +285,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def refinement_now(self) -> int:
         """How often queries are chosen again in this step: a function of the step, the same in every process."""
-        total = self.trainer.estimated_stepping_batches
-        if not self.refinement or self.global_step < self.refinement_from * total:
+        if not self.refinement or self.progress() < self.refinement_from:
             return 0
         generator = torch.Generator().manual_seed(self.global_step)
         return int(torch.randint(self.refinement + 1, (), generator=generator))

@@ -402,7 +402,7 @@ class PatchDiTModule(System):
         counted = self.alignment.counted(has_patches)
         loss = global_mean((losses * counted).sum(), counted.sum())
         self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses), sync_dist=split == "val")
-        return loss * self.alignment.weight_at(self.global_step / max(1, self.trainer.estimated_stepping_batches))
+        return loss * self.alignment.weight_at(self.progress())
 
     def _report(self, figures: dict[str, Tensor]) -> None:
         """Straight to the loggers, whatever their own interval, and compared with the healthy ranges."""

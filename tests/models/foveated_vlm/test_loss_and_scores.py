@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -243,6 +244,29 @@ def test_the_first_videos_of_a_batch(parts: Callable[..., tuple]) -> None:
             torch.testing.assert_close(
                 own.hidden[row, at], of_all.hidden[row, of_all.layout.text_at[row, : count[row]]]
             )
+
+
+def test_refinement_begins_with_its_share_of_the_time_where_that_comes_first(parts: Callable[..., tuple]) -> None:
+    """Of a run without a last step too."""
+    module, _ = parts(refinement=2, refinement_from=0.4)
+    configured = AdamW(1e-3, schedule="constant").configure(module.network, math.inf)
+    rates = configured["lr_scheduler"]["scheduler"]
+
+    def drawn(share: float) -> set[int]:
+        rates.take_time_share(share)
+        found = set()
+        for step in range(30):
+            trainer = SimpleNamespace(
+                global_step=step,
+                estimated_stepping_batches=math.inf,
+                lr_scheduler_configs=[SimpleNamespace(scheduler=rates)],
+            )
+            module._trainer = trainer
+            found.add(module.refinement_now())
+        return found
+
+    assert drawn(0.39) == {0}
+    assert drawn(0.41) == {0, 1, 2}
 
 
 class Descent(FoveatedVLMModule):

@@ -437,7 +437,9 @@ def test_the_alignment_loss_is_of_the_samples_that_are_asked_for(only: bool, mon
     module = build_module(OmegaConf.to_container(compose("train", [*SMALL, *given]), resolve=True))  # type: ignore[arg-type]
     assert isinstance(module, PatchDiTModule)
     assert module.alignment is not None
-    module._trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=10)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_step=0, estimated_stepping_batches=10, lr_scheduler_configs=[]
+    )
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     losses = torch.tensor([3.0, 1.0, 5.0])
     monkeypatch.setattr(module.alignment, "forward", lambda *_: losses)
