@@ -23,6 +23,7 @@ MAY_DIFFER = (
     *("debug", "resume", "run_dir", "logger"),
     # the batch is divided over the processes: their number and kind do not change what is computed
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
+    "strategy.reshard_after_forward",
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
     # the same numbers but for rounding, from other kernels or other batches

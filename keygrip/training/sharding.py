@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -48,6 +51,26 @@ class ShardedStrategy(ModelParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As the parent's, also of a run that was not sharded.
+
+        The parent's takes a parameter's number in the optimiser's state for its place among all parameters of the
+        module, frozen ones too, as it is in what this strategy saves. Every other one numbers them by the groups.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        assert self.model is not None
+        optimizers, self.optimizers = self.optimizers, []
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            self.optimizers = optimizers
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"] if optimizers else [], strict=True):
+            named = named_state(saved, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
+        return checkpoint
+
     def _determine_device_ids(self) -> list[int]:
         return [] if self.root_device.index is None else [self.root_device.index]
 
@@ -65,6 +88,25 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
     fully_shard(module, mesh=mesh)
     for name in STEPS:
         register_fsdp_forward_method(module, name)
+
+
+def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimiser's stored state with the names of parameters in the place of their numbers.
+
+    Args:
+        saved: its groups hold the same parameters as those of ``optimizer``, in the same order, by whatever numbers.
+        module: knows their names.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    present = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    name_of = dict(zip(numbers, present, strict=True))
+    return {
+        "state": {name_of[number]: state for number, state in saved["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[number] for number in group["params"]]} for group in saved["param_groups"]
+        ],
+    }
 
 
 def reshard(module: nn.Module) -> None:

@@ -33,9 +33,10 @@ class ToyModule(System):
 
     headline_metrics = ("train/loss", "val/loss", "val/error")
 
-    def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1) -> None:
+    def __init__(self, optimizer: AdamW, width: int = 8, dropout: float = 0.1, frozen: bool = False) -> None:
         super().__init__(optimizer)
-        self.network = ToyNetwork(nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
+        first = [nn.Linear(4, 4).requires_grad_(False)] if frozen else []
+        self.network = ToyNetwork(*first, nn.Linear(4, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
         self.scale: float | None = None
 
     def set_statistics(self, statistics: dict[str, float]) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import keygrip
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.optimizers import AdamW
+from keygrip.training.sharding import named_state
 
 CONF = str(Path(__file__).parents[1] / "support" / "conf")
 TOY = [
@@ -27,7 +30,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
     assert one["global_step"] == two["global_step"] == 13
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5)
-        average = one["ema"]["parameters"][name]
+    for name, average in one["ema"]["parameters"].items():
         torch.testing.assert_close(two["ema"]["parameters"][name], average, rtol=0, atol=1e-5)
 
 
@@ -76,16 +79,43 @@ def test_sharded_training_gives_the_weights_of_one_process_and_resumes(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_one_process_to_several_and_back(command: Callable[..., Any], tmp_path: Path) -> None:
-    assert command("keygrip.train", *TOY, "strategy=cpu", "run_dir=one").returncode == 0
-    for number, strategy in enumerate(("cpu", "ddp_cpu")):
+@pytest.mark.parametrize("several", [("strategy=ddp_cpu",), FSDP], ids=["ddp", "fsdp"])
+def test_a_run_goes_on_from_one_process_to_several_and_back(
+    command: Callable[..., Any], tmp_path: Path, several: tuple[str, ...]
+) -> None:
+    """With a part that is frozen, of which the optimiser knows nothing."""
+    toy = (*TOY, "model.frozen=true")
+    assert command("keygrip.train", *toy, "strategy=cpu", "run_dir=one").returncode == 0
+    for number, strategy in enumerate((("strategy=cpu",), several)):
         stop = {"TOY_STOP_AT": str(4 * number + 3), "TOY_SIGNAL": "SIGTERM"}
         resume = () if number == 0 else ("resume=true",)
-        done = command("keygrip.train", *TOY, f"strategy={strategy}", "run_dir=changing", *resume, **stop)
+        done = command("keygrip.train", *toy, *strategy, "run_dir=changing", *resume, **stop)
         assert done.returncode == 143, done.stderr
-    done = command("keygrip.train", *TOY, "strategy=cpu", "run_dir=changing", "resume=true")
+    done = command("keygrip.train", *toy, "strategy=cpu", "run_dir=changing", "resume=true")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "one", tmp_path / "changing")
+
+
+@pytest.mark.parametrize("numbered_by", ["groups", "module"])
+def test_stored_moments_get_the_names_of_their_parameters(numbered_by: str) -> None:
+    """By the order of the groups, as without FSDP, or by that of all parameters, frozen ones too, as with it."""
+    module = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.AdamW(AdamW(lr=1e-3).parameter_groups(module))
+    module(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    moments = {name: optimizer.state[p]["exp_avg"] for name, p in module.named_parameters() if p.requires_grad}
+    saved = optimizer.state_dict()
+    if numbered_by == "module":
+        places = {id(p): place for place, p in enumerate(module.parameters())}
+        new = [places[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        saved["state"] = {new[number]: state for number, state in saved["state"].items()}
+        for group in saved["param_groups"]:
+            group["params"] = [new[number] for number in group["params"]]
+    named = named_state(saved, optimizer, module)
+    assert [group["params"] for group in named["param_groups"]] == [["1.weight", "2.weight"], ["1.bias", "2.bias"]]
+    assert {name: id(state["exp_avg"]) for name, state in named["state"].items()} == {
+        name: id(value) for name, value in moments.items()
+    }
 
 
 @pytest.mark.slow
