@@ -99,7 +99,7 @@ class PretrainingStage:
         run = self.run_dir
         now = cast(dict[str, Any], OmegaConf.to_container(compose("train", self.overrides), resolve=True))
         before = read_checkpoint(run / CHECKPOINT, mapped=True)[HEADER]["config"]
-        if different := differing_settings(before, with_run_folders(now), same_length=True):
+        if different := differing_settings(before, with_run_folders(now), finished=True):
             raise ValueError(
                 f"{run} was trained with other settings than `{' '.join(self.overrides)}` stands for now: {different}; "
                 f"move it away to train {self.name} anew, or name {run} itself as the weights to start from"

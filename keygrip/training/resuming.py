@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from keygrip.config import leaves_of
@@ -26,12 +28,19 @@ MAY_DIFFER = (
     "strategy.reshard_after_forward",
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
+    "data.memory_gb",
+    # where features are kept, and how many: those that are kept are those that would be computed
+    *(f"{place}.cache.{name}" for place in ("geometry", "model.network.geometry") for name in ("folder", "limit_gb")),
+    # from where on a run is stopped or warned
+    *("data.max_skipped_share", "data.max_broken_share", "data.max_off_screen_share"),
     # the same numbers but for rounding, from other kernels or other batches
     *("model.loss_kernel", "model.vision_cache_gb"),
     "model.monitor_every_n_steps",
     # what else has changed in the data is compared by hashes
     *("data.verify", "data.allow_changed"),
 )
+# Where data lie: they are compared by hashes, by data modules that say so, where training goes on with them.
+PLACES = ("data.root", "data.sources.*.root")
 MUST_AGREE = ("callbacks.ema",)  # all other callbacks only watch and save
 
 
@@ -85,11 +94,11 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
     return int(content["global_step"])
 
 
-def differing_settings(before: dict[str, Any], now: dict[str, Any], same_length: bool = False) -> str:
+def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bool = False) -> str:
     """The settings that change what is computed and that differ between two resolved configurations, in words.
 
     Args:
-        same_length: how long it trains must agree as well.
+        finished: the run is not resumed: how long it trains and where its data lie must agree as well.
 
     Returns:
         Four of them with their values, and how many more there are; empty where none differs.
@@ -99,7 +108,7 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], same_length:
         if "strategy.precision" in settings:
             accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
             settings["strategy.precision"] = named_precision(accelerator, precision)
-    may_differ = MAY_DIFFER if same_length else (*LENGTH, *MAY_DIFFER)
+    may_differ = MAY_DIFFER if finished else (*LENGTH, *MAY_DIFFER, *_places(now))
     different = sorted(
         key
         for key in before.keys() | now.keys()
@@ -110,5 +119,10 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], same_length:
     return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
+def _places(settings: dict[str, Any]) -> tuple[str, ...]:
+    target = settings.get("data._target_")
+    return PLACES if target and getattr(get_class(target), "compares_contents", False) else ()
+
+
 def _within(key: str, parts: tuple[str, ...]) -> bool:
-    return any(key == part or key.startswith(f"{part}.") for part in parts)
+    return any(fnmatchcase(key, part) or key.startswith(f"{part}.") for part in parts)

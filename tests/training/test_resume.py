@@ -21,6 +21,7 @@ from keygrip.config import compose
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.results import read_result
+from keygrip.training.resuming import differing_settings
 from keygrip.training.saving import SaveOnInterrupt
 from keygrip.training.signals import Interrupted
 
@@ -335,6 +336,27 @@ def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., li
         train.run(compose("train", [*overrides, "resume=true", "model.dropout=0.3", "optimizer.lr=0.1"]))
     with pytest.raises(ValueError, match=r"already holds a run: continue it with resume=.*, or give another run_dir"):
         train.run(compose("train", overrides))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("geometry.cache.folder", "model.network.geometry.cache.folder", "geometry.cache.limit_gb"),
+        *("model.network.geometry.cache.limit_gb", "data.max_skipped_share", "data.max_broken_share"),
+        *("data.memory_gb", "data.root", "data.sources.tours.root", "strategy.reshard_after_forward"),
+    ],
+)
+def test_settings_that_change_no_weight_may_differ(name: str) -> None:
+    def settings(value: Any, data: str = "keygrip.data.robot.datamodule.RobotDemos") -> dict[str, Any]:
+        nested: Any = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        return nested | {"data": nested.get("data", {}) | {"_target_": data}}
+
+    assert differing_settings(settings("there"), settings("here")) == ""
+    if name.endswith("root"):  # where contents are compared, and by whom
+        assert name in differing_settings(settings("there"), settings("here"), finished=True)
+        assert name in differing_settings(settings("there", "toy_parts.ToyData"), settings("here", "toy_parts.ToyData"))
 
 
 def test_a_longer_run_goes_on_from_a_finished_one_along_its_own_cosine(

@@ -63,6 +63,7 @@ class ImageShards(ResumableData):
     read_where: ClassVar = {"make": ReadWhere("root", None)}
     batch_type = ImageTextBatch
     order_depends_on = ("batch_size", "seed", "fingerprint")
+    compares_contents = True
 
     def __init__(
         self,

@@ -122,6 +122,7 @@ class RobotDemos(ResumableData):
 
     read_where: ClassVar = {"record": ReadWhere("root", None), "view_dropout": ReadWhere("cameras")}
     order_depends_on = ("batch_size", "seed", "balance", "intervention_weight", "weights")
+    compares_contents = True
 
     @staticmethod
     def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:

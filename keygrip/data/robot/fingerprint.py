@@ -53,12 +53,13 @@ def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: b
     """Stops where the demonstrations are not those that a checkpoint was trained on.
 
     Args:
-        before, now: a hash of each demonstration by its name. allowed: changes are said and no error.
+        before, now: a hash of each demonstration by its name, in the order in which samples are numbered.
+        allowed: changes are said and no error.
 
     Raises:
-        ValueError: with the names that were removed, added or changed.
+        ValueError: with the names that were removed, added or changed, or another order, in which samples follow.
     """
-    changed = named_changes(before, now)
+    changed = named_changes(before, now) or ("they come in another order" if list(before) != list(now) else "")
     if not changed:
         return
     said = f"the demonstrations are not those of the checkpoint: {changed}"

@@ -38,10 +38,13 @@ class ResumableData(LightningDataModule):
     ``num_workers`` and ``prefetch_batches``.
 
     Attributes:
+        compares_contents: whether checkpoints hold hashes of all that is trained on, so that a resumed run may find it
+            in another place (`data.root`).
         processes: over which batches are divided where no trainer says it (a dry run).
     """
 
     order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
+    compares_contents: ClassVar[bool] = False
     num_workers: int
     prefetch_batches: int
 

@@ -96,6 +96,7 @@ class VideoTexts(ResumableData):
 
     batch_type = VideoTextBatch
     order_depends_on = ("batch_size", "seed", "fingerprint")
+    compares_contents = True
 
     def __init__(
         self,

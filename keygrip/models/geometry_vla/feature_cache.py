@@ -128,7 +128,7 @@ class FeatureCache:
         except OSError as error:
             raise OSError(
                 f"the cache of geometry features cannot be written ({error}): give geometry.cache.folder a disk with "
-                "room, or set geometry.cache=null"
+                "room, with which a run may be resumed too"
             ) from error
 
     def _shrunk(self) -> int:

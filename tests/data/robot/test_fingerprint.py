@@ -44,5 +44,7 @@ def test_resuming_on_changed_demonstrations_stops_with_their_names(
     with pytest.raises(ValueError, match=rf"1 removed \(gone\), 1 changed \({first}\); restore them"):
         data.load_state_dict(state)
     refuse_changed(other, other)
+    with pytest.raises(ValueError, match="not those of the checkpoint: they come in another order; restore them"):
+        refuse_changed(other, dict(reversed(other.items())))  # roots of several data sets, named the other way round
     with pytest.raises(ValueError, match=r"5 added \(a, b, c, ...\)"):
         refuse_changed({}, dict.fromkeys("abcde", ""))

@@ -93,6 +93,22 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
         assert torch.equal(value, parts[name]), name
 
 
+def test_a_run_goes_on_with_data_that_have_moved(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    options = ["val_every_n_steps=3", "model.monitor_every_n_steps=0"]
+    train.run(compose("train", overrides("whole", "max_steps=4", *options)))
+    train.run(compose("train", overrides("parts", "max_steps=2", *options)))
+    places = [(tmp_path / name).rename(tmp_path / f"moved_{name}") for name in ("videos", "texts")]
+    moved = [f"data.sources.{name}.root={place}" for name, place in zip(("tours", "texts"), places, strict=True)]
+    moved += ["data.memory_gb=0.1", "data.max_skipped_share=0.5", "resume=true"]
+    train.run(compose("train", overrides("parts", "max_steps=4", *options, *moved)))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+    write_set(places[0] / "train", [2, 3, 1, 2, 3, 1, 2, 2, 3, 1], kinds=("cue", "mark"))
+    with pytest.raises(ValueError, match="the data are not those of the checkpoint: 1 changed"):
+        train.run(compose("train", overrides("parts", "max_steps=5", *options, *moved)))
+
+
 FSDP = ("strategy=fsdp", "strategy.accelerator=cpu", "strategy.devices=2", "strategy.precision=32-true")
 BUDGET = "data.budget={_target_: keygrip.data.shards.budget.Budget, frames: 6, positions: 400}"
 

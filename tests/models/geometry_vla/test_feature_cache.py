@@ -108,6 +108,20 @@ def test_files_without_a_checksum_are_not_read_and_not_warned_of(
     assert (compute.computed, caplog.text) == (4, "")
 
 
+def test_a_full_disk_names_a_remedy_with_which_the_run_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache, "write_bytes", full)
+    with pytest.raises(
+        OSError, match=r"No space left.*give geometry\.cache\.folder a disk with room, with which"
+    ) as told:
+        FeatureCache(tmp_path, 1.0).features(pictures(1), "a", Counting())
+    assert "cache=null" not in str(told.value)
+
+
 def work(folder: str, limit_gb: float, seed: int) -> None:
     torch.set_num_threads(1)
     cache, compute = FeatureCache(folder, limit_gb), Counting()

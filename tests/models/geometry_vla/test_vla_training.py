@@ -170,6 +170,26 @@ def test_mapanything_is_told_the_calibrated_camera_beside_another(
         train.run(compose("train", settings("auto", *again)))
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_features_and_data_in_another_place(
+    overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path
+) -> None:
+    cached = ("geometry=mapanything_cached", "data.augmentation=null", "optimizer.schedule=constant")
+
+    def settings(name: str, folder: str, *more: str) -> list[str]:
+        own = [each for each in with_mapanything(overrides(name), mapanything) if each != "geometry=mapanything"]
+        return [*own, *cached, f"geometry.cache.folder={tmp_path / folder}", *more]
+
+    train.run(compose("train", settings("whole", "features")))
+    train.run(compose("train", settings("parts", "features", "max_steps=1")))
+    moved = (tmp_path / "demos").rename(tmp_path / "elsewhere")
+    changed = (f"data.root={moved}", "geometry.cache.limit_gb=1", "data.max_broken_share=0.5", "resume=true")
+    train.run(compose("train", settings("parts", "other", *changed)))
+    assert list((tmp_path / "other").glob("*/*.safetensors"))
+    whole, parts = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
 ROBOTS = {"yam": {"begin": (0.2, 0.0, 0.1), "step_m": 0.01}, "panda": {"begin": (0.7, -0.4, 0.5), "step_m": 0.06}}
 
 
