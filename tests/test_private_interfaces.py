@@ -30,6 +30,7 @@ PRIVATE = {
     "_subclasses": "training/memory.py",  # tests/training/test_memory.py counts with both
     "_python_dispatch": "training/memory.py",
     "_get_full_key": "config.py",  # tests/test_configs.py reads the messages that it makes
+    "_server_thread": "runtime/i2rt_yam.py",  # tests/runtime/test_robots.py runs i2rt's own class
     "_freeze_rand_vec": "envs/metaworld/environment.py",  # tests/envs/metaworld draws positions by seed through it
     "_inheriting": "training/main_guard.py",
     # tests/models/foveated_vlm/test_hostile_exports.py compares with what transformers renders
