@@ -2,13 +2,14 @@
 
 Beside `messages` an object may name its files under `images` and `videos` (`image`, `video`), as ms-swift and
 LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order or by the numbers
-of <image_1>, and stand before the first user's words where there are none; a path is relative to the file's folder, or
-to the present one. Several images under `video` or `videos` are the frames of one video where the messages have one
-place or none.
+of <image_1>, and stand before the first user's words where there are none. Several images under `video` or `videos` are
+the frames of one video where the messages have one place or none. A path, beside messages or in an item of one, is
+relative to the file's folder, or to the present one.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
                     raise ValueError("it is no list of messages, nor an object with messages")
                 if _is_list_of_them(talk):
                     raise ValueError(f"it is a list of conversations: {SEVERAL}")
+                talk = [_in_folder(message, Path(path).parent) for message in talk]
                 if isinstance(content, dict):
                     talk = _with_files(content, talk, Path(path).parent)
         except BadSample as error:
@@ -103,8 +105,7 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         for name in [named] if isinstance(named, str) else named if isinstance(named, list) else [named]:
             if not isinstance(name, str):
                 raise ValueError(f"its `{key}` names a file by {str(name)[:80]!r}, which is no text")
-            beside = folder / name
-            files[kind].append(str(beside) if beside.exists() else name)
+            files[kind].append(_beside(folder, name))
     if isinstance(content.get("system"), str) and all(isinstance(message, Mapping) for message in talk):
         roles = [(str(message.get("role")), "") for message in talk]
         if len(with_system(roles, content["system"])) > len(talk):
@@ -140,6 +141,34 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         first[:0] = [item for item, _ in places]
     _fill(places, files)
     return said
+
+
+def _in_folder(message: Any, folder: Path) -> Any:
+    """A message whose items name their own files as they are found from the present folder."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": [_found(item, folder) for item in message["content"]]}
+
+
+def _found(item: Any, folder: Path) -> Any:
+    if not isinstance(item, Mapping) or item.get("type") not in ("image", "video"):
+        return item
+    named = {key: item[key] for key in SHOWN if key in item}
+    return {**item, **{key: _paths_beside(folder, value) for key, value in named.items()}}
+
+
+def _paths_beside(folder: Path, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_paths_beside(folder, each) for each in value]
+    return _beside(folder, value) if isinstance(value, str) else value
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A path relative to the file's folder, or, where nothing is there, to the present one."""
+    with contextlib.suppress(OSError):  # too long for a name
+        if name and (folder / name).exists():
+            return str(folder / name)
+    return name
 
 
 def _asks(message: Any) -> bool:

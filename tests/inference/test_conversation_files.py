@@ -53,6 +53,24 @@ def test_files_beside_the_messages_take_the_places_of_placeholders(tmp_path: Pat
     ]
 
 
+def test_files_that_items_name_are_those_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    here, long = str(tmp_path / "clips" / "a.mp4"), "data:" + "x" * 5000
+
+    def asked(video: Any, path: Any) -> list[Any]:
+        shown = [{"type": "video", "video": video}, {"type": "video", "path": path}]
+        return [{"role": "system", "content": "clips/a.mp4"}, user([*shown, words("clips/a.mp4")])]
+
+    given, found = asked("clips/a.mp4", ["clips/a.mp4", "gone.png"]), asked(here, [here, "gone.png"])
+    assert read(tmp_path, messages=given) == found
+    assert read(tmp_path, messages=asked(long, ""), images=[]) == asked(long, "")
+    (tmp_path / "talks.jsonl").write_text(json.dumps(given))
+    assert read_conversations(tmp_path / "talks.jsonl") == ([found], {})
+
+
 def test_several_images_under_video_are_the_frames_of_one(tmp_path: Path) -> None:
     for said, key in (("<video>\nWhich?", "video"), ("Which?", "videos"), ("<image>\nWhich?", "videos")):
         talk = read(tmp_path, messages=[user(said)], **{key: ["0.jpg", "1.PNG"]})
