@@ -271,8 +271,10 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.vqa_answers is not None:
         refuse_unwritable(cfg.vqa_answers, "vqa_answers")
     if cfg.split != "none":
-        frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
         changed = plain(cfg.data) or {}
+        frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
+        if "fit" not in changed:  # as in training, whatever a set says that was not trained on
+            frames["fit"] = module.image_options["fit"]
         if "collator" in changed:
             raise ValueError("data.collator has no effect: text is prepared as the checkpoint's was")
         size = module.image_options["image_size"]

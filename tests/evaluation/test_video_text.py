@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from vlm_parts import small_backbone, small_language, small_module
 
 from keygrip.config import compose
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
-from keygrip.data.video_text.conversations import answer
+from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.video_text.conversations import answer, describe_video_text, video_text_parts
+from keygrip.data.video_text.datamodule import VideoTexts
+from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation import video_text
 from keygrip.evaluation.video_text import evaluate_modes
 from keygrip.models.foveated_vlm.baseline import PooledVLM
@@ -132,6 +137,32 @@ def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule
     )
     found = evaluate_modes(pooled.eval(), [batch(module, (2, (CAPTION,)), (1, (VQA, MARK)))], ["many_tokens"], 4)
     assert {"bleu_4", "vqa_accuracy", "accuracy_mark"} <= found["many_tokens"].keys()
+
+
+def test_another_set_is_shown_as_the_model_was_trained(
+    module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that says nothing, with a wide image: brought into a square as the frames of training."""
+    wide = np.random.default_rng(0).integers(0, 255, (28, 84, 3)).astype(np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / "set" / split / "s-000.tar") as writer:
+            parts = video_text_parts([(tmp_path / "wide.png").read_bytes()], [MARK], "s", extension="png")
+            writer.add(f"{split}0", *parts)
+        write_manifest(tmp_path / "set" / split, describe_video_text, progress=False)
+    module.image_options = {"image_size": 28, "fit": "crop", "max_frames": 8}
+
+    def stored(changes: dict[str, Any]) -> VideoTexts:
+        return VideoTexts({"s": ShardSource(tmp_path / "set")}, module.collator, 28, 1, num_workers=0, **changes)
+
+    shown: list[VideoTextBatch] = []
+    monkeypatch.setattr(video_text, "evaluate_modes", lambda module, batches, *_: shown.extend(batches) or {})
+    evaluated: Any = SimpleNamespace(module=module, stored_data=stored)
+    for changes, fit in (([], "crop"), (["+data.fit=pad"], "pad")):
+        overrides = ["evaluate=video_text", "checkpoint=run", "split=val", *changes]
+        video_text.evaluate_answers(evaluated, compose("evaluate", overrides))
+        expected, _ = read_timed_frames(tmp_path / "wide.png", 28, fit, 8)
+        assert torch.equal(shown.pop().frames[0].permute(0, 2, 3, 1), torch.from_numpy(np.array(expected)))
 
 
 @pytest.mark.parametrize(
