@@ -215,6 +215,7 @@ def answer_likelihoods(
     kv: Sequence[BlockKV] | None = None,
     with_end: bool = True,
     seconds: Seconds = None,
+    tokens: int | None = None,
 ) -> Likelihoods:
     """Log-likelihoods of each conversation's last answer.
 
@@ -222,6 +223,7 @@ def answer_likelihoods(
         frames, frame_counts, videos, mode, kv, seconds: as in `generate`.
         answered: B conversations that end with an answer.
         with_end: the token that ends the answer's turn counts.
+        tokens: as in `token_cross_entropy`.
     """
     rows = rows_of(answered, videos, frame_counts, frames.device, seconds)
     visual, _, _ = network.visual_tokens(frames, rows, mode, kv=kv)
@@ -234,7 +236,10 @@ def answer_likelihoods(
     at = layout.text_at - 1
     row_of, token = (mask & (at >= 0)).nonzero(as_tuple=True)
     losses, right = token_cross_entropy(
-        hidden[row_of, at[row_of, token]], network.language.head_weight, rows.input_ids[row_of, token]
+        hidden[row_of, at[row_of, token]],
+        network.language.head_weight,
+        rows.input_ids[row_of, token],
+        tokens=tokens,
     )
     zeros = torch.zeros(len(answered), device=losses.device)
     wrong = zeros.index_add(0, row_of, (~right).float())

@@ -18,7 +18,9 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 OLDEST_LIGER = (0, 8, 2)  # in older versions the output layer's gradient is wrong where tokens have different weights
 
 
-def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss of each token, and whether its most probable token is the right one.
 
     Logits are computed for `chunk` tokens at a time, and again in the backward pass: with a vocabulary of 49152 they
@@ -26,6 +28,8 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: 
 
     Args:
         hidden: [n, C], the states that predict. weight: [W, C], the output layer. targets: int64 [n].
+        tokens: of the W rows the first that stand for tokens, among which the most probable one is sought: a table may
+            have more rows than the tokenizer tokens, and generation says none of the others. None: all.
 
     Returns:
         float32 [n] and bool [n].
@@ -33,9 +37,9 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: 
     losses, right = [], []
     for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if hidden.requires_grad and torch.is_grad_enabled() and len(hidden) > chunk:
-            loss, hit = checkpoint(_one_chunk, states, weight, wanted, use_reentrant=False)
+            loss, hit = checkpoint(_one_chunk, states, weight, wanted, tokens, use_reentrant=False)
         else:
-            loss, hit = _one_chunk(states, weight, wanted)
+            loss, hit = _one_chunk(states, weight, wanted, tokens)
         losses.append(loss)
         right.append(hit)
     if not losses:
@@ -44,8 +48,8 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: 
 
 
 def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `token_cross_entropy`, by the Triton kernel of the package liger-kernel: softmax, loss and gradient of the
-    logits in one pass over each of its own chunks.
+    """As `token_cross_entropy` of all rows, by the Triton kernel of the package liger-kernel: softmax, loss and
+    gradient of the logits in one pass over each of its own chunks.
 
     The output layer may be tied to the embeddings, or frozen. It must be whole: under strategy=fsdp it is within a
     step, since it belongs to the module's outermost part. Gradients of the output layer are summed in float32.
@@ -83,6 +87,6 @@ def check_liger(device: torch.device) -> None:
         )
 
 
-def _one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight).float()
-    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets
+    return F.cross_entropy(logits, targets, reduction="none"), logits.detach()[:, :tokens].argmax(-1) == targets

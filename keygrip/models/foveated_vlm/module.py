@@ -281,7 +281,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def score(self, output: VLMOutput, batch: VideoTextBatch) -> BatchScores:
         """Loss and exactness of a network's output for a batch, by kind of question."""
-        return score(output, batch, self.network.language.head_weight, self.loss_chunk, self.loss_kernel)
+        tokens = None if self.collator.tokenizer is None else self.collator.tokenizer.size
+        weight = self.network.language.head_weight
+        return score(output, batch, weight, self.loss_chunk, self.loss_kernel, tokens)
 
     def refinement_now(self) -> int:
         """How often queries are chosen again in this step: a function of the step, the same in every process."""

@@ -41,18 +41,25 @@ class BatchScores:
 
 
 def score(
-    output: VLMOutput, batch: VideoTextBatch, weight: Tensor, chunk: int, kernel: Kernel = "chunked"
+    output: VLMOutput,
+    batch: VideoTextBatch,
+    weight: Tensor,
+    chunk: int,
+    kernel: Kernel = "chunked",
+    tokens: int | None = None,
 ) -> BatchScores:
-    """Scores of a network's output; `weight` is the language model's output layer [W, C].
+    """Scores of a network's output; `weight` is the language model's output layer [W, C], `tokens` as in
+    `token_cross_entropy`.
 
-    Without gradients the loss is computed in chunks whatever the kernel, so that any machine can evaluate.
+    Without gradients the loss is computed in chunks whatever the kernel, so that any machine can evaluate. In training
+    the kernel `liger` seeks the most probable token among all rows.
     """
     hidden, predicted = output.predicting(batch.loss_mask | batch.answer_mask)
     targets = batch.input_ids[predicted]
     if kernel == "liger" and torch.is_grad_enabled():
         losses, right = fused_cross_entropy(hidden, weight, targets)
     else:
-        losses, right = token_cross_entropy(hidden, weight, targets, chunk)
+        losses, right = token_cross_entropy(hidden, weight, targets, chunk, tokens)
     carries, answers = batch.loss_mask[predicted].float(), batch.answer_mask[predicted]
     row = predicted.nonzero(as_tuple=True)[0]
     zeros = torch.zeros(len(batch), device=losses.device)

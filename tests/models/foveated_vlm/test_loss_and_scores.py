@@ -142,6 +142,26 @@ def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable
         assert score(perfect, batch, weight, 4096).exact.tolist() == [True, True, False, True]
 
 
+def test_rows_of_the_table_that_no_token_has_make_no_answer_wrong(
+    parts: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation never says them."""
+    module, batch = parts()
+    size = module.tokenizer.size
+    assert size < 320
+    with torch.no_grad():
+        output = module(batch, "coarse_only")
+        weight = torch.cat([torch.eye(320)[:size], torch.full((320 - size, 320), 2.0)])
+        hidden = torch.zeros(*output.hidden.shape[:2], 320)
+        for row, place in batch.answer_mask.nonzero().tolist():
+            hidden[row, output.layout.text_at[row, place] - 1, batch.input_ids[row, place]] = 9.0
+        perfect = type(output)(hidden, output.layout, output.visual, output.passes)
+        monkeypatch.setattr(type(module.network.language), "head_weight", property(lambda self: weight))
+        scored = module.score(perfect, batch)
+    assert scored.exact.all()
+    assert scored.loss > 9 * int(scored.tokens)  # they have a part in the loss, as in training
+
+
 @pytest.mark.parametrize("supervise", ["all", "answers"])
 def test_all_modes_are_scored_on_the_same_tokens(parts: Callable[..., tuple], supervise: str) -> None:
     module, batch = parts(supervise=supervise)
