@@ -398,10 +398,24 @@ def read_sample(
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
             seconds = image_seconds(content.get("fps", 1.0), taken)
         conversations = tuple(each.among(taken) for each in conversations)
+        if any(each.has_place for each in conversations):
+            stored_sizes = _frame_sizes(parts, video, [names[n] for n in taken] if video is None else taken)
+            conversations = tuple(each.in_square(stored_sizes, size, fit) for each in conversations)
         problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
         if problem:
             raise ValueError(problem)
     return VideoTextSample(frames, conversations, str(content.get("source", "")), shards.key(sample), seconds)
+
+
+def _frame_sizes(parts: Parts, video: str | None, frames: Sequence[Any]) -> list[tuple[int, int]]:
+    """(width, height) of frames as they are stored: images by name, or as many frames of a video."""
+    if video is not None:
+        return frames_at(parts[video], lambda _: [0.0], lambda image: image.size) * len(frames)
+    found = []
+    for name in frames:
+        with open_image(parts[name]) as opened:
+            found.append(opened.size)
+    return found
 
 
 def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...]:

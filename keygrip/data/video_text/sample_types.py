@@ -45,6 +45,34 @@ class Conversation:
         other = {name: value for name, value in self.evidence.items() if name != "frame"}
         return replace(self, evidence=other | ({"frame": places.index(frame)} if frame in places else {}))
 
+    @property
+    def has_place(self) -> bool:
+        """Whether its evidence says where in a frame its thing is: `frame`, `pixel` (x, y), `pixels_seen`."""
+        return {"frame", "pixel", "pixels_seen"} <= self.evidence.keys()
+
+    def in_square(self, sizes: Sequence[tuple[int, int]], size: int, fit: str) -> Conversation:
+        """The same about frames that were brought into a square: the place in its evidence in pixels of the square, and
+        none where it was cut off.
+
+        Args:
+            sizes: (width, height) of each frame before. size: edge of the square. fit: how, one of `FITS`.
+        """
+        number = self.evidence.get("frame")
+        if not self.has_place or not isinstance(number, int) or not 0 <= number < len(sizes):
+            return self
+        if sizes[number] == (size, size):
+            return self
+        width, height = sizes[number]
+        by = {"crop": (size / min(width, height),) * 2, "pad": (size / max(width, height),) * 2}
+        across, down = by.get(fit, (size / width, size / height))
+        x, y = self.evidence["pixel"]  # the middle stays the middle
+        place = {
+            "pixel": [size / 2 + (x - width / 2) * across, size / 2 + (y - height / 2) * down],
+            "pixels_seen": self.evidence["pixels_seen"] * across * down,
+        }
+        other = {name: value for name, value in self.evidence.items() if name not in place}
+        return replace(self, evidence=other | (place if all(0 <= each <= size for each in place["pixel"]) else {}))
+
 
 @dataclass(frozen=True)
 class VideoTextSample:

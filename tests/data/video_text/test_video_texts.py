@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shard_sets import CharacterCollator, picture, write_set
+from PIL import Image
+from shard_sets import CharacterCollator, picture, small_video, write_set
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
@@ -377,6 +380,41 @@ def test_metadata_of_thinned_videos_counts_the_frames_that_are_left(tmp_path: Pa
         assert thin.frames[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
         assert [text.evidence.get("frame") for text in thin.conversations] == [0, 1, None, 3]
         assert all(text.evidence["pixel"] == [1, 2] for text in thin.conversations)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_a_place_in_a_frame_is_in_pixels_of_the_square(tmp_path: Path, fit: str) -> None:
+    """A wide frame with a bright field: the evidence says where it is seen, or nothing where it was cut off."""
+    kept, cut = (60.0, 20.0), (8.0, 20.0)
+    for name, (x, y) in {"kept": kept, "cut": cut}.items():
+        frame = np.zeros((48, 96, 3), np.uint8)
+        frame[int(y) - 6 : int(y) + 6, int(x) - 6 : int(x) + 6] = 255
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "PNG")
+        told = [answer("?", "1", "mark", {"frame": 0, "pixel": [x, y], "pixels_seen": 144, "colour": "red"})]
+        with ShardWriter(tmp_path / name / "s-000.tar") as writer:
+            writer.add("s0", *video_text_parts([file.getvalue()], told, "s", extension="png"))
+        write_manifest(tmp_path / name, describe_video_text, progress=False)
+    sample = read_sample(ShardSet(tmp_path / "kept"), 0, 24, fit)
+    bright = sample.frames[0, :, :, 0].astype(float)
+    centre = [float((bright.sum(axis) * (np.arange(24) + 0.5)).sum() / bright.sum()) for axis in (0, 1)]
+    evidence = sample.conversations[0].evidence
+    assert evidence["pixel"] == pytest.approx(centre, abs=0.15)
+    assert evidence["pixels_seen"] == pytest.approx(bright.sum() / 255, rel=0.1)
+    cut_off = read_sample(ShardSet(tmp_path / "cut"), 0, 24, fit).conversations[0].evidence
+    assert ("pixel" in cut_off, "pixels_seen" in cut_off) == (fit != "crop", fit != "crop")
+    assert cut_off["colour"] == "red"
+
+
+def test_a_place_in_a_video_file_is_in_pixels_of_the_square(tmp_path: Path) -> None:
+    told = answer("?", "1", "mark", {"frame": 1, "pixel": [12, 4], "pixels_seen": 16})
+    parts, columns = video_text_parts([], [told], "s")
+    content = {name: value for name, value in json.loads(parts["json"]).items() if name != "frames"}
+    with ShardWriter(tmp_path / "s-000.tar") as writer:
+        writer.add("s0", {"json": json.dumps(content).encode(), "mp4": small_video()}, columns | {"frames": 2})
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    evidence = read_sample(ShardSet(tmp_path), 0, 8).conversations[0].evidence
+    assert evidence == {"frame": 1, "pixel": [6.0, 2.0], "pixels_seen": 4.0}
 
 
 @pytest.mark.parametrize(

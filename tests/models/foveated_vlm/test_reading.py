@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shard_sets import picture
 from torch import distributed
 from torch import multiprocessing as mp
 from vlm_parts import small_backbone
 
 from keygrip.data.batches import VideoTextSample
-from keygrip.data.video_text.conversations import answer
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, video_text_parts
 from keygrip.data.video_text.sample_types import Conversation
 from keygrip.models.foveated_vlm.encoder_pretraining import (
     IGNORED,
@@ -70,6 +73,23 @@ def test_patches_show_what_covers_them() -> None:
     assert (colour[1:] == 0).all()
     assert labels["digit"][1].view(4, 4)[0].tolist() == [IGNORED, 5, IGNORED, IGNORED]
     assert labels["pointed"][1].view(4, 4)[0, 1] == 0
+
+
+def test_cubes_of_frames_that_are_read_smaller_are_where_they_are_seen(tmp_path: Path) -> None:
+    """A tour of 64 pixels read at 32: a cube of 16 x 16 pixels around (40, 40) is one of 8 x 8 around (20, 20)."""
+    told = {"frame": 1, "colour": "red", "pixel": [40.0, 40.0], "pixels_seen": 256}
+    with ShardWriter(tmp_path / "s-000.tar") as writer:
+        images = [picture(n, 64) for n in range(2)]
+        writer.add("s0", *video_text_parts(images, [answer("?", "7", "mark", told)], "s", extension="png"))
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    shards = ShardSet(tmp_path)
+    assert read_sample(shards, 0, 64).conversations[0].evidence == told
+    small = read_sample(shards, 0, 32)
+    assert small.conversations[0].evidence == told | {"pixel": [20.0, 20.0], "pixels_seen": 64.0}
+    right = a_video(2, [asked("mark", 1, "red", (20, 20), "7")])
+    found, expected = (patch_labels(EncoderPretrainingCollator(COLOURS)([each]), (4, 4)) for each in (small, right))
+    assert (expected["digit"][1] == 7).nonzero().tolist() == [[10]]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_small_reader_learns_its_frames() -> None:
