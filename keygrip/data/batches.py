@@ -361,6 +361,7 @@ class VideoTextStatistics:
         texts: goes through the text of every training turn.
         clips_keep_times: some training clips begin at a later second than 0, in words too.
         kinds: of the conversations that are trained on; empty: not known.
+        partial_kinds: those of which a video's conversations are not all read, in training or validation.
     """
 
     folder: Path
@@ -371,6 +372,7 @@ class VideoTextStatistics:
     texts: Callable[[], Iterator[str]]
     clips_keep_times: bool = False
     kinds: frozenset[str] = frozenset()
+    partial_kinds: frozenset[str] = frozenset()
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:

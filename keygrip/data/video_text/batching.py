@@ -127,6 +127,14 @@ def is_asked(kind: str, kinds: Sequence[str] | None, questions: Questions) -> bo
     return (kinds is None or kind in kinds) and not (isinstance(questions, Mapping) and questions.get(kind) == 0)
 
 
+def all_asked(kind: str, kinds: Sequence[str] | None, *questions: Questions) -> bool:
+    """Whether a video's conversations of a kind are all used, whatever else is: as `is_asked`, and none of `questions`
+    draws some of them."""
+    return (kinds is None or kind in kinds) and all(
+        each is None or (isinstance(each, Mapping) and kind not in each) for each in questions
+    )
+
+
 def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
     """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
     if questions is None:

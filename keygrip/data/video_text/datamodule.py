@@ -39,6 +39,7 @@ from keygrip.data.video_text.batching import (
     PreparedCollator,
     Questions,
     WithinBudget,
+    all_asked,
     is_asked,
 )
 from keygrip.data.video_text.clips import SubClips
@@ -367,7 +368,7 @@ class VideoTexts(ResumableData):
     @property
     def statistics(self) -> VideoTextStatistics:
         """Needs `setup`."""
-        parts = self.parts["train"]
+        parts, asked = self.parts["train"], (self.questions, self.val_questions)
         return VideoTextStatistics(
             folder=self.folder,
             fingerprint=self.fingerprint,
@@ -377,6 +378,7 @@ class VideoTexts(ResumableData):
             texts=self.texts,
             clips_keep_times=any(part.clips is not None and not part.clips.rebased for part in parts),
             kinds=frozenset(k for p in parts for k in p.kinds_there() if is_asked(k, p.kinds, self.questions)),
+            partial_kinds=frozenset(k for p in parts for k in p.kinds_there() if not all_asked(k, p.kinds, *asked)),
         )
 
     def shard_hashes(self) -> dict[str, str]:

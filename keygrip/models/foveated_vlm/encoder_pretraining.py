@@ -239,7 +239,7 @@ class EncoderPretrainingModule(System):
         *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),
         *("data.sources.tours.make.options.test=2", "data.sources.tours.make.options.processes=1"),
         *("data.sources.tours_1=null", "data.sources.tours_2=null", "data.sources.tours_3=null"),
-        *("data.curriculum=null", "data.sources.texts=null", "data.batch_size=2"),
+        *("data.curriculum=null", "data.sources.texts=null", "data.batch_size=2", "data.questions=null"),
     )
     headline_metrics = (
         "train/loss",
@@ -327,4 +327,14 @@ class EncoderPretrainingModule(System):
                 self.log(f"val/{name}", float(found[0] / found[1]), prog_bar=name == "digit", sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Nothing of the data is kept."""
+        """Nothing of the data is kept.
+
+        Raises:
+            ValueError: not all questions are read that say where cubes are.
+        """
+        if left := sorted({"mark", "glance"} & statistics.partial_kinds):
+            raise ValueError(
+                f"not all questions of the kinds {', '.join(left)} are read, and a cube that none of them names would "
+                "be trained on as no cube: set data.questions=null, and name these kinds neither in data.val_questions "
+                "nor leave them out of data.sources.NAME.kinds"
+            )

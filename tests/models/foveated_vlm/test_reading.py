@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from shard_sets import picture
+from shard_sets import CharacterCollator, picture, write_set
 from torch import distributed
 from torch import multiprocessing as mp
 from vlm_parts import small_backbone
 
-from keygrip.data.batches import VideoTextSample
+from keygrip.data.batches import VideoTextSample, VideoTextStatistics
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, video_text_parts
+from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.sample_types import Conversation
+from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.encoder_pretraining import (
     IGNORED,
     EncoderPretraining,
@@ -176,3 +179,26 @@ def test_weights_must_name_every_loss() -> None:
     with pytest.raises(ValueError, match="has 1 names"):
         names = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
         EncoderPretrainingModule(network, EncoderPretrainingCollator(["red"]), AdamW(lr=1e-3), names)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("questions", {"mark": 4, "caption": 0}), ("questions", 3), ("val_questions", {"glance": 1}), ("kinds", ["mark"])],
+)
+def test_settings_that_leave_cubes_unnamed_are_refused(tmp_path: Path, setting: str, value: object) -> None:
+    """What no question names would be trained on as no cube."""
+    write_set(tmp_path / "train", [2] * 4, kinds=("mark", "glance", "caption"))
+    weights = {"colour": 1.0, "digit": 2.0, "pointed": 1.0, "frame_colour": 0.3, "frame_digit": 0.5, "asked": 1.0}
+    network = EncoderPretraining(small_backbone("tiny"), 2)
+    module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=3e-3), weights)
+
+    def statistics(**options: Any) -> VideoTextStatistics:
+        kinds = options.pop("kinds", None)
+        source = ShardSource(tmp_path, kinds=kinds, val_fraction=0.0)
+        data = VideoTexts({"tours": source}, CharacterCollator(), 8, 2, num_workers=0, **options)
+        data.setup("fit")
+        return data.statistics
+
+    module.set_statistics(statistics(questions={"caption": 0}, val_questions=None))
+    with pytest.raises(ValueError, match=r"not all questions of the kinds (glance|mark).*set data\.questions=null"):
+        module.set_statistics(statistics(**{setting: value}))
