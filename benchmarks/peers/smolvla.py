@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import atomic_folder
-from keygrip.models.language.tokenizers import END_OF_TEXT, TOKENIZER_FILE, TURN_END, TURN_START, TrainedTokenizer
+from keygrip.models.language.tokenizers import END_OF_TEXT, TURN_END, TURN_START, TrainedTokenizer
 
 VOCABULARY = 1024  # at most; training stops where every instruction's words are tokens
 IMAGE_TOKENS = {  # SmolVLM's names: its processor and SmolVLA ask for their ids
@@ -104,9 +104,10 @@ def write_vlm(folder: Path, size: Size, instructions: Iterable[str]) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         trained = Path(temporary)
-        TrainedTokenizer(VOCABULARY).load(trained, instructions)
+        source = TrainedTokenizer(VOCABULARY)
+        source.load(trained, instructions)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(trained / TOKENIZER_FILE),
+            tokenizer_file=str(source.file_in(trained)),
             unk_token=END_OF_TEXT,
             bos_token=TURN_START,
             eos_token=TURN_END,

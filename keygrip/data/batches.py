@@ -356,7 +356,7 @@ class VideoTextStatistics:
     """What a model keeps of its data beside the weights.
 
     Args:
-        folder: where something derived from the data (a tokenizer) may be kept. fingerprint: of the training shards.
+        folder: where something derived from their text (a tokenizer) may be kept. fingerprint: of the training shards.
         image_size, fit, max_frames: how images were prepared.
         texts: goes through the text of every training turn.
         clips_keep_times: some training clips begin at a later second than 0, in words too.

@@ -23,7 +23,7 @@ from keygrip.artifacts import write_json, write_text
 from keygrip.config import SettingError, TrainSchema, refuse_unread
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
-from keygrip.training.checkpoints import Header, build_module
+from keygrip.training.checkpoints import Header, build_module, read_checkpoint
 from keygrip.training.compatibility import (
     no_validation,
     refuse_missing_weights,
@@ -84,7 +84,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
-        _set_statistics(module, datamodule, origin, metadata_file)
+        _set_statistics(module, datamodule, origin, metadata_file, resume)
     if cfg.dry_run:
         report = dry_run(datamodule, module, cfg, strategy)
         if metadata_file is not None:
@@ -170,10 +170,14 @@ def _build(
     return datamodule, module
 
 
-def _set_statistics(module: Any, datamodule: Any, origin: dict[str, Any], metadata_file: Path | None) -> None:
+def _set_statistics(
+    module: Any, datamodule: Any, origin: dict[str, Any], metadata_file: Path | None, resume: Path | None
+) -> None:
     """Sets up the data and hands its statistics to the module; adds the data's origin to `origin` and to its file."""
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(module)
+    if resume is not None and hasattr(module, "resume_data"):
+        module.resume_data(datamodule, read_checkpoint(resume, mapped=True))
     datamodule.prepare_data()
     datamodule.setup("fit")
     if hasattr(datamodule, "origin"):

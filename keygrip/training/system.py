@@ -27,9 +27,10 @@ class System(LightningModule):
     """A network in training.
 
     A subclass sets ``network`` and defines the steps. It may also define ``set_statistics(statistics)``, called before
-    training with what the data module found in its training split; ``on_save_checkpoint`` and ``on_load_checkpoint``
-    for what must be stored beside the weights; ``loss(batch)``, by which a dry run counts memory; ``policy()`` for
-    robot policies; and ``export_graph()``.
+    training with what the data module found in its training split; ``resume_data(datamodule, checkpoint)``, called
+    before the data module of a resumed run is set up; ``on_save_checkpoint`` and ``on_load_checkpoint`` for what must
+    be stored beside the weights; ``loss(batch)``, by which a dry run counts memory; ``policy()`` for robot policies;
+    and ``export_graph()``.
 
     Attributes:
         batch_type: the type of batch that it learns from (`keygrip.data.batches`).

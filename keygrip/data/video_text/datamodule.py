@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,11 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.exact_lengths import counted
 from keygrip.data.video_text.lengths import TextLengths, TokenLengths, measured
 from keygrip.data.video_text.samples import Part, VideoTextSamples
-from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.data.video_text.shard_source import AUTO, ShardSource, common_fit
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 TRIED = 64  # videos of a source, whether they can be cut
 COSTLY = 4  # batches, by estimate the largest, among which the largest one is sought by what it really holds
 
@@ -170,13 +170,12 @@ class VideoTexts(ResumableData):
             if source.root is None and source.make is not None:
                 source.make.complete()
             source.prepared_fit(self.cache_dir)  # no lock is made beside what is no shard set
-        self._prepare_collator()
-
-    def _prepare_collator(self) -> None:
         if isinstance(self.collator, PreparedCollator):
-            folder = self.folder
-            with locked(folder / ".collator.lock"):
-                self.collator.prepare(folder, self.texts)
+            self._prepare_collator(self.collator, self._open("train"))
+
+    def _prepare_collator(self, collator: PreparedCollator, train: Sequence[Part]) -> None:
+        with locked(self._beside / ".collator.lock"):
+            collator.prepare(self._folder_of(train), partial(iterate_texts, [part.shards for part in train]))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens all splits and, but for stage "validate", computes the mixture; once.
@@ -188,10 +187,11 @@ class VideoTexts(ResumableData):
         fitting = stage != "validate"
         if self.parts and (self.mixture is not None or not fitting):
             return
-        self.fit = self._prepared_fit()
+        self.fit = common_fit(self.sources, self.given_fit, self.cache_dir)
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
         self._check_kinds([part for parts in opened.values() for part in parts])
-        self._prepare_collator()  # on every rank: what was made once is loaded here
+        if isinstance(self.collator, PreparedCollator):  # on every rank: what was made once is loaded here
+            self._prepare_collator(self.collator, opened["train"])
         opened = self._measured(opened, fitting)
         opened = {split: self._usable(split, parts) for split, parts in opened.items()}
         if fitting:
@@ -199,26 +199,6 @@ class VideoTexts(ResumableData):
             self.mixture = self._mixture(opened["train"])
         self.parts = opened
         self._report()
-
-    def _prepared_fit(self) -> str:
-        """How frames are brought into a square: what the model is asked about must look like what it was trained on.
-
-        Raises:
-            ValueError: it is to be as the sources were prepared, and they differ.
-        """
-        found = {name: source.prepared_fit(self.cache_dir) for name, source in self.sources.items()}
-        told = {name: fit for name, fit in found.items() if fit is not None}
-        listed = ", ".join(f"{name}: {fit}" for name, fit in told.items())
-        if self.given_fit != AUTO:
-            if set(told.values()) - {self.given_fit}:
-                log.warning("data.fit=%s, and frames were prepared with other ones (%s)", self.given_fit, listed)
-            return self.given_fit
-        if len(set(told.values())) > 1:
-            raise ValueError(
-                f"frames were prepared in different ways ({listed}), and a model is asked in one: prepare the sources "
-                f"with one fit, or say with data.fit=... how it is asked"
-            )
-        return next(iter(told.values()), FITS[0])
 
     def _check_kinds(self, parts: Sequence[Part]) -> None:
         """Raises ValueError: so many questions of a kind are asked for, and no source holds any of it."""
@@ -358,12 +338,21 @@ class VideoTexts(ResumableData):
 
     @property
     def folder(self) -> Path:
-        """Where something derived from all the data may be kept: beside the first source (`folder_beside`)."""
+        """Where something derived from the training text of all sources may be kept: beside the first one
+        (`folder_beside`), by a hash of all, since runs with other sources share that place. Needs `setup`."""
+        return self._folder_of(self.parts["train"])
+
+    def _folder_of(self, train: Sequence[Part]) -> Path:
+        told = ",".join(part.shards.fingerprint for part in train)
+        return self._beside / f"texts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    @property
+    def _beside(self) -> Path:
         return folder_beside(next(iter(self.sources.values())).place)
 
     def texts(self) -> Iterator[str]:
-        """The text of every training turn of all sources."""
-        return iterate_texts([part.shards for part in (self.parts.get("train") or self._open("train"))])
+        """The text of every training turn of all sources; needs `setup`."""
+        return iterate_texts([part.shards for part in self.parts["train"]])
 
     @property
     def statistics(self) -> VideoTextStatistics:

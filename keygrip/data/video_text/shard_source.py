@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,10 @@ from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import FITS
 from keygrip.data.video_text.sample_types import kinds_of
 from keygrip.training.parts import ReadWhere, data_part
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
 
 
 @data_part(places=["root"])
@@ -157,6 +162,30 @@ class ShardSource:
         if self.root is not None and split != "test" and not _is_set(f"{place.rstrip('/')}/val", cache_dir):
             return train, True
         return (part if _is_set(part, cache_dir) else None), False
+
+
+def common_fit(sources: Mapping[str, ShardSource], given: str, cache_dir: str | Path | None = None) -> str:
+    """How frames are brought into a square: what the model is asked about must look like what it was trained on.
+
+    Args:
+        given: one of `FITS`, or `AUTO`: as the sources were prepared.
+
+    Raises:
+        ValueError: it is to be as the sources were prepared, and they differ.
+    """
+    found = {name: source.prepared_fit(cache_dir) for name, source in sources.items()}
+    told = {name: fit for name, fit in found.items() if fit is not None}
+    listed = ", ".join(f"{name}: {fit}" for name, fit in told.items())
+    if given != AUTO:
+        if set(told.values()) - {given}:
+            log.warning("data.fit=%s, and frames were prepared with other ones (%s)", given, listed)
+        return given
+    if len(set(told.values())) > 1:
+        raise ValueError(
+            f"frames were prepared in different ways ({listed}), and a model is asked in one: prepare the sources "
+            f"with one fit, or say with data.fit=... how it is asked"
+        )
+    return next(iter(told.values()), FITS[0])
 
 
 def _is_set(place: str, cache_dir: str | Path | None) -> bool:

@@ -222,11 +222,23 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.image_options}
 
+    def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
+        """A resumed run reads its texts with its own tokenizer, whichever lies beside the data by now.
+
+        Raises:
+            ValueError: the checkpoint has none.
+        """
+        self._take_tokenizer(stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer"))
+        if isinstance(collator := getattr(datamodule, "collator", None), ConversationCollator):
+            collator.tokenizer = self.collator.tokenizer
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer", "pictures")
-        vocabulary = self.network.language.vocabulary
-        self.collator.tokenizer = ChatTokenizer.from_state(stored["tokenizer"], vocabulary)
+        self._take_tokenizer(stored)
         self.image_options = frame_settings(**stored["pictures"])
+
+    def _take_tokenizer(self, stored: Mapping[str, Any]) -> None:
+        self.collator.tokenizer = ChatTokenizer.from_state(stored["tokenizer"], self.network.language.vocabulary)
         self._check_tokenizer()
 
     def on_fit_start(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from keygrip.artifacts import make_once, write_text
 from keygrip.models.language.chat_templates import render_chat
 from keygrip.models.language.hub import read_stop_tokens, read_tokenizer
-from keygrip.models.language.tokenizer_json import TOKENIZER_FILE, parse_tokenizer, tokenizer_errors
+from keygrip.models.language.tokenizer_json import parse_tokenizer, tokenizer_errors
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.parts import model_part
 
@@ -48,7 +48,7 @@ class TokenizerSource(Protocol):
         """The tokenizer.
 
         Args:
-            folder: where one that is trained is kept. texts: what it is trained on where the folder has none.
+            folder: where one that is trained on these texts is kept. texts: what it is trained on where there is none.
 
         Raises:
             FileNotFoundError: there is none, and no texts.
@@ -219,7 +219,7 @@ class PretrainedTokenizer:
 
 @model_part(from_checkpoint={"init_from": None})
 class TrainedTokenizer:
-    """Source of a byte-level BPE tokenizer trained on the shards' own text, kept beside them.
+    """Source of a byte-level BPE tokenizer trained on the data's own text, kept where the data say, one for each size.
 
     Args:
         vocabulary: at most so many tokens. Every byte is one, so that nothing is unknown.
@@ -242,7 +242,7 @@ class TrainedTokenizer:
             return _tokenizer_of(self.init_from)
         from transformers import PreTrainedTokenizerFast
 
-        file = Path(folder) / TOKENIZER_FILE
+        file = self.file_in(folder)
         if texts is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
         make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
@@ -250,14 +250,14 @@ class TrainedTokenizer:
             tokenizer = parse_tokenizer(file.read_bytes(), str(file))
         except ValueError as error:
             raise ValueError(f"{error}: remove it, and it is trained again") from error
-        if tokenizer.get_vocab_size() > self.vocabulary:
-            raise ValueError(
-                f"{file} has {tokenizer.get_vocab_size()} tokens and language.tokenizer.vocabulary={self.vocabulary}: "
-                "raise it, or remove the file and it is trained again"
-            )
         return ChatTokenizer(
             PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TINY_TEMPLATE, eos_token=TURN_END)
         )
+
+    def file_in(self, folder: Path) -> Path:
+        """Where the tokenizer of this size is kept in a folder: `load` knows it by its name alone, so that the folder
+        must be that of the texts."""
+        return Path(folder) / f"tokenizer-{self.vocabulary}.json"
 
     def _trained(self, texts: Iterable[str]) -> str:
         """A tokenizer trained on texts, as JSON."""

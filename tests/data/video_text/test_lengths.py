@@ -340,7 +340,7 @@ def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_tur
         file.seek(int(index.part_offsets[index.first_part[7]]) + 3)
         file.write(b"~")
     data = module(tmp_path, budget=Budget(64, 1024))
-    (counts,) = data.folder.glob("lengths-*.npz")
+    (counts,) = data.folder.parent.glob("lengths-*.npz")
     assert np.flatnonzero(np.load(counts)["longest"] == UNREADABLE).tolist() == [7]
     seen = keys(list(data.train_dataloader()), "videos")
     assert "v7" not in seen
@@ -354,7 +354,7 @@ def test_evaluation_counts_no_training_texts(tmp_path: Path) -> None:
     data = VideoTexts({"videos": source}, collator, 8, 8, num_workers=0, budget=Budget(64, 1024))
     data.prepare_data()
     data.setup("validate")
-    (counts,) = data.folder.glob("lengths-*.npz")
+    (counts,) = data.folder.parent.glob("lengths-*.npz")
     held_out = data.parts["val"][0].chosen
     assert 5 < len(held_out) < 40
     assert np.flatnonzero(np.load(counts)["longest"] != NOT_COUNTED).tolist() == held_out.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,38 @@ def test_a_set_that_says_nothing_is_read_as_before(tmp_path: Path) -> None:
     both["sft"] = ShardSource(prepared(tmp_path, "crop"), val_fraction=0.0)
     assert module(both).statistics.fit == "crop"
     assert settings_of((tmp_path / "set").as_uri())["fit"] == settings_of(str(tmp_path / "set"))["fit"] == "crop"
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def words_of(sources: Sequence[Path], vocabulary: int = 400) -> dict[str, str]:
+    """Of the tokenizer with which a run on these sets reads."""
+    collator = ConversationCollator(TrainedTokenizer(vocabulary), "question_first", "answers")
+    module({root.name: ShardSource(root, val_fraction=0.0) for root in sources}, collator=collator)
+    assert collator.tokenizer is not None
+    return collator.tokenizer.words()
+
+
+def test_a_tokenizer_depends_on_the_texts_and_its_size_and_on_no_earlier_run(tmp_path: Path) -> None:
+    def made(folder: str) -> tuple[Path, Path]:
+        said = {
+            "tours": "which of these cubes did the gripper touch before it went home, and what number was upon it?",
+            "texts": "somebody wrote something else altogether",
+        }
+        told = {name: [(int(name == "tours"), [answer(text * 3, text, "text")])] * 4 for name, text in said.items()}
+        tours, texts = (write_conversations(tmp_path / folder / name, each) for name, each in told.items())
+        return tours, texts
+
+    found = []
+    for folder in ("one", "other"):
+        tours, texts = made(folder)
+        runs = {"both": ([tours, texts], 400), "tours": ([tours], 400), "smaller": ([tours], 300)}
+        order = runs if folder == "one" else reversed(runs)
+        found.append({name: words_of(*runs[name]) for name in order})
+        assert words_of(*runs["both"]) == found[-1]["both"]
+    assert found[0] == found[1]
+    assert len({words["tokenizer"] for words in found[0].values()}) == 3
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------

@@ -135,12 +135,13 @@ def test_a_tokenizer_that_makes_its_library_panic_is_a_damaged_file(export: Path
         VideoChat.from_pretrained(folder, "cpu")
     file = folder / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": PANICS}))
+    TrainedTokenizer(400).file_in(folder).write_text(file.read_text())
     for load in (
         lambda: KeygripProcessor.from_pretrained(folder),
         lambda: PretrainedTokenizer(str(folder)).load(tmp_path),
         lambda: TrainedTokenizer(400).load(folder),
     ):
-        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged or no tokenizer"):
+        with pytest.raises(ValueError, match=r"tokenizer(-400)?\.json is damaged or no tokenizer"):
             load()
 
 

@@ -64,6 +64,17 @@ def overrides(tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+def tokenizer_of(videos: Path) -> Path:
+    (file,) = (videos / ".keygrip").glob("texts-*/tokenizer-400.json")
+    return file
+
+
+def replace_tokenizer(videos: Path) -> None:
+    file = tokenizer_of(videos)
+    file.unlink()
+    TrainedTokenizer(400).load(file.parent, ["quite other words"] * 9)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(folder)["state_dict"]
 
@@ -109,8 +120,25 @@ def test_a_run_goes_on_with_data_that_have_moved(overrides: Callable[..., list[s
         train.run(compose("train", overrides("parts", "max_steps=5", *options, *moved)))
 
 
-FSDP = ("strategy=fsdp", "strategy.accelerator=cpu", "strategy.devices=2", "strategy.precision=32-true")
 BUDGET = "data.budget={_target_: keygrip.data.shards.budget.Budget, frames: 6, positions: 400}"
+
+
+@pytest.mark.parametrize("more", [[], [BUDGET]], ids=["", "budget"])
+def test_a_resumed_run_reads_with_its_own_tokenizer(
+    overrides: Callable[..., list[str]], tmp_path: Path, more: list[str]
+) -> None:
+    """Whichever lies beside the data by then: an id means the same word in all steps."""
+    options = [*more, "val_every_n_steps=3", "model.monitor_every_n_steps=0"]
+    train.run(compose("train", overrides("whole", "max_steps=3", *options)))
+    train.run(compose("train", overrides("parts", "max_steps=1", *options)))
+    replace_tokenizer(tmp_path / "videos")
+    train.run(compose("train", overrides("parts", "max_steps=3", *options, "resume=true")))
+    whole, parts = (read_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert parts["language"]["tokenizer"] == whole["language"]["tokenizer"]
+    assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
+
+
+FSDP = ("strategy=fsdp", "strategy.accelerator=cpu", "strategy.devices=2", "strategy.precision=32-true")
 
 
 @pytest.mark.slow
@@ -193,7 +221,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None)  # Java takes seconds to start
     run = str(tmp_path / "run")
     train.run(compose("train", overrides("run", "max_steps=2", "val_every_n_steps=2")))
-    (tmp_path / "videos" / ".keygrip" / "tokenizer.json").unlink(missing_ok=True)  # it lies in the checkpoint
+    tokenizer_of(tmp_path / "videos").unlink()  # it lies in the checkpoint
     result = evaluate.run(
         compose("evaluate", [f"checkpoint={run}", "max_new_tokens=3", "mode=[coarse_fine,coarse_only]"])
     )
@@ -253,8 +281,7 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[.
     first = load_module(tmp_path / "one").state_dict()
     for name, value in load_module(tmp_path / "two").state_dict().items():
         torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
-    (tmp_path / "videos" / ".keygrip" / "tokenizer.json").unlink()
-    TrainedTokenizer(400).load(tmp_path / "videos" / ".keygrip", ["quite other words"] * 9)
+    replace_tokenizer(tmp_path / "videos")
     with pytest.raises(ValueError, match="another tokenizer"):
         train.run(compose("train", overrides("three", *frozen)))
     train.run(compose("train", overrides("four", *frozen, "language.tokenizer.init_from=${model.init_from}")))

@@ -167,13 +167,14 @@ def test_a_trained_tokenizer_is_kept_and_spells_everything(tmp_path: Path) -> No
     assert first.encode(TURN_END) == [first.end_of_turn]
     with pytest.raises(FileNotFoundError, match="prepare the data"):
         TrainedTokenizer(400).load(tmp_path / "other")
-    with pytest.raises(ValueError, match="raise it"):
+    with pytest.raises(FileNotFoundError, match="prepare the data"):  # of another size
         TrainedTokenizer(300).load(tmp_path)
-    whole = (tmp_path / "tokenizer.json").read_bytes()
+    file = TrainedTokenizer(400).file_in(tmp_path)
+    whole = file.read_bytes()
     for damaged in (b"", b"{}", whole[:200], whole.replace(b"e", b"\xff", 1)):
-        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        file.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=r"tokenizer\.json is damaged or no tokenizer .*remove it, and it is trained"
+            ValueError, match=r"tokenizer-400\.json is damaged or no tokenizer .*remove it, and it is trained"
         ):
             TrainedTokenizer(400).load(tmp_path)
 
@@ -285,7 +286,7 @@ def test_a_pretrained_tokenizer_comes_from_its_folder_with_its_template(tmp_path
 
     made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
     theirs = PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "made" / "tokenizer.json"),
+        tokenizer_file=str(TrainedTokenizer(400).file_in(tmp_path / "made")),
         eos_token=TURN_END,
         pad_token=TURN_END,
         bos_token=END_OF_TEXT,
