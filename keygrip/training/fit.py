@@ -201,10 +201,9 @@ def _trainer(
     environment: list[Any] = []
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning's own answer to SLURM's warning saves in the middle of a step, into a file that no resumed run
-        # reads: `SaveOnInterrupt` has its own.
-        environment = [SLURMEnvironment(auto_requeue=False)]
-        if tasks_of_srun() == 1 and arguments["devices"] * arguments["num_nodes"] > 1:
-            environment = [LightningEnvironment()]  # which starts the others: SLURM's would train in this one alone
+        # reads: `SaveOnInterrupt` has its own. Without srun, or with one task of it, this is the only process and
+        # SLURM's numbers may be those of the whole job: Lightning's own environment starts the other processes.
+        environment = [SLURMEnvironment(auto_requeue=False) if tasks_of_srun() > 1 else LightningEnvironment()]
     return lightning.Trainer(
         **arguments,
         max_steps=cfg.max_steps,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from keygrip.training.launch import tasks_of_srun
+
 log = logging.getLogger(__name__)
 
 # Lightning's others (bf16-true, 16-true, 64-true) would cast weights and the statistics of the data as well: to bf16 a
@@ -22,7 +24,8 @@ class Strategy:
 
     Args:
         accelerator: ``auto`` takes a GPU where there is one.
-        devices: processes per node; ``auto``: all GPUs, or what torchrun or SLURM started.
+        devices: processes per node; ``auto``: as many as torchrun or srun started; all GPUs where srun started one
+            process or neither did.
         num_nodes: ``auto``: read from torchrun or SLURM, else 1.
         kind: ``single`` one process, ``ddp`` replicated, ``fsdp`` sharded.
         precision: Lightning's name (`PRECISIONS`, `SHORT`), or ``auto``: bf16 autocast where the hardware is faster in
@@ -133,7 +136,9 @@ class Strategy:
     def _devices(self) -> int:
         if self.devices != "auto":
             return int(self.devices)
-        for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        # Without srun, and with one task of it, Lightning starts the other processes: one for each GPU.
+        by_srun = ("SLURM_NTASKS_PER_NODE",) if tasks_of_srun() > 1 else ()
+        for name in ("LOCAL_WORLD_SIZE", *by_srun):
             if os.environ.get(name, "").isdigit():
                 return int(os.environ[name])
         if self.accelerator == "cpu" or not self.on_gpu:
@@ -147,7 +152,7 @@ class Strategy:
             return int(self.num_nodes)
         if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
             return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        if tasks_of_srun() > 1:
             return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
         return 1
 

@@ -56,6 +56,16 @@ def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
+def test_in_a_batch_script_of_several_tasks_a_command_without_srun_trains_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}
+    slurm |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert keygrip.train([*HERE, "strategy=cpu", "max_steps=2", f"run_dir={tmp_path}"])["status"] == "finished"
+
+
 @pytest.mark.slow
 def test_jobs_of_a_sweep_that_use_several_devices_run_side_by_side(command: Callable[..., Any], tmp_path: Path) -> None:
     launcher = ("hydra/launcher=processes", "hydra.launcher.jobs_at_once=2", "hydra.sweep.dir=sweep")

@@ -17,6 +17,9 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
         "WORLD_SIZE",
         "SLURM_NTASKS",
         "SLURM_NTASKS_PER_NODE",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_JOB_NUM_NODES",
+        "SLURM_JOB_NAME",
         "SLURM_PROCID",
         "LOCAL_RANK",
     ):
@@ -62,9 +65,23 @@ def test_ddp_takes_all_gpus_or_what_the_scheduler_gave(monkeypatch: pytest.Monke
 
 def test_slurm_says_how_many_tasks_and_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 8)
-    for name, value in (("SLURM_NTASKS", "16"), ("SLURM_NTASKS_PER_NODE", "8"), ("SLURM_JOB_NUM_NODES", "2")):
-        monkeypatch.setenv(name, value)
+    for name, value in (("STEP_NUM_TASKS", "16"), ("NTASKS_PER_NODE", "8"), ("JOB_NUM_NODES", "2")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
     assert Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp").processes == 16
+
+
+@pytest.mark.parametrize(("tasks", "in_step", "nodes"), [("1", "1", "1"), ("1", None, "1"), ("16", None, "2")])
+def test_all_gpus_of_a_node_where_srun_started_one_process_or_none(
+    tasks: str, in_step: str | None, nodes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of its nodes and tasks is what the batch script was given."""
+    with_gpus(monkeypatch, 4)
+    for name, value in (("NTASKS", tasks), ("NTASKS_PER_NODE", tasks), ("JOB_NUM_NODES", nodes)):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    if in_step is not None:
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", in_step)
+    arguments = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp").trainer_arguments()
+    assert (arguments["devices"], arguments["num_nodes"]) == (4, 1)
 
 
 def test_combinations_that_cannot_work_are_refused() -> None:
