@@ -216,6 +216,7 @@ class SaveOnInterrupt(Callback):
     What is saved in a validation is the state of the training step before it; a resumed run leaves that validation out.
     A second Ctrl-C ends at once; under nohup SIGHUP is nothing. Processes agree on the step or validation batch at
     which they stop: each must have equally many of these, as `keygrip.training.distributed.global_mean` wants too.
+    A signal behind the last of these, as in the last save, ends the run before anything is evaluated after training.
     After SIGUSR1 a SLURM job is queued again; it then finds its run folder and goes on. With ``sbatch --requeue
     --signal=USR1@120`` SLURM sends it to what srun started, and not to other commands of the batch script.
     """
@@ -245,6 +246,10 @@ class SaveOnInterrupt(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._received is not None:  # no process waits for another from here: they need not agree
+            self._stop(trainer, self._received)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
 
@@ -257,8 +262,10 @@ class SaveOnInterrupt(Callback):
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         number = _largest(trainer, self._received or 0)
-        if number == 0:
-            return
+        if number:
+            self._stop(trainer, number)
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
         where = "nothing was saved: the run has no checkpoint callback"
         if trainer.validating:
             _leave_validation(trainer)

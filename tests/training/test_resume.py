@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from keygrip import train
@@ -22,7 +23,7 @@ from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.results import read_result
 from keygrip.training.resuming import differing_settings
-from keygrip.training.saving import SaveOnInterrupt
+from keygrip.training.saving import SaveLatest, SaveOnInterrupt
 from keygrip.training.signals import Interrupted
 
 # What SLURM tells a job of one task.
@@ -314,6 +315,43 @@ def test_ctrl_c_after_the_last_step_is_recorded(
         rows = Path("run/summary.csv").read_text().splitlines()
         assert "interrupted" in rows[1]
         assert "missing" in rows[2]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_in_the_last_save_ends_the_run_before_anything_is_evaluated(
+    name: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, sent, evaluated, queued = SaveLatest.save, list[str](), list[int](), list[bool]()
+
+    def long_save(self: SaveLatest, trainer: Trainer) -> None:
+        saved(self, trainer)
+        if trainer.global_step == 2 and not sent:
+            sent.append(name)
+            signal.raise_signal(getattr(signal, name))
+
+    conf = str(Path(__file__).parents[1] / "support" / "conf")
+    toy = ["--config-dir", conf, "model=toy", "data=toy", "strategy=cpu", "logger=none", "max_steps=2", "run_dir=run"]
+    toy += ["callbacks.checkpoint.every_n_steps=2", "val_every_n_steps=null"]
+    monkeypatch.setattr(
+        "keygrip.training.fit.TrainedMetrics.on_fit_end",
+        lambda self, trainer, module: evaluated.append(trainer.global_step),
+        raising=False,
+    )
+    monkeypatch.setattr("keygrip.training.saving.queue_again", lambda: queued.append(True))
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(SaveLatest, "save", long_save)
+        stopped = cli(*toy)
+    assert (stopped.code, evaluated) == (128 + getattr(signal, name), [])
+    run = Path("run").resolve()
+    assert f"stopped by {name} at step 2: saved {run}/checkpoints/last.ckpt; go on with resume={run}" in stopped.err
+    assert queued == ([True] if name == "SIGUSR1" else [])
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert read_result(Path("run"))["status"] == "interrupted"
+    metrics = read_result(Path("run"))["metrics"]
+    assert cli(*toy, "resume=true").code == 0
+    assert evaluated == [2]
+    assert read_result(Path("run"))["metrics"]["train/loss"] == metrics["train/loss"]
 
 
 def test_metrics_of_a_finished_training_are_not_kept_where_it_goes_on(
