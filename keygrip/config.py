@@ -104,7 +104,9 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
         overrides = [f"checkpoint_{each}" if each.startswith("step=") else each for each in overrides]
     for override in overrides:
         group, _, value = override.partition("=")
-        if value == "null" and group in _groups():
+        if "null" in re.split(r"\s*,\s*", value) and group in _groups():
+            if f"{group}=null" in _WITHOUT:
+                raise SettingError(f"{override}: a sweep takes no null: run {group}=null as a command of its own")
             raise SettingError(
                 f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}; a "
                 f"part of it is left out with {group}.NAME=null"

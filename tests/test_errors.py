@@ -80,6 +80,11 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
             2,
             r"callbacks=null: a group is chosen, not emptied: .* options are default; .*callbacks\.NAME=null$",
         ),
+        (
+            ["-m", "ablation=null, volume_query/no_state"],
+            2,
+            r"volume_query/no_state: a sweep takes no null: run ablation=null as a command of its own$",
+        ),
         (["--max_steps=3"], 2, r"no option --max_steps: settings are given without dashes, max_steps=3"),
         (["resume=true"], 1, r"nothing to resume: no run with a checkpoint in runs/\S+; leave out resume=true"),
         (["resume=no/such/folder"], 1, r"nothing to resume: no/such/folder does not exist"),
