@@ -119,8 +119,8 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         kind = continuous.group(1).lower()
         given = " ".join(each for each in overrides if each.partition("=")[2].startswith(f"{kind}(")) or "a setting"
         return (
-            f"{given}: Hydra's own sweeper takes no {kind}: give values, NAME=1,2,3 or NAME=range(1,4), or take a "
-            "sweeper that searches (hydra/sweeper=optuna, a package of its own)"
+            f"{given}: a sweep here takes values and no {kind}, for nothing searches: give NAME=1,2,3 or "
+            "NAME=range(1,4)"
         )
     mandatory = re.search(r"Missing mandatory value: (\S+)", causes)
     if mandatory:
