@@ -239,8 +239,8 @@ def close_sweeps() -> list[str]:
 
 def _command(config: DictConfig) -> str:
     """The command that runs the sweep again, without its folder."""
-    overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-    kept = [o for o in overrides if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    left_out = ("hydra.sweep.dir=", "hydra.mode=")
+    kept = [each for each in sys.argv[1:] if each not in ("-m", "--multirun") and not each.startswith(left_out)]
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])
 
 

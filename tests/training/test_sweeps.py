@@ -63,6 +63,7 @@ def test_a_serial_sweep_goes_on_after_a_failed_job_and_says_so(cli: Callable[...
     assert record["machine"]["cores"]
     assert "hydra.sweep.dir" not in record["command"]
     assert record["command"].startswith("python -m keygrip.train -m ")
+    assert f"--config-dir {TOY[1]}" in record["command"]  # without which there is no model=toy
     assert "optimizer.lr=0.01,-1,0.1" in record["command"]
     board = EventAccumulator("sweep/tensorboard/job_2")
     board.Reload()
