@@ -51,7 +51,7 @@ SHOWN = 6  # metrics in the printed table; summary.csv has them all
 MULTIRUN = "multirun.yaml"  # Hydra's own
 LOSSES = "loss_against_compute.png"
 
-_open_sweeps: list[Path] = []
+_open_sweeps: dict[Path, bool] = {}  # true: the folder was made for it
 _failures: list[str] = []
 
 
@@ -145,6 +145,7 @@ class SweepSummary(Callback):
                 _refuse_other_sweep(folder, any(going_on))
         except ValueError as error:
             raise SweepRefused(one_line(root_cause(error))) from error
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
         with read_write(config), open_dict(config):
@@ -152,7 +153,7 @@ class SweepSummary(Callback):
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
         plan = {"command": _command(config), "jobs": jobs, "started": time.time()}
         write_json(folder / PLAN, plan)
-        _open_sweeps.append(folder)
+        _open_sweeps[folder] = made
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         finish_sweep(Path(config.hydra.sweep.dir))
@@ -201,8 +202,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     kept as a record; TensorBoard gets hparams. ``loss_against_compute.png`` (in TensorBoard too) has a curve for each
     job that logged its loss, and of its accuracy where it logged one.
     """
-    if folder in _open_sweeps:
-        _open_sweeps.remove(folder)
+    _open_sweeps.pop(folder, None)
     rows = collect(folder)
     header, lines = table(rows)
     with atomic_write(folder / "summary.csv", "w") as file:
@@ -221,15 +221,15 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
 
 
 def close_sweeps() -> list[str]:
-    """Finishes sweeps that were cut off, and removes those of which no job began; one line for each sweep with jobs
-    that did not finish."""
+    """Finishes sweeps that were cut off, and removes what those left of which no job began; one line for each sweep
+    with jobs that did not finish."""
     for folder in list(_open_sweeps):
         with contextlib.suppress(OSError):
             if {path.name for path in folder.iterdir()} <= {PLAN, MULTIRUN}:  # no job began: the settings were refused
-                _open_sweeps.remove(folder)
                 for path in folder.iterdir():
                     path.unlink()
-                remove_if_empty(folder)
+                if _open_sweeps.pop(folder):
+                    remove_if_empty(folder)
             else:
                 finish_sweep(folder)
     lines = list(_failures)

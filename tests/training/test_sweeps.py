@@ -292,6 +292,13 @@ def test_a_sweep_that_is_refused_leaves_nothing(given: str, said: str, cli: Call
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_that_is_refused_leaves_a_folder_that_was_there(cli: Callable[..., Any]) -> None:
+    Path("sweep").mkdir()
+    assert cli(*TOY, "optimizer=adamw,nothing").code == 2
+    assert [path.name for path in Path().iterdir()] == ["sweep"]
+    assert list(Path("sweep").iterdir()) == []
+
+
 def test_a_metric_that_is_not_finite_is_seen_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / PLAN, {"jobs": [["seed=0"], ["seed=1"]]})
     for seed, loss in ((0, 0.5), (1, float("nan"))):
