@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from keygrip.artifacts import atomic_write, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import one_line, root_cause
-from keygrip.training.launch import is_first_process, restarted_by_scheduler
+from keygrip.training.launch import is_first_process, restarted_by_scheduler, started_together
 from keygrip.training.results import (
     FAILED,
     FINISHED,
@@ -376,19 +376,28 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
-    """Hydra's serial launcher and joblib run jobs inside a process of theirs, which several devices need started again.
+    """Several devices need processes, and Lightning starts them by the command that it finds itself in: in a sweep
+    that is the whole sweep's, or the launcher's own.
 
     Raises:
-        ValueError: the job uses more than one device under such a launcher.
+        ValueError: the job uses more than one device, and its launcher started one process for it.
     """
-    if not launcher.endswith(("BasicLauncher", "JoblibLauncher")) or cfg.get("strategy") is None:
+    serial = launcher.endswith(("BasicLauncher", "JoblibLauncher"))
+    started = "LOCAL_RANK" in os.environ if serial else started_together() > 1
+    if started or cfg.get("strategy") is None:
         return
     from hydra.utils import instantiate
 
-    if "LOCAL_RANK" not in os.environ and instantiate(cfg.strategy).processes > 1:
+    processes = instantiate(cfg.strategy).processes
+    if processes > 1 and launcher.endswith("SlurmLauncher"):
         raise ValueError(
-            "a sweep job that uses several devices must be a process of its own: add hydra/launcher=processes "
-            "(or hydra/launcher=slurm on a cluster)"
+            f"this job uses {processes} devices and SLURM started one process for it: add "
+            f"hydra.launcher.tasks_per_node={processes} (divided by hydra.launcher.nodes, where those are several)"
+        )
+    if processes > 1:
+        raise ValueError(
+            "a sweep job that uses several devices must be a process of its own: add hydra/launcher=processes (or, on "
+            f"a cluster, hydra/launcher=slurm hydra.launcher.tasks_per_node={processes})"
         )
 
 

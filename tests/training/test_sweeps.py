@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from keygrip.artifacts import locked, write_json
-from keygrip.config import config_folder
+from keygrip.config import compose, config_folder
 from keygrip.training.results import read_result, write_result
 from keygrip.training.run_folder import PLAN
-from keygrip.training.sweeps import collect, finish_sweep, markdown, run_job, table
+from keygrip.training.sweeps import _refuse_several_devices, collect, finish_sweep, markdown, run_job, table
 
 TOY = [
     "--config-dir",
@@ -243,6 +243,21 @@ def test_several_devices_in_one_process_are_refused(cli: Callable[..., Any]) -> 
     outcome = cli(*TOY, "strategy=ddp_cpu", "optimizer.lr=0.01,0.1")
     assert outcome.code == 1
     assert "must be a process of its own: add hydra/launcher=processes" in rows_of(Path("sweep"))[0]["error"]
+
+
+def test_several_devices_in_the_one_process_that_slurm_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would start the others by submitit's command, which takes none of their settings."""
+    for name in ("SLURM_JOB_NAME", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    cfg = compose("train", ["strategy=ddp_cpu"])
+    with pytest.raises(ValueError, match=r"started one process for it: add hydra\.launcher\.tasks_per_node=2"):
+        _refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.SlurmLauncher")
+    with pytest.raises(ValueError, match=r"add hydra/launcher=processes \(or, on a cluster, hydra/launcher=slurm "):
+        _refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.LocalLauncher")
+    _refuse_several_devices(compose("train", ["strategy=cpu"]), "hydra_plugins.submitit_launcher.SlurmLauncher")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    _refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.SlurmLauncher")
 
 
 def test_a_run_folder_for_all_jobs_is_refused(cli: Callable[..., Any]) -> None:
