@@ -437,11 +437,17 @@ def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, 
     rows = [
         (
             title,
-            *(over_seeds([f[name] for f in found], digits) if name in found[0] else "" for _, found in columns_by_seed),
+            *(_image_figure(found, name, digits) for _, found in columns_by_seed),
         )
         for title, name, digits in lines
     ]
     return markdown(["", *(title for title, _ in columns_by_seed)], rows)
+
+
+def _image_figure(found: list[dict[str, Any]], name: str, digits: int) -> str:
+    """One over training seeds; of another image's features the side is recorded as that of the reference."""
+    name = "side_of_reference" if name == "side_as_asked" and "side_of_reference" in found[0] else name
+    return over_seeds([figures[name] for figures in found], digits) if name in found[0] else ""
 
 
 @table

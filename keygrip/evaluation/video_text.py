@@ -273,8 +273,6 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.split != "none":
         changed = plain(cfg.data) or {}
         frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
-        if "fit" not in changed:  # as in training, whatever a set says that was not trained on
-            frames["fit"] = module.image_options["fit"]
         if "collator" in changed:
             raise ValueError("data.collator has no effect: text is prepared as the checkpoint's was")
         size = module.image_options["image_size"]
@@ -284,6 +282,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             )
         datamodule = evaluated.stored_data(changed | frames)
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
+        if "fit" not in changed and hasattr(datamodule, "given_fit"):
+            datamodule.given_fit = module.image_options["fit"]  # as in training, whatever a set says that was not
         datamodule.prepare_data()
         datamodule.setup("validate")
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()

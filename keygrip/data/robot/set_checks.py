@@ -201,8 +201,8 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
         )
     log.warning(
         "%d of %d demos have more than %.0f %% of their steps outside camera %s's image as the network sees "
-        "it, where they "
-        "have no pixel to learn (check the calibration with the geometry doctor, or set data.fit=stretch): %s",
+        "it, where they have no "
+        "pixel to learn (check the calibration with the geometry doctor, or set data.fit=stretch): %s",
         len(outside),
         count,
         100 * limit,

@@ -178,7 +178,7 @@ def common_fit(sources: Mapping[str, ShardSource], given: str, cache_dir: str | 
     listed = ", ".join(f"{name}: {fit}" for name, fit in told.items())
     if given != AUTO:
         if set(told.values()) - {given}:
-            log.warning("data.fit=%s, and frames were prepared with other ones (%s)", given, listed)
+            log.warning("frames are read with fit=%s, and were prepared with other ones (%s)", given, listed)
         return given
     if len(set(told.values())) > 1:
         raise ValueError(

@@ -178,12 +178,17 @@ def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: Stati
 
 def _by_name(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Where a file of somebody else's has its weights, and these; "": they stand there themselves. The EMA goes first,
-    with which such models are drawn."""
-    for key in ("ema", "ema_state_dict", "model_ema", "state_dict", "model"):
-        inside = content.get(key)
-        if isinstance(inside, Mapping) and any(isinstance(value, Tensor) for value in inside.values()):
-            return key, inside
-    return "", content
+    with which such models are drawn, if it is one of all the weights and under their names."""
+    sets = {key: value for key, value in content.items() if isinstance(value, Mapping) and _tensors(value)}
+    trained = next((key for key in ("state_dict", "model") if key in sets), "")
+    for key in ("ema", "ema_state_dict", "model_ema"):
+        if key in sets and _tensors(sets.get(trained, {})) <= _tensors(sets[key]):
+            return key, sets[key]
+    return (trained, sets[trained]) if trained else ("", content)
+
+
+def _tensors(weights: Mapping[str, Any]) -> set[str]:
+    return {str(name).removeprefix("module.") for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:

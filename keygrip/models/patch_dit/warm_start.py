@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -285,13 +285,11 @@ def translated(
         ValueError: a rule is none (see `rename_rules`) or changes no name, or two tensors come to have one name.
     """
     renames = rename_rules(renames)
-    found: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
+    entries: list[_Entry] = []
     idle = set(renames)
-    wrapper, of_source, gates = _wrapper(weights), has_source_names(weights), list[str]()
-    weights = _joined(weights, own)
+    wrapper = _wrapper(weights)
     for name, value in weights.items():
-        plain = _own_name(name.removeprefix(wrapper), own)
+        plain = start = _own_name(name.removeprefix(wrapper), own)
         for pattern, replacement in renames.items():
             renamed = plain if plain in own else re.sub(pattern, replacement, plain)
             if wrapper and renamed == plain and plain not in own:  # the rule may be for the names of the file
@@ -300,10 +298,19 @@ def translated(
                 renamed = whole.removeprefix(wrapper)
             idle -= {pattern} if renamed != plain else set()
             plain = renamed
+        entries.append(_Entry(name, plain, value, by_rule=plain != start))
+    if idle:
+        raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
+    of_source = has_source_names(weights) or has_source_names(entry.plain for entry in entries)
+    found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    gates: list[str] = []
+    for entry in _joined(entries, own):
+        name, plain, value = entry.name, entry.plain, entry.value
         if plain not in own:
             for pattern, replacement in USUAL.items():
                 plain = plain if plain in own else re.sub(pattern, replacement, plain)
-            unsure = plain in own and not of_source and value.shape == own[plain].shape
+            unsure = plain in own and not of_source and not entry.by_rule and value.shape == own[plain].shape
             if unsure and _vectors(plain, value, own) == PARTS[0]:
                 gates.append(name)
                 plain = name
@@ -319,13 +326,12 @@ def translated(
                 )
         found |= new
         origin |= dict.fromkeys(new, name)
-    if idle:
-        raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
     if gates:
         log.warning(
             "%s and %d more of the file are left out: six vectors of a block are usually shift, scale and gate of two "
-            "branches, and this network's are shift and scale of three. Where the file's are the latter, all shifts "
-            "first, say so with model.init_from_renames=[[PATTERN,modulation.linear.]]",
+            "branches, and this network's are shift and scale of three. Where the file's are these, say how they stand "
+            "with model.init_from_renames: [[PATTERN,modulation.1]] one branch after the other, "
+            "[[PATTERN,modulation.linear]] all shifts, then all scales",
             *(gates[0], len(gates) - 1),
         )
     return _projected(found, own)
@@ -380,18 +386,29 @@ def _split(name: str, value: Tensor) -> dict[str, Tensor]:
     return {f"{stem}.query.{part}": value[:width], f"{stem}.key_value.{part}": value[width:]}
 
 
-def _joined(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Entry:
+    """A parameter of a file: its name there, what rules of one's own made of it, and whether they changed it."""
+
+    name: str
+    plain: str
+    value: Tensor
+    by_rule: bool
+
+
+def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry]:
     """With keys and values that are layers of their own as one layer, ``kv``."""
-    found = dict(weights)
-    for name in weights:
+    by_name = {entry.plain: entry for entry in entries if entry.plain not in own}
+    joined, taken = list[_Entry](), set[str]()
+    for name, entry in by_name.items():
         stem, _, part = name.rpartition(".")
         above, _, layer = stem.rpartition(".")
-        if layer not in KEYS or name in own:
-            continue
-        other = f"{above}.{VALUES[KEYS.index(layer)]}.{part}"
-        if other in found and found[name].shape == found[other].shape:
-            found[f"{above}.kv.{part}"] = torch.cat([found.pop(name), found.pop(other)])
-    return found
+        other = by_name.get(f"{above}.{VALUES[KEYS.index(layer)]}.{part}") if layer in KEYS else None
+        if other is not None and other.value.shape == entry.value.shape:
+            both = torch.cat([entry.value, other.value])
+            joined.append(replace(entry, plain=f"{above}.kv.{part}", value=both))
+            taken |= {name, other.plain}
+    return [*(entry for entry in entries if entry.plain not in taken), *joined]
 
 
 def _squeezed(value: Tensor) -> list[int]:

@@ -96,13 +96,14 @@ class Decoder:
         """Poses from the network's output, of the voxels that are points in the world.
 
         A ray that falls meets the heights below the camera, one that rises those above it. Each step is decoded among
-        the voxels of that side of the camera's height where the most probable one lies.
+        the voxels of that side of the camera's height where the most probable one lies. Steps whose gripper and
+        rotation were read at places that were decoded before (`VolumeQueryOutput.places`) are there, and nothing is
+        chosen anew.
 
         Args:
             output: leading shape ``[B, A, T]``. codecs: one an arm. intrinsics: ``[B, 3, 3]`` of the input image.
             world_to_camera: ``[B, 4, 4]``. height_range: ``[2]`` metres.
             strict: raise where no voxel is a point; otherwise the positions of those steps are NaN.
-            Steps whose gripper and rotation were read at decoded places (`VolumeQueryOutput.places`) are there.
 
         Raises:
             ParallelRayError: the camera sees none of the height planes.

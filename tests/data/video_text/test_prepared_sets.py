@@ -77,7 +77,7 @@ def test_sets_that_were_prepared_in_different_ways_are_refused(
     with pytest.raises(ValueError, match=r"frames were prepared in different ways \(pad: pad, crop: crop\)"):
         module(sources)
     assert module(sources, fit="pad").statistics.fit == "pad"
-    assert "data.fit=pad, and frames were prepared with other ones (pad: pad, crop: crop)" in caplog.text
+    assert "frames are read with fit=pad, and were prepared with other ones (pad: pad, crop: crop)" in caplog.text
 
 
 def test_a_set_that_says_nothing_is_read_as_before(tmp_path: Path) -> None:

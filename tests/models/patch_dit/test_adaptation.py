@@ -97,18 +97,27 @@ def test_weights_under_other_names_are_all_taken(options: dict[str, Any]) -> Non
     assert torch.equal(velocity(network, conditions), velocity(source, conditions))
 
 
-def test_separate_keys_and_values_are_joined() -> None:
+@pytest.mark.parametrize(
+    ("names", "rules"),
+    [
+        (("to_q", "to_k", "to_v"), {}),
+        (("q_proj", "k_proj", "v_proj"), {}),
+        (("q", "key", "value"), {r"\.key\.": ".k.", r"\.value\.": ".v."}),
+    ],
+)
+def test_separate_keys_and_values_are_joined(names: tuple[str, str, str], rules: dict[str, str]) -> None:
+    """Of usual names, and of others by rules."""
     source, network = small_dit(seed=3), small_dit(seed=4)
     weights: dict[str, Tensor] = {}
     for name, value in foreign(source).items():
-        stem, fused, part = name.rpartition(".attn.qkv.")
-        layers = dict(zip(("q", "k", "v"), value.chunk(3), strict=True)) if fused else {}
-        stem, both, part = (stem, fused, part) if fused else name.rpartition(".cross_attn.kv.")
-        layers = layers or (dict(zip(("k", "v"), value.chunk(2), strict=True)) if both else {})
-        kind = both.split(".")[1] if both else ""
-        weights |= {f"{stem}.{kind}.to_{layer}.{part}": rows for layer, rows in layers.items()} or {name: value}
-    assert sum(".to_v." in name for name in weights) >= 4
-    report = take(network, weights, "there", min_share=1.0)
+        if ".attn.qkv." in name:
+            weights |= {name.replace("qkv", new): rows for new, rows in zip(names, value.chunk(3), strict=True)}
+        elif ".cross_attn.kv." in name:
+            weights |= {name.replace("kv", new): rows for new, rows in zip(names[1:], value.chunk(2), strict=True)}
+        else:
+            weights[name] = value
+    assert sum(f".{names[2]}." in name for name in weights) >= 4
+    report = take(network, weights, "there", rules, min_share=1.0)
     assert not report.missing
     assert not report.unexpected
     conditions = conditions_of()
@@ -127,6 +136,17 @@ def test_gates_of_the_usual_transformer_are_no_shifts_and_scales(caplog: pytest.
     assert "six vectors of a block are usually shift, scale and gate of two" in caplog.text
     take(network, weights, "there", {r"adaLN_modulation\.1": "modulation.linear"}, min_share=0.5)
     assert torch.equal(network.blocks[0].modulation.linear.weight, weights["blocks.0.adaLN_modulation.1.weight"])
+    take(network, weights, "there", {r"adaLN_modulation\.1": "modulation.1"}, min_share=0.5)
+    assert torch.equal(network.blocks[0].modulation.linear.weight, source.blocks[0].modulation.linear.weight)
+
+
+def test_names_of_the_source_are_known_behind_rules() -> None:
+    source, network = small_dit(seed=3), small_dit(seed=4)
+    weights = {f"trunk/{name}": value for name, value in foreign(source).items()}
+    report = take(network, weights, "there", {"^trunk/": ""}, min_share=1.0)
+    assert not report.missing
+    conditions = conditions_of()
+    assert torch.equal(velocity(network, conditions), velocity(source, conditions))
 
 
 def test_layers_without_bias_and_nulls_in_the_space_of_features() -> None:

@@ -184,8 +184,10 @@ def test_of_several_sets_of_weights_the_ema_is_taken(tmp_path: Path, caplog: pyt
     torch.save({"model": first, "ema": second, "opt": {"step": 3}}, tmp_path / "both.pt")
     assert torch.equal(read_source(tmp_path / "both.pt").weights["a.weight"], torch.ones(3))
     assert "its weights are those under 'ema'" in caplog.text
-    torch.save({"model": first, "ema": {"decay": 0.9}}, tmp_path / "one.pt")
-    assert torch.equal(read_source(tmp_path / "one.pt").weights["a.weight"], torch.zeros(3))
+    others = {"initted": torch.tensor(True), "ema_model.a.weight": torch.ones(3)}  # of a class that keeps an EMA
+    for number, ema in enumerate(({"decay": 0.9}, others)):
+        torch.save({"model": first, "ema": ema}, tmp_path / f"{number}.pt")
+        assert torch.equal(read_source(tmp_path / f"{number}.pt").weights["a.weight"], torch.zeros(3))
 
 
 def test_kinds_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -64,10 +64,22 @@ def own_object(group: Any, name: str) -> Any:
     import h5py
 
     for part in name.split("/"):
+        if not isinstance(group, h5py.Group):  # a data set would be read in search of it
+            raise ValueError(f"what should hold {name} is no group")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink | None):
             raise ValueError(f"{name} is a link to another place or file, which is not followed: copy what it names")
         group = group[part]
     return group
+
+
+def own_group(group: Any, name: str) -> Any:
+    """As `own_object`, of a group. Raises ValueError: it is none, or behind a link."""
+    import h5py
+
+    found = own_object(group, name)
+    if not isinstance(found, h5py.Group):
+        raise ValueError(f"{name} is no group")
+    return found
 
 
 def own_dataset(group: Any, name: str) -> Any:

@@ -35,7 +35,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
-from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_object
+from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_group
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
@@ -63,10 +63,10 @@ def detect(root: Path) -> bool:
     for path in _files(root):
         # what cannot be opened is another kind of file, or cut off: `find` reports it where the format is named
         with contextlib.suppress(BadSample), guard(path), open_hdf5(path) as file:
-            demos = own_object(file, "data")
+            demos = own_group(file, "data")
             for key in demos:
                 with contextlib.suppress(KeyError, ValueError):  # another demo may hold images
-                    if "agentview_rgb" in own_object(demos, f"{key}/obs"):
+                    if "agentview_rgb" in own_group(demos, f"{key}/obs"):
                         return True
     return False
 
@@ -82,7 +82,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
         stem = path.relative_to(root).with_suffix("").as_posix()
         try:
             with open_hdf5(path) as file:
-                keys = sorted(own_object(file, "data"), key=lambda key: (len(key), key))
+                keys = sorted(own_group(file, "data"), key=lambda key: (len(key), key))
         except HOSTILE as error:
             if is_of_the_machine(error):
                 raise
@@ -96,14 +96,14 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 
 
 def _unreadable(name: str, reason: str) -> Demo:
-    raise DemoError(name, f"the HDF5 file cannot be opened ({reason}); it is cut off")
+    raise DemoError(name, f"the HDF5 file cannot be read: {reason}")
 
 
 def read(path: Path, key: str, name: str, calibration: Calibration | None) -> Demo:
     """Reads one demo of a file. Raises DemoError where a part is missing or no camera is known."""
     with open_hdf5(path) as file:
-        data = own_object(file, "data")
-        demo, observed = own_object(data, key), own_object(data, f"{key}/obs")
+        data = own_group(file, "data")
+        demo, observed = own_group(data, key), own_group(data, f"{key}/obs")
         missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observed]
         if missing:
             raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")

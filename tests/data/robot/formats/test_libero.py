@@ -14,6 +14,7 @@ from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.formats import libero
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.samples import poses_of
 from keygrip.data.robot.schema import DemoError
@@ -155,6 +156,22 @@ def test_a_calibration_file_adds_the_hand_and_overrides_the_model(tmp_path, squa
     np.testing.assert_allclose(pose[:3, :3], square.rotation[3], atol=1e-9)
 
 
+def test_a_data_set_in_the_place_of_a_group_is_not_searched(tmp_path, square):
+    """What `in` asks a data set for is read: here 2^40 numbers, which take no place in the file."""
+    write_file(tmp_path / FILE, square)
+    with h5py.File(tmp_path / FILE, "r+") as file:
+        del file["data/demo_0/obs"]
+        file["data/demo_0"].create_dataset("obs", shape=(1 << 40,), dtype="f4", chunks=(1 << 20,))
+        del file["data/demo_1"]
+        file["data"].create_dataset("demo_1", shape=(1 << 40,), dtype="f4", chunks=(1 << 20,))
+    broken, other = find_demos(tmp_path, "libero")
+    with pytest.raises(DemoError, match="demo_0/obs is no group"):
+        broken.read()
+    with pytest.raises(DemoError, match="demo_1 is no group"):
+        other.read()
+    assert not libero.detect(tmp_path)
+
+
 def test_broken_files_are_named(tmp_path, square):
     write_file(tmp_path / FILE, square)
     whole = (tmp_path / FILE).read_bytes()
@@ -162,7 +179,7 @@ def test_broken_files_are_named(tmp_path, square):
     references = find_demos(tmp_path)
     assert len(references) == 3
     broken = next(reference for reference in references if reference.name == "cut_demo")
-    with pytest.raises(DemoError, match=r"cannot be opened .* it is cut off"):
+    with pytest.raises(DemoError, match=r"the HDF5 file cannot be read: .*truncated"):
         broken.read()
     with h5py.File(tmp_path / FILE, "r+") as file:
         del file["data/demo_0/obs/ee_ori"]
