@@ -18,6 +18,8 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 
 from keygrip.config import SettingError, option_of
+from keygrip.data.robot.hub import folder_of as hub_folder
+from keygrip.data.robot.hub import hub_name
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, task_names
 from keygrip.envs.yam.handover import HandoverTask
@@ -208,7 +210,15 @@ def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, ki
     try:
         recorded = recorded_in(data, trust)
     except ValueError:
-        log.info("env=%s with its own defaults: the demonstrations do not say how they were recorded", name)
+        root = data.get("root")
+        if isinstance(root, str) and not _folder_of(root).exists():
+            log.warning(
+                "env=%s with its own defaults: the demonstrations are not in %s, which would say how they were "
+                "recorded (data.root=FOLDER names where they are)",
+                *(name, root),
+            )
+        else:
+            log.info("env=%s with its own defaults: the demonstrations do not say how they were recorded", name)
         return None
     if recorded.environment != ENVIRONMENTS.get(kind) or (
         recorded.task is not None and type(recorded.task) is not kind
@@ -247,12 +257,23 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
         raise ValueError(
             f"the run was trained on several data sets: say where to evaluate it with {CHOICE}, or give simulate=false"
         )
-    return _of_folder(Path(data["root"]))
+    return _of_folder(_folder_of(data["root"]))
+
+
+def _folder_of(root: str) -> Path:
+    """The folder that a setting `data.root` names."""
+    name = hub_name(root)
+    return Path(root) if name is None else hub_folder(name)
 
 
 def _of_folder(root: Path) -> Recorded:
     """What a recorded folder says of itself; its settings are data that is checked."""
     file, advice = root / RECORDING_FILE, f"give {CHOICE}, or simulate=false"
+    if not root.exists():
+        raise ValueError(
+            f"{root}, which would say in which environment the run's demonstrations were recorded, is not there: "
+            f"data.root=FOLDER names where they are; or {advice}"
+        )
     if not file.is_file():
         raise ValueError(f"{root} does not say in which environment it was recorded (no {RECORDING_FILE}): {advice}")
     try:

@@ -26,16 +26,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Settings that a kind reads only where another one has not a certain value: (kind, other, value, settings).
+# Settings that a kind reads only where another one has not a certain value: (kind, other, value, settings, those of
+# them that it reads all the same).
 IDLE = (
     (
         "policy",
         "simulate",
         "false",
         ("episodes", "suites", "conditions", "first_seed", "processes", "videos", "env", "task", "control", "policy"),
+        (),
     ),
-    ("policy", "open_loop", "false", ("data",)),
-    ("video_text", "split", "none", ("limit_batches", "data")),
+    ("policy", "open_loop", "false", ("data",), ("data.root",)),
+    ("video_text", "split", "none", ("limit_batches", "data"), ()),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
@@ -245,8 +247,8 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
             close = nearest(key, own)
             hint = f"the nearest is {close!r}" if close else f"settings are {', '.join(own)}"
             raise SettingError(f"{what}, and {key!r} is a setting of evaluate={other}; in evaluate={name} {hint}")
-    for kind, other, value, settings in IDLE:
-        idle = [key for key in given if key.partition(".")[0] in settings]
+    for kind, other, value, settings, still_read in IDLE:
+        idle = [key for key in given if key.partition(".")[0] in settings and key not in still_read]
         if kind == name and given.get(other, "").lower() == value and idle:
             raise SettingError(f"nothing reads {idle[0]!r} with {other}={value}: leave one of them out")
     return [f"evaluate={name}"]

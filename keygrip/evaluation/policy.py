@@ -99,7 +99,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
     checkpoint = evaluated.checkpoint
     if not hasattr(module, "policy"):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
-    env = environment_settings(evaluated.config.data, plain(cfg.env), evaluated.trust)
+    env = environment_settings(_data_there(evaluated.config.data, cfg.data), plain(cfg.env), evaluated.trust)
     changes = plain(cfg.task) or {}
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -122,6 +122,14 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         external=evaluated.external,
     )
     return env.closed_loop(make, changes), left_out
+
+
+def _data_there(stored: Any, changes: Any) -> dict[str, Any]:
+    """The run's data settings, with the folder to which its demonstrations have moved."""
+    data, root = dict(plain(stored)), (plain(changes) or {}).get("root")
+    if root is None or data.get("root") is None:  # of what was recorded for the run, the run itself says how
+        return data
+    return {**data, "root": root}
 
 
 def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_a_setting_of_another_kind_is_refused_with_the_nearest_of_this_one(holdi
         ("policy", ["simulate=false", "episodes=5"], "episodes"),
         ("policy", ["control.execute_seconds=1", "simulate=False"], "control.execute_seconds"),
         ("policy", ["simulate=false", "env=yam"], "env"),
-        ("policy", ["open_loop=false", "data.root=moved"], "data.root"),
+        ("policy", ["open_loop=false", "data.root=moved", "data.num_workers=0"], "data.num_workers"),
         ("video_text", ["split=none", "limit_batches=3"], "limit_batches"),
     ],
 )

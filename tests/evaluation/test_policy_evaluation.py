@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,3 +163,26 @@ def test_the_open_loop_of_a_mac_computes_where_training_did(monkeypatch: pytest.
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     open_loop(SimpleNamespace(stored_data=lambda changes: data, module=None))  # type: ignore[arg-type]
     assert chosen["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize("env", [[], ["env=yam"]])
+def test_the_folder_to_which_demonstrations_have_moved_says_how_they_were_recorded(
+    env: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "new").mkdir()
+    recorded = {"task": {"name": "pick"}, "image_size": 96, "hz": 5.0}
+    (tmp_path / "new" / "recording.json").write_text(json.dumps({"settings": recorded}))
+    run = evaluated("tasks.TaskOptions")
+    run.config.data.root = str(tmp_path / "old")
+    found, _ = settings(run, [f"data.root={tmp_path / 'new'}", "open_loop=false", *env])
+    assert (found.task.name, found.image_size, found.hz) == ("pick", 96, 5.0)
+    assert caplog.text == ""
+    if env:
+        settings(run, env)
+        assert f"the demonstrations are not in {tmp_path / 'old'}" in caplog.text
+        assert caplog.records[0].levelname == "WARNING"
+    else:
+        with pytest.raises(ValueError, match=r"/old, which would say .* is not there: data\.root=FOLDER names"):
+            settings(run)
+    run.config.data.root = None  # recorded for the run, which itself says how
+    assert settings(run, [f"data.root={tmp_path / 'new'}", *env])[0].image_size == 32
