@@ -12,10 +12,13 @@ HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv
 
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
-# Demonstrations of each task, training steps and episodes of `make metaworld`.
+# Demonstrations of each task, training steps and episodes of `make metaworld`; its data and its run, which goes on where
+# it was interrupted.
 DEMOS ?= 20
 STEPS ?= 1500
 EPISODES ?= 20
+METAWORLD_DATA ?= data/metaworld-mt10-$(DEMOS)
+METAWORLD_RUN ?= runs/metaworld-mt10-$(DEMOS)-$(STEPS)
 
 .PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lmms charuco mapanything lint bench notebooks doctor lerobot clean
 
@@ -105,9 +108,9 @@ metaworld-test: metaworld-install ## tests of Meta-World's environment, recorder
 	METAWORLD_PYTHON=$(CURDIR)/$(METAWORLD)/bin/python $(PYTEST) -m metaworld tests/envs/metaworld
 
 metaworld: metaworld-test ## record MT10, train one policy, evaluate it on held-out positions
-	$(PYTHON) -m keygrip.prepare step=record env=metaworld tasks=mt10 demos=$(DEMOS) 'cameras=[corner2,topview]' root=data/metaworld-mt10
-	$(PYTHON) -m keygrip.train experiment=metaworld_two_cameras data.root=data/metaworld-mt10 max_steps=$(STEPS) run_dir=runs/metaworld-mt10
-	$(PYTHON) -m keygrip.evaluate checkpoint=runs/metaworld-mt10 env=metaworld open_loop=false episodes=$(EPISODES)
+	$(PYTHON) -m keygrip.prepare step=record env=metaworld tasks=mt10 demos=$(DEMOS) 'cameras=[corner2,topview]' root=$(METAWORLD_DATA)
+	$(PYTHON) -m keygrip.train experiment=metaworld_two_cameras data.root=$(METAWORLD_DATA) max_steps=$(STEPS) run_dir=$(METAWORLD_RUN) $(if $(wildcard $(METAWORLD_RUN)/checkpoints/last.ckpt),resume=true)
+	$(PYTHON) -m keygrip.evaluate checkpoint=$(METAWORLD_RUN) env=metaworld open_loop=false episodes=$(EPISODES)
 
 doctor: install ## check a folder of robot demonstrations before training: make doctor DATA=path/to/folder
 	@test -n "$(DATA)" || { echo "say which folder: make doctor DATA=path/to/folder" >&2; exit 1; }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from keygrip.config import check_overrides, group_options
+from keygrip.config import check_overrides, compose_with_choices, group_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -116,3 +119,55 @@ def test_commands_of_records_have_the_present_names_of_settings() -> None:
             check_overrides("train", [word for word in given if not word.startswith("+")])
             found += 1
     assert found > 50
+
+
+def test_the_virtual_environment_of_make_is_one_that_the_documents_enter() -> None:
+    folder = re.search(r"(?m)^VENV := (.+)$", (ROOT / "Makefile").read_text())
+    assert folder is not None
+    for page in ("README.md", "docs/metaworld.md"):
+        assert f". {folder[1]}/bin/activate" in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_metaworld_begins_other_runs_and_goes_on_with_its_own(tmp_path: Path) -> None:
+    def said(*settings: str) -> list[str]:
+        command = ["make", "-n", "-o", "metaworld-test", "metaworld", *settings]
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"run_dir=(\S+)|(resume=true)|checkpoint=(\S+)", text)
+
+    commands = re.findall(
+        r"(?m)^make metaworld(?: (.*))?$", (ROOT / "docs" / "metaworld.md").read_text(encoding="utf-8")
+    )
+    runs = [said(*settings.split()) for settings in commands]
+    assert len(runs) == len({str(run) for run in runs}) == 2
+    assert all(train[0] == evaluate[2] for train, evaluate in runs)
+    own = f"METAWORLD_RUN={tmp_path}"
+    assert "resume=true" not in str(said(own))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert "resume=true" in str(said(own))
+
+
+def test_groups_of_a_model_are_those_that_training_names() -> None:
+    _, _, text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("| model | group | options |")
+    rows = [line.split("|")[1:-1] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    models: list[str] = []
+    groups: dict[str, Any] = {}
+    for model, group, options in rows:
+        models = re.findall(r"`([^`]+)`", model) or models
+        (name,) = re.findall(r"`([^`]+)`", group)
+        for pattern in models:
+            found = fnmatch.filter(group_options("model"), pattern)
+            assert found
+            for each in found:
+                if each not in groups:
+                    data = {"foveated_vlm": "robot_videos", "patch_dit": "robot_images"}.get(each, "yam")
+                    groups[each] = compose_with_choices("train", [f"model={each}", f"data={data}"])[1]
+                assert name in groups[each], each
+        if "as above" not in options:
+            listed = {
+                each
+                for pattern in re.findall(r"`([^`]+)`", options)
+                for each in fnmatch.filter(group_options(name), pattern)
+            }
+            assert listed == set(group_options(name)), name
