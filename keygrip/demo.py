@@ -8,6 +8,8 @@ seeds, and says what came out. An interrupted demo goes on where it was. Overrid
 from __future__ import annotations
 
 import logging
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -123,6 +125,8 @@ def report(result: dict[str, Any], folder: Path) -> str:
         + against_floor("position", "position_cm", "cm")
         + against_floor("rotation", "rotation_deg", "deg")
     )
+    # `make demo` runs in an environment that the user's shell need not have activated
+    python = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
     since = " since it was continued" if result["continued"] else ""
     return (
         f"\n{result['task']}: {result['success_rate']:.0%} of {result['episodes']} held-out episodes succeeded "
@@ -134,9 +138,10 @@ def report(result: dict[str, Any], folder: Path) -> str:
             else "Errors on held-out demonstrations: none, the run ended before its first validation.\n"
         )
         + f"Videos:      {folder}/closed_loop/videos\n"
-        f"TensorBoard: tensorboard --logdir {folder}\n"
-        f"Next: python -m keygrip.evaluate checkpoint={folder}   (shifted positions and viewpoints)\n"
-        "      python -m keygrip.train experiment=yam_dinov3 data.root=YOUR_DEMOS data.camera=NAME   (a real robot)\n"
+        f"TensorBoard: {python} -m tensorboard.main --logdir {folder}\n"
+        f"Next: {python} -m keygrip.evaluate checkpoint={folder}   (shifted positions and viewpoints)\n"
+        f"      {python} -m keygrip.train experiment=yam_dinov3 data.root=YOUR_DEMOS data.camera=NAME   "
+        "(a real robot)\n"
     )
 
 

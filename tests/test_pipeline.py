@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,18 @@ def test_demo_leaves_its_result_and_puts_the_last_one_aside(
     with caplog.at_level(logging.INFO):
         demo.run(compose("demo", [*overrides, f"{loop}.videos=0"]))
     assert len([folder for folder in tmp_path.iterdir() if folder.name.startswith("demo_")]) == 1
+
+
+def test_the_demo_names_an_interpreter_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"success_rate": 1.0, "success_low": 0.9, "success_high": 1.0}
+    result = {"task": "reach", "episodes": 1, "demos": 1, "wall_s": 1.0, "continued": False, **rates}
+    for found in ("/elsewhere/python", None, sys.executable):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        named = re.findall(
+            r"(\S+) -m (keygrip\.evaluate|keygrip\.train|tensorboard\.main) ", demo.report(result, tmp_path)
+        )
+        python = "python" if found == sys.executable else sys.executable
+        assert [each for each, _ in named] == [python] * 3
 
 
 def test_a_finished_demo_is_put_aside_before_hydra_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
