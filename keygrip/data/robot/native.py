@@ -197,6 +197,9 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         raise DemoError(name, "metadata.json names no camera")
     cameras = {}
     for camera, entry in entries.items():
+        for key in ("width", "height", "frames"):
+            if not isinstance(entry, dict) or key not in entry:
+                raise DemoError(name, f"camera {camera!r} of metadata.json has no {key!r}")
         width, height, depth = int(entry["width"]), int(entry["height"]), entry.get("depth")
         images = _frame_source(name, folder, entry["frames"], frames, camera, depth=False)
         depths = None if depth is None else _frame_source(name, folder, depth, frames, camera, depth=True)

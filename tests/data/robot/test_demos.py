@@ -48,6 +48,32 @@ def test_a_folder_written_by_hand_reads_to_the_letter(tmp_path: Path, native_dem
     np.testing.assert_array_equal(picture, np.asarray(Image.open(folder / "rgb" / "over" / "000007.jpg")))
 
 
+def test_a_folder_with_the_metadata_of_the_documents_is_read(
+    tmp_path: Path, native_demo: Callable[..., Path], change_archive: Callable[..., None]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?s)```json\n(.*?)```", page)
+    metadata = json.loads(block)
+    over = metadata["cameras"]["over"]
+    size = {"width": over["width"], "height": over["height"], "frames": metadata["frames"]}
+    folder = native_demo(tmp_path / "root" / "demo", cameras=("over", "front"), **size)
+    (folder / "metadata.json").write_text(block)
+    change_archive(folder / "cameras.npz", front__intrinsics=None, front__world_to_camera=None)
+    change_archive(folder / "trajectory.npz", intervention=np.arange(metadata["frames"]) > 50)
+    (folder / "depth" / "over").mkdir(parents=True)
+    for index in range(metadata["frames"]):
+        picture = np.full((over["height"], over["width"]), 900, np.uint16)
+        Image.fromarray(picture).save(folder / (over["depth"] % index))
+    (reference,) = find_demos(tmp_path / "root")
+    assert list(reference.read().cameras) == ["over"]
+    demo = read_native(folder)
+    assert (demo.instruction, demo.source, len(demo)) == (metadata["instruction"], metadata["source"], 60)
+    assert demo.intervention is not None
+    assert demo.intervention.sum() == 9
+    assert demo.cameras["over"].depth is not None
+    assert demo.cameras["front"].uncalibrated == metadata["cameras"]["front"]["uncalibrated"]
+
+
 def test_notes_of_macos_are_no_demos(tmp_path: Path, native_demo: Callable[..., Path]) -> None:
     for name in ("a", "b"):
         native_demo(tmp_path / "root" / name)
@@ -144,6 +170,10 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
         "not a rigid transform",
     ),
     "pose mirrors": (lambda f, m, a: a(f / "cameras.npz", over__world_to_camera=mirrored()), "determinant -1"),
+    "camera without a size": (
+        lambda f, m, a: m(f, cameras={"over": {"height": 40, "frames": "rgb/over/%06d.jpg"}}),
+        "camera 'over' of metadata.json has no 'width'",
+    ),
     "camera folder": (lambda f, m, a: shutil.rmtree(f / "rgb" / "over"), "folder over is missing"),
     "a picture is missing": (
         lambda f, m, a: (f / "rgb" / "over" / "000004.jpg").unlink(),
