@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import os
+import re
 import struct
 import subprocess
 import threading
@@ -16,6 +18,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from keygrip.config import compose
 from keygrip.models.policy import Needs, Plan
 from keygrip.runtime import openpi
 from keygrip.runtime.messagepack import MessagePackError, pack, unpack
@@ -311,3 +314,28 @@ def test_the_real_client(running: Start, dice: Any, observation: Observe, tmp_pa
         np.testing.assert_array_equal(actions, actions_of(local.plan(sent)))
     assert "400: the observation lacks 'cameras/over/image'" in said["refused"]
     np.testing.assert_array_equal(said["steps"], actions_of(local.plan(sent))[:2])
+
+
+def test_the_documents_example_is_an_observation_of_the_policy_that_they_serve() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    cfg = compose("train", ["experiment=vla_yam_language"])
+    served = re.search(r"checkpoint=runs/(\w+)/", page)
+    assert served is not None
+    assert served[1] == "geometry_vla_yam_language"
+    needs = Needs(arms=tuple(cfg.data.arms), cameras=tuple(cfg.data.cameras), instruction=True)
+    (block,) = re.findall(r"(?s)```python\n(from openpi_client.*?)```", page)
+    (sent,) = [
+        node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Dict) and "prompt" in ast.unparse(node)
+    ][:1]
+    camera = {
+        "image": np.zeros((48, 64, 3), np.uint8),
+        "intrinsics": np.diag([40.0, 40, 1]),
+        "world_to_camera": np.eye(4),
+    }
+    values = {"image": camera["image"], "k": camera["intrinsics"], "camera": camera["world_to_camera"]}
+    values |= {f"{name}_2": value for name, value in values.items()}
+    values |= {"p": np.zeros(3), "q": np.array([1.0, 0, 0, 0]), "g": np.array(1.0)}
+    seen = decode_message(pack(eval(compile(ast.Expression(sent), "serving.md", "eval"), values)), needs)
+    assert isinstance(seen, dict)
+    assert set(seen["cameras"]) == set(needs.cameras)
+    assert seen["instruction"] == "put the red cube into the bowl"
