@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keygrip.envs.workers import run_jobs
 from keygrip.evaluation.rollouts import EpisodeResult
 from keygrip.models.policy import Needs
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.plausibility import Bounds
+
+if TYPE_CHECKING:
+    from keygrip.runtime.server import Limits, PolicyServer
 
 WORKER = "keygrip.evaluation.rollout_worker"
 # A simulator takes what a robot must not be sent: refusals would make failures other than those of local rollouts.
@@ -78,22 +81,29 @@ def check_remote(settings: RemoteSettings, task: Any, seed: int, needs: Needs | 
     """As `keygrip.evaluation.rollouts.check_environment`, in the other environment.
 
     Raises:
-        ValueError: also where the interpreter is missing.
+        ValueError: also where the interpreter is missing. ModuleNotFoundError: serving needs a package.
     """
+    _server_classes()  # what an evaluation after training would miss is missed now
     job = {"task": asdict(task), "seed": seed, "needs": None if needs is None else asdict(needs)}
     for _ in run_jobs(settings.python, WORKER, settings.as_dict() | {"url": None}, [job], 1, ADVICE):
         pass
+
+
+def _server_classes() -> tuple[type[Limits], type[PolicyServer]]:
+    """What serves the policy. Raises ModuleNotFoundError: it needs a package."""
+    try:
+        from keygrip.runtime.server import Limits, PolicyServer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
+    return Limits, PolicyServer
 
 
 @contextlib.contextmanager
 def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
     """The address of a server of a policy for so many workers, as long as the block lasts. One that dies leaves its
     session open, and is started again once an episode."""
-    try:
-        from keygrip.runtime.server import Limits, PolicyServer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
-    limits = Limits(
+    limits_of, server_of = _server_classes()
+    limits = limits_of(
         requests=processes + 4,
         waiting=processes + 1,
         sessions=processes + episodes,
@@ -101,7 +111,7 @@ def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
         stuck_s=600.0,
         idle_s=600.0,
     )
-    server = PolicyServer(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
+    server = server_of(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
     address: list[str] = []
     known, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()

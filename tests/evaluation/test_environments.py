@@ -95,6 +95,14 @@ def test_an_environment_is_checked_where_its_episodes_will_run(monkeypatch: pyte
         replace(there, image_size=64).check(None)
 
 
+def test_a_package_that_serving_needs_is_missed_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "keygrip.runtime.server", raising=False)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    there = ClosedLoop(POINT, {"point": [{}]}, image_size=32, python="nowhere/python")
+    with pytest.raises(ModuleNotFoundError, match=r"serving needs aiohttp: pip install 'keygrip\[serve\]'"):
+        there.check(None)
+
+
 def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no Python interpreter at nowhere/python.*env\.python"):
         drive(None, python="nowhere/python")
