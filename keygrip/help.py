@@ -58,6 +58,8 @@ COMMON = {
     "logger": "none: the progress line and result.json alone",
     "takeover": "null: no corrections",
 }
+# Folders of ablations that are not called as the model whose recipes they change.
+ABLATED_MODELS = {"vlm_claims": "foveated_vlm", "yam_depth": "geometry_vla"}
 WIDTH = 120
 LONGEST_SETTING = 72  # longer values are cut, so that the reason stays in sight
 
@@ -116,7 +118,8 @@ def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str
     options = group_options(group.partition("@")[0], overrides)
     if group == "ablation":  # those of other models have no effect here
         model = choices.get("model") or ""
-        options = [name for name in options if model.startswith(name.partition("/")[0])]
+        folders = ((name, name.partition("/")[0]) for name in options)
+        options = [name for name, folder in folders if model.startswith(ABLATED_MODELS.get(folder, folder))]
     return " | ".join(options) or "none for this model"
 
 

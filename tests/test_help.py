@@ -87,3 +87,17 @@ def test_a_step_of_an_added_folder_is_listed_with_its_comment(tmp_path: Path) ->
     text = help_text("prepare", ["--config-dir", str(tmp_path)])
     assert re.search(r"^  step=weigh +Weighs each demonstration\.$", text, re.MULTILINE)
     assert re.search(r"^  step=weigh_twice +Counts them\.$", text, re.MULTILINE)
+
+
+def test_ablations_are_listed_with_the_model_whose_recipes_they_change() -> None:
+    def listed(model: str) -> str:
+        text = help_text("train", [f"model={model}", f"data={DATA.get(model, 'yam')}"])
+        (ablation,) = re.findall(r"(?ms)^  ablation=null  \((.*?)\)$", text)
+        return ablation
+
+    found = [listed(name) for name in ("volume_query", "foveated_vlm", "geometry_vla", "patch_dit")]
+    assert "vlm_claims/recipe" in found[1]
+    assert "yam_depth/geometry_vla" in found[2]
+    assert "vlm_claims" not in found[0]
+    shown = {name for text in found for name in re.split(r"[\s|]+", text)}
+    assert {name.partition("/")[0] for name in group_options("ablation")} == {each.partition("/")[0] for each in shown}
