@@ -11,7 +11,7 @@ from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.recording import demonstrations, gymnasium, metaworld
 
-YAM_HZ, METAWORLD_HZ = 10.0, 20.0  # stored frames per second; of a gymnasium environment its control rate, 10
+DEFAULT_HZ, METAWORLD_HZ = 10.0, 20.0  # stored frames per second
 METAWORLD_RECOVERIES = 0.2
 
 
@@ -47,11 +47,11 @@ def record_step(
     for name, value in (unread or {}).items():
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
+    rate = DEFAULT_HZ if hz is None else hz
     if isinstance(env_task, GymnasiumTask):
         given: dict[str, Any] = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "depth": depth or None}
         _refuse([name for name, value in given.items() if value is not None], environment)
         _refuse_task(task, environment, "env.task.id")
-        rate = hz or YAM_HZ
         return gymnasium.record_step(
             env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
         )
@@ -66,7 +66,6 @@ def record_step(
     if environment in ("yam", "yam_handover"):
         given = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "env.python": python}
         _refuse([name for name, value in given.items() if value is not None], environment)
-        rate = YAM_HZ if hz is None else hz
         return demonstrations.record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )

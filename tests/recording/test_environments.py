@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
             ["env=gymnasium", "env.task.id=A-v0", "task.name=pick"],
             "task is no setting of the recordings of env=gymnasium",
         ),
+        (["env=gymnasium", "env.task.id=A-v0", "hz=0"], "hz above 0"),
         (["env=gymnasium", "env.task.id=A-v0", "recoveries=0.1"], "recoveries is no setting"),
         (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations: for a recording set task"),
         (["env=metaworld", "+env.task.shadows=true"], r"for a recording set tasks, cameras and shadows"),
