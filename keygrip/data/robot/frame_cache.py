@@ -79,13 +79,14 @@ class FrameCache:
         digest = hashlib.sha256()
         for source, shape in zip(self.sources, self.shapes, strict=True):
             digest.update(f"{shape}\n{source.identity()}\n".encode())
-        # the machine is part of the name: on a network disk another machine's writes may be seen in any order
+        # the machine is part of the name: on a network disk another machine's writes may be seen in any order. Neither
+        # a camera's name nor a machine's holds the "@" between them: "top" is not the beginning of "top-left"
         machine = "".join(letter if letter.isalnum() else "-" for letter in platform.node()) or "host"
-        stem = f"frames-{name}-{machine}-{digest.hexdigest()[:16]}"
+        stem = f"frames-{name}@{machine}@{digest.hexdigest()[:16]}"
         pixels, marks = folder / f"{stem}.pixels", folder / f"{stem}.marks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._remove_stale(folder, f"frames-{name}-", machine, keep=stem)
+            self._remove_stale(folder, f"frames-{name}@", machine, keep=stem)
             held = pixels.stat().st_blocks * 512 if pixels.exists() else 0
             free = shutil.disk_usage(folder).free
             if self.limit_bytes - held > free - DISK_RESERVE:
@@ -125,19 +126,20 @@ class FrameCache:
         """Removes caches of other content that no process has open and that were not used for a day, or, of another
         machine, for a week."""
         for marks in folder.glob(f"{prefix}*.marks"):
-            limit = STALE_AFTER_S if marks.name.startswith(f"{prefix}{machine}-") else STALE_ELSEWHERE_S
-            if marks.stem == keep or time.time() - marks.stat().st_mtime < limit:
-                continue
-            descriptor = os.open(marks, os.O_RDWR)
+            limit = STALE_AFTER_S if marks.name.startswith(f"{prefix}{machine}@") else STALE_ELSEWHERE_S
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if marks.stem == keep or time.time() - marks.stat().st_mtime < limit:
+                    continue
+                descriptor = os.open(marks, os.O_RDWR)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if time.time() - marks.stat().st_mtime >= limit:  # not used, or made again, until it was locked
+                        marks.with_suffix(".pixels").unlink(missing_ok=True)
+                        marks.unlink(missing_ok=True)
+                finally:
+                    os.close(descriptor)
             except OSError:
-                continue  # in use
-            else:
-                marks.with_suffix(".pixels").unlink(missing_ok=True)
-                marks.unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
+                continue  # in use, another user's, or removed by another process that starts: no matter of this cache
 
     def __getstate__(self) -> dict[str, object]:
         dropped = ("_open_in", "_pixels", "_marks", "_pixels_file", "_marks_file", "_compared")

@@ -46,10 +46,12 @@ class Counted:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., FrameCache]:
-    def build(limit: int, demos: int = 3, version: int = 0, folder: Path | None = None) -> FrameCache:
+    def build(
+        limit: int, demos: int = 3, version: int = 0, folder: Path | None = None, camera: str = "over"
+    ) -> FrameCache:
         sources = [Counted(number, tmp_path / "decoded", version) for number in range(demos)]
         shapes = [FrameShape(FRAMES, HEIGHT, WIDTH)] * demos
-        return FrameCache(sources, shapes, folder or tmp_path / "cache", "over", limit)
+        return FrameCache(sources, shapes, folder or tmp_path / "cache", camera, limit)
 
     return build
 
@@ -205,6 +207,53 @@ def test_old_caches_of_machines_that_are_gone_are_removed(
     assert not gone.pixels_path.exists()
     assert young.marks_path.exists()
     assert used.marks_path.exists()
+
+
+def test_caches_that_cannot_be_removed_are_left(
+    make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another user of a shared set, removed by a process that starts too, or used again meanwhile."""
+    caches = []
+    long_ago = time.time() - 2 * frame_cache.STALE_ELSEWHERE_S
+    for number in range(3):
+        monkeypatch.setattr(frame_cache.platform, "node", lambda number=number: f"pod-{number}")
+        caches.append(make(10**6))
+    for cache in caches:
+        os.utime(cache.marks_path, (long_ago, long_ago))
+    foreign, used, gone = (cache.marks_path for cache in caches)
+    vanished = gone.with_name(gone.name.replace("pod-2", "pod-3"))
+    vanished.symlink_to("nothing")  # listed, and not there
+    real_open, real_lock = os.open, frame_cache.fcntl.flock
+
+    def opened(path: Any, *rest: Any) -> int:
+        if path == foreign:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *rest)
+
+    def locked(descriptor: int, how: int) -> None:
+        real_lock(descriptor, how)
+        if os.path.samestat(os.fstat(descriptor), used.stat()):
+            os.utime(used)
+
+    monkeypatch.setattr(frame_cache.os, "open", opened)
+    monkeypatch.setattr(frame_cache.fcntl, "flock", locked)
+    monkeypatch.setattr(frame_cache.platform, "node", lambda: "pod-9")
+    cache = make(10**6)
+    assert cache.limit_bytes == cache.total_bytes
+    assert caplog.text == ""
+    assert (foreign.exists(), used.exists(), gone.exists()) == (True, True, False)
+
+
+def test_names_that_begin_alike_are_others(make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera "over" is not "over-left", nor the machine "node" "node-2", whose cache is kept for a week."""
+    monkeypatch.setattr(frame_cache.platform, "node", lambda: "node-2")
+    left, elsewhere = make(10**6, camera="over-left"), make(10**6)
+    monkeypatch.setattr(frame_cache.platform, "node", lambda: "node")
+    for cache, seconds in ((left, 2 * frame_cache.STALE_ELSEWHERE_S), (elsewhere, 2 * frame_cache.STALE_AFTER_S)):
+        os.utime(cache.marks_path, (time.time() - seconds,) * 2)
+    make(10**6)
+    assert left.marks_path.exists()
+    assert elsewhere.marks_path.exists()
 
 
 def test_a_cache_in_use_is_never_old(
