@@ -315,6 +315,25 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
         doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
 
 
+def test_a_broken_camera_that_is_not_calibrated_leaves_its_demo(tmp_path, native_demo, change_metadata):
+    """Training reads the others."""
+    for number in range(2):
+        folder = native_demo(tmp_path / f"data/demo_{number}")
+        shutil.copytree(folder / "rgb/over", folder / "rgb/hand")
+        entry = json.loads((folder / "metadata.json").read_text())["cameras"]["over"]
+        hand = entry | {"frames": "rgb/hand/%06d.jpg", "uncalibrated": "no entry"}
+        change_metadata(folder, cameras={"over": entry, "hand": hand})
+    (tmp_path / "data/demo_1/rgb/hand/000000.jpg").write_bytes(b"cut off")
+    findings = doctor(tmp_path / "data", tmp_path / "out", compare_images=False, progress=False)
+    (found,) = [finding for finding in findings if finding.check.startswith("broken")]
+    assert (found.check, found.severity, found.where) == ("broken_camera", "warning", "demo_1")
+    assert "'hand'" in found.what
+    assert json.loads((tmp_path / "out/report.json").read_text())["readable"] == 2
+    (tmp_path / "data/demo_1/rgb/over/000000.jpg").write_bytes(b"cut off")
+    findings = doctor(tmp_path / "data", tmp_path / "again", compare_images=False, progress=False)
+    assert [finding.check for finding in findings if finding.check.startswith("broken")] == ["broken_demo"]
+
+
 def test_a_camera_that_is_not_calibrated_leaves_the_other_checks(tmp_path):
     """Some models need no calibration, and what was made up of it says nothing."""
 

@@ -79,19 +79,34 @@ def examine(
     return {"root": str(root), "output": str(folder), "errors": errors, "warnings": len(findings) - errors}
 
 
-def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError]]:
-    """The demos, and the errors of those that cannot be read."""
+def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError], list[DemoError]]:
+    """The demos, the errors of those that cannot be read, and of those that can without cameras whose pose is not
+    known."""
     demos: list[Demo] = []
     broken: list[DemoError] = []
+    without: list[DemoError] = []
     for reference in Progress(references, desc="reading demos", unit="demo", shown=progress):
         try:
-            demo = reference.read(uncalibrated=True)  # some models need no calibration
+            demo, lacking = _whole_or_calibrated(reference)
             for arm in demo.arms:
                 yam_model(demo, arm)  # the checks are of all demos: one that says nothing sensible would end them
-            demos.append(demo)
         except DemoError as error:
             broken.append(error)
-    return demos, broken
+            continue
+        demos.append(demo)
+        without += [lacking] if lacking else []
+    return demos, broken, without
+
+
+def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | None]:
+    """A demo with all its cameras, or, with the error, those whose pose is known. Raises DemoError: both are broken."""
+    try:
+        return reference.read(uncalibrated=True), None  # some models need no calibration
+    except DemoError as error:
+        try:
+            return reference.read(), error
+        except DemoError:
+            raise error from None
 
 
 # Of poses, times and cameras, in the order of the report; those of images follow.
@@ -144,7 +159,7 @@ def doctor(
     output = Path(output)
     references = find_demos(root, format, calibration)
     chosen = evenly(len(references), max_demos or len(references))
-    demos, broken = _read([references[index] for index in chosen], progress)
+    demos, broken, without = _read([references[index] for index in chosen], progress)
     examination = Examination(demos, frames_per_demo, height_bins, pred_size)
     examination.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
     examination.measures |= {"examined": len(chosen), "readable": len(demos)}
@@ -155,6 +170,16 @@ def doctor(
             listed(error.name for error in broken),
             f"{len(broken)} of {len(chosen)} demos cannot be read; the first: {broken[0].reason}",
             "Record them again or remove them; training leaves them out and stops at more than 10 %",
+        )
+    if without:
+        examination.add(
+            "broken_camera",
+            "warning",
+            listed(error.name for error in without),
+            f"a camera that is not calibrated is broken in {len(without)} of {len(chosen)} demos; the first: "
+            f"{without[0].reason}",
+            "Training leaves these demos out where it reads that camera",
+            demos=[error.name for error in without],
         )
     output.mkdir(parents=True, exist_ok=True)
     if demos:
