@@ -14,6 +14,7 @@ from PIL import Image
 from keygrip.cores import usable_cores
 from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.schema import Demo
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.data.spacing import evenly
@@ -121,8 +122,8 @@ class DemoMaker:
     max_frames: int = MAX_FRAMES
 
     def __call__(self, reference: Any) -> Iterable[MadeSample]:
-        demo = reference.read(uncalibrated=True)  # a video needs no calibration
-        camera = self.camera or next(iter(demo.cameras))
+        camera = self.camera or _first_camera(reference.read(images=False, uncalibrated=True))
+        demo = reference.read(cameras=(camera,), uncalibrated=True)  # a video needs no calibration
         if camera not in demo.cameras:
             raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")
         wanted = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
@@ -141,6 +142,11 @@ class DemoMaker:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
             conversations.insert(0, caption(sentence, request="What is the robot told to do?"))
         yield MadeSample(sample_key(demo.name), *video_text_parts(frames, conversations, DEMOS, fps))
+
+
+def _first_camera(demo: Demo) -> str:
+    """The first that is calibrated, or the first of all where none is."""
+    return min(demo.cameras, key=lambda name: bool(demo.cameras[name].uncalibrated))
 
 
 def robot_videos(

@@ -158,8 +158,9 @@ def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
     assert plain.conversations[0].turns[1].text == "Pick up the red cube."
 
 
-@pytest.mark.parametrize(("camera", "calibrated"), [("hand", True), ("hand", False), (None, False)])
+@pytest.mark.parametrize(("camera", "calibrated"), [("hand", True), ("hand", False), (None, False), (None, True)])
 def test_videos_need_no_calibration(tmp_path: Path, camera: str | None, calibrated: bool) -> None:
+    """Those of each demonstration's first camera are of the first that has one, whatever the others are."""
     unknown = {"hand": "no entry"} if calibrated else {"hand": "no entry", "over": "no entry"}
     with DemoWriter(tmp_path / "demos/demo_0", "yam", "pick", "pick it", 10.0, uncalibrated=unknown) as writer:
         for index in range(12):
@@ -174,7 +175,24 @@ def test_videos_need_no_calibration(tmp_path: Path, camera: str | None, calibrat
     )
     assert (report["train"], report["failed"]) == (1, 0)
     frames = read_sample(ShardSet(tmp_path / "set" / "train"), 0, 16).frames
-    assert np.mean([np.asarray(frame).mean() for frame in frames]) > 100
+    assert (np.mean([np.asarray(frame).mean() for frame in frames]) > 100) == ((camera, calibrated) != (None, True))
+
+
+@pytest.mark.parametrize("camera", ["over", None])
+def test_a_camera_of_which_no_video_is_made_may_be_broken(tmp_path: Path, camera: str | None) -> None:
+    with DemoWriter(tmp_path / "demos/demo_0", "yam", "pick", "pick it", 10.0, uncalibrated={"hand": "x"}) as writer:
+        for index in range(12):
+            writer.add(
+                index * 100_000_000,
+                dict.fromkeys(("hand", "over"), np.zeros((16, 16, 3), np.uint8)),
+                dict.fromkeys(("hand", "over"), CameraPose(np.diag([20.0, 20.0, 1.0]), np.eye(4))),
+                {"right": ArmPose(np.zeros(3), np.array([1.0, 0, 0, 0]), 1.0)},
+            )
+    (tmp_path / "demos/demo_0/rgb/hand/000011.jpg").write_bytes(b"cut off")
+    report = robot_videos(
+        tmp_path / "demos", tmp_path / "set", camera=camera, image_size=16, val_fraction=0, processes=1
+    )
+    assert (report["train"], report["failed"]) == (1, 0)
 
 
 def test_texts_are_answered_by_what_they_say() -> None:
