@@ -161,9 +161,11 @@ def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> N
         raise ValueError(
             f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
         )
-    # one arm is one arm, whatever both sides call it
-    order = tuple(getattr(environment, "arms", ()))
-    if arms > 1 and tuple(needs.arms) != order and sorted(needs.arms) == sorted(order):
+    # one arm is one arm, whatever both sides call it; of another kind `arms` is the package's own matter
+    order = getattr(environment, "arms", None) if arms > 1 else None
+    if not isinstance(order, (tuple, list)) or not all(isinstance(name, str) for name in order):
+        return
+    if list(needs.arms) != list(order) and sorted(needs.arms) == sorted(order):
         raise ValueError(
             f"the policy's arms are {', '.join(needs.arms)} in this order, the environment gives {', '.join(order)}: "
             f"plans would move the wrong arm; train with data.arms=[{','.join(order)}]"

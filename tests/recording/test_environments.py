@@ -15,6 +15,7 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.video import read_video
 from keygrip.envs.environment import open_environment
 from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.evaluation import rollouts
 from keygrip.evaluation.rollouts import check_environment, run_episode
 from keygrip.models.policy import Needs, Plan
 from keygrip.prepare import run
@@ -101,6 +102,24 @@ def test_the_expert_of_two_arms_is_recorded(tmp_path: Path, monkeypatch: pytest.
         check_environment(task, 32, 10.0, None, 1, Needs(arms))
     with pytest.raises(ValueError, match=r"data\.arms=\[left,right\]"):
         check_environment(task, 32, 10.0, None, 1, Needs(("right", "left")))
+
+
+@pytest.mark.parametrize("arms", [2, None, ("left", "right"), (object(), object())])
+@pytest.mark.parametrize("count", [1, 2])
+def test_arms_of_another_kind_are_an_environments_own_matter(
+    monkeypatch: pytest.MonkeyPatch, arms: Any, count: int
+) -> None:
+    class Own:
+        hz = 10.0
+
+        def reset(self, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {"position": np.zeros((count, 3)), "instruction": "lift"}, {}
+
+        def close(self) -> None: ...
+
+    Own.arms = arms  # type: ignore[attr-defined]
+    monkeypatch.setattr(rollouts, "open_environment", lambda *given: Own())
+    check_environment(None, 32, 10.0, None, 1, Needs(("left", "right")[:count]))
 
 
 class Watching:
