@@ -94,6 +94,24 @@ def _has_ended(driver: Driver) -> bool:
     return not chain_runs or (server is not None and not server.is_alive())
 
 
+def _checked_ends(given: Any, arms: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The gripper limits, closed and open, of some of the arms. Raises ValueError: they are no such."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"robot.gripper_limits is {{ARM: [closed, open]}}, got {given!r}")
+    ends = {}
+    for name, pair in (given or {}).items():
+        if name not in arms:
+            raise ValueError(f"robot.gripper_limits.{name} is of no arm: robot.arms names {', '.join(arms)}")
+        try:
+            angles = np.asarray(pair, float)
+        except (TypeError, ValueError):
+            angles = np.empty(0)
+        if angles.shape != (2,) or not np.isfinite(angles).all() or angles[0] == angles[1]:
+            raise ValueError(f"robot.gripper_limits.{name} is [closed, open], two angles in rad, got {pair!r}")
+        ends[name] = angles.tolist()
+    return ends
+
+
 class YamArms:
     """One or several YAM arms with the cameras around them.
 
@@ -125,12 +143,9 @@ class YamArms:
             raise ValueError("robot.arms names no arm: e.g. robot.arms.right=can0")
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise ValueError(f"robot.control_hz must be finite and above 0, got {control_hz}")
-        ends = dict(gripper_limits or {})
-        for name, pair in ends.items():
-            if name not in arms:
-                raise ValueError(f"robot.gripper_limits.{name} is of no arm: robot.arms names {', '.join(arms)}")
-            if len(pair) != 2 or not np.isfinite(list(pair)).all() or pair[0] == pair[1]:
-                raise ValueError(f"robot.gripper_limits.{name} is [closed, open], two angles in rad, got {list(pair)}")
+        ends = _checked_ends(gripper_limits, arms)
+        if ends and sim:
+            raise ValueError("robot.gripper_limits is of real grippers, and robot.sim=true has none: leave one out")
         self.control_hz, self.instruction, self.sim = float(control_hz), instruction, sim
         self._calibration: Calibration = corrected_calibration(read_calibration(Path(calibration)), cameras)
         self._feeds = dict(cameras)

@@ -293,9 +293,19 @@ def test_fingers_that_connecting_moves_are_announced_and_known_ends_spare_it(
     YamArms({"right": "can3"}, {"over": Still()}, calibration, sim=True)
     assert told[1][0].tolist() == [0.1, -4.7]
     assert caplog.text == ""
-    for wrong, said in (({"left": [0, 1]}, "is of no arm"), ({"right": [1, 1]}, r"right is \[closed, open\]")):
+    two = r"right is \[closed, open\], two angles"
+    for wrong, said in (
+        ({"left": [0, 1]}, "is of no arm"),
+        ({"right": [1, 1]}, two),
+        ({"right": 0.5}, two),
+        ({"right": [None, 1]}, two),
+        ({"right": {"closed": 0}}, two),
+        ([0, 1], r"is \{ARM: \[closed, open\]\}, got \[0, 1\]"),
+    ):
         with pytest.raises(ValueError, match=said):
-            YamArms({"right": "can3"}, {"over": Still()}, calibration, gripper_limits=wrong)
+            YamArms({"right": "can3"}, {"over": Still()}, calibration, gripper_limits=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sim=true has none"):
+        YamArms({"right": "can3"}, {"over": Still()}, calibration, sim=True, gripper_limits={"right": [0.1, 1]})
 
 
 class Unclosable(Driver):
