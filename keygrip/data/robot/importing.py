@@ -58,9 +58,10 @@ def import_demos(
 ) -> ImportSummary:
     """Writes every demo under `source` as a native folder of the same name under `destination`.
 
-    A demo is written under a hidden name and renamed when it is whole; demos that are there are compared with what they
-    would be now and left alone, so a second call continues where the first was stopped. One at a time: a second import
-    into a folder waits for the first.
+    A demo is written under a hidden name and renamed when it is whole; demos that are there are left alone, so a second
+    call continues where the first was stopped. All of these are read again before, there and in the source, and
+    compared: their numbers, calibration, cameras, instruction and `video`, not their images. One at a time: a second
+    import into a folder waits for the first.
 
     Args:
         source: folder of recordings. destination: folder of native demos; made where it is missing.
@@ -136,8 +137,9 @@ def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[st
         raise DemoError(reference.name, f"{folder} is damaged ({error.reason}): remove it") from error
     if changed := _difference(held, now, cameras, video):
         raise ValueError(
-            f"{folder} was imported before, and now {changed}. Demos of two calibrations, settings or sources are "
-            "never mixed: import into another folder, or remove what is there"
+            f"{folder} was imported before, and now {changed}. What is there must be what would be written now "
+            "(its numbers, calibration, cameras, instruction and `video` are compared): import into another "
+            "folder, or remove what is there"
         )
 
 
@@ -162,9 +164,14 @@ def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: boo
 
 
 def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
-    """The numbers of a demo that a native folder holds: of cameras those that are kept and calibrated."""
+    """The numbers of a demo that a native folder holds: of cameras those that are kept and calibrated, of commands the
+    poses."""
     known = {name: track for name, track in demo.cameras.items() if name in cameras and not track.uncalibrated}
-    return {"times": demo.timestamps - demo.timestamps[0], **dict(numbers(replace(demo, cameras=known)))}
+    arms = {
+        name: replace(arm, commanded=arm.commanded and replace(arm.commanded, joints=None, controller=None))
+        for name, arm in demo.arms.items()
+    }
+    return {"times": demo.timestamps - demo.timestamps[0], **dict(numbers(replace(demo, cameras=known, arms=arms)))}
 
 
 def _origin(folder: Path) -> Path | None:
