@@ -24,6 +24,18 @@ def tasks_of_srun() -> int:
     return 1 if in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
+def name_of_start() -> str:
+    """What all processes that torchrun or srun started for this run have in common, and those of another start have
+    not, as far as the launcher tells; empty without them."""
+    if started_together() == 1:
+        return ""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    told = [os.environ.get(name, "") for name in names]
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine: it is the parent of all
+        told.append(str(os.getppid()))
+    return ":".join(told)
+
+
 def is_helper_process() -> bool:
     """Whether Lightning started this process from the one that the user started. Not so where torchrun did, or srun,
     which gives both variables the same number; a shell or a batch script of SLURM may have passed on its own."""

@@ -3,8 +3,8 @@
 A native recording holds `manifest.json`, written with it: size and SHA-256 of each of its files. When a data set is
 first used, every file is compared with its manifest and every frame is decoded; what was found is kept beside the set
 (`verified.json` in its cache folder) under the files' names, sizes and modification times, so that only recordings that
-changed, or were found broken, are looked at again. Foreign recordings have no manifest: their frames and poses are
-hashed at that time.
+changed, or were found broken by an earlier start, are looked at again. Foreign recordings have no manifest: their
+frames and poses are hashed at that time.
 
 Frames are checked by threads: decoders and hashes release Python's lock, and nothing has to be sent to a process.
 """
@@ -35,6 +35,7 @@ from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource,
 from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
 from keygrip.data.video import frames_between
 from keygrip.progress import Progress
+from keygrip.training.launch import is_helper_process, name_of_start
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +136,13 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check of one recording found. content: hash of all that it holds. problem: why it is left out."""
+    """What the check of one recording found. content: hash of all that it holds. problem: why it is left out. start: of
+    the processes that found it, as `name_of_start` says."""
 
     name: str
     content: str
     problem: str | None = None
+    start: str = ""
 
 
 def data_version(contents: Mapping[str, str]) -> str:
@@ -152,7 +155,8 @@ def verify(
 ) -> list[Verdict]:
     """Checks every file and frame of recordings, those that were found sound before only by size and modification time.
 
-    What was found is kept every minute, and where the check is interrupted.
+    What was found is kept every minute, and where the check is interrupted. Processes that were started together leave
+    out the same recordings: what the first of them finds holds for all.
 
     Args:
         demos: as read. cameras: whose frames are decoded. depth: also their depth. cache_dir: where the findings are
@@ -163,7 +167,7 @@ def verify(
     """
     identities = [_identity(demo, cameras, depth) for demo in demos]
     with _writable_lock(cache_dir):
-        known = _known_sound(cache_dir / VERIFIED)
+        known = _known(cache_dir / VERIFIED)
         fresh = [index for index, identity in enumerate(identities) if identity not in known]
         if fresh:
             workers = min(threads or usable_cores(), THREADS)
@@ -212,15 +216,20 @@ def _writable_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _known_sound(path: Path) -> dict[str, Verdict]:
-    """Recordings that earlier checks found sound; none where the file is missing or damaged.
+def _known(path: Path) -> dict[str, Verdict]:
+    """What earlier checks found and still holds; nothing where the file is missing or damaged.
 
-    A problem holds for one check alone: a file that is restored has its old size and time, and a disk may have failed
-    to read for a moment.
+    A problem holds for the processes of one start alone: a file that is restored has its old size and time, and a disk
+    may have failed to read for a moment. Lightning starts its helpers after the first process has checked everything.
     """
+    helper, start = is_helper_process(), name_of_start()
     with contextlib.suppress(BadSample), guard(path):
         found = {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
-        return {identity: verdict for identity, verdict in found.items() if verdict.problem is None}
+        return {
+            identity: verdict
+            for identity, verdict in found.items()
+            if verdict.problem is None or helper or (start and verdict.start == start)
+        }
     return {}
 
 
@@ -240,7 +249,7 @@ def _verdict(demo: Demo, cameras: Sequence[str], depth: bool) -> Verdict:
         with demo_guard(demo.name):
             return Verdict(demo.name, _checked_content(demo, cameras, depth))
     except DemoError as error:
-        return Verdict(demo.name, "", error.reason)
+        return Verdict(demo.name, "", error.reason, name_of_start())
 
 
 def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool) -> str:

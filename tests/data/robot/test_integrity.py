@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from keygrip.data.manifests import make_manifests
-from keygrip.data.robot import integrity
+from keygrip.data.robot import importing, integrity
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.importing import import_demos
@@ -99,6 +101,47 @@ def test_a_recording_that_was_restored_is_taken_again(root: Path, robot_demos: M
     path.write_bytes(content)
     os.utime(path, ns=times)
     assert ready(robot_demos(root)).broken == []
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
+LAUNCHERS = {  # variables of the first process and of the second one of a start, and of the next start
+    "torchrun": (TORCHRUN | {"LOCAL_RANK": "0"}, TORCHRUN | {"LOCAL_RANK": "1"}, TORCHRUN | {"MASTER_PORT": "1"}),
+    "srun": (SRUN | {"SLURM_PROCID": "0"}, SRUN | {"SLURM_PROCID": "1"}, SRUN | {"SLURM_JOB_ID": "8"}),
+    "lightning": ({}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {}),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_one_process_leaves_out_all_of_its_start_do(
+    root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    """A disk that fails for a moment would else give them other demonstrations in their batches."""
+    names = {name for case in LAUNCHERS.values() for variables in case for name in variables}
+    checked: list[str] = []
+    real = integrity._checked_content
+    failing = {"demo_03"}
+
+    def check(demo: Demo, *rest: Any) -> str:
+        checked.append(demo.name)
+        if demo.name in failing:
+            raise OSError(5, "Input/output error")
+        return real(demo, *rest)
+
+    def start(variables: dict[str, str]) -> list[str]:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        checked.clear()
+        return [error.name for error in ready(robot_demos(root)).broken]
+
+    monkeypatch.setattr(integrity, "_checked_content", check)
+    first, second, again = LAUNCHERS[launcher]
+    assert start(first) == ["demo_03"]
+    failing.clear()
+    assert (start(second), checked) == (["demo_03"], [])
+    assert (start(again), checked) == ([], ["demo_03"])
 
 
 @pytest.mark.parametrize("every_s", [60.0, 0.0])
@@ -194,6 +237,23 @@ def test_another_recording_of_the_same_name_is_not_taken_for_the_imported_one(
     shutil.copytree(native_root, other)
     with pytest.raises(ValueError, match=r"demo_00 was imported from .* and .*other.demo_00 has a demo of the same"):
         import_demos(other, destination, progress=False)
+
+
+def test_commands_of_which_poses_alone_are_kept_do_not_end_an_import(
+    native_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commanded(reader: Callable[[], Demo]) -> Demo:
+        demo = reader()
+        arm = demo.arms["right"]
+        assert arm.commanded is not None
+        track = replace(arm.commanded, joints=np.zeros((len(demo), 6)), controller=np.zeros((len(demo), 2)))
+        return replace(demo, arms=demo.arms | {"right": replace(arm, commanded=track)})
+
+    given = [replace(found, reader=partial(commanded, found.reader)) for found in find_demos(native_root)]
+    monkeypatch.setattr(importing, "find_demos", lambda *rest: given)
+    assert import_demos(native_root, tmp_path / "imported", max_demos=2, progress=False).written == 2
+    summary = import_demos(native_root, tmp_path / "imported", max_demos=3, progress=False)
+    assert (summary.written, summary.skipped) == (1, 2)
 
 
 def test_a_manifest_is_not_written_for_a_recording_that_cannot_be_read(native_root: Path) -> None:
