@@ -149,25 +149,27 @@ def test_make_metaworld_begins_other_runs_and_goes_on_with_its_own(tmp_path: Pat
 
 
 def test_groups_of_a_model_are_those_that_training_names() -> None:
-    _, _, text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("| model | group | options |")
-    rows = [line.split("|")[1:-1] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    def table(head: str) -> list[list[str]]:
+        lines = text.partition(head)[2].partition("\n\n")[0].splitlines()[1:]
+        return [line.split("|")[1:-1] for line in lines]
+
+    def names(cell: str) -> list[str]:
+        return re.findall(r"`([^`]+)`", cell)
+
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    of_all = {"callbacks"} | {name for group, _ in table("| group | options |\n") for name in names(group)}
     models: list[str] = []
-    groups: dict[str, Any] = {}
-    for model, group, options in rows:
-        models = re.findall(r"`([^`]+)`", model) or models
-        (name,) = re.findall(r"`([^`]+)`", group)
-        for pattern in models:
-            found = fnmatch.filter(group_options("model"), pattern)
-            assert found
-            for each in found:
-                if each not in groups:
-                    data = {"foveated_vlm": "robot_videos", "patch_dit": "robot_images"}.get(each, "yam")
-                    groups[each] = compose_with_choices("train", [f"model={each}", f"data={data}"])[1]
-                assert name in groups[each], each
+    told: dict[str, set[str]] = {}
+    for model, group, options in table("| model | group | options |\n"):
+        models = names(model) or models
+        (name,) = names(group)
+        for each in (each for pattern in models for each in fnmatch.filter(group_options("model"), pattern)):
+            told.setdefault(each, set()).add(name)
         if "as above" not in options:
-            listed = {
-                each
-                for pattern in re.findall(r"`([^`]+)`", options)
-                for each in fnmatch.filter(group_options(name), pattern)
-            }
+            listed = {each for pattern in names(options) for each in fnmatch.filter(group_options(name), pattern)}
             assert listed == set(group_options(name)), name
+    assert {"volume_query_tuned", "coordinate_regression", "geometry_vla", "foveated_vlm", "patch_dit"} <= set(told)
+    for model, groups in told.items():
+        data = "robot_images" if model.startswith("patch_dit") else "robot_videos" if model.endswith("vlm") else "yam"
+        _, choices = compose_with_choices("train", [f"model={model}", f"data={data}"])
+        assert {name for name in choices if "/" not in name} - of_all == groups, model
