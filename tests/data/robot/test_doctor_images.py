@@ -17,12 +17,13 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.doctor import Finding, doctor
+from keygrip.data.robot.doctor import Finding, doctor, images_and_poses
 from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.causes import other_image_size
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.images_and_poses import Seen, _check_demos, check_images_and_poses, lag_start
-from keygrip.data.robot.doctor.registration import NUMBERS, at_half_contrast
+from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
+from keygrip.data.robot.doctor.registration import NUMBERS, Fit, at_half_contrast
 from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
 from keygrip.data.robot.doctor.views import make_view, place
@@ -233,6 +234,25 @@ def test_sound_set_gives_no_finding_and_a_whole_report(tmp_path):
     assert "No fault found" in page
     assert page.count("data:image/jpeg;base64,") == 4  # three overlays and a contact sheet
     assert "http" not in page
+
+
+@pytest.mark.parametrize(("after", "check", "fitted"), [(0.8, "registration", True), (0.05, "disagreement", False)])
+def test_overlays_of_a_camera_that_is_badly_wrong_show_it(tmp_path, monkeypatch, after, check, fitted):
+    """Turned by 20 degrees, which is found or not: the outline as recorded is drawn, and no other where no fit is."""
+    change = np.zeros(NUMBERS)
+    change[2] = np.radians(20)
+    fit = Fit(-change, np.zeros(NUMBERS), before=0.04, after=after, residual=1.0, points=100, cost=0.1)
+    for name in ("fit", "wide_fit"):  # takes half a minute
+        monkeypatch.setattr(images_and_poses, name, lambda pairs: fit)
+    monkeypatch.setattr(images_and_poses, "camera_cause", lambda *_: ("turned", "by 20 degrees", "calibrate"))
+    root = write(tmp_path / "data", lambda demo, number: replace(demo, pose=moved(POSE, change[:6])))
+    exam = Examination([reference.read() for reference in find_demos(root)], 8, 32, 56)
+    check_images_and_poses(exam)
+    assert [finding.check for finding in exam.findings] == [check], [str(finding) for finding in exam.findings]
+    assert len(exam.overlays) == 3
+    for _, image in exam.overlays:
+        assert (image == RECORDED).all(axis=-1).sum() > 100
+        assert (image == FITTED).all(axis=-1).any() == fitted
 
 
 @pytest.mark.slow

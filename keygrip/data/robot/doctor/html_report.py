@@ -42,7 +42,7 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
     if exam.overlays:
         parts.append(
             "<h2>Robot over images</h2><p>Outline of the robot at the recorded poses: red with the recorded camera, "
-            "green with the fitted one. Where only green is seen, both agree.</p>"
+            "green with the fitted one. Only green: both agree; only red: no fit was found.</p>"
         )
         parts += [_figure(image, caption) for caption, image in exam.overlays]
     for key, value in measures.items():

@@ -137,7 +137,8 @@ def _compare(exam: Examination, seen: Seen) -> None:
         return
     seen.pairs = rest
     found = _fit_camera(exam, seen)
-    add_overlays(exam, seen.camera, seen.arm, seen.pairs, np.zeros(NUMBERS) if found is None else found.change)
+    far = seen.change if seen.change.any() else None  # of a camera that is too wrong for the checks of single demos
+    add_overlays(exam, seen.camera, seen.arm, seen.pairs, far if found is None else found.change)
     if found is not None:
         _check_demos(exam, seen)
 
@@ -213,7 +214,7 @@ def _good(seen: Seen) -> list[str]:
 
 
 def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
-    """Fits one change to the camera in all demos; None where nothing can be said or the fit fails."""
+    """Fits one change to the camera in all demos; None where nothing can be said of single demos or the fit fails."""
     names = _good(seen)
     pairs = [seen.pairs[name] for name in names]
     found = fit(pairs)

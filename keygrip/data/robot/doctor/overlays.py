@@ -18,22 +18,25 @@ SHOWN, SIZE = 3, 360  # demos that are shown; pixels of an image's longer side
 LAGS = range(-5, 6)
 
 
-def overlay(view: View, placement: Placement, change: np.ndarray, frame: int) -> np.ndarray:
-    """Image `frame` of a view with the outline as recorded and as fitted, uint8 [H, W, 3]."""
+def overlay(view: View, placement: Placement, change: np.ndarray | None, frame: int) -> np.ndarray:
+    """Image `frame` of a view with the outline as recorded and, where there is a change, as fitted, uint8 [H, W, 3]."""
     scale = max(1, round(SIZE / max(view.size)))
     image = Image.fromarray(view.images[frame]).resize((view.size[1] * scale, view.size[0] * scale))
     drawn = np.array(image)
-    for number, colour in ((np.zeros(NUMBERS), RECORDED), (change, FITTED)):
-        edge = boundary(silhouette(view, placement, number, half=False, every=2)[frame : frame + 1])[0]
+    for numbers, colour in ((np.zeros(NUMBERS), RECORDED), (change, FITTED)):
+        if numbers is None:
+            continue
+        edge = boundary(silhouette(view, placement, numbers, half=False, every=2)[frame : frame + 1])[0]
         edge = edge.repeat(scale, axis=0).repeat(scale, axis=1)
         drawn[edge] = colour
     return drawn
 
 
 def add_overlays(
-    exam: Examination, camera: str, arm: str, pairs: dict[str, tuple[View, Placement]], change: np.ndarray
+    exam: Examination, camera: str, arm: str, pairs: dict[str, tuple[View, Placement]], change: np.ndarray | None
 ) -> None:
-    """Notes images and the curve of agreement by lag for the report."""
+    """Notes images and the curve of agreement by lag for the report; `change` is the fitted one, None where no fit was
+    found."""
     names = list(pairs)
     for index in evenly(len(names), SHOWN):
         view, robot = pairs[names[index]]
