@@ -382,8 +382,8 @@ class TrainingStep:
         return (predicted.float() - velocity(data, noise)).pow(2).mean()
 
     def __call__(self) -> None:
-        self.network.zero_grad(set_to_none=True)
         self.loss().backward()
+        self.network.zero_grad(set_to_none=True)  # not before: the gradients are part of this step's peak memory
 
 
 def random_network(overrides: Sequence[str], device: torch.device) -> tuple[PatchDiT, int]:

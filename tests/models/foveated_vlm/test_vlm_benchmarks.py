@@ -18,11 +18,14 @@ from keygrip.benchmarks.foveated_vlm import (
     VLMTokens,
     _Frame,
     _Push,
+    _Step,
     fullest,
 )
+from keygrip.benchmarks.measuring import peak_extra_bytes
 from keygrip.config import compose
 from keygrip.data.shards.budget import Budget
 from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.rows import TextRows
 
 LIMITS = {"threads": 1, "repetitions": 3, "quick_repetitions": 1, "limit_s": 5.0, "quick_limit_s": 1.0}
 
@@ -49,6 +52,14 @@ def test_cases_at_the_published_sizes_need_no_weights(monkeypatch: pytest.Monkey
         network = config["model"]["network"]
         assert (network["language"]["weights"], network["backbone"]["weights"]) == ("random", "random")
         assert (network["language"]["layers"], network["backbone"]["variant"]) == (30, "dinov2_vits14")
+
+
+def test_peak_of_a_step_has_the_gradients(network: FoveatedVLM) -> None:
+    """There are more weights than there is anything else."""
+    images = torch.randn(1, 1, 3, network.backbone.image_size, network.backbone.image_size)
+    step = _Step(network, images, TextRows(torch.tensor([[3, 4]]), [2], [0], [0], [1]), "coarse_fine")
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert peak_extra_bytes(step, torch.device("cpu")) >= 4 * trained
 
 
 @pytest.mark.slow

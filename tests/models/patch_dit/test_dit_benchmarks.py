@@ -11,6 +11,7 @@ from dit_parts import SMALL, write_images
 
 from keygrip import train
 from keygrip.benchmarks import patch_dit
+from keygrip.benchmarks.measuring import peak_extra_bytes
 from keygrip.benchmarks.patch_dit import (
     FOUR,
     THREE,
@@ -19,6 +20,7 @@ from keygrip.benchmarks.patch_dit import (
     DiTStep,
     SamplingStep,
     ToyImages,
+    TrainingStep,
     held_out_batch,
     random_conditions,
     random_network,
@@ -64,6 +66,13 @@ def test_a_sampler_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(SamplingStep, "next", lambda self: 2 * self.plain(THREE))
     with pytest.raises(RuntimeError, match="differs from the plain"):
         DiTSampler(**SIZES).run(quick=True)
+
+
+def test_peak_of_a_step_has_the_gradients() -> None:
+    """There are more weights than there is anything else."""
+    network, length = random_network([*SMALL, "model.network.width=192"], CPU)
+    step = TrainingStep(network.train(), random_conditions(network, 1, length, 3, 3, CPU), latent=4)
+    assert peak_extra_bytes(step, CPU) >= 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow
