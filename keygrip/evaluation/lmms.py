@@ -88,7 +88,8 @@ class KeygripModel(lmms):
         self._told: set[str] = set()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers, each cut off before the first of the task's `until`; `FAILED` where a request fails.
+        """Answers, each cut off before the first of the task's `until`; `FAILED` where nothing is said or a request
+        fails.
 
         A task's `max_new_tokens` (32768 in some) that the language model's context has no room for means as many as
         there is room for. Where tokens are drawn (`temperature`, unless `do_sample` is false) they are drawn from all,
@@ -173,7 +174,7 @@ class KeygripModel(lmms):
         )
         if len(said.ids[0]) == left < most:
             self._say_once(f"{task}: answers are cut off where the language model's context ends")
-        return _until(said.texts[0], settings)
+        return _until(said.texts[0], settings) or FAILED
 
     def _say_once(self, words: str) -> None:
         if words not in self._told:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -240,6 +241,23 @@ def test_documents_of_the_real_tasks_are_answered_and_scored_by_their_own_functi
     assert len(said) == 1
     results = [score(document, [text])[figure] for document, text in zip(documents, answers, strict=True)]
     assert total(results) == 50.0
+
+
+def test_a_question_to_which_nothing_is_said_stays_in_mvbenchs_accuracy(
+    model: KeygripModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own score leaves out empty answers."""
+    from lmms_eval.tasks.mvbench import utils
+
+    from keygrip.evaluation import lmms
+
+    texts = iter(["B", "  "])
+    monkeypatch.setattr(lmms, "generate", lambda *_, **__: SimpleNamespace(texts=[next(texts)], ids=[[5]]))
+    answers = model.generate_until(instances(model, "generate_until", {"max_new_tokens": 4}))
+    assert answers == ["B", "-"]
+    document = {"candidates": ["red", "blue"], "answer": "blue"}
+    results = [utils.mvbench_process_results(document, [text])["mvbench_accuracy"] for text in answers]
+    assert utils.mvbench_aggregate_results(results) == 50.0
 
 
 def test_a_small_task_of_its_own_format_is_scored(model: KeygripModel, tmp_path: Path) -> None:
