@@ -311,6 +311,10 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
     findings = doctor(root, tmp_path / "again", compare_images=False, progress=False)
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert json.loads((tmp_path / "again/report.json").read_text())["readable"] == 0
+    doctor(root, tmp_path / "out", compare_images=False, progress=False)  # where the report of another run lies
+    page = (tmp_path / "out/report.html").read_text()
+    assert "1 of 1 demos cannot be read" in page
+    assert page.count("data:image/jpeg") == 0
     with pytest.raises(FileNotFoundError, match="does not exist"):
         doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
 

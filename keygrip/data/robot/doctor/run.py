@@ -182,6 +182,7 @@ def doctor(
             demos=[error.name for error in without],
         )
     output.mkdir(parents=True, exist_ok=True)
+    sheets = {}
     if demos:
         for check in CHECKS:
             check(examination)
@@ -191,13 +192,12 @@ def doctor(
                 small_images[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
         if compare_images:
             check_images_and_poses(examination, robot_model, small_images)
-        sheets = {}
         for camera in examination.cameras:
             sheet = sheets[camera] = contact_sheet(examination, camera)
             with atomic_write(output / f"contact_sheet_{camera.replace('/', '_')}.png") as file:
                 sheet.save(file, "PNG")
-        with atomic_write(output / "report.html") as file:
-            file.write(html_report(examination, sheets).encode())
+    with atomic_write(output / "report.html") as file:
+        file.write(html_report(examination, sheets).encode())
     report = {**examination.measures, "findings": [asdict(finding) for finding in examination.findings]}
     write_json(output / "report.json", report)
     return examination.findings
