@@ -44,7 +44,8 @@ def evaluate_choices(
     counted (`share_without_option`).
 
     Beside the accuracy stand `tokens_per_frame` and, by mode, `ms_per_frame`: the encoder, and queries and language
-    model for a question with one of its letters; no decoding of files and no generation.
+    model for a question with one of its letters; no decoding of files and no generation, and of several videos without
+    the first.
 
     Args:
         max_new_tokens: of a generated answer; what a model thinks before it answers counts.
@@ -56,7 +57,7 @@ def evaluate_choices(
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
     seconds_of: dict[str, float] = defaultdict(float)  # of the encoder, and of the likelihoods by mode
-    unreadable = too_long = frames_seen = row_frames = 0
+    unreadable = too_long = videos = frames_seen = row_frames = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
         for asked in _by_video(questions):
             bar.update(len(asked))
@@ -70,6 +71,10 @@ def evaluate_choices(
             too_long += len(asked) - len(group)
             if not group:
                 continue
+            if videos == 1:  # the first one warmed everything up, in the encoder and the first mode
+                seconds_of.clear()
+                frames_seen = row_frames = 0
+            videos += 1
             inputs, counts = module.as_input(frames), [len(frames)]
             with timed(seconds_of, "encoder", inputs.device):
                 kv = encoded(module.network, inputs, counts)

@@ -68,9 +68,10 @@ def evaluate_modes(
     questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` beside the modes),
     `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
     block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
-    the batches' size; no generation). Beside the modes, `too_long`: captions and VQA questions for which nothing is
-    generated, since with their frames and an answer they do not fit into the language model's context, and
-    `unanswered`: those that end with the user's turn, so that it is not known what the annotators answered.
+    the batches' size; no generation, and of several batches without the first). Beside the modes, `too_long`: captions
+    and VQA questions for which nothing is generated, since with their frames and an answer they do not fit into the
+    language model's context, and `unanswered`: those that end with the user's turn, so that it is not known what the
+    annotators answered.
 
     Raises:
         ValueError: a mode that the network does not have, or no batch.
@@ -89,7 +90,10 @@ def evaluate_modes(
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
     frames_seen, too_long, unanswered = 0, list[str](), list[str]()
-    for batch in Progress(batches, desc="evaluate", unit="batch"):
+    for number, batch in enumerate(Progress(batches, desc="evaluate", unit="batch")):
+        if number == 1:  # the first batch warmed everything up, in the encoder and the first mode
+            seconds.clear()
+            frames_seen = 0
         batch = batch.to(module.device)
         frames_seen += int(batch.frame_mask.sum())
         videos.update(f"videos_of_{length}" for length in _octaves(batch))

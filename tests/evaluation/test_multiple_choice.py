@@ -78,6 +78,26 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
     assert none == {"questions": 0, "unreadable": 1, "too_long": 0}
 
 
+def test_time_by_mode_is_without_the_video_that_warms_up(
+    module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call takes a minute and each further one a second: of 3 frames with 3 letters."""
+    calls: list[int] = []
+
+    def scores(*given: Any) -> torch.Tensor:
+        calls.append(1 if calls else 60)
+        return answer_scores(*given)
+
+    monkeypatch.setattr(multiple_choice, "answer_scores", scores)
+    monkeypatch.setattr(multiple_choice, "time", SimpleNamespace(perf_counter=lambda: float(sum(calls))))
+    asked = [question("a", 0), question("bb", 1), question("ccc", 1)]
+    for count, first, second in ((3, 1000 / 9, 1000 / 9), (1, 60_000 / 9, 1000 / 9)):
+        calls.clear()
+        figures = evaluate_choices(module, [question("broken", 0), *asked[:count]], ["coarse_fine", "coarse_only"], 4)
+        assert figures["coarse_fine"]["ms_per_frame"] == pytest.approx(first, abs=1e-3)
+        assert figures["coarse_only"]["ms_per_frame"] == pytest.approx(second, abs=1e-3)
+
+
 def test_questions_that_do_not_fit_are_counted_and_end_nothing(
     module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from keygrip.data.video_text.conversations import answer, describe_video_text, v
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.data.video_text.video_files import read_timed_frames
-from keygrip.evaluation import video_text
+from keygrip.evaluation import multiple_choice, video_text
 from keygrip.evaluation.video_text import evaluate_modes
 from keygrip.models.foveated_vlm.baseline import PooledVLM
 from keygrip.models.foveated_vlm.generation import Answers
@@ -95,6 +95,22 @@ def test_each_video_is_encoded_once_for_all_modes_and_what_they_say(
     assert {"bleu_4", "vqa_accuracy"} <= figures["autoregressive"].keys()
     assert {name for name in figures if name not in wanted} == set()
     assert figures["too_long"] == 0
+
+
+def test_time_by_mode_is_without_the_batch_that_warms_up(
+    module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call takes a minute and each further one a second."""
+    calls: list[int] = []
+    module.network.register_forward_pre_hook(lambda *_: calls.append(1 if calls else 60))
+    monkeypatch.setattr(multiple_choice, "time", SimpleNamespace(perf_counter=lambda: float(sum(calls))))
+    batches = [batch(module, (2, (MARK,))), batch(module, (3, (MARK,)), (2, (MARK,))), batch(module, (3, (MARK,)))]
+    modes = ["coarse_only", "coarse_fine"]
+    figures = evaluate_modes(module, batches, modes)
+    assert [figures[mode]["ms_per_frame"] for mode in modes] == [250.0, 250.0]  # two seconds of eight frames
+    calls.clear()
+    figures = evaluate_modes(module, batches[:1], modes)
+    assert [figures[mode]["ms_per_frame"] for mode in modes] == [30_000.0, 500.0]
 
 
 def test_questions_that_do_not_fit_are_counted_and_end_nothing(
