@@ -245,6 +245,7 @@ def test_an_answer_stops_at_every_token_that_the_weights_name(
     )
     fast.save_pretrained(tmp_path / "hub")
     source, own = str(tmp_path / "hub"), {made.end_of_turn, fast.eos_token_id}
+    caplog.clear()  # of what training it said
     with caplog.at_level("INFO", "keygrip"):
         plain = PretrainedTokenizer(source).load(tmp_path)
     assert [(each.levelname, f"{source}: an answer ends where" in each.message) for each in caplog.records] == [
