@@ -84,7 +84,7 @@ def record_step(
     with locked(root / LOCK_FILE):
         failed: dict[str, list[int]] = failed_seeds(root, settings, {})
         jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
-        kept = dict.fromkeys(names, 0)
+        kept, lost = dict.fromkeys(names, 0), dict.fromkeys(names, 0)  # episodes gone through by this call
         bar = Progress(total=demos * len(names), desc="record metaworld", unit="demo")
         with bar:
             for _, episode in run_jobs(
@@ -98,17 +98,18 @@ def record_step(
                 name = episode["task"]
                 recorded += episode["recorded"]
                 kept[name] += episode["success"]
+                lost[name] += not episode["success"]  # known failures are reported again
                 bar.update(int(episode["success"]))
                 if not episode["success"]:
                     failed[name] = sorted({*failed.get(name, []), episode["seed"]})
                     store(root, settings, failed)
-                _refuse_failing(name, kept[name], len(failed.get(name, [])))
+                _refuse_failing(name, kept[name], lost[name])
     return {
         "root": str(root),
         "tasks": len(names),
         "demos": sum(kept.values()),
         "recorded": recorded,
-        "failed_episodes": {name: len(seeds) for name, seeds in failed.items() if name in names},
+        "failed_episodes": {name: count for name, count in lost.items() if count},
         "held_out_from": TUNING_SEED,
         "wall_s": round(time.monotonic() - started, 1),
     }

@@ -3,6 +3,7 @@ expert of any gymnasium environment is recorded."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from keygrip.evaluation import rollouts
 from keygrip.evaluation.rollouts import check_environment, run_episode
 from keygrip.models.policy import Needs, Plan
 from keygrip.prepare import run
+from keygrip.recording import metaworld
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,21 @@ def test_arms_of_another_kind_are_an_environments_own_matter(
     Own.arms = arms  # type: ignore[attr-defined]
     monkeypatch.setattr(rollouts, "open_environment", lambda *given: Own())
     check_environment(None, 32, 10.0, None, 1, Needs(("left", "right")[:count]))
+
+
+def test_failures_of_earlier_calls_end_no_metaworld_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that fails in every fifth episode, asked for the same 80 demonstrations again."""
+    seeds, none_recorded = range(100), {"task": "reach-v3", "recorded": False}
+    reports = [(0, {**none_recorded, "seed": seed, "success": seed % 5 != 4}) for seed in seeds]
+    monkeypatch.setattr(metaworld, "run_jobs", lambda *given: iter(reports))
+    first, again = (metaworld.record_step(["reach-v3"], tmp_path, 80) for _ in range(2))
+    assert json.loads((tmp_path / "recording.json").read_text())["failed_seeds"] == {"reach-v3": [*seeds[4::5]]}
+    for report in (first, again):
+        assert (report["demos"], report["failed_episodes"]) == (80, {"reach-v3": 20})
+    hopeless = [(0, {**none_recorded, "seed": seed, "success": False}) for seed in seeds]
+    monkeypatch.setattr(metaworld, "run_jobs", lambda *given: iter(hopeless))
+    with pytest.raises(ValueError, match="failed in 20 of 20 episodes of reach-v3"):
+        metaworld.record_step(["reach-v3"], tmp_path, 80)
 
 
 class Watching:
