@@ -42,7 +42,7 @@ class MetaWorldEnvironment:
         render_images: False: physics alone.
 
     Raises:
-        ValueError: another rate, or a camera that the scene does not have.
+        ValueError: another rate, a camera that the scene does not have, or an image size outside [16, 1280].
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class MetaWorldEnvironment:
         self.cameras = tuple(cameras or (task.camera,))
         if unknown := [name for name in self.cameras if name not in CAMERAS]:
             raise ValueError(f"Meta-World has no camera {unknown[0]!r}; it has {', '.join(CAMERAS)}")
+        if not 16 <= image_size <= 1280:
+            raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
         suite = metaworld.MT1(task.name, seed=42)  # the seed of 50 listed positions, which are not used
         self.env: Any = suite.train_classes[task.name]()
         self.env.set_task(suite.train_tasks[0])
@@ -146,6 +148,8 @@ class MetaWorldEnvironment:
         """`image` [H, W, 3] uint8, `intrinsics` [3, 3] and `world_to_camera` [4, 4] of a camera now."""
         model, data, size = self.env.model, self.env.data, self.image_size
         if self._renderer is None:
+            buffer = model.vis.global_  # of 640 x 480, as gymnasium makes it
+            buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
             try:
                 self._renderer = mujoco.Renderer(model, size, size)
             except Exception as error:  # MuJoCo raises whatever its backend raises

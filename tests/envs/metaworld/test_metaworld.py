@@ -124,6 +124,24 @@ def test_what_moves_is_seen_where_the_cameras_say_and_a_seed_decides_the_start()
     assert np.abs(first - other).max() > 0.02
 
 
+def test_images_may_be_as_large_as_those_of_other_cells() -> None:
+    """MuJoCo's own buffer for these scenes is 480 pixels high."""
+    code = """
+from keygrip.envs.metaworld.environment import MetaWorldEnvironment
+from keygrip.envs.metaworld.tasks import MetaWorldTask
+
+print(MetaWorldEnvironment(MetaWorldTask("reach"), 512).reset(seed=0)[0]["image"].shape)
+try:
+    MetaWorldEnvironment(MetaWorldTask("reach"), 1281)
+except ValueError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [interpreter(), "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines() == ["(512, 512, 3)", "image_size=1281 is outside [16, 1280] pixels"]
+
+
 def recorded(root: Path, demos: int, *overrides: str) -> list[Any]:
     """Demonstrations of reaching."""
     settings = ["step=record", "env=metaworld", f"env.python={interpreter()}", f"root={root}", "tasks=[reach-v3]"]
