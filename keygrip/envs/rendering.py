@@ -140,8 +140,13 @@ class CameraViews:
         """[H, W, 3] uint8 image of one of `cameras`."""
         return self._draw().image(self.data, camera, self.lenses[camera])
 
+    @property
+    def far(self) -> float:
+        """Metres to the far plane: the depth of what shows nothing."""
+        return float(self.model.vis.map.zfar * self.model.stat.extent)
+
     def depth(self, camera: str) -> np.ndarray:
-        """[H, W] float32 metres along the optical axis."""
+        """[H, W] float32 metres along the optical axis; `far` where there is nothing."""
         return self._draw().depth(self.data, camera, self.lenses[camera])
 
     def segmentation(self, camera: str) -> np.ndarray:

@@ -197,7 +197,7 @@ def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root:
             trace.add(cell.object_position, cell.tool_pose[0], cell.progress.held)
             images = {c: cell.frame(c) for c in settings.cameras}
             views = {c: CameraPose(cell.lenses[c].intrinsics, cell.world_to_camera(c)) for c in settings.cameras}
-            depth = {c: _millimetres(cell.depth(c)) for c in settings.cameras} if settings.depth else None
+            depth = {c: _millimetres(cell.depth(c), cell.far) for c in settings.cameras} if settings.depth else None
             position, quaternion = cell.tool_pose
             reached = _arm_pose(position, reached_sign(quaternion), cell.gripper_opening, cell.joints)
             cell.advance(action)
@@ -238,9 +238,10 @@ def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, join
     return ArmPose(position, quaternion, float(np.clip(gripper, 0.0, 1.0)), joints)
 
 
-def _millimetres(depth: np.ndarray) -> np.ndarray:
-    """uint16 millimetres; 0 (no reading, as depth cameras have it) beyond 65 m."""
-    return np.where(depth < 65.0, np.round(depth * 1000), 0).astype(np.uint16)
+def _millimetres(depth: np.ndarray, far: float) -> np.ndarray:
+    """uint16 millimetres; 0 (no reading, as depth cameras have it) at the far plane, which is the sky, and beyond what
+    16 bits hold."""
+    return np.where(depth < min(0.99 * far, 65.0), np.round(depth * 1000), 0).astype(np.uint16)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

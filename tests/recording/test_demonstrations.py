@@ -235,6 +235,18 @@ def test_depth_is_in_millimetres_along_the_axis(tmp_path: Path) -> None:
     assert in_camera[2] * 1000 - depth[int(v / w), int(u / w)] == pytest.approx(25, abs=12)
 
 
+def test_the_sky_has_no_depth(tmp_path: Path) -> None:
+    task = TaskOptions(name="reach", camera_elevation_deg=-35.0)  # the image's top is above the horizon
+    record(task, tmp_path, 1, image_size=SIZE, depth=True, progress=False)
+    (reference,) = find_demos(tmp_path)
+    track = reference.read().cameras["over"].depth
+    assert track is not None
+    depth = track.read(0)
+    assert (depth[0] == 0).mean() > 0.5  # beside the arm
+    assert depth.max() < 59_000  # mm; the far plane is at 60 m
+    assert 500 < depth[SIZE // 2, SIZE // 2] < 2000  # mm
+
+
 def test_the_wrist_camera_moves_with_the_hand(tmp_path: Path) -> None:
     record(TaskOptions(name="reach"), tmp_path, 1, image_size=SIZE, cameras=("over", "wrist"), progress=False)
     demo = by_name(tmp_path)["reach_0000000"].read()
