@@ -209,7 +209,7 @@ def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root:
         if not success:
             writer.discard()
         trace.final_positions = {p.name: cell.body_position(p.name) for p in cell.layout.placed}
-        writer.text = describe(trace)
+        writer.text = {"camera": settings.cameras[0], **describe(trace)}
         writer.source = {
             "simulator": "keygrip.envs.yam",
             "task": task.as_dict(),

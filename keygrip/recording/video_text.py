@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,26 @@ from keygrip.envs.yam.tours import TourCell, TourOptions, describe
 from keygrip.recording.demonstrations import record
 from keygrip.recording.split_seeds import FIRST_SEEDS, split_seeds
 
+log = logging.getLogger(__name__)
+
 TOUR_QUALITY = 95  # JPEG quality; lower ones blur small digits
 TOURS, DEMOS = "tours", "demos"
+# Questions about what one camera shows; others are about the motion, whichever camera sees it.
+OF_ONE_CAMERA = frozenset({"side_of_goal", "side_of_object", "nearest", "count", "shape", "digit", "goal_colour"})
 
 
-def conversations_of(text: Mapping[str, Any]) -> list[Conversation]:
-    """What `text.json` of a demo says: its captions of the whole video, and all questions."""
+def conversations_of(text: Mapping[str, Any], without: Collection[str] = ()) -> list[Conversation]:
+    """What `text.json` of a demo says: its captions of the whole video, and all questions but those of some kinds."""
     told = [
         caption(c["text"], c.get("evidence"))
         for c in text.get("captions", [])
         if c.get("kind", "video") in ("caption", "video")
     ]
-    asked = [answer(q["question"], q["answer"], q["kind"], q.get("evidence")) for q in text.get("questions", [])]
+    asked = [
+        answer(q["question"], q["answer"], q["kind"], q.get("evidence"))
+        for q in text.get("questions", [])
+        if q["kind"] not in without
+    ]
     return told + asked
 
 
@@ -114,7 +124,7 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class DemoMaker:
     """Makes the sample of a demonstration: one frame per second, of longer ones `max_frames`, and its instruction as
-    caption where it has no text."""
+    caption where it has no text. Of a text about another camera, questions about the scene are left out."""
 
     camera: str | None
     image_size: int
@@ -136,8 +146,12 @@ class DemoMaker:
             encode_jpeg(fit_image(Image.fromarray(source.read(int(n))), self.image_size, self.fit), TOUR_QUALITY)
             for n in np.minimum(wanted, len(demo) - 1)
         ]
-        text = demo.path / "text.json"
-        conversations = conversations_of(json.loads(text.read_text())) if text.is_file() else []
+        path = demo.path / "text.json"
+        text = json.loads(path.read_text()) if path.is_file() else {}
+        described = text.get("camera", camera)  # texts of other sources name none
+        if described != camera:
+            _say_left_out(camera, described)
+        conversations = conversations_of(text, () if described == camera else OF_ONE_CAMERA)
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
             conversations.insert(0, caption(sentence, request="What is the robot told to do?"))
@@ -147,6 +161,17 @@ class DemoMaker:
 def _first_camera(demo: Demo) -> str:
     """The first that is calibrated, or the first of all where none is."""
     return min(demo.cameras, key=lambda name: bool(demo.cameras[name].uncalibrated))
+
+
+@cache  # once in a process
+def _say_left_out(camera: str, described: str) -> None:
+    log.warning(
+        "videos of camera %s: questions about the scene (%s) are left out, since the recording's text describes what "
+        "its camera %s shows",
+        camera,
+        ", ".join(sorted(OF_ONE_CAMERA)),
+        described,
+    )
 
 
 def robot_videos(
@@ -168,7 +193,8 @@ def robot_videos(
     Args:
         source: folder of demonstrations of any known format; None: tours from the simulator, with the options
             `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
-        camera: whose images; None: each demo's first. image_size, fit: of the images.
+        camera: whose images; None: each demo's first. Of a camera that a simulated recording's text does not describe
+            (it describes the first recorded), questions about the scene are left out. image_size, fit: of the images.
         val_fraction: whole demos, by the same rule as for training a policy.
         max_frames: of demonstrations of more seconds, so many evenly spaced ones.
 

@@ -13,12 +13,15 @@ import pytest
 from hydra.errors import InstantiationException
 
 from keygrip.config import compose
-from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter, write_demo
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import parse_conversations, read_sample
+from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.prepare import run
 from keygrip.recording import video_text
+from keygrip.recording.demonstrations import record
 from keygrip.recording.video_text import (
     DemoMaker,
     conversations_of,
@@ -156,6 +159,25 @@ def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
     plain = read_sample(ShardSet(tmp_path / "set" / "train"), 0, 48)
     assert [c.kind for c in plain.conversations] == ["caption"]
     assert plain.conversations[0].turns[1].text == "Pick up the red cube."
+
+
+def test_another_camera_is_asked_nothing_about_the_scene_of_the_first(tmp_path: Path) -> None:
+    task = TaskOptions(name="pick_place", distractors=2, digits=True)
+    record(task, tmp_path / "both", 1, image_size=96, cameras=("over", "front"), progress=False)
+    (reference,) = find_demos(tmp_path / "both")
+    demo = reference.read()
+    write_demo(demo, tmp_path / "front" / demo.name, cameras=["front"])
+    kinds: dict[tuple[str, str | None], set[str]] = {}
+    for source, camera in (("both", None), ("both", "front"), ("front", None)):
+        root = tmp_path / f"{source}-{camera}"
+        robot_videos(tmp_path / source, root, camera=camera, image_size=32, val_fraction=0, processes=1)
+        sample = read_sample(ShardSet(root / "train"), 0, 32)
+        kinds[source, camera] = {c.kind for c in sample.conversations}
+    every = kinds["both", None]
+    assert every >= {"digit", "count", "goal_colour", "held_at", "moved_colour"}
+    assert every & {"side_of_goal", "side_of_object"}
+    of_the_scene = {"side_of_goal", "side_of_object", "nearest", "count", "shape", "digit", "goal_colour"}
+    assert kinds["both", "front"] == kinds["front", None] == every - of_the_scene
 
 
 @pytest.mark.parametrize(("camera", "calibrated"), [("hand", True), ("hand", False), (None, False), (None, True)])

@@ -58,7 +58,7 @@ class DemoWriter:
             ends.
         fps: frames per second.
         source: free, must be JSON (simulator: task, seed, options, success).
-        text: {"captions": [...], "questions": [...]} or None.
+        text: {"captions": [...], "questions": [...]}, optionally "camera": whose image they are about; or None.
         video: one H.264 file per camera in place of JPEG files.
         uncalibrated: by camera, why its pose is not known; its `CameraPose`s then stand for nothing.
         jpeg_quality: 95 keeps the error of a pixel near that of the sensor; below 92 blocks show in heatmaps.

@@ -2,6 +2,7 @@
 
 `describe` returns what `text.json` of a demo holds:
 
+- `camera`: whose image questions about the scene and frame captions are of; the recorder adds it.
 - `captions`: {"text", "kind", "start_s", "end_s", "evidence"}; kind "video" tells the whole episode, "event" one thing
   that happens between two times, "frame" what one image shows (start = end).
 - `questions`: {"question", "answer", "kind", "evidence"}; the answer follows from the evidence, which is ground truth.
