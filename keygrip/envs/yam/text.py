@@ -245,6 +245,8 @@ def _ask_about_scene(trace: EpisodeTrace, ask: Ask) -> None:
         by_shape = Counter(p.shape for p in layout.placed)
         if trace.task.name == "reach":
             by_shape["ball"] += 1  # the ball to reach is one too
+        elif trace.task.name == "stack":
+            del by_shape["cube"]  # the block below, which is not placed, is a cube to the eye
         for shape, count in sorted(by_shape.items()):
             evidence = {"objects": [[p.colour, p.shape] for p in layout.placed]}
             ask(f"How many {shape}s are there?", str(count), "count", evidence)
