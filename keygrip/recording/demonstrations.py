@@ -288,8 +288,9 @@ class _Workers:
             ) from error
 
 
-# One cell per process, used for all its episodes.
-_worker: tuple[YamCell | HandoverCell, RecordSettings, Path] | None = None
+# Of a worker process: what it records and where, and its one cell, used for all its episodes.
+_worker: tuple[RecordSettings, Path] | None = None
+_cell: YamCell | HandoverCell | None = None
 
 
 def _build_cell(settings: RecordSettings) -> YamCell | HandoverCell:
@@ -301,10 +302,12 @@ def _build_cell(settings: RecordSettings) -> YamCell | HandoverCell:
 def _start_worker(settings: RecordSettings, root: Path, parent: int) -> None:
     global _worker
     prepare_worker(parent)
-    _worker = (_build_cell(settings), settings, root)
+    _worker = (settings, root)
 
 
 def _run_in_worker(seed: int) -> tuple[int, bool]:
+    global _cell
     assert _worker is not None
-    cell, settings, root = _worker
-    return seed, record_episode(cell, settings, root, seed)
+    settings, root = _worker
+    _cell = _cell or _build_cell(settings)  # not while the process starts: an error there reads as its death
+    return seed, record_episode(_cell, settings, root, seed)
