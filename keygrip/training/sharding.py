@@ -57,18 +57,14 @@ class ShardedStrategy(ModelParallelStrategy):
         The parent's takes a parameter's number in the optimiser's state for its place among all parameters of the
         module, frozen ones too, as it is in what this strategy saves. Every other one numbers them by the groups.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
         assert self.model is not None
         optimizers, self.optimizers = self.optimizers, []
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         finally:
             self.optimizers = optimizers
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"] if optimizers else [], strict=True):
-            named = named_state(saved, optimizer, self.model)
-            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
+            load_optimizer(saved, optimizer, self.model)
         return checkpoint
 
     def _determine_device_ids(self) -> list[int]:
@@ -88,6 +84,25 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
     fully_shard(module, mesh=mesh)
     for name in STEPS:
         register_fsdp_forward_method(module, name)
+
+
+def load_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> None:
+    """Loads an optimiser's whole stored state, which every process has, into that of a sharded module.
+
+    Parameters of which nothing is stored, since they had no gradient yet, have no state afterwards either: torch would
+    refuse them, or count the step of zeros by which it makes their moments.
+
+    Args:
+        saved: see `named_state`.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    named = named_state(saved, optimizer, module)
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=named, options=options)
+    for name, parameter in module.named_parameters():
+        if name not in named["state"]:
+            optimizer.state.pop(parameter, None)
 
 
 def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import keygrip
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
-from keygrip.training.sharding import named_state
+from keygrip.training.sharding import load_optimizer, named_state
 
 CONF = str(Path(__file__).parents[1] / "support" / "conf")
 TOY = [
@@ -63,6 +66,7 @@ def test_in_a_batch_script_of_several_tasks_a_command_without_srun_trains_alone(
     slurm |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     assert keygrip.train([*HERE, "strategy=cpu", "max_steps=2", f"run_dir={tmp_path}"])["status"] == "finished"
 
 
@@ -126,6 +130,36 @@ def test_stored_moments_get_the_names_of_their_parameters(numbered_by: str) -> N
     assert {name: id(state["exp_avg"]) for name, state in named["state"].items()} == {
         name: id(value) for name, value in moments.items()
     }
+
+
+def test_a_parameter_that_had_no_gradient_yet_has_no_moments_when_sharded(tmp_path: Path) -> None:
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.ModuleDict({"used": nn.Linear(3, 2), "late": nn.Linear(3, 2)})
+        return module, torch.optim.AdamW(module.parameters(), lr=0.1)
+
+    def train(module: nn.Module, optimizer: torch.optim.Optimizer, *parts: str) -> None:
+        optimizer.zero_grad()
+        sum(module[part](torch.ones(1, 3)).square().sum() for part in parts).backward()
+        optimizer.step()
+
+    module, optimizer = built()
+    train(module, optimizer, "used")
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(module.state_dict())
+    train(module, optimizer, "used", "late")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded, _ = built()
+        sharded.load_state_dict(weights)
+        for part in sharded.values():
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        of_sharded = torch.optim.AdamW(sharded.parameters(), lr=0.1)
+        load_optimizer(saved, of_sharded, sharded)
+        train(sharded, of_sharded, "used", "late")
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(sharded.state_dict()[name].full_tensor(), value)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
