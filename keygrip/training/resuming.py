@@ -39,7 +39,8 @@ MAY_DIFFER = (
     # what else has changed in the data is compared by hashes
     *("data.verify", "data.allow_changed"),
 )
-# Where data lie: they are compared by hashes, by data modules that say so, where training goes on with them.
+# Where data lie: they are compared by hashes, by data modules that say so, where training goes on with them and
+# data.verify=false does not leave the hashes out.
 PLACES = ("data.root", "data.sources.*.root")
 MUST_AGREE = ("callbacks.ema",)  # all other callbacks only watch and save
 
@@ -108,7 +109,7 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
         if "strategy.precision" in settings:
             accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
             settings["strategy.precision"] = named_precision(accelerator, precision)
-    may_differ = MAY_DIFFER if finished else (*LENGTH, *MAY_DIFFER, *_places(now))
+    may_differ = MAY_DIFFER if finished else (*LENGTH, *MAY_DIFFER, *_places(before, now))
     different = sorted(
         key
         for key in before.keys() | now.keys()
@@ -119,8 +120,10 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
     return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
-def _places(settings: dict[str, Any]) -> tuple[str, ...]:
-    target = settings.get("data._target_")
+def _places(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    if False in (before.get("data.verify"), now.get("data.verify")):
+        return ()
+    target = now.get("data._target_")
     return PLACES if target and getattr(get_class(target), "compares_contents", False) else ()
 
 

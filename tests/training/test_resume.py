@@ -393,6 +393,10 @@ def test_settings_that_change_no_weight_may_differ(name: str) -> None:
 
     assert differing_settings(settings("there"), settings("here")) == ""
     if name.endswith("root"):  # where contents are compared, and by whom
+        for verified, before in ((False, True), (True, False), (False, False)):
+            then, now = settings("there"), settings("here")
+            then["data"]["verify"], now["data"]["verify"] = before, verified
+            assert differing_settings(then, now | {"data": now["data"]}).startswith(name)
         assert name in differing_settings(settings("there"), settings("here"), finished=True)
         assert name in differing_settings(settings("there", "toy_parts.ToyData"), settings("here", "toy_parts.ToyData"))
 
