@@ -30,8 +30,8 @@ class ValidateBySteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        # of the steps in the settings it was said before
-        if steps < self.every_n_steps and steps != trainer.max_steps and trainer.enable_validation:
+        said = 0 < trainer.max_steps < self.every_n_steps  # by `no_validation`, which knows the settings alone
+        if steps < self.every_n_steps and not said and trainer.enable_validation:
             reason = f"val_every_n_steps={self.every_n_steps} is above the {steps} steps of this run"
             say_no_validation(reason, self.monitor)
         self._plan(trainer, due=trainer.global_step > 0)  # where Lightning leaves out that of a resumed step

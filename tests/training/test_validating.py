@@ -55,6 +55,7 @@ def test_every_so_many_steps_also_where_an_epoch_ends_one_early(
         ({"max_steps": 100, "max_epochs": 1}, "val_every_n_steps=6 is above the 5 steps of this run"),
         ({"max_steps": 5, "max_epochs": -1}, "val_every_n_steps=6 is above max_steps=5"),
         ({"max_steps": 5, "max_epochs": 1}, "val_every_n_steps=6 is above max_steps=5"),
+        ({"max_steps": 5, "max_epochs": 1, "data.samples": 24}, "val_every_n_steps=6 is above max_steps=5"),
         ({"max_steps": -1, "max_epochs": 2}, None),
     ],
 )
