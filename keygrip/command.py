@@ -178,7 +178,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return str(error), USER_ERROR
     if isinstance(error, Interrupted):
         further = "; go on with the same command, resume=true and hydra.sweep.dir=<its folder>"
-        return f"{error}{further if isinstance(error, SweepInterrupted) else ''}", 128 + error.signal_number
+        goes_on = isinstance(error, SweepInterrupted) and config_name == "train"
+        return f"{error}{further if goes_on else ''}", 128 + error.signal_number
     root = root_cause(error)
     where = ""
     if isinstance(error, InstantiationException):
@@ -208,7 +209,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     if lost:  # Hydra's words for a class of a package that is not there
         return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
     if type(root).__name__ == "UncompletedJobError":
-        return _without_result(str(root)), USER_ERROR
+        further = "; others may still run: when they have ended, the same command with resume=true makes the table"
+        return f"{_without_result(str(root))}{further if config_name == 'train' else ''}", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
@@ -231,11 +233,10 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
 def _without_result(message: str) -> str:
     """What submitit says of a job that died, without all that the job wrote."""
     found = re.match(r"Job (\S+) .*with path (.+)\n.*state: (\w+)", message)
-    job = one_line(ValueError(message.partition("\n")[0]))
-    if found:
-        log = found[2].replace("_result.pkl", "_log.err")
-        job = f"job {found[1]} of the cluster ended without a result (state {found[3]}): see {log}"
-    return f"{job}; others may still run: when they have ended, the same command with resume=true makes the table"
+    if found is None:
+        return one_line(ValueError(message.partition("\n")[0]))
+    log = found[2].replace("_result.pkl", "_log.err")
+    return f"job {found[1]} of the cluster ended without a result (state {found[3]}): see {log}"
 
 
 def _installation(package: str) -> str:

@@ -20,6 +20,7 @@ from hydra.errors import ConfigCompositionException
 from keygrip.command import describe_error
 from keygrip.config import compose
 from keygrip.training import run_folder
+from keygrip.training.signals import SweepInterrupted
 
 TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=toy", "data=toy", "strategy=cpu"]
 
@@ -296,11 +297,16 @@ def test_a_job_of_a_cluster_that_died_is_named_with_its_log() -> None:
         "Job 12_3 (task: 0) with path /a b/12_3_0_result.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\n"
         "Error stream produced:\n----------------------------------------\nstep 1\nstep 2\n"
     )
-    expected = (
-        "job 12_3 of the cluster ended without a result (state OUT_OF_MEMORY): see /a b/12_3_0_log.err; others may "
-        "still run: when they have ended, the same command with resume=true makes the table"
-    )
-    assert describe_error(UncompletedJobError(said), "train", []) == (expected, 1)
+    expected = "job 12_3 of the cluster ended without a result (state OUT_OF_MEMORY): see /a b/12_3_0_log.err"
+    further = "; others may still run: when they have ended, the same command with resume=true makes the table"
+    assert describe_error(UncompletedJobError(said), "train", []) == (expected + further, 1)
+    assert describe_error(UncompletedJobError(said), "evaluate", []) == (expected, 1)  # which has no resume
+
+
+def test_a_sweep_that_was_stopped_says_how_to_go_on_where_it_can() -> None:
+    stopped, further = SweepInterrupted("stopped by SIGTERM"), "; go on with the same command, resume=true and "
+    assert describe_error(stopped, "train", []) == (f"stopped by SIGTERM{further}hydra.sweep.dir=<its folder>", 143)
+    assert describe_error(stopped, "evaluate", []) == ("stopped by SIGTERM", 143)
 
 
 def test_debug_shows_the_trace(cli: Callable[..., Any]) -> None:
