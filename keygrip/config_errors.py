@@ -118,10 +118,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     if continuous:
         kind = continuous.group(1).lower()
         given = " ".join(each for each in overrides if each.partition("=")[2].startswith(f"{kind}(")) or "a setting"
-        return (
-            f"{given}: a sweep here takes values and no {kind}, for nothing searches: give NAME=1,2,3 or "
-            "NAME=range(1,4)"
-        )
+        return f"{given}: a sweep runs listed values and does not search an {kind}: give NAME=1,2,3 or NAME=range(1,4)"
     mandatory = re.search(r"Missing mandatory value: (\S+)", causes)
     if mandatory:
         return f"the setting {mandatory.group(1)} has no value: give {mandatory.group(1)}=..."

@@ -19,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from keygrip.training.run_folder import resume_setting
-from keygrip.training.sweeps import found_before, record_finished
+from keygrip.training.sweeps import forget_result, found_before, record_finished
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ class ProcessLauncher(Launcher):
         setup_globals()
         assert self.config is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        free = self._shares()
         jobs = [self._job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
         waiting = [job for job in jobs if not job.finished]
+        free = self._shares(min(self.jobs_at_once, len(waiting)))
         running: list[_Job] = []
         returns = {job.number: _returned(job) for job in jobs if job.finished}
         if returns:
@@ -77,7 +77,7 @@ class ProcessLauncher(Launcher):
         log.info("%d jobs, %d at a time; each writes output.log in its folder", total, self.jobs_at_once)
         try:
             while waiting or running:
-                while waiting and len(running) < self.jobs_at_once:
+                while waiting and free:
                     running.append(self._start(waiting.pop(0), free.pop(0)))
                 time.sleep(0.05)
                 for job in [job for job in running if job.process and job.process.poll() is not None]:
@@ -96,25 +96,25 @@ class ProcessLauncher(Launcher):
             raise
         return [returns[number] for number in sorted(returns)]
 
-    def _shares(self) -> list[list[str]]:
-        """The GPUs of each of the jobs that run side by side, by the names that this process has for its own.
+    def _shares(self, at_once: int) -> list[list[str]]:
+        """The GPUs of each of ``at_once`` jobs side by side, by the names that this process has for its own.
 
         Raises:
             ValueError: there are fewer.
         """
-        if not self.gpus_per_job:
-            return [[] for _ in range(self.jobs_at_once)]
+        if not self.gpus_per_job or not at_once:
+            return [[] for _ in range(at_once)]
         import torch  # takes seconds, and Hydra imports this file for every command
 
         count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
-        if self.jobs_at_once * self.gpus_per_job > count:
+        if at_once * self.gpus_per_job > count:
             shown = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
             raise ValueError(
-                f"hydra.launcher: jobs_at_once={self.jobs_at_once} with gpus_per_job={self.gpus_per_job}, and {count} "
-                f"GPUs are seen{shown}: lower one of the two"
+                f"hydra.launcher: {at_once} jobs at once with gpus_per_job={self.gpus_per_job}, and {count} GPUs are "
+                f"seen{shown}: lower jobs_at_once or gpus_per_job"
             )
-        return [names[s * self.gpus_per_job : (s + 1) * self.gpus_per_job] for s in range(self.jobs_at_once)]
+        return [names[s * self.gpus_per_job : (s + 1) * self.gpus_per_job] for s in range(at_once)]
 
     def _job(self, number: int, overrides: list[str]) -> _Job:
         assert self.hydra_context is not None
@@ -132,6 +132,8 @@ class ProcessLauncher(Launcher):
     def _start(self, job: _Job, gpus: list[str]) -> _Job:
         job.gpus, job.started = gpus, time.perf_counter()
         job.folder.mkdir(parents=True, exist_ok=True)
+        assert self.config is not None
+        forget_result(self.config, job.folder)
         environment = dict(os.environ)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -23,6 +23,7 @@ from keygrip.config import quoted
 from keygrip.config_errors import one_line, root_cause
 from keygrip.training.launch import is_first_process, restarted_by_scheduler, started_together
 from keygrip.training.results import (
+    DRY_RUN,
     FAILED,
     FINISHED,
     INTERRUPTED,
@@ -77,6 +78,8 @@ def run_job(
         return read_result(folder).get("metrics")
     if "resume" in cfg:
         cfg.resume = resume
+    if is_first_process():
+        forget_result(cfg, folder)
     try:
         if any(override.startswith("run_dir=") for override in overrides):
             raise ValueError("a sweep has a folder of each job: give hydra.sweep.dir=<folder> in place of run_dir")
@@ -114,9 +117,16 @@ def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tup
     return finished, (folder / CHECKPOINT).is_file()
 
 
+def forget_result(cfg: DictConfig, folder: Path) -> None:
+    """Removes what a job of a command that cannot resume left before the scheduler started it again: it would count as
+    the outcome of the job that now begins."""
+    if "resume" not in cfg:
+        (folder / RESULT).unlink(missing_ok=True)
+
+
 def record_finished(folder: Path, overrides: Sequence[str], figures: Any, seconds: float) -> None:
-    """Writes that a job finished, with the numbers among its ``figures``, where it has not done so itself."""
-    if read_result(folder).get("status") != FINISHED:
+    """Writes that a job finished, with the numbers among its ``figures``, where it has not written its end itself."""
+    if read_result(folder).get("status") not in (FINISHED, DRY_RUN):
         result = {"overrides": list(overrides), "metrics": numbers(figures), "wall_s": round(seconds, 1)}
         write_result(folder, {"status": FINISHED, **result})
 
@@ -139,10 +149,12 @@ class SweepSummary(Callback):
         try:
             folder = given_path("hydra.sweep.dir", config.hydra.sweep.dir)
             jobs = planned_jobs(config)
+            going_on = None
             if "resume" in config:
                 given = (o.partition("=")[2] for job in jobs for o in job if o.startswith("resume="))
-                going_on = [whole_sweep(resume) for resume in (config.resume, *given)]
-                _refuse_other_sweep(folder, any(going_on))
+                resumed = [whole_sweep(resume) for resume in (config.resume, *given)]  # each may be refused
+                going_on = any(resumed)
+            _refuse_other_sweep(folder, going_on)
         except ValueError as error:
             raise SweepRefused(one_line(root_cause(error))) from error
         made = not folder.exists()
@@ -156,21 +168,23 @@ class SweepSummary(Callback):
         _open_sweeps[folder] = made
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        finish_sweep(Path(config.hydra.sweep.dir))
+        _finish_or_say(Path(config.hydra.sweep.dir))
 
 
-def _refuse_other_sweep(folder: Path, resume: bool) -> None:
-    """Raises ValueError: the folder holds a sweep that is not to go on, or none and one is to go on."""
+def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
+    """Raises ValueError: the folder holds a sweep that is not to go on, or none and one is to go on.
+
+    Args:
+        resume: whether it is to; None: the command has no such setting.
+    """
     planned = (folder / PLAN).is_file()
     if resume and not planned:
         beside = newest_sweep(folder.parent)
         hint = "leave out resume=true" if beside is None else f"the newest beside it is hydra.sweep.dir={beside}"
         raise ValueError(f"nothing to resume: {folder} holds no sweep; {hint}")
     if planned and not resume and not restarted_by_scheduler():
-        raise ValueError(
-            f"{folder} already holds a sweep: continue it with its command and resume=true, or give another "
-            "hydra.sweep.dir"
-        )
+        hint = "" if resume is None else "continue it with its command and resume=true, or "
+        raise ValueError(f"{folder} already holds a sweep: {hint}give another hydra.sweep.dir")
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]]:
@@ -202,7 +216,6 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     kept as a record; TensorBoard gets hparams. ``loss_against_compute.png`` (in TensorBoard too) has a curve for each
     job that logged its loss, and of its accuracy where it logged one.
     """
-    _open_sweeps.pop(folder, None)
     rows = collect(folder)
     header, lines = table(rows)
     with atomic_write(folder / "summary.csv", "w") as file:
@@ -211,30 +224,41 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     write_text(folder / "summary.md", text + "\n")
     write_json(folder / "summary.json", _record(folder, rows))
     _write_hparams(folder, rows)
-    bad = [row for row in rows if row["status"] != FINISHED]
+    bad = [row for row in rows if row["status"] not in (FINISHED, DRY_RUN)]
     sys.stderr.write(f"\n{text}\n\n{len(rows) - len(bad)} of {len(rows)} jobs finished: {folder / 'summary.csv'}\n")
     if bad:
         names = ", ".join(f"{row['job']} ({row['status']})" for row in bad)
         _failures.append(f"{len(bad)} of {len(rows)} jobs of the sweep did not finish: {names}; see {folder}")
+    _open_sweeps.pop(folder, None)  # only now: `close_sweeps` makes a table that a signal broke off
     _draw_losses(folder, rows)
     return rows
 
 
 def close_sweeps() -> list[str]:
     """Finishes sweeps that were cut off, and removes what those left of which no job began; one line for each sweep
-    with jobs that did not finish."""
-    for folder in list(_open_sweeps):
+    with jobs that did not finish, and for each whose table or figure could not be made."""
+    for folder, made in list(_open_sweeps.items()):
         with contextlib.suppress(OSError):
             if {path.name for path in folder.iterdir()} <= {PLAN, MULTIRUN}:  # no job began: the settings were refused
                 for path in folder.iterdir():
                     path.unlink()
-                if _open_sweeps.pop(folder):
+                if made:
                     remove_if_empty(folder)
-            else:
-                finish_sweep(folder)
+                del _open_sweeps[folder]
+    for folder in list(_open_sweeps):
+        _finish_or_say(folder)
     lines = list(_failures)
     _failures.clear()
     return lines
+
+
+def _finish_or_say(folder: Path) -> None:
+    """`finish_sweep`; what goes wrong in it becomes a line of `close_sweeps`: Hydra makes a warning of a callback's."""
+    try:
+        finish_sweep(folder)
+    except Exception as error:
+        _open_sweeps.pop(folder, None)
+        _failures.append(f"the summary of the sweep in {folder} is not whole: {one_line(root_cause(error))}")
 
 
 def _command(config: DictConfig) -> str:
@@ -382,8 +406,8 @@ def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
     Raises:
         ValueError: the job uses more than one device, and its launcher started one process for it.
     """
-    serial = launcher.endswith(("BasicLauncher", "JoblibLauncher"))
-    started = "LOCAL_RANK" in os.environ if serial else started_together() > 1
+    in_one_process = launcher.endswith(("BasicLauncher", "JoblibLauncher"))
+    started = "LOCAL_RANK" in os.environ if in_one_process else started_together() > 1
     if started or cfg.get("strategy") is None:
         return
     from hydra.utils import instantiate

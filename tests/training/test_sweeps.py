@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from keygrip.artifacts import locked, write_json
 from keygrip.config import compose, config_folder
+from keygrip.training import sweeps
 from keygrip.training.results import read_result, write_result
 from keygrip.training.run_folder import PLAN
+from keygrip.training.signals import Interrupted
 from keygrip.training.sweeps import _refuse_several_devices, collect, finish_sweep, markdown, run_job, table
 
 TOY = [
@@ -146,12 +150,18 @@ def test_processes_share_out_the_gpus_that_the_command_sees(
     assert cli(*TOY, *given, "seed=1,2").code == 0
     assert [job.env["CUDA_VISIBLE_DEVICES"] for job in processes] == ["4,5", "6,GPU-7"]
     processes.clear()
-    outcome = cli(*TOY, *given, "hydra.launcher.jobs_at_once=3", "seed=1,2", "hydra.sweep.dir=more")
+    more = (*TOY, *given, "hydra.launcher.jobs_at_once=3", "hydra.sweep.dir=more")
+    outcome = cli(*more, "seed=1,2,3")
     assert outcome.code == 1
-    said = "and 4 GPUs are seen with CUDA_VISIBLE_DEVICES=4,5,6,GPU-7: lower one of the two"
-    assert outcome.err.splitlines()[-1] == f"keygrip: hydra.launcher: jobs_at_once=3 with gpus_per_job=2, {said}"
+    said = "and 4 GPUs are seen with CUDA_VISIBLE_DEVICES=4,5,6,GPU-7: lower jobs_at_once or gpus_per_job"
+    assert outcome.err.splitlines()[-1] == f"keygrip: hydra.launcher: 3 jobs at once with gpus_per_job=2, {said}"
     assert processes == []
     assert not Path("more").exists()
+    assert cli(*more, "seed=1,2").code == 0  # there are no three
+    assert [job.env["CUDA_VISIBLE_DEVICES"] for job in processes] == ["4,5", "6,GPU-7"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli(*more, "seed=1,2", "resume=true").code == 0  # both finished: none needs a GPU
+    assert len(processes) == 2
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "sweep").glob("*.yaml")))
@@ -239,6 +249,78 @@ def test_a_sweep_is_not_written_over_another(cli: Callable[..., Any]) -> None:
     assert Path("sweep", PLAN).read_text() == plan
 
 
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_sweep_of_a_command_that_cannot_resume_counts_no_earlier_result(
+    launcher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: list[SimpleNamespace],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from keygrip import command, prepare
+
+    given = ["-m", f"hydra/launcher={launcher}", "step=validate", "root=none1,none2", "hydra.sweep.dir=sweep"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", *given])
+    write_json(Path("sweep", PLAN), {"jobs": [["step=validate", "root=none1"], ["step=validate", "root=none2"]]})
+    before = {"status": "finished", "overrides": ["step=validate", "root=none1"], "metrics": {"problems": 0}}
+    write_result(Path("sweep/0"), before)
+    with pytest.raises(SystemExit):
+        command.entry_point("prepare", prepare.print_report)
+    said = "keygrip: sweep already holds a sweep: give another hydra.sweep.dir"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert read_result(Path("sweep/0")) == before
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with contextlib.suppress(SystemExit):
+        command.entry_point("prepare", prepare.print_report)
+    outcome = "failed" if launcher == "basic" else "finished"  # where no process runs
+    assert [(row["status"], row["metrics"]) for row in collect(Path("sweep"))] == [(outcome, {})] * 2
+
+
+def test_the_report_of_a_dry_run_is_kept(
+    cli: Callable[..., Any], processes: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra_plugins.keygrip_launcher.processes import ProcessLauncher
+
+    report = {"status": "dry run", "dry_run": {"memory_gb": 3.5}, "metrics": {}}
+
+    def ended(self: Any, job: Any) -> Any:
+        write_result(job.folder, report | {"overrides": job.overrides})
+        return former(self, job)
+
+    former = ProcessLauncher._ended
+    monkeypatch.setattr(ProcessLauncher, "_ended", ended)
+    outcome = cli(*TOY, "hydra/launcher=processes", "dry_run=true", "seed=1,2")
+    assert (outcome.code, len(processes)) == (0, 2)
+    assert read_result(Path("sweep/1"))["dry_run"] == report["dry_run"]
+    assert [row["status"] for row in rows_of(Path("sweep"))] == ["dry run"] * 2
+
+
+def test_a_table_that_cannot_be_written_is_an_error(cli: Callable[..., Any], processes: list[SimpleNamespace]) -> None:
+    Path("sweep/summary.csv").mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outcome = cli(*TOY, "hydra/launcher=processes", "seed=1,2")
+    assert (outcome.code, len(processes)) == (1, 2)
+    said = r"keygrip: the summary of the sweep in sweep is not whole: Is a directory: .*"
+    assert re.fullmatch(said, outcome.err.splitlines()[-1])
+    Path("sweep/summary.csv").rmdir()
+    assert cli(*TOY, "hydra/launcher=processes", "seed=1,2", "resume=true").code == 0
+
+
+def test_a_table_that_a_signal_broke_off_is_made(
+    cli: Callable[..., Any], processes: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collect_once(folder: Path) -> Any:
+        monkeypatch.setattr(sweeps, "collect", collect)
+        raise Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(sweeps, "collect", collect_once)
+    outcome = cli(*TOY, "hydra/launcher=processes", "seed=1,2")
+    assert (outcome.code, len(processes)) == (143, 2)
+    assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished"] * 2
+
+
 def test_several_devices_in_one_process_are_refused(cli: Callable[..., Any]) -> None:
     outcome = cli(*TOY, "strategy=ddp_cpu", "optimizer.lr=0.01,0.1")
     assert outcome.code == 1
@@ -294,7 +376,7 @@ def test_jobs_with_the_same_overrides_have_rows_of_their_own(tmp_path: Path) -> 
     [
         (
             "optimizer.lr=interval(0.1,1)",
-            r"^keygrip: optimizer\.lr=interval\(0\.1,1\): a sweep here takes values and no interval, .*range\(1,4\)$",
+            r"^keygrip: \S+=interval\(0\.1,1\): a sweep runs listed values and does not search an interval: .*\(1,4\)$",
         ),
         ("optimizer=adamw,nothing", r"^keygrip: no option 'nothing' in group 'optimizer'"),
     ],
