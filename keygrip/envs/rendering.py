@@ -175,6 +175,8 @@ class CameraViews:
 
 def substeps_of(hz: float, timestep: float) -> int:
     """Steps of the physics in a control period. Raises ValueError: a period that is not whole steps."""
+    if not hz > 0:
+        raise ValueError(f"hz={hz}: give a rate above 0")
     substeps = round(1 / hz / timestep)
     if abs(substeps * timestep - 1 / hz) > 1e-9:
         raise ValueError(f"hz={hz}: a period must be whole steps of {timestep} s; use 5, 10, 20 or 50")

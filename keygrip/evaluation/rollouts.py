@@ -4,7 +4,7 @@ workers of another Python environment run the same loop."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,11 @@ def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> N
             f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
         )
     # one arm is one arm, whatever both sides call it; of another kind `arms` is the package's own matter
-    order = getattr(environment, "arms", None) if arms > 1 else None
-    if not isinstance(order, (tuple, list)) or not all(isinstance(name, str) for name in order):
+    given = getattr(environment, "arms", None) if arms > 1 else None
+    order = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    if not all(isinstance(name, str) for name in order):
         return
-    if list(needs.arms) != list(order) and sorted(needs.arms) == sorted(order):
+    if list(needs.arms) != order and sorted(needs.arms) == sorted(order):
         raise ValueError(
             f"the policy's arms are {', '.join(needs.arms)} in this order, the environment gives {', '.join(order)}: "
             f"plans would move the wrong arm; train with data.arms=[{','.join(order)}]"

@@ -90,22 +90,25 @@ def evaluate_modes(
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
     frames_seen, too_long, unanswered = 0, list[str](), list[str]()
-    for number, batch in enumerate(Progress(batches, desc="evaluate", unit="batch")):
-        if number == 1:  # the first batch warmed everything up, in the encoder and the first mode
+    with_frames = 0
+    for batch in Progress(batches, desc="evaluate", unit="batch"):
+        batch = batch.to(module.device)
+        frames = int(batch.frame_mask.sum())
+        with_frames += bool(frames)
+        if frames and with_frames == 2:  # the first such batch warmed everything up, in the encoder and the first mode
             seconds.clear()
             frames_seen = 0
-        batch = batch.to(module.device)
-        frames_seen += int(batch.frame_mask.sum())
+        frames_seen += frames
         videos.update(f"videos_of_{length}" for length in _octaves(batch))
         asked = _asked(module, batch, max_new_tokens)
         too_long += asked.too_long
         unanswered += asked.unanswered
         with timed(seconds, ENCODER, module.device):
-            frames, rows = module.inputs(batch)
-            kv = encoded(module.network, frames, rows.frame_counts)
+            inputs, rows = module.inputs(batch)
+            kv = encoded(module.network, inputs, rows.frame_counts)
         for mode, (of_network, refinement) in evaluated.items():
             with timed(seconds, mode, module.device):
-                output = module.network(frames, rows, of_network, refinement, kv)
+                output = module.network(inputs, rows, of_network, refinement, kv)
                 scored = module.score(output, batch)
                 scores[mode].add(scored, batch.kind)
                 by_length[mode].add(scored, _kinds_and_lengths(batch))
@@ -115,7 +118,7 @@ def evaluate_modes(
                 for kind, where in attention_on_targets(module.network, output, rows, batch, "all"):
                     looked[mode][f"{kind}_all_blocks"].append(where)
             if mode in modes:
-                said[mode] += _generated(module, batch, asked, frames, kv, mode, max_new_tokens)
+                said[mode] += _generated(module, batch, asked, inputs, kv, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
     if unanswered:

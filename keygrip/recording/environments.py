@@ -47,6 +47,8 @@ def record_step(
     for name, value in (unread or {}).items():
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
+    if hz is not None and not hz > 0:
+        raise ValueError(f"hz={hz}: give a rate above 0")
     rate = DEFAULT_HZ if hz is None else hz
     if isinstance(env_task, GymnasiumTask):
         given: dict[str, Any] = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "depth": depth or None}

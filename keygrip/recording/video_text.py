@@ -148,7 +148,7 @@ class DemoMaker:
         ]
         path = demo.path / "text.json"
         text = json.loads(path.read_text()) if path.is_file() else {}
-        described = text.get("camera", camera)  # texts of other sources name none
+        described = text.get("camera") or camera  # texts of other sources name none
         if described != camera:
             _say_left_out(camera, described)
         conversations = conversations_of(text, () if described == camera else OF_ONE_CAMERA)
@@ -193,8 +193,9 @@ def robot_videos(
     Args:
         source: folder of demonstrations of any known format; None: tours from the simulator, with the options
             `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
-        camera: whose images; None: each demo's first. Of a camera that a simulated recording's text does not describe
-            (it describes the first recorded), questions about the scene are left out. image_size, fit: of the images.
+        camera: whose images; None: each demo's first that is calibrated, or its first. Of a camera that a simulated
+            recording's text does not describe (it describes the first recorded), questions about the scene are left
+            out. image_size, fit: of the images.
         val_fraction: whole demos, by the same rule as for training a policy.
         max_frames: of demonstrations of more seconds, so many evenly spaced ones.
 

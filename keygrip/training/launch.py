@@ -26,13 +26,15 @@ def tasks_of_srun() -> int:
 
 def name_of_start() -> str:
     """What all processes that torchrun or srun started for this run have in common, and those of another start have
-    not, as far as the launcher tells; empty without them."""
+    not; empty without them, and where the launcher gives no such name."""
     if started_together() == 1:
         return ""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     told = [os.environ.get(name, "") for name in names]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine: it is the parent of all
         told.append(str(os.getppid()))
+    elif os.environ.get("TORCHELASTIC_RUN_ID") == "none":  # on several, by its usual name and port: as all others
+        return ""
     return ":".join(told)
 
 

@@ -23,6 +23,7 @@ from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_hashes, read_manifest
 from keygrip.data.robot.schema import Demo
 from keygrip.data.video import frames_between, read_frame, write_video
+from keygrip.training.launch import name_of_start
 
 Make = Callable[..., RobotDemos]
 FRAME = Path("rgb/over/000005.jpg")
@@ -107,9 +108,20 @@ TORCHRUN = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE"
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
 LAUNCHERS = {  # variables of the first process and of the second one of a start, and of the next start
     "torchrun": (TORCHRUN | {"LOCAL_RANK": "0"}, TORCHRUN | {"LOCAL_RANK": "1"}, TORCHRUN | {"MASTER_PORT": "1"}),
-    "srun": (SRUN | {"SLURM_PROCID": "0"}, SRUN | {"SLURM_PROCID": "1"}, SRUN | {"SLURM_JOB_ID": "8"}),
+    "srun": (SRUN | {"SLURM_PROCID": "0"}, SRUN | {"SLURM_PROCID": "1"}, SRUN | {"SLURM_STEP_ID": "1"}),
     "lightning": ({}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {}),
 }
+
+
+def test_starts_that_their_launcher_gives_one_name_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun on several machines without a name of its own: the same words at every start."""
+    for name, value in (TORCHRUN | {"MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    assert name_of_start()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert name_of_start() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert name_of_start()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
