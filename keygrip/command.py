@@ -209,8 +209,9 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     if lost:  # Hydra's words for a class of a package that is not there
         return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
     if type(root).__name__ == "UncompletedJobError":
-        further = "; others may still run: when they have ended, the same command with resume=true makes the table"
-        return f"{_without_result(str(root))}{further if config_name == 'train' else ''}", USER_ERROR
+        further = ": when they have ended, the same command with resume=true makes the table"
+        said = f"{_without_result(str(root))}; others may still run{further if config_name == 'train' else ''}"
+        return said, USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):

@@ -58,8 +58,11 @@ COMMON = {
     "logger": "none: the progress line and result.json alone",
     "takeover": "null: no corrections",
 }
-# Folders of ablations that are not called as the model whose recipes they change.
-ABLATED_MODELS = {"vlm_claims": "foveated_vlm", "yam_depth": "geometry_vla"}
+# Folders of ablations that are not called as the model whose recipes they change, and the models.
+ABLATED_MODELS = {
+    "vlm_claims": ("foveated_vlm",),
+    "yam_depth": ("volume_query", "coordinate_regression", "geometry_vla"),
+}
 WIDTH = 120
 LONGEST_SETTING = 72  # longer values are cut, so that the reason stays in sight
 
@@ -117,9 +120,11 @@ def _examples(command: str) -> list[str]:
 def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str]) -> str:
     options = group_options(group.partition("@")[0], overrides)
     if group == "ablation":  # those of other models have no effect here
-        model = choices.get("model") or ""
-        folders = ((name, name.partition("/")[0]) for name in options)
-        options = [name for name, folder in folders if model.startswith(ABLATED_MODELS.get(folder, folder))]
+        model, models = choices.get("model") or "", group_options("model", overrides)
+        folders = {name: name.partition("/")[0] for name in options}
+        own = {folder for folder in folders.values() if any(each.startswith(folder) for each in models)}
+        of = {folder: ABLATED_MODELS.get(folder, (folder,) if folder in own else ("",)) for folder in folders.values()}
+        options = [name for name, folder in folders.items() if model.startswith(of[folder])]
     return " | ".join(options) or "none for this model"
 
 

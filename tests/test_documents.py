@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -130,9 +131,12 @@ def test_the_virtual_environment_of_make_is_one_that_the_documents_enter() -> No
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_make_metaworld_begins_other_runs_and_goes_on_with_its_own(tmp_path: Path) -> None:
+    others = ("MAKEFLAGS", "DEMOS", "STEPS", "METAWORLD_RUN", "METAWORLD_DATA")
+    plain = {name: value for name, value in os.environ.items() if name not in others}
+
     def said(*settings: str) -> list[str]:
-        command = ["make", "-n", "-o", "metaworld-test", "metaworld", *settings]
-        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        command = ["make", "-n", "-f", str(ROOT / "Makefile"), "-o", "metaworld-test", "metaworld", *settings]
+        text = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True, check=True).stdout
         return re.findall(r"run_dir=(\S+)|(resume=true)|checkpoint=(\S+)", text)
 
     commands = re.findall(

@@ -98,6 +98,7 @@ def test_ablations_are_listed_with_the_model_whose_recipes_they_change() -> None
     found = [listed(name) for name in ("volume_query", "foveated_vlm", "geometry_vla", "patch_dit")]
     assert "vlm_claims/recipe" in found[1]
     assert "yam_depth/geometry_vla" in found[2]
+    assert "yam_depth/volume_query" in found[0]
     assert "vlm_claims" not in found[0]
     shown = {name for text in found for name in re.split(r"[\s|]+", text)}
     assert {name.partition("/")[0] for name in group_options("ablation")} == {each.partition("/")[0] for each in shown}

@@ -99,6 +99,8 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
     checkpoint = evaluated.checkpoint
     if not hasattr(module, "policy"):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
+    if not cfg.open_loop and "root" in (plain(cfg.data) or {}) and evaluated.config.data.get("root") is None:
+        raise ValueError("data.root has no effect with open_loop=false: the run says itself how its data were recorded")
     env = environment_settings(_data_there(evaluated.config.data, cfg.data), plain(cfg.env), evaluated.trust)
     changes = plain(cfg.task) or {}
     conditions: dict[str, Any] = {}

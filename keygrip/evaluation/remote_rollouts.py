@@ -102,8 +102,8 @@ def _server_classes() -> tuple[type[Limits], type[PolicyServer]]:
 def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
     """The address of a server of a policy for so many workers, as long as the block lasts. One that dies leaves its
     session open, and is started again once an episode."""
-    limits_of, server_of = _server_classes()
-    limits = limits_of(
+    limits_class, server_class = _server_classes()
+    limits = limits_class(
         requests=processes + 4,
         waiting=processes + 1,
         sessions=processes + episodes,
@@ -111,7 +111,7 @@ def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
         stuck_s=600.0,
         idle_s=600.0,
     )
-    server = server_of(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
+    server = server_class(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
     address: list[str] = []
     known, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()

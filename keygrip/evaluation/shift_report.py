@@ -22,7 +22,7 @@ from keygrip.artifacts import atomic_write, write_text
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.training.results import FINISHED, RESULT, read_result
 from keygrip.training.run_folder import PLAN
-from keygrip.training.sweeps import collect, markdown
+from keygrip.training.sweeps import collect, failure_said_at_end, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +94,8 @@ class ShiftReport(Callback):
     """Hydra callback: makes the report when the sweep has ended."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        make_report(Path(config.hydra.sweep.dir))
+        with failure_said_at_end(f"no report of the shifts in {config.hydra.sweep.dir}"):
+            make_report(Path(config.hydra.sweep.dir))
 
 
 def make_report(sweep_dir: str | Path) -> list[Cell]:

@@ -33,7 +33,7 @@ TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} stands fo
 TUPLE = "__tuple__"
 LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
 DEEPEST = 64
-USERINFO = re.compile(r"""://[^/?#\s,\[\]"']*@""")
+USERINFO = re.compile(r"://[^/?#\s]*@")
 USAGE = 'import keygrip\n\nmodel = keygrip.load("{name}")'
 # What Lightning and the callbacks store for training alone.
 TRAINING_ONLY = frozenset(

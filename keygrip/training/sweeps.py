@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tup
 def forget_result(cfg: DictConfig, folder: Path) -> None:
     """Removes what a job of a command that cannot resume left before the scheduler started it again: it would count as
     the outcome of the job that now begins."""
-    if "resume" not in cfg:
+    if "resume" not in cfg and restarted_by_scheduler():
         (folder / RESULT).unlink(missing_ok=True)
 
 
@@ -253,12 +253,23 @@ def close_sweeps() -> list[str]:
 
 
 def _finish_or_say(folder: Path) -> None:
-    """`finish_sweep`; what goes wrong in it becomes a line of `close_sweeps`: Hydra makes a warning of a callback's."""
+    with failure_said_at_end(f"the summary of the sweep in {folder} is not whole"):
+        try:
+            finish_sweep(folder)
+        except Exception:
+            _open_sweeps.pop(folder, None)
+            raise
+
+
+@contextlib.contextmanager
+def failure_said_at_end(what: str) -> Iterator[None]:
+    """What goes wrong inside a callback of a sweep's end becomes a line of `close_sweeps`, and the command's exit code
+    1: Hydra makes a warning of it."""
     try:
-        finish_sweep(folder)
+        yield
     except Exception as error:
-        _open_sweeps.pop(folder, None)
-        _failures.append(f"the summary of the sweep in {folder} is not whole: {one_line(root_cause(error))}")
+        log.debug("%s", what, exc_info=True)
+        _failures.append(f"{what}: {one_line(root_cause(error))}")
 
 
 def _command(config: DictConfig) -> str:

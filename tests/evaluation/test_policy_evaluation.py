@@ -186,3 +186,5 @@ def test_the_folder_to_which_demonstrations_have_moved_says_how_they_were_record
             settings(run)
     run.config.data.root = None  # recorded for the run, which itself says how
     assert settings(run, [f"data.root={tmp_path / 'new'}", *env])[0].image_size == 32
+    with pytest.raises(ValueError, match=r"data\.root has no effect with open_loop=false"):
+        settings(run, [f"data.root={tmp_path / 'new'}", "open_loop=false", *env])

@@ -299,7 +299,7 @@ def test_the_report_of_a_dry_run_is_kept(
 def test_a_table_that_cannot_be_written_is_an_error(cli: Callable[..., Any], processes: list[SimpleNamespace]) -> None:
     Path("sweep/summary.csv").mkdir(parents=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="Callback ")
         outcome = cli(*TOY, "hydra/launcher=processes", "seed=1,2")
     assert (outcome.code, len(processes)) == (1, 2)
     said = r"keygrip: the summary of the sweep in sweep is not whole: Is a directory: .*"

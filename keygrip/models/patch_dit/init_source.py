@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,11 +185,15 @@ def _by_name(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     for key in ("ema", "ema_state_dict", "model_ema"):
         if key in sets and _tensors(sets.get(trained, {})) <= _tensors(sets[key]):
             return key, sets[key]
+        if key in sets:
+            log.warning("the EMA under %r is left out: it lacks weights of %r, or names them otherwise", key, trained)
     return (trained, sets[trained]) if trained else ("", content)
 
 
 def _tensors(weights: Mapping[str, Any]) -> set[str]:
-    return {str(name).removeprefix("module.") for name, value in weights.items() if isinstance(value, Tensor)}
+    """Names of tensors without what wrappers put before them."""
+    names = {str(name) for name, value in weights.items() if isinstance(value, Tensor)}
+    return {re.sub(r"^((module|_orig_mod|model|network)\.)+", "", name) for name in names}
 
 
 def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:

@@ -21,6 +21,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +299,7 @@ def translated(
                 renamed = whole.removeprefix(wrapper)
             idle -= {pattern} if renamed != plain else set()
             plain = renamed
-        entries.append(_Entry(name, plain, value, by_rule=plain != start))
+        entries.append(_Entry(name, plain, value, by_rule=_in_block(plain) != _in_block(start)))
     if idle:
         raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
     of_source = has_source_names(weights) or has_source_names(entry.plain for entry in entries)
@@ -320,10 +321,7 @@ def translated(
         new = parts if fits else {_own_name(name, own): value}
         for part in new.keys() & found.keys():
             if not torch.equal(found[part], new[part]):
-                raise ValueError(
-                    f"{origin[part]} and {name} of the file are both {part} of the network, and differ: leave one set "
-                    "of weights (such as the EMA) in the file"
-                )
+                _refuse_two(origin[part], name, part)
         found |= new
         origin |= dict.fromkeys(new, name)
     if gates:
@@ -388,7 +386,8 @@ def _split(name: str, value: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter of a file: its name there, what rules of one's own made of it, and whether they changed it."""
+    """A parameter of a file: its name there, what rules of one's own made of it, and whether they changed what it is
+    called in its block."""
 
     name: str
     plain: str
@@ -396,9 +395,26 @@ class _Entry:
     by_rule: bool
 
 
+def _in_block(name: str) -> str:
+    """A parameter's name behind that of its block; whole where it is of none."""
+    return re.sub(r"^(.*\.)?blocks\.\d+\.", "", name)
+
+
+def _refuse_two(first: str, second: str, ours: str) -> NoReturn:
+    raise ValueError(
+        f"{first} and {second} of the file are both {ours} of the network, and differ: leave one set of weights (such "
+        "as the EMA) in the file"
+    )
+
+
 def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry]:
     """With keys and values that are layers of their own as one layer, ``kv``."""
-    by_name = {entry.plain: entry for entry in entries if entry.plain not in own}
+    by_name: dict[str, _Entry] = {}
+    for entry in entries:
+        if entry.plain not in own:
+            first = by_name.setdefault(entry.plain, entry)
+            if not torch.equal(first.value, entry.value):
+                _refuse_two(first.name, entry.name, entry.plain)
     joined, taken = list[_Entry](), set[str]()
     for name, entry in by_name.items():
         stem, _, part = name.rpartition(".")

@@ -134,6 +134,8 @@ def test_gates_of_the_usual_transformer_are_no_shifts_and_scales(caplog: pytest.
     assert "blocks.0.modulation.linear.weight" in report.missing
     assert "blocks.0.adaLN_modulation.1.weight" in report.unexpected
     assert "six vectors of a block are usually shift, scale and gate of two" in caplog.text
+    inside = {f"dit.{name}": value for name, value in weights.items()}  # a rule that says nothing of modulations
+    assert "blocks.0.modulation.linear.weight" in take(network, inside, "there", {r"^dit\.": ""}, 0.5).missing
     take(network, weights, "there", {r"adaLN_modulation\.1": "modulation.linear"}, min_share=0.5)
     assert torch.equal(network.blocks[0].modulation.linear.weight, weights["blocks.0.adaLN_modulation.1.weight"])
     take(network, weights, "there", {r"adaLN_modulation\.1": "modulation.1"}, min_share=0.5)
