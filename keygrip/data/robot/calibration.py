@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from keygrip.data.bad_samples import guard
 from keygrip.data.robot.formats.poses import invert, rigid
@@ -203,25 +202,29 @@ def read_mapping(path: Path) -> dict[str, Any]:
     else:
         text = read_text(path, MAX_CALIBRATION_BYTES)
         with guard(path):
-            try:
-                content = yaml.load(text, _Loader)
-            except yaml.YAMLError as error:
-                raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
+            content = _of_yaml(text)
             _refuse_too_many(content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping")
     return content
 
 
-class _Loader(yaml.SafeLoader):
+def _of_yaml(text: str) -> Any:
     """Plain values without merge keys, which copy what they name: some lines of them fill any memory."""
+    import yaml  # which the environment of Meta-World's workers does not have
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                raise ValueError(f"line {line} merges another mapping (<<), which is not read: write its values there")
-        super().flatten_mapping(node)
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    where = f"line {key.start_mark.line + 1} merges another mapping (<<)"
+                    raise ValueError(f"{where}, which is not read: write its values there")
+            super().flatten_mapping(node)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _refuse_too_many(content: Any) -> None:

@@ -183,7 +183,8 @@ def test_a_run_goes_on_with_features_and_data_in_another_place(
     train.run(compose("train", settings("whole", "features")))
     train.run(compose("train", settings("parts", "features", "max_steps=1")))
     moved = (tmp_path / "demos").rename(tmp_path / "elsewhere")
-    changed = (f"data.root={moved}", "geometry.cache.limit_gb=1", "data.max_broken_share=0.5", "resume=true")
+    changed = ("geometry.cache.limit_gb=1", "data.max_broken_share=0.5", "resume=true")
+    changed = (f"data.root={moved}", "data.allow_changed=true", *changed)  # these verify no images
     train.run(compose("train", settings("parts", "other", *changed)))
     assert list((tmp_path / "other").glob("*/*.safetensors"))
     whole, parts = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
