@@ -122,9 +122,9 @@ def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str
     if group == "ablation":  # those of other models have no effect here
         model, models = choices.get("model") or "", group_options("model", overrides)
         folders = {name: name.partition("/")[0] for name in options}
-        own = {folder for folder in folders.values() if any(each.startswith(folder) for each in models)}
-        of = {folder: ABLATED_MODELS.get(folder, (folder,) if folder in own else ("",)) for folder in folders.values()}
-        options = [name for name, folder in folders.items() if model.startswith(of[folder])]
+        of = {folder: ABLATED_MODELS.get(folder, (folder,)) for folder in folders.values()}
+        of_any = {folder for folder in of if not any(each.startswith(of[folder]) for each in models)}
+        options = [name for name, folder in folders.items() if folder in of_any or model.startswith(of[folder])]
     return " | ".join(options) or "none for this model"
 
 

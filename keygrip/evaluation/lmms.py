@@ -189,8 +189,13 @@ class KeygripModel(lmms):
         inputs, counts, seconds, kv = self._seen(see, task, split, number)
         turns = (Turn("user", _question(text)), Turn("assistant", words))
         row = self.module.collator.prompt(turns, seconds[0])
-        how: Any = {"with_end": False, "seconds": seconds, "tokens": self.module.tokenizer.size}
-        likelihoods = answer_likelihoods(self.module.network, inputs, counts, [row], [0], self.mode, kv, **how)
+        likelihoods = answer_likelihoods(
+            self.module.network,
+            *(inputs, counts, [row], [0], self.mode, kv),
+            with_end=False,
+            seconds=seconds,
+            tokens=self.module.tokenizer.size,
+        )
         total, greedy = float(likelihoods.total[0]), bool(likelihoods.greedy[0])
         return total if callable(target) else -total / int(likelihoods.tokens[0]), greedy
 
