@@ -335,6 +335,6 @@ class EncoderPretrainingModule(System):
         if left := sorted({"mark", "glance"} & statistics.partial_kinds):
             raise ValueError(
                 f"not all questions of the kinds {', '.join(left)} are read, and a cube that none of them names would "
-                "be trained on as no cube: set data.questions=null and data.val_questions=null, and "
-                "let data.sources.NAME.kinds be null or hold mark and glance"
+                "be trained on as no cube: set data.questions=null and data.val_questions=null, and let "
+                "data.sources.NAME.kinds be null or hold mark and glance"
             )
