@@ -93,20 +93,21 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     if compilation is not None:
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
-    log_settings(loggers, resolved, resumed_step)
-    kept = TrainedMetrics(folder, trained.get("metrics", {}))
-    callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks), kept]
-    if cfg.max_minutes is not None:
-        callbacks.append(TimeLimit(cfg.max_minutes))
-    if cfg.val_every_n_steps:
-        callbacks.append(ValidateBySteps(cfg.val_every_n_steps, OmegaConf.select(cfg, "callbacks.checkpoint.monitor")))
-    if not loggers:  # it refuses to run without one
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
-    _advise(cfg)
-    _announce(cfg, module, resume, resumed_step)
     ended = False
-    try:
+    try:  # W&B has a run open from here on, into which the next job of a sweep would log
+        log_settings(loggers, resolved, resumed_step)
+        kept = TrainedMetrics(folder, trained.get("metrics", {}))
+        callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks), kept]
+        if cfg.max_minutes is not None:
+            callbacks.append(TimeLimit(cfg.max_minutes))
+        if cfg.val_every_n_steps:
+            monitor = OmegaConf.select(cfg, "callbacks.checkpoint.monitor")
+            callbacks.append(ValidateBySteps(cfg.val_every_n_steps, monitor))
+        if not loggers:  # it refuses to run without one
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
+        _advise(cfg)
+        _announce(cfg, module, resume, resumed_step)
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
         ended = True
     except SystemExit as stop:

@@ -160,10 +160,11 @@ def finish(loggers: Iterable[Any], failed: bool) -> None:
     Args:
         failed: the run did not come to its end; W&B shows it as failed then, until it is resumed.
     """
-    for logger in loggers:
-        experiment = _writer(logger)
-        if type(logger).__name__ == "WandbLogger" and hasattr(experiment, "finish"):
-            experiment.finish(exit_code=int(failed))
+    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+        # Of the package: a logger whose run could not be begun would try again where it is asked for it.
+        run = getattr(sys.modules.get("wandb"), "run", None)
+        if run is not None:
+            run.finish(exit_code=int(failed))
 
 
 def _writer(logger: Any) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
@@ -30,7 +33,11 @@ class WandbLogger:
     """The interface of Lightning's logger of that name, as far as it is used here."""
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.calls, self.experiment = options, [], self
+        self.options, self.calls = options, []
+
+    @property
+    def experiment(self) -> Any:
+        raise RuntimeError("a run is begun where it is asked for")
 
     def log_hyperparams(self, params: dict[str, Any]) -> None:
         self.calls.append(("settings", params))
@@ -45,13 +52,17 @@ class WandbLogger:
         self.calls.append(("finish", exit_code))
 
 
-def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path) -> None:
+def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [WandbLogger(id=loggers.wandb_id(tmp_path), resume="allow")]
+    package = SimpleNamespace(run=made[0])
+    monkeypatch.setitem(sys.modules, "wandb", package)
     loggers.log_settings(made, {"model": {"width": 3, "sizes": [1, 2]}, "seed": 0})
     loggers.log_image(made, "val/x", IMAGE, 5)
     loggers.log_text(made, "val/y", "words", 5)
     assert loggers.takes_images(made)
     loggers.finish(made, failed=False)
+    package.run = None
+    loggers.finish(made, failed=True)  # none was begun
     settings = ("settings", {"model.width": 3, "model.sizes": "[1, 2]", "seed": 0})
     assert made[0].calls == [settings, ("val/x", (4, 5, 3), 5), ("val/y", "words", 5), ("finish", 0)]
 
@@ -70,6 +81,19 @@ def test_wandb_is_told_whether_a_run_came_to_its_end(
         with pytest.raises(Interrupted):
             train.run(compose("train", toy_overrides("run", "max_steps=2")))
     assert found == [signal_name is not None]
+
+
+def test_a_wandb_run_is_finished_where_its_job_fails_before_training(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's logger of the sweep's next job would log into it."""
+    begun, found = WandbLogger(), []
+    monkeypatch.setattr("keygrip.training.fit.build_loggers", lambda *_: [begun])
+    monkeypatch.setattr("keygrip.training.fit.finish", lambda made, failed: found.append((made, failed)))
+    with pytest.raises(InstantiationException, match=r"callbacks\.ema\.decay=1\.0: must lie in"):
+        train.run(compose("train", toy_overrides("run", "callbacks.ema.decay=1.0")))
+    assert [name for name, _ in begun.calls] == ["settings"]
+    assert found == [([begun], True)]
 
 
 def test_a_run_folder_keeps_its_wandb_run(tmp_path: Path) -> None:
