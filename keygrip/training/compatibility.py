@@ -37,6 +37,25 @@ def refuse_unfit(cfg: DictConfig) -> None:
         )
 
 
+def refuse_uneven_batch(data: Mapping[str, Any], processes: int) -> None:
+    """Refuses a batch that the processes of a run cannot share equally, before data are read or recorded.
+
+    Args:
+        data: its node. Data modules without `ranks` divide batches as they like, and those of a `budget` differ in
+            size anyway.
+
+    Raises:
+        ValueError: names the nearest batch that would do.
+    """
+    size, target = data.get("batch_size"), data.get("_target_")
+    divided = size is not None and data.get("budget") is None and hasattr(get_class(str(target)), "ranks")
+    if divided and size % processes:
+        raise ValueError(
+            f"data.batch_size={size} is the global batch and must divide by the {processes} processes; "
+            f"{max(1, size // processes) * processes} would"
+        )
+
+
 def refuse_odd_numbers(cfg: DictConfig) -> None:
     """Refuses numbers at the root of ``conf/train.yaml`` with which nothing would be trained, or for ever.
 

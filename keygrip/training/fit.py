@@ -28,6 +28,7 @@ from keygrip.training.compatibility import (
     no_validation,
     refuse_missing_weights,
     refuse_odd_numbers,
+    refuse_uneven_batch,
     refuse_unfit,
     say_no_validation,
 )
@@ -69,6 +70,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     strategy = instantiate(cfg.strategy)
     # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
+    refuse_uneven_batch(cfg.data, strategy.processes)
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
     if compilation is not None:
         compilation.check(strategy.on_gpu)

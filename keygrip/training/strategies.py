@@ -99,10 +99,14 @@ class Strategy:
 
         on_gpu = self.on_gpu
         devices = self._devices()
-        if on_gpu and devices > torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        if on_gpu and devices > seen and tasks_of_srun() > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
             raise ValueError(
-                f"strategy.devices={devices} but this machine has {torch.cuda.device_count()} GPUs: lower it"
+                f"srun shows each process {seen} GPU{'' if seen == 1 else 's'} of a node's {devices}: give "
+                f"--gpus-per-node={devices} (not --gpus-per-task), or add --gpu-bind=none; or start fewer processes"
             )
+        if on_gpu and devices > seen:
+            raise ValueError(f"strategy.devices={devices} but this machine has {seen} GPUs: lower it")
         use_tf32(self.tf32, on_gpu, "strategy.tf32")
         precision = self.precision if self.precision != "auto" else automatic_precision(on_gpu)
         log.info(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from keygrip import train
 from keygrip.config import compose
-from keygrip.training.compatibility import batch_type, data_sets_of, no_validation, refuse_unfit
+from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.training.compatibility import (
+    batch_type,
+    data_sets_of,
+    no_validation,
+    refuse_uneven_batch,
+    refuse_unfit,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +55,26 @@ def test_settings_that_leave_no_validation_are_said(never: str) -> None:
     settings = ["max_steps=9", "val_every_n_steps=3"]
     assert not no_validation(compose("train", settings))
     assert no_validation(compose("train", [*settings, never])).startswith(never)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_data_are_recorded(
+    dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr("keygrip.training.fit.complete_stages", lambda *_, **__: begun.append("stages"))
+    monkeypatch.setattr(RobotDemos, "prepare_data", lambda self: begun.append("data"))
+    settings = ["data=yam", "data.batch_size=8", "strategy=ddp_cpu", "strategy.devices=3", f"dry_run={dry_run}"]
+    with pytest.raises(ValueError, match=r"data\.batch_size=8 is the global batch and .* the 3 processes; 6 would"):
+        train.run(compose("train", [*settings, f"run_dir={tmp_path / 'run'}"]))
+    assert begun == []
+
+
+def test_batches_of_a_budget_and_of_other_data_modules_need_not_divide() -> None:
+    budgeted = compose("train", ["model=foveated_vlm", "data=webvid"])
+    assert budgeted.data.budget is not None
+    refuse_uneven_batch(budgeted.data, 3)
+    budgeted.data.budget = None
+    with pytest.raises(ValueError, match=r"data\.batch_size=64 .* must divide by the 3 processes; 63 would"):
+        refuse_uneven_batch(budgeted.data, 3)
+    refuse_uneven_batch({"_target_": "toy_parts.ToyData", "batch_size": 5}, 2)

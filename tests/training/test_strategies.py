@@ -70,6 +70,20 @@ def test_slurm_says_how_many_tasks_and_nodes(monkeypatch: pytest.MonkeyPatch) ->
     assert Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp").processes == 16
 
 
+def test_srun_that_shows_each_process_its_own_gpu_is_told_how_to_show_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --gpus-per-task=1; fewer devices, which Lightning refuses, are no way out."""
+    with_gpus(monkeypatch, 1)
+    for name, value in (("STEP_NUM_TASKS", "16"), ("NTASKS_PER_NODE", "8"), ("JOB_NUM_NODES", "2")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    ddp = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp")
+    with pytest.raises(ValueError, match=r"each process 1 GPU of a node's 8: give --gpus-per-node=8 .*--gpu-bind=none"):
+        ddp.trainer_arguments()
+    monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun inside of a job's step
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match=r"strategy\.devices=8 but this machine has 1 GPUs: lower it"):
+        ddp.trainer_arguments()
+
+
 @pytest.mark.parametrize(("tasks", "in_step", "nodes"), [("1", "1", "1"), ("1", None, "1"), ("16", None, "2")])
 def test_all_gpus_of_a_node_where_srun_started_one_process_or_none(
     tasks: str, in_step: str | None, nodes: str, monkeypatch: pytest.MonkeyPatch

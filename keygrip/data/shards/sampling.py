@@ -70,7 +70,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     ) -> None:
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(
-                f"batch_size={batch_size} is the global batch and must divide by the {ranks} processes; "
+                f"data.batch_size={batch_size} is the global batch and must divide by the {ranks} processes; "
                 f"{max(1, batch_size // ranks) * ranks} would"
             )
         if drop_last and samples < batch_size:
