@@ -31,9 +31,11 @@ from keygrip.data.robot.set_checks import (
     refuse_missing,
     refuse_short,
     report_absent_views,
+    report_half_shut,
     report_off_screen,
     report_outliers,
     report_uncalibrated,
+    report_views,
 )
 from keygrip.data.robot.statistics import DemoStatistics, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
@@ -100,7 +102,8 @@ class RobotDemos(ResumableData):
         augmentation: random views of training images; None: the nominal crop always.
         horizon: T, future steps. frame_stride: frames from one to the next; with several roots one of each, where they
             run at different rates, so that a step is as many seconds in all.
-        targets: "commanded" (what the arm was told) or "reached" (where it was).
+        targets: "commanded" (what the arm was told) or "reached" (where it was). gripper_targets: the same of the
+            gripper's opening alone; None: as `targets`.
         drop_idle_s: leave out training frames of pauses beyond this many seconds; None keeps all.
         balance: "instruction" or "task": each instruction, or each task, gets the same share of every training epoch.
             None: each frame does.
@@ -169,6 +172,7 @@ class RobotDemos(ResumableData):
         view_dropout: float = 0.0,
         camera_names: Mapping[str, Mapping[str, str]] | None = None,
         make_missing: bool = True,
+        gripper_targets: str | None = None,
     ) -> None:
         super().__init__()
         self.make_missing = make_missing
@@ -178,8 +182,9 @@ class RobotDemos(ResumableData):
             raise ValueError("no data: name a folder with data.root=PATH (or leave data.record as it is)")
         if weights is not None and balance is not None:
             raise ValueError("data.weights and data.balance both say what an epoch is made of: give one of them")
-        if targets not in TARGETS:
-            raise ValueError(f"data.targets must be one of {', '.join(TARGETS)}, not {targets!r}")
+        for name, chosen in (("targets", targets), ("gripper_targets", gripper_targets or targets)):
+            if chosen not in TARGETS:
+                raise ValueError(f"data.{name} must be one of {', '.join(TARGETS)}, not {chosen!r}")
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, not {horizon}")
         if not arms or len(set(arms)) != len(arms):
@@ -221,7 +226,7 @@ class RobotDemos(ResumableData):
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, chosen)  # type: ignore[arg-type]
         self.augmentation = augmentation
         self.horizon, self.targets, self.drop_idle_s = horizon, targets, drop_idle_s
-        self.intervention_weight = intervention_weight
+        self.gripper_targets, self.intervention_weight = gripper_targets, intervention_weight
         self.batch_size, self.val_fraction, self.split_seed, self.seed = batch_size, val_fraction, split_seed, seed
         # a recording may hold more demos than this run asks for (an earlier one asked for more): its own are the first
         self.max_demos = self.record.demos if max_demos is None and self.record is not None else max_demos
@@ -280,7 +285,8 @@ class RobotDemos(ResumableData):
         options = ReadingOptions(*settings, calibrated=self.reads_calibration, masks_views=self.masks_views)
         read = read_roots(self.roots, self.format, options, self.cache_dir)
         demos, self.broken, self.contents, self.root_of = read.demos, read.broken, read.contents, read.root_of
-        refuse_missing(demos, self.arms, self.targets, self.extra_targets, [root.stride for root in self.roots])
+        wanted = (self.targets, self.gripper_targets, self.extra_targets)
+        refuse_missing(demos, self.arms, *wanted, [root.stride for root in self.roots])
         if self.embodiments and (other := sorted({demo.robot for demo in demos} - set(self.embodiments))):
             raise ValueError(
                 f"model.actions.embodiments names {', '.join(self.embodiments)}, and there are demos of {other[0]!r}"
@@ -306,22 +312,9 @@ class RobotDemos(ResumableData):
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)
         report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
-        self._report_views()
+        report_half_shut(self.demos, self.arms, self.gripper_targets or self.targets)
+        report_views(self.demos, self.cameras, self.geometry)
         self._report_detail()
-
-    def _report_views(self) -> None:
-        """Says which part of each camera's image the network sees."""
-        for camera in self.cameras:
-            track = next(demo.cameras[camera] for demo in self.demos if camera in demo.cameras)
-            box = self.geometry.box(track.width, track.height)
-            log.info(
-                "camera %s: the network sees %.0f %% of the width and %.0f %% of the height of %d x %d pixels",
-                camera,
-                100 * (box.right - box.left) / track.width,
-                100 * (box.bottom - box.top) / track.height,
-                track.width,
-                track.height,
-            )
 
     def _report_detail(self) -> None:
         """Warns of a sharper image that is no sharper than what was recorded."""
@@ -356,6 +349,11 @@ class RobotDemos(ResumableData):
         self.reads_calibration = getattr(module, "reads_calibration", True)
         self.extra_targets = tuple(getattr(module, "extra_targets", ()))
         self.embodiments = tuple(getattr(module, "embodiments", ()))
+        if self.gripper_targets is not None and "controller" in self.extra_targets:
+            raise ValueError(
+                f"data.gripper_targets={self.gripper_targets}: with model.actions.kind=osc the gripper is one of the "
+                "controller's inputs; leave it out"
+            )
 
     def off_screen_shares(self) -> dict[str, float]:
         """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms."""
@@ -411,6 +409,7 @@ class RobotDemos(ResumableData):
             camera=self.camera,
             arms=self.arms,
             targets=self.targets,
+            gripper_targets=self.gripper_targets,
             horizon=self.horizon,
             strides=tuple(self.roots[root].stride for root in self.root_of),
             geometry=self.geometry,

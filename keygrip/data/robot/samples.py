@@ -26,28 +26,38 @@ IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees per second
 IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
 
 
-def targets_of(arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, targets: str) -> tuple[np.ndarray, ...]:
+def targets_of(
+    arm: ArmTrajectory, frame: int | np.ndarray, steps: np.ndarray, targets: str, gripper_targets: str | None = None
+) -> tuple[np.ndarray, ...]:
     """Target poses `steps` frames after `frame`: position [..., T, 3], quaternion [..., T, 4], gripper [..., T],
     is_pad [..., T].
 
     "reached" takes the pose measured at the future frame. "commanded" takes what the arm was told to be at that frame,
     which is the command given one frame earlier. Past the end of the demo the last pose is repeated.
+
+    Args:
+        gripper_targets: the same of the opening alone; None: as `targets`.
     """
     future = np.asarray(frame)[..., None] + steps
-    last = len(arm) - 1
-    is_pad = future > last
+    poses, rows = _goals(arm, future, targets)
+    openings, opening_rows = _goals(arm, future, gripper_targets or targets)
+    return poses.position[rows], poses.quaternion[rows], openings.gripper[opening_rows], future > len(arm) - 1
+
+
+def _goals(arm: ArmTrajectory, future: np.ndarray, targets: str) -> tuple[ArmTrajectory, np.ndarray]:
+    """A trajectory and its rows, int [...], that hold what the targets of some frames are."""
     if targets == "commanded":
         assert arm.commanded is not None
-        poses, rows = arm.commanded, np.minimum(future - 1, last)
-    else:
-        poses, rows = arm, np.minimum(future, last)
-    return poses.position[rows], poses.quaternion[rows], poses.gripper[rows], is_pad
+        return arm.commanded, np.minimum(future - 1, len(arm) - 1)
+    return arm, np.minimum(future, len(arm) - 1)
 
 
-def keyframe_of(arm: ArmTrajectory, frame: int | np.ndarray, targets: str) -> np.ndarray:
+def keyframe_of(
+    arm: ArmTrajectory, frame: int | np.ndarray, targets: str, gripper_targets: str | None = None
+) -> np.ndarray:
     """Number of the next keyframe after `frame`, int [...]: the first later frame at which the target gripper has
     closed or opened, else the demo's last frame (which is its own keyframe)."""
-    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets)  # of frames 1 and on
+    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets, gripper_targets)  # of frames 1 and on
     shut = gripper < CLOSED
     events = np.append(np.flatnonzero(shut[1:] != shut[:-1]) + 2, len(arm) - 1)
     return events[np.minimum(np.searchsorted(events, frame, side="right"), len(events) - 1)]
@@ -100,19 +110,21 @@ def poses_of(
     steps: np.ndarray,
     targets: str,
     extra: Sequence[str] = (),
+    gripper_targets: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of `PolicyTargets` that are read from the arms, at one frame, or at M: then with a first dimension of
     M.
 
     Args:
+        targets, gripper_targets: see `targets_of`.
         extra: "joints" and "controller", where the model reads them beside poses.
     """
     axis = np.asarray(frame).ndim
-    trajectories = [demo.arms[name] for name in arms]
-    ahead = zip(*(targets_of(arm, frame, steps, targets) for arm in trajectories), strict=True)
+    trajectories, chosen = [demo.arms[name] for name in arms], (targets, gripper_targets)
+    ahead = zip(*(targets_of(arm, frame, steps, *chosen) for arm in trajectories), strict=True)
     position, quaternion, gripper, is_pad = (np.stack(part, axis) for part in ahead)
     here = np.zeros(1, dtype=np.int64)
-    keyframes = [targets_of(arm, keyframe_of(arm, frame, targets), here, targets)[0] for arm in trajectories]
+    keyframes = [targets_of(arm, keyframe_of(arm, frame, *chosen), here, targets)[0] for arm in trajectories]
     further = {}
     if extra:
         future = np.asarray(frame)[..., None] + steps
@@ -141,7 +153,8 @@ class SampleOptions:
     """What is read of a demonstration for each sample.
 
     Args:
-        camera: the first camera. arms: which arms, in the order of the batch. targets: see `targets_of`.
+        camera: the first camera. arms: which arms, in the order of the batch.
+        targets, gripper_targets: see `targets_of`.
         horizon: T. strides: frames from one target to the next, of each demo of the data module's list.
         geometry: the nominal crop.
         augmentation: None at validation.
@@ -168,10 +181,15 @@ class SampleOptions:
     extra: tuple[str, ...] = ()
     embodiments: tuple[str, ...] = ()
     view_dropout: float = 0.0
+    gripper_targets: str | None = None
 
     def steps(self, demo: int) -> np.ndarray:
         """[T] frames ahead of each target, of the demo with this number in the data module's list."""
         return np.arange(1, self.horizon + 1) * self.strides[demo]
+
+    def poses(self, demo: Demo, number: int, frame: int | np.ndarray) -> dict[str, torch.Tensor]:
+        """`poses_of` a demo, which has this number in the data module's list."""
+        return poses_of(demo, self.arms, frame, self.steps(number), self.targets, self.extra, self.gripper_targets)
 
 
 class DemoSamples(SubstitutingSamples[PolicyTargets]):
@@ -230,7 +248,7 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         number, frame = int(self.sample_demo[key.sample]), int(self.sample_frame[key.sample])
         read = self.options
         index = self.demo_indices[number]
-        common = poses_of(self.demos[number], read.arms, frame, read.steps(index), read.targets, read.extra) | {
+        common = read.poses(self.demos[number], index, frame) | {
             "demo_index": torch.tensor(index),
             "frame_index": torch.tensor(frame),
             "instruction": self.demos[number].instruction,  # one sentence; `collate` makes the list

@@ -18,22 +18,31 @@ from keygrip.models.geometry.cameras import inside_image, project
 
 log = logging.getLogger(__name__)
 
+GRIP_BELOW = 0.4  # of an opening, below which plans shut the gripper (conf/execution/options.yaml)
+CLOSED_BY = 0.3  # of the gripper's whole way: less is no grasp
+
 
 def refuse_missing(
-    demos: Sequence[Demo], arms: Sequence[str], targets: str, extra: Sequence[str], strides: Sequence[int]
+    demos: Sequence[Demo],
+    arms: Sequence[str],
+    targets: str,
+    gripper_targets: str | None,
+    extra: Sequence[str],
+    strides: Sequence[int],
 ) -> None:
     """Raises ValueError: some demos do not hold what the targets are made of.
 
     Args:
-        targets: "commanded" or "reached". extra: "joints" and "controller", where the model reads them.
+        targets, gripper_targets: "commanded" or "reached"; the second None: as the first.
+        extra: "joints" and "controller", where the model reads them.
         strides: frames from one target to the next, of each root.
     """
-    if targets == "commanded":
+    for setting, chosen in (("targets", targets), ("gripper_targets", gripper_targets)):
         without = [demo.name for demo in demos if any(demo.arms[arm].commanded is None for arm in arms)]
-        if without:
+        if chosen == "commanded" and without:
             raise ValueError(
-                f"data.targets=commanded, but {len(without)} of {len(demos)} demos hold no commanded poses "
-                f"(first: {without[0]}); use data.targets=reached"
+                f"data.{setting}=commanded, but {len(without)} of {len(demos)} demos hold no commanded poses "
+                f"(first: {without[0]}); use data.{setting}=reached"
             )
     for what in extra:
         without = [demo.name for demo in demos if any(getattr(demo.arms[arm], what) is None for arm in arms)]
@@ -147,6 +156,31 @@ def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) ->
         )
 
 
+def report_half_shut(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
+    """Warns of demonstrations that close a gripper, but by their targets never so far that a plan of them shuts it.
+
+    What is held keeps the fingers apart: reached openings stop there, commanded ones go on.
+
+    Args:
+        targets: "commanded" or "reached", of the opening.
+    """
+    least: dict[str, float] = {}
+    for demo in demos:
+        for arm in arms:
+            _, _, opening, _ = targets_of(demo.arms[arm], 0, np.arange(1, len(demo)), targets)
+            if len(opening) and opening.min() > GRIP_BELOW and opening.max() - opening.min() > CLOSED_BY:
+                least[demo.name] = min(float(opening.min()), least.get(demo.name, 1.0))
+    if least:
+        remedy = "set data.gripper_targets=commanded where the demos hold commands, or " if targets == "reached" else ""
+        log.warning(
+            "%d of %d demos close a gripper, and their %s openings stay above %g (execution.grip_below): what is held "
+            "keeps the fingers apart, and a robot that follows such openings never shuts its gripper: %sraise "
+            "execution.grip_below and execution.release_above above them when the policy runs: %s",
+            *(len(least), len(demos), targets, GRIP_BELOW, remedy),
+            first_names([f"{name} ({opening:.2f})" for name, opening in least.items()]),
+        )
+
+
 def off_screen_shares(
     demos: Sequence[Demo],
     camera: str,
@@ -209,3 +243,18 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
         camera,
         first_names([f"{name} ({100 * outside[name]:.0f} %)" for name in worst]),
     )
+
+
+def report_views(demos: Sequence[Demo], cameras: Sequence[str], geometry: ImageGeometry) -> None:
+    """Says which part of each camera's image the network sees."""
+    for camera in cameras:
+        track = next(demo.cameras[camera] for demo in demos if camera in demo.cameras)
+        box = geometry.box(track.width, track.height)
+        log.info(
+            "camera %s: the network sees %.0f %% of the width and %.0f %% of the height of %d x %d pixels",
+            camera,
+            100 * (box.right - box.left) / track.width,
+            100 * (box.bottom - box.top) / track.height,
+            track.width,
+            track.height,
+        )

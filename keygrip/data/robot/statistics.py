@@ -18,7 +18,7 @@ import torch
 from keygrip.data.batches import PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.frame_rates import step_seconds
-from keygrip.data.robot.samples import SampleOptions, kept_frames, poses_of
+from keygrip.data.robot.samples import SampleOptions, kept_frames
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 CHUNKS_AT_MOST = 20_000  # action chunks for statistics, of a robot: means and quantiles to half a percent, 10 MB
@@ -153,7 +153,7 @@ def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: Sample
         which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
         if options.embodiments:
             which["embodiment"] = torch.full((len(chosen),), options.embodiments.index(demo.robot))
-        parts.append(poses_of(demo, options.arms, chosen, options.steps(index), options.targets, options.extra) | which)
+        parts.append(options.poses(demo, index, chosen) | which)
         instructions += [demo.instruction] * len(chosen)
     return PolicyTargets(
         **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, instruction=instructions

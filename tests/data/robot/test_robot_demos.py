@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 
+from keygrip.config import config_folder
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import Augmentation
 from keygrip.data.robot.datamodule import RobotDemos, split_demos
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.robot.samples import keyframe_of, moving_frames, targets_of
 from keygrip.data.robot.schema import ArmTrajectory
-from keygrip.data.robot.set_checks import off_screen_shares, refuse_short
+from keygrip.data.robot.set_checks import GRIP_BELOW, off_screen_shares, refuse_short
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.models.policy_statistics import PolicyStatistics
 
@@ -158,6 +160,71 @@ def test_commands_that_were_not_recorded_are_an_error_that_names_the_way_out(
     with pytest.raises(ValueError, match=r"1 of 10 demos hold no commanded poses \(first: demo_03\).*targets=reached"):
         robot_demos(native_root, targets="commanded").setup("fit")
     ready(robot_demos(native_root, targets="reached"))
+
+
+def test_openings_may_be_commanded_where_poses_are_reached(
+    native_root: Path, robot_demos: Make, native_demo: Any, change_archive: Any
+) -> None:
+    for folder in native_root.iterdir():
+        change_archive(folder / "trajectory.npz", right__commanded_gripper_opening=np.repeat([1.0, 0.0, 1.0], 4))
+    module = ready(robot_demos(native_root, targets="reached", gripper_targets="commanded"))
+    samples, chunks = module.train_samples, module.statistics.chunks
+    assert chunks is not None
+    for index in range(len(samples)):
+        sample = samples[SampleKey(index, 0)]
+        arm, frame = module.demos[int(sample.demo_index)].arms["right"], int(sample.frame_index)
+        for step, ahead in enumerate((2, 4, 6)):
+            np.testing.assert_allclose(sample.position[0, step], arm.position[min(frame + ahead, 11)], atol=1e-6)
+            assert float(sample.gripper[0, step]) == float(not 4 <= min(frame + ahead - 1, 11) < 8)
+        # Told in frame 4 to shut and in frame 8 to open: the keyframes are one later, where the arm has come to then.
+        keyframe = next(each for each in (5, 9, 11) if each > frame or each == 11)
+        np.testing.assert_allclose(sample.keyframe[0], arm.position[keyframe], atol=1e-6)
+        torch.testing.assert_close(chunks.gripper[index], sample.gripper)
+    shutil.rmtree(native_root / "demo_03")
+    native_demo(native_root / "demo_03", commanded=False)
+    with pytest.raises(ValueError, match=r"data\.gripper_targets=commanded, but 1 of 10 .*gripper_targets=reached"):
+        robot_demos(native_root, targets="reached", gripper_targets="commanded").setup("fit")
+
+
+def test_openings_that_a_model_does_not_read_are_refused(tmp_path: Path, robot_demos: Make) -> None:
+    chosen = robot_demos(tmp_path, gripper_targets="commanded")
+    chosen.asked_by(types.SimpleNamespace(extra_targets=("joints",)))
+    with pytest.raises(ValueError, match=r"data\.gripper_targets=commanded: .*model\.actions\.kind=osc"):
+        chosen.asked_by(types.SimpleNamespace(extra_targets=("controller",)))
+
+
+@pytest.mark.parametrize(
+    ("opening", "commanded", "warned"),
+    [
+        pytest.param([1.0, 0.57, 1.0], [1.0, 0.0, 1.0], "reached", id="something is held"),
+        pytest.param([1.0, 0.3, 1.0], [1.0, 0.0, 1.0], "", id="something thin"),
+        pytest.param([1.0, 0.9, 1.0], [1.0, 0.9, 1.0], "", id="nothing is gripped"),
+        pytest.param([1.0, 0.57, 1.0], [1.0, 0.5, 1.0], "commanded", id="commands that stop there too"),
+    ],
+)
+def test_openings_that_never_shut_a_gripper_are_said(
+    opening: list[float],
+    commanded: list[float],
+    warned: str,
+    native_root: Path,
+    robot_demos: Make,
+    change_archive: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A plan of them leaves it as it is: what a robot commands changes below 0.4 and above 0.6."""
+    execution = yaml.safe_load((config_folder() / "execution" / "options.yaml").read_text(encoding="utf-8"))
+    assert execution["asynchronous"]["grip_below"] == GRIP_BELOW
+    both = {"right__gripper_opening": opening, "right__commanded_gripper_opening": commanded}
+    change_archive(
+        native_root / "demo_03" / "trajectory.npz", **{name: np.repeat(each, 4) for name, each in both.items()}
+    )
+    ready(robot_demos(native_root, targets="reached"))
+    reached = "1 of 10 demos close a gripper, and their reached openings stay above 0.4 (execution.grip_below)"
+    assert (reached in caplog.text) == bool(warned)
+    assert ("set data.gripper_targets=commanded" in caplog.text) == ("demo_03 (0.57)" in caplog.text) == bool(warned)
+    caplog.clear()
+    ready(robot_demos(native_root, targets="reached", gripper_targets="commanded"))
+    assert ("their commanded openings stay above 0.4" in caplog.text) == (warned == "commanded")
 
 
 def test_two_arms_keep_their_order(tmp_path: Path, native_demo: Any, robot_demos: Make) -> None:
@@ -522,6 +589,7 @@ def test_a_closing_gripper_is_no_pause(native_root: Path, robot_demos: Make, cha
     ("changes", "message"),
     [
         ({"targets": "wanted"}, "one of commanded, reached"),
+        ({"gripper_targets": "wanted"}, r"data\.gripper_targets must be one of commanded, reached"),
         ({"horizon": 0}, "at least 1"),
         ({"arms": ["right", "right"]}, "each arm once"),
         ({"max_demos": 0}, "max_demos"),
