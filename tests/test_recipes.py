@@ -308,3 +308,10 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
 def test_every_launcher_composes(option: str) -> None:
     cfg = composed("train", [f"hydra/launcher={option}"], with_hydra=True)
     assert_fits(option, OmegaConf.to_container(cfg.hydra.launcher, resolve=False))  # type: ignore[arg-type]
+
+
+def test_the_recipe_for_real_robots_trains_no_steps_past_a_demonstrations_end() -> None:
+    cfg = composed("train", ["experiment=yam_dinov3", *GIVEN["experiment=yam_dinov3"]])
+    assert cfg.data.horizon * cfg.data.frame_stride == 150, "frames, of demonstrations of some hundred"
+    assert cfg.model.mask_padded_steps is True
+    assert composed("train", ["model=volume_query"]).model.mask_padded_steps is False, "the design's"
