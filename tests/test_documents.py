@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +101,31 @@ def test_commands_survive_the_shell(path: Path) -> None:
     assert [line for line in inline if re.search(r"^[\w.+]+=\{\w+:[^}]*,", unquoted(line))] == []
     commands = [line for line in inline if re.search(r"^[\w.+]+=\S+\s.*=|^(python|keygrip) ", line)]
     assert [line for line in commands if re.search(r"=\[[^\]]*,", unquoted(line))] == []
+
+
+def test_classes_that_a_pages_python_builds_are_imported_there() -> None:
+    found = 0
+    for page in (*PRESENT, *sorted(ROOT.glob("plugins/*/*.md"))):
+        blocks = re.findall(r"(?ms)^ *```python\n(.*?)^ *```", page.read_text(encoding="utf-8"))
+        nodes = [node for block in blocks for node in ast.walk(ast.parse(textwrap.dedent(block)))]
+        known = {name.asname or name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+        known |= {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+        built = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert {name for name in built - known if name[0].isupper()} == set(), page
+        found += len(built)
+    assert found
+
+
+def test_batches_of_several_machines_divide_over_their_processes() -> None:
+    commands = []
+    for page in PRESENT:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        commands += re.findall(r"--nnodes=(\d+) --nproc-per-node=(\d+) .*-m keygrip\.train ([^#\n]*)", text)
+        assert len(re.findall(r"--nnodes=.*keygrip\.train", text)) == text.count("--nnodes="), page
+    assert len(commands) >= 2
+    for nodes, processes, settings in commands:
+        cfg, _ = compose_with_choices("train", settings.replace("...", "FOLDER").split())
+        assert cfg.data.batch_size % (int(nodes) * int(processes)) == 0, settings
 
 
 def strings_of(node: Any) -> Iterator[str]:
