@@ -42,9 +42,8 @@ _HUGGING_FACE_FILES = (
     "pytorch_model.bin.index.json",
 )
 _KEYGRIP_KEY = re.compile(r"^((?:.*\.)?backbone\.)?net\.(?:blocks|patch_embed|cls_token)")
-_CHUNKED_BLOCK = re.compile(
-    r"^blocks\.\d+\.(\d+)\."
-)  # Meta's training code: blocks.<chunk>.<index>., index counts over all chunks
+# Meta's training code: blocks.<chunk>.<index>., index counts over all chunks
+_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def find_weights(
     setting that names a missing file is an error, not a reason to go on.
 
     Raises:
-        ValueError: settings that contradict each other.
+        ValueError: settings that contradict each other, or a folder of several checkpoints that is no run's.
         FileNotFoundError: a named file or folder that is not there or holds no weights.
     """
     if weights != "pretrained" and weights_path is not None:
@@ -130,9 +129,13 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
     for candidate in named:
         if (path / candidate).is_file():
             return path / candidate
-    checkpoints = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime, file.name))
+    checkpoints = sorted(path.rglob("*.ckpt"))
+    if len(checkpoints) == 1:
+        return checkpoints[0]
     if checkpoints:
-        return checkpoints[-1]
+        first = ", ".join(str(file.relative_to(path)) for file in checkpoints[:4])
+        told = f"no checkpoints/last.ckpt and {len(checkpoints)} other checkpoints: name one of them ({first}, ...)"
+        raise ValueError(f"{setting}={path}: the folder holds {told}")
     raise FileNotFoundError(
         f"{setting}={path}: the folder holds no weights; looked for {', '.join(named)} and *.ckpt below it"
     )
@@ -428,11 +431,21 @@ def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, ki
     ):
         raise ValueError(_misfit(state, variant, origin, kind))
     if variant.family == "dinov3":
+        _refuse_satellite(state, origin, kind)
         _check_key_biases(state, origin)
         return eva.checkpoint_filter_fn(state, network)
     table = state["pos_embed"]
     adopt_position_table(network, table[:, 1:] if "register_tokens" in state else table)
     return vision_transformer.checkpoint_filter_fn(state, network)  # type: ignore[arg-type]
+
+
+def _refuse_satellite(state: State, origin: str, kind: str) -> None:
+    """Of Meta's files for the variants here, those of satellite images alone have a norm for local crops."""
+    if "sat493m" in origin.lower() or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
+        raise ValueError(
+            f"{origin} holds weights of satellite images (SAT-493M), for images of mean (0.430, 0.411, 0.296) and "
+            "deviation (0.213, 0.156, 0.143); all images here have ImageNet's: take the weights of LVD-1689M"
+        )
 
 
 def _check_key_biases(state: State, origin: str) -> None:

@@ -208,6 +208,23 @@ def test_trap_key_biases_that_count_are_refused(small, hf_v3, formats, saved):
         small("dinov3_vits16", saved(state))
 
 
+def test_trap_weights_of_satellite_images_are_refused(small, hf_v3, formats, saved, tmp_path):
+    """They were trained with other statistics of the pixels than ImageNet's, which all images here are given."""
+    model = hf_v3(False)
+    state = formats["meta_v3"](model, formats["round_rope"](model))
+    satellite = state | {f"local_cls_norm.{name}": torch.ones(64) for name in ("weight", "bias")}
+    said = r"weights of satellite images \(SAT-493M\), for images of mean \(0\.430, 0\.411, 0\.296\)"
+    with pytest.raises(ValueError, match=said):
+        small("dinov3_vits16", saved(satellite))
+    with pytest.raises(ValueError, match=said):
+        small("dinov3_vits16", saved(state, "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"))
+    model.save_pretrained(tmp_path / "dinov3-vitl16-pretrain-sat493m")
+    with pytest.raises(ValueError, match=said):
+        small("dinov3_vits16", str(tmp_path / "dinov3-vitl16-pretrain-sat493m"))
+    own = small("dinov3_vits16", saved({f"teacher.backbone.{name}": value for name, value in satellite.items()}))
+    assert "training file" in own.loaded_weights  # of any images
+
+
 def test_trap_rotary_periods_come_from_the_file_and_survive_casts(small, hf_v3, formats, images, saved):
     model = hf_v3(False)
     periods = formats["round_rope"](model)
@@ -326,6 +343,19 @@ def test_run_folders_and_checkpoints_are_sources(small, images, saved, tmp_path,
     assert torch.equal(small(variant, ema)(picture).patches, source(picture).patches)
     with pytest.raises(ValueError, match=r"old\.ckpt has format 2 and this keygrip reads"):
         small(variant, saved({"keygrip": {"format": 2}, "state_dict": state}, "old.ckpt"))
+
+
+def test_a_folder_of_several_runs_is_asked_which(small, images, saved, tmp_path):
+    source = small("tiny")
+    state = {f"network.backbone.{key}": value for key, value in source.state_dict().items()}
+    only = saved({"state_dict": state}, "runs/a/checkpoints/step-10.ckpt")
+    picture = images(96, 96)
+    assert torch.equal(small("tiny", str(tmp_path / "runs"))(picture).cls, source(picture).cls)
+    newest = saved({"state_dict": {key: value + 1 for key, value in state.items()}}, "runs/b/checkpoints/last.ckpt")
+    os.utime(only, (1, 1))
+    assert not torch.equal(small("tiny", newest)(picture).cls, source(picture).cls)
+    with pytest.raises(ValueError, match=r"2 other checkpoints: name one of them \(a/checkpoints/step-10\.ckpt, b/"):
+        small("tiny", str(tmp_path / "runs"))
 
 
 def test_several_backbones_in_one_checkpoint_must_be_told_apart(small, images, saved):
