@@ -63,15 +63,16 @@ def evaluate_modes(
     The videos of a batch are encoded once, for all modes and what they say.
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
-    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, ten annotators),
+    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, of ten annotators or fewer; over
+    all, and as `vqa_accuracy/<collection>` where it names one),
     `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, where they differ in length), the number of
     questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` beside the modes),
     `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
-    block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model, at
-    the batches' size; no generation, and of several batches without the first). Beside the modes, `too_long`: captions
-    and VQA questions for which nothing is generated, since with their frames and an answer they do not fit into the
-    language model's context, and `unanswered`: those that end with the user's turn, so that it is not known what the
-    annotators answered.
+    block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model for
+    all questions of a video, at the batches' size; no generation, no batches of text alone, and of several with frames
+    without the first). Beside the modes, `too_long`: captions and VQA questions for which nothing is generated, since
+    with their frames and an answer they do not fit into the language model's context, and `unanswered`: those that end
+    with the user's turn, so that it is not known what the annotators answered.
 
     Raises:
         ValueError: a mode that the network does not have, or no batch.
@@ -99,15 +100,16 @@ def evaluate_modes(
             seconds.clear()
             frames_seen = 0
         frames_seen += frames
+        clock = seconds if frames else defaultdict[str, float](float)  # text alone has no frame to share its time
         videos.update(f"videos_of_{length}" for length in _octaves(batch))
         asked = _asked(module, batch, max_new_tokens)
         too_long += asked.too_long
         unanswered += asked.unanswered
-        with timed(seconds, ENCODER, module.device):
+        with timed(clock, ENCODER, module.device):
             inputs, rows = module.inputs(batch)
             kv = encoded(module.network, inputs, rows.frame_counts)
         for mode, (of_network, refinement) in evaluated.items():
-            with timed(seconds, mode, module.device):
+            with timed(clock, mode, module.device):
                 output = module.network(inputs, rows, of_network, refinement, kv)
                 scored = module.score(output, batch)
                 scores[mode].add(scored, batch.kind)
@@ -237,10 +239,13 @@ def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[st
     figures: dict[str, float] = {}
     if captions:
         figures |= caption_metrics([text for _, text in captions], [[true] for true, _ in captions])
-    agreed = [vqa_accuracy(text, evidence["answers"]) for _, _, evidence, text in said if "answers" in evidence]
-    if agreed:
-        figures["vqa_accuracy"] = sum(agreed) / len(agreed)
-    return figures
+    agreed: dict[str, list[float]] = defaultdict(list)
+    for _, _, evidence, text in said:
+        if "answers" in evidence:
+            agreed["vqa_accuracy"].append(vqa_accuracy(text, evidence["answers"]))
+            if isinstance(collection := evidence.get("collection"), str):
+                agreed[f"vqa_accuracy/{collection}"].append(agreed["vqa_accuracy"][-1])
+    return figures | {name: sum(values) / len(values) for name, values in agreed.items()}
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

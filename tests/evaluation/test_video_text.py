@@ -7,17 +7,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
+from shard_sets import picture
 from vlm_parts import small_backbone, small_language, small_module
 
 from keygrip.config import compose
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample
+from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.conversations import answer, describe_video_text, video_text_parts
+from keygrip.data.video_text.conversations import answer, describe_video_text, read_sample, video_text_parts
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.data.video_text.sources.cauldron import cauldron
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation import multiple_choice, video_text
 from keygrip.evaluation.video_text import evaluate_modes
@@ -108,9 +113,42 @@ def test_time_by_mode_is_without_the_batch_that_warms_up(
     modes = ["coarse_only", "coarse_fine"]
     figures = evaluate_modes(module, batches, modes)
     assert [figures[mode]["ms_per_frame"] for mode in modes] == [250.0, 250.0]  # two seconds of eight frames
+    text = batch(module, (0, (MARK,)))
+    for order in ([text, *batches], [*batches, text, text]):
+        calls.clear()
+        figures = evaluate_modes(module, order, modes)
+        assert [figures[mode]["ms_per_frame"] for mode in modes] == [250.0, 250.0]  # text alone has no frames
     calls.clear()
     figures = evaluate_modes(module, batches[:1], modes)
     assert [figures[mode]["ms_per_frame"] for mode in modes] == [30_000.0, 500.0]
+
+
+def test_each_question_about_an_image_of_the_cauldron_is_asked_by_itself(
+    module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queries know it, nothing tells the answers to others, and each is scored, by collection too."""
+    pairs = [("Which colour?", "red"), ("Where is it?", "left")]
+    texts = [{"user": asked, "assistant": said, "source": "x"} for asked, said in pairs]
+    row = {"images": [{"bytes": picture(9, 28), "path": None}], "texts": texts}
+    for name in ("vqav2", "okvqa", "ai2d"):  # options by letter: not among those of short answers
+        (tmp_path / "download" / name).mkdir(parents=True)
+        parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "download" / name / "train-0.parquet")
+    cauldron(tmp_path / "download", tmp_path / "set", None, 28, processes=1)
+    shards = ShardSet(tmp_path / "set")
+    made = module.collator([read_sample(shards, number, 28) for number in range(3)])
+    decode = module.tokenizer.decode
+    before = [decode(made.input_ids[row, :at].tolist()).rstrip() for row, at in enumerate(made.visual_at)]
+    assert [text.endswith(asked) for text, (asked, _) in zip(before, pairs * 3, strict=True)] == [True] * 6
+    assert [text.count("?") for text in before] == [1] * 6
+
+    def red(*given: Any, **_: Any) -> Any:
+        return Answers(["red"] * len(given[4]), [], None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(video_text, "generate", red)
+    figures = evaluate_modes(module, [made], ["coarse_fine"], 4)["coarse_fine"]
+    assert figures["questions_image_instruction"] == 6
+    scored = {name: value for name, value in figures.items() if name.startswith("vqa_accuracy")}
+    assert scored == {"vqa_accuracy": 0.5, "vqa_accuracy/vqav2": 0.5, "vqa_accuracy/okvqa": 0.5}
 
 
 def test_questions_that_do_not_fit_are_counted_and_end_nothing(

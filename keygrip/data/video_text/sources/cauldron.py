@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,14 @@ VQA = frozenset(
     {"vqav2", "okvqa", "textvqa", "st_vqa", "docvqa", "infographic_vqa", "ocrvqa", "visual7w", "vqarad", "tallyqa"}
     | {"clevr", "chartqa", "figureqa", "dvqa", "plotqa"}
 )
+# Collections whose questions go on from the answers before them.
+SEQUENTIAL = frozenset({"robut_sqa"})
 
 
 @dataclass(frozen=True)
 class CauldronMaker:
-    """Makes samples of the rows of a group: each image a frame, all question-answer pairs one conversation."""
+    """Makes samples of the rows of a group: each image a frame, each question-answer pair a conversation, so that the
+    queries know each question and no answer stands before another question. Of `SEQUENTIAL` all pairs are one."""
 
     image_size: int
     fit: str
@@ -56,23 +60,27 @@ class CauldronMaker:
         if len(images) > self.max_frames:
             raise ValueError(f"{len(images)} images are more than max_frames={self.max_frames}")
         frames = [self._image(image["bytes"]) for image in images]
-        turns = []
-        for text in row["texts"]:
-            turns += [Turn("user", text["user"].strip()), Turn("assistant", text["assistant"].strip())]
-        if not turns:
+        pairs = [
+            (Turn("user", text["user"].strip()), Turn("assistant", text["assistant"].strip())) for text in row["texts"]
+        ]
+        if not pairs:
             raise ValueError("it has no text")
-        evidence: dict[str, Any] = {"collection": collection}
-        if collection in VQA:
-            evidence["answers"] = [turns[-1].text]  # what the VQA rule compares the last answer with
-        conversation = Conversation(tuple(turns), "image_instruction", evidence)
+        asked: list[tuple[Turn, ...]] = [tuple(itertools.chain(*pairs))] if collection in SEQUENTIAL else [*pairs]
+        conversations = [Conversation(turns, "image_instruction", _evidence(collection, turns)) for turns in asked]
         fps = None if len(frames) > 1 else 1.0  # several images have no common time
-        return MadeSample(key, *video_text_parts(frames, [conversation], "cauldron", fps))
+        return MadeSample(key, *video_text_parts(frames, conversations, "cauldron", fps))
 
     def _image(self, content: bytes | None) -> bytes:
         if not content:
             raise ValueError("an image is empty")
         with open_image(content) as image:
             return encode_jpeg(shown_image(image, self.image_size, self.fit))
+
+
+def _evidence(collection: str, turns: Sequence[Turn]) -> dict[str, Any]:
+    """With the answer that the VQA rule compares with, of a collection that it can score."""
+    answers = {"answers": [turns[-1].text]} if collection in VQA else {}
+    return {"collection": collection, **answers}
 
 
 def _collection(group: RowGroup, source: Path) -> str:
@@ -91,7 +99,8 @@ def cauldron(
     processes: int | None = None,
     max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
-    """Writes the Cauldron as shards of 1-frame samples (several images: several frames).
+    """Writes the Cauldron as shards of 1-frame samples (several images: several frames), each with the conversations
+    of its image (`CauldronMaker`).
 
     Args:
         source: folder with a folder a collection, each with `train-*.parquet`, or the folder of one. root: of the set.
@@ -110,7 +119,7 @@ def cauldron(
             if name not in there:
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(sorted(there))}")
         groups = [group for group in groups if _collection(group, source) in collections]
-    settings = {"data": "cauldron", "collections": collections, "decoding": DECODING}
+    settings = {"data": "cauldron", "collections": collections, "conversations": "pairs", "decoding": DECODING}
     settings |= shard_frame_settings(image_size, fit, max_frames)
     maker = CauldronMaker(image_size, fit, max_frames, source)
     return write_shards(

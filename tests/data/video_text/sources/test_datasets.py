@@ -152,35 +152,41 @@ def test_smoltalk_says_what_is_wrong(tmp_path: Path) -> None:
 # ---- The Cauldron ----------------------------------------------------------------------------------------------------
 
 
-def test_cauldron_images_are_frames_and_pairs_are_turns(tmp_path: Path) -> None:
+def test_cauldron_images_are_frames_and_pairs_are_conversations(tmp_path: Path) -> None:
     def row(shades_: list[int], broken: bool = False) -> dict[str, Any]:
         images = [{"bytes": b"\x89PNG" if broken else picture(shade, 40), "path": None} for shade in shades_]
         texts = [{"user": f"What {n}?\n", "assistant": f"That {n}.", "source": "x"} for n in range(2)]
         return {"images": images, "texts": texts}
 
-    for name, rows in (("ai2d", [row([50]), row([60, 70])]), ("vqav2", [row([80], broken=True), row([90]), row([])])):
+    for name, rows in (
+        ("ai2d", [row([50]), row([60, 70])]),
+        ("vqav2", [row([80], broken=True), row([90]), row([])]),
+        ("robut_sqa", [row([50])]),
+    ):
         (tmp_path / "download" / name).mkdir(parents=True)
         parquet.write_table(
             arrow.Table.from_pylist(rows), tmp_path / "download" / name / "train-00000-of-00001-abc.parquet"
         )
     report = cauldron(tmp_path / "download", tmp_path / "all", image_size=SIZE, processes=1)
-    assert (report["samples"], report["failed"]) == (3, 2)
+    assert (report["samples"], report["failed"]) == (4, 2)
     found = samples(tmp_path / "all")
-    assert sorted(len(sample.frames) for sample in found.values()) == [1, 1, 2]
+    assert sorted(len(sample.frames) for sample in found.values()) == [1, 1, 1, 2]
+    said = {key: [[turn.text for turn in c.turns] for c in sample.conversations] for key, sample in found.items()}
     two = found["ai2d-train-00000-of-00001-abc-00000001"]
     assert np.abs(two.frames.mean(axis=(1, 2, 3)) - [60, 70]).max() < 2
     assert two.seconds == ()  # images that have no common time
     assert found["ai2d-train-00000-of-00001-abc-00000000"].seconds == (0.0,)
-    assert [turn.text for turn in two.conversations[0].turns] == ["What 0?", "That 0.", "What 1?", "That 1."]
-    assert two.conversations[0].evidence == {"collection": "ai2d"}
+    assert said[two.key] == [["What 0?", "That 0."], ["What 1?", "That 1."]]
+    assert [each.evidence for each in two.conversations] == [{"collection": "ai2d"}] * 2
     short = found["vqav2-train-00000-of-00001-abc-00000001"]
-    assert short.conversations[0].evidence == {
-        "collection": "vqav2",
-        "answers": ["That 1."],
-    }  # what the VQA rule scores
+    assert [each.evidence for each in short.conversations] == [
+        {"collection": "vqav2", "answers": [f"That {number}."]} for number in range(2)
+    ]  # what the VQA rule scores
+    # whose later questions go on from the answers before
+    assert said["robut_sqa-train-00000-of-00001-abc-00000000"] == [["What 0?", "That 0.", "What 1?", "That 1."]]
     assert validate(tmp_path / "all")["errors"] == 0
     assert cauldron(tmp_path / "download", tmp_path / "one", ["ai2d"], SIZE, processes=1)["samples"] == 2
-    with pytest.raises(FileNotFoundError, match=r"no collection 'docvqa' in .*there are ai2d, vqav2"):
+    with pytest.raises(FileNotFoundError, match=r"no collection 'docvqa' in .*there are ai2d, robut_sqa, vqav2"):
         cauldron(tmp_path / "download", tmp_path / "none", ["docvqa"])
 
 
