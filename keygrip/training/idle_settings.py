@@ -95,7 +95,7 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
         overrides: of ``keygrip.train``, as given.
 
     Raises:
-        SettingError: the model has everything already that the ablation sets.
+        SettingError: all that the ablation sets is so already, or leaves out what is not there.
     """
     for ablation in overrides:
         group, _, name = ablation.partition("=")
@@ -107,7 +107,10 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
         except ConfigCompositionException:  # another override sets what this one brings
             continue
         if with_it == without and not _replaced(overrides, ablation, with_it):
-            raise SettingError(f"{ablation} changes nothing here: what it sets is so already; leave it out")
+            raise SettingError(
+                f"{ablation} changes nothing here: what it sets is so already, or leaves out what is not there; leave "
+                "it out"
+            )
 
 
 def _replaced(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
@@ -131,10 +134,17 @@ def _option(path: str) -> Any:
 
 
 def _composed(overrides: Sequence[str]) -> Any:
-    """The configuration of a run, by the Hydra that runs, which knows further folders, or by one of our own."""
+    """The configuration of a run, by the Hydra that runs, which knows further folders, or by one of our own; without
+    nulls: that of a part which is not there, a source of other data, leaves nothing out."""
     running = GlobalHydra.instance().is_initialized()
     cfg = hydra_compose("train", list(overrides)) if running else compose("train", overrides)
-    return OmegaConf.to_container(cfg, resolve=False)
+    return _without_nulls(OmegaConf.to_container(cfg, resolve=False))
+
+
+def _without_nulls(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {name: _without_nulls(child) for name, child in node.items() if child is not None}
 
 
 def _references(cfg: DictConfig) -> list[tuple[Path, Path]]:

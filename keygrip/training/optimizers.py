@@ -27,7 +27,7 @@ class AdamW:
         schedule: ``cosine`` or ``constant``.
         clip_norm: global norm at which gradients are clipped; None: never.
         lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits
-            counts.
+            counts. None: there is none of this name, whatever another file says.
 
     Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     """
@@ -40,7 +40,7 @@ class AdamW:
     final_lr_share: float = 0.0
     schedule: str = "cosine"
     clip_norm: float | None = None
-    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    lr_multipliers: Mapping[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -54,7 +54,7 @@ class AdamW:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: each lies in [0, 1)")
         for name, multiplier in self.lr_multipliers.items():
-            if not 0 <= multiplier < math.inf:
+            if multiplier is not None and not 0 <= multiplier < math.inf:
                 raise ValueError(f"optimizer.lr_multipliers.{name}={multiplier}: must be a number from 0 on")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
@@ -104,17 +104,18 @@ class AdamW:
         """Groups for torch: ``params, lr, weight_decay, name``; every trainable parameter is in exactly one."""
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         used: set[str] = set()
+        multipliers = {prefix: each for prefix, each in self.lr_multipliers.items() if each is not None}
         kept = _without_decay(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            prefix = max((p for p in self.lr_multipliers if belongs_to(name, p)), key=len, default="")
+            prefix = max((p for p in multipliers if belongs_to(name, p)), key=len, default="")
             used.add(prefix)
             decay = parameter.ndim >= 2 and id(parameter) not in kept
             groups.setdefault((prefix, decay), []).append(parameter)
         if not groups:
             raise ValueError("nothing to train: every parameter is frozen")
-        for prefix, multiplier in self.lr_multipliers.items():
+        for prefix, multiplier in multipliers.items():
             if multiplier != 1.0 and prefix not in used:
                 raise ValueError(
                     f"optimizer.lr_multipliers: no trainable parameter's name starts with or holds {prefix!r}"
@@ -122,7 +123,7 @@ class AdamW:
         return [
             {
                 "params": parameters,
-                "lr": self.lr * self.lr_multipliers.get(prefix, 1.0),
+                "lr": self.lr * multipliers.get(prefix, 1.0),
                 "weight_decay": self.weight_decay if decay else 0.0,
                 "name": f"{prefix or 'rest'}{'' if decay else '_no_decay'}",
             }

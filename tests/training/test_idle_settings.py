@@ -16,6 +16,8 @@ from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_a
 VLM = ("model=foveated_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
 VLA = ("model=geometry_vla", "data=yam_language")
+STAGE = ("experiment=vlm_stage1",)
+SMALL = ("experiment=vlm_robot_videos",)
 BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
 
 
@@ -144,6 +146,14 @@ def test_conditions_name_settings_that_there_are() -> None:
         ((*DIT, "model.dropout.masked_patches=0.3"), "patch_dit/masked_patches", True),
         ((*DIT, "model.guide.at_step=3"), "patch_dit/early_guide", False),  # what only it brings
         ((*DIT, "model.network.qk_norm=false"), "patch_dit/no_qk_norm", True),
+        (STAGE, "foveated_vlm/shared_query_path", True),  # a null of a multiplier that is not there
+        (STAGE, "foveated_vlm/visual_first", True),
+        (STAGE, "foveated_vlm/no_frame_numbers", True),
+        (STAGE, "foveated_vlm/no_text", False),
+        (STAGE, "foveated_vlm/random_encoder", False),
+        (SMALL, "foveated_vlm/shared_query_path", False),
+        (SMALL, "foveated_vlm/no_text", False),
+        ((*SMALL, "data.sources.texts=null"), "foveated_vlm/no_text", True),  # a null of a source that is not there
     ],
 )
 def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], ablation: str, idle: bool) -> None:
@@ -153,6 +163,16 @@ def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], a
         return
     with pytest.raises(SettingError, match=f"ablation={ablation} changes nothing here"):
         refuse_idle(compose("train", overrides), overrides)
+
+
+def test_ablations_of_the_foveated_model_do_in_the_stages_what_they_name() -> None:
+    """Where the text has another source's name, and the encoder's weights are pretrained."""
+    sources = compose("train", [*STAGE, "ablation=foveated_vlm/no_text"]).data.sources
+    assert [name for name, source in sources.items() if source is not None] == ["webvid"]
+    encoder = compose("train", [*STAGE, "ablation=foveated_vlm/random_encoder"]).backbone
+    assert (encoder.weights, encoder.init_from, encoder.trainable) == ("random", None, "all")
+    rates = compose("train", [*STAGE, "ablation=foveated_vlm/trained_encoder"]).optimizer.lr_multipliers
+    assert rates == {"backbone": 0.25, "language": 0.1, "query_path": None}
 
 
 def test_jobs_of_a_sweep_are_warned_of_what_their_arm_does_not_read(

@@ -52,6 +52,14 @@ def test_a_multiplier_that_fits_nothing_is_an_error() -> None:
         AdamW(lr=1.0, lr_multipliers={"bakbone": 0.1}).parameter_groups(Network())
 
 
+def test_a_multiplier_of_none_is_none() -> None:
+    """What an ablation writes over one of a part that its network does not have."""
+    multipliers = {"backbone": None, "query_path": None, "head": 0.5}
+    assert groups_of(AdamW(2.0, lr_multipliers=multipliers), Network()) == groups_of(
+        AdamW(2.0, lr_multipliers={"head": 0.5}), Network()
+    )
+
+
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="every parameter is frozen"):
         AdamW(lr=1.0).parameter_groups(Network().requires_grad_(False))
