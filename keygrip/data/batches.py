@@ -261,11 +261,6 @@ class VideoTextBatch(Movable):
         kept = torch.tensor([kind in kinds for kind in self.kind], device=self.loss_mask.device)[:, None]
         return replace(self, loss_mask=self.loss_mask & kept, answer_mask=self.answer_mask & kept)
 
-    @property
-    def text_only_share(self) -> float:
-        """Share of the rows that have no frames."""
-        return float((~self.frame_mask.any(dim=1))[self.video_index].float().mean()) if len(self) else 0.0
-
 
 @dataclass
 class ImageTextBatch(Movable):

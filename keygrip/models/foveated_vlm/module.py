@@ -21,7 +21,7 @@ from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.frame_cache import Encoded, FrameCache, frame_names
 from keygrip.models.foveated_vlm.hub_files import hub_files
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
-from keygrip.models.foveated_vlm.monitor import RANGES, health_figures
+from keygrip.models.foveated_vlm.monitor import RANGES, RowCounts, health_figures
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, text_rows
 from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, score
@@ -149,7 +149,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.refinement, self.refinement_from = refinement, refinement_from
         self.coarse_share = coarse_share
         self.coarse_kinds = None if coarse_kinds is None else frozenset(coarse_kinds)
-        self._left_out = 0  # rows, since training began or was resumed
+        self.row_counts = RowCounts(network.tokens_per_frame, network.pack_rows)
         self._coarse_misses = 0  # coarse steps in a row whose batch has none of these kinds
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
@@ -353,14 +353,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.log(f"{name}loss", everywhere, prog_bar=True, batch_size=size)
         accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
         self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
-        self._left_out += batch.left_out
+        self.row_counts.add(batch, rows)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            padding = rows.padding_share(self.network.tokens_per_frame, self.network.pack_rows)
-            self.log("train/padding_share", padding, batch_size=size)
-            self.log("train/text_only_share", batch.text_only_share, batch_size=size)
-            self.log("train/truncated_rows", float(batch.truncated), batch_size=size)
-            self.log("train/left_out_rows", float(self._left_out), batch_size=size)
-            self.log("train/clips", float(batch.clips), batch_size=size)
+            for name, value in self.row_counts.report(self.device).items():
+                self.log(f"train/{name}", value, batch_size=size)
         if self._health_now():
             assert isinstance(self.network, FoveatedVLM)
             self._report_health(

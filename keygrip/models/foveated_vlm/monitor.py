@@ -1,4 +1,4 @@
-"""Health metrics of the foveation, each with its healthy range.
+"""Health metrics of the foveation, each with its healthy range, and counts of the rows of training.
 
 Legend: V videos, F frames of the longest.
 """
@@ -6,15 +6,18 @@ Legend: V videos, F frames of the longest.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from keygrip.data.batches import VideoTextBatch
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.scores import BatchScores
 from keygrip.models.foveated_vlm.video_language import VLMOutput
+from keygrip.training.distributed import global_sum
 from keygrip.training.monitors import Range
 
 HEALTH_FRAMES = 64  # enough for an average, few enough for the memory that attention maps take
@@ -41,6 +44,46 @@ RANGES = {
         0.2, 5.0, "visual tokens are not on the scale of the token embeddings: see model.network.visual_scale"
     ),
 }
+
+
+class RowCounts:
+    """What the rows of training batches hold, summed since the last report: one batch says little, where texts come in
+    batches of their own.
+
+    Args:
+        tokens_per_frame, packed: of the network, for the language model's positions.
+    """
+
+    counted = ("rows", "text_only", "positions", "held", "truncated", "left_out", "clips")
+
+    def __init__(self, tokens_per_frame: int, packed: bool) -> None:
+        self.tokens_per_frame, self.packed = tokens_per_frame, packed
+        self._counts: Counter[str] = Counter()
+        self._left_out = 0  # since training began or was resumed
+
+    def add(self, batch: VideoTextBatch, rows: TextRows) -> None:
+        """A batch of this process, and its rows."""
+        held, positions = rows.positions(self.tokens_per_frame, self.packed)
+        text_only = sum(not rows.frame_counts[video] for video in rows.videos)
+        self._counts.update(rows=len(batch), text_only=text_only, positions=positions, held=held)
+        self._counts.update(truncated=batch.truncated, left_out=batch.left_out, clips=batch.clips)
+
+    def report(self, device: torch.device) -> dict[str, float]:
+        """Shares and counts over the batches of all processes; begins anew, but for `left_out_rows`, all so far.
+
+        Every process must call it at the same step.
+        """
+        own = torch.tensor([self._counts[name] for name in self.counted], dtype=torch.int64, device=device)
+        counts = dict(zip(self.counted, global_sum(own).tolist(), strict=True))
+        self._counts.clear()
+        self._left_out += counts["left_out"]
+        return {
+            "padding_share": 1 - counts["held"] / max(1, counts["positions"]),
+            "text_only_share": counts["text_only"] / max(1, counts["rows"]),
+            "truncated_rows": float(counts["truncated"]),
+            "left_out_rows": float(self._left_out),
+            "clips": float(counts["clips"]),
+        }
 
 
 @torch.no_grad()

@@ -72,13 +72,18 @@ class TextRows:
         counts = [self.frame_counts[video] * tokens_per_frame for video in self.videos]
         return RowLayout.build(self.lengths, self.visual_at, counts, self.input_ids.shape[1], self.input_ids.device)
 
-    def padding_share(self, tokens_per_frame: int = 1, packed: bool = False) -> float:
-        """Share of the language model's positions that are padding: of the rows, each as long as the longest, or of
-        the bins that `Packing` fills."""
+    def positions(self, tokens_per_frame: int = 1, packed: bool = False) -> tuple[int, int]:
+        """How many of the language model's positions hold something, and how many there are: of the rows, each as long
+        as the longest, or of the bins that `Packing` fills."""
         pairs = zip(self.lengths, self.videos, strict=True)
         lengths = [length + self.frame_counts[video] * tokens_per_frame for length, video in pairs]
         places = max(lengths, default=0) * (len(_bins(lengths)) if packed else len(lengths))
-        return 1 - sum(lengths) / places if places else 0.0
+        return sum(lengths), places
+
+    def padding_share(self, tokens_per_frame: int = 1, packed: bool = False) -> float:
+        """Share of the language model's `positions` that are padding."""
+        held, places = self.positions(tokens_per_frame, packed)
+        return 1 - held / places if places else 0.0
 
     @cached_property
     def streams(self) -> Streams:

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlm_parts import small_module
 
 from keygrip import evaluate, generate, train
 from keygrip.config import compose
+from keygrip.data.batches import VideoTextBatch
 from keygrip.evaluation import text_metrics as metrics
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -162,13 +164,14 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0, msg=name)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert values_of(tmp_path / "two", "loss") == pytest.approx(values_of(tmp_path / "one", "loss"), abs=1e-4)
+    assert values_of(tmp_path / "two", "text_only_share") == values_of(tmp_path / "one", "text_only_share")
 
 
-def losses(folder: Path) -> list[float]:
-    """``train/loss`` of the steps of a run."""
+def values_of(folder: Path, name: str) -> list[float]:
+    """``train/NAME`` of the steps of a run at which it was logged."""
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        return [float(row[f"train/{name}"]) for row in csv.DictReader(file) if row[f"train/{name}"]]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,33 @@ def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[s
     assert {"train/padding_share", "train/text_only_share", "data/skipped"} <= set(header)
     # every range is one of a metric that is logged
     assert {name if "/" in name else f"health/{name}" for name in RANGES} <= set(header)
+
+
+def test_shares_of_rows_are_those_of_all_batches_since_the_last(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts come in batches of their own where there are enough: the share of one batch is 0 or 1."""
+    batches: list[VideoTextBatch] = []
+    step = FoveatedVLMModule.training_step
+
+    def heard(self: FoveatedVLMModule, batch: VideoTextBatch, batch_idx: int) -> torch.Tensor:
+        batches.append(replace(batch, left_out=1, clips=2))
+        return step(self, batches[-1], batch_idx)
+
+    monkeypatch.setattr(FoveatedVLMModule, "training_step", heard)
+    more = ["data.sources.texts.share=0.5", "logger=csv", "log_every_n_steps=2", "accumulate_grad_batches=2"]
+    train.run(compose("train", overrides("run", *more, "max_steps=4", "model.monitor_every_n_steps=0")))
+    values = {name: values_of(tmp_path / "run", name) for name in ("text_only_share", "padding_share", "clips")}
+    assert len(batches) == 7  # a step at the end of an epoch has one
+    for number, part in enumerate((batches[:4], batches[4:])):
+        lengths = [(each.attention_mask.sum(1) + each.frame_mask.sum(1)[each.video_index]).tolist() for each in part]
+        held, places = sum(map(sum, lengths)), sum(len(each) * max(each) for each in lengths)
+        assert values["padding_share"][number] == pytest.approx(1 - held / places, abs=1e-6)
+        rows, texts = sum(map(len, part)), sum(each.source.count("texts") for each in part)
+        assert 0 < texts < rows
+        assert values["text_only_share"][number] == pytest.approx(texts / rows, abs=1e-6)
+    assert values["clips"] == [8, 6]
+    assert values_of(tmp_path / "run", "left_out_rows") == [4, 7]  # all so far
 
 
 def test_a_checkpoint_alone_evaluates_and_answers(
