@@ -8,7 +8,7 @@ end of the first answer, of the conversation in which it ends soonest), `convers
 mark"; `kinds_column`).
 
 Text of a sample with both "json" and "txt" is that of the json where it has turns or a caption, and the txt is not
-read; of a json of metadata alone that of the txt.
+read; of a json of metadata alone that of the txt, asked for by the json's `source` as its own caption would be.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from keygrip.data.video_text.foreign_text import (
     PLACES,
     SHOWN,
     TURNS,
+    caption_request,
     caption_text,
     holds_text,
     own_text,
@@ -213,7 +214,7 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
     counted = told if "txt" in parts else (*told, "fps", "system")
     content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
-        return caption_text(parts["txt"].decode("utf-8-sig"), CAPTION_REQUEST)
+        return caption_text(parts["txt"].decode("utf-8-sig"), caption_request(content, CAPTION_REQUEST))
     if "json" in parts:
         return own_text(content, CAPTION_REQUEST, _has_media(parts) if packed is None else packed)
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)

@@ -102,7 +102,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
     if name is None:
         known = ", ".join((*TURNS, *CAPTIONS, " with ".join(PAIR)))
         raise ValueError(f"its json holds none of {known}; it holds {_listed(content)}")
-    captioned = caption_text(content[name], _request(content, request), content)
+    captioned = caption_text(content[name], caption_request(content, request), content)
     return _timed(captioned, _named_images(content), content)
 
 
@@ -113,16 +113,16 @@ def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     captioned = user is None or (isinstance(user, str) and not user.strip())
     if captioned and not (packed or count):
         raise ValueError("its user is empty, and it has no frames of which a caption could be asked")
-    told = dict(content) | ({"user": _request(content, UNNAMED_REQUEST)} if captioned else {})
+    told = dict(content) | ({"user": caption_request(content, UNNAMED_REQUEST)} if captioned else {})
     own = own_text(told | {"conversations": [{name: told[name] for name in PAIR}]}, "", packed)
     if captioned:
         own["conversations"][0]["kind"] = "caption"
     return own if count is None else own | {"frames": count}
 
 
-def _request(content: Mapping[str, Any], otherwise: str) -> str:
-    """What is asked for a caption of a sample."""
-    source = content.get("source")
+def caption_request(content: Any, otherwise: str) -> str:
+    """What is asked for a caption of a sample, by the `source` that its json names."""
+    source = content.get("source") if isinstance(content, Mapping) else None
     return REQUESTS.get(source, otherwise) if isinstance(source, str) else otherwise
 
 

@@ -24,8 +24,10 @@ from keygrip.data.shards.reader import ShardSet
 from keygrip.data.validation import validate
 from keygrip.data.video_text.batching import rows_of
 from keygrip.data.video_text.conversations import (
+    CAPTION_REQUEST,
     MAX_FRAMES,
     iterate_texts,
+    parse_text,
     read_conversations,
     read_sample,
     read_timed_conversations,
@@ -792,6 +794,17 @@ def test_the_source_of_a_published_sample_says_what_is_asked(content: dict[str, 
 def test_the_source_of_a_caption_says_what_is_asked(source: str, asked: str) -> None:
     found = own_text({"caption": "A dog.", "source": source}, "Describe it.", packed=True)
     assert found["conversations"][0]["turns"][0]["text"] == asked
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"), [("openvid", "Write a brief caption for this video."), ("x", None), (3, None)]
+)
+def test_the_source_beside_a_caption_in_txt_says_what_is_asked(source: Any, asked: str | None) -> None:
+    told = {"jpg": jpeg(), "txt": b"A dog.", "json": text(source=source, id=3, fps=29.97)}
+    found = parse_text(told)
+    assert [turn["text"] for turn in found["conversations"][0]["turns"]] == [asked or CAPTION_REQUEST, "A dog."]
+    assert parse_text({**told, "json": b"3"})["conversations"][0]["turns"][0]["text"] == CAPTION_REQUEST
+    assert "fps" not in found  # of the file that was downloaded, not of these images
 
 
 @pytest.mark.parametrize("beside", [{"caption": " "}, {"caption": 3}, {"text": {"en": "A dog."}}, {"text": []}])
