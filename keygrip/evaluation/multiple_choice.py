@@ -23,6 +23,7 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 FOLDER_FPS = 3.0  # frame rate of MVBench's folders of frames
+WHOLE = (0.0, 100_000.0)  # seconds; a clip that ends with the video, whose frames are taken as a clip's
 ROWS = 32  # questions, or their lettered answers, at a time
 
 
@@ -171,9 +172,9 @@ def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuesti
 
 
 def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.ndarray, tuple[float, ...]]:
-    images = module.image_options
+    images, clip = module.image_options, question.clip or (WHOLE if question.middles else None)
     return read_timed_frames(
-        question.video, images["image_size"], images["fit"], images["max_frames"], question.clip, FOLDER_FPS
+        question.video, images["image_size"], images["fit"], images["max_frames"], clip, FOLDER_FPS
     )
 
 

@@ -12,7 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class ChoiceQuestion:
         task: the set's own category; figures are kept apart by it, and averaged over it.
         clip: seconds of the video that the question is about; None: all of it.
         groups: further categories that the set's own script reports ("domain/Knowledge").
+        middles: of a longer whole video too the set's own script shows the middles of equal parts.
     """
 
     video: Path
@@ -68,6 +69,7 @@ class ChoiceQuestion:
     task: str
     clip: tuple[float, float] | None = None
     groups: tuple[str, ...] = ()
+    middles: bool = False
 
     @property
     def letters(self) -> list[str]:
@@ -324,10 +326,16 @@ def _options(given: Any) -> tuple[str, ...]:
     return tuple(str(option) for option in given)
 
 
+def _mvbench(root: Path) -> Iterator[Entry]:
+    """As `_candidates`; its script takes the frames of whole videos as it does those of clips."""
+    for entry in _candidates(root):
+        yield replace(entry, middles=True) if isinstance(entry, ChoiceQuestion) else entry
+
+
 READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
     "video_mme": _video_mme,
     "mlvu": _candidates,
-    "mvbench": _candidates,
+    "mvbench": _mvbench,
 }
 
 

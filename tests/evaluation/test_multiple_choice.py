@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -18,10 +19,11 @@ from shard_sets import small_video
 from vlm_parts import small_module
 
 from keygrip.data.batches import Turn
+from keygrip.data.spacing import evenly
 from keygrip.evaluation import multiple_choice, video_text
 from keygrip.evaluation.multiple_choice import evaluate_choices
 from keygrip.evaluation.video_text import evaluate_answers
-from keygrip.evaluation.vqa_benchmarks import Benchmark, ChoiceQuestion
+from keygrip.evaluation.vqa_benchmarks import Benchmark, ChoiceQuestion, read_benchmark
 from keygrip.models.foveated_vlm.generation import Answers, answer_scores
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 
@@ -296,3 +298,31 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
     ):
         with pytest.raises(ValueError, match=words):
             evaluate_answers(SimpleNamespace(module=made), OmegaConf.create({**cfg, **changed}))  # type: ignore[arg-type]
+
+
+def test_whole_videos_of_mvbench_are_shown_as_its_script_shows_them(tmp_path: Path) -> None:
+    """40 seconds in 16 frames: the middles of equal parts; of other sets the first, the last and those between."""
+    entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
+    for name in ("mvbench", "mlvu"):
+        (tmp_path / name / "perception" / "videos").mkdir(parents=True)
+        (tmp_path / name / "state_change.json").write_text(json.dumps([entry]))
+        with av.open(str(tmp_path / name / "perception" / "videos" / "a.mp4"), "w") as file:
+            stream = file.add_stream("mpeg4", rate=5)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for number in range(200):  # the shade tells the second
+                image = np.full((32, 32, 3), 40 + 5 * (number // 5), np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            file.mux(stream.encode(None))
+    module: Any = SimpleNamespace(image_options={"image_size": 16, "fit": "stretch", "max_frames": 16})
+
+    def shown(name: str) -> tuple[list[int], tuple[float, ...]]:
+        (question,) = read_benchmark(name, tmp_path / name).questions
+        assert question.clip is None
+        frames, seconds = multiple_choice._frames(module, question)
+        return [round((float(frame.mean()) - 40) / 5) for frame in frames], seconds
+
+    part = (200 - 1) / 16  # get_index of its script, with the last frame's number for the number of frames
+    of_script = [int(part / 2 + np.round(part * number)) // 5 for number in range(16)]
+    assert shown("mvbench") == (of_script, tuple(2.5 * number for number in range(16)))
+    assert shown("mlvu")[0] == list(evenly(40, 16))
+    assert (of_script[0], shown("mlvu")[0][0]) == (1, 0)

@@ -92,7 +92,7 @@ def clip_times(duration: float, clip: tuple[float, float] | None, max_frames: in
     if clip is None:
         return np.array(evenly(whole_seconds(duration), max_frames), float)
     start, end = clip[0], min(clip[1], duration)
-    if start >= duration:
+    if start > 0 and start >= duration:
         raise ValueError(f"{path} lasts {duration:.1f} s and the clip begins at {start:g} s")
     count = whole_seconds(end - start)
     if count <= max_frames:
