@@ -1136,7 +1136,7 @@ def vlm_memory() -> str:
     for words, recipes, between in (
         ("SmolLM2 135M and DINOv2-S, stage 1; stages 2 and 3", ("stage1_135m", "stage2_135m"), "; "),
         (
-            "as published, stage 1; stages 2 and 3",
+            "`..._published`, stage 1; stages 2 and 3",
             ("stage1_135m_published", "stage2_135m_published"),
             "; ",
         ),

@@ -179,6 +179,19 @@ def test_make_metaworld_begins_other_runs_and_goes_on_with_its_own(tmp_path: Pat
     assert "resume=true" in str(said(own))
 
 
+def test_the_claims_of_the_foveated_model_are_counted_as_their_table_has_them() -> None:
+    text = (ROOT / "docs" / "foveated_vlm.md").read_text(encoding="utf-8")
+    table = text.partition("| claim | state | seeds |")[2].partition("\n\n")[0].splitlines()[2:]
+    states = [(state, seeds.strip()) for _, _, state, seeds, *_ in (line.split("|") for line in table)]
+    three = [state for state, seeds in states if seeds == "3 of 3"]
+    half = [state for state in three if "confirmed here" in state and "refuted here" in state]
+    holds = [state for state in three if "confirmed here" in state and state not in half]
+    words = ("None", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
+    told = re.findall(r"\*\*(\w+) (?:claims have three seeds|holds? here|holds? in half|do(?:es)? not hold)\*\*", text)
+    assert told == [words[len(each)] for each in (three, holds, half, [s for s in three if "confirmed" not in s])]
+    assert all("open" in state for state, seeds in states if seeds != "3 of 3")
+
+
 def test_groups_of_a_model_are_those_that_training_names() -> None:
     def table(head: str) -> list[list[str]]:
         lines = text.partition(head)[2].partition("\n\n")[0].splitlines()[1:]
