@@ -25,10 +25,11 @@ from keygrip.evaluation.attribute_classifier import (
 from keygrip.evaluation.image_captions import WORD, ClipSimilarity, change_caption
 from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_batches
-from keygrip.evaluation.image_statistics import grain, set_figures
+from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, refuse_idle_interval
 from keygrip.progress import Progress
+from keygrip.training.strategies import automatic_autocast
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -273,8 +274,9 @@ class Suite:
         return Asked(conditions, asked.target[index], records, seeds, colours, captions, sides_told=not words)
 
     def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
-        """Images [B, 3, H, W] in 0..1."""
-        drawn = self.module.draw(asked.conditions, size, asked.seeds, sampling or self.sampling)
+        """Images [B, 3, H, W] in 0..1, in the precision of `keygrip sample`."""
+        with automatic_autocast(self.module.device):
+            drawn = self.module.draw(asked.conditions, size, asked.seeds, sampling or self.sampling)
         if not bool(torch.isfinite(drawn).all()):
             raise ValueError(NOT_FINITE)
         return drawn
@@ -484,17 +486,3 @@ class Suite:
 
 def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:
     return None if values is None else values[index]
-
-
-def summarise(found: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """Means over all images (of distances in pixels the median too), and their number."""
-    figures: dict[str, float] = {}
-    for name, parts in found.items():
-        values = torch.cat(list(parts))
-        figures["images"] = max(figures.get("images", 0), len(values))
-        if not len(values):
-            continue
-        figures[name] = round(float(values.mean()), 5)
-        if name.endswith("_px"):
-            figures[f"{name}_median"] = round(float(values.median()), 4)
-    return figures

@@ -163,7 +163,8 @@ def write_report(
 
 def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     """The report's text."""
-    sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
+    told = {**figures["sampling"], "precision": figures["precision"]}
+    sampling = ", ".join(f"{name} {value}" for name, value in told.items())
     lines = [f"# Images of the {figures['split']} split", ""]
     wrong = shortcomings(figures["cases"], figures["split"])
     lines += ["What is wrong, first:" if wrong else "No figure is outside of its limit.", ""]

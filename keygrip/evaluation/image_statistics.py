@@ -1,10 +1,12 @@
-"""Distances between sets of images, in the features of a frozen encoder, and the grain of single ones.
+"""Distances between sets of images, in the features of a frozen encoder, the grain of single ones, and means over sets.
 
 Sets are compared with a reference set of real images. All of these distances depend on how many images a set holds, so
 that a figure says something only beside those of real images, of as many, against the same reference.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -95,3 +97,17 @@ def set_figures(features: Tensor, reference: Tensor) -> dict[str, float]:
     if min(len(features), len(reference)) > NEIGHBOURS:
         found["precision"], found["recall"] = precision_recall(features, reference)
     return {name: round(value, 5) for name, value in found.items()}
+
+
+def summarise(found: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """Means over all images (of distances in pixels the median too), and their number."""
+    figures: dict[str, float] = {}
+    for name, parts in found.items():
+        values = torch.cat(list(parts))
+        figures["images"] = max(figures.get("images", 0), len(values))
+        if not len(values):
+            continue
+        figures[name] = round(float(values.mean()), 5)
+        if name.endswith("_px"):
+            figures[f"{name}_median"] = round(float(values.median()), 4)
+    return figures

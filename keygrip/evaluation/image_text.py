@@ -39,6 +39,7 @@ from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite,
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
 from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
+from keygrip.training.strategies import automatic_precision
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -62,7 +63,7 @@ def run_suite(
 
     Returns:
         the figures: `cases`, `scales`, `word_scales`, `steps`, `real_grid` (the anchor of these three), `classifier`
-            (its own error), `clip`, `lpips_note`, `sampling`; and the image files.
+            (its own error), `clip`, `lpips_note`, `sampling`, `precision` (as of training); and the image files.
 
     Raises:
         FileNotFoundError: no shards. ValueError: no such split, or a case that cannot be evaluated.
@@ -97,6 +98,7 @@ def run_suite(
         "lpips_note": suite.distances.note,
         "real_note": "" if suite.encoders.exact or DECODED in cases else DECODED_NOTE,
         "sampling": asdict(suite.sampling) | {"interval": list(suite.sampling.interval)},
+        "precision": automatic_precision(module.device.type == "cuda"),
         "clip": None if suite.clip is None else {"name": suite.clip.name, "sha256": suite.clip.sha256},
     }
     return figures, write_report(output, figures, suite.rows, scale_rows)

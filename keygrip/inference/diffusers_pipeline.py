@@ -47,7 +47,7 @@ from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Velocities
 from keygrip.training.checkpoints import load_module
 from keygrip.training.parts import UntrustedPartError
-from keygrip.training.strategies import automatic_precision
+from keygrip.training.strategies import automatic_autocast
 
 CLASS = "PatchDiTPipeline"
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -156,10 +156,10 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
 
     def autocast(self) -> torch.autocast:
         """The context in which the network is evaluated."""
-        device = self.module.device.type
-        usual = torch.bfloat16 if automatic_precision(device == "cuda") == "bf16-mixed" else torch.float32
-        dtype = self.precision or usual
-        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+        device, dtype = self.module.device, self.precision
+        if dtype is None:
+            return automatic_autocast(device)
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """As an exported folder, new or empty: what stands in another is not overwritten (FileExistsError)."""

@@ -41,7 +41,7 @@ from keygrip.models.patch_dit.sampler import NOT_FINITE, Edit, Sampling
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import external_files, find_checkpoint, load_module, trusted_packages
 from keygrip.training.run_folder import new_folder
-from keygrip.training.strategies import automatic_precision
+from keygrip.training.strategies import automatic_autocast
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +232,6 @@ def draw(
     """Number of a request and its image ``[3, H, W]`` in 0..1 on the CPU, batch by batch; no batch is kept."""
     encoders = module.ready_encoders()
     stride = encoders.latent_stride
-    half = automatic_precision(module.device.type == "cuda") == "bf16-mixed"
     batches = list(batches_of(requests, buckets, batch_size))
     if len(batches) > 1:  # before anything is drawn
         for image in dict.fromkeys(image for request in requests for image in request.images):
@@ -252,7 +251,7 @@ def draw(
             conditions = conditions_of(module, prompts, references, masks, called, bucket)
             edit, below = _edit(module, bucket, len(batch), steering)
             size = bucket.height // stride, bucket.width // stride
-            with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
+            with automatic_autocast(module.device):
                 seeds = [request.seed for request in batch]
                 found = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
             if not bool(torch.isfinite(found).all()):

@@ -6,9 +6,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from keygrip.training.launch import tasks_of_srun
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +184,14 @@ def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:
 def automatic_precision(on_gpu: bool) -> str:
     """bf16 autocast where the hardware is faster in bf16, float32 elsewhere."""
     return "bf16-mixed" if is_faster_in_bf16("cuda" if on_gpu else "cpu") else "32-true"
+
+
+def automatic_autocast(device: torch.device) -> torch.autocast:
+    """The context of `automatic_precision` on a device, where no trainer has one: so images are drawn and evaluated."""
+    import torch
+
+    half = automatic_precision(device.type == "cuda") == "bf16-mixed"
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def is_faster_in_bf16(device: str) -> bool:

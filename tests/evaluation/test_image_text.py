@@ -30,16 +30,18 @@ from keygrip.evaluation.attribute_classifier import (
 )
 from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.evaluation.image_captions import change_caption
-from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite, summarise
+from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
+from keygrip.evaluation.image_statistics import summarise
 from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.models.patch_dit.text_encoders import T5Text
+from keygrip.training import strategies
 from keygrip.training.checkpoints import build_module
 
 QUICK = ClassifierOptions(width=8, steps=2, batch_size=4)
@@ -482,6 +484,27 @@ def test_images_to_compare_with_are_not_kept(root: Path, monkeypatch: pytest.Mon
     assert len(suite.reference) == len(suite.data.samples("train"))
     assert len(opened) > 2
     assert alive <= 2  # the one before goes when the next one is there
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_images_are_drawn_in_the_precision_of_the_sample_command(
+    precision: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured is what users see: on a GPU both are bfloat16."""
+    data = shards(root)
+    drawn: list[bool] = []
+
+    def draw(self: Any, conditions: Any, size: Any, seeds: Any, sampling: Any = None) -> Any:
+        drawn.append(torch.is_autocast_enabled("cpu"))
+        return torch.rand(len(seeds), 3, size[0] * 4, size[1] * 4)
+
+    for module in (strategies, validation):
+        monkeypatch.setattr(module, "automatic_precision", lambda on_gpu: precision)
+    monkeypatch.setattr(PatchDiTModule, "draw", draw)
+    figures, _ = run_suite(module_for(data), data, quick(cases=["text_only"]), tmp_path)
+    assert set(drawn) == {precision == "bf16-mixed"}
+    assert figures["precision"] == precision
+    assert f"precision {precision}." in (tmp_path / "report.md").read_text()
 
 
 def test_the_same_model_gives_the_same_figures(root: Path, tmp_path: Path) -> None:
