@@ -27,7 +27,8 @@ from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_batches
 from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling, refuse_idle_interval
+from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
+from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling
 from keygrip.progress import Progress
 from keygrip.training.strategies import automatic_autocast
 
@@ -183,9 +184,15 @@ class Suite:
                 self.sampling.replaced(text_scale=float(text), dino_scale=float(dino))
         for steps in self.options.step_counts:
             replace(self.sampling, steps=int(steps))
-        if self.options.sampling.get("interval") is not None:
-            sizes = self.module.statistics.latent_sizes
-            refuse_idle_interval([self.module.sampling_at(size, self.sampling) for size in sizes])
+        given = {name for name, value in self.options.sampling.items() if value is not None}
+        if not given:
+            return
+        wanted = self.cases()
+        images = wanted != ["text_only"]
+        try:
+            refuse_idle_guidance(self.module, given, self.sampling, GivenConditions(True, images, both=images))
+        except ValueError as error:
+            raise ValueError(f"sampling, with cases={wanted}: {error}") from error
 
     @cached_property
     def features(self) -> FeatureEncoder:

@@ -17,7 +17,6 @@ from keygrip.artifacts import nearest_existing, scratch_folder
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
 from keygrip.inference.given_texts import texts_of
-from keygrip.inference.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.inference.image_files import (
     files_of,
     move_files,
@@ -36,6 +35,7 @@ from keygrip.inference.references import (
     open_reference,
 )
 from keygrip.inference.steered_images import MOST_PIXELS, strength_of
+from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Edit, Sampling
 from keygrip.progress import Progress

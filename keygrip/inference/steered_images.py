@@ -15,9 +15,9 @@ from torch import Tensor
 from keygrip.data.bad_samples import guard
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
-from keygrip.inference.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 
@@ -112,7 +112,7 @@ class SteeredImages:
         return self.start_image or (self.steering[0][0] if self.steering else None)
 
     def refuse_idle(self, given: Collection[str], sampling: Sampling) -> None:
-        """As `keygrip.inference.idle_guidance.refuse_idle_guidance`.
+        """As `keygrip.models.patch_dit.idle_guidance.refuse_idle_guidance`.
 
         Args:
             given: names of the parts of `Sampling` that the caller gives. sampling: with them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,6 +323,19 @@ def test_ways_of_sampling_that_cannot_be_are_said_before_anything_is_drawn(root:
             suite_of(root, **options)
 
 
+def test_guidance_that_no_case_reads_is_refused_before_anything_is_drawn(root: Path) -> None:
+    """As by the sample command: the figures would be those of the model's own scales."""
+    for given in ({"dino_scale": 5.0}, {"cls_scale": 2.0}, {"guidance": "independent", "full_scale": 1.0}):
+        suite_of(root, sampling=given, cases=["text_only", "reconstruction"])
+        with pytest.raises(ValueError, match=r"cases=\['text_only'\]: \w+ (has no effect without|is for prompt and)"):
+            suite_of(root, sampling=given, cases=["text_only"])
+    suite_of(root, sampling={"text_scale": 5.0, "dino_scale": None}, cases=["text_only"])
+    data = shards(root)
+    without = module_for(data, "model.network.use_dino_patches=false")
+    with pytest.raises(ValueError, match="cls_scale has no effect: this model was trained without patches"):
+        Suite(without, data, SEEN, quick(cases=["reconstruction"], sampling={"cls_scale": 2.0}))
+
+
 def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:
     data = ImageShards(batch_size=1, root=root, num_workers=0)
     data.setup()
@@ -417,7 +430,7 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     assert figures["word_scales"][0]["ssim"] != figures["word_scales"][1]["ssim"]
     for row in [*figures["word_scales"], *figures["scales"]]:
         assert row["grain_off"] == pytest.approx(abs(row["grain"] - figures["real_grid"]["grain"]), abs=2e-5)
-    assert set(figures["sampling"]) == set(Sampling.__dataclass_fields__)
+    assert set(figures["sampling"]) == {part.name for part in fields(Sampling)}
     assert figures["sampling"]["guidance"] == "dino_then_text"
     assert figures["clip"] is None
     assert figures["cases"]["reconstruction"]["images"] == 6

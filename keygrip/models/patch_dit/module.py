@@ -147,6 +147,11 @@ class PatchDiTModule(System):
             raise ValueError("model.guide has no place beside model.lora or model.few_steps: leave it out")
         if sampling.guide_scale and guide is None:
             raise ValueError(f"model.sampling.guide_scale={sampling.guide_scale} has no effect without model.guide: 0")
+        drawn = {"sampling": sampling} | ({"few_steps.teacher": few_steps.teacher} if few_steps is not None else {})
+        for name, way in drawn.items():
+            if way.cls_scale is not None and not self.network.use_dino_patches:
+                idle = f"model.{name}.cls_scale={way.cls_scale}"
+                raise ValueError(f"{idle} has no effect without patches (use_dino_patches=false): null")
         self.guide = None if guide is None else guide(network=copy.deepcopy(self.network))
         if lora is not None:
             add_lora(self.network, lora)

@@ -163,9 +163,20 @@ def test_guides_that_cannot_be_are_refused(overrides: Callable[..., list[str]]) 
             ["experiment=dit_few_steps", "model.init_from=run", "model.dropout.cls_alone=0.5"],
             "cls_alone has no effect with model.few_steps",
         ),
+        (
+            ["model.network.use_dino_patches=false", "model.sampling.cls_scale=2"],
+            r"model\.sampling\.cls_scale=2(\.0)? has no effect without patches",
+        ),
+        (
+            [
+                *("experiment=dit_few_steps", "model.init_from=run"),
+                *("model.network.use_dino_patches=false", "model.few_steps.teacher.cls_scale=2"),
+            ],
+            r"model\.few_steps\.teacher\.cls_scale=2(\.0)? has no effect without patches",
+        ),
     ],
 )
-def test_dropout_without_effect_is_refused(options: list[str], message: str) -> None:
+def test_dropout_and_scales_without_effect_are_refused(options: list[str], message: str) -> None:
     experiment = [] if options[0].startswith("experiment") else ["experiment=dit_robot_images"]
     with pytest.raises(InstantiationException, match=message):
         build_module(OmegaConf.to_container(compose("train", [*experiment, *options]), resolve=True))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Settings of guidance that have no effect on what is drawn: refused, from the command line and from Python alike."""
+"""Settings of guidance that have no effect on what is drawn: refused by `keygrip sample`, `evaluate` and in Python."""
 
 from __future__ import annotations
 
