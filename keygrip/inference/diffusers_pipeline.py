@@ -37,8 +37,9 @@ from PIL import Image
 from torch import Tensor
 
 from keygrip.artifacts import atomic_write, write_json
-from keygrip.data.image_text.crops import Bucket, nearest_bucket
+from keygrip.data.image_text.crops import Bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
+from keygrip.inference.references import likest_bucket
 from keygrip.inference.schedulers import OWN_SCHEDULER, set_levels
 from keygrip.inference.steered_images import MOST_PIXELS, SteeredImages
 from keygrip.models.nn.flow_matching import integrate
@@ -424,7 +425,9 @@ class PatchDiTPipeline(DiffusionPipeline):
                 )
             return bucket
         trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
-        return trained[0] if image is None else nearest_bucket(*image.size, trained)
+        if image is None:
+            return trained[0]
+        return likest_bucket(image.size, trained, "the image", "height and width")
 
 
 def _refuse_type(name: str, value: Any, kind: type | None) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from keygrip.artifacts import nearest_existing, scratch_folder
-from keygrip.data.image_text.crops import Bucket, nearest_bucket
+from keygrip.data.image_text.crops import Bucket
 from keygrip.inference.adapters import load_lora
 from keygrip.inference.given_texts import texts_of
 from keygrip.inference.image_files import (
@@ -31,6 +31,7 @@ from keygrip.inference.references import (
     decoded_file,
     edit_of,
     image_size,
+    likest_bucket,
     open_mask,
     open_reference,
 )
@@ -117,7 +118,8 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         folder = target if cfg.run_dir else new_folder(target, time.strftime("%Y-%m-%d_%H-%M-%S"))
         move_files(scratch, folder, files)
     sizes = [[bucket.width, bucket.height] for bucket in buckets]
-    log.info("%d images of %s in %.1f s: %s", len(requests), buckets[0].name, wall_s, folder)
+    named = ", ".join(dict.fromkeys(f"{bucket.width}x{bucket.height}" for bucket in buckets))
+    log.info("%d images of %s in %.1f s: %s", len(requests), named, wall_s, folder)
     return {
         "images": [str(folder / name) for name in files.images],
         "grid": str(folder / files.grids[0]),
@@ -175,8 +177,9 @@ def buckets_of(
     found: dict[str, Bucket] = {}
     name = "image" if steering.start_image is None else "start_image"
     for image in dict.fromkeys(steering.start_image or (r.images[0] if r.images else "") for r in requests):
-        found[image] = nearest_bucket(*image_size(image, name), trained) if image else usual
-    return [found[steering.start_image or (r.images[0] if r.images else "")] for r in requests]
+        if image:
+            found[image] = likest_bucket(image_size(image, name), trained, f"{name}={image}", "size=WIDTHxHEIGHT")
+    return [found.get(steering.start_image or (r.images[0] if r.images else ""), usual) for r in requests]
 
 
 def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
+from keygrip.data.image_text.crops import Box, Bucket, cut_out, nearest_bucket, shared_crop
 from keygrip.data.image_text.decoding import decode_image, refuse_transparency, size_of
 from keygrip.data.untrusted_files import open_image
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit
+
+log = logging.getLogger(__name__)
+
+MOST_CUT = 0.05  # of an image, which is cut off without a word to give it the shape of a trained size
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,24 @@ def image_size(image: str, name: str = "image") -> tuple[int, int]:
         return size_of(image)
     except BadSample as error:
         raise ValueError(f"{name}={image} cannot be read as an image: {error.what}") from error
+
+
+def likest_bucket(size: tuple[int, int], trained: Sequence[Bucket], called: str, otherwise: str) -> Bucket:
+    """The trained size of the likest shape as an image; a warning where much of it is cut off for that.
+
+    Args:
+        size: (width, height) of the image, pixels. called: the image, and `otherwise` what gives another size, in the
+            warning.
+    """
+    bucket = nearest_bucket(*size, trained)
+    left, top, right, bottom = shared_crop(*size, bucket)
+    if (right - left) * (bottom - top) < (1 - MOST_CUT) * size[0] * size[1]:
+        log.warning(
+            "%s: of its %d x %d pixels the middle %d x %d are used, the likest shape that the model was trained on; "
+            "give %s for another",
+            *(called, *size, round(right - left), round(bottom - top), otherwise),
+        )
+    return bucket
 
 
 def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "image") -> Reference:

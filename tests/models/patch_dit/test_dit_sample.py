@@ -90,6 +90,27 @@ def test_a_size_that_was_not_trained_on_is_said(
     assert "has not seen 20x20 in training; it has seen 16x16, 24x16" in caplog.text
 
 
+def test_a_reference_that_is_cut_to_a_trained_shape_is_said(
+    drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 16 x 16 and 24 x 16 the latter is the likest to 80 x 20: 30 x 20 of it are seen."""
+    for name, size in (("long", (80, 20)), ("square", (40, 40))):
+        Image.open(trained / "one.png").resize(size).save(tmp_path / f"{name}.png")
+    said = "long.png: of its 80 x 20 pixels the middle 30 x 20 are used"
+    drawn(f"image={trained / 'one.png'}", name="whole")  # 60 x 40, as trained
+    assert "pixels the middle" not in caplog.text
+    mixed = drawn(f"image=[{tmp_path / 'long.png'},{tmp_path / 'square.png'}]", name="mixed")
+    assert f"image={tmp_path / said}" in caplog.text
+    assert "give size=WIDTHxHEIGHT for another" in caplog.text
+    assert mixed["sizes"] == [[24, 16], [16, 16]]
+    caplog.clear()
+    drawn("prompt=thing", f"start_image={tmp_path / 'long.png'}", name="begun")
+    assert f"start_image={tmp_path / said}" in caplog.text
+    caplog.clear()
+    drawn(f"image={tmp_path / 'long.png'}", "size=24x16", name="asked")
+    assert "pixels the middle" not in caplog.text  # by whoever gives the size
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
