@@ -45,6 +45,7 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
         (DIT, "model.init_from_min_share=0.9", "model.init_from=run"),
         (DIT, "model.init_from_renames=[[a,b]]", "model.init_from=run"),
         ((*DIT, "data.root=here"), "data.make.options.train=5", "data.root=null"),
+        (("experiment=dit_few_steps",), "model.sampling.text_scale=4", "model.sampling.guidance=independent"),
         (VLA, "model.network.geom_qformer_heads=4", "model.network.geom_compression_type=qformer"),
         ((*VLA, "model.network.geom_inject_to_dit=false"), "model.network.geom_dit_tokens=4", ""),
         (VLA, "model.actions.osc_position_m=0.1", "model.actions.kind=osc"),

@@ -13,8 +13,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
 from keygrip.models.nn.lora import merge
 from keygrip.models.patch_dit.context import CATEGORIES, ConditionDropout, Conditions
 from keygrip.models.patch_dit.dino_view import weights_digest
-from keygrip.models.patch_dit.guidance import SCALES
+from keygrip.models.patch_dit.foreign_settings import plain
+from keygrip.models.patch_dit.guidance import SCALES, Guidance
 from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
@@ -98,14 +100,8 @@ class FewSteps:
         merge(teacher)  # a student of low-rank differences: at its beginning they are none
         self._network = teacher.eval().requires_grad_(False)
         self.teacher_digest = weights_digest(self._network)
+        self._warn_of_other_guidance(source)
         if not self.teacher.guide_scale:
-            theirs = source.model.get("sampling")
-            if isinstance(theirs, Mapping) and theirs.get("guide_scale"):
-                log.warning(
-                    "%s is drawn with guide_scale=%s, its student learns it without; "
-                    "model.few_steps.teacher.guide_scale=%s teaches that too",
-                    *(source.path, theirs["guide_scale"], theirs["guide_scale"]),
-                )
             return
         if not source.guide:
             raise ValueError(
@@ -118,6 +114,25 @@ class FewSteps:
         except RuntimeError as error:
             raise ValueError(f"model.init_from={source.path}: its guide is of another network than this one") from error
         self.teacher_digest = sha256_of([self.teacher_digest.encode(), weights_digest(self._guide).encode()])[:16]
+
+    def _warn_of_other_guidance(self, source: InitSource) -> None:
+        """Says where `teacher` is guided in another way than the images of the run that it is from."""
+        run = source.model.get("sampling")
+        if not isinstance(run, Mapping):
+            return
+        ways = [
+            {part.name: _plainly(way.get(part.name, part.default)) for part in fields(Guidance)}
+            for way in (run, vars(self.teacher))
+        ]
+        other = [name for name in ways[0] if ways[0][name] != ways[1][name]]
+        if not other or ways[0]["guidance"] == ways[1]["guidance"] == "none":  # all else is without effect then
+            return
+        theirs, ours = (", ".join(f"{name}={way[name]}" for name in other) for way in ways)
+        log.warning(
+            "%s is drawn with %s, and its student learns from it with %s; as its run draws it: %s",
+            *(source.path, theirs, ours),
+            " ".join(f"model.few_steps.teacher.{name}={ways[0][name]}" for name in other),
+        )
 
     def refuse_other_teacher(self, digest: str | None) -> None:
         """Raises ValueError: training would go on with another teacher than that of these weights."""
@@ -223,3 +238,12 @@ class FewSteps:
     def _inside(self, high: float, low: float) -> list[float]:
         """The teacher's noise levels from the upper end of a window to the lower one."""
         return [low + (high - low) * level for level in noise_levels(self.teacher_steps)]
+
+
+def _plainly(value: Any) -> str:
+    """A part of a way of drawing as the command line takes it, equal for equal ones: 2 and 2.0, a list and a tuple."""
+    if value is None:
+        return "null"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(_plainly(each) for each in value)}]"
+    return f"{value:g}" if isinstance(value, int | float) else plain(value)

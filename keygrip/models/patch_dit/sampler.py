@@ -11,8 +11,8 @@ second order, which need fewer steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ from keygrip.models.patch_dit.guidance import (
     BRANCHES,
     GUIDE,
     GUIDED,
+    ORDERS,
     RESCALED,
+    RESCALES,
     Guidance,
     check_finite,
     everything_given,
 )
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
 NOT_FINITE = "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
@@ -58,6 +60,10 @@ class Sampling(Guidance):
         ValueError: as `Guidance`, or an unknown solver, or steps that cannot be divided.
     """
 
+    read_where: ClassVar = dict.fromkeys(  # full_scale and guide_scale are refused where they have no effect
+        ("text_scale", "dino_scale", "cls_scale", "interval", *RESCALES),
+        ReadWhere("guidance", *(order for order in ORDERS if order != "none")),
+    )
     steps: int = 50
     solver: Solver = "euler"
     timestep_shift: float = 1.0
@@ -95,9 +101,10 @@ class Sampling(Guidance):
         Raises:
             ValueError: there is no such part, its value is impossible, or it has no effect.
         """
-        unknown = sorted(set(changes) - set(Sampling.__dataclass_fields__))
+        parts = [part.name for part in fields(Sampling)]
+        unknown = sorted(set(changes) - set(parts))
         if unknown:
-            raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(Sampling.__dataclass_fields__)}")
+            raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(parts)}")
         given = {name: value for name, value in changes.items() if value is not None}
         if "interval" in given:
             given["interval"] = _interval(given["interval"])

@@ -324,6 +324,22 @@ def test_settings_of_a_teacher_that_nothing_reads_are_refused(teacher: dict[str,
     FewSteps(4, 2, Sampling(solver="heun", interval=(0.1, 0.2)))
 
 
+def test_a_student_that_learns_another_guidance_than_its_teachers_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The images of the teacher's run are then not those that it learns to draw."""
+    run = {"text_scale": 4, "dino_scale": 1.5, "guidance": "dino_then_text", "interval": [0.0, 0.9], "steps": 20}
+    for way, said in (
+        (Sampling(4.0, 1.5, guidance="dino_then_text", interval=(0.0, 0.9)), ""),
+        (Sampling(2.0, 1.5, guidance="dino_then_text", interval=(0.0, 0.9)), "model.few_steps.teacher.text_scale=4\n"),
+        (Sampling(4.0, 1.5, guidance="dino_then_text"), "is drawn with interval=[0,0.9], and its"),
+        (Sampling(4.0, 1.5, interval=(0.0, 0.9)), "with guidance=dino_then_text, and its student learns from it with"),
+        (Sampling(4.0, 1.5, guidance="dino_then_text", interval=(0.0, 0.9), cls_scale=2.0), "with cls_scale=null, and"),
+    ):
+        caplog.clear()
+        FewSteps(2, 3, way).take_teacher(small_dit(), InitSource("teacher", {}, model={"sampling": run}))
+        assert said in caplog.text
+        assert bool(said) == ("its student learns from it" in caplog.text)
+
+
 def test_a_student_is_drawn_as_it_is_trained() -> None:
     few = FewSteps(4, 5, Sampling())
     few.check(Sampling(steps=4, guidance="none"))
