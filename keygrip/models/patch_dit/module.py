@@ -202,6 +202,11 @@ class PatchDiTModule(System):
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
             whole = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
             warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, whole)
+            if whole is None:  # the recipes of these two have rates of their own
+                log.info(
+                    "training goes on from there at optimizer.lr=%g: half the rate of random weights is a start",
+                    self.optimizer_recipe.lr,
+                )
             normalise_as(source, self.statistics, self.init_from_statistics)
             if self.few_steps is not None:
                 self.few_steps.take_teacher(self.network, source)

@@ -397,6 +397,7 @@ def test_warm_start_from_the_baseline(
     with caplog.at_level(logging.INFO):
         train.run(compose("train", overrides("warm", *frozen, f"model.init_from={tmp_path / 'cls'}")))
     assert "3 new, initialised afresh" in caplog.text
+    assert "from there at optimizer.lr=1e-12: half the rate of random weights is a start" in caplog.text
     assert "with model.network.patch_attention=separate it is the same at step 0" in caplog.text
     assert "context_builder.null_dino_patches" in caplog.text
     average = read_checkpoint(tmp_path / "cls")["ema"]["parameters"]
