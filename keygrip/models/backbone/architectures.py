@@ -38,6 +38,11 @@ class Variant:
     download_page: str | None = None
     table_size: int | None = None  # image side whose position table the checkpoint holds (DINOv2 only)
 
+    @property
+    def hub_name(self) -> str:
+        """Of timm's pretrained weights on the Hugging Face hub, where there are any."""
+        return f"timm/{self.timm_name}.{self.timm_tag}"
+
 
 _V3_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 _V2_URL = "https://dl.fbaipublicfiles.com/dinov2"

@@ -144,7 +144,7 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
 def _from_hub(variant: Variant) -> State:
     from timm.models import load_state_dict_from_hf
 
-    name = f"timm/{variant.timm_name}.{variant.timm_tag}"
+    name = variant.hub_name
     try:
         return dict(load_state_dict_from_hf(name, weights_only=True))
     except Exception as error:  # the hub client raises what its HTTP library raises; all means: not available here
@@ -381,7 +381,7 @@ def load_weights(network: nn.Module, variant: Variant, source: WeightSource, pre
         FileNotFoundError: hub weights without a network.
     """
     if source.path is None:
-        origin = f"timm/{variant.timm_name}.{variant.timm_tag}"
+        origin = variant.hub_name
         raw = _from_hub(variant)
     else:
         origin = str(source.path)

@@ -6,16 +6,17 @@ Legend: B images, D width of a DINO feature, gh gw the grid of patches.
 from __future__ import annotations
 
 import logging
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.backbone.architectures import VARIANTS
+from keygrip.models.backbone.weights import find_weights
 from keygrip.models.patch_dit.pretrained import sample_of
 from keygrip.training.integrity import tensors_digest
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ GAMMA = 2.2
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709, of linear light
 
 
-@model_part(external=["init_from", "weights_path"])
+# That weights are fetched is, like which file they are read from, for whoever opens a checkpoint to say.
+@model_part(from_checkpoint={"download": None}, external=["init_from", "weights_path", "download"])
 class DinoView:
     """Features of a small image of the whole crop, by a frozen DINO.
 
@@ -35,10 +37,14 @@ class DinoView:
         size: edge in pixels of a square view.
         shape: "square" stretches every crop to the square view (a fixed number of patches); "aspect" keeps its shape,
             with about as many patches.
+        download: pretrained weights that are not on this machine are fetched from the hub; never on the word of a
+            checkpoint alone.
 
     Raises:
         ValueError: an option out of range.
     """
+
+    read_where: ClassVar = {"download": ReadWhere("weights", "pretrained")}
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class DinoView:
         depth: int | None = None,
         heads: int | None = None,
         init_from: str | None = None,
+        download: bool | None = True,
     ) -> None:
         if shape not in (SQUARE, ASPECT):
             raise ValueError(f"encoders.view.shape must be {SQUARE} or {ASPECT}, not {shape!r}")
@@ -62,7 +69,7 @@ class DinoView:
         for name, value in (("width", width), ("depth", depth), ("heads", heads)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"encoders.view.{name}={value!r}: a whole number from 1, or null")
-        self.size, self.shape = size, shape
+        self.size, self.shape, self.download = size, shape, bool(download)
         self.options: dict[str, Any] = {
             "variant": variant,
             "image_size": size,
@@ -79,12 +86,34 @@ class DinoView:
 
     @property
     def backbone(self) -> DinoBackbone:
-        """Built when it is first asked for."""
+        """Built when it is first asked for.
+
+        Raises:
+            FileNotFoundError: its weights are not there, or would have to be downloaded and may not.
+        """
         if self._backbone is None:
+            found = self._on_this_machine() if not self.download else {}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                self._backbone = DinoBackbone(**self.options, trainable="frozen").eval().to(self.device)
+                self._backbone = DinoBackbone(**self.options | found, trainable="frozen").eval().to(self.device)
         return self._backbone
+
+    def _on_this_machine(self) -> dict[str, str]:
+        """What to add to the options, that weights of the hub are read from where an earlier download left them."""
+        variant = VARIANTS[self.options["variant"]]
+        source = find_weights(variant, *(self.options[name] for name in ("weights", "weights_path", "init_from")))
+        if source is None or source.path is not None:
+            return {}
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(variant.hub_name, "model.safetensors")
+        if not isinstance(file, str):
+            raise FileNotFoundError(
+                f"the view's weights, {variant.hub_name} of the hub, are not on this machine, and are not downloaded "
+                "on a checkpoint's word: name a file, external.encoders.view.weights_path=FILE, or let them be "
+                "fetched, external.encoders.view.download=true"
+            )
+        return {"weights_path": file}
 
     def to(self, device: torch.device | str) -> Self:
         self.device = device

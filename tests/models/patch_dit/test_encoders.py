@@ -20,6 +20,7 @@ from keygrip.models.patch_dit.dino_view import DinoView, grey, weights_digest
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, T5Text
+from keygrip.training.parts import build_stored
 
 
 def pictures(count: int = 2, height: int = 16, width: int = 24, seed: int = 0) -> torch.Tensor:
@@ -306,14 +307,52 @@ def test_a_loaded_model_keeps_the_weights_that_its_encoders_name() -> None:
     not."""
     from omegaconf import OmegaConf
 
-    from keygrip.training.parts import build_stored
-
     node = OmegaConf.to_container(
         compose("train", ["model=patch_dit", "encoders=flux_t5_dinov3"]).encoders, resolve=True
     )
     assert isinstance(node, dict)
     view = build_stored(node["view"], "encoders.view")
     assert view.options["weights"] == "pretrained"
+
+
+def test_weights_of_the_hub_are_not_downloaded_on_a_checkpoints_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's checkpoint may name them: those on this machine are read, others where its opener says so."""
+    import huggingface_hub
+
+    node = {"_target_": "keygrip.models.patch_dit.dino_view.DinoView", "variant": "dinov3_vits16", "size": 32}
+    node |= {"weights": "pretrained", "download": True}
+    asked, given = list[str](), dict[str, Any]()
+
+    def from_hub(variant: Any) -> Any:
+        asked.append(variant.name)
+        raise FileNotFoundError("no hub here")
+
+    for name in ("DINO_WEIGHTS_PATH", "DINO_REPO_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("keygrip.models.backbone.weights._from_hub", from_hub)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match=r"timm/vit_small\S+ of the hub, .*encoders\.view\.weights_path=FILE"):
+        _ = build_stored(node, "encoders.view").backbone
+    assert asked == []
+    allowed = build_stored(node, "encoders.view", external={"download": True})
+    for view in (allowed, DinoView("dinov3_vits16", 32, "pretrained")):
+        with pytest.raises(FileNotFoundError, match="no hub here"):
+            _ = view.backbone
+    assert asked == ["dinov3_vits16"] * 2
+
+    def backbone(**options: Any) -> torch.nn.Module:
+        given.update(options)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("keygrip.models.patch_dit.dino_view.DinoBackbone", backbone)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "model.safetensors"))
+    view = build_stored(node, "encoders.view")
+    _ = view.backbone
+    assert given["weights_path"] == str(tmp_path / "model.safetensors")
+    assert view.options["weights_path"] is None  # what it is stays as it was
+    assert asked == ["dinov3_vits16"] * 2
 
 
 def test_a_view_begins_with_the_backbone_of_a_file(tmp_path: Path) -> None:
