@@ -470,6 +470,38 @@ def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
 
 
 @table
+def dit_headline() -> str:
+    """README: what the small model draws when it is told words, features or both."""
+    record = read("dit_images")
+    small, large = (record[name]["runs"] for name in ("run_latents", "run_latents_128px_6000"))
+
+    def of(runs: Sequence[Mapping[str, Any]], case: str, name: str) -> str:
+        return over_seeds([trained["cases"][case][name] for trained in runs], 2)
+
+    def words(runs: Sequence[Mapping[str, Any]]) -> str:
+        objects, distance = (of(runs, "text_only", name) for name in ("objects_as_named", "frechet"))
+        real = of(runs[:1], "real", "frechet")
+        return f"exactly the named objects in {objects}, bent; Frechet distance {distance}, other real images {real}"
+
+    ssim, distance = (of(small, "reconstruction", name) for name in ("ssim", "frechet"))
+    unrelated = of(small[:1], "another_picture", "ssim")
+    colour, place = (of(small, "changed_words", name) for name in ("colour_as_asked", "cube_within_4px"))
+    rows = (
+        ("**words alone**, the shortcoming", words(small)),
+        ("the same at 128 px, three training seeds", words(large)),
+        (
+            "words and the reference's patches",
+            f"SSIM {ssim} (an unrelated real image {unrelated}), Frechet distance {distance}",
+        ),
+        (
+            "the same patches, words with another colour",
+            f"the colour as asked in {colour}, the cube in place (within 4 of 64 px) in {place}",
+        ),
+    )
+    return markdown(["told", "result"], rows)
+
+
+@table
 def dit_latents_128px() -> str:
     """The same at 128 px."""
     return dit_latents("run_latents_128px_6000", 128)
