@@ -295,7 +295,7 @@ class VLMMemory:
         """`worst_gib` of each recipe with where it is, and `weights_gib`: weights, optimizer and EMA."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
-            module, data, text = _recipe(overrides)
+            module, data, text, accumulated = _recipe(overrides)
             budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
             worst = 0.0
             for frames in self.quick_frames if quick else self.frames:
@@ -303,7 +303,7 @@ class VLMMemory:
                     continue
                 visual = frames * module.network.tokens_per_frame
                 videos, tokens = fullest(budget, data["batch_size"], frames, visual, text)
-                found = module.step_memory(_full_batch(module, videos, frames, tokens), True, self.ema)
+                found = module.step_memory(_full_batch(module, videos, frames, tokens), True, self.ema, accumulated)
                 gib = round(found.total / GIB, 2)
                 figures[f"{name}_{frames}_frames_gib"] = gib
                 worst = max(worst, gib)
@@ -329,13 +329,14 @@ def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> t
     return min(many, budget.positions // (visual + text)), text
 
 
-def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int]:
-    """The module with random weights, its data's settings and tokens of a text."""
+def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int, bool]:
+    """The module with random weights, its data's settings, tokens of a text, and whether gradients are accumulated."""
     config = compose("train", [*overrides, *RANDOM_WEIGHTS])
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
         module = random_module(config, FoveatedVLMModule)
-    return module.to("cuda") if on_gpu else module, config.data, config.collator.max_tokens
+    module = module.to("cuda") if on_gpu else module
+    return module, config.data, config.collator.max_tokens, config.accumulate_grad_batches > 1
 
 
 def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) -> VideoTextBatch:

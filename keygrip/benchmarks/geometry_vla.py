@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from keygrip.benchmarks.inference import looking_down
-from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, random_module
+from keygrip.benchmarks.measuring import Timed, Work, interleaved_seconds, milliseconds, random_module, threads
 from keygrip.config import compose
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -33,6 +33,7 @@ from keygrip.training.memory import GIB, count_forward
 from keygrip.training.system import parameters_m
 
 INSTRUCTION = "put the red cube into the bowl"
+CHUNK = ("p50_ms", "p95_ms", "vlm_ms", "geometry_ms", "head_ms")  # of the first policy, without its name too
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,25 @@ class VLAChunk(Timed):
     Args (beside those of `Timed`, whose repetitions are chunks of each policy):
         policies: overrides of ``keygrip.train`` by name, which say what policies; they are timed in turns.
         compiled: which of them are timed with `policy.compiled=true` too, but with `quick`.
-        warm_up: chunks before those.
+        warm_up: chunks before those. threads: of the processor.
     """
 
     policies: Mapping[str, Sequence[str]]
     compiled: Sequence[str]
     warm_up: int
+    threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
         """Of each policy `vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler), `p50_ms`
         and `p95_ms` of the whole (`compiled_p50_ms` and `compiled_p95_ms` with the compiler), and its images' side in
-        pixels, on the GPU where there is one."""
+        pixels, on the GPU where there is one. The figures without a policy in their name are those of the first one."""
+        with threads(self.threads):
+            figures = self._figures(quick)
+        first = next(iter(self.policies))
+        headline = {name: figures[f"{first}_{name}"] for name in CHUNK if f"{first}_{name}" in figures}
+        return headline | figures
+
+    def _figures(self, quick: bool) -> dict[str, float]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         repetitions, limit_s = self.effort(quick)
         plans: dict[str, Work] = {}
@@ -151,15 +160,17 @@ class VLAMemory:
 
     def run(self, quick: bool) -> dict[str, float]:
         """Of each recipe on each GPU `total_gib`, its parts `weights_gib`, `optimizer_gib`, `ema_gib` and `step_gib`
-        (activations, gradients, copies in bf16), `spare_gib` for what an allocator loses and, without `weights`, for
-        the encoder, the `batch`, and parameters in millions: `parameters_m`, `trained_m`."""
+        (activations, copies in bf16, gradients, also those of the batches before where the recipe accumulates them),
+        `spare_gib` for what an allocator loses and, without `weights`, for the encoder, the `batch`, and parameters in
+        millions: `parameters_m`, `trained_m`."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
             config, shards = compose("train", overrides), self.gpus[name]
             module = _without_memory(config, self.geom_dim, self.geom_tokens, self.weights)
             batch = config.data.batch_size // shards
             ema = (config.callbacks or {}).get("ema") is not None
-            found = module.step_memory(_shapes(module, config, batch), True, ema).divided(shards)
+            accumulated = config.accumulate_grad_batches > 1
+            found = module.step_memory(_shapes(module, config, batch), True, ema, accumulated).divided(shards)
             figures |= {f"{name}_{part}": value for part, value in found.report().items() if part != "how"}
             figures[f"{name}_spare_gib"] = round(self.gpu_gib - found.total / GIB, 2)
             figures |= {f"{name}_batch": batch, f"{name}_gpus": shards}

@@ -155,13 +155,16 @@ def test_the_fullest_batches_of_a_budget() -> None:
 
 
 @pytest.mark.slow
-def test_memory_of_a_recipe_at_its_budgets_corners() -> None:
-    """Tiny, but through the recipe's own configuration."""
+def test_memory_of_a_recipe_at_its_budgets_corners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny, but through the recipe's own configuration; gradients that are accumulated lie there from the start."""
+    monkeypatch.setattr(foveated_vlm, "GIB", 1)  # in bytes
     small = ["language=tiny", "backbone=tiny", "backbone.image_size=32", "data.batch_size=4", "collator.max_tokens=16"]
     budget = ["data.budget.frames=8", "data.budget.positions=200"]
-    figures = VLMMemory({"stage1": ["experiment=vlm_stage1", *small, *budget]}, [0, 2, 8], [2], ema=True).run(
-        quick=False
-    )
+    stage1 = ["experiment=vlm_stage1", *small, *budget]
+    recipes = {"stage1": stage1, "accumulated": [*stage1, "accumulate_grad_batches=2"]}
+    figures = VLMMemory(recipes, [0, 2, 8], [2], ema=True).run(quick=False)
     assert figures["stage1_worst_gib"] >= figures["stage1_weights_gib"] > 0
     assert {"stage1_0_frames_gib", "stage1_2_frames_gib", "stage1_8_frames_gib"} <= figures.keys()
+    assert figures["accumulated_2_frames_gib"] > figures["stage1_2_frames_gib"]
+    assert figures["accumulated_weights_gib"] == figures["stage1_weights_gib"]
     assert figures["measured"] == float(torch.cuda.is_available())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from vla_parts import ready_module
 
 from keygrip import bench
@@ -27,7 +28,7 @@ def test_parameters_are_the_published_ones() -> None:
 def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose("bench").cases.vla_chunk
     limits = {"repetitions": 3, "quick_repetitions": 3, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
-    assert set(config) == {"_target_", "policies", "compiled", *limits}
+    assert set(config) == {"_target_", "policies", "compiled", "threads", *limits}
     assert set(config.compiled) <= set(config.policies)
     sizes = {name: compose("train", overrides).data.image_size for name, overrides in config.policies.items()}
     assert sizes == {"recipe": 128, "large_images": 192}
@@ -39,17 +40,28 @@ def test_parts_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(geometry_vla, "untrained", small)
     small_images = ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]
-    figures = VLAChunk({"injected": small_images, "without": small_images}, ["without"], **limits).run(quick=True)
+    case = VLAChunk({"injected": small_images, "without": small_images}, ["without"], threads=config.threads, **limits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        figures = case.run(quick=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert figures["threads"] == 1
     measured = {"px", "vlm_ms", "head_ms", "p50_ms", "p95_ms"}
-    expected = {f"{name}_{what}" for name in ("injected", "without") for what in measured}
-    assert figures.keys() == expected | {"injected_geometry_ms", "threads"}
+    first = (measured - {"px"}) | {"geometry_ms"}
+    expected = {f"{name}_{what}" for name in ("injected", "without") for what in measured} | {"threads"}
+    expected |= first | {"injected_geometry_ms"}
+    assert figures.keys() == expected
+    assert {name: figures[name] for name in first} == {name: figures[f"injected_{name}"] for name in first}
     assert figures["injected_px"] == 32
     assert 0 < figures["injected_p50_ms"] <= figures["injected_p95_ms"]
     ready: list[object] = []
     monkeypatch.setattr(GeometryVLAPolicy, "make_ready", lambda policy: ready.append((policy.module, policy.compiled)))
     made.clear()
-    figures = VLAChunk({"injected": small_images, "without": small_images}, ["without"], **limits).run(quick=False)
-    assert figures.keys() == expected | {"injected_geometry_ms", "threads", *COMPILED}
+    figures = case.run(quick=False)
+    assert figures.keys() == expected | {*COMPILED}
     assert (made[2], True) in ready, "on a module of its own"
     assert (made[1], True) not in ready
 
@@ -61,7 +73,8 @@ def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
     assert pointed.network.compressor is None
     monkeypatch.setattr(geometry_vla, "untrained", lambda config: pointed)
     limits = {"repetitions": 2, "quick_repetitions": 2, "warm_up": 1, "limit_s": 5.0, "quick_limit_s": 5.0}
-    case = VLAChunk({"pointed": ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]}, [], **limits)
+    small_images = ["model=geometry_vla", "data=yam_language", "backbone.image_size=32"]
+    case = VLAChunk({"pointed": small_images}, [], threads=1, **limits)
     assert case.run(quick=True)["pointed_geometry_ms"] > 0
 
 
@@ -78,6 +91,21 @@ def test_memory_of_a_recipe_is_counted() -> None:
     assert found["sharded_total_gib"] < found["whole_total_gib"]
     assert found["whole_spare_gib"] == pytest.approx(1 - found["whole_total_gib"], abs=0.011)
     assert found["frozen_trained_m"] < found["frozen_parameters_m"] == found["whole_parameters_m"]
+
+
+@pytest.mark.slow
+def test_gradients_of_the_batches_before_are_counted_where_a_recipe_accumulates_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # in bytes: the model is small
+    small = ["model=geometry_vla", "data=yam_language", "data.batch_size=2", "data.image_size=64"]
+    recipes = {"single": small, "several": [*small, "accumulate_grad_batches=2"]}
+    found = VLAMemory(recipes, dict.fromkeys(recipes, 1), geom_dim=32, geom_tokens=16, gpu_gib=1.0).run(quick=False)
+    config = compose("train", small)
+    module = geometry_vla._without_memory(config, 32, 16)
+    counted = module.step_memory(geometry_vla._shapes(module, config, 2), True, True, accumulated=True)
+    assert found["several_step_gib"] == counted.step > found["single_step_gib"]
+    assert found["several_weights_gib"] == found["single_weights_gib"]
 
 
 @pytest.mark.slow
