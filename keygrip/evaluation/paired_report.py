@@ -63,7 +63,8 @@ class PairedReport(Callback):
 def make_report(folder: str | Path, references: References, by: str = "ablation") -> dict[str, Any]:
     """Writes ``paired.md`` and ``paired.json`` into a sweep's folder, prints the table, returns what the latter holds.
 
-    Arms without a reference's seeds and episodes are named and left out, as are references without a finished job.
+    Arms without a reference's seeds and episodes are left out and named in both files; references without a finished
+    job are left out and logged.
 
     Raises:
         FileNotFoundError: no finished job with a closed-loop evaluation. ValueError: no reference is among them.
@@ -83,9 +84,12 @@ def make_report(folder: str | Path, references: References, by: str = "ablation"
         pairs += [(names[arm], names[reference]) for arm, reference in pairs_of(arms, references)]
     found = compare(every, pairs)
     write_json(folder / f"{NAME}.json", found)
-    text = markdown(*table(found))
-    write_text(folder / f"{NAME}.md", f"{text}\n\n{NOTE}\n")
-    sys.stderr.write(f"\n{text}\n\n{NOTE}\n{folder / NAME}.md, .json\n")
+    text = f"{markdown(*table(found))}\n\n{NOTE}\n"
+    if found["not_compared"]:
+        missing = ", ".join(f"{pair['arm']} with {pair['reference']}" for pair in found["not_compared"])
+        text += f"\nNot compared, since they share no training seed and episode: {missing}.\n"
+    write_text(folder / f"{NAME}.md", text)
+    sys.stderr.write(f"\n{text}{folder / NAME}.md, .json\n")
     return found
 
 
@@ -135,8 +139,10 @@ def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str,
 
 
 def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Success of all arms, and of each arm against its reference on the training seeds and episodes that both have."""
+    """Success of all arms, and of each arm against its reference on the training seeds and episodes that both have;
+    pairs that share none are listed under `not_compared`."""
     rows = []
+    missing: list[dict[str, str]] = []
     for name, reference in pairs:
         seeds = arms[name]
         shared = [seed for seed in seeds if seed in arms[reference]]
@@ -144,6 +150,7 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
         keys = set.intersection(*sets) if sets else set()
         if not keys:
             log.warning("%s and %s share no training seed and episode: not compared", name, reference)
+            missing.append({"arm": name, "reference": reference})
             continue
         order = sorted(keys)
         first, second = ([[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference]))
@@ -157,7 +164,7 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
         won = [success for episodes in seeds.values() for success in episodes.values()]
         low, high = wilson_interval(sum(won), len(won))
         rates[name] = {"successes": sum(won), "episodes": len(won), "low": low, "high": high, "seeds": len(seeds)}
-    return {"arms": rates, "comparisons": rows, "number_of_comparisons": len(rows)}
+    return {"arms": rates, "comparisons": rows, "number_of_comparisons": len(rows), "not_compared": missing}
 
 
 def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -113,6 +113,7 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     job(tmp_path, "vla/same", 0, second)
     job(tmp_path, "vla/broken", 0, first, status="failed")
     job(tmp_path, "vla/other_episodes", 0, first, first=5000)
+    job(tmp_path, "vla/other_seed", 3, first)
     found = make_report(tmp_path, ["vla/without"])
     rows = {row["arm"]: row for row in found["comparisons"]}
     assert set(rows) == {"vla/with", "vla/same"}
@@ -123,7 +124,11 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["arms"]["vla/with"]["successes"] == 89
     assert (rows["vla/with"]["successes"], rows["vla/with"]["reference_successes"]) == (68, 42)
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["number_of_comparisons"] == 2
+    apart = [{"arm": name, "reference": "vla/without"} for name in ("vla/other_episodes", "vla/other_seed")]
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["not_compared"] == apart
     said = " ".join((tmp_path / f"{NAME}.md").read_text().split())
+    missing = "vla/other_episodes with vla/without, vla/other_seed with vla/without"
+    assert f"Not compared, since they share no training seed and episode: {missing}." in said
     assert "| vla/with | 68 of 100 | vla/without | 42 of 100 | +26.0" in said
     assert "vla/with" in capsys.readouterr().err
     assert PairedReport(["vla/without"]).by == "ablation"
