@@ -23,14 +23,14 @@ class Precompute:
 
     Args:
         overrides: of ``keygrip.train``, which say what encoders; their weights are random unless they name others.
-        pictures, quick_pictures: how many JPEG files. width, height: of each.
+        images, quick_images: how many JPEG files. width, height: of each.
         size, bucket_step: of the buckets.
         batch_size, workers, device: see :func:`keygrip.data.image_text.sources.images.encode_folder`.
     """
 
     overrides: list[str]
-    pictures: int
-    quick_pictures: int
+    images: int
+    quick_images: int
     width: int
     height: int
     size: int
@@ -45,8 +45,8 @@ class Precompute:
 
         encoders: Any = instantiate(compose("train", self.overrides).encoders, _convert_="all")
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
-            source, root = Path(name) / "pictures", Path(name) / "shards"
-            count = self.write(source, self.quick_pictures if quick else self.pictures)
+            source, root = Path(name) / "images", Path(name) / "shards"
+            count = self.write(source, self.quick_images if quick else self.images)
             report = encode_folder(
                 source,
                 root,

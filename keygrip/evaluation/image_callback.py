@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class EvaluateImages(Callback):
     """Runs the validation suite on the run's latest checkpoint once training has ended.
 
-    Writes `pictures/` (report, images, result.json) into the run folder, logs `pictures/<case>/<figure>` among the
+    Writes `images/` (report, images, result.json) into the run folder, logs `images/<case>/<figure>` among the
     headline metrics and shows the images in TensorBoard.
 
     Args:
@@ -42,10 +42,10 @@ class EvaluateImages(Callback):
         self.data.prepare_data()
         self.data.setup()
         if not len(self.data.samples(self.suite.split)):
-            val = "callbacks.pictures.suite.split=val, or " if len(self.data.samples("val")) else ""
+            val = "callbacks.images.suite.split=val, or " if len(self.data.samples("val")) else ""
             raise ValueError(
                 f"{self.data.place} has no {self.suite.split} images for the evaluation after training: give "
-                f"{val}callbacks.pictures=null"
+                f"{val}callbacks.images=null"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,11 +59,11 @@ class EvaluateImages(Callback):
         assert isinstance(module, PatchDiTModule)
         data = copy.copy(self.data)
         data.trainer = None  # by whose processes batches are divided; this one evaluates alone
-        output = self.run_dir / "pictures"
+        output = self.run_dir / "images"
         figures, images = run_suite(module, data, self.suite, output)
         write_json(output / "result.json", figures)
         for name, value in headline(figures).items():
-            trainer.callback_metrics[f"pictures/{name}"] = torch.tensor(value)
+            trainer.callback_metrics[f"images/{name}"] = torch.tensor(value)
         self._show(trainer, headline(figures), images)
         log.info("images and report: %s", output / REPORT)
 
@@ -73,6 +73,6 @@ class EvaluateImages(Callback):
 
         step = trainer.global_step
         for logger in trainer.loggers:
-            logger.log_metrics({f"pictures/{name}": value for name, value in figures.items()}, step=step)
+            logger.log_metrics({f"images/{name}": value for name, value in figures.items()}, step=step)
         for path in images:
-            log_image(trainer.loggers, f"pictures/{path.stem}", np.asarray(Image.open(path).convert("RGB")), step)
+            log_image(trainer.loggers, f"images/{path.stem}", np.asarray(Image.open(path).convert("RGB")), step)

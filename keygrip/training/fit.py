@@ -333,7 +333,7 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     names = getattr(module, "headline_metrics", None)
     metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
-    metrics |= {name: value for name, value in logged.items() if name.startswith(("closed_loop/", "pictures/"))}
+    metrics |= {name: value for name, value in logged.items() if name.startswith(("closed_loop/", "images/"))}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput | Compute):
             metrics.update(callback.summary)

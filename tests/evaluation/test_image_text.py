@@ -17,7 +17,7 @@ from image_sets import COLOURS, SQUARE, WIDE, small_encoders, write_images, writ
 from omegaconf import OmegaConf
 from PIL import Image
 
-from keygrip.config import compose
+from keygrip.config import check_overrides, compose
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.evaluation import image_callback, image_features
 from keygrip.evaluation import image_text as validation
@@ -542,10 +542,19 @@ def test_shuffled_patches_change_what_is_drawn_only_where_they_have_places(root:
     assert drawn[False] < 1e-4 < 1e-3 < drawn[True]
 
 
+def test_the_former_name_of_the_callback_is_refused_with_the_present_one() -> None:
+    for setting in ("callbacks.pictures", "callbacks.pictures.suite.split"):
+        new = setting.replace("pictures", "images")
+        with pytest.raises(ValueError, match=f"the setting '{setting}' is now '{new}'"):
+            compose("train", ["experiment=dit_robot_images", f"{setting}=val"])
+    with pytest.raises(ValueError, match="is now 'cases.precompute.images'"):
+        check_overrides("bench", ["cases.precompute.pictures=8"])
+
+
 def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path) -> None:
     from keygrip import evaluate, train
 
-    suite = "callbacks.pictures.suite"
+    suite = "callbacks.images.suite"
     changes = [f"{suite}.images=4", f"{suite}.shown=2", f"{suite}.cases=[reconstruction,shuffled_patches]"]
     options = "keygrip.evaluation.attribute_classifier.ClassifierOptions"
     quick = f"+{suite}.classifier={{_target_: {options}, width: 8, steps: 2, batch_size: 4}}"
@@ -566,7 +575,7 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     elsewhere = [f"data.root={tmp_path / 'without'}", f"run_dir={tmp_path / 'other'}", "max_steps=2"]
     with pytest.raises(
         ValueError,
-        match=r"has no test images for the evaluation after training: give callbacks\.pictures\.suite\.split=val",
+        match=r"has no test images for the evaluation after training: give callbacks\.images\.suite\.split=val",
     ):
         train.run(
             compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *elsewhere, "callbacks.ema=null"])
@@ -574,13 +583,13 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     assert not (tmp_path / "other" / "checkpoints").exists()
     del info["splits"]["val"]
     (tmp_path / "without" / "images.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=r"after training: give callbacks\.pictures=null"):  # no val either
+    with pytest.raises(ValueError, match=r"after training: give callbacks\.images=null"):  # no val either
         train.run(
             compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *elsewhere, "callbacks.ema=null"])
         )
-    assert {"pictures/reconstruction/psnr_db", "pictures/shuffled_patches/cube_within_4px"} <= set(metrics)
-    stored = json.loads((run / "pictures" / "result.json").read_text())
-    assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["pictures/reconstruction/psnr_db"])
+    assert {"images/reconstruction/psnr_db", "images/shuffled_patches/cube_within_4px"} <= set(metrics)
+    stored = json.loads((run / "images" / "result.json").read_text())
+    assert stored["cases"]["reconstruction"]["psnr_db"] == pytest.approx(metrics["images/reconstruction/psnr_db"])
     overrides = [f"checkpoint={run}", "images=4", "cases=[reconstruction]", "sampling.steps=2"]
     overrides += ["features.width=8", "features.steps=2", "features.batch_size=4"]
     classifier = ImageSuite.__dataclass_fields__["classifier"]
@@ -615,7 +624,7 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
     monkeypatch.setattr(image_features, "train_encoder", train_encoder)
     suite = quick(cases=["reconstruction"], images=12, features=replace(FAST, steps=1))
     EvaluateImages(suite, data, str(tmp_path)).on_fit_end(trainer, module)  # type: ignore[arg-type]
-    result = json.loads((tmp_path / "pictures" / "result.json").read_text())
+    result = json.loads((tmp_path / "images" / "result.json").read_text())
     alone = len(shards(root).samples("test", 12))
     assert result["cases"]["reconstruction"]["images"] == alone
     assert trained_on == [len(shards(root).samples("train"))]
@@ -645,7 +654,7 @@ def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
 
     def suite_of(module: PatchDiTModule, *_: Any) -> tuple[dict[str, Any], list[Path]]:
         evaluated.append(module)
-        (tmp_path / "run" / "pictures").mkdir()
+        (tmp_path / "run" / "images").mkdir()
         return {"cases": {}, "classifier": None}, []
 
     monkeypatch.setattr(image_callback, "run_suite", suite_of)

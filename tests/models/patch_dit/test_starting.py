@@ -127,7 +127,7 @@ def test_a_teacher_or_a_base_is_taken_whole_or_refused(
 ) -> None:
     """Either stays as it is: layers that are initialised afresh would never learn."""
     asked = {
-        "few_steps": ["experiment=dit_few_steps", "callbacks.pictures=null", "model.sampling.steps=4"],
+        "few_steps": ["experiment=dit_few_steps", "callbacks.images=null", "model.sampling.steps=4"],
         "lora": ["ablation=patch_dit/lora", "model.lora.rank=2"],
     }[setting]
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_a_student_is_trained_validated_and_drawn(
 ) -> None:
     """From the experiment's own settings: it starts as its teacher, is validated by what it learns, and a teacher that
     predicts something else is refused."""
-    options = ["experiment=dit_few_steps", "callbacks.pictures=null", "model.sampling.steps=4"]
+    options = ["experiment=dit_few_steps", "callbacks.images=null", "model.sampling.steps=4"]
     student = started("student", *options, f"model.init_from={runs / 'base'}")
     teacher = load_module(runs / "base")
     assert isinstance(teacher, PatchDiTModule)
@@ -306,7 +306,7 @@ def test_a_student_is_trained_validated_and_drawn(
 def test_a_student_of_low_rank_differences_learns_from_a_teacher_with_a_guide(
     runs: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
-    options = ["experiment=dit_few_steps", "callbacks.pictures=null", "model.sampling.steps=4"]
+    options = ["experiment=dit_few_steps", "callbacks.images=null", "model.sampling.steps=4"]
     options += ["ablation=patch_dit/lora", "model.lora.rank=2", f"model.init_from={runs / 'base'}"]
     first, second = (started(name, *options).few_steps for name in ("first", "second"))
     assert first is not None

@@ -7,7 +7,7 @@ from keygrip.benchmarks.precompute import Precompute
 SMALL = ["model=patch_dit", "encoders=tiny", "encoders.view.size=48", "encoders.view.width=16", "encoders.view.depth=1"]
 
 
-def test_precompute_counts_pictures_and_waiting() -> None:
+def test_precompute_counts_images_and_waiting() -> None:
     case = Precompute(SMALL, 40, 10, 96, 64, 64, 16, 4, 0, "cpu")
     figures = case.run(quick=True)
     assert figures["items"] == 10
