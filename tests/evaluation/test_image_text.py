@@ -547,7 +547,7 @@ def test_the_former_name_of_the_callback_is_refused_with_the_present_one() -> No
         new = setting.replace("pictures", "images")
         with pytest.raises(ValueError, match=f"the setting '{setting}' is now '{new}'"):
             compose("train", ["experiment=dit_robot_images", f"{setting}=val"])
-    with pytest.raises(ValueError, match="is now 'cases.precompute.images'"):
+    with pytest.raises(ValueError, match=r"is now 'cases\.precompute\.images'"):
         check_overrides("bench", ["cases.precompute.pictures=8"])
 
 
