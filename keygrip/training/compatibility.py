@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import config_folder
 
@@ -20,13 +20,14 @@ LARGEST_SEED = 1 << 32  # numpy's own generator takes no more
 
 
 def refuse_unfit(cfg: DictConfig) -> None:
-    """Refuses data that the model cannot learn from.
+    """Refuses data that the model cannot learn from, and two sources of the encoder's weights: the stage that makes one
+    of them would be trained first, for hours.
 
     Args:
         cfg: composed from ``conf/train.yaml``, unresolved.
 
     Raises:
-        ValueError: names the data sets that would fit.
+        ValueError: names the data sets that would fit, or the settings of the weights.
     """
     wanted, given = batch_type(cfg.model), batch_type(cfg.data)
     if wanted is not None and given is not None and not issubclass(given, wanted):
@@ -34,6 +35,13 @@ def refuse_unfit(cfg: DictConfig) -> None:
         raise ValueError(
             f"{_class_name(cfg.model)} learns from {wanted.__name__} and {_class_name(cfg.data)} gives "
             f"{given.__name__}: choose {fitting}"
+        )
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    encoder = plain.get("backbone") or {}
+    if encoder.get("init_from") is not None and encoder.get("weights", "random") != "random":
+        raise ValueError(
+            f"backbone.init_from and backbone.weights={encoder['weights']} both give the encoder's weights: set "
+            "backbone.weights=random, or backbone.init_from=null"
         )
 
 

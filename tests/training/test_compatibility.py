@@ -34,6 +34,20 @@ def test_systems_do_not_take_each_others_data(model: str, data: str, said: str) 
         refuse_unfit(compose("train", [f"model={model}", f"data={data}"]))
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["experiment=vlm_robot_videos", "backbone=dinov2_small"],
+        ["experiment=vlm_stage1", "ablation=foveated_vlm/self_supervised_encoder"],
+    ],
+)
+def test_two_sources_of_an_encoders_weights_are_refused_before_a_stage_is_trained(choices: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"backbone\.init_from and backbone\.weights=pretrained both give"):
+        refuse_unfit(compose("train", choices))
+    refuse_unfit(compose("train", [*choices, "backbone.weights=random"]))
+    refuse_unfit(compose("train", [*choices, "backbone.init_from=null"]))
+
+
 def test_the_choices_named_are_those_that_pass() -> None:
     named = data_sets_of(batch_type(compose("train", ["model=foveated_vlm"]).model))  # type: ignore[arg-type]
     assert set(named) == {
