@@ -160,27 +160,104 @@ def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
         KeygripConfig(action="joints", device="cpu")
 
 
-@pytest.mark.parametrize(("latch", "effort"), [(1.0, 0.6), (0.0, -1.0)])  # always closed, always open
-def test_a_step_of_the_hand_goes_to_the_plan(made: Any, latch: float, effort: float) -> None:
+def test_of_several_cameras_the_one_that_it_was_trained_on_is_seen(made: Any, saved: Path) -> None:
+    from lerobot_policy_keygrip import CameraCalibration, KeygripConfig, KeygripPolicy
+
+    tracks = find_demos(made.demos)[0].read().cameras
+    assert set(tracks) == {"over", "front"}
+
+    def policy(**names: str) -> KeygripPolicy:
+        cameras = {
+            f"observation.images.{theirs}": CameraCalibration(
+                track.intrinsics[0].tolist(), track.world_to_camera[0].tolist(), track.width, track.height, ours
+            )
+            for (theirs, ours), track in ((each, tracks[each[0]]) for each in names.items())
+        }
+        return KeygripPolicy(KeygripConfig(checkpoint=str(made.run), device="cpu", cameras=cameras))
+
+    alone = KeygripPolicy.from_pretrained(saved)
+    assert alone.needs.camera == "over"
+    batch = seen(made, 4)
+    expected = alone.select_action(batch)
+    front = torch.tensor(tracks["front"].frames.read(4)).permute(2, 0, 1)[None].float() / 255
+    both = policy(front="", over="").select_action(batch | {"observation.images.front": front})
+    torch.testing.assert_close(both, expected)
+    other = policy(over="front", front="over").select_action(batch | {"observation.images.front": front})
+    assert not torch.allclose(other, expected)  # the names decide
+    with pytest.raises(ValueError, match="trained on camera 'over'; cameras calibrates front, side"):
+        policy(front="", over="side")
+
+
+class Followed:
+    """A body that steps move, as Meta-World's `set_xyz_action` does, and a hand that trails it."""
+
+    def __init__(self, hand: np.ndarray, step_m: float, low: np.ndarray, high: np.ndarray) -> None:
+        self.hand, self.body, self.step_m, self.low, self.high = hand, hand, step_m, low, high
+
+    def step(self, action: np.ndarray) -> None:
+        self.body = np.clip(self.body + self.step_m * np.clip(action[:3], -1, 1), self.low, self.high)
+        self.hand = self.hand + 0.2 * (self.body - self.hand)
+
+
+OFFSET = np.array([0.0, 0.0, -0.045])
+
+
+def stepping(made: Any, changes: dict[str, Any], reach_m: float) -> tuple[Any, Followed, Any]:
+    """A policy of position_step, what it moves within `reach_m` of where the arm begins, and what acts once."""
     from lerobot_policy_keygrip import ArmLayout, CameraCalibration, KeygripConfig, KeygripPolicy
 
     demo = find_demos(made.demos)[0].read()
     track, arm = demo.cameras["over"], demo.arms["right"]
     camera = CameraCalibration(track.intrinsics[0].tolist(), track.world_to_camera[0].tolist(), name="over")
-    config = KeygripConfig(
-        checkpoint=str(made.run), device="cpu", cameras={"observation.image": camera}, action="position_step",
-        arms=[ArmLayout([0, 1, 2], 3, fixed_quaternion=arm.quaternion[0].tolist(), offset=[0.0, 0.0, -0.045])],
-        step_gain=3.0, control={"grip_below": latch, "release_above": latch},
+    hand = arm.position[0] - OFFSET
+    low, high = hand - reach_m, hand + reach_m
+    policy = KeygripPolicy(
+        KeygripConfig(
+            checkpoint=str(made.run), device="cpu", cameras={"observation.image": camera}, action="position_step",
+            arms=[ArmLayout([0, 1, 2], 3, fixed_quaternion=arm.quaternion[0].tolist(), offset=OFFSET.tolist())],
+            body_low=low.tolist(), body_high=high.tolist(), **changes,
+        )
     )  # fmt: skip
-    policy = KeygripPolicy(config)
-    state = np.concatenate([arm.position[0] + [0.0, 0.0, 0.045], arm.gripper[:1]])
+    robot = Followed(hand, policy.config.step_m, low, high)
     image = torch.tensor(track.frames.read(0)).permute(2, 0, 1)[None].float() / 255
-    observation = {"observation.state": torch.tensor(state)[None].float(), "observation.image": image}
-    actions = torch.cat([policy.select_action(observation) for _ in range(8)]).numpy()  # [8, 4], of one plan
-    plan = policy.controllers[0].last_plan
+
+    def act() -> np.ndarray:
+        state = torch.tensor(np.append(robot.hand, arm.gripper[0]))[None].float()
+        action = policy.select_action({"observation.state": state, "observation.image": image})[0].numpy()
+        robot.step(action)
+        return action
+
+    return policy, robot, act
+
+
+@pytest.mark.parametrize(("latch", "effort"), [(1.0, 0.6), (0.0, -1.0)])  # always closed, always open
+def test_steps_bring_the_body_that_the_hand_follows_to_the_plan(made: Any, latch: float, effort: float) -> None:
+    changes = {"step_m": 1.0, "control": {"grip_below": latch, "release_above": latch}}
+    policy, robot, act = stepping(made, changes, reach_m=2.0)
+    actions, bodies = [], []
+    for _ in range(8):
+        actions.append(act())
+        bodies.append(robot.body + OFFSET)
+        if len(actions) == 1:
+            plan = policy.controllers[0].last_plan
+    assert policy.controllers[0].last_plan is plan
     ticks = round(plan.step_seconds * 10.0)
-    reached = np.clip(3.0 * (plan.position[0, 0] - arm.position[0]), -1, 1)
-    np.testing.assert_allclose(actions[ticks - 1, :3], reached, atol=1e-5)
-    assert np.abs(reached).max() > 0.02
-    np.testing.assert_allclose(actions[: ticks - 1, 3], -1.0, atol=1e-6)  # open, until the first pose is reached
-    np.testing.assert_allclose(actions[ticks - 1 :, 3], effort, atol=1e-6)
+    reached = np.stack(bodies[ticks - 1 :: ticks])
+    np.testing.assert_allclose(reached, plan.position[0, : len(reached)], atol=1e-5)
+    assert np.abs(robot.body - robot.hand).max() > 0.005  # and the hand trails it
+    efforts = np.array([action[3] for action in actions])
+    np.testing.assert_allclose(efforts[: ticks - 1], -1.0, atol=1e-6)  # open, until the first pose is reached
+    np.testing.assert_allclose(efforts[ticks - 1 :], effort, atol=1e-6)
+
+
+def test_where_the_body_is_stays_known_at_its_bounds_and_begins_anew_with_an_episode(made: Any) -> None:
+    policy, robot, act = stepping(made, {}, reach_m=0.003)
+    for _ in range(12):
+        action = act()
+        np.testing.assert_allclose(policy.bodies[0].position, robot.body + OFFSET, atol=1e-6)
+    assert np.abs(action[:3]).max() < 0.01  # at its bounds it is not pushed on
+    assert np.isclose(np.abs(robot.body - 0.5 * (robot.low + robot.high)).max(), 0.003)
+    policy.reset()
+    begun = robot.hand.copy()
+    action = act()
+    np.testing.assert_allclose(policy.bodies[0].position, begun + OFFSET + 0.01 * action[:3], atol=1e-6)

@@ -64,10 +64,13 @@ class KeygripConfig(PreTrainedConfig):
         control: changes to keygrip's controller, e.g. `execute_seconds`, `still_distance_m`.
         cameras: calibration by image feature.
         arms: one entry per arm, in the policy's order; empty: 8 numbers per arm, x, y, z, qw, qx, qy, qz, gripper.
-        action: "pose": 8 numbers per arm, the commanded pose. "position_step": one arm's step towards the commanded
-            position, `step_gain` a metre within -1 .. 1, and the gripper's effort.
-        step_gain: of "position_step". 10 a metre suits Meta-World: 1 is a step of 1 cm of the mocap body that the hand
-            follows, 3 to 7 cm behind it.
+        action: "pose": 8 numbers per arm, the commanded pose. "position_step": a step of the point that one arm's hand
+            follows (Meta-World's mocap body), within -1 .. 1, to the commanded position, and the gripper's effort. The
+            observation does not hold that point: it stands at the hand when an episode begins, and is known from the
+            steps since then.
+        step_m: of "position_step", metres of a step of 1; 0.01 is Meta-World's.
+        body_low, body_high: of "position_step", x, y, z between which the environment keeps that point, metres, as
+            positions stand in the state (Meta-World's `hand_low`, `hand_high`); empty: it does not.
         closed_effort, open_effort: of "position_step", where the commanded opening is below 0.5 and elsewhere; those of
             keygrip's Meta-World environment (which closes with 0.1 in pick-out-of-hole-v3).
     """
@@ -82,7 +85,9 @@ class KeygripConfig(PreTrainedConfig):
     cameras: dict[str, CameraCalibration] = field(default_factory=dict)
     arms: list[ArmLayout] = field(default_factory=list)
     action: str = "pose"
-    step_gain: float = 10.0
+    step_m: float = 0.01
+    body_low: list[float] = field(default_factory=list)
+    body_high: list[float] = field(default_factory=list)
     closed_effort: float = 0.6
     open_effort: float = -1.0
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -95,6 +100,12 @@ class KeygripConfig(PreTrainedConfig):
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}")
         if self.checkpoint and self.server:
             raise ValueError("give checkpoint or server, not both")
+        if self.step_m <= 0:
+            raise ValueError(f"step_m is the length of a step in metres, above 0, not {self.step_m}")
+        if (len(self.body_low), len(self.body_high)) not in ((0, 0), (3, 3)):
+            raise ValueError(
+                f"body_low and body_high are three metres each, or both empty, not {self.body_low}, {self.body_high}"
+            )
         for name in ("planning", "external", "trust"):
             if self.server and getattr(self, name):
                 raise ValueError(f"{name} has no effect with server: give it to `python -m keygrip.serve`")

@@ -61,10 +61,22 @@ class KeygripPolicy(PreTrainedPolicy):
         if config.action == "position_step" and arms != 1:
             raise ValueError(f"action=position_step moves one arm, the policy moves {', '.join(self.needs.arms)}")
         names = {camera.name or feature.rpartition(".")[2]: feature for feature, camera in config.cameras.items()}
-        absent = [name for name in self.needs.cameras if name not in names]
-        if absent and len(self.needs.cameras) > 1:
-            raise ValueError(f"the policy reads camera {absent[0]!r}; cameras calibrates {', '.join(names)}")
+        trained = (self.needs.camera,) if self.needs.camera else ()
+        read = self.needs.cameras or trained
+        absent = [name for name in read if name not in names]
+        if absent and max(len(read), len(names)) > 1:  # one camera is one camera, whatever the two sides call it
+            raise ValueError(
+                f"the policy was trained on camera {absent[0]!r}; cameras calibrates {', '.join(names)}: give the one "
+                f"in its place name={absent[0]!r}, or of a policy of one camera calibrate that one alone"
+            )
+        if not read and len(names) > 1:
+            raise ValueError(
+                "the policy does not say which camera it was trained on (an older checkpoint): calibrate that one "
+                f"alone, not {', '.join(names)}"
+            )
+        self.camera = read[0] if read and not absent else next(iter(names))  # its image is the observation's own
         self.controllers: list[RecedingHorizon] = []  # one an environment, of the episodes that run
+        self.bodies: list[Body] = []  # likewise, of action="position_step"
         self._policies: list[Any] = []  # one an environment, kept over episodes
         self._episodes = 0  # begun so far
 
@@ -93,10 +105,14 @@ class KeygripPolicy(PreTrainedPolicy):
                 reads an instruction.
         """
         observations = self._observations(batch)
-        actions = []
-        for controller, observation in zip(self._running(len(observations)), observations, strict=True):
-            command = controller.act(observation)
-            actions.append(self._action(command, observation))
+        controllers = self._running(len(observations))
+        commands = [controller.act(seen) for controller, seen in zip(controllers, observations, strict=True)]
+        if self.config.action == "pose":
+            actions = [command.reshape(-1) for command in commands]
+        else:
+            if not self.bodies:
+                self.bodies = [self._body(seen["position"][0]) for seen in observations]
+            actions = [self._step(command[0], body) for command, body in zip(commands, self.bodies, strict=True)]
         return torch.as_tensor(np.stack(actions), dtype=torch.float32, device=batch["observation.state"].device)
 
     @torch.no_grad()
@@ -157,6 +173,7 @@ class KeygripPolicy(PreTrainedPolicy):
                 policy.reset(self._episodes + number)
             self._episodes += environments
             self.controllers = [self._controller(policy) for policy in self._policies[:environments]]
+            self.bodies = []
         return self.controllers
 
     def _controller(self, policy: Policy) -> RecedingHorizon:
@@ -176,7 +193,7 @@ class KeygripPolicy(PreTrainedPolicy):
             poses = [_pose(layout, state) for layout in self.layouts]
             own = {name: view | {"image": view["image"][index]} for name, view in views.values()}
             observation: dict[str, Any] = {
-                **next(iter(own.values())),
+                **own[self.camera],
                 "position": np.stack([pose[0] for pose in poses]),
                 "quaternion": np.stack([pose[1] for pose in poses]),
                 "gripper": np.array([pose[2] for pose in poses]),
@@ -191,13 +208,39 @@ class KeygripPolicy(PreTrainedPolicy):
             found.append(observation)
         return found
 
-    def _action(self, command: np.ndarray, observation: dict[str, Any]) -> np.ndarray:
-        """From the command [A, 8] to LeRobot's action."""
-        if self.config.action == "pose":
-            return command.reshape(-1)
-        step = np.clip((command[0, :3] - observation["position"][0]) * self.config.step_gain, -1, 1)
-        effort = self.config.closed_effort if command[0, 7] < 0.5 else self.config.open_effort
-        return np.concatenate([step, [effort]])
+    def _body(self, position: np.ndarray) -> Body:
+        """What the steps of an episode move; the episode begins where the gripper is at this position."""
+        offset = np.asarray(self.layouts[0].offset, np.float64)
+        low, high = (np.add(edge, offset) if edge else None for edge in (self.config.body_low, self.config.body_high))
+        return Body(position, self.config.step_m, low, high)
+
+    def _step(self, command: np.ndarray, body: Body) -> np.ndarray:
+        """[4] LeRobot's action for the command [8] of the one arm."""
+        effort = self.config.closed_effort if command[7] < 0.5 else self.config.open_effort
+        return np.append(body.step_to(command[:3]), effort)
+
+
+@dataclasses.dataclass
+class Body:
+    """The point that the steps of `action="position_step"` move and the hand follows.
+
+    Args:
+        position: [3] where it is, metres in the world; `step_to` moves it. step_m: metres of a step of 1.
+        low, high: [3] bounds within which the environment keeps it; None: none are known.
+    """
+
+    position: np.ndarray
+    step_m: float
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+    def step_to(self, goal: np.ndarray) -> np.ndarray:
+        """[3] the step towards a position [3], within -1 .. 1 along each axis; the body is then there or nearer."""
+        if self.low is not None and self.high is not None:
+            goal = np.clip(goal, self.low, self.high)
+        step = np.clip((goal - self.position) / self.step_m, -1, 1)
+        self.position = self.position + self.step_m * step
+        return step
 
 
 def save_policy(config: KeygripConfig, folder: str | Path) -> Path:
