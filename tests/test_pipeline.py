@@ -206,6 +206,9 @@ def test_a_policy_on_a_frozen_text_tower_is_judged_where_its_folder_was_recorded
         evaluate.run(compose("evaluate", again))
     found = evaluate.run(compose("evaluate", [*again, f"external.network.instruction.source={tower}"]))
     assert found["closed_loop"]["in_distribution"]["episodes"] == 1
+    other = write_text_tower(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="another text tower than the one that was trained with"):
+        evaluate.run(compose("evaluate", [*again, f"external.network.instruction.source={other}"]))
 
     train.run(compose("train", [*common, f"model.init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'next'}"]))
 

@@ -29,9 +29,9 @@ def tokenizer() -> Any:
     )
 
 
-def write_text_tower(folder: Path, kind: str = "clip") -> Path:
+def write_text_tower(folder: Path, kind: str = "clip", seed: int = 0) -> Path:
     """A tower with random weights and its tokenizer in a folder. `kind`: clip or siglip."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if kind == "clip":
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES))
     else:

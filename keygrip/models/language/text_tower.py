@@ -5,25 +5,30 @@ Shape legend: B sentences, L tokens, E width of a state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keygrip.artifacts import sha256_bytes
 from keygrip.models.language.hub import from_pretrained, read_config, read_tokenizer
 from keygrip.models.language.instructions import InstructionStates
 from keygrip.training.parts import model_part
 
 CLIP, SIGLIP = ("clip", "clip_text_model"), ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model")
+PROBE = "open the drawer left of 12 red cubes, slowly"  # a tokenizer is its vocabulary, and how it divides words
 
 
 @model_part(external=["source"])
 class PretrainedTextTower(nn.Module):
     """A frozen CLIP or SigLIP text tower: states of a sentence's tokens, and its pooled state.
 
-    Weights and tokenizer stay in their folder: they are neither trained nor written into checkpoints.
+    Weights and tokenizer stay in their folder: they are neither trained nor written into checkpoints, which hold a hash
+    of both, so that they are refused with another tower.
 
     Args:
         source: a local folder as the hub ships it, of the whole model or of its text tower, or a name on the hub.
@@ -31,10 +36,14 @@ class PretrainedTextTower(nn.Module):
             longer sentences are refused.
     """
 
+    _digest: Tensor
+
     def __init__(self, source: str, width: int = 512, length: int = 64) -> None:
         super().__init__()
         self.source, self.width, self.length = source, width, length
         self._loaded: list[Any] = []  # a list: no submodule, so neither trained nor in the checkpoint
+        self.register_buffer("_digest", torch.zeros(32, dtype=torch.uint8))  # of the tower that was trained with
+        self.register_load_state_dict_pre_hook(_refuse_other)
 
     def _parts(self) -> tuple[Any, Any, int]:
         """Tokenizer, tower and the token that pads, loaded when first asked for.
@@ -70,9 +79,18 @@ class PretrainedTextTower(nn.Module):
             self._loaded = [tokenizer, tower.eval().requires_grad_(False), int(tokenizer.pad_token_id)]
         return self._loaded[0], self._loaded[1], self._loaded[2]
 
+    def digest(self) -> Tensor:
+        """uint8 [32] the SHA-256 of the tower's weights, whatever their names, and of its tokenizer."""
+        tokenizer, tower, _ = self._parts()
+        flat = (weight.detach().cpu().reshape(-1).numpy() for weight in tower.parameters())
+        weights = sorted(hashlib.sha256(numbers.data).hexdigest() for numbers in flat)
+        text = [sorted(tokenizer.get_vocab().items()), list(tokenizer(PROBE)["input_ids"])]
+        return torch.tensor(list(bytes.fromhex(sha256_bytes(json.dumps([weights, text]).encode()))), dtype=torch.uint8)
+
     def prepare(self, sentences: Iterable[str]) -> None:
-        """Refuses training sentences that do not fit, before training starts."""
+        """Refuses training sentences that do not fit, before training starts, and takes the hash of the tower."""
         self.tokens(sorted(set(sentences)))
+        self._digest.copy_(self.digest())
 
     def unknown_words(self, sentence: str) -> list[str]:
         """Empty: the tower was trained on more words than any robot's data set holds."""
@@ -110,3 +128,18 @@ class PretrainedTextTower(nn.Module):
         found = tower(input_ids=ids)
         words = F.layer_norm(found.last_hidden_state[:, : self.length].float(), (self.width,)) * mask[..., None]
         return InstructionStates(words, mask, F.layer_norm(found.pooler_output.float(), (self.width,)))
+
+
+def _refuse_other(tower: PretrainedTextTower, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Raises ValueError: the weights that are loaded were trained with another tower."""
+    stored = state_dict.get(f"{prefix}_digest")
+    if stored is None or not bool(stored.any()):
+        return
+    found = tower.digest()
+    if not torch.equal(stored.cpu(), found):
+        here, there = (bytes(each.flatten()[:8].to(torch.uint8).tolist()).hex() for each in (found, stored))
+        raise ValueError(
+            f"instruction.source={tower.source} is another text tower than the one that was trained with (weights and "
+            f"tokenizer have the hash {here}, in the checkpoint it is {there}): its states mean something else; name "
+            "that one's folder"
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from keygrip.models.language.text_tower import PretrainedTextTower
 
@@ -43,7 +46,37 @@ def test_it_is_neither_trained_nor_saved(folder: Path) -> None:
     tower = PretrainedTextTower(str(folder), width=16, length=8)
     tower(tower.tokens(["open the drawer"]))
     assert not list(tower.parameters())
-    assert not tower.state_dict()
+    assert list(tower.state_dict()) == ["_digest"]
+
+
+def test_weights_are_refused_with_another_tower_than_theirs(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    trained = PretrainedTextTower(str(folder), width=16, length=8)
+    trained.prepare(["open the drawer"])
+    stored = trained.state_dict()
+    moved = tmp_path_factory.mktemp("moved") / "tower"
+    shutil.copytree(folder, moved)
+    again = PretrainedTextTower(str(moved), width=16, length=8)
+    again.load_state_dict(stored)
+    assert torch.equal(again.digest(), trained.digest())
+
+    kind = transformers.AutoConfig.from_pretrained(folder).model_type.split("_")[0]
+    seeded = write_text_tower(tmp_path_factory.mktemp("seeded"), kind, seed=1)
+    reworded = tmp_path_factory.mktemp("reworded") / "tower"
+    shutil.copytree(folder, reworded)
+    content = json.loads((reworded / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["open"], words["push"] = words["push"], words["open"]
+    (reworded / "tokenizer.json").write_text(json.dumps(content))
+    names = bytes(stored["_digest"][:8].tolist()).hex()
+    for other in (seeded, reworded):
+        tower = PretrainedTextTower(str(other), width=16, length=8)
+        said = rf"{other} is another text tower.*hash \w{{16}}, in the checkpoint it is {names}"
+        with pytest.raises(ValueError, match=said):
+            nn.Sequential(tower).load_state_dict({f"0.{name}": value for name, value in stored.items()})
+    untrained = PretrainedTextTower(str(folder), width=16, length=8).state_dict()
+    PretrainedTextTower(str(seeded), width=16, length=8).load_state_dict(untrained)  # nothing was trained with any
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
