@@ -421,6 +421,7 @@ class RobotDemos(ResumableData):
             extra=self.extra_targets,
             embodiments=self.embodiments,
             view_dropout=self.view_dropout if training else 0.0,
+            masks_views=self.masks_views,
         )
 
     def _samples(self, indices: Sequence[int], augmentation: Augmentation | None, training: bool) -> DemoSamples:

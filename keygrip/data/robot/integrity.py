@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint
-from keygrip.data.robot.frames import JpegFrames, VideoFrames, verify_source
+from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, verify_source
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
 from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
 from keygrip.data.video import frames_between
@@ -137,12 +137,14 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
 @dataclass(frozen=True)
 class Verdict:
     """What the check of one recording found. content: hash of all that it holds. problem: why it is left out. start: of
-    the processes that found it, as `name_of_start` says."""
+    the processes that found it, as `name_of_start` says. views: why a camera beside the first cannot be used, by its
+    name."""
 
     name: str
     content: str
     problem: str | None = None
     start: str = ""
+    views: dict[str, str] = field(default_factory=dict)
 
 
 def data_version(contents: Mapping[str, str]) -> str:
@@ -228,7 +230,7 @@ def _known(path: Path) -> dict[str, Verdict]:
         return {
             identity: verdict
             for identity, verdict in found.items()
-            if verdict.problem is None or helper or (start and verdict.start == start)
+            if (verdict.problem is None and not verdict.views) or helper or (start and verdict.start == start)
         }
     return {}
 
@@ -245,26 +247,57 @@ def _identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
 
 
 def _verdict(demo: Demo, cameras: Sequence[str], depth: bool) -> Verdict:
+    views: dict[str, str] = {}
     try:
         with demo_guard(demo.name):
-            return Verdict(demo.name, _checked_content(demo, cameras, depth))
+            content = _checked_content(demo, cameras, depth, views)
     except DemoError as error:
         return Verdict(demo.name, "", error.reason, name_of_start())
+    return Verdict(demo.name, content, start=name_of_start() if views else "", views=views)
 
 
-def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
-    """The hash of all that a recording holds, after its files and frames were checked."""
-    if not _is_native(demo):
-        digest = hashlib.sha256(demo_fingerprint(demo).encode())
-        _check_pixels(demo, cameras, depth, digest.update)
-        return digest.hexdigest()[:32]
-    files = read_manifest(demo.path)
-    if files is None:
-        files = file_hashes(demo.path)
+def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool, views: dict[str, str]) -> str:
+    """The hash of all that a recording holds, after its files and frames were checked.
+
+    Args:
+        views: what is wrong with a camera beside the first is put here, by its name.
+    """
+    native = _is_native(demo)
+    recorded = read_manifest(demo.path) if native else None
+    digest = hashlib.sha256(demo_fingerprint(demo).encode())
+    take: Callable[[Any], None] = (lambda content: None) if native else digest.update
+
+    def check(chosen: Sequence[str], files: Collection[str]) -> None:
+        if recorded is not None:
+            compare_with_manifest(demo.path, {name: entry for name, entry in recorded.items() if name in files})
+        _check_pixels(demo, chosen, depth, take)
+
+    further = _tracks(demo, cameras[1:])
+    own = {name: _own_files(demo.path, track) if native else set() for name, track in further}
+    check(cameras[:1], (recorded or {}).keys() - {file for files in own.values() for file in files})
+    for name, files in own.items():
+        try:
+            with demo_guard(demo.name):
+                check((name,), files)
+        except DemoError as error:
+            views[name] = error.reason
+    if not native:
+        whole = digest.hexdigest()
     else:
-        compare_with_manifest(demo.path, files)
-    _check_pixels(demo, cameras, depth)
-    return sha256_bytes(json.dumps(sorted(files.items())).encode())[:32]
+        listed = file_hashes(demo.path) if recorded is None else recorded
+        whole = sha256_bytes(json.dumps(sorted(listed.items())).encode())
+    return (sha256_bytes(json.dumps([whole, sorted(views)]).encode()) if views else whole)[:32]
+
+
+def _own_files(folder: Path, track: CameraTrack) -> set[str]:
+    """The files of a camera's images and depth, by their paths in the recording's folder."""
+    found: set[Path] = set()
+    for source in _sources(track, depth=True):
+        if isinstance(source, NumberedFiles):
+            found.update(source.path(index) for index in range(len(source)))
+        elif isinstance(source, VideoFrames):
+            found.add(source.path)
+    return {path.relative_to(folder).as_posix() for path in found}
 
 
 def _is_native(demo: Demo) -> bool:

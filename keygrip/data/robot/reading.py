@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keygrip.data.bad_samples import first_of
@@ -26,7 +26,7 @@ class ReadingOptions:
     Args:
         cameras, arms: names that it must have. depth: whether its depth is read. max_demos: the first so many that can
             be read; None: all.
-        masks_views: the model masks views, so that the first camera alone must be there and calibrated.
+        masks_views: the model masks views, so that the first camera alone must be there, calibrated and sound.
         max_broken_share: more broken ones than this are an error. verify: check every file and frame once.
         calibrated: cameras whose pose is not known are left out; False for models that read no calibration, names of
             cameras for those that read theirs alone.
@@ -123,13 +123,22 @@ def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
 
 
 def _verify(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
-    """Leaves out the demonstrations whose files or frames are damaged."""
+    """Leaves out the demonstrations whose files or frames are damaged; of a model that masks views, a camera beside the
+    first where those are its own."""
     verdicts = verify(read.demos, options.cameras, options.depth, cache_dir)
     kept = []
     for demo, verdict in zip(read.demos, verdicts, strict=True):
-        if verdict.problem is not None:
-            read.broken.append(DemoError(demo.name, verdict.problem))
+        problem, views = verdict.problem, verdict.views
+        if problem is None and views and not options.masks_views:
+            problem = next(iter(views.values()))
+        if problem is not None:
+            read.broken.append(DemoError(demo.name, problem))
             continue
+        for name, reason in views.items():
+            log.warning("demo %r: camera %r is masked: %s", demo.name, name, reason)
+        if views:
+            sound = {name: track for name, track in demo.cameras.items() if name not in views}
+            demo = replace(demo, cameras=sound, source=demo.source | {"damaged": views})
         kept.append(demo)
         read.contents[demo.name] = verdict.content
     read.demos = kept

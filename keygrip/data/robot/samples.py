@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import CLOSED, MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry, View, channels_first
 from keygrip.data.robot.frame_cache import FrameCache
-from keygrip.data.robot.schema import ArmTrajectory, Demo, demo_guard
+from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError, demo_guard
 from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SubstitutingSamples
 
@@ -165,6 +166,8 @@ class SampleOptions:
         extra: "joints" and "controller", where the model reads them beside poses.
         embodiments: robots that it keeps apart.
         view_dropout: probability that a camera beside the first is masked in a sample.
+        masks_views: of the model; a camera beside the first whose frame cannot be read is then masked in the sample,
+            which is replaced otherwise.
     """
 
     camera: str
@@ -182,6 +185,7 @@ class SampleOptions:
     embodiments: tuple[str, ...] = ()
     view_dropout: float = 0.0
     gripper_targets: str | None = None
+    masks_views: bool = False
 
     def steps(self, demo: int) -> np.ndarray:
         """[T] frames ahead of each target, of the demo with this number in the data module's list."""
@@ -283,7 +287,8 @@ class MultiViewSamples(DemoSamples):
     """`DemoSamples` of several cameras: samples are unbatched `MultiViewPolicyBatch`es.
 
     Each view is cropped and coloured by itself, as cameras are mounted and balanced one by one; depth follows its
-    image. A camera beside the first that the demo lacks is black and masked.
+    image. A camera beside the first that the demo lacks is black and masked; of a model that masks views so is one
+    whose frame cannot be read, which the loader counts.
 
     Args (beside those of `DemoSamples`):
         cameras: their names, in the order of the views; the first is `options.camera`.
@@ -301,15 +306,27 @@ class MultiViewSamples(DemoSamples):
     ) -> None:
         super().__init__(demos, demo_indices, frames, options)
         self.cameras, self.depth = tuple(cameras), depth
+        self._masked: list[BadSample] = []  # views of the batch at hand that could not be read
+
+    def __getitems__(
+        self, keys: Sequence[SampleKey]
+    ) -> list[tuple[PolicyTargets, list[BadSample]]] | list[BadSample]:
+        """As of all `SubstitutingSamples`; views that could not be read are among what is told of the first sample."""
+        self._masked = []
+        found = super().__getitems__(keys)
+        if isinstance(first := found[0], tuple):
+            first[1].extend(self._masked)
+        return found
 
     def _with_images(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         options = self.options
         generator = sample_generator(options.seed, key)
         there = self._shown_views(number, generator)
-        views = [
-            self._view(number, name, frame, generator) if shown else options.geometry.absent_view(self.depth)
-            for name, shown in zip(self.cameras, there, strict=True)
-        ]
+        views = []
+        for place, name in enumerate(self.cameras):
+            view = self._read_view(number, name, frame, generator) if there[place] else None
+            there[place] = view is not None
+            views.append(view or options.geometry.absent_view(self.depth))
         depth = [view.depth for view in views if view.depth is not None]
         detail = views[0].detail
         return MultiViewPolicyBatch(
@@ -332,6 +349,16 @@ class MultiViewSamples(DemoSamples):
             kept = generator.random(len(there) - 1) >= self.options.view_dropout
             there[1:] = [has and bool(keeps) for has, keeps in zip(there[1:], kept, strict=True)]
         return there
+
+    def _read_view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View | None:
+        """One camera's view; None: it cannot be read, and is one that may be masked."""
+        try:
+            return self._view(number, name, frame, generator)
+        except DemoError as error:
+            if name == self.options.camera or not self.options.masks_views:
+                raise
+            self._masked.append(BadSample(f"{error}; this view is masked"))
+            return None
 
     def _view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View:
         """One camera's view, augmented where the samples are."""

@@ -91,7 +91,7 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
 
 
 def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
-    """Warns of demos that lack a camera, or its calibration: it is masked in them.
+    """Warns of demos that lack a camera, or its calibration, or whose frames of it are damaged: it is masked in them.
 
     Raises:
         ValueError: no demo has it.
@@ -100,10 +100,14 @@ def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
         without = [demo for demo in demos if camera not in demo.cameras]
         if not without:
             continue
-        reason = without[0].source.get("uncalibrated", {}).get(camera, "it has no such camera")
+        told = [without[0].source.get(key) for key in ("damaged", "uncalibrated")]
+        known = [each[camera] for each in told if isinstance(each, Mapping) and camera in each]
+        reason = known[0] if known else "it has no such camera"
         first = f"first: {without[0].name}: {reason}"
         if len(without) == len(demos):
-            raise ValueError(f"no demo has a calibrated camera {camera!r}, which data.cameras names ({first})")
+            raise ValueError(
+                f"no demo has a calibrated and sound camera {camera!r}, which data.cameras names ({first})"
+            )
         log.warning("camera %s is masked in %d of %d demos (%s)", camera, len(without), len(demos), first)
 
 

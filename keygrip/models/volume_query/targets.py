@@ -121,7 +121,7 @@ def views_of_images(
     """The views beside the first, and where its voxels lie in them.
 
     An image that shows nothing (`keygrip.models.dark_images`) counts as missing, and so does a calibration that is not
-    finite.
+    finite (a demonstration or an observation with such a one is refused before it comes here).
 
     Args:
         images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
+from keygrip.data.manifests import make_manifests
 from keygrip.data.robot import statistics as module_under_test
 from keygrip.data.robot.augmentation import Augmentation, Box, Colours, ImageGeometry, cut, cut_depth, recolour
 from keygrip.data.robot.datamodule import RobotDemos
@@ -339,8 +340,63 @@ def test_of_a_model_that_masks_views_a_demo_may_lack_all_but_the_first(
     one, other = (each.train_samples[SampleKey(row, 0)] for each in (module, whole))
     for name in ("images", "view_intrinsics", "depth", "view_mask"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
-    with pytest.raises(ValueError, match=r"no demo has a calibrated camera 'wrist', which data\.cameras names"):
+    with pytest.raises(ValueError, match=r"no demo has a calibrated and sound camera 'wrist', which data\.cameras"):
         asked(robot_demos(root, cameras=("over", "wrist"), max_broken_share=0.4))
+
+
+@pytest.mark.parametrize("manifests", [False, True])
+def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_demo_stays(
+    root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture, manifests: bool
+) -> None:
+    if manifests:
+        make_manifests(root)
+    sound = asked(robot_demos(root, **TWO, val_fraction=0.0))
+    (root / "demo_2" / "rgb" / "front" / "000005.jpg").write_bytes(b"damaged")
+    caplog.set_level(logging.WARNING, logger="keygrip")
+    for _ in range(2):  # what an earlier start found is looked at again
+        caplog.clear()
+        module = asked(robot_demos(root, **TWO, val_fraction=0.0))
+        assert not module.broken
+        assert "demo 'demo_2': camera 'front' is masked: " in caplog.text
+        assert "camera front is masked in 1 of 6 demos (first: demo_2: " in caplog.text
+        assert ("000005.jpg: it is not the file" if manifests else "frame 5 cannot be used") in caplog.text
+        assert module.contents.keys() == sound.contents.keys()
+        changed = [name for name, content in module.contents.items() if content != sound.contents[name]]
+        assert changed == ["demo_2"]
+    for row, number in enumerate(module.train_samples.sample_demo):
+        whole = module.demos[number].name != "demo_2"
+        assert module.train_samples[SampleKey(row, 0)].view_mask.tolist() == [True, whole]
+    other = robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2)  # of any other model it is broken
+    assert [error.name for error in ready(other).broken] == ["demo_2"]
+    (root / "demo_2" / "rgb" / "over" / "000005.jpg").write_bytes(b"damaged")  # and so is the first camera
+    first = asked(robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2))
+    assert [error.name for error in first.broken] == ["demo_2"]
+
+
+def test_a_further_cameras_frame_that_cannot_be_read_in_training_is_masked_and_counted(
+    root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**TWO, "val_fraction": 0.0, "verify": False, "augmentation": Augmentation()}
+    module, other = asked(robot_demos(root, **settings)), ready(robot_demos(root, **settings))
+    (root / "demo_2" / "rgb" / "front" / "000005.jpg").write_bytes(b"damaged")
+    caplog.set_level(logging.WARNING, logger="keygrip")
+    masked = []
+    for batch in module.train_dataloader():
+        for row in (~batch.view_mask).any(dim=1).nonzero().flatten().tolist():
+            masked.append((module.demos[int(batch.demo_index[row])].name, int(batch.frame_index[row])))
+            assert batch.view_mask[row].tolist() == [True, False]
+            assert not batch.images[row, 1].any()
+            assert batch.images[row, 0].any()
+    assert masked == [("demo_2", 5)]
+    assert (module.skipped.count, module.skipped.seen) == (1, len(module.train_samples))
+    assert "demo 'demo_2': frame 5 of camera 'front' cannot be read" in caplog.text
+    assert "this view is masked" in caplog.text
+    frames = [
+        (other.demos[int(number)].name, int(frame))
+        for batch in other.train_dataloader()
+        for number, frame in zip(batch.demo_index, batch.frame_index, strict=True)
+    ]
+    assert ("demo_2", 5) not in frames  # of any other model the sample is replaced
 
 
 class ReadsOver:
