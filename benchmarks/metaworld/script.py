@@ -6,7 +6,8 @@ the benchmark starts the arm. Prints one line of JSON.
 
 ``--period 0.1`` is what imitation of such plans can reach: each episode that the script solves is started again, and
 what the script commanded is followed from its positions every 0.1 s, straight from one to the next, as a policy's plan
-is. ``--shift -0.03 0 0`` adds so many metres to each position: a policy that is so far off.
+is. ``--shift -0.03 0 0`` adds so many metres to each position: a policy that is so far off. ``--as-published`` runs the
+scripts as the benchmark has them: twelve of ours are eased or replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 STEP_LIMIT = 500
 
 
-def episodes_of(task: str, seeds: range, period: float, shift: list[float]) -> list[dict[str, Any]]:
+def episodes_of(
+    task: str, seeds: range, period: float, shift: list[float], as_published: bool = False
+) -> list[dict[str, Any]]:
     """Runs the script on each seed, and follows its positions again where `period` is above 0; needs `metaworld`."""
     import numpy as np
 
@@ -33,7 +36,7 @@ def episodes_of(task: str, seeds: range, period: float, shift: list[float]) -> l
     found = []
     for seed in seeds:
         environment.reset(seed=seed)
-        expert = Expert(environment, seed, step_limit=STEP_LIMIT)
+        expert = Expert(environment, seed, step_limit=STEP_LIMIT, as_published=as_published)
         commands = []
         for _ in expert:
             commands.append([*environment.commanded_position, *DOWN, expert.opening])
@@ -78,13 +81,17 @@ def main() -> None:
     parser.add_argument(
         "--shift", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="metres added to the positions that are followed"
     )
+    parser.add_argument(
+        "--as-published", action="store_true", help="the benchmark's own scripts, neither replaced nor eased"
+    )
     parser.add_argument("--worker", action="store_true", help="run one task here and print its episodes")
     arguments = parser.parse_args()
     if any(arguments.shift) and not arguments.period:
         parser.error("--shift moves the positions that --period follows: give both")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
     if arguments.worker:
-        print(json.dumps(episodes_of(arguments.tasks, seeds, arguments.period, arguments.shift)))
+        how = (arguments.period, arguments.shift, arguments.as_published)
+        print(json.dumps(episodes_of(arguments.tasks, seeds, *how)))
         return
     from keygrip.envs.metaworld.tasks import task_names
     from keygrip.evaluation.closed_loop import ConditionResult
@@ -95,6 +102,7 @@ def main() -> None:
         command = [arguments.python, __file__, "--worker", "--tasks", task]
         command += ["--episodes", str(arguments.episodes), "--first-seed", str(arguments.first_seed)]
         command += ["--period", str(arguments.period), "--shift", *map(str, arguments.shift)]
+        command += ["--as-published"] if arguments.as_published else []
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise SystemExit(f"{task}: {finished.stderr.strip().splitlines()[-1]}")

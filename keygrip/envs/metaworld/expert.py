@@ -63,16 +63,20 @@ class Expert:
         seed: of the episode; start and disturbance follow from it.
         recoveries: share of episodes that start after a disturbance.
         step_limit: after which an episode has failed.
+        as_published: with the script as the benchmark has it, neither replaced nor eased; raised goals, stops before
+            grasping and the limit of the lead stay.
     """
 
     environment: MetaWorldEnvironment
     seed: int
     recoveries: float = 0.0
     step_limit: int = 400
+    as_published: bool = False
 
     def __post_init__(self) -> None:
         task = self.environment.task.name
-        self._policy = OWN_SCRIPTS.get(task, ENV_POLICY_MAP[task])()
+        own = {} if self.as_published else OWN_SCRIPTS
+        self._policy = own.get(task, ENV_POLICY_MAP[task])()
         self._rng = np.random.default_rng((self.seed, MT50.index(task)))
         self.recovery = bool(self._rng.random() < self.recoveries)
         self.succeeded = False
@@ -103,9 +107,11 @@ class Expert:
         if task in RAISED_GOALS:
             sensed[-1] += GOAL_RAISED_M
         wanted = np.array(self._policy.get_action(sensed), float)
-        gain, fastest = EASED.get(task, (1.0, 1.0))
+        gain, fastest, open_by = 1.0, 1.0, 0.0
+        if not self.as_published:
+            (gain, fastest), open_by = EASED.get(task, (1.0, 1.0)), HALF_OPEN.get(task, 0.0)
         wanted[:3] = fastest * np.clip(gain * wanted[:3], -1, 1)
-        wanted[3] = np.clip(wanted[3] - HALF_OPEN.get(task, 0.0), -1, 1)
+        wanted[3] = np.clip(wanted[3] - open_by, -1, 1)
         return wanted
 
     def _act(self) -> None:

@@ -191,3 +191,26 @@ class _Still:
     def plan(self, observation: Any) -> Plan:
         here, turn = (np.asarray(observation[name]).reshape(1, 1, -1) for name in ("position", "quaternion"))
         return Plan(here, turn, np.ones((1, 1)), 0.5)
+
+
+def test_scripts_as_published_are_neither_replaced_nor_eased() -> None:
+    code = """
+import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
+
+from keygrip.envs.metaworld.environment import MetaWorldEnvironment
+from keygrip.envs.metaworld.expert import Expert
+from keygrip.envs.metaworld.tasks import MetaWorldTask
+
+for task in ("handle-pull-v3", "box-close-v3"):
+    environment = MetaWorldEnvironment(MetaWorldTask(task), render_images=False)
+    environment.reset(seed=0)
+    own, published = (Expert(environment, 0, as_published=each) for each in (False, True))
+    wanted = np.clip(ENV_POLICY_MAP[task]().get_action(environment.sensed.copy()), -1, 1)
+    print(type(published._policy) is ENV_POLICY_MAP[task], type(own._policy) is ENV_POLICY_MAP[task])
+    print(np.allclose(published._wanted(), wanted), np.allclose(own._wanted(), wanted))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [interpreter(), "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines() == ["True False", "True False", "True True", "True False"]
