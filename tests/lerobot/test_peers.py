@@ -99,6 +99,38 @@ def test_the_published_size_has_the_published_number_of_parameters(
     assert processor.tokenizer.fake_image_token_id != processor.tokenizer.global_image_token_id
 
 
+@pytest.mark.parametrize(
+    ("more", "asked", "trained_min"), [([], [10, 60, 120], 0.8), (["--steps=60"], [10, 60], 0.5)]
+)
+def test_a_run_that_leaves_its_time_unused_is_trained_anew_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    asked: list[int],
+    trained_min: float,
+) -> None:
+    monkeypatch.syspath_prepend(str(PEERS))
+    train = importlib.import_module("train")
+    counts: list[int] = []
+    step_s = [1.0, 0.5, 0.4]  # the probe ran beside other work
+
+    def lerobot_train(dataset: Path, policy: str, output: Path, steps: int, *rest: Any) -> str:
+        output.mkdir(parents=True)  # LeRobot refuses a folder that exists
+        counts.append(steps)
+        return f"loss:2.0 updt_s:{step_s[len(counts) - 1]:.3f} data_s:0.000\n" * 2
+
+    monkeypatch.setattr(train, "lerobot_train", lerobot_train)
+    arguments = ["--dataset", "SET", "--policy", "act", "--minutes", "1", "--output", str(tmp_path / "run"), *more]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert counts == asked
+    assert ("trained anew" in said.err) == (len(asked) == 3)
+    assert (report["steps"], report["trained_min"]) == (asked[-1], trained_min)
+
+
 @pytest.fixture(scope="module")
 def smolvla(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps of the small SmolVLA, by train.py, with a checkpoint after each."""
