@@ -26,6 +26,7 @@ from keygrip.data.robot.roots import checked_weights, data_roots, read_roots
 from keygrip.data.robot.samples import TARGETS, DemoSamples, MultiViewSamples, SampleOptions, collate
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.data.robot.set_checks import (
+    check_robots,
     off_screen_shares,
     refuse_flat,
     refuse_missing,
@@ -241,6 +242,7 @@ class RobotDemos(ResumableData):
         self.masks_views = False  # of the model; where it is True, demos may lack the cameras beside the first
         self.extra_targets: tuple[str, ...] = ()  # of the model: what its actions are made of beside poses
         self.embodiments: tuple[str, ...] = ()  # of the model: robots that it keeps apart
+        self.may_keep_apart = False  # of the model: whether it could keep robots apart
         # the folder lies where every node sees it; one process of all records or not at all
         self.prepare_data_per_node = False
         self.demos: list[Demo] = []
@@ -287,10 +289,7 @@ class RobotDemos(ResumableData):
         demos, self.broken, self.contents, self.root_of = read.demos, read.broken, read.contents, read.root_of
         wanted = (self.targets, self.gripper_targets, self.extra_targets)
         refuse_missing(demos, self.arms, *wanted, [root.stride for root in self.roots])
-        if self.embodiments and (other := sorted({demo.robot for demo in demos} - set(self.embodiments))):
-            raise ValueError(
-                f"model.actions.embodiments names {', '.join(self.embodiments)}, and there are demos of {other[0]!r}"
-            )
+        check_robots(demos, self.embodiments, self.may_keep_apart)
         report_absent_views(demos, self.cameras[1:])
         report_uncalibrated(demos, self.cameras)
         if self.depth:
@@ -349,6 +348,7 @@ class RobotDemos(ResumableData):
         self.reads_calibration = getattr(module, "reads_calibration", True)
         self.extra_targets = tuple(getattr(module, "extra_targets", ()))
         self.embodiments = tuple(getattr(module, "embodiments", ()))
+        self.may_keep_apart = bool(getattr(module, "may_keep_apart", False))
         if self.gripper_targets is not None and "controller" in self.extra_targets:
             raise ValueError(
                 f"data.gripper_targets={self.gripper_targets}: with model.actions.kind=osc the gripper is one of the "

@@ -58,6 +58,30 @@ def refuse_missing(
         )
 
 
+def check_robots(demos: Sequence[Demo], embodiments: Sequence[str], may_keep_apart: bool) -> None:
+    """Warns of demos of several robots, where the model could keep them apart and does not.
+
+    Args:
+        embodiments: robots that it keeps apart. may_keep_apart: whether it could.
+
+    Raises:
+        ValueError: there are demos of another robot than those that it keeps apart.
+    """
+    robots = sorted({demo.robot for demo in demos})
+    other = [name for name in robots if name not in embodiments]
+    if embodiments and other:
+        raise ValueError(
+            f"model.actions.embodiments names {', '.join(embodiments)}, and there are demos of {other[0]!r}"
+        )
+    if len(other) > 1 and may_keep_apart:
+        log.warning(
+            "there are demos of several robots (%s), and actions are normalised, positions limited by all of them "
+            "together: model.actions.embodiments=[%s] keeps them apart",
+            ", ".join(robots),
+            ",".join(robots),
+        )
+
+
 def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) -> None:
     """Says which demonstrations end before their first target, and how many steps lie behind the end of all of them.
 

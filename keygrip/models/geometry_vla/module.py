@@ -149,6 +149,11 @@ class GeometryVLAModule(System):
         """Robots whose actions are normalised each by their own."""
         return self.actions.embodiments
 
+    @property
+    def may_keep_apart(self) -> bool:
+        """Whether `embodiments` may name robots."""
+        return self.actions.kind != "joint"
+
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def check_run(self, max_steps: int, begins: bool) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,3 +203,25 @@ def test_cameras_that_are_called_otherwise_in_one_set_are_renamed(
     both = robot_demos(roots, camera_names={"b": {"top": "over"}}, max_broken_share=0.5)
     both.setup("fit")
     assert ["two of its cameras" in error.reason for error in both.broken] == [True]
+
+
+@pytest.mark.parametrize(
+    ("embodiments", "may_keep_apart", "told"), [((), True, True), ((), False, False), (("yam", "panda"), True, False)]
+)
+def test_robots_that_a_model_could_keep_apart_and_does_not_are_told(
+    roots: list[str],
+    robot_demos: Make,
+    caplog: pytest.LogCaptureFixture,
+    embodiments: tuple[str, ...],
+    may_keep_apart: bool,
+    told: bool,
+) -> None:
+    data = robot_demos(roots)
+    data.asked_by(SimpleNamespace(embodiments=embodiments, may_keep_apart=may_keep_apart))
+    ready(data)
+    assert ("model.actions.embodiments=[panda,yam]" in caplog.text) == told
+    caplog.clear()
+    one = robot_demos(roots[:1])
+    one.asked_by(SimpleNamespace(embodiments=(), may_keep_apart=True))
+    ready(one)
+    assert "model.actions.embodiments" not in caplog.text
