@@ -140,3 +140,21 @@ def cell_centres(
     centres = (torch.arange(pred_size, device=device, dtype=dtype) + 0.5) * (image_size / pred_size)
     rows, columns = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([columns, rows], dim=-1)
+
+
+def world_xyz_table(
+    intrinsics: Tensor, world_to_camera: Tensor, heights: Tensor, pred_size: int, image_size: int
+) -> Tensor:
+    """Voxel centres: where the rays through the prediction grid's cell centres meet the planes of the heights.
+
+    Args:
+        intrinsics: ``[B, 3, 3]``, of the network's image. world_to_camera: ``[B, 4, 4]``. heights: ``[Z]`` metres.
+        pred_size: P. image_size: side of the image, pixels.
+
+    Returns:
+        ``[B, Z, P, P, 3]`` metres in the world frame, in the intrinsics' precision; NaN where a ray does not meet its
+        plane (see `recover_3d`).
+    """
+    centres = cell_centres(pred_size, image_size, dtype=intrinsics.dtype, device=intrinsics.device)
+    camera = intrinsics[:, None, None, None], world_to_camera[:, None, None, None]
+    return recover_3d(centres, heights.to(intrinsics.dtype)[:, None, None], *camera, strict=False)

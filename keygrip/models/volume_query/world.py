@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from keygrip.models.geometry.cameras import cell_centres, inside_image, project, recover_3d
+from keygrip.models.geometry.cameras import inside_image, project, world_xyz_table
 from keygrip.models.volume_query.volume import VolumeTarget, VoxelScores
 
 
@@ -74,9 +74,7 @@ def project_voxels(
         intrinsics: ``[B, 1 + V, 3, 3]``, the first camera first. world_to_camera: ``[B, 1 + V, 4, 4]``.
         heights: ``[Z]`` metres, of the bins' centres. usable: bool ``[B, V]``; None: all views are.
     """
-    centres = cell_centres(pred_size, image_size, dtype=intrinsics.dtype, device=intrinsics.device)
-    first = intrinsics[:, 0, None, None, None], world_to_camera[:, 0, None, None, None]
-    points = recover_3d(centres, heights.to(intrinsics.dtype)[:, None, None], *first, strict=False)  # [B, Z, P, P, 3]
+    points = world_xyz_table(intrinsics[:, 0], world_to_camera[:, 0], heights, pred_size, image_size)  # [B, Z, P, P, 3]
     others = intrinsics[:, 1:, None, None, None], world_to_camera[:, 1:, None, None, None]
     pixels, _ = project(points[:, None], *others)  # [B, V, Z, P, P, 2], NaN behind a camera or without a point
     seen = inside_image(pixels, image_size, image_size)

@@ -14,6 +14,7 @@ from keygrip.models.geometry.cameras import (
     pixel_rays,
     project,
     recover_3d,
+    world_xyz_table,
 )
 
 
@@ -65,6 +66,24 @@ def test_parallel_and_backward_rays_are_errors() -> None:
         recover_3d(torch.tensor([[96.0, 90.0]], dtype=torch.float64), above, k, extrinsics)
     masked = recover_3d(torch.tensor([[96.0, 90.0]], dtype=torch.float64), above, k, extrinsics, strict=False)
     assert torch.isnan(masked).all()
+
+
+def test_the_table_of_voxel_centres_is_of_each_samples_own_camera() -> None:
+    cameras = [camera_above(1.0, 0.3), camera_above(0.8, 1.4)]  # the second sees the horizon
+    k, extrinsics = (torch.stack(parts) for parts in zip(*cameras, strict=True))
+    heights = torch.tensor([0.0, 0.1, 0.25])
+    table = world_xyz_table(k, extrinsics, heights, pred_size=6, image_size=192)
+    assert (table.shape, table.dtype) == ((2, 3, 6, 6, 3), torch.float64)
+    missing = table.isnan().any(dim=-1)
+    assert not missing[0].any()
+    assert missing[1, :, :2].all()
+    assert not missing[1, :, 5].any()
+    pixels, depth = project(table, k[:, None, None, None], extrinsics[:, None, None, None])
+    cells = cell_centres(6, 192, dtype=torch.float64).expand(2, 3, 6, 6, 2)
+    torch.testing.assert_close(pixels[~missing], cells[~missing])
+    assert bool((depth[~missing] > 0).all())
+    expected = heights.double()[:, None, None].expand(2, 3, 6, 6)
+    torch.testing.assert_close(table[..., 2][~missing], expected[~missing])
 
 
 def test_cells_are_indexed_by_row_and_column() -> None:
