@@ -99,9 +99,7 @@ def test_the_published_size_has_the_published_number_of_parameters(
     assert processor.tokenizer.fake_image_token_id != processor.tokenizer.global_image_token_id
 
 
-@pytest.mark.parametrize(
-    ("more", "asked", "trained_min"), [([], [10, 60, 120], 0.8), (["--steps=60"], [10, 60], 0.5)]
-)
+@pytest.mark.parametrize(("more", "asked", "trained_min"), [([], [10, 60, 120], 0.8), (["--steps=60"], [10, 60], 0.5)])
 def test_a_run_that_leaves_its_time_unused_is_trained_anew_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

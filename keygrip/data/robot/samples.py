@@ -308,9 +308,7 @@ class MultiViewSamples(DemoSamples):
         self.cameras, self.depth = tuple(cameras), depth
         self._masked: list[BadSample] = []  # views of the batch at hand that could not be read
 
-    def __getitems__(
-        self, keys: Sequence[SampleKey]
-    ) -> list[tuple[PolicyTargets, list[BadSample]]] | list[BadSample]:
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[PolicyTargets, list[BadSample]]] | list[BadSample]:
         """As of all `SubstitutingSamples`; views that could not be read are among what is told of the first sample."""
         self._masked = []
         found = super().__getitems__(keys)
