@@ -192,7 +192,7 @@ class Followed:
     """A body that steps move, as Meta-World's `set_xyz_action` does, and a hand that trails it."""
 
     def __init__(self, hand: np.ndarray, step_m: float, low: np.ndarray, high: np.ndarray) -> None:
-        self.hand, self.body, self.step_m, self.low, self.high = hand, hand, step_m, low, high
+        self.hand, self.body, self.step_m, self.low, self.high = hand, hand + BESIDE, step_m, low, high
 
     def step(self, action: np.ndarray) -> None:
         self.body = np.clip(self.body + self.step_m * np.clip(action[:3], -1, 1), self.low, self.high)
@@ -200,6 +200,7 @@ class Followed:
 
 
 OFFSET = np.array([0.0, 0.0, -0.045])
+BESIDE = np.array([-0.002, 0.0, 0.001])  # the body from the hand, when an episode begins
 
 
 def stepping(made: Any, changes: dict[str, Any], reach_m: float) -> tuple[Any, Followed, Any]:
@@ -215,7 +216,8 @@ def stepping(made: Any, changes: dict[str, Any], reach_m: float) -> tuple[Any, F
         KeygripConfig(
             checkpoint=str(made.run), device="cpu", cameras={"observation.image": camera}, action="position_step",
             arms=[ArmLayout([0, 1, 2], 3, fixed_quaternion=arm.quaternion[0].tolist(), offset=OFFSET.tolist())],
-            body_low=low.tolist(), body_high=high.tolist(), **changes,
+            body_low=low.tolist(), body_high=high.tolist(), body_offset=BESIDE.tolist(),
+            **changes,
         )
     )  # fmt: skip
     robot = Followed(hand, policy.config.step_m, low, high)
@@ -260,4 +262,4 @@ def test_where_the_body_is_stays_known_at_its_bounds_and_begins_anew_with_an_epi
     policy.reset()
     begun = robot.hand.copy()
     action = act()
-    np.testing.assert_allclose(policy.bodies[0].position, begun + OFFSET + 0.01 * action[:3], atol=1e-6)
+    np.testing.assert_allclose(policy.bodies[0].position, begun + OFFSET + BESIDE + 0.01 * action[:3], atol=1e-6)

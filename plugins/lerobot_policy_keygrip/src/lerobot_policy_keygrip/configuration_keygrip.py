@@ -66,9 +66,10 @@ class KeygripConfig(PreTrainedConfig):
         arms: one entry per arm, in the policy's order; empty: 8 numbers per arm, x, y, z, qw, qx, qy, qz, gripper.
         action: "pose": 8 numbers per arm, the commanded pose. "position_step": a step of the point that one arm's hand
             follows (Meta-World's mocap body), within -1 .. 1, to the commanded position, and the gripper's effort. The
-            observation does not hold that point: it stands at the hand when an episode begins, and is known from the
-            steps since then.
+            observation does not hold that point: it is known from where it stands when an episode begins, and the steps
+            since then.
         step_m: of "position_step", metres of a step of 1; 0.01 is Meta-World's.
+        body_offset: of "position_step", where that point stands beside the hand when an episode begins, metres.
         body_low, body_high: of "position_step", x, y, z between which the environment keeps that point, metres, as
             positions stand in the state (Meta-World's `hand_low`, `hand_high`); empty: it does not.
         closed_effort, open_effort: of "position_step", where the commanded opening is below 0.5 and elsewhere; those of
@@ -86,6 +87,7 @@ class KeygripConfig(PreTrainedConfig):
     arms: list[ArmLayout] = field(default_factory=list)
     action: str = "pose"
     step_m: float = 0.01
+    body_offset: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     body_low: list[float] = field(default_factory=list)
     body_high: list[float] = field(default_factory=list)
     closed_effort: float = 0.6
@@ -102,9 +104,10 @@ class KeygripConfig(PreTrainedConfig):
             raise ValueError("give checkpoint or server, not both")
         if self.step_m <= 0:
             raise ValueError(f"step_m is the length of a step in metres, above 0, not {self.step_m}")
-        if (len(self.body_low), len(self.body_high)) not in ((0, 0), (3, 3)):
+        if (len(self.body_offset), len(self.body_low), len(self.body_high)) not in ((3, 0, 0), (3, 3, 3)):
             raise ValueError(
-                f"body_low and body_high are three metres each, or both empty, not {self.body_low}, {self.body_high}"
+                "body_offset, body_low and body_high are x, y, z, the last two of them both or neither, not "
+                f"{self.body_offset}, {self.body_low}, {self.body_high}"
             )
         for name in ("planning", "external", "trust"):
             if self.server and getattr(self, name):

@@ -209,10 +209,10 @@ class KeygripPolicy(PreTrainedPolicy):
         return found
 
     def _body(self, position: np.ndarray) -> Body:
-        """What the steps of an episode move; the episode begins where the gripper is at this position."""
+        """What the steps of an episode move that begins with the gripper at this position."""
         offset = np.asarray(self.layouts[0].offset, np.float64)
         low, high = (np.add(edge, offset) if edge else None for edge in (self.config.body_low, self.config.body_high))
-        return Body(position, self.config.step_m, low, high)
+        return Body(np.add(position, self.config.body_offset), self.config.step_m, low, high)
 
     def _step(self, command: np.ndarray, body: Body) -> np.ndarray:
         """[4] LeRobot's action for the command [8] of the one arm."""
