@@ -118,8 +118,8 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         folder = target if cfg.run_dir else new_folder(target, time.strftime("%Y-%m-%d_%H-%M-%S"))
         move_files(scratch, folder, files)
     sizes = [[bucket.width, bucket.height] for bucket in buckets]
-    named = ", ".join(dict.fromkeys(f"{bucket.width}x{bucket.height}" for bucket in buckets))
-    log.info("%d images of %s in %.1f s: %s", len(requests), named, wall_s, folder)
+    shapes = ", ".join(dict.fromkeys(f"{bucket.width}x{bucket.height}" for bucket in buckets))
+    log.info("%d images of %s in %.1f s: %s", len(requests), shapes, wall_s, folder)
     return {
         "images": [str(folder / name) for name in files.images],
         "grid": str(folder / files.grids[0]),

@@ -56,8 +56,9 @@ def refuse_uneven_batch(data: Mapping[str, Any], processes: int) -> None:
         ValueError: names the nearest batch that would do.
     """
     size, target = data.get("batch_size"), data.get("_target_")
-    divided = size is not None and data.get("budget") is None and hasattr(get_class(str(target)), "ranks")
-    if divided and size % processes:
+    if size is None or data.get("budget") is not None or not hasattr(get_class(str(target)), "ranks"):
+        return
+    if size % processes:
         raise ValueError(
             f"data.batch_size={size} is the global batch and must divide by the {processes} processes; "
             f"{max(1, size // processes) * processes} would"
