@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from keygrip.models.policy import Needs, Observation, Plan, UnderWay, implausible, views_of
+from keygrip.models.policy import Needs, Observation, Plan, UnderWay, implausible, views_there
 
 CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
@@ -108,7 +108,12 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     """
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
-        for camera, view in zip(needs.cameras, views_of(observation, needs.cameras), strict=True):
+        for camera, view in zip(needs.cameras, views_there(observation, needs.cameras), strict=True):
+            if view is None:
+                raise ValueError(
+                    f"camera {camera!r} of the observation is None, and a server is sent every camera that its policy "
+                    "reads: give it a black image and its calibration (a policy that masks cameras leaves it out then)"
+                )
             parts = VIEW if needs.calibrated(camera) else VIEW[:1]
             arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in parts if name in view}
     names = [name for name, entry in entries_of(needs).items() if name not in arrays and not entry.optional]

@@ -84,6 +84,13 @@ def test_single_precision_is_taken(observation: Observe, needs: Needs) -> None:
     np.testing.assert_array_equal(decode_request(body, needs)[0]["position"], [[0.25, 0, 0.5]])
 
 
+def test_a_camera_that_gives_nothing_is_to_be_sent_black(observation: Observe, needs: Needs) -> None:
+    """That the policy needs all of them was said, which is not so of one that masks them."""
+    sent = observation()
+    with pytest.raises(ValueError, match=r"camera 'front' of the observation is None.*give it a black image"):
+        encode_observation(sent | {"cameras": sent["cameras"] | {"front": None}}, needs)
+
+
 def test_what_the_robot_lacks_is_said_before_anything_is_sent(observation: Observe, needs: Needs) -> None:
     sent = observation()
     del sent["cameras"]["front"]
