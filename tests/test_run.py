@@ -105,6 +105,9 @@ def test_a_record_that_exists_is_refused_before_a_person_gets_the_keyboard(
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match=r"record=kept keeps corrections.*give takeover="):
         run(compose("run", [*SMALL, "record=kept"]))
+    for idle in ("takeover=keyboard", "record=kept"):
+        with pytest.raises(ValueError, match=rf"{idle.partition('=')[0]}=... has no effect with dry_run=plan.png"):
+            run(compose("run", [*SMALL, idle, "dry_run=plan.png"]))
     with pytest.raises(ValueError, match="one of checkpoint=RUN and server"):
         run(compose("run"))
     with pytest.raises(SettingError, match="execute_seconds"):

@@ -48,6 +48,9 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
     if not cfg.seconds > 0:
         raise ValueError(f"seconds={cfg.seconds}: must be above 0")
+    idle = [name for name in ("takeover", "record") if cfg[name] is not None]
+    if cfg.dry_run is not None and idle:
+        raise ValueError(f"{idle[0]}=... has no effect with dry_run={cfg.dry_run}, which drives no arm: leave it out")
     if cfg.record is not None and cfg.takeover is None:
         raise ValueError(
             f"record={cfg.record} keeps corrections, which need a person: give takeover=..., or leave it out"
