@@ -224,7 +224,28 @@ def test_arms_of_other_names_and_an_order_that_cannot_be_changed_are_refused(
     driving._refuse_mismatch(Closing("left"), Fixed("right"))
     with pytest.raises(ValueError, match="the robot has right"):
         run(compose("run", real))
-    assert not any(driver.commands[:-1] for driver in drivers.values())  # the one command holds it where it is
+    assert not any(driver.commands for driver in drivers.values())
+
+
+class Lifting(Closing):
+    """Plans that the arm rises, farther than it reaches."""
+
+    def plan(self, observation: Observation) -> Plan:
+        plan = super().plan(observation)
+        plan.position[..., 2] += np.linspace(0, 0.6, 9)[1:]
+        return plan
+
+
+def test_a_dry_run_sends_a_real_arm_nothing_and_knows_its_reach(
+    monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str], tmp_path: Path
+) -> None:
+    """It was sent where it stands at the end, its gripper to the opening that was measured."""
+    policies: list[Any] = [Closing("right", camera="over"), Lifting("right", camera="over")]
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policies.pop(0))
+    dry = [*real, f"dry_run={tmp_path}/plan.png"]
+    assert run(compose("run", dry))["refused"] is None
+    assert "the arm cannot reach" in run(compose("run", dry))["refused"]
+    assert drivers["can0"].commands == []
 
 
 class Fixed:

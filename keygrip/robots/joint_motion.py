@@ -1,19 +1,24 @@
-"""From a tool pose to joint angles that an arm may be sent: inverse kinematics with everything checked.
+"""From tool poses to joint angles that arms may be sent: inverse kinematics with everything checked.
 
-Units: metres, radians, seconds; poses in the arm's base frame. Shape legend: J = 6 joints.
+Units: metres, radians, seconds; poses of one arm in its base frame, of several in the world. Shape legend: A arms,
+J = 6 joints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
-from keygrip.robots.self_collision import closest_links, lowest_link
+from keygrip.robots.self_collision import Closest, closest_links, closest_links_of_two, lowest_link
 
 CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
+MOST_HALVINGS = 5  # of a short way that is more curved; the joints of one that still is are of another posture
 
 
 class JointMotionError(ValueError):
@@ -29,6 +34,7 @@ class JointLimits:
         position_tolerance_m, angle_tolerance_rad: a pose that the arm misses by more is out of its reach.
         margin_rad: distance kept from the ends of each joint's range.
         clearance_m: least distance between links that are not neighbours; None: not looked at.
+        arms_clearance_m: least distance between the links of two arms; None: not looked at (grippers that meet).
         table_clearance_m: least height of the links above the table; None: no table.
         table_height_m: of the table in the base frame.
     """
@@ -38,6 +44,7 @@ class JointLimits:
     angle_tolerance_rad: float = 0.1
     margin_rad: float = 0.01
     clearance_m: float | None = 0.005
+    arms_clearance_m: float | None = 0.005
     table_clearance_m: float | None = 0.0
     table_height_m: float = 0.0
 
@@ -45,7 +52,8 @@ class JointLimits:
         for name in ("speed_rad_s", "position_tolerance_m", "angle_tolerance_rad"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"joints.{name} must be finite and above 0, got {getattr(self, name)}")
-        for name, value in (("margin_rad", self.margin_rad), ("clearance_m", self.clearance_m)):
+        for name in ("margin_rad", "clearance_m", "arms_clearance_m"):
+            value = getattr(self, name)
             if value is not None and not (np.isfinite(value) and value >= 0):
                 raise ValueError(f"joints.{name} must be finite and at least 0, got {value}")
 
@@ -57,6 +65,9 @@ class JointMotion:
         limits: see there.
         joints: [J] rad where the arm is.
         chain: of the arm; None: the YAM with its linear gripper.
+
+    Attributes:
+        held_back: whether the last step was cut short by the joints' speed, so that the tool is short of its pose.
     """
 
     def __init__(self, limits: JointLimits, joints: np.ndarray, chain: ArmChain | None = None) -> None:
@@ -72,8 +83,8 @@ class JointMotion:
             raise ValueError(f"joints are {len(self.chain.limits)} finite angles in rad, got {joints.tolist()}")
         self._take(joints.copy())
 
-    def _take(self, joints: np.ndarray) -> None:
-        self.joints = joints
+    def _take(self, joints: np.ndarray, held_back: bool = False) -> None:
+        self.joints, self.held_back = joints, held_back
         # a command that moves out of a collision is allowed, one that moves further in is not
         self._gap, self._height = closest_links(joints, self.chain).distance, lowest_link(joints, self.chain)[0]
 
@@ -92,13 +103,16 @@ class JointMotion:
         wanted = self.check(pose, joints)
         change = wanted - self.joints
         fastest = float(np.abs(change).max()) / seconds
-        if fastest > self.limits.speed_rad_s:
+        held_back = fastest > self.limits.speed_rad_s
+        if held_back:
             # a way to a free pose that is cut short may end in a collision
-            wanted = self.joints + change * (self.limits.speed_rad_s / fastest)
+            change = change * (self.limits.speed_rad_s / fastest)
+            if joints is None:  # a plan has its own joints, which are taken or refused as they are
+                change = self._straightened(change, pose)
+            wanted = self.joints + change
             self._refuse_collision(wanted)
-            if joints is not None:
-                self._refuse_swing(wanted, pose)
-        self._take(wanted)
+            self._refuse_swing(wanted, pose, "found" if joints is None else "planned")
+        self._take(wanted, held_back)
         return wanted.copy()
 
     def check(self, pose: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
@@ -119,15 +133,32 @@ class JointMotion:
         self._refuse_collision(joints)
         return joints
 
-    def _refuse_swing(self, joints: np.ndarray, pose: np.ndarray) -> None:
-        """Of joints on the way to those of a pose: the tool may move no farther than straight to that pose."""
+    def _straightened(self, change: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        """A change [J] of the joints on the way to those of a pose, shortened where the tool would leave its own way:
+        in turns for which the joints turn farther than the tool."""
+        for _ in range(MOST_HALVINGS):
+            moved, left, straight = self._way(self.joints + change, pose)
+            if max(moved, left) <= straight + CURVED_M:
+                break
+            change = change / 2
+        return change
+
+    def _way(self, joints: np.ndarray, pose: np.ndarray) -> tuple[float, float, float]:
+        """How far the tool moves to joints [J], how far it is from a pose [8] then, and how far from it now, metres."""
         before, after = (self.chain.frames(angles)[0] for angles in (self.joints, joints))
-        moved, straight = float(np.linalg.norm(after - before)), float(np.linalg.norm(pose[:3] - before))
-        if moved > straight + CURVED_M:
+        ways = (after - before, pose[:3] - after, pose[:3] - before)
+        moved, left, straight = (float(np.linalg.norm(way)) for way in ways)
+        return moved, left, straight
+
+    def _refuse_swing(self, joints: np.ndarray, pose: np.ndarray, which: str) -> None:
+        """Of joints on the way to those of a pose: the tool may move no farther than straight to that pose, and not
+        away from it."""
+        moved, left, straight = self._way(joints, pose)
+        if max(moved, left) > straight + CURVED_M:
             raise JointMotionError(
-                f"the planned joints are of another posture, too far to reach at joints.speed_rad_s="
-                f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm in place of "
-                f"{100 * straight:.1f} cm"
+                f"the {which} joints are of another posture, too far to reach at joints.speed_rad_s="
+                f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm, to "
+                f"{100 * left:.1f} cm from its pose, which is {100 * straight:.1f} cm away"
             )
 
     def _refuse_collision(self, joints: np.ndarray) -> None:
@@ -145,3 +176,72 @@ class JointMotion:
         above = height - limits.table_height_m
         if above < limits.table_clearance_m and height < self._height:
             raise JointMotionError(f"{link} would be {100 * above:.1f} cm above the table")
+
+
+class ArmMotions:
+    """Joint commands of the arms of a robot, each within the limits of the one before: all arms move, or none.
+
+    Args:
+        motions: of the arms, with the same limits. world_from_base: [4, 4] of each arm. names: of the arms.
+    """
+
+    def __init__(
+        self, motions: Sequence[JointMotion], world_from_base: Sequence[np.ndarray], names: Sequence[str]
+    ) -> None:
+        self.motions, self.names = tuple(motions), tuple(names)
+        self.world_from_base = [np.asarray(base, float) for base in world_from_base]
+
+    @property
+    def joints(self) -> np.ndarray:
+        """[A, J] rad of the last command."""
+        return np.stack([motion.joints for motion in self.motions])
+
+    @property
+    def held_back(self) -> np.ndarray:
+        """[A] whether the joints' speed has cut an arm's last step short."""
+        return np.array([motion.held_back for motion in self.motions])
+
+    def step(self, poses: np.ndarray, seconds: float, joints: np.ndarray | None = None) -> np.ndarray:
+        """The joints [A, J] for poses [A, 8] in the world at the end of a control period; `joints` [A, J] and errors
+        as of `JointMotion.step`. JointMotionError also where two arms would meet."""
+        before = [motion.joints.copy() for motion in self.motions]
+        try:
+            for index, motion in enumerate(self.motions):
+                pose = self._in_base(index, np.asarray(poses[index], float))
+                motion.step(pose, seconds, None if joints is None else np.asarray(joints[index], float))
+            self._refuse_meeting(before)
+        except ValueError:
+            for motion, start in zip(self.motions, before, strict=True):
+                motion.reset(start)
+            raise
+        return self.joints
+
+    def _in_base(self, index: int, pose: np.ndarray) -> np.ndarray:
+        """[8] of a pose [8] in the world."""
+        base = self.world_from_base[index]
+        turn = Rotation.from_matrix(base[:3, :3].T)
+        quaternion = (turn * Rotation.from_quat(pose[3:7], scalar_first=True)).as_quat(scalar_first=True)
+        return np.concatenate([turn.apply(pose[:3] - base[:3, 3]), quaternion, pose[7:]])
+
+    def _refuse_meeting(self, before: Sequence[np.ndarray]) -> None:
+        """Raises JointMotionError: two arms come too close to each other, and closer than at the joints before."""
+        least = self.motions[0].limits.arms_clearance_m
+        if least is None:
+            return
+        now = [motion.joints for motion in self.motions]
+        for pair in combinations(range(len(now)), 2):
+            near = self._closest(pair, now)
+            # a command that moves them apart is allowed
+            if near.distance < least and near.distance < self._closest(pair, before).distance:
+                first, second = (self.names[index] for index in pair)
+                raise JointMotionError(
+                    f"{near.first} of arm {first} and {near.second} of arm {second} would come within "
+                    f"{100 * near.distance:.1f} cm of each other (joints.arms_clearance_m={least:g})"
+                )
+
+    def _closest(self, pair: Sequence[int], joints: Sequence[np.ndarray]) -> Closest:
+        return closest_links_of_two(
+            [joints[index] for index in pair],
+            [self.motions[index].chain for index in pair],
+            [self.world_from_base[index] for index in pair],
+        )

@@ -1,4 +1,5 @@
-"""Self-collision of the YAM arm, and the arm against its table: distances between capsules around the links.
+"""Collisions of YAM arms with themselves, with each other and with their table: distances between capsules around the
+links.
 
 A capsule encloses every vertex of a link's mesh (the finger tips at every opening), so that what the check calls free
 is free; it may call a pose a collision that has some centimetres left. Neighbouring links are joined and not compared.
@@ -8,6 +9,7 @@ Frames: the arm's base, metres. Shape legend: C capsules, P pairs of capsules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +39,8 @@ APART = 3
 
 @dataclass(frozen=True)
 class Closest:
-    """The two links that come closest, and the distance between their surfaces in metres, negative where they
-    overlap."""
+    """The two links that come closest, of one arm or one of each of two, and the distance between their surfaces in
+    metres, negative where they overlap."""
 
     distance: float
     first: str
@@ -76,6 +78,25 @@ def closest_links(joints: np.ndarray, chain: ArmChain | None = None) -> Closest:
     ends, radii = capsules_at(joints, chain)
     first, second = _PAIRS
     gaps = _segment_distances(ends[first], ends[second]) - radii[first] - radii[second]
+    index = int(gaps.argmin())
+    return Closest(float(gaps[index]), _name(int(first[index])), _name(int(second[index])))
+
+
+def closest_links_of_two(
+    joints: Sequence[np.ndarray], chains: Sequence[ArmChain], world_from_base: Sequence[np.ndarray]
+) -> Closest:
+    """The closest links of two arms, one of each.
+
+    Args:
+        joints: [6] rad of each. chains: of each. world_from_base: [4, 4] of each.
+    """
+    ends, radii = [], []
+    for angles, chain, base in zip(joints, chains, world_from_base, strict=True):
+        in_base, radius = capsules_at(angles, chain)
+        ends.append(in_base @ base[:3, :3].T + base[:3, 3])
+        radii.append(radius)
+    first, second = (index.ravel() for index in np.indices((len(CAPSULES), len(CAPSULES))))
+    gaps = _segment_distances(ends[0][first], ends[1][second]) - radii[0][first] - radii[1][second]
     index = int(gaps.argmin())
     return Closest(float(gaps[index]), _name(int(first[index])), _name(int(second[index])))
 

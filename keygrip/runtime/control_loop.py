@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from keygrip.models.policy import Plan
-from keygrip.robots.joint_motion import JointMotionError
+from keygrip.robots.joint_motion import CURVED_M, JointMotionError
 from keygrip.runtime.asynchronous import ChunkExecution
-from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
+from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, held_back, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE, observed_poses
 from keygrip.runtime.robot import JointRobot, Robot, RobotLostError
 from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, TakeoverLostError, moved_by
@@ -257,6 +258,7 @@ class ControlLoop:
         period, joints = 1.0 / self.robot.control_hz, None
         if target is not None and target.shape[1] > POSE:
             target, joints = target[:, :POSE], target[:, POSE:]
+        before = [copy(motion) for motion in self._motions]  # a motion replaces its arrays and changes none in place
         if self.limits is None:
             command = self._command if target is None else target
         elif target is None:
@@ -264,31 +266,51 @@ class ControlLoop:
         else:
             command = np.stack([motion.step(pose, period) for motion, pose in zip(self._motions, target, strict=True)])
         try:
-            if joints is None:
-                self.robot.command(command)
-            else:
-                command = self._command_joints(command, joints)
-            self._command = command
+            self._command = self._sent(command, joints)
         except JointMotionError as error:
             self._refused(f"unsafe command: {error}")
+            if before and target is not None:
+                self._brake(before)
         except RobotLostError as error:
-            self._lost = True
-            self._refused(f"lost the robot: {error}")
+            self._lose(error)
 
-    def _command_joints(self, command: np.ndarray, joints: np.ndarray) -> np.ndarray:
-        """Sends joints [A, J] with their poses [A, 8]; returns where the tools are led, behind that where the joints'
-        own speed held them back."""
-        assert self._jointed is not None
-        self._jointed.command(command, joints)
-        command = np.concatenate([self._jointed.poses_at(self._jointed.commanded_joints), command[:, 7:]], axis=1)
-        for motion, pose in zip(self._motions, command, strict=False):
-            motion.held_back_at(pose)
-        return command
+    def _sent(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
+        """Sends poses [A, 8], with joints [A, J] where a plan has them; returns where the tools are led: where planned
+        joints put them, and behind the command where the joints' own speed held them back."""
+        robot = self._jointed
+        if robot is None:
+            self.robot.command(command)
+            return command
+        robot.command(command, joints)
+        reached, bounds = robot.poses_at(robot.commanded_joints), robot.joint_motion
+        beside = np.linalg.norm(reached[:, :3] - command[:, :3], axis=1)
+        which = beside > CURVED_M if bounds is None else bounds.held_back
+        command = held_back(command, reached, which, self._motions, 1.0 / self.robot.control_hz)
+        return command if joints is None else np.concatenate([reached, command[:, 7:]], axis=1)
+
+    def _brake(self, motions: list[LimitedMotion]) -> None:
+        """In the period of a refused command: brakes from where the motions were before it. The arm stays under the
+        last command where that is refused, too."""
+        self._motions = motions
+        period = 1.0 / self.robot.control_hz
+        try:
+            self._command = self._sent(np.stack([motion.hold(period) for motion in motions]), None)
+        except JointMotionError:
+            self._stand()
+        except RobotLostError as error:
+            self._lose(error)
+
+    def _lose(self, error: RobotLostError) -> None:
+        self._lost = True
+        self._refused(f"lost the robot: {error}")
 
     def _refused(self, fault: str) -> None:
-        """The arm is still under the last command: the limited motion goes back there."""
         self._plan_fault = fault
         self.execution.drop()
+        self._stand()
+
+    def _stand(self) -> None:
+        """The arm is still under the last command: the limited motion goes back there."""
         for motion, pose in zip(self._motions, self._command, strict=False):
             motion.reset(pose)
 

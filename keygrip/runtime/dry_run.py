@@ -5,6 +5,7 @@ Writes a figure (.png, any format that matplotlib writes) or a recording for the
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass, replace
@@ -17,7 +18,15 @@ from matplotlib.figure import Figure
 
 from keygrip.artifacts import atomic_path, atomic_write
 from keygrip.models.policy import Plan, Policy
-from keygrip.runtime.limits import LONGEST_PLAN_S, LimitedMotion, MotionLimits, UnsafePlanError, refuse_unsafe
+from keygrip.robots.joint_motion import JointMotionError
+from keygrip.runtime.limits import (
+    LONGEST_PLAN_S,
+    LimitedMotion,
+    MotionLimits,
+    UnsafePlanError,
+    held_back,
+    refuse_unsafe,
+)
 from keygrip.runtime.plan_terms import POSE, Follow, followed, observed_poses, waypoints_of
 from keygrip.runtime.robot import JointRobot, Robot
 from keygrip.runtime.trajectory import Trajectory, control_periods
@@ -30,10 +39,11 @@ class Rehearsal:
     """Result of a dry run.
 
     Attributes:
-        observation: as it is. plan: in the terms in which it is followed. refused: why the plan would be refused, None:
-            it would not.
+        observation: as it is. plan: in the terms in which it is followed. refused: why the plan, or a command on its
+            way, would be refused, None: none would.
         times: [K] seconds from the observation, where the arms stand, to the plan's end, or 60 s.
-        targets, commands: [K, A, 8] of the plan, and within the limits; the present pose where the plan is no path.
+        targets, commands: [K, A, 8] of the plan, and within the limits, those of the joints up to a refused command
+            only; the present pose where the plan is no path.
         plan_ms: of each timed plan.
     """
 
@@ -92,18 +102,36 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
             begin = np.concatenate([start, arms.commanded_joints], axis=1)
         waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
         path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
-        targets = np.stack([path.at(tick * period)[:, :POSE] for tick in range(periods + 1)])
+        way = np.stack([path.at(tick * period) for tick in range(periods + 1)])
     else:
         refused = refused or "the plan is no path of finite poses"
-        targets = np.stack([start, start])
-    commands = targets
-    if motions:
-        moved = [
-            [motion.step(pose, period) for motion, pose in zip(motions, target, strict=True)] for target in targets[1:]
-        ]
-        commands = np.stack([start, *moved])
+        way = np.stack([start, start])
+    commands, wrong = _commands(way, motions, arms, period)
+    refused, targets = refused or wrong, way[..., :POSE]
     times = period * np.arange(len(targets))
     return Rehearsal(observation, plan, refused, times, targets, commands, milliseconds)
+
+
+def _commands(
+    way: np.ndarray, motions: list[LimitedMotion], arms: JointRobot | None, period: float
+) -> tuple[np.ndarray, str | None]:
+    """The commands [K, A, 8] that lead along a way [K, A, W] within the limits, and why the joints would refuse one;
+    from there on they are those without joints."""
+    trial = None if arms is None else copy.deepcopy(arms.joint_motion)
+    commands, refused = [way[0, :, :POSE]], None
+    for tick, target in enumerate(way[1:], start=1):
+        command, joints = target[:, :POSE], target[:, POSE:] if target.shape[1] > POSE else None
+        if motions:
+            command = np.stack([motion.step(pose, period) for motion, pose in zip(motions, command, strict=True)])
+        if arms is not None and trial is not None:
+            try:
+                trial.step(command, period, joints)
+            except JointMotionError as error:
+                refused, trial = f"its command after {tick * period:.2f} s: {error}", None
+            else:
+                command = held_back(command, arms.poses_at(trial.joints), trial.held_back, motions, period)
+        commands.append(command)
+    return np.stack(commands), refused
 
 
 def _is_path(plan: Plan, arms: int) -> bool:

@@ -5,7 +5,7 @@ No real arm was at hand when this was written: it is exercised against i2rt's ow
 
 The driver takes joint angles and the gripper's opening (0 closed .. 1 open) as one vector, repeats the last command to
 the motors by itself, and keeps to its own joint limits. Poses become joint angles here: inverse kinematics, joint
-limits, self-collision (:mod:`keygrip.robots.joint_motion`).
+limits, collisions of an arm with itself and of arms with each other (:mod:`keygrip.robots.joint_motion`).
 
 Shape legend: A arms.
 """
@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.calibration import Calibration, read_calibration
 from keygrip.data.robot.corrections import corrected_calibration
-from keygrip.robots.joint_motion import JointLimits, JointMotion
+from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion
 from keygrip.robots.kinematics import (
     arm_chain,
     forward_kinematics,
@@ -166,7 +166,8 @@ class YamArms:
             for (name, given), model in zip(arms.items(), self._models, strict=True):
                 driver = connect(given, *model, sim, ends.get(name)) if isinstance(given, str) else given
                 self._drivers.append(driver)
-            self._motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
+            motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
+            self.joint_motion = ArmMotions(motions, self._world_from_base, self.arms)
         except BaseException:  # the drivers' threads would keep the process, and the motors, running
             self.close()
             raise
@@ -178,6 +179,8 @@ class YamArms:
             unknown = {}
             if limits.clearance_m is not None and (arm, gripper) not in HELD:
                 unknown["clearance_m"] = "itself"
+            if limits.arms_clearance_m is not None and len(self.arms) > 1 and (arm, gripper) not in HELD:
+                unknown["arms_clearance_m"] = "the other arms"
             if limits.table_clearance_m is not None and arm not in {held for held, _ in HELD}:
                 unknown["table_clearance_m"] = "the table"
             if unknown:
@@ -217,7 +220,7 @@ class YamArms:
         taken = self.now()
         states = np.stack([self._state(index) for index in range(len(self.arms))])
         if self._lost:  # the arms may have moved meanwhile: joint speed is bounded from where they are
-            for motion, state in zip(self._motions, states, strict=True):
+            for motion, state in zip(self.joint_motion.motions, states, strict=True):
                 motion.reset(np.clip(state[:JOINTS], motion.ranges[:, 0], motion.ranges[:, 1]))
             self._lost = False
         poses = [self._pose(index, state[:JOINTS]) for index, state in enumerate(states)]
@@ -236,11 +239,11 @@ class YamArms:
 
     @property
     def joint_ranges(self) -> np.ndarray:
-        return np.stack([motion.ranges for motion in self._motions])
+        return np.stack([motion.ranges for motion in self.joint_motion.motions])
 
     @property
     def commanded_joints(self) -> np.ndarray:
-        return np.stack([motion.joints for motion in self._motions])
+        return self.joint_motion.joints
 
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
         poses = []
@@ -254,33 +257,24 @@ class YamArms:
         if self.stopped:
             raise RobotLostError("the robot was stopped: it takes no command")
         poses = np.asarray(poses, float)
-        planned = [None] * len(poses) if joints is None else list(np.asarray(joints, float))
-        allowed = []
-        before = [motion.joints.copy() for motion in self._motions]
-        try:
-            for index, motion in enumerate(self._motions):
-                pose = self._in_base(index, poses[index])
-                allowed.append(motion.step(pose, 1.0 / self.control_hz, planned[index]))
-        except ValueError:
-            for motion, start in zip(self._motions, before, strict=True):  # all arms or none
-                motion.reset(start)
-            raise
+        allowed = self.joint_motion.step(poses, 1.0 / self.control_hz, joints)
         for index, (driver, angles, pose) in enumerate(zip(self._drivers, allowed, poses, strict=True)):
             opening = float(np.clip(pose[7], 0.0, 1.0))
-            self._send(driver, np.append(angles, opening))
             self._openings[index] = opening
+            self._send(driver, np.append(angles, opening))
 
     def stop(self) -> None:
         """Holds every arm where it is, and what its gripper has hold of: the driver keeps that command until it is
-        closed."""
+        closed. An arm that was commanded nothing is left alone: the driver holds it since it is connected."""
         if self.stopped:
             return
         self.stopped = True
-        for index, driver in enumerate(self._drivers):
+        for index, (driver, opening) in enumerate(zip(self._drivers, self._openings, strict=True)):
+            if opening is None:
+                continue
             try:
                 held = self._state(index)
-                if (opening := self._openings[index]) is not None:  # an object keeps the fingers wider than this
-                    held[JOINTS] = opening
+                held[JOINTS] = opening  # an object keeps the fingers wider than this
                 self._send(driver, held)
             except RobotLostError as error:
                 log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
@@ -326,13 +320,6 @@ class YamArms:
         pose[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
         pose[:3, 3] = position
         return np.asarray(self._world_from_base[index] @ pose)
-
-    def _in_base(self, index: int, pose: np.ndarray) -> np.ndarray:
-        """[8] of a pose [8] in the world."""
-        base = self._world_from_base[index]
-        turn = Rotation.from_matrix(base[:3, :3].T)
-        quaternion = (turn * Rotation.from_quat(pose[3:7], scalar_first=True)).as_quat(scalar_first=True)
-        return np.concatenate([turn.apply(pose[:3] - base[:3, 3]), quaternion, pose[7:]])
 
     def _views(self, grippers: dict[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[float]]:
         views, times = {}, []

@@ -17,6 +17,7 @@ Shape legend: A arms, T planned steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 
@@ -120,10 +121,14 @@ class LimitedMotion:
         self.rotation = Rotation.from_quat(pose[3:7], scalar_first=True)
         self.gripper = float(np.clip(pose[7], 0.0, 1.0))
 
-    def held_back_at(self, pose: np.ndarray) -> None:
-        """The arm was sent to a pose [8] short of the last command: the motion goes on from there."""
+    def held_back_at(self, pose: np.ndarray, seconds: float) -> None:
+        """The arm was sent to a pose [8] short of the last command, which was for a period of so many seconds: the
+        motion goes on from there, at the speed with which the arm gets there."""
         pose = _checked_pose(np.asarray(pose, dtype=np.float64))
+        before = Rotation.from_rotvec(-self.turn_velocity * seconds) * self.rotation
+        self.velocity = self.velocity + (pose[:3] - self.position) / seconds
         self.position, self.rotation = pose[:3].copy(), Rotation.from_quat(pose[3:7], scalar_first=True)
+        self.turn_velocity = (self.rotation * before.inv()).as_rotvec() / seconds
 
     def command(self) -> np.ndarray:
         """[8] the present command."""
@@ -207,6 +212,24 @@ class LimitedMotion:
         most = self.limits.turn_acceleration_rad_s2 * seconds
         self.turn_velocity = self.turn_velocity + change * min(1.0, most / max(float(np.linalg.norm(change)), 1e-300))
         self.rotation = Rotation.from_rotvec(self.turn_velocity * seconds) * self.rotation
+
+
+def held_back(
+    command: np.ndarray, reached: np.ndarray, which: np.ndarray, motions: Sequence[LimitedMotion], seconds: float
+) -> np.ndarray:
+    """Commands [A, 8], of the arms that their joints' speed holds back those that they were sent to; the motions of
+    these go on from there.
+
+    Args:
+        command: [A, 8] within the limits. reached: [A, 7] where the joints put the tools. which: [A] arms that are held
+            back. motions: of each arm; none: there are no limits. seconds: length of the control period.
+    """
+    command = command.copy()
+    for arm in np.flatnonzero(which):
+        command[arm, :7] = reached[arm]
+        if motions:
+            motions[arm].held_back_at(command[arm], seconds)
+    return command
 
 
 def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from keygrip.robots.joint_arms import JointArms
+from keygrip.robots.joint_motion import ArmMotions
 
 
 class RobotLostError(ConnectionError):
@@ -74,6 +75,12 @@ class JointRobot(Robot, JointArms, Protocol):
     @property
     def commanded_joints(self) -> np.ndarray:
         """[A, J] rad of the last command, however it was given; at the start, where the joints are."""
+        ...
+
+    @property
+    def joint_motion(self) -> ArmMotions | None:
+        """What bounds the joints, after the last command; None: nothing does here. Not to be changed; a copy of it
+        tries commands out."""
         ...
 
     def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import CAMERAS, TaskOptions
-from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
+from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import forward_kinematics
 from keygrip.runtime.robot import RobotLostError
 
@@ -49,7 +49,7 @@ class SimulatedYam:
         """The episode of a seed, the arm at rest."""
         self._observation, info = self.cell.reset(seed=seed)
         self.instruction = str(info["instruction"])
-        self.stopped = False
+        self.stopped = self._refused = False
         self._ticks = 0
         self._motion = None
         if self.joint_limits is not None:
@@ -59,6 +59,8 @@ class SimulatedYam:
         return time.monotonic() if self.real_time else self._ticks / self.control_hz
 
     def wait_until(self, moment: float) -> None:
+        if self._refused:  # a period without a command: the arm stays under the last one
+            self._advance(np.append(np.concatenate(self.cell.commanded_pose), self.cell.commanded_gripper))
         if self.real_time:
             time.sleep(max(0.0, moment - time.monotonic()))
             return
@@ -87,6 +89,10 @@ class SimulatedYam:
     def commanded_joints(self) -> np.ndarray:
         return self.cell.commanded_joints[None].copy()
 
+    @property
+    def joint_motion(self) -> ArmMotions | None:
+        return None if self._motion is None else ArmMotions([self._motion], [np.eye(4)], self.arms)
+
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
         return self.cell.poses_at(joints)
 
@@ -98,14 +104,14 @@ class SimulatedYam:
             try:
                 allowed = self._motion.step(pose, 1.0 / self.control_hz, planned)
             except JointMotionError:
-                self._advance(np.append(np.concatenate(self.cell.commanded_pose), self.cell.commanded_gripper))
+                self._refused = True  # another command may follow within the period
                 raise
             position, quaternion = forward_kinematics(allowed)
-            pose = np.concatenate([position, quaternion, pose[7:]])
-            planned = None if planned is None else allowed
+            pose, planned = np.concatenate([position, quaternion, pose[7:]]), allowed
         self._advance(pose, planned)
 
     def _advance(self, pose: np.ndarray, joints: np.ndarray | None = None) -> None:
+        self._refused = False
         self.cell.advance(pose, joints)
         self._ticks += not self.real_time
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,34 @@ def test_every_fault_ends_in_a_held_then_stopped_arm(fault: str, said: str) -> N
     assert len(states) - held == pytest.approx(21, abs=1)  # hold_seconds
     np.testing.assert_allclose(ticks[-1].command, ticks[held + 5].command)  # it stood
     assert robot.stops == 1
+
+
+def test_a_refused_command_brakes_the_arm_within_the_limits() -> None:
+    """It stood still at once: from 0.44 m/s within a thirtieth of a second."""
+
+    class Away(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            plan.position[:] = [0.3, 0.29, 0.2]
+            return replace(plan, step_seconds=0.8)
+
+    class Choosy(PointArm):
+        control_hz = 30.0
+        refusals = 0
+
+        def command(self, poses: np.ndarray) -> None:
+            self.refuses = self.ticks == 11 and self.refusals == 0
+            self.refusals += self.refuses
+            super().command(poses)
+
+    robot = Choosy()
+    report = loop_of(Away(), robot).run(0.8)
+    assert robot.refusals == 1
+    assert len(robot.sent) == report.ticks == 24
+    velocity = np.diff(np.concatenate([START[None, :3], np.stack(robot.sent)[:, :3]]), axis=0) * 30
+    assert velocity[10, 1] > 0.4
+    assert 0.1 < velocity[11, 1] < velocity[10, 1] - 0.1  # it braked in the period of the refused command
+    assert np.linalg.norm(np.diff(velocity, axis=0) * 30, axis=1).max() <= LIMITS.acceleration_m_s2 * (1 + 1e-6)
 
 
 def test_a_fault_that_ends_lets_the_arm_go_on() -> None:

@@ -88,6 +88,28 @@ def test_hold_stops_within_the_braking_distance() -> None:
     assert stopped[-1] - start <= 1.0 / (2 * 5.0 / np.sqrt(3)) + 1.0 / HZ
 
 
+def test_a_motion_that_is_held_back_goes_on_at_the_speed_that_the_arm_had() -> None:
+    """Faster again it would be only as its limits allow; it does not hurry after the command that was cut short."""
+    limits = MotionLimits()
+    motion = LimitedMotion(limits, REST)
+    goal = pose([0.6, 0.0, 0.2], Rotation.from_euler("z", 2.5).as_quat(scalar_first=True))
+    for _ in range(20):
+        before, _ = motion.command(), motion.step(goal, 1 / HZ)
+    assert motion.velocity[0] == pytest.approx(0.6)
+    assert motion.turn_velocity[2] == pytest.approx(3.0)
+    turns = [Rotation.from_quat(each[3:7], scalar_first=True) for each in (before, motion.command())]
+    third = turns[0] * Rotation.from_rotvec((turns[0].inv() * turns[1]).as_rotvec() / 3)
+    short = pose(before[:3] + (motion.position - before[:3]) / 3, third.as_quat(scalar_first=True))
+    motion.held_back_at(short, 1 / HZ)
+    np.testing.assert_allclose(motion.velocity, [0.2, 0.0, 0.0], atol=1e-9)
+    np.testing.assert_allclose(motion.turn_velocity, [0.0, 0.0, 1.0], atol=1e-9)
+    after = motion.step(goal, 1 / HZ)
+    assert after[0] - short[0] == pytest.approx((0.2 + limits.axis_acceleration_m_s2 / HZ) / HZ)
+    assert np.linalg.norm((Rotation.from_quat(after[3:7], scalar_first=True) * third.inv()).as_rotvec()) == (
+        pytest.approx((1.0 + limits.turn_acceleration_rad_s2 / HZ) / HZ)
+    )
+
+
 def test_from_outside_the_workspace_the_arm_only_moves_inwards() -> None:
     motion = LimitedMotion(MotionLimits(**BOX), pose([0.6, 0.0, 0.2]))
     path = [motion.step(pose([0.9, 0.1, 0.2]), 1 / HZ)[0] for _ in range(50)]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import yam_model
 from keygrip.data.robot.native import read_native
@@ -34,7 +35,7 @@ from keygrip.runtime.limits import MotionLimits
 from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.robot import RobotLostError
 from keygrip.runtime.sim_yam import SimulatedYam
-from keygrip.runtime.watchdog import State
+from keygrip.runtime.watchdog import State, Watchdog, WatchdogSettings
 from keygrip.training.signals import Interrupted
 
 HOME = np.array([0.0, 1.05, 1.0, 0.6, 0.0, 0.0])  # the tool at (0.353, 0, 0.523)
@@ -171,7 +172,7 @@ def test_a_stopped_arm_keeps_its_grip(calibration: Path) -> None:
     np.testing.assert_allclose(driver.commands[-1], np.append(driver.get_joint_pos()[:6], 0.1))
     idle = Holding()
     YamArms({"right": idle}, {"over": camera}, calibration).stop()
-    np.testing.assert_allclose(idle.commands[-1], idle.get_joint_pos())  # it was never told another opening
+    assert idle.commands == []  # the driver holds it since it is connected
 
 
 def test_an_arm_sees_through_the_corrections_that_it_was_trained_with(
@@ -306,6 +307,128 @@ def test_fingers_that_connecting_moves_are_announced_and_known_ends_spare_it(
             YamArms({"right": "can3"}, {"over": Still()}, calibration, gripper_limits=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sim=true has none"):
         YamArms({"right": "can3"}, {"over": Still()}, calibration, sim=True, gripper_limits={"right": [0.1, 1]})
+
+
+WIDE = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1.0))
+
+
+class Turning:
+    """Turns the tool about its own axis at 3 rad/s, which joints of 2 rad/s cannot, then moves it aside at 0.5 m/s."""
+
+    needs = Needs(("right",), ("over",))
+
+    def __init__(self, arm: YamArms) -> None:
+        seen = arm.observe(images=False)
+        self.position, self.turn = seen["position"], Rotation.from_quat(seen["quaternion"][0], scalar_first=True)
+
+    def plan(self, observation: Observation) -> Plan:
+        times = observation["time_s"] + 0.1 * np.arange(1, 13)
+        aside = 0.5 * np.clip(times - 0.6, 0, 0.3)[:, None] * [1, 0, 0]
+        about = np.clip(3.0 * times, 0, 1.8)[:, None] * [0, 0, 1]
+        turns = (self.turn * Rotation.from_rotvec(about)).as_quat(scalar_first=True)
+        return Plan(self.position[:, None] + aside, turns[None], np.ones((1, 12)), 0.1)
+
+
+class WildPoses:
+    """Poses that the arm reaches by random motions of its joints."""
+
+    needs = Needs(("right",), ("over",))
+
+    def __init__(self, arm: YamArms) -> None:
+        self.arm, self.draw = arm, np.random.default_rng(0)
+
+    def plan(self, observation: Observation) -> Plan:
+        steps = self.draw.normal(0, self.draw.choice([0.02, 0.1, 0.3]), (1, 8, 6)).cumsum(axis=1)
+        (ranges,) = self.arm.joint_ranges
+        poses = self.arm.poses_at(np.clip(observation["joints"][:, None] + steps, ranges[:, 0], ranges[:, 1]))
+        return Plan(poses[..., :3], poses[..., 3:], self.draw.uniform(0, 1, (1, 8)), 0.3)
+
+
+@pytest.mark.parametrize(("policy", "seconds"), [(Turning, 3.0), (WildPoses, 20.0)])
+def test_poses_that_the_joints_cannot_follow_in_time_never_exceed_a_limit(
+    calibration: Path, policy: Any, seconds: float
+) -> None:
+    """The joints' speed held the tool back, and what it had missed was made up for at whatever speed of the tool."""
+    driver, camera = Driver(), Still()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration, JointLimits(speed_rad_s=2.0), control_hz=30.0)
+    clock = [0.0]
+    arm.now = camera.taken = lambda: clock[0]  # type: ignore[method-assign]
+    arm.wait_until = lambda moment: clock.__setitem__(0, max(clock[0], moment))  # type: ignore[method-assign]
+    plans = policy(arm)
+    execution = ChunkExecution(SimulatedPlanner(plans, lambda: 0.1), 30.0, still_distance_m=0.0)
+    patient = Watchdog(WatchdogSettings(hold_seconds=1e9, most_holds=10**9))
+    ControlLoop(arm, execution, WIDE, patient).run(seconds)
+    joints = np.stack([HOME, *(command[:6] for command in driver.commands[:-1])])  # the last one is of `stop`
+    assert np.abs(np.diff(joints, axis=0)).max() == pytest.approx(2 / 30)  # they were held back
+    tools = arm.poses_at(joints[None])[0, :, :3]
+    speed = 30 * np.linalg.norm(np.diff(tools, axis=0), axis=1)
+    assert speed.max() > 0.3
+    assert speed.max() <= WIDE.speed_m_s + 0.04  # ways of the joints are a little curved
+    assert np.diff(speed).max() <= WIDE.acceleration_m_s2 / 30 + 0.04
+    low, high = WIDE.box()
+    assert (tools >= low - 2e-3).all()
+    assert (tools <= high + 2e-3).all()
+    if policy is Turning:
+        assert np.diff(speed).min() >= -WIDE.acceleration_m_s2 / 30 - 0.04  # nor does it stop at once when it is there
+        np.testing.assert_allclose(tools[-1], plans.position[0] + [0.15, 0, 0], atol=2e-3)
+        seen = Rotation.from_quat(arm.poses_at(joints[-1:])[0, 3:], scalar_first=True)
+        assert (plans.turn.inv() * seen).magnitude() == pytest.approx(1.8, abs=0.1)  # angle_tolerance_rad
+
+
+def two_arms(tmp_path: Path, limits: JointLimits) -> tuple[YamArms, dict[str, Driver]]:
+    """Side by side, looking the same way."""
+    beside = np.eye(4)
+    beside[1, 3] = 0.35
+    content = {
+        "schema": "keygrip.calibration/1",
+        "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
+        "cameras": {},
+        "arms": {"right": {"world_from_base": np.eye(4).tolist()}, "left": {"world_from_base": beside.tolist()}},
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
+    drivers = {"right": Driver(), "left": Driver()}
+    return YamArms(drivers, {}, tmp_path / "two.yaml", limits), drivers
+
+
+def led_together(arms: YamArms) -> None:
+    """Both tools towards the middle between them, in steps of 5 mm."""
+    poses = np.concatenate([arms.poses_at(arms.commanded_joints), [[1.0], [1.0]]], axis=1)
+    for _ in range(34):
+        poses[:, 1] += [0.005, -0.005]
+        arms.command(poses)
+
+
+def gap(drivers: dict[str, Driver], command: int) -> float:
+    ends, radii = zip(*(capsules_at(driver.commands[command][:6]) for driver in drivers.values()), strict=True)
+    across = ends[1] + [0, 0.35, 0]
+    shares = np.linspace(0, 1, 21)[:, None]
+    first, second = (e[:, None, 0] + shares * (e[:, None, 1] - e[:, None, 0]) for e in (ends[0], across))  # [C, 21, 3]
+    distances = np.linalg.norm(first[:, None, :, None] - second[None, :, None], axis=-1).min(axis=(2, 3))
+    return float((distances - radii[0][:, None] - radii[1][None]).min())
+
+
+def test_two_arms_that_are_led_to_one_point_do_not_meet(tmp_path: Path) -> None:
+    arms, drivers = two_arms(tmp_path, JointLimits())
+    with pytest.raises(
+        JointMotionError, match=r"of arm right and \w+ of arm left would come within -?0\.\d cm of each"
+    ):
+        led_together(arms)
+    count = len(drivers["right"].commands)
+    assert count == len(drivers["left"].commands) > 5
+    assert 0.004 < gap(drivers, -1) < 0.03
+    assert gap(drivers, 0) > gap(drivers, -1) + 0.05
+    np.testing.assert_array_equal(arms.commanded_joints[0], drivers["right"].commands[-1][:6])  # neither has moved
+    np.testing.assert_array_equal(arms.commanded_joints[1], drivers["left"].commands[-1][:6])
+    free, drivers = two_arms(tmp_path, JointLimits(arms_clearance_m=None))
+    led_together(free)
+    assert gap(drivers, -1) < -0.02
+    entangled = free.poses_at(free.commanded_joints)
+    close, drivers = two_arms(tmp_path, JointLimits())
+    for motion, joints in zip(close.joint_motion.motions, free.commanded_joints, strict=True):
+        motion.reset(joints)
+    entangled[:, 1] += [-0.005, 0.005]
+    close.command(np.concatenate([entangled, [[1.0], [1.0]]], axis=1))  # apart
+    assert gap(drivers, -1) < 0.0
 
 
 class Unclosable(Driver):
@@ -532,8 +655,7 @@ def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, cali
     driver, camera = Driver(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration)
     camera.taken = arm.now
-    wide = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1.0))
-    result = dry_run(Sideways(), arm, wide, tmp_path / "plan.png")
+    result = dry_run(Sideways(), arm, WIDE, tmp_path / "plan.png")
     assert driver.commands == []
     assert result["refused"] is None
     assert 0 < result["fastest_m_s"] <= LIMITS.speed_m_s + 1e-9
@@ -564,8 +686,7 @@ def test_a_dry_run_says_of_any_plan_whether_it_would_be_followed(
     camera = Still()
     arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
     camera.taken = arm.now
-    wide = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1.0))
-    result = dry_run(Changed(), arm, wide, tmp_path / "plan.png")
+    result = dry_run(Changed(), arm, WIDE, tmp_path / "plan.png")
     if said is None:
         assert result["refused"] is None
         assert 0 < result["fastest_m_s"] <= LIMITS.speed_m_s + 1e-9
