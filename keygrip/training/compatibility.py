@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import config_folder
@@ -83,6 +83,21 @@ def refuse_odd_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"limit_val_batches={cfg.limit_val_batches}: must be 0 or more, or null for all")
     if not 0 <= cfg.seed < LARGEST_SEED:
         raise ValueError(f"seed={cfg.seed}: must lie in 0 to {LARGEST_SEED - 1}")
+
+
+def refuse_divided(optimizer: Mapping[str, Any] | None, kind: str) -> None:
+    """Refuses an optimiser that needs whole parameters where the strategy divides them over processes.
+
+    Args:
+        optimizer: node of the recipe. kind: of the strategy.
+
+    Raises:
+        ValueError: says what to use.
+    """
+    target = (optimizer or {}).get("_target_")
+    reason = getattr(get_object(target), "not_divided", None) if target and kind == "fsdp" else None
+    if reason:
+        raise ValueError(reason)
 
 
 def no_validation(cfg: DictConfig) -> str:

@@ -26,6 +26,7 @@ from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module, read_checkpoint
 from keygrip.training.compatibility import (
     no_validation,
+    refuse_divided,
     refuse_missing_weights,
     refuse_odd_numbers,
     refuse_uneven_batch,
@@ -68,6 +69,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     plain = _checked_settings(cfg, overrides)
     resolved = with_run_folders(plain)
     strategy = instantiate(cfg.strategy)
+    refuse_divided(cfg.optimizer, strategy.kind)
     # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
     refuse_uneven_batch(cfg.data, strategy.processes)

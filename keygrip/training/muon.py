@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ class MuonAndAdamW(AdamW):
     Scalable for LLM Training" (2025) for the scale.
     """
 
+    not_divided: ClassVar = "Muon needs whole matrices and strategy=fsdp divides them: use strategy=ddp, or AdamW."
     matrices_of: tuple[str, ...] = ("blocks",)
     momentum: float = 0.95
     matrix_lr_multiplier: float = 1.0
@@ -63,7 +64,7 @@ class MuonAndAdamW(AdamW):
         """
         self.check_end(total_steps)
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise ValueError("Muon needs whole matrices and strategy=fsdp divides them: use strategy=ddp, or AdamW.")
+            raise ValueError(self.not_divided)
         groups = self._groups(module)
         betas = (self.betas[0], self.betas[1])
         optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))

@@ -33,6 +33,7 @@ class AdamW:
     """
 
     read_where: ClassVar = {"final_lr_share": ReadWhere("schedule", "cosine")}
+    not_divided: ClassVar[str | None] = None  # why its parameters must be whole in each process: not strategy=fsdp
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from keygrip import train
+from keygrip.config import compose
+from keygrip.data.robot.recordings import Recording
 from keygrip.training import strategies
 from keygrip.training.muon import Float32Muon, MuonAndAdamW, MuonWithAdamW, orthogonalised
 from keygrip.training.optimizers import AdamW
+from keygrip.training.pretraining import PretrainingStage
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -226,3 +231,15 @@ def test_groups_have_names_of_their_own() -> None:
     """Lightning's monitor of learning rates refuses others."""
     names = [group["name"] for group in optimizer_of(network()).param_groups]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+def test_sharding_is_refused_before_stages_are_trained_and_data_drawn(
+    dry_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name in ((PretrainingStage, "complete"), (PretrainingStage, "require"), (Recording, "complete")):
+        monkeypatch.setattr(part, name, lambda self: pytest.fail("it began"))
+    fsdp = ["strategy=fsdp", "strategy.accelerator=cpu", "strategy.devices=2"]
+    settings = ["experiment=vla_yam_language", *fsdp, f"dry_run={dry_run}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="Muon needs whole matrices and strategy=fsdp divides them: use strategy=ddp"):
+        train.run(compose("train", settings))
