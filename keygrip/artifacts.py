@@ -21,7 +21,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ WRITING = ".writing"
 BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
 STALE_AFTER_S = 600.0  # without a change, after which what is half written is taken for left behind
+USERINFO = re.compile(r"://[^/?#\s]*@")
 
 
 class DiskFullError(OSError):
@@ -120,6 +121,15 @@ def json_values(content: Any) -> Any:
     """``content`` as it comes back from a JSON file, to be stored and compared with what was stored: tuples are lists,
     numbers that are not finite their names ("Infinity"), and what JSON has no form for its `str`."""
     return json.loads(json.dumps(content, default=str), parse_constant=str)
+
+
+def without_passwords(value: Any) -> Any:
+    """Plain data in whose addresses neither a user nor a password stands: for what others get to see."""
+    if isinstance(value, Mapping):
+        return {key: without_passwords(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_passwords(child) for child in value)
+    return USERINFO.sub("://", value) if isinstance(value, str) else value
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import atomic_folder, json_text
+from keygrip.artifacts import atomic_folder, json_text, without_passwords
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -77,9 +77,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     run_folder = file.parent.parent if file.is_file() else file
     usage = getattr(module, "usage", None)
     content[checkpoints.WEIGHTS_ARE] = which
-    content[checkpoints.HEADER] = folder.without_passwords(content[checkpoints.HEADER])
+    content[checkpoints.HEADER] = without_passwords(content[checkpoints.HEADER])
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
-    card = folder.model_card(loaded, content, weights, which, folder.without_passwords(read_result(run_folder)), usage)
+    card = folder.model_card(loaded, content, weights, which, without_passwords(read_result(run_folder)), usage)
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
     if cfg.format in WRITERS:
         try:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import stat
 from collections.abc import Callable, Mapping
@@ -33,7 +32,6 @@ TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} stands fo
 TUPLE = "__tuple__"
 LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
 DEEPEST = 64
-USERINFO = re.compile(r"://[^/?#\s]*@")
 USAGE = 'import keygrip\n\nmodel = keygrip.load("{name}")'
 # What Lightning and the callbacks store for training alone.
 TRAINING_ONLY = frozenset(
@@ -191,15 +189,6 @@ def model_card(
         lines += ["Trained by", "", "```", command, "```", ""]
     lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
     return "\n".join(lines)
-
-
-def without_passwords(value: Any) -> Any:
-    """Plain data in whose URLs neither a user nor a password stands: what is exported is meant for others."""
-    if isinstance(value, Mapping):
-        return {key: without_passwords(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(without_passwords(child) for child in value)
-    return USERINFO.sub("://", value) if isinstance(value, str) else value
 
 
 def _digest(stored: Any) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard.summary import hparams
 
-from keygrip.artifacts import atomic_write, write_text
+from keygrip.artifacts import atomic_write, without_passwords, write_text
 from keygrip.training.launch import is_first_process
 
 if TYPE_CHECKING:
@@ -100,19 +100,21 @@ def wandb_id(folder: Path) -> str:
 
 
 def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int = 0) -> None:
-    """The resolved configuration as hyperparameters, in every logger that takes them; as text too in TensorBoard.
+    """The resolved configuration as hyperparameters, in every logger that takes them; as text too in TensorBoard. Its
+    addresses lose their passwords: a logger may send it to a server.
 
     Args:
         step: optimiser step at which the run begins or goes on.
     """
-    flat = flattened(resolved)
+    shown = without_passwords(resolved)
+    flat = flattened(shown)
     for logger in loggers:
         logger.log_hyperparams(flat)
         if isinstance(logger, TensorBoardLogger) and is_first_process():
             # Lightning writes them into a YAML file alone, which TensorBoard does not read, where no metric goes along.
             for part in hparams(flat, {}):
                 logger.experiment.file_writer.add_summary(part, step)
-            text = OmegaConf.to_yaml(OmegaConf.create(dict(resolved)))
+            text = OmegaConf.to_yaml(OmegaConf.create(shown))
             logger.experiment.add_text("config", f"```yaml\n{text}```", step)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from keygrip.artifacts import atomic_write, write_json, write_text
+from keygrip.artifacts import atomic_write, without_passwords, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import one_line, root_cause
 from keygrip.training.launch import is_first_process, restarted_by_scheduler, started_together
@@ -214,9 +214,9 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
 
     ``summary.csv`` and ``summary.md`` are the table, ``summary.json`` the same with command, date and machine, to be
     kept as a record; TensorBoard gets hparams. ``loss_against_compute.png`` (in TensorBoard too) has a curve for each
-    job that logged its loss, and of its accuracy where it logged one.
+    job that logged its loss, and of its accuracy where it logged one. Addresses lose their passwords in all of them.
     """
-    rows = collect(folder)
+    rows: list[dict[str, Any]] = without_passwords(collect(folder))  # all of it is made to be shown
     header, lines = table(rows)
     with atomic_write(folder / "summary.csv", "w") as file:
         csv.writer(file).writerows([header, *lines])
@@ -285,7 +285,7 @@ def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     return {
-        "command": plan.get("command"),
+        "command": without_passwords(plan.get("command")),
         "date": time.strftime("%Y-%m-%d"),
         "git": git_revision(),
         "machine": machine(),

@@ -67,6 +67,20 @@ def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path, mon
     assert made[0].calls == [settings, ("val/x", (4, 5, 3), 5), ("val/y", "words", 5), ("finish", 0)]
 
 
+def test_loggers_get_no_password_of_an_address(tmp_path: Path) -> None:
+    wandb, board = WandbLogger(), TensorBoardLogger(tmp_path, name="", version="board")
+    data = {"root": "https://me:secret@host/set", "roots": ["s3://b/x@y", "https://secret@host"]}
+    loggers.log_settings([wandb, board], {"data": data})
+    board.finalize("success")
+    shown = {"data.root": "https://host/set", "data.roots": "['s3://b/x@y', 'https://host']"}
+    assert wandb.calls == [("settings", shown)]
+    files = [path.read_bytes() for path in (tmp_path / "board").iterdir()]
+    assert len(files) == 2
+    for content in files:
+        assert b"https://host/set" in content
+        assert b"secret" not in content
+
+
 @pytest.mark.parametrize("signal_name", [None, "SIGTERM"])
 def test_wandb_is_told_whether_a_run_came_to_its_end(
     signal_name: str | None, toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch

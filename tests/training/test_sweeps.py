@@ -407,6 +407,21 @@ def test_a_metric_that_is_not_finite_is_seen_in_the_table(tmp_path: Path, capsys
     assert [row["val/loss"] for row in rows_of(tmp_path)] == ["0.5", "nan"]
 
 
+def test_a_table_shows_no_password_of_an_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [[f"data.root=https://me:secret@host/{name}"] for name in "ab"]
+    write_json(tmp_path / PLAN, {"command": f"keygrip train -m {jobs[0][0]}", "jobs": jobs})
+    write_result(tmp_path / "0", {"status": "finished", "overrides": jobs[0], "metrics": {"loss": 1.0}})
+    error = "https://me:secret@host/b is gone"
+    write_result(tmp_path / "1", {"status": "failed", "overrides": jobs[1], "metrics": {}, "error": error})
+    finish_sweep(tmp_path)
+    sweeps.close_sweeps()
+    made = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in (PLAN, "result.json")]
+    assert {"summary.csv", "summary.md", "summary.json"} < {path.name for path in made}
+    for text in (*(path.read_text(errors="replace") for path in made), capsys.readouterr().err):
+        assert "https://host/" in text
+        assert "secret" not in text
+
+
 def test_table_is_aligned_markdown() -> None:
     rows = [
         {
