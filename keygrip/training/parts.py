@@ -276,6 +276,8 @@ def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str,
         elif isinstance(node, str):
             if "${" in node:
                 raise UntrustedPartError(f"{place}: {node[:80]!r} is an interpolation, which is not evaluated here")
+            if node == "???":  # omegaconf would say that the command lacks a setting
+                raise UntrustedPartError(f"{place}: {node!r} stands for a value that is missing")
         elif not (node is None or isinstance(node, bool | int | float)):
             raise UntrustedPartError(f"{place}: a {type(node).__name__} is no plain setting")
 

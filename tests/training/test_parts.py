@@ -65,6 +65,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"_partial_": "yes"},
     {"text": "${{oc.env:HOME}}"},
     {"text": "${{oc.create:x}}"},
+    {"text": "???"},  # a value that omegaconf takes for missing
 ]
 
 
