@@ -16,7 +16,7 @@ files which the checkpoint does not bring (weights of another project's frozen e
 files, the checkpoint may not. A run that is going on has named them: `external_settings` of its own configuration.
 ``places`` names settings of a folder or an address: a checkpoint may say a folder, an address is the caller's to name.
 What the caller says by name (``offered``) goes before ``from_checkpoint``. ``makers`` names settings of functions that
-make what is missing; where the caller asks for that, a checkpoint's must lie in the same places as its classes.
+make what is missing; where the caller asks for that, a checkpoint's must be defined in the same places as its classes.
 """
 
 from __future__ import annotations
@@ -299,13 +299,16 @@ def _check_node(node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
-    """Why a name may not be built, or None; reads source files and imports nothing of them."""
+def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str | None:
+    """Why a class may not be built, or a function not be called, or None; reads source files and imports nothing of
+    them."""
+    holds: Callable[[Path, str], bool] = _defines if function else _declares
+    lacking = "defines no such function" if function else "declares no such part (@model_part or @data_part)"
     module, _, name = target.rpartition(".")
     package, *rest = module.split(".")
     if package == "keygrip":
         if not rest or rest[0] not in SUBPACKAGES:
-            return "it is no declared part of keygrip"
+            return "it lies in no part of keygrip that a checkpoint may name"
         root = Path(__file__).resolve().parents[1]
     elif package in trust:
         found = importlib.util.find_spec(package)  # of a top-level name: imports nothing
@@ -314,7 +317,7 @@ def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
         if found.submodule_search_locations is None:
             if rest:
                 return f"{package} is a single file without submodules"
-            return None if _declares(Path(found.origin), name) else "it declares no such part (@model_part)"
+            return None if holds(Path(found.origin), name) else f"it {lacking}"
         root = Path(found.origin).resolve().parent
     else:
         return f"it is neither keygrip's own nor in a package that you trust (trust=[{package}] if you do)"
@@ -323,13 +326,13 @@ def _why_not(target: str, trust: tuple[str, ...]) -> str | None:
         if rest
         else (root / "__init__.py",)
     ):
-        if file.is_file() and _declares(file, name):
+        if file.is_file() and holds(file, name):
             return None
         if file.name == "__init__.py" and file.is_file():
             home = _re_exported(file, name)
             if home is not None and home != target and home.split(".")[0] == package:
-                return _why_not(home, trust)
-    return "that module declares no such part (@model_part or @data_part)"
+                return _why_not(home, trust, function)
+    return f"that module {lacking}"
 
 
 def _statements(file: Path) -> list[ast.stmt]:
@@ -347,6 +350,11 @@ def _declares(file: Path, name: str) -> bool:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return any(_decorator(each) in (MODEL, DATA) for each in statement.decorator_list)
     return False
+
+
+def _defines(file: Path, name: str) -> bool:
+    """Whether a source file defines a function of this name, at its top level."""
+    return any(isinstance(each, ast.FunctionDef) and each.name == name for each in _statements(file))
 
 
 def _re_exported(file: Path, name: str) -> str | None:
@@ -397,9 +405,10 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], 
 def _check_makers(part: Part, node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
     """Raises UntrustedPartError: what is missing would be made by a function of others, on the checkpoint's word."""
     for setting in part.makers if node.get("make_missing") else ():
-        package, _, inside = str(node.get(setting)).partition(".")
-        if package not in trust and (package != "keygrip" or inside.partition(".")[0] not in SUBPACKAGES):
+        name = str(node.get(setting))
+        named = NAME.fullmatch(name)
+        reason = _why_not(name, tuple(trust), function=True) if named else "it is not the name of a function"
+        if reason:
             raise UntrustedPartError(
-                f"{place}.{setting}: {str(node.get(setting))[:80]!r} is not called on the checkpoint's word: it is "
-                f"neither keygrip's own nor in a package that you trust (trust=[{package}] if you do)"
+                f"{place}.{setting}: {name[:80]!r} is not called on the checkpoint's word: {reason}"
             )

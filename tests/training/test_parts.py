@@ -239,7 +239,9 @@ def test_stored_robot_data_write_beside_their_demonstrations_alone(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functions(tmp_path: Path) -> None:
+def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from omegaconf import OmegaConf
 
     from keygrip.evaluation.kinds import Evaluated
@@ -259,10 +261,16 @@ def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functi
     made = data(own, {"make_missing": True, "record": {"make_missing": True}})
     assert (made.make_missing, made.record.make_missing) == (True, True)
     assert not data("os.system", {"make_missing": True}).record.make_missing
-    for recorder in ("os.system", "keygrip.artifacts.write_text", "lab.record"):
+    make, trusted = {"record": {"make_missing": True}}, ("lab",)
+    (tmp_path / "lab.py").write_text("import os\ndef record(**options):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    imported = "keygrip.recording.demonstrations"  # what a module imports is not its own
+    others = ["os.system", "keygrip.artifacts.write_text", "lab.os.system"]
+    others += [f"{imported}.usable_cores", f"{imported}.os.system"]
+    for recorder, trust in (("lab.record", ()), *((other, trusted) for other in others)):
         with pytest.raises(UntrustedPartError, match=r"data\.record\.recorder: .* is not called"):
-            data(recorder, {"record": {"make_missing": True}})
-    assert data("lab.record", {"record": {"make_missing": True}}, ("lab",)).record.make_missing
+            data(recorder, make, trust)
+    assert data("lab.record", make, trusted).record.make_missing
 
 
 def test_a_package_is_trusted_by_name_alone(trained: Path) -> None:
