@@ -28,6 +28,7 @@ from keygrip.config import (
     register_options,
 )
 from keygrip.config_errors import describe_config_error, one_line, root_cause
+from keygrip.cores import allow_many_files
 from keygrip.help import help_text
 from keygrip.renamed_settings import new_name
 from keygrip.training import results, run_folder, sweeps
@@ -155,16 +156,6 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
         if name in ("--cfg", "-c") and (value := options[-1].rpartition("=")[2]) not in ("job", "hydra", "all"):
             raise SettingError(f"--cfg {value}: it is one of job, hydra, all")
     return [*settings, *options]
-
-
-def allow_many_files() -> None:
-    """Raises the soft limit of open files to the hard one: workers and shards need more than the usual 1024."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def describe_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> tuple[str, int]:

@@ -1,8 +1,10 @@
-"""Cores that processes of this program are shared out over."""
+"""What this process may use of the machine: cores, and open files."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 
 
 def usable_cores() -> int:
@@ -11,3 +13,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def allow_many_files() -> None:
+    """Raises the soft limit of open files to the hard one: workers and shards need more than the usual 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

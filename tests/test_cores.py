@@ -1,14 +1,16 @@
-"""Processes are as many as the cores that a job has, not as the machine has."""
+"""Processes are as many as the cores that a job has, not as the machine has; files as many as the system gives."""
 
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from keygrip.cores import usable_cores
 from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.shards.resuming import refuse_too_few_files
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone keeps a process on some cores")
@@ -32,3 +34,18 @@ def test_loaders_of_a_job_with_few_cores_are_few(monkeypatch: pytest.MonkeyPatch
     assert workers() == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
     assert workers() == 4
+
+
+def test_loaders_from_python_open_as_many_files_as_the_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command has raised the soft limit there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        refuse_too_few_files(20)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    refuse_too_few_files(0)
+    with pytest.raises(OSError, match="may open 256 files, and 20 loader workers need about 860: raise the limit"):
+        refuse_too_few_files(20)

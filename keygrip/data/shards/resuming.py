@@ -9,6 +9,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
+from keygrip.cores import allow_many_files
 from keygrip.data.changes import named_changes
 from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
 
@@ -17,11 +18,13 @@ FILES_OF_A_RUN = 60
 
 
 def refuse_too_few_files(workers: int) -> None:
-    """Raises where loader workers would wait forever for file descriptors that the process may not have.
+    """Raises where loader workers would wait forever for file descriptors that the process may not have, though it
+    takes all that the system gives.
 
     Raises:
         OSError: with the limit and the number needed.
     """
+    allow_many_files()  # whoever trains from Python has no command that does
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES_OF_A_RUN + FILES_OF_A_WORKER * workers
     if workers and limit != resource.RLIM_INFINITY and limit < needed:
