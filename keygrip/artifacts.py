@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -25,9 +26,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+log = logging.getLogger(__name__)
+
 WRITING = ".writing"
 BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 STALE_AFTER_S = 600.0  # without a change, after which what is half written is taken for left behind
 USERINFO = re.compile(r"://[^/?#\s]*@")
 
@@ -182,7 +186,8 @@ def scratch_folder(beside: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
-    """Holds an exclusive lock on a file, across processes; the lock ends with the block or with the process.
+    """Holds an exclusive lock on a file, across processes; the lock ends with the block or with the process. Where the
+    file system has no locks (a cluster's disk may have none) it says so, once for each folder, and goes on.
 
     Args:
         path: the lock's own file, made where it is missing and left there. wait: False raises where another holds it.
@@ -195,13 +200,22 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     with file.open("a") as handle:
         _locks.add(handle)  # before it is held: another thread may fork meanwhile
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                if file.parent not in _without_locks:
+                    said = "%s cannot be locked (%s): see that no other process writes into it"
+                    log.warning(said, file.parent, error.strerror)
+                _without_locks.add(file.parent)
             yield
         finally:
             _locks.discard(handle)
 
 
 _locks: set[IO[Any]] = set()
+_without_locks: set[Path] = set()  # folders of which that has been said
 
 
 def _give_up_locks() -> None:

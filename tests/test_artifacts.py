@@ -178,6 +178,27 @@ def test_a_lock_is_no_forked_processes_own(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+def test_a_place_without_locks_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [OSError(errno.ENOSYS, "Function not implemented"), OSError(errno.ENOLCK, "No locks available")]
+
+    def refused(*_: object) -> None:
+        raise errors[0]
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", refused)
+    entered = 0
+    while errors:
+        with artifacts.locked(tmp_path / "lock"):
+            entered += 1
+        errors.pop(0)
+    said = f"{tmp_path} cannot be locked (Function not implemented): see that no other process writes into it"
+    assert (entered, caplog.messages) == (2, [said])
+    errors.append(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Input/output error"), artifacts.locked(tmp_path / "lock"):
+        pass
+
+
 def test_what_is_missing_is_made_by_one_process_alone(tmp_path: Path) -> None:
     target = tmp_path / "made"
     script = (

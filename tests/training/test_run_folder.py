@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -284,3 +286,14 @@ def test_a_training_that_another_programs_hydra_command_starts_has_a_folder_of_i
     monkeypatch.setattr("keygrip.training.fit.fit", lambda cfg, *given: started.append(given) or {})
     keygrip.train(["run_dir=mine", "seed=3"])
     assert started == [(Path("mine").absolute(), "train", ["run_dir=mine", "seed=3"])]
+
+
+def test_a_run_folder_that_cannot_be_locked_is_said_and_trained_into(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert keygrip.train(toy_overrides("run", "max_steps=1"))["status"] == "finished"
+    assert "run cannot be locked (Function not implemented)" in caplog.text

@@ -9,6 +9,7 @@ slot: pixels that a crash kept from reaching the disk are decoded again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -145,18 +146,30 @@ class FrameCache:
         dropped = ("_open_in", "_pixels", "_marks", "_pixels_file", "_marks_file", "_compared")
         return {**{key: value for key, value in self.__dict__.items() if key not in dropped}, "_open_in": None}
 
-    def _open(self) -> None:
-        """Opens the files in this process; after a fork anew, so that no two processes share what has been compared."""
+    def _open(self) -> bool:
+        """Opens the files in this process; after a fork anew, so that no two processes share what has been compared.
+        False, and said once, where they cannot be opened."""
         assert self.pixels_path is not None
         assert self.marks_path is not None
-        self._pixels_file = os.open(self.pixels_path, os.O_RDWR)
-        self._marks_file = os.open(self.marks_path, os.O_RDWR)
-        fcntl.flock(self._marks_file, fcntl.LOCK_SH)
-        self._touch()
-        self._pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
-        self._marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
+        try:
+            with contextlib.ExitStack() as opened:
+                self._pixels_file = os.open(self.pixels_path, os.O_RDWR)
+                opened.callback(os.close, self._pixels_file)
+                self._marks_file = os.open(self.marks_path, os.O_RDWR)
+                opened.callback(os.close, self._marks_file)
+                with contextlib.suppress(OSError):  # where nothing can be locked, `_remove_stale` removes nothing
+                    fcntl.flock(self._marks_file, fcntl.LOCK_SH)
+                self._touch()
+                self._pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
+                self._marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
+                opened.pop_all()
+        except OSError as error:
+            log.warning("no frame cache: it cannot be opened (%s); frames are decoded every time", error)
+            self.limit_bytes = 0
+            return False
         self._compared = np.zeros(self.total_frames, dtype=bool)
         self._open_in = os.getpid()
+        return True
 
     def _touch(self) -> None:
         os.utime(self._marks_file)
@@ -180,8 +193,8 @@ class FrameCache:
         last = first + int(self._frame_bytes[demo])
         if last > self.limit_bytes:
             return self.sources[demo].read(frame)
-        if self._open_in != os.getpid():
-            self._open()
+        if self._open_in != os.getpid() and not self._open():
+            return self.sources[demo].read(frame)
         if time.monotonic() - self._touched > TOUCHED_EVERY_S:
             self._touch()
         slot = int(self._first_slot[demo]) + frame

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -157,8 +156,7 @@ def write_shards(
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Holds a set for this process; waits for another one that writes it, and says so. Where the file system has no
-    locks, it says that."""
+    """Holds a set for this process; waits for another one that writes it, and says so."""
     lock = root / ".write_shards.lock"
     with contextlib.ExitStack() as held:
         try:
@@ -166,10 +164,6 @@ def _alone(root: Path) -> Iterator[None]:
         except BlockingIOError:
             log.info("another process writes %s: waiting for it", root)
             held.enter_context(locked(lock))
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            log.warning("%s cannot be locked (%s): see that no other process writes it", root, error.strerror)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -284,3 +285,33 @@ def test_frames_of_other_sizes_than_promised_are_refused(tmp_path: Path) -> None
 @pytest.fixture(autouse=True)
 def warnings_are_seen(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="keygrip")
+
+
+def test_a_cache_where_nothing_can_be_locked_is_used_and_never_removed(
+    make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(frame_cache.fcntl, "flock", refused)
+    cache = make(10**6)
+    assert np.array_equal(all_frames(cache), all_frames(cache))
+    assert decodings(tmp_path) == 3 * FRAMES
+    assert cache.marks_path is not None
+    long_ago = time.time() - 2 * frame_cache.STALE_AFTER_S
+    os.utime(cache.marks_path, (long_ago, long_ago))
+    make(10**6, version=1)
+    assert cache.marks_path.exists()
+    assert caplog.text == ""
+
+
+def test_a_cache_that_cannot_be_opened_is_no_broken_frame(
+    make: Callable[..., FrameCache], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, expected = make(10**6), all_frames(make(0))
+    assert cache.marks_path is not None
+    cache.marks_path.unlink()
+    open_files = len(list(Path("/dev/fd").iterdir()))
+    assert np.array_equal(all_frames(cache), expected)
+    assert caplog.text.count("no frame cache: it cannot be opened") == 1
+    assert len(list(Path("/dev/fd").iterdir())) == open_files

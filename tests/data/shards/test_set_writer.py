@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from shard_sets import conversations, picture
 
+from keygrip import artifacts
 from keygrip.command import describe_error
 from keygrip.data.manifests import make_manifests
 from keygrip.data.shards import set_writer, writer
@@ -232,9 +233,9 @@ def test_a_place_without_locks_is_said(
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(set_writer, "locked", refused)
+    monkeypatch.setattr(artifacts.fcntl, "flock", refused)
     assert written(tmp_path).samples == 16
-    assert "cannot be locked (No locks available): see that no other process writes it" in caplog.text
+    assert "cannot be locked (No locks available): see that no other process writes into it" in caplog.text
 
 
 def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
