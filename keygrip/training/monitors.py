@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from keygrip.training.sharding import local
 
@@ -57,6 +58,14 @@ def non_finite_parameters(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of the gradients of some parameters together; 0 where there are none. Of sharded ones it is that over all
+    processes, each of which must call it."""
+    gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 class GradientNorm(Callback):
     """Logs ``train/grad_norm``: the norm of all gradients before they are clipped.
 
@@ -72,9 +81,7 @@ class GradientNorm(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if (trainer.global_step + 1) % self.every_n_steps:  # at the steps at whose end Lightning writes
             return
-        gradients = [p.grad.detach() for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        pl_module.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        pl_module.log("train/grad_norm", gradient_norm(pl_module.parameters()))
 
 
 class RandomnessByStep(Callback):

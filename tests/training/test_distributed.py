@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import keygrip
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.monitors import gradient_norm
 from keygrip.training.optimizers import AdamW
 from keygrip.training.sharding import load_optimizer, named_state
 
@@ -158,6 +160,21 @@ def test_a_parameter_that_had_no_gradient_yet_has_no_moments_when_sharded(tmp_pa
         train(sharded, of_sharded, "used", "late")
         for name, value in module.state_dict().items():
             torch.testing.assert_close(sharded.state_dict()[name].full_tensor(), value)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_norm_of_sharded_gradients_is_one_number(tmp_path: Path) -> None:
+    """Not this process's share of it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = nn.Linear(2, 1, bias=False)
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        module(torch.tensor([[3.0, 4.0]])).sum().backward()
+        assert isinstance(module.weight.grad, DTensor)
+        norm = gradient_norm(module.parameters())
+        assert not isinstance(norm, DTensor)
+        assert float(norm) == pytest.approx(5.0)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -33,7 +33,7 @@ from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, global_sum, world_size
 from keygrip.training.memory import StepMemory
-from keygrip.training.monitors import RangeChecks
+from keygrip.training.monitors import RangeChecks, gradient_norm
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
@@ -251,9 +251,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     ) -> None:
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self._health_now():
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self._report_health({"grad_norm_clipped": norm})
+            self._report_health({"grad_norm_clipped": gradient_norm(self.network.parameters())})
 
     # ------------------------------------------------------------------ steps
 

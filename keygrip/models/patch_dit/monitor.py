@@ -4,17 +4,15 @@ where the cross-attention looks; each with the range in which it is healthy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from keygrip.models.nn.flow_matching import interpolate
 from keygrip.models.patch_dit.context import CATEGORIES, Conditions
 from keygrip.training.distributed import global_sum
-from keygrip.training.monitors import Range
+from keygrip.training.monitors import Range, gradient_norm
 
 if TYPE_CHECKING:
     from keygrip.models.patch_dit.network import PatchDiT
@@ -82,23 +80,16 @@ def velocity_norm(velocity: Tensor) -> Tensor:
     return velocity.detach().float().pow(2).mean().sqrt()
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Norm of the gradients of some parameters together; 0 where there are none."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients: over all processes
-
-
 def gradient_figures(network: PatchDiT, adapted: bool) -> dict[str, Tensor]:
     """Norms of the gradients of the whole network and of the projection of its patches.
 
     Args:
         adapted: LoRA is trained alone; the projection has no gradient then and is left out.
     """
-    figures = {"grad_norm": gradient_norm(list(network.parameters()))}
+    figures = {"grad_norm": gradient_norm(network.parameters())}
     projection = network.context_builder.dino_patch_proj
     if projection is not None and not adapted:
-        figures["patch_gradient"] = gradient_norm(list(projection.parameters()))
+        figures["patch_gradient"] = gradient_norm(projection.parameters())
     return figures
 
 

@@ -164,14 +164,18 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0, msg=name)
-    assert values_of(tmp_path / "two", "loss") == pytest.approx(values_of(tmp_path / "one", "loss"), abs=1e-4)
-    assert values_of(tmp_path / "two", "text_only_share") == values_of(tmp_path / "one", "text_only_share")
+    for name in ("train/loss", "health/grad_norm_clipped"):
+        found = values_of(tmp_path / "two", name)
+        assert len(found) == 6
+        assert found == pytest.approx(values_of(tmp_path / "one", name), abs=1e-4), name
+    name = "train/text_only_share"
+    assert values_of(tmp_path / "two", name) == values_of(tmp_path / "one", name)
 
 
 def values_of(folder: Path, name: str) -> list[float]:
-    """``train/NAME`` of the steps of a run at which it was logged."""
+    """A metric of the steps of a run at which it was logged."""
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
-        return [float(row[f"train/{name}"]) for row in csv.DictReader(file) if row[f"train/{name}"]]
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,8 @@ def test_shares_of_rows_are_those_of_all_batches_since_the_last(
     monkeypatch.setattr(FoveatedVLMModule, "training_step", heard)
     more = ["data.sources.texts.share=0.5", "logger=csv", "log_every_n_steps=2", "accumulate_grad_batches=2"]
     train.run(compose("train", overrides("run", *more, "max_steps=4", "model.monitor_every_n_steps=0")))
-    values = {name: values_of(tmp_path / "run", name) for name in ("text_only_share", "padding_share", "clips")}
+    names = ("text_only_share", "padding_share", "clips")
+    values = {name: values_of(tmp_path / "run", f"train/{name}") for name in names}
     assert len(batches) == 7  # a step at the end of an epoch has one
     for number, part in enumerate((batches[:4], batches[4:])):
         lengths = [(each.attention_mask.sum(1) + each.frame_mask.sum(1)[each.video_index]).tolist() for each in part]
@@ -242,7 +247,7 @@ def test_shares_of_rows_are_those_of_all_batches_since_the_last(
         assert 0 < texts < rows
         assert values["text_only_share"][number] == pytest.approx(texts / rows, abs=1e-6)
     assert values["clips"] == [8, 6]
-    assert values_of(tmp_path / "run", "left_out_rows") == [4, 7]  # all so far
+    assert values_of(tmp_path / "run", "train/left_out_rows") == [4, 7]  # all so far
 
 
 def test_a_checkpoint_alone_evaluates_and_answers(

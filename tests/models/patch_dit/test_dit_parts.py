@@ -17,10 +17,10 @@ from keygrip.models.patch_dit.alignment import FeatureAlignment
 from keygrip.models.patch_dit.context import ConditionDropout
 from keygrip.models.patch_dit.figures import TITLE, image_grid
 from keygrip.models.patch_dit.init_source import read_source
-from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, gradient_norm, velocity_norm
+from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_figures, velocity_norm
 from keygrip.models.patch_dit.network import Tapped
 from keygrip.models.patch_dit.warm_start import rename_rules, take, warm_start
-from keygrip.training.monitors import RangeChecks
+from keygrip.training.monitors import RangeChecks, gradient_norm
 
 # ---- alignment -------------------------------------------------------------------------------------------------------
 
