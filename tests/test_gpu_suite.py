@@ -21,7 +21,7 @@ from pretended_gpu import pretended_gpu
 import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks.gpu import Figures
 from keygrip.benchmarks.gpu.suite import Suite, refuse_without_gpu
-from keygrip.benchmarks.gpu.training_steps import TrainingSteps
+from keygrip.benchmarks.gpu.training_steps import TrainingSteps, peak_tflops
 from keygrip.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +74,32 @@ class TestParts:
         with pretended_gpu(bf16=True):
             instantiate(compose("bench").gpu[name], _convert_="all").run(True, figures)
         assert figures
+
+    @pytest.mark.parametrize(
+        ("name", "tflops"),
+        [
+            ("NVIDIA H100 80GB HBM3", 989.5),
+            ("NVIDIA H100 PCIe", 756.5),
+            ("NVIDIA H100 NVL", None),
+            ("NVIDIA A100-SXM4-80GB", 312.0),
+            ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+            ("NVIDIA RTX A1000", None),
+            ("NVIDIA A10", 125.0),
+            ("NVIDIA A10G", None),
+            ("NVIDIA L4", 121.0),
+            ("NVIDIA L40", 181.05),
+            ("NVIDIA L40S", 362.0),
+            ("NVIDIA GeForce RTX 4090", 165.2),
+            ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+            ("NVIDIA GB200", 2500.0),
+        ],
+    )
+    def test_a_peak_is_that_of_the_whole_name(
+        self, name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        assert peak_tflops() == tflops
 
     @pytest.mark.slow
     def test_real_sizes_compose(self) -> None:

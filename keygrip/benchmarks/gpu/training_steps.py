@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 System = Literal["volume_query", "foveated_vlm", "patch_dit", "geometry_vla"]
 
-# Dense bf16 products with float32 sums, 10^12 operations per second, of the data sheets; the first name that fits.
+# Dense bf16 products with float32 sums, 10^12 operations per second, of the data sheets, by words of a GPU's name; the
+# first that fits.
 PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -36,10 +37,12 @@ PEAK_TFLOPS = {
     "H100": 989.5,
     "A100": 312.0,
     "L40S": 362.0,
+    "L40": 181.05,
     "RTX 4090": 165.2,
     "A10": 125.0,
     "L4": 121.0,
 }
+OTHERS = {"NVL", "MIG", "Laptop", "D"}  # words that name a slower GPU, or a part of one, that is not in the table
 WORTH = 1.03  # a larger batch must be this much faster per sample to be tried further
 
 
@@ -47,8 +50,9 @@ def peak_tflops() -> float | None:
     """What the GPU's data sheet promises in bf16; None of a GPU that is not in the table, and of a CPU."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((value for known, value in PEAK_TFLOPS.items() if known in name), None)
+    words = set(torch.cuda.get_device_name().replace("-", " ").split())
+    fitting = (value for known, value in PEAK_TFLOPS.items() if words.issuperset(known.split()))
+    return None if words & OTHERS else next(fitting, None)
 
 
 def matmul_tflops(size: int, repetitions: int = 10) -> float:
