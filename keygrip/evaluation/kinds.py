@@ -185,15 +185,17 @@ class Evaluated:
 
 
 def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -> None:
-    """Raises ValueError: `changes` set something of a part that the stored mapping of parts does not have."""
+    """Raises ValueError: `changes` set something of a part that the stored mapping of parts does not have, or
+    leave it out."""
     for name, value in changes.items():
-        if not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, Mapping):
             continue
         parts = {str(key): node for key, node in stored.items()} if isinstance(stored, DictConfig) else {}
         of_parts = [node for node in parts.values() if isinstance(node, DictConfig) and "_target_" in node]
-        if parts.get(name) is not None:
+        known = name in parts if value is None else "_target_" in value  # a new part of its own; null leaves one out
+        if value is not None and parts.get(name) is not None:
             _refuse_unknown_parts(parts[name], value, f"{place}.{name}")
-        elif of_parts and "_target_" not in value and "_target_" not in parts:
+        elif of_parts and "_target_" not in parts and not known:
             close = nearest(f"{place}.{name}", [f"{place}.{key}" for key in parts])
             hint = f"the nearest is {close!r}" if close else f"it has {', '.join(parts)}"
             raise ValueError(f"the run's {place} has no {name!r}: {hint}")

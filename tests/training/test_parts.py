@@ -139,7 +139,7 @@ def test_the_data_of_a_run_is_built_under_the_same_rules(trained: Path, tmp_path
 def test_a_change_of_a_source_that_is_not_there_is_refused(trained: Path, tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from keygrip.evaluation.kinds import Evaluated
+    from keygrip.evaluation.kinds import Evaluated, _refuse_unknown_parts
 
     part = {"_target_": "keygrip.data.video_text.shard_source.ShardSource", "root": None}
     config = read_checkpoint(trained)["keygrip"]["config"]
@@ -148,10 +148,12 @@ def test_a_change_of_a_source_that_is_not_there_is_refused(trained: Path, tmp_pa
         "sources": {"tours": part, "b": None},
     }
     evaluated = Evaluated(None, OmegaConf.create(config), trained, tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"data\.sources has no 'tour': the nearest is 'data\.sources\.tours'"):
-        evaluated.stored_data({"sources": {"tour": {"root": "x"}}})
+    for change in ({"root": "x"}, None):  # null would leave a source out
+        with pytest.raises(ValueError, match=r"data\.sources has no 'tour': the nearest is 'data\.sources\.tours'"):
+            evaluated.stored_data({"sources": {"tour": change}})
     with pytest.raises(ValueError, match=r"data\.sources has no 'zzzz'"):
         evaluated.stored_data({"sources": {"zzzz": {"root": "x"}}})
+    _refuse_unknown_parts(evaluated.config.data, {"cache_dir": None, "sources": {"tours": None, "b": None}}, "data")
 
 
 STORED_DATA = {
