@@ -19,11 +19,13 @@ import torch
 from contract_parts import EVALUATE, OPTIONS, QUICK, observation, wrong_observations
 from hydra.utils import get_class
 from lightning.pytorch import LightningModule
+from PIL import Image
 
 import keygrip
-from keygrip import export
+from keygrip import export, sample
 from keygrip.config import compose, group_options
 from keygrip.evaluation.attribute_classifier import ClassifierOptions
+from keygrip.inference.video_chat import VideoChat
 from keygrip.training.parts import MARK
 from keygrip.training.system import System
 
@@ -49,10 +51,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def use(module: System, file: Path) -> None:
+def use(module: System, source: Path) -> None:
     """What a loaded model is for."""
     if module.evaluation_kind == "policy":
-        policy: Any = keygrip.load_policy(file)
+        policy: Any = keygrip.load_policy(source)
         assert "over" in (*policy.needs.cameras, policy.needs.camera)  # a robot with several shall give it this one
         plan = policy.plan(observation(policy))
         assert plan.position.shape[:1] + plan.position.shape[2:] == (len(policy.needs.arms), 3)
@@ -65,8 +67,18 @@ def use(module: System, file: Path) -> None:
     elif module.evaluation_kind == "image_text":
         encoders = module.ready_encoders()  # type: ignore[operator]
         assert encoders.quick_fingerprint == module.statistics.encoders  # type: ignore[union-attr]
+        folder = source.with_name(f"{source.name}-drawn")
+        (drawn,) = sample.run(
+            compose("sample", [f"checkpoint={source}", "prompt='a red cube'", "steps=1", f"run_dir={folder}"])
+        )["images"]
+        with Image.open(drawn) as image:
+            assert image.mode == "RGB"
+            assert len(image.getcolors(image.width * image.height) or []) > 1
     elif module.evaluation_kind == "video_text":
         assert module.tokenizer.decode(module.tokenizer.encode("which digit?")) == "which digit?"  # type: ignore[union-attr, operator]
+        black = {"type": "video", "video": np.zeros((2, 32, 32, 3), np.uint8)}
+        talk = [{"role": "user", "content": [black, {"type": "text", "text": "which digit?"}]}]
+        assert isinstance(VideoChat.from_pretrained(source, "cpu").generate(talk, max_new_tokens=2), str)
 
 
 @pytest.mark.parametrize(
