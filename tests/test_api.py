@@ -10,12 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from contract_parts import QUICK, observation
 
 import keygrip
 from keygrip.config import SettingError, compose
+from keygrip.models.volume_query.module import VolumeQueryModule
 
 
 def test_importing_loads_nothing_heavy_and_is_typed() -> None:
@@ -69,6 +73,22 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
     assert "val/loss" in (tmp_path / "toy" / "README.md").read_text()
     with pytest.raises(ValueError, match="which drives no robot"):
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, with settings that make it small."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"(?s)```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text())
+    settings = '["experiment=demo"]'
+    assert example.count(settings) == 1
+    one_arm = SimpleNamespace(needs=SimpleNamespace(arms=("right",), cameras=()))
+    names: dict[str, Any] = {
+        "small": ["experiment=demo", "closed_loop=null", *VolumeQueryModule.toy_overrides, *QUICK],
+        "observation": observation(one_arm),
+    }
+    exec(example.replace(settings, "small"), names)
+    assert names["result"]["status"] == "finished"
+    assert names["plan"].position.shape[::2] == (1, 3)
 
 
 def test_an_export_holds_no_password_of_an_address(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
