@@ -172,7 +172,9 @@ def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuesti
 
 
 def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.ndarray, tuple[float, ...]]:
-    images, clip = module.image_options, question.clip or (WHOLE if question.middles else None)
+    images, clip = module.image_options, question.clip
+    if clip is None and question.middles and not question.video.is_dir():  # of a folder a second has few images
+        clip = WHOLE
     return read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], clip, FOLDER_FPS
     )

@@ -38,7 +38,7 @@ def refuse_unfit(cfg: DictConfig) -> None:
         )
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     encoder = plain.get("backbone") or {}
-    if encoder.get("init_from") is not None and encoder.get("weights", "random") != "random":
+    if encoder.get("init_from") not in (None, "${mandatory:}") and encoder.get("weights") == "pretrained":
         raise ValueError(
             f"backbone.init_from and backbone.weights={encoder['weights']} both give the encoder's weights: set "
             "backbone.weights=random, or backbone.init_from=null"

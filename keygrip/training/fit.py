@@ -77,12 +77,14 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     if compilation is not None:
         compilation.check(strategy.on_gpu)
     resumed_step = check_resumed(resume, resolved) if resume else 0
+    if resume is None:
+        refuse_missing_weights(plain)
     complete_stages(plain, train=not cfg.dry_run)
     origin = run_metadata()
     _seed(cfg)
 
     built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
-    datamodule, module = _build(cfg, built.data, plain, resolved, resumed=resume is not None)
+    datamodule, module = _build(cfg, built.data, resolved, resumed=resume is not None)
     trained = _trained_before(folder, resumed_step) if resume else {}
     if resume is not None and resumed_step == cfg.max_steps and not trained and not no_validation(cfg):
         log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
@@ -153,18 +155,13 @@ def _seed(cfg: DictConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _build(
-    cfg: DictConfig, data: DictConfig, plain: dict[str, Any], resolved: dict[str, Any], resumed: bool
-) -> tuple[Any, LightningModule]:
+def _build(cfg: DictConfig, data: DictConfig, resolved: dict[str, Any], resumed: bool) -> tuple[Any, LightningModule]:
     """The data module, which has read nothing yet, and the module; what they would refuse later is refused here.
 
     Args:
-        data: the node of the data module. plain: settings with pretraining stages as they are. resolved: with run
-            folders in their places.
+        data: the node of the data module. resolved: settings with run folders in the places of pretraining stages.
     """
     datamodule = instantiate(data, _convert_="all")
-    if not resumed:
-        refuse_missing_weights(plain)
     if hasattr(datamodule, "refuse_missing"):
         datamodule.refuse_missing()
     module = build_module(resolved)

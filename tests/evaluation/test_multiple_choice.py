@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from shard_sets import small_video
 from vlm_parts import small_module
 
@@ -326,3 +327,10 @@ def test_whole_videos_of_mvbench_are_shown_as_its_script_shows_them(tmp_path: Pa
     assert shown("mvbench") == (of_script, tuple(2.5 * number for number in range(16)))
     assert shown("mlvu")[0] == list(evenly(40, 16))
     assert (of_script[0], shown("mlvu")[0][0]) == (1, 0)
+
+    folder = tmp_path / "mvbench" / "perception" / "videos" / "a.mp4"
+    folder.unlink()
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32), (40 + 5 * number,) * 3).save(folder / f"{number}.png")
+    assert shown("mvbench")[0] == [0, 1, 2, 3], "of a short folder every image"

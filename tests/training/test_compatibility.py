@@ -16,6 +16,7 @@ from keygrip.training.compatibility import (
     refuse_uneven_batch,
     refuse_unfit,
 )
+from keygrip.training.pretraining import PretrainingStage
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,19 @@ def test_two_sources_of_an_encoders_weights_are_refused_before_a_stage_is_traine
         refuse_unfit(compose("train", choices))
     refuse_unfit(compose("train", [*choices, "backbone.weights=random"]))
     refuse_unfit(compose("train", [*choices, "backbone.init_from=null"]))
+
+
+def test_a_start_that_is_not_there_is_refused_before_a_stage_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretrainingStage, "complete", lambda self: pytest.fail("it began"))
+    gone = [f"model.init_from={tmp_path / 'gone'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*gone: there is no run folder"):
+        train.run(compose("train", ["experiment=vlm_robot_videos", *gone]))
+
+
+def test_a_mistyped_kind_of_weights_is_no_second_source() -> None:
+    refuse_unfit(compose("train", ["experiment=vlm_robot_videos", "backbone.weights=pretraned"]))
 
 
 def test_the_choices_named_are_those_that_pass() -> None:

@@ -353,8 +353,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
         self.row_counts.add(batch, rows)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            for name, value in self.row_counts.report(self.device).items():
-                self.log(f"train/{name}", value, batch_size=size)
+            for figure, value in self.row_counts.report(self.device).items():
+                self.log(f"train/{figure}", value, batch_size=size)
         if self._health_now():
             assert isinstance(self.network, FoveatedVLM)
             self._report_health(
