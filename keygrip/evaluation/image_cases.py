@@ -30,7 +30,7 @@ from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling
 from keygrip.progress import Progress
-from keygrip.training.strategies import automatic_autocast
+from keygrip.training.strategies import named_precision
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -72,6 +72,7 @@ class ImageSuite:
         text_scales, dino_scales: of the case `scales`. step_counts: of the case `steps`. grid_images: images for each
             pair of scales and each number of steps.
         sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
+        precision: of drawing: "32-true", "bf16-mixed"; "auto": that of `keygrip sample` on this machine.
         lpips: "auto" where its weights are at hand; "none".
         replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
             changed, where the data say which it is.
@@ -95,6 +96,7 @@ class ImageSuite:
     step_counts: Sequence[int] = (4, 8, 16, 32)
     grid_images: int = 32
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "auto"
     lpips: str = "auto"
     replace_words: Mapping[str, str] = field(default_factory=dict)
     shown: int = 8
@@ -116,8 +118,9 @@ class ImageSuite:
             raise ValueError(f"batch_size={self.batch_size}: at least 2, since images of a batch are paired")
         if min(self.images, self.grid_images, self.shown, *self.step_counts) < 1:
             raise ValueError("images, grid_images, shown and step_counts must be at least 1")
-        if self.lpips not in ("auto", "none"):
-            raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
+        for name, allowed in (("lpips", ("auto", "none")), ("precision", ("auto", "32-true", "bf16-mixed"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(allowed)}")
         if self.split not in ("train", "val", "test"):
             raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
         for word, other in self.replace_words.items():
@@ -169,6 +172,7 @@ class Suite:
         self.module, self.data, self.classifier, self.options = module, data, classifier, options
         self.encoders = module.ready_encoders()
         self.sampling = module.sampling_with(options.sampling)
+        self.precision = named_precision(module.device.type, options.precision)
         self.distances = Distances(self.encoders, classifier, options.lpips)
         folder = options.clip or (options.features.weights if options.features.kind == "clip" else None)
         self.clip = None if folder is None else ClipSimilarity(folder)
@@ -273,16 +277,15 @@ class Suite:
         index = torch.tensor(kept, device=asked.target.device)
         own = asked.conditions
         assert own.cls is not None
-        conditions = Conditions(
-            states.to(own.cls), mask.to(own.cls.device), own.cls[index], _rows(own.patches, index), own.patch_grid
-        )
+        patches = None if own.patches is None else own.patches[index]
+        conditions = Conditions(states.to(own.cls), mask.to(own.cls.device), own.cls[index], patches, own.patch_grid)
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
         records, seeds = [asked.records[i] for i in kept], [asked.seeds[i] for i in kept]
         return Asked(conditions, asked.target[index], records, seeds, colours, captions, sides_told=not words)
 
     def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
-        """Images [B, 3, H, W] in 0..1, in the precision of `keygrip sample`."""
-        with automatic_autocast(self.module.device):
+        """Images [B, 3, H, W] in 0..1, in the suite's precision."""
+        with torch.autocast(self.module.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             drawn = self.module.draw(asked.conditions, size, asked.seeds, sampling or self.sampling)
         if not bool(torch.isfinite(drawn).all()):
             raise ValueError(NOT_FINITE)
@@ -489,7 +492,3 @@ class Suite:
         features = torch.cat(parts)
         cost = {"evaluations": evaluations, "s_per_image": round(spent / len(features), 4)}
         return summarise(values) | set_figures(features, self.reference) | cost, first
-
-
-def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if values is None else values[index]

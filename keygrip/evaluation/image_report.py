@@ -163,13 +163,12 @@ def write_report(
 
 def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     """The report's text."""
-    told = {**figures["sampling"], "precision": figures["precision"]}
-    sampling = ", ".join(f"{name} {value}" for name, value in told.items())
+    sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
     lines = [f"# Images of the {figures['split']} split", ""]
     wrong = shortcomings(figures["cases"], figures["split"])
     lines += ["What is wrong, first:" if wrong else "No figure is outside of its limit.", ""]
     lines += [*(f"- {line}" for line in wrong), *([""] if wrong else [])]
-    lines += [f"Sampling: {sampling}.", ""]
+    lines += [f"Sampling: {sampling}; drawn in {figures['drawn_in']}.", ""]
     if "features" in figures:
         anchor = (
             "These training images may be among the real ones that sets are compared with: the column `real` is no "

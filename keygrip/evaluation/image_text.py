@@ -39,7 +39,6 @@ from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite,
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
 from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
-from keygrip.training.strategies import automatic_precision
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -63,7 +62,8 @@ def run_suite(
 
     Returns:
         the figures: `cases`, `scales`, `word_scales`, `steps`, `real_grid` (the anchor of these three), `classifier`
-            (its own error), `clip`, `lpips_note`, `sampling`, `precision` (as of training); and the image files.
+            (its own error), `clip`, `lpips_note`, `sampling`, `drawn_in` (the precision in which images were
+            drawn, named as `strategy.precision` is); and the image files.
 
     Raises:
         FileNotFoundError: no shards. ValueError: no such split, or a case that cannot be evaluated.
@@ -98,7 +98,7 @@ def run_suite(
         "lpips_note": suite.distances.note,
         "real_note": "" if suite.encoders.exact or DECODED in cases else DECODED_NOTE,
         "sampling": asdict(suite.sampling) | {"interval": list(suite.sampling.interval)},
-        "precision": automatic_precision(module.device.type == "cuda"),
+        "drawn_in": suite.precision,
         "clip": None if suite.clip is None else {"name": suite.clip.name, "sha256": suite.clip.sha256},
     }
     return figures, write_report(output, figures, suite.rows, scale_rows)

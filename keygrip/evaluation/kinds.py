@@ -102,6 +102,7 @@ class ImageTextSchema(EvaluateSchema):
     step_counts: Any = MISSING
     grid_images: int = MISSING
     sampling: Any = MISSING
+    precision: str = MISSING
     lpips: str = MISSING
     replace_words: dict[str, Any] = field(default_factory=dict)
     shown: int = MISSING

@@ -204,7 +204,7 @@ def test_training_images_are_no_anchor_of_their_own_distance() -> None:
     assert shortcomings(cases, "train") == ["The grain of reconstructions is 4, 4 times that of real images (1)."]
     figures: dict[str, Any] = {"cases": cases, "sampling": {}, "features": {"name": "own", "sha256": "0"}}
     figures |= {"classifier": None, "lpips_note": "", "scales": [], "word_scales": [], "steps": []}
-    figures["precision"] = "32-true"
+    figures["drawn_in"] = "32-true"
     held_out, trained_on = (markdown(figures | {"split": split}, []) for split in ("test", "train"))
     assert "9, 900 times" in held_out
     assert "how far real held-out images are" in held_out
