@@ -17,12 +17,35 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
 QUATERNION_TOLERANCE = 1e-2
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
+REACH_M = 2.0  # of an arm on a table: positions that are nearer in another unit are taken for that
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
 RATES_HZ = (0.01, 10_000.0)  # frame rates of recordings; others are another unit
 NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
 # The opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity.
 GRIPPER_TOLERANCE = 1e-3
+
+
+def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
+    """What is likely of a track some of whose positions are too far off, and what to do. far: [N] m, by frame."""
+    if np.median(far) <= REACH_M:
+        return "positions with wrong readings", "Cut the demo there or record it again"
+    for unit, size in (("centimetres", 100), ("millimetres", 1000)):
+        if far.max() <= REACH_M * size:
+            farthest = f"{far.max() / size:.3g} m"
+            return (
+                f"positions in {unit}",
+                f"Convert positions to metres (divide {unit} by {size}: the farthest is then {farthest})",
+            )
+    return "positions in another unit", "Convert positions to metres"
+
+
+def _unit_of_openings(low: float, high: float) -> tuple[str, str]:
+    """The likely unit of openings from `low` to `high`, and what to do."""
+    for unit, size in (("percent", 100), ("bytes", 255)):
+        if low >= 0 and 0.97 * size <= high <= size:
+            return unit, f"Divide {unit} by {size}"
+    return "another unit", "Subtract what it reads when closed, and divide by its range"
 
 
 def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:
@@ -44,11 +67,13 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
             )
     far = np.abs(poses.position).max(axis=-1)
     if far.max() > LARGEST_POSITION_M:
+        cause, remedy = _unit_of_positions(far)
         raise DemoError(
             name,
             f"{what} position of arm {arm!r} is {far.max():.4g} m from the origin at frame {int(far.argmax())}, more "
-            f"than the {LARGEST_POSITION_M:g} m of any arm on a table. Convert positions to metres (divide millimetres "
-            "by 1000)",
+            f"than the {LARGEST_POSITION_M:g} m of any arm on a table. {remedy}",
+            f"{what} {cause}",
+            remedy,
         )
     norm = np.linalg.norm(poses.quaternion, axis=-1)
     worst = int(np.abs(norm - 1).argmax())
@@ -60,10 +85,13 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
         )
     low, high = float(poses.gripper.min()), float(poses.gripper.max())
     if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
+        unit, remedy = _unit_of_openings(low, high)
         raise DemoError(
             name,
             f"{what} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is "
-            "needed",
+            f"needed. {remedy}",
+            f"{what} gripper opening in {unit}",
+            remedy,
         )
     if poses.joints is not None:
         if poses.joints.ndim != 2 or len(poses.joints) != frames:

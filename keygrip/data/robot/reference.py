@@ -51,7 +51,7 @@ class DemoReference:
         except DemoError as error:
             if error.name == self.name:
                 raise
-            raise DemoError(self.name, error.reason) from error
+            raise DemoError(self.name, error.reason, error.cause, error.remedy) from error
         except KeyError as error:
             raise DemoError(self.name, f"{str(error)[:80]} is missing in {self.path}") from error
         except HOSTILE as error:

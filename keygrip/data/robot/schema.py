@@ -31,12 +31,16 @@ CONVENTIONS = {
 
 
 class DemoError(BadSample):
-    """One demo cannot be used. `name` says which, `reason` why; the run goes on without it unless too many are
-    broken."""
+    """One demo cannot be used; the run goes on without it unless too many are broken.
 
-    def __init__(self, name: str, reason: str) -> None:
+    Args:
+        name: which. reason: why. cause: what is likely, in a few words, where that is known. remedy: what to do, the
+            sentence with which the reason then ends.
+    """
+
+    def __init__(self, name: str, reason: str, cause: str = "", remedy: str = "") -> None:
         super().__init__(name, reason)
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.cause, self.remedy = name, reason, cause, remedy
 
     def __str__(self) -> str:
         return f"demo {self.name!r}: {self.reason}"

@@ -140,6 +140,26 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
         lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 70, 12)),
         "0 to 70",
     ),
+    "centimetres": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.full((12, 3), 34.0)),
+        "divide centimetres by 100: the farthest is then 0.34 m",
+    ),
+    "millimetres": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.full((12, 3), 340.0)),
+        "divide millimetres by 1000: the farthest is then 0.34 m",
+    ),
+    "a wrong reading": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.eye(12, 3) * 34),
+        "at frame 0, more than the 10 m of any arm on a table. Cut the demo there",
+    ),
+    "gripper in percent": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 100, 12)),
+        "Divide percent by 100",
+    ),
+    "gripper in bytes": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 255, 12)),
+        "Divide bytes by 255",
+    ),
     "lengths": (lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.ones(11)), r"shape \(11,\)"),
     "frames": (lambda f, m, a: m(f, frames=11), "11 frames"),
     "time runs back": (
