@@ -82,30 +82,37 @@ def sound(number: int) -> Parts:
 Fault = Callable[[Parts, int], Parts]
 
 
-def write(root: Path, fault: Fault = lambda parts, number: parts) -> Path:
+def unchanged(parts: Parts, number: int) -> Parts:
+    return parts
+
+
+def arm_pose(parts: Parts, frame: int) -> ArmPose:
+    return ArmPose(parts.position[frame], parts.quaternion[frame], float(parts.gripper[frame]), parts.joints[frame])
+
+
+def write(root: Path, fault: Fault = unchanged, told: Fault | None = None) -> Path:
+    """`told`: what is changed of commands, which are where the sound arm is at the next frame; None: there are none."""
     for number in range(DEMOS):
         parts = fault(sound(number), number)
+        command = None if told is None else told(sound(number), number)
         with DemoWriter(root / f"demo_{number}", "yam", "pick", "pick up the cube", parts.fps) as writer:
             for i in range(len(parts.times)):
                 writer.add(
                     int(parts.times[i]),
                     {"over": parts.images[i]},
                     {"over": CameraPose(parts.intrinsics, parts.world_to_camera[i])},
-                    {
-                        "right": ArmPose(
-                            parts.position[i], parts.quaternion[i], float(parts.gripper[i]), parts.joints[i]
-                        )
-                    },
+                    {"right": arm_pose(parts, i)},
+                    None if command is None else {"right": arm_pose(command, min(i + 1, FRAMES - 1))},
                 )
     return root
 
 
-def examine(tmp_path: Path, fault: Fault) -> list[Finding]:
-    return doctor(write(tmp_path / "data", fault), tmp_path / "out", compare_images=False, progress=False)
+def examine(tmp_path: Path, fault: Fault, told: Fault | None = None) -> list[Finding]:
+    return doctor(write(tmp_path / "data", fault, told), tmp_path / "out", compare_images=False, progress=False)
 
 
 def test_a_sound_folder_gives_no_finding_and_a_sheet_with_the_gripper_marked(tmp_path):
-    assert examine(tmp_path, lambda parts, number: parts) == []
+    assert examine(tmp_path, unchanged, unchanged) == []
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["demos"] == report["readable"] == DEMOS
     assert report["camera/over/arm/right/on_screen"] == 1.0
@@ -189,8 +196,20 @@ def other_zero(parts: Parts, number: int) -> Parts:
     return replace(parts, joints=parts.joints + np.linspace(0, 0.4, FRAMES)[:, None] * [0, 1, 0, 0.5, 0, 0])
 
 
-def in_millimetres(parts: Parts, number: int) -> Parts:
-    return replace(parts, position=parts.position * 1e3, joints=parts.joints[:, :5])
+def scaled(factor: float) -> Fault:
+    return lambda parts, number: replace(parts, position=parts.position * factor)
+
+
+def conjugated(parts: Parts, number: int) -> Parts:
+    return replace(parts, quaternion=parts.quaternion * [1, -1, -1, -1])
+
+
+def offset(parts: Parts, number: int) -> Parts:
+    return replace(parts, position=parts.position + [0.016, -0.012, 0])
+
+
+def in_percent(parts: Parts, number: int) -> Parts:
+    return replace(parts, gripper=100 * parts.gripper)
 
 
 def flat(parts: Parts, number: int) -> Parts:
@@ -281,13 +300,47 @@ def test_one_fault_gives_one_finding_that_says_what_to_do(tmp_path, fault, check
     assert severity is None or found[0].severity == severity
     assert said in str(found[0])
     assert "\n" not in str(found[0])
+    assert all(finding.cause and finding.demos for finding in findings)
     stored = json.loads((tmp_path / "out/report.json").read_text())["findings"]
     assert [entry["check"] for entry in stored] == [finding.check for finding in findings]
 
 
-def test_positions_in_millimetres(tmp_path):
-    findings = {finding.check: str(finding) for finding in examine(tmp_path, in_millimetres)}
-    assert "Convert positions to metres" in findings["broken_demo"]
+@pytest.mark.parametrize(
+    ("fault", "cause", "advice"),
+    [
+        (scaled(1000), "positions in millimetres", "Convert positions to metres (divide millimetres by 1000: "),
+        (scaled(100), "positions in centimetres", "Convert positions to metres (divide centimetres by 100: "),
+        (in_percent, "gripper opening in percent", "Divide percent by 100"),
+    ],
+    ids=["millimetres", "centimetres", "percent"],
+)
+def test_another_unit_is_named_with_what_to_divide_by(tmp_path, fault, cause, advice):
+    for track, faults in (("reached", (fault, unchanged)), ("commanded", (unchanged, fault))):
+        (finding,) = examine(tmp_path / track, *faults)
+        assert (finding.check, finding.cause) == ("broken_demo", f"{track} {cause}")
+        assert finding.demos == ("demo_0", "demo_1", "demo_2")
+        assert finding.advice.startswith(advice)
+        assert advice not in finding.what
+
+
+@pytest.mark.parametrize(
+    ("fault", "told", "cause"),
+    [
+        (scaled(1.1), unchanged, "positions scaled by 1.100"),
+        (conjugated, unchanged, "quaternions conjugated (world to gripper)"),
+        (rolled, unchanged, "quaternions stored x, y, z, w"),
+        (inverted_gripper, unchanged, "gripper opening inverted (1 for closed)"),
+        (offset, unchanged, "reached track offset by 2.0 cm"),
+        (unchanged, scaled(1.1), "commanded positions scaled by 1.1"),
+        (unchanged, conjugated, "commanded quaternions conjugated (world to gripper)"),
+        (unchanged, inverted_gripper, "commanded gripper inverted"),
+        (unchanged, offset, "commanded track offset by 2.0 cm"),
+    ],
+)
+def test_joints_tell_which_of_both_tracks_is_wrong(tmp_path, fault, told, cause):
+    causes = [finding.cause for finding in examine(tmp_path, fault, told)]
+    assert cause in causes
+    assert all(told is not unchanged or not other.startswith("commanded") for other in causes), causes
 
 
 def test_a_stray_frame_costs_height_bins(tmp_path):
@@ -305,6 +358,7 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
     findings = doctor(root, tmp_path / "out", compare_images=False, progress=False)
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert findings[0].where == "demo_1"
+    assert (findings[0].demos, findings[0].cause) == (("demo_1",), "files that are damaged or do not fit together")
     assert "the recording was cut off" in findings[0].what
     for number in (0, 2):
         shutil.rmtree(root / f"demo_{number}")
@@ -409,3 +463,13 @@ def test_max_demos_looks_at_an_even_spread(tmp_path):
     )  # the first and the last; the gap is in between
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["demos"], report["examined"]) == (3, 2)
+
+
+def test_a_gap_and_a_jump_are_named_with_their_frames(tmp_path):
+    (found,) = examine(tmp_path / "gap", gap)
+    assert (found.demos, found.frames, found.cause) == (("demo_1",), (14,), "dropped frames")
+    (found,) = examine(tmp_path / "jump", jumping)
+    assert found.demos == ("demo_0", "demo_1", "demo_2")
+    assert found.frames in {(9,), (11,)}
+    (found,) = examine(tmp_path / "rate", wrong_rate)
+    assert found.cause == "stated frame rate 30 in place of 10.0, or wrong time stamps"

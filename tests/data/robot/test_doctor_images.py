@@ -4,7 +4,7 @@ self-calibration gives the camera back. Images are the robot's silhouette over a
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,15 +19,16 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor, images_and_poses
 from keygrip.data.robot.doctor.calibrate import calibrate
-from keygrip.data.robot.doctor.causes import other_image_size
+from keygrip.data.robot.doctor.causes import Cause, other_image_size
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.images_and_poses import Seen, _check_demos, check_images_and_poses, lag_start
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
 from keygrip.data.robot.doctor.registration import NUMBERS, Fit, at_half_contrast
 from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
-from keygrip.data.robot.doctor.views import make_view, place
+from keygrip.data.robot.doctor.views import make_view, place, place_all
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics
 from keygrip.robots.model_file import yam_surface
@@ -74,9 +75,10 @@ def sound(number: int, tilt: float = 0.3) -> Recorded:
     return Recorded(np.stack(joints), position, quaternion, gripper, images)
 
 
-def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray) -> np.ndarray:
+def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray, base: Sequence[float] = (0, 0, 0)) -> np.ndarray:
     """[N, SIDE, SIDE, 3] the arm over a table."""
-    pixels, _ = seen(yam_surface().at(joints, gripper), INTRINSICS, pose)
+    points = yam_surface().at(joints, gripper) + np.array(base, dtype=np.float32)
+    pixels, _ = seen(points, INTRINSICS, pose)
     mask, _ = splat(pixels, SIDE, SIDE)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     table = np.stack([170 + 20 * ((x // 16 + y // 16) % 2), 150 + 0 * x, 120 + 0 * x], axis=-1).astype(np.uint8)
@@ -86,16 +88,20 @@ def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray) -> np.ndarr
 Fault = Callable[[Recorded, int], Recorded]
 
 
-def write(root: Path, fault: Fault, joints: bool = True) -> Path:
+def write(root: Path, fault: Fault, joints: bool = True, told: bool = False) -> Path:
+    """`told`: with commands, which are where the sound arm is at the next frame."""
     for number in range(DEMOS):
-        demo = fault(sound(number), number)
+        demo, following = fault(sound(number), number), sound(number)
         with DemoWriter(root / f"demo_{number}", "yam", "pick", "pick up the cube", 10.0) as writer:
             for i in range(FRAMES):
                 arm = ArmPose(
                     demo.position[i], demo.quaternion[i], float(demo.gripper[i]), demo.joints[i] if joints else None
                 )
                 camera = CameraPose(demo.intrinsics, demo.pose)
-                writer.add(i * 100_000_000, {"over": demo.images[i]}, {"over": camera}, {"right": arm})
+                n = min(i + 1, FRAMES - 1)
+                command = ArmPose(following.position[n], following.quaternion[n], float(following.gripper[n]))
+                images, commanded = {"over": demo.images[i]}, {"right": command} if told else None
+                writer.add(i * 100_000_000, images, {"over": camera}, {"right": arm}, commanded)
     return root
 
 
@@ -112,8 +118,8 @@ class Held:
         return len(self.images)
 
 
-def found(tmp_path: Path, fault: Fault, joints: bool = True) -> list[Finding]:
-    return doctor(write(tmp_path / "data", fault, joints), tmp_path / "out", progress=False)
+def found(tmp_path: Path, fault: Fault, joints: bool = True, told: bool = False) -> list[Finding]:
+    return doctor(write(tmp_path / "data", fault, joints, told), tmp_path / "out", progress=False)
 
 
 def same(demo: Recorded, number: int) -> Recorded:
@@ -184,6 +190,79 @@ def test_what_a_camera_of_its_own_would_explain_in_each_demo_is_one_reading_of_a
     assert exam.findings[0].demos == ("demo_0", "demo_1", "demo_2")
 
 
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        pytest.param(lambda p, q: (1.1 * p, q), "positions scaled by 1.", marks=pytest.mark.slow),
+        (lambda p, q: (p, q * [1, -1, -1, -1]), "quaternions conjugated (world to gripper)"),
+    ],
+    ids=["scaled", "conjugated"],
+)
+def test_images_show_that_it_is_the_reached_track_which_is_wrong(tmp_path, change, cause):
+    def wrong(demo: Recorded, number: int) -> Recorded:
+        position, quaternion = change(demo.position, demo.quaternion)
+        return replace(demo, position=position, quaternion=quaternion)
+
+    findings = found(tmp_path, wrong, joints=False, told=True)
+    assert any(finding.check == "pose_reading" and finding.cause.startswith(cause) for finding in findings), findings
+    assert not [finding for finding in findings if finding.check.startswith("command")]
+
+
+LEFT_BASE = [0.0, 0.4, 0.0]
+WIDE_POSE = looking_at(np.array([1.4, -0.3, 1.1]), np.array([0.3, 0.2, 0.06]))
+
+
+def two_armed(folder: Path, late: int = 0) -> list[Demo]:
+    """Two arms side by side, both in the images, which are some frames late."""
+    demos = []
+    for number, reference in enumerate(find_demos(write(folder, same))):
+        right, left, demo = sound(number), sound(number + DEMOS), reference.read()
+        images = np.minimum(  # the arms are darker than the table
+            shown(right.joints, right.gripper, WIDE_POSE), shown(left.joints, left.gripper, WIDE_POSE, LEFT_BASE)
+        )[np.clip(np.arange(FRAMES) - late, 0, FRAMES - 1)]
+        poses = np.broadcast_to(WIDE_POSE, (FRAMES, 4, 4))
+        track = replace(demo.cameras["over"], world_to_camera=poses, frames=Held(images))
+        arms = {
+            "left": ArmTrajectory(left.position + LEFT_BASE, left.quaternion, left.gripper, joints=left.joints),
+            "right": demo.arms["right"],
+        }
+        demos.append(replace(demo, cameras={"over": track}, arms=arms))
+    return demos
+
+
+@pytest.mark.parametrize("late", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_that_moves_in_the_images_of_two_arms_is_compared_with_both(tmp_path, late):
+    exam = Examination(two_armed(tmp_path / "data", late), frames_per_demo=8, height_bins=32, pred_size=56)
+    check_images_and_poses(exam)
+    causes = [finding.cause for finding in exam.findings]
+    assert causes == (["images 2 frames late"] if late else []), exam.findings
+    if not late:
+        agreement = exam.measures["camera/over/arm/left and right/agreement"]
+        assert min(agreement.values()) > 0.8, agreement
+
+
+def test_two_arms_are_not_compared_where_nothing_says_where_a_base_stands(tmp_path):
+    demos = two_armed(tmp_path / "data")
+    demos = [replace(d, arms=d.arms | {"left": replace(d.arms["left"], joints=None)}) for d in demos]
+    exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
+    check_images_and_poses(exam)
+    assert exam.findings == []
+    assert exam.measures["camera/over/arm/left and right/compared_demos"] == 0
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_points_of_two_arms_have_the_speed_at_which_they_move(tmp_path, every):
+    robot = place_all(two_armed(tmp_path / "data")[0])
+    assert robot is not None
+    when = np.array([3.0, 8.5, 11.0, 14.0])
+    way = robot.at(when + 0.5, every) - robot.at(when - 0.5, every)
+    last = way.shape[1] - 1
+    which = np.array([0, last // 2 - 1, last // 2 + 1, last])
+    speed = robot.speed(when, which, every)
+    np.testing.assert_allclose(speed, way[np.arange(4), which], atol=1e-5)
+    assert np.linalg.norm(speed, axis=1).max() > 1e-3
+
+
 def test_joints_in_degrees_are_all_that_is_said(tmp_path):
     findings = found(tmp_path, lambda demo, number: replace(demo, joints=np.degrees(demo.joints)))
     assert [finding.check for finding in findings] == ["joint_unit"], [str(finding) for finding in findings]
@@ -244,7 +323,7 @@ def test_overlays_of_a_camera_that_is_badly_wrong_show_it(tmp_path, monkeypatch,
     fit = Fit(-change, np.zeros(NUMBERS), before=0.04, after=after, residual=1.0, points=100, cost=0.1)
     for name in ("fit", "wide_fit"):  # takes half a minute
         monkeypatch.setattr(images_and_poses, name, lambda pairs: fit)
-    monkeypatch.setattr(images_and_poses, "camera_cause", lambda *_: ("turned", "by 20 degrees", "calibrate"))
+    monkeypatch.setattr(images_and_poses, "camera_cause", lambda *_: Cause("turned", "by 20 degrees", "calibrate"))
     root = write(tmp_path / "data", lambda demo, number: replace(demo, pose=moved(POSE, change[:6])))
     exam = Examination([reference.read() for reference in find_demos(root)], 8, 32, 56)
     check_images_and_poses(exam)

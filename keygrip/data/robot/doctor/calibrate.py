@@ -21,7 +21,7 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
 from keygrip.data.robot.doctor.silhouettes import moved
-from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
+from keygrip.data.robot.doctor.views import Placement, View, make_view, place_all, stands
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
@@ -88,7 +88,11 @@ def calibrate(
     for camera in cameras or known:
         pairs = _pairs(demos, camera, frames_per_demo, model)
         if not pairs:
-            log.warning("camera %s moves with the arm, or shows no motion: left as it is", camera)
+            log.warning(
+                "camera %s moves with the arm, shows no motion, or shows several arms one of which has no recorded "
+                "joints: left as it is",
+                camera,
+            )
             continue
         found = fitted(pairs)
         if found.after < LEAST_AGREEMENT or found.points == 0:
@@ -140,10 +144,9 @@ def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface 
         if camera not in demo.cameras or not stands(demo, camera) or len(demo) < 6:
             continue
         view = make_view(demo, camera, frames)
-        for arm in demo.arms:
-            robot = place(demo, arm, model)
-            if robot.source != "poses":
-                found.append((view, robot))
+        robot = place_all(demo, model)
+        if robot is not None and robot.source != "poses":
+            found.append((view, robot))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,6 +37,16 @@ READINGS = {
     "xyzw": "quaternions stored x, y, z, w",
     "inverted": "poses inverted (world to gripper in place of gripper to world)",
 }
+
+
+class Cause(NamedTuple):
+    """What a fit shows: the cause in a few words, what was measured, what to do, and the check whose finding it is:
+    `registration` of cameras and clocks, `pose_reading` where it is the recorded poses that are wrong."""
+
+    cause: str
+    what: str
+    advice: str
+    check: str = "registration"
 
 
 class Compared(Protocol):
@@ -89,14 +99,14 @@ def place_with(seen: Compared, name: str, words: str) -> Placement:
     return place(view.demo, seen.arm, seen.model, other_poses(view, seen.arm, words))
 
 
-def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> tuple[str, str, str] | None:
+def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> Cause | None:
     """Another reading of the poses that does as well as changes of the camera [8], by demo; None: there is none."""
     names = list(names)[:4]
     pairs = [seen.pairs[name] for name in names]
     own = agreement_of(pairs)
     full = float(np.mean([agreement_of([seen.pairs[name]], changes[name]) for name in names]))
     if any(robot.source == "joints" for _, robot in pairs):
-        return _base_cause(pairs, own, full)
+        return None if pairs[0][1].others else _base_cause(pairs, own, full)
     readings = READINGS
     scored = {}
     for words in (*readings, *map(str, SCALES)):
@@ -106,20 +116,22 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
         return None
     if best in readings:
         words = readings[best]
-        return (
+        return Cause(
             words,
             f"images and poses go together with {words}",
             "Store gripper-to-world poses, quaternions w, x, y, z",
+            "pose_reading",
         )
     scale = _peak(SCALES, [scored[str(s)] for s in SCALES], float(best), own)
-    return (
+    return Cause(
         f"positions scaled by {scale:.2f}",
         f"images and poses go together if positions are divided by {scale:.2f}",
         "Check the unit and the calibration of the recorded positions",
+        "pose_reading",
     )
 
 
-def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> tuple[str, str, str] | None:
+def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> Cause | None:
     """Recorded positions that lie elsewhere than joints and images put the gripper."""
     base = pairs[0][1].base
     off = float(np.linalg.norm(base[:3, 3])) * 100
@@ -130,10 +142,11 @@ def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float
     if alone < own + BETTER / 2 or alone < full - BETTER:
         return None
     words = f"{off:.1f} cm" + (f" and {turn:.1f} degrees" if turn > 1 else "")
-    return (
+    return Cause(
         f"recorded positions offset by {words}",
         f"joints and images go together, and put the gripper {words} from the recorded positions",
         "Correct the base frame of the recorded positions: the joints' own base is the world",
+        "pose_reading",
     )
 
 
@@ -187,8 +200,8 @@ def other_image_size(view: View) -> tuple[int, int] | None:
     return round(size[0]), round(size[1])
 
 
-def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str, str, str]:
-    """Cause, what was measured, and advice for a camera that a fit had to change in all demos."""
+def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
+    """Why a fit had to change a camera in all demos."""
     pairs = [seen.pairs[name] for name in names]
     calibrate = "Calibrate again, or let `prepare step=calibrate` write the corrected calibration"
     measured = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
@@ -201,7 +214,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
             break
     if family != "lag" and (size := other_image_size(pairs[0][0])) is not None:
         track = pairs[0][0].demo.cameras[seen.camera]
-        return (
+        return Cause(
             f"cropped or resized images with old K (of {size[0]} x {size[1]} pixels)",
             f"the robot is seen elsewhere ({measured} after a fit), and the principal point is the centre of images of "
             f"{size[0]} x {size[1]} pixels",
@@ -213,34 +226,34 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
     if family == "lag":
         frames = max(1, round(abs(lag)))
         late = "late" if lag > 0 else "early"
-        return (
+        return Cause(
             f"images {frames} frames {late}",
             f"the images show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses "
             f"({measured} with this undone)",
             f"Shift the images by {frames} frames {'earlier' if lag > 0 else 'later'}",
         )
     if family == "focal":
-        return (
+        return Cause(
             f"focal length off by {-focal / (1 + focal / 100):.1f} percent",
             f"the robot is seen as through a lens with {focal:+.1f} percent of focal length ({measured} with it)",
             "Images were cropped and resized with the old K, or the intrinsics are another camera's. " + calibrate,
         )
     if family == "crop":
-        return (
+        return Cause(
             f"cropped images with old K (focal length {focal:+.1f} percent, centre moved)",
             f"the robot is seen as through a crop of the image: {focal:+.1f} percent of focal length and another "
             f"centre ({measured} with it)",
             "Give the intrinsics of the images as they are stored. " + calibrate,
         )
     if family == "rotation":
-        return (
+        return Cause(
             f"extrinsics off by {turn:.1f} degrees",
             f"the robot is seen as by a camera turned by {turn:.1f} degrees ({measured} with it)",
             calibrate,
         )
     if family == "shift":
         joints = any(robot.source == "joints" for _, robot in pairs)
-        return (
+        return Cause(
             f"extrinsics or the robot's base off by {shift:.1f} cm",
             f"the robot is seen as by a camera shifted by {shift:.1f} cm ({measured} with it)"
             + ("" if joints else "; a base offset of the positions looks the same"),
@@ -248,7 +261,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> tuple[str,
         )
     late_words = f", images {abs(lag):.1f} frames {'late' if lag > 0 else 'early'}" if abs(lag) > 0.5 else ""
     focal_words = f", focal length {focal:+.1f} percent" if family == "all" and abs(focal) > 2 else ""
-    return (
+    return Cause(
         f"extrinsics off by {turn:.1f} degrees and {shift:.1f} cm{focal_words}{late_words}",
         f"the robot is seen as by a camera turned by {turn:.1f} degrees and shifted by {shift:.1f} cm{focal_words}"
         f"{late_words} ({measured} with it)",

@@ -44,9 +44,9 @@ class Finding:
 
     Attributes:
         check: which check found it, a short name. severity: `error` spoils training, `warning` costs quality.
-        where: camera, arm or demos. what: what was measured. advice: what to do.
-        cause: the likely cause in a few words, with its size; empty where only the effect is known.
-        camera: its name, or empty. demos: names of the demos that are affected; empty: all.
+        where: camera, arm and demos in words. what: what was measured. advice: what to do.
+        cause: the likely cause in a few words, with its size.
+        demos: names of those that are affected. camera, arm: their names, or empty.
         frames: of the first of these demos, where single frames are meant.
     """
 
@@ -55,14 +55,14 @@ class Finding:
     where: str
     what: str
     advice: str
-    cause: str = ""
+    cause: str
+    demos: tuple[str, ...]
     camera: str = ""
-    demos: tuple[str, ...] = ()
+    arm: str = ""
     frames: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        cause = f" Likely cause: {self.cause}." if self.cause else ""
-        return f"{self.severity} [{self.check}] {self.where}: {self.what}.{cause} {self.advice}"
+        return f"{self.severity} [{self.check}] {self.where}: {self.what}. Likely cause: {self.cause}. {self.advice}"
 
 
 @dataclass
@@ -81,26 +81,37 @@ class Examination:
         self,
         check: str,
         severity: Literal["error", "warning"],
-        where: str,
         what: str,
         advice: str,
-        cause: str = "",
+        *,
+        cause: str,
+        demos: Iterable[str],
         camera: str = "",
-        demos: Iterable[str] = (),
+        arm: str = "",
         frames: Iterable[int] = (),
     ) -> None:
         """Notes a finding; arguments as the attributes of `Finding`."""
+        names = tuple(demos)
+        known = {demo.name for demo in self.demos}
+        everywhere = len(known) > 1 and known <= set(names)
+        parts = (
+            f"camera {camera}" if camera else "",
+            f"arm {arm}" if arm else "",
+            "all demos" if everywhere else listed(names),
+        )
+        where = ", ".join(part for part in parts if part)
         self.findings.append(
-            Finding(check, severity, where, what, advice, cause, camera, tuple(demos), tuple(frames)[:20])
+            Finding(check, severity, where, what, advice, cause, names, camera, arm, tuple(frames)[:20])
         )
 
     def found(self, *checks: str) -> bool:
         """Whether one of these checks has found something."""
         return any(finding.check in checks for finding in self.findings)
 
-    def named(self, *checks: str) -> set[str]:
-        """Names of the demos that findings of these checks name."""
-        return {name for finding in self.findings if finding.check in checks for name in finding.demos}
+    def named(self, *checks: str, arm: str | None = None) -> set[str]:
+        """Names of the demos that findings of these checks name; `arm`: those of this arm alone."""
+        found = [f for f in self.findings if f.check in checks and arm in (None, f.arm)]
+        return {name for finding in found for name in finding.demos}
 
     @property
     def arms(self) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keygrip.data.robot.doctor.examination import Examination, listed
+from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, track_distance
 from keygrip.data.robot.schema import Demo
 
@@ -24,7 +24,6 @@ def check_exchanged_arms(exam: Examination) -> None:
             exam,
             "exchanged_commands",
             [demo.name for demo in told if _crossed(_command_distance(demo), first, second, INVERTED_M)],
-            f"arms {first}, {second}",
             f"the commanded track of {first} goes with the reached track of {second}, and that of {second} with "
             f"{first}'s",
             f"commanded tracks of {first} and {second} exchanged",
@@ -39,7 +38,6 @@ def check_exchanged_arms(exam: Examination) -> None:
                 exam,
                 "exchanged_arms",
                 odd,
-                f"arms {first}, {second}",
                 f"{first} begins where {second} does in the other demos, and {second} where {first} does",
                 f"arms {first} and {second} exchanged in these demos",
             )
@@ -74,12 +72,11 @@ def _start_distance(demo: Demo, demos: list[Demo]) -> Callable[[str, str], float
     return distance
 
 
-def _report(exam: Examination, check: str, names: list[str], arms: str, what: str, cause: str) -> None:
+def _report(exam: Examination, check: str, names: list[str], what: str, cause: str) -> None:
     if names:
         exam.add(
             check,
             "error",
-            f"{arms}, {listed(names)}",
             what,
             "Give each arm its own track under its own name in all demos",
             cause=cause,

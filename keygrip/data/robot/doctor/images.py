@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, tensor
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, tensor
 from keygrip.data.robot.doctor.views import shrunk, stands
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
@@ -68,19 +68,19 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
         kept = evenly(len(images), 3 * exam.frames_per_demo)
         streams[demo.name] = Stream(stream.index[kept], images[kept])
     exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
-    rows: list[tuple[str, list[str], str, str]] = [
-        ("dark_camera", dark, "the images are almost black", "Check the cable, the lens cap and the exposure"),
-        ("bright_camera", bright, "the images are almost white", "Lower the exposure or the gain"),
+    rows: list[tuple[str, list[str], str, str, str]] = [
+        ("dark_camera", dark, "black", "Check the cable, the lens cap and the exposure", "no light or no signal"),
+        ("bright_camera", bright, "white", "Lower the exposure or the gain", "overexposed"),
     ]
-    for check, names, what, advice in rows:
+    for check, names, colour, advice, cause in rows:
         if names:
-            exam.add(check, "error", f"camera {camera}, {listed(names)}", what, advice, camera=camera, demos=names)
+            what = f"the images are almost {colour}"
+            exam.add(check, "error", what, advice, cause=cause, camera=camera, demos=names)
     if frozen:
         name, frames = next(iter(frozen.items()))
         exam.add(
             "frozen_camera",
             "error",
-            f"camera {camera}, {listed(frozen)}",
             f"the image stands still while the gripper moves, in {name} at frames {frames[0]} to {frames[-1]}",
             "The stream hung: leave these demos out and check the camera's cable and bandwidth",
             cause=f"frozen span of {len(frames)} frames",
@@ -93,7 +93,6 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
         exam.add(
             "outlier_image",
             "error",
-            f"camera {camera}, {listed(odd)}",
             f"single images differ from both neighbours, which agree: {name} at frame "
             f"{', '.join(map(str, frames[:5]))}",
             "A frame of another moment or a damaged one: replace it by its neighbour or cut the demo there",
@@ -185,7 +184,6 @@ def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Strea
         exam.add(
             "colour_order",
             "error",
-            f"camera {camera}, {'all demos' if everywhere else listed(names)}",
             "red and blue are exchanged: "
             + (
                 "what the instructions name has the exchanged colour" if everywhere else "other demos show it otherwise"

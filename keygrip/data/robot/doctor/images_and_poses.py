@@ -15,14 +15,16 @@ import numpy as np
 from keygrip.data.robot.doctor.causes import (
     FAMILIES,
     READINGS,
+    Cause,
     camera_cause,
     explained,
     other_camera,
     place_with,
     pose_cause,
 )
-from keygrip.data.robot.doctor.examination import Examination, listed
+from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.overlays import add_overlays
+from keygrip.data.robot.doctor.projection import AIMED_ELSEWHERE
 from keygrip.data.robot.doctor.registration import (
     FOCAL,
     LAG,
@@ -37,7 +39,8 @@ from keygrip.data.robot.doctor.registration import (
 from keygrip.data.robot.doctor.search import wide_fit
 from keygrip.data.robot.doctor.silhouettes import agreement
 from keygrip.data.robot.doctor.tracks import in_degrees
-from keygrip.data.robot.doctor.views import Placement, View, make_view, place, stands
+from keygrip.data.robot.doctor.views import Placement, View, make_view, place_all, stands
+from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.surface import RobotSurface
 
@@ -69,7 +72,7 @@ FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass
 class Seen:
-    """One camera and arm: views with the robot's places, by demo."""
+    """One camera and its arms: views with the robot's places, by demo. `arm`: its name, or those of several."""
 
     camera: str
     arm: str
@@ -78,17 +81,13 @@ class Seen:
     scores: dict[str, float] = field(default_factory=dict)
     change: np.ndarray = field(default_factory=lambda: np.zeros(NUMBERS))
 
-    @property
-    def where(self) -> str:
-        return f"camera {self.camera}, arm {self.arm}"
-
 
 def check_images_and_poses(
     exam: Examination,
     model: RobotSurface | None = None,
     small_images: dict[tuple[str, str], dict[int, np.ndarray]] | None = None,
 ) -> None:
-    """Compares each camera that stands with each arm.
+    """Compares each camera that stands with the arms, all together: all of them move in its images.
 
     Args:
         model: the arms' surface; None: a YAM's where the robot's name says so.
@@ -101,25 +100,34 @@ def check_images_and_poses(
         exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
         if not standing or exam.found("intrinsics"):
             continue
-        if any(f.check == "off_screen" and f.camera == camera and f.cause for f in exam.findings):
+        if any(f.check == "off_screen" and f.camera == camera and f.cause != AIMED_ELSEWHERE for f in exam.findings):
             continue  # a pose that means something else explains any disagreement, too
         if max(standing[0].cameras[camera].width, standing[0].cameras[camera].height) < LEAST_SIDE:
             continue
-        for arm in exam.arms:
-            demos = [demo for demo in standing if arm in demo.arms]
-            inverted = any(f.check == "gripper_polarity" and f.where == f"arm {arm}" for f in exam.findings)
+        for arms in sorted({tuple(sorted(demo.arms)) for demo in standing}):
+            name = " and ".join(arms)
             found: dict[str, tuple[View, Placement]] = {}
-            for demo in demos:
-                if in_degrees(demo.arms[arm]):  # reported: the poses alone say where the robot is
-                    demo = replace(demo, arms={**demo.arms, arm: replace(demo.arms[arm], joints=None)})
+            for demo in standing:
+                if tuple(sorted(demo.arms)) != arms:
+                    continue
                 view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
-                if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) >= LEAST_MOTION:
-                    robot = place(demo, arm, model)
-                    # an inverted opening has been reported: it must not be taken for a moved camera
-                    found[demo.name] = (view, replace(robot, opening=1 - robot.opening) if inverted else robot)
-            exam.measures[f"camera/{camera}/arm/{arm}/compared_demos"] = len(found)
+                if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) < LEAST_MOTION:
+                    continue
+                robot = place_all(replace(demo, arms={arm: _usable(exam, arm, demo) for arm in arms}), model)
+                if robot is not None:
+                    found[demo.name] = (view, robot)
+            exam.measures[f"camera/{camera}/arm/{name}/compared_demos"] = len(found)
             if found:
-                _compare(exam, Seen(camera, arm, found, model))
+                _compare(exam, Seen(camera, name, found, model))
+
+
+def _usable(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
+    """A track without what has been reported of it, which must not be taken for a moved camera: joints in degrees (the
+    poses alone say where the robot is) and an inverted opening."""
+    track = demo.arms[arm]
+    if in_degrees(track):
+        track = replace(track, joints=None)
+    return replace(track, gripper=1 - track.gripper) if exam.named("gripper_polarity", arm=arm) else track
 
 
 def _compare(exam: Examination, seen: Seen) -> None:
@@ -160,11 +168,11 @@ def _check_readings(exam: Examination, seen: Seen) -> None:
     exam.add(
         "pose_reading",
         "error",
-        f"{seen.where}, {listed(seen.pairs)}",
         f"a YAM cannot reach the recorded poses; read as {cause}, it does, and is seen there",
         "Store gripper-to-world poses of the grasp site in metres, quaternions w, x, y, z",
         cause=cause,
         camera=seen.camera,
+        arm=seen.arm,
         demos=seen.pairs,
     )
 
@@ -195,12 +203,12 @@ def _check_flips(exam: Examination, seen: Seen) -> set[str]:
         exam.add(
             "flipped_images",
             "error",
-            f"{seen.where}, {listed(demos)}",
             f"the robot in the images moves as the poses say only if the images are undone as {flip} "
             f"(agreement {np.mean([seen.scores[name] for name in demos]):.2f} as they are)",
             "Undo this before writing the images, or describe it in camera poses and intrinsics",
             cause=f"images {flip}",
             camera=seen.camera,
+            arm=seen.arm,
             demos=demos,
         )
     return flipped
@@ -229,12 +237,12 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
         exam.add(
             "disagreement",
             "error",
-            seen.where,
             f"what moves in the images has nothing to do with the poses (agreement {found.before:.2f}, "
             f"{found.after:.2f} after a fit)",
             "Check that images and poses are of the same demo and camera, and the world frame of the poses",
             cause="another demo's images, another camera, or another world frame",
             camera=seen.camera,
+            arm=seen.arm,
             demos=names,
         )
         return None
@@ -324,12 +332,12 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         exam.add(
             "wrong_demo",
             "error",
-            f"{seen.where}, {listed(names)}",
             "the robot in the images does not move as the poses of this demo say"
             + (f", but as those of {other}" if other else ""),
             "Pair each demo's images with its own poses, or leave these demos out",
             cause="images and poses are of different demos" + (f" (images of {other})" if other else ""),
             camera=seen.camera,
+            arm=seen.arm,
             demos=names,
         )
 
@@ -373,16 +381,15 @@ def _lag_explains(seen: Seen, name: str, found: Fit) -> bool:
     return explained([seen.pairs[name]], found, FAMILIES["lag"], seen.change)
 
 
-def _add_registration(exam: Examination, seen: Seen, names: list[str], said: tuple[str, str, str]) -> None:
-    cause, what, advice = said
+def _add_registration(exam: Examination, seen: Seen, names: list[str], said: Cause) -> None:
     exam.add(
-        "registration",
+        said.check,
         "error",
-        f"{seen.where}, {listed(names) if len(names) < len(seen.pairs) else 'all demos'}",
-        what,
-        advice,
-        cause=cause,
+        said.what,
+        said.advice,
+        cause=said.cause,
         camera=seen.camera,
+        arm=seen.arm,
         demos=names,
     )
 
@@ -391,11 +398,11 @@ def _add_other_camera(exam: Examination, seen: Seen, names: list[str], other: st
     exam.add(
         "other_camera",
         "error",
-        f"{seen.where}, {listed(names)}",
         f"the images show the robot as {other} is calibrated, not as {seen.camera} is",
         "Pair each camera's images with its own intrinsics and pose",
         cause=f"images or calibrations of {seen.camera} and {other} exchanged",
         camera=seen.camera,
+        arm=seen.arm,
         demos=names,
     )
 
@@ -405,11 +412,11 @@ def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:
     exam.add(
         "image_lag",
         "error",
-        f"{seen.where}, {name}",
         f"the images show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses",
         f"Shift the images by {frames} frames {'earlier' if lag > 0 else 'later'}, or leave this demo out",
         cause=f"images {frames} frames {'late' if lag > 0 else 'early'}",
         camera=seen.camera,
+        arm=seen.arm,
         demos=[name],
     )
 
@@ -420,11 +427,11 @@ def _add_moved(exam: Examination, seen: Seen, name: str, found: Fit) -> None:
     exam.add(
         "moved_camera",
         "error",
-        f"{seen.where}, {name}",
         f"in this demo the images fit the poses with the camera turned by {turn:.1f} degrees and shifted by "
         f"{shift * 100:.1f} cm (agreement {found.before:.2f}, {found.after:.2f} after the fit)",
         "The camera was moved: calibrate again for this demo (prepare step=calibrate) or leave it out",
         cause=f"camera moved by {turn:.1f} degrees and {shift * 100:.1f} cm in this demo",
         camera=seen.camera,
+        arm=seen.arm,
         demos=[name],
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import Examination, listed, yam_model
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.kinematics import with_joints
 from keygrip.data.robot.doctor.tracks import best_delay, unit_of
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
@@ -14,17 +15,11 @@ SCALE, DELAY_FRAMES, SPREAD_M, ODD_M = 0.02, 0.4, 0.006, 0.008
 
 def check_joint_tracks(exam: Examination) -> None:
     """Where a YAM's joints were recorded: they say where the gripper was, whatever frame its positions are in."""
-    if exam.found("joint_unit"):
-        return
-    exchanged = exam.named("exchanged_arms")
     for arm in exam.arms:
         scales, delays, bases, turns, places = {}, {}, {}, {}, {}
-        for demo in exam.with_arm(arm):
+        for demo, joints, model in with_joints(exam, arm):
             track = demo.arms[arm]
-            model = yam_model(demo, arm)
-            if demo.name in exchanged or track.joints is None or track.joints.shape[1] != 6 or model is None:
-                continue
-            own, quaternion = forward_kinematics(track.joints, *model)
+            own, quaternion = forward_kinematics(joints, *model)
             if np.ptp(own, axis=0).max() < 0.03:
                 continue
             turn = Rotation.from_matrix(
@@ -73,11 +68,11 @@ def _report_scales(exam: Examination, arm: str, scales: dict[str, float]) -> Non
     exam.add(
         "position_scale",
         "error",
-        f"arm {arm}, {listed(scales)}",
         f"recorded positions move {scale:.3f} times as far as the kinematics of the recorded joints",
         f"Convert the positions to metres: divide them by {scale:.4g}",
         cause=f"positions in {unit}" if unit else f"positions scaled by {scale:.3f}",
         demos=scales,
+        arm=arm,
     )
 
 
@@ -89,11 +84,11 @@ def _report_delays(exam: Examination, arm: str, delays: dict[str, float]) -> Non
     exam.add(
         "pose_lag",
         "error",
-        f"arm {arm}, {listed(delays)}",
         f"recorded poses follow the kinematics of the recorded joints by {delay:.1f} frames",
         f"Shift the poses by {frames} frames {'earlier' if delay > 0 else 'later'}",
         cause=f"poses {frames} frames {'late' if delay > 0 else 'early'} against the joints",
         demos=delays,
+        arm=arm,
     )
 
 
@@ -106,9 +101,9 @@ def _report_odd(exam: Examination, arm: str, bases: dict[str, np.ndarray]) -> No
     exam.add(
         "base_offset",
         "error",
-        f"arm {arm}, {listed(off)}",
         f"recorded positions lie up to {centimetres:.1f} cm elsewhere against the joints than in the other demos",
         "Give all demos the same base and tool frame",
         cause=f"positions offset by {centimetres:.1f} cm in these demos",
         demos=off,
+        arm=arm,
     )

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination, yam_model
+from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
@@ -13,18 +14,26 @@ SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
 KINEMATICS_SPREAD_M = 0.01  # spread of the difference between recorded poses and forward kinematics
 
 
+def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tuple[str, str]]]:
+    """Demos whose joints say where the gripper of an arm was, with its joints [N, 6] and its model: a YAM's, in rad,
+    under the arm's own name."""
+    if exam.named("joint_unit", arm=arm):
+        return []  # smaller angles in degrees are not told from radians
+    exchanged = exam.named("exchanged_arms")
+    found = []
+    for demo in exam.with_arm(arm):
+        joints, model = demo.arms[arm].joints, yam_model(demo, arm)
+        if demo.name not in exchanged and joints is not None and joints.shape[1] == 6 and model is not None:
+            found.append((demo, joints, model))
+    return found
+
+
 def check_kinematics(exam: Examination) -> None:
     """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
-    if exam.found("joint_unit"):
-        return
-    exchanged = exam.named("exchanged_arms")
     for arm in exam.arms:
-        turns, swapped, world, rotations, inverse = [], [], [], [], []
-        for demo in exam.with_arm(arm):
-            joints = demo.arms[arm].joints
-            model = yam_model(demo, arm)
-            if demo.name in exchanged or joints is None or joints.shape[1] != 6 or model is None:
-                continue
+        turns, swapped, world, rotations, inverse, names = [], [], [], [], [], []
+        for demo, joints, model in with_joints(exam, arm):
+            names.append(demo.name)
             pick = evenly(len(demo), 40)
             position, quaternion = forward_kinematics(joints[pick], *model)
             expected, found = (
@@ -46,10 +55,12 @@ def check_kinematics(exam: Examination) -> None:
             exam.add(
                 "quaternion_order",
                 "error",
-                f"arm {arm}",
                 f"the recorded rotations differ from the forward kinematics by {scatter:.0f} degrees as the file is "
                 f"read and by {swapped_scatter:.0f} if its quaternions are x, y, z, w",
                 "Store quaternions as w, x, y, z",
+                cause="quaternions stored x, y, z, w",
+                demos=names,
+                arm=arm,
             )
             continue
         _, conjugated_scatter = _mean_turn(np.concatenate(inverse))
@@ -60,13 +71,14 @@ def check_kinematics(exam: Examination) -> None:
             exam.add(
                 "pose_direction",
                 "error",
-                f"arm {arm}",
                 f"the recorded rotations differ from the forward kinematics by {scatter:.0f} degrees, inverted by "
                 f"{conjugated_scatter:.0f}",
                 "Store gripper-to-world poses",
                 cause="poses inverted (world to gripper in place of gripper to world)"
                 if whole
                 else "quaternions conjugated (world to gripper)",
+                demos=names,
+                arm=arm,
             )
             continue
         left = np.concatenate([recorded - computed @ base.T for recorded, computed in world])
@@ -78,11 +90,13 @@ def check_kinematics(exam: Examination) -> None:
             exam.add(
                 "kinematics",
                 "warning",
-                f"arm {arm}",
                 "recorded poses and the forward kinematics of the recorded joints do not go together "
                 f"({in_tool * 1e3:.0f} mm, {scatter:.0f} degrees of spread)",
                 "Check the joints' zero positions and order, the arm's model, and whether poses and joints have the "
                 "same clock",
+                cause="other zero positions or order of the joints, another arm's model, or another clock",
+                demos=names,
+                arm=arm,
             )
         # along the approach a shifted base and a shifted site look alike as long as the gripper points down
         elif np.linalg.norm(offset) > SITE_OFFSET_M and (
@@ -92,11 +106,13 @@ def check_kinematics(exam: Examination) -> None:
             exam.add(
                 "site_offset",
                 "error",
-                f"arm {arm}",
                 "the recorded position is not the grasp site between the finger tips but "
                 f"{np.linalg.norm(offset) * 1e3:.0f} mm off ({millimetres} mm along the tool's x, y, z)",
                 "Record the grasp site's position (a flange or wrist frame is likely), or add the offset on import; "
                 "look at the contact sheet for the point that is marked",
+                cause=f"positions of a point {np.linalg.norm(offset) * 1e3:.0f} mm from the grasp site",
+                demos=names,
+                arm=arm,
             )
 
 

@@ -15,6 +15,7 @@ from keygrip.robots.kinematics import matrix_from_quaternion
 ON_SCREEN_SHARE = 0.9  # share of frames; below it training loses targets, below half of it the calibration is wrong
 LARGEST_CELL_MM = 25.0  # edge of a cell of the prediction grid on the table
 GRAZING_SLOPE = 0.1  # sine of the angle between a viewing ray and the horizontal: 6 degrees
+AIMED_ELSEWHERE = "a camera that looks elsewhere, or a wrong calibration"
 
 
 def check_projection(exam: Examination) -> None:
@@ -27,9 +28,9 @@ def check_projection(exam: Examination) -> None:
             exam.add(
                 "uncalibrated_camera",
                 "warning",
-                f"camera {camera}, {listed(unknown) if demos else 'all demos'}",
                 f"it is not calibrated: {next(iter(unknown.values()))}. Nothing that needs its pose was checked",
                 "Some models need no calibration (docs/data.md); for the others give it in a calibration file",
+                cause="no calibration of this camera",
                 camera=camera,
                 demos=unknown,
             )
@@ -43,10 +44,12 @@ def check_projection(exam: Examination) -> None:
             exam.add(
                 "intrinsics",
                 "error",
-                f"camera {camera}",
                 f"the optical centre lies at {centre[0]:.2f}, {centre[1]:.2f} of an image of {track.width} x "
                 f"{track.height}",
                 "The intrinsics are for another resolution or crop: scale them with the image",
+                cause="intrinsics of another resolution or crop",
+                camera=camera,
+                demos=[demo.name for demo in demos],
             )
             continue  # this explains whatever the projection shows
         if carrier is not None:
@@ -93,7 +96,6 @@ _ALTERNATIVES: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
 
 
 def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> None:
-    where = f"camera {camera}, arm {arm}"
     tracks = [demo.cameras[camera] for demo in demos]
     positions = [demo.arms[arm].position for demo in demos]
     inside = [
@@ -102,7 +104,8 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
     share = float(np.concatenate(inside).mean())
     exam.measures[f"camera/{camera}/arm/{arm}/on_screen"] = share
     if share < ON_SCREEN_SHARE:
-        cause, advice = "", "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
+        cause = AIMED_ELSEWHERE
+        advice = "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
         for words, remedy, change in _ALTERNATIVES:
             other = [
                 _inside(track, position, change(np.asarray(track.world_to_camera)))
@@ -111,16 +114,19 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
             if np.concatenate(other).mean() > max(ON_SCREEN_SHARE, share + 0.3):
                 cause, advice = words, f"Read so, it puts the gripper into the image: {remedy}"
                 break
-        worst = sorted(range(len(demos)), key=lambda number: inside[number].mean())
+        shares = [float(found.mean()) for found in inside]
+        worst = sorted((n for n, found in enumerate(shares) if found < 1), key=lambda n: shares[n])
         exam.add(
             "off_screen",
             "error" if share < 0.5 else "warning",
-            where,
             f"the gripper is in the image in only {share:.0%} of the frames, least in "
             f"{listed(demos[n].name for n in worst[:3])}",
             advice,
             cause=cause,
             camera=camera,
+            arm=arm,
+            demos=[demos[n].name for n in worst],
+            frames=np.flatnonzero(~inside[worst[0]]).tolist(),
         )
     if share == 0:
         return
@@ -151,15 +157,21 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
         exam.add(
             "grazing_rays",
             "error" if grazing > 0.5 else "warning",
-            where,
             f"{grazing:.0%} of the viewing rays to the gripper are within 6 degrees of the horizontal",
             "A pixel and a height do not tell where such a point is: put the camera higher and look down more steeply",
+            cause="a camera that stands too low",
+            camera=camera,
+            arm=arm,
+            demos=[demo.name for demo in demos],
         )
     elif len(found) and np.median(found) * 1e3 > LARGEST_CELL_MM:
         exam.add(
             "cell_size",
             "warning",
-            where,
             f"one of {exam.pred_size} x {exam.pred_size} cells covers {np.median(found) * 1e3:.0f} mm on the table",
             "Move the camera nearer, crop, or raise pred_size",
+            cause="a camera that stands far off, or few cells",
+            camera=camera,
+            arm=arm,
+            demos=[demo.name for demo in demos],
         )

@@ -234,7 +234,7 @@ def fit(
                 more, good = at_half_contrast(added, frames, start_at, normal)
                 distance, weight = distance + more, np.where(good, weight, 0.0)
             if LAG in free:
-                speed = robot.speed(view.index[frames] + change[LAG], chosen * every) @ pose[:3, :3].T
+                speed = robot.speed(view.index[frames] + change[LAG], chosen, every) @ pose[:3, :3].T
             else:
                 speed = np.zeros((len(frames), 3))
             jacobian = _jacobian(camera[frames, chosen], intrinsics, pose, change, speed)

@@ -12,8 +12,9 @@ import numpy as np
 
 from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor.commands import check_commands
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
-from keygrip.data.robot.doctor.examination import Examination, Finding, listed, yam_model
+from keygrip.data.robot.doctor.examination import Examination, Finding, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
@@ -22,7 +23,6 @@ from keygrip.data.robot.doctor.joint_tracks import check_joint_tracks
 from keygrip.data.robot.doctor.kinematics import check_kinematics
 from keygrip.data.robot.doctor.projection import check_projection
 from keygrip.data.robot.doctor.tracks import (
-    check_commands,
     check_instructions,
     check_joint_unit,
     check_opening_unit,
@@ -109,7 +109,7 @@ def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | No
             raise error from None
 
 
-# Of poses, times and cameras, in the order of the report; those of images follow.
+# Of poses, times and cameras, in the order of the report; those of images follow, and then that of commands.
 CHECKS: tuple[Callable[[Examination], None], ...] = (
     check_times,
     check_heights,
@@ -122,7 +122,6 @@ CHECKS: tuple[Callable[[Examination], None], ...] = (
     check_quaternions,
     check_gripper,
     check_opening_unit,
-    check_commands,
     check_instructions,
     check_projection,
 )
@@ -163,22 +162,27 @@ def doctor(
     examination = Examination(demos, frames_per_demo, height_bins, pred_size)
     examination.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
     examination.measures |= {"examined": len(chosen), "readable": len(demos)}
-    if broken:
+    causes: dict[str, list[DemoError]] = {}
+    for error in broken:
+        causes.setdefault(error.cause or "files that are damaged or do not fit together", []).append(error)
+    for cause, errors in causes.items():
+        reason, remedy = errors[0].reason, errors[0].remedy
         examination.add(
             "broken_demo",
             "error",
-            listed(error.name for error in broken),
-            f"{len(broken)} of {len(chosen)} demos cannot be read; the first: {broken[0].reason}",
-            "Record them again or remove them; training leaves them out and stops at more than 10 %",
+            f"{len(errors)} of {len(chosen)} demos cannot be read; the first: {reason.removesuffix('. ' + remedy)}",
+            remedy or "Record them again or remove them; training leaves them out and stops at more than 10 %",
+            cause=cause,
+            demos=[error.name for error in errors],
         )
     if without:
         examination.add(
             "broken_camera",
             "warning",
-            listed(error.name for error in without),
             f"a camera that is not calibrated is broken in {len(without)} of {len(chosen)} demos; the first: "
             f"{without[0].reason}",
             "Training leaves these demos out where it reads that camera",
+            cause="damaged images of a camera that is not calibrated",
             demos=[error.name for error in without],
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -192,6 +196,7 @@ def doctor(
                 small_images[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
         if compare_images:
             check_images_and_poses(examination, robot_model, small_images)
+        check_commands(examination)
         for camera in examination.cameras:
             sheet = sheets[camera] = contact_sheet(examination, camera)
             with atomic_write(output / f"contact_sheet_{camera.replace('/', '_')}.png") as file:

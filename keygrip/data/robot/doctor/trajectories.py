@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination
 from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import matrix_from_quaternion
@@ -31,70 +31,86 @@ def check_heights(exam: Examination) -> None:
         bin_mm = (high - low) / exam.height_bins * 1e3
         exam.measures[f"arm/{arm}/height_range_m"] = [low, high]
         exam.measures[f"arm/{arm}/height_bin_mm"] = bin_mm
-        where = f"arm {arm}"
+        names = [demo.name for demo in demos]
         if high - low > LARGEST_RANGE_M:
             exam.add(
                 "height_range",
                 "error",
-                where,
                 f"the gripper's height runs from {low:.3g} to {high:.3g}, which no arm on a table reaches in metres",
                 "Convert positions to metres (millimetres are likely), or fix the world frame: z must point up",
+                cause="positions in another unit, or another axis as z",
+                demos=names,
+                arm=arm,
             )
         elif high - low < SMALLEST_RANGE_M:
             exam.add(
                 "height_range",
                 "warning",
-                where,
                 f"the gripper's height changes by only {(high - low) * 1e3:.1f} mm",
                 "Check that z is the vertical axis of the world and that the positions move at all",
+                cause="another axis as z, or a track that stands still",
+                demos=names,
+                arm=arm,
             )
         elif high - low > OUTLIER_RATIO * (bulk_high - bulk_low):
-            extreme = [
-                demo.name
+            margin = 0.25 * (bulk_high - bulk_low)
+            stray = {
+                demo.name: np.flatnonzero((height < bulk_low - margin) | (height > bulk_high + margin)).tolist()
                 for demo in demos
-                if demo.arms[arm].position[:, 2].min() < bulk_low - 0.25 * (bulk_high - bulk_low)
-                or demo.arms[arm].position[:, 2].max() > bulk_high + 0.25 * (bulk_high - bulk_low)
-            ]
+                for height in [demo.arms[arm].position[:, 2]]
+            }
+            stray = {name: frames for name, frames in stray.items() if frames}
             exam.add(
                 "height_outlier",
                 "warning",
-                f"arm {arm}, {listed(extreme)}",
                 f"98 % of the heights lie between {bulk_low:.3f} and {bulk_high:.3f} m, but the bins must reach from "
                 f"{low:.3f} to {high:.3f} m",
                 "Leave these demos out or cut the stray frames: they make every height bin coarser",
+                cause="stray heights",
+                demos=stray,
+                arm=arm,
+                frames=next(iter(stray.values()), []),
             )
         elif bin_mm > LARGEST_BIN_MM:
             exam.add(
                 "height_bin",
                 "warning",
-                where,
                 f"one of {exam.height_bins} height bins is worth {bin_mm:.0f} mm",
                 "Use more height bins, or leave out demos that go needlessly high",
+                cause="few bins for this range of heights",
+                demos=names,
+                arm=arm,
             )
 
 
 def check_jumps(exam: Examination) -> None:
     """Speeds between neighbouring frames that no arm reaches."""
     for arm in exam.arms:
-        jumping = []
+        jumping: dict[str, tuple[float, int]] = {}  # by demo: m/s, and the frame from which it jumps
         fastest = 0.0
         for demo in exam.with_arm(arm):
             seconds = np.maximum(np.diff(demo.timestamps) * 1e-9, 1e-6)
             # an arm may move far during a gap: only neighbouring frames count
             near = seconds <= GAP * np.median(seconds)
             way = np.linalg.norm(np.diff(demo.arms[arm].position, axis=0), axis=1)
-            speed = float((way / seconds)[near].max(initial=0.0))
+            speeds = np.where(near, way / seconds, 0.0)
+            at = int(speeds.argmax())
+            speed = float(speeds[at])
             fastest = max(fastest, speed)
             if speed > JUMP_SPEED_M_S and way[near].max() > MOVED_M:
-                jumping.append(demo.name)
+                jumping[demo.name] = speed, at
         exam.measures[f"arm/{arm}/fastest_m_s"] = fastest
         if jumping and not exam.found("time_unit") and exam.measures[f"arm/{arm}/height_range_m"][1] < LARGEST_RANGE_M:
+            name, (speed, at) = max(jumping.items(), key=lambda entry: entry[1])
             exam.add(
                 "jump",
                 "warning",
-                f"arm {arm}, {listed(jumping)}",
-                f"the gripper jumps between neighbouring frames, at up to {fastest:.1f} m/s",
+                f"the gripper jumps between neighbouring frames, at up to {speed:.1f} m/s in {name} after frame {at}",
                 "Check for dropped frames and for positions in another frame or unit part of the time",
+                cause="dropped frames, or another frame or unit for a while",
+                demos=[name, *(other for other in jumping if other != name)],
+                arm=arm,
+                frames=[at],
             )
 
 
@@ -102,20 +118,25 @@ def check_quaternions(exam: Examination) -> None:
     """Sign flips of the quaternions, and quaternions in another order than wxyz."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
-        flips = {
-            demo.name: int(((demo.arms[arm].quaternion[1:] * demo.arms[arm].quaternion[:-1]).sum(axis=1) < 0).sum())
-            for demo in demos
-        }
-        flipping = [name for name, count in flips.items() if count]
-        exam.measures[f"arm/{arm}/quaternion_sign_flips"] = sum(flips.values())
-        if flipping:
+        flips: dict[str, list[int]] = {}
+        for demo in demos:
+            quaternion = demo.arms[arm].quaternion
+            frames = np.flatnonzero((quaternion[1:] * quaternion[:-1]).sum(axis=1) < 0) + 1
+            if len(frames):
+                flips[demo.name] = frames.tolist()
+        count = sum(len(frames) for frames in flips.values())
+        exam.measures[f"arm/{arm}/quaternion_sign_flips"] = count
+        if flips:
             exam.add(
                 "quaternion_flip",
                 "warning",
-                f"arm {arm}, {listed(flipping)}",
-                f"the quaternion changes its sign from one frame to the next {sum(flips.values())} times",
+                f"the quaternion changes its sign from one frame to the next {count} times",
                 "Give each quaternion the sign that is nearer to the one before: q and -q are one rotation, but "
                 "interpolation and averages treat them as different ones",
+                cause="quaternions of either sign, as they come out of a conversion",
+                demos=flips,
+                arm=arm,
+                frames=next(iter(flips.values())),
             )
         stated = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: quaternion)
         rolled = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: np.roll(quaternion, 1, axis=1))
@@ -123,16 +144,17 @@ def check_quaternions(exam: Examination) -> None:
         exam.measures[f"arm/{arm}/turning_about_vertical"] = stated[1]
         upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
         tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
-        known = any(finding.check == "quaternion_order" and finding.where == f"arm {arm}" for finding in exam.findings)
-        if (upside or tilting) and not known:
+        if (upside or tilting) and not exam.named("quaternion_order", arm=arm):
             exam.add(
                 "quaternion_order",
                 "error" if upside else "warning",
-                f"arm {arm}",
                 f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight down) "
                 f"and {stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
                 f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
                 "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
+                cause="quaternions stored x, y, z, w",
+                demos=[demo.name for demo in demos],
+                arm=arm,
             )
 
 
@@ -168,25 +190,29 @@ def check_gripper(exam: Examination) -> None:
             exam.add(
                 "gripper_still",
                 "warning",
-                f"arm {arm}",
                 f"the gripper's opening never changes by more than {max(ranges):.2f}",
                 "Fine for a task without grasping; else check which signal is recorded as the opening",
+                cause="another signal recorded as the opening, or a task without grasping",
+                demos=[demo.name for demo in demos],
+                arm=arm,
             )
             continue
-        first = [_first_change(demo.arms[arm].gripper) for demo in demos]
-        opening = sum(change > 0 for change in first)
-        closing = sum(change < 0 for change in first)
+        first = {demo.name: _first_change(demo.arms[arm].gripper) for demo in demos}
+        opens = [name for name, change in first.items() if change > 0]
+        opening, closing = len(opens), sum(change < 0 for change in first.values())
         exam.measures[f"arm/{arm}/starts_by_closing"] = closing
         exam.measures[f"arm/{arm}/starts_by_opening"] = opening
         if opening > closing:
             exam.add(
                 "gripper_polarity",
                 "error",
-                f"arm {arm}",
                 f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read; a grasp "
                 "begins with closing",
                 "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
                 "with an object in the gripper",
+                cause="gripper opening inverted (1 for closed)",
+                demos=opens,
+                arm=arm,
             )
 
 
@@ -209,7 +235,6 @@ def check_times(exam: Examination) -> None:
         exam.add(
             "time_unit",
             "error",
-            listed(units),
             f"time stamps of {rates[next(iter(units))]:.4g} frames per second where {stated[next(iter(units))]:g} are "
             f"stated: they count {next(iter(units.values()))}",
             "Store time stamps in nanoseconds",
@@ -218,23 +243,28 @@ def check_times(exam: Examination) -> None:
         )
         rates = {name: rate for name, rate in rates.items() if name not in units}
     if gaps:
+        longest = max(gaps, key=lambda name: gaps[name])
+        at = next(int(np.diff(demo.timestamps).argmax()) for demo in exam.demos if demo.name == longest)
         exam.add(
             "time_gap",
             "warning",
-            listed(gaps),
-            f"time stamps jump: the longest gap is {max(gaps.values()):.2f} s",
+            f"time stamps jump: the longest gap is {gaps[longest]:.2f} s, in {longest} after frame {at}",
             "Frames were dropped there: the policy would learn to move too fast. Leave the demos out or record them "
             "again",
+            cause="dropped frames",
+            demos=[longest, *(name for name in gaps if name != longest)],
+            frames=[at],
         )
     if rates:
         name, rate = next(iter(rates.items()))
         exam.add(
             "frame_rate",
             "error",
-            listed(rates),
-            f"the time stamps say {rate:.1f} frames per second, the file of {name} says something else",
+            f"the time stamps say {rate:.1f} frames per second, the file of {name} states {stated[name]:g}",
             "Correct fps in the metadata, or the time stamps: control runs at the stated rate, and training leaves "
             "demos of another one out",
+            cause=f"stated frame rate {stated[name]:g} in place of {rate:.1f}, or wrong time stamps",
+            demos=rates,
         )
 
 

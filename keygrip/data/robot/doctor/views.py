@@ -110,6 +110,7 @@ class Placement:
     Args:
         surface: which robot. joints: [N, J]. opening: [N]. base: [4, 4] world_from_base.
         source: "joints" (recorded), "inverse kinematics" (of the recorded poses), or "poses" (the gripper alone).
+        others: the demo's other arms, whose points follow its own.
     """
 
     surface: RobotSurface
@@ -117,13 +118,26 @@ class Placement:
     opening: np.ndarray
     base: np.ndarray
     source: str
+    others: tuple[Placement, ...] = ()
 
     def at(self, when: np.ndarray, every: int = 1) -> np.ndarray:
         """[F, P, 3] points in the world at (fractional) frame numbers [F], held at the demo's ends."""
-        return self.surface.at(*self._interpolated(when), every, self.base)
+        own = self.surface.at(*self._interpolated(when), every, self.base)
+        return np.concatenate([own, *(other.at(when, every) for other in self.others)], axis=1) if self.others else own
 
-    def speed(self, when: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """[M, 3] metres per frame, of points number `which` [M] at frame numbers `when` [M]."""
+    def speed(self, when: np.ndarray, which: np.ndarray, every: int = 1) -> np.ndarray:
+        """[M, 3] metres per frame, of points number `which` [M] of those of `at`, at frame numbers `when` [M]."""
+        found = np.zeros((len(which), 3))
+        first = 0
+        for robot in (self, *self.others):
+            last = first + len(robot.surface.points[::every])
+            mine = (which >= first) & (which < last)
+            if mine.any():
+                found[mine] = robot._own_speed(when[mine], (which[mine] - first) * every)
+            first = last
+        return found
+
+    def _own_speed(self, when: np.ndarray, which: np.ndarray) -> np.ndarray:
         ahead = self.surface.some(*self._interpolated(when + 0.5), which)
         return np.asarray((ahead - self.surface.some(*self._interpolated(when - 0.5), which)) @ self.base[:3, :3].T)
 
@@ -163,6 +177,15 @@ def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.nda
         if solved is not None:
             return Placement(model, solved, opening, np.eye(4), "inverse kinematics")
     return Placement(gripper_blob(), tool[:, :3].reshape(len(tool), 12), opening, np.eye(4), "poses")
+
+
+def place_all(demo: Demo, model: RobotSurface | None = None) -> Placement | None:
+    """Where all arms of a demo are, as one: what moves in its images is all of them. None: of several arms one has no
+    joints, and nothing says where its base stands, which for a single one is the world."""
+    first, *others = (place(demo, arm, model) for arm in sorted(demo.arms))
+    if others and any(robot.source != "joints" for robot in (first, *others)):
+        return None
+    return replace(first, others=tuple(others))
 
 
 def _inverse(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:

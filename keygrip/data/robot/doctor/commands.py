@@ -1,0 +1,359 @@
+"""The commanded track against the reached one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.kinematics import with_joints
+from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, best_delay, paired, track_distance, unit_of
+from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.robots.kinematics import forward_kinematics
+
+# Row i of the commanded track is where the arm is told to be at frame i + 1; a controller needs a little longer.
+EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.2
+ODD_FRAMES = 0.9  # frames; a demo whose delay differs by more from the others' is reported
+OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
+SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # smallest scale error, and the share of an offset's residual that it may leave
+STILL = 0.01  # share of the reached track's way that a commanded track goes at least
+READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference, and the share of it that another reading may leave
+# Findings that the reached track is wrong.
+REACHED_WRONG = (
+    "base_offset",
+    "pose_direction",
+    "pose_lag",
+    "pose_reading",
+    "position_scale",
+    "quaternion_order",
+    "site_offset",
+)
+IF_RIGHT = "Where the contact sheet marks the grasp site, the reached track is right:"
+
+
+def check_commands(exam: Examination) -> None:
+    """Where both tracks were recorded: their clock, place, scale, rotation and gripper.
+
+    A difference alone does not say which of both is wrong, so that this comes after the checks of the reached one.
+    Demos in which that is known to be wrong are left out; the commanded one is blamed where joints show the reached one
+    right, and both are named elsewhere.
+    """
+    exchanged = exam.named("exchanged_commands")
+    for arm in exam.arms:
+        out = exchanged | exam.named(*REACHED_WRONG, arm=arm)
+        told = {
+            d.name: d.arms[arm] for d in exam.with_arm(arm) if d.arms[arm].commanded is not None and d.name not in out
+        }
+        by_joints = _by_joints(exam, arm, told)
+        told = _without_inverted(exam, arm, told, by_joints)
+        if not told:
+            continue
+        rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
+        delays = {name: _delay(arms) for name, arms in told.items()}
+        known = {name: delay for name, delay in delays.items() if np.isfinite(delay)}
+        usual = float(np.median(list(known.values()))) if known else 1.5
+        exam.measures[f"arm/{arm}/command_delay_frames"] = round(usual, 2) if known else None
+        bounds = {name: SLOWEST_S * rates[name] + 1 for name in told}
+        wrong = {
+            name: delay
+            for name, delay in known.items()
+            if not EARLIEST_FRAMES <= delay <= bounds[name] or abs(delay - usual) > ODD_FRAMES + 0.03 * rates[name]
+        }
+        if wrong:
+            name, delay = max(wrong.items(), key=lambda entry: abs(entry[1] - 1.6))
+            common = usual if EARLIEST_FRAMES <= usual <= bounds[name] else 1.6
+            frames = round(delay - common) or (1 if delay > common else -1)
+            words = ("early", "late") if frames > 0 else ("late", "early")
+            ways = ("later", "earlier") if frames > 0 else ("earlier", "later")
+            frames = abs(frames)
+            _report(
+                exam,
+                "command_lag",
+                arm,
+                wrong,
+                by_joints,
+                f"the reached track follows the commanded one by {delay:.1f} frames, where 1 to 2 are usual",
+                commanded=(
+                    f"commanded track {words[0]} by {frames} frames",
+                    f"Shift the commanded track by {frames} frames {ways[0]}; row i is the command given at frame i",
+                ),
+                either=(
+                    f"commanded track {words[0]} or reached track {words[1]}, by {frames} frames",
+                    f"{IF_RIGHT} shift the commanded one by {frames} frames {ways[0]} (row i is the command given at "
+                    f"frame i); else shift the reached one by {frames} frames {ways[1]}",
+                ),
+            )
+        shift = {name: round(delays[name]) if name in known else round(usual) for name in told}
+        _check_places(exam, arm, told, shift, by_joints)
+        _check_turns(exam, arm, told, shift, by_joints)
+        _check_openings(exam, arm, told, shift)
+
+
+def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Positions [N, 3] of the gripper in the arm's base by its joints, of those of some demos whose joints and reached
+    poses go together, wherever the base stands."""
+    if exam.named("kinematics", arm=arm):
+        return {}
+    return {
+        demo.name: forward_kinematics(joints, *model)[0]
+        for demo, joints, model in with_joints(exam, arm)
+        if demo.name in names
+    }
+
+
+def _report(
+    exam: Examination,
+    check: str,
+    arm: str,
+    names: Collection[str],
+    by_joints: Collection[str],
+    what: str,
+    *,
+    commanded: tuple[str, str],
+    either: tuple[str, str],
+) -> None:
+    """Notes that two tracks differ, with cause and advice: `commanded` of the demos whose joints show the reached track
+    right (`by_joints`), `either` of the others."""
+    known = [name for name in names if name in by_joints]
+    for demos, (cause, advice) in ((known, commanded), ([name for name in names if name not in by_joints], either)):
+        if demos:
+            exam.add(check, "error", what, advice, cause=cause, demos=demos, arm=arm)
+
+
+def _without_inverted(
+    exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_joints: Collection[str]
+) -> dict[str, ArmTrajectory]:
+    """The demos in which both tracks are gripper-to-world; the others are reported."""
+    inverted = []
+    for name, reached in told.items():
+        assert reached.commanded is not None
+        turn = Rotation.from_quat(reached.commanded.quaternion, scalar_first=True).inv()
+        stated = track_distance(reached.position, reached.commanded.position)
+        other = track_distance(reached.position, -turn.apply(reached.commanded.position))
+        if stated > INVERTED_M and other < INVERTED_GAIN * stated:
+            inverted.append(name)
+    words, advice = "poses inverted (world to gripper in place of gripper to world)", "Store gripper-to-world poses"
+    _report(
+        exam,
+        "command_direction",
+        arm,
+        inverted,
+        by_joints,
+        "commanded poses go with the reached ones only if one of both is inverted",
+        commanded=(f"commanded {words}", advice),
+        either=(f"commanded or reached {words}", f"{advice} in both tracks"),
+    )
+    return {name: reached for name, reached in told.items() if name not in inverted}
+
+
+def _delay(reached: ArmTrajectory) -> float:
+    assert reached.commanded is not None
+    return best_delay(reached.commanded.position, reached.position, 12)
+
+
+def _check_places(
+    exam: Examination,
+    arm: str,
+    told: dict[str, ArmTrajectory],
+    shift: dict[str, int],
+    by_joints: dict[str, np.ndarray],
+) -> None:
+    offsets, scales, pairs = {}, {}, {}
+    for name, reached in told.items():
+        assert reached.commanded is not None
+        command, place = paired(reached.position, reached.commanded.position, shift[name])
+        pairs[name] = command, place
+        centred, moved = place - place.mean(axis=0), command - command.mean(axis=0)
+        if np.ptp(place, axis=0).max() > 0.05:
+            scales[name] = float((centred * moved).sum() / (centred**2).sum())
+        offsets[name] = np.median(command - place, axis=0)
+    usual = float(np.median(list(scales.values()))) if scales else 1.0
+    most = ODD_SCALE if abs(usual - 1) > ODD_SCALE else 3 * ODD_SCALE  # a short move of one demo says little
+    odd = {name: scale for name, scale in scales.items() if abs(scale - 1) > most}
+    off = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
+    scale = float(np.median(list(odd.values()))) if odd else 1.0
+    if (about_origin := _scale_about_origin([pairs[name] for name in off])) is not None:
+        odd, scale = dict.fromkeys(off, about_origin), about_origin
+    if odd:
+        _report_scale(exam, arm, odd, scale, by_joints)
+    else:
+        _report_offsets(exam, arm, told, shift, off, by_joints)
+
+
+def _report_scale(
+    exam: Examination, arm: str, names: Collection[str], scale: float, by_joints: Collection[str]
+) -> None:
+    what = f"commanded positions move {scale:.3g} times as far as reached ones"
+    if scale < STILL:
+        still = ("commanded track that does not follow", "Check which signal is recorded as the command")
+        _report(exam, "command_scale", arm, names, by_joints, what, commanded=still, either=still)
+        return
+
+    def scaled(factor: float) -> str:
+        unit = unit_of(factor)
+        return f"in {unit}" if unit else f"scaled by {factor:.3g}"
+
+    _report(
+        exam,
+        "command_scale",
+        arm,
+        names,
+        by_joints,
+        what,
+        commanded=(
+            f"commanded positions {scaled(scale)}",
+            f"Convert the commanded positions to metres: divide them by {scale:.4g}",
+        ),
+        either=(
+            f"commanded positions {scaled(scale)} or reached ones {scaled(1 / scale)}",
+            f"{IF_RIGHT} divide the commanded positions by {scale:.4g}; else multiply the reached ones by it",
+        ),
+    )
+
+
+def _report_offsets(
+    exam: Examination,
+    arm: str,
+    told: dict[str, ArmTrajectory],
+    shift: dict[str, int],
+    offsets: dict[str, np.ndarray],
+    by_joints: dict[str, np.ndarray],
+) -> None:
+    """Offsets of one track from the other. Joints say which is right only where the arm's base is the world: else
+    nothing says where the base stands but the reached track."""
+    at_base, told_at_base = [], []
+    for name in offsets:
+        if name in by_joints:
+            commanded = told[name].commanded
+            assert commanded is not None
+            command, place = paired(by_joints[name], commanded.position, shift[name])
+            if np.linalg.norm(np.median(told[name].position - by_joints[name], axis=0)) < OFFSET_M / 2:
+                at_base.append(name)
+            elif np.linalg.norm(np.median(command - place, axis=0)) < OFFSET_M / 2:
+                told_at_base.append(name)
+    unknown = [name for name in offsets if name not in (*at_base, *told_at_base)]
+    for names, track, frame in (
+        (at_base, "commanded track", "Give the commanded track the frame of the reached one and of the joints"),
+        (told_at_base, "reached track", "Give the reached track the frame of the commanded one and of the joints"),
+        (unknown, "commanded or reached track", "Give both tracks the same frame"),
+    ):
+        if not names:
+            continue
+        offset = np.median([offsets[name] for name in names], axis=0)
+        centimetres = ", ".join(f"{value * 100:.1f}" for value in offset)
+        exam.add(
+            "command_offset",
+            "error",
+            f"commanded positions lie {np.linalg.norm(offset) * 100:.1f} cm from the reached ones ({centimetres} cm "
+            "along the world's x, y, z)",
+            f"{frame}: another base or tool offset is likely",
+            cause=f"{track} offset by {np.linalg.norm(offset) * 100:.1f} cm",
+            demos=names,
+            arm=arm,
+        )
+
+
+def _scale_about_origin(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
+    """The factor between commanded and reached positions [N, 3], where it explains them better than an offset does."""
+    if not pairs:
+        return None
+    command, place = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    scale = float((command * place).sum() / (place**2).sum())
+    offset = np.median(command - place, axis=0)
+    by_scale = float(np.median(np.linalg.norm(command - scale * place, axis=1)))
+    by_offset = float(np.median(np.linalg.norm(command - place - offset, axis=1)))
+    return scale if abs(scale - 1) > SCALE_SHARE and by_scale < SCALE_GAIN * by_offset else None
+
+
+def _check_turns(
+    exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int], by_joints: Collection[str]
+) -> None:
+    readings = {
+        "stored x, y, z, w": lambda q: np.roll(q, 1, axis=1),
+        "conjugated (world to gripper)": lambda q: q * [1, -1, -1, -1],
+        "stored x, y, z, w and conjugated": lambda q: np.roll(q, 1, axis=1) * [1, -1, -1, -1],
+    }
+    angles: dict[str, float] = {}
+    causes: dict[str, list[str]] = {}
+    for name, reached in told.items():
+        assert reached.commanded is not None
+        command, turn = paired(reached.quaternion, reached.commanded.quaternion, shift[name])
+        to = Rotation.from_quat(turn, scalar_first=True)
+
+        def angles_of(quaternion: np.ndarray, to: Rotation = to) -> np.ndarray:
+            return np.degrees((Rotation.from_quat(quaternion, scalar_first=True) * to.inv()).magnitude())
+
+        own = angles_of(command)
+        read = {words: angles_of(change(command)) for words, change in readings.items()}
+        best = min(read, key=lambda words: float(read[words].mean()))
+        # a gripper that points straight down is turned by half a turn, which is its own inverse: where that is so most
+        # of the time the median says nothing about a conjugate, and the mean does
+        clearly = own.mean() > READ_TURN_DEG and read[best].mean() < READ_GAIN * own.mean()
+        stated = float(own.mean() if clearly else np.median(own))
+        if not clearly and stated <= TURN_DEG:
+            continue
+        angles[name] = stated
+        named = clearly or np.median(read[best]) < 0.5 * stated
+        causes.setdefault(best if named else "", []).append(name)
+    for words, names in causes.items():
+        worst = max(angles[name] for name in names)
+        advice = "Store quaternions as w, x, y, z of the gripper in the world, of the same tool"
+        _report(
+            exam,
+            "command_rotation",
+            arm,
+            names,
+            by_joints,
+            f"commanded rotations are {worst:.0f} degrees from the reached ones"
+            + (f"; they agree if commanded ones are read as {words}" if words else ""),
+            commanded=(
+                f"commanded quaternions {words}" if words else f"commanded rotations off by {worst:.0f} degrees",
+                advice,
+            ),
+            either=(
+                f"commanded or reached quaternions {words}"
+                if words
+                else f"commanded or reached rotations off by {worst:.0f} degrees",
+                f"{advice}, in both tracks",
+            ),
+        )
+
+
+def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int]) -> None:
+    inverted, ratios = [], {}
+    reached_inverted = exam.named("gripper_polarity", arm=arm)
+    for name, reached in told.items():
+        assert reached.commanded is not None
+        command, opening = paired(reached.gripper, reached.commanded.gripper, shift[name])
+        if np.ptp(command) > 1e-3 and np.ptp(opening) > 1e-3:
+            if np.corrcoef(command, opening)[0, 1] < -0.2:
+                inverted.append(name)
+            elif np.ptp(opening) > 0.2:
+                ratios[name] = float(np.ptp(command) / np.ptp(opening))
+        elif np.abs(command - (1 - opening)).max() < 0.1 < np.abs(command - opening).min():
+            inverted.append(name)
+    inverted = [name for name in inverted if name not in reached_inverted]
+    if inverted:
+        closing = exam.measures.get(f"arm/{arm}/starts_by_closing")  # as reached openings that are right do
+        exam.add(
+            "command_gripper",
+            "error",
+            "the commanded gripper closes where the reached one opens",
+            "Store 0 for closed and 1 for open in both tracks",
+            cause="commanded gripper inverted" if closing else "commanded or reached gripper inverted",
+            demos=inverted,
+            arm=arm,
+        )
+    small = [name for name, ratio in ratios.items() if ratio < 0.25]
+    if small:
+        exam.add(
+            "command_gripper",
+            "error",
+            "the commanded gripper uses a small part of its range: metres of opening are likely",
+            "Store the opening as 0 closed to 1 open",
+            cause="commanded gripper in metres",
+            demos=small,
+            arm=arm,
+        )
