@@ -57,6 +57,7 @@ NEEDS = {
     "step_counts": ("steps",),
     "replace_words": ("changed_words", "scales"),
 }
+DRAWN_OVER = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",)}  # what these cases vary themselves
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -192,6 +193,11 @@ class Suite:
         if not given:
             return
         wanted = self.cases()
+        for name in DRAWN_OVER.get(wanted[0], ()) if len(wanted) == 1 else ():
+            if name in given:
+                raise ValueError(
+                    f"sampling.{name} has no effect with cases={wanted} alone, which vary it: leave it out"
+                )
         images = wanted != ["text_only"]
         try:
             refuse_idle_guidance(self.module, given, self.sampling, GivenConditions(True, images, both=images))

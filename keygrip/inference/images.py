@@ -36,7 +36,7 @@ from keygrip.inference.references import (
     open_reference,
 )
 from keygrip.inference.steered_images import MOST_PIXELS, strength_of
-from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
+from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance, warn_of_untrained
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Edit, Sampling
 from keygrip.progress import Progress
@@ -100,6 +100,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     )
     named = {name for name, value in given.items() if value is not None}
     refuse_idle_guidance(module, named, sampling, conditions)
+    warn_of_untrained(module, conditions)
     buckets = buckets_of(cfg.size, module, requests, steering)
     files = files_of(requests, buckets)
     target = Path(cfg.run_dir) if cfg.run_dir else _samples_of(file)

@@ -17,7 +17,7 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
+from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance, warn_of_untrained
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 
@@ -136,6 +136,7 @@ class SteeredImages:
             redraws_a_part=self.redraw is not None,
         )
         refuse_idle_guidance(self.module, given, sampling, conditions)
+        warn_of_untrained(self.module, conditions)
 
     def conditions(self, bucket: Bucket) -> Conditions:
         """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape, or under

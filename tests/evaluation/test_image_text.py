@@ -36,6 +36,7 @@ from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
 from keygrip.evaluation.image_statistics import summarise
 from keygrip.evaluation.image_text import headline, run_suite
+from keygrip.inference.steered_images import SteeredImages
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -324,7 +325,9 @@ def test_ways_of_sampling_that_cannot_be_are_said_before_anything_is_drawn(root:
             suite_of(root, **options)
 
 
-def test_guidance_that_no_case_reads_is_refused_before_anything_is_drawn(root: Path) -> None:
+def test_guidance_that_no_case_reads_is_refused_before_anything_is_drawn(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As by the sample command: the figures would be those of the model's own scales."""
     for given in ({"dino_scale": 5.0}, {"cls_scale": 2.0}, {"guidance": "independent", "full_scale": 1.0}):
         suite_of(root, sampling=given, cases=["text_only", "reconstruction"])
@@ -335,6 +338,22 @@ def test_guidance_that_no_case_reads_is_refused_before_anything_is_drawn(root: P
     without = module_for(data, "model.network.use_dino_patches=false")
     with pytest.raises(ValueError, match="cls_scale has no effect: this model was trained without patches"):
         Suite(without, data, SEEN, quick(cases=["reconstruction"], sampling={"cls_scale": 2.0}))
+    Suite(without, data, SEEN, quick(cases=["reconstruction"], sampling={"steps": 3}))
+    assert "trained without patches" not in caplog.text  # which is for those who give an image
+    given = SteeredImages(without, image=Image.new("RGB", (16, 16)))
+    given.refuse_idle({"steps"}, without.sampling)
+    assert "trained without patches: of the image only its overall look counts" in caplog.text
+
+
+def test_what_a_case_varies_itself_is_refused_where_no_other_case_reads_it(root: Path) -> None:
+    """The report would name it as what was drawn with."""
+    for case, name in (("scales", "text_scale"), ("scales", "dino_scale"), ("steps", "steps")):
+        with pytest.raises(ValueError, match=rf"sampling.{name} has no effect with cases=\['{case}'\] alone"):
+            suite_of(root, sampling={name: 3}, cases=[case])
+        suite_of(root, sampling={name: 3}, cases=["scales", "steps"])
+        suite_of(root, sampling={name: 3}, cases=[case, "reconstruction"])
+    suite_of(root, sampling={"steps": 3}, cases=["scales"])
+    suite_of(root, sampling={"text_scale": 3}, cases=["steps"])
 
 
 def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:

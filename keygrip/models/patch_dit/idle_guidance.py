@@ -1,4 +1,7 @@
-"""Settings of guidance that have no effect on what is drawn: refused by `keygrip sample`, `evaluate` and in Python."""
+"""Settings of guidance that have no effect on what is drawn: refused by `keygrip sample`, `evaluate` and in Python.
+
+And warnings of conditions that a model was not trained on, for those who give them: an evaluation gives its own.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class GivenConditions:
 def refuse_idle_guidance(
     module: PatchDiTModule, given: Collection[str], sampling: Sampling, conditions: GivenConditions
 ) -> None:
-    """Refuses settings without effect, and warns of what the model was not trained for.
+    """Refuses settings without effect, and warns of one that the model was not trained for.
 
     Args:
         given: names of the parts of `Sampling` that the caller gives. sampling: with them.
@@ -66,9 +69,13 @@ def refuse_idle_guidance(
     idle = [name for name, has in (("image_mask", conditions.masks), ("cls_scale", "cls_scale" in given)) if has]
     if idle and not patches:
         raise ValueError(f"{idle[0]} has no effect: this model was trained without patches, leave it out")
-    if conditions.images and not patches:
-        log.warning("this model was trained without patches: of the image only its overall look counts")
     if "cls_scale" in idle and not module.dropout.cls_alone:
         log.warning("cls_scale: this model never saw a CLS vector without patches (model.dropout.cls_alone is 0)")
+
+
+def warn_of_untrained(module: PatchDiTModule, conditions: GivenConditions) -> None:
+    """Warns of conditions that count for less than they say, or that the model never saw in training."""
+    if conditions.images and not module.network.use_dino_patches:
+        log.warning("this model was trained without patches: of the image only its overall look counts")
     if conditions.masks and not module.dropout.masked_patches:
         log.warning("image_mask: this model never saw a part of an image's patches (model.dropout.masked_patches is 0)")
