@@ -11,9 +11,13 @@
     image = PatchDiTPipeline.from_pretrained(FOLDER)(prompt="a red cube", image=reference).images[0]
 
 A model with encoders that its folder does not hold (``encoders=flux_t5_dinov3``) is opened with their files, for the
-folder is not believed which ones to read::
+folder is not believed which ones to read or to download::
 
-    PatchDiTPipeline.from_pretrained(FOLDER, external={"encoders.text.source": PATH})
+    files = {"encoders.autoencoder.source": PATH, "encoders.text.source": PATH, "encoders.view.weights_path": FILE}
+    PatchDiTPipeline.from_pretrained(FOLDER, external=files)
+
+``"encoders.view.download": True`` in place of a file lets DINO's weights be fetched; neither is needed where an earlier
+download has left them.
 
 Nothing in the folder is executed so: the model is built from it under the same rules as from any checkpoint. diffusers
 finds the class by itself with ``DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)``, which executes the
@@ -191,7 +195,8 @@ class PatchDiTPipeline(DiffusionPipeline):
 
         Args:
             external: files that the model needs and the folder does not hold, by dotted setting
-                ("encoders.text.source"). trust: as of `keygrip.load`. kwargs: as of diffusers.
+                ("encoders.text.source"), and whether DINO's may be downloaded ("encoders.view.download").
+            trust: as of `keygrip.load`. kwargs: as of diffusers.
 
         Raises:
             FileNotFoundError, ValueError: as of `PatchDiTTransformer.from_pretrained`, or files are named for a

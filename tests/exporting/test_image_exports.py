@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,8 @@ def test_a_pipeline_of_large_encoders_is_opened_with_their_files(tmp_path: Path)
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline, PatchDiTTransformer
 
     flux = write_flux(tmp_path / "flux")
-    external = {"encoders.autoencoder.source": str(flux / "vae"), "encoders.text.source": str(flux)}
+    external: dict[str, Any] = {"encoders.autoencoder.source": str(flux / "vae"), "encoders.text.source": str(flux)}
+    external["encoders.view.download"] = True
     settings = ["encoders=flux_t5_dinov3", *(f"{name}={value}" for name, value in external.items())]
     parts = ["autoencoder.dtype=float32", "text.dtype=float32", "text.length=12", "text.width=24", "view.size=48"]
     parts += ["text.subfolder=text_encoder_2", "text.tokenizer_subfolder=tokenizer_2", "view.weights=random"]
