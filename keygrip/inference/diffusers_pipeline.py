@@ -41,9 +41,9 @@ from PIL import Image
 from torch import Tensor
 
 from keygrip.artifacts import atomic_write, write_json
-from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
-from keygrip.inference.references import likest_bucket
+from keygrip.inference.references import warn_of_cut
 from keygrip.inference.schedulers import OWN_SCHEDULER, set_levels
 from keygrip.inference.steered_images import MOST_PIXELS, SteeredImages
 from keygrip.models.nn.flow_matching import integrate
@@ -412,7 +412,9 @@ class PatchDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=shown) if return_dict else (shown,)
 
     @staticmethod
-    def _bucket(module: PatchDiTModule, image: Image.Image | None, height: int | None, width: int | None) -> Bucket:
+    def _bucket(
+        module: PatchDiTModule, images: Mapping[str, Image.Image], height: int | None, width: int | None
+    ) -> Bucket:
         stride = module.encoders.latent_stride
         if height is not None or width is not None:
             sides = (height if width is None else width), (width if height is None else height)
@@ -430,9 +432,12 @@ class PatchDiTPipeline(DiffusionPipeline):
                 )
             return bucket
         trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
-        if image is None:
+        if not images:
             return trained[0]
-        return likest_bucket(image.size, trained, "the image", "height and width")
+        bucket = nearest_bucket(*next(iter(images.values())).size, trained)
+        for name, image in images.items():
+            warn_of_cut(image.size, bucket, name, "height and width")
+        return bucket
 
 
 def _refuse_type(name: str, value: Any, kind: type | None) -> None:

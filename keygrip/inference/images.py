@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from keygrip.artifacts import nearest_existing, scratch_folder
-from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.inference.adapters import load_lora
 from keygrip.inference.given_texts import texts_of
 from keygrip.inference.image_files import (
@@ -31,9 +31,9 @@ from keygrip.inference.references import (
     decoded_file,
     edit_of,
     image_size,
-    likest_bucket,
     open_mask,
     open_reference,
+    warn_of_cut,
 )
 from keygrip.inference.steered_images import MOST_PIXELS, strength_of
 from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance, warn_of_untrained
@@ -169,18 +169,21 @@ def buckets_of(
     size: Any, module: PatchDiTModule, requests: Sequence[SampleRequest], steering: Steering
 ) -> list[Bucket]:
     """The size of each request: as asked; else of the trained sizes the one of the likest shape as the image to start
-    from or the first reference; else the most usual one in training."""
+    from or the first reference; else the most usual one in training. Warns of each image that is cut for that."""
     usual = bucket_of(size, module)
     if size is not None:
         return [usual] * len(requests)
     stride = module.encoders.latent_stride
     trained = [Bucket(width * stride, height * stride) for height, width in module.statistics.latent_sizes]
-    found: dict[str, Bucket] = {}
-    name = "image" if steering.start_image is None else "start_image"
-    for image in dict.fromkeys(steering.start_image or (r.images[0] if r.images else "") for r in requests):
-        if image:
-            found[image] = likest_bucket(image_size(image, name), trained, f"{name}={image}", "size=WIDTHxHEIGHT")
-    return [found.get(steering.start_image or (r.images[0] if r.images else ""), usual) for r in requests]
+    start = [] if steering.start_image is None else [("start_image", steering.start_image)]
+    shown = [[*start, *(("image", image) for image in request.images)] for request in requests]
+    images = dict.fromkeys(named for each in shown for named in each)
+    sizes = {(name, image): image_size(image, name) for name, image in images}
+    buckets = [nearest_bucket(*sizes[each[0]], trained) if each else usual for each in shown]
+    fitted = dict.fromkeys((named, bucket) for each, bucket in zip(shown, buckets, strict=True) for named in each)
+    for (name, image), bucket in fitted:
+        warn_of_cut(sizes[name, image], bucket, f"{name}={image}", "size=WIDTHxHEIGHT")
+    return buckets
 
 
 def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:

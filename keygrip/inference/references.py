@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.image_text.crops import Box, Bucket, cut_out, nearest_bucket, shared_crop
+from keygrip.data.image_text.crops import Box, Bucket, cut_out, shared_crop
 from keygrip.data.image_text.decoding import decode_image, refuse_transparency, size_of
 from keygrip.data.untrusted_files import open_image
 from keygrip.models.patch_dit.context import Conditions
@@ -59,22 +59,20 @@ def image_size(image: str, name: str = "image") -> tuple[int, int]:
         raise ValueError(f"{name}={image} cannot be read as an image: {error.what}") from error
 
 
-def likest_bucket(size: tuple[int, int], trained: Sequence[Bucket], called: str, otherwise: str) -> Bucket:
-    """The trained size of the likest shape as an image; a warning where much of it is cut off for that.
+def warn_of_cut(size: tuple[int, int], bucket: Bucket, called: str, otherwise: str) -> None:
+    """Warns where much of an image is cut off to give it the shape of a trained size that nobody asked for.
 
     Args:
-        size: (width, height) of the image, pixels. called: the image, and `otherwise` what gives another size, in the
-            warning.
+        size: (width, height) of the image, pixels. bucket: what is drawn. called: the image, and `otherwise` what gives
+            another size, in the warning.
     """
-    bucket = nearest_bucket(*size, trained)
     left, top, right, bottom = shared_crop(*size, bucket)
     if (right - left) * (bottom - top) < (1 - MOST_CUT) * size[0] * size[1]:
         log.warning(
-            "%s: of its %d x %d pixels the middle %d x %d are used, the likest shape that the model was trained on; "
-            "give %s for another",
-            *(called, *size, round(right - left), round(bottom - top), otherwise),
+            "%s: of its %d x %d pixels the middle %d x %d are used, in the shape of the %d x %d that are drawn, a size "
+            "that the model was trained on; give %s for another",
+            *(called, *size, round(right - left), round(bottom - top), bucket.width, bucket.height, otherwise),
         )
-    return bucket
 
 
 def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "image") -> Reference:

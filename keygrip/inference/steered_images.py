@@ -99,7 +99,7 @@ class SteeredImages:
             raise ValueError(f"{len(masks)} masks (image_mask) for {len(images)} images: give {each}")
         self.prompts = prompts * self.count if len(prompts) == 1 else prompts
         self.steering = steering * self.count if len(steering) == 1 else steering
-        self.masks = masks
+        self.images, self.masks = images, masks
         if start_image is None and not (redraw is None and strength is None):
             raise ValueError("strength and redraw are for start_image: leave them out")
         self.start_image = next(iter(opened(start_image, "start_image")), None)
@@ -107,9 +107,10 @@ class SteeredImages:
         self.strength = strength_of(strength, redraw is not None)
 
     @property
-    def shown(self) -> Image.Image | None:
-        """The image whose shape is drawn in: the one to start from, or the first that steers."""
-        return self.start_image or (self.steering[0][0] if self.steering else None)
+    def shown(self) -> dict[str, Image.Image]:
+        """All images by name. In the shape of the first is drawn: the one to start from, or the first that steers."""
+        start = {} if self.start_image is None else {"start_image": self.start_image}
+        return start | {f"image {place}": image for place, image in enumerate(self.images)}
 
     def refuse_idle(self, given: Collection[str], sampling: Sampling) -> None:
         """As `keygrip.models.patch_dit.idle_guidance.refuse_idle_guidance`.

@@ -179,7 +179,7 @@ def test_with_an_adapter_autoguidance_is_left_out_and_that_is_said(
 
 
 @pytest.mark.slow
-def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path) -> None:
+def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path, caplog: pytest.LogCaptureFixture) -> None:
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
@@ -191,6 +191,13 @@ def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path) -> None:
     straight, same = (np.asarray(pipeline(image=image, latents=noise).images[0]) for image in (wide, turned))
     assert straight.shape == (16, 24, 3)
     assert np.array_equal(straight, same)
+    assert "pixels the middle" not in caplog.text
+    drawn = pipeline(
+        image=[wide, Image.new("RGB", (80, 20))], num_inference_steps=1
+    ).images  # in the shape of the first
+    assert [image.size for image in drawn] == [(24, 16)] * 2
+    assert "image 1: of its 80 x 20 pixels the middle 30 x 20 are used" in caplog.text
+    assert "give height and width for another" in caplog.text
 
 
 @pytest.mark.slow

@@ -107,6 +107,15 @@ def test_a_reference_that_is_cut_to_a_trained_shape_is_said(
     drawn("prompt=thing", f"start_image={tmp_path / 'long.png'}", name="begun")
     assert f"start_image={tmp_path / said}" in caplog.text
     caplog.clear()
+    both = f"image=[{tmp_path / 'square.png'},{tmp_path / 'long.png'}]"  # in the shape of the first
+    assert drawn(both, "blend=true", "samples=2", name="blended")["sizes"] == [[16, 16]] * 2
+    assert caplog.text.count(f"image={tmp_path / 'long.png'}: of its 80 x 20 pixels the middle 20 x 20 are used") == 1
+    assert caplog.text.count("pixels the middle") == 1
+    caplog.clear()
+    beside = drawn(f"image={tmp_path / 'long.png'}", f"start_image={tmp_path / 'square.png'}", name="beside")
+    assert beside["sizes"] == [[16, 16]]
+    assert caplog.text.count(f"image={tmp_path / 'long.png'}: of its 80 x 20 pixels the middle 20 x 20") == 1
+    caplog.clear()
     drawn(f"image={tmp_path / 'long.png'}", "size=24x16", name="asked")
     assert "pixels the middle" not in caplog.text  # by whoever gives the size
 
