@@ -109,9 +109,10 @@ class DinoView:
         file = try_to_load_from_cache(variant.hub_name, "model.safetensors")
         if not isinstance(file, str):
             raise FileNotFoundError(
-                f"the view's weights, {variant.hub_name} of the hub, are not on this machine, and are not downloaded "
-                "on a checkpoint's word: name a file, external.encoders.view.weights_path=FILE, or let them be "
-                "fetched, external.encoders.view.download=true"
+                f"the view's weights, {variant.hub_name} of the hub, are not on this machine, and "
+                "encoders.view.download is off, as it is for every checkpoint until its opener says otherwise: name a "
+                "file, encoders.view.weights_path=FILE, or let them be fetched, encoders.view.download=true (of a "
+                "checkpoint below external: external.encoders.view.download=true)"
             )
         return {"weights_path": file}
 

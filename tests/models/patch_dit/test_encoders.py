@@ -335,6 +335,11 @@ def test_weights_of_the_hub_are_not_downloaded_on_a_checkpoints_word(
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match=r"timm/vit_small\S+ of the hub, .*encoders\.view\.weights_path=FILE"):
         _ = build_stored(node, "encoders.view").backbone
+    said = (
+        r"encoders.view.download is off, .* encoders\.view\.download=true \(of a checkpoint below external: external\."
+    )
+    with pytest.raises(FileNotFoundError, match=said):  # the setting of a training
+        _ = DinoView("dinov3_vits16", 32, "pretrained", download=False).backbone
     assert asked == []
     allowed = build_stored(node, "encoders.view", external={"download": True})
     for view in (allowed, DinoView("dinov3_vits16", 32, "pretrained")):
