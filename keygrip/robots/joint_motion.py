@@ -18,7 +18,6 @@ from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternio
 from keygrip.robots.self_collision import Closest, closest_links, closest_links_of_two, lowest_link
 
 CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
-MOST_HALVINGS = 5  # of a short way that is more curved; the joints of one that still is are of another posture
 
 
 class JointMotionError(ValueError):
@@ -98,20 +97,18 @@ class JointMotion:
 
         Raises:
             JointMotionError: not finite, out of reach, a collision of the arm with itself, a link below the table, or
-                joints so far from the present ones that the tool would leave its way. Nothing has changed then.
+                planned joints so far from the present ones that the tool would leave its way. Nothing has changed then.
         """
         wanted = self.check(pose, joints)
-        change = wanted - self.joints
-        fastest = float(np.abs(change).max()) / seconds
-        held_back = fastest > self.limits.speed_rad_s
+        most = self.limits.speed_rad_s * seconds
+        held_back = float(np.abs(wanted - self.joints).max()) > most
         if held_back:
-            # a way to a free pose that is cut short may end in a collision
-            change = change * (self.limits.speed_rad_s / fastest)
+            wanted = self._cut_short(wanted, most)
             if joints is None:  # a plan has its own joints, which are taken or refused as they are
-                change = self._straightened(change, pose)
-            wanted = self.joints + change
-            self._refuse_collision(wanted)
-            self._refuse_swing(wanted, pose, "found" if joints is None else "planned")
+                wanted = self._straightened(wanted, pose, most)
+            else:
+                self._refuse_swing(wanted, pose)
+            self._refuse_collision(wanted)  # a way to a free pose that is cut short may end in one
         self._take(wanted, held_back)
         return wanted.copy()
 
@@ -128,20 +125,36 @@ class JointMotion:
                 f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m: it ends {100 * found.position_error:.1f} cm "
                 f"and {np.rad2deg(found.angle_error):.0f} degrees beside it"
             )
-        low, high = self.ranges.T
-        joints = np.clip(found.joints, np.minimum(low, self.joints), np.maximum(high, self.joints))
+        joints = self._in_range(found.joints)
         self._refuse_collision(joints)
         return joints
 
-    def _straightened(self, change: np.ndarray, pose: np.ndarray) -> np.ndarray:
-        """A change [J] of the joints on the way to those of a pose, shortened where the tool would leave its own way:
-        in turns for which the joints turn farther than the tool."""
-        for _ in range(MOST_HALVINGS):
-            moved, left, straight = self._way(self.joints + change, pose)
-            if max(moved, left) <= straight + CURVED_M:
-                break
-            change = change / 2
-        return change
+    def _in_range(self, joints: np.ndarray) -> np.ndarray:
+        low, high = self.ranges.T
+        return np.clip(joints, np.minimum(low, self.joints), np.maximum(high, self.joints))
+
+    def _cut_short(self, joints: np.ndarray, most: float) -> np.ndarray:
+        """Joints [J] on the way to others, none of which turns by more than `most` rad."""
+        change = joints - self.joints
+        return self.joints + change * min(1.0, most / max(float(np.abs(change).max()), 1e-12))
+
+    def _straightened(self, joints: np.ndarray, pose: np.ndarray, most: float) -> np.ndarray:
+        """Joints [J] that are cut short on the way to a pose, where the tool would leave its own way those on the way
+        to a nearer pose: the straighter, the nearer it is, down to where the arm is now."""
+        tool, turned, *_ = self.chain.frames(self.joints)
+        turn = Rotation.from_matrix(matrix_from_quaternion(pose[3:7]) @ turned.T).as_rotvec()
+        share = 1.0
+        while not self._is_straight(joints, pose):
+            share /= 2
+            rotation = Rotation.from_rotvec(share * turn).as_matrix() @ turned
+            found = solve(tool + share * (pose[:3] - tool), rotation, self.joints, self.chain)
+            joints = self._cut_short(self._in_range(found.joints), most)
+        return joints
+
+    def _is_straight(self, joints: np.ndarray, pose: np.ndarray) -> bool:
+        """Whether joints on the way to a pose move the tool no farther than straight to it, and not away from it."""
+        moved, left, straight = self._way(joints, pose)
+        return max(moved, left) <= straight + CURVED_M
 
     def _way(self, joints: np.ndarray, pose: np.ndarray) -> tuple[float, float, float]:
         """How far the tool moves to joints [J], how far it is from a pose [8] then, and how far from it now, metres."""
@@ -150,13 +163,11 @@ class JointMotion:
         moved, left, straight = (float(np.linalg.norm(way)) for way in ways)
         return moved, left, straight
 
-    def _refuse_swing(self, joints: np.ndarray, pose: np.ndarray, which: str) -> None:
-        """Of joints on the way to those of a pose: the tool may move no farther than straight to that pose, and not
-        away from it."""
-        moved, left, straight = self._way(joints, pose)
-        if max(moved, left) > straight + CURVED_M:
+    def _refuse_swing(self, joints: np.ndarray, pose: np.ndarray) -> None:
+        if not self._is_straight(joints, pose):
+            moved, left, straight = self._way(joints, pose)
             raise JointMotionError(
-                f"the {which} joints are of another posture, too far to reach at joints.speed_rad_s="
+                f"the planned joints are of another posture, too far to reach at joints.speed_rad_s="
                 f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm, to "
                 f"{100 * left:.1f} cm from its pose, which is {100 * straight:.1f} cm away"
             )
