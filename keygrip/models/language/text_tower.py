@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from keygrip.artifacts import sha256_bytes
 from keygrip.models.language.hub import from_pretrained, read_config, read_tokenizer
 from keygrip.models.language.instructions import InstructionStates
 from keygrip.training.parts import model_part
+
+log = logging.getLogger(__name__)
 
 CLIP, SIGLIP = ("clip", "clip_text_model"), ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model")
 PROBE = "open the drawer left of 12 red cubes, slowly"  # a tokenizer is its vocabulary, and how it divides words
@@ -130,10 +133,19 @@ class PretrainedTextTower(nn.Module):
         return InstructionStates(words, mask, F.layer_norm(found.pooler_output.float(), (self.width,)))
 
 
-def _refuse_other(tower: PretrainedTextTower, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Raises ValueError: the weights that are loaded were trained with another tower."""
+def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Raises ValueError: the weights that are loaded were trained with another tower. Older ones name none: this one
+    then stands in for theirs."""
     stored = state_dict.get(f"{prefix}_digest")
-    if stored is None or not bool(stored.any()):
+    if stored is None:
+        log.warning(
+            "the checkpoint is older than the hash of its text tower, so that nothing tells whether "
+            "instruction.source=%s is the one that was trained with; it is taken to be",
+            tower.source,
+        )
+        state_dict[f"{prefix}_digest"] = tower.digest()
+        return
+    if not bool(stored.any()):  # nothing was trained with any
         return
     found = tower.digest()
     if not torch.equal(stored.cpu(), found):

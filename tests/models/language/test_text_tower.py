@@ -79,6 +79,19 @@ def test_weights_are_refused_with_another_tower_than_theirs(
     PretrainedTextTower(str(seeded), width=16, length=8).load_state_dict(untrained)  # nothing was trained with any
 
 
+def test_a_checkpoint_older_than_the_hash_is_loaded_and_saved_with_it(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), PretrainedTextTower(str(folder), width=16, length=8))
+    older = {name: value for name, value in model.state_dict().items() if not name.endswith("_digest")}
+    model.load_state_dict(older, strict=True)
+    assert f"instruction.source={folder} is the one that was trained with" in caplog.text
+    assert set(older) == {"0.weight", "0.bias"}  # the caller's is left as it was
+    saved = model.state_dict()["1._digest"]
+    assert torch.equal(saved, model[1].digest())
+    assert saved.any()
+
+
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     tower = PretrainedTextTower(str(folder), width=16, length=4)
     with pytest.raises(ValueError, match=r"has 5 tokens, instruction\.length=4"):
