@@ -4,8 +4,9 @@ Runs in LeRobot's environment: ``.venv-lerobot/bin/python benchmarks/peers/train
 16 --output runs/act``; arguments that it does not know go to lerobot-train (``--policy.chunk_size=20``). A probe of a
 few steps measures the time of a step; the number of steps, which shapes the learning-rate schedule, follows from it. A
 run that took less than 0.9 of the minutes, because the probe ran beside other work, is trained anew, once, with as many
-steps as its own time of a step says. SmolVLA's configuration and tokenizer are written to ``OUTPUT-vlm`` first, where
-the checkpoint looks for them later. Prints one line of JSON last.
+steps as its own time of a step says. ``--steps`` in place of ``--minutes`` trains just so many. SmolVLA's configuration
+and tokenizer are written to ``OUTPUT-vlm`` first, where the checkpoint looks for them later. Prints one line of JSON
+last.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, required=True, help="folder of step=export_lerobot")
     parser.add_argument("--policy", choices=sorted(POLICIES), required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of training, loading left out")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="of training, loading left out")
+    length.add_argument("--steps", type=int, help="of training, however long they take; nothing is probed")
     parser.add_argument("--output", type=Path, required=True, help="a folder that does not exist")
     parser.add_argument("--batch-size", type=int, default=8, help="LeRobot's default")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,21 +90,22 @@ def main() -> None:
         write_vlm(folder, SIZES[vlm_size], instructions_of(arguments.dataset))
         vlm, more = [f"{VLM}={folder}"], [*SIZES[vlm_size].arguments, *more]
     common = (arguments.batch_size, arguments.seed, [*vlm, *more])
-    with tempfile.TemporaryDirectory() as temporary:
-        half = max(1, arguments.probe_steps // 2)
-        log = lerobot_train(
-            arguments.dataset, arguments.policy, Path(temporary) / "probe", arguments.probe_steps, half, *common
-        )
-    step_s = step_times(log)[-1]
-    given = any(each.split("=")[0] == "--steps" for each in more)
+    given = arguments.steps is not None
+    if not given:
+        with tempfile.TemporaryDirectory() as temporary:
+            half = max(1, arguments.probe_steps // 2)
+            log = lerobot_train(
+                arguments.dataset, arguments.policy, Path(temporary) / "probe", arguments.probe_steps, half, *common
+            )
+        step_s = step_times(log)[-1]
     for last in (False, True):
-        steps = max(1, round(60 * arguments.minutes / step_s))
+        steps = arguments.steps if given else max(1, round(60 * arguments.minutes / step_s))
         began = time.monotonic()
         log = lerobot_train(
             arguments.dataset, arguments.policy, arguments.output, steps, max(1, min(200, steps // 5)), *common
         )
         wall_s = time.monotonic() - began
-        step_s = statistics.fmean(step_times(log) or [step_s])
+        step_s = statistics.fmean(step_times(log))
         trained_min = steps * step_s / 60
         if last or given or trained_min >= LEAST_SHARE * arguments.minutes:
             break

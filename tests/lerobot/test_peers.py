@@ -99,12 +99,15 @@ def test_the_published_size_has_the_published_number_of_parameters(
     assert processor.tokenizer.fake_image_token_id != processor.tokenizer.global_image_token_id
 
 
-@pytest.mark.parametrize(("more", "asked", "trained_min"), [([], [10, 60, 120], 0.8), (["--steps=60"], [10, 60], 0.5)])
+@pytest.mark.parametrize(
+    ("length", "asked", "trained_min"),
+    [(["--minutes=1"], [10, 60, 120], 0.8), (["--steps=90"], [90], 1.5), (["--steps", "90"], [90], 1.5)],
+)
 def test_a_run_that_leaves_its_time_unused_is_trained_anew_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    more: list[str],
+    length: list[str],
     asked: list[int],
     trained_min: float,
 ) -> None:
@@ -119,7 +122,7 @@ def test_a_run_that_leaves_its_time_unused_is_trained_anew_once(
         return f"loss:2.0 updt_s:{step_s[len(counts) - 1]:.3f} data_s:0.000\n" * 2
 
     monkeypatch.setattr(train, "lerobot_train", lerobot_train)
-    arguments = ["--dataset", "SET", "--policy", "act", "--minutes", "1", "--output", str(tmp_path / "run"), *more]
+    arguments = ["--dataset", "SET", "--policy", "act", "--output", str(tmp_path / "run"), *length]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     train.main()
     said = capsys.readouterr()
@@ -135,9 +138,9 @@ def smolvla(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("smolvla") / "run"
     finished = subprocess.run(
         [
-            sys.executable, str(PEERS / "train.py"), "--dataset", str(made.dataset), "--policy", "smolvla", "--minutes",
-            "0.01", "--output", str(run), "--batch-size", "2", "--probe-steps", "1", "--policy.chunk_size=4",
-            "--policy.n_action_steps=1", "--steps=3", "--save_freq=1",
+            sys.executable, str(PEERS / "train.py"), "--dataset", str(made.dataset), "--policy", "smolvla", "--steps",
+            "3", "--output", str(run), "--batch-size", "2", "--policy.chunk_size=4", "--policy.n_action_steps=1",
+            "--save_freq=1",
         ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
