@@ -133,8 +133,8 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
     if len(checkpoints) == 1:
         return checkpoints[0]
     if checkpoints:
-        first = ", ".join(str(file.relative_to(path)) for file in checkpoints[:4])
-        told = f"no checkpoints/last.ckpt and {len(checkpoints)} other checkpoints: name one of them ({first}, ...)"
+        first = ", ".join(str(file.relative_to(path)) for file in checkpoints[:4]) + ", ..." * (len(checkpoints) > 4)
+        told = f"no checkpoints/last.ckpt and {len(checkpoints)} other checkpoints: name one of them ({first})"
         raise ValueError(f"{setting}={path}: the folder holds {told}")
     raise FileNotFoundError(
         f"{setting}={path}: the folder holds no weights; looked for {', '.join(named)} and *.ckpt below it"
@@ -150,9 +150,8 @@ def _from_hub(variant: Variant) -> State:
     except Exception as error:  # the hub client raises what its HTTP library raises; all means: not available here
         raise FileNotFoundError(
             f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "
-            f"{variant.official_file} "
-            f"from {variant.download_page} (or model.safetensors from https://huggingface.co/{name}) and set "
-            "backbone.weights_path or DINO_WEIGHTS_PATH to it, or put it into $DINO_REPO_DIR/weights/"
+            f"{variant.official_file} from {variant.download_page} (or model.safetensors from https://huggingface.co/"
+            f"{name}) and set backbone.weights_path or DINO_WEIGHTS_PATH to it, or put it into $DINO_REPO_DIR/weights/"
         ) from error
 
 
@@ -441,7 +440,8 @@ def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, ki
 
 def _refuse_satellite(state: State, origin: str, kind: str) -> None:
     """Of Meta's files for the variants here, those of satellite images alone have a norm for local crops."""
-    if "sat493m" in origin.lower() or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
+    named = re.search(r"dinov3[^/]*sat493m|sat493m[^/]*(/[^/]*)?$", Path(origin).as_posix().lower())
+    if named or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
         raise ValueError(
             f"{origin} holds weights of satellite images (SAT-493M), for images of mean (0.430, 0.411, 0.296) and "
             "deviation (0.213, 0.156, 0.143); all images here have ImageNet's: take the weights of LVD-1689M"

@@ -221,6 +221,10 @@ def test_trap_weights_of_satellite_images_are_refused(small, hf_v3, formats, sav
     model.save_pretrained(tmp_path / "dinov3-vitl16-pretrain-sat493m")
     with pytest.raises(ValueError, match=said):
         small("dinov3_vits16", str(tmp_path / "dinov3-vitl16-pretrain-sat493m"))
+    cached = "models--timm--vit_large_patch16_dinov3.sat493m/snapshots/0123/model.pth"  # of the hub's cache
+    with pytest.raises(ValueError, match=said):
+        small("dinov3_vits16", saved(state, cached))
+    small("dinov3_vits16", saved(state, "comparison-with-sat493m/lvd1689m/weights.pth"))  # others, beside them
     own = small("dinov3_vits16", saved({f"teacher.backbone.{name}": value for name, value in satellite.items()}))
     assert "training file" in own.loaded_weights  # of any images
 
@@ -354,7 +358,11 @@ def test_a_folder_of_several_runs_is_asked_which(small, images, saved, tmp_path)
     newest = saved({"state_dict": {key: value + 1 for key, value in state.items()}}, "runs/b/checkpoints/last.ckpt")
     os.utime(only, (1, 1))
     assert not torch.equal(small("tiny", newest)(picture).cls, source(picture).cls)
-    with pytest.raises(ValueError, match=r"2 other checkpoints: name one of them \(a/checkpoints/step-10\.ckpt, b/"):
+    with pytest.raises(ValueError, match=r"2 other checkpoints: name one of them \(a/[^,]*step-10\.ckpt, b/[^,]*\)"):
+        small("tiny", str(tmp_path / "runs"))
+    for name in "cde":
+        saved({"state_dict": state}, f"runs/{name}/checkpoints/step-10.ckpt")
+    with pytest.raises(ValueError, match=r"5 other checkpoints: .* d/checkpoints/step-10\.ckpt, \.\.\.\)"):
         small("tiny", str(tmp_path / "runs"))
 
 
