@@ -163,8 +163,8 @@ class BadSamples:
         """Raises ValueError: too many of the samples seen so far are bad."""
         if self.count > self.max_share * self.seen:
             raise ValueError(
-                f"{self.count} of {self.seen} samples could not be read, more than {self.setting}={self.max_share:g} "
-                f"allows; the first: {next(iter(self.reasons))}"
+                f"{self.count} of {self.seen} samples could not be read in full, more than "
+                f"{self.setting}={self.max_share:g} allows; the first: {next(iter(self.reasons))}"
             )
 
     @property

@@ -207,8 +207,9 @@ class Throughput(Callback):
 
 
 class SkippedSamples(Callback):
-    """Logs ``data/skipped``: samples that could not be read so far, of training and validation, in all processes; and
-    ``data/unusable``: those with which nothing was wrong and of which nothing could be used.
+    """Logs ``data/skipped``: samples that could not be read, or not all of whose views, so far, of training and
+    validation, in all processes; and ``data/unusable``: those with which nothing was wrong and of which nothing could
+    be used.
 
     Since this process began; resuming counts anew. Data modules that skip nothing (without these) log nothing.
 

@@ -31,5 +31,6 @@ def test_bad_samples_are_counted_and_judged() -> None:
     bad.add(10, ["a: broken", "a: broken", "b: broken"])
     assert (bad.count, bad.seen, bad.reasons) == (3, 10, {"a: broken": 2, "b: broken": 1})
     assert bad.summary == "3 of 10 samples skipped: a: broken; b: broken"
-    with pytest.raises(ValueError, match=r"3 of 20 samples could not be read, more than data\.max_skipped_share=0\.1"):
+    said = r"3 of 20 samples could not be read in full, more than data\.max_skipped_share=0\.1"
+    with pytest.raises(ValueError, match=said):
         bad.add(10)

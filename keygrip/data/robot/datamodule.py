@@ -470,13 +470,14 @@ class RobotDemos(ResumableData):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the run folder records of the data: version, number of demos, and which were left out."""
+        """What the run folder records of the data: version, number of demos, those left out, and damaged cameras."""
         return {
             "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
             "frame_stride": [part.stride for part in self.roots] if len(self.roots) > 1 else self.roots[0].stride,
             "version": data_version(self.contents) if self.contents else None,
             "demos": len(self.demos),
             "left_out": {error.name: error.reason for error in self.broken},
+            "masked": {demo.name: demo.source["damaged"] for demo in self.demos if "damaged" in demo.source},
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -306,10 +306,11 @@ class MultiViewSamples(DemoSamples):
     ) -> None:
         super().__init__(demos, demo_indices, frames, options)
         self.cameras, self.depth = tuple(cameras), depth
-        self._masked: list[BadSample] = []  # views of the batch at hand that could not be read
+        self._masked: list[BadSample] = []  # samples of the batch at hand that lack views that could not be read
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[PolicyTargets, list[BadSample]]] | list[BadSample]:
-        """As of all `SubstitutingSamples`; views that could not be read are among what is told of the first sample."""
+        """As of all `SubstitutingSamples`; samples that lack views that could not be read are among what is told of the
+        first sample."""
         self._masked = []
         found = super().__getitems__(keys)
         if isinstance(first := found[0], tuple):
@@ -321,10 +322,13 @@ class MultiViewSamples(DemoSamples):
         generator = sample_generator(options.seed, key)
         there = self._shown_views(number, generator)
         views = []
+        unread: list[str] = []
         for place, name in enumerate(self.cameras):
-            view = self._read_view(number, name, frame, generator) if there[place] else None
+            view = self._read_view(number, name, frame, generator, unread) if there[place] else None
             there[place] = view is not None
             views.append(view or options.geometry.absent_view(self.depth))
+        if unread:
+            self._masked.append(BadSample("; ".join(unread)))
         depth = [view.depth for view in views if view.depth is not None]
         detail = views[0].detail
         return MultiViewPolicyBatch(
@@ -348,14 +352,16 @@ class MultiViewSamples(DemoSamples):
             there[1:] = [has and bool(keeps) for has, keeps in zip(there[1:], kept, strict=True)]
         return there
 
-    def _read_view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View | None:
-        """One camera's view; None: it cannot be read, and is one that may be masked."""
+    def _read_view(
+        self, number: int, name: str, frame: int, generator: np.random.Generator, unread: list[str]
+    ) -> View | None:
+        """One camera's view; None: it cannot be read, and is one that may be masked: `unread` then gets the reason."""
         try:
             return self._view(number, name, frame, generator)
         except DemoError as error:
             if name == self.options.camera or not self.options.masks_views:
                 raise
-            self._masked.append(BadSample(f"{error}; this view is masked"))
+            unread.append(f"{error}; this view is masked")
             return None
 
     def _view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View:

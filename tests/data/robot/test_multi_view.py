@@ -359,6 +359,9 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
         assert not module.broken
         assert "demo 'demo_2': camera 'front' is masked: " in caplog.text
         assert "camera front is masked in 1 of 6 demos (first: demo_2: " in caplog.text
+        masked = module.origin["masked"]  # as the run's metadata have it
+        assert {name: list(views) for name, views in masked.items()} == {"demo_2": ["front"]}
+        assert f"camera 'front' is masked: {masked['demo_2']['front']}" in caplog.text
         assert ("000005.jpg: it is not the file" if manifests else "frame 5 cannot be used") in caplog.text
         assert module.contents.keys() == sound.contents.keys()
         changed = [name for name, content in module.contents.items() if content != sound.contents[name]]
@@ -371,6 +374,7 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
     (root / "demo_2" / "rgb" / "over" / "000005.jpg").write_bytes(b"damaged")  # and so is the first camera
     first = asked(robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2))
     assert [error.name for error in first.broken] == ["demo_2"]
+    assert (sound.origin["masked"], first.origin["masked"]) == ({}, {})
 
 
 def test_a_further_cameras_frame_that_cannot_be_read_in_training_is_masked_and_counted(
@@ -397,6 +401,20 @@ def test_a_further_cameras_frame_that_cannot_be_read_in_training_is_masked_and_c
         for number, frame in zip(batch.demo_index, batch.frame_index, strict=True)
     ]
     assert ("demo_2", 5) not in frames  # of any other model the sample is replaced
+
+
+def test_a_sample_of_several_views_that_cannot_be_read_counts_once(
+    tmp_path: Path, native_demo: Any, robot_demos: Make
+) -> None:
+    three = ("over", "front", "side")
+    folder = native_demo(tmp_path / "root" / "demo", cameras=three, seed=0)
+    module = asked(robot_demos(tmp_path / "root", cameras=three, val_fraction=0.0, verify=False))
+    for camera in three[1:]:
+        (folder / "rgb" / camera / "000005.jpg").write_bytes(b"damaged")
+    masked = sum(int((~batch.view_mask).sum()) for batch in module.train_dataloader())
+    assert (masked, module.skipped.count) == (2, 1)
+    reason = next(iter(module.skipped.reasons))
+    assert [f"frame 5 of camera '{camera}' cannot be read" in reason for camera in three] == [False, True, True]
 
 
 class ReadsOver:
