@@ -311,7 +311,8 @@ class RobotDemos(ResumableData):
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)
         report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
-        report_half_shut(self.demos, self.arms, self.gripper_targets or self.targets)
+        if "controller" not in self.extra_targets:  # whose inputs are recorded commands
+            report_half_shut(self.demos, self.arms, self.gripper_targets or self.targets)
         report_views(self.demos, self.cameras, self.geometry)
         self._report_detail()
 

@@ -225,6 +225,13 @@ def test_openings_that_never_shut_a_gripper_are_said(
     caplog.clear()
     ready(robot_demos(native_root, targets="reached", gripper_targets="commanded"))
     assert ("their commanded openings stay above 0.4" in caplog.text) == (warned == "commanded")
+    caplog.clear()
+    for folder in native_root.glob("demo_*"):
+        change_archive(folder / "trajectory.npz", right__controller_action=np.zeros((12, 7)))
+    inputs = robot_demos(native_root, targets="reached", frame_stride=1)  # to a controller, the gripper's among them
+    inputs.asked_by(types.SimpleNamespace(extra_targets=("controller",)))
+    ready(inputs)
+    assert "close a gripper" not in caplog.text
 
 
 def test_two_arms_keep_their_order(tmp_path: Path, native_demo: Any, robot_demos: Make) -> None:
