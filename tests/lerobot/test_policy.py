@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,23 @@ def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
         KeygripPolicy(KeygripConfig(checkpoint=str(made.run), device="cpu", cameras=camera, arms=two))
     with pytest.raises(ValueError, match="action must be one of pose, position_step"):
         KeygripConfig(action="joints", device="cpu")
+    for name, value in (("step_m", 0.02), ("body_offset", [0.0, 0.0, 0.1]), ("closed_effort", 0.1)):
+        with pytest.raises(ValueError, match=f"{name} has an effect only with action=position_step"):
+            KeygripConfig(device="cpu", **{name: value})
+
+
+def test_of_a_policy_saved_with_step_gain_poses_are_run_and_steps_refused(saved: Path, tmp_path: Path) -> None:
+    from lerobot_policy_keygrip import KeygripPolicy
+
+    shutil.copytree(saved, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    now = json.loads(path.read_text())
+    before = {key: value for key, value in now.items() if not key.startswith(("step_m", "body_"))}
+    path.write_text(json.dumps(before | {"step_gain": 10.0}))
+    assert KeygripPolicy.from_pretrained(tmp_path / "old").config.step_gain is None
+    path.write_text(json.dumps(before | {"step_gain": 10.0, "action": "position_step"}))
+    with pytest.raises(ValueError, match=r"^step_gain is no longer read: .* by step_m metres"):
+        KeygripPolicy.from_pretrained(tmp_path / "old")
 
 
 def test_of_several_cameras_the_one_that_it_was_trained_on_is_seen(made: Any, saved: Path) -> None:

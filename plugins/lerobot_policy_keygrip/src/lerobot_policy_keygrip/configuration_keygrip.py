@@ -1,12 +1,13 @@
 """What LeRobot's observations and actions do not say, and keygrip's policies need."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 
 ACTIONS = ("pose", "position_step")
+OF_STEPS = ("step_m", "body_offset", "body_low", "body_high", "closed_effort", "open_effort")
 
 
 @dataclass
@@ -67,7 +68,8 @@ class KeygripConfig(PreTrainedConfig):
         action: "pose": 8 numbers per arm, the commanded pose. "position_step": a step of the point that one arm's hand
             follows (Meta-World's mocap body), within -1 .. 1, to the commanded position, and the gripper's effort. The
             observation does not hold that point: it is known from where it stands when an episode begins, and the steps
-            since then.
+            since then. It is not for environments whose step is from where the hand itself is.
+        step_gain: no longer read; policies that were saved with it say so.
         step_m: of "position_step", metres of a step of 1; 0.01 is Meta-World's.
         body_offset: of "position_step", where that point stands beside the hand when an episode begins, metres.
         body_low, body_high: of "position_step", x, y, z between which the environment keeps that point, metres, as
@@ -86,6 +88,7 @@ class KeygripConfig(PreTrainedConfig):
     cameras: dict[str, CameraCalibration] = field(default_factory=dict)
     arms: list[ArmLayout] = field(default_factory=list)
     action: str = "pose"
+    step_gain: float | None = None
     step_m: float = 0.01
     body_offset: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     body_low: list[float] = field(default_factory=list)
@@ -100,6 +103,11 @@ class KeygripConfig(PreTrainedConfig):
         super().__post_init__()
         if self.action not in ACTIONS:
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}")
+        if self.action == "pose":
+            self.step_gain = None  # older configurations hold it whatever their action
+            changed = [each.name for each in fields(self) if each.name in OF_STEPS and not _is_default(self, each)]
+            if changed:
+                raise ValueError(f"{changed[0]} has an effect only with action=position_step, and action is pose")
         if self.checkpoint and self.server:
             raise ValueError("give checkpoint or server, not both")
         if self.step_m <= 0:
@@ -114,7 +122,12 @@ class KeygripConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has no effect with server: give it to `python -m keygrip.serve`")
 
     def validate_features(self) -> None:
-        """Raises ValueError: an image that no camera is calibrated for, or none at all."""
+        """Raises ValueError: an image that no camera is calibrated for, or none at all; an older `position_step`."""
+        if self.step_gain is not None:  # not while the file is read: LeRobot would hide the reason
+            raise ValueError(
+                "step_gain is no longer read: position_step moves the body that the hand follows, by step_m metres a "
+                "step of 1; give step_m, body_offset, body_low and body_high (see README.md) and save the policy again"
+            )
         if not self.cameras:
             raise ValueError("cameras is empty: keygrip needs the calibration of each image (see README.md)")
         missing = [name for name in self.cameras if self.input_features and name not in self.input_features]
@@ -140,3 +153,8 @@ class KeygripConfig(PreTrainedConfig):
 
     def get_scheduler_preset(self) -> None:
         return None
+
+
+def _is_default(config: KeygripConfig, setting: Field[Any]) -> bool:
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return bool(getattr(config, setting.name) == default)
