@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ RECORDINGS = {
     "pick_wrist": "pick_wrist demos=5 image_size=160 task.name=pick cameras=[over,wrist]",
     "bar_shadow": "bar_shadow demos=5 image_size=160 task.name=pick +task.object=bar +task.shadows=true",
     "place_20hz": "place_20hz demos=5 image_size=224 task.name=pick_place hz=20 video=true",
+    "peg": "peg demos=6 image_size=160 task.name=peg",
+    "handover": "handover env=yam_handover demos=5 image_size=160",
     "stills": "stills demos=8 image_size=160 hz=1 task.name=pick +task.camera_jitter_deg=15",
 }
 
@@ -50,10 +52,17 @@ RECORDINGS = {
 CALIBRATIONS = {"pick": range(10), "stack": range(10, 15)}
 
 
-def graded(findings: list[Finding], says: str) -> tuple[bool, bool]:
-    """Whether anything was found, and whether the first or an error among them names the cause."""
-    said = [f"{finding.check} {finding.cause} {finding.what} {finding.advice}" for finding in findings]
-    return bool(findings), any(re.search(says, words) for words in said[:3])
+def graded(findings: Sequence[Finding], says: str, planted: Collection[str]) -> tuple[bool, bool]:
+    """Whether something was found in a demo with the fault, and whether the cause that one of the first three findings
+    names is the fault, and of no demo without it.
+
+    Args:
+        says: regular expression of the whole cause. planted: names of the demos with the fault.
+    """
+    names = set(planted)
+    found = any(names & set(finding.demos) for finding in findings)
+    right = (re.fullmatch(says, finding.cause) and names >= set(finding.demos) for finding in findings[:3])
+    return found, any(right)
 
 
 def run_faults(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, Any]]:
@@ -61,11 +70,11 @@ def run_faults(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, 
         if only and not re.search(only, fault.name):
             continue
         shutil.rmtree(work, ignore_errors=True)
-        plant(clean, work / "data", fault)
+        planted = plant(clean, work / "data", fault)
         start = time.process_time()
         findings = doctor(work / "data", work / "out", compare_images=fault.seen, progress=False)
         seconds = time.process_time() - start
-        found, right = graded(findings, fault.says)
+        found, right = graded(findings, fault.says, planted)
         row = {
             "fault": fault.name,
             "kind": fault.kind,
@@ -73,7 +82,7 @@ def run_faults(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, 
             "found": found,
             "right_cause": right,
             "cpu_seconds": round(seconds, 1),
-            "said": [f"{finding.check}: {finding.cause or finding.what}" for finding in findings][:4],
+            "said": [f"{finding.check}: {finding.cause}" for finding in findings][:4],
         }
         mark = "ok  " if right else "FOUND" if found else "MISS "
         print(f"{mark} {seconds:5.1f} s  {fault.name}  ->  {row['said']}", flush=True)  # noqa: T201
@@ -173,7 +182,7 @@ def main() -> None:
     clean = arguments.clean / PLANTED_INTO.get(arguments.part, "")
     for row in run(clean, arguments.work, arguments.only):
         others = [known for known in record.get(arguments.part, []) if known[key] != row[key]]
-        record = {"machine": "2 cores", "recordings": {n: f"{RECORD}{c}" for n, c in RECORDINGS.items()}} | record
+        record = {"machine": "2 cores"} | record | {"recordings": {n: f"{RECORD}{c}" for n, c in RECORDINGS.items()}}
         record[arguments.part] = [*others, row]
         record["summary"] = summary(record)
         write_json(arguments.output, record)

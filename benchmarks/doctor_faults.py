@@ -15,6 +15,11 @@ from scipy.spatial.transform import Rotation
 
 DEMOS = 5  # demonstrations in the recording into which faults are planted
 Arrays = dict[str, np.ndarray]
+# Causes that several faults have.
+MOVED = "camera moved by .* in this demo"
+CROPPED = "cropped (images|or resized images) with old K .*"
+OTHERS = "images and poses are of different demos.*"
+REACHED_OFFSET = r"(recorded positions|positions|reached track) offset by [\d.]+ cm.*"
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Fault:
 
     Args:
         kind: what; several magnitudes share it. magnitude: with its unit.
-        says: regular expression that cause, measurement or advice of a finding must match for the right cause.
+        says: regular expression of the whole cause that is right.
         numbers: changes the arrays of trajectory.npz; cameras: of cameras.npz; metadata: of metadata.json.
         images: changes all images of a demo, [N, h, w, 3].
         one: in one demo (the third) alone. joints: whether joints stay in the recording.
@@ -44,7 +49,8 @@ class Fault:
     @property
     def seen(self) -> bool:
         """Whether images and poses must be compared to find it; where only numbers are wrong, that is left out."""
-        return self.cameras is not None or self.images is not None or self.other or self.kind.startswith("reached pos")
+        of_poses = self.kind.startswith(("reached pos", "reached quat"))
+        return self.cameras is not None or self.images is not None or self.other or of_poses
 
     @property
     def name(self) -> str:
@@ -152,6 +158,14 @@ def gap(arrays: Arrays, number: int) -> None:
     arrays["timestamps_ns"] = times
 
 
+def track_in_time(prefix: str, frames: int) -> str:
+    """The cause of a track that is late, or where `frames` is negative, early."""
+    word = "late" if frames > 0 else "early"
+    if prefix:
+        return f"commanded track {word} by {abs(frames)} frames"
+    return f"poses {abs(frames)} frames {word} against the joints"
+
+
 def set_fps(value: float) -> Callable[[dict[str, Any]], None]:
     return lambda metadata: metadata.update(fps=value)
 
@@ -160,20 +174,20 @@ def faults() -> list[Fault]:
     found: list[Fault] = []
     add = found.append
     flips = {
-        "mirrored left-right": lambda i: i[:, :, ::-1],
-        "mirrored up-down": lambda i: i[:, ::-1],
-        "180 degrees": lambda i: i[:, ::-1, ::-1],
-        "90 degrees": lambda i: np.rot90(i, 1, axes=(1, 2)),
-        "transposed": lambda i: i.transpose(0, 2, 1, 3),
+        "mirrored left-right": ("mirrored left-right", lambda i: i[:, :, ::-1]),
+        "mirrored up-down": ("mirrored up-down", lambda i: i[:, ::-1]),
+        "180 degrees": ("turned by 180 degrees", lambda i: i[:, ::-1, ::-1]),
+        "90 degrees": ("turned by 90 degrees anticlockwise", lambda i: np.rot90(i, 1, axes=(1, 2))),
+        "transposed": ("transposed", lambda i: i.transpose(0, 2, 1, 3)),
     }
-    for words, flip in flips.items():
+    for words, (cause, flip) in flips.items():
         for one in (False, True):
             for joints in (True, False):
                 if not joints and (one or words != "mirrored left-right"):
                     continue
-                add(Fault("flip", words, f"images (turned by )?{words}", images=flip, one=one, joints=joints))
+                add(Fault("flip", words, f"images {cause}", images=flip, one=one, joints=joints))
     for one in (False, True):
-        add(Fault("BGR", "", "BGR", images=lambda i: i[..., ::-1], one=one))
+        add(Fault("BGR", "", "colour order BGR", images=lambda i: i[..., ::-1], one=one))
     for frames in (-5, -2, -1, 1, 3):
         word = "late" if frames > 0 else "early"
         says = f"images {abs(frames)} frames {word}"
@@ -185,7 +199,7 @@ def faults() -> list[Fault]:
             Fault(
                 "camera turned",
                 f"{degrees} degrees",
-                "degrees",
+                r"extrinsics off by [\d.]+ degrees.*",
                 cameras=turned(degrees, 0, seed=degrees),
                 joints=degrees % 2 == 0,
             )
@@ -194,24 +208,26 @@ def faults() -> list[Fault]:
             Fault(
                 "camera turned",
                 f"{degrees} degrees",
-                "camera moved",
+                MOVED,
                 cameras=turned(degrees, 0, seed=degrees + 1),
                 one=True,
                 joints=degrees % 2 == 1,
             )
         )
     for cm in (2, 3, 5):
-        add(Fault("camera shifted", f"{cm} cm", r"cm", cameras=turned(0, cm, seed=cm), joints=cm % 2 == 0))
-        add(Fault("camera shifted", f"{cm} cm", "camera moved", cameras=turned(0, cm, seed=cm + 1), one=True))
+        says = r"extrinsics (off by [\d.]+ degrees and|or the robot's base off by) [\d.]+ cm.*"
+        add(Fault("camera shifted", f"{cm} cm", says, cameras=turned(0, cm, seed=cm), joints=cm % 2 == 0))
+        add(Fault("camera shifted", f"{cm} cm", MOVED, cameras=turned(0, cm, seed=cm + 1), one=True))
     for percent in (-15, -5, 5, 10):
-        add(Fault("focal length", f"{percent:+d} %", "focal", cameras=turned(0, 0, percent), joints=percent % 2 == 0))
+        says = rf"focal length off by {'-' if percent < 0 else ''}[\d.]+ percent"
+        add(Fault("focal length", f"{percent:+d} %", says, cameras=turned(0, 0, percent), joints=percent % 2 == 0))
     for share in (0.9, 0.8):
-        add(Fault("crop, old K", f"{share}, resized", "focal|crop", images=cropped(share)))
+        add(Fault("crop, old K", f"{share}, resized", rf"{CROPPED}|focal length off by -.*", images=cropped(share)))
         add(
             Fault(
                 "crop, old K",
                 f"{share} off centre, resized",
-                "crop|focal",
+                CROPPED,
                 images=cropped(share, (0.1, 0.3)),
                 joints=False,
             )
@@ -220,7 +236,7 @@ def faults() -> list[Fault]:
             Fault(
                 "crop, old K",
                 f"{share}, not resized",
-                "crop|resolution",
+                CROPPED,
                 images=cropped(share, resize=False),
                 metadata=size_of(share),
             )
@@ -229,25 +245,28 @@ def faults() -> list[Fault]:
             Fault(
                 "resized, old K",
                 f"{share}",
-                "crop|resolution|resized",
+                CROPPED,
                 images=resized(share),
                 metadata=size_of(share),
             )
         )
     for n in (4, 12):
-        add(Fault("frozen span", f"{n} frames", "frozen", images=frozen(n), one=True))
+        add(Fault("frozen span", f"{n} frames", r"frozen span of \d+ frames", images=frozen(n), one=True))
     add(Fault("outlier image", "1 frame", "outlier image", images=stray_image, one=True))
-    add(Fault("wrong demo's images", "", "different demos", one=True, other=True))
-    add(Fault("wrong demo's images", "", "different demos", one=True, other=True, joints=False))
+    add(Fault("wrong demo's images", "", OTHERS, one=True, other=True))
+    add(Fault("wrong demo's images", "", OTHERS, one=True, other=True, joints=False))
     for prefix, kind in (("", "reached"), ("commanded_", "commanded")):
+        of = "commanded " if prefix else ""  # causes of the reached track do not name it, but for units
         place, turn, grip = f"{prefix}position_m", f"{prefix}quaternion_wxyz", f"{prefix}gripper_opening"
+        offset = r"commanded track offset by [\d.]+ cm" if prefix else REACHED_OFFSET
+        metres = "commanded gripper in metres" if prefix else "gripper opening in metres"
         for joints in (True, False) if not prefix else (True,):
             for scale, word in (
-                (1000, "millimetres"),
-                (100, "millimetres|centimetres"),
-                (1.1, "scaled"),
-                (0.9, "scaled"),
-                (1.2, "scaled"),
+                (1000, f"{kind} positions in millimetres"),
+                (100, f"{kind} positions in centimetres"),
+                (1.1, rf"{of}positions scaled by 1\.[01]\d*"),
+                (0.9, rf"{of}positions scaled by 0\.(8|9)\d*"),
+                (1.2, rf"{of}positions scaled by 1\.[12]\d*"),
             ):
                 add(
                     Fault(
@@ -263,7 +282,7 @@ def faults() -> list[Fault]:
                     Fault(
                         f"{kind} positions offset",
                         f"{cm} cm",
-                        "offset|base",
+                        offset if joints else rf"{offset}|extrinsics or the robot's base off by [\d.]+ cm",
                         numbers=on(place)(lambda p, c=cm: p + [0.008 * c, -0.006 * c, 0]),
                         joints=joints,
                     )
@@ -272,7 +291,7 @@ def faults() -> list[Fault]:
                 Fault(
                     f"{kind} quaternions xyzw",
                     "",
-                    "x, y, z, w",
+                    f"{of}quaternions stored x, y, z, w",
                     numbers=on(turn)(lambda q: np.roll(q, -1, axis=1)),
                     joints=joints,
                 )
@@ -281,17 +300,18 @@ def faults() -> list[Fault]:
                 Fault(
                     f"{kind} quaternions conjugated",
                     "",
-                    "conjugated|inverted",
+                    rf"{of}quaternions conjugated \(world to gripper\)",
                     numbers=on(turn)(lambda q: q * [1, -1, -1, -1]),
                     joints=joints,
                 )
             )
-            add(Fault(f"{kind} poses inverted", "", "inver|conjug", numbers=inverted_poses(prefix), joints=joints))
+            says = rf"{of}poses inverted \(.*"
+            add(Fault(f"{kind} poses inverted", "", says, numbers=inverted_poses(prefix), joints=joints))
             add(
                 Fault(
                     f"{kind} gripper inverted",
                     "",
-                    "inverted|0 for closed",
+                    "commanded gripper inverted" if prefix else r"gripper opening inverted \(.*",
                     numbers=on(grip)(lambda g: 1 - g),
                     joints=joints,
                 )
@@ -302,29 +322,28 @@ def faults() -> list[Fault]:
                         Fault(
                             f"{kind} track in time",
                             f"{frames:+d} frames",
-                            "late" if frames > 0 else "early",
+                            track_in_time(prefix, frames),
                             numbers=on(place, turn, grip)(shifted(frames)),
                             joints=joints,
                         )
                     )
-        add(Fault(f"{kind} gripper in metres", "", "metres", numbers=on(grip)(lambda g: g * 0.095)))
-        add(Fault(f"{kind} gripper in percent", "", "percent|100", numbers=on(grip)(lambda g: g * 100)))
-        add(Fault(f"{kind} outlier pose", "8 cm", "outlier", numbers=on(place)(stray_row), one=True))
-        add(
-            Fault(f"{kind} positions offset", "3 cm", "offset", numbers=on(place)(lambda p: p + [0.03, 0, 0]), one=True)
-        )
-    add(Fault("joints in degrees", "", "degrees", numbers=on("joint_positions_rad")(np.degrees)))
-    add(Fault("fps", "30 for 10", "fps|rate", metadata=set_fps(30.0)))
-    add(Fault("time stamps", "gap of 0.9 s", "gap", numbers=gap, one=True))
+        add(Fault(f"{kind} gripper in metres", "", metres, numbers=on(grip)(lambda g: g * 0.095)))
+        percentage = f"{kind} gripper opening in percent"
+        add(Fault(f"{kind} gripper in percent", "", percentage, numbers=on(grip)(lambda g: g * 100)))
+        add(Fault(f"{kind} outlier pose", "8 cm", f"outlier {kind} pose", numbers=on(place)(stray_row), one=True))
+        add(Fault(f"{kind} positions offset", "3 cm", offset, numbers=on(place)(lambda p: p + [0.03, 0, 0]), one=True))
+    add(Fault("joints in degrees", "", "joints in degrees", numbers=on("joint_positions_rad")(np.degrees)))
+    add(Fault("fps", "30 for 10", "stated frame rate 30 in place of 10.*", metadata=set_fps(30.0)))
+    add(Fault("time stamps", "gap of 0.9 s", "dropped frames", numbers=gap, one=True))
     add(
         Fault(
             "time stamps",
             "in microseconds",
-            "microseconds",
+            "time stamps in microseconds",
             numbers=lambda a, n: a.update(timestamps_ns=a["timestamps_ns"] // 1000),
         )
     )
-    add(Fault("instruction", "empty", "instruction", metadata=lambda m: m.update(instruction=""), one=True))
+    add(Fault("instruction", "empty", "empty instruction", metadata=lambda m: m.update(instruction=""), one=True))
     return found
 
 
@@ -336,8 +355,9 @@ def size_of(share: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def plant(clean: Path, folder: Path, fault: Fault, demos: int | None = DEMOS) -> None:
-    """A copy of a recording with a fault in it; `demos`: of so many of its demonstrations, None: of all."""
+def plant(clean: Path, folder: Path, fault: Fault, demos: int | None = DEMOS) -> list[str]:
+    """A copy of a recording with a fault in it; `demos`: of so many of its demonstrations, None: of all. Returns the
+    names of those that have the fault."""
     sources = sorted(path.parent for path in clean.glob("*/metadata.json"))[:demos]
     for number, demo in enumerate(sources):
         target = folder / demo.name
@@ -370,3 +390,4 @@ def plant(clean: Path, folder: Path, fault: Fault, demos: int | None = DEMOS) ->
                     Image.fromarray(np.ascontiguousarray(image)).save(
                         target / "rgb" / camera / f"{index:06d}.jpg", quality=95
                     )
+    return [demo.name for number, demo in enumerate(sources) if not fault.one or number == 2]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -473,3 +475,72 @@ def test_a_gap_and_a_jump_are_named_with_their_frames(tmp_path):
     assert found.frames in {(9,), (11,)}
     (found,) = examine(tmp_path / "rate", wrong_rate)
     assert found.cause == "stated frame rate 30 in place of 10.0, or wrong time stamps"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    """benchmarks/doctor.py"""
+    folder = Path(__file__).parents[3] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("doctor_benchmark", folder / "doctor.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.mark.parametrize(
+    ("planted", "causes", "right"),
+    [
+        ("reached positions scaled, x 100, all demos", ["reached positions in millimetres"], False),
+        ("reached positions scaled, x 100, all demos", ["reached positions in centimetres"], True),
+        ("commanded positions scaled, x 100, all demos", ["reached positions in centimetres"], False),
+        ("reached gripper in percent, all demos", ["reached gripper opening in another unit"], False),
+        ("reached gripper in percent, all demos", ["reached gripper opening in percent"], True),
+        ("reached positions scaled, x 1.1, all demos", ["commanded positions scaled by 0.906"], False),
+        ("reached positions scaled, x 1.1, all demos", ["positions scaled by 1.100"], True),
+        ("reached positions offset, 2 cm, all demos", ["commanded track offset by 2.1 cm"], False),
+        ("reached positions offset, 2 cm, all demos", ["commanded or reached track offset by 2.1 cm"], False),
+        ("reached positions offset, 2 cm, all demos", ["reached track offset by 2.1 cm"], True),
+        (
+            "reached quaternions conjugated, all demos, no joints",
+            ["commanded quaternions conjugated (world to gripper)"],
+            False,
+        ),
+        (
+            "reached quaternions conjugated, all demos, no joints",
+            ["quaternions conjugated (world to gripper)"],
+            True,
+        ),
+        (
+            "camera turned, 3 degrees, all demos, no joints",
+            [
+                "extrinsics or the robot's base off by 4.5 cm",
+                "camera moved by 1.0 degrees and 2.2 cm in this demo",
+            ],
+            False,
+        ),
+        ("camera turned, 3 degrees, all demos, no joints", ["extrinsics off by 3.0 degrees"], True),
+        (
+            "camera shifted, 5 cm, all demos, no joints",
+            [
+                "cropped images with old K (focal length +9.0 percent, centre moved)",
+                "camera moved by 1.0 degrees and 2.2 cm in this demo",
+            ],
+            False,
+        ),
+        ("camera shifted, 5 cm, all demos, no joints", ["extrinsics or the robot's base off by 5.0 cm"], True),
+        ("flip, 90 degrees, all demos", ["images turned by 90 degrees clockwise"], False),
+        ("flip, 90 degrees, all demos", ["images turned by 90 degrees anticlockwise"], True),
+        ("time stamps, in microseconds, all demos", ["dropped frames", "1", "2", "time stamps in microseconds"], False),
+    ],
+)
+def test_the_benchmark_counts_a_cause_that_names_the_fault_its_track_and_its_unit(benchmark, planted, causes, right):
+    (fault,) = [fault for fault in benchmark.faults() if fault.name == planted]
+    findings = [Finding("check", "error", "", "cm degrees", "divide by 100", cause, ("a", "b")) for cause in causes]
+    assert benchmark.graded(findings, fault.says, ["a", "b"]) == (True, right)
+    assert benchmark.graded(findings, fault.says, ["a"]) == (True, False)  # b has no fault
+    assert benchmark.graded(findings, fault.says, ["c"]) == (False, False)
+    assert benchmark.graded([], fault.says, ["a", "b"]) == (False, False)
