@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Plan
-from keygrip.robots.joint_motion import CURVED_M, JointMotionError
+from keygrip.robots.joint_motion import ArmMotions, JointMotionError
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, held_back, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE, observed_poses
@@ -26,6 +27,8 @@ from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, T
 from keygrip.runtime.watchdog import State, Watchdog
 
 log = logging.getLogger(__name__)
+
+BESIDE_M, BESIDE_RAD = 1e-3, 1e-2  # a tool that its joints put farther from a pose has not reached it
 
 
 @dataclass(frozen=True)
@@ -282,9 +285,9 @@ class ControlLoop:
             self.robot.command(command)
             return command
         robot.command(command, joints)
-        reached, bounds = robot.poses_at(robot.commanded_joints), robot.joint_motion
-        beside = np.linalg.norm(reached[:, :3] - command[:, :3], axis=1)
-        which = beside > CURVED_M if bounds is None else bounds.held_back
+        reached = robot.poses_at(robot.commanded_joints)
+        bounds: ArmMotions | None = getattr(robot, "joint_motion", None)
+        which = _beside(reached, command) if bounds is None else bounds.held_back
         command = held_back(command, reached, which, self._motions, 1.0 / self.robot.control_hz)
         return command if joints is None else np.concatenate([reached, command[:, 7:]], axis=1)
 
@@ -328,3 +331,10 @@ class ControlLoop:
             gripper=plan.gripper[:, first:],
         )
         refuse_unsafe(left, self._motions, self.robot.control_hz)
+
+
+def _beside(reached: np.ndarray, command: np.ndarray) -> np.ndarray:
+    """[A] whether tools at [A, 7] are not where the command [A, 8] puts them."""
+    is_, wanted = (Rotation.from_quat(poses[:, 3:7], scalar_first=True) for poses in (reached, command))
+    distance = np.linalg.norm(reached[:, :3] - command[:, :3], axis=1)
+    return np.asarray((distance > BESIDE_M) | ((is_.inv() * wanted).magnitude() > BESIDE_RAD))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from keygrip.artifacts import atomic_path, atomic_write
 from keygrip.models.policy import Plan, Policy
-from keygrip.robots.joint_motion import JointMotionError
+from keygrip.robots.joint_motion import ArmMotions, JointMotionError
 from keygrip.runtime.limits import (
     LONGEST_PLAN_S,
     LimitedMotion,
@@ -117,7 +117,7 @@ def _commands(
 ) -> tuple[np.ndarray, str | None]:
     """The commands [K, A, 8] that lead along a way [K, A, W] within the limits, and why the joints would refuse one;
     from there on they are those without joints."""
-    trial = None if arms is None else copy.deepcopy(arms.joint_motion)
+    trial: ArmMotions | None = copy.deepcopy(getattr(arms, "joint_motion", None))
     commands, refused = [way[0, :, :POSE]], None
     for tick, target in enumerate(way[1:], start=1):
         command, joints = target[:, :POSE], target[:, POSE:] if target.shape[1] > POSE else None

@@ -225,7 +225,7 @@ def held_back(
             back. motions: of each arm; none: there are no limits. seconds: length of the control period.
     """
     command = command.copy()
-    for arm in np.flatnonzero(which):
+    for arm in np.flatnonzero(which).tolist():
         command[arm, :7] = reached[arm]
         if motions:
             motions[arm].held_back_at(command[arm], seconds)

@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from keygrip.robots.joint_arms import JointArms
-from keygrip.robots.joint_motion import ArmMotions
 
 
 class RobotLostError(ConnectionError):
@@ -70,17 +69,16 @@ class Robot(Protocol):
 
 @runtime_checkable
 class JointRobot(Robot, JointArms, Protocol):
-    """A robot that also follows the joints of a plan, where a policy plans them; others follow its poses."""
+    """A robot that also follows the joints of a plan, where a policy plans them; others follow its poses.
+
+    It may have an attribute `joint_motion` (:class:`keygrip.robots.joint_motion.ArmMotions`, or None): what bounds the
+    joints, after the last command. It says which arms the joints' speed has held back, and a copy of it tries out the
+    commands of a dry run.
+    """
 
     @property
     def commanded_joints(self) -> np.ndarray:
         """[A, J] rad of the last command, however it was given; at the start, where the joints are."""
-        ...
-
-    @property
-    def joint_motion(self) -> ArmMotions | None:
-        """What bounds the joints, after the last command; None: nothing does here. Not to be changed; a copy of it
-        tries commands out."""
         ...
 
     def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:

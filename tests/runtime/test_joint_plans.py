@@ -369,6 +369,54 @@ def test_plans_of_poses_are_followed_to_the_bit_as_ever() -> None:
     np.testing.assert_array_equal(sent[0], sent[2])
 
 
+class Bare(PosesAlone):
+    """A robot with the methods of `JointRobot` and no more."""
+
+    @property
+    def joint_ranges(self) -> np.ndarray:
+        return self.robot.joint_ranges
+
+    @property
+    def commanded_joints(self) -> np.ndarray:
+        return self.robot.commanded_joints
+
+    def poses_at(self, joints: np.ndarray) -> np.ndarray:
+        return self.robot.poses_at(joints)
+
+    def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:
+        self.robot.command(poses, joints)
+
+
+def test_a_robot_with_the_methods_alone_follows_joints_and_is_known_to_be_held_back() -> None:
+    robot = arm()
+    bare, expert = Bare(robot), Expert(robot)
+    assert isinstance(bare, JointRobot)
+    assert rehearse(Expert(robot), bare, LIMITS, "joints").refused is None
+    report, sent = driven(bare, expert, 2.0, follow="joints")
+    assert report.joint_plans == report.plans > 3
+    np.testing.assert_allclose(sent, expert.joints[: len(sent)], atol=1e-15)
+    robot.close()
+
+    robot = arm(joints=JointLimits(speed_rad_s=1.0))  # the limits let the tool turn at 3 rad/s
+    start = Rotation.from_quat(robot.cell.tool_pose[1], scalar_first=True)
+    position = np.tile(robot.cell.tool_pose[0], (1, 9, 1))
+    turned = (start * Rotation.from_rotvec([0, 0, 0.8])).as_quat(scalar_first=True)
+    plan = Plan(position, np.tile(turned, (1, 9, 1)), np.ones((1, 9)), 0.1)
+    ticks: list[Tick] = []
+
+    class Turn:
+        def plan(self, observation: Observation) -> Plan:
+            return plan
+
+    execution = ChunkExecution(SimulatedPlanner(Turn(), lambda: 0.0), 10.0, still_distance_m=0.0)
+    ControlLoop(Bare(robot), execution, LIMITS, on_tick=ticks.append).run(0.3)
+    led = Rotation.from_quat(ticks[-1].command[0, 3:7], scalar_first=True)
+    seen = Rotation.from_quat(robot.poses_at(robot.commanded_joints)[0, 3:7], scalar_first=True)
+    assert 0.1 < (start.inv() * seen).magnitude() < 0.5
+    assert (seen.inv() * led).magnitude() < 0.01  # the motion goes on from where the tool is
+    robot.close()
+
+
 def test_both_controllers_make_the_same_of_joints(still: SimulatedYam) -> None:
     robot = still
     robot.reset(SEED)
