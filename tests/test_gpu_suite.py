@@ -92,6 +92,8 @@ class TestParts:
             ("NVIDIA GeForce RTX 4090", 165.2),
             ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
             ("NVIDIA GB200", 2500.0),
+            ("NVIDIA GH200 480GB", 989.5),
+            ("NVIDIA A100X", 312.0),
         ],
     )
     def test_a_peak_is_that_of_the_whole_name(
