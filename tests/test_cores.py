@@ -10,7 +10,7 @@ import pytest
 
 from keygrip.cores import usable_cores
 from keygrip.data.robot.datamodule import RobotDemos
-from keygrip.data.shards.resuming import refuse_too_few_files
+from keygrip.data.shards.resuming import ensure_enough_files
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone keeps a process on some cores")
@@ -38,14 +38,13 @@ def test_loaders_of_a_job_with_few_cores_are_few(monkeypatch: pytest.MonkeyPatch
 
 def test_loaders_from_python_open_as_many_files_as_the_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """No command has raised the soft limit there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        refuse_too_few_files(20)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
-    refuse_too_few_files(0)
+    limits = {resource.RLIMIT_NOFILE: (256, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    ensure_enough_files(0)  # without workers nothing of the process is changed
+    assert limits == {resource.RLIMIT_NOFILE: (256, 4096)}
+    ensure_enough_files(20)
+    assert limits == {resource.RLIMIT_NOFILE: (4096, 4096)}
+    limits[resource.RLIMIT_NOFILE] = (256, 256)
     with pytest.raises(OSError, match="may open 256 files, and 20 loader workers need about 860: raise the limit"):
-        refuse_too_few_files(20)
+        ensure_enough_files(20)

@@ -17,17 +17,19 @@ FILES_OF_A_WORKER = 40  # pipes, shared memory and queues of a worker, and the f
 FILES_OF_A_RUN = 60
 
 
-def refuse_too_few_files(workers: int) -> None:
-    """Raises where loader workers would wait forever for file descriptors that the process may not have, though it
-    takes all that the system gives.
+def ensure_enough_files(workers: int) -> None:
+    """Raises this process's limit of open files to what the system gives, where it has loader workers: without enough
+    file descriptors they would wait forever.
 
     Raises:
-        OSError: with the limit and the number needed.
+        OSError: that is too few for so many workers; with the limit and the number needed.
     """
+    if not workers:
+        return
     allow_many_files()  # whoever trains from Python has no command that does
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES_OF_A_RUN + FILES_OF_A_WORKER * workers
-    if workers and limit != resource.RLIM_INFINITY and limit < needed:
+    if limit != resource.RLIM_INFINITY and limit < needed:
         raise OSError(
             f"this process may open {limit} files, and {workers} loader workers need about {needed}: raise the limit "
             "(ulimit -n), or lower data.num_workers"
@@ -72,7 +74,7 @@ class ResumableData(LightningDataModule):
                 f"data.num_workers={self.num_workers} must be at least 0 and data.prefetch_batches="
                 f"{self.prefetch_batches} at least 1"
             )
-        refuse_too_few_files(self.num_workers)
+        ensure_enough_files(self.num_workers)
         return {
             "dataset": samples,
             "batch_sampler": sampler,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from keygrip.artifacts import atomic_write, locked, sha256_bytes
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.resuming import refuse_too_few_files
+from keygrip.data.shards.resuming import ensure_enough_files
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.untrusted_files import read_npz
 from keygrip.data.video_text.batching import MeasuringCollator
@@ -143,7 +143,7 @@ class Counting(Dataset[np.ndarray]):
 
 
 def _loader(source: Counting, workers: int) -> DataLoader[np.ndarray]:
-    refuse_too_few_files(workers)
+    ensure_enough_files(workers)
     # a generator of its own: whether there is something to count must not change the run's random numbers
     options: dict[str, Any] = {"worker_init_fn": start_worker, "generator": torch.Generator()}
     options["collate_fn"] = _unchanged  # torch knows only collators of lists
