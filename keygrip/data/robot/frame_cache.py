@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keygrip.artifacts import NO_LOCKS
 from keygrip.data.robot.schema import FrameSource
 
 log = logging.getLogger(__name__)
@@ -139,8 +141,10 @@ class FrameCache:
                         marks.unlink(missing_ok=True)
                 finally:
                     os.close(descriptor)
-            except OSError:
-                continue  # in use, another user's, or removed by another process that starts: no matter of this cache
+            except OSError as error:
+                # in use, another user's, or removed by another process that starts: no matter of this cache
+                if error.errno in NO_LOCKS:
+                    _say_not_removed(folder)
 
     def __getstate__(self) -> dict[str, object]:
         dropped = ("_open_in", "_pixels", "_marks", "_pixels_file", "_marks_file", "_compared")
@@ -157,23 +161,27 @@ class FrameCache:
                 opened.callback(os.close, self._pixels_file)
                 self._marks_file = os.open(self.marks_path, os.O_RDWR)
                 opened.callback(os.close, self._marks_file)
-                with contextlib.suppress(OSError):  # where nothing can be locked, `_remove_stale` removes nothing
+                try:
                     fcntl.flock(self._marks_file, fcntl.LOCK_SH)
+                except OSError as error:  # where nothing can be locked, `_remove_stale` removes nothing
+                    if error.errno not in NO_LOCKS:
+                        raise
                 self._touch()
-                self._pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
-                self._marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
+                pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
+                marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
                 opened.pop_all()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a file is shorter than what is to be mapped
             log.warning("no frame cache: it cannot be opened (%s); frames are decoded every time", error)
             self.limit_bytes = 0
             return False
+        self._pixels, self._marks = pixels, marks
         self._compared = np.zeros(self.total_frames, dtype=bool)
         self._open_in = os.getpid()
         return True
 
     def _touch(self) -> None:
-        os.utime(self._marks_file)
         self._touched = time.monotonic()
+        os.utime(self._marks_file)
 
     def close(self) -> None:
         """Gives back this process's files."""
@@ -196,7 +204,8 @@ class FrameCache:
         if self._open_in != os.getpid() and not self._open():
             return self.sources[demo].read(frame)
         if time.monotonic() - self._touched > TOUCHED_EVERY_S:
-            self._touch()
+            with contextlib.suppress(OSError):  # it may look older than it is, and be removed
+                self._touch()
         slot = int(self._first_slot[demo]) + frame
         shape = self.shapes[demo]
         mark = int(self._marks[slot])
@@ -215,6 +224,12 @@ class FrameCache:
             log.warning("the frame cache stops growing (%s); frames are decoded every time", error)
             self.limit_bytes = 0
         return image
+
+
+@functools.cache
+def _say_not_removed(folder: Path) -> None:
+    """Once for each folder, not for each cache and camera."""
+    log.warning("old frame caches in %s are not removed: they cannot be locked", folder)
 
 
 def _mark(pixels: np.ndarray) -> int:

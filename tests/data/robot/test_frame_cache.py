@@ -274,6 +274,12 @@ def test_a_cache_in_use_is_never_old(
     all_frames(again)
     assert time.time() - again.marks_path.stat().st_mtime < 60
 
+    def stale_handle(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(frame_cache.os, "utime", stale_handle)
+    all_frames(again)  # no broken frame
+
 
 def test_frames_of_other_sizes_than_promised_are_refused(tmp_path: Path) -> None:
     source = Counted(0, tmp_path / "decoded")
@@ -290,8 +296,10 @@ def warnings_are_seen(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_cache_where_nothing_can_be_locked_is_used_and_never_removed(
     make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    refusal = OSError(errno.ENOSYS, "Function not implemented")
+
     def refused(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise refusal
 
     monkeypatch.setattr(frame_cache.fcntl, "flock", refused)
     cache = make(10**6)
@@ -300,17 +308,27 @@ def test_a_cache_where_nothing_can_be_locked_is_used_and_never_removed(
     assert cache.marks_path is not None
     long_ago = time.time() - 2 * frame_cache.STALE_AFTER_S
     os.utime(cache.marks_path, (long_ago, long_ago))
-    make(10**6, version=1)
-    assert cache.marks_path.exists()
     assert caplog.text == ""
+    for version in (1, 2):
+        make(10**6, version=version)
+    assert cache.marks_path.exists()
+    assert caplog.messages == [f"old frame caches in {cache.marks_path.parent} are not removed: they cannot be locked"]
+    refusal = OSError(errno.EIO, "Input/output error")
+    all_frames(make(10**6))
+    assert "no frame cache: it cannot be opened ([Errno 5] Input/output error)" in caplog.text
 
 
+@pytest.mark.parametrize("shorter", [False, True])
 def test_a_cache_that_cannot_be_opened_is_no_broken_frame(
-    make: Callable[..., FrameCache], caplog: pytest.LogCaptureFixture
+    make: Callable[..., FrameCache], caplog: pytest.LogCaptureFixture, shorter: bool
 ) -> None:
     cache, expected = make(10**6), all_frames(make(0))
+    assert cache.pixels_path is not None
     assert cache.marks_path is not None
-    cache.marks_path.unlink()
+    if shorter:
+        os.truncate(cache.pixels_path, 4)
+    else:
+        cache.marks_path.unlink()
     open_files = len(list(Path("/dev/fd").iterdir()))
     assert np.array_equal(all_frames(cache), expected)
     assert caplog.text.count("no frame cache: it cannot be opened") == 1
