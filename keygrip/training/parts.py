@@ -149,7 +149,8 @@ def data_part(
         plain: settings that are a description for the class, which neither it nor `instantiate` builds from a
             checkpoint where the configuration says ``_recursive_: false``. Parts that it names stay as they were.
         places: settings that name a folder or an address; an address is read only where the caller names it.
-        makers: settings that name functions, which the class calls where `make_missing` is true.
+        makers: settings that name functions, which the class calls where `make_missing` is true: by the module in
+            which the `def` stands, or by a package whose ``__init__.py`` imports it from there.
     """
     named = (tuple(external), tuple(plain), tuple(places), tuple(makers))
 
@@ -303,7 +304,11 @@ def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str
     """Why a class may not be built, or a function not be called, or None; reads source files and imports nothing of
     them."""
     holds: Callable[[Path, str], bool] = _defines if function else _declares
-    lacking = "defines no such function" if function else "declares no such part (@model_part or @data_part)"
+    lacking = (
+        "defines no such function (give the module where its `def` stands)"
+        if function
+        else "declares no such part (@model_part or @data_part)"
+    )
     module, _, name = target.rpartition(".")
     package, *rest = module.split(".")
     if package == "keygrip":
@@ -329,7 +334,7 @@ def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str
         if file.is_file() and holds(file, name):
             return None
         if file.name == "__init__.py" and file.is_file():
-            home = _re_exported(file, name)
+            home = _re_exported(file, name, module)
             if home is not None and home != target and home.split(".")[0] == package:
                 return _why_not(home, trust, function)
     return f"that module {lacking}"
@@ -357,13 +362,14 @@ def _defines(file: Path, name: str) -> bool:
     return any(isinstance(each, ast.FunctionDef) and each.name == name for each in _statements(file))
 
 
-def _re_exported(file: Path, name: str) -> str | None:
-    """Where a package's ``__init__.py`` takes a name from (``from package.module import Name``)."""
+def _re_exported(file: Path, name: str, package: str) -> str | None:
+    """Where a package's ``__init__.py`` takes a name from (``from package.module import Name``, or ``.module``)."""
     for statement in _statements(file):
-        if isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
+        if isinstance(statement, ast.ImportFrom) and statement.level <= 1 and statement.module:
             for alias in statement.names:
                 if alias.name == name and alias.asname is None:
-                    return f"{statement.module}.{name}"
+                    home = f"{package}.{statement.module}" if statement.level else statement.module
+                    return f"{home}.{name}"
     return None
 
 

@@ -273,6 +273,14 @@ def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functi
         with pytest.raises(UntrustedPartError, match=r"data\.record\.recorder: .* is not called"):
             data(recorder, make, trust)
     assert data("lab.record", make, trusted).record.make_missing
+    (tmp_path / "arms" / "tasks").mkdir(parents=True)
+    (tmp_path / "arms/__init__.py").write_text("from .tasks import record\nfrom os.path import join\n")
+    (tmp_path / "arms/tasks/__init__.py").write_text("from .reach import record\n")
+    (tmp_path / "arms/tasks/reach.py").write_text("from os import system\ndef record(**options):\n    pass\n")
+    assert data("arms.record", make, ("arms",)).record.make_missing
+    for other in ("arms.join", "arms.tasks.reach.system"):
+        with pytest.raises(UntrustedPartError, match=r"no such function \(give the module where its `def` stands"):
+            data(other, make, ("arms",))
 
 
 def test_a_package_is_trusted_by_name_alone(trained: Path) -> None:
