@@ -195,7 +195,9 @@ def module_classes() -> list[tuple[Path, ast.ClassDef]]:
     """Classes that derive from `nn.Module` or `LightningModule`, by the names of their bases, with their files."""
     files = MODULES.values()
     nodes = [(path, node) for path in files for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
-    bases = {node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases} for _, node in nodes}
+    bases: dict[str, set[str]] = {}
+    for _, node in nodes:  # a plain class may have the name of a module
+        bases.setdefault(node.name, set()).update(ast.unparse(base).rpartition(".")[2] for base in node.bases)
     known: set[str] = set()
     while more := {name for name, above in bases.items() if above & (known | {"Module", "LightningModule"})} - known:
         known |= more
