@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from keygrip.training.launch import started_together
+
 log = logging.getLogger(__name__)
 
 WRITING = ".writing"
@@ -185,31 +187,60 @@ def scratch_folder(beside: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+def locked(path: str | Path, wait: bool = True, together_without: bool = False) -> Iterator[None]:
     """Holds an exclusive lock on a file, across processes; the lock ends with the block or with the process. Where the
-    file system has no locks (a cluster's disk may have none) it says so, once for each folder, and goes on.
+    file system has no locks (a cluster's disk may have none) a process that was started alone says so, once for each
+    folder, and goes on.
 
     Args:
         path: the lock's own file, made where it is missing and left there. wait: False raises where another holds it.
+        together_without: whether several processes that were started together go on without locks too: where no harm
+            is done when each of them does the same.
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is False.
+        OSError: the file system has no locks, and several processes would divide their work by them.
     """
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
+    with _lock_file(file) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            cannot = f"{file.parent} cannot be locked ({error.strerror})"
+            if not together_without and started_together() > 1:
+                raise OSError(
+                    f"{cannot}, so that several processes cannot divide the work: start one process alone, or use a "
+                    "disk with file locks"
+                ) from error
+            if file.parent not in _without_locks:
+                log.warning("%s: see that no other process writes into it", cannot)
+            _without_locks.add(file.parent)
+        yield
+
+
+def is_locked(path: str | Path) -> bool | None:
+    """Whether another process holds the lock of this file; None where the file system has no locks."""
+    with _lock_file(Path(path)) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return None
+    return False
+
+
+@contextlib.contextmanager
+def _lock_file(file: Path) -> Iterator[IO[Any]]:
     with file.open("a") as handle:
         _locks.add(handle)  # before it is held: another thread may fork meanwhile
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                if file.parent not in _without_locks:
-                    said = "%s cannot be locked (%s): see that no other process writes into it"
-                    log.warning(said, file.parent, error.strerror)
-                _without_locks.add(file.parent)
-            yield
+            yield handle
         finally:
             _locks.discard(handle)
 
@@ -239,7 +270,7 @@ def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable
         Whether this call made it.
 
     Raises:
-        RuntimeError: it is still incomplete after ``make``.
+        RuntimeError: it is still incomplete after ``make``. OSError: as `locked`.
     """
     target = Path(path)
     if complete(target):

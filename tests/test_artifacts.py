@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,15 @@ def test_a_place_without_locks_is_said_once(
         errors.pop(0)
     said = f"{tmp_path} cannot be locked (Function not implemented): see that no other process writes into it"
     assert (entered, caplog.messages) == (2, [said])
+    errors.append(OSError(errno.ENOLCK, "No locks available"))
+    assert artifacts.is_locked(tmp_path / "lock") is None
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun: each process would do the work of all
+    told = f"{tmp_path} cannot be locked (No locks available), so that several processes cannot divide the work: start"
+    with pytest.raises(OSError, match=re.escape(told)), artifacts.locked(tmp_path / "lock"):
+        pass
+    with artifacts.locked(tmp_path / "lock", together_without=True):
+        errors.pop()
+    assert caplog.messages == [said]
     errors.append(OSError(errno.EIO, "Input/output error"))
     with pytest.raises(OSError, match="Input/output error"), artifacts.locked(tmp_path / "lock"):
         pass

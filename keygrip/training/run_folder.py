@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from keygrip.artifacts import locked
+from keygrip.artifacts import is_locked, locked
 from keygrip.training.launch import in_a_shell_of_slurm, is_first_process
 from keygrip.training.results import RESULT
 
@@ -222,7 +222,7 @@ def hold(folder: Path) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder / LOCK, wait=False))
+            stack.enter_context(locked(folder / LOCK, wait=False, together_without=True))
         except BlockingIOError as error:
             raise RunFolderError(_still_going_on(folder)) from error
         _held.add(folder.resolve())
@@ -243,15 +243,9 @@ def refuse_held(folder: Path) -> None:
         raise RunFolderError(_still_going_on(folder))
 
 
-def is_held(folder: Path) -> bool:
-    """Whether some process trains into a folder at this moment."""
-    if not (folder / LOCK).is_file():
-        return False
-    try:
-        with locked(folder / LOCK, wait=False):
-            return False
-    except BlockingIOError:
-        return True
+def is_held(folder: Path) -> bool | None:
+    """Whether some process trains into a folder at this moment; None: a disk without file locks cannot say."""
+    return is_locked(folder / LOCK) if (folder / LOCK).is_file() else False
 
 
 def _still_going_on(folder: Path) -> str:

@@ -297,14 +297,14 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     """One row a job: ``job, status, overrides {name: value}, metrics, wall_s, error``.
 
     A planned job without a result is ``missing``, one whose process died is ``killed``; ``running`` is one that goes on
-    by itself, as on a cluster.
+    by itself, as on a cluster, or, on a disk without file locks, of which that cannot be told.
     """
     rows = []
     for number, (overrides, job_folder) in enumerate(_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
         status = result.get("status", "missing")
-        if status == RUNNING and not (job_folder and is_held(job_folder)):
+        if status == RUNNING and job_folder is not None and is_held(job_folder) is False:
             status = "killed"
         rows.append(
             {

@@ -15,11 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import keygrip
+from keygrip.artifacts import write_json
 from keygrip.config import SettingError, check_overrides, compose
 from keygrip.evaluate import evaluation_output
 from keygrip.training import run_folder
 from keygrip.training.launch import started_together
+from keygrip.training.results import write_result
 from keygrip.training.resuming import checkpoint_to_resume
+from keygrip.training.sweeps import collect
 
 
 @pytest.fixture(autouse=True)
@@ -297,3 +300,10 @@ def test_a_run_folder_that_cannot_be_locked_is_said_and_trained_into(
     monkeypatch.setattr(fcntl, "flock", refused)
     assert keygrip.train(toy_overrides("run", "max_steps=1"))["status"] == "finished"
     assert "run cannot be locked (Function not implemented)" in caplog.text
+    caplog.clear()
+    assert (run_folder.is_held(Path("run")), run_folder.is_held(Path("none"))) == (None, False)
+    run_folder.refuse_held(Path("run"))
+    write_json("sweep.json", {"jobs": [["seed=1"]]})
+    write_result(Path("run"), {"status": "running", "overrides": ["seed=1"]})
+    assert [row["status"] for row in collect(Path())] == ["running"]  # another process may train into it
+    assert not caplog.text

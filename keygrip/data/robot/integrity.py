@@ -214,7 +214,7 @@ def _writable_lock(folder: Path) -> Iterator[None]:
     if not writable:
         yield
         return
-    with locked(folder / f".{VERIFIED}.lock"):
+    with locked(folder / f".{VERIFIED}.lock", together_without=True):
         yield
 
 

@@ -72,7 +72,8 @@ class ShardCache:
             read. ShardError: it has another size than `size`.
         """
         target = self.folder / name
-        with locked(self.folder / f".{name}.lock"):  # one process copies, the others wait for it
+        # one process copies, the others wait for it
+        with locked(self.folder / f".{name}.lock", together_without=True):
             if not target.is_file() or (size is not None and target.stat().st_size != size):
                 self._copy(name, target, size)
             elif fresh:
@@ -106,7 +107,7 @@ class ShardCache:
 
     def drop(self, name: str) -> None:
         """Removes the copy of a file that has changed."""
-        with locked(self.folder / f".{name}.lock"):
+        with locked(self.folder / f".{name}.lock", together_without=True):
             (self.folder / name).unlink(missing_ok=True)
 
     def _copy(self, name: str, target: Path, size: int | None) -> None:

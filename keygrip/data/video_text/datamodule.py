@@ -174,7 +174,7 @@ class VideoTexts(ResumableData):
             self._prepare_collator(self.collator, self._open("train"))
 
     def _prepare_collator(self, collator: PreparedCollator, train: Sequence[Part]) -> None:
-        with locked(self._beside / ".collator.lock"):
+        with locked(self._beside / ".collator.lock", together_without=True):
             collator.prepare(self._folder_of(train), partial(iterate_texts, [part.shards for part in train]))
 
     def setup(self, stage: str | None = None) -> None:

@@ -90,7 +90,7 @@ def counted(
     file = folder / f"lengths-{sha256_bytes(repr(how).encode())[:16]}.npz"
     longest, rows = _stored(file, len(shards))
     if (longest[chosen] == NOT_COUNTED).any():  # a whole file is not locked: it may lie where nothing can be written
-        with locked(file.with_name(f".{file.name}.lock")):
+        with locked(file.with_name(f".{file.name}.lock"), together_without=True):
             longest, rows = _stored(file, len(shards))
             missing = np.sort(chosen[longest[chosen] == NOT_COUNTED])
             blocks = [missing[start : start + BLOCK] for start in range(0, len(missing), BLOCK)]

@@ -120,7 +120,7 @@ class FeatureCache:
     def _write(self, key: str, feature: Tensor) -> None:
         path = self._path(key)
         try:
-            with locked(self.folder / ".lock"):
+            with locked(self.folder / ".lock", together_without=True):
                 before = path.stat().st_size if path.exists() else 0
                 write_bytes(path, save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)}))
                 size = self.size() + path.stat().st_size - before

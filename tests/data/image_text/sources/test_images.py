@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -467,6 +468,25 @@ def test_the_shards_of_a_process_that_died_are_free_again(source: Path, tmp_path
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert not Claims([job], 2).claim(0)
     assert prepared(source, root)["samples"] == 13  # its lock went with it
+
+
+def test_without_locks_one_process_encodes_and_several_are_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    jobs = jobs_of(tmp_path, list_items(source, step.aspect_buckets(32, 16, 3.0), 1.0, False), 4)
+    alone = Claims(jobs, 2)
+    assert alone.claim(0)
+    alone.release_all()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OSError, match="several processes cannot divide the work: start one process alone"):
+        Claims(jobs, 2).claim(0)
+    with pytest.raises(OSError, match="cannot be locked"):
+        prepared(source, tmp_path / "root")
+    assert not list((tmp_path / "root").rglob("*.tar"))
 
 
 def test_ranks_are_those_of_torchrun_and_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
