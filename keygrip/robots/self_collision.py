@@ -85,7 +85,7 @@ def closest_links(joints: np.ndarray, chain: ArmChain | None = None) -> Closest:
 def closest_links_of_two(
     joints: Sequence[np.ndarray], chains: Sequence[ArmChain], world_from_base: Sequence[np.ndarray]
 ) -> Closest:
-    """The closest links of two arms, one of each.
+    """The closest links of two arms, one of each, without their bases beside each other, which no joint moves.
 
     Args:
         joints: [6] rad of each. chains: of each. world_from_base: [4, 4] of each.
@@ -95,7 +95,7 @@ def closest_links_of_two(
         in_base, radius = capsules_at(angles, chain)
         ends.append(in_base @ base[:3, :3].T + base[:3, 3])
         radii.append(radius)
-    first, second = (index.ravel() for index in np.indices((len(CAPSULES), len(CAPSULES))))
+    first, second = _PAIRS_OF_TWO
     gaps = _segment_distances(ends[0][first], ends[1][second]) - radii[0][first] - radii[1][second]
     index = int(gaps.argmin())
     return Closest(float(gaps[index]), _name(int(first[index])), _name(int(second[index])))
@@ -130,6 +130,10 @@ def _pairs() -> tuple[np.ndarray, np.ndarray]:
 
 
 _PAIRS = _pairs()
+# of capsules of two arms: all but base and base, which may stand as close as they do
+_PAIRS_OF_TWO = np.array(
+    [(i, j) for i, (first, *_) in enumerate(CAPSULES) for j, (second, *_) in enumerate(CAPSULES) if first or second]
+).T
 
 
 def _segment_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -160,7 +160,8 @@ class YamArms:
         limits = joints or JointLimits()
         self._refuse_unknown_links(limits)
         self._drivers: list[Driver] = []
-        self._openings: list[float | None] = [None] * len(self.arms)  # the last commands
+        self._openings: list[float | None] = [None] * len(self.arms)  # the last commands that were taken
+        self._connected = [isinstance(given, str) for given in arms.values()]  # here, and held from then on
         self.stopped = self._lost = False
         try:
             for (name, given), model in zip(arms.items(), self._models, strict=True):
@@ -260,21 +261,23 @@ class YamArms:
         allowed = self.joint_motion.step(poses, 1.0 / self.control_hz, joints)
         for index, (driver, angles, pose) in enumerate(zip(self._drivers, allowed, poses, strict=True)):
             opening = float(np.clip(pose[7], 0.0, 1.0))
-            self._openings[index] = opening
             self._send(driver, np.append(angles, opening))
+            self._openings[index] = opening
 
     def stop(self) -> None:
         """Holds every arm where it is, and what its gripper has hold of: the driver keeps that command until it is
-        closed. An arm that was commanded nothing is left alone: the driver holds it since it is connected."""
+        closed. An arm that has taken no command is left alone where it was connected here: its driver holds it since
+        then. A driver that was handed in may let it float, so that it is held."""
         if self.stopped:
             return
         self.stopped = True
         for index, (driver, opening) in enumerate(zip(self._drivers, self._openings, strict=True)):
-            if opening is None:
+            if opening is None and self._connected[index]:
                 continue
             try:
                 held = self._state(index)
-                held[JOINTS] = opening  # an object keeps the fingers wider than this
+                if opening is not None:
+                    held[JOINTS] = opening  # an object keeps the fingers wider than this
                 self._send(driver, held)
             except RobotLostError as error:
                 log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)

@@ -30,7 +30,7 @@ from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
-from keygrip.runtime.i2rt_yam import YamArms
+from keygrip.runtime.i2rt_yam import JOINTS, YamArms
 from keygrip.runtime.limits import MotionLimits
 from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.robot import RobotLostError
@@ -159,7 +159,7 @@ class Holding(Driver):
         return state
 
 
-def test_a_stopped_arm_keeps_its_grip(calibration: Path) -> None:
+def test_a_stopped_arm_keeps_its_grip(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told the opening that is measured, the fingers would press no longer and what they hold would fall."""
     driver, camera = Holding(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration)
@@ -170,9 +170,32 @@ def test_a_stopped_arm_keeps_its_grip(calibration: Path) -> None:
     assert arm.observe(images=False)["gripper"][0] == driver.object_opening
     arm.stop()
     np.testing.assert_allclose(driver.commands[-1], np.append(driver.get_joint_pos()[:6], 0.1))
-    idle = Holding()
-    YamArms({"right": idle}, {"over": camera}, calibration).stop()
-    assert idle.commands == []  # the driver holds it since it is connected
+
+    def lost(joint_pos: np.ndarray) -> None:
+        raise OSError("the bus is gone")
+
+    monkeypatch.setattr(driver := Holding(), "command_joint_pos", lost)
+    arm = YamArms({"right": driver}, {"over": camera}, calibration)
+    with pytest.raises(RobotLostError, match="not taken"):
+        arm.command(np.concatenate([seen["position"][0], seen["quaternion"][0], [0.9]])[None])
+    monkeypatch.undo()
+    driver.state[JOINTS] = 0.2
+    arm.stop()
+    assert driver.commands[-1][JOINTS] == driver.object_opening  # not 0.9, which the driver never took
+
+
+def test_an_arm_without_a_command_is_held_where_it_may_float(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is handed in may be one of i2rt's default, which gives the arm's weight and no more."""
+    from i2rt.robots import get_robot
+
+    given, connected = Holding(), Holding()
+    YamArms({"right": given}, {"over": Still()}, calibration).stop()
+    np.testing.assert_array_equal(given.commands, [given.get_joint_pos()])
+    monkeypatch.setattr(get_robot, "get_yam_robot", lambda **options: connected)
+    YamArms({"right": "can0"}, {"over": Still()}, calibration).stop()
+    assert connected.commands == []  # held since then
 
 
 def test_an_arm_sees_through_the_corrections_that_it_was_trained_with(
@@ -396,10 +419,10 @@ def test_a_turn_in_place_is_slowed_at_low_rates_and_not_refused(hz: float, axis:
     assert (turn.inv() * Rotation.from_quat(forward_kinematics(joints)[1], scalar_first=True)).magnitude() < 2e-3
 
 
-def two_arms(tmp_path: Path, limits: JointLimits) -> tuple[YamArms, dict[str, Driver]]:
+def two_arms(tmp_path: Path, limits: JointLimits, apart: float = 0.35) -> tuple[YamArms, dict[str, Driver]]:
     """Side by side, looking the same way."""
     beside = np.eye(4)
-    beside[1, 3] = 0.35
+    beside[1, 3] = apart
     content = {
         "schema": "keygrip.calibration/1",
         "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
@@ -450,6 +473,14 @@ def test_two_arms_that_are_led_to_one_point_do_not_meet(tmp_path: Path) -> None:
     entangled[:, 1] += [-0.005, 0.005]
     close.command(np.concatenate([entangled, [[1.0], [1.0]]], axis=1))  # apart
     assert gap(drivers, -1) < 0.0
+
+
+def test_bases_beside_each_other_hide_no_other_links(tmp_path: Path) -> None:
+    """Their capsules overlap, so that they were the closest links of whatever the arms did."""
+    arms, drivers = two_arms(tmp_path, JointLimits(), apart=0.22)
+    with pytest.raises(JointMotionError, match=r"gripper of arm right and gripper of arm left would come within -?0"):
+        led_together(arms)
+    assert len(drivers["right"].commands) > 1
 
 
 class Unclosable(Driver):
