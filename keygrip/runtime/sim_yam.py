@@ -23,8 +23,8 @@ class SimulatedYam:
             `keygrip run` then gives those that the policy was trained on, where they are `known_cameras`.
         control_hz: commands per second. seed: of the episode.
         joints: limits of the joints, checked before every command; None: the cell's own inverse kinematics alone.
-        real_time: the clock is that of the machine; False: it advances by a period with every command, so that a run
-            does not depend on the machine's speed.
+        real_time: the clock is that of the machine; False: it advances by a period with every command that is taken,
+            and to what `wait_until` waits for, so that a run does not depend on the machine's speed.
     """
 
     robot, arms = "yam", ("right",)
