@@ -71,7 +71,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         needs = getattr(policy, "needs", None)
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
         if cfg.dry_run is not None:
-            return dry_run(planning, robot, limits, Path(cfg.dry_run), execution.follow)
+            return dry_run(planning, robot, limits, Path(cfg.dry_run), execution)
         with contextlib.ExitStack() as stack:
             recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
             takeover = instantiate(cfg.takeover)  # from here on the keyboard is its own

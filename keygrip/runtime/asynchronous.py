@@ -195,8 +195,13 @@ class ChunkExecution:
         poses[0, :, 7] = self._gripper  # the last opening asked for: the command may be on its way, the plan be older
         self._previous = self._current if self.asynchronous else None
         self._current, self._blend_from = Trajectory(times, poses, self.arms), now
+        self._due = plan.time_s + plan.step_seconds * self.steps_followed(plan, poses[0])
+
+    def steps_followed(self, plan: Plan, start: np.ndarray) -> int:
+        """How many steps of a plan are followed from poses [A, 7 or more] before the next plan replaces it."""
+        positions = np.concatenate([start[None, :, :3], plan.position.transpose(1, 0, 2)])
         execute = max(1, round(self.execute_seconds / plan.step_seconds))
-        self._due = float(times[executed_steps(poses[:, :, :3], execute, self.still_distance_m)])
+        return executed_steps(positions, execute, self.still_distance_m)
 
     def _read(self, moment: float) -> np.ndarray:
         assert self._current is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from keygrip.artifacts import atomic_path, atomic_write
 from keygrip.models.policy import Plan, Policy
 from keygrip.robots.joint_motion import ArmMotions, JointMotionError
+from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import (
     LONGEST_PLAN_S,
     LimitedMotion,
@@ -27,9 +29,9 @@ from keygrip.runtime.limits import (
     held_back,
     refuse_unsafe,
 )
-from keygrip.runtime.plan_terms import POSE, Follow, followed, observed_poses, waypoints_of
+from keygrip.runtime.plan_terms import POSE, followed, observed_poses, waypoints_of
 from keygrip.runtime.robot import JointRobot, Robot
-from keygrip.runtime.trajectory import Trajectory, control_periods
+from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods
 
 TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
 
@@ -39,8 +41,9 @@ class Rehearsal:
     """Result of a dry run.
 
     Attributes:
-        observation: as it is. plan: in the terms in which it is followed. refused: why the plan, or a command on its
-            way, would be refused, None: none would.
+        observation: as it is. plan: in the terms in which it is followed. refused: why the plan, or a command on the
+            part of its way that is followed, would be refused, None: none would. refused_later: why a command past that
+            part would be, which the next plan replaces.
         times: [K] seconds from the observation, where the arms stand, to the plan's end, or 60 s.
         targets, commands: [K, A, 8] of the plan, and within the limits, those of the joints up to a refused command
             only; the present pose where the plan is no path.
@@ -50,6 +53,7 @@ class Rehearsal:
     observation: dict[str, Any]
     plan: Plan
     refused: str | None
+    refused_later: str | None
     times: np.ndarray
     targets: np.ndarray
     commands: np.ndarray
@@ -61,6 +65,7 @@ class Rehearsal:
         behind = np.linalg.norm(self.targets[..., :3] - self.commands[..., :3], axis=-1)
         return {
             "refused": self.refused,
+            "refused_later": self.refused_later,
             "plan_ms_median": round(float(np.median(self.plan_ms)), 1),
             "plan_ms_max": round(max(self.plan_ms), 1),
             "plan_steps": int(self.plan.gripper.shape[1]),
@@ -71,8 +76,8 @@ class Rehearsal:
         }
 
 
-def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: Follow = "auto") -> Rehearsal:
-    """Plans from the robot's observation; no command is sent. `follow`: as of `ChunkExecution`."""
+def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, execution: ChunkExecution) -> Rehearsal:
+    """Plans from the robot's observation; no command is sent. `execution`: says what of the plan is followed."""
     milliseconds, plan, observation = [], None, {}
     for _ in range(TIMED_PLANS):
         observation = robot.observe()
@@ -83,7 +88,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
     plan = replace(plan, time_s=0.0)
     arms, refused = robot if isinstance(robot, JointRobot) else None, None
     try:
-        plan = followed(plan, follow, arms)
+        plan = followed(plan, execution.follow, arms)
     except UnsafePlanError as error:
         plan, refused = replace(plan, joints=None), str(error)
     start = observed_poses(observation)
@@ -94,6 +99,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
         except UnsafePlanError as error:
             refused = refused or str(error)
     period, seconds, steps = 1.0 / robot.control_hz, plan.step_seconds, plan.gripper.shape[1]
+    until = math.inf
     if _is_path(plan, len(start)):
         periods = max(1, control_periods(min(seconds * steps, LONGEST_PLAN_S), robot.control_hz))
         begin = start
@@ -103,22 +109,28 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, follow: 
         waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
         path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
         way = np.stack([path.at(tick * period) for tick in range(periods + 1)])
+        until = seconds * execution.steps_followed(plan, start) + ROUNDING_S
     else:
         refused = refused or "the plan is no path of finite poses"
         way = np.stack([start, start])
     commands, wrong = _commands(way, motions, arms, period)
-    refused, targets = refused or wrong, way[..., :POSE]
-    times = period * np.arange(len(targets))
-    return Rehearsal(observation, plan, refused, times, targets, commands, milliseconds)
+    later: str | None = None
+    if wrong is not None:
+        after, why = wrong
+        said = f"its command after {after:.2f} s: {why}"
+        refused, later = (refused or said, None) if after <= until else (refused, said)
+    targets, times = way[..., :POSE], period * np.arange(len(way))
+    return Rehearsal(observation, plan, refused, later, times, targets, commands, milliseconds)
 
 
 def _commands(
     way: np.ndarray, motions: list[LimitedMotion], arms: JointRobot | None, period: float
-) -> tuple[np.ndarray, str | None]:
-    """The commands [K, A, 8] that lead along a way [K, A, W] within the limits, and why the joints would refuse one;
-    from there on they are those without joints."""
+) -> tuple[np.ndarray, tuple[float, str] | None]:
+    """The commands [K, A, 8] that lead along a way [K, A, W] within the limits, and after how many seconds the joints
+    would refuse one, and why; from there on they are those without joints."""
     trial: ArmMotions | None = copy.deepcopy(getattr(arms, "joint_motion", None))
-    commands, refused = [way[0, :, :POSE]], None
+    commands: list[np.ndarray] = [way[0, :, :POSE]]
+    refused: tuple[float, str] | None = None
     for tick, target in enumerate(way[1:], start=1):
         command, joints = target[:, :POSE], target[:, POSE:] if target.shape[1] > POSE else None
         if motions:
@@ -127,7 +139,7 @@ def _commands(
             try:
                 trial.step(command, period, joints)
             except JointMotionError as error:
-                refused, trial = f"its command after {tick * period:.2f} s: {error}", None
+                refused, trial = (tick * period, str(error)), None
             else:
                 command = held_back(command, arms.poses_at(trial.joints), trial.held_back, motions, period)
         commands.append(command)
@@ -142,14 +154,14 @@ def _is_path(plan: Plan, arms: int) -> bool:
 
 
 def dry_run(
-    policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path, follow: Follow = "auto"
+    policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path, execution: ChunkExecution
 ) -> dict[str, Any]:
-    """Rehearses, writes the figure or the rerun recording, and returns the figures. `follow`: as of `ChunkExecution`.
+    """Rehearses, writes the figure or the rerun recording, and returns the figures. `execution`: as of `rehearse`.
 
     Raises:
         ModuleNotFoundError: `path` is a .rrd file and rerun is not installed.
     """
-    found = rehearse(policy, robot, limits, follow)
+    found = rehearse(policy, robot, limits, execution)
     if path.suffix == ".rrd":
         write_rerun(found, path)
     else:
@@ -188,8 +200,8 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
     axes[0, 2].bar(range(len(found.plan_ms)), found.plan_ms)
     axes[0, 2].set(title="planning, ms", xlabel="plan")
     axes[1, 2].axis("off")
-    lines = [f"{name}: {value}" for name, value in found.summary().items() if name != "refused"]
-    lines.append("refused: " + (found.refused or "no"))
+    lines = [f"{name}: {value}" for name, value in found.summary().items() if not name.startswith("refused")]
+    lines += ["refused: " + (found.refused or "no"), "refused later: " + (found.refused_later or "no")]
     axes[1, 2].text(0, 1, "\n".join(lines), va="top", wrap=True, fontsize=9)
     return figure
 

@@ -31,7 +31,7 @@ from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.control_loop import ControlLoop, RunReport, Tick
-from keygrip.runtime.dry_run import rehearse
+from keygrip.runtime.dry_run import Rehearsal, rehearse
 from keygrip.runtime.i2rt_yam import YamArms
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError
 from keygrip.runtime.plan_terms import followed, refuse_idle_follow, waypoints_of
@@ -391,7 +391,7 @@ def test_a_robot_with_the_methods_alone_follows_joints_and_is_known_to_be_held_b
     robot = arm()
     bare, expert = Bare(robot), Expert(robot)
     assert isinstance(bare, JointRobot)
-    assert rehearse(Expert(robot), bare, LIMITS, "joints").refused is None
+    assert rehearsed(Expert(robot), bare, "joints").refused is None
     report, sent = driven(bare, expert, 2.0, follow="joints")
     assert report.joint_plans == report.plans > 3
     np.testing.assert_allclose(sent, expert.joints[: len(sent)], atol=1e-15)
@@ -461,13 +461,41 @@ def test_ensembling_averages_joints_planned_for_the_same_moment(still: Simulated
 def test_a_dry_run_shows_the_way_of_the_joints(still: SimulatedYam) -> None:
     robot = still
     robot.reset(SEED)
-    rehearsed = rehearse(Expert(robot), robot, LIMITS)
-    assert rehearsed.refused is None
-    assert rehearsed.plan.joints is not None
-    np.testing.assert_allclose(rehearsed.targets[1:, 0, :7], robot.poses_at(rehearsed.plan.joints)[0], atol=1e-9)
+    found = rehearsed(Expert(robot), robot)
+    assert found.refused is None
+    assert found.plan.joints is not None
+    np.testing.assert_allclose(found.targets[1:, 0, :7], robot.poses_at(found.plan.joints)[0], atol=1e-9)
     wrong = Expert(robot, lambda plan: replace(plan, joints=plan.joints + 0.3))  # type: ignore[operator]
-    assert "joints put the tool up to" in (rehearse(wrong, robot, LIMITS).refused or "")
-    assert rehearse(wrong, robot, LIMITS, "poses").refused is None
+    assert "joints put the tool up to" in (rehearsed(wrong, robot).refused or "")
+    assert rehearsed(wrong, robot, "poses").refused is None
+
+
+@pytest.mark.parametrize("execute_seconds", [0.5, 2.0])
+def test_a_dry_run_refuses_no_command_that_a_new_plan_replaces(still: SimulatedYam, execute_seconds: float) -> None:
+    """The end of a plan, out of the arm's reach, is driven by no run."""
+    robot = still
+    robot.reset(SEED)
+    position, quaternion = robot.cell.tool_pose
+    out = position * [1, 1, 0] / np.linalg.norm(position[:2])  # straight outwards
+    way = position + 0.025 * np.arange(1, 16)[:, None] * out
+
+    class Outwards:
+        def plan(self, observation: Observation) -> Plan:
+            return Plan(way[None], np.tile(quaternion, (1, 15, 1)), np.ones((1, 15)), 0.1)
+
+    limits = MotionLimits(workspace_low=(-2, -2, 0), workspace_high=(2, 2, 2))
+    planner = SimulatedPlanner(Outwards(), lambda: 0.0)
+    found = rehearse(Outwards(), robot, limits, ChunkExecution(planner, 10.0, execute_seconds=execute_seconds))
+    summary = found.summary()
+    now, later = ("refused_later", "refused") if execute_seconds == 0.5 else ("refused", "refused_later")
+    assert "the arm cannot reach" in summary[now]
+    assert float(summary[now].split()[3]) > 0.5
+    assert summary[later] is None
+
+
+def rehearsed(policy: Any, robot: Any, follow: Any = "auto") -> Rehearsal:
+    execution = ChunkExecution(SimulatedPlanner(policy, lambda: 0.0), robot.control_hz, follow=follow)
+    return rehearse(policy, robot, LIMITS, execution)
 
 
 class Driver:

@@ -707,12 +707,13 @@ def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, cali
     driver, camera = Driver(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration)
     camera.taken = arm.now
-    result = dry_run(Sideways(), arm, WIDE, tmp_path / "plan.png")
+    execution = ChunkExecution(SimulatedPlanner(Sideways(), lambda: 0.0), arm.control_hz)
+    result = dry_run(Sideways(), arm, WIDE, tmp_path / "plan.png", execution)
     assert driver.commands == []
     assert result["refused"] is None
     assert 0 < result["fastest_m_s"] <= LIMITS.speed_m_s + 1e-9
     assert (tmp_path / "plan.png").stat().st_size > 10_000
-    refused = dry_run(Sideways(), arm, LIMITS, tmp_path / "refused.png")
+    refused = dry_run(Sideways(), arm, LIMITS, tmp_path / "refused.png", execution)
     assert "outside the workspace" in refused["refused"]
     json.dumps(result)
 
@@ -738,7 +739,8 @@ def test_a_dry_run_says_of_any_plan_whether_it_would_be_followed(
     camera = Still()
     arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
     camera.taken = arm.now
-    result = dry_run(Changed(), arm, WIDE, tmp_path / "plan.png")
+    execution = ChunkExecution(SimulatedPlanner(Changed(), lambda: 0.0), arm.control_hz)
+    result = dry_run(Changed(), arm, WIDE, tmp_path / "plan.png", execution)
     if said is None:
         assert result["refused"] is None
         assert 0 < result["fastest_m_s"] <= LIMITS.speed_m_s + 1e-9
