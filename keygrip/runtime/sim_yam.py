@@ -91,6 +91,7 @@ class SimulatedYam:
 
     @property
     def joint_motion(self) -> ArmMotions | None:
+        """What bounds the joints, after the last command; None: nothing but the cell does."""
         return None if self._motion is None else ArmMotions([self._motion], [np.eye(4)], self.arms)
 
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
