@@ -22,6 +22,8 @@ from keygrip.runtime.planners import checked_plan, ordinary, planned
 
 log = logging.getLogger(__name__)
 
+ENDING_S = 5.0  # that the end of the process waits for a computation
+
 
 class UnavailableError(RuntimeError):
     """The policy is stuck, being replaced, or was replaced while a request waited; the text says which."""
@@ -44,6 +46,7 @@ class _Worker:
     computing: list[_Job] = field(default_factory=list)
     since: float | None = None  # when the running computation began (monotonic)
     abandoned: bool = False
+    thread: threading.Thread | None = None
 
 
 class BatchPlanner:
@@ -140,15 +143,19 @@ class BatchPlanner:
             log.warning("the policy was replaced (%d of at most %d times)", self.replaced, self._replacements)
 
     def close(self) -> None:
-        """Ends the thread after its present computation; what waits is not computed."""
-        with self._worker.awake:
-            self._worker.abandoned = True
-            self._worker.awake.notify()
+        """Ends the thread after its present computation, and waits for that; what waits is not computed."""
+        worker = self._worker
+        with worker.awake:
+            worker.abandoned = True
+            worker.awake.notify()
+        if not self.failed.is_set() and worker.thread is not None:
+            worker.thread.join(ENDING_S)  # a thread that is inside torch when Python ends aborts the process
 
     def _start(self) -> _Worker:
         worker = _Worker()
         # A daemon: a stuck computation must not keep the process from ending.
-        threading.Thread(target=self._work, args=(worker,), name="policy", daemon=True).start()
+        worker.thread = threading.Thread(target=self._work, args=(worker,), name="policy", daemon=True)
+        worker.thread.start()
         return worker
 
     def _finish(self, worker: _Worker, jobs: Sequence[_Job], results: Sequence[Plan | BaseException]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -147,6 +149,30 @@ def test_those_that_continue_a_plan_wait_with_those_that_do_not(observation: Obs
     for (seen, executing), plan in zip(asked, plans, strict=True):
         alone = policy.plan(seen) if executing is None else policy.plan_continuing(seen, executing.plan, 0.3)
         np.testing.assert_allclose(plan.position, alone.position, atol=1e-5)
+
+
+def test_the_end_waits_for_the_thread_that_computes(observation: Observe) -> None:
+    """One that is inside torch when Python ends would abort the process."""
+    inside, ended = threading.Event(), threading.Event()
+
+    class Slow:
+        def plan(self, seen: dict[str, Any]) -> Plan:
+            inside.set()
+            time.sleep(0.3)
+            ended.set()
+            raise ValueError("no plan")
+
+    async def given_up() -> None:
+        limits = {"batch": 1, "plan_s": 120.0, "stuck_s": 240.0, "replacements": 0}
+        policy: Any = Slow()
+        planner = BatchPlanner(policy, None, observe=lambda seconds, count: None, **limits)  # type: ignore[arg-type]
+        asked = asyncio.create_task(planner.plan(policy, observation()))
+        await asyncio.to_thread(inside.wait)
+        asked.cancel()
+        planner.close()
+        assert ended.is_set()
+
+    asyncio.run(given_up())
 
 
 def test_a_plan_under_way_arrives_as_it_was(observation: Observe, needs: Needs) -> None:
