@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from keygrip.training.launch import started_together
+from keygrip.launch import started_together
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.cores import allow_many_files
 from keygrip.help import help_text
+from keygrip.launch import is_first_process, is_helper_process, queue_again
 from keygrip.renamed_settings import new_name
 from keygrip.training import results, run_folder, sweeps
-from keygrip.training.launch import is_first_process, is_helper_process, queue_again
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 CONFIG_ERROR = 2

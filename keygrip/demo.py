@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import compose
-from keygrip.training.launch import is_first_process
+from keygrip.launch import is_first_process
 from keygrip.training.results import RESULT, read_result, write_result
 from keygrip.training.run_folder import CHECKPOINT
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 
-from keygrip.training.launch import started_together
+from keygrip.launch import started_together
 from keygrip.training.strategies import Strategy
 from keygrip.training.system import System
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
 from keygrip.config import SettingError, TrainSchema, refuse_unread
+from keygrip.launch import tasks_of_srun
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module, read_checkpoint
@@ -36,7 +37,6 @@ from keygrip.training.compatibility import (
 from keygrip.training.compute import Compute
 from keygrip.training.dry_run import dry_run
 from keygrip.training.idle_settings import refuse_idle
-from keygrip.training.launch import tasks_of_srun
 from keygrip.training.loggers import build_loggers, finish, log_settings
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard.summary import hparams
 
 from keygrip.artifacts import atomic_write, without_passwords, write_text
-from keygrip.training.launch import is_first_process
+from keygrip.launch import is_first_process
 
 if TYPE_CHECKING:
     import numpy as np

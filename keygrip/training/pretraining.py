@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from keygrip.artifacts import make_once
 from keygrip.config import compose
+from keygrip.launch import started_together
 from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.idle_settings import BUILT, unread
-from keygrip.training.launch import started_together
 from keygrip.training.results import FINISHED, read_result
 from keygrip.training.resuming import differing_settings
 from keygrip.training.run_folder import CHECKPOINT

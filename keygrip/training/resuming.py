@@ -11,9 +11,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from keygrip.config import leaves_of
+from keygrip.launch import is_first_process, restarted_by_scheduler
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import HEADER, read_checkpoint
-from keygrip.training.launch import is_first_process, restarted_by_scheduler
 from keygrip.training.strategies import named_precision
 
 log = logging.getLogger(__name__)

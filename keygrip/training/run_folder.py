@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from keygrip.artifacts import is_locked, locked
-from keygrip.training.launch import in_a_shell_of_slurm, is_first_process
+from keygrip.launch import in_a_shell_of_slurm, is_first_process
 from keygrip.training.results import RESULT
 
 RUNS = Path("runs")

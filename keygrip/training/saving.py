@@ -18,11 +18,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from keygrip.artifacts import atomic_write, write_json
+from keygrip.launch import queue_again
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.ema import EMA
 from keygrip.training.integrity import sign
-from keygrip.training.launch import queue_again
 from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from keygrip.training.launch import tasks_of_srun
+from keygrip.launch import tasks_of_srun
 
 if TYPE_CHECKING:
     import torch

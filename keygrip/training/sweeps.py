@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from keygrip.artifacts import atomic_write, without_passwords, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import one_line, root_cause
-from keygrip.training.launch import is_first_process, restarted_by_scheduler, started_together
+from keygrip.launch import is_first_process, restarted_by_scheduler, started_together
 from keygrip.training.results import (
     DRY_RUN,
     FAILED,

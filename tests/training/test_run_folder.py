@@ -18,8 +18,8 @@ import keygrip
 from keygrip.artifacts import write_json
 from keygrip.config import SettingError, check_overrides, compose
 from keygrip.evaluate import evaluation_output
+from keygrip.launch import started_together
 from keygrip.training import run_folder
-from keygrip.training.launch import started_together
 from keygrip.training.results import write_result
 from keygrip.training.resuming import checkpoint_to_resume
 from keygrip.training.sweeps import collect

@@ -34,8 +34,8 @@ from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, ve
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
 from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
 from keygrip.data.video import frames_between
+from keygrip.launch import is_helper_process, name_of_start
 from keygrip.progress import Progress
-from keygrip.training.launch import is_helper_process, name_of_start
 
 log = logging.getLogger(__name__)
 

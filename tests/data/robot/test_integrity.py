@@ -23,7 +23,7 @@ from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_hashes, read_manifest
 from keygrip.data.robot.schema import Demo
 from keygrip.data.video import frames_between, read_frame, write_video
-from keygrip.training.launch import name_of_start
+from keygrip.launch import name_of_start
 
 Make = Callable[..., RobotDemos]
 FRAME = Path("rgb/over/000005.jpg")
