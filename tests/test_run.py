@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,28 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
     policy.needs = Needs(("left", "right"))
     with pytest.raises(ValueError, match="the robot has right"):
         run(compose("run", SMALL))
+
+
+def test_a_run_ends_with_its_plan_and_after_its_robot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is inside torch when Python ends would abort the process; the arm waits for no plan."""
+    closed, planned = threading.Event(), threading.Event()
+    close = SimulatedYam.close
+
+    class Slow(Steady):
+        def plan(self, observation: Observation) -> Plan:
+            closed.wait(20)
+            time.sleep(0.2)
+            planned.set()
+            return super().plan(observation)
+
+    def closing(robot: SimulatedYam) -> None:
+        close(robot)
+        closed.set()
+
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Slow())
+    monkeypatch.setattr(SimulatedYam, "close", closing)
+    assert run(compose("run", [*SMALL, "seconds=0.3"]))["plans"] == 0
+    assert planned.is_set()
 
 
 def immediate(policy: Any) -> SimulatedPlanner:

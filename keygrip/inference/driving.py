@@ -22,7 +22,7 @@ from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run
 from keygrip.runtime.plan_terms import refuse_idle_follow
-from keygrip.runtime.planners import ThreadPlanner
+from keygrip.runtime.planners import Planner, ThreadPlanner
 from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
 from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.takeover import CorrectionRecorder
@@ -57,6 +57,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         )
     policy = _policy(cfg)
     robot = instantiate(_for_policy(cfg, policy).robot)
+    planner: Planner | None = None
     try:
         _refuse_mismatch(policy, robot)
         if hasattr(policy, "reset"):
@@ -66,7 +67,8 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
         # a server has bounds of its own
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
-        execution = instantiate(cfg.execution)(planner=ThreadPlanner(planning), control_hz=robot.control_hz)
+        planner = ThreadPlanner(planning)
+        execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
         needs = getattr(policy, "needs", None)
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
@@ -89,8 +91,12 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             raise StoppedError(f"the arm was stopped: {report.reason}")
         return result
     finally:
-        robot.stop()
-        robot.close()
+        try:
+            robot.stop()
+            robot.close()
+        finally:
+            if planner is not None:
+                planner.close()  # last: it may wait for a plan
 
 
 def _policy(cfg: DictConfig) -> Policy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -9,6 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keygrip.models.policy import Observation, Plan, Policy, UnderWay
+
+log = logging.getLogger(__name__)
+
+ENDING_S = 5.0  # that the end of the process waits for a computation
 
 
 class PolicyPanicError(RuntimeError):
@@ -63,6 +69,10 @@ class Planner(Protocol):
         """When the plan under way was asked for, or None."""
         ...
 
+    def close(self) -> None:
+        """Ends it, at the end of the process; a plan that is under way is lost."""
+        ...
+
 
 class ThreadPlanner:
     """Plans in a thread of its own. A policy that never returns blocks nothing but its thread.
@@ -73,10 +83,12 @@ class ThreadPlanner:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._asked: queue.Queue[PlanRequest] = queue.Queue(1)
+        self._asked: queue.Queue[PlanRequest | None] = queue.Queue(1)  # None: the end
         self._done: queue.Queue[PlanOutcome] = queue.Queue(1)
         self._busy_since: float | None = None
-        threading.Thread(target=self._work, name="planner", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
+        self._thread.start()
 
     @property
     def busy_since(self) -> float | None:
@@ -95,9 +107,18 @@ class ThreadPlanner:
         self._busy_since = None
         return outcome
 
+    def close(self) -> None:
+        """Ends the thread after its present plan, and waits for that."""
+        self._closed = True
+        with contextlib.suppress(queue.Full):  # a request that the thread has not taken up wakes it, too
+            self._asked.put_nowait(None)
+        await_end(self._thread)
+
     def _work(self) -> None:
         while True:
             request = self._asked.get()
+            if request is None or self._closed:
+                return
             try:
                 outcome = PlanOutcome(request, planned(self._policy, request.observation, request.under_way))
             except BaseException as error:
@@ -134,6 +155,16 @@ class SimulatedPlanner:
             return None
         outcome, self._outcome = self._outcome, None
         return outcome
+
+    def close(self) -> None: ...
+
+
+def await_end(thread: threading.Thread) -> None:
+    """Waits for a thread of a policy, `ENDING_S` at most: one that is inside torch when Python ends aborts the
+    process."""
+    thread.join(ENDING_S)
+    if thread.is_alive():
+        log.warning("the policy still computes after %g s: the process ends without it and may be aborted", ENDING_S)
 
 
 def planned(policy: Policy, observation: Observation, under_way: UnderWay | None) -> Plan:

@@ -23,6 +23,7 @@ from keygrip.data.robot.native import read_native
 from keygrip.data.robot.samples import weighted_frames
 from keygrip.models.policy import Observation, Plan
 from keygrip.robots.joint_motion import JointMotionError
+from keygrip.runtime import planners
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.control_loop import ControlLoop, Tick
@@ -409,6 +410,45 @@ def test_a_policy_that_panics_is_an_error_and_not_a_thread_that_is_gone() -> Non
             time.sleep(0.01)
         assert outcome is not None
         assert "Panic: index out of bounds" in str(outcome.error)
+
+
+def test_the_end_waits_for_the_thread_that_plans(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is inside torch when Python ends would abort the process."""
+    inside, ended, hang = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            inside.set()
+            time.sleep(0.3)
+            ended.set()
+            return super().plan(observation)
+
+    class Hanging(Slow):
+        def plan(self, observation: Observation) -> Plan:
+            inside.set()
+            hang.wait(20)
+            return super().plan(observation)
+
+    before = set(threading.enumerate())
+    idle = ThreadPlanner(Slow())
+    idle.close()
+    slow = ThreadPlanner(Slow())
+    slow.request(PlanRequest({}, 1.0))
+    inside.wait(20)
+    slow.close()
+    assert ended.is_set()
+    assert set(threading.enumerate()) <= before
+    assert caplog.text == ""
+    inside.clear()
+    monkeypatch.setattr(planners, "ENDING_S", 0.05)
+    stuck = ThreadPlanner(Hanging())
+    stuck.request(PlanRequest({}, 1.0))
+    inside.wait(20)
+    stuck.close()
+    assert "still computes after 0.05 s" in caplog.text
+    hang.set()
 
 
 class Script:
