@@ -18,11 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keygrip.models.policy import Observation, Plan, Policy, UnderWay
-from keygrip.runtime.planners import checked_plan, ordinary, planned
+from keygrip.runtime.planners import await_end, checked_plan, ordinary, planned
 
 log = logging.getLogger(__name__)
-
-ENDING_S = 5.0  # that the end of the process waits for a computation
 
 
 class UnavailableError(RuntimeError):
@@ -143,13 +141,14 @@ class BatchPlanner:
             log.warning("the policy was replaced (%d of at most %d times)", self.replaced, self._replacements)
 
     def close(self) -> None:
-        """Ends the thread after its present computation, and waits for that; what waits is not computed."""
+        """Ends the thread after its present computation, and waits for that unless it is stuck; what waits is not
+        computed."""
         worker = self._worker
         with worker.awake:
-            worker.abandoned = True
+            stuck, worker.abandoned = worker.abandoned, True
             worker.awake.notify()
-        if not self.failed.is_set() and worker.thread is not None:
-            worker.thread.join(ENDING_S)  # a thread that is inside torch when Python ends aborts the process
+        if not stuck and worker.thread is not None:
+            await_end(worker.thread)
 
     def _start(self) -> _Worker:
         worker = _Worker()

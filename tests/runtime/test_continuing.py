@@ -23,9 +23,9 @@ from keygrip.config import compose
 from keygrip.inference import driving
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.policy import Needs, Plan, Policy, UnderWay, continues
-from keygrip.runtime import openpi
+from keygrip.runtime import openpi, planners
 from keygrip.runtime.asynchronous import ChunkExecution
-from keygrip.runtime.batch_planner import BatchPlanner
+from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
 from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.messagepack import pack
@@ -173,6 +173,44 @@ def test_the_end_waits_for_the_thread_that_computes(observation: Observe) -> Non
         assert ended.is_set()
 
     asyncio.run(given_up())
+
+
+def test_the_end_does_not_wait_for_a_stuck_policy_that_is_being_replaced(
+    observation: Observe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(planners, "ENDING_S", 0.05)
+
+    class Stuck:
+        def plan(self, seen: dict[str, Any]) -> Plan:
+            over.wait(20)
+            raise ValueError("no plan")
+
+    def make() -> Any:
+        over.wait(20)
+        return Stuck()
+
+    async def ended(stuck_s: float) -> None:
+        limits = {"batch": 1, "plan_s": 0.1, "stuck_s": stuck_s, "replacements": 1}
+        policy: Any = Stuck()
+        planner = BatchPlanner(policy, make, observe=lambda seconds, count: None, **limits)  # type: ignore[arg-type]
+        watching = asyncio.create_task(planner.watch())
+        asked = asyncio.create_task(planner.plan(policy, observation()))
+        if stuck_s < 1:
+            with pytest.raises(UnavailableError, match="is being loaded again"):
+                await asked
+        else:
+            while planner.trouble() is None:
+                await asyncio.sleep(0.01)
+        planner.close()
+        watching.cancel()
+        asked.cancel()
+
+    asyncio.run(ended(0.1))
+    assert "still computes" not in caplog.text
+    asyncio.run(ended(240.0))
+    assert "still computes after 0.05 s" in caplog.text
+    over.set()
 
 
 def test_a_plan_under_way_arrives_as_it_was(observation: Observe, needs: Needs) -> None:
