@@ -194,8 +194,9 @@ def locked(path: str | Path, wait: bool = True, together_without: bool = False) 
 
     Args:
         path: the lock's own file, made where it is missing and left there. wait: False raises where another holds it.
-        together_without: whether several processes that were started together go on without locks too: where no harm
-            is done when each of them does the same.
+        together_without: whether several processes that were started together go on without locks too: where each
+            writes files whole, in which no harm is done when all do it; not where they append to a folder or divide
+            work.
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is False.
@@ -259,12 +260,18 @@ def _give_up_locks() -> None:
 os.register_at_fork(after_in_child=_give_up_locks)
 
 
-def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable[[Path], None]) -> bool:
+def make_once(
+    path: str | Path,
+    complete: Callable[[Path], bool],
+    make: Callable[[Path], None],
+    together_without: bool = False,
+) -> bool:
     """Makes what is missing, in one process at a time; the others wait and find it made. What is complete is not
     locked: it may lie where nothing can be written.
 
     Args:
         path: of the artefact. complete: whether it is there and whole. make: makes it; it writes atomically itself.
+        together_without: as of `locked`: where it is one file.
 
     Returns:
         Whether this call made it.
@@ -275,7 +282,7 @@ def make_once(path: str | Path, complete: Callable[[Path], bool], make: Callable
     target = Path(path)
     if complete(target):
         return False
-    with locked(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock"), together_without=together_without):
         if complete(target):
             return False
         make(target)

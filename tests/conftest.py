@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import gc
 import logging
 import os
@@ -32,6 +34,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries look at the end for what was left behind
+
+
+@pytest.fixture
+def two_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is one of two that were started together, on a disk without file locks."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -203,6 +203,11 @@ def test_a_place_without_locks_is_said_once(
         pass
     with artifacts.locked(tmp_path / "lock", together_without=True):
         errors.pop()
+    errors.append(OSError(errno.ENOLCK, "No locks available"))
+    with pytest.raises(OSError, match=re.escape(told)):
+        artifacts.make_once(tmp_path / "set", Path.is_dir, Path.mkdir)
+    assert artifacts.make_once(tmp_path / "file", Path.is_file, Path.touch, together_without=True)
+    errors.pop()
     assert caplog.messages == [said]
     errors.append(OSError(errno.EIO, "Input/output error"))
     with pytest.raises(OSError, match="Input/output error"), artifacts.locked(tmp_path / "lock"):

@@ -234,7 +234,10 @@ def classifier_for(
             trained = train_classifier(data, encoders, options, fingerprint)
         _save(trained, held_out, options, path)
 
-    make_once(file, lambda path: path.is_file() and load_tensors(path).get("held_out") == held_out, make)
+    def complete(path: Path) -> bool:
+        return path.is_file() and load_tensors(path).get("held_out") == held_out
+
+    make_once(file, complete, make, together_without=True)
     return load_classifier(file, fingerprint)
 
 

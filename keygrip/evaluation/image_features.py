@@ -151,7 +151,7 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
         with atomic_write(path) as stream:
             torch.save({"width": options.width, "weights": network.state_dict()}, stream)
 
-    make_once(file, Path.is_file, make)
+    make_once(file, Path.is_file, make, together_without=True)
     content = load_tensors(file)
     network = SmallEncoder(content["width"])
     network.load_state_dict(content["weights"])

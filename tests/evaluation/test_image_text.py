@@ -26,13 +26,14 @@ from keygrip.evaluation.attribute_classifier import (
     ClassifierOptions,
     TrainedClassifier,
     Verdict,
+    classifier_for,
     real_images,
 )
 from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.evaluation.image_captions import change_caption
 from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
-from keygrip.evaluation.image_features import FeatureOptions
+from keygrip.evaluation.image_features import FeatureOptions, feature_encoder
 from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
 from keygrip.evaluation.image_statistics import summarise
 from keygrip.evaluation.image_text import headline, run_suite
@@ -280,6 +281,15 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
     assert told.cases() == list(CASES)
     asked, _, _ = asked_of(told, "changed_words")
     assert all("ball" in caption for caption in asked.captions)
+
+
+@pytest.mark.usefixtures("two_without_locks")
+def test_one_of_several_processes_evaluates_on_a_disk_without_locks(tmp_path: Path) -> None:
+    """As at the end of a training: what it makes are single files."""
+    data = shards(write_images(tmp_path / "set", {SQUARE: 8}, small_encoders()))
+    module = module_for(data)
+    assert classifier_for(data, module.ready_encoders(), QUICK) is not None
+    assert feature_encoder(data, module.ready_encoders(), FAST).name.startswith("trained")
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ class ImageShards(ResumableData):
 
     def _measured(self) -> dict[str, np.ndarray]:
         file = self.folder / f"statistics-{self.fingerprint}.npz"
-        make_once(file, Path.is_file, self._measure)  # one process computes, the others wait for it
+        make_once(file, Path.is_file, self._measure, together_without=True)  # one computes, the others wait for it
         return dict(read_npz(file))
 
     def _measure(self, file: Path) -> None:

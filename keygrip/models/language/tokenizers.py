@@ -245,7 +245,7 @@ class TrainedTokenizer:
         file = self.file_in(folder)
         if texts is None and not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: prepare the data first")
-        make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())))
+        make_once(file, Path.is_file, lambda path: write_text(path, self._trained(texts or ())), together_without=True)
         try:
             tokenizer = parse_tokenizer(file.read_bytes(), str(file))
         except ValueError as error:

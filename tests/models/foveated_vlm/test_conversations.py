@@ -65,6 +65,13 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -
     return text + "]" * inside
 
 
+@pytest.mark.usefixtures("two_without_locks")
+def test_each_of_several_processes_trains_the_tokenizer_on_a_disk_without_locks(tmp_path: Path) -> None:
+    """One file; a data module prepares its collator in such a place too."""
+    made = TrainedTokenizer(300).load(tmp_path, [turn.text for turn in TALK])
+    assert TrainedTokenizer(300).load(tmp_path).state() == made.state()
+
+
 @pytest.mark.parametrize("name", ["tiny", "smollm"])
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
 def test_instruction_tuning_supervises_every_answer_with_its_end_and_nothing_else(
