@@ -74,6 +74,12 @@ def test_a_run_is_made_by_one_process(number: str, tmp_path: Path, monkeypatch: 
     assert "run `python -m keygrip.train model=nothing 'data.name=two words' run_dir=" in str(no.value)
 
 
+@pytest.mark.usefixtures("two_without_locks")
+def test_a_missing_run_is_refused_with_its_command_on_a_disk_without_locks_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run `python -m keygrip\.train model=nothing run_dir="):
+        made(["model=nothing"], str(tmp_path)).complete()
+
+
 def test_a_failed_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"training vlm_encoder_pretraining failed: keygrip\.train model=nothing"):
         made(["model=nothing"], str(tmp_path)).complete()
