@@ -160,10 +160,10 @@ def _alone(root: Path) -> Iterator[None]:
     lock = root / ".write_shards.lock"
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(locked(lock, wait=False, together_without=True))
+            held.enter_context(locked(lock, wait=False))
         except BlockingIOError:
             log.info("another process writes %s: waiting for it", root)
-            held.enter_context(locked(lock, together_without=True))
+            held.enter_context(locked(lock))
         yield
 
 

@@ -238,6 +238,13 @@ def test_a_place_without_locks_is_said(
     assert "cannot be locked (No locks available): see that no other process writes into it" in caplog.text
 
 
+@pytest.mark.usefixtures("two_without_locks")
+def test_several_processes_are_refused_in_a_place_without_locks(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="several processes cannot divide the work: start one process alone"):
+        written(tmp_path)
+    assert not list(tmp_path.glob("*.tar"))
+
+
 def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever split was being written: a set without its held-out videos would pass for whole."""
 
