@@ -12,10 +12,11 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.corrections import Correction, corrected
-from keygrip.data.robot.doctor.commands import REACHED_WRONG, check_commands
+from keygrip.data.robot.doctor import commands
+from keygrip.data.robot.doctor.commands import LEFT_OUT, check_commands
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
-from keygrip.data.robot.doctor.trajectories import check_jumps, check_times
+from keygrip.data.robot.doctor.trajectories import check_gripper, check_jumps, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.robots.inverse_kinematics import pointing_down
 
@@ -94,20 +95,90 @@ def test_one_demo_with_inverted_commands_is_told_from_the_others():
     assert [(finding.check, finding.demos) for finding in exam.findings] == [("command_direction", ("demo_1",))]
 
 
-@pytest.mark.parametrize("check", REACHED_WRONG)
-def test_where_the_reached_track_of_an_arm_is_known_to_be_wrong_its_commands_are_not_blamed(check):
-    def told(track: ArmTrajectory) -> ArmTrajectory:
-        return replace(early(track), position=early(track).position + [0.05, 0, 0])
+def upside_down_commands(track: ArmTrajectory) -> ArmTrajectory:
+    """Early, elsewhere, in other rotations, and inverted openings."""
+    turn = (Rotation.from_rotvec([0, 0, 0.4]) * Rotation.from_quat(track.quaternion, scalar_first=True)).as_quat(
+        scalar_first=True
+    )
+    track = early(replace(track, quaternion=turn))
+    return replace(track, position=track.position + [0.05, 0, 0], gripper=1 - track.gripper)
 
-    for arm, blamed in (("left", ("demo_0", "demo_1", "demo_2")), ("right", ("demo_2",))):
-        exam = examined([demo(number, told) for number in range(3)])
-        exam.add(check, "error", "measured", "advice", cause="cause", demos=["demo_0", "demo_1"], arm=arm)
+
+NEEDED = {"lag": "delay"}
+SAID_OF = {"lag": "command_lag", "places": "command_offset", "turns": "command_rotation"}
+
+
+@pytest.mark.parametrize("check", LEFT_OUT)
+def test_what_is_wrong_of_the_reached_track_is_not_compared_and_the_rest_is(check):
+    for severity in ("error", "warning"):
+        exam = examined([demo(number, upside_down_commands) for number in range(3)])
+        exam.add(check, severity, "measured", "advice", cause="cause", demos=["demo_0", "demo_1"], arm="right")
+        exam.add(check, "error", "measured", "advice", cause="cause", demos=["demo_2"], arm="left")
         check_commands(exam)
-        found = exam.findings[1:]
-        assert [(finding.check, finding.demos) for finding in found] == [
-            ("command_lag", blamed),
-            ("command_offset", blamed),
-        ]
+        found = {finding.check: finding.demos for finding in exam.findings[2:]}
+        everywhere = ("demo_0", "demo_1", "demo_2")
+        expected = {
+            said: ("demo_2",) if severity == "error" and {part, NEEDED.get(part)} & {*LEFT_OUT[check]} else everywhere
+            for part, said in SAID_OF.items()
+        }
+        assert found == {**expected, "command_gripper": everywhere}
+
+
+def reached(found: Demo, **changed: Any) -> Demo:
+    return replace(found, arms={"right": replace(found.arms["right"], **changed)})
+
+
+def test_a_lag_is_that_of_the_demos_that_a_finding_names(monkeypatch):
+    demos = [demo(number, lambda track, n=number: early(track, 2 + 2 * (n == 1))) for number in range(3)]
+    monkeypatch.setattr(commands, "_by_joints", lambda *_: {"demo_0": None, "demo_2": None})
+    exam = examined(demos)
+    check_commands(exam)
+    assert [(finding.cause, finding.demos) for finding in exam.findings] == [
+        ("commanded track early by 2 frames", ("demo_0", "demo_2")),
+        ("commanded track early or reached track late, by 4 frames", ("demo_1",)),
+    ]
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.8, 1.2, 3.28])
+def test_scaled_reached_positions_are_no_late_commands(factor):
+    """Of tracks of unequal scale the best delay is frames off: openings are compared at the usual one."""
+    sound = [demo(number, lambda track: track) for number in range(3)]
+    exam = examined([reached(found, position=factor * found.arms["right"].position) for found in sound])
+    names = [found.name for found in sound]
+    exam.add("position_scale", "error", "measured", "advice", cause="cause", demos=names, arm="right")
+    check_commands(exam)
+    assert len(exam.findings) == 1
+
+
+def inverted_opening(track: ArmTrajectory) -> ArmTrajectory:
+    return replace(track, gripper=1 - track.gripper)
+
+
+def test_openings_say_of_each_demo_which_of_both_tracks_is_inverted():
+    sound = [demo(number, lambda track: track) for number in range(3)]
+    reached_wrong = [reached(found, gripper=1 - found.arms["right"].gripper) for found in sound]
+    told_wrong = [replace(demo(number, inverted_opening), name=f"told_{number}") for number in range(5)]
+    exam = examined([*reached_wrong, *told_wrong])
+    check_gripper(exam)
+    check_commands(exam)
+    assert [(finding.cause, finding.demos) for finding in exam.findings] == [
+        ("commanded gripper inverted", tuple(found.name for found in told_wrong)),
+        ("commanded or reached gripper inverted", ("demo_0", "demo_1", "demo_2")),
+    ]
+
+
+def test_inverted_commands_of_a_task_that_begins_with_an_object_in_the_gripper_are_named():
+    def placing(track: ArmTrajectory) -> ArmTrajectory:
+        return replace(track, gripper=1.3 - track.gripper)
+
+    demos = [demo(number, lambda track: inverted_opening(placing(track))) for number in range(3)]
+    exam = examined([reached(found, gripper=placing(found.arms["right"]).gripper) for found in demos])
+    check_gripper(exam)
+    check_commands(exam)
+    assert [(finding.check, finding.cause) for finding in exam.findings] == [
+        ("gripper_polarity", "gripper opening inverted (1 for closed)"),
+        ("command_gripper", "commanded or reached gripper inverted"),
+    ]
 
 
 def two_armed(number: int) -> Demo:

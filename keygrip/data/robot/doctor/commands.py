@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.kinematics import with_joints
 from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, best_delay, paired, track_distance, unit_of
+from keygrip.data.robot.doctor.trajectories import first_change
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -20,87 +21,109 @@ OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
 SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # smallest scale error, and the share of an offset's residual that it may leave
 STILL = 0.01  # share of the reached track's way that a commanded track goes at least
 READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference, and the share of it that another reading may leave
-# Findings that the reached track is wrong.
-REACHED_WRONG = (
-    "base_offset",
-    "pose_direction",
-    "pose_lag",
-    "pose_reading",
-    "position_scale",
-    "quaternion_order",
-    "site_offset",
-)
+# What is not compared with a reached track that is known to be wrong, by the finding that says so; openings always are.
+# A delay is measured by positions, so that none is known where these are scaled or misread; of a late track it is.
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "base_offset": ("places",),
+    "pose_direction": ("delay", "direction", "places", "turns"),
+    "pose_lag": ("lag",),
+    "pose_reading": ("delay", "direction", "places", "turns"),
+    "position_scale": ("delay", "places"),
+    "quaternion_order": ("turns",),
+    "site_offset": ("places",),
+}
+# Findings of a demo in which joints do not show the reached track's clock, rotation and scale right.
+NOT_SHOWN = ("kinematics", "pose_direction", "pose_lag", "position_scale", "quaternion_order")
 IF_RIGHT = "Where the contact sheet marks the grasp site, the reached track is right:"
 
 
 def check_commands(exam: Examination) -> None:
     """Where both tracks were recorded: their clock, place, scale, rotation and gripper.
 
-    A difference alone does not say which of both is wrong, so that this comes after the checks of the reached one.
-    Demos in which that is known to be wrong are left out; the commanded one is blamed where joints show the reached one
-    right, and both are named elsewhere.
+    A difference alone does not say which of both is wrong, so that this comes after the checks of the reached one. What
+    is known to be wrong of that is not compared; the commanded one is blamed where joints show the reached one right,
+    and both are named elsewhere.
     """
     exchanged = exam.named("exchanged_commands")
     for arm in exam.arms:
-        out = exchanged | exam.named(*REACHED_WRONG, arm=arm)
-        told = {
-            d.name: d.arms[arm] for d in exam.with_arm(arm) if d.arms[arm].commanded is not None and d.name not in out
+        both = {
+            d.name: d.arms[arm]
+            for d in exam.with_arm(arm)
+            if d.arms[arm].commanded is not None and d.name not in exchanged
         }
-        by_joints = _by_joints(exam, arm, told)
-        told = _without_inverted(exam, arm, told, by_joints)
-        if not told:
+        if not both:
             continue
-        rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
-        delays = {name: _delay(arms) for name, arms in told.items()}
-        known = {name: delay for name, delay in delays.items() if np.isfinite(delay)}
+        by_joints = _by_joints(exam, arm, both)
+        posed = _comparable(exam, arm, both, "direction")
+        inverted = _inverted(exam, arm, posed, by_joints)
+        told = {name: reached for name, reached in posed.items() if name not in inverted}
+        timed = _comparable(exam, arm, told, "delay")
+        delays = {name: delay for name, reached in timed.items() if np.isfinite(delay := _delay(reached))}
+        known = {name: delays[name] for name in _comparable(exam, arm, timed, "lag") if name in delays}
         usual = float(np.median(list(known.values()))) if known else 1.5
         exam.measures[f"arm/{arm}/command_delay_frames"] = round(usual, 2) if known else None
-        bounds = {name: SLOWEST_S * rates[name] + 1 for name in told}
-        wrong = {
-            name: delay
-            for name, delay in known.items()
-            if not EARLIEST_FRAMES <= delay <= bounds[name] or abs(delay - usual) > ODD_FRAMES + 0.03 * rates[name]
-        }
-        if wrong:
-            name, delay = max(wrong.items(), key=lambda entry: abs(entry[1] - 1.6))
-            common = usual if EARLIEST_FRAMES <= usual <= bounds[name] else 1.6
-            frames = round(delay - common) or (1 if delay > common else -1)
-            words = ("early", "late") if frames > 0 else ("late", "early")
-            ways = ("later", "earlier") if frames > 0 else ("earlier", "later")
-            frames = abs(frames)
-            _report(
-                exam,
-                "command_lag",
-                arm,
-                wrong,
-                by_joints,
-                f"the reached track follows the commanded one by {delay:.1f} frames, where 1 to 2 are usual",
-                commanded=(
-                    f"commanded track {words[0]} by {frames} frames",
-                    f"Shift the commanded track by {frames} frames {ways[0]}; row i is the command given at frame i",
-                ),
-                either=(
-                    f"commanded track {words[0]} or reached track {words[1]}, by {frames} frames",
-                    f"{IF_RIGHT} shift the commanded one by {frames} frames {ways[0]} (row i is the command given at "
-                    f"frame i); else shift the reached one by {frames} frames {ways[1]}",
-                ),
-            )
-        shift = {name: round(delays[name]) if name in known else round(usual) for name in told}
-        _check_places(exam, arm, told, shift, by_joints)
-        _check_turns(exam, arm, told, shift, by_joints)
-        _check_openings(exam, arm, told, shift)
+        _check_lag(exam, arm, known, usual, by_joints)
+        shift = {name: round(delays.get(name, usual)) for name in both}
+        _check_places(exam, arm, _comparable(exam, arm, told, "places"), shift, by_joints)
+        _check_turns(exam, arm, _comparable(exam, arm, told, "turns"), shift, by_joints)
+        _check_openings(exam, arm, both, shift)
+
+
+def _comparable(exam: Examination, arm: str, told: dict[str, ArmTrajectory], what: str) -> dict[str, ArmTrajectory]:
+    """The demos in which the reached track is not known to be wrong in what is compared."""
+    wrong = [check for check, parts in LEFT_OUT.items() if what in parts]
+    out = exam.named(*wrong, arm=arm, severity="error")
+    return {name: reached for name, reached in told.items() if name not in out}
 
 
 def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str, np.ndarray]:
     """Positions [N, 3] of the gripper in the arm's base by its joints, of those of some demos whose joints and reached
-    poses go together, wherever the base stands."""
-    if exam.named("kinematics", arm=arm):
-        return {}
+    poses go together, wherever the base and the grasp site stand."""
+    out = exam.named(*NOT_SHOWN, arm=arm)
     return {
         demo.name: forward_kinematics(joints, *model)[0]
         for demo, joints, model in with_joints(exam, arm)
-        if demo.name in names
+        if demo.name in names and demo.name not in out
     }
+
+
+def _check_lag(exam: Examination, arm: str, delays: dict[str, float], usual: float, by_joints: Collection[str]) -> None:
+    """Delays (frames) of the reached track after the commanded one that no controller has, or no other demo."""
+    rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
+    bounds = {name: SLOWEST_S * rates[name] + 1 for name in delays}
+    wrong = {
+        name: delay
+        for name, delay in delays.items()
+        if not EARLIEST_FRAMES <= delay <= bounds[name] or abs(delay - usual) > ODD_FRAMES + 0.03 * rates[name]
+    }
+    for group in (wrong.keys() & by_joints, wrong.keys() - by_joints):
+        names = [name for name in wrong if name in group]
+        if not names:
+            continue
+        name = max(names, key=lambda name: abs(wrong[name] - 1.6))
+        delay = wrong[name]
+        common = usual if EARLIEST_FRAMES <= usual <= bounds[name] else 1.6
+        frames = round(delay - common) or (1 if delay > common else -1)
+        words = ("early", "late") if frames > 0 else ("late", "early")
+        ways = ("later", "earlier") if frames > 0 else ("earlier", "later")
+        frames = abs(frames)
+        _report(
+            exam,
+            "command_lag",
+            arm,
+            names,
+            by_joints,
+            f"the reached track follows the commanded one by {delay:.1f} frames, where 1 to 2 are usual",
+            commanded=(
+                f"commanded track {words[0]} by {frames} frames",
+                f"Shift the commanded track by {frames} frames {ways[0]}; row i is the command given at frame i",
+            ),
+            either=(
+                f"commanded track {words[0]} or reached track {words[1]}, by {frames} frames",
+                f"{IF_RIGHT} shift the commanded one by {frames} frames {ways[0]} (row i is the command given at "
+                f"frame i); else shift the reached one by {frames} frames {ways[1]}",
+            ),
+        )
 
 
 def _report(
@@ -108,24 +131,22 @@ def _report(
     check: str,
     arm: str,
     names: Collection[str],
-    by_joints: Collection[str],
+    shown: Collection[str],
     what: str,
     *,
     commanded: tuple[str, str],
     either: tuple[str, str],
 ) -> None:
-    """Notes that two tracks differ, with cause and advice: `commanded` of the demos whose joints show the reached track
-    right (`by_joints`), `either` of the others."""
-    known = [name for name in names if name in by_joints]
-    for demos, (cause, advice) in ((known, commanded), ([name for name in names if name not in by_joints], either)):
+    """Notes that two tracks differ, with cause and advice: `commanded` of the demos whose reached track is shown to be
+    right (`shown`: by joints), `either` of the others."""
+    known = [name for name in names if name in shown]
+    for demos, (cause, advice) in ((known, commanded), ([name for name in names if name not in shown], either)):
         if demos:
             exam.add(check, "error", what, advice, cause=cause, demos=demos, arm=arm)
 
 
-def _without_inverted(
-    exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_joints: Collection[str]
-) -> dict[str, ArmTrajectory]:
-    """The demos in which both tracks are gripper-to-world; the others are reported."""
+def _inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_joints: Collection[str]) -> list[str]:
+    """Names the demos in which one of both tracks is not gripper-to-world."""
     inverted = []
     for name, reached in told.items():
         assert reached.commanded is not None
@@ -145,7 +166,7 @@ def _without_inverted(
         commanded=(f"commanded {words}", advice),
         either=(f"commanded or reached {words}", f"{advice} in both tracks"),
     )
-    return {name: reached for name, reached in told.items() if name not in inverted}
+    return inverted
 
 
 def _delay(reached: ArmTrajectory) -> float:
@@ -323,7 +344,6 @@ def _check_turns(
 
 def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int]) -> None:
     inverted, ratios = [], {}
-    reached_inverted = exam.named("gripper_polarity", arm=arm)
     for name, reached in told.items():
         assert reached.commanded is not None
         command, opening = paired(reached.gripper, reached.commanded.gripper, shift[name])
@@ -334,18 +354,20 @@ def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory],
                 ratios[name] = float(np.ptp(command) / np.ptp(opening))
         elif np.abs(command - (1 - opening)).max() < 0.1 < np.abs(command - opening).min():
             inverted.append(name)
-    inverted = [name for name in inverted if name not in reached_inverted]
-    if inverted:
-        closing = exam.measures.get(f"arm/{arm}/starts_by_closing")  # as reached openings that are right do
-        exam.add(
-            "command_gripper",
-            "error",
-            "the commanded gripper closes where the reached one opens",
-            "Store 0 for closed and 1 for open in both tracks",
-            cause="commanded gripper inverted" if closing else "commanded or reached gripper inverted",
-            demos=inverted,
-            arm=arm,
-        )
+    advice = "Store 0 for closed and 1 for open in both tracks"
+    _report(
+        exam,
+        "command_gripper",
+        arm,
+        inverted,
+        [name for name in inverted if first_change(told[name].gripper) < 0],  # as openings that are right begin
+        "the commanded gripper closes where the reached one opens",
+        commanded=("commanded gripper inverted", advice),
+        either=(
+            "commanded or reached gripper inverted",
+            f"{advice}: the reached one is inverted unless the task begins with an object in the gripper",
+        ),
+    )
     small = [name for name, ratio in ratios.items() if ratio < 0.25]
     if small:
         exam.add(

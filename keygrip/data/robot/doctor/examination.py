@@ -108,9 +108,11 @@ class Examination:
         """Whether one of these checks has found something."""
         return any(finding.check in checks for finding in self.findings)
 
-    def named(self, *checks: str, arm: str | None = None) -> set[str]:
-        """Names of the demos that findings of these checks name; `arm`: those of this arm alone."""
-        found = [f for f in self.findings if f.check in checks and arm in (None, f.arm)]
+    def named(self, *checks: str, arm: str | None = None, severity: str | None = None) -> set[str]:
+        """Names of the demos that findings of these checks name; `arm`, `severity`: those of this one alone."""
+        found = [
+            f for f in self.findings if f.check in checks and arm in (None, f.arm) and severity in (None, f.severity)
+        ]
         return {name for finding in found for name in finding.demos}
 
     @property

@@ -197,7 +197,7 @@ def check_gripper(exam: Examination) -> None:
                 arm=arm,
             )
             continue
-        first = {demo.name: _first_change(demo.arms[arm].gripper) for demo in demos}
+        first = {demo.name: first_change(demo.arms[arm].gripper) for demo in demos}
         opens = [name for name, change in first.items() if change > 0]
         opening, closing = len(opens), sum(change < 0 for change in first.values())
         exam.measures[f"arm/{arm}/starts_by_closing"] = closing
@@ -216,7 +216,7 @@ def check_gripper(exam: Examination) -> None:
             )
 
 
-def _first_change(opening: np.ndarray) -> int:
+def first_change(opening: np.ndarray) -> int:
     """Direction of the first change by more than 0.3 of the stroke: -1 closing, 1 opening, 0 none."""
     change = opening - opening[0]
     large = np.flatnonzero(np.abs(change) > 0.3)
