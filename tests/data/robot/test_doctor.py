@@ -346,6 +346,14 @@ def test_joints_tell_which_of_both_tracks_is_wrong(tmp_path, fault, told, cause)
     assert told is not unchanged or not blamed, causes
 
 
+def test_joints_show_the_order_of_quaternions_whatever_way_the_gripper_points(tmp_path, monkeypatch):
+    rolled_look = iter([(0.0, 0.1), (1.0, 0.9)] * 2)
+    monkeypatch.setattr("keygrip.data.robot.doctor.trajectories._attitude", lambda *_: next(rolled_look))
+    assert examine(tmp_path / "joints", unchanged) == []
+    without = examine(tmp_path / "none", lambda parts, number: replace(parts, joints=parts.joints[:, :5]))
+    assert [finding.check for finding in without] == ["quaternion_order"]
+
+
 def test_a_stray_frame_costs_height_bins(tmp_path):
     findings = examine(tmp_path, stray_frame)
     outlier = next(finding for finding in findings if finding.check == "height_outlier")

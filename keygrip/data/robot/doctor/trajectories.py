@@ -8,6 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination
+from keygrip.data.robot.doctor.kinematics import with_joints
 from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import matrix_from_quaternion
@@ -144,7 +145,9 @@ def check_quaternions(exam: Examination) -> None:
         exam.measures[f"arm/{arm}/turning_about_vertical"] = stated[1]
         upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
         tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
-        if (upside or tilting) and not exam.named("quaternion_order", arm=arm):
+        known = {demo.name for demo, *_ in with_joints(exam, arm)} - exam.named("kinematics", arm=arm)
+        unknown = [demo.name for demo in demos if demo.name not in known]  # of the others joints show the order
+        if (upside or tilting) and unknown:
             exam.add(
                 "quaternion_order",
                 "error" if upside else "warning",
@@ -153,7 +156,7 @@ def check_quaternions(exam: Examination) -> None:
                 f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
                 "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
                 cause="quaternions stored x, y, z, w",
-                demos=[demo.name for demo in demos],
+                demos=unknown,
                 arm=arm,
             )
 
