@@ -27,10 +27,10 @@ from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_batches
 from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance
+from keygrip.models.patch_dit.idle_guidance import OF_IMAGES, GivenConditions, refuse_idle_guidance
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling
 from keygrip.progress import Progress
-from keygrip.training.strategies import named_precision
+from keygrip.training.strategies import SHORT, named_precision
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -57,7 +57,8 @@ NEEDS = {
     "step_counts": ("steps",),
     "replace_words": ("changed_words", "scales"),
 }
-DRAWN_OVER = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",)}  # what these cases vary themselves
+# Parts of `sampling` that a case does not read: it varies them itself, or draws from words alone.
+UNREAD = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",), "text_only": OF_IMAGES}
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -84,8 +85,8 @@ class ImageSuite:
             kind is clip, and otherwise they are not.
 
     Raises:
-        ValueError: an unknown case, a number below 1, a word to replace that is none, or a setting of a case that is
-            not among `cases`.
+        ValueError: an unknown case, a number below 1, a word to replace that is none, or a setting that none of `cases`
+            reads.
     """
 
     cases: Sequence[str] | None = None
@@ -119,9 +120,10 @@ class ImageSuite:
             raise ValueError(f"batch_size={self.batch_size}: at least 2, since images of a batch are paired")
         if min(self.images, self.grid_images, self.shown, *self.step_counts) < 1:
             raise ValueError("images, grid_images, shown and step_counts must be at least 1")
-        for name, allowed in (("lpips", ("auto", "none")), ("precision", ("auto", "32-true", "bf16-mixed"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(allowed)}")
+        if self.lpips not in ("auto", "none"):
+            raise ValueError(f"lpips={self.lpips!r}: choose auto or none")
+        if SHORT.get(str(self.precision), self.precision) not in ("auto", "32-true", "bf16-mixed"):
+            raise ValueError(f"precision={self.precision!r}: choose auto or 32-true or bf16-mixed")
         if self.split not in ("train", "val", "test"):
             raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
         for word, other in self.replace_words.items():
@@ -139,6 +141,9 @@ class ImageSuite:
             if self.cases is None or set(needed) & set(self.cases) or list(getattr(self, name)) == default:
                 continue
             raise ValueError(f"{name} has no effect without the case {' or '.join(needed)} in cases: leave it out")
+        for name, value in self.sampling.items():
+            if self.cases and value is not None and all(name in UNREAD.get(case, ()) for case in self.cases):
+                raise ValueError(f"sampling.{name} has no effect with cases={list(self.cases)} alone: leave it out")
 
 
 @dataclass(frozen=True)
@@ -193,11 +198,6 @@ class Suite:
         if not given:
             return
         wanted = self.cases()
-        for name in DRAWN_OVER.get(wanted[0], ()) if len(wanted) == 1 else ():
-            if name in given:
-                raise ValueError(
-                    f"sampling.{name} has no effect with cases={wanted} alone, which vary it: leave it out"
-                )
         images = wanted != ["text_only"]
         try:
             refuse_idle_guidance(self.module, given, self.sampling, GivenConditions(True, images, both=images))
