@@ -273,7 +273,7 @@ def test_a_batch_that_panics_is_planned_one_by_one(running: Start, dice: Any, ob
     with ThreadPoolExecutor(4) as pool:
         plans = [pool.submit(one, number) for number in range(4)]
         deadline = time.monotonic() + 60
-        while server.server.service.waiting < 4 and time.monotonic() < deadline:
+        while server.server.service.planner.pending < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         free.set()
         assert [plan.result(60) for plan in plans] == [0.3] * 4
