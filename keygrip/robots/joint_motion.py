@@ -15,7 +15,15 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
-from keygrip.robots.self_collision import Closest, closest_links, closest_links_of_two, lowest_link
+from keygrip.robots.self_collision import (
+    MOVING,
+    PAIRS,
+    PAIRS_OF_TWO,
+    intrusion,
+    link_gaps,
+    link_gaps_of_two,
+    link_heights,
+)
 
 CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
 
@@ -85,7 +93,7 @@ class JointMotion:
     def _take(self, joints: np.ndarray, held_back: bool = False) -> None:
         self.joints, self.held_back = joints, held_back
         # a command that moves out of a collision is allowed, one that moves further in is not
-        self._gap, self._height = closest_links(joints, self.chain).distance, lowest_link(joints, self.chain)[0]
+        self._gaps, self._heights = link_gaps(joints, self.chain), link_heights(joints, self.chain)
 
     def step(self, pose: np.ndarray, seconds: float, joints: np.ndarray | None = None) -> np.ndarray:
         """The joints [J] for a tool pose at the end of a control period.
@@ -175,18 +183,21 @@ class JointMotion:
     def _refuse_collision(self, joints: np.ndarray) -> None:
         limits = self.limits
         if limits.clearance_m is not None:
-            near = closest_links(joints, self.chain)
-            if near.distance < limits.clearance_m and near.distance < self._gap:
+            gaps = link_gaps(joints, self.chain)
+            index = intrusion(gaps, self._gaps, limits.clearance_m)
+            if index is not None:
+                first, second = PAIRS[index]
                 raise JointMotionError(
-                    f"{near.first} and {near.second} would come within {100 * near.distance:.1f} cm of each other "
+                    f"{first} and {second} would come within {100 * gaps[index]:.1f} cm of each other "
                     f"(joints.clearance_m={limits.clearance_m:g})"
                 )
         if limits.table_clearance_m is None:
             return
-        height, link = lowest_link(joints, self.chain)
-        above = height - limits.table_height_m
-        if above < limits.table_clearance_m and height < self._height:
-            raise JointMotionError(f"{link} would be {100 * above:.1f} cm above the table")
+        heights = link_heights(joints, self.chain)
+        index = intrusion(heights, self._heights, limits.table_height_m + limits.table_clearance_m)
+        if index is not None:
+            above = heights[index] - limits.table_height_m
+            raise JointMotionError(f"{MOVING[index]} would be {100 * above:.1f} cm above the table")
 
 
 class ArmMotions:
@@ -235,23 +246,25 @@ class ArmMotions:
         return np.concatenate([turn.apply(pose[:3] - base[:3, 3]), quaternion, pose[7:]])
 
     def _refuse_meeting(self, before: Sequence[np.ndarray]) -> None:
-        """Raises JointMotionError: two arms come too close to each other, and closer than at the joints before."""
+        """Raises JointMotionError: links of two arms come too close to each other, unless the arms move apart."""
         least = self.motions[0].limits.arms_clearance_m
         if least is None:
             return
         now = [motion.joints for motion in self.motions]
         for pair in combinations(range(len(now)), 2):
-            near = self._closest(pair, now)
-            # a command that moves them apart is allowed
-            if near.distance < least and near.distance < self._closest(pair, before).distance:
-                first, second = (self.names[index] for index in pair)
+            gaps = self._gaps(pair, now)
+            index = intrusion(gaps, self._gaps(pair, before), least)
+            if index is not None:
+                first, second = (
+                    f"{link} of arm {self.names[arm]}" for link, arm in zip(PAIRS_OF_TWO[index], pair, strict=True)
+                )
                 raise JointMotionError(
-                    f"{near.first} of arm {first} and {near.second} of arm {second} would come within "
-                    f"{100 * near.distance:.1f} cm of each other (joints.arms_clearance_m={least:g})"
+                    f"{first} and {second} would come within {100 * gaps[index]:.1f} cm of each other "
+                    f"(joints.arms_clearance_m={least:g})"
                 )
 
-    def _closest(self, pair: Sequence[int], joints: Sequence[np.ndarray]) -> Closest:
-        return closest_links_of_two(
+    def _gaps(self, pair: Sequence[int], joints: Sequence[np.ndarray]) -> np.ndarray:
+        return link_gaps_of_two(
             [joints[index] for index in pair],
             [self.motions[index].chain for index in pair],
             [self.world_from_base[index] for index in pair],

@@ -4,13 +4,12 @@ links.
 A capsule encloses every vertex of a link's mesh (the finger tips at every opening), so that what the check calls free
 is free; it may call a pose a collision that has some centimetres left. Neighbouring links are joined and not compared.
 
-Frames: the arm's base, metres. Shape legend: C capsules, P pairs of capsules.
+Frames: the arm's base, metres. Shape legend: C capsules, P pairs of capsules, M capsules of moving links.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,16 +36,6 @@ GRIPPER = 7
 APART = 3
 
 
-@dataclass(frozen=True)
-class Closest:
-    """The two links that come closest, of one arm or one of each of two, and the distance between their surfaces in
-    metres, negative where they overlap."""
-
-    distance: float
-    first: str
-    second: str
-
-
 def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Origins [8, 3] and rotations [8, 3, 3] of base, the six links and the tool.
 
@@ -69,23 +58,22 @@ def capsules_at(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.n
     return ends, np.array([radius for *_, radius in CAPSULES])
 
 
-def closest_links(joints: np.ndarray, chain: ArmChain | None = None) -> Closest:
-    """The closest two links of the arm that are not neighbours.
+def link_gaps(joints: np.ndarray, chain: ArmChain | None = None) -> np.ndarray:
+    """Distances [P] in metres between the links of an arm that are not neighbours, `PAIRS`, negative where they
+    overlap.
 
     Args:
         joints: [6] rad.
     """
     ends, radii = capsules_at(joints, chain)
     first, second = _PAIRS
-    gaps = _segment_distances(ends[first], ends[second]) - radii[first] - radii[second]
-    index = int(gaps.argmin())
-    return Closest(float(gaps[index]), _name(int(first[index])), _name(int(second[index])))
+    return np.asarray(_segment_distances(ends[first], ends[second]) - radii[first] - radii[second])
 
 
-def closest_links_of_two(
+def link_gaps_of_two(
     joints: Sequence[np.ndarray], chains: Sequence[ArmChain], world_from_base: Sequence[np.ndarray]
-) -> Closest:
-    """The closest links of two arms, one of each, without their bases beside each other, which no joint moves.
+) -> np.ndarray:
+    """Distances [P] in metres between the links of two arms, one of each, `PAIRS_OF_TWO`.
 
     Args:
         joints: [6] rad of each. chains: of each. world_from_base: [4, 4] of each.
@@ -96,21 +84,29 @@ def closest_links_of_two(
         ends.append(in_base @ base[:3, :3].T + base[:3, 3])
         radii.append(radius)
     first, second = _PAIRS_OF_TWO
-    gaps = _segment_distances(ends[0][first], ends[1][second]) - radii[0][first] - radii[1][second]
-    index = int(gaps.argmin())
-    return Closest(float(gaps[index]), _name(int(first[index])), _name(int(second[index])))
+    return np.asarray(_segment_distances(ends[0][first], ends[1][second]) - radii[0][first] - radii[1][second])
 
 
-def lowest_link(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[float, str]:
-    """Height of the lowest point of the moving links 2 to 5 in the base frame, metres, and that link's name.
+def link_heights(joints: np.ndarray, chain: ArmChain | None = None) -> np.ndarray:
+    """Heights [M] in metres of the lowest points of the moving links 2 to 5, `MOVING`, in the base frame.
 
     The gripper is left out: it works at the table, and its tool's height is limited for itself.
     """
     ends, radii = capsules_at(joints, chain)
-    moving = [index for index, (link, *_) in enumerate(CAPSULES) if 2 <= link < GRIPPER]
-    heights = ends[moving, :, 2].min(axis=1) - radii[moving]
-    index = int(heights.argmin())
-    return float(heights[index]), _name(moving[index])
+    return np.asarray(ends[_MOVING, :, 2].min(axis=1) - radii[_MOVING])
+
+
+def intrusion(values: np.ndarray, before: np.ndarray, least: float) -> int | None:
+    """Index of a gap or height [P or M] for which links may not move so, None: they may. Those that are at `least` or
+    above may not fall below it, and the others may not, in sum, fall further: a way out of a collision may bring two
+    links that are in it a little closer, and no collision hides another."""
+    fallen = (values < least) & (values < before)
+    entered = fallen & (before >= least)
+    if not entered.any():
+        if not fallen.any() or np.minimum(values, least).sum() >= np.minimum(before, least).sum():
+            return None
+        entered = fallen
+    return int(np.where(entered, values, np.inf).argmin())
 
 
 def _name(capsule: int) -> str:
@@ -118,7 +114,7 @@ def _name(capsule: int) -> str:
     return {0: "base", GRIPPER: "gripper"}.get(link, f"link{link}")
 
 
-def _pairs() -> tuple[np.ndarray, np.ndarray]:
+def _pairs() -> np.ndarray:
     links = [min(link, ARM_JOINTS) for link, *_ in CAPSULES]  # the gripper is fixed to the last joint
     pairs = [
         (first, second)
@@ -126,14 +122,15 @@ def _pairs() -> tuple[np.ndarray, np.ndarray]:
         for second in range(first + 1, len(links))
         if links[second] - links[first] >= APART
     ]
-    return np.array([first for first, _ in pairs]), np.array([second for _, second in pairs])
+    return np.array(pairs).T
 
 
 _PAIRS = _pairs()
-# of capsules of two arms: all but base and base, which may stand as close as they do
-_PAIRS_OF_TWO = np.array(
-    [(i, j) for i, (first, *_) in enumerate(CAPSULES) for j, (second, *_) in enumerate(CAPSULES) if first or second]
-).T
+_PAIRS_OF_TWO = np.indices((len(CAPSULES), len(CAPSULES))).reshape(2, -1)
+_MOVING = [index for index, (link, *_) in enumerate(CAPSULES) if 2 <= link < GRIPPER]
+# names of the links
+PAIRS, PAIRS_OF_TWO = ([(_name(i), _name(j)) for i, j in pairs.T.tolist()] for pairs in (_PAIRS, _PAIRS_OF_TWO))
+MOVING = [_name(index) for index in _MOVING]
 
 
 def _segment_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from keygrip.inference import driving
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics
-from keygrip.robots.self_collision import closest_links
+from keygrip.robots.self_collision import link_gaps
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
@@ -247,7 +247,7 @@ def test_random_plans_of_joints_never_exceed_a_limit(follow: str) -> None:
     assert (tools >= low - 1e-3).all()
     assert (tools <= high + 1e-3).all()
     assert np.linalg.norm(np.diff(tools, axis=0), axis=1).max() <= 0.1 * LIMITS.speed_m_s + 1e-3
-    assert min(closest_links(joints).distance for joints in sent) >= 0.005
+    assert min(link_gaps(joints).min() for joints in sent) >= 0.005
     robot.close()
 
 

@@ -23,9 +23,9 @@ from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.inference.driving import _recorder
 from keygrip.models.policy import Needs, Observation, Plan
 from keygrip.robots.inverse_kinematics import pointing_down
-from keygrip.robots.joint_motion import JointLimits, JointMotion, JointMotionError
+from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
-from keygrip.robots.self_collision import CAPSULES, capsules_at, closest_links, link_frames, lowest_link
+from keygrip.robots.self_collision import CAPSULES, MOVING, capsules_at, link_frames, link_gaps, link_heights
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
 from keygrip.runtime.control_loop import ControlLoop
@@ -483,6 +483,43 @@ def test_bases_beside_each_other_hide_no_other_links(tmp_path: Path) -> None:
     assert len(drivers["right"].commands) > 1
 
 
+def test_links_in_a_collision_hide_no_others() -> None:
+    """What stays as close as it is, here whatever the wrist does, was all that was looked at."""
+    free = JointLimits(clearance_m=None, arms_clearance_m=None, table_clearance_m=None)
+
+    def turned(before: np.ndarray, after: np.ndarray, **limits: float) -> None:
+        pose = np.concatenate([*forward_kinematics(after), [1.0]])
+        JointMotion(free, before).step(pose, 0.1, after)
+        JointMotion(replace(free, **limits), before).step(np.concatenate([*forward_kinematics(before), [1.0]]), 0.1)
+        JointMotion(replace(free, **limits), before).step(pose, 0.1, after)
+
+    with pytest.raises(JointMotionError, match=r"base and gripper would come within -1\.4 cm of each other"):
+        turned(
+            np.array([2.71, 2.64, 0.15, 0.83, 0.71, -1.8]),
+            np.array([2.71, 2.64, 0.15, 0.57, 0.87, -1.96]),
+            clearance_m=0.005,
+        )
+    low = np.array([0.0, 1.2, 1.0, 0.2, 0.0, 0.0])
+    assert MOVING[-1] == "link5"
+    table = link_heights(low)[-1] - 0.01
+    assert link_heights(low)[0] < table - 0.2
+    with pytest.raises(JointMotionError, match=r"link5 would be -\d\.\d cm above the table"):
+        turned(low, low - [0, 0, 0, 0.25, 0, 0], table_clearance_m=0.0, table_height_m=table)
+
+    beside = np.eye(4)
+    beside[1, 3] = 0.35
+    one = np.array([-1.05, 1.2, 1.02, -1.01, 0.93, 1.81])
+    other, after = np.array([-1.29, 2.12, 1.54, -0.37, 0.86, 0.25]), np.array([-1.29, 2.12, 1.54, -0.53, 0.81, 0.47])
+    limits = replace(free, arms_clearance_m=0.005)
+    arms = ArmMotions([JointMotion(limits, joints) for joints in (one, other)], [np.eye(4), beside], ["right", "left"])
+    wanted = np.stack([one, after])
+    position, quaternion = forward_kinematics(wanted)
+    position[1] += beside[:3, 3]
+    with pytest.raises(JointMotionError, match=r"base of arm right and gripper of arm left would come within -1\.3 cm"):
+        arms.step(np.concatenate([position, quaternion, np.ones((2, 1))], axis=1), 0.1, wanted)
+    np.testing.assert_array_equal(arms.joints, [one, other])
+
+
 class Unclosable(Driver):
     def close(self) -> None:
         super().close()
@@ -684,20 +721,20 @@ def test_capsules_hold_every_vertex_of_the_meshes() -> None:
 
 def test_collisions_are_refused_and_demonstrated_motions_are_not() -> None:
     folded = np.array([1.05, 0.99, 0.13, -1.64, 0.98, 1.73])
-    assert closest_links(folded).distance < -0.05
+    assert link_gaps(folded).min() < -0.05
     motion = JointMotion(JointLimits(), HOME)
     position, quaternion = forward_kinematics(folded)
     with pytest.raises(JointMotionError, match="would come within"):
         for _ in range(100):
             motion.step(np.concatenate([position, quaternion, [1.0]]), 0.1)
-    assert closest_links(motion.joints).distance >= 0.005
+    assert link_gaps(motion.joints).min() >= 0.005
     task = TaskOptions(name="pick_place")
     robot = SimulatedYam(task, image_size=32, joints=JointLimits(), real_time=False, seed=3)
     assert robot.cell.layout is not None
     for action in expert_actions(robot.cell.layout, task, 3, 10.0):
         robot.command(action[None])
-        assert closest_links(robot.cell.commanded_joints).distance > 0.02
-        assert lowest_link(robot.cell.commanded_joints)[0] > 0.02
+        assert link_gaps(robot.cell.commanded_joints).min() > 0.02
+        assert link_heights(robot.cell.commanded_joints).min() > 0.02
     success, _ = robot.outcome()
     assert success
     robot.close()
