@@ -440,11 +440,11 @@ def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, ki
 
 def _refuse_satellite(state: State, origin: str, kind: str) -> None:
     """Of Meta's files for the variants here, those of satellite images alone have a norm for local crops."""
-    named = re.search(r"dinov3[^/]*sat493m|sat493m[^/]*(/[^/]*)?$", Path(origin).as_posix().lower())
+    named = ", or rename what is called sat493m if these are others" if "sat493m" in origin.lower() else ""
     if named or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
         raise ValueError(
             f"{origin} holds weights of satellite images (SAT-493M), for images of mean (0.430, 0.411, 0.296) and "
-            "deviation (0.213, 0.156, 0.143); all images here have ImageNet's: take the weights of LVD-1689M"
+            f"deviation (0.213, 0.156, 0.143); all images here have ImageNet's: take the weights of LVD-1689M{named}"
         )
 
 
