@@ -103,7 +103,8 @@ class Strategy:
         on_gpu = self.on_gpu
         devices = self._devices()
         seen = torch.cuda.device_count()
-        by_srun = "LOCAL_WORLD_SIZE" not in os.environ and os.environ.get("SLURM_NTASKS_PER_NODE") == str(devices)
+        told = os.environ.get("SLURM_NTASKS_PER_NODE", str(devices))  # not set without --ntasks-per-node
+        by_srun = "LOCAL_WORLD_SIZE" not in os.environ and told == str(devices)
         if on_gpu and devices > seen and tasks_of_srun() > 1 and by_srun:
             raise ValueError(
                 f"srun shows each process {seen} GPU{'' if seen == 1 else 's'} of a node's {devices}: give "
