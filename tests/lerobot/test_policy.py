@@ -161,7 +161,19 @@ def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
         KeygripConfig(action="joints", device="cpu")
     for name, value in (("step_m", 0.02), ("body_offset", [0.0, 0.0, 0.1]), ("closed_effort", 0.1)):
         with pytest.raises(ValueError, match=f"{name} has an effect only with action=position_step"):
-            KeygripConfig(device="cpu", **{name: value})
+            KeygripConfig(device="cpu", cameras=camera, **{name: value}).validate_features()
+    KeygripConfig(device="cpu", cameras=camera, body_offset=(0.0, 0.0, 0.0), body_low=()).validate_features()
+
+
+def test_a_saved_policy_with_a_setting_of_no_effect_says_which(saved: Path, tmp_path: Path) -> None:
+    """What is raised while the file is read, LeRobot hides."""
+    from lerobot_policy_keygrip import KeygripPolicy
+
+    shutil.copytree(saved, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"closed_effort": 0.1}))
+    with pytest.raises(ValueError, match=r"^closed_effort has an effect only with action=position_step"):
+        KeygripPolicy.from_pretrained(tmp_path / "old")
 
 
 def test_of_a_policy_saved_with_step_gain_poses_are_run_and_steps_refused(saved: Path, tmp_path: Path) -> None:

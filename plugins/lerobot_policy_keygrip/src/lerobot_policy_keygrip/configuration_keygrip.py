@@ -105,9 +105,6 @@ class KeygripConfig(PreTrainedConfig):
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}")
         if self.action == "pose":
             self.step_gain = None  # older configurations hold it whatever their action
-            changed = [each.name for each in fields(self) if each.name in OF_STEPS and not _is_default(self, each)]
-            if changed:
-                raise ValueError(f"{changed[0]} has an effect only with action=position_step, and action is pose")
         if self.checkpoint and self.server:
             raise ValueError("give checkpoint or server, not both")
         if self.step_m <= 0:
@@ -122,8 +119,15 @@ class KeygripConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has no effect with server: give it to `python -m keygrip.serve`")
 
     def validate_features(self) -> None:
-        """Raises ValueError: an image that no camera is calibrated for, or none at all; an older `position_step`."""
-        if self.step_gain is not None:  # not while the file is read: LeRobot would hide the reason
+        """Raises ValueError: an image that no camera is calibrated for, or none at all; an older `position_step`; a
+        setting of steps with poses."""
+        # The first two not while the file is read: LeRobot would hide the reason.
+        changed = [each.name for each in fields(self) if each.name in OF_STEPS and not _is_default(self, each)]
+        if self.action == "pose" and changed:
+            raise ValueError(
+                f"{changed[0]} has an effect only with action=position_step, and action is pose: leave it out"
+            )
+        if self.step_gain is not None:
             raise ValueError(
                 "step_gain is no longer read: position_step moves the body that the hand follows, by step_m metres a "
                 "step of 1; give step_m, body_offset, body_low and body_high (see README.md) and save the policy again"
@@ -157,4 +161,5 @@ class KeygripConfig(PreTrainedConfig):
 
 def _is_default(config: KeygripConfig, setting: Field[Any]) -> bool:
     default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-    return bool(getattr(config, setting.name) == default)
+    value = getattr(config, setting.name)
+    return bool((list(value) if isinstance(value, (list, tuple)) else value) == default)
