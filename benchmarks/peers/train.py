@@ -80,6 +80,10 @@ def main() -> None:
     parser.add_argument("--probe-steps", type=int, default=10)
     parser.add_argument("--vlm-size", choices=sorted(SIZES), help="of smolvla; small where nothing else is said")
     arguments, more = parser.parse_known_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps}: at least 1")
+    if any(each.split("=")[0] == "--log_freq" for each in more):
+        parser.error("--log_freq follows from the number of steps here: the time of a step is read from the log")
     makes_vlm = arguments.policy == "smolvla" and not any(each.split("=")[0] == VLM for each in more)
     if arguments.vlm_size is not None and not makes_vlm:
         parser.error(f"--vlm-size has an effect only with --policy smolvla and without {VLM}")

@@ -23,7 +23,11 @@ PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 
 @pytest.fixture(scope="module")
 def peers() -> Any:
-    spec = importlib.util.spec_from_file_location("peers_serve", PEERS / "serve.py")
+    return script("serve")
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"peers_{name}", PEERS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -210,3 +214,23 @@ def test_the_instruction_reaches_smolvla_behind_the_server(made: Any, smolvla: P
             server.terminate()
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--steps=0"], "--steps 0: at least 1"),
+        (["--steps=5", "--log_freq=1000"], "--log_freq follows from the number of steps here"),
+        (["--minutes=1", "--log_freq", "1000"], "--log_freq follows from the number of steps here"),
+    ],
+)
+def test_settings_after_which_no_time_of_a_step_is_known_are_refused_before_the_training(
+    given: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(PEERS)
+    train = script("train")
+    monkeypatch.setattr(train, "lerobot_train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset=set", "--policy=act", "--output=run", *given])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert said in capsys.readouterr().err
