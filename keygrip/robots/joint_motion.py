@@ -26,6 +26,9 @@ from keygrip.robots.self_collision import (
 )
 
 CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
+NEARER_POSES = 4  # tried where the way is curved, each half as far, with so many iterations: a period is short
+NEARER_ITERATIONS = 20
+STILL_RAD = 1e-6  # joints that turn by less do not move
 
 
 class JointMotionError(ValueError):
@@ -104,8 +107,9 @@ class JointMotion:
                 them. None: those found from where the arm is.
 
         Raises:
-            JointMotionError: not finite, out of reach, a collision of the arm with itself, a link below the table, or
-                planned joints so far from the present ones that the tool would leave its way. Nothing has changed then.
+            JointMotionError: not finite, out of reach, a collision of the arm with itself, a link below the table,
+                joints at whose speed no way to the pose begins, or planned ones so far from the present ones that the
+                tool would leave its way. Nothing has changed then.
         """
         wanted = self.check(pose, joints)
         most = self.limits.speed_rad_s * seconds
@@ -148,15 +152,27 @@ class JointMotion:
 
     def _straightened(self, joints: np.ndarray, pose: np.ndarray, most: float) -> np.ndarray:
         """Joints [J] that are cut short on the way to a pose, where the tool would leave its own way those on the way
-        to a nearer pose: the straighter, the nearer it is, down to where the arm is now."""
+        to a nearer pose: the straighter, the nearer it is. Raises JointMotionError: those of the nearest leave it, too,
+        or do not move."""
         tool, turned, *_ = self.chain.frames(self.joints)
         turn = Rotation.from_matrix(matrix_from_quaternion(pose[3:7]) @ turned.T).as_rotvec()
-        share = 1.0
-        while not self._is_straight(joints, pose):
-            share /= 2
+        way, limits = pose[:3] - tool, self.limits
+        for halving in range(1, NEARER_POSES + 1):
+            if self._is_straight(joints, pose):
+                break
+            share = 0.5**halving
             rotation = Rotation.from_rotvec(share * turn).as_matrix() @ turned
-            found = solve(tool + share * (pose[:3] - tool), rotation, self.joints, self.chain)
+            found = solve(tool + share * way, rotation, self.joints, self.chain, NEARER_ITERATIONS)
             joints = self._cut_short(self._in_range(found.joints), most)
+        distance, angle = float(np.linalg.norm(way)), float(np.linalg.norm(turn))
+        there = distance <= limits.position_tolerance_m and angle <= limits.angle_tolerance_rad
+        stuck = not there and np.allclose(joints, self.joints, rtol=0, atol=STILL_RAD)
+        if stuck or not self._is_straight(joints, pose):
+            raise JointMotionError(
+                f"the arm cannot begin the way to a pose {100 * distance:.1f} cm and {np.rad2deg(angle):.0f} degrees "
+                f"away: at joints.speed_rad_s={limits.speed_rad_s:g} its joints move the tool "
+                + ("no nearer" if stuck else "off its way")
+            )
         return joints
 
     def _is_straight(self, joints: np.ndarray, pose: np.ndarray) -> bool:

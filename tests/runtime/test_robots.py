@@ -22,7 +22,8 @@ from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.inference.driving import _recorder
 from keygrip.models.policy import Needs, Observation, Plan
-from keygrip.robots.inverse_kinematics import pointing_down
+from keygrip.robots import joint_motion
+from keygrip.robots.inverse_kinematics import Solution, pointing_down, solve
 from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
 from keygrip.robots.self_collision import CAPSULES, MOVING, capsules_at, link_frames, link_gaps, link_heights
@@ -417,6 +418,27 @@ def test_a_turn_in_place_is_slowed_at_low_rates_and_not_refused(hz: float, axis:
         np.testing.assert_allclose(forward_kinematics(joints)[0], position, atol=3e-3)
     assert slowed > 0
     assert (turn.inv() * Rotation.from_quat(forward_kinematics(joints)[1], scalar_first=True)).magnitude() < 2e-3
+
+
+def test_a_way_that_the_joints_cannot_begin_is_refused_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearer and nearer poses were tried, up to a dozen within the period, and the last one was where the arm is: it
+    stood there for ever without a word."""
+    limits = JointLimits(speed_rad_s=2.0, clearance_m=None, table_clearance_m=None)
+    before = np.array([0.656, 3.256, 0.516, -0.026, 0.0, -0.075])
+    pose = np.array([-0.124, -0.0956, -0.1606, 0.0354, 0.1048, -0.8562, 0.5046, 1.0])
+    motion, solved = JointMotion(limits, before), []
+    monkeypatch.setattr(joint_motion, "solve", lambda *given: solved.append(given[4:]) or solve(*given))
+    with pytest.raises(JointMotionError, match=r"cannot begin the way to a pose .* move the tool off its way"):
+        motion.step(pose, 1 / 30)
+    np.testing.assert_array_equal(motion.joints, before)
+    assert solved == [(), *[(20,)] * 4]
+
+    def standing(*given: Any) -> Solution:
+        return Solution(before, 1.0, 1.0) if given[4:] else solve(*given)
+
+    monkeypatch.setattr(joint_motion, "solve", standing)
+    with pytest.raises(JointMotionError, match=r"cannot begin the way to a pose .* move the tool no nearer"):
+        motion.step(pose, 1 / 30)
 
 
 def two_arms(tmp_path: Path, limits: JointLimits, apart: float = 0.35) -> tuple[YamArms, dict[str, Driver]]:
