@@ -17,35 +17,41 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
 QUATERNION_TOLERANCE = 1e-2
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
-REACH_M = 2.0  # of an arm on a table: positions that are nearer in another unit are taken for that
+FARTHEST_M = (0.07, 2.0)  # of an arm's positions on a table, in whatever unit these are likely to be
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
 RATES_HZ = (0.01, 10_000.0)  # frame rates of recordings; others are another unit
 NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
-# The opening may overshoot [0, 1] by this much (encoder noise); more means another unit or polarity.
+# The opening may overshoot [0, 1] by this much (encoder noise); more means a wrong calibration, unit or polarity.
 GRIPPER_TOLERANCE = 1e-3
+OVERSHOOT = 0.5  # an opening that leaves [0, 1] by no more is likely to be in its unit
 
 
 def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
     """What is likely of a track some of whose positions are too far off, and what to do. far: [N] m, by frame."""
-    if np.median(far) <= REACH_M:
+    if np.median(far) <= LARGEST_POSITION_M:
         return "positions with wrong readings", "Cut the demo there or record it again"
-    for unit, size in (("centimetres", 100), ("millimetres", 1000)):
-        if far.max() <= REACH_M * size:
-            farthest = f"{far.max() / size:.3g} m"
-            return (
-                f"positions in {unit}",
-                f"Convert positions to metres (divide {unit} by {size}: the farthest is then {farthest})",
-            )
-    return "positions in another unit", "Convert positions to metres"
+    farthest = {
+        unit: (size, metres)
+        for unit, size in (("centimetres", 100), ("millimetres", 1000))
+        if FARTHEST_M[0] <= (metres := far.max() / size) <= FARTHEST_M[1]
+    }
+    if not farthest:
+        return "positions in another unit", "Convert positions to metres"
+    ways = (
+        f"divide {unit} by {size}: the farthest is then {metres:.3g} m" for unit, (size, metres) in farthest.items()
+    )
+    return f"positions in {' or '.join(farthest)}", f"Convert positions to metres ({', or '.join(ways)})"
 
 
-def _unit_of_openings(low: float, high: float) -> tuple[str, str]:
-    """The likely unit of openings from `low` to `high`, and what to do."""
+def _cause_of_openings(low: float, high: float) -> tuple[str, str]:
+    """Why openings are likely to run from `low` to `high`, and what to do."""
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return "gripper opening beyond its ends", "It overshoots: clip it, or calibrate what it reads closed and open"
     for unit, size in (("percent", 100), ("bytes", 255)):
-        if low >= 0 and 0.97 * size <= high <= size:
-            return unit, f"Divide {unit} by {size}"
-    return "another unit", "Subtract what it reads when closed, and divide by its range"
+        if low >= 0 and high <= size:
+            return f"gripper opening in {unit}", f"{unit.capitalize()} are likely: divide by {size}"
+    return "gripper opening in another unit", "Subtract what it reads when closed, and divide by its range"
 
 
 def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:
@@ -85,12 +91,12 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
         )
     low, high = float(poses.gripper.min()), float(poses.gripper.max())
     if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
-        unit, remedy = _unit_of_openings(low, high)
+        cause, remedy = _cause_of_openings(low, high)
         raise DemoError(
             name,
             f"{what} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is "
             f"needed. {remedy}",
-            f"{what} gripper opening in {unit}",
+            f"{what} {cause}",
             remedy,
         )
     if poses.joints is not None:

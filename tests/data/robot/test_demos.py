@@ -148,17 +148,34 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
         lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.full((12, 3), 340.0)),
         "divide millimetres by 1000: the farthest is then 0.34 m",
     ),
+    "centimetres or millimetres": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.full((12, 3), 150.0)),
+        "divide centimetres by 100: the farthest is then 1.5 m, or divide millimetres by 1000: the farthest is then "
+        "0.15 m",
+    ),
     "a wrong reading": (
         lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.eye(12, 3) * 34),
         "at frame 0, more than the 10 m of any arm on a table. Cut the demo there",
     ),
+    "a wrong reading in a wide world": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=3 + np.eye(12, 3) * 31),
+        "is 34 m from the origin at frame 0, more than the 10 m of any arm on a table. Cut the demo there",
+    ),
     "gripper in percent": (
-        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 100, 12)),
-        "Divide percent by 100",
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 90, 12)),
+        "Percent are likely: divide by 100",
     ),
     "gripper in bytes": (
-        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 255, 12)),
-        "Divide bytes by 255",
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 230, 12)),
+        "Bytes are likely: divide by 255",
+    ),
+    "gripper that overshoots": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(-0.01, 1.02, 12)),
+        "It overshoots: clip it, or calibrate",
+    ),
+    "gripper in degrees": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(-90, 10, 12)),
+        "Subtract what it reads when closed",
     ),
     "lengths": (lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.ones(11)), r"shape \(11,\)"),
     "frames": (lambda f, m, a: m(f, frames=11), "11 frames"),

@@ -211,7 +211,7 @@ def offset(parts: Parts, number: int) -> Parts:
 
 
 def in_percent(parts: Parts, number: int) -> Parts:
-    return replace(parts, gripper=100 * parts.gripper)
+    return replace(parts, gripper=(90 if number == 1 else 100) * parts.gripper)
 
 
 def flat(parts: Parts, number: int) -> Parts:
@@ -312,7 +312,7 @@ def test_one_fault_gives_one_finding_that_says_what_to_do(tmp_path, fault, check
     [
         (scaled(1000), "positions in millimetres", "Convert positions to metres (divide millimetres by 1000: "),
         (scaled(100), "positions in centimetres", "Convert positions to metres (divide centimetres by 100: "),
-        (in_percent, "gripper opening in percent", "Divide percent by 100"),
+        (in_percent, "gripper opening in percent", "Percent are likely: divide by 100"),
     ],
     ids=["millimetres", "centimetres", "percent"],
 )
