@@ -323,15 +323,30 @@ def test_overlays_of_a_camera_that_is_badly_wrong_show_it(tmp_path, monkeypatch,
     fit = Fit(-change, np.zeros(NUMBERS), before=0.04, after=after, residual=1.0, points=100, cost=0.1)
     for name in ("fit", "wide_fit"):  # takes half a minute
         monkeypatch.setattr(images_and_poses, name, lambda pairs: fit)
+    monkeypatch.setattr(images_and_poses, "FITTED", 2)
     monkeypatch.setattr(images_and_poses, "camera_cause", lambda *_: Cause("turned", "by 20 degrees", "calibrate"))
     root = write(tmp_path / "data", lambda demo, number: replace(demo, pose=moved(POSE, change[:6])))
     exam = Examination([reference.read() for reference in find_demos(root)], 8, 32, 56)
     check_images_and_poses(exam)
     assert [finding.check for finding in exam.findings] == [check], [str(finding) for finding in exam.findings]
+    assert exam.findings[0].demos == ("demo_0", "demo_1", "demo_2")
     assert len(exam.overlays) == 3
     for _, image in exam.overlays:
         assert (image == RECORDED).all(axis=-1).sum() > 100
         assert (image == FITTED).all(axis=-1).any() == fitted
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda demo: replace(demo, quaternion=np.roll(demo.quaternion, -1, axis=1)), "quaternions stored x, y, z, w"),
+        (lambda demo: replace(demo, position=1.1 * demo.position), "positions scaled by 1.100"),
+    ],
+    ids=["misread", "scaled"],
+)
+def test_images_are_not_blamed_for_poses_that_joints_show_to_be_wrong(tmp_path, change, cause):
+    errors = [f.cause for f in found(tmp_path, lambda demo, _: change(demo)) if f.severity == "error"]
+    assert errors == [cause]
 
 
 @pytest.mark.slow
@@ -362,6 +377,15 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     assert len(pickle.loads(pickle.dumps(track.frames))) == FRAMES - 2
     with pytest.raises(FileExistsError, match="name another file"):
         calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 10)
+
+
+def test_two_arms_one_of_which_has_no_joints_are_not_calibrated_and_the_reason_is_said(tmp_path, monkeypatch):
+    demos = two_armed(tmp_path / "data")
+    arms = {**demos[0].arms, "left": replace(demos[0].arms["left"], joints=None)}
+    without = SimpleNamespace(format="native", read=lambda: replace(demos[0], arms=arms))
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.find_demos", lambda *_: [without])
+    with pytest.raises(ValueError, match=r"\(over: .*of several arms each needs recorded joints\)\): run step=doctor"):
+        calibrate(tmp_path / "data", tmp_path / "fixed.yaml", "auto", None, None, 3, 4)
 
 
 def test_corrections_are_not_made_on_top_of_others(tmp_path):

@@ -85,22 +85,20 @@ def calibrate(
     content.setdefault("schema", SCHEMA)
     content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
     content["corrections"], report = {}, {}
+    left: dict[str, str] = {}  # why a camera is left as it is
     for camera in cameras or known:
         pairs = _pairs(demos, camera, frames_per_demo, model)
         if not pairs:
-            log.warning(
-                "camera %s moves with the arm, shows no motion, or shows several arms one of which has no recorded "
-                "joints: left as it is",
-                camera,
+            left[camera] = (
+                "it moves with the arm, or nothing says where the robot's parts are (of several arms each needs "
+                "recorded joints)"
             )
+            log.warning("camera %s is left as it is: %s", camera, left[camera])
             continue
         found = fitted(pairs)
         if found.after < LEAST_AGREEMENT or found.points == 0:
-            log.warning(
-                "camera %s: images and poses do not come together (agreement %.2f): left as it is; run step=doctor",
-                camera,
-                found.after,
-            )
+            left[camera] = f"images and poses do not come together (agreement {found.after:.2f})"
+            log.warning("camera %s is left as it is: %s; run step=doctor", camera, left[camera])
             continue
         report[camera] = summary(found)
         log.info("camera %s: %s", camera, report[camera])
@@ -110,7 +108,8 @@ def calibrate(
         uncertainty = {key.removeprefix("sigma_"): value for key, value in uncertainty.items()}
         content["corrections"][camera] = entry(_matrix(found), found.focal, lag, uncertainty, track)
     if not report:
-        raise ValueError(f"no camera in {root} could be calibrated from its images: run step=doctor")
+        reasons = "; ".join(f"{camera}: {reason}" for camera, reason in left.items())
+        raise ValueError(f"no camera in {root} could be calibrated from its images ({reasons}): run step=doctor")
     with atomic_write(target) as file:
         file.write(yaml.safe_dump(content, sort_keys=False).encode())
     log.info("corrections: %s; use them with data.calibration=%s", target, target)

@@ -95,6 +95,12 @@ def check_images_and_poses(
     """
     if exam.found("pose_direction"):
         return  # poses in the wrong direction explain any disagreement with the images
+    # so do those that joints show to be misread or scaled; of poses without joints, images may say it
+    explained_by_joints = {
+        arm: exam.named("quaternion_order", "position_scale", arm=arm, severity="error")
+        & {demo.name for demo in exam.with_arm(arm) if demo.arms[arm].joints is not None}
+        for arm in exam.arms
+    }
     for camera in exam.cameras:
         standing = [demo for demo in exam.with_camera(camera) if stands(demo, camera) and len(demo) >= 6]
         exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
@@ -108,7 +114,7 @@ def check_images_and_poses(
             name = " and ".join(arms)
             found: dict[str, tuple[View, Placement]] = {}
             for demo in standing:
-                if tuple(sorted(demo.arms)) != arms:
+                if tuple(sorted(demo.arms)) != arms or any(demo.name in explained_by_joints[arm] for arm in arms):
                     continue
                 view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) < LEAST_MOTION:
@@ -243,7 +249,7 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
             cause="another demo's images, another camera, or another world frame",
             camera=seen.camera,
             arm=seen.arm,
-            demos=names,
+            demos=seen.pairs,
         )
         return None
     gain = found.after - found.before
