@@ -169,6 +169,13 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def commands(recorded: dict[str, str], made: str) -> dict[str, str]:
+    """Commands that made the recordings: of `made`, of which a row is written now, the present one; of the others those
+    that their rows were made with, where there are any."""
+    present = {name: f"{RECORD}{command}" for name, command in RECORDINGS.items()}
+    return present | recorded | {made: present[made]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--clean", type=Path, required=True)
@@ -182,7 +189,8 @@ def main() -> None:
     clean = arguments.clean / PLANTED_INTO.get(arguments.part, "")
     for row in run(clean, arguments.work, arguments.only):
         others = [known for known in record.get(arguments.part, []) if known[key] != row[key]]
-        record = {"machine": "2 cores"} | record | {"recordings": {n: f"{RECORD}{c}" for n, c in RECORDINGS.items()}}
+        made = PLANTED_INTO.get(arguments.part) or row.get("recording") or row["set"]
+        record = {"machine": "2 cores"} | record | {"recordings": commands(record.get("recordings", {}), made)}
         record[arguments.part] = [*others, row]
         record["summary"] = summary(record)
         write_json(arguments.output, record)

@@ -346,6 +346,19 @@ def test_joints_tell_which_of_both_tracks_is_wrong(tmp_path, fault, told, cause)
     assert told is not unchanged or not blamed, causes
 
 
+def test_joints_that_do_not_go_with_the_poses_are_those_of_the_demos_named(tmp_path):
+    def once(fault: Fault) -> Fault:
+        return lambda parts, number: other_zero(fault(parts, number), 1) if number == 1 else fault(parts, number)
+
+    (found,) = examine(tmp_path / "zero", once(unchanged))
+    assert (found.check, found.demos) == ("kinematics", ("demo_1",))
+    both = examine(tmp_path / "flange", once(flange))
+    assert [(found.check, found.demos) for found in both] == [
+        ("kinematics", ("demo_1",)),
+        ("site_offset", ("demo_0", "demo_2")),
+    ]
+
+
 def test_joints_show_the_order_of_quaternions_whatever_way_the_gripper_points(tmp_path, monkeypatch):
     rolled_look = iter([(0.0, 0.1), (1.0, 0.9)] * 2)
     monkeypatch.setattr("keygrip.data.robot.doctor.trajectories._attitude", lambda *_: next(rolled_look))
@@ -553,3 +566,10 @@ def test_the_benchmark_counts_a_cause_that_names_the_fault_its_track_and_its_uni
     assert benchmark.graded(findings, fault.says, ["a"]) == (True, False)  # b has no fault
     assert benchmark.graded(findings, fault.says, ["c"]) == (False, False)
     assert benchmark.graded([], fault.says, ["a", "b"]) == (False, False)
+
+
+def test_the_benchmark_keeps_the_commands_of_rows_that_are_not_made_again(benchmark):
+    kept = benchmark.commands({"pick": "old pick", "reach": "old reach"}, "pick")
+    assert kept == {name: benchmark.RECORD + command for name, command in benchmark.RECORDINGS.items()} | {
+        "reach": "old reach"
+    }

@@ -16,8 +16,12 @@ SCALE, DELAY_FRAMES, SPREAD_M, ODD_M = 0.02, 0.4, 0.006, 0.008
 def check_joint_tracks(exam: Examination) -> None:
     """Where a YAM's joints were recorded: they say where the gripper was, whatever frame its positions are in."""
     for arm in exam.arms:
-        scales, delays, bases, turns, places = {}, {}, {}, {}, {}
-        for demo, joints, model in with_joints(exam, arm):
+        scales, delays, bases = {}, {}, {}
+        recorded = with_joints(exam, arm)
+        apart = exam.named("kinematics", arm=arm)
+        if apart >= {demo.name for demo, *_ in recorded}:
+            apart = set()  # no demo is known to have joints of its own
+        for demo, joints, model in recorded:
             track = demo.arms[arm]
             own, quaternion = forward_kinematics(joints, *model)
             if np.ptp(own, axis=0).max() < 0.03:
@@ -38,9 +42,8 @@ def check_joint_tracks(exam: Examination) -> None:
             if abs(scale - 1) > SCALE and float(np.median(np.linalg.norm(left, axis=1))) < SPREAD_M:
                 scales[demo.name] = scale
                 continue
-            bases[demo.name] = np.median(track.position - turned, axis=0)
-            turns[demo.name] = base
-            places[demo.name] = own
+            if demo.name not in apart:
+                bases[demo.name] = np.median(track.position - turned, axis=0)
         _report_scales(exam, arm, scales)
         _report_delays(exam, arm, delays)
         if len(bases) >= 3:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from scipy.spatial.transform import Rotation
 
@@ -12,6 +15,7 @@ from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
 KINEMATICS_SPREAD_M = 0.01  # spread of the difference between recorded poses and forward kinematics
+SCATTER_DEG = 5.0  # the same of rotations
 
 
 def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tuple[str, str]]]:
@@ -28,30 +32,69 @@ def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tup
     return found
 
 
+class Compared(NamedTuple):
+    """Some frames of a demo: its positions [N, 3] and rotations [N, 3, 3] as recorded, and by its joints."""
+
+    name: str
+    position: np.ndarray
+    rotation: np.ndarray
+    own_position: np.ndarray
+    own_rotation: np.ndarray
+    misread: np.ndarray  # rotations as recorded, were their quaternions x, y, z, w
+
+    def turns(self, rotation: np.ndarray) -> np.ndarray:
+        """Turns [N, 3, 3] from the joints' rotations to others."""
+        return rotation @ self.own_rotation.transpose(0, 2, 1)
+
+
+class Apart(NamedTuple):
+    """How far recorded poses and joints are apart: rotations (degrees), positions (m) along the axes of the world and
+    of the tool, and the mean of the latter [3]."""
+
+    scatter: float
+    in_world: float
+    in_tool: float
+    offset: np.ndarray
+
+    @property
+    def together(self) -> bool:
+        """Whether a base and a grasp site elsewhere explain it."""
+        return min(self.in_world, self.in_tool) <= KINEMATICS_SPREAD_M and self.scatter <= SCATTER_DEG
+
+
+def _apart(demos: Sequence[Compared]) -> Apart:
+    base, scatter = _mean_turn(np.concatenate([demo.turns(demo.rotation) for demo in demos]))
+    left = np.concatenate([demo.position - demo.own_position @ base.T for demo in demos])
+    tool = (np.concatenate([demo.rotation for demo in demos]).transpose(0, 2, 1) @ left[..., None])[..., 0]
+    return Apart(scatter, float(left.std(axis=0).max()), float(tool.std(axis=0).max()), tool.mean(axis=0))
+
+
 def check_kinematics(exam: Examination) -> None:
     """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
     for arm in exam.arms:
-        turns, swapped, world, rotations, inverse, names = [], [], [], [], [], []
+        demos = []
         for demo, joints, model in with_joints(exam, arm):
-            names.append(demo.name)
             pick = evenly(len(demo), 40)
             position, quaternion = forward_kinematics(joints[pick], *model)
-            expected, found = (
-                matrix_from_quaternion(quaternion),
-                matrix_from_quaternion(demo.arms[arm].quaternion[pick]),
+            recorded = demo.arms[arm].quaternion[pick]
+            demos.append(
+                Compared(
+                    demo.name,
+                    demo.arms[arm].position[pick],
+                    matrix_from_quaternion(recorded),
+                    position,
+                    matrix_from_quaternion(quaternion),
+                    matrix_from_quaternion(np.roll(recorded, 1, axis=1)),
+                )
             )
-            other = matrix_from_quaternion(np.roll(demo.arms[arm].quaternion[pick], 1, axis=1))
-            turns.append(found @ expected.transpose(0, 2, 1))
-            swapped.append(other @ expected.transpose(0, 2, 1))
-            world.append((demo.arms[arm].position[pick], position))
-            rotations.append(found)
-            inverse.append(found.transpose(0, 2, 1) @ expected.transpose(0, 2, 1))
-        if not turns:
+        names = [demo.name for demo in demos]
+        if not demos:
             exam.measures[f"arm/{arm}/site_offset_m"] = None
             continue
-        base, scatter = _mean_turn(np.concatenate(turns))
-        _, swapped_scatter = _mean_turn(np.concatenate(swapped))
-        if scatter > 5 and swapped_scatter < 0.5 * scatter:
+        apart = _apart(demos)
+        scatter = apart.scatter
+        _, swapped_scatter = _mean_turn(np.concatenate([demo.turns(demo.misread) for demo in demos]))
+        if scatter > SCATTER_DEG and swapped_scatter < 0.5 * scatter:
             exam.add(
                 "quaternion_order",
                 "error",
@@ -63,10 +106,12 @@ def check_kinematics(exam: Examination) -> None:
                 arm=arm,
             )
             continue
-        _, conjugated_scatter = _mean_turn(np.concatenate(inverse))
-        if scatter > 5 and conjugated_scatter < 0.5 * scatter:
-            back = [-(r.transpose(0, 2, 1) @ p[..., None])[..., 0] for r, (p, _) in zip(rotations, world, strict=True)]
-            off = np.concatenate([place - own for place, (_, own) in zip(back, world, strict=True)])
+        _, conjugated_scatter = _mean_turn(
+            np.concatenate([demo.turns(demo.rotation.transpose(0, 2, 1)) for demo in demos])
+        )
+        if scatter > SCATTER_DEG and conjugated_scatter < 0.5 * scatter:
+            back = [-(d.rotation.transpose(0, 2, 1) @ d.position[..., None])[..., 0] for d in demos]
+            off = np.concatenate([place - demo.own_position for place, demo in zip(back, demos, strict=True)])
             whole = float(np.linalg.norm(off - np.median(off, axis=0), axis=1).mean()) < KINEMATICS_SPREAD_M
             exam.add(
                 "pose_direction",
@@ -81,26 +126,29 @@ def check_kinematics(exam: Examination) -> None:
                 arm=arm,
             )
             continue
-        left = np.concatenate([recorded - computed @ base.T for recorded, computed in world])
-        tool = (np.concatenate(rotations).transpose(0, 2, 1) @ left[..., None])[..., 0]
-        in_world, in_tool = float(left.std(axis=0).max()), float(tool.std(axis=0).max())
-        exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in tool.mean(axis=0)]
-        offset = tool.mean(axis=0)
-        if min(in_world, in_tool) > KINEMATICS_SPREAD_M or scatter > 5:
+        if not apart.together:
+            odd = [demo for demo in demos if not _apart([demo]).together] or demos  # all: by bases that differ
+            worst = _apart(odd)
             exam.add(
                 "kinematics",
                 "warning",
                 "recorded poses and the forward kinematics of the recorded joints do not go together "
-                f"({in_tool * 1e3:.0f} mm, {scatter:.0f} degrees of spread)",
+                f"({worst.in_tool * 1e3:.0f} mm, {worst.scatter:.0f} degrees of spread)",
                 "Check the joints' zero positions and order, the arm's model, and whether poses and joints have the "
                 "same clock",
                 cause="other zero positions or order of the joints, another arm's model, or another clock",
-                demos=names,
+                demos=[demo.name for demo in odd],
                 arm=arm,
             )
+            names = [name for name in names if name not in {demo.name for demo in odd}]
+            apart = _apart([demo for demo in demos if demo.name in names] or demos)
+        offset = apart.offset
+        exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
         # along the approach a shifted base and a shifted site look alike as long as the gripper points down
-        elif np.linalg.norm(offset) > SITE_OFFSET_M and (
-            in_tool < in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset)
+        if (
+            apart.together
+            and np.linalg.norm(offset) > SITE_OFFSET_M
+            and (apart.in_tool < apart.in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset))
         ):
             millimetres = ", ".join(f"{value * 1e3:.0f}" for value in offset)
             exam.add(
