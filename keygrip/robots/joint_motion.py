@@ -28,6 +28,7 @@ from keygrip.robots.self_collision import (
 CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
 NEARER_POSES = 4  # tried where the way is curved, each half as far, with so many iterations: a period is short
 NEARER_ITERATIONS = 20
+POSTURE_RAD = 0.1  # joints of the same pose that differ by more are of another posture
 STILL_RAD = 1e-6  # joints that turn by less do not move
 
 
@@ -115,11 +116,10 @@ class JointMotion:
         most = self.limits.speed_rad_s * seconds
         held_back = float(np.abs(wanted - self.joints).max()) > most
         if held_back:
-            wanted = self._cut_short(wanted, most)
-            if joints is None:  # a plan has its own joints, which are taken or refused as they are
-                wanted = self._straightened(wanted, pose, most)
-            else:
-                self._refuse_swing(wanted, pose)
+            short = self._cut_short(wanted, most)
+            if joints is not None and not self._is_straight(short, pose):
+                self._refuse_other_posture(wanted, short, pose)
+            wanted = self._straightened(short, pose, most)
             self._refuse_collision(wanted)  # a way to a free pose that is cut short may end in one
         self._take(wanted, held_back)
         return wanted.copy()
@@ -187,9 +187,12 @@ class JointMotion:
         moved, left, straight = (float(np.linalg.norm(way)) for way in ways)
         return moved, left, straight
 
-    def _refuse_swing(self, joints: np.ndarray, pose: np.ndarray) -> None:
-        if not self._is_straight(joints, pose):
-            moved, left, straight = self._way(joints, pose)
+    def _refuse_other_posture(self, planned: np.ndarray, short: np.ndarray, pose: np.ndarray) -> None:
+        """Raises JointMotionError: planned joints are not those that would be found for their pose from here; `short`
+        are those on the way to them."""
+        found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), self.joints, self.chain)
+        if np.abs(found.joints - planned).max() > POSTURE_RAD:
+            moved, left, straight = self._way(short, pose)
             raise JointMotionError(
                 f"the planned joints are of another posture, too far to reach at joints.speed_rad_s="
                 f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm, to "

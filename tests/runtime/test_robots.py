@@ -402,17 +402,20 @@ def test_poses_that_the_joints_cannot_follow_in_time_never_exceed_a_limit(
 
 @pytest.mark.parametrize("hz", [5.0, 10.0])
 @pytest.mark.parametrize("axis", [(1, 0, 0), (0, 1, 0)])
-def test_a_turn_in_place_is_slowed_at_low_rates_and_not_refused(hz: float, axis: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_turn_in_place_is_slowed_at_low_rates_and_not_refused(
+    hz: float, axis: tuple[int, int, int], planned: bool
+) -> None:
     """Towards the joints of a far turn the tool leaves its place, by more in a long period: it crept a millimetre per
-    period and was refused in the end."""
+    period and was refused in the end, with planned joints at once, as another posture."""
     motion = JointMotion(JointLimits(speed_rad_s=2.0), HOME)
     position, quaternion = forward_kinematics(HOME)
     turn = Rotation.from_quat(quaternion, scalar_first=True) * Rotation.from_rotvec(0.7 * np.array(axis))
     pose = np.concatenate([position, turn.as_quat(scalar_first=True), [1.0]])
-    slowed = 0
+    slowed, there = 0, motion.check(pose) if planned else None
     for _ in range(round(2 * hz)):
         before = motion.joints
-        joints = motion.step(pose, 1 / hz)
+        joints = motion.step(pose, 1 / hz, there)
         slowed += motion.held_back
         assert np.abs(joints - before).max() <= 2.0 / hz + 1e-9
         np.testing.assert_allclose(forward_kinematics(joints)[0], position, atol=3e-3)
