@@ -41,7 +41,7 @@ class JointLimits:
     """Limits of the joints.
 
     Args:
-        speed_rad_s: of every joint; a faster command is slowed, all joints alike, so that the path stays the same.
+        speed_rad_s: of every joint; a faster command is slowed, all joints alike, or led to a nearer pose of its way.
         position_tolerance_m, angle_tolerance_rad: a pose that the arm misses by more is out of its reach.
         margin_rad: distance kept from the ends of each joint's range.
         clearance_m: least distance between links that are not neighbours; None: not looked at.
