@@ -126,6 +126,8 @@ def check_kinematics(exam: Examination) -> None:
                 arm=arm,
             )
             continue
+        offset = apart.offset
+        exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
         if not apart.together:
             odd = [demo for demo in demos if not _apart([demo]).together] or demos  # all: by bases that differ
             worst = _apart(odd)
@@ -140,15 +142,9 @@ def check_kinematics(exam: Examination) -> None:
                 demos=[demo.name for demo in odd],
                 arm=arm,
             )
-            names = [name for name in names if name not in {demo.name for demo in odd}]
-            apart = _apart([demo for demo in demos if demo.name in names] or demos)
-        offset = apart.offset
-        exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
         # along the approach a shifted base and a shifted site look alike as long as the gripper points down
-        if (
-            apart.together
-            and np.linalg.norm(offset) > SITE_OFFSET_M
-            and (apart.in_tool < apart.in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset))
+        elif np.linalg.norm(offset) > SITE_OFFSET_M and (
+            apart.in_tool < apart.in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset)
         ):
             millimetres = ", ".join(f"{value * 1e3:.0f}" for value in offset)
             exam.add(
