@@ -42,8 +42,8 @@ class Rehearsal:
 
     Attributes:
         observation: as it is. plan: in the terms in which it is followed. refused: why the plan, or a command on the
-            part of its way that is followed, would be refused, None: none would. refused_later: why a command past that
-            part would be, which the next plan replaces.
+            part of its way that is followed and blended out, would be refused, None: none would. refused_later: why a
+            command past that part would be, which the next plan replaces.
         times: [K] seconds from the observation, where the arms stand, to the plan's end, or 60 s.
         targets, commands: [K, A, 8] of the plan, and within the limits, those of the joints up to a refused command
             only; the present pose where the plan is no path.
@@ -110,6 +110,8 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
         path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
         way = np.stack([path.at(tick * period) for tick in range(periods + 1)])
         until = seconds * execution.steps_followed(plan, start) + ROUNDING_S
+        if execution.asynchronous:  # the next plan begins a period later, and this one is blended out
+            until += execution.blend_seconds + period
     else:
         refused = refused or "the plan is no path of finite poses"
         way = np.stack([start, start])

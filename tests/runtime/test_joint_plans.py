@@ -470,7 +470,7 @@ def test_a_dry_run_shows_the_way_of_the_joints(still: SimulatedYam) -> None:
     assert rehearsed(wrong, robot, "poses").refused is None
 
 
-@pytest.mark.parametrize("execute_seconds", [0.5, 2.0])
+@pytest.mark.parametrize("execute_seconds", [0.2, 2.0])
 def test_a_dry_run_refuses_no_command_that_a_new_plan_replaces(still: SimulatedYam, execute_seconds: float) -> None:
     """The end of a plan, out of the arm's reach, is driven by no run."""
     robot = still
@@ -487,10 +487,15 @@ def test_a_dry_run_refuses_no_command_that_a_new_plan_replaces(still: SimulatedY
     planner = SimulatedPlanner(Outwards(), lambda: 0.0)
     found = rehearse(Outwards(), robot, limits, ChunkExecution(planner, 10.0, execute_seconds=execute_seconds))
     summary = found.summary()
-    now, later = ("refused_later", "refused") if execute_seconds == 0.5 else ("refused", "refused_later")
+    now, later = ("refused_later", "refused") if execute_seconds == 0.2 else ("refused", "refused_later")
     assert "the arm cannot reach" in summary[now]
     assert float(summary[now].split()[3]) > 0.5
     assert summary[later] is None
+    for asynchronous in (True, False):  # the plan is blended out while the arm moves on
+        waiting = ChunkExecution(planner, 10.0, asynchronous, execute_seconds=0.5, blend_seconds=1.5)
+        found = rehearse(Outwards(), robot, limits, waiting)
+        assert (found.refused is not None) is asynchronous
+        assert (found.refused_later is None) is asynchronous
 
 
 def rehearsed(policy: Any, robot: Any, follow: Any = "auto") -> Rehearsal:
