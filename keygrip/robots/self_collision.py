@@ -34,6 +34,7 @@ HELD = (("yam", "linear_4310"), ("yam", "flexible_4310"))
 GRIPPER = 7
 # Links fewer joints apart touch by construction: the wrist is one block.
 APART = 3
+ROUNDING_M = 1e-9  # of sums of distances that stay as they are: of a turn of the base's joint alone
 
 
 def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +104,7 @@ def intrusion(values: np.ndarray, before: np.ndarray, least: float) -> int | Non
     fallen = (values < least) & (values < before)
     entered = fallen & (before >= least)
     if not entered.any():
-        if not fallen.any() or np.minimum(values, least).sum() >= np.minimum(before, least).sum():
+        if not fallen.any() or np.minimum(values, least).sum() >= np.minimum(before, least).sum() - ROUNDING_M:
             return None
         entered = fallen
     return int(np.where(entered, values, np.inf).argmin())

@@ -26,7 +26,7 @@ from keygrip.robots import joint_motion
 from keygrip.robots.inverse_kinematics import Solution, pointing_down, solve
 from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
-from keygrip.robots.self_collision import CAPSULES, MOVING, capsules_at, link_frames, link_gaps, link_heights
+from keygrip.robots.self_collision import CAPSULES, MOVING, capsules_at, intrusion, link_frames, link_gaps, link_heights
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
 from keygrip.runtime.control_loop import ControlLoop
@@ -742,6 +742,15 @@ def test_capsules_hold_every_vertex_of_the_meshes() -> None:
             share = np.clip((world - start) @ along / (along @ along), 0, 1)
             gaps.append(np.linalg.norm(world - start - share[:, None] * along, axis=1) - radii[number])
         assert np.min(gaps, axis=0).max() < 1.5e-3
+
+
+def test_an_arm_at_rest_whose_links_overlap_may_turn_its_base() -> None:
+    """Its gaps stay as they are, but for rounding."""
+    rest = np.zeros(6)
+    before = link_gaps(rest)
+    assert before.min() < -0.01
+    for turn in np.linspace(-1.0, 1.0, 41):
+        assert intrusion(link_gaps(rest + [turn, 0, 0, 0, 0, 0]), before, 0.01) is None
 
 
 def test_collisions_are_refused_and_demonstrated_motions_are_not() -> None:
