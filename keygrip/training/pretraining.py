@@ -67,15 +67,13 @@ class PretrainingStage:
             ValueError: it is missing, and this is one of several processes; or it was trained with other settings
                 than its overrides stand for now.
         """
-        if started_together() > 1 and not self._finished(self.run_dir):
-            raise ValueError(
-                f"{self.run_dir} is missing, and it is trained by one process: run `{self._command()}` first"
-            )
-        if not make_once(self.run_dir, self._finished, self._train):
+        if not make_once(self.run_dir, self._finished, self._train, together_without=True):
             self._refuse_other_settings()
         return self.run_dir
 
     def _train(self, run: Path) -> None:
+        if started_together() > 1:
+            raise ValueError(f"{run} is missing, and it is trained by one process: run `{self._command()}` first")
         command = [sys.executable, "-m", "keygrip.train", *self.overrides, f"run_dir={run}"]
         if (run / CHECKPOINT).is_file():
             command.append("resume=true")

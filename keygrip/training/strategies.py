@@ -103,7 +103,7 @@ class Strategy:
         on_gpu = self.on_gpu
         devices = self._devices()
         seen = torch.cuda.device_count()
-        told = os.environ.get("SLURM_NTASKS_PER_NODE", str(devices))  # not set without --ntasks-per-node
+        told = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks_of_srun() // self._nodes()))
         by_srun = "LOCAL_WORLD_SIZE" not in os.environ and told == str(devices)
         if on_gpu and devices > seen and tasks_of_srun() > 1 and by_srun:
             raise ValueError(

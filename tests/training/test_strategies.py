@@ -85,6 +85,8 @@ def test_srun_that_shows_each_process_its_own_gpu_is_told_how_to_show_all(monkey
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")  # not set by --ntasks alone
     with pytest.raises(ValueError, match=r"each process 1 GPU of a node's 8: give --gpus-per-node=8 .*--gpu-bind=none"):
         Strategy(accelerator="gpu", devices=8, num_nodes=2, kind="ddp").trainer_arguments()
+    with pytest.raises(ValueError, match=r"strategy\.devices=4 but this machine has 1 GPUs: lower it"):
+        Strategy(accelerator="gpu", devices=4, num_nodes=2, kind="ddp").trainer_arguments()
     monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun inside of a job's step
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=r"strategy\.devices=8 but this machine has 1 GPUs: lower it"):

@@ -18,18 +18,20 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 QUATERNION_TOLERANCE = 1e-2
 LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
 FARTHEST_M = (0.07, 2.0)  # of an arm's positions on a table, in whatever unit these are likely to be
+FEW_READINGS = 0.3  # a smaller share of positions that are too far off is of single readings, not of a unit
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
 RATES_HZ = (0.01, 10_000.0)  # frame rates of recordings; others are another unit
 NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they become names of files
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
 # The opening may overshoot [0, 1] by this much (encoder noise); more means a wrong calibration, unit or polarity.
 GRIPPER_TOLERANCE = 1e-3
-OVERSHOOT = 0.5  # an opening that leaves [0, 1] by no more is likely to be in its unit
+FULL_SHARE = 0.85  # of its range that an opening in percent or bytes is likely to reach
+OVERSHOOT = 0.2  # an opening whose ends are no farther from 0 and 1 is likely to be in its unit
 
 
 def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
     """What is likely of a track some of whose positions are too far off, and what to do. far: [N] m, by frame."""
-    if np.median(far) <= LARGEST_POSITION_M:
+    if np.median(far) <= FARTHEST_M[1] or (far > LARGEST_POSITION_M).mean() < FEW_READINGS:
         return "positions with wrong readings", "Cut the demo there or record it again"
     farthest = {
         unit: (size, metres)
@@ -46,10 +48,10 @@ def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
 
 def _cause_of_openings(low: float, high: float) -> tuple[str, str]:
     """Why openings are likely to run from `low` to `high`, and what to do."""
-    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+    if low >= -OVERSHOOT and abs(high - 1) <= OVERSHOOT:
         return "gripper opening beyond its ends", "It overshoots: clip it, or calibrate what it reads closed and open"
     for unit, size in (("percent", 100), ("bytes", 255)):
-        if low >= 0 and high <= size:
+        if low >= 0 and FULL_SHARE * size <= high <= size:
             return f"gripper opening in {unit}", f"{unit.capitalize()} are likely: divide by {size}"
     return "gripper opening in another unit", "Subtract what it reads when closed, and divide by its range"
 

@@ -105,6 +105,8 @@ def with_nan(value: np.ndarray, frame: int) -> np.ndarray:
     return value
 
 
+NEAR_BASE_CM = np.array([2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 20, 25.0])[:, None] * [1.0, 0.0, 0.0]
+
 BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     "no completion mark": (lambda f, m, a: (f / "metadata.json").unlink(), "no completion mark"),
     "not complete": (lambda f, m, a: m(f, complete=False), "no completion mark"),
@@ -153,6 +155,10 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
         "divide centimetres by 100: the farthest is then 1.5 m, or divide millimetres by 1000: the farthest is then "
         "0.15 m",
     ),
+    "centimetres near the base": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=NEAR_BASE_CM),
+        "divide centimetres by 100: the farthest is then 0.25 m",
+    ),
     "a wrong reading": (
         lambda f, m, a: a(f / "trajectory.npz", right__position_m=np.eye(12, 3) * 34),
         "at frame 0, more than the 10 m of any arm on a table. Cut the demo there",
@@ -168,6 +174,14 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
     "gripper in bytes": (
         lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 230, 12)),
         "Bytes are likely: divide by 255",
+    ),
+    "gripper in millimetres": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 80, 12)),
+        "Subtract what it reads when closed",
+    ),
+    "gripper the other way": (
+        lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(-0.4, 0, 12)),
+        "Subtract what it reads when closed",
     ),
     "gripper that overshoots": (
         lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(-0.01, 1.02, 12)),

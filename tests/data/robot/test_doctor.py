@@ -352,11 +352,25 @@ def test_joints_that_do_not_go_with_the_poses_are_those_of_the_demos_named(tmp_p
 
 
 def test_joints_show_the_order_of_quaternions_whatever_way_the_gripper_points(tmp_path, monkeypatch):
-    rolled_look = iter([(0.0, 0.1), (1.0, 0.9)] * 2)
-    monkeypatch.setattr("keygrip.data.robot.doctor.trajectories._attitude", lambda *_: next(rolled_look))
+    monkeypatch.setattr(
+        "keygrip.data.robot.doctor.trajectories._attitude",
+        lambda arms, reading: (0.0, 0.1) if reading(np.arange(4)[None])[0, 0] == 0 else (1.0, 0.9),
+    )
     assert examine(tmp_path / "joints", unchanged) == []
     without = examine(tmp_path / "none", lambda parts, number: replace(parts, joints=parts.joints[:, :5]))
     assert [finding.check for finding in without] == ["quaternion_order"]
+
+
+def test_demos_without_joints_are_not_blamed_for_how_the_others_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "keygrip.data.robot.doctor.trajectories._attitude",
+        lambda arms, reading: (0.0, 0.1) if len(arms) > 1 and reading(np.arange(4)[None])[0, 0] == 0 else (1.0, 0.9),
+    )
+
+    def fault(parts: Parts, number: int) -> Parts:
+        return replace(parts, joints=parts.joints[:, :5]) if number == 0 else parts
+
+    assert "quaternion_order" not in {finding.check for finding in examine(tmp_path, fault)}
 
 
 def test_a_stray_frame_costs_height_bins(tmp_path):

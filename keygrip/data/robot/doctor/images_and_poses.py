@@ -23,6 +23,7 @@ from keygrip.data.robot.doctor.causes import (
     pose_cause,
 )
 from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.kinematics import shown_by_joints
 from keygrip.data.robot.doctor.overlays import add_overlays
 from keygrip.data.robot.doctor.projection import AIMED_ELSEWHERE
 from keygrip.data.robot.doctor.registration import (
@@ -97,8 +98,7 @@ def check_images_and_poses(
         return  # poses in the wrong direction explain any disagreement with the images
     # so do those that joints show to be misread or scaled; of poses without joints, images may say it
     explained_by_joints = {
-        arm: exam.named("quaternion_order", "position_scale", arm=arm, severity="error")
-        & {demo.name for demo in exam.with_arm(arm) if demo.arms[arm].joints is not None}
+        arm: exam.named("quaternion_order", "position_scale", arm=arm, severity="error") & shown_by_joints(exam, arm)
         for arm in exam.arms
     }
     for camera in exam.cameras:

@@ -32,6 +32,11 @@ def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tup
     return found
 
 
+def shown_by_joints(exam: Examination, arm: str) -> set[str]:
+    """Names of demos whose own joints show how an arm's poses are meant."""
+    return {demo.name for demo, *_ in with_joints(exam, arm)} - exam.named("kinematics", arm=arm)
+
+
 class Compared(NamedTuple):
     """Some frames of a demo: its positions [N, 3] and rotations [N, 3, 3] as recorded, and by its joints."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination
-from keygrip.data.robot.doctor.kinematics import with_joints
+from keygrip.data.robot.doctor.kinematics import shown_by_joints
 from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import matrix_from_quaternion
@@ -139,15 +139,18 @@ def check_quaternions(exam: Examination) -> None:
                 arm=arm,
                 frames=next(iter(flips.values())),
             )
-        stated = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: quaternion)
-        rolled = _attitude([demo.arms[arm] for demo in demos], lambda quaternion: np.roll(quaternion, 1, axis=1))
-        exam.measures[f"arm/{arm}/approach_down"] = stated[0]
-        exam.measures[f"arm/{arm}/turning_about_vertical"] = stated[1]
+        exam.measures[f"arm/{arm}/approach_down"], exam.measures[f"arm/{arm}/turning_about_vertical"] = _attitude(
+            [demo.arms[arm] for demo in demos], lambda quaternion: quaternion
+        )
+        known = shown_by_joints(exam, arm)
+        unknown = [demo for demo in demos if demo.name not in known]
+        if not unknown:
+            continue
+        stated = _attitude([demo.arms[arm] for demo in unknown], lambda quaternion: quaternion)
+        rolled = _attitude([demo.arms[arm] for demo in unknown], lambda quaternion: np.roll(quaternion, 1, axis=1))
         upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
         tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
-        known = {demo.name for demo, *_ in with_joints(exam, arm)} - exam.named("kinematics", arm=arm)
-        unknown = [demo.name for demo in demos if demo.name not in known]  # of the others joints show the order
-        if (upside or tilting) and unknown:
+        if upside or tilting:
             exam.add(
                 "quaternion_order",
                 "error" if upside else "warning",
@@ -156,7 +159,7 @@ def check_quaternions(exam: Examination) -> None:
                 f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
                 "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
                 cause="quaternions stored x, y, z, w",
-                demos=unknown,
+                demos=[demo.name for demo in unknown],
                 arm=arm,
             )
 
