@@ -67,7 +67,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
         # a server has bounds of its own
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
-        planner = ThreadPlanner(planning)
+        planner = ThreadPlanner(planning, awaited=cfg.server is None)
         execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
         needs = getattr(policy, "needs", None)

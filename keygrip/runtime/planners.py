@@ -79,10 +79,12 @@ class ThreadPlanner:
 
     Args:
         policy: called from that thread alone.
+        awaited: `close` waits for the plan under way. False for a policy on a server: nothing here computes then, and
+            the answer may be long in coming.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, awaited: bool = True) -> None:
+        self._policy, self._awaited = policy, awaited
         self._asked: queue.Queue[PlanRequest | None] = queue.Queue(1)  # None: the end
         self._done: queue.Queue[PlanOutcome] = queue.Queue(1)
         self._busy_since: float | None = None
@@ -108,11 +110,12 @@ class ThreadPlanner:
         return outcome
 
     def close(self) -> None:
-        """Ends the thread after its present plan, and waits for that."""
+        """Ends the thread after its present plan, and waits for that if `awaited`."""
         self._closed = True
         with contextlib.suppress(queue.Full):  # a request that the thread has not taken up wakes it, too
             self._asked.put_nowait(None)
-        await_end(self._thread)
+        if self._awaited:
+            await_end(self._thread)
 
     def _work(self) -> None:
         while True:

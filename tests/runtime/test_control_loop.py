@@ -448,6 +448,15 @@ def test_the_end_waits_for_the_thread_that_plans(
     inside.wait(20)
     stuck.close()
     assert "still computes after 0.05 s" in caplog.text
+    caplog.clear()
+    inside.clear()
+    remote = ThreadPlanner(Hanging(), awaited=False)
+    remote.request(PlanRequest({}, 1.0))
+    inside.wait(20)
+    others = set(threading.enumerate())
+    remote.close()
+    assert set(threading.enumerate()) == others, "its answer was waited for"
+    assert caplog.text == "", "nothing of this process computes there"
     hang.set()
 
 
