@@ -226,6 +226,8 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         camera = key.removeprefix(IMAGES)
         if feature["dtype"] not in ("video", "image") or camera in calibration.left_out or _is_depth(feature):
             continue
+        if camera in cameras:
+            raise DemoError(name, f"{IMAGES}{camera} and {camera} would both be camera {camera}: rename one")
         height, width = _size(feature)
         known = calibration.cameras.get(camera) if camera not in recorded else None
         rotate = 0 if known is None else known.rotate

@@ -573,6 +573,16 @@ def test_a_wrong_description_is_one_clear_line(tmp_path, write_dataset, change, 
     assert "\n" not in str(caught.value)
 
 
+def test_two_features_are_not_one_camera(tmp_path, write_dataset):
+    write_dataset(tmp_path)
+    file = tmp_path / "meta/info.json"
+    info = json.loads(file.read_text())
+    info["features"]["top"] = info["features"]["observation.images.top"]
+    file.write_text(json.dumps(info))
+    with pytest.raises(DemoError, match=r"observation\.images\.top and top would both be camera top: rename one"):
+        find_demos(tmp_path)[0].read()
+
+
 def test_a_row_without_numbers_is_named(tmp_path, write_dataset):
     write_dataset(tmp_path)
     file = tmp_path / "data/chunk-000/file-000.parquet"
