@@ -24,6 +24,7 @@ from keygrip.training.sweeps import forget_result, found_before, record_finished
 log = logging.getLogger(__name__)
 
 FORWARDED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
+OF_THE_SWEEP = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra.launcher", "hydra.job.num", "hydra.job.id")
 
 
 @dataclass
@@ -173,13 +174,14 @@ def _this_command() -> list[str]:
 
 
 def _forwarded(arguments: Sequence[str]) -> list[str]:
-    """Hydra's own flags and setting about where configs are."""
+    """Hydra's flags about where configs are, and its settings but for those of the sweep itself: it gives jobs none."""
     kept = []
     for position, argument in enumerate(arguments):
+        setting = argument.lstrip("+~").replace("/", ".")
         if argument.split("=")[0] in FORWARDED:
             kept.append(argument)
             if "=" not in argument and position + 1 < len(arguments):
                 kept.append(arguments[position + 1])
-        elif argument.startswith("hydra.searchpath="):  # Hydra gives jobs no setting of its own
+        elif setting.startswith("hydra.") and not setting.startswith(OF_THE_SWEEP):
             kept.append(argument)
     return kept

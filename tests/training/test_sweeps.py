@@ -466,8 +466,11 @@ def test_submitit_runs_jobs(command: Callable[..., Any], tmp_path: Path) -> None
     assert [row["status"] for row in rows_of(folder)] == ["finished", "failed"]
 
 
-def test_jobs_of_their_own_processes_find_configs_where_the_sweep_does() -> None:
+def test_jobs_of_their_own_processes_have_the_settings_of_hydra_that_the_sweep_has() -> None:
     from hydra_plugins.keygrip_launcher.processes import _forwarded
 
     where = ["--config-dir", "mine", "hydra.searchpath=[file://theirs]", "-cn=train"]
     assert _forwarded(["-m", *where, "hydra/launcher=processes", "seed=0,1", "hydra.sweep.dir=sweep"]) == where
+    own = ["hydra.verbose=true", "hydra/job_logging=none", "+hydra.job.env_set.NAME=value"]
+    of_the_sweep = ["hydra.sweeper.max_batch_size=2", "hydra.launcher.jobs_at_once=2", "hydra.mode=MULTIRUN"]
+    assert _forwarded([*own, *of_the_sweep, "hydra.run.dir=there"]) == own
