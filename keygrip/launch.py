@@ -24,6 +24,31 @@ def tasks_of_srun() -> int:
     return 1 if in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
+def nodes_of_srun() -> int:
+    """On how many nodes srun started the processes of this run, which may be fewer than its job has; 1 without it."""
+    names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    return int(told[0]) if told and tasks_of_srun() > 1 else 1
+
+
+def refuse_task_named_as_a_shell() -> None:
+    """Raises ValueError: this is one of several tasks of a step, and the job's name says that a user types in a shell.
+
+    `salloc` calls its jobs so. In a shell of several tasks (`srun -n4 --pty bash`) a user types in the first.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if not in_a_shell_of_slurm() or tasks == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    name, number = os.environ["SLURM_JOB_NAME"], int(os.environ.get("SLURM_PROCID") or 0)
+    remedy = "salloc --job-name=train, or srun ... env SLURM_JOB_NAME=train python -m keygrip.train ..."
+    if number:
+        raise ValueError(
+            f"srun started {tasks} tasks, of which this is number {number}, in a job named {name!r}, by which commands "
+            f"are taken for ones that are typed in a shell, each alone: {remedy}"
+        )
+    log.warning("as the job is named %r, this process is taken to be alone of %d tasks: else %s", name, tasks, remedy)
+
+
 def name_of_start() -> str:
     """What all processes that torchrun or srun started for this run have in common, and those of another start have
     not; empty without them, and where the launcher gives no such name."""

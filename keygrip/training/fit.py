@@ -205,7 +205,11 @@ def _trainer(
         # Lightning's own answer to SLURM's warning saves in the middle of a step, into a file that no resumed run
         # reads: `SaveOnInterrupt` has its own. Without srun, or with one task of it, this is the only process and
         # SLURM's numbers may be those of the whole job: Lightning's own environment starts the other processes.
-        environment = [SLURMEnvironment(auto_requeue=False) if tasks_of_srun() > 1 else LightningEnvironment()]
+        if by_srun := tasks_of_srun() > 1:
+            # of this step, where the job's may be others or missing: Lightning holds the trainer's against them
+            os.environ["SLURM_NTASKS_PER_NODE"] = str(arguments["devices"])
+            os.environ["SLURM_NNODES"] = str(arguments["num_nodes"])
+        environment = [SLURMEnvironment(auto_requeue=False) if by_srun else LightningEnvironment()]
     return lightning.Trainer(
         **arguments,
         max_steps=cfg.max_steps,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from keygrip.launch import tasks_of_srun
+from keygrip.launch import nodes_of_srun, refuse_task_named_as_a_shell, tasks_of_srun
 
 if TYPE_CHECKING:
     import torch
@@ -96,16 +96,19 @@ class Strategy:
         """Arguments for ``lightning.Trainer``.
 
         Raises:
-            ValueError: a GPU or a number of devices was asked for that this machine does not have.
+            ValueError: a GPU or a number of devices was asked for that this machine does not have, or other processes
+                than srun started.
         """
         import torch
 
+        refuse_task_named_as_a_shell()
         on_gpu = self.on_gpu
         devices = self._devices()
         seen = torch.cuda.device_count()
-        told = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks_of_srun() // self._nodes()))
-        by_srun = "LOCAL_WORLD_SIZE" not in os.environ and told == str(devices)
-        if on_gpu and devices > seen and tasks_of_srun() > 1 and by_srun:
+        by_srun = tasks_of_srun() > 1 and "LOCAL_WORLD_SIZE" not in os.environ
+        if by_srun:
+            self._refuse_other_processes_than_of_srun()
+        if on_gpu and devices > seen and by_srun:
             raise ValueError(
                 f"srun shows each process {seen} GPU{'' if seen == 1 else 's'} of a node's {devices}: give "
                 f"--gpus-per-node={devices} (not --gpus-per-task), or add --gpu-bind=none; or start fewer processes"
@@ -142,14 +145,28 @@ class Strategy:
             return ShardedStrategy(backend, reshard_after_forward=self.reshard_after_forward)
         return "auto"
 
+    def _refuse_other_processes_than_of_srun(self) -> None:
+        """Lightning does so, too, but once the data are read and the model is made."""
+        tasks, nodes = tasks_of_srun(), nodes_of_srun()
+        started = f"srun started {tasks} processes on {nodes} node{'' if nodes == 1 else 's'}"
+        if self.kind == "single":
+            raise ValueError(f"{started}, and strategy.kind=single is one: add strategy=ddp, or give srun --ntasks=1")
+        if tasks % nodes:
+            raise ValueError(f"{started}, which are not equally many on each: give --ntasks-per-node")
+        if (self._devices(), self._nodes()) != (tasks // nodes, nodes):
+            raise ValueError(
+                f"{started}, and strategy has devices={self._devices()} of each of num_nodes={self._nodes()}: leave "
+                "both at auto"
+            )
+
     def _devices(self) -> int:
         if self.devices != "auto":
             return int(self.devices)
+        if os.environ.get("LOCAL_WORLD_SIZE", "").isdigit():
+            return int(os.environ["LOCAL_WORLD_SIZE"])
+        if tasks_of_srun() > 1:  # SLURM_NTASKS_PER_NODE may be the whole job's, or missing
+            return max(tasks_of_srun() // nodes_of_srun(), 1)
         # Without srun, and with one task of it, Lightning starts the other processes: one for each GPU.
-        by_srun = ("SLURM_NTASKS_PER_NODE",) if tasks_of_srun() > 1 else ()
-        for name in ("LOCAL_WORLD_SIZE", *by_srun):
-            if os.environ.get(name, "").isdigit():
-                return int(os.environ[name])
         if self.accelerator == "cpu" or not self.on_gpu:
             return 1
         import torch
@@ -161,9 +178,7 @@ class Strategy:
             return int(self.num_nodes)
         if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
             return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        if tasks_of_srun() > 1:
-            return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
-        return 1
+        return nodes_of_srun()
 
 
 def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,26 @@ def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp
     slurm |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
     done = command("keygrip.train", *TOY, uneven, "strategy=ddp_cpu", "run_dir=two", TOY_RANKS=str(tmp_path), **slurm)
     assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("rank_*"))) == 2
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_tasks_of_srun_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
+    """On one of four nodes, with eight tasks per node: a step is told the numbers of its job beside its own."""
+    uneven = "data.batch_size=5"
+    assert keygrip.train([*HERE, uneven, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
+    step = {"JOB_ID": "42", "JOB_NAME": "train", "STEP_ID": "1", "NTASKS": "2", "STEP_NUM_TASKS": "2", "NNODES": "1"}
+    step |= {"JOB_NUM_NODES": "4", "NTASKS_PER_NODE": "8", "NODEID": "0", "NODELIST": "127.0.0.1"}
+
+    def task(number: str) -> Any:
+        told = {f"SLURM_{name}": value for name, value in (step | {"PROCID": number, "LOCALID": number}).items()}
+        ddp = ("strategy=ddp", "strategy.accelerator=cpu", "run_dir=two")
+        return command("keygrip.train", *TOY, uneven, *ddp, TOY_RANKS=str(tmp_path), **told)
+
+    with ThreadPoolExecutor(2) as srun:
+        for done in srun.map(task, ("0", "1")):
+            assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("rank_*"))) == 2
     assert_same_training(tmp_path / "one", tmp_path / "two")
 

@@ -18,6 +18,9 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
         "SLURM_NTASKS",
         "SLURM_NTASKS_PER_NODE",
         "SLURM_STEP_NUM_TASKS",
+        "SLURM_STEP_NUM_NODES",
+        "SLURM_NNODES",
+        "TORCHELASTIC_RUN_ID",
         "SLURM_JOB_NUM_NODES",
         "SLURM_JOB_NAME",
         "SLURM_PROCID",
@@ -80,17 +83,78 @@ def test_srun_that_shows_each_process_its_own_gpu_is_told_how_to_show_all(monkey
         ddp.trainer_arguments()
     with pytest.raises(ValueError, match=r"each process 1 GPU of a node's 8: give --gpus-per-node=8 .*--gpu-bind=none"):
         Strategy(accelerator="gpu", devices=8, num_nodes=2, kind="ddp").trainer_arguments()
-    with pytest.raises(ValueError, match=r"strategy\.devices=4 but this machine has 1 GPUs: lower it"):
-        Strategy(accelerator="gpu", devices=4, num_nodes=2, kind="ddp").trainer_arguments()  # not srun's number
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")  # not set by --ntasks alone
     with pytest.raises(ValueError, match=r"each process 1 GPU of a node's 8: give --gpus-per-node=8 .*--gpu-bind=none"):
-        Strategy(accelerator="gpu", devices=8, num_nodes=2, kind="ddp").trainer_arguments()
-    with pytest.raises(ValueError, match=r"strategy\.devices=4 but this machine has 1 GPUs: lower it"):
-        Strategy(accelerator="gpu", devices=4, num_nodes=2, kind="ddp").trainer_arguments()
+        ddp.trainer_arguments()
     monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun inside of a job's step
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=r"strategy\.devices=8 but this machine has 1 GPUs: lower it"):
         ddp.trainer_arguments()
+
+
+@pytest.mark.parametrize(
+    ("step", "processes"),
+    [
+        ({"STEP_NUM_TASKS": "16"}, (8, 2)),  # --ntasks=16, without --ntasks-per-node
+        ({"STEP_NUM_TASKS": "8", "STEP_NUM_NODES": "1", "NTASKS_PER_NODE": "8"}, (8, 1)),  # on one of the job's nodes
+        ({"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "1", "NTASKS_PER_NODE": "8"}, (2, 1)),
+        ({"STEP_NUM_TASKS": "2", "NNODES": "1", "NTASKS_PER_NODE": "8"}, (2, 1)),
+    ],
+)
+def test_a_step_has_the_tasks_and_nodes_of_its_own(
+    step: dict[str, str], processes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, 8)
+    for name, value in ({"JOB_NUM_NODES": "2"} | step).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    ddp = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp")
+    arguments = ddp.trainer_arguments()
+    assert (arguments["devices"], arguments["num_nodes"]) == processes
+    assert ddp.processes == int(step["STEP_NUM_TASKS"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "strategy", "said"),
+    [
+        ("2", Strategy(), r"srun started 2 processes on 2 nodes, and strategy\.kind=single is one: add strategy=ddp"),
+        (
+            "3",
+            Strategy(devices="auto", num_nodes="auto", kind="ddp"),
+            "3 processes on 2 nodes, which are not equally many",
+        ),
+        ("16", Strategy(devices=4, num_nodes=2, kind="ddp"), "devices=4 of each of num_nodes=2: leave both at auto"),
+        ("16", Strategy(devices=8, num_nodes=1, kind="ddp"), "devices=8 of each of num_nodes=1: leave both at auto"),
+    ],
+)
+def test_other_processes_than_srun_started_are_refused(
+    tasks: str, strategy: Strategy, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, 8)
+    for name, value in (("STEP_NUM_TASKS", tasks), ("JOB_NUM_NODES", "2"), ("NTASKS_PER_NODE", "8")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ValueError, match=said):
+        strategy.trainer_arguments()
+
+
+def test_a_task_in_a_job_that_is_named_as_a_shell_is_not_taken_to_be_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As salloc names its jobs; what a user types in such a shell is in the first task, or in none."""
+    with_gpus(monkeypatch, 8)
+    ddp = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp")
+    for name, value in (("JOB_NAME", "interactive"), ("STEP_NUM_TASKS", "8"), ("PROCID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(
+        ValueError, match=r"8 tasks, of which this is number 3, in a job named 'interactive'.*--job-name"
+    ):
+        ddp.trainer_arguments()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert ddp.trainer_arguments()["devices"] == 8
+    assert "taken to be alone of 8 tasks" in caplog.text
+    caplog.clear()
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    ddp.trainer_arguments()
+    assert "alone" not in caplog.text
 
 
 @pytest.mark.parametrize(("tasks", "in_step", "nodes"), [("1", "1", "1"), ("1", None, "1"), ("16", None, "2")])
