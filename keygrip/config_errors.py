@@ -22,6 +22,7 @@ from keygrip.config import (
 
 # What ${oc.env:NAME} says of an environment variable that is not there.
 UNSET = re.compile(r"Environment variable '([^']+)' not found")
+CLOSED_LOOP = "callbacks.closed_loop"  # where the group closed_loop puts its options
 # What Hydra takes within quotes alone: letters beside a to z, and most signs.
 UNQUOTED_CANNOT = r"[^a-zA-Z0-9_/\-\\+.$%*@?|:]"
 
@@ -97,8 +98,13 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
         if full in known and given is not None:
             return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"
-        close_key = nearest(full, known)
+        close_key = nearest(full, [each for each in known if not each.endswith("._target_")])
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
+        part = full.rpartition(".")[0]
+        if part.startswith(("logger.", "callbacks.")) and f"{part}._target_" in known:
+            hint += f"; a further argument of its class is added with +{full}=VALUE"
+        if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in known):
+            hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
         group = full.partition(".")[0].partition("@")[0]
         if models_with(group) and group not in known:
             if "." in full and not close_key:  # of another model, so spelling alone is left to go by

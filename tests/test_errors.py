@@ -60,6 +60,13 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["model=coordinate_regression", "rotation=kmeans"], 2, r"rotation is a group of model=volume_query"),
         (["language=smollm2_135m"], 2, r"language is a group of model=foveated_vlm"),
         (["model=foveated_vlm", "data=robot_videos", "closed_loop=yam"], 2, r"closed_loop is a group of model=coord"),
+        (["callbacks.closed_loop.closed_loop.episodes=5"], 2, r"no setting .*: add closed_loop=NAME, one of .*yam"),
+        (
+            ["closed_loop=yam", "callbacks.closed_loop.closed_loop.episods=5"],
+            2,
+            r"nearest is '.*closed_loop\.episodes'",
+        ),
+        (["logger=wandb", "logger.wandb.job_type=eval"], 2, r"argument .* added with \+logger\.wandb\.job_type=VALUE$"),
         (["seed=abc"], 2, r"seed.*abc.*Integer"),
         (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
         (["run_dir=lr=0.1"], 2, r"cannot read run_dir=lr=0.1: .*in quotes, inside .* \"run_dir='lr=0.1'\"$"),
