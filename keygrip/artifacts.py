@@ -282,7 +282,13 @@ def make_once(
     target = Path(path)
     if complete(target):
         return False
-    with locked(target.with_name(f".{target.name}.lock"), together_without=together_without):
+    lock = target.with_name(f".{target.name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False, together_without=together_without))
+        except BlockingIOError:
+            log.info("another process makes %s: waiting for it", target)
+            held.enter_context(locked(lock, together_without=together_without))
         if complete(target):
             return False
         make(target)

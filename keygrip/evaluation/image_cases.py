@@ -27,7 +27,7 @@ from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_batches
 from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.idle_guidance import OF_IMAGES, GivenConditions, refuse_idle_guidance
+from keygrip.models.patch_dit.idle_guidance import NOT_OF_WORDS, GivenConditions, asks_nothing, refuse_idle_guidance
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling
 from keygrip.progress import Progress
 from keygrip.training.strategies import SHORT, named_precision
@@ -58,7 +58,7 @@ NEEDS = {
     "replace_words": ("changed_words", "scales"),
 }
 # Parts of `sampling` that a case does not read: it varies them itself, or draws from words alone.
-UNREAD = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",), "text_only": OF_IMAGES}
+UNREAD = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",), "text_only": NOT_OF_WORDS}
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
@@ -141,8 +141,8 @@ class ImageSuite:
             if self.cases is None or set(needed) & set(self.cases) or list(getattr(self, name)) == default:
                 continue
             raise ValueError(f"{name} has no effect without the case {' or '.join(needed)} in cases: leave it out")
-        for name, value in self.sampling.items():
-            if self.cases and value is not None and all(name in UNREAD.get(case, ()) for case in self.cases):
+        for name in [name for name, value in self.sampling.items() if not asks_nothing(name, value)]:
+            if self.cases and all(name in UNREAD.get(case, ()) for case in self.cases):
                 raise ValueError(f"sampling.{name} has no effect with cases={list(self.cases)} alone: leave it out")
 
 

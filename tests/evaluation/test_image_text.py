@@ -367,6 +367,16 @@ def test_what_a_case_varies_itself_is_refused_where_no_other_case_reads_it() -> 
         quick(sampling={name: 3}, cases=[case, "reconstruction"])
     quick(sampling={"steps": 3}, cases=["scales"])
     quick(sampling={"text_scale": 3}, cases=["steps"])
+    for name, value in (
+        ("full_scale", 2.0),
+        ("full_rescale", 0.7),
+        ("guidance", "text_then_dino"),
+        ("dino_scale", 2.0),
+    ):
+        with pytest.raises(ValueError, match=rf"sampling.{name} has no effect with cases=\['text_only'\] alone"):
+            quick(sampling={name: value}, cases=["text_only"])
+        quick(sampling={name: value}, cases=["text_only", "reconstruction"])
+    quick(sampling={"guidance": "independent", "full_scale": 0.0}, cases=["text_only"])
 
 
 def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, tmp_path: Path) -> None:

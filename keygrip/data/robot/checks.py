@@ -25,14 +25,20 @@ NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they becom
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
 # The opening may overshoot [0, 1] by this much (encoder noise); more means a wrong calibration, unit or polarity.
 GRIPPER_TOLERANCE = 1e-3
+BY_ITS_RANGE = "subtract what it reads when closed, and divide by its range"
 FULL_SHARE = 0.85  # of its range that an opening in percent or bytes is likely to reach
 OVERSHOOT = 0.2  # an opening whose ends are no farther from 0 and 1 is likely to be in its unit
 
 
 def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
     """What is likely of a track some of whose positions are too far off, and what to do. far: [N] m, by frame."""
-    if np.median(far) <= FARTHEST_M[1] or (far > LARGEST_POSITION_M).mean() < FEW_READINGS:
+    if np.median(far) <= FARTHEST_M[1]:
         return "positions with wrong readings", "Cut the demo there or record it again"
+    if (far > LARGEST_POSITION_M).mean() < FEW_READINGS:
+        return (
+            "positions with wrong readings or in another unit",
+            "Cut the demo there or record it again where single readings stand apart, else convert positions to metres",
+        )
     farthest = {
         unit: (size, metres)
         for unit, size in (("centimetres", 100), ("millimetres", 1000))
@@ -52,8 +58,9 @@ def _cause_of_openings(low: float, high: float) -> tuple[str, str]:
         return "gripper opening beyond its ends", "It overshoots: clip it, or calibrate what it reads closed and open"
     for unit, size in (("percent", 100), ("bytes", 255)):
         if low >= 0 and FULL_SHARE * size <= high <= size:
-            return f"gripper opening in {unit}", f"{unit.capitalize()} are likely: divide by {size}"
-    return "gripper opening in another unit", "Subtract what it reads when closed, and divide by its range"
+            advice = f"{unit.capitalize()} are likely: divide by {size}; else {BY_ITS_RANGE}"
+            return f"gripper opening in {unit}", advice
+    return "gripper opening in another unit", f"{BY_ITS_RANGE[0].upper()}{BY_ITS_RANGE[1:]}"
 
 
 def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:

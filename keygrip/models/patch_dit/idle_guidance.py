@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 OF_WORDS, OF_IMAGES = ("text_scale", "text_rescale"), ("dino_scale", "dino_rescale", "cls_scale")
 OF_BOTH = ("full_scale", "full_rescale")
 OF_ONE = ("independent", "none")  # kinds of guidance that need no second condition
+OF_TWO = (*OF_BOTH, "guidance")
+NOT_OF_WORDS = (*OF_IMAGES, *OF_TWO)  # what drawing from words alone does not read
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class GivenConditions:
     masks: bool = False
     strength: float | None = None
     redraws_a_part: bool = False
+
+
+def asks_nothing(name: str, value: object) -> bool:
+    """Whether a part of `Sampling` that is given changes nothing where there is one condition alone."""
+    return value is None or (name in OF_TWO and value in (0, *OF_ONE))
 
 
 def refuse_idle_guidance(

@@ -105,6 +105,7 @@ def with_nan(value: np.ndarray, frame: int) -> np.ndarray:
     return value
 
 
+CENTIMETRES_BELOW_10 = np.array([2, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9, 12.0])[:, None] * np.eye(3)[0]
 NEAR_BASE_CM = np.array([2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 20, 25.0])[:, None] * [1.0, 0.0, 0.0]
 
 BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
@@ -167,9 +168,13 @@ BREAKAGES: dict[str, tuple[Callable[[Path, Any, Any], object], str]] = {
         lambda f, m, a: a(f / "trajectory.npz", right__position_m=3 + np.eye(12, 3) * 31),
         "is 34 m from the origin at frame 0, more than the 10 m of any arm on a table. Cut the demo there",
     ),
+    "centimetres of which few are beyond 10 m": (
+        lambda f, m, a: a(f / "trajectory.npz", right__position_m=CENTIMETRES_BELOW_10),
+        "where single readings stand apart, else convert positions to metres",
+    ),
     "gripper in percent": (
         lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 90, 12)),
-        "Percent are likely: divide by 100",
+        "Percent are likely: divide by 100; else subtract what it reads when closed, and divide by its range",
     ),
     "gripper in bytes": (
         lambda f, m, a: a(f / "trajectory.npz", right__gripper_opening=np.linspace(0, 230, 12)),

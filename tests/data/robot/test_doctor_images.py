@@ -341,8 +341,9 @@ def test_overlays_of_a_camera_that_is_badly_wrong_show_it(tmp_path, monkeypatch,
     [
         (lambda demo: replace(demo, quaternion=np.roll(demo.quaternion, -1, axis=1)), "quaternions stored x, y, z, w"),
         (lambda demo: replace(demo, position=1.1 * demo.position), "positions scaled by 1.100"),
+        (lambda demo: replace(demo, position=1.3 * demo.position), "positions scaled by 1.300"),
     ],
-    ids=["misread", "scaled"],
+    ids=["misread", "scaled", "scaled more"],
 )
 def test_images_are_not_blamed_for_poses_that_joints_show_to_be_wrong(tmp_path, change, cause):
     errors = [f.cause for f in found(tmp_path, lambda demo, _: change(demo)) if f.severity == "error"]

@@ -98,7 +98,8 @@ def check_images_and_poses(
         return  # poses in the wrong direction explain any disagreement with the images
     # so do those that joints show to be misread or scaled; of poses without joints, images may say it
     explained_by_joints = {
-        arm: exam.named("quaternion_order", "position_scale", arm=arm, severity="error") & shown_by_joints(exam, arm)
+        arm: exam.named("position_scale", arm=arm, severity="error")  # found from joints alone
+        | exam.named("quaternion_order", arm=arm, severity="error") & shown_by_joints(exam, arm)
         for arm in exam.arms
     }
     for camera in exam.cameras:
