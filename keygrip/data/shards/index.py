@@ -23,6 +23,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.shards.keys import sample_key
+from keygrip.data.shards.separate_images import gathered, textless
 from keygrip.data.source_files import is_utf8
 from keygrip.data.untrusted_files import read_npz, regular_file
 
@@ -55,6 +56,7 @@ class ShardIndex:
         part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes. part_crcs: [M] int64, CRC-32 of their bytes.
         columns: by name, [N] int64, float64 or str.
         size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason.
+        textless: those of `bad` that have an image or a video and no text.
     """
 
     keys: np.ndarray
@@ -66,6 +68,7 @@ class ShardIndex:
     columns: dict[str, np.ndarray]
     size: int
     bad: dict[str, str] = field(default_factory=dict)
+    textless: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -84,6 +87,8 @@ class ShardIndex:
         }
         if self.bad:
             arrays |= {"bad_keys": np.array([*self.bad]), "bad_reasons": np.array([*self.bad.values()])}
+        if self.textless:
+            arrays["textless"] = np.array(self.textless)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
@@ -98,7 +103,8 @@ class ShardIndex:
                 own = {key: arrays[key] for key in OWN}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
                 bad = dict(zip(*reasons, strict=True))
-                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad)
+                without_text = tuple(map(str, arrays["textless"].tolist())) if "textless" in arrays else ()
+                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad, textless=without_text)
                 index._check()
                 return index
         except BadSample as error:
@@ -207,11 +213,12 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
     found = members_of(path)
     if found.fault is not None:
         raise found.fault
-    bad = dict(found.bad)
+    gathered_parts, refused = gathered(found.parts, found.bad)
+    bad = {**found.bad, **refused}
     with path.open("rb") as raw:
         rows: dict[str, Row] = {}
         crcs: dict[str, list[int]] = {}
-        for key, parts in found.parts.items():
+        for key, parts in gathered_parts.items():
             if key in bad:
                 continue
             try:
@@ -226,8 +233,9 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     rows[key] = _checked(describe(content))
             except BadSample as error:
                 bad[key] = error.what
-    whole = [[(*part, crc) for part, crc in zip(found.parts[key], crcs[key], strict=True)] for key in rows]
-    return make_index([*rows], whole, [*rows.values()], found.size, bad)
+    whole = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
+    index = make_index([*rows], whole, [*rows.values()], found.size, bad)
+    return replace(index, textless=tuple(key for key in textless(gathered_parts) if key in bad))
 
 
 @dataclass(frozen=True)
@@ -299,9 +307,7 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
         elif member.issparse():
             found.bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
         parts = found.parts.setdefault(key, [])
-        if key in found.bad:
-            continue
-        if part in (name for name, _, _ in parts):
+        if key not in found.bad and part in (name for name, _, _ in parts):
             found.bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
         parts.append((part, member.offset_data, member.size))
     raw.seek(end)

@@ -9,9 +9,12 @@ import unicodedata
 import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+
+import numpy as np
 
 from keygrip.artifacts import atomic_write, sha256_bytes, write_bytes, write_json
 from keygrip.data.bad_samples import NAMED_AT_MOST, first_of
@@ -28,6 +31,7 @@ from keygrip.data.shards.index import (
     make_index,
 )
 from keygrip.data.shards.keys import MOST_BYTES
+from keygrip.data.shards.separate_images import TextlessImages
 from keygrip.data.source_files import files_in, is_utf8
 from keygrip.progress import Progress
 
@@ -137,6 +141,7 @@ def write_manifest(
     broken = {path.name: f"{path} is compressed, {COMPRESSED}" for path in compressed}
     bad: dict[str, dict[str, str]] = {}
     columns: dict[str, str] = {}
+    textless: list[tuple[str, str]] = []
     for path in Progress(paths, desc=f"index {root}", unit="shard", shown=progress):
         try:
             index, digest = _indexed(path, describe, again)
@@ -152,7 +157,11 @@ def write_manifest(
         columns = columns or found
         if index.bad:
             bad[path.name] = index.bad
+        textless += [(key, path.name) for key in index.textless]
         shards.append({"name": path.name, "bytes": index.size, "samples": len(index), "index_sha256": digest})
+    if textless:
+        _leave_out_divided(root, shards, bad, TextlessImages(textless))
+        bad = {shard["name"]: bad[shard["name"]] for shard in shards if shard["name"] in bad}
     for reason in broken.values():
         log.warning("left out: %s", reason)
     if len(broken) > max_broken_share * (len(paths) + len(compressed)) or not shards:
@@ -202,6 +211,25 @@ def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, s
                 "or replaced (again=true indexes it anew)"
             )
     return index, sha256_bytes(content)
+
+
+def _leave_out_divided(
+    root: Path, shards: list[dict[str, Any]], bad: dict[str, dict[str, str]], textless: TextlessImages
+) -> None:
+    """Leaves the samples whose images stand in part or all in another shard out of the indices, `shards` and `bad`."""
+    for shard in shards:
+        path = root / shard["name"]
+        if not shard["samples"]:
+            continue
+        index = ShardIndex.from_bytes(index_path(path).read_bytes(), str(index_path(path)))
+        names = np.split(index.part_names, index.first_part[1:-1])
+        samples = {key: each.tolist() for key, each in zip(index.keys.tolist(), names, strict=True)}
+        if left := textless.divided(samples, shard["name"]):
+            index = replace(index.without(left), bad=index.bad | left)
+            content = index.to_bytes()
+            write_bytes(index_path(path), content)
+            shard |= {"samples": len(index), "index_sha256": sha256_bytes(content)}
+            bad[shard["name"]] = index.bad
 
 
 def tar_files(root: Path) -> list[Path]:

@@ -1,11 +1,11 @@
 """The contents of shards of videos with text: what their parts mean, how they are written, read and shown whole.
 
 Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
-"evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too), one "jpg", or one "mp4",
-from which one frame per second is taken. Text in other forms: see `foreign_text`. Upper case counts as lower.
-Columns: `frames`, `text_length` (characters of the longest conversation; see there), `first_answer` (characters to the
-end of the first answer, of the conversation in which it ends soonest), `conversations` (how many) and `kinds` ("cue
-mark"; `kinds_column`).
+"evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too; also from keys of their
+own: `keygrip.data.shards.separate_images`), one "jpg", or one "mp4", from which one frame per second is taken. Text in
+other forms: see `foreign_text`. Upper case counts as lower. Columns: `frames`, `text_length` (characters of the longest
+conversation; see there), `first_answer` (characters to the end of the first answer, of the conversation in which it
+ends soonest), `conversations` (how many) and `kinds` ("cue mark"; `kinds_column`).
 
 Text of a sample with both "json" and "txt" is that of the json where it has turns or a caption, and the txt is not
 read; of a json of metadata alone that of the txt, asked for by the json's `source` as its own caption would be.
@@ -26,11 +26,13 @@ from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
+from keygrip.data.shards.separate_images import MEDIA, TEXT
 from keygrip.data.spacing import evenly
 from keygrip.data.untrusted_files import open_image, parse_fields
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import (
     CAPTIONS,
+    COUNTS,
     PLACES,
     SHOWN,
     TURNS,
@@ -52,12 +54,7 @@ from keygrip.data.video_text.sample_types import (
 
 ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
-MEDIA = re.compile(
-    r"(^|\.)(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jp2|jfif|npy|npz|mp4|webm|mkv|avi|mov|m4v|mpe?g|ts)$",
-    re.IGNORECASE,
-)
 VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
-TEXT = ("json", "txt")
 KNOWN_MEMBERS = "json or txt, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), or one mp4 (webm, mkv, mov, avi, m4v)"
 MAX_FRAMES = 64  # of a sample as preparations write it, and in training where nothing else is said
 LARGEST = 16384  # pixels of a frame's side
@@ -211,7 +208,7 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
     """
     parts = lower_case(parts)
     told = (*TURNS, *CAPTIONS)
-    counted = told if "txt" in parts else (*told, "fps", "system")
+    counted = told if "txt" in parts else (*told, *COUNTS, "fps", "system")
     content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
         return caption_text(parts["txt"].decode("utf-8-sig"), caption_request(content, CAPTION_REQUEST))
@@ -300,7 +297,8 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
 
 def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
-        raise ValueError(f"it has {len(images)} images of {str(content['frames'])[:40]}")
+        said = f"{str(content['frames'])[:40]} that its json says (frames, {', '.join(COUNTS)})"
+        raise ValueError(f"it has {len(images)} images of {said}: pack them all beside it, or correct the number")
     if images and (problem := places_problem(content.get(PLACES, 0), {1, len(images)})):  # 1: frames of a video
         raise ValueError(problem)
     if content.get(SHOWN) is True and not images:

@@ -10,9 +10,9 @@ from pathlib import Path
 from keygrip.data.shards.examination import ShardReport, digest_of, unknown_member
 from keygrip.data.shards.index import Parts
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.separate_images import TEXT
 from keygrip.data.video_text.conversations import (
     KNOWN_MEMBERS,
-    TEXT,
     conversation_problem,
     parse_conversations,
     parse_text,

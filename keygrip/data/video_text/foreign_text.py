@@ -4,7 +4,8 @@ Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns 
 `texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}; content is text or a list of
 {"type": "text" | "image" | "video"} items. Or, as the published model's own shards have it, one question at the top of
 the json, {"user", "assistant", "source", "frame_count"}, whose `user` may be empty: then its `source` says what is
-asked (`REQUESTS`), as it does of a caption. Anything else is refused by what it has.
+asked (`REQUESTS`), as it does of a caption. Each may say of how many images it is (`COUNTS`). Anything else is refused
+by what it has.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|webm|mkv|mov|avi|
 OF_VIDEO = re.compile(r"\.(gif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 PAIR = ("user", "assistant")
+COUNTS = ("frame_count", "num_frames")  # keys of a json that say how many images belong to a text
 # What the published model was asked for captions, by the `source` of a sample, and where that is another one.
 REQUESTS = {
     "openvid": "Write a brief caption for this video.",
@@ -109,7 +111,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
 def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     """A sample's one question and answer at the top of its json, in this project's own form. Raises ValueError: nothing
     is asked of nothing, or a turn is no text."""
-    count, user = content.get("frame_count"), content["user"]
+    count, user = frames_told(content).get("frames"), content["user"]
     captioned = user is None or (isinstance(user, str) and not user.strip())
     if captioned and not (packed or count):
         raise ValueError("its user is empty, and it has no frames of which a caption could be asked")
@@ -117,7 +119,15 @@ def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     own = own_text(told | {"conversations": [{name: told[name] for name in PAIR}]}, "", packed)
     if captioned:
         own["conversations"][0]["kind"] = "caption"
-    return own if count is None else own | {"frames": count}
+    return own
+
+
+def frames_told(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of how many images a json in another form says that it is, as `frames`: a number, a list of those that differ (no
+    number of images is right then), or nothing."""
+    told = [content[name] for name in COUNTS if content.get(name) is not None]
+    different = told[:1] + [count for count in told[1:] if count != told[0]]
+    return {"frames": different if len(different) > 1 else told[0]} if told else {}
 
 
 def caption_request(content: Any, otherwise: str) -> str:
@@ -166,10 +176,14 @@ def kinds_named(content: Mapping[str, Any]) -> set[str]:
 def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     source = content.get("source")
     times = {"fps": content["fps"]} if "fps" in content else {}
-    return times | {
-        "source": source if isinstance(source, str) else "",
-        "conversations": [{"kind": kind, "turns": [{"role": role, "text": text} for role, text in turns]}],
-    }
+    return (
+        frames_told(content)
+        | times
+        | {
+            "source": source if isinstance(source, str) else "",
+            "conversations": [{"kind": kind, "turns": [{"role": role, "text": text} for role, text in turns]}],
+        }
+    )
 
 
 def turns_of(entry: Any) -> Iterator[tuple[str, str]]:

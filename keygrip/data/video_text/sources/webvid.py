@@ -17,13 +17,13 @@ from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.keys import sample_key
+from keygrip.data.shards.separate_images import TEXT
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.shards.writer import compressed_shards, tar_files
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
 from keygrip.data.untrusted_files import parse_fields, read_text
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
-    TEXT,
     VIDEO,
     caption,
     decode_timed,

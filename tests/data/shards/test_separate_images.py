@@ -1,0 +1,264 @@
+"""Images under keys of their own beside a text: read as its frames, or the text is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shard_sets import picture, small_video
+
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.manifests import make_manifests
+from keygrip.data.shards.index import MANIFEST, ShardIndex, index_path
+from keygrip.data.shards.reader import ShardSet
+from keygrip.data.validation import validate
+from keygrip.data.video_text.conversations import MAX_FRAMES, read_sample, read_timed_conversations
+
+Members = list[tuple[str, bytes]]
+TURNS = [{"from": "human", "value": "What happens?"}, {"from": "gpt", "value": "It falls."}]
+
+
+def text(**content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+TALK = text(conversations=TURNS)
+GOOD: Members = [("good.png", picture(9)), ("good.json", TALK), ("alone.json", TALK)]
+READ = {"good": [9], "alone": []}
+
+
+def images(key: str, numbers: list[str], ending: str = "png") -> Members:
+    """Images whose brightness is their number."""
+    return [(f"{key}_{number}.{ending}", picture(int(number))) for number in numbers]
+
+
+def question(**counts: Any) -> bytes:
+    return text(user="What?", assistant="It falls.", source="x", **counts)
+
+
+def write_tar(path: Path, members: Members) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def found(root: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The brightness of the frames of every sample that is read, by key; and the reason of every other, by key."""
+    make_manifests(root, max_broken_share=1.0)
+    manifest = json.loads((root / MANIFEST).read_bytes())
+    shards = ShardSet(root, quiet=True)
+    named = {key: why for left in manifest["bad_samples"].values() for key, why in left.items()}
+    frames = {}
+    for number in range(len(shards)):
+        try:
+            sample = read_sample(shards, number, 8)
+        except BadSample as error:
+            named[shards.key(number)] = str(error)
+            continue
+        assert shards.columns["frames"][number] == len(sample.frames)
+        assert read_timed_conversations(shards, number, MAX_FRAMES) == (sample.conversations, sample.seconds)
+        frames[shards.key(number)] = sample.frames[:, 0, 0, 0].tolist()
+    assert manifest["samples"] == len(shards)
+    return frames, named
+
+
+@pytest.mark.parametrize(
+    ("members", "frames"),
+    [
+        ([*images("lay", ["000", "001", "002"]), ("lay.json", TALK)], [0, 1, 2]),
+        ([("lay.json", TALK), *images("lay", ["10", "9", "8", *"7654321"])], list(range(1, 11))),
+        ([*images("lay", ["0", "1"]), ("lay.txt", b"It falls.")], [0, 1]),
+        ([*images("lay", ["000", "001"]), ("lay.json", question(num_frames=2))], [0, 1]),
+        ([*images("lay", ["000", "001"]), ("lay.json", question(num_frames=2, frame_count=2))], [0, 1]),
+        ([*images("lay", ["000", "001"], "PNG"), ("lay.JSON", TALK)], [0, 1]),
+        ([*images("lay", ["000"]), ("lay.json", text(caption="It falls.", num_frames=None))], [0]),
+    ],
+)
+@pytest.mark.parametrize("folder", ["", "x/y_1/"])
+def test_images_with_numbered_keys_are_the_frames_of_their_text(
+    members: Members, frames: list[int], folder: str, tmp_path: Path
+) -> None:
+    members = [(folder + name, content) for name, content in members]
+    write_tar(tmp_path / "a.tar", [*members[:1], *GOOD, *members[1:]])
+    assert found(tmp_path) == (READ | {f"{folder}lay": frames}, {})
+    report = validate(tmp_path)
+    assert (report["errors"], report["samples"]) == (0, 3)
+
+
+LAY = images("lay", ["000", "001"])
+NOT_READ = "has no text under its own.*read are KEY.00.jpg"
+# members, the keys of texts that are refused, and why
+REFUSED: dict[str, tuple[Members, list[str], str]] = {
+    "folders of images and of texts": ([("images/a.png", picture(1)), ("texts/a.json", TALK)], ["texts/a"], NOT_READ),
+    "the same in upper case": ([("images/A.PNG", picture(1)), ("texts/a.json", TALK)], ["texts/a"], NOT_READ),
+    "folders of frames and of texts": (
+        [*images("images/a", ["0", "1"]), ("texts/a.json", TALK)],
+        ["texts/a"],
+        NOT_READ,
+    ),
+    "folders of videos and of texts": ([("v/a.mp4", small_video()), ("texts/a.json", TALK)], ["texts/a"], NOT_READ),
+    "a folder for each sample": (
+        [("dir/b/000.png", picture(1)), ("dir/b/001.png", picture(1)), ("dir/b/meta.json", TALK)],
+        ["dir/b/meta"],
+        NOT_READ,
+    ),
+    "a folder with an image and several texts": (
+        [("b/0.png", picture(1)), *((f"b/q{n}.json", TALK) for n in range(3))],
+        ["b/q0", "b/q1", "b/q2"],
+        NOT_READ,
+    ),
+    "folders of frames, texts beside": (
+        [("images/b/0.png", picture(1)), ("texts/b.json", TALK)],
+        ["texts/b"],
+        NOT_READ,
+    ),
+    "a folder of frames beside its text": ([("b/0.png", picture(1)), ("b.json", TALK)], ["b"], NOT_READ),
+    "an image beside the folder of its text": ([("b.png", picture(1)), ("b/qa.json", TALK)], ["b/qa"], NOT_READ),
+    "another mark before the number": ([("lay-000.png", picture(0)), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "a word before the number": ([("lay_frame0.png", picture(0)), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "a word behind the text": ([("lay.png", picture(0)), ("lay_qa.json", TALK)], ["lay_qa"], NOT_READ),
+    "seven digits": ([("lay_0000000.png", picture(0)), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "numbered videos": ([("lay_000.mp4", small_video()), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "an image that is not read": ([*LAY, ("lay_002.gif", b"GIF89a"), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "a frame in two formats": ([*LAY, ("lay_001.jpg", picture(1)), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "a frame twice": ([*LAY, LAY[1], ("lay.json", TALK)], ["lay"], NOT_READ),
+    "a frame that is a sample": ([*LAY, ("lay_001.txt", b"It falls."), ("lay.json", TALK)], ["lay"], NOT_READ),
+    "a frame is missing": ([*images("lay", ["0", "2"]), ("lay.json", TALK)], ["lay"], r"numbered \[0, 2\]"),
+    "one number twice": ([*images("lay", ["0", "00"]), ("lay.json", TALK)], ["lay"], r"numbered \[0, 0\]"),
+    "fewer than its num_frames": ([*LAY, ("lay.json", question(num_frames=3))], ["lay"], "2 images of 3 "),
+    "more than its frame_count": ([*LAY, ("lay.json", question(frame_count=1))], ["lay"], "2 images of 1 "),
+    "two numbers of frames": (
+        [*LAY, ("lay.json", question(num_frames=2, frame_count=3))],
+        ["lay"],
+        r"2 images of \[3, 2\] ",
+    ),
+    "turns of more frames": (
+        [*LAY, ("lay.json", text(conversations=TURNS, num_frames=3))],
+        ["lay"],
+        "2 images of 3 ",
+    ),
+    "a caption of more frames": (
+        [*LAY, ("lay.json", text(caption="It falls.", frame_count=3))],
+        ["lay"],
+        "2 images of 3 ",
+    ),
+    "a text of frames, without any": ([("lay.json", question(num_frames=2))], ["lay"], "0 images of 2 "),
+    "turns of frames, without any": (
+        [("lay.json", text(conversations=TURNS, num_frames=2))],
+        ["lay"],
+        "0 images of 2 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_texts_whose_images_are_not_read_with_them_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    members, keys, reason = REFUSED[name]
+    write_tar(tmp_path / "a.tar", [*GOOD, *members, ("good2.png", picture(7)), ("good2.json", TALK)])
+    frames, named = found(tmp_path)
+    assert {key: frames.get(key) for key in (*READ, "good2")} == READ | {"good2": [7]}
+    assert not {*keys} & {*frames}
+    for key in keys:
+        assert re.search(reason, named[key])
+
+
+def test_texts_alone_are_read_beside_whole_samples_and_an_image_that_lost_its_text(tmp_path: Path) -> None:
+    members = [*GOOD, ("b.png", picture(3)), ("b.json", TALK), ("lost.png", picture(4)), ("c_1.json", TALK)]
+    write_tar(tmp_path / "a.tar", members)
+    frames, named = found(tmp_path)
+    assert frames == READ | {"b": [3], "c_1": []}
+    assert list(named) == ["lost"]
+
+
+def test_numbered_samples_are_no_frames_of_a_text(tmp_path: Path) -> None:
+    numbered = [
+        (f"talk_{n}.{part}", content) for n in (0, 1) for part, content in (("png", picture(n)), ("json", TALK))
+    ]
+    write_tar(tmp_path / "a.tar", [*numbered, ("talk.json", TALK)])
+    assert found(tmp_path) == ({"talk_0": [0], "talk_1": [1], "talk": []}, {})
+
+
+def test_images_that_are_links_are_no_text_about_nothing(tmp_path: Path) -> None:
+    """tar packs links as such where it is not told to follow them."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("lay_000.png", picture(0)), ("lay.json", TALK), ("t/a.json", TALK)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name in ("lay_001.png", "i/a.png"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "../x.png"
+            tar.addfile(info)
+    frames, named = found(tmp_path)
+    assert (frames, sorted(named)) == ({}, ["i/a", "lay", "lay_000", "lay_001", "t/a"])
+
+
+def parted(at: int) -> tuple[Members, Members]:
+    members = [*images("lay", ["000", "001", "002"]), ("lay.json", TALK)]
+    return members[:at], members[at:]
+
+
+DIVIDED = r"not all of its images are in its tar: .\.tar has .* without text.*pack all files of a sample into one tar"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key", "reason"),
+    [
+        (*parted(1), "lay", DIVIDED),
+        (*parted(2), "lay", r"numbered \[2\]"),
+        (*parted(3), "lay", DIVIDED),
+        (*parted(1)[::-1], "lay", DIVIDED),
+        ([("a.png", picture(1))], [("a.json", TALK)], "a", DIVIDED),
+        ([("images/a.png", picture(1))], [("texts/a.json", TALK)], "texts/a", DIVIDED),
+        (images("images/a", ["0"]), [("texts/a.json", TALK)], "texts/a", DIVIDED),
+    ],
+)
+def test_a_sample_that_is_divided_between_two_tars_is_refused(
+    first: Members, second: Members, key: str, reason: str, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "a.tar", [*GOOD, *first])
+    write_tar(tmp_path / "b.tar", [("b_7.png", picture(7)), ("b_7.json", TALK), ("b.json", TALK), *second])
+    frames, named = found(tmp_path)
+    assert frames == READ | {"b_7": [7], "b": []}
+    assert re.search(reason, named[key])
+    content = (tmp_path / MANIFEST).read_bytes()
+    problems = validate(tmp_path)["problems"]
+    assert any(named[key] in problem for problem in problems)
+    assert not any("again=true" in problem for problem in problems)  # the index is that of the tar
+    for again in (False, True):
+        make_manifests(tmp_path, again, max_broken_share=1.0)
+        assert (tmp_path / MANIFEST).read_bytes() == content
+
+
+def test_a_set_of_images_in_one_tar_and_texts_in_another_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "images.tar", [(f"{n}.png", picture(n)) for n in range(4)])
+    write_tar(tmp_path / "texts.tar", [(f"{n}.json", TALK) for n in range(4)])
+    with pytest.raises(ValueError, match=r"8 of 8 samples in .* are bad"):
+        make_manifests(tmp_path)
+    assert found(tmp_path)[0] == {}
+
+
+def test_keys_that_begin_anew_in_every_tar_are_no_divided_samples(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*LAY, ("k_1.png", picture(1))])
+    write_tar(tmp_path / "b.tar", [*LAY, ("lay.json", TALK), ("k.png", picture(2)), ("k.json", TALK)])
+    frames, named = found(tmp_path)
+    assert frames == {"lay": [0, 1], "k": [2]}
+    assert sorted(named) == ["k_1", "lay_000", "lay_001"]
+
+
+def test_the_index_keeps_which_images_have_no_text(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*GOOD, ("x.png", picture(1)), ("y.cls", b"1")])
+    make_manifests(tmp_path, max_broken_share=1.0)
+    stored = index_path(tmp_path / "a.tar").read_bytes()
+    index = ShardIndex.from_bytes(stored, "a")
+    assert index.textless == ("x",)
+    assert index.to_bytes() == stored
+    assert np.array_equal(index.without(["good"]).textless, ["x"])
