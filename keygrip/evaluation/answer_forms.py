@@ -31,8 +31,8 @@ ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
 COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that put no space beside a letter
 BESIDE_CJK = re.compile(rf"(?<=[{CJK}])(?=[A-Za-z])|(?<=[A-Za-z])(?=[{CJK}])")
-NAMES = r"\b(?:answer|ans|option|choice|correct one|solution|answer choice)\b"
-OPENED = r"\s*(?:option|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
+NAMES = r"\b(?:(?:answer|option|choice|correct one|solution|answer choice)\b|(?:ans|opt)\b\.?)"
+OPENED = r"\s*(?:option|opt\b\.?|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
 # Words that announce a letter, the surest first: whichever of them name one, the surest decide.
 SAYS = (
     rf"{NAMES}\s*(?:(?:is|are|was|would be|should be|must be|will be|seems to be|here is)\s*[:=-]?|[:=-]){OPENED}"
@@ -91,7 +91,7 @@ NOT = re.compile(
     # "A: wrong. B" says so of the one before
     r"instead of|(?<![:;,.)–—-]\s)(?:wrong|incorrect|worst)|"
     r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?))"
-    r"\s*(?:option|choice)?\s*[(\[]?$",
+    r"\s*(?:option|opt\.?|choice)?\s*[(\[]?$",
     re.IGNORECASE,
 )
 # A line that ends in what it says of an option ("C. Green - No."): it says nothing of what the next line begins with. A
@@ -114,10 +114,10 @@ SET_OFF = r"\.?[^\S\n]*(?:[:,;(\[>=\u2192\u2013\u2014-]|(?:is|was)\b)"  # in the
 ENDS_SAID = r"\b(?i:yes|no|wrong|right|incorrect|correct|false|true)[)\]]?"
 # "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
 ASKS = re.compile(
-    r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?(?i:(?:option|choice|letter)\s+)?"
-    r"[(\[]?[A-Z][)\]]?\s*\?"
+    r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?"
+    r"(?i:(?:option|opt\.?|choice|letter)\s+)?[(\[]?[A-Z][)\]]?\s*\?"
 )
-OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|choice)\s*)?[(\[]?$", re.IGNORECASE)
+OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|opt\.?|choice)\s*)?[(\[]?$", re.IGNORECASE)
 # Words before capitals that may name something else than an option ("clip A", "Player B").
 LABELS = re.compile(
     r"\b(?:angle|camera|chart|clip|column|exhibit|figure|frame|graph|group|image|line|panel|part|person|phase|photo|"
@@ -138,5 +138,6 @@ NUMBERED = re.compile(
 )
 
 
-# Words behind which an option of yes or no stands for itself, and not for a part of a sentence ("there is no cat").
-ENDS_NO = rf"\s*(?:[.,;:!)\]}}]|$|{REASON})"
+# What stands behind an option "no" or "I" that is an answer, and not a part of a sentence ("there is no cat", "I see",
+# "i.e.").
+ENDS_NO = rf"(?!\.\s?e\b)\s*(?:[.,;:!)\]}}]|$|{REASON})"

@@ -59,10 +59,11 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
 
     A word is no letter: "A person jumps" and "The answer is A person" do not name A. Behind words that announce an
     answer every other letter names its option, whatever follows ("The answer is B as shown"); A, and I, do so before
-    punctuation and words that give a reason. Words that are denied ("not the red cube") name nothing, nor does the "no"
-    of a sentence ("there is no cat"). A letter within an option's own words ("Team B") is a part of these. What a model
-    thinks before it answers (`<think>`), a repetition of the options, though it be cut off, and what it says to a
-    further question of its own are no answer.
+    punctuation and words that give a reason, and so names I an option "I" where the list has no such letter.
+    Words that are denied ("not the red cube") name nothing, nor does the "no" of a sentence ("there is no cat"). A
+    letter within an option's own words ("Team B") is a part of these. What a model thinks before it answers
+    (`<think>`), a repetition of the options, though it be cut off, and what it says to a further question of its own
+    are no answer.
     """
     known = Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
@@ -208,7 +209,8 @@ def _another(last: str) -> str:
     """Pattern of a further letter behind one ("B or C", "(B), (C)", "B, maybe C"): none of them is the answer."""
     return (
         r"[)\]}.:]?\s*(?:[,;/&]|[,;]?\s*\b(?:or|and)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
-        rf"(?:(?:the\s+)?(?:option|choice|letter)\s+)?[(\[{{]*[A-{last}](?:[)\]}}]|\b(?!\s+[a-z])|\b(?=\s+(?:or|and)\b))"
+        rf"(?:(?:the\s+)?(?i:option|opt\.?|choice|letter)\s+)?[(\[{{]*[A-{last}]"
+        r"(?:[)\]}]|\b(?!\s+[a-z])|\b(?=\s+(?:or|and)\b))"
     )
 
 
@@ -224,8 +226,8 @@ def _listed(text: str, known: Options) -> set[int] | None:
 
 
 def _alone(text: str, known: Options) -> int | None:
-    """Nothing but a letter, with any punctuation."""
-    match = re.fullmatch(rf"[\W_]*([A-{known.last}a-{known.last.lower()}])[\W_]*", text)
+    """Nothing but a letter, with any punctuation, perhaps again and again ("C.C.C.")."""
+    match = re.fullmatch(rf"[\W_]*([A-{known.last}a-{known.last.lower()}])(?:[\W_]+\1)*[\W_]*", text)
     return number_of(match.group(1)) if match else None
 
 
@@ -448,14 +450,15 @@ def _is_letter(letter: str, behind: str) -> bool:
 
 def _by_words(text: str, known: Options) -> int | None:
     """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
-    plain = ["" if option == "no" else option for option in known.plain]  # without points and commas none is an answer
+    # Without points and commas none is an answer.
+    plain = ["" if option in ("no", "i") else option for option in known.plain]
     for own, options in ((text.lower(), known.literal), (plain_text(text), plain)):
         found = [
             (match.start(), match.end(), number)
             for number, option in enumerate(options)
-            if option not in ("", "a", "i")
+            if option not in ("", "a", "i" if known.last >= "I" else "")
             for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
-            if option != "no" or _answers_no(own, match.start(), match.end())
+            if option not in ("no", "i") or _is_answer(option, own, match.start(), match.end())
         ]
         longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: it reaches furthest of those before
         for this in sorted(found, key=lambda each: (each[0], -each[1])):
@@ -491,7 +494,7 @@ def _numbered(text: str, known: Options) -> int | None:
     return number if number < len(known.literal) else None
 
 
-def _answers_no(text: str, start: int, end: int) -> bool:
-    """Whether a "no" there is an answer, and not a part of a sentence ("there is no cat")."""
+def _is_answer(option: str, text: str, start: int, end: int) -> bool:
+    """Whether a "no" or "I" there is an answer, and not a part of a sentence ("there is no cat", "I see")."""
     begins = not text[:start].strip() and not re.match(r"\s+(?:idea|clue|answer|option|information|way)\b", text[end:])
-    return begins or re.match(ENDS_NO, text[end:]) is not None
+    return (begins and option == "no") or re.match(ENDS_NO, text[end:]) is not None

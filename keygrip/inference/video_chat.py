@@ -3,6 +3,7 @@
     chat = VideoChat.from_pretrained("runs/foveated_vlm_webvid/...")      # or an export, or what save_pretrained wrote
     chat.generate([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
                                                 {"type": "text", "text": "What happens?"}]}])
+    session = chat.stream("What happens?")      # a video that is still coming: session.push(frame), session.answer()
     chat.save_pretrained("my-model")
 
 What a conversation may hold: `keygrip.inference.prompts`.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from keygrip.models.foveated_vlm.conversations import encode_around
 from keygrip.models.foveated_vlm.generation import check_count, check_room, check_seed, check_temperature, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
-from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, pieces
+from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, VideoStream, pieces
 from keygrip.training.checkpoints import WEIGHTS_ARE, load_module, read_checkpoint, run_content, weights_of
 from keygrip.training.integrity import refuse_unfit_weights
 
@@ -200,6 +201,18 @@ class VideoChat:
             left_out.update(sorted(unfit.items()))
         return answers if several else answers[0]
 
+    @overload
+    def stream(
+        self,
+        question: str,
+        /,
+        *,
+        mode: str | None = None,
+        seconds: Sequence[float] | None = None,
+        answer_tokens: int | None = None,
+    ) -> VideoStream: ...
+
+    @overload
     def stream(
         self,
         messages: Sequence[Message],
@@ -207,8 +220,42 @@ class VideoChat:
         temperature: float = 0.0,
         seed: int = 0,
         mode: str | None = None,
-    ) -> Iterator[str]:
-        """Pieces of the answer to a conversation as they come; arguments and errors as in `generate`."""
+    ) -> Iterator[str]: ...
+
+    def stream(
+        self,
+        messages: str | Sequence[Message],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        mode: str | None = None,
+        *,
+        seconds: Sequence[float] | None = None,
+        answer_tokens: int | None = None,
+    ) -> VideoStream | Iterator[str]:
+        """Of a question (a text) about a video that is still coming, its session: `push(frame)`, and `answer()` at any
+        time. Of a conversation (a list of messages), pieces of the answer as they come.
+
+        Args:
+            max_new_tokens, temperature, seed: of a conversation's answer, as in `generate`; a session's `answer` takes
+                them. seconds, answer_tokens: of a session, see `VideoStream`.
+
+        Raises:
+            ValueError: of a question as `FoveatedVLMModule.stream`, of a conversation as `generate`, or an argument of
+                the other one. FileNotFoundError: as `generate`.
+        """
+        if isinstance(messages, str):
+            if (max_new_tokens, temperature, seed) != (64, 0.0, 0):
+                raise ValueError(
+                    "stream of a question (a text) gives a session, whose answer(...) takes max_new_tokens, "
+                    "temperature and seed; mode, seconds and answer_tokens are given here, by their names"
+                )
+            return self.module.stream(messages, mode, seconds, answer_tokens)
+        if seconds is not None or answer_tokens is not None:
+            raise ValueError(
+                "seconds and answer_tokens are for the session that stream gives of a question (a text); of a "
+                "conversation give max_new_tokens, and the times are those of its video"
+            )
         check_temperature(temperature)
         check_seed(seed)
         check_count(max_new_tokens)

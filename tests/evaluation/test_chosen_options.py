@@ -43,6 +43,9 @@ FORMS = [
     *(("While A is plausible, B is correct.", 1), ("The answer is not (A); it is (B).", 1), ("red (B)", 1)),
     *(("I think the answer is A.", 0), ("The answer is A person jumps", 3), ("Not A, but B", 1)),
     *(("B because it is red", 1), ("A since the cube is blue", 0)),
+    *(("C.C.C.", 2), ("C.C.", 2), ("B.\nB.\nB.", 1), ("d.d.d.", 3), ("A.A.A", 0), ("**C.C.C.**", 2)),
+    *(("opt b", 1), ("Opt b.", 1), ("opt. b", 1), ("opt: b", 1), ("opt (b)", 1), ("Opt B", 1)),
+    *(("The answer is opt b", 1), ("not opt a, opt b", 1), ("I opt for b.", 1)),
 ]
 SENTENCES = [
     ("The answer is B because the person pulls the handle.", 1),
@@ -79,6 +82,8 @@ SENTENCES = [
 ]
 NONE = ["E", "none", "", "red or blue", "A cube lies there", "I cannot tell", "A or B", "Because", "Cubes are shown."]
 NONE += ["A, B", "A/B", "A; B and C", "<think>The answer is A", "A. blue\nB. red\nC. dark green\nD. a person jumps"]
+NONE += ["C.D.", "A.B.C.", "CCC", "opt a or opt b", "Opt A or Opt B", "Option A or Option B", "not opt b", "opt e"]
+NONE += ["They opt a lot", "From the U.S.A.", "The A.A. helps."]
 NONE += ["The answer is neither A nor B", "Option A or option B", "Either A or B."]
 NONE += ["The answer is not B", "It could be A, B, or C."]
 NONE += [
@@ -111,6 +116,35 @@ def test_what_names_none_or_several(said: str) -> None:
 def test_of_options_that_are_letters_the_letter_of_the_list_counts() -> None:
     assert chosen_option("B", ["B", "A", "C"]) == 1
     assert chosen_option("The answer is B.", ["B", "A", "C"]) == 1
+
+
+NAMES, ROMAN = ["Anna", "Bob", "I", "Dr. A"], ["I", "II", "III", "IV"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *((said, NAMES, 2) for said in ("I", "I.", "(I)", "**I**", '"I"', "i", "I\n", "C. I", "C", "It's I!")),
+        *((said, NAMES, 2) for said in ("The answer is I", "Answer: I.", "I, since he is alone", "Not Bob but I.")),
+        *(("I think it is Bob", NAMES, 1), ("Bob, I think", NAMES, 1), ("Bob, i.e. the man", NAMES, 1)),
+        *((said, NAMES, None) for said in ("I don't know", "I see nobody.", "Bob and I.", "not I.", "I.e.")),
+        *(("A", NAMES, 0), ("Dr. A", NAMES, 3), ("D", NAMES, 3)),
+        *(
+            ("I", ROMAN, 0),
+            ("The answer is I.", ROMAN, 0),
+            ("II", ROMAN, 1),
+            ("A. I", ROMAN, 0),
+            ("I, II", ROMAN, None),
+        ),
+        *(("I", ["1", "2", "3", "I", "5", "6", "7", "8", "9"], 8), ("Well: I.", [*"123I56789"], 8)),
+        *(("D", ["D", "A", "C"], 0), ("D", ["D", "A", "C", "B"], 3), ("X", ["Y", "X"], 1), ("B.B.B.", ["B", "A"], 1)),
+        *(("C.C.C.", ["C.C.", "C.C.C.", "C."], 1), ("A, A", ["A, B", "A, A"], 1)),
+    ],
+)
+def test_an_option_that_is_one_letter_is_named_by_it_where_the_list_has_no_such_letter(
+    said: str, options: list[str], option: int | None
+) -> None:
+    assert chosen_option(said, options) == option
 
 
 def test_letters_reach_as_far_as_the_options() -> None:
@@ -631,7 +665,7 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    "said", ["The answer is A? ", "red ", "Not A, ", "dark green or red ", "option A matches ", "no, A ", "- A "]
+    "said", ["The answer is A? ", "red ", "Not A, ", "dark green or red ", "option A matches ", "no, A ", "- A x "]
 )
 def test_the_work_on_a_model_that_repeats_itself_grows_with_its_text(
     said: str, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,57 @@ def test_a_video_and_a_question_are_answered_as_in_training(chat: VideoChat) -> 
     assert "".join(chat.stream(messages, 8)).strip() == wanted
 
 
+def test_of_a_question_a_stream_is_a_session(configured: tuple[FoveatedVLMModule, Header], tmp_path: Path) -> None:
+    """Of what `from_pretrained` returns, with the answers of the module's own session and of the whole video."""
+    module, header = configured
+    with torch.no_grad():  # so large that answers differ from video to video
+        for parameter in module.network.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
+    module.on_save_checkpoint(content)
+    chat = VideoChat.from_pretrained(write_export(tmp_path / "out", content, module.state_dict(), "card"), "cpu")
+    said = set()
+    for seed in range(4):
+        frames = np.random.default_rng(seed).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
+        session, own = chat.stream("Which digit?"), chat.module.stream("Which digit?")
+        for count, frame in enumerate(frames, 1):
+            session.push(frame)
+            own.push(frame)
+            wanted = chat.generate([user(video(frames[:count]), "Which digit?")], 8)
+            assert session.answer(8) == own.answer(8) == wanted
+            said.add(wanted)
+    assert len(said) > 2
+
+
+def test_the_sessions_arguments_are_those_of_the_modules(tmp_path: Path) -> None:
+    chat = VideoChat(small_module(tmp_path, TEXTS, query_source="coarse", frame_clock="seconds"))
+    frames = pixels(2)
+    session = chat.stream("Which?", mode="coarse_only", seconds=(0.0, 7.5), answer_tokens=9)
+    own = chat.module.stream("Which?", "coarse_only", (0.0, 7.5), 9)
+    other = chat.stream("Which?", mode="coarse_only", seconds=(0.0, 1.0), answer_tokens=9)
+    for frame in frames:
+        for each in (session, own, other):
+            each.push(frame)
+    assert (session.session.mode, session.answer_tokens, session.room) == ("coarse_only", 9, 0)
+    assert torch.equal(session.session._row.state, own.session._row.state)
+    assert not torch.equal(session.session._row.state, other.session._row.state)
+    with pytest.raises(ValueError, match="mode=coarse_fine: a stream is seen in autoregressive or coarse_only"):
+        chat.stream("Which?", mode="coarse_fine")
+    with pytest.raises(ValueError, match="a question is empty"):
+        chat.stream(" ")
+
+
+def test_arguments_of_the_other_stream_are_refused(chat: VideoChat) -> None:
+    for given, named in ((("coarse_only",), {}), ((8,), {}), ((), {"temperature": 0.5}), ((), {"seed": 3})):
+        with pytest.raises(ValueError, match=r"gives a session, whose answer\(\.\.\.\) takes max_new_tokens"):
+            chat.stream("Which?", *given, **named)  # type: ignore[call-overload]
+    for named in ({"seconds": (0.0,)}, {"answer_tokens": 8}):
+        with pytest.raises(ValueError, match="seconds and answer_tokens are for the session"):
+            chat.stream([user("Which?")], **named)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"a conversation is a list of messages.* not str"):
+        chat.generate("Which?")  # type: ignore[arg-type]
+
+
 def test_conversations_together_give_what_each_gives_alone(chat: VideoChat) -> None:
     """Of other lengths, with several turns, with text alone, with an image; in one batch."""
     several = [
