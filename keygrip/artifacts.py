@@ -35,6 +35,8 @@ BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 STALE_AFTER_S = 600.0  # without a change, after which what is half written is taken for left behind
+LARGEST_RECORD = 1 << 26  # bytes, of `read_record`
+LONGEST_INTEGER = 300  # digits; longer ones are no float either
 USERINFO = re.compile(r"://[^/?#\s]*@")
 
 
@@ -145,6 +147,33 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
         ValueError, TypeError: it is not JSON; nothing is written then.
     """
     write_text(path, json_text(content, indent) + "\n")
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The object in a small JSON file that a run, a sweep or a recording wrote, and that a full disk or somebody else
+    may have damaged since.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read, is too large or holds no object; the message names the file.
+    """
+    try:
+        if file.stat().st_size > LARGEST_RECORD:
+            raise ValueError(f"it has more than {LARGEST_RECORD} bytes")
+        content = json.loads(file.read_bytes(), parse_int=_integer)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: it holds no object of JSON")
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_INTEGER:
+        raise ValueError(f"the number {digits[:20]}... is out of range")
+    return int(digits)
 
 
 @contextlib.contextmanager

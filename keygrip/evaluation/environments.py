@@ -7,7 +7,6 @@ the recording.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,10 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 
 from keygrip.config import SettingError, option_of
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.hub import folder_of as hub_folder
 from keygrip.data.robot.hub import hub_name
+from keygrip.data.untrusted_files import read_json
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, task_names
 from keygrip.envs.yam.handover import HandoverTask
@@ -277,9 +278,7 @@ def _of_folder(root: Path) -> Recorded:
     if not file.is_file():
         raise ValueError(f"{root} does not say in which environment it was recorded (no {RECORDING_FILE}): {advice}")
     try:
-        if file.stat().st_size > LARGEST_RECORDING_FILE:
-            raise ValueError("it is too large")
-        settings = json.loads(file.read_text())["settings"]
+        settings = read_json(file, LARGEST_RECORDING_FILE)["settings"]
         recorded_in, image_size = settings.get("environment"), int(settings["image_size"])
         if recorded_in == "gymnasium":
             return Recorded("gymnasium", None, image_size, float(settings["hz"]), seeds=_seeds_there(root))
@@ -292,6 +291,8 @@ def _of_folder(root: Path) -> Recorded:
         cell = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
         hz, seeds = float(settings["hz"]), _seeds_there(root)
         return Recorded(ENVIRONMENTS[type(cell)], cell, image_size, hz, seeds=seeds)
+    except BadSample as error:
+        raise ValueError(f"{file} does not describe a recording ({error.what}): {advice}") from error
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"{file} does not describe a recording ({type(error).__name__}: {error}): {advice}") from error
 

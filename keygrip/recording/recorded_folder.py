@@ -5,12 +5,11 @@ Imports no simulator: workers in a simulator's own environment use it too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.artifacts import json_values, write_json
+from keygrip.artifacts import json_values, read_record, write_json
 
 SETTINGS_FILE = "recording.json"
 LOCK_FILE = ".recording.lock"
@@ -25,17 +24,27 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
     """What a recording in `root` stored of failed seeds. A new one notes its settings, and `none` for the seeds.
 
     Raises:
-        ValueError: `root` holds demonstrations with other settings; two recordings are never mixed.
+        ValueError: `root` holds demonstrations with other settings; two recordings are never mixed. Or what it says of
+            itself is damaged.
     """
     path = root / SETTINGS_FILE
-    stored = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        stored = read_record(path) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{error}: record into another folder, or remove this one") from error
     # a try that ended before its first demonstration (an image size that the environment does not have) binds nobody
     empty = not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
     if not stored or (empty and stored.get("settings") != json_values(settings)):
         store(root, settings, none)
         return none
-    _refuse_other_settings(root, stored.get("settings", {}), json_values(settings))
-    return stored["failed_seeds"]
+    there, failed = stored.get("settings"), stored.get("failed_seeds")
+    if not isinstance(there, dict) or type(failed) is not type(none):
+        raise ValueError(
+            f"{path} is damaged: it lacks the settings or the failed seeds of a recording; record into another "
+            "folder, or remove this one"
+        )
+    _refuse_other_settings(root, there, json_values(settings))
+    return failed
 
 
 def store(root: Path, settings: dict[str, Any], failed: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,14 @@ import numpy as np
 from PIL import Image
 
 from keygrip.cores import usable_cores
+from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.schema import Demo
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.data.spacing import evenly
+from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     answer,
@@ -147,11 +148,14 @@ class DemoMaker:
             for n in np.minimum(wanted, len(demo) - 1)
         ]
         path = demo.path / "text.json"
-        text = json.loads(path.read_text()) if path.is_file() else {}
+        text = read_json(path) if path.is_file() else {}
+        if not isinstance(text, dict):
+            raise BadSample(path, "it holds no object of JSON")
         described = text.get("camera") or camera  # texts of other sources name none
         if described != camera:
             _say_left_out(camera, described)
-        conversations = conversations_of(text, () if described == camera else OF_ONE_CAMERA)
+        with guard(path):
+            conversations = conversations_of(text, () if described == camera else OF_ONE_CAMERA)
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
             conversations.insert(0, caption(sentence, request="What is the robot told to do?"))

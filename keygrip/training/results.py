@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from keygrip.artifacts import json_text, write_text
+from keygrip.artifacts import json_text, read_record, write_text
 
 RESULT = "result.json"
 # Values of "status". A killed process leaves "running".
@@ -28,10 +27,8 @@ def read_result(folder: Path) -> dict[str, Any]:
     A metric that is null there is nan: JSON has no numbers that are not finite (`keygrip.artifacts.json_text`).
     """
     try:
-        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        content = read_record(folder / RESULT)
     except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict):
         return {}
     if isinstance(content.get("metrics"), dict):
         found = content["metrics"].items()

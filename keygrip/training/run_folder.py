@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from keygrip.artifacts import is_locked, locked
+from keygrip.artifacts import is_locked, locked, read_record
 from keygrip.launch import in_a_shell_of_slurm, is_first_process
 from keygrip.training.results import RESULT
 
@@ -270,10 +271,10 @@ def newest(group: Path) -> Path:
 def _recorded(file: Path, key: str) -> float:
     """When a run or a sweep began, seconds since the epoch, as it recorded itself; 0 where it did not."""
     try:
-        value = json.loads(file.read_bytes()).get(key)
-    except (OSError, ValueError, AttributeError):
+        value = read_record(file).get(key)
+    except (OSError, ValueError):
         return 0.0
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -17,7 +16,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from keygrip.artifacts import atomic_write, write_json
+from keygrip.artifacts import atomic_write, read_record, write_json
 from keygrip.launch import queue_again
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import read_checkpoint
@@ -134,11 +133,11 @@ class SaveLatest(Checkpoint):
         if trainer.global_step == 0:
             return
         try:
-            record = json.loads(self._best_record.read_text(encoding="utf-8"))
+            step, best = self._best_before()
         except FileNotFoundError:  # there is none, or the first process has just removed it
             return
-        if record["step"] <= trainer.global_step:
-            self.best = record.get(self.monitor)
+        if step <= trainer.global_step:
+            self.best = best
         elif trainer.is_global_zero:
             log.warning("%s is removed: training goes on from an earlier step", self.best_path)
             self.best_path.unlink(missing_ok=True)
@@ -178,6 +177,21 @@ class SaveLatest(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+
+    def _best_before(self) -> tuple[int, float | None]:
+        """Step and value of the best state so far; no value: that of another metric.
+
+        Raises:
+            FileNotFoundError: there is no record of one. ValueError: it is damaged.
+        """
+        try:
+            record = read_record(self._best_record)
+            step, best = record.get("step"), record.get(self.monitor) if self.monitor else None
+            if type(step) is not int or not (best is None or (isinstance(best, int | float) and math.isfinite(best))):
+                raise ValueError(f"{self._best_record} is damaged: it holds no step, or no number")
+        except ValueError as error:
+            raise ValueError(f"{error}: remove it, and the next validation's state counts as the best") from error
+        return step, best
 
     @property
     def _best_record(self) -> Path:

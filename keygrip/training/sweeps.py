@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import logging
 import os
 import shlex
@@ -18,7 +17,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from keygrip.artifacts import atomic_write, without_passwords, write_json, write_text
+from keygrip.artifacts import atomic_write, read_record, without_passwords, write_json, write_text
 from keygrip.config import quoted
 from keygrip.config_errors import one_line, root_cause
 from keygrip.launch import is_first_process, restarted_by_scheduler, started_together
@@ -283,7 +282,7 @@ def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A sweep as it is kept under ``benchmarks/``."""
     from keygrip.training.metadata import git_revision, machine
 
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    plan = read_record(folder / PLAN)
     return {
         "command": without_passwords(plan.get("command")),
         "date": time.strftime("%Y-%m-%d"),
@@ -321,21 +320,31 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     """Overrides of each planned job, and the folder with its result; without a plan, of each result."""
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    jobs = _planned(folder)
     results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
     # Those of evaluations, in the folder of their job, have no status.
     given = {path: result.get("overrides", []) for path, result in results.items() if "status" in result}
-    if not plan["jobs"]:
+    if not jobs:
         return [(overrides, path) for path, overrides in given.items()]
     folders, found = list(given), dict[int, Path]()
     for named in (True, False):  # jobs with the same overrides (seed=0,0) are told apart by the folder's number
-        for number, overrides in enumerate(plan["jobs"]):
+        for number, overrides in enumerate(jobs):
             for path in folders if number not in found else ():
                 if _same(given[path], overrides) and (path.name == str(number) or not named):
                     found[number] = path
                     folders.remove(path)
                     break
-    return [(overrides, found.get(number)) for number, overrides in enumerate(plan["jobs"])]
+    return [(overrides, found.get(number)) for number, overrides in enumerate(jobs)]
+
+
+def _planned(folder: Path) -> list[list[str]]:
+    """Overrides of each job of a sweep's plan. Raises ValueError: the plan is damaged."""
+    jobs = read_record(folder / PLAN).get("jobs")
+    if not isinstance(jobs, list) or not all(
+        isinstance(job, list) and all(isinstance(each, str) for each in job) for job in jobs
+    ):
+        raise ValueError(f"{folder / PLAN} is damaged (its jobs are no lists of overrides)")
+    return jobs
 
 
 def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list[str], list[list[Any]]]:

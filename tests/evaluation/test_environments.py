@@ -191,7 +191,16 @@ def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) ->
         environment_settings(trained_on(tmp_path), RECORDED)
     with pytest.raises(ValueError, match="trained on several data sets"):
         environment_settings({"root": ["a", "b"], "record": {}, "cameras": None}, RECORDED)
-    for broken in ("[]", "{", '{"settings": 3}', '{"settings": {"task": {"nmae": "pick"}}}', '{"settings": {}}'):
+    large = '{"settings": {"environment": "gymnasium", "image_size": 1e400, "hz": 5}}'
+    for broken in (
+        large,
+        "[" * 100_000,
+        "[]",
+        "{",
+        '{"settings": 3}',
+        '{"settings": {"task": {"nmae": "pick"}}}',
+        '{"settings": {}}',
+    ):
         file.write_text(broken)
         with pytest.raises(ValueError, match="does not describe a recording"):
             environment_settings(trained_on(tmp_path), RECORDED)

@@ -150,6 +150,17 @@ def test_other_settings_do_not_mix_into_a_folder(serial: Path) -> None:
         record(TaskOptions(name="pick", region="left"), serial, 4, image_size=SIZE, progress=False)
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "{", "[]", '{"settings": {}}', '{"settings": 3, "failed_seeds": []}']
+)
+def test_a_damaged_record_of_a_recording_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "pick_0000000").mkdir()
+    (tmp_path / "recording.json").write_text(content)
+    with pytest.raises(ValueError, match=r"recording\.json is damaged.*record into another folder"):
+        failed_seeds(tmp_path, {}, [])
+    assert (tmp_path / "recording.json").read_text() == content
+
+
 def test_a_try_that_failed_before_its_first_demonstration_binds_nobody(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="camera"):
         record(PICK, tmp_path, 1, image_size=SIZE, cameras=("none",), progress=False)

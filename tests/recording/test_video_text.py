@@ -13,6 +13,7 @@ import pytest
 from hydra.errors import InstantiationException
 
 from keygrip.config import compose
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter, write_demo
 from keygrip.data.shards.reader import ShardSet
@@ -86,6 +87,15 @@ class LongDemo:
 
     def __len__(self) -> int:
         return 700
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "{", "[]", '{"questions": [{}]}', '{"captions": 3}', '{"a": 1e999}']
+)
+def test_a_demonstration_with_a_damaged_text_is_a_bad_sample(content: str, tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text(content)
+    with pytest.raises(BadSample, match=r"text\.json: "):
+        list(DemoMaker("front", 8, "stretch")(SimpleNamespace(read=lambda **given: LongDemo(tmp_path))))
 
 
 def test_frames_of_long_demonstrations_keep_their_seconds(tmp_path: Path) -> None:

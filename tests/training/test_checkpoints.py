@@ -6,6 +6,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from keygrip import artifacts, train
 from keygrip.config import compose
 from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint, trusted_packages
-from keygrip.training.saving import AtomicCheckpointIO
+from keygrip.training.saving import AtomicCheckpointIO, SaveLatest
 
 TRUST = ["toy_parts"]
 
@@ -205,6 +206,19 @@ def test_checkpoints_of_a_future_that_was_given_up_go(
     assert sorted(path.name for path in folder.glob("step-*")) == [*kept, "step-review.ckpt"]
     assert not list(folder.glob("best*"))
     assert "step-00000006.ckpt is removed: training went on from an earlier step" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000, "[]", '{"step": "6"}', '{"step": 6, "val/loss": "low"}'])
+def test_a_damaged_record_of_the_best_is_named(content: str, tmp_path: Path) -> None:
+    saving = SaveLatest(str(tmp_path), monitor="val/loss")
+    (tmp_path / "best.json").write_text(content)
+    trainer: Any = SimpleNamespace(global_step=8, is_global_zero=True)
+    module: Any = None
+    with pytest.raises(ValueError, match=r"best\.json is damaged.*: remove it, and the next validation"):
+        saving.on_train_start(trainer, module)
+    (tmp_path / "best.json").write_text('{"step": 6, "val/loss": 0.5}')
+    saving.on_train_start(trainer, module)
+    assert saving.best == 0.5
 
 
 def test_the_last_checkpoints_by_step_stay(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:

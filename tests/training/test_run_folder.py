@@ -20,7 +20,7 @@ from keygrip.config import SettingError, check_overrides, compose
 from keygrip.evaluate import evaluation_output
 from keygrip.launch import started_together
 from keygrip.training import run_folder
-from keygrip.training.results import write_result
+from keygrip.training.results import read_result, write_result
 from keygrip.training.resuming import checkpoint_to_resume
 from keygrip.training.sweeps import collect
 
@@ -50,6 +50,24 @@ def test_a_new_run_gets_a_stamped_folder_that_stays_the_same() -> None:
     first = run_folder.choose(None, False, "volume_query", "yam")
     assert Path(first).parent == Path("runs/volume_query_yam")
     assert run_folder.choose(None, False, "volume_query", "yam") == first
+
+
+DAMAGED = ["[" * 100_000, '{"started_at": 1' + "0" * 400 + "}", '{"started_at": NaN}', "[1]", "{", ""]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=["nested", "large", "nan", "list", "cut off", "empty"])
+def test_a_damaged_record_of_another_run_keeps_no_run_from_resuming(content: str) -> None:
+    for name in ("a", "b"):
+        checkpoint_in(f"runs/m_d/{name}")
+    Path("runs/m_d/a/result.json").write_text(json.dumps({"started_at": 5}))
+    Path("runs/m_d/b/result.json").write_text(content)
+    assert run_folder.choose(None, True, "m", "d") == "runs/m_d/a"
+    assert read_result(Path("runs/m_d/b")).keys() <= {"started_at"}
+    for name in ("a", "b"):
+        Path(f"runs/sweeps/m/{name}").mkdir(parents=True)
+        write_json(Path(f"runs/sweeps/m/{name}/sweep.json"), {"started": 5})
+    Path("runs/sweeps/m/b/sweep.json").write_text(content)
+    assert run_folder.choose_for_sweep(True, "m") == "runs/sweeps/m/a"
 
 
 def test_resuming_takes_the_newest_checkpoint_of_this_model_and_data() -> None:

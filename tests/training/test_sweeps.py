@@ -362,6 +362,13 @@ def test_jobs_without_a_result_are_missing(tmp_path: Path, capsys: pytest.Captur
     assert close_sweeps() == [f"2 of 3 jobs of the sweep did not finish: 1 (missing), 2 (killed); see {tmp_path}"]
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", '{"jobs": 3}', '{"jobs": [3]}', "[]"])
+def test_a_damaged_plan_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / PLAN).write_text(content)
+    with pytest.raises(ValueError, match=rf"{PLAN} is damaged"):
+        collect(tmp_path)
+
+
 def test_jobs_with_the_same_overrides_have_rows_of_their_own(tmp_path: Path) -> None:
     write_json(tmp_path / PLAN, {"jobs": [["seed=0"]] * 11})
     for number in (1, 2, 10):
