@@ -23,11 +23,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-LONGEST_TEMPLATE = 200_000  # characters; the longest of known models have some ten thousand
+LONGEST_TEMPLATE = 50_000  # characters; the longest of known models have some ten thousand
 OPERATIONS, OPERATIONS_A_MESSAGE = 20_000, 1_000  # known templates need less than a hundred for a message
 LARGEST, LARGEST_A_CHARACTER = 1_000_000, 10  # characters of a value: in any case, and for each one that is said
 ITEM = 10  # characters that an item of a list or dictionary counts as
 CHARACTERS_AN_OPERATION = 1_000  # that count as one more operation
+NODES_AN_OPERATION = 10  # of a template's syntax tree: the attributes, assignments, ... of a loop's turn
 LARGEST_INTEGER = 2**64
 HOLDING = (set, frozenset, range, KeysView, ValuesView, ItemsView)  # beside lists, tuples and dictionaries
 # Methods and filters that may take or make as much as the product of the sizes of what they are given.
@@ -35,6 +36,8 @@ GROWING = {
     *("replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map"),
     *("strip", "lstrip", "rstrip", "trim", "indent", "tojson", "batch", "slice", "to_bytes"),
 }
+# Filters that look up an attribute, which may be a long path of them ("a.b.c"), of every item.
+BY_ATTRIBUTE = {"map", "selectattr", "rejectattr", "groupby", "sort", "unique", "min", "max", "join"}
 # Filters that may take long, most of them for web pages; no chat template needs them.
 LEFT_OUT = {"urlize", "striptags", "wordwrap", "pprint", "xmlattr", "forceescape", "filesizeformat", "random", "sum"}
 WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # in a format: a width of four digits, or one that is an argument
@@ -98,7 +101,16 @@ def _compiled(template: str) -> Any:
 
 
 class _Generator(CodeGenerator):
-    """Measures every value that an expression makes, and counts the turns of loops."""
+    """Measures every value that an expression makes, and counts the turns of loops and the calls of macros with what
+    stands in them."""
+
+    def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
+        for called in node.find_all((nodes.Macro, nodes.CallBlock, nodes.Block)):
+            charge = nodes.Call(
+                nodes.EnvironmentAttribute("charged"), [nodes.Const(_size(called.body))], [], None, None
+            )
+            called.body.insert(0, nodes.ExprStmt(charge).set_lineno(called.lineno))
+        super().visit_Template(node, frame)
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         sliced = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
@@ -126,9 +138,15 @@ class _Generator(CodeGenerator):
             self.fail("recursive loops are not taken in chat templates", node.lineno)
         written = sum(len(data.data) for each in node.body for data in each.find_all(nodes.TemplateData))
         counted = nodes.EnvironmentAttribute("counted", lineno=node.lineno)
-        length = nodes.Const(written, lineno=node.lineno)
-        node.iter = nodes.Call(counted, [node.iter, length], [], None, None, lineno=node.lineno)
+        size = _size([*node.body, node.target, *([node.test] if node.test else [])])
+        turn = nodes.Const(1 + written // CHARACTERS_AN_OPERATION + size // NODES_AN_OPERATION, lineno=node.lineno)
+        node.iter = nodes.Call(counted, [node.iter, turn], [], None, None, lineno=node.lineno)
         super().visit_For(node, frame)
+
+
+def _size(parts: Sequence[nodes.Node]) -> int:
+    """Nodes of a part of the syntax tree."""
+    return sum(1 + sum(1 for _ in part.find_all(nodes.Node)) for part in parts)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -146,11 +164,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         """What the operator ~ makes."""
         return "".join(map(str, self.measured(parts)))
 
-    def counted(self, items: Any, written: int) -> Any:
-        """What a loop goes through, after its turns are counted; each writes so many characters of the template."""
+    def counted(self, items: Any, turn: int) -> Any:
+        """What a loop goes through, after its turns are counted, each as so many operations."""
         items = items if isinstance(items, Sized) else list(islice(items, _work.get().operations + 1))
-        _work.get().take(len(items) * (1 + written // CHARACTERS_AN_OPERATION))
+        _work.get().take(len(items) * turn)
         return items
+
+    def charged(self, size: int) -> None:
+        """Counts a call of a macro or block of so many nodes."""
+        _work.get().take(size // NODES_AN_OPERATION)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if getattr(function, "__name__", "") in GROWING:
@@ -182,6 +204,7 @@ def _environment() -> _Environment:
         trim_blocks=theirs.trim_blocks,
         lstrip_blocks=theirs.lstrip_blocks,
         extensions=[type(extension) for extension in theirs.extensions.values()],
+        optimized=False,  # Jinja would try every part of an expression again for each part above it
     )
     own.finalize = own.measured
     own.globals = {name: value for name, value in theirs.globals.items() if name != "lipsum"}
@@ -201,9 +224,20 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             measured(each)
         if name in GROWING:
             _refuse_growth(name, *args, *kwargs.values())
+        if name in BY_ATTRIBUTE:
+            _charge_path(*args, *kwargs.values())
         return measured(function(*args, **kwargs))
 
     return bounded
+
+
+def _charge_path(*given: Any) -> None:
+    """Counts what a filter looks up of the first thing given that has items."""
+    # before it some filters are given the context, which Python takes for a mapping and which has no length
+    value, *options = [each for each in given if isinstance(each, Sized) and not isinstance(each, Context)] or [()]
+    path = 1 + sum(each.count(".") for each in options if isinstance(each, str))
+    if (work := _work.get(None)) is not None:
+        work.take(len(value) * path // NODES_AN_OPERATION)
 
 
 def _held(value: Any) -> Any:

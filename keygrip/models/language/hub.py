@@ -113,14 +113,26 @@ def check_tokenizer(source: str, vocabulary: int | None = None, **options: Any) 
 
 
 def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained(source)`; without a network one line says what to download."""
-    if Path(source).is_dir():
-        return kind.from_pretrained(source, **options)
-    if source.startswith((".", "/", "~")):
+    """`kind.from_pretrained(source)` of an Auto class or a model of transformers; no code that a folder or the hub
+    brings is executed, nor does anything ask on the terminal whether it may be.
+
+    Raises:
+        FileNotFoundError: not there, or not to be had from the hub: one line says what to download.
+        ValueError: it needs such code.
+    """
+    here = Path(source).is_dir()
+    if not here and source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"weights or tokenizer: there is no folder {source}")
     try:
-        return kind.from_pretrained(source, **options)
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{source} needs Python code of its own, which keygrip does not execute: give a model and a tokenizer "
+                "of a kind that transformers has itself"
+            ) from error
+        if here:
+            raise
         raise FileNotFoundError(
             f"{source} is neither a folder nor to be had from the hub ({str(error).splitlines()[0][:120]}): download "
             "its config.json, generation_config.json, model.safetensors and tokenizer files from "

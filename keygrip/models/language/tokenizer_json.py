@@ -1,12 +1,15 @@
 """Stored tokenizers of others (tokenizer.json), checked before the library `tokenizers` takes them.
 
 The library goes through all ids up to the largest, whatever tokens there are, and ends some damaged files with a panic
-of Rust, which no `except Exception` sees.
+of Rust, which no `except Exception` sees. What a file puts in place of characters may be any length, and be replaced
+again by the next part.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,16 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 LARGEST_VOCABULARY = 4_000_000  # of a model that is not known; the largest known have a million tokens
 LARGEST_FILE_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
+MOST_PARTS = 100  # of all that a tokenizer does beside its model; known ones have about ten
+LARGEST_GROWTH = 256  # characters that these make of one; of known ones T5's and ALBERT's come nearest, with 72
+STEPS = {"encoding": ("normalizer", "pre_tokenizer"), "decoding": ("decoder",), "adding tokens": ("post_processor",)}
+NESTED = ("normalizers", "pretokenizers", "decoders", "processors")  # of the several kinds of a Sequence
+# Characters that parts with a fixed rule may make of one.
+FIXED_GROWTH = {
+    **{"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "BertNormalizer": 12, "Lowercase": 2},
+    **{"ByteLevel": 3, "Metaspace": 2, "BPEDecoder": 2, "CTC": 2, "WordPiece": 2},
+}
+FORMS = ("NFC", "NFD", "NFKC", "NFKD", "BertNormalizer")
 
 
 def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None) -> Tokenizer:
@@ -28,7 +41,8 @@ def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None
             known.
 
     Raises:
-        ValueError: it is damaged, or has a token beyond the vocabulary.
+        ValueError: it is damaged, has a token beyond the vocabulary, or parts that make far more of a text than there
+            was.
     """
     from tokenizers import Tokenizer
 
@@ -37,6 +51,7 @@ def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None
     except (ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{where} is damaged or no tokenizer ({error})") from error
     _refuse_ids(content, where, vocabulary)
+    _refuse_growth(content, where)
     with tokenizer_errors(where):
         return Tokenizer.from_str(json.dumps(content))  # not `text`, where a name may stand twice
 
@@ -75,3 +90,72 @@ def _refuse_ids(content: Any, where: str, vocabulary: int | None) -> None:
     for token, number in ids:
         if type(number) is not int or not 0 <= number < most:
             raise ValueError(f"{where}: the token {str(token)[:40]!r} has the id {number}; {of} has ids below {most}")
+
+
+def _refuse_growth(content: dict[str, Any], where: str) -> None:
+    found = {step: [p for name in names for p in _parts(content.get(name), where)] for step, names in STEPS.items()}
+    if (count := sum(map(len, found.values()))) > MOST_PARTS:
+        raise ValueError(f"{where} has a normalizer, decoder, ... of {count} parts; no tokenizer needs {MOST_PARTS}")
+    for step, parts in found.items():
+        # The first of Unicode's forms makes more of a few rare characters alone; of another one it is not known what
+        # the parts in between have made.
+        forms = [number for number, part in enumerate(parts) if part.get("type") in FORMS]
+        growth = math.prod(_growth(part) for number, part in enumerate(parts) if number not in forms[:1])
+        if growth > LARGEST_GROWTH:
+            names = " and ".join(STEPS[step])
+            raise ValueError(
+                f"{where}: in {step} its {names} may make {growth:.0f} characters or tokens of one, more than the "
+                f"{LARGEST_GROWTH} that any tokenizer needs"
+            )
+
+
+def _parts(node: Any, where: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer, a decoder, ..., those of sequences within sequences too, in their order."""
+    parts: list[dict[str, Any]] = []
+    waiting = [] if node is None else [node]
+    while waiting:
+        each = waiting.pop()
+        if not isinstance(each, dict):  # the library takes a list for the fields of a part, too
+            raise ValueError(f"{where} is damaged or no tokenizer ({str(each)[:40]!r} is no part of a normalizer, ...)")
+        for inner in (each[name] for name in NESTED if name in each):
+            waiting += reversed(inner) if isinstance(inner, list) else [inner]
+        parts.append(each)
+    return parts
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """Characters that a part makes of one at most, or tokens of one; what is no such part the library refuses."""
+    growth = float(FIXED_GROWTH.get(str(part.get("type")), 1))
+    content, pattern, added = part.get("content"), part.get("pattern"), part.get("prepend")
+    if isinstance(content, str):
+        given = pattern.get("String") if isinstance(pattern, dict) else pattern
+        # a regular expression may match nothing, before every character
+        growth *= max(1.0, len(content) / len(given)) if isinstance(given, str) and given else 1 + len(content)
+    if isinstance(added, str):
+        growth *= 1 + len(added)
+    if isinstance(part.get("precompiled_charsmap"), str):
+        growth *= _longest_of(part["precompiled_charsmap"])
+    templates = [each for each in (part.get("single"), part.get("pair")) if isinstance(each, list)]
+    return growth * max([1, *(_tokens_of(each, part.get("special_tokens")) for each in templates)])
+
+
+def _longest_of(charsmap: str) -> int:
+    """Length of the longest text that a SentencePiece's map has in place of a character: behind a table, of which the
+    first four bytes say the size, they stand one after the other, each with a zero byte behind it."""
+    try:
+        content = base64.b64decode(charsmap)
+    except ValueError:
+        return 1  # which the library refuses
+    texts = content[4 + int.from_bytes(content[:4], "little") :]
+    return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
+
+
+def _tokens_of(template: list[Any], special: Any) -> int:
+    """Tokens that a template of a post-processor makes of one, with those that it adds."""
+    count = 0
+    for piece in template:
+        named = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        token = special.get(str(named.get("id"))) if isinstance(named, dict) and isinstance(special, dict) else None
+        ids = token.get("ids") if isinstance(token, dict) else None
+        count += len(ids) if isinstance(ids, list) else 1
+    return count

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from tokenizers import Tokenizer
 from vlm_parts import small_module
 
 from keygrip.config import compose
@@ -23,6 +26,7 @@ from keygrip.inference.processor import KeygripProcessor
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.hub_files import chat_template
 from keygrip.models.language.chat_templates import render_chat
+from keygrip.models.language.tokenizer_json import parse_tokenizer
 from keygrip.models.language.tokenizers import (
     TINY_TEMPLATE,
     ChatTokenizer,
@@ -166,6 +170,107 @@ def test_ids_beyond_the_vocabulary_are_refused_before_the_library_takes_them(
             PretrainedTokenizer(str(folder)).load(tmp_path)
 
 
+def replacing(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def sequence(name: str, *parts: Any) -> dict[str, Any]:
+    return {"type": "Sequence", name: list(parts)}
+
+
+def charsmap(*texts: str) -> dict[str, Any]:
+    """A normalizer with SentencePiece's map of a table without entries, and these texts."""
+    content = struct.pack("<I256I", 1024, *[0] * 256) + b"".join(text.encode() + b"\0" for text in texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+TENFOLD = replacing("x", "x" * 10)
+FOUND = {"Sequence": {"id": "A", "type_id": 0}}
+TOKEN = {"SpecialToken": {"id": "x", "type_id": 0}}
+TEMPLATE = {"type": "TemplateProcessing", "single": [FOUND], "pair": [FOUND, FOUND], "special_tokens": {}}
+GROWING = {
+    "normalizer": {"normalizer": sequence("normalizers", *[TENFOLD] * 3)},
+    "nested": {"normalizer": sequence("normalizers", TENFOLD, sequence("normalizers", TENFOLD, TENFOLD))},
+    "without types": {"normalizer": {"normalizers": [{"pattern": {"String": "x"}, "content": "x" * 10}] * 3}},
+    "as a list": {"normalizer": [{"String": "x"}, "x" * 10]},
+    "one": {"normalizer": replacing("xy", "x" * 600)},
+    "expressions": {"normalizer": sequence("normalizers", *[replacing("z*", "y", "Regex")] * 9)},
+    "prepended": {"normalizer": sequence("normalizers", *[{"type": "Prepend", "prepend": "x" * 20}] * 2)},
+    "forms": {"normalizer": sequence("normalizers", *[replacing("x", "\ufdfa"), {"type": "NFKC"}] * 3)},
+    "map": {"normalizer": charsmap("ab", "x" * 300, "c")},
+    "bytes": {"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel", "add_prefix_space": True}] * 6)},
+    "both": {"normalizer": replacing("x", "x" * 99), "pre_tokenizer": {"type": "ByteLevel"}},
+    "decoder": {"decoder": sequence("decoders", *[TENFOLD] * 3)},
+    "template": {"post_processor": TEMPLATE | {"single": [FOUND] * 300}},
+    "ids": {
+        "post_processor": TEMPLATE
+        | {
+            "single": [FOUND, *[TOKEN] * 20],
+            "special_tokens": {"x": {"id": "x", "ids": [0] * 20, "tokens": ["x"] * 20}},
+        }
+    },
+    "parts": {"normalizer": sequence("normalizers", *[replacing("x", "y")] * 200)},
+}
+
+
+@pytest.mark.parametrize("parts", list(GROWING.values()), ids=list(GROWING))
+def test_a_tokenizer_that_makes_far_more_of_a_text_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    made = TrainedTokenizer(300).load(tmp_path, TEXTS).state()
+    hostile = json.dumps({**json.loads(made["tokenizer"]), **parts})
+    with pytest.raises(ValueError, match=r"its tokenizer.*(than the 256 that any tokenizer needs|parts|is no part of)"):
+        ChatTokenizer.from_state(made | {"tokenizer": hostile})
+
+
+# The parts of known families, as their files have them.
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{L}+| ?\p{N}"}, "behavior": "Isolated", "invert": False}
+PIECES = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT-2": {"pre_tokenizer": BYTES, "decoder": BYTES, "post_processor": BYTES},
+    "SmolLM2": {"pre_tokenizer": sequence("pretokenizers", {"type": "Digits", "individual_digits": True}, BYTES)},
+    "Qwen": {"normalizer": {"type": "NFC"}, "pre_tokenizer": sequence("pretokenizers", SPLIT, BYTES), "decoder": BYTES},
+    "Llama 2": {
+        "normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "\u2581"}, replacing(" ", "\u2581")),
+        "decoder": sequence(
+            "decoders",
+            replacing("\u2581", " "),
+            *({"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+        ),
+    },
+    "Llama 3": {
+        "pre_tokenizer": sequence("pretokenizers", SPLIT, BYTES),
+        "post_processor": sequence(
+            "processors",
+            BYTES,
+            TEMPLATE
+            | {"single": [TOKEN, FOUND], "pair": [TOKEN, FOUND, TOKEN, FOUND]}
+            | {"special_tokens": {"x": {"id": "x", "ids": [0], "tokens": ["x"]}}},
+        ),
+    },
+    "T5": {
+        "normalizer": sequence("normalizers", charsmap("x" * 18, "y"), replacing(" {2,}", "\u2581", "Regex")),
+        "pre_tokenizer": sequence("pretokenizers", {"type": "WhitespaceSplit"}, PIECES),
+        "decoder": PIECES,
+    },
+    "ALBERT": {
+        "normalizer": sequence(
+            "normalizers",
+            *(replacing("``", '"'), replacing("''", '"'), {"type": "NFKD"}, {"type": "StripAccents"}),
+            *({"type": "Lowercase"}, charsmap("x" * 18, "y"), replacing(" {2,}", " ", "Regex")),
+        ),
+        "pre_tokenizer": PIECES,
+    },
+    "CLIP": {"normalizer": sequence("normalizers", {"type": "NFC"}, replacing(r"\s+", " ", "Regex"))},
+}
+
+
+@pytest.mark.parametrize("parts", list(FAMILIES.values()), ids=list(FAMILIES))
+def test_the_parts_of_known_families_are_taken(parts: dict[str, Any], tmp_path: Path) -> None:
+    made = json.loads(TrainedTokenizer(300).load(tmp_path, TEXTS).state()["tokenizer"])
+    named = json.dumps({**made, **parts})
+    assert json.loads(parse_tokenizer(named, "its file").to_str()) == json.loads(Tokenizer.from_str(named).to_str())
+
+
 def test_a_token_beyond_a_gap_of_ids_counts_in_the_size(tmp_path: Path) -> None:
     """Rows of the table behind the largest id have no token; those of a gap are few."""
     state = TrainedTokenizer(300).load(tmp_path, TEXTS).state()
@@ -199,7 +304,6 @@ def test_a_tokenizer_without_an_end_token_is_stored_without_one(tmp_path: Path) 
 
 
 def test_a_tokenizer_that_ends_no_turn_or_names_tokens_that_it_lacks_is_refused(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     made = TrainedTokenizer(320).load(tmp_path, TEXTS)
@@ -240,16 +344,40 @@ ENDLESS = {
     "replace": "{% set x = 'a' * 900000 %}{{ x.replace('a', x) }}",
     "join": "{% set x = 'a' * 900000 %}{{ x.join(range(9999)|map('string')) }}",
     "lorem ipsum": "{{ lipsum(1000000000) }}",
-    "long text": "{% for a in range(9999) %}" + "x" * 90_000 + "{% endfor %}",
-    "long text kept": "{% set y %}{% for a in range(9999) %}" + "x" * 90_000 + "{% endfor %}{% endset %}",
+    "long text": "{% for a in range(9999) %}" + "x" * 40_000 + "{% endfor %}",
+    "long text kept": "{% set y %}{% for a in range(9999) %}" + "x" * 40_000 + "{% endfor %}{% endset %}",
     "long value": "{% set x = 'a' * 900000 %}{% for a in range(9999) %}{{ x }}{% endfor %}",
-    "long template": "x" * 300_000,
+    "long template": "x" * 60_000,
 }
 
 
 @pytest.mark.parametrize("template", list(ENDLESS.values()), ids=list(ENDLESS))
 def test_templates_that_take_all_time_or_memory_are_ended(template: str) -> None:
     with pytest.raises(ValueError, match="chat template cannot render this conversation"):
+        render_chat(template, TALK, True, {})
+
+
+LOOKED_UP = "{%% set n = namespace() %%}{%% set n.a = n %%}%s" + ("{%% set y = n" + ".a" * 30 + " %%}") * 90 + "%s"
+LONG_TURNS = {
+    "attributes": LOOKED_UP % ("{% for i in range(9999) %}", "{% endfor %}"),
+    "attributes of macros": "{% macro f(n) %}"
+    + LOOKED_UP % ("", "{% endmacro %}{% for i in range(9999) %}{{ f(n) }}{% endfor %}"),
+    "attributes of callers": (
+        "{% macro f() %}{% for i in range(9999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+        + LOOKED_UP % ("{% call f() %}", "{% endcall %}")
+    ),
+    "attributes of blocks": LOOKED_UP
+    % ("{% block b %}", "{% endblock %}{% for i in range(9999) %}{{ self.b() }}{% endfor %}"),
+    "attributes of tests": (
+        "{% set n = namespace() %}{% set n.a = n %}{% for i in range(9999) if n" + ".a" * 100 + " %}{% endfor %}"
+    ),
+    "paths of attributes": "{{ (range(9999)|map(attribute='" + "a." * 9000 + "a', default=1)|list)|length }}",
+}
+
+
+@pytest.mark.parametrize("template", list(LONG_TURNS.values()), ids=list(LONG_TURNS))
+def test_what_stands_in_a_loop_or_macro_counts_with_every_turn(template: str) -> None:
+    with pytest.raises(ValueError, match="does more than a chat template needs"):
         render_chat(template, TALK, True, {})
 
 

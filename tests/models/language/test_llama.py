@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vlm_parts import small_language
 
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.cache import LanguageCache
+from keygrip.models.language.hub import from_pretrained, read_config, read_tokenizer, read_weights
 from keygrip.models.language.tokenizers import (
     END_OF_TEXT,
     TINY_TEMPLATE,
@@ -224,6 +226,44 @@ def test_tokens_that_a_template_names_survive_a_checkpoint(tmp_path: Path) -> No
         text = tokenizer.render([("user", "Which?")], answering=True)
         assert text.startswith(END_OF_TEXT)
         assert tokenizer.encode(text) == read[0].encode(text)
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("a question on the terminal"))
+    made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
+    folder = tmp_path / "own"
+    PreTrainedTokenizerFast(tokenizer_object=made._tokenizer.backend_tokenizer).save_pretrained(folder)
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | own))
+    executed = tmp_path / "executed"
+    (folder / "own.py").write_text(f"open({str(executed)!r}, 'w')\n")
+    for read in (
+        lambda: read_config(str(folder)),
+        lambda: read_tokenizer(str(folder)),
+        lambda: read_weights(AutoModelForCausalLM, str(folder), "language model"),
+    ):
+        with pytest.raises(ValueError, match=r"own needs Python code of its own, which keygrip does not") as refused:
+            read()
+        assert "trust_remote_code" not in str(refused.value)
+    assert not executed.exists()
+
+
+def test_a_model_of_the_hub_with_code_of_its_own_is_not_called_missing() -> None:
+    class Owned:
+        @staticmethod
+        def from_pretrained(source: str, **options: Any) -> None:
+            assert options == {"trust_remote_code": False}
+            raise ValueError(f"{source} contains custom code.\nPlease pass the argument `trust_remote_code=True`")
+
+    with pytest.raises(ValueError, match="some/model needs Python code of its own"):
+        from_pretrained(Owned, "some/model")
 
 
 def _lengths_depend_on(tokenizer: ChatTokenizer) -> str:
