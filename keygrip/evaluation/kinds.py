@@ -40,6 +40,9 @@ IDLE = (
     ("video_text", "split", "none", ("limit_batches", "data"), ()),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
+# What a checkpoint's data settings may take of the machine, unless the caller names them: at most what they have by
+# default (of several kinds of data, the most), and none of what only training uses.
+MOST_TAKEN = {"num_workers": 4, "prefetch_batches": 4, "memory_gb": 0.0, "cache_gb": 32.0}
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
 
 
@@ -156,8 +159,8 @@ class Evaluated:
     external: Mapping[str, Any] = field(default_factory=dict)
 
     def stored_data(self, changes: Mapping[str, Any] | None = None) -> Any:
-        """The data module of the run, built from the stored configuration; it makes nothing that is missing, and
-        fetches nothing from an address that `changes` do not name.
+        """The data module of the run, built from the stored configuration; it makes nothing that is missing, fetches
+        nothing from an address that `changes` do not name, and takes no more of the machine than `MOST_TAKEN`.
 
         Args:
             changes: settings that take the place of stored ones, nested as these are.
@@ -167,7 +170,7 @@ class Evaluated:
                 such setting, or no such part: a source that is not there has nothing that could be changed; or a value
                 of another type.
         """
-        stored = OmegaConf.create(plain(self.config.data))
+        stored = OmegaConf.create(_within_limits(plain(self.config.data), changes or {}))
         _refuse_unknown_parts(stored, changes or {}, "data")
         try:
             merged = plain(OmegaConf.merge(stored, dict(changes or {})))
@@ -183,6 +186,19 @@ class Evaluated:
             if not changes:
                 raise
             raise ValueError(f"data: the run's data cannot be made with these settings: {error}") from error
+
+
+def _within_limits(stored: Any, named: Mapping[str, Any]) -> Any:
+    """Stored data settings that take no more of this machine than `MOST_TAKEN`, but for those that are named."""
+    if not isinstance(stored, Mapping):
+        return stored
+    lowered = {}
+    for name, most in MOST_TAKEN.items():
+        value = stored.get(name)
+        if name not in named and isinstance(value, int | float) and value > most:
+            lowered[name] = most
+            log.info("the run's data.%s=%s is lowered to %s: name it to have more", name, value, most)
+    return {**stored, **lowered}
 
 
 def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -> None:

@@ -213,6 +213,26 @@ def test_an_address_and_a_cache_are_the_callers_to_name(kind: str, trained: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_stored_data_take_no_more_of_the_machine_than_by_default(trained: Path, tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
+    def data(settings: dict[str, Any], changes: dict[str, Any] | None = None) -> Any:
+        stored = filled(STORED_DATA["video_text"], root=str(tmp_path), cache=str(tmp_path)) | settings
+        config = OmegaConf.create({"data": stored})
+        return Evaluated(None, config, trained, tmp_path).stored_data(changes)  # type: ignore[arg-type]
+
+    def taken(built: Any) -> tuple[float, ...]:
+        return built.num_workers, built.prefetch_batches, built.memory_gb, built.cache_gb
+
+    greedy = {"num_workers": 10_000, "prefetch_batches": 10_000, "memory_gb": 1e6, "cache_gb": 1e6}
+    named = {"num_workers": 5, "prefetch_batches": 6, "memory_gb": 7.0, "cache_gb": 64.0}
+    assert taken(data(greedy)) == (4, 4, 0, 32)
+    assert taken(data(greedy, named)) == (5, 6, 7, 64)
+    assert taken(data({"num_workers": 0, "prefetch_batches": 1, "memory_gb": 0.0, "cache_gb": 0.0})) == (0, 1, 0, 0)
+
+
 def test_stored_robot_data_write_beside_their_demonstrations_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
