@@ -74,19 +74,22 @@ def sampler_curve() -> None:
     figure.savefig(IMAGES / "sampler_curve.png", dpi=120)
 
 
+QUESTIONS = ("mark", "cue", "glance")
+TOKENS = (
+    ("vlm_tokens_1", "1 chosen token", "tab:blue"),
+    ("vlm_tokens_4", "4 pooled", "tab:green"),
+    ("vlm_tokens_16", "16 pooled", "tab:orange"),
+    ("vlm_tokens_64", "64 pooled", "tab:red"),
+)
+
+
 def token_counts() -> None:
     """Accuracy against the compute of training: one chosen token per frame, and several pooled ones."""
     runs = read("foveated_vlm")["claims"]["token_counts"]["runs"]
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    series = (
-        ("vlm_tokens_1", "1 chosen token", "tab:blue"),
-        ("vlm_tokens_4", "4 pooled", "tab:green"),
-        ("vlm_tokens_16", "16 pooled", "tab:orange"),
-        ("vlm_tokens_64", "64 pooled", "tab:red"),
-    )
-    for axes, question in zip(panels, ("mark", "cue", "glance"), strict=True):
-        for experiment, label, colour in series:
+    for axes, question in zip(panels, QUESTIONS, strict=True):
+        for experiment, label, colour in TOKENS:
             curve = []
             for steps in sorted({run["steps"] for run in runs if run["experiment"] == experiment}):
                 same = [run for run in runs if run["experiment"] == experiment and run["steps"] == steps]
@@ -106,6 +109,26 @@ def token_counts() -> None:
     panels[0].set_ylabel("accuracy on test")
     panels[2].legend(fontsize=9, loc="lower right")
     figure.savefig(IMAGES / "token_counts.png", dpi=120)
+
+
+def token_counts_label_taught() -> None:
+    """Accuracy in validation while training, with the encoder that saw labels."""
+    runs = read("foveated_vlm")["claims"]["token_counts_label_taught"]["runs"]
+    figure = Figure(figsize=(9.5, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, question in zip(panels, QUESTIONS, strict=True):
+        for experiment, label, colour in TOKENS:
+            for run in (run for run in runs if run["experiment"] == experiment):
+                steps = [each["step"] for each in run["val"]]
+                found = [each[f"accuracy_{question}"] for each in run["val"]]
+                label = f"{label}, {run['tflop']:.0f} TFLOP"
+                axes.plot(steps, found, "o-", color=colour, label=label, markersize=4)
+        axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
+        axes.set(xlabel="steps", title=question, ylim=(0, 1.02), xlim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy in validation")
+    panels[2].legend(fontsize=8, loc="lower right")
+    figure.savefig(IMAGES / "token_counts_label_taught.png", dpi=120)
 
 
 def metaworld_demonstrations() -> None:
@@ -137,3 +160,4 @@ if __name__ == "__main__":
     frames_and_tokens()
     sampler_curve()
     token_counts()
+    token_counts_label_taught()

@@ -1290,11 +1290,10 @@ def vlm_claims() -> str:
     return markdown(["job", "seeds", "*mark*", "*cue*", "*glance*", "gap"], rows)
 
 
-@table
-def vlm_token_counts() -> str:
+def token_counts(record: str) -> str:
     """One chosen token per frame and several pooled ones: means over seeds, in brackets the extremes."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for run in read("foveated_vlm")["claims"]["token_counts"]["runs"]:
+    for run in read("foveated_vlm")["claims"][record]["runs"]:
         groups.setdefault((run["experiment"], run["steps"]), []).append(run)
     rows = []
     for (experiment, steps), runs in groups.items():
@@ -1307,6 +1306,18 @@ def vlm_token_counts() -> str:
         rows.append(row)
     titles = ["tokens per frame", "steps", "seeds", "TFLOP", "training loss", "*mark*", "*cue*", "*glance*"]
     return markdown(titles, rows)
+
+
+@table
+def vlm_token_counts() -> str:
+    """With the self-supervised encoder."""
+    return token_counts("token_counts")
+
+
+@table
+def vlm_token_counts_label_taught() -> str:
+    """With the encoder that saw labels."""
+    return token_counts("token_counts_label_taught")
 
 
 @table
