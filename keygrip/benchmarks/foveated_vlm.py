@@ -278,7 +278,8 @@ class VLMMemory:
     computing (`keygrip.training.memory`), on a GPU measured.
 
     The batches are the fullest of videos of one length (`fullest`): where both limits of the budget are full, at all
-    lengths between 16 and 22 frames in the stages', memory is at its largest.
+    lengths between 16 and 22 frames in the stages', memory is at its largest. Each video has one row: what several rows
+    with the question first add in queries is for `dry_run=true` to find in the data.
 
     Args:
         recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text alone.

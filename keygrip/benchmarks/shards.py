@@ -18,13 +18,13 @@ from keygrip.config import compose
 from keygrip.data.batches import VideoTextBatch, stack_frames
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.mixing import Component, Mixture, padded_share, padding_of
+from keygrip.data.shards.packing import positions_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import answer, describe_video_text, encode_jpeg, video_text_parts
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.lengths import CHARACTERS_A_TOKEN, NEARLY_ALL
 from keygrip.data.video_text.sample_types import VideoTextSample
 from keygrip.data.video_text.shard_source import ShardSource
-from keygrip.models.foveated_vlm.rows import Packing
 from keygrip.progress import Progress
 
 MAX_FRAMES = 64
@@ -194,8 +194,7 @@ class BudgetPadding:
             for batch in batches
         ]
         tried = [batches[n] for n in rng.permutation(len(batches))[:BATCHES]]
-        bins = [len(Packing.of(taken[batch].astype(int).tolist(), int(taken[batch].max())).rows) for batch in tried]
-        places = sum(count * taken[batch].max() for count, batch in zip(bins, tried, strict=True))
+        places = sum(positions_of(taken[batch].tolist(), packed=True) for batch in tried)
         return {
             "padding_share": round(padding_of(batches, taken), 4),
             "packed_padding_share": round(1 - float(sum(taken[batch].sum() for batch in tried) / places), 4),

@@ -144,18 +144,43 @@ def cost(batch: np.ndarray, sizes: Sizes) -> tuple[float, float]:
     return float(sizes.frames[batch].sum()), float(sizes.rows[batch].sum() * sizes.positions[batch].max())
 
 
-Shares = tuple[float, float]  # of a budget: of its frames, and of its positions
-# What may take most memory: both together, frames, positions.
-MEASURES: tuple[Callable[[Shares], float], ...] = (sum, lambda shares: shares[0], lambda shares: shares[1])
+def queries(frames: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray) -> float:
+    """At most so often frames of a batch are looked at, where each row looks at the frames of its video by itself:
+    those of all videos times the most rows of one, since all are given equal room.
+
+    Args:
+        frames, rows: of each video.
+    """
+    frames, rows = np.asarray(frames), np.asarray(rows)
+    return float(frames.sum() * rows[frames > 0].max(initial=0))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What may take memory in a batch: shares of a budget's `frames` and `positions`, and `queries`."""
+
+    frames: float
+    positions: float
+    queries: float
+
+
+# What may take most memory: frames and positions together, each by itself, and queries, which no budget limits.
+MEASURES: tuple[Callable[[Load], float], ...] = (
+    lambda load: load.frames + load.positions,
+    lambda load: load.frames,
+    lambda load: load.positions,
+    lambda load: load.queries,
+)
 
 
 def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget, count: int) -> list[np.ndarray]:
-    """The batches, or parts of batches, that take most of the budget by some of `MEASURES`: so many by each."""
+    """The batches, or parts of batches, that take most by some of `MEASURES`: so many by each."""
 
-    def shares(batch: np.ndarray) -> Shares:
+    def load(batch: np.ndarray) -> Load:
         frames, positions = cost(batch, sizes)
-        return frames / budget.frames, positions / budget.positions
+        own = queries(sizes.frames[batch], sizes.rows[batch])
+        return Load(frames / budget.frames, positions / budget.positions, own)
 
-    taken = [shares(batch) for batch in batches]
+    taken = [load(batch) for batch in batches]
     first = [sorted(range(len(batches)), key=lambda n: of(taken[n]), reverse=True)[:count] for of in MEASURES]
     return [batches[number] for number in dict.fromkeys(chain.from_iterable(first))]

@@ -27,7 +27,11 @@ from keygrip.data.shards.budget import (
     with_count,
 )
 from keygrip.data.shards.curriculum import Curriculum, Stage, check_stages
+from keygrip.data.shards.packing import positions_of, ranges
 from keygrip.data.shards.sampling import GlobalBatchSampler
+from keygrip.data.spacing import evenly
+
+PACKED = 512  # batches whose rows are packed to say how much of an epoch is padding: each takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Component:
         share: of all samples, in (0, 1); None: a lead source, every sample once an epoch.
         positions, rows: [N] float and int, of a sample's longest row in the language model, and how many rows it gives:
             what it takes of a budget. None: a position for each frame (`bucket`) and token, and one row.
+        row_tokens: float [sum of rows], tokens of each row, sample after sample; None: all of a sample as `length`.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Component:
     share: float | None = None
     positions: np.ndarray | None = None
     rows: np.ndarray | None = None
+    row_tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -269,6 +275,27 @@ class Mixture:
         go on with other ones."""
         return np.array_split(batch, ranks) if self.budget is None else split_over_ranks(batch, self.sizes, ranks)
 
+    def padding(self, epoch: int, ranks: int = 1, tokens_per_frame: int = 1, packed: bool = False) -> float:
+        """Share of the positions of an epoch that are padding, where each of the ranks pads all rows of its part of a
+        batch to the longest of them.
+
+        Args:
+            tokens_per_frame: positions that a frame takes. packed: rows are put into bins (`bins_of`); counted then of
+                512 batches, evenly spaced.
+        """
+        rows, tokens = self.sizes.rows, row_tokens_of(self.components)
+        first = np.cumsum(rows) - rows
+        batches = self.batches_of(epoch)
+        if packed:
+            batches = [batches[number] for number in evenly(len(batches), PACKED)]
+        held = places = 0.0
+        for part in chain.from_iterable(self.parts(batch, ranks) for batch in batches):
+            frames = np.repeat(tokens_per_frame * self.bucket[part], rows[part])
+            lengths = frames + tokens[ranges(first[part], rows[part])]
+            held += lengths.sum()
+            places += positions_of(lengths.tolist(), packed)
+        return float(1 - held / places) if places else 0.0
+
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The same samples, those of each window of shards together."""
         assert self.window_shards is not None
@@ -285,6 +312,13 @@ def sizes_of(components: Sequence[Component]) -> Sizes:
     longest = [part.bucket + part.length if part.positions is None else part.positions for part in components]
     rows = [np.ones(len(part), np.int64) if part.rows is None else part.rows for part in components]
     return Sizes(*(np.concatenate(each) for each in ([part.bucket for part in components], longest, rows)))
+
+
+def row_tokens_of(components: Sequence[Component]) -> np.ndarray:
+    """Tokens of each row of components one behind the other, sample after sample: float [rows of all]."""
+    alike = [np.repeat(part.length, 1 if part.rows is None else part.rows) for part in components]
+    told = [part.row_tokens for part in components]
+    return np.concatenate([same if own is None else own for same, own in zip(alike, told, strict=True)])
 
 
 def bucketed(

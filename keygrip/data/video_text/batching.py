@@ -74,6 +74,17 @@ class MeasuringCollator(Protocol):
     def __call__(self, samples: list[VideoTextSample]) -> Any: ...
 
 
+@runtime_checkable
+class PackingCollator(Protocol):
+    """A collator that knows whether the language model reads the rows of a batch one behind the other.
+
+    Attributes:
+        pack_rows: rows are put into bins (`keygrip.data.shards.packing.bins_of`) in place of being padded.
+    """
+
+    pack_rows: bool
+
+
 @dataclass(frozen=True)
 class WithinBudget:
     """A collator whose batches keep within a budget by the lengths that their rows really have.

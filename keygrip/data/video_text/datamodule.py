@@ -19,7 +19,7 @@ from keygrip.artifacts import locked
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
-from keygrip.data.shards.budget import MEASURES, Budget, Shares, costliest
+from keygrip.data.shards.budget import MEASURES, Budget, Load, costliest, queries
 from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.index import SPLITS
 from keygrip.data.shards.mixing import (
@@ -27,7 +27,6 @@ from keygrip.data.shards.mixing import (
     Component,
     MixedBatchSampler,
     Mixture,
-    padding_of,
 )
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
@@ -37,6 +36,7 @@ from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import (
     Collator,
     MeasuringCollator,
+    PackingCollator,
     PreparedCollator,
     Questions,
     WithinBudget,
@@ -299,7 +299,7 @@ class VideoTexts(ResumableData):
 
     def _components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
         if self.budget is None:
-            return [part.component(self.max_frames) for part in parts]
+            return [part.component(self.max_frames, questions) for part in parts]
         return [part.within_budget(self.max_frames, questions) for part in parts]
 
     def _report(self) -> None:
@@ -308,13 +308,15 @@ class VideoTexts(ResumableData):
         if self.mixture is None:
             return
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
+        exact = self.budget is not None and self.budget.exact_lengths
         log.info(
-            "an epoch: %d batches of %s; padding about %.1f %%%s",
+            "an epoch: %d batches of %s; padding about %.1f %%%s%s",
             self.mixture.batches,
             self.batch_size
             if self.budget is None
             else f"up to {self.batch_size} ({self.budget.frames} frames, {self.budget.positions} positions)",
             100 * self.padding_share(),
+            "" if exact else " if all rows of a sample were as long as the longest, by estimate",
             "".join(f"; {name} {100 * share:g} %" for name, share in shares.items()),
         )
         ranks = self.ranks[1]
@@ -327,10 +329,13 @@ class VideoTexts(ResumableData):
             )
 
     def padding_share(self, epoch: int = 0) -> float:
-        """Share of the language model's positions that are padding in an epoch, from the manifests; needs `setup`."""
+        """Share of the language model's positions that are padding in an epoch, over all rows and processes, as
+        `train/padding_share` but for samples that are cut into clips or replaced; needs `setup`. Where some of a
+        sample's questions are drawn, of other ones; without counted tokens by the estimated length of its longest row.
+        """
         assert self.mixture is not None
-        frames = self._tokens_per_frame * self.mixture.bucket
-        return padding_of(self.mixture.batches_of(epoch), frames, self.mixture.length)
+        packed = isinstance(self.collator, PackingCollator) and self.collator.pack_rows
+        return self.mixture.padding(epoch, self.ranks[1], self._tokens_per_frame, packed)
 
     @property
     def _tokens_per_frame(self) -> int:
@@ -422,9 +427,9 @@ class VideoTexts(ResumableData):
         return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, collator)
 
     def worst_batches(self) -> list[Any]:
-        """Those parts of batches, of any process, of which one takes most memory: with the most frames and positions
-        together, the most frames, and the most positions, as they really are; needs `setup`. Sought in the first epoch,
-        and with a curriculum in those with which its stages begin."""
+        """Those parts of batches, of any process, of which one takes most memory: with the most of each of `MEASURES`,
+        as they really are; needs `setup`. Sought in the first epoch, and with a curriculum in those with which its
+        stages begin."""
         assert self.mixture is not None
         sizes, ranks = self.mixture.sizes, self.ranks[1]
         parts = [
@@ -444,17 +449,18 @@ class VideoTexts(ResumableData):
             if isinstance(batch, BadSample):
                 raise batch
             found.append(batch[0])
-        shares = [self._shares_of(batch, budget) for batch in found]
-        worst = [max(range(len(found)), key=lambda number: of(shares[number])) for of in MEASURES]
+        loads = [self._load_of(batch, budget) for batch in found]
+        worst = [max(range(len(found)), key=lambda number: of(loads[number])) for of in MEASURES]
         return [found[number] for number in dict.fromkeys(worst)]
 
-    def _shares_of(self, batch: Any, budget: Budget) -> Shares:
-        """Of a budget's frames and positions; of batches that an encoder alone is trained on of the frames."""
+    def _load_of(self, batch: Any, budget: Budget) -> Load:
+        """What a batch takes; of one that an encoder alone is trained on, its frames."""
         if not isinstance(batch, VideoTextBatch):
-            return float(len(batch.frames)), 0.0
-        frames = batch.frame_mask.sum(1)[batch.video_index]
-        longest = int((frames * self._tokens_per_frame + batch.attention_mask.sum(1)).max())
-        return float(batch.frame_mask.sum()) / budget.frames, len(batch) * longest / budget.positions
+            return Load(float(len(batch.frames)), 0.0, 0.0)
+        frames, rows = batch.frame_mask.sum(1), np.bincount(batch.video_index.numpy(), minlength=len(batch.frame_mask))
+        lengths = frames[batch.video_index] * self._tokens_per_frame + batch.attention_mask.sum(1)
+        positions = len(batch) * int(lengths.max()) / budget.positions
+        return Load(float(frames.sum()) / budget.frames, positions, queries(frames.numpy(), rows))
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""

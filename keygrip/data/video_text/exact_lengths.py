@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from keygrip.artifacts import atomic_write, locked, sha256_bytes
 from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.shards.packing import ranges
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.resuming import ensure_enough_files
 from keygrip.data.shards.sampling import start_worker
@@ -28,7 +29,7 @@ from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.progress import Progress
 
-FORMAT = 4  # of a file of counts, and of how they are made
+FORMAT = 5  # of a file of counts, and of how they are made
 NOT_COUNTED, UNREADABLE = -1, -2  # in place of a sample's tokens
 BLOCK = 256  # samples that a worker counts at a time
 KEPT_EVERY = 200_000  # samples after which the counts so far are written: a run that is killed goes on from there
@@ -39,15 +40,17 @@ class ExactLengths:
     """What the texts of a shard set of N samples take, of which some were counted.
 
     Args:
-        fingerprint: of the counts.
+        fingerprint: of the longest rows and the numbers of rows, by which batches are planned.
         longest: int32 [N], tokens of each sample's longest row without its frames, 0 where none of its conversations
             can be a row, else NOT_COUNTED or UNREADABLE. row_counts: int32 [N], conversations that can be rows.
+        row_tokens: int32 [R], tokens of each row without its frames, sample after sample (`places_of`).
         tokens_per_frame: of an image. max_tokens: where texts are cut.
     """
 
     fingerprint: str
     longest: np.ndarray = field(repr=False)
     row_counts: np.ndarray = field(repr=False)
+    row_tokens: np.ndarray = field(repr=False)
     tokens_per_frame: int = 1
     max_tokens: int | None = None
 
@@ -62,9 +65,28 @@ class ExactLengths:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
         return np.maximum(1, self.row_counts[chosen]).astype(np.int64)
 
+    def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """See `keygrip.data.video_text.lengths.TextLengths`."""
+        first, count = places_of(self.longest, self.row_counts)
+        count = count[chosen]
+        places, owner = ranges(first[chosen], count), np.repeat(np.arange(len(chosen)), count)
+        if (rows < count).any():  # the rows of each sample in random order, of which the first are taken
+            places = places[np.lexsort((np.random.default_rng(0).random(len(owner)), owner))]
+            taken = ranges(np.zeros_like(count), count) < rows[owner]
+            places, owner = places[taken], owner[taken]
+        found = self.row_tokens[places].astype(float)
+        return np.where(self.longest[chosen][owner] == UNREADABLE, self.tokens(shards, chosen)[owner], found)
+
     def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
         return np.asarray(self.longest[chosen] != 0)
+
+
+def places_of(longest: np.ndarray, row_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each sample's row lengths begin in the array of all, and how many it has there: int64 [N] each. A sample
+    without a row, and one that cannot be read, has one of 0 tokens."""
+    counts = np.where(longest == NOT_COUNTED, 0, np.maximum(row_counts, 1)).astype(np.int64)
+    return np.cumsum(counts) - counts, counts
 
 
 def counted(
@@ -88,30 +110,45 @@ def counted(
     these = None if kinds is None else sorted(kinds)
     how = (FORMAT, shards.fingerprint, collator.lengths_depend_on(), these, max_frames)
     file = folder / f"lengths-{sha256_bytes(repr(how).encode())[:16]}.npz"
-    longest, rows = _stored(file, len(shards))
+    longest, rows, tokens = _stored(file, len(shards))
     if (longest[chosen] == NOT_COUNTED).any():  # a whole file is not locked: it may lie where nothing can be written
         with locked(file.with_name(f".{file.name}.lock"), together_without=True):
-            longest, rows = _stored(file, len(shards))
+            longest, rows, tokens = _stored(file, len(shards))
+            known = [(np.flatnonzero(longest != NOT_COUNTED), tokens)]  # samples, and the lengths of their rows
             missing = np.sort(chosen[longest[chosen] == NOT_COUNTED])
             blocks = [missing[start : start + BLOCK] for start in range(0, len(missing), BLOCK)]
             source, unwritten = Counting(shards, collator, kinds, max_frames, blocks), 0
             bar = Progress(total=len(missing), desc=f"count tokens of {shards.root}", unit="sample")
             for block, found in zip(blocks, _loader(source, workers), strict=True):
-                longest[block], rows[block] = found
+                longest[block], rows[block], added = found
+                known.append((block, added))
                 bar.update(len(block))
                 unwritten += len(block)
                 if unwritten >= KEPT_EVERY:
-                    _write(file, longest, rows)
+                    _write(file, longest, rows, _together(longest, rows, known))
                     unwritten = 0
             bar.close()
+            tokens = _together(longest, rows, known)
             if unwritten:
-                _write(file, longest, rows)
+                _write(file, longest, rows, tokens)
     digest = hashlib.sha256(longest[chosen].tobytes() + rows[chosen].tobytes()).hexdigest()[:16]
-    return ExactLengths(digest, longest, rows, collator.tokens_per_frame, collator.max_tokens)
+    return ExactLengths(digest, longest, rows, tokens, collator.tokens_per_frame, collator.max_tokens)
 
 
-class Counting(Dataset[np.ndarray]):
-    """Blocks of samples, each as the tokens of their longest rows and their numbers of rows: int32 [2, n]."""
+def _together(longest: np.ndarray, rows: np.ndarray, known: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The row lengths of several groups of samples, none twice, sample after sample (`places_of`): int32 [R]."""
+    first, counts = places_of(longest, rows)
+    found = np.zeros(int(counts.sum()), np.int32)
+    for samples, tokens in known:
+        found[ranges(first[samples], counts[samples])] = tokens
+    return found
+
+
+Counted = tuple[np.ndarray, np.ndarray, np.ndarray]  # longest, row_counts and row_tokens of `ExactLengths`
+
+
+class Counting(Dataset[Counted]):
+    """Blocks of samples, each as what `ExactLengths` keeps of them: int32 [n], [n] and [R]."""
 
     def __init__(
         self,
@@ -127,10 +164,15 @@ class Counting(Dataset[np.ndarray]):
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        return np.array([self._count(sample) for sample in self.blocks[number].tolist()], np.int32).T
+    def __getitem__(self, number: int) -> Counted:
+        found = [self._count(sample) for sample in self.blocks[number].tolist()]
+        longest = [UNREADABLE if rows is None else max(rows, default=0) for rows in found]
+        counts = [1 if rows is None else len(rows) for rows in found]
+        tokens = [each for rows in found for each in rows or [0]]
+        return np.array(longest, np.int32), np.array(counts, np.int32), np.array(tokens, np.int32)
 
-    def _count(self, sample: int) -> tuple[int, int]:
+    def _count(self, sample: int) -> list[int] | None:
+        """Tokens of each row that a sample gives; None: it cannot be read."""
         try:
             found, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
             with guard(self.shards.where(sample)):
@@ -138,11 +180,11 @@ class Counting(Dataset[np.ndarray]):
                 wanted = [each for each in found if self.kinds is None or each.kind in self.kinds]
                 tokens = [self.collator.text_tokens(each, times) for each in wanted]
         except BadSample:
-            return UNREADABLE, 1
-        return max(tokens, default=0), sum(each > 0 for each in tokens)
+            return None
+        return [each for each in tokens if each > 0]
 
 
-def _loader(source: Counting, workers: int) -> DataLoader[np.ndarray]:
+def _loader(source: Counting, workers: int) -> DataLoader[Counted]:
     ensure_enough_files(workers)
     # a generator of its own: whether there is something to count must not change the run's random numbers
     options: dict[str, Any] = {"worker_init_fn": start_worker, "generator": torch.Generator()}
@@ -150,27 +192,29 @@ def _loader(source: Counting, workers: int) -> DataLoader[np.ndarray]:
     return DataLoader(source, batch_size=None, num_workers=workers, **options)
 
 
-def _unchanged(block: np.ndarray) -> np.ndarray:
+def _unchanged(block: Counted) -> Counted:
     return block
 
 
-def _stored(file: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of a set, int32 [N] each, NOT_COUNTED where the file has none. Raises ValueError: it is damaged."""
+def _stored(file: Path, samples: int) -> Counted:
+    """Counts of a set of N samples, NOT_COUNTED where the file has none. Raises ValueError: it is damaged."""
     if not file.is_file():
-        return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32)
+        return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros(0, np.int32)
     try:
         arrays = read_npz(file)
         with guard(file):
-            found = arrays["longest"], arrays["rows"]
-            if any(each.dtype != np.int32 or each.shape != (samples,) for each in found):
+            longest, rows, tokens = arrays["longest"], arrays["rows"], arrays["tokens"]
+            if any(each.dtype != np.int32 or each.shape != (samples,) for each in (longest, rows)):
                 raise ValueError(f"its arrays are not of {samples} samples")
-            if found[0].min(initial=0) < UNREADABLE or found[1].min(initial=0) < 0:
+            if longest.min(initial=0) < UNREADABLE or min(rows.min(initial=0), tokens.min(initial=0)) < 0:
                 raise ValueError("it holds a number of tokens below zero")
+            if tokens.dtype != np.int32 or tokens.shape != (int(places_of(longest, rows)[1].sum()),):
+                raise ValueError("it holds not as many lengths as rows")
     except BadSample as error:
         raise ValueError(f"{file} is damaged ({error.what}): remove it and the tokens are counted again") from error
-    return found[0].copy(), found[1].copy()
+    return longest.copy(), rows.copy(), tokens
 
 
-def _write(file: Path, longest: np.ndarray, rows: np.ndarray) -> None:
+def _write(file: Path, longest: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> None:
     with atomic_write(file) as opened:
-        np.savez_compressed(opened, longest=longest, rows=rows)
+        np.savez_compressed(opened, longest=longest, rows=rows, tokens=tokens)

@@ -46,6 +46,15 @@ class TextLengths(Protocol):
         """Conversations of each sample that may be rows, int64 [n]. Raises ValueError: the index does not say."""
         ...
 
+    def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Tokens of so many rows of each sample without its frames, sample after sample, float [sum of `rows`]; of a
+        sample that has more, some at random, always the same.
+
+        Args:
+            rows: int64 [n], at least 1 and at most `self.rows`.
+        """
+        ...
+
     def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
         """bool [n], False for samples of which no conversation can be a row, as far as that is known."""
         ...
@@ -82,6 +91,10 @@ class TokenLengths:
                 f"earlier version: make it anew with `keygrip prepare step=manifest again=true root={shards.root}`"
             )
         return np.asarray(shards.columns["conversations"][chosen])
+
+    def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """See `TextLengths`: all rows of a sample are taken to be as long as its longest."""
+        return np.repeat(self.tokens(shards, chosen), rows)
 
     def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
         """See `TextLengths`: False for first answers that are too long at the lowest rate; the others that are too long

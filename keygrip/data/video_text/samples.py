@@ -52,11 +52,19 @@ class Part:
         """Of the samples' conversations, those that are not used too."""
         return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds_of(kinds)}
 
-    def component(self, max_frames: int) -> Component:
-        """For a mixture without a budget: buckets by number of frames, batches of like text length, estimated."""
+    def component(self, max_frames: int, questions: Questions = None) -> Component:
+        """For a mixture without a budget: buckets by number of frames, batches of like text length, estimated; of each
+        sample one row where the index does not say how many conversations it holds.
+
+        Args:
+            questions: chosen of each sample.
+        """
         frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
         tokens = TokenLengths().tokens(self.shards, self.chosen)
-        return Component(self.name, frames, tokens, self.shards.shard[self.chosen], self.share)
+        which, rows = (self.shards, self.chosen), None
+        if "conversations" in self.shards.columns:
+            rows = rows_of(questions, TokenLengths().rows(*which), self.column("kinds").tolist())
+        return Component(self.name, frames, tokens, self.shards.shard[self.chosen], self.share, rows=rows)
 
     def within_budget(self, max_frames: int, questions: Questions) -> Component:
         """For a mixture with a budget: what samples take of it too.
@@ -70,7 +78,8 @@ class Part:
         part, lengths, which = self.component(max_frames), self.lengths or TokenLengths(), (self.shards, self.chosen)
         rows = rows_of(questions, lengths.rows(*which), self.column("kinds").tolist())
         positions = lengths.tokens_per_frame * part.bucket + lengths.tokens(*which, most=True)
-        return replace(part, length=lengths.tokens(*which), positions=positions, rows=rows)
+        tokens = lengths.tokens_of_rows(*which, rows)
+        return replace(part, length=lengths.tokens(*which), positions=positions, rows=rows, row_tokens=tokens)
 
     def usable(self) -> Part:
         """The part without samples of which no conversation can be a row, so that nothing could be learned from them

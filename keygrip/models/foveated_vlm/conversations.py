@@ -190,6 +190,7 @@ class ConversationCollator:
         system: the system turn of conversations that have none; None: as the chat template has it.
         timestamps: the first user turn begins with when the video's frames were taken (`frame_times`).
         tokens_per_frame: visual tokens of the network, for the budget of batches.
+        pack_rows: of the network too, for the padding that is told before training.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class ConversationCollator:
         system: str | None = None,
         timestamps: bool = False,
         tokens_per_frame: int = 1,
+        pack_rows: bool = False,
     ) -> None:
         if prompt_order not in ("visual_first", "question_first"):
             raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
@@ -214,7 +216,8 @@ class ConversationCollator:
         self.prompt_order: PromptOrder = prompt_order
         self.supervise: Supervise = supervise
         self.max_tokens = max_tokens
-        self.system, self.timestamps, self.tokens_per_frame = system, timestamps, tokens_per_frame
+        self.system, self.timestamps = system, timestamps
+        self.tokens_per_frame, self.pack_rows = tokens_per_frame, pack_rows
         self.tokenizer: ChatTokenizer | None = None
         self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
         self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch
+from keygrip.data.shards.packing import bins_of, positions_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class TextRows:
         as the longest, or of the bins that `Packing` fills."""
         pairs = zip(self.lengths, self.videos, strict=True)
         lengths = [length + self.frame_counts[video] * tokens_per_frame for length, video in pairs]
-        places = max(lengths, default=0) * (len(_bins(lengths)) if packed else len(lengths))
-        return sum(lengths), places
+        return sum(lengths), int(positions_of(lengths, packed))
 
     def padding_share(self, tokens_per_frame: int = 1, packed: bool = False) -> float:
         """Share of the language model's `positions` that are padding."""
@@ -136,23 +136,9 @@ class RowLayout:
         return take(both, self.source)
 
 
-def _bins(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in bins as long as the longest of them: the longest first, each into the first bin with room."""
-    bins: list[list[int]] = []
-    left: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        place = next((n for n, free in enumerate(left) if free >= lengths[row]), len(bins))
-        if place == len(bins):
-            bins.append([])
-            left.append(max(lengths))
-        bins[place].append(row)
-        left[place] -= lengths[row]
-    return bins
-
-
 @dataclass(frozen=True)
 class Packing:
-    """B rows one behind the other in n bins, each as long as the longest row, so that little is padding.
+    """B rows one behind the other in n bins of X positions (`bins_of`), so that little is padding.
 
     Attributes:
         source: int64 [n, X], place in the flattened rows [B * T]. rows: int64 [n, X], which row it is of; -1: padding.
@@ -167,8 +153,9 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device | None = None) -> Packing:
-        """Of rows of these lengths in [B, width]: the longest first, each into the first bin with room."""
-        room, bins = max(lengths, default=0), _bins(lengths)
+        """Of rows of these lengths in [B, width]."""
+        bins, longest = bins_of(lengths)
+        room = int(longest)
         source = torch.zeros(len(bins), room, dtype=torch.int64)
         owner = torch.full((len(bins), room), -1)
         positions = torch.zeros(len(bins), room, dtype=torch.int64)

@@ -145,7 +145,10 @@ class VideoLanguageNetwork(nn.Module):
         if not self.pack_rows:
             return self.language(embeddings)
         packing = Packing.of(lengths, embeddings.shape[1], embeddings.device)
-        return packing.unpack(self.language.packed(packing.pack(embeddings), packing.rows, packing.positions))
+        packed = self.language.packed(
+            packing.pack(embeddings), packing.rows, packing.positions, max(lengths, default=0)
+        )
+        return packing.unpack(packed)
 
     def with_frame_positions_of(self, visual: Tensor, rows: TextRows) -> Tensor:
         """Visual tokens [B, N, C] of whole rows with their frames' positions; see `with_frame_positions`."""

@@ -101,17 +101,17 @@ class LanguageModel(nn.Module):
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         return self._run(embeddings, positions, None, None)
 
-    def packed(self, embeddings: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    def packed(self, embeddings: Tensor, rows: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Hidden states of several rows in one, [n, X, C] -> [n, X, C]; each sees its own row alone.
 
         Args:
             rows: int64 [n, X], which row a position is of; those of a row follow each other. positions: int64 [n, X],
-                in that row.
+                in that row. longest: positions of the longest row.
 
         Raises:
-            ValueError: more positions than the context holds.
+            ValueError: a row has more positions than the context holds; several together may.
         """
-        self._check_length(embeddings.shape[1])
+        self._check_length(longest)
         place = torch.arange(embeddings.shape[1], device=embeddings.device)
         mask = (rows[:, :, None] == rows[:, None]) & (place[None] <= place[:, None])
         return self._run(embeddings, positions, mask[:, None], None)

@@ -16,6 +16,7 @@ from keygrip.data.shards.budget import (
     costliest,
     group_by_rank,
     pack_batches,
+    queries,
     split_over_ranks,
     with_count,
 )
@@ -130,7 +131,20 @@ def test_the_costliest_batches_are_the_largest_by_each_measure(mixture: Mixture)
     assert found[:3] == by_both
     assert {max(f for f, _ in costs)} <= {f for f, _ in found}
     assert {max(p for _, p in costs)} <= {p for _, p in found}
-    assert len(found) <= 9
+    assert len(found) <= 12
+
+
+def test_the_batch_with_the_most_rows_times_frames_is_one_of_the_costliest() -> None:
+    """The first of these has the most frames, the second the most positions, and both more of both together."""
+    sizes = Sizes(
+        np.array([200, 10, 0, 60, 60]), np.array([300.0, 20.0, 4000.0, 80.0, 80.0]), np.array([1, 9, 1, 9, 2])
+    )
+    batches = [np.array(each) for each in ([0], [2], [1, 2], [3, 4])]
+    assert [queries(sizes.frames[b], sizes.rows[b]) for b in batches] == [200, 0, 90, 9 * 120]
+    by_cost = [cost(batch, sizes) for batch in batches]
+    assert by_cost == [(200, 300), (0, 4000), (10, 40000), (120, 880)]
+    found = [batch.tolist() for batch in costliest(batches, sizes, BUDGET, 1)]
+    assert found == [[1, 2], [0], [3, 4]]
 
 
 def test_the_positions_of_all_rows_count() -> None:

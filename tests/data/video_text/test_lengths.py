@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from shard_sets import write_conversations
 
 from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
+from keygrip.data.shards.mixing import padding_of
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.video_text import exact_lengths
 from keygrip.data.video_text.conversations import answer, iterate_texts, read_sample
@@ -24,6 +26,8 @@ from keygrip.data.video_text.sample_types import Conversation
 from keygrip.data.video_text.samples import Part
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.monitor import RowCounts
+from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.language.tokenizers import TrainedTokenizer
 
 WORDS = ("the gripper closes around a red cube and carries it over the table into the bowl " * 90).split(" ")
@@ -53,11 +57,13 @@ def module(root: Path, max_tokens: int = 256, **options: Any) -> VideoTexts:
     if (root / "texts").is_dir():
         sources["texts"] = ShardSource(root / "texts", share=0.14, val_fraction=0.0)
     tokens_per_frame = options.pop("tokens_per_frame", 1)
-    tokenizer = TrainedTokenizer(500)
-    timestamps = options.pop("timestamps", False)
-    how = ("visual_first", "answers", max_tokens, None, timestamps, tokens_per_frame)
+    tokenizer, order = TrainedTokenizer(500), options.pop("prompt_order", "visual_first")
+    timestamps, pack_rows = options.pop("timestamps", False), options.pop("pack_rows", False)
+    how = (order, "answers", max_tokens, None, timestamps, tokens_per_frame, pack_rows)
     collator = ConversationCollator(tokenizer, *how)
+    ranks = options.pop("ranks", 1)
     data = VideoTexts(sources, collator, 8, **{"batch_size": 8, "num_workers": 0, **options})
+    data.processes = ranks
     data.prepare_data()
     data.setup("fit")
     return data
@@ -232,6 +238,78 @@ def test_less_than_a_tenth_of_the_positions_is_padding_when_tokens_are_counted(c
     assert shares[0] < 0.1 < 0.13 < shares[1]
 
 
+def write_questions(root: Path) -> Path:
+    """80 images and short videos, each with 1 to 16 questions whose answers differ in length."""
+    rng = np.random.default_rng(0)
+    samples = [
+        (int(frames), [answer("Which?", digits(int(rng.integers(1, 60))), "text") for _ in range(int(rows))])
+        for frames, rows in zip(rng.integers(0, 4, 80), rng.integers(1, 17, 80), strict=True)
+    ]
+    return write_conversations(root / "videos", samples, "v")
+
+
+@pytest.mark.parametrize(("packed", "ranks", "tokens_per_frame"), [(False, 2, 4), (True, 2, 4), (True, 1, 1)])
+def test_the_padding_that_is_told_is_that_of_the_rows_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, packed: bool, ranks: int, tokens_per_frame: int
+) -> None:
+    """It was counted of each sample's longest row alone: a small part of what `train/padding_share` said."""
+    write_questions(tmp_path)
+    options: dict[str, Any] = {"batch_size": 16, "budget": Budget(64, 4096), "pack_rows": packed}
+    counts = RowCounts(tokens_per_frame, packed)
+    for rank in range(ranks):
+        with caplog.at_level(logging.INFO):
+            data = module(tmp_path, tokens_per_frame=tokens_per_frame, ranks=ranks, **options)
+        for batch in as_rank(data, rank, ranks).train_dataloader():
+            assert batch.left_out == 0
+            counts.add(batch, text_rows(batch))
+    trained = counts.report(torch.device("cpu"))["padding_share"]
+    assert data.padding_share() == pytest.approx(trained, abs=1e-9)
+    assert f"padding about {100 * trained:.1f} %" in caplog.text
+    assert data.mixture is not None
+    longest = padding_of(data.mixture.batches_of(0), data.mixture.sizes.positions)
+    assert (trained < 0.2) if packed else (2 * longest < trained)
+
+
+def test_padding_where_some_questions_are_drawn_and_where_nothing_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of other rows than those that are drawn, or, as is said, of each sample's as long as the longest."""
+    write_questions(tmp_path)
+    data = module(tmp_path, batch_size=16, budget=Budget(64, 4096), questions=4)
+    counts = RowCounts(1, False)
+    for batch in data.train_dataloader():
+        counts.add(batch, text_rows(batch))
+    trained = counts.report(torch.device("cpu"))["padding_share"]
+    assert data.padding_share() == pytest.approx(trained, abs=0.03)
+    with caplog.at_level(logging.INFO):
+        data = module(tmp_path, batch_size=16, questions=4)
+    assert "% if all rows of a sample were as long as the longest, by estimate" in caplog.text
+    assert data.mixture is not None
+    assert set(data.mixture.sizes.rows.tolist()) == {1, 2, 3, 4}
+
+
+def test_the_batch_with_the_most_queries_is_among_the_worst(tmp_path: Path) -> None:
+    """Long videos with a question have the most frames, texts the most positions; videos with many questions have the
+    most rows times frames, which is how many queries a network makes that reads the question first."""
+    ask = answer("Which?", digits(10), "text")
+    many = [(8, [ask] * 6)] * 16 + [(8, [ask])] * 8  # rows of about 40 positions
+    samples = [*many, *[(32, [ask])] * 12, *[(0, [answer("Which?", digits(440), "text")])] * 16]
+    write_conversations(tmp_path / "videos", samples, "v")
+    data = module(tmp_path, 512, batch_size=4, budget=Budget(64, 2048), prompt_order="question_first")
+    taken = []
+    for batch in data.train_dataloader():
+        streams = text_rows(batch).streams
+        made = streams.to_frames(torch.zeros(len(streams), streams.longest, 1)) if len(streams) else torch.zeros(0, 0)
+        taken.append((int(batch.frame_mask.sum()), len(batch) * int(positions(batch).max()), made.shape[:2].numel()))
+    most = [max(taken, key=of) for of in (lambda t: t[0], lambda t: t[1], lambda t: t[0] / 64 + t[1] / 2048)]
+    largest = max(made for _, _, made in taken)
+    assert largest == 32 * 6 > 2 * max(made for _, _, made in most)
+    worst = data.worst_batches()
+    found = [len(text_rows(batch).streams.slots) for batch in worst]
+    assert max(found) == largest
+    assert len(worst) <= 4
+
+
 def as_rank(data: VideoTexts, rank: int, ranks: int, done: int = 0) -> VideoTexts:
     progress = SimpleNamespace(total=SimpleNamespace(processed=done))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
@@ -264,7 +342,7 @@ def collator_of(shards: ShardSet, folder: Path, **options: Any) -> ConversationC
 @pytest.fixture
 def several(tmp_path: Path) -> ShardSet:
     """40 samples of 0 to 4 images with 1 to 3 conversations, of which some are too long."""
-    said = [[talk(50 + 30 * n, "a" if n % 2 else "b") for _ in range(1 + n % 3)] for n in range(40)]
+    said = [[talk(50 + 30 * n + 9 * m, "a" if n % 2 else "b") for m in range(1 + n % 3)] for n in range(40)]
     write_conversations(tmp_path, [(n % 5, each) for n, each in enumerate(said)])
     return ShardSet(tmp_path / "train")
 
@@ -273,7 +351,7 @@ def several(tmp_path: Path) -> ShardSet:
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, timestamps: bool) -> None:
     collator = collator_of(several, tmp_path, max_tokens=200, timestamps=timestamps)
-    chosen, wanted, rows = np.arange(40), [], []
+    chosen, wanted, rows, every = np.arange(40), [], [], []
     for number in range(40):
         sample = read_sample(several, number, 8, max_frames=3)
         try:
@@ -282,7 +360,15 @@ def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, ti
             taken = []
         wanted.append(max(taken, default=0))
         rows.append(max(1, len(taken)))
+        every.append(taken)
     found = counted(several, chosen, collator, tmp_path / "counts", max_frames=3)
+    backwards = chosen[::-1]
+    assert found.tokens_of_rows(several, backwards, found.rows(several, backwards)).tolist() == [
+        tokens for each in reversed(every) for tokens in each or [0]
+    ]
+    one = found.tokens_of_rows(several, chosen, np.ones(40, np.int64)).astype(int).tolist()
+    assert all(tokens in (each or [0]) for tokens, each in zip(one, every, strict=True))
+    assert one != wanted  # any row, not the longest
     assert found.tokens(several, chosen).tolist() == wanted
     assert found.rows(several, chosen).tolist() == rows
     assert found.usable(several, chosen).tolist() == [tokens > 0 for tokens in wanted]
@@ -298,7 +384,7 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     asked: list[int] = []
     count = Counting._count
 
-    def noted(self: Counting, sample: int) -> tuple[int, int]:
+    def noted(self: Counting, sample: int) -> list[int] | None:
         asked.append(sample)
         if sample == stop:
             raise KeyboardInterrupt
@@ -317,8 +403,11 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     asked.clear()
     whole = counted(several, np.arange(40), collator, folder)
     assert asked == [*range(21, 40, 2)]  # 1 to 19 were written before it was interrupted
-    assert counted(several, np.arange(40), collator, folder).fingerprint == whole.fingerprint
+    stored = counted(several, np.arange(40), collator, folder)
+    assert stored.fingerprint == whole.fingerprint
     assert len(asked) == 10
+    at_once = counted(several, np.arange(40), collator, tmp_path / "at_once")  # not in pieces
+    assert stored.row_tokens.tolist() == whole.row_tokens.tolist() == at_once.row_tokens.tolist()
     (file,) = folder.glob("lengths-*.npz")
     other: list[tuple[dict[str, Any], list[str] | None]] = [
         ({"max_tokens": 100}, None),
@@ -342,6 +431,9 @@ def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_tur
     data = module(tmp_path, budget=Budget(64, 1024))
     (counts,) = data.folder.parent.glob("lengths-*.npz")
     assert np.flatnonzero(np.load(counts)["longest"] == UNREADABLE).tolist() == [7]
+    lengths, this = data.parts["train"][0].lengths, np.array([7])
+    assert lengths is not None
+    assert lengths.tokens_of_rows(shards, this, np.array([1])) == TokenLengths().tokens(shards, this)
     seen = keys(list(data.train_dataloader()), "videos")
     assert "v7" not in seen
     assert data.skipped.count == 1

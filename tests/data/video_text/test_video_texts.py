@@ -452,9 +452,9 @@ def test_normalised_frames_and_padding_share() -> None:
     )
     rows = text_rows(batch)
     assert rows.padding_share() == pytest.approx(1 - 11 / (3 * 6))
-    assert rows.padding_share(packed=True) == pytest.approx(1 - 11 / (2 * 6))  # the shorter two share a bin
+    assert rows.padding_share(packed=True) == 0  # all three in one bin
     assert rows.padding_share(5) == pytest.approx(1 - (14 + 6 + 7) / (3 * 14))
-    assert rows.padding_share(5, packed=True) == pytest.approx(1 - (14 + 6 + 7) / (2 * 14))
+    assert rows.padding_share(100, packed=True) == pytest.approx(1 - (204 + 101 + 102) / (2 * 204))  # two bins
     pixels = batch.normalised((0.5, 0.5, 0.0), (0.5, 0.25, 1.0))
     assert pixels[0, 0, :, 0, 0].tolist() == [1.0, 2.0, 1.0]
     assert batch.to("cpu", dtype=torch.float16).frames.dtype == torch.uint8
