@@ -127,7 +127,7 @@ def token_counts_label_taught() -> None:
         axes.set(xlabel="steps", title=question, ylim=(0, 1.02), xlim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in validation")
-    panels[2].legend(fontsize=8, loc="lower right")
+    panels[0].legend(fontsize=8, loc="lower right")
     figure.savefig(IMAGES / "token_counts_label_taught.png", dpi=120)
 
 
