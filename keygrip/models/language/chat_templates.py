@@ -105,6 +105,7 @@ class _Generator(CodeGenerator):
     stands in them."""
 
     def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
+        called: Any  # each of these has a body
         for called in node.find_all((nodes.Macro, nodes.CallBlock, nodes.Block)):
             charge = nodes.Call(
                 nodes.EnvironmentAttribute("charged"), [nodes.Const(_size(called.body))], [], None, None
