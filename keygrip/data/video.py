@@ -25,7 +25,7 @@ from PIL import Image
 
 from keygrip.data.bad_samples import guard, is_of_the_machine
 from keygrip.data.untrusted_files import MAX_PIXELS, regular_file
-from keygrip.data.video_frames import untimed_order, upright_frame, yuv420p
+from keygrip.data.video_frames import stored_frame, untimed_order, upright_frame, yuv420p
 
 # Containers that hold their images themselves, by what is in a file, not by its ending. Lists and playlists (ffconcat,
 # m3u8, ...) in place of a video would have FFmpeg read the files that they name, from the disk or the network.
@@ -82,6 +82,8 @@ def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
         container.close()
         raise OSError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
     stream.thread_type = "NONE"
+    # each frame states its size anew; what is refused here is not decoded. Twice: decoders count their padding too
+    stream.codec_context.options = {"max_pixels": str(2 * MAX_PIXELS)}
     return container, stream
 
 
@@ -173,7 +175,7 @@ class _OpenVideo:
             if self.decoder is not None and self.position is not None and nearest_key <= self.position < target:
                 frame = self._advance(target)
                 if frame is not None:
-                    return frame.to_ndarray(format="rgb24")
+                    return stored_frame(frame)
             for key in (*range(nearest, max(-1, nearest - 3), -1), -1):
                 self.stream.codec_context.flush_buffers()
                 self.decoder = self._frames_from(key)
@@ -181,8 +183,8 @@ class _OpenVideo:
                 if frame is not None:
                     if frame.is_corrupt:
                         break
-                    return frame.to_ndarray(format="rgb24")
-        except (av.FFmpegError, EOFError) as error:
+                    return stored_frame(frame)
+        except (av.FFmpegError, EOFError, ValueError) as error:
             self.decoder = self.position = None
             raise OSError(
                 f"{self.path}: frame {index} cannot be decoded ({error}); the video is cut off or damaged"
@@ -438,7 +440,7 @@ def read_video(path: str | Path, every: int = 1) -> np.ndarray:
     """Every n-th frame of a video, [N, H, W, 3] uint8. Raises ValueError where it cannot be decoded."""
     with guard("the video cannot be decoded"), _opened(path) as (container, stream):
         decoded = enumerate(container.decode(stream))
-        return np.stack([frame.to_ndarray(format="rgb24") for i, frame in decoded if i % every == 0])
+        return np.stack([stored_frame(frame) for i, frame in decoded if i % every == 0])
 
 
 @contextlib.contextmanager
@@ -452,7 +454,7 @@ def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> 
         OSError, ValueError: it cannot be opened, or breaks off.
     """
     with av.open(source, format=format, options=dict(options)) as container:
-        yield (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        yield (stored_frame(frame) for frame in container.decode(video=0))
 
 
 class VideoWriter:

@@ -45,8 +45,7 @@ def upright_frame(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
         ValueError: it has more pixels than an image may have, or more when it is stretched; or its display matrix turns
             by another angle or skews.
     """
-    if frame.width * frame.height > MAX_PIXELS:  # the header may say less
-        raise ValueError(f"a frame has more than the {MAX_PIXELS} pixels that an image may have")
+    _refuse_large(frame)
     shown_by = _shown_by(frame.side_data.get("DISPLAYMATRIX"))
     image: Image.Image = frame.to_image()
     if pixel_shape and pixel_shape != 1:  # the shorter side grows: no pixel is lost
@@ -55,6 +54,20 @@ def upright_frame(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
             raise ValueError(f"shown with pixels of {pixel_shape}, its frames have more than {MAX_PIXELS} pixels")
         image = image.resize((round(width), round(height)))
     return image if shown_by is None else image.transpose(shown_by)
+
+
+def stored_frame(frame: Any) -> np.ndarray:
+    """A decoded frame as it is stored, H x W x 3 uint8 RGB. Raises ValueError: more pixels than an image may have."""
+    _refuse_large(frame)
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    return pixels
+
+
+def _refuse_large(frame: Any) -> None:
+    """Raises ValueError: it has more pixels than an image may have. Every frame of a video states its own size, of
+    which the file's header says nothing."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise ValueError(f"a frame has more than the {MAX_PIXELS} pixels that an image may have")
 
 
 def _shown_by(display_matrix: Any) -> Image.Transpose | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import guard
+from keygrip.data.parquet_tables import column_types, read_table
 from keygrip.data.source_files import everything_below, files_in, is_hidden
 from keygrip.data.untrusted_files import read_json
 
@@ -172,15 +173,13 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
 def _video_mme(root: Path) -> Iterator[Entry]:
     """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and perhaps
     `domain`, `sub_category`, `task_type`. What a file repeats of another one is left out."""
-    import pyarrow.parquet
-
     files = [file for file in files_in(root, ".parquet", below=True) if _asks(file)]
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
     videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file in files:
         with guard(file):
-            entries = pyarrow.parquet.read_table(file).to_pylist()
+            entries = read_table(file).to_pylist()
         for entry in entries:
             with _named(file, entry):
                 options = _without_letters(_options(entry["options"]))
@@ -203,10 +202,7 @@ def _video_mme(root: Path) -> Iterator[Entry]:
 
 def _asks(file: Path) -> bool:
     """Whether a parquet file holds questions of Video-MME. Raises ValueError: some of their columns alone."""
-    import pyarrow.parquet
-
-    with guard(file):
-        columns = pyarrow.parquet.read_schema(file).names
+    columns = [*column_types(file)]
     lacks = [name for name in VIDEO_MME_COLUMNS if name not in columns]
     if "question" in lacks and "options" in lacks:
         log.warning("%s is left out: no questions of Video-MME, its columns are %.200s", file, ", ".join(columns))

@@ -17,8 +17,8 @@ import numpy as np
 from keygrip.robots.kinematics import arm_file, gripper_file
 from keygrip.robots.mujoco_backend import mujoco
 from keygrip.robots.surface import POINTS_PER_M2, RobotSurface, sample_triangles
+from keygrip.robots.xml_text import LARGEST_XML_BYTES, parse_xml
 
-LARGEST_FILE_BYTES = 8 << 20
 MOST_BODIES = 500
 NEVER_DRAWN = {int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_HFIELD)}
 COLLISION_GROUP = 3  # by the convention of MuJoCo's own robots: what is drawn is in 0 to 2
@@ -143,15 +143,12 @@ def arm_model(
 
 def _compiled(path: Path) -> mujoco.MjModel:
     """The file as MuJoCo's model, with all bodies and all that is drawn."""
-    if path.stat().st_size > LARGEST_FILE_BYTES:
-        raise ValueError(f"{path} has more than {LARGEST_FILE_BYTES >> 20} MB: not a robot's description")
-    text = path.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise ValueError(f"{path} declares entities: remove them, a robot's description needs none")
+    with path.open("rb") as file:
+        text = file.read(LARGEST_XML_BYTES + 1)
     try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is not XML: {error}") from error
+        root = parse_xml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     if root.tag not in ("mujoco", "robot"):
         raise ValueError(f"{path} begins with <{root.tag}>: MJCF begins with <mujoco>, URDF with <robot>")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -10,10 +11,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from shard_sets import picture
 
-from keygrip.data import video
-from keygrip.data.video import VideoWriter, duration_s, frames_at, read_video, write_video
+from keygrip.data import video, video_frames
+from keygrip.data.video import VideoWriter, duration_s, frames_at, read_frame, read_video, write_video
 from keygrip.data.video_frames import upright_frame
 from keygrip.data.video_text.conversations import decode_timed, describe_video_text
 
@@ -357,6 +359,42 @@ def test_frames_larger_than_their_header_says_are_refused() -> None:
 
     with pytest.raises(ValueError, match="more than the 67108864 pixels"):
         upright_frame(Huge(), None)
+
+
+def growing(path: Path) -> Path:
+    """Six frames of 64 x 64 pixels as the header says, and one of 160 x 160."""
+    with av.open(str(path), "w", format="avi") as file:
+        stream = file.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for number, side in enumerate([64] * 6 + [160]):
+            encoded = io.BytesIO()
+            Image.new("RGB", (side, side), (90, 90, 90)).save(encoded, "JPEG")
+            packet = av.Packet(encoded.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 10), True
+            packet.pts = packet.dts = number
+            packet.duration = 1
+            file.mux(packet)
+    return path
+
+
+def test_each_frame_is_held_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_frame(growing(tmp_path / "whole.avi"), 6).shape == (160, 160, 3)
+    monkeypatch.setattr(video_frames, "MAX_PIXELS", 100 * 100)
+    path = growing(tmp_path / "a.avi")
+    assert read_frame(path, 5).shape == (64, 64, 3)
+    for index in (6, 6):  # also after it was refused once
+        with pytest.raises(OSError, match=r"a\.avi: frame 6 .*more than the 10000 pixels"):
+            read_frame(path, index)
+    with pytest.raises(ValueError, match="cannot be decoded: a frame has more than the 10000 pixels"):
+        read_video(path)
+
+
+def test_a_frame_far_beyond_the_limit_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_PIXELS", 100 * 100)  # the decoder is told twice as many; the frame has 25 600
+    path = growing(tmp_path / "a.avi")
+    assert read_frame(path, 5).shape == (64, 64, 3)
+    with pytest.raises(OSError, match=r"a\.avi: frame 6 cannot be decoded"):
+        read_frame(path, 6)
 
 
 def test_the_index_reads_the_stream_only_while_its_container_is_open(

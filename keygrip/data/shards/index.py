@@ -36,6 +36,9 @@ END_OF_TAR = 1024  # bytes of zeros
 COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
 MAX_SAMPLE_BYTES = 1 << 31
+MOST_PARTS = 1024  # of a sample
+# Of a tar's global pax headers, which count for every member. Tools write one or two, such as a commit's number.
+MOST_PAX_HEADERS, LONGEST_PAX_HEADERS = 100, 1 << 16
 # Characters. The arrays of an index are as wide as their longest entry, so that a single one would be paid for by all.
 LONGEST_KEY, LONGEST_PART, LONGEST_TEXT = 256, 128, 1024
 Parts = dict[str, bytes]
@@ -274,9 +277,17 @@ def members_of(path: Path) -> TarMembers:
 
 
 def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[bytes]) -> None:
-    """Adds what the headers say to `found`. Raises ShardError: the tar is cut off, or goes on after its end."""
-    end = 0
+    """Adds what the headers say to `found`.
+
+    Raises:
+        ShardError: the tar is cut off, or goes on after its end, or has more global headers than any tool writes.
+    """
+    end, seen = 0, set[tuple[str, str]]()
+    _refuse_global_headers(path, tar)
     for member in tar:
+        # it keeps all members and their headers otherwise
+        tar.members.clear()  # type: ignore[attr-defined]
+        _refuse_global_headers(path, tar)
         key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
         hidden = not key.rpartition("/")[2]
         key, length = _written(key)
@@ -307,8 +318,12 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
         elif member.issparse():
             found.bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
         parts = found.parts.setdefault(key, [])
-        if key not in found.bad and part in (name for name, _, _ in parts):
+        if len(parts) >= MOST_PARTS:
+            found.bad.setdefault(key, f"it has more than the {MOST_PARTS} parts that a sample may have")
+            continue
+        if key not in found.bad and (key, part) in seen:
             found.bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
+        seen.add((key, part))
         parts.append((part, member.offset_data, member.size))
     raw.seek(end)
     closing = raw.read(END_OF_TAR)
@@ -320,6 +335,17 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
                 f"{path} goes on after the end mark behind its {len(found.parts)} samples: tar files joined by cat are "
                 "read to the first mark alone; unpack it with `tar -xif` and pack it again"
             )
+
+
+def _refuse_global_headers(path: Path, tar: tarfile.TarFile) -> None:
+    """Raises ShardError: they are too many, and `tarfile` copies them into every member."""
+    count = len(tar.pax_headers)
+    length = sum(len(name) + len(value) for name, value in tar.pax_headers.items())
+    if count > MOST_PAX_HEADERS or length > LONGEST_PAX_HEADERS:
+        raise ShardError(
+            f"{path} has {count} global pax headers, more than the {MOST_PAX_HEADERS} (or {LONGEST_PAX_HEADERS} "
+            "characters) that it may have: unpack it and pack it again"
+        )
 
 
 def _is_compressed(path: Path) -> bool:

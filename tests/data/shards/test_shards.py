@@ -17,8 +17,17 @@ import webdataset
 from shard_sets import conversations, picture, write_set
 
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards import index
 from keygrip.data.shards.examination import ShardReport
-from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path, index_shard, split_name
+from keygrip.data.shards.index import (
+    MANIFEST,
+    ShardError,
+    ShardIndex,
+    index_path,
+    index_shard,
+    members_of,
+    split_name,
+)
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import ShardCache
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -157,6 +166,62 @@ def test_repeated_keys_and_parts_are_left_out_by_name(tmp_path: Path) -> None:
         assert index.keys.tolist() == ["b"]
         assert list(index.bad) == ["a"]
         assert "it has the part 'json' twice" in index.bad["a"]
+
+
+def pax_record(name: str, value: str) -> bytes:
+    text = f" {name}={value}\n".encode()
+    length = len(text) + 1
+    while length != len(text) + len(str(length)):
+        length = len(text) + len(str(length))
+    return str(length).encode() + text
+
+
+def tar_with_global_headers(path: Path, headers: dict[str, str]) -> Path:
+    records = b"".join(pax_record(name, value) for name, value in headers.items())
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        member = tarfile.TarInfo("headers")
+        member.type, member.size = tarfile.XGLTYPE, len(records)
+        tar.addfile(member, io.BytesIO(records))
+        for number in range(3):
+            tar.addfile(tarfile.TarInfo(f"s{number}.txt"), io.BytesIO())
+    return path
+
+
+def test_global_headers_of_a_tar_are_bounded(tmp_path: Path) -> None:
+    ordinary = tar_with_global_headers(tmp_path / "a.tar", {"comment": "0" * 40})
+    assert [*members_of(ordinary).parts] == ["s0", "s1", "s2"]
+    for headers in ({f"k{n}": "" for n in range(101)}, {"comment": "x" * 70_000}):
+        found = members_of(tar_with_global_headers(tmp_path / "b.tar", headers))
+        assert re.search(rf"b.tar has {len(headers)} global pax headers, more than the 100", str(found.fault))
+        assert not found.parts
+
+
+def test_the_members_of_a_tar_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(50):
+            tar.addfile(tarfile.TarInfo(f"s{number}.txt"), io.BytesIO())
+    kept, read = [], tarfile.TarFile.next
+
+    def counted(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        kept.append(len(tar.members))
+        return read(tar)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", counted)
+    assert len(members_of(tmp_path / "a.tar").parts) == 50
+    assert max(kept) <= 1
+
+
+def test_a_key_of_more_parts_than_a_sample_may_have_is_left_out_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MOST_PARTS", 4)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, count in (("few", 4), ("many", 50)):
+            for number in range(count):
+                tar.addfile(tarfile.TarInfo(f"{key}.{number}"), io.BytesIO())
+    found = members_of(tmp_path / "a.tar")
+    assert found.bad == {"many": "it has more than the 4 parts that a sample may have"}
+    assert {key: len(parts) for key, parts in found.parts.items()} == {"few": 4, "many": 4}
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.data.parquet_tables import Allowance, open_parquet, refuse_large
 from keygrip.data.robot.frames import checked_index, rgb_pixels, verify_source
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
@@ -86,7 +87,7 @@ def own_dataset(group: Any, name: str) -> Any:
     """The data set `name` of an HDF5 file or group, read from this file alone.
 
     Raises:
-        ValueError: it is behind a link, its numbers lie in another file, or it is too large.
+        ValueError: it is behind a link, its numbers lie in another file, or an entry or a chunk of it is too large.
     """
     import h5py
 
@@ -96,6 +97,11 @@ def own_dataset(group: Any, name: str) -> Any:
     entry_bytes = math.prod(dataset.shape[1:] or dataset.shape) * dataset.dtype.itemsize
     if entry_bytes > 3 * MAX_PIXELS:
         raise ValueError(f"{name} has shape {dataset.shape}, more than can be read")
+    # a chunk is unpacked whole, whatever is read of it, and may be larger than the data set
+    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > 3 * MAX_PIXELS:
+        raise ValueError(
+            f"{name} is stored in chunks of shape {dataset.chunks}, more than can be read: h5repack stores it in others"
+        )
     return dataset
 
 
@@ -160,7 +166,7 @@ class _RowGroups(threading.local):
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """One column of a row group: `values` are those of the rows from `first` on."""
+    """One column of a row group: `values` are those of the rows from `first` on, encoded images in a dictionary."""
 
     key: tuple[str, str]
     first: int
@@ -168,14 +174,13 @@ class _RowGroup:
 
     @classmethod
     def read(cls, path: Path, column: str, row: int, key: tuple[str, str]) -> _RowGroup:
-        """The group that holds a row. Raises OSError: there is none."""
-        import pyarrow.parquet as parquet
-
+        """The group that holds a row. Raises OSError: there is none. BadSample: it cannot be read, or is too large."""
         first = 0
-        with parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             for number in range(file.metadata.num_row_groups):
                 rows = file.metadata.row_group(number).num_rows
                 if row < first + rows:
+                    refuse_large(file, [number], [column], Allowance([path]))
                     return cls(key, first, file.read_row_group(number, columns=[column]).column(column))
                 first += rows
         raise OSError(f"{path} has no row {row}")

@@ -52,6 +52,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.parquet_tables import Allowance, column_types, read_table
 from keygrip.data.robot.calibration import (
     ArmCalibration,
     Calibration,
@@ -65,7 +66,7 @@ from keygrip.data.robot.formats.poses import increasing, opening, quaternions, r
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
-from keygrip.data.untrusted_files import inside, read_json, regular_file
+from keygrip.data.untrusted_files import inside, read_json
 from keygrip.data.video import file_identity
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -165,31 +166,27 @@ def _broken(name: str, reason: str) -> Demo:
 
 
 def _episodes(root: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as parquet
-
     files = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
     if not files:
         raise FileNotFoundError(f"{root} has no meta/episodes/chunk-*/file-*.parquet; the data set is incomplete")
     rows: list[dict[str, Any]] = []
-    for file in files:
-        try:
-            regular_file(file)
+    try:
+        allowance = Allowance(files)
+        for file in files:
+            wanted = [name for name in column_types(file) if not name.startswith("stats/")]
             with guard(file):
-                wanted = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
-                rows += parquet.read_table(file, columns=wanted).to_pylist()
-        except BadSample as error:
-            raise ValueError(f"{error}: the list of episodes is damaged, copy the data set again") from error
+                rows += read_table(file, wanted, allowance).to_pylist()
+    except BadSample as error:
+        raise ValueError(f"{error}: the list of episodes is damaged, copy the data set again") from error
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
 def _tasks(root: Path) -> dict[int, str]:
     """Task sentences by number; pandas wrote them as the index of the table."""
-    import pyarrow.parquet as parquet
-
     path = root / "meta" / "tasks.parquet"
     if not path.is_file():
         return {}
-    table = parquet.read_table(path).to_pydict()
+    table = read_table(path).to_pydict()
     text: list[Any] = next((values for key, values in table.items() if key != "task_index"), [])
     return {int(number): str(task) for number, task in zip(table["task_index"], text, strict=True)}
 
@@ -358,11 +355,8 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
 @functools.lru_cache(maxsize=1)  # episodes are read in order, and those of a file one after the other
 def _without_images(file: Path, identity: str) -> Any:
     """The table of a Parquet file without its columns of images; `identity` says whether it is the same file still."""
-    import pyarrow.parquet as parquet
-
-    schema = parquet.read_schema(file)
-    columns = [field.name for field in schema if not str(field.type).startswith("struct")]
-    return parquet.read_table(file, columns=columns).combine_chunks()
+    columns = [name for name, kind in column_types(file).items() if not kind.startswith("struct")]
+    return read_table(file, columns).combine_chunks()
 
 
 def _arm(

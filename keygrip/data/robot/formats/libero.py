@@ -25,7 +25,6 @@ import contextlib
 import logging
 import math
 import re
-import xml.etree.ElementTree as ElementTree
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
 from keygrip.data.source_files import files_in
 from keygrip.data.untrusted_files import parse_json
+from keygrip.robots.xml_text import parse_xml
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observed]
         if missing:
             raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")
+        _check_lengths(demo, observed, name)
         position, turn = own_array(observed, "ee_pos"), own_array(observed, "ee_ori")
         fingers = own_array(observed, "gripper_states")
         joints = own_array(observed, "joint_states") if "joint_states" in observed else None
@@ -130,12 +131,10 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         controller=actions,
     )
     cameras: dict[str, CameraTrack] = {}
-    for camera, (held, height, width, _) in sizes.items():
+    for camera, (_, height, width, _) in sizes.items():
         known = _camera(
             camera, width, height, frames, model, calibration, {"right": transform(position, matrices)}, name
         )
-        if held != frames:
-            raise DemoError(name, f"{CAMERAS[camera]} holds {held} images, the demo {frames} poses")
         images = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
         if known is None:
             where = "on the hand is not in the file" if camera == "eye_in_hand" else "is not in the stored model"
@@ -162,6 +161,18 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         cameras=cameras,
         source={"format": "libero", "file": path.name, "demo": key, "notes": notes},
     )
+
+
+def _check_lengths(demo: Any, observed: Any, name: str) -> None:
+    """Raises DemoError: data sets of the demo differ in their number of rows. None is read for this: a large one costs
+    a few bytes in a file."""
+    frames = len(own_dataset(observed, "ee_pos"))
+    for part in ("ee_ori", "gripper_states", "joint_states", *CAMERAS.values()):
+        if part in observed and (held := len(own_dataset(observed, part))) != frames:
+            what = "images" if part in CAMERAS.values() else "rows"
+            raise DemoError(name, f"{part} holds {held} {what}, the demo {frames} poses")
+    if "actions" in demo and (held := len(own_dataset(demo, "actions"))) != frames:
+        raise DemoError(name, f"actions holds {held} rows, the demo {frames} poses")
 
 
 def _text(value: Any) -> str:
@@ -218,9 +229,9 @@ def _from_model(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """A camera of the MuJoCo model that is fixed to the world: position, wxyz quaternion and vertical field of view."""
     try:
-        world = ElementTree.fromstring(model).find("worldbody")
-    except ElementTree.ParseError as error:
-        raise DemoError(name, f"the model stored with the demo is not XML ({error})") from error
+        world = parse_xml(model).find("worldbody")
+    except ValueError as error:
+        raise DemoError(name, f"the model stored with the demo {error}") from error
     element = None if world is None else next((c for c in world.findall("camera") if c.get("name") == camera), None)
     if element is None or element.get("mode", "fixed") != "fixed" or element.get("quat") is None:
         return None

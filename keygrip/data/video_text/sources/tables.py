@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, reason_of
+from keygrip.data.parquet_tables import rows_of
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.untrusted_files import regular_file
+
+BATCH_ROWS = 64  # read at once
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,9 @@ class RowGroup:
     name: str
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number in the file and values of each row."""
-        import pyarrow.parquet as parquet
-
-        number = self.first_row
-        with _named(self.path), parquet.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(64, [self.group], list(columns)):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
+        """Number in the file and values of each row. Raises ValueError: the table is damaged, or too large unpacked."""
+        with _named(self.path):
+            yield from enumerate(rows_of(self.path, self.group, columns, BATCH_ROWS), self.first_row)
 
 
 @contextlib.contextmanager

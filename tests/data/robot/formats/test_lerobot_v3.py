@@ -18,8 +18,9 @@ from PIL import Image
 from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
+from keygrip.data import parquet_tables
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.formats import frames
+from keygrip.data.robot.formats import frames, lerobot_v3
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.importing import import_demos
@@ -288,14 +289,14 @@ def test_every_episode_finds_its_rows_and_its_stretch_of_video(
 
 def test_a_file_of_many_episodes_is_read_once(tmp_path, write_dataset, monkeypatch):
     write_dataset(tmp_path)
-    read, files = pq.read_table, []
+    read, files = lerobot_v3.read_table, []
 
-    def counted(file, **options):
+    def counted(file, *options):
         files.append(file)
-        return read(file, **options)
+        return read(file, *options)
 
     references = find_demos(tmp_path)
-    monkeypatch.setattr(pq, "read_table", counted)
+    monkeypatch.setattr(lerobot_v3, "read_table", counted)
     demos = [reference.read() for reference in references]
     assert tuple(map(len, demos)) == LENGTHS
     data_files = [file.name for file in files if file.parent.parent.name == "data"]
@@ -366,6 +367,36 @@ def test_few_row_groups_of_images_are_kept(tmp_path, group_reads, monkeypatch, l
     for row in (0, 1, 4, 5, 0):
         np.testing.assert_array_equal(source.read(row), pictures["left"][row])
     assert group_reads == [(0, "left"), (1, "left"), (0, "left")]
+
+
+def test_images_that_repeat_are_held_once(tmp_path):
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(encoded, "PNG")
+    content = encoded.getvalue()
+    cells = [{"bytes": content, "path": None}] * 2000
+    pq.write_table(pa.table({"top": cells}), tmp_path / "images.parquet", store_schema=False)
+    assert (tmp_path / "images.parquet").stat().st_size < 3 * len(content)
+    source = ParquetFrames(tmp_path / "images.parquet", "top", (1999,), tmp_path)
+    np.testing.assert_array_equal(source.read(0), np.asarray(Image.open(io.BytesIO(content))))
+    assert frames._row_groups.held[-1].values.nbytes < 10 * len(content)
+
+
+@pytest.mark.parametrize("part", ["meta/episodes/chunk-000/file-000", "data/chunk-000/file-000", "meta/tasks"])
+def test_a_small_table_that_unpacks_to_a_large_one_is_refused(tmp_path, write_dataset, monkeypatch, part):
+    write_dataset(tmp_path)
+    path = tmp_path / f"{part}.parquet"
+    table = pq.read_table(path)
+    table = pa.concat_tables([table] * (1000 // len(table) + 1))
+    texts = ["x" * 10_000] * len(table)
+    pq.write_table(table.append_column("told", pa.array(texts)), path, compression="zstd", store_schema=False)
+    monkeypatch.setattr(parquet_tables, "MAX_ARRAY_BYTES", 1 << 22)
+    read = {
+        "meta/episodes/chunk-000/file-000": lerobot_v3._episodes,
+        "data/chunk-000/file-000": lambda root: lerobot_v3._without_images(path, "made anew"),
+        "meta/tasks": lerobot_v3._tasks,
+    }[part]
+    with pytest.raises(ValueError, match=rf"{path.name}: unpacked, it has more than the \d+ bytes"):
+        read(tmp_path)
 
 
 def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,8 @@ from robot_mutations import ROUNDS, assert_damage_is_found, contents
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.formats import libero
+from keygrip.data.robot.formats import frames, libero
+from keygrip.data.robot.formats.frames import HDF5Frames
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.samples import poses_of
 from keygrip.data.robot.schema import DemoError
@@ -189,6 +191,38 @@ def test_broken_files_are_named(tmp_path, square):
         demos["demo_0"].read()
     with pytest.raises(DemoError, match=r"gripper_states .* other units"):
         demos["demo_1"].read()
+
+
+def test_a_stored_model_that_declares_entities_is_refused(tmp_path, square):
+    write_file(tmp_path / FILE, square, demos=1, xml="<!DOCTYPE a [<!ENTITY b 'c'>]><mujoco>&b;</mujoco>")
+    with pytest.raises(DemoError, match="the model stored with the demo declares entities"):
+        find_demos(tmp_path)[0].read()
+
+
+@pytest.mark.parametrize("part", ["actions", "obs/ee_ori", "obs/joint_states", "obs/agentview_rgb"])
+def test_data_sets_of_other_lengths_are_refused_before_any_is_read(tmp_path, square, monkeypatch, part):
+    write_file(tmp_path / FILE, square, demos=1)
+    with h5py.File(tmp_path / FILE, "r+") as file:
+        demo = file["data/demo_0"]
+        shape = demo[part].shape[1:]
+        del demo[part]
+        demo.create_dataset(part, shape=(1_000_000, *shape), dtype="u1", chunks=(1, *shape))  # no number is stored
+    monkeypatch.setattr(libero, "own_array", lambda *data_set: pytest.fail("numbers were read"))
+    said = f"{part.rpartition('/')[2]} holds 1000000 (rows|images), the demo {len(square.position)} poses"
+    with pytest.raises(DemoError, match=said):
+        find_demos(tmp_path)[0].read()
+
+
+def test_a_chunk_that_is_larger_than_an_image_may_be_is_not_unpacked(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        options = {"maxshape": (None, 8, 8, 3), "dtype": "u1", "compression": "gzip"}
+        file.create_dataset("small", shape=(4, 8, 8, 3), chunks=(16, 8, 8, 3), **options)
+        large = file.create_dataset("large", shape=(4, 8, 8, 3), chunks=(17, 8, 8, 3), **options)
+        large.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(17 * 8 * 8 * 3)))
+    monkeypatch.setattr(frames, "MAX_PIXELS", 16 * 8 * 8)
+    assert HDF5Frames(tmp_path / "a.hdf5", "small", 4).read(1).shape == (8, 8, 3)
+    with pytest.raises(ValueError, match=r"large is stored in chunks of shape \(17, 8, 8, 3\), more than can be read"):
+        HDF5Frames(tmp_path / "a.hdf5", "large", 4).read(1)
 
 
 def test_links_are_not_followed_out_of_the_file(tmp_path, square):
