@@ -65,7 +65,11 @@ GIVEN = {
     **{
         f"experiment={name}": ["model.init_from=folder"]
         for name in (
-            *(f"vlm_stage{number}{kind}" for number in (2, 3) for kind in ("", "_published", "_360m", "_1700m")),
+            *(
+                f"vlm_stage{number}{kind}"
+                for number in (2, 3)
+                for kind in ("", "_best", "_published", "_360m", "_1700m")
+            ),
             *("vlm_long_videos", "vlm_pooled_long_videos"),
             *("dit_few_steps_128px", "dit_few_steps_latents_128px", "dit_few_steps_512px"),
         )

@@ -87,17 +87,19 @@ def test_a_run_ends_with_its_plan_and_after_its_robot(monkeypatch: pytest.Monkey
     assert planned.is_set()
 
 
-def immediate(policy: Any) -> SimulatedPlanner:
+def immediate(policy: Any, awaited: bool = True) -> SimulatedPlanner:
     return SimulatedPlanner(policy, lambda: 0.0)
 
 
 def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    waits: list[bool] = []
     monkeypatch.setattr(driving, "RemotePolicy", lambda url, **options: asked.append((url, options)) or Steady())
-    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
+    monkeypatch.setattr(driving, "ThreadPlanner", lambda *given, awaited: waits.append(awaited) or immediate(*given))
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
     run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
     assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem", "renews": True})]
+    assert waits == [False]  # at the end, for a last answer of the server
     for setting in (
         "tf32=true",
         "device=cpu",
