@@ -101,7 +101,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         close_key = nearest(full, [each for each in known if not each.endswith("._target_")])
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
         part = full.rpartition(".")[0]
-        if part.startswith(("logger.", "callbacks.")) and f"{part}._target_" in known:
+        if part.startswith("logger.") and f"{part}._target_" in known:  # keygrip's own classes take no others
             hint += f"; a further argument of its class is added with +{full}=VALUE"
         if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in known):
             hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
