@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 
 log = logging.getLogger(__name__)
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started."""
-    return not any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started.
+
+    Under srun torchrun numbers the processes by itself: which node has the first one its rendezvous decides.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+    names = ("RANK",) if by_torchrun else ("LOCAL_RANK", "RANK", "SLURM_PROCID")
+    return not any(int(os.environ.get(name) or 0) > 0 for name in names)
 
 
 def started_together() -> int:
@@ -29,6 +35,43 @@ def nodes_of_srun() -> int:
     names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
     return int(told[0]) if told and tasks_of_srun() > 1 else 1
+
+
+def tasks_of_nodes_of_srun() -> list[int]:
+    """How many processes srun started on each node of this run's step; empty where SLURM does not say it.
+
+    Raises:
+        ValueError: SLURM says it in a form that is not known.
+    """
+    told = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts: list[int] = []
+    for part in told.split(",") if told else []:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(
+                f"SLURM_STEP_TASKS_PER_NODE={told!r} is no list of numbers of tasks, as '8(x2)' or '3,1': unset it, if "
+                "srun has not set it"
+            )
+        counts += [int(match.group(1))] * int(match.group(2) or 1)
+    return counts
+
+
+def meet_within_step() -> None:
+    """Has the processes of a step of srun meet at the step's own first node and port, 15000 to 24999, in MASTER_ADDR
+    and MASTER_PORT, unless these are set.
+
+    Lightning takes the job's: on its first node no process of this step may run, and steps side by side would meet each
+    other. The port of a job's first step is the one that Lightning takes; those of later steps, and of steps of jobs
+    with near numbers, lie far from it. What SLURM does not say is left to Lightning.
+    """
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if nodes:
+        os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    if job.isdigit() and step.isdigit():
+        os.environ.setdefault("MASTER_PORT", str(15_000 + (int(job) + 3_819 * int(step)) % 10_000))
 
 
 def refuse_task_named_as_a_shell() -> None:

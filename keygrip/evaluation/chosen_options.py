@@ -13,8 +13,6 @@ from keygrip.evaluation.answer_forms import (
     BESIDE_CJK,
     CONCLUDES,
     CORRECTS,
-    COUNTED,
-    ENDS_NO,
     ENDS_SAID,
     GOES_ON,
     I_SAY,
@@ -22,9 +20,7 @@ from keygrip.evaluation.answer_forms import (
     LIKE,
     MENTIONS,
     NOT,
-    NUMBERED,
     OPEN,
-    ORDINALS,
     QUALIFIES,
     REASON,
     RIGHT,
@@ -42,9 +38,11 @@ from keygrip.evaluation.answer_forms import (
     VERDICT,
     WRONG,
 )
+from keygrip.evaluation.named_options import by_words, numbered
 from keygrip.evaluation.option_texts import (
     Options,
     apart,
+    before_place,
     literal_text,
     normal_text,
     number_of,
@@ -105,13 +103,13 @@ def _read(said: str, known: Options, announced_only: bool = False) -> int | None
             return found
     if announced_only:
         return None
-    named = _by_words(_in_a_row(QUALIFIES.sub(r"\1", said)), known)
+    named = by_words(_in_a_row(QUALIFIES.sub(r"\1", said)), known)
     alone, labelling = _capitals(text, known)
     if len(alone) == 1:
         return alone.pop() if named is None or named in alone else None
     if named is None and not alone and len(labelling) == 1:
         return labelling.pop()
-    return _numbered(words, known) if named is None else named
+    return numbered(words, known) if named is None else named
 
 
 def _in_a_row(text: str) -> str:
@@ -323,7 +321,7 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
         found: list[tuple[int, int]] = []
         for letter in (upper + several, lower):
             for match in re.finditer(rf"(?i:{says}){letter}", text):
-                before, behind = _before(text, match.start()), _behind(text, match.end(1), known)
+                before, behind = before_place(text, match.start()), _behind(text, match.end(1), known)
                 if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # it asks
@@ -332,7 +330,7 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
                     _is_an_options(match.group().split()[0], known) or _is_verdict(match.group(), behind)
                 ):
                     continue
-                if SUPPOSES.search(_before(text, match.start(1))) and not re.match(
+                if SUPPOSES.search(before_place(text, match.start(1))) and not re.match(
                     CORRECTS, match.group(), re.IGNORECASE
                 ):
                     supposed = number_of(match.group(1)) if supposed is None else supposed
@@ -354,11 +352,6 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
         if found:
             return max(found)[1]
     return supposed
-
-
-def _before(text: str, place: int) -> str:
-    """What a pattern of words before a place looks at: not all of a long text again at each place."""
-    return text[max(0, place - 300) : place]
 
 
 def _behind(text: str, place: int, known: Options) -> str:
@@ -402,7 +395,7 @@ def _stated(text: str, last: str) -> int | None:
     """The first letter that is said to be the answer; one that only seems to be it where no other is it."""
     seeming: int | None = None
     for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?({RIGHT})", text):
-        before = _before(text, match.start(1))
+        before = before_place(text, match.start(1))
         if NOT.search(before) or OPEN.search(before):
             continue
         if re.match(r"\s+(?:seems|looks|appears)\b", match.group(2)) is None:
@@ -415,7 +408,9 @@ def _shown(text: str, last: str) -> int | None:
     """The one option of which a text says that it fits ("Option C matches the video")."""
     option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
     found = {
-        number_of(match.group(1)) for match in re.finditer(option, text) if not NOT.search(_before(text, match.start()))
+        number_of(match.group(1))
+        for match in re.finditer(option, text)
+        if not NOT.search(before_place(text, match.start()))
     }
     return found.pop() if len(found) == 1 else None
 
@@ -433,7 +428,7 @@ def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
     if re.search(rf"\b[A-{known.last}]\b{_another(known.last)}", text):
         return own, labelling
     for match in re.finditer(rf"\b([A-{known.last}])\b(?!['’])", text):
-        before = _before(text, match.start())
+        before = before_place(text, match.start())
         if NOT.search(before) or re.match(WRONG, text[match.end() :]):
             continue
         if _is_letter(match.group(1), text[match.end() :]):
@@ -446,55 +441,3 @@ def _is_letter(letter: str, behind: str) -> bool:
     return not re.match(r"\s+[a-z]|-[a-z]", behind) or (
         letter not in "AI" and re.match(rf"\s+{REASON}", behind) is not None
     )
-
-
-def _by_words(text: str, known: Options) -> int | None:
-    """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
-    # Without points and commas none is an answer.
-    plain = ["" if option in ("no", "i") else option for option in known.plain]
-    for own, options in ((text.lower(), known.literal), (plain_text(text), plain)):
-        found = [
-            (match.start(), match.end(), number)
-            for number, option in enumerate(options)
-            if option not in ("", "a", "i" if known.last >= "I" else "")
-            for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
-            if option not in ("no", "i") or _is_answer(option, own, match.start(), match.end())
-        ]
-        longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: it reaches furthest of those before
-        for this in sorted(found, key=lambda each: (each[0], -each[1])):
-            if this[1] > widest[1] or this[1] - this[0] >= widest[1] - widest[0]:
-                longest.append(this)
-            widest = max(widest, this, key=lambda each: each[1])
-        named: set[int] = set()
-        denied_to: int | None = None  # where the last one ends that is denied
-        for start, end, number in longest:
-            before = re.sub(r"\b(?:the|an?)\s+$", "", _before(own, start), flags=re.IGNORECASE)
-            between = "" if denied_to is None else own[denied_to:start]
-            also = re.fullmatch(r"\s*,?\s*(?:or|nor)\s+(?:(?:the|an?)\s+)?", between, re.IGNORECASE)
-            if also or NOT.search(before):
-                denied_to = end
-            else:
-                named.add(number)
-        if named:
-            return named.pop() if len(named) == 1 else None
-    return None
-
-
-def _numbered(text: str, known: Options) -> int | None:
-    """The option that a text names by its place ("Option 2", "The second option") and by nothing else; None where
-    options are themselves numbers."""
-    match = NUMBERED.fullmatch(text)
-    if match is None or re.search(rf"\d|\b(?:{'|'.join((*COUNTED, *ORDINALS))})\b", " ".join(known.literal)):
-        return None
-    cardinal, ordinal = (match.group(n).lower() if match.group(n) else None for n in (1, 2))
-    if cardinal is not None:
-        number = int(cardinal) - 1 if cardinal.isdigit() else COUNTED.index(cardinal)
-    else:
-        number = int(str(ordinal)) - 1 if str(ordinal).isdigit() else ORDINALS.index(str(ordinal))
-    return number if number < len(known.literal) else None
-
-
-def _is_answer(option: str, text: str, start: int, end: int) -> bool:
-    """Whether a "no" or "I" there is an answer, and not a part of a sentence ("there is no cat", "I see")."""
-    begins = not text[:start].strip() and not re.match(r"\s+(?:idea|clue|answer|option|information|way)\b", text[end:])
-    return (begins and option == "no") or re.match(ENDS_NO, text[end:]) is not None

@@ -42,7 +42,7 @@ IDLE = (
 Options = TypeVar("Options", bound=Any)  # a dataclass
 # What a checkpoint's data settings may take of the machine, unless the caller names them: at most what they have by
 # default (of several kinds of data, the most), and none of what only training uses.
-MOST_TAKEN = {"num_workers": 4, "prefetch_batches": 4, "memory_gb": 0.0, "cache_gb": 32.0}
+MOST_TAKEN = {"num_workers": 4, "prefetch_batches": 4, "memory_gb": 0.0, "cache_gb": 200.0}
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
 
 
@@ -160,7 +160,8 @@ class Evaluated:
 
     def stored_data(self, changes: Mapping[str, Any] | None = None) -> Any:
         """The data module of the run, built from the stored configuration; it makes nothing that is missing, fetches
-        nothing from an address that `changes` do not name, and takes no more of the machine than `MOST_TAKEN`.
+        nothing from an address that `changes` do not name, and takes no more of the machine than `MOST_TAKEN`. Where
+        `changes` do not name ``cache_gb``, copies of remote shards that a training made stay: it may be running.
 
         Args:
             changes: settings that take the place of stored ones, nested as these are.
@@ -181,11 +182,14 @@ class Evaluated:
                     "or another folder, with data.cache_dir=FOLDER",
                     stored.cache_dir,
                 )
-            return build_stored(merged, "data", self.trust, offered=named)
+            built = build_stored(merged, "data", self.trust, offered=named)
         except (TypeError, AttributeError) as error:
             if not changes:
                 raise
             raise ValueError(f"data: the run's data cannot be made with these settings: {error}") from error
+        if hasattr(built, "spares_copies"):
+            built.spares_copies = "cache_gb" not in named
+        return built
 
 
 def _within_limits(stored: Any, named: Mapping[str, Any]) -> Any:

@@ -122,3 +122,8 @@ def _bold(letter: re.Match[str]) -> str:
 def normal_text(text: str) -> str:
     """A text with the signs of `apart` as letters again."""
     return unicodedata.normalize("NFKC", text)
+
+
+def before_place(text: str, place: int) -> str:
+    """What a pattern of words before a place looks at: not all of a long text again at each place."""
+    return text[max(0, place - 300) : place]

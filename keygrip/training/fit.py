@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
 from keygrip.config import SettingError, TrainSchema, refuse_unread
-from keygrip.launch import tasks_of_srun
+from keygrip.launch import meet_within_step, tasks_of_srun
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module, read_checkpoint
@@ -209,6 +209,7 @@ def _trainer(
             # of this step, where the job's may be others or missing: Lightning holds the trainer's against them
             os.environ["SLURM_NTASKS_PER_NODE"] = str(arguments["devices"])
             os.environ["SLURM_NNODES"] = str(arguments["num_nodes"])
+            meet_within_step()
         environment = [SLURMEnvironment(auto_requeue=False) if by_srun else LightningEnvironment()]
     return lightning.Trainer(
         **arguments,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from keygrip.launch import nodes_of_srun, refuse_task_named_as_a_shell, tasks_of_srun
+from keygrip.launch import nodes_of_srun, refuse_task_named_as_a_shell, tasks_of_nodes_of_srun, tasks_of_srun
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +151,7 @@ class Strategy:
         started = f"srun started {tasks} processes on {nodes} node{'' if nodes == 1 else 's'}"
         if self.kind == "single":
             raise ValueError(f"{started}, and strategy.kind=single is one: add strategy=ddp, or give srun --ntasks=1")
-        if tasks % nodes:
+        if tasks % nodes or len(set(tasks_of_nodes_of_srun())) > 1:
             raise ValueError(f"{started}, which are not equally many on each: give --ntasks-per-node")
         if (self._devices(), self._nodes()) != (tasks // nodes, nodes):
             raise ValueError(

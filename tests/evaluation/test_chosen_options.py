@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from keygrip.evaluation import chosen_options
+from keygrip.evaluation import chosen_options, named_options
 from keygrip.evaluation.chosen_options import chosen_option
 
 COLOURS = ["blue", "red", "dark green", "a person jumps"]
@@ -145,6 +145,29 @@ def test_an_option_that_is_one_letter_is_named_by_it_where_the_list_has_no_such_
     said: str, options: list[str], option: int | None
 ) -> None:
     assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *((said, None) for said in ("I and II", "I or II", "Both I and II", "Either I or III", "I/II", "I & II")),
+        *((said, None) for said in ("I and III are correct", "III and I are correct", "II or I is right")),
+        *((said, None) for said in ("Option I or Option II", "I or maybe II", "It shows both I and (III).")),
+        *(("Not I but II", 1), ("Neither I nor II, but III", 2), ("not I or II but III", 2)),
+        *(("It must be II and I am sure", 1), ("I and my friend see II", 1), ("I think II", 1), ("II, I think", 1)),
+        ("It is II, or I would be surprised", 1),
+    ],
+)
+def test_an_option_i_beside_another_makes_two(said: str, option: int | None) -> None:
+    assert chosen_option(said, ROMAN) == option
+
+
+def test_an_option_no_beside_another_makes_two() -> None:
+    options = ["Yes", "No", "Maybe"]
+    for said in ("It is no or maybe", "Yes or no is right here", "I would say no/maybe"):
+        assert chosen_option(said, options) is None
+    for said, option in (("There is no cat: maybe", 2), ("Yes, and no doubt is left", 0)):
+        assert chosen_option(said, options) == option
 
 
 def test_letters_reach_as_far_as_the_options() -> None:
@@ -676,7 +699,8 @@ def test_the_work_on_a_model_that_repeats_itself_grows_with_its_text(
         denial, normal = Counted(chosen_options.NOT), Counted(re.compile(""))
         with monkeypatch.context() as patch:
             patch.setattr(chosen_options, "normal_text", lambda text, normal=normal: normal.search(text) and text)
-            patch.setattr(chosen_options, "NOT", denial)
+            for module in (chosen_options, named_options):
+                patch.setattr(module, "NOT", denial)
             chosen_option(said * (length // len(said)), SHADES)
         looked.append(denial.characters + normal.characters)
     assert looked[1] < 3 * looked[0]

@@ -68,7 +68,8 @@ def test_two_tasks_of_srun_train_the_weights_of_one(command: Callable[..., Any],
     uneven = "data.batch_size=5"
     assert keygrip.train([*HERE, uneven, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
     step = {"JOB_ID": "42", "JOB_NAME": "train", "STEP_ID": "1", "NTASKS": "2", "STEP_NUM_TASKS": "2", "NNODES": "1"}
-    step |= {"JOB_NUM_NODES": "4", "NTASKS_PER_NODE": "8", "NODEID": "0", "NODELIST": "127.0.0.1"}
+    step |= {"JOB_NUM_NODES": "4", "NTASKS_PER_NODE": "8", "NODEID": "0"}
+    step |= {"NODELIST": "first.invalid,127.0.0.1", "STEP_NODELIST": "127.0.0.1", "STEP_TASKS_PER_NODE": "2"}
 
     def task(number: str) -> Any:
         told = {f"SLURM_{name}": value for name, value in (step | {"PROCID": number, "LOCALID": number}).items()}

@@ -228,9 +228,34 @@ def test_stored_data_take_no_more_of_the_machine_than_by_default(trained: Path, 
 
     greedy = {"num_workers": 10_000, "prefetch_batches": 10_000, "memory_gb": 1e6, "cache_gb": 1e6}
     named = {"num_workers": 5, "prefetch_batches": 6, "memory_gb": 7.0, "cache_gb": 64.0}
-    assert taken(data(greedy)) == (4, 4, 0, 32)
+    assert taken(data(greedy)) == (4, 4, 0, 200)
     assert taken(data(greedy, named)) == (5, 6, 7, 64)
     assert taken(data({"num_workers": 0, "prefetch_batches": 1, "memory_gb": 0.0, "cache_gb": 0.0})) == (0, 1, 0, 0)
+
+
+def test_what_evaluation_takes_is_the_most_of_conf() -> None:
+    """A lower limit than a training's would be reached while that training's copies are within its own."""
+    from omegaconf import OmegaConf
+
+    from keygrip.config import config_folder
+    from keygrip.evaluation.kinds import MOST_TAKEN
+
+    files = [OmegaConf.load(file) for file in (config_folder() / "data").glob("*.yaml")]
+    for name in ("cache_gb", "prefetch_batches"):
+        assert MOST_TAKEN[name] == max(file[name] for file in files if name in file)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", STORED_DATA)
+def test_only_a_named_limit_removes_the_copies_of_a_training(kind: str, trained: Path, tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from keygrip.evaluation.kinds import Evaluated
+
+    stored = filled(STORED_DATA[kind], root=str(tmp_path), cache=str(tmp_path)) | {"cache_gb": 1.0}
+    evaluated = Evaluated(None, OmegaConf.create({"data": stored}), trained, tmp_path)  # type: ignore[arg-type]
+    assert evaluated.stored_data().spares_copies
+    assert not evaluated.stored_data({"cache_gb": 0.5}).spares_copies
+    assert not build_stored(stored, "data").spares_copies
 
 
 def test_stored_robot_data_write_beside_their_demonstrations_alone(

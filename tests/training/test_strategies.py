@@ -19,6 +19,7 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
         "SLURM_NTASKS_PER_NODE",
         "SLURM_STEP_NUM_TASKS",
         "SLURM_STEP_NUM_NODES",
+        "SLURM_STEP_TASKS_PER_NODE",
         "SLURM_NNODES",
         "TORCHELASTIC_RUN_ID",
         "SLURM_JOB_NUM_NODES",
@@ -134,6 +135,41 @@ def test_other_processes_than_srun_started_are_refused(
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(ValueError, match=said):
         strategy.trainer_arguments()
+
+
+@pytest.mark.parametrize(
+    ("told", "tasks", "uneven"),
+    [
+        ("3,1", "4", True),
+        ("2(x3),1,1", "8", True),
+        ("3,2(x2),1", "8", True),
+        ("2(x4)", "8", False),
+        ("2,2(x2),2", "8", False),
+        ("", "8", False),  # SLURM does not say it
+    ],
+)
+def test_nodes_of_unlike_numbers_of_tasks_are_refused(
+    told: str, tasks: str, uneven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tasks divide by the nodes: no number of devices is that of each."""
+    nodes = {"4": "2", "8": "4"}[tasks]
+    with_gpus(monkeypatch, 8)
+    for name, value in (("NUM_TASKS", tasks), ("NUM_NODES", nodes), ("TASKS_PER_NODE", told)):
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    ddp = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp")
+    if uneven:
+        with pytest.raises(ValueError, match=f"{tasks} processes on {nodes} nodes, which are not equally many on each"):
+            ddp.trainer_arguments()
+    else:
+        arguments = ddp.trainer_arguments()
+        assert (arguments["devices"], arguments["num_nodes"]) == (int(tasks) // int(nodes), int(nodes))
+
+
+def test_numbers_of_tasks_in_an_unknown_form_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NUM_TASKS", "4"), ("NUM_NODES", "2"), ("TASKS_PER_NODE", "2*2")):
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    with pytest.raises(ValueError, match=r"SLURM_STEP_TASKS_PER_NODE='2\*2' is no list of numbers of tasks"):
+        Strategy(accelerator="cpu", devices="auto", num_nodes="auto", kind="ddp").trainer_arguments()
 
 
 def test_a_task_in_a_job_that_is_named_as_a_shell_is_not_taken_to_be_alone(

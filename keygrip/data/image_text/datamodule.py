@@ -126,7 +126,7 @@ class ImageShards(ResumableData):
         for split, names in info["splits"].items():
             for name in names:
                 folder = "/".join(part for part in (self.place.rstrip("/"), split, name) if part)
-                shards = ShardSet(folder, self.cache_dir, self.cache_gb)
+                shards = ShardSet(folder, self.cache_dir, self.cache_gb, spares_copies=self.spares_copies)
                 usable = self._usable(shards, folder)
                 for part, chosen in self._divided(split, shards, usable):
                     if len(chosen):

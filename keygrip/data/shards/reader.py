@@ -28,7 +28,7 @@ class ShardSet:
 
     Args:
         root: folder or URL with a manifest.
-        cache_dir: for remote sets, where copies lie. cache_gb: their limit.
+        cache_dir: for remote sets, where copies lie. cache_gb: their limit. spares_copies: see `ShardCache`.
         quiet: do not log what the manifest leaves out.
 
     Attributes:
@@ -40,12 +40,17 @@ class ShardSet:
     """
 
     def __init__(
-        self, root: Path | str, cache_dir: Path | str | None = None, cache_gb: float = 32.0, quiet: bool = False
+        self,
+        root: Path | str,
+        cache_dir: Path | str | None = None,
+        cache_gb: float = 32.0,
+        quiet: bool = False,
+        spares_copies: bool = False,
     ) -> None:
         self.root = str(root)
         self._cache: ShardCache | None = None
         if is_remote(root):
-            self._cache = cache_of(self.root, cache_dir, cache_gb)
+            self._cache = cache_of(self.root, cache_dir, cache_gb, spares_copies)
         manifest_path = self._local(MANIFEST, fresh=True)
         if not manifest_path.is_file():
             raise FileNotFoundError(

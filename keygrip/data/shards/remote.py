@@ -15,6 +15,7 @@ from keygrip.data.source_files import files_in
 
 log = logging.getLogger(__name__)
 
+SHARD = ".tar"
 RETRY_S = 0.2  # before a file is asked for again, and four times as long before the third time
 
 
@@ -31,10 +32,13 @@ def folder_beside(place: str) -> Path:
     return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-def cache_of(url: str | Path, cache_dir: str | Path | None, cache_gb: float = 1.0) -> ShardCache:
+def cache_of(
+    url: str | Path, cache_dir: str | Path | None, cache_gb: float = 1.0, spares_copies: bool = False
+) -> ShardCache:
     """The cache of a remote folder, below `cache_dir` (None: the user's)."""
     folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards")
-    return ShardCache(str(url), folder / hashlib.sha256(str(url).encode()).hexdigest()[:16], int(cache_gb * 1e9))
+    own = folder / hashlib.sha256(str(url).encode()).hexdigest()[:16]
+    return ShardCache(str(url), own, int(cache_gb * 1e9), spares_copies)
 
 
 def _says_absent(error: Exception) -> bool:
@@ -54,11 +58,16 @@ class ShardCache:
     Args:
         url: of the shard set; anything fsspec opens (https, s3 and gs with their packages, file).
         folder: of the copies.
-        limit: bytes; the least recently used copies go first. The file just asked for always stays.
+        limit: bytes of shards; the least recently used copies go first. The one just asked for always stays.
+        spares_copies: to stay within the limit, remove only what this cache copied itself, and nothing that other
+            processes did, whose limit may be higher.
     """
 
-    def __init__(self, url: str, folder: Path, limit: int) -> None:
+    def __init__(self, url: str, folder: Path, limit: int, spares_copies: bool = False) -> None:
         self.url, self.folder, self.limit = url.rstrip("/"), folder, limit
+        self.spares_copies = spares_copies
+        self._copied: set[str] = set()
+        self._said_removal = False
 
     def fetch(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
         """The local copy of a file, copied now if it is not there, or of another size.
@@ -82,7 +91,8 @@ class ShardCache:
                 except (FileNotFoundError, ConnectionError) as error:
                     log.warning("%s is read as it was when it was copied: %s", self.url, error)
             os.utime(target)
-        self._evict(keep=target)
+        if target.suffix.lower() == SHARD:  # no other file counts
+            self._evict(keep=target)
         return target
 
     def fetch_optional(self, name: str) -> Path | None:
@@ -148,22 +158,32 @@ class ShardCache:
                     f"{self.url}/{name} has {temporary.stat().st_size} bytes, its manifest says {size}: it is cut off"
                 )
             temporary.replace(target)
+            self._copied.add(name)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
         """Open files live on until they are closed: unlinking takes nothing from a reader."""
         copies = []
-        for path in files_in(self.folder, ".tar"):
+        for path in files_in(self.folder, SHARD):
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue  # another process was quicker
             copies.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in copies)
+        removed, freed = 0, 0
         for _, size, path in sorted(copies):
-            if total <= self.limit:
-                return
-            if path != keep:
+            if total - freed <= self.limit:
+                break
+            if path != keep and not (self.spares_copies and path.name not in self._copied):
                 path.unlink(missing_ok=True)
-                total -= size
+                self._copied.discard(path.name)
+                removed, freed = removed + 1, freed + size
+        if removed and not self._said_removal:  # later ones make room for one shard each
+            self._said_removal = True
+            log.info(
+                "%d of %d copies of the shards of %s, %.3g of %.3g GB, are removed from %s, the least recently used "
+                "first, and so on as others come: data.cache_gb=%g is the limit",
+                *(removed, len(copies), self.url, freed / 1e9, total / 1e9, self.folder, self.limit / 1e9),
+            )

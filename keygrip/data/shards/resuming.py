@@ -45,11 +45,13 @@ class ResumableData(LightningDataModule):
     Attributes:
         compares_contents: whether checkpoints hold hashes of all that is trained on, so that a resumed run may find it
             in another place (`data.root`).
+        spares_copies: whether, of copies of remote shards, none goes that others made (`ShardCache`).
         processes: over which batches are divided where no trainer says it (a dry run).
     """
 
     order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
     compares_contents: ClassVar[bool] = False
+    spares_copies: bool = False
     num_workers: int
     prefetch_batches: int
 

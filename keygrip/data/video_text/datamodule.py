@@ -285,7 +285,7 @@ class VideoTexts(ResumableData):
     def _open(self, split: str) -> list[Part]:
         parts = []
         for name, source in self.sources.items():
-            found = source.open(split, self.cache_dir, self.cache_gb)
+            found = source.open(split, self.cache_dir, self.cache_gb, self.spares_copies)
             if found is not None and len(found[1]):
                 clips = (source.clips or self.clips) if split == "train" else None
                 parts.append(Part(name, *found, source.share, source.kinds, clips=clips))

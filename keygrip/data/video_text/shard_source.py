@@ -85,7 +85,9 @@ class ShardSource:
                 "folder with data.sources.NAME.root=PATH"
             )
 
-    def open(self, split: str, cache_dir: str | Path | None, cache_gb: float) -> tuple[ShardSet, np.ndarray] | None:
+    def open(
+        self, split: str, cache_dir: str | Path | None, cache_gb: float, spares_copies: bool = False
+    ) -> tuple[ShardSet, np.ndarray] | None:
         """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
 
         Raises:
@@ -98,7 +100,7 @@ class ShardSource:
         folder, divided = self._folder_of(place, split, cache_dir)
         if folder is None or (divided and split == "test"):
             return None
-        shards = ShardSet(folder, cache_dir, cache_gb)
+        shards = ShardSet(folder, cache_dir, cache_gb, spares_copies=spares_copies)
         chosen = np.arange(len(shards))
         if divided:
             chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))

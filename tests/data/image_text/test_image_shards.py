@@ -435,6 +435,21 @@ def test_a_set_is_read_from_a_url(root: Path, tmp_path: Path) -> None:
     assert keys(there.train_dataloader()) == keys(here.train_dataloader())
 
 
+@pytest.mark.parametrize("spares", [True, False])
+def test_copies_that_a_training_made_are_spared(
+    spares: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageShards, "spares_copies", spares)
+    data = module(f"file://{root}", cache_dir=tmp_path / "cache", cache_gb=0.0)  # type: ignore[arg-type]
+    before = [folder / "before.tar" for folder in (tmp_path / "cache").iterdir() if folder.is_dir()]
+    for path in before:
+        path.write_bytes(bytes(10))
+    for _ in data.train_dataloader():
+        pass
+    assert before
+    assert all(path.is_file() for path in before) is spares  # where it is not, in the folders that it read
+
+
 def make_drawn(root: Path, options: dict[str, Any]) -> None:
     """A maker, as `MadeImages` calls one."""
     write_images(Path(root), {SQUARE: options["train"]}, small_encoders(), {"train": 0})

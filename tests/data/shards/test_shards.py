@@ -29,7 +29,7 @@ from keygrip.data.shards.index import (
     split_name,
 )
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.remote import ShardCache
+from keygrip.data.shards.remote import ShardCache, cache_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 from keygrip.data.video_text.examination import report_shared
@@ -320,6 +320,42 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     with pytest.raises(BadSample, match=r"s3 of file.*s-001\.tar"):
         (root / "s-001.tar").unlink()
         read_sample(shards, 3, 8)
+
+
+def test_a_limit_that_spares_copies_removes_its_own_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As of an evaluation, beside a training with a higher one."""
+    root = write_set(tmp_path / "far", [3] * 18, per_shard=3)
+    gb = (root / "s-000.tar").stat().st_size / 1e9
+    url, near = f"file://{root}", tmp_path / "near"
+    training = ShardSet(url, near, cache_gb=10 * gb)
+    for sample in (0, 3, 6, 9):
+        read_sample(training, sample, 8)
+    (folder,) = near.iterdir()
+
+    def copies() -> set[int]:
+        return {int(path.stem[2:]) for path in folder.glob("*.tar")}
+
+    sparing = ShardSet(url, near, cache_gb=2.5 * gb, spares_copies=True)
+    for sample, there in ((9, {0, 1, 2, 3}), (12, {0, 1, 2, 3, 4}), (15, {0, 1, 2, 3, 5}), (12, {0, 1, 2, 3, 4})):
+        assert read_sample(sparing, sample, 8).key == f"s{sample}"
+        assert copies() == there
+        sparing.close()
+    with caplog.at_level("INFO"):
+        read_sample(ShardSet(url, near, cache_gb=2.5 * gb), 9, 8)
+    assert copies() == {3, 4}
+    assert f"3 of 5 copies of the shards of {url}" in caplog.text
+    assert f"removed from {folder}" in caplog.text
+
+
+def test_to_look_whether_a_remote_set_is_there_removes_no_shard(tmp_path: Path) -> None:
+    """Beside what a training has copied, of whose limit nothing is known there."""
+    url = f"file://{write_set(tmp_path / 'far', [1])}"
+    cache = cache_of(url, tmp_path / "near")
+    cache.folder.mkdir(parents=True)
+    with (cache.folder / "s-007.tar").open("wb") as file:
+        file.truncate(2 * cache.limit)  # sparse
+    assert cache.fetch_optional("manifest.json") is not None
+    assert (cache.folder / "s-007.tar").is_file()
 
 
 def test_a_remote_set_that_has_changed_is_not_read_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

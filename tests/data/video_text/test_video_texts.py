@@ -482,6 +482,23 @@ def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
         server.shutdown()
 
 
+@pytest.mark.parametrize("spares", [True, False])
+def test_copies_that_a_training_made_are_spared(
+    spares: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VideoTexts, "spares_copies", spares)
+    data = module(
+        root, sources={"videos": ShardSource(f"file://{root}/videos")}, cache_dir=tmp_path / "cache", cache_gb=0.0
+    )
+    before = [folder / "before.tar" for folder in (tmp_path / "cache").iterdir() if folder.is_dir()]
+    for path in before:
+        path.write_bytes(bytes(10))
+    for _ in data.train_dataloader():
+        pass
+    assert before
+    assert all(path.is_file() for path in before) is spares  # where it is not, in the folders that it read
+
+
 class FailingHandler(QuietHandler):
     """Answers one path with an error."""
 

@@ -1,0 +1,71 @@
+"""Which option of a multiple-choice question a text names by the option's words or by its place in the list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from keygrip.evaluation.answer_forms import COUNTED, ENDS_NO, NOT, NUMBERED, ORDINALS
+from keygrip.evaluation.option_texts import Options, before_place, plain_text
+
+
+def by_words(text: str, known: Options) -> int | None:
+    """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
+    # Without points and commas none is an answer.
+    plain = ["" if option in ("no", "i") else option for option in known.plain]
+    for own, options in ((text.lower(), known.literal), (plain_text(text), plain)):
+        found = [
+            (match.start(), match.end(), number)
+            for number, option in enumerate(options)
+            if option not in ("", "a", "i" if known.last >= "I" else "")
+            for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
+            if option not in ("no", "i") or _is_answer(option, own, match.start(), match.end(), options)
+        ]
+        longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: it reaches furthest of those before
+        for this in sorted(found, key=lambda each: (each[0], -each[1])):
+            if this[1] > widest[1] or this[1] - this[0] >= widest[1] - widest[0]:
+                longest.append(this)
+            widest = max(widest, this, key=lambda each: each[1])
+        named: set[int] = set()
+        denied_to: int | None = None  # where the last one ends that is denied
+        for start, end, number in longest:
+            before = re.sub(r"\b(?:the|an?)\s+$", "", before_place(own, start), flags=re.IGNORECASE)
+            between = "" if denied_to is None else own[denied_to:start]
+            also = re.fullmatch(r"\s*,?\s*(?:or|nor)\s+(?:(?:the|an?)\s+)?", between, re.IGNORECASE)
+            if also or NOT.search(before):
+                denied_to = end
+            else:
+                named.add(number)
+        if named:
+            return named.pop() if len(named) == 1 else None
+    return None
+
+
+def numbered(text: str, known: Options) -> int | None:
+    """The option that a text names by its place ("Option 2", "The second option") and by nothing else; None where
+    options are themselves numbers."""
+    match = NUMBERED.fullmatch(text)
+    if match is None or re.search(rf"\d|\b(?:{'|'.join((*COUNTED, *ORDINALS))})\b", " ".join(known.literal)):
+        return None
+    cardinal, ordinal = (match.group(n).lower() if match.group(n) else None for n in (1, 2))
+    if cardinal is not None:
+        number = int(cardinal) - 1 if cardinal.isdigit() else COUNTED.index(cardinal)
+    else:
+        number = int(str(ordinal)) - 1 if str(ordinal).isdigit() else ORDINALS.index(str(ordinal))
+    return number if number < len(known.literal) else None
+
+
+def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[str]) -> bool:
+    """Whether a "no" or "I" there is an answer, and not a part of a sentence ("there is no cat", "I see"). One that is
+    joined to another option is ("I and III", "III or I is right"), but for "II, and I am sure"."""
+    begins = not text[:start].strip() and not re.match(r"\s+(?:idea|clue|answer|option|information|way)\b", text[end:])
+    if (begins and option == "no") or re.match(ENDS_NO, text[end:]):
+        return True
+    others = "|".join(re.escape(other) for other in options if other not in ("", "a", option))
+    other = rf"(?:the\s+|an?\s+)?(?:(?:option|opt\.?|choice)\s+)?[(\[]?(?<!\w)(?:{others})(?!\w)"
+    joined = r"[)\]]?(?:\s*[,/&]|(?:\s*,)?\s+(?:and|or)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
+    if re.compile(joined + other).match(text, end):
+        return True
+    said_of_it = re.compile(r"[)\]]?\s+(?:is|are|was|were)\b").match(text, end) is not None
+    own = r"(?:(?:option|opt\.?|choice)\s+)?[(\[]?$"
+    return said_of_it and re.search(other + joined + own, before_place(text, start)) is not None
