@@ -21,7 +21,6 @@ from keygrip.data.manifests import describe, split_folders
 from keygrip.data.shards.examination import NAMED_AT_MOST, ShardReport
 from keygrip.data.shards.index import MANIFEST, ShardError, index_shard, lower_case
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.separate_images import ELSEWHERE
 from keygrip.data.shards.writer import tar_files
 from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.examination import examine_video_text, report_shared
@@ -41,8 +40,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
         fresh = index_shard(Path(place) / entry["name"], describe)
         report.known += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
         stored = shards.index(number)
-        # what only the whole set shows, and the examination of this tar alone does not
-        apart = {key: why for key, why in stored.bad.items() if key not in fresh.bad and why.startswith(ELSEWHERE)}
+        apart = shards.left_out(number)  # what only the whole set shows, and the examination of this tar does not
         report.known += [f"{key} of {report.name}: {reason}" for key, reason in apart.items()]
         fresh, stored = fresh.without({*fresh.bad, *apart}), stored.without(fresh.bad)
         for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):

@@ -36,7 +36,8 @@ END_OF_TAR = 1024  # bytes of zeros
 COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
 MAX_SAMPLE_BYTES = 1 << 31
-MOST_PARTS = 1024  # of a sample
+MOST_FRAMES = 4096  # of any sample; memory decides before that
+MOST_PARTS = MOST_FRAMES + 64  # of a sample: its images and what is said about them
 # Of a tar's global pax headers, which count for every member. Tools write one or two, such as a commit's number.
 MOST_PAX_HEADERS, LONGEST_PAX_HEADERS = 100, 1 << 16
 # Characters. The arrays of an index are as wide as their longest entry, so that a single one would be paid for by all.
@@ -58,7 +59,8 @@ class ShardIndex:
         keys: [N] str. first_part: [N + 1] int64, sample i owns the parts first_part[i] to first_part[i + 1].
         part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes. part_crcs: [M] int64, CRC-32 of their bytes.
         columns: by name, [N] int64, float64 or str.
-        size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason.
+        size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason; what the tar alone
+            shows. Of samples that are divided between tars the manifest says it, and they stand here as they are.
         textless: those of `bad` that have an image or a video and no text.
     """
 
@@ -225,6 +227,10 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
             if key in bad:
                 continue
             try:
+                if len(parts) > MOST_PARTS:  # with images of keys of their own
+                    raise BadSample(
+                        key, f"it has {len(parts)} parts, more than the {MOST_PARTS} that a sample may have"
+                    )
                 if sum(length for _, _, length in parts) > MAX_SAMPLE_BYTES:
                     raise BadSample(key, f"it has more than the {MAX_SAMPLE_BYTES} bytes that a sample may have")
                 content = {}
@@ -319,7 +325,11 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
             found.bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
         parts = found.parts.setdefault(key, [])
         if len(parts) >= MOST_PARTS:
-            found.bad.setdefault(key, f"it has more than the {MOST_PARTS} parts that a sample may have")
+            found.bad.setdefault(
+                key,
+                f"it has more than the {MOST_PARTS} parts that a sample may have. Where these are several samples, a "
+                "key ends at the first dot of a name: write another character for the others",
+            )
             continue
         if key not in found.bad and (key, part) in seen:
             found.bad[key] = f"it has the part {part!r} twice: the key stands for two samples"

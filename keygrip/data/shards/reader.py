@@ -32,8 +32,8 @@ class ShardSet:
         quiet: do not log what the manifest leaves out.
 
     Attributes:
-        columns: by name, [N]. shard: [N] int32, the number of each sample's shard. fingerprint: of all indices; the
-        same set in another place has the same.
+        columns: by name, [N]. shard: [N] int32, the number of each sample's shard. fingerprint: of all indices and of
+        what is left out of them; the same set in another place has the same.
 
     Raises:
         FileNotFoundError: no manifest. ShardError: a shard differs from the manifest.
@@ -60,7 +60,8 @@ class ShardSet:
         self.shards: list[dict[str, Any]] = [shard for shard in manifest["shards"] if shard["samples"]]
         if not quiet:
             _warn_of_left_out(self.root, manifest)
-        self._indices = [self._read_index(shard) for shard in self.shards]
+        self._left_out: list[dict[str, str]] = []
+        self._indices = [self._without_left_out(shard, manifest["bad_samples"]) for shard in self.shards]
         self._check_sizes()
         counts = [len(index) for index in self._indices]
         self._starts = np.cumsum([0, *counts])
@@ -72,17 +73,19 @@ class ShardSet:
                     f"{root}/{shard['name']} does not agree with the manifest beside it: run step=manifest"
                 )
         self.columns = {name: np.concatenate([index.columns[name] for index in self._indices]) for name in names}
-        self.fingerprint = hashlib.sha256("".join(shard["index_sha256"] for shard in self.shards).encode()).hexdigest()[
-            :16
+        self._digests = [
+            _digest(shard["index_sha256"], left) for shard, left in zip(self.shards, self._left_out, strict=True)
         ]
+        self.fingerprint = hashlib.sha256("".join(self._digests).encode()).hexdigest()[:16]
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def hashes(self, name: str) -> dict[str, str]:
-        """The first 16 hex digits of each index's SHA-256, by NAME/SHARD."""
-        return {f"{name}/{shard['name']}": shard["index_sha256"][:16] for shard in self.shards}
+        """16 hex digits of a hash of each index, less what the manifest leaves out of it, by NAME/SHARD."""
+        digests = zip(self.shards, self._digests, strict=True)
+        return {f"{name}/{shard['name']}": digest[:16] for shard, digest in digests}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
@@ -101,6 +104,14 @@ class ShardSet:
         if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
             raise ShardError(f"{path} does not belong to the manifest beside it: make both with step=manifest")
         return ShardIndex.from_bytes(content, str(path))
+
+    def _without_left_out(self, shard: Mapping[str, Any], bad: Mapping[str, Mapping[str, str]]) -> ShardIndex:
+        """The index of a shard without the samples that the manifest leaves out and the index, of its tar alone, does
+        not: those that are divided between tars."""
+        index = self._read_index(shard)
+        left = {key: why for key, why in bad.get(shard["name"], {}).items() if key not in index.bad}
+        self._left_out.append(left)
+        return index.without(left) if left else index
 
     def _check_sizes(self) -> None:
         """A shard that was cut off after indexing is found before training and not in the middle of it."""
@@ -124,8 +135,12 @@ class ShardSet:
         return shard, sample - int(self._starts[shard])
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard."""
+        """The index of a shard, of the samples that are read."""
         return self._indices[shard]
+
+    def left_out(self, shard: int) -> dict[str, str]:
+        """Samples of a shard that are left out for what the other shards hold: by key, the reason."""
+        return self._left_out[shard]
 
     def first_sample(self, shard: int) -> int:
         """Number in the set of a shard's first sample."""
@@ -193,6 +208,13 @@ def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:
     for shards in sets:
         for sample in range(len(shards)):
             yield shards, sample
+
+
+def _digest(index_sha256: str, left_out: Collection[str]) -> str:
+    """Of what is read of a shard: the hash of its index, and where samples of it are left out, of these too."""
+    if not left_out:
+        return index_sha256
+    return hashlib.sha256("\0".join([index_sha256, *sorted(left_out)]).encode()).hexdigest()
 
 
 def _warn_of_left_out(root: str, manifest: Mapping[str, Any]) -> None:

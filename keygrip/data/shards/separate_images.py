@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 Member = tuple[str, int, int]
+Tie = tuple[str, str]  # of an image and a text: its kind, and what both have
 TEXT = ("json", "txt")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MEDIA = re.compile(
@@ -23,6 +25,8 @@ HOW = (
     "read are KEY.00.jpg KEY.01.jpg ..., KEY_000.jpg KEY_001.jpg ... or one KEY.jpg or KEY.mp4 beside KEY.json in one "
     "tar, where KEY is folder and name: pack them so, or take out of the tar what belongs to no text"
 )
+TEXTS_PER_STRAY = 10  # fewer images than one for so many texts of their folder are strays and say nothing about these
+WITNESSES = 100  # samples of a tar, at most, by which it is seen whether keys begin anew in every tar
 ELSEWHERE = "not all of its images are in its tar:"  # how the reason of a sample begins that only a whole set shows
 
 
@@ -68,21 +72,50 @@ def textless(parts: Mapping[str, Sequence[Member]]) -> list[str]:
 
 
 class TextlessImages:
-    """The images and videos without text of all tars of a set.
+    """The images and videos without text of all tars of a set, which show the samples that are divided between tars.
 
-    Args:
-        keys: of each, the key and the name of its tar.
+    Every tar is first given to `add`, then every tar to `count`; then `divided` answers. Keys may begin anew in every
+    tar (000000, 000001, ...), and one of them then says nothing about samples of other tars.
     """
 
-    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
-        self._numbered: dict[str, list[tuple[str, str]]] = {}
-        self._named: dict[str, list[tuple[str, str]]] = {}
-        for key, tar in keys:
-            if match := NUMBERED.fullmatch(key):
-                self._numbered.setdefault(match[1], []).append((key, tar))
-            name = _last(key)[1]
-            for each in {name, _without_number(name)}:
-                self._named.setdefault(each, []).append((key, tar))
+    def __init__(self) -> None:
+        self._numbered: dict[str, list[tuple[str, str]]] = {}  # by what stands before the number, (key, tar)
+        self._images: dict[Tie, list[tuple[str, str]]] = {}  # by key and by name, the first (key, tar) of every tar
+        self._tars: dict[Tie, int] = {}  # in how many tars a sample has a key or name; of those that are asked for
+        self._whole: dict[str, list[str]] = {}  # of tars with more whole samples than lost images: keys of some
+        self._anew: dict[tuple[str, str], bool] = {}  # of these tars, whether keys (names) begin anew there
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._images)
+
+    def add(self, tar: str, images: Iterable[str], samples: Mapping[str, Sequence[str]]) -> None:
+        """Takes the keys of the images and videos without text of a tar.
+
+        Args:
+            tar: its name. images: the keys. samples: by key, the names of the members of its samples.
+        """
+        asked: dict[Tie, int] = {}
+        videos = set()
+        for key in images:
+            stem = _without_number(key)
+            videos.add(stem)
+            if stem != key:
+                self._numbered.setdefault(stem, []).append((key, tar))
+            for tie in (*_key_and_name(key), *_key_and_name(stem)):
+                known = self._images.setdefault(tie, [])
+                if not known or known[-1][1] != tar:
+                    known.append((key, tar))
+                asked[tie] = 0
+        whole = [key for key, members in samples.items() if any(MEDIA.search(name) for name in members)]
+        if len(whole) > len(videos):
+            self._whole[tar] = whole[:: -(-len(whole) // WITNESSES)]
+            self._tars |= asked | {tie: 0 for key in self._whole[tar] for tie in _key_and_name(key)}
+
+    def count(self, samples: Iterable[str]) -> None:
+        """Takes the keys of the samples of a tar."""
+        for tie in {tie for key in samples for tie in _key_and_name(key)} & self._tars.keys():
+            self._tars[tie] += 1
 
     def divided(self, samples: Mapping[str, Sequence[str]], tar: str) -> dict[str, str]:
         """By key, the reasons of the samples of a tar whose images stand in another one, all or some.
@@ -96,17 +129,33 @@ class TextlessImages:
             known = {int(number) for name in shown if (number := name.partition(".")[0]).isdecimal()}
             if shown and not known:  # one image or one video
                 continue
+            key_and_name = _key_and_name(key)
             numbered = self._numbered.get(key, ())
-            images = [each for each in numbered if int(each[0].rpartition("_")[2]) not in known]
+            tied = [(key_and_name[0], each) for each in numbered if int(each[0].rpartition("_")[2]) not in known]
             if not shown:
-                images += self._named.get(_last(key)[1], ())
-            image, place = next((each for each in images if each[1] != tar), ("", ""))
+                tied += [(tie, each) for tie in key_and_name for each in self._images.get(tie, ())]
+            elsewhere = (each for tie, each in tied if each[1] != tar and self._is_about(each[1], tie))
+            image, place = next(elsewhere, ("", ""))
             if image:
                 found[key] = (
                     f"{ELSEWHERE} {place} has {image} without text, so that its text may be about that: pack all files "
                     "of a sample into one tar"
                 )
         return found
+
+    def _is_about(self, tar: str, tie: Tie) -> bool:
+        """Whether an image without text in a tar may be of a sample of another one that has its key or name.
+
+        Not where the image has lost its text, as most samples of its tar are whole, and keys begin anew: samples of
+        several tars have this one, or those of most of the whole samples. Of a tar of images nothing of this is known.
+        """
+        if tar not in self._whole:
+            return True
+        kind, _ = tie
+        if (tar, kind) not in self._anew:
+            ties = [each for key in self._whole[tar] for each in _key_and_name(key) if each[0] == kind]
+            self._anew[tar, kind] = 2 * sum(self._tars[each] > 1 for each in ties) > len(ties)
+        return self._tars[tie] < 2 and not self._anew[tar, kind]
 
 
 def _refused(
@@ -118,40 +167,78 @@ def _refused(
         alone: keys of texts without an image or a video. images: keys of images and videos without text. whole: keys
             with both. parts: the members of all.
     """
-    tied = {tie: image for image in reversed(images) for tie in _ties_of_image(image)}
-    ties = {tie for text in alone for tie in _ties_of_text(text)}
+    keys = {image.lower(): image for image in reversed(images)}
+    asked = {text.lower() for text in alone}
+    begins = chain(_begins(asked, keys), ((text, image) for image, text in _begins(keys, asked)))
+    tied: dict[Tie, str] = {}
+    explained = set()
+    for text, image in begins:
+        tied.setdefault(("key", text), keys[image])
+        explained.add(image)
+    known = {tie for text in alone for tie in _ties_of_text(text)}
+    unexplained: dict[str, str] = {}
+    for image in images:
+        own = [tie for tie in _ties_of_image(image) if tie in known]
+        for tie in own:
+            tied.setdefault(tie, image)
+        if not own and image.lower() not in explained:
+            unexplained[_without_number(image)] = image
     # Of folders, what no name ties to a text: with fewer of these than whole samples, they are samples that lost their
-    # texts; with more, they lie beside texts in a layout of which nothing is known, such as a folder for each sample.
-    left = {_without_number(image): image for image in images if not any(tie in ties for tie in _ties_of_image(image))}
-    left_in = Counter(_last(image)[0] for image in left)
+    # texts, and with few beside many texts they are strays, such as a preview; else they lie beside texts in a layout
+    # of which nothing is known, such as a folder for each sample.
+    left_in = Counter(_last(image)[0] for image in unexplained)
     whole_in = Counter(_last(key)[0] for key in whole)
-    layouts = {folder: image for image in left.values() if left_in[folder := _last(image)[0]] > whole_in[folder]}
+    alone_in = Counter(_last(key)[0] for key in alone)
+    layouts = {
+        folder: image
+        for image in unexplained.values()
+        if left_in[folder := _last(image)[0]] > whole_in[folder]
+        and left_in[folder] * TEXTS_PER_STRAY >= alone_in[folder]
+    }
     found = {}
     for text in alone:
-        image = next((tied[tie] for tie in _ties_of_text(text) if tie in tied), None) or layouts.get(_last(text)[0])
-        if image is not None:
+        ties = (("key", text.lower()), *_ties_of_text(text))
+        near = next((tied[tie] for tie in ties if tie in tied), None) or layouts.get(_last(text)[0])
+        if near is not None:
             found[text] = (
-                f"it has no image or video under its key, and {image}.{parts[image][0][0]} in the same tar has no text "
+                f"it has no image or video under its key, and {near}.{parts[near][0][0]} in the same tar has no text "
                 f"under its own, so that its text may be about that: {HOW}"
             )
     return found
 
 
-def _ties_of_image(key: str) -> Iterator[tuple[str, str]]:
-    """What an image has in common with texts that may be about it: see `_ties_of_text`."""
+def _begins(beginnings: Iterable[str], keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a beginning and a key that goes on after it with a character that is no letter and no digit.
+
+    In sorted order all that begins alike stands together, so that the beginnings of one key are kept and not, of every
+    key, all that it may begin with: those of a long key are hundreds.
+    """
+    open_ones: list[str] = []
+    for key, goes_on in sorted({*((each, False) for each in beginnings), *((each, True) for each in keys)}):
+        while open_ones and not key.startswith(open_ones[-1]):
+            open_ones.pop()
+        if goes_on:
+            yield from ((each, key) for each in open_ones if each != key and not key[len(each)].isalnum())
+        else:
+            open_ones.append(key)
+
+
+def _ties_of_image(key: str) -> Iterator[Tie]:
+    """What an image has in common with texts that may be about it, beside what their keys begin with: its name and its
+    folder may be called as a text, and its name as the folder of one."""
     folder, name = _last(key)
-    yield from (("key", beginning) for beginning in _beginnings(key))
     yield from (("name", each) for each in dict.fromkeys((name, _without_number(name), *([folder] if folder else []))))
-    yield from (("beginning", key.lower()), ("folder", name))
+    yield ("folder", name)
 
 
-def _ties_of_text(key: str) -> Iterator[tuple[str, str]]:
-    """Its key, with which that of an image begins; its name, which an image or its folder has; the beginnings of its
-    key and its folder, of which one is an image's."""
+def _ties_of_text(key: str) -> Iterator[Tie]:
     folder, name = _last(key)
-    yield from (("key", key.lower()), ("name", name))
-    yield from (("beginning", beginning) for beginning in _beginnings(key))
+    yield ("name", name)
     yield from [("folder", folder)] if folder else []
+
+
+def _key_and_name(key: str) -> tuple[Tie, Tie]:
+    return ("key", key), ("name", _last(key)[1])
 
 
 def _has_text(members: Sequence[Member]) -> bool:
@@ -175,9 +262,3 @@ def _last(key: str) -> tuple[str, str]:
 def _without_number(key: str) -> str:
     match = NUMBERED.fullmatch(key)
     return match[1] if match else key
-
-
-def _beginnings(key: str) -> Iterator[str]:
-    """What a key begins with, in lower case, before each character that is no letter and no digit."""
-    key = key.lower()
-    yield from (key[:place] for place, letter in enumerate(key) if place and not letter.isalnum())

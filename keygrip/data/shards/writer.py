@@ -9,7 +9,6 @@ import unicodedata
 import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -31,7 +30,7 @@ from keygrip.data.shards.index import (
     make_index,
 )
 from keygrip.data.shards.keys import MOST_BYTES
-from keygrip.data.shards.separate_images import TextlessImages
+from keygrip.data.shards.separate_images import ELSEWHERE, TextlessImages
 from keygrip.data.source_files import files_in, is_utf8
 from keygrip.progress import Progress
 
@@ -116,6 +115,10 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Indexes the shards of a folder that have no index yet (all with `again`) and writes its manifest.
 
+    An index says what its tar alone shows. What the folder as a whole shows, samples that are divided between tars,
+    is found anew every time and stands in the manifest. Where it is refused, the manifest and the indices that were
+    there are as they were; the index of a tar that had none is kept, since it does not depend on the others.
+
     Args:
         root: folder with ``*.tar``.
         describe: the columns of a sample, from its parts.
@@ -141,10 +144,11 @@ def write_manifest(
     broken = {path.name: f"{path} is compressed, {COMPRESSED}" for path in compressed}
     bad: dict[str, dict[str, str]] = {}
     columns: dict[str, str] = {}
-    textless: list[tuple[str, str]] = []
+    textless = TextlessImages()
+    renewed: dict[Path, bytes] = {}  # indices in place of others
     for path in Progress(paths, desc=f"index {root}", unit="shard", shown=progress):
         try:
-            index, digest = _indexed(path, describe, again)
+            index, content = _indexed(path, describe, again)
         except ShardError as error:
             broken[path.name] = str(error)
             continue
@@ -157,10 +161,16 @@ def write_manifest(
         columns = columns or found
         if index.bad:
             bad[path.name] = index.bad
-        textless += [(key, path.name) for key in index.textless]
+        if index.textless:
+            textless.add(path.name, index.textless, _samples(index))
+        if not index_path(path).is_file():
+            write_bytes(index_path(path), content)
+        elif content != index_path(path).read_bytes():
+            renewed[index_path(path)] = content
+        digest = sha256_bytes(content)
         shards.append({"name": path.name, "bytes": index.size, "samples": len(index), "index_sha256": digest})
     if textless:
-        _leave_out_divided(root, shards, bad, TextlessImages(textless))
+        _leave_out_divided(root, shards, bad, textless, renewed)
         bad = {shard["name"]: bad[shard["name"]] for shard in shards if shard["name"] in bad}
     for reason in broken.values():
         log.warning("left out: %s", reason)
@@ -188,21 +198,19 @@ def write_manifest(
         "broken": broken,
         "bad_samples": bad,
     }
+    for path, content in renewed.items():
+        write_bytes(path, content)
     write_json(root / MANIFEST, manifest)
     return manifest
 
 
-def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, str]:
-    """The index of a shard, made where there is none (anew with `again`), and the SHA-256 of its file.
+def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, bytes]:
+    """The index of a shard, made where there is none (anew with `again`), and its file.
 
     Raises:
         ShardError: the shard is broken, or is not the one that was indexed.
     """
-    if again or not index_path(path).is_file():
-        index = index_shard(path, describe)
-        content = index.to_bytes()
-        write_bytes(index_path(path), content)
-    else:
+    if not again and index_path(path).is_file():
         content = index_path(path).read_bytes()
         index = ShardIndex.from_bytes(content, str(index_path(path)))
         if index.size != path.stat().st_size:
@@ -210,26 +218,43 @@ def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, s
                 f"{path} has {path.stat().st_size} bytes, its index was made of {index.size}: it is cut off, "
                 "or replaced (again=true indexes it anew)"
             )
-    return index, sha256_bytes(content)
+        # earlier versions left these out of the index itself, where they stayed when the other tar was gone
+        if not any(reason.startswith(ELSEWHERE) for reason in index.bad.values()):
+            return index, content
+    index = index_shard(path, describe)
+    return index, index.to_bytes()
 
 
 def _leave_out_divided(
-    root: Path, shards: list[dict[str, Any]], bad: dict[str, dict[str, str]], textless: TextlessImages
+    root: Path,
+    shards: list[dict[str, Any]],
+    bad: dict[str, dict[str, str]],
+    textless: TextlessImages,
+    renewed: Mapping[Path, bytes],
 ) -> None:
-    """Leaves the samples whose images stand in part or all in another shard out of the indices, `shards` and `bad`."""
+    """Takes the samples whose images stand in part or all in another shard out of `shards`, and names them in `bad`.
+
+    Args:
+        renewed: indices that are not written yet.
+    """
+
+    def samples_of(shard: Mapping[str, Any]) -> dict[str, list[str]]:
+        path = index_path(root / shard["name"])
+        return _samples(ShardIndex.from_bytes(renewed.get(path) or path.read_bytes(), str(path)))
+
     for shard in shards:
-        path = root / shard["name"]
-        if not shard["samples"]:
-            continue
-        index = ShardIndex.from_bytes(index_path(path).read_bytes(), str(index_path(path)))
-        names = np.split(index.part_names, index.first_part[1:-1])
-        samples = {key: each.tolist() for key, each in zip(index.keys.tolist(), names, strict=True)}
-        if left := textless.divided(samples, shard["name"]):
-            index = replace(index.without(left), bad=index.bad | left)
-            content = index.to_bytes()
-            write_bytes(index_path(path), content)
-            shard |= {"samples": len(index), "index_sha256": sha256_bytes(content)}
-            bad[shard["name"]] = index.bad
+        if shard["samples"]:
+            textless.count(samples_of(shard))
+    for shard in shards:
+        if shard["samples"] and (left := textless.divided(samples_of(shard), shard["name"])):
+            shard["samples"] -= len(left)
+            bad[shard["name"]] = bad.get(shard["name"], {}) | left
+
+
+def _samples(index: ShardIndex) -> dict[str, list[str]]:
+    """By key, the names of the members of the samples of an index."""
+    names = np.split(index.part_names, index.first_part[1:-1])
+    return {key: each.tolist() for key, each in zip(index.keys.tolist(), names[: len(index)], strict=True)}
 
 
 def tar_files(root: Path) -> list[Path]:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import BadSample, first_of, guard
 from keygrip.data.image_text.decoding import refuse_frames, upright
-from keygrip.data.shards.index import Parts, lower_case
+from keygrip.data.shards.index import MOST_FRAMES, Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
 from keygrip.data.shards.separate_images import MEDIA, TEXT
 from keygrip.data.spacing import evenly
@@ -58,7 +58,6 @@ VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 KNOWN_MEMBERS = "json or txt, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), or one mp4 (webm, mkv, mov, avi, m4v)"
 MAX_FRAMES = 64  # of a sample as preparations write it, and in training where nothing else is said
 LARGEST = 16384  # pixels of a frame's side
-MOST_FRAMES = 4096  # of any sample; memory decides before that
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
 ANSWERS = "answers"  # of annotators, in the evidence
@@ -216,7 +215,8 @@ def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
         return own_text(content, CAPTION_REQUEST, _has_media(parts) if packed is None else packed)
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
-    raise ValueError(f"it has no json or txt part, only {', '.join(sorted(parts)) or 'nothing'}{hint}")
+    only = first_of(sorted(parts), 5, ", ") or "nothing"  # a reason is cut off, and the hint stands behind them
+    raise ValueError(f"it has no json or txt part, only {only}{hint}")
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:

@@ -21,7 +21,7 @@ from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import MEASURES, Budget, Load, costliest, queries
 from keygrip.data.shards.curriculum import Stage
-from keygrip.data.shards.index import SPLITS
+from keygrip.data.shards.index import MOST_FRAMES, SPLITS
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     Component,
@@ -47,7 +47,6 @@ from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
-    MOST_FRAMES,
     iterate_texts,
     read_conversations,
 )

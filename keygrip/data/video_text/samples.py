@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards.index import MOST_FRAMES
 from keygrip.data.shards.mixing import Component
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, UnusableSample
 from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, is_asked, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
-from keygrip.data.video_text.conversations import MOST_FRAMES, VideoTextSample, read_sample
+from keygrip.data.video_text.conversations import VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
 from keygrip.data.video_text.sample_types import kinds_of
 

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import tarfile
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from shard_sets import picture, small_video
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.manifests import make_manifests
+from keygrip.data.shards import index as shard_index
 from keygrip.data.shards.index import MANIFEST, ShardIndex, index_path
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.separate_images import ELSEWHERE, gathered
 from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import MAX_FRAMES, read_sample, read_timed_conversations
 
@@ -262,3 +266,184 @@ def test_the_index_keeps_which_images_have_no_text(tmp_path: Path) -> None:
     assert index.textless == ("x",)
     assert index.to_bytes() == stored
     assert np.array_equal(index.without(["good"]).textless, ["x"])
+
+
+def samples(keys: list[str], *endings: str) -> Members:
+    content = {"png": picture(1), "json": TALK}
+    return [(f"{key}.{ending}", content[ending]) for key in keys for ending in endings]
+
+
+def numbers(first: int, end: int) -> list[str]:
+    return [f"{n:06d}" for n in range(first, end)]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def test_images_of_keys_of_their_own_may_be_many_and_have_the_limit_of_all_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "a.tar", [("lay.json", TALK), *samples([f"lay_{n:04d}" for n in range(1100)], "png")])
+    make_manifests(tmp_path)
+    assert ShardSet(tmp_path).columns["frames"].tolist() == [1100]
+    assert validate(tmp_path)["frames"] == {"1100": 1}
+    monkeypatch.setattr(shard_index, "MOST_PARTS", 1100)
+    make_manifests(tmp_path, again=True, max_broken_share=1.0)
+    bad = json.loads((tmp_path / MANIFEST).read_bytes())["bad_samples"]
+    assert bad == {"a.tar": {"lay": "it has 1101 parts, more than the 1100 that a sample may have"}}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_refused_manifest_leaves_a_set_as_it_was(again: bool, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", samples(numbers(0, 20), "json"))
+    make_manifests(tmp_path)
+    before = contents(tmp_path)
+    write_tar(tmp_path / "b.tar", [*samples(numbers(0, 5), "png"), *samples(["x"], "png", "json")])
+    with pytest.raises(ValueError, match=r"10 of 26 samples in .* are bad"):
+        make_manifests(tmp_path, again)
+    assert before.items() <= contents(tmp_path).items()
+    assert len(ShardSet(tmp_path)) == 20
+    for path in (tmp_path / "b.tar", index_path(tmp_path / "b.tar")):
+        path.unlink()
+    make_manifests(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_indices_made_anew_are_written_with_their_manifest_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", samples(numbers(0, 4), "json"))
+    make_manifests(tmp_path)
+    before = contents(tmp_path)
+    # of the same size, so that the index is not seen to be of another tar
+    write_tar(tmp_path / "a.tar", [*samples(numbers(0, 3), "json"), ("000003.json", b"{" * len(TALK))])
+    with pytest.raises(ValueError, match=r"1 of 4 samples in .* are bad"):
+        make_manifests(tmp_path, again=True)
+    after = contents(tmp_path)
+    assert after.pop("a.tar") != before.pop("a.tar")
+    assert after == before
+    make_manifests(tmp_path, again=True, max_broken_share=0.5)
+    assert len(ShardSet(tmp_path)) == 3
+
+
+def test_what_is_left_out_depends_on_the_tars_that_are_there_and_not_on_earlier_manifests(tmp_path: Path) -> None:
+    """`a.tar` alone, with an image of x in `b.tar`, and alone again."""
+    write_tar(tmp_path / "a.tar", samples(["x", "y"], "json"))
+    assert found(tmp_path) == ({"x": [], "y": []}, {})
+    alone = contents(tmp_path)
+    write_tar(tmp_path / "b.tar", [*samples(["x"], "png"), *samples([f"w{n}" for n in range(9)], "png", "json")])
+    make_manifests(tmp_path, max_broken_share=1.0)
+    bad = json.loads((tmp_path / MANIFEST).read_bytes())["bad_samples"]
+    assert {name: list(left) for name, left in bad.items()} == {"a.tar": ["x"], "b.tar": ["x"]}
+    assert re.search(DIVIDED, bad["a.tar"]["x"])
+    assert contents(tmp_path)["a.tar.index.npz"] == alone["a.tar.index.npz"]
+    with_both = ShardSet(tmp_path)
+    assert [with_both.key(n) for n in range(len(with_both))] == ["y", *(f"w{n}" for n in range(9))]
+    for path in (tmp_path / "b.tar", index_path(tmp_path / "b.tar")):
+        path.unlink()
+    assert found(tmp_path) == ({"x": [], "y": []}, {})
+    assert contents(tmp_path) == alone
+    # what is counted or trained on the one is not taken for the other
+    assert with_both.hashes("s")["s/a.tar"] != ShardSet(tmp_path).hashes("s")["s/a.tar"]
+    assert with_both.left_out(0).keys() == {"x"}
+
+
+def test_an_index_without_a_sample_that_an_earlier_version_found_divided_is_made_anew(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", samples(["x", "y"], "json"))
+    make_manifests(tmp_path)
+    stored = index_path(tmp_path / "a.tar").read_bytes()
+    index = ShardIndex.from_bytes(stored, "a")
+    earlier = replace(index.without(["x"]), bad={"x": f"{ELSEWHERE} b.tar has x without text"})
+    index_path(tmp_path / "a.tar").write_bytes(earlier.to_bytes())
+    assert found(tmp_path) == ({"x": [], "y": []}, {})
+    assert index_path(tmp_path / "a.tar").read_bytes() == stored
+
+
+@pytest.mark.parametrize("folder", ["", "train/"])
+@pytest.mark.parametrize("texts", [1, 5])
+def test_images_that_lost_their_text_take_no_texts_of_other_tars_whose_keys_begin_anew(
+    texts: int, folder: str, tmp_path: Path
+) -> None:
+    for shard in range(texts):
+        write_tar(tmp_path / f"t{shard}.tar", samples([folder + key for key in numbers(0, 100)], "json"))
+    lost = samples([folder + key for key in numbers(0, 4)], "png")
+    write_tar(tmp_path / "v.tar", [*lost, *samples([folder + key for key in numbers(4, 100)], "png", "json")])
+    make_manifests(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_bytes())
+    assert manifest["samples"] == 100 * texts + 96
+    assert {name: sorted(bad) for name, bad in manifest["bad_samples"].items()} == {
+        "v.tar": [folder + key for key in numbers(0, 4)]
+    }
+
+
+def test_frames_that_lost_their_text_take_no_video_of_another_tar_whose_keys_begin_anew(tmp_path: Path) -> None:
+    def videos(first: int, end: int, frames: int) -> Members:
+        keys = [f"v{n}" for n in range(first, end)]
+        return [*samples(keys, "json"), *samples([f"{key}_{n}" for key in keys for n in range(frames)], "png")]
+
+    write_tar(tmp_path / "a.tar", videos(0, 8, frames=2))
+    write_tar(tmp_path / "b.tar", [*videos(1, 8, frames=2), *samples([f"v0_{n}" for n in range(5)], "png")])
+    make_manifests(tmp_path, max_broken_share=1.0)
+    bad = json.loads((tmp_path / MANIFEST).read_bytes())["bad_samples"]
+    assert {name: sorted(left) for name, left in bad.items()} == {"b.tar": [f"v0_{n}" for n in range(5)]}
+
+
+def test_a_sample_that_is_divided_where_one_tar_ends_is_found_beside_many_whole_ones(tmp_path: Path) -> None:
+    """Its key stands for no other sample, so that most samples being whole says nothing about it."""
+    write_tar(tmp_path / "a.tar", [*samples(numbers(0, 50), "png", "json"), *samples(["000050"], "png")])
+    write_tar(tmp_path / "b.tar", [*samples(["000050"], "json"), *samples(numbers(51, 99), "png", "json")])
+    make_manifests(tmp_path)
+    bad = json.loads((tmp_path / MANIFEST).read_bytes())["bad_samples"]
+    assert re.search(DIVIDED, bad["b.tar"]["000050"])
+
+
+def test_tars_of_images_and_tars_of_texts_whose_keys_begin_anew_are_refused(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"images-{shard}.tar", samples(numbers(0, 4), "png"))
+        write_tar(tmp_path / f"texts-{shard}.tar", samples(numbers(0, 4), "json"))
+    assert found(tmp_path)[0] == {}
+
+
+@pytest.mark.parametrize("long", ["png", "json"])
+@pytest.mark.parametrize("mark", ["-", "/"])
+def test_long_keys_with_many_marks_take_little_memory(long: str, mark: str) -> None:
+    """Such a key has 244 beginnings; kept for each member of a tar, they took 68 kB of memory."""
+    tail = mark * 243 + "x"
+    parts = {f"{n:06d}{tail}": [(long, 0, 0)] for n in range(500)}
+    parts |= {"000007": [("json" if long == "png" else "png", 0, 0)]}
+    tracemalloc.start()
+    try:
+        _, refused = gathered(parts, ())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert list(refused) == (["000007"] if long == "png" else [f"000007{tail}"])
+    assert peak < 500 * 4000
+
+
+# how many texts alone, whole samples and images alone lie in one folder, and whether the texts are read
+FOLDERS = {
+    "a stray image": (100, 0, 1, True),
+    "images that lost their texts, more than whole ones": (50, 2, 3, True),
+    "fewer than whole ones": (5, 4, 3, True),
+    "an image for ten texts": (10, 0, 1, False),
+    "an image for eleven texts": (11, 0, 1, True),
+    "as many as texts": (4, 2, 4, False),
+}
+
+
+@pytest.mark.parametrize("folder", ["", "x/"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_few_images_without_text_say_nothing_about_many_texts_beside_them(
+    name: str, folder: str, tmp_path: Path
+) -> None:
+    texts, whole, lost, read = FOLDERS[name]
+    counts = {"t": texts, "w": whole, "i": lost}
+    keys = {kind: [f"{folder}{kind}{n:03d}" for n in range(count)] for kind, count in counts.items()}
+    write_tar(
+        tmp_path / "a.tar",
+        [*samples(keys["t"], "json"), *samples(keys["w"], "png", "json"), *samples(keys["i"], "png")],
+    )
+    frames, named = found(tmp_path)
+    assert len(named) == lost + (0 if read else texts)
+    assert len(frames) == whole + (texts if read else 0)
+    assert {*keys["i"]} <= {*named}  # no image is lost without a word

@@ -31,6 +31,7 @@ from keygrip.data.shards.index import (
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.remote import ShardCache, cache_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 from keygrip.data.video_text.examination import report_shared
 
@@ -220,8 +221,38 @@ def test_a_key_of_more_parts_than_a_sample_may_have_is_left_out_by_name(
             for number in range(count):
                 tar.addfile(tarfile.TarInfo(f"{key}.{number}"), io.BytesIO())
     found = members_of(tmp_path / "a.tar")
-    assert found.bad == {"many": "it has more than the 4 parts that a sample may have"}
+    assert list(found.bad) == ["many"]
+    assert found.bad["many"].startswith("it has more than the 4 parts that a sample may have")
+    assert "a key ends at the first dot of a name" in found.bad["many"]
     assert {key: len(parts) for key, parts in found.parts.items()} == {"few": 4, "many": 4}
+
+
+def test_a_long_sample_is_indexed_from_its_tar_as_it_was_written(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for key, count in (("short", 5), ("long", 1100)):
+            writer.add(key, *video_text_parts([picture(count % 256)] * count, conversations(key), "x", extension="png"))
+    for again in (False, True):
+        manifest = write_manifest(tmp_path, describe_video_text, again=again, progress=False)
+        assert (manifest["samples"], manifest["bad_samples"]) == (2, {})
+    assert ShardSet(tmp_path).columns["frames"].tolist() == [5, 1100]
+    report = validate(tmp_path)
+    assert (report["errors"], report["frames"]) == (0, {"5": 1, "1100": 1})
+
+
+def test_a_sample_may_have_as_many_parts_as_frames_are_documented() -> None:
+    assert index.MOST_PARTS > index.MOST_FRAMES == 4096
+    parts, row = video_text_parts([b""] * 4096, conversations("x"), "x")
+    assert row["frames"] == 4096
+    assert len(parts) <= index.MOST_PARTS
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_names_with_several_dots_are_told_where_a_key_ends(tmp_path: Path, count: int) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add("video", {f"v1.{n:06d}.{end}": b"" for n in range(count) for end in ("jpg", "json")}, {"frames": 0})
+    reason = index_shard(tmp_path / "a.tar", describe_video_text).bad["video"]
+    assert "only v1.000000.jpg" in reason
+    assert "a key ends at the first dot of a name" in reason
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
