@@ -209,13 +209,19 @@ class TestCases:
     def test_cpu_precision(self) -> None:
         threads = torch.get_num_threads()
         case = CpuPrecision(
-            widths=[8, 16], tokens=4, repetitions=4, quick_repetitions=3, limit_s=5.0, quick_limit_s=5.0
+            widths=[8, 16],
+            tokens=4,
+            positions=[5],
+            rows=2,
+            **dict.fromkeys(("repetitions", "quick_repetitions"), 3),
+            **dict.fromkeys(("limit_s", "quick_limit_s"), 5.0),
         )
         figures = case.run(quick=True)
         assert torch.get_num_threads() == threads
         assert figures["chosen_bf16"] == float(cpu_is_faster_in_bf16())
         ratios = [figures[f"bf16_ms_{width}"] / figures[f"float32_ms_{width}"] for width in (8, 16)]
         assert figures["bf16_over_float32_time"] == pytest.approx(sum(ratios) / 2, abs=6e-4)
+        assert all(figures[f"attention_ms_{way}_5"] > 0 for way in ("bf16", "used", "plain"))
 
     def test_loader(self, recorder: list[int]) -> None:
         figures = Loader(SMALL_POLICY, 3, 2, batches=4, quick_batches=2, skip_batches=1).run(quick=True)

@@ -1,32 +1,46 @@
-"""Products in bfloat16 against those in float32 on this processor: what ``strategy.precision=auto`` should take."""
+"""Products in bfloat16 against those in float32 on this processor: what ``strategy.precision=auto`` should take, and
+what attention should be computed in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keygrip.benchmarks.measuring import Timed, interleaved_seconds, milliseconds, threads
+from keygrip.models.nn.processor_attention import training_attention
 from keygrip.training.strategies import cpu_is_faster_in_bf16
 
 
 @dataclass(frozen=True)
 class CpuPrecision(Timed):
-    """Training steps of an MLP as the small models have it, under bf16 autocast and in float32, on one thread.
+    """Training steps of an MLP as the small models have it, under bf16 autocast and in float32, on one thread; and
+    those of causal attention in bf16, by three ways.
 
-    Args (beside those of `Timed`, whose seconds are for each width):
+    Args (beside those of `Timed`, whose seconds are for each width and each number of positions):
         widths: of the tokens; the MLP is four times as wide. tokens: of a step.
+        positions: of the rows that attend. rows: of a batch, each of 4 heads of 32 numbers.
     """
 
     widths: Sequence[int]
     tokens: int
+    positions: Sequence[int]
+    rows: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`bf16_over_float32_time` is the mean over widths; `chosen_bf16` is 1 where ``auto`` takes bf16 here."""
+        """`bf16_over_float32_time` is the mean over widths; `chosen_bf16` is 1 where ``auto`` takes bf16 here.
+
+        `attention_ms_<way>_<positions>`: of a forward and backward pass, by torch's fused kernel in bf16 (``bf16``), as
+        keygrip trains it, by that kernel in float32 (``used``), and by products in bf16 (``plain``).
+        """
         with threads(1):
             times = {width: self._measure(width, quick) for width in self.widths}
+            attention = [self._attention(positions, quick) for positions in self.positions]
         ratios = [bf16 / float32 for bf16, float32 in times.values()]
         figures = {
             "bf16_over_float32_time": round(sum(ratios) / len(ratios), 3),
@@ -34,7 +48,32 @@ class CpuPrecision(Timed):
         }
         for width, (bf16, float32) in times.items():
             figures |= {f"bf16_ms_{width}": bf16, f"float32_ms_{width}": float32}
+        for found in attention:
+            figures |= found
         return figures
+
+    def _attention(self, positions: int, quick: bool) -> dict[str, float]:
+        """Median milliseconds by way."""
+        operands = [torch.randn(self.rows, 4, positions, 32, requires_grad=True) for _ in range(3)]
+
+        def step(way: Callable[..., Tensor]) -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                attended = way(*operands, is_causal=True)
+            attended.float().pow(2).mean().backward()
+
+        def plain(queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal)
+
+        repetitions, limit_s = self.effort(quick)
+        ways: dict[str, Callable[..., Tensor]] = {
+            "bf16": F.scaled_dot_product_attention,
+            "used": training_attention,
+            "plain": plain,
+        }
+        sides = {name: partial(step, way) for name, way in ways.items()}
+        seconds = interleaved_seconds(sides, repetitions, torch.device("cpu"), limit_s, warm_up=3)
+        return {f"attention_ms_{name}_{positions}": milliseconds(seconds[name]) for name in ways}
 
     def _measure(self, width: int, quick: bool) -> tuple[float, float]:
         """Median milliseconds of a step in bf16 and in float32."""

@@ -27,7 +27,7 @@ from keygrip.models.backbone.architectures import (
 )
 from keygrip.models.backbone.features import BlockKV, DinoFeatures
 from keygrip.models.backbone.weights import adopt_position_table, find_weights, load_weights
-from keygrip.models.nn.short_attention import recompute_contexts
+from keygrip.models.nn.processor_attention import recompute_contexts
 from keygrip.training.parts import model_part
 
 Trainable = Literal["frozen", "all"] | int

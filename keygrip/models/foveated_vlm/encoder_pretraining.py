@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, normalised, stack_frames
 from keygrip.models.backbone import DinoBackbone
-from keygrip.models.nn.short_attention import short_attention
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.nn.standardise import RunningStandardisation
 from keygrip.training.distributed import global_mean, global_sum
 from keygrip.training.optimizers import AdamW
@@ -273,8 +273,7 @@ class EncoderPretrainingModule(System):
     def losses(self, batch: EncoderPretrainingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Losses by name, and (right, counted) by name."""
         backbone = self.network.backbone
-        count = (batch.frames.shape[-1] // backbone.patch_size) ** 2
-        with short_attention(batch.frames.device, count):
+        with trained_on(batch.frames.device):
             patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
         labels = patch_labels(batch, grid)
         unknown = torch.full((len(batch), self.network.colours), IGNORED, device=batch.frame.device)

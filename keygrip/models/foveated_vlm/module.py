@@ -28,7 +28,7 @@ from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, com
 from keygrip.models.foveated_vlm.streaming import VideoStream
 from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLMOutput
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
-from keygrip.models.nn.short_attention import short_attention
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, global_sum, world_size
@@ -318,9 +318,6 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         return batch.answering(kinds)
 
-    def _patches(self, batch: VideoTextBatch) -> int:
-        return (batch.frames.shape[-1] // self.network.backbone.patch_size) ** 2
-
     def encoder_inputs(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
         """The network's `frames` and `kv`: normalised frames and None; with a frame cache the frames as they came,
         whose pixels nothing reads, and what the encoder made of them."""
@@ -329,15 +326,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             return batch.normalised(backbone.mean, backbone.std), None
 
         def encode(frames: Tensor) -> Encoded:
-            with short_attention(frames.device, self._patches(batch)):  # one kernel, whichever batch has a frame first
-                return network.encode(normalised(frames, backbone.mean, backbone.std))
+            return network.encode(normalised(frames, backbone.mean, backbone.std))
 
         return batch.frames, self.frame_cache.get(frame_names(batch), batch.frames[batch.frame_mask], encode)
 
     def training_step(self, batch: VideoTextBatch, batch_idx: int) -> Tensor:
         rows = text_rows(batch)
-        positions = rows.input_ids.shape[1] + max(rows.frame_counts) * self.network.tokens_per_frame
-        with short_attention(batch.frames.device, max(positions, self._patches(batch))):
+        with trained_on(batch.frames.device):
             frames, kv = self.encoder_inputs(batch, rows)
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:

@@ -34,7 +34,7 @@ from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, norma
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.objects import SIDE, crops_of, draw_objects
 from keygrip.models.nn.precision import without_autocast
-from keygrip.models.nn.short_attention import short_attention
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.training.distributed import global_mean, world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -197,7 +197,7 @@ class SelfSupervisedModule(System):
             mean, std = (images.new_tensor(each) for each in (backbone.mean, backbone.std))
             colour = (found.colour - mean) / std
             wanted = torch.cat([detail_of(crops, 3), colour], dim=-1)  # [M, K, C + 3]
-        with short_attention(images.device, (images.shape[-1] // backbone.patch_size) ** 2):
+        with trained_on(images.device):
             features, kv = backbone.forward_with_kv(images)
             said, meant = inexact(colour, random)
             read = backbone.query(network.cue(said), kv)

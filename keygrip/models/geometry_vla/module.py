@@ -25,7 +25,7 @@ from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.models.nn.attention import AttentionRecord
 from keygrip.models.nn.flow_matching import TimestepSampler, interpolate, seeded_noise, velocity
 from keygrip.models.nn.lora import Adapter
-from keygrip.models.nn.short_attention import short_attention
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, global_sum
@@ -392,7 +392,7 @@ class GeometryVLAModule(System):
         self.show_image("val/scene", image)
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
-        with short_attention(self.device, self.network.vlm.tokens_per_view * batch.images.shape[1]):
+        with trained_on(self.device):
             losses = self.losses(self(batch), batch)
         self.log_values("train", losses, len(batch), BAR)
         return losses["total"]

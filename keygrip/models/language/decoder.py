@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
-from keygrip.models.nn.short_attention import recompute_contexts
+from keygrip.models.nn.processor_attention import recompute_contexts
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from keygrip.models.language.hub import read_config, read_weights, with_fused_at
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.models.nn.lora import LoRA, add_lora
 from keygrip.models.nn.low_precision import Precision, lower_precision
-from keygrip.models.nn.short_attention import recompute_contexts
+from keygrip.models.nn.processor_attention import recompute_contexts
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)

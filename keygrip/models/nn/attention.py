@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.models.nn.precision import without_autocast
+from keygrip.models.nn.processor_attention import training_attention
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Attention(nn.Module):
             keys_values = self.keys_values(x, angles)
         queries = self._queries(x, keys_values)
         queries = queries if angles is None else rotated(queries, angles)
-        read = _attend(queries, keys_values, _broadcast(mask))
+        read = training_attention(queries, keys_values.keys, keys_values.values, attn_mask=_broadcast(mask))
         return self.output(read.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
@@ -193,20 +194,6 @@ class AttentionRecord:
         self.shares.append(attention.shares(x, self.groups, keys_values, mask))
         if self.sizes:
             self.reads.append(attention.reads(x, self.groups, keys_values, mask))
-
-
-def _attend(queries: Tensor, context: KeyValues, mask: Tensor | None) -> Tensor:
-    """``[B, H, N, d]``. Fused, but for training in bf16 on a CPU: there the fused kernel's backward pass is slower than
-    plain products (a quarter of a step of a small transformer). In compiled graphs it is fused there too: the code that
-    inductor of torch 2.15 makes for the plain products has NaN in its gradients where N is a multiple of 32, on
-    processors that have instructions for bf16."""
-    plain = queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if not plain or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(queries, context.keys, context.values, attn_mask=mask)
-    logits = (queries * queries.shape[-1] ** -0.5) @ context.keys.mT
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    return logits.softmax(dim=-1, dtype=torch.float32).to(context.values.dtype) @ context.values
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:

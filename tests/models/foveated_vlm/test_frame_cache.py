@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from keygrip.models.foveated_vlm.baseline import PooledVLM
 from keygrip.models.foveated_vlm.frame_cache import FrameCache, frame_names
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import text_rows
-from keygrip.models.nn.short_attention import SHORT, short_attention
+from keygrip.models.nn.processor_attention import trained_on
 
 COUNTS = [3, 0, 1]
 TEXTS = [(0, 9, 4), (1, 6, 3), (2, 7, 2), (0, 8, 5)]
@@ -96,15 +97,15 @@ def test_what_is_kept_does_not_depend_on_the_batch() -> None:
         assert torch.equal(a.value[order], b.value)
 
 
-def test_what_is_kept_does_not_depend_on_the_length_of_the_rows_beside_it(tmp_path: Path) -> None:
-    """On a processor short rows are trained with another kernel of attention than long ones and validation."""
+def test_what_is_kept_in_training_is_what_validation_would_keep(tmp_path: Path) -> None:
+    """On a processor, training in bf16 has attention of its own, which the frozen encoder has no part in."""
     module, kept = small_module(tmp_path, ["Which digit?"] * 3), []
     frames = np.random.default_rng(0).integers(0, 255, (4, 28, 28, 3)).astype(np.uint8)
     turns = (Turn("user", "?"), Turn("assistant", "x"))
     batch = module.collator([VideoTextSample(frames, (Conversation(turns, "mark", {}),), "set", "a")])
-    for positions in (1, SHORT + 1):
+    for context in (trained_on, lambda device: contextlib.nullcontext()):
         module.frame_cache = FrameCache(1.0)
-        with short_attention(torch.device("cpu"), positions):
+        with torch.autocast("cpu", torch.bfloat16), context(torch.device("cpu")):
             module.encoder_inputs(batch, text_rows(batch))
         kept.append(module.frame_cache.kept)
     for name, blocks in kept[0].items():

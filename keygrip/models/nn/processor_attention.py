@@ -1,0 +1,88 @@
+"""Attention of a training step on a processor: what is in bf16 around it is faster with torch's fused kernel in float32
+(`attention_ms_*` of ``python -m keygrip.bench case=cpu_precision``)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from keygrip.models.nn.precision import without_autocast
+
+_thread = threading.local()
+
+
+def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, computed in float32 where it is trained in bf16 on a processor.
+
+    Args:
+        queries: ``[..., N, d]``; keys: ``[..., M, d]``; values: ``[..., M, e]``, of any type.
+        options: of torch's function; a mask that is added is taken to float32 too.
+
+    Returns ``[..., N, e]`` of the type that torch's own function gives, bf16 under autocast. In compiled graphs it is
+    torch's function.
+    """
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    bf16 = queries.device.type == "cpu" and (autocast or queries.dtype == torch.bfloat16)
+    if not bf16 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(queries, keys, values, **options)
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        options = {**options, "attn_mask": mask.float()}
+    with without_autocast(queries):
+        attended = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), **options)
+    return attended.to(torch.bfloat16)
+
+
+class _TrainingAttention(TorchFunctionMode):
+    """Every attention within, that of other libraries' models too, is `training_attention`."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        return training_attention(given.pop("query"), given.pop("key"), given.pop("value"), **given)
+
+    def __enter__(self) -> _TrainingAttention:
+        self.before = within()
+        _thread.within = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        _thread.within = self.before
+        super().__exit__(*raised)
+
+
+def within() -> bool:
+    """Whether this thread is inside of what `trained_on` gave for a processor in bf16."""
+    return getattr(_thread, "within", False)
+
+
+def trained_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context for the forward pass of a training step: under autocast on a processor, attention in float32."""
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return _TrainingAttention()
+    return contextlib.nullcontext()
+
+
+def recompute_contexts() -> tuple[contextlib.AbstractContextManager[object], contextlib.AbstractContextManager[object]]:
+    """`context_fn` for torch.utils.checkpoint: activations are recomputed as in the forward pass.
+
+    The backward pass runs outside of `trained_on`; with another type there the recomputed tensors would not be those
+    that were saved, which torch refuses.
+    """
+    return contextlib.nullcontext(), _TrainingAttention() if within() else contextlib.nullcontext()
