@@ -1,9 +1,14 @@
 """The processor of an exported video-language model, as transformers' AutoProcessor reads it.
 
-    import keygrip.inference.processor  # registers the classes below; nothing in a folder is executed
-    processor = AutoProcessor.from_pretrained(FOLDER)  # of `keygrip export` or `VideoChat.save_pretrained`
+    from keygrip.inference.processor import KeygripProcessor
+    processor = KeygripProcessor.from_pretrained(FOLDER)  # of `keygrip export` or `VideoChat.save_pretrained`
     inputs = processor([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
                                                      {"type": "text", "text": "What happens?"}]}])
+
+Nothing in a folder is executed. Importing this module also registers the processor, so that
+`AutoProcessor.from_pretrained(FOLDER)` reads an export; but what kind of processor a folder holds transformers finds
+out itself, and of a folder that only looks like an export it may load other classes, or ask on the terminal whether to
+execute code that lies in it: the line above is the one for folders of others.
 
 Ids and frames are those that `VideoChat` gives its model. The model itself is keygrip's (`keygrip.load`): transformers
 has no class for it.
@@ -34,7 +39,7 @@ from keygrip.exporting.folder import CONFIG
 from keygrip.inference.prompts import Message, PromptReader, check, marked, refuse_message
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
-from keygrip.models.language.hub import check_tokenizer
+from keygrip.models.language.hub import check_tokenizer, file_of, from_pretrained
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
 
 WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # options of `from_pretrained`
@@ -86,14 +91,19 @@ class KeygripProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:  # type: ignore[override]
-        """As of transformers, after tokenizer.json is checked.
+        """As of transformers, after tokenizer.json is checked; no code of the folder's is executed.
 
         Raises:
-            ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`; settings that cannot be.
+            ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`; settings that cannot be; the
+                folder needs Python code of its own, or names an audio tokenizer.
         """
+        source = str(pretrained_model_name_or_path)
+        if options.pop("trust_remote_code", None):
+            raise ValueError("trust_remote_code: keygrip executes no code of a folder or the hub, leave it out")
         where = {name: options[name] for name in WHERE if name in options}
-        check_tokenizer(str(pretrained_model_name_or_path), _vocabulary(pretrained_model_name_or_path), **where)
-        found: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        _refuse_audio_tokenizer(source, where)
+        check_tokenizer(source, _vocabulary(pretrained_model_name_or_path), **where)
+        found: Self = from_pretrained(super(), source, **options)
         return found
 
     def __call__(
@@ -227,6 +237,20 @@ def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
         return None  # transformers, which needs it, says so
     found = content.get("vocab_size") if isinstance(content, dict) else None
     return found if type(found) is int else None
+
+
+def _refuse_audio_tokenizer(source: str, where: Mapping[str, Any]) -> None:
+    """Raises ValueError: one is named. transformers would load it, by a class and from a place of the folder's choice,
+    without a word on what may be executed."""
+    named = file_of(source, "audio_tokenizer_config.json", **where)
+    if (file := file_of(source, "processor_config.json", **where)) is not None:
+        try:
+            content = read_json(file)
+        except BadSample as error:
+            raise ValueError(f"{file} is damaged or no configuration ({error})") from error
+        named = named or (file if isinstance(content, dict) and "audio_tokenizer" in content else None)
+    if named:
+        raise ValueError(f"{named} names an audio tokenizer, which no processor of keygrip has")
 
 
 def _check_tensors(return_tensors: str | None) -> None:

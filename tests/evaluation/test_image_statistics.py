@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,8 @@ def test_images_are_compared_with_their_captions_as_clip_itself_does(tmp_path: P
     torch.testing.assert_close(found, (logits.diag() / clip.logit_scale.exp()).detach())
     assert known_encoder("clip", tmp_path, "")[0](images).shape == (3, 6)
     assert ClipSimilarity(tmp_path)(images, ["", "", ""]).shape == (0,)
+    file = tmp_path / "tokenizer.json"
+    growing = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 999}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": growing}))
+    with pytest.raises(ValueError, match=r"holds no CLIPTokenizer of transformers: .*may make \d+ characters"):
+        ClipSimilarity(tmp_path)

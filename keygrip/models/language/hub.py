@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,18 @@ def with_fused_attention(config: Any) -> Any:
 
 
 def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
-    """A model of transformers with the weights of a folder or the hub, in float32.
+    """A model of transformers with the weights of a folder or the hub, in float32. They are read from safetensors
+    alone: a file of PyTorch's is a pickle.
 
     Args:
         kind: class of transformers. source: as in `read_config`. title: what it is, for messages.
         options: for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: not there. ValueError: weights are missing.
+        FileNotFoundError: not there. ValueError: weights are missing. OSError: the folder has no safetensors.
     """
-    model, report = from_pretrained(kind, source, dtype=torch.float32, output_loading_info=True, **options)
+    options = {"dtype": torch.float32, "output_loading_info": True, "use_safetensors": True, **options}
+    model, report = from_pretrained(kind, source, **options)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole {title}")
     return model
@@ -72,17 +76,12 @@ def read_stop_tokens(source: str) -> list[int]:
     Raises:
         ValueError: the file is damaged.
     """
-    from transformers.utils import cached_file
-
     for name in ("generation_config.json", "config.json"):
-        try:
-            file = cached_file(source, name)
-        except (OSError, ValueError):
-            file = None
+        file = file_of(source, name)
         if file is None:
             continue
         try:
-            named = json.loads(Path(file).read_bytes()).get("eos_token_id")
+            named = json.loads(file.read_bytes()).get("eos_token_id")
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is damaged or no configuration ({error}): download it again") from error
         ids = named if isinstance(named, list) else [] if named is None else [named]
@@ -102,14 +101,42 @@ def check_tokenizer(source: str, vocabulary: int | None = None, **options: Any) 
     Raises:
         ValueError: see `parse_tokenizer`.
     """
+    found = file_of(source, TOKENIZER_FILE, **options)
+    if found is not None:  # otherwise reading it says so
+        check_tokenizer_file(found, vocabulary)
+
+
+def file_of(source: str, name: str, **options: Any) -> Path | None:
+    """A file of a folder or the hub, as transformers finds it; None: not there, or not to be had.
+
+    Args:
+        source: as in `read_config`. options: where it lies, as `from_pretrained` takes them ("revision").
+    """
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(source, TOKENIZER_FILE, **options)
+        found = cached_file(source, name, **options)
     except (OSError, ValueError):
-        return  # not there, or not to be had: reading it says so
-    if found is not None:
-        check_tokenizer_file(Path(found), vocabulary)
+        return None
+    return None if found is None else Path(found)
+
+
+class ForeignCodeError(ValueError):
+    """What a folder or the hub holds needs Python code that it brings."""
+
+
+@contextmanager
+def foreign_code_errors(source: str) -> Iterator[None]:
+    """Makes a ForeignCodeError of what transformers raises where it was told trust_remote_code=False."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ForeignCodeError(
+            f"{source} needs Python code of its own, which keygrip does not execute: give a model and a tokenizer of a "
+            "kind that transformers has itself"
+        ) from error
 
 
 def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
@@ -118,19 +145,17 @@ def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
 
     Raises:
         FileNotFoundError: not there, or not to be had from the hub: one line says what to download.
-        ValueError: it needs such code.
+        ForeignCodeError: it needs such code.
     """
     here = Path(source).is_dir()
     if not here and source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"weights or tokenizer: there is no folder {source}")
     try:
-        return kind.from_pretrained(source, trust_remote_code=False, **options)
+        with foreign_code_errors(source):
+            return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except ForeignCodeError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{source} needs Python code of its own, which keygrip does not execute: give a model and a tokenizer "
-                "of a kind that transformers has itself"
-            ) from error
         if here:
             raise
         raise FileNotFoundError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.artifacts import sha256_bytes
-from keygrip.models.language.hub import from_pretrained, read_config, read_tokenizer
+from keygrip.models.language.hub import read_config, read_tokenizer, read_weights
 from keygrip.models.language.instructions import InstructionStates
 from keygrip.training.parts import model_part
 
@@ -73,9 +73,7 @@ class PretrainedTextTower(nn.Module):
                     f"instruction.length={self.length}"
                 )
             kind: Any = CLIPTextModel if whole.model_type in CLIP else SiglipTextModel
-            tower, report = from_pretrained(kind, self.source, dtype=torch.float32, output_loading_info=True)
-            if missing := sorted(report["missing_keys"]):
-                raise ValueError(f"{self.source} lacks weights of the text tower: {', '.join(missing[:3])}")
+            tower = read_weights(kind, self.source, "text tower")
             tokenizer = read_tokenizer(self.source)
             if tokenizer.pad_token_id is None:
                 raise ValueError(f"the tokenizer of {self.source} has no padding token")

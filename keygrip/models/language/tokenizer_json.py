@@ -2,7 +2,11 @@
 
 The library goes through all ids up to the largest, whatever tokens there are, and ends some damaged files with a panic
 of Rust, which no `except Exception` sees. What a file puts in place of characters may be any length, and be replaced
-again by the next part.
+again by the next part; a token may be any length, too, and decoding writes it out for every id.
+
+The time of regular expressions is not bounded: `(.|..){20}(?!.|$)` and its kin take minutes for a short text. No
+simple rule tells all of these from the expressions of known tokenizers, and the library has no limit to give them.
+Whoever reads tokenizers of people that they do not trust does so in a process that they can end.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +27,11 @@ TOKENIZER_FILE = "tokenizer.json"
 LARGEST_VOCABULARY = 4_000_000  # of a model that is not known; the largest known have a million tokens
 LARGEST_FILE_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
 MOST_PARTS = 100  # of all that a tokenizer does beside its model; known ones have about ten
-LARGEST_GROWTH = 256  # characters that these make of one; of known ones T5's and ALBERT's come nearest, with 72
+LARGEST_GROWTH = 256  # characters that these make of one; of known ones ALBERT's and SigLIP's come nearest, with 72
+LONGEST_TOKEN = 4096  # characters; known vocabularies have runs of spaces or signs of some hundred
+LONGEST_AFFIX = 64  # characters that a model puts before or behind each piece of a word: "##", "</w>"
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+LONGEST_WORD = 1000  # characters that WordPiece looks up all parts of; known ones have 100
 STEPS = {"encoding": ("normalizer", "pre_tokenizer"), "decoding": ("decoder",), "adding tokens": ("post_processor",)}
 NESTED = ("normalizers", "pretokenizers", "decoders", "processors")  # of the several kinds of a Sequence
 # Characters that parts with a fixed rule may make of one.
@@ -31,6 +40,12 @@ FIXED_GROWTH = {
     **{"ByteLevel": 3, "Metaspace": 2, "BPEDecoder": 2, "CTC": 2, "WordPiece": 2},
 }
 FORMS = ("NFC", "NFD", "NFKC", "NFKD", "BertNormalizer")
+# Regular expressions of one character, or of one class of them without others within it, once or more: none of them
+# matches nothing. Many others do not either; they are taken for such that do.
+MATCHES_SOMETHING = re.compile(
+    r"(?:[^\\^$|?*+()\[\]{}]|\\[dDsSwWnrt]|\\[pP]\{\^?\w+\}|\[\^?(?:\\.|[^\\\[\]&])+\])(?:\+|\{[1-9]\d*(?:,\d*)?\})?",
+    re.DOTALL,
+)
 
 
 def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None) -> Tokenizer:
@@ -41,8 +56,8 @@ def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None
             known.
 
     Raises:
-        ValueError: it is damaged, has a token beyond the vocabulary, or parts that make far more of a text than there
-            was.
+        ValueError: it is damaged, has a token beyond the vocabulary, a longer one than any tokenizer needs, or parts
+            that make far more of a text than there was.
     """
     from tokenizers import Tokenizer
 
@@ -51,6 +66,7 @@ def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None
     except (ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{where} is damaged or no tokenizer ({error})") from error
     _refuse_ids(content, where, vocabulary)
+    _refuse_lengths(content, where)
     _refuse_growth(content, where)
     with tokenizer_errors(where):
         return Tokenizer.from_str(json.dumps(content))  # not `text`, where a name may stand twice
@@ -92,15 +108,54 @@ def _refuse_ids(content: Any, where: str, vocabulary: int | None) -> None:
             raise ValueError(f"{where}: the token {str(token)[:40]!r} has the id {number}; {of} has ids below {most}")
 
 
+def _refuse_lengths(content: dict[str, Any], where: str) -> None:
+    """Of tokens, and of what else is written out for each piece of a text."""
+    model = content["model"]
+    known = model.get("vocab")
+    if isinstance(known, list):  # of tokens and how probable they are
+        known = [each[0] if isinstance(each, list) and each else each for each in known]
+    texts = list(known) if isinstance(known, list | dict) else []
+    # a SentencePiece's map, whose texts count in the growth, and regular expressions are no tokens; merges hold known
+    # tokens, or the library refuses them
+    apart = ("vocab", "merges", "precompiled_charsmap", "Regex")
+    waiting: list[Any] = [content]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            texts += each
+            waiting += [value for name, value in each.items() if name not in apart]
+        elif isinstance(each, list):
+            waiting += each
+        else:
+            texts.append(each)
+    long = next((text for text in texts if isinstance(text, str) and len(text) > LONGEST_TOKEN), None)
+    if long is not None:
+        raise ValueError(
+            f"{where}: the token {long[:40]!r}... has {len(long)} characters; no tokenizer has one of more than "
+            f"{LONGEST_TOKEN}"
+        )
+    for name in AFFIXES:
+        if isinstance(affix := model.get(name), str) and len(affix) > LONGEST_AFFIX:
+            raise ValueError(f"{where}: its {name} has {len(affix)} characters; no tokenizer needs {LONGEST_AFFIX}")
+    if type(longest := model.get("max_input_chars_per_word")) is int and longest > LONGEST_WORD:
+        raise ValueError(
+            f"{where}: max_input_chars_per_word={longest}: it looks up all parts of a word of so many characters, and "
+            f"no tokenizer needs {LONGEST_WORD}"
+        )
+
+
 def _refuse_growth(content: dict[str, Any], where: str) -> None:
     found = {step: [p for name in names for p in _parts(content.get(name), where)] for step, names in STEPS.items()}
     if (count := sum(map(len, found.values()))) > MOST_PARTS:
         raise ValueError(f"{where} has a normalizer, decoder, ... of {count} parts; no tokenizer needs {MOST_PARTS}")
     for step, parts in found.items():
-        # The first of Unicode's forms makes more of a few rare characters alone; of another one it is not known what
-        # the parts in between have made.
-        forms = [number for number, part in enumerate(parts) if part.get("type") in FORMS]
-        growth = math.prod(_growth(part) for number, part in enumerate(parts) if number not in forms[:1])
+        # The first of Unicode's forms makes more of a few rare characters alone, as long as no part before it can have
+        # made them; of another one it is not known what the parts in between have made.
+        first = next((number for number, part in enumerate(parts) if part.get("type") in FORMS), len(parts))
+        before, behind = (math.prod(map(_growth, some)) for some in (parts[:first], parts[first + 1 :]))
+        made = "".join(str(part.get(name, "")) for part in parts[:first] for name in ("content", "prepend"))
+        form = _growth(parts[first]) if first < len(parts) and (before > 1 or not made.isascii()) else 1
+        growth = before * form * behind
         if growth > LARGEST_GROWTH:
             names = " and ".join(STEPS[step])
             raise ValueError(
@@ -129,8 +184,13 @@ def _growth(part: dict[str, Any]) -> float:
     content, pattern, added = part.get("content"), part.get("pattern"), part.get("prepend")
     if isinstance(content, str):
         given = pattern.get("String") if isinstance(pattern, dict) else pattern
-        # a regular expression may match nothing, before every character
-        growth *= max(1.0, len(content) / len(given)) if isinstance(given, str) and given else 1 + len(content)
+        expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+        if isinstance(given, str) and given:
+            growth *= max(1.0, len(content) / len(given))
+        elif isinstance(expression, str) and MATCHES_SOMETHING.fullmatch(expression):
+            growth *= max(1, len(content))
+        else:  # a regular expression may match nothing, before every character
+            growth *= 1 + len(content)
     if isinstance(added, str):
         growth *= 1 + len(added)
     if isinstance(part.get("precompiled_charsmap"), str):

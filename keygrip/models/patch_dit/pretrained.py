@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from keygrip.artifacts import sha256_of
+from keygrip.models.language.hub import ForeignCodeError, foreign_code_errors
 
 INSTALL = "pip install 'keygrip[dit]'"
 
@@ -27,11 +28,19 @@ def subfolder_of(source: str, subfolder: str | None) -> str | None:
 def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) -> Any:
     """`loader.from_pretrained(source)`, with one line that says what to do where it is not to be had.
 
+    Args:
+        loader: a class. what: it loads, for messages. arguments: for `from_pretrained`; of a class of transformers with
+            trust_remote_code=False, of weights with use_safetensors=True: other files of weights are pickles.
+
     Raises:
         FileNotFoundError: the folder lacks the files, or the hub cannot be reached and holds no copy here.
+        ForeignCodeError: it needs Python code of its own.
     """
     try:
-        return loader.from_pretrained(source, **arguments)
+        with foreign_code_errors(source):
+            return loader.from_pretrained(source, **arguments)
+    except ForeignCodeError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise FileNotFoundError(

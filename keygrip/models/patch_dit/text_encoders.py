@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from keygrip.models.language.hub import check_tokenizer
 from keygrip.models.patch_dit.pretrained import INSTALL, from_source, named_dtype, sample_of, subfolder_of
 from keygrip.training.parts import model_part
 
@@ -126,7 +127,8 @@ class T5Text:
         """Tokenizer and model, loaded when first asked for.
 
         Raises:
-            ImportError: transformers is not installed. FileNotFoundError: not there. ValueError: another width.
+            ImportError: transformers is not installed. FileNotFoundError: not there. ValueError: another width, Python
+                code of its own, or as `check_tokenizer`.
         """
         if self._parts is None:
             try:
@@ -135,8 +137,11 @@ class T5Text:
                 raise ImportError(f"the T5 encoder needs transformers: {INSTALL}") from error
             folders = [subfolder_of(self.source, name) for name in (self.tokenizer_subfolder, self.subfolder)]
             inside: list[dict[str, Any]] = [{"subfolder": folder} if folder else {} for folder in folders]
-            tokenizer = from_source(AutoTokenizer, self.source, "the T5 tokenizer", inside[0])
-            model = from_source(T5EncoderModel, self.source, "the T5 encoder", {"dtype": self.dtype, **inside[1]})
+            check_tokenizer(self.source, **inside[0])
+            own = {"trust_remote_code": False}
+            tokenizer = from_source(AutoTokenizer, self.source, "the T5 tokenizer", own | inside[0])
+            loading = own | {"dtype": self.dtype, "use_safetensors": True}
+            model = from_source(T5EncoderModel, self.source, "the T5 encoder", loading | inside[1])
             if model.config.d_model != self.width:
                 raise ValueError(
                     f"{self.source} has states of {model.config.d_model} numbers, encoders.text.width={self.width}"

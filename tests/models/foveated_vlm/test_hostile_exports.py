@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import re
+import string
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from tokenizers import Tokenizer
+from transformers import AutoProcessor
 from vlm_parts import small_module
 
 from keygrip.config import compose
@@ -25,7 +28,7 @@ from keygrip.exporting.folder import CONFIG, WEIGHTS, write_export
 from keygrip.inference.processor import KeygripProcessor
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.hub_files import chat_template
-from keygrip.models.language.chat_templates import render_chat
+from keygrip.models.language.chat_templates import FILTERS, METHODS, TESTS, render_chat
 from keygrip.models.language.tokenizer_json import parse_tokenizer
 from keygrip.models.language.tokenizers import (
     TINY_TEMPLATE,
@@ -197,6 +200,13 @@ GROWING = {
     "expressions": {"normalizer": sequence("normalizers", *[replacing("z*", "y", "Regex")] * 9)},
     "prepended": {"normalizer": sequence("normalizers", *[{"type": "Prepend", "prepend": "x" * 20}] * 2)},
     "forms": {"normalizer": sequence("normalizers", *[replacing("x", "\ufdfa"), {"type": "NFKC"}] * 3)},
+    "form of what was made": {"normalizer": sequence("normalizers", replacing("x", "\ufdfa" * 50), {"type": "NFKC"})},
+    "form of other characters": {
+        "normalizer": sequence("normalizers", replacing("x", "\ufdfa"), {"type": "NFKC"}, replacing("y", "y" * 50))
+    },
+    "expressions of something or nothing": {
+        "normalizer": sequence("normalizers", *[replacing(each, "y", "Regex") for each in ("x{0,2}", "^", r"\b") * 3])
+    },
     "map": {"normalizer": charsmap("ab", "x" * 300, "c")},
     "bytes": {"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel", "add_prefix_space": True}] * 6)},
     "both": {"normalizer": replacing("x", "x" * 99), "pre_tokenizer": {"type": "ByteLevel"}},
@@ -261,6 +271,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pre_tokenizer": PIECES,
     },
     "CLIP": {"normalizer": sequence("normalizers", {"type": "NFC"}, replacing(r"\s+", " ", "Regex"))},
+    "SigLIP": {  # as transformers makes one of SentencePiece's file
+        "normalizer": sequence(
+            "normalizers",
+            *({"type": "Lowercase"}, replacing(f"[{re.escape(string.punctuation)}]", "", "Regex")),
+            *(replacing(r"\s+", " ", "Regex"), {"type": "Strip", "strip_left": True, "strip_right": True}),
+            *(charsmap("x" * 18, "y"), {"type": "Strip", "strip_left": False, "strip_right": True}),
+            replacing(" {2,}", "\u2581", "Regex"),
+        ),
+        "pre_tokenizer": PIECES,
+        "decoder": PIECES,
+    },
 }
 
 
@@ -269,6 +290,115 @@ def test_the_parts_of_known_families_are_taken(parts: dict[str, Any], tmp_path: 
     made = json.loads(TrainedTokenizer(300).load(tmp_path, TEXTS).state()["tokenizer"])
     named = json.dumps({**made, **parts})
     assert json.loads(parse_tokenizer(named, "its file").to_str()) == json.loads(Tokenizer.from_str(named).to_str())
+
+
+def test_an_expression_that_matches_something_makes_no_more_than_it_puts_in_its_place(tmp_path: Path) -> None:
+    made = json.loads(TrainedTokenizer(300).load(tmp_path, TEXTS).state()["tokenizer"])
+    expressions = ("x", r"\s+", " {2,}", "[xy]", r"[^\]x]", r"\p{L}{2}", ".", r"\n+") * 10
+    parts = [replacing(each, "y", "Regex") for each in expressions]
+    named = json.dumps(made | {"normalizer": sequence("normalizers", *parts)})
+    normalizer = parse_tokenizer(named, "its file").normalizer
+    assert normalizer is not None
+    for text in ("", "x", "aa  \n", "]"):
+        assert len(normalizer.normalize_str(text)) <= len(text)
+
+
+LONG = {
+    "a token": (lambda it: it["model"]["vocab"].update({"z" * 5000: 1}), "'z{40}'... has 5000 characters"),
+    "an added token": (
+        lambda it: it["added_tokens"].append({**it["added_tokens"][0], "content": "z" * 5000}),
+        "'z{40}'... has 5000 characters",
+    ),
+    "a token in a list": (
+        lambda it: it.update(
+            model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["z" * 5000, -1.0]], "byte_fallback": False}
+        ),
+        "'z{40}'... has 5000 characters",
+    ),
+    "padding": (
+        lambda it: it.update(
+            padding={"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+            | {"pad_type_id": 0, "pad_token": "z" * 5000}
+        ),
+        "'z{40}'... has 5000 characters",
+    ),
+    "a prefix": (
+        lambda it: it["model"].update(continuing_subword_prefix="z" * 99),
+        "continuing_subword_prefix has 99 characters",
+    ),
+    "a suffix": (lambda it: it["model"].update(end_of_word_suffix="z" * 99), "end_of_word_suffix has 99 characters"),
+    "words": (
+        lambda it: it.update(
+            model={"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}, "continuing_subword_prefix": "##"}
+            | {"max_input_chars_per_word": 10**9}
+        ),
+        "max_input_chars_per_word=1000000000",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), list(LONG.values()), ids=list(LONG))
+def test_a_tokenizer_with_what_is_longer_than_any_token_is_refused(
+    change: Callable[[dict[str, Any]], None], words: str, tmp_path: Path
+) -> None:
+    content = json.loads(TrainedTokenizer(300).load(tmp_path, TEXTS).state()["tokenizer"])
+    change(content)
+    with pytest.raises(ValueError, match=rf"its file: .*{words}"):
+        parse_tokenizer(json.dumps(content), "its file")
+
+
+def test_tokens_as_long_as_known_ones_are_taken(tmp_path: Path) -> None:
+    content = json.loads(TrainedTokenizer(300).load(tmp_path, TEXTS).state()["tokenizer"])
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 5000, "content": " " * 1024})
+    tokenizer = parse_tokenizer(json.dumps(content), "its file")
+    assert tokenizer.encode(" " * 1024).ids == [tokenizer.token_to_id(" " * 1024)]
+
+
+# ---- code that a folder brings ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bringing_code(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An export with code of its own in it; whoever is asked whether to execute it says yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = changed(export, tmp_path / "a", lambda content: None)
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(folder / 'executed')!r}).touch()\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Evil(PreTrainedTokenizerFast): pass\n"
+    )
+    named = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    return folder
+
+
+def test_no_code_of_a_folder_is_executed(bringing_code: Path, tmp_path: Path) -> None:
+    for load in (
+        lambda: KeygripProcessor.from_pretrained(bringing_code),
+        lambda: AutoProcessor.from_pretrained(bringing_code),
+        lambda: PretrainedTokenizer(str(bringing_code)).load(tmp_path),
+    ):
+        with pytest.raises(
+            ValueError, match=r"a needs Python code of its own, which keygrip does not execute"
+        ) as found:
+            load()
+        assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="trust_remote_code: keygrip executes no code"):
+        KeygripProcessor.from_pretrained(bringing_code, trust_remote_code=True)
+    assert not (bringing_code / "executed").exists()
+
+
+def test_no_code_of_an_audio_tokenizer_is_executed(bringing_code: Path, export: Path, tmp_path: Path) -> None:
+    """transformers loads one by whatever class the folder names, from wherever it says."""
+    named = {"audio_tokenizer_class": "AutoTokenizer", "audio_tokenizer_name_or_path": str(bringing_code)}
+    inside, beside = (changed(export, tmp_path / name, lambda content: None) for name in ("inside", "beside"))
+    file = inside / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"audio_tokenizer": named}))
+    (beside / "audio_tokenizer_config.json").write_text(json.dumps(named))
+    for folder in (inside, beside):
+        with pytest.raises(ValueError, match=rf"{folder.name}/.*json names an audio tokenizer"):
+            KeygripProcessor.from_pretrained(folder)
+    assert not (bringing_code / "executed").exists()
 
 
 def test_a_token_beyond_a_gap_of_ids_counts_in_the_size(tmp_path: Path) -> None:
@@ -348,6 +478,27 @@ ENDLESS = {
     "long text kept": "{% set y %}{% for a in range(9999) %}" + "x" * 40_000 + "{% endfor %}{% endset %}",
     "long value": "{% set x = 'a' * 900000 %}{% for a in range(9999) %}{{ x }}{% endfor %}",
     "long template": "x" * 60_000,
+    "texts of lists": "{% set x = ['a' * 900000] %}{{ x|replace('a', 'b' * 900000)|length }}",
+    "format of a test": "{{ '%999999d' is odd }}",
+    "many widths": "{{ ('%999d' * 50000) % (1,) }}",
+    "widths of names": "{{ ('%(a)999d' * 50000) % {'a': 1} }}",
+    "indentation": (
+        "{% set ns = namespace(x=range(20000)|list) %}{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}"
+        "{{ ns.x|tojson(indent=16)|length }}"
+    ),
+    "separators": "{{ (range(20000)|list)|tojson(separators=['a' * 20000, 'b'])|length }}",
+    "pieces": "{% set x = 'a' * 900000 %}{{ x.split('a')|length }}",
+    "searched backwards": "{% set x = 'a' * 80000 %}{{ x.rfind('ab' + 'a' * 40000) }}",
+    "divided backwards": "{% set x = 'a' * 80000 %}{{ x.rsplit('ab' + 'a' * 40000) }}",
+    "times of any width": "{{ strftime_now('%1400d' * 20000)|length }}",
+    "large integer": "{{ (('v' * 50000)|int(base=32)) > 0 }}",
+    "large integers divided": (
+        "{% set x = ('v' * 5000)|int(base=32) %}{% set y = ('v' * 2500)|int(base=32) %}{{ (x // y) > 0 }}"
+    ),
+    "large integer written": "{{ 0x" + "f" * 20_000 + " > 1 }}",
+    "power of a power": "{{ ((2 ** 63) ** 64) > 0 }}",
+    "product of integers": "{{ (2 ** 63 * 4) > 0 }}",
+    "large integer of a float": "{{ ('1e300'|int) > 0 }}",
 }
 
 
@@ -355,6 +506,19 @@ ENDLESS = {
 def test_templates_that_take_all_time_or_memory_are_ended(template: str) -> None:
     with pytest.raises(ValueError, match="chat template cannot render this conversation"):
         render_chat(template, TALK, True, {})
+
+
+@pytest.mark.parametrize("name", ["many widths", "widths of names"])
+def test_what_would_be_large_is_refused_before_it_is_made(name: str) -> None:
+    assert render_chat("x", TALK, True, {}) == "x"  # what rendering needs is there
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="chat template cannot render this conversation"):
+            render_chat(ENDLESS[name], TALK, True, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 LOOKED_UP = "{%% set n = namespace() %%}{%% set n.a = n %%}%s" + ("{%% set y = n" + ".a" * 30 + " %%}") * 90 + "%s"
@@ -379,6 +543,158 @@ LONG_TURNS = {
 def test_what_stands_in_a_loop_or_macro_counts_with_every_turn(template: str) -> None:
     with pytest.raises(ValueError, match="does more than a chat template needs"):
         render_chat(template, TALK, True, {})
+
+
+IN_LOOP = "{%% set x = %s %%}{%% set y = %s %%}{%% for i in range(900) %%}{%% if %s %%}{%% endif %%}{%% endfor %%}"
+LONG_OPERANDS = {
+    "methods": ("'a' * 900000", "0", "x.isalpha()"),
+    "comparisons": ("'a' * 900000", "'a' * 899999 + 'b'", "x == y"),
+    "searches": ("'a' * 9000", "'a' * 80 + 'b'", "y in x"),
+    "tests": ("'a' * 9000", "'a' * 80 + 'b'", "y is in(x)"),
+    "finding": ("'a' * 9000", "'a' * 80 + 'b'", "x.find(y) > 0"),
+    "finding backwards": ("'a' * 900", "'b' + 'a' * 400", "x.rfind(y) > 0"),
+    "stripping": ("'b' * 3000", "'a' * 3000 + 'b'", "x.strip(y)"),
+    "keys": ("(1,) * 9000", "{x: 1}", "y[x]"),
+    "paths": ("range(900)|list", "'a,' * 900 + 'a'", "x|sort(attribute=y)"),
+}
+
+
+@pytest.mark.parametrize("case", list(LONG_OPERANDS.values()), ids=list(LONG_OPERANDS))
+def test_what_an_operation_goes_through_counts_each_time(case: tuple[str, str, str]) -> None:
+    with pytest.raises(ValueError, match="does more than a chat template needs"):
+        render_chat(IN_LOOP % case, TALK, True, {})
+
+
+@pytest.mark.parametrize(
+    ("expression", "name"),
+    [
+        ("1|round(9, 'ceil')", "the filter round"),
+        ("[1]|map('round')|list", "the filter round"),
+        ("'a'|center(9)", "the filter center"),
+        ("'a' is escaped", "the test escaped"),
+        ("'a'.encode('punycode')", r"str\.encode"),
+        ("(['a']|map(attribute='encode')|first)()", r"str\.encode"),
+        ("'a'.rindex('a')", r"str\.rindex"),
+        ("'a'.rpartition('a')", r"str\.rpartition"),
+        ("(1).to_bytes(9)", r"int\.to_bytes"),
+        ("lipsum(1)", "generate_lorem_ipsum"),
+        ("cycler(1, 2)", "Cycler"),
+    ],
+)
+def test_what_no_chat_template_needs_is_refused_by_name_where_it_is_reached(expression: str, name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"cannot render this conversation \(SecurityError: {name} is none of th.*\)$"
+    ):
+        render_chat(f"{{{{ {expression} }}}}", TALK, True, {})
+    assert render_chat(f"{{% if messages|length > 9 %}}{{{{ {expression} }}}}{{% endif %}}x", TALK, True, {}) == "x"
+
+
+def test_what_a_template_says_itself_is_one_line_of_some_length() -> None:
+    with pytest.raises(ValueError, match=r"\(TemplateError: one two (x{10})") as found:
+        render_chat("{{ raise_exception('one\\n\\ntwo ' + 'x' * 90000) }}", TALK, True, {})
+    assert len(str(found.value)) < 500
+
+
+# Whatever a chat template may use, used: of `x`, a text; `d`, a dictionary; `l`, a list of messages; `n`, numbers.
+USED = {
+    "filter": [
+        *("-3|abs", "x|capitalize", "l|count", "q|d('z')", "q|default('z', true)", "d|dictsort", "x|e", "x|escape"),
+        *("n|first", "'2.5'|float", "'%s-%05.2f-%d'|format(x, 2.5, 1700000000)", "'a\nb'|indent(2, first=true)"),
+        *("'0x1f'|int(base=16)", "'7'|int + 1", "d|items|list", "n|join('-')", "l|join(',', attribute='role')"),
+        *("n|last", "x|length", "x|list", "x|lower", "n|map('string')|list", "l|map(attribute='role')|list", "n|max"),
+        *("n|min", "n|reject('odd')|list", "l|rejectattr('role', 'equalto', 'user')|list", "x|replace('e', 'oo')"),
+        *("n|reverse|list", "x|safe + '<'", "n|select('gt', 2)|list", "l|selectattr('content', 'defined')|list"),
+        *("n|sort(reverse=true)", "n|string", "x|title", "d|tojson", "l|tojson(indent=4)", "x|trim", "x|trim('n ')"),
+        *("n|unique|list", "x|upper", "d|tojson(ensure_ascii=true, sort_keys=true, separators=[',', ':'])"),
+    ],
+    "test": [
+        *(f"n|select('{sign}', 2)|list" for sign in ("!=", "<", "<=", "==", ">", ">=")),
+        *("n is sequence", "1 is eq 1"),
+        *(
+            "1 is equalto 1",
+            "2 is ge 1",
+            "2 is greaterthan 1",
+            "2 is gt 1",
+            "1 is le 2",
+            "1 is lessthan 2",
+            "1 is lt 2",
+        ),
+        *("1 is ne 2", "true is boolean", "range is callable", "x is defined", "9 is divisibleby 3", "2 is even"),
+        *(
+            "x is false",
+            "'trim' is filter",
+            "2.5 is float",
+            "x is in(x)",
+            "2 is integer",
+            "x is iterable",
+            "x is lower",
+        ),
+        *("d is mapping", "none is none", "2 is number", "3 is odd", "x is sameas x", "x is string", "'odd' is test"),
+        *("true is true", "q is undefined", "x is upper"),
+    ],
+    "str": [
+        *("x.capitalize()", "x.count('n')", "x.endswith(' ')", "x.find('w')", "'{}-{:02d}'.format(x, 3)"),
+        *("x.index('w')", "x.isalnum()", "x.isalpha()", "'7'.isdecimal()", "'7'.isdigit()", "x.islower()"),
+        *("'7'.isnumeric()", "x.isspace()", "x.isupper()", "'-'.join(['a', 'b'])", "x.lower()", "x.lstrip('\n')"),
+        *("x.removeprefix(' ')", "x.removesuffix(' ')", "x.replace('e', 'oo', 1)", "x.rfind('e')", "x.rsplit('e', 1)"),
+        *("x.rstrip()", "x.split()", "x.split('e', 1)[-1]", "x.splitlines()", "x.startswith(('a', ' '))", "x.strip()"),
+        *("x.title()", "x.upper()"),
+    ],
+    "dict": ["d.copy()", "d.get('q', 3)", "d.items()|list", "d.keys()|list", "d.values()|list"],
+    "list": ["n.copy()", "n.count(3)", "n.index(3)"],
+    "tuple": ["(1, 2).count(2)", "(1, 2).index(2)"],
+    "LoopContext": ["l and loop.cycle('a', 'b')", "l and loop.changed(3)"],
+    "function": ["dict(a=1).a", "namespace(a=1).a", "range(3)|list", "strftime_now('%Y')|length"],
+    "operator": [
+        *("'e' in x", "'e' not in x", "3 in n", "'a' in d", "1 < 2 <= 2 != 3", "x ~ n", "n + [4]", "n * 2", "'-' * 3"),
+        *(
+            "7 // 2",
+            "7 / 2",
+            "7 % 4",
+            "7 - 9",
+            "2 ** 63",
+            "2 ** -1",
+            "(-2) ** 63",
+            "'%s %d' % (x, 5)",
+            "x[::-1]",
+            "n[1:]",
+        ),
+    ],
+}
+
+
+def test_every_name_that_templates_may_use_is_used_here() -> None:
+    for kind, names in (("filter", FILTERS), ("test", TESTS)):
+        sign = r"\|" if kind == "filter" else r"(?: is |select\(')"
+        used = {each for text in USED[kind] for each in re.findall(rf"{sign}\s*([a-z]+|[<>=!]+)", text)}
+        assert names <= used
+    for kind_of, names in METHODS.items():
+        assert names == {each for text in USED[kind_of.__name__] for each in re.findall(r"\.([a-z]+)\(", text)}
+
+
+@pytest.mark.parametrize("kind", list(USED))
+def test_what_templates_may_use_does_what_it_does_for_transformers(kind: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    lines = "".join(f"{{{{ {expression} }}}}\n" for expression in USED[kind])
+    template = (
+        "{% set x = '\n Seven <words> \u00e9 ' %}{% set d = {'b': [1, {'c': 'e\u00e9'}], 'a': none} %}"
+        "{% set n = [3, 1, 2, 3] %}{% set l = messages %}{% for _ in [1, 2] %}" + lines + "{% endfor %}"
+    )
+    wanted = render_jinja_template([TALK], chat_template=template)[0][0]
+    assert render_chat(template, TALK, False, {}) == wanted
+
+
+def test_a_long_text_may_be_gone_through_several_times() -> None:
+    """What is said counts in the work that a template may do."""
+    template = (
+        "{% for message in messages %}{% set text = message.content %}{% if '</think>' in text %}"
+        "{% set text = text.split('</think>')[-1] %}{% endif %}{% if not text.startswith('<tool_response>') %}"
+        "{{ '<|im_start|>' + message.role + '\n' + (text|trim).rstrip('\n') + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    said = "Which digit? " * 100_000
+    rendered = render_chat(template, [{"role": "user", "content": said}], True, {})
+    assert rendered == f"<|im_start|>user\n{said.strip()}<|im_end|>"
 
 
 def test_an_endless_template_of_an_export_is_refused_where_it_renders(export: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from keygrip.models.language.text_tower import PretrainedTextTower
@@ -40,6 +41,14 @@ def test_states_are_transformers_own(folder: Path) -> None:
     words = torch.nn.functional.layer_norm(expected.last_hidden_state[:, :8], (16,))
     torch.testing.assert_close(states.words[states.mask], words[states.mask])
     assert not states.words[~states.mask].any()
+
+
+def test_weights_that_are_a_pickle_are_not_read(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(OSError, match=r"safetensors"):
+        PretrainedTextTower(str(folder), width=16, length=8).tokens(["open the drawer"])
 
 
 def test_it_is_neither_trained_nor_saved(folder: Path) -> None:

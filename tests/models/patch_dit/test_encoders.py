@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from dit_parts import write_flux
 from image_sets import small_encoders
+from safetensors.torch import load_file
 
 from keygrip.config import compose
 from keygrip.envs.yam.stills import palette
@@ -266,6 +269,37 @@ def test_a_blank_caption_is_none_though_t5_ends_it_with_a_token(flux: Path) -> N
 def test_t5_of_another_width_is_refused(flux: Path) -> None:
     with pytest.raises(ValueError, match=r"states of 24 numbers, encoders\.text\.width=4096"):
         T5Text(str(flux), subfolder="text_encoder_2", tokenizer_subfolder="tokenizer_2").encode(["a"])
+
+
+def test_a_t5_folder_brings_no_code_and_its_tokenizer_is_checked(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked whether to execute code says yes
+    foreign, hostile = (shutil.copytree(flux, tmp_path / name) for name in ("foreign", "hostile"))
+    folder = foreign / "tokenizer_2"
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\n")
+    file = folder / "tokenizer_config.json"
+    named = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    with pytest.raises(ValueError, match=r"foreign needs Python code of its own, which keygrip does not execute"):
+        text_of(foreign).encode(["a"])
+    assert not (tmp_path / "executed").exists()
+    file = hostile / "tokenizer_2" / "tokenizer.json"
+    growing = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 999}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": growing}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: in encoding its normalizer .* may make \d+ characters"):
+        text_of(hostile).encode(["a"])
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "vae"])
+def test_weights_that_are_a_pickle_are_not_read(part: str, flux: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(flux, tmp_path / "pickled")
+    (file,) = (folder / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part == "text_encoder_2" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(file), folder / part / name)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"cannot be loaded from .*pickled"):
+        text_of(folder).description() if part == "text_encoder_2" else FluxAutoencoder(str(folder)).description()
 
 
 def test_the_real_encoders_joined(flux: Path) -> None:
