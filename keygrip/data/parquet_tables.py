@@ -1,9 +1,18 @@
 """Parquet tables that nobody vouches for.
 
 In Parquet a text that repeats is stored once and named by number, a number that repeats is a run, and pages are
-compressed, so that a file of a few kilobytes may stand for gigabytes. What a table takes as Python's objects is
-therefore counted first: values and bytes by the file's own description before anything is decoded, texts while they
-are still numbers of a dictionary, a batch at a time.
+compressed, so that a file of a few kilobytes may stand for gigabytes. What a table takes is therefore counted first,
+against an :class:`Allowance`:
+
+- Before Arrow decodes a row group: the values and unpacked bytes in the headers of its pages, which are what Arrow
+  allocates and decodes by (:mod:`keygrip.data.parquet_pages`). The sizes in the file's footer may be any: they do not
+  count. Texts stored by what they have in common with the one before (DELTA_BYTE_ARRAY) count in full, by the lengths
+  in the page; in pages packed by LZ4 or with blocks as no writer makes them, each counts as long as its page.
+- After Arrow has decoded a batch and before its texts are written out: the texts that a dictionary names by number.
+
+What is promised is that the bytes counted so, of all that is held at a time, are within the allowance. The process
+grows by at most about twice of that while Arrow decodes, and by four times where rows become Python's objects. What
+Arrow needs to read the footer itself is not counted.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keygrip.data.bad_samples import guard
+from keygrip.data.parquet_pages import DICTIONARY, longest_text, pages, text_bound
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, regular_file
 
 if TYPE_CHECKING:
@@ -22,7 +32,17 @@ if TYPE_CHECKING:
 
 EXPANSION = 64  # a large file may become so many times its own size, a small one MAX_ARRAY_BYTES
 VALUE_BYTES = 32  # of a number or a reference in a list of Python's
+DICT_BYTES, LIST_BYTES = 256, 64  # of a dictionary of Python's with a field, and of a list
 BATCH_ROWS = 4096  # decoded at once
+
+
+class TooLarge(ValueError):
+    """A table that would take more memory than is allowed. :func:`is_too_large` finds it behind other errors."""
+
+
+def is_too_large(error: BaseException | None) -> bool:
+    """Whether an error comes from a table that is too large, and not from one that is damaged."""
+    return error is not None and (isinstance(error, TooLarge) or is_too_large(error.__cause__))
 
 
 class Allowance:
@@ -37,10 +57,13 @@ class Allowance:
         self.left = self.total
 
     def take(self, size: int) -> None:
-        """Raises ValueError: it is more than is left."""
+        """Raises TooLarge: it is more than is left."""
         self.left -= size
         if self.left < 0:
-            raise ValueError(f"unpacked, it has more than the {self.total} bytes that a table of its size may have")
+            raise TooLarge(
+                f"unpacked, it has more than the {self.total} bytes that a table of its size may have: if its makers "
+                "are to be trusted, write its rows into several files"
+            )
 
 
 @contextlib.contextmanager
@@ -60,7 +83,8 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
             metadata.schema.column(number).path
             for number in range(len(metadata.schema))
             if metadata.schema.column(number).physical_type == "BYTE_ARRAY"
-            and not any(_is_delta(group.column(number)) for group in groups)  # Arrow makes no dictionary of those
+            # Arrow makes no dictionary of those
+            and not any("DELTA" in encoding for group in groups for encoding in group.column(number).encodings)
         ]
         with parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts) as file:
             yield file
@@ -76,38 +100,57 @@ def column_types(path: Path) -> dict[str, str]:
 
 
 def refuse_large(
-    file: pyarrow.parquet.ParquetFile, groups: Iterable[int], columns: Collection[str] | None, allowance: Allowance
+    path: Path,
+    file: pyarrow.parquet.ParquetFile,
+    groups: Iterable[int],
+    columns: Collection[str] | None,
+    allowance: Allowance,
 ) -> None:
-    """Counts rows, values and bytes of some row groups as the file describes them, without reading any.
+    """Counts what some row groups take once Arrow has decoded them, by the headers of their pages, which Arrow goes by;
+    what the footer says does not count. Texts that come as dictionaries are counted as they are stored, once each.
 
     Args:
-        columns: names; None: all.
+        path: of the file. columns: names; None: all.
 
     Raises:
-        ValueError: they are more than is allowed.
+        TooLarge: they are more than is allowed. ValueError: the header of a page is damaged.
     """
-    lengths = [file.metadata.schema.column(each).length for each in range(len(file.metadata.schema))]
-    for number in groups:
-        group = file.metadata.row_group(number)
-        leaves = [(group.column(each), length) for each, length in enumerate(lengths)]
-        wanted = [leaf for leaf in leaves if columns is None or _is_in(leaf[0].path_in_schema, columns)]
-        values = max(group.num_rows, 0) + sum(max(leaf.num_values, 0) for leaf, _ in wanted)
-        allowance.take(max(VALUE_BYTES * values, sum(_largest(leaf, length) for leaf, length in wanted)))
+    import pyarrow
+
+    schema = file.metadata.schema
+    leaves = [leaf for field in file.schema_arrow for leaf in _leaves(field.type)]
+    if len(leaves) != len(schema):
+        raise ValueError("the schema of Arrow's that it holds has other columns than Parquet's")
+    with path.open("rb") as content:
+        for number in groups:
+            group = file.metadata.row_group(number)
+            allowance.take(VALUE_BYTES * max(group.num_rows, 0))
+            for each, (kind, value_bytes) in enumerate(leaves):
+                chunk, column = group.column(each), schema.column(each)
+                if columns is not None and not _is_in(chunk.path_in_schema, columns):
+                    continue
+                allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads it at once
+                one_by_one = chunk.physical_type == "BYTE_ARRAY" and not pyarrow.types.is_dictionary(kind)
+                longest = 0
+                for page in pages(content, chunk):
+                    value = value_bytes + max(column.length, 0)
+                    allowance.take(max(page.size, page.stored) + value * page.values)
+                    if page.kind == DICTIONARY and one_by_one:
+                        longest = max(longest, longest_text(content, page, chunk))
+                    allowance.take(text_bound(content, page, chunk, column, longest))
 
 
-def _is_delta(leaf: pyarrow.parquet.ColumnChunkMetaData) -> bool:
-    return any(encoding.startswith("DELTA") for encoding in leaf.encodings)
+def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, int]]:
+    """The types in a type of Arrow's that Parquet keeps as columns, in order, and the bytes that each value takes as
+    Python's objects, texts aside. Values may be so few that each has structures and inner lists of its own."""
+    import pyarrow
 
-
-def _largest(leaf: pyarrow.parquet.ColumnChunkMetaData, length: int) -> int:
-    """Bytes of a part of a column, at most; `length` of each value where its type fixes it. Texts that come as
-    dictionaries are counted when they are read."""
-    size, count = max(leaf.total_uncompressed_size, 0), max(leaf.num_values, 0)
-    # with DELTA_BYTE_ARRAY a text repeats the beginning of the one before it, and none comes as a dictionary
-    repeating = {"DELTA_BYTE_ARRAY", "PLAIN_DICTIONARY", "RLE_DICTIONARY"} & {*leaf.encodings}
-    if leaf.physical_type == "BYTE_ARRAY" and _is_delta(leaf) and repeating:
-        return size * count
-    return max(size, length * count)
+    if not kind.num_fields:
+        yield kind, value_bytes
+    for number in range(kind.num_fields):
+        inner = kind.field(number).type
+        around = DICT_BYTES if pyarrow.types.is_struct(kind) else LIST_BYTES if inner.num_fields else 0
+        yield from _leaves(inner, value_bytes + around)
 
 
 def _is_in(leaf: str, columns: Collection[str]) -> bool:
@@ -129,7 +172,7 @@ def read_table(path: Path, columns: Collection[str] | None = None, allowance: Al
 
     allowance = Allowance([path]) if allowance is None else allowance
     with open_parquet(path) as file:
-        refuse_large(file, range(file.num_row_groups), columns, allowance)
+        refuse_large(path, file, range(file.num_row_groups), columns, allowance)
         schema = file.schema_arrow if columns is None else pyarrow.schema([file.schema_arrow.field(c) for c in columns])
         batches = []
         for group in range(file.num_row_groups):  # each has dictionaries of its own, which Arrow does not join in lists
@@ -210,7 +253,7 @@ def rows_of(path: Path, group: int, columns: Collection[str], batch_rows: int) -
         BadSample: it cannot be read, or a few rows would become too large.
     """
     with open_parquet(path) as file:
-        refuse_large(file, [group], columns, Allowance([path]))
+        refuse_large(path, file, [group], columns, Allowance([path]))
         for batch in file.iter_batches(batch_rows, [group], [*columns]):
             Allowance([path]).take(text_bytes(batch))  # each batch is let go of before the next
             yield from without_dictionaries(batch).to_pylist()

@@ -7,20 +7,21 @@ import contextlib
 import hashlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keygrip.data.parquet_tables import Allowance, open_parquet, refuse_large
+from keygrip.data.parquet_tables import EXPANSION, Allowance, open_parquet, refuse_large
 from keygrip.data.robot.frames import checked_index, rgb_pixels, verify_source
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
 from keygrip.data.video import file_identity
 
 GROUPS_KEPT = 64  # row groups that a thread keeps at most: each is looked for among them
+SMALL_BYTES = 1 << 24  # arrays of a demo that HDF5 may give whatever it stores: 87 000 rows of LIBERO's 24 numbers
 KEPT_BYTES = 1 << 26  # of them together in a thread, the one read last aside
 
 
@@ -113,6 +114,25 @@ def own_array(group: Any, name: str) -> np.ndarray:
     return np.asarray(dataset, dtype=np.float64)
 
 
+def refuse_unstored(group: Any, names: Collection[str]) -> None:
+    """Data sets that are read together must be stored in the file, in little space perhaps. HDF5 gives zeros for what
+    was never written, and may pack what repeats a thousandfold, so that a few kilobytes may stand for gigabytes.
+
+    Raises:
+        ValueError: as float64 they take more than `SMALL_BYTES` and more than `EXPANSION` times their bytes in the
+            file; see also :func:`own_dataset`.
+    """
+    datasets = [own_dataset(group, name) for name in names]
+    size = sum(math.prod(dataset.shape) * 8 for dataset in datasets)
+    # what the file says of its chunks may be more than it has
+    stored = min(sum(dataset.id.get_storage_size() for dataset in datasets), group.file.id.get_filesize())
+    if size > max(SMALL_BYTES, EXPANSION * stored):
+        raise ValueError(
+            f"{', '.join(names)} would take {size} bytes, but only {stored} are stored: most of it was never written "
+            "or repeats, so that it is no recording"
+        )
+
+
 @dataclass(frozen=True)
 class HDF5Frames:
     """Images in an HDF5 data set [N, H, W, 3] uint8.
@@ -180,7 +200,7 @@ class _RowGroup:
             for number in range(file.metadata.num_row_groups):
                 rows = file.metadata.row_group(number).num_rows
                 if row < first + rows:
-                    refuse_large(file, [number], [column], Allowance([path]))
+                    refuse_large(path, file, [number], [column], Allowance([path]))
                     return cls(key, first, file.read_row_group(number, columns=[column]).column(column))
                 first += rows
         raise OSError(f"{path} has no row {row}")

@@ -52,7 +52,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import BadSample, guard
-from keygrip.data.parquet_tables import Allowance, column_types, read_table
+from keygrip.data.parquet_tables import Allowance, column_types, is_too_large, read_table
 from keygrip.data.robot.calibration import (
     ArmCalibration,
     Calibration,
@@ -177,6 +177,8 @@ def _episodes(root: Path) -> list[dict[str, Any]]:
             with guard(file):
                 rows += read_table(file, wanted, allowance).to_pylist()
     except BadSample as error:
+        if is_too_large(error):
+            raise
         raise ValueError(f"{error}: the list of episodes is damaged, copy the data set again") from error
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 

@@ -34,7 +34,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import HOSTILE, BadSample, guard, is_of_the_machine, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
-from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_group
+from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_group, refuse_unstored
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
@@ -108,6 +108,8 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         if missing:
             raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")
         _check_lengths(demo, observed, name)
+        numbers = ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states", "obs/joint_states", "actions")
+        refuse_unstored(demo, [part for part in numbers if part in demo])
         position, turn = own_array(observed, "ee_pos"), own_array(observed, "ee_ori")
         fingers = own_array(observed, "gripper_states")
         joints = own_array(observed, "joint_states") if "joint_states" in observed else None

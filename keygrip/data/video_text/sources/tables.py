@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard, reason_of
-from keygrip.data.parquet_tables import rows_of
+from keygrip.data.parquet_tables import is_too_large, rows_of
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.untrusted_files import regular_file
 
@@ -42,7 +42,10 @@ def _named(path: Path) -> Iterator[None]:
             yield
     except (BadSample, arrow.ArrowException) as error:
         reason = error.what if isinstance(error, BadSample) else reason_of(error)
-        raise ValueError(f"{path} cannot be read ({reason}): download it again") from error
+        # what is too large would be so again
+        raise ValueError(
+            f"{path} cannot be read ({reason})" + ("" if is_too_large(error) else ": download it again")
+        ) from error
 
 
 def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: str) -> list[RowGroup]:

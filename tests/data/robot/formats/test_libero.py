@@ -213,6 +213,34 @@ def test_data_sets_of_other_lengths_are_refused_before_any_is_read(tmp_path, squ
         find_demos(tmp_path)[0].read()
 
 
+@pytest.mark.parametrize("stored", ["nothing", "one chunk", "packed zeros"])
+def test_long_data_sets_that_are_hardly_stored_are_not_read(tmp_path, square, monkeypatch, stored):
+    write_file(tmp_path / FILE, square, demos=1)
+    with h5py.File(tmp_path / FILE, "r+") as file:
+        demo, rows = file["data/demo_0"], 100_000
+        for part in ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states", "obs/joint_states", "actions"):
+            width = demo[part].shape[1]
+            del demo[part]
+            options = {"chunks": (1000, width), "compression": "gzip"}
+            zeros = demo.create_dataset(part, shape=(rows, width), dtype="f4", **options)
+            written = {"nothing": 0, "one chunk": 1000, "packed zeros": rows}[stored]
+            zeros[:written] = np.zeros((written, width))
+        for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+            del demo[f"obs/{camera}"]
+            demo["obs"].create_dataset(camera, shape=(rows, 8, 8, 3), dtype="u1", chunks=(1, 8, 8, 3))
+    assert (tmp_path / FILE).stat().st_size < 250_000
+    monkeypatch.setattr(libero, "own_array", lambda *data_set: pytest.fail("numbers were read"))
+    with pytest.raises(DemoError, match=rf"ee_pos.*actions would take {rows * 22 * 8} bytes, but only \d+ are stored"):
+        find_demos(tmp_path)[0].read()
+
+
+def test_a_long_demo_that_is_stored_is_read(tmp_path, square, monkeypatch):
+    write_file(tmp_path / FILE, square, demos=1)
+    monkeypatch.setattr(frames, "SMALL_BYTES", 0)
+    demo = find_demos(tmp_path)[0].read()
+    np.testing.assert_allclose(demo.arms["right"].position, square.position)
+
+
 def test_a_chunk_that_is_larger_than_an_image_may_be_is_not_unpacked(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         options = {"maxshape": (None, 8, 8, 3), "dtype": "u1", "compression": "gzip"}
