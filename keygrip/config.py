@@ -168,7 +168,8 @@ def register_options(overrides: Sequence[str] = ()) -> None:
         if folder.resolve() == config_folder():
             continue
         files = [file for group in _groups() for part in ("", "*/") for file in folder.glob(f"{group}/{part}{OPTIONS}")]
-        sections = {option for file in files for option in _sections(folder, file)}
+        loaded = {file: _sections(folder, file) for file in files}
+        sections = {option for file, options in loaded.items() for option in _names(folder, file, options)}
         twice = sorted(own & sections | {option for option in own if (folder / f"{option}.yaml").is_file()})
         if twice:
             more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
@@ -176,8 +177,8 @@ def register_options(overrides: Sequence[str] = ()) -> None:
                 f"{folder} has an option {twice[0]}{more}, and so has keygrip: one of the two would not be read; give "
                 "yours another name"
             )
-        for file in files:
-            _store(folder, file)
+        for file, options in loaded.items():
+            _store(folder, file, options)
 
 
 @cache
@@ -188,24 +189,31 @@ def _register_own() -> frozenset[str]:
     found = set[str]()
     for file in sorted(own.rglob("*.yaml")):
         if file.name == OPTIONS:
-            _store(own, file)
-            found |= _sections(own, file)
+            options = _sections(own, file)
+            _store(own, file, options)
+            found |= _names(own, file, options)
         else:
             found.add(file.relative_to(own).with_suffix("").as_posix())
     ConfigStore.instance().repo = _SharedOptions(ConfigStore.instance().repo)
     return frozenset(found)
 
 
-def _sections(folder: Path, file: Path) -> set[str]:
-    group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
+def _sections(folder: Path, file: Path) -> DictConfig:
+    """Options of a file by name. Reading them is most of the time of registering: each file is read once."""
+    options = OmegaConf.load(file)
     if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
+        group = file.parent.relative_to(folder).as_posix()
         raise SettingError(f"{file}: an option is a name with settings below it, as in a file {group}/NAME.yaml")
-    return {f"{group}/{name!s}" for name in options}
+    return options
 
 
-def _store(folder: Path, file: Path) -> None:
+def _names(folder: Path, file: Path, options: DictConfig) -> set[str]:
+    return {f"{file.parent.relative_to(folder).as_posix()}/{name!s}" for name in options}
+
+
+def _store(folder: Path, file: Path, options: DictConfig) -> None:
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
-    for name, node in OmegaConf.load(file).items():
+    for name, node in options.items():
         ConfigStore.instance().store(
             name=str(name),
             node=node,

@@ -250,8 +250,8 @@ class TestCases:
 
 class TestCommand:
     SMALL = (
-        *("case=volume_loss", "quick=true", "cases.volume_loss.horizons=[2]", "cases.volume_loss.batch_size=1"),
-        *("cases.volume_loss.pred_size=8", "cases.volume_loss.quick_repetitions=1"),
+        *("case=cpu_precision", "quick=true", "cases.cpu_precision.widths=[8]", "cases.cpu_precision.tokens=4"),
+        *("cases.cpu_precision.positions=[5]", "cases.cpu_precision.rows=2", "cases.cpu_precision.quick_repetitions=1"),
     )
 
     def test_one_line_of_json_on_standard_output(
@@ -261,13 +261,12 @@ class TestCommand:
         assert ended.returncode == 0, ended.stderr
         (line,) = ended.stdout.splitlines()
         result = json.loads(line)
-        assert result["case"] == "volume_loss"
-        assert result["time_ratio"] > 0
-        assert result["memory_ratio"] > 1
+        assert result["case"] == "cpu_precision"
+        assert result["bf16_over_float32_time"] > 0
         assert result["machine"]["cores"] >= 1
         assert result["machine"]["torch"] == torch.__version__
-        recorded = json.loads((tmp_path / "benchmarks" / "volume_loss.json").read_text())
-        assert recorded["command"].startswith("python -m keygrip.bench case=volume_loss quick=true")
+        recorded = json.loads((tmp_path / "benchmarks" / "cpu_precision.json").read_text())
+        assert recorded["command"].startswith("python -m keygrip.bench case=cpu_precision quick=true")
         assert len(recorded["date"].split("-")) == 3
         assert {name: value for name, value in recorded.items() if name not in ("command", "date")} == result
 

@@ -75,9 +75,9 @@ def test_the_interval_is_scipys_bootstrap_over_episodes_and_takes_no_memory_for_
     drawn = bootstrap((by_episode,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
     expected = drawn.confidence_interval
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.006)
-    many = [[True] * 30_000 + [False] * 20_000]
+    many = [[True] * 6_000 + [False] * 4_000]
     tracemalloc.start()
-    paired_difference(many, [[False] * 50_000])
+    paired_difference(many, [[False] * 10_000])
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
 
