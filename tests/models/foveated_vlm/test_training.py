@@ -162,8 +162,10 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     done = command("keygrip.train", *parallel, *strategy)
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    # Rounding, where Adam divides gradients near 0 by themselves, makes 2e-5 on some processors; a mean over each
+    # process's own tokens makes more than 1e-3.
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0, msg=name)
     for name in ("train/loss", "health/grad_norm_clipped"):
         found = values_of(tmp_path / "two", name)
         assert len(found) == 6
