@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -169,7 +169,7 @@ def register_options(overrides: Sequence[str] = ()) -> None:
             continue
         files = [file for group in _groups() for part in ("", "*/") for file in folder.glob(f"{group}/{part}{OPTIONS}")]
         loaded = {file: _sections(folder, file) for file in files}
-        sections = {option for file, options in loaded.items() for option in _names(folder, file, options)}
+        sections = {option for options in loaded.values() for option in options}
         twice = sorted(own & sections | {option for option in own if (folder / f"{option}.yaml").is_file()})
         if twice:
             more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
@@ -178,7 +178,7 @@ def register_options(overrides: Sequence[str] = ()) -> None:
                 "yours another name"
             )
         for file, options in loaded.items():
-            _store(folder, file, options)
+            _store(file, options)
 
 
 @cache
@@ -190,36 +190,28 @@ def _register_own() -> frozenset[str]:
     for file in sorted(own.rglob("*.yaml")):
         if file.name == OPTIONS:
             options = _sections(own, file)
-            _store(own, file, options)
-            found |= _names(own, file, options)
+            _store(file, options)
+            found.update(options)
         else:
             found.add(file.relative_to(own).with_suffix("").as_posix())
     ConfigStore.instance().repo = _SharedOptions(ConfigStore.instance().repo)
     return frozenset(found)
 
 
-def _sections(folder: Path, file: Path) -> DictConfig:
-    """Options of a file by name. Reading them is most of the time of registering: each file is read once."""
-    options = OmegaConf.load(file)
+def _sections(folder: Path, file: Path) -> dict[str, Any]:
+    """Options of a file by group and name, ``optimizer/adamw``. Reading files takes most of the time of registering."""
+    group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
     if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
-        group = file.parent.relative_to(folder).as_posix()
         raise SettingError(f"{file}: an option is a name with settings below it, as in a file {group}/NAME.yaml")
-    return options
+    return {f"{group}/{name!s}": node for name, node in options.items()}
 
 
-def _names(folder: Path, file: Path, options: DictConfig) -> set[str]:
-    return {f"{file.parent.relative_to(folder).as_posix()}/{name!s}" for name in options}
-
-
-def _store(folder: Path, file: Path, options: DictConfig) -> None:
+def _store(file: Path, options: Mapping[str, Any]) -> None:
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
-    for name, node in options.items():
+    for option, node in options.items():
+        group, _, name = option.rpartition("/")
         ConfigStore.instance().store(
-            name=str(name),
-            node=node,
-            group=file.parent.relative_to(folder).as_posix(),
-            package=package.group(1) if package else None,
-            provider="keygrip",
+            name=name, node=node, group=group, package=package.group(1) if package else None, provider="keygrip"
         )
 
 

@@ -22,6 +22,7 @@ from keygrip.models.coordinate_regression.network import (
 )
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.policy import Needs, Observation, Plan, image_of
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.policy_tensors import plans_of, stacked_poses
@@ -186,7 +187,8 @@ class CoordinateRegressionModule(System):
         return self.losses(self(batch), batch)["total"]
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        output = self(batch)
+        with trained_on(self.device):
+            output = self(batch)
         losses = self.losses(output, batch)
         self.log_values("train", losses | self.metrics(output, batch), len(batch), BAR)
         return losses["total"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -77,7 +78,8 @@ class DepthReaderModule(System):
         return self.losses(self(batch), batch)["loss"]
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
-        losses = self.losses(self(batch), batch)
+        with trained_on(self.device):
+            losses = self.losses(self(batch), batch)
         self.log_values("train", losses, len(batch), BAR)
         return losses["loss"]
 

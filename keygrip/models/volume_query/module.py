@@ -19,6 +19,7 @@ from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.geometry.cameras import recover_3d
 from keygrip.models.geometry.rotation_codecs import RotationCodec, fit_or_load
 from keygrip.models.geometry.rotations import geodesic_angle
+from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.volume_query.decoding import Decoder
 from keygrip.models.volume_query.export import volume_query_graph
@@ -333,7 +334,8 @@ class VolumeQueryModule(System):
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         targets = self.targets(batch)
-        output = self(batch, targets, teacher=True)
+        with trained_on(self.device):
+            output = self(batch, targets, teacher=True)
         losses = self.losses(output, batch, targets)
         self.log_values("train", losses | self.metrics(output, batch, targets), len(batch), BAR)
         self.log("train/off_screen_share", 1 - targets.inside.float().mean(), batch_size=len(batch))
