@@ -66,6 +66,13 @@ def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[s
     joined = r"[)\]]?(?:\s*[,/&]|(?:\s*,)?\s+(?:and|or)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
     if re.compile(joined + other).match(text, end):
         return True
-    said_of_it = re.compile(r"[)\]]?\s+(?:is|are|was|were)\b").match(text, end) is not None
-    own = r"(?:(?:option|opt\.?|choice)\s+)?[(\[]?$"
-    return said_of_it and re.search(other + joined + own, before_place(text, start)) is not None
+    before, own = before_place(text, start), r"(?:(?:option|opt\.?|choice)\s+)?[(\[]?$"
+    if option == "no":  # "Yes, no doubt" joins nothing
+        return re.search(other + r"\s*(?:\band\b|\bor\b|/)\s*" + own, before) is not None
+    said_of_it = r"[)\]]?\s+(?:is|are|was|were|(?:may|might|could|can|should|must)\s+be|seems?|looks?)\b"
+    if re.compile(said_of_it).match(text, end) is None:
+        return False
+    # "I is", "option I seems": no pronoun
+    alone = re.compile(r"[)\]]?\s+(?:is|was|seems|looks)\b").match(text, end) is not None
+    called = re.search(r"\b(?:option|opt\.?|choice|statement)\s+[(\[]?$", before) is not None
+    return alone or called or re.search(other + joined + own, before) is not None

@@ -156,6 +156,9 @@ def test_an_option_that_is_one_letter_is_named_by_it_where_the_list_has_no_such_
         *(("Not I but II", 1), ("Neither I nor II, but III", 2), ("not I or II but III", 2)),
         *(("It must be II and I am sure", 1), ("I and my friend see II", 1), ("I think II", 1), ("II, I think", 1)),
         ("It is II, or I would be surprised", 1),
+        *((said, None) for said in ("II or I may be right", "Both II and I seem right")),
+        *((said, 0) for said in ("I is correct", "Option I is correct", "Only I is correct.", "I think I is correct")),
+        *(("Statement I is true", 0), ("Option II is correct", 1)),
     ],
 )
 def test_an_option_i_beside_another_makes_two(said: str, option: int | None) -> None:
@@ -166,7 +169,9 @@ def test_an_option_no_beside_another_makes_two() -> None:
     options = ["Yes", "No", "Maybe"]
     for said in ("It is no or maybe", "Yes or no is right here", "I would say no/maybe"):
         assert chosen_option(said, options) is None
-    for said, option in (("There is no cat: maybe", 2), ("Yes, and no doubt is left", 0)):
+    for said in ("It is hard to give a yes or no answer.", "The answer is either yes or no.", "Both yes and no apply."):
+        assert chosen_option(said, options) is None
+    for said, option in (("There is no cat: maybe", 2), ("Yes, and no doubt is left", 0), ("Yes, no doubt", 0)):
         assert chosen_option(said, options) == option
 
 

@@ -25,8 +25,6 @@ HOW = (
     "read are KEY.00.jpg KEY.01.jpg ..., KEY_000.jpg KEY_001.jpg ... or one KEY.jpg or KEY.mp4 beside KEY.json in one "
     "tar, where KEY is folder and name: pack them so, or take out of the tar what belongs to no text"
 )
-TEXTS_PER_STRAY = 10  # fewer images than one for so many texts of their folder are strays and say nothing about these
-WITNESSES = 100  # samples of a tar, at most, by which it is seen whether keys begin anew in every tar
 ELSEWHERE = "not all of its images are in its tar:"  # how the reason of a sample begins that only a whole set shows
 
 
@@ -72,53 +70,33 @@ def textless(parts: Mapping[str, Sequence[Member]]) -> list[str]:
 
 
 class TextlessImages:
-    """The images and videos without text of all tars of a set, which show the samples that are divided between tars.
-
-    Every tar is first given to `add`, then every tar to `count`; then `divided` answers. Keys may begin anew in every
-    tar (000000, 000001, ...), and one of them then says nothing about samples of other tars.
-    """
+    """The images and videos without text of all tars of a set, which show the samples that are divided between tars:
+    every tar is first given to `add`, then `divided` answers."""
 
     def __init__(self) -> None:
         self._numbered: dict[str, list[tuple[str, str]]] = {}  # by what stands before the number, (key, tar)
-        self._images: dict[Tie, list[tuple[str, str]]] = {}  # by key and by name, the first (key, tar) of every tar
-        self._tars: dict[Tie, int] = {}  # in how many tars a sample has a key or name; of those that are asked for
-        self._whole: dict[str, list[str]] = {}  # of tars with more whole samples than lost images: keys of some
-        self._anew: dict[tuple[str, str], bool] = {}  # of these tars, whether keys (names) begin anew there
+        self._named: dict[str, list[tuple[str, str]]] = {}  # by name, the first (key, tar) of every tar
 
     def __bool__(self) -> bool:
         """Whether there are any."""
-        return bool(self._images)
+        return bool(self._named)
 
-    def add(self, tar: str, images: Iterable[str], samples: Mapping[str, Sequence[str]]) -> None:
-        """Takes the keys of the images and videos without text of a tar.
-
-        Args:
-            tar: its name. images: the keys. samples: by key, the names of the members of its samples.
-        """
-        asked: dict[Tie, int] = {}
-        videos = set()
+    def add(self, tar: str, images: Iterable[str]) -> None:
+        """Takes the keys of the images and videos without text of a tar, whose name is `tar`."""
         for key in images:
-            stem = _without_number(key)
-            videos.add(stem)
-            if stem != key:
+            if (stem := _without_number(key)) != key:
                 self._numbered.setdefault(stem, []).append((key, tar))
-            for tie in (*_key_and_name(key), *_key_and_name(stem)):
-                known = self._images.setdefault(tie, [])
+            name = _last(key)[1]
+            for each in dict.fromkeys((name, _without_number(name))):
+                known = self._named.setdefault(each, [])
                 if not known or known[-1][1] != tar:
                     known.append((key, tar))
-                asked[tie] = 0
-        whole = [key for key, members in samples.items() if any(MEDIA.search(name) for name in members)]
-        if len(whole) > len(videos):
-            self._whole[tar] = whole[:: -(-len(whole) // WITNESSES)]
-            self._tars |= asked | {tie: 0 for key in self._whole[tar] for tie in _key_and_name(key)}
-
-    def count(self, samples: Iterable[str]) -> None:
-        """Takes the keys of the samples of a tar."""
-        for tie in {tie for key in samples for tie in _key_and_name(key)} & self._tars.keys():
-            self._tars[tie] += 1
 
     def divided(self, samples: Mapping[str, Sequence[str]], tar: str) -> dict[str, str]:
         """By key, the reasons of the samples of a tar whose images stand in another one, all or some.
+
+        Keys that begin anew in every tar are no exception: whether an image has lost its text, or its sample goes on in
+        the next tar, cannot be told apart, and the second would be learned as a part of a video.
 
         Args:
             samples: by key, the names of its members. tar: its name.
@@ -129,33 +107,16 @@ class TextlessImages:
             known = {int(number) for name in shown if (number := name.partition(".")[0]).isdecimal()}
             if shown and not known:  # one image or one video
                 continue
-            key_and_name = _key_and_name(key)
-            numbered = self._numbered.get(key, ())
-            tied = [(key_and_name[0], each) for each in numbered if int(each[0].rpartition("_")[2]) not in known]
+            images = [each for each in self._numbered.get(key, ()) if int(each[0].rpartition("_")[2]) not in known]
             if not shown:
-                tied += [(tie, each) for tie in key_and_name for each in self._images.get(tie, ())]
-            elsewhere = (each for tie, each in tied if each[1] != tar and self._is_about(each[1], tie))
-            image, place = next(elsewhere, ("", ""))
+                images += self._named.get(_last(key)[1], ())
+            image, place = next((each for each in images if each[1] != tar), ("", ""))
             if image:
                 found[key] = (
                     f"{ELSEWHERE} {place} has {image} without text, so that its text may be about that: pack all files "
                     "of a sample into one tar"
                 )
         return found
-
-    def _is_about(self, tar: str, tie: Tie) -> bool:
-        """Whether an image without text in a tar may be of a sample of another one that has its key or name.
-
-        Not where the image has lost its text, as most samples of its tar are whole, and keys begin anew: samples of
-        several tars have this one, or those of most of the whole samples. Of a tar of images nothing of this is known.
-        """
-        if tar not in self._whole:
-            return True
-        kind, _ = tie
-        if (tar, kind) not in self._anew:
-            ties = [each for key in self._whole[tar] for each in _key_and_name(key) if each[0] == kind]
-            self._anew[tar, kind] = 2 * sum(self._tars[each] > 1 for each in ties) > len(ties)
-        return self._tars[tie] < 2 and not self._anew[tar, kind]
 
 
 def _refused(
@@ -184,17 +145,11 @@ def _refused(
         if not own and image.lower() not in explained:
             unexplained[_without_number(image)] = image
     # Of folders, what no name ties to a text: with fewer of these than whole samples, they are samples that lost their
-    # texts, and with few beside many texts they are strays, such as a preview; else they lie beside texts in a layout
-    # of which nothing is known, such as a folder for each sample.
+    # texts; with more, they lie beside texts in a layout of which nothing is known, such as a folder for each sample or
+    # many questions about each image.
     left_in = Counter(_last(image)[0] for image in unexplained)
     whole_in = Counter(_last(key)[0] for key in whole)
-    alone_in = Counter(_last(key)[0] for key in alone)
-    layouts = {
-        folder: image
-        for image in unexplained.values()
-        if left_in[folder := _last(image)[0]] > whole_in[folder]
-        and left_in[folder] * TEXTS_PER_STRAY >= alone_in[folder]
-    }
+    layouts = {folder: image for image in unexplained.values() if left_in[folder := _last(image)[0]] > whole_in[folder]}
     found = {}
     for text in alone:
         ties = (("key", text.lower()), *_ties_of_text(text))
@@ -235,10 +190,6 @@ def _ties_of_text(key: str) -> Iterator[Tie]:
     folder, name = _last(key)
     yield ("name", name)
     yield from [("folder", folder)] if folder else []
-
-
-def _key_and_name(key: str) -> tuple[Tie, Tie]:
-    return ("key", key), ("name", _last(key)[1])
 
 
 def _has_text(members: Sequence[Member]) -> bool:

@@ -162,7 +162,7 @@ def write_manifest(
         if index.bad:
             bad[path.name] = index.bad
         if index.textless:
-            textless.add(path.name, index.textless, _samples(index))
+            textless.add(path.name, index.textless)
         if not index_path(path).is_file():
             write_bytes(index_path(path), content)
         elif content != index_path(path).read_bytes():
@@ -242,9 +242,6 @@ def _leave_out_divided(
         path = index_path(root / shard["name"])
         return _samples(ShardIndex.from_bytes(renewed.get(path) or path.read_bytes(), str(path)))
 
-    for shard in shards:
-        if shard["samples"]:
-            textless.count(samples_of(shard))
     for shard in shards:
         if shard["samples"] and (left := textless.divided(samples_of(shard), shard["name"])):
             shard["samples"] -= len(left)

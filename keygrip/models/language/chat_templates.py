@@ -74,7 +74,9 @@ DIVIDING = {"rsplit", "split", "splitlines"}  # ... and what may make an item of
 BY_ATTRIBUTE = {"map", "selectattr", "rejectattr", "sort", "unique", "min", "max", "join"}
 OF_NUMBERS = {"divisibleby", "even", "odd"}  # tests that compute with %, which with a text is a format
 JINJAS_OWN = ("_loop_vars", "_block_vars")  # variables that it hands to every call, and no function gets
-WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # in a format: a width of four digits, or one that is an argument
+# In a format: a width of four digits, or one that is an argument. "%" has it between the mark and its letter.
+WIDE = re.compile(r"%(?:\([^)]*\))?[^A-Za-z%]*(?:\d{4}|\*)|\{[^{}]*(?:\d{4}|\{)")
+MOST_NESTED = 10  # loops, macros and blocks; what stands in each is counted once more for each around it
 CREATING = (nodes.BinExpr, nodes.Call, nodes.Concat, nodes.Dict, nodes.List, nodes.Tuple)
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     **{"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le},
@@ -137,11 +139,35 @@ def render_chat(
     return "".join(pieces)
 
 
-@functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
+    compiled = _compiled_once(template)
+    if isinstance(compiled, Exception):
+        raise compiled
+    return compiled
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_once(template: str) -> Any:
+    """The template, or the error that compiling it ends with, so that this too is done once."""
     if len(template) > LONGEST_TEMPLATE:
-        raise ValueError(f"it has {len(template)} characters, more than {LONGEST_TEMPLATE}: it is no template")
-    return _environment().from_string(template)
+        return ValueError(f"it has {len(template)} characters, more than {LONGEST_TEMPLATE}: it is no template")
+    try:
+        environment = _environment()
+        _refuse_nested(environment.parse(template))
+        return environment.from_string(template)
+    except Exception as error:  # whatever somebody else's template makes of Jinja's parser and of Python's
+        return error
+
+
+def _refuse_nested(tree: nodes.Template) -> None:
+    """Raises ValueError: loops, macros and blocks stand in each other more than MOST_NESTED times."""
+    left: list[tuple[nodes.Node, int]] = [(tree, 0)]
+    while left:
+        node, depth = left.pop()
+        depth += isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
+        if depth > MOST_NESTED:
+            raise ValueError(f"more than {MOST_NESTED} of its loops, macros and blocks stand in each other")
+        left += [(child, depth) for child in node.iter_child_nodes()]
 
 
 class _Generator(CodeGenerator):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,17 +41,17 @@ def with_fused_attention(config: Any) -> Any:
 
 
 def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
-    """A model of transformers with the weights of a folder or the hub, in float32. They are read from safetensors
-    alone: a file of PyTorch's is a pickle.
+    """A model of transformers with the weights of a folder or the hub, in float32: of safetensors where there are any,
+    else of PyTorch's own file, whose tensors alone are read (openai/clip-vit-base-patch32 has no other).
 
     Args:
         kind: class of transformers. source: as in `read_config`. title: what it is, for messages.
         options: for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: not there. ValueError: weights are missing. OSError: the folder has no safetensors.
+        FileNotFoundError: not there. ValueError: weights are missing.
     """
-    options = {"dtype": torch.float32, "output_loading_info": True, "use_safetensors": True, **options}
+    options = {"dtype": torch.float32, "output_loading_info": True, "weights_only": True, **options}
     model, report = from_pretrained(kind, source, **options)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{source} lacks weights: {', '.join(missing[:3])}; it is not a whole {title}")
@@ -127,9 +128,15 @@ class ForeignCodeError(ValueError):
 
 @contextmanager
 def foreign_code_errors(source: str) -> Iterator[None]:
-    """Makes a ForeignCodeError of what transformers raises where it was told trust_remote_code=False."""
+    """Makes a ForeignCodeError of what transformers raises where it was told trust_remote_code=False, and PyTorch of a
+    file of weights that holds more than tensors."""
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise ForeignCodeError(
+            f"{source} has weights in a file of PyTorch's that is damaged or holds more than tensors, which keygrip does "
+            "not execute: give a folder that has them as safetensors"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

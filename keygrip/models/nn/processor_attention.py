@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from keygrip.models.nn.precision import without_autocast
+from keygrip.training.memory import is_counting
 
 _thread = threading.local()
 
@@ -26,11 +27,12 @@ def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options:
         options: of torch's function; a mask that is added is taken to float32 too.
 
     Returns ``[..., N, e]`` of the type that torch's own function gives, bf16 under autocast. In compiled graphs it is
-    torch's function.
+    torch's function, and where memory is counted, which is that of a GPU.
     """
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     bf16 = queries.device.type == "cpu" and (autocast or queries.dtype == torch.bfloat16)
-    if not bf16 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    left = not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_counting()
+    if not bf16 or left:
         return F.scaled_dot_product_attention(queries, keys, values, **options)
     mask = options.get("attn_mask")
     if mask is not None and mask.is_floating_point():

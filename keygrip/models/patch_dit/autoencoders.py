@@ -107,8 +107,7 @@ class FluxAutoencoder:
             except ImportError as error:
                 raise ImportError(f"the FLUX autoencoder needs diffusers: {INSTALL}") from error
             folder = subfolder_of(self.source, self.subfolder)
-            arguments = {"torch_dtype": self.dtype, "use_safetensors": True}
-            arguments |= {"subfolder": folder} if folder else {}
+            arguments = {"torch_dtype": self.dtype, **({"subfolder": folder} if folder else {})}
             model = from_source(AutoencoderKL, self.source, "the autoencoder", arguments)
             factor = 2 ** (len(model.config.block_out_channels) - 1)
             if (model.config.latent_channels, factor) != (self.channels, self.stride):

@@ -30,7 +30,8 @@ def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) 
 
     Args:
         loader: a class. what: it loads, for messages. arguments: for `from_pretrained`; of a class of transformers with
-            trust_remote_code=False, of weights with use_safetensors=True: other files of weights are pickles.
+            trust_remote_code=False, of weights with weights_only=True: of a file that is a pickle, tensors alone are
+            read (diffusers does so without being told).
 
     Raises:
         FileNotFoundError: the folder lacks the files, or the hub cannot be reached and holds no copy here.

@@ -140,7 +140,7 @@ class T5Text:
             check_tokenizer(self.source, **inside[0])
             own = {"trust_remote_code": False}
             tokenizer = from_source(AutoTokenizer, self.source, "the T5 tokenizer", own | inside[0])
-            loading = own | {"dtype": self.dtype, "use_safetensors": True}
+            loading = own | {"dtype": self.dtype, "weights_only": True}
             model = from_source(T5EncoderModel, self.source, "the T5 encoder", loading | inside[1])
             if model.config.d_model != self.width:
                 raise ValueError(

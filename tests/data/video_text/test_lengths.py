@@ -187,8 +187,8 @@ def test_an_index_without_the_number_of_conversations_is_refused_where_lengths_a
 ) -> None:
     opened = ShardSet.__init__
 
-    def older(self: ShardSet, *options: Any) -> None:
-        opened(self, *options)
+    def older(self: ShardSet, *options: Any, **named: Any) -> None:
+        opened(self, *options, **named)
         del self.columns["conversations"]
 
     monkeypatch.setattr(ShardSet, "__init__", older)

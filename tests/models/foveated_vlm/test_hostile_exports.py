@@ -508,6 +508,39 @@ def test_templates_that_take_all_time_or_memory_are_ended(template: str) -> None
         render_chat(template, TALK, True, {})
 
 
+@pytest.mark.parametrize("loops", [10, 11, 18, 300])
+def test_loops_that_stand_in_each_other_are_limited_before_they_are_compiled(loops: int) -> None:
+    """Ten are taken, of one turn each; more took seconds of Jinja and ended in errors of Python."""
+    template = "".join(f"{{% for a{n} in [1] %}}" for n in range(loops)) + "{{ a0 }}" + "{% endfor %}" * loops
+    if loops <= 10:
+        assert render_chat(template, TALK, True, {}) == "1"
+        return
+    for _ in range(2):  # a template that is refused is not compiled again
+        with pytest.raises(ValueError, match="more than 10 of its loops, macros and blocks stand in each other"):
+            render_chat(template, TALK, True, {})
+
+
+@pytest.mark.parametrize(
+    ("template", "made"),
+    [
+        ("{{ 'Knowledge of 2023, said %s * %d' % ('2024', 5) }}", "Knowledge of 2023, said 2024 * 5"),
+        ("{{ 'Knowledge of 2023 {}'.format(1) }}", "Knowledge of 2023 1"),
+        ("{{ '2023-%s'|format('x') }}", "2023-x"),
+    ],
+)
+def test_years_and_marks_in_a_format_are_no_widths(template: str, made: str) -> None:
+    assert render_chat(template, TALK, True, {}) == made
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ '%1000d' % 1 }}", "{{ '%*d' % (9, 1) }}", "{{ '%(a)1000d' % {'a': 1} }}", "{{ '{:1000}'.format(1) }}"],
+)
+def test_wide_formats_are_refused(template: str) -> None:
+    with pytest.raises(ValueError, match="widths as in"):
+        render_chat(template, TALK, True, {})
+
+
 @pytest.mark.parametrize("name", ["many widths", "widths of names"])
 def test_what_would_be_large_is_refused_before_it_is_made(name: str) -> None:
     assert render_chat("x", TALK, True, {}) == "x"  # what rendering needs is there

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from keygrip.models.language.text_tower import PretrainedTextTower
 
@@ -43,12 +43,33 @@ def test_states_are_transformers_own(folder: Path) -> None:
     assert not states.words[~states.mask].any()
 
 
-def test_weights_that_are_a_pickle_are_not_read(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    torch.save(load_file(file), folder / "pytorch_model.bin")
-    file.unlink()
-    with pytest.raises(OSError, match=r"safetensors"):
-        PretrainedTextTower(str(folder), width=16, length=8).tokens(["open the drawer"])
+class Executed:
+    """What a pickle may hold: a call, here one that writes a file."""
+
+    def __init__(self, at: Path) -> None:
+        self.at = at
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.at,)
+
+
+def test_weights_in_a_file_of_pytorch_are_read_and_what_else_it_holds_is_not_executed(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As openai/clip-vit-base-patch32 has them on the hub."""
+
+    def read() -> Tensor:
+        tower = PretrainedTextTower(str(folder), width=16, length=8)
+        return tower(tower.tokens(["open the drawer"])).words
+
+    expected, weights = read(), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert torch.equal(read(), expected)
+    torch.save(weights | {"more": Executed(tmp_path / "executed")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors, which keygrip does not execute"):
+        read()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_it_is_neither_trained_nor_saved(folder: Path) -> None:

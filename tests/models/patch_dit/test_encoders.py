@@ -292,14 +292,30 @@ def test_a_t5_folder_brings_no_code_and_its_tokenizer_is_checked(
 
 
 @pytest.mark.parametrize("part", ["text_encoder_2", "vae"])
-def test_weights_that_are_a_pickle_are_not_read(part: str, flux: Path, tmp_path: Path) -> None:
+def test_weights_in_a_file_of_pytorch_are_read_and_what_else_it_holds_is_not_executed(
+    part: str, flux: Path, tmp_path: Path
+) -> None:
+    """As google/t5-v1_1-xxl has them on the hub."""
+
+    def described(source: Path) -> object:
+        return text_of(source).encode(["a"]) if part == "text_encoder_2" else FluxAutoencoder(str(source)).description()
+
     folder = shutil.copytree(flux, tmp_path / "pickled")
     (file,) = (folder / part).glob("*.safetensors")
     name = "pytorch_model.bin" if part == "text_encoder_2" else "diffusion_pytorch_model.bin"
-    torch.save(load_file(file), folder / part / name)
+    weights = load_file(file)
+    torch.save(weights, folder / part / name)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"cannot be loaded from .*pickled"):
-        text_of(folder).description() if part == "text_encoder_2" else FluxAutoencoder(str(folder)).description()
+    assert str(described(folder)) == str(described(flux)).replace(str(flux), str(folder))
+
+    class Executed:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save(weights | {"more": Executed()}, folder / part / name)
+    with pytest.raises((FileNotFoundError, ValueError), match="pickled"):
+        described(folder)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_the_real_encoders_joined(flux: Path) -> None:
