@@ -134,8 +134,8 @@ def foreign_code_errors(source: str) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ForeignCodeError(
-            f"{source} has weights in a file of PyTorch's that is damaged or holds more than tensors, which keygrip does "
-            "not execute: give a folder that has them as safetensors"
+            f"{source} has weights in a file of PyTorch's that is damaged, or holds more than tensors, which keygrip "
+            "does not execute: give a folder that has them as safetensors"
         ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
