@@ -745,8 +745,8 @@ def dit_speed() -> str:
         (
             "memory of a training step at 512 px, batch 1, bf16",
             f"{step['estimated_512px_bf16_gb']:.1f} GB: {step['estimated_weights_and_states_gb']:.1f} of weights, "
-            "their copies in bf16 and EMA, gradients and optimiser states, "
-            f"{step['estimated_activations_gb']:.1f} of what else is there at the step's peak",
+            f"their average and optimiser states, {step['estimated_step_gb']:.1f} of activations, gradients and copies "
+            "of the weights in bf16 at the step's peak",
             "**counted**, not measured",
         ),
         (
