@@ -237,13 +237,10 @@ def _leave_out_divided(
     Args:
         renewed: indices that are not written yet.
     """
-
-    def samples_of(shard: Mapping[str, Any]) -> dict[str, list[str]]:
-        path = index_path(root / shard["name"])
-        return _samples(ShardIndex.from_bytes(renewed.get(path) or path.read_bytes(), str(path)))
-
     for shard in shards:
-        if shard["samples"] and (left := textless.divided(samples_of(shard), shard["name"])):
+        path = index_path(root / shard["name"])
+        index = ShardIndex.from_bytes(renewed.get(path) or path.read_bytes(), str(path))
+        if left := textless.divided(_samples(index), shard["name"]):
             shard["samples"] -= len(left)
             bad[shard["name"]] = bad.get(shard["name"], {}) | left
 
