@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import fcntl
 import gc
@@ -48,38 +47,20 @@ def two_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def parsed_once() -> Iterator[None]:
-    """Hydra parses a configuration file at each of the thousand compositions of a session: here it does it once."""
-    from hydra._internal.sources_registry import SourcesRegistry
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.config_source import ConfigResult, ConfigSource
-
-    Plugins.instance()  # imports the sources anew: classes imported before are not those that it uses
-    known: dict[tuple[object, ...], ConfigResult] = {}
-
-    def once(source: type[ConfigSource]) -> Callable[[ConfigSource, str], ConfigResult]:
-        load = source.load_config
-
-        def load_config(self: ConfigSource, config_path: str) -> ConfigResult:
-            key: tuple[object, ...] = (self.provider, self.scheme(), self.path, config_path)
-            if self.scheme() == "file":
-                file = Path(self.path, self._normalize_file_name(config_path))
-                if not file.is_file():
-                    return load(self, config_path)
-                key += (file.stat().st_mtime_ns, file.stat().st_size)
-            if key not in known:
-                known[key] = load(self, config_path)
-            found = copy.copy(known[key])
-            found.config = copy.deepcopy(found.config)
-            found.header = dict(found.header)
-            return found
-
-        return load_config
+def computed_once() -> Iterator[None]:
+    """Hydra and OmegaConf compute the same at each of the thousand compositions of a session: here they do it once."""
+    from composing import memoized
 
     with pytest.MonkeyPatch.context() as patch:
-        for scheme in ("file", "pkg"):
-            source = SourcesRegistry.instance().resolve(scheme)
-            patch.setattr(source, "load_config", once(source))
+        memoized(patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_no_disk_that_fails() -> Iterator[None]:
+    """Files need not outlive a power cut here: waiting for the disk took half a minute of a session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

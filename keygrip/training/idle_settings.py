@@ -84,7 +84,10 @@ def unread(options: Mapping[str, Any]) -> set[Path]:
     Args:
         options: the part's resolved settings, with its ``_target_``; without one nothing is known to be unread.
     """
-    conditions, node = _conditions_of(options.get("_target_")), OmegaConf.create(dict(options))
+    conditions = _conditions_of(options.get("_target_"))
+    if not conditions:
+        return set()
+    node = OmegaConf.create(dict(options))
     return {name for name in conditions if _unmet(conditions, name, node) is not None}
 
 

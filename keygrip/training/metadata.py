@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -68,6 +69,7 @@ def git_revision() -> str | None:
         return None
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide about results."""
     versions = {}
