@@ -274,8 +274,12 @@ class TestCommand:
         ("wrong", "says"),
         [
             (["case=volumeloss"], "there is no case 'volumeloss': the nearest is volume_loss;"),
-            (["case=volume_loss", "quik=true"], "'quick'"),
-            (["case=volume_loss", "cases.volume_loss.repetition=3"], "'cases.volume_loss.repetitions'"),
+            pytest.param(["case=volume_loss", "quik=true"], "'quick'", marks=pytest.mark.slow),
+            pytest.param(
+                ["case=volume_loss", "cases.volume_loss.repetition=3"],
+                "'cases.volume_loss.repetitions'",
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     def test_errors_take_one_line(

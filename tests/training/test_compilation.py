@@ -168,6 +168,7 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_a_plain_one(
     assert copy.deepcopy(module).state_dict().keys() == set(names)
 
 
+@pytest.mark.slow
 def test_compiled_and_plain_runs_continue_each_other(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     """Every mixture of both ends with the weights of a plain run, up to rounding."""
     compiled = ["compile=inductor", "compile.backend=aot_eager"]

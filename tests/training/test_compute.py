@@ -205,7 +205,7 @@ def test_accuracy_has_a_panel_where_a_run_logged_one() -> None:
     assert len(accuracy.lines) == 2  # the first job's curve and its points
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "csv"])
+@pytest.mark.parametrize("logger", ["tensorboard", pytest.param("csv", marks=pytest.mark.slow)])
 def test_a_sweep_leaves_a_picture_of_losses_against_compute(cli: Callable[..., Any], logger: str) -> None:
     """A job that failed has no curve, and does not stop the others'."""
     conf = str(Path(__file__).parents[1] / "support" / "conf")

@@ -268,7 +268,7 @@ def test_joints_in_degrees_are_all_that_is_said(tmp_path):
     assert [finding.check for finding in findings] == ["joint_unit"], [str(finding) for finding in findings]
 
 
-@pytest.mark.parametrize("exchanged", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("exchanged", [(0, 1, 2), pytest.param((1,), marks=pytest.mark.slow)])
 def test_cameras_under_each_others_names_are_named(tmp_path, exchanged):
     demos = []
     for number, demo in enumerate(find_demos(write(tmp_path / "data", same))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -167,12 +166,15 @@ def test_a_streamed_answer_has_the_room_of_any(run: Run, tmp_path: Path) -> None
     for number in range(8):
         Image.new("RGB", (28, 28), (number, 0, 0)).save(tmp_path / "long" / f"{number}.png")
     question = "Sure? " * 12
-    tokens, found = 128, {}
-    while not found:
-        with contextlib.suppress(ValueError):
-            found = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={tokens}")
-        tokens -= not found
-    assert 1 < tokens < 128
+    tokens, too_many, found = 1, 128, {}
+    while too_many - tokens > 1:
+        middle = (tokens + too_many) // 2
+        try:
+            found = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={middle}")
+            tokens = middle
+        except ValueError:
+            too_many = middle
+    assert 1 < tokens < 127
     streamed = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={tokens}", "stream=true")
     assert streamed["answers"] == found["answers"]
     alone = ["video=null", f"question={question}", f"max_new_tokens={tokens + 8}"]  # the frames' room too

@@ -81,7 +81,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(folder)["state_dict"]
 
 
-@pytest.mark.parametrize("cache", [[], ["model.vision_cache_gb=0.1", "backbone.trainable=frozen"]], ids=["", "cache"])
+@pytest.mark.parametrize(
+    "cache",
+    [pytest.param([], marks=pytest.mark.slow), ["model.vision_cache_gb=0.1", "backbone.trainable=frozen"]],
+    ids=["", "cache"],
+)
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
     overrides: Callable[..., list[str]], tmp_path: Path, cache: list[str]
 ) -> None:
@@ -125,7 +129,7 @@ def test_a_run_goes_on_with_data_that_have_moved(overrides: Callable[..., list[s
 BUDGET = "data.budget={_target_: keygrip.data.shards.budget.Budget, frames: 6, positions: 400}"
 
 
-@pytest.mark.parametrize("more", [[], [BUDGET]], ids=["", "budget"])
+@pytest.mark.parametrize("more", [[], pytest.param([BUDGET], marks=pytest.mark.slow)], ids=["", "budget"])
 def test_a_resumed_run_reads_with_its_own_tokenizer(
     overrides: Callable[..., list[str]], tmp_path: Path, more: list[str]
 ) -> None:

@@ -180,8 +180,10 @@ TRIANGULATED = ("arm_triangulated", "arm_both_triangulated")
     ("recipe", "meaningless"),
     [
         (("experiment=vla_yam_depth",), ()),
-        (("experiment=vla_yam_language",), ()),
-        (("experiment=metaworld_vla", "data.root=folder"), ("depth_only",)),  # there is no depth
+        pytest.param(("experiment=vla_yam_language",), (), marks=pytest.mark.slow),
+        pytest.param(  # there is no depth
+            ("experiment=metaworld_vla", "data.root=folder"), ("depth_only",), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: str(value[0]).partition("=")[2] if value else "",
 )

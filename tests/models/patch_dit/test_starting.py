@@ -303,6 +303,7 @@ def test_a_student_is_trained_validated_and_drawn(
         started("wrong", *options, f"model.init_from={runs / 'of_velocities'}")
 
 
+@pytest.mark.slow
 def test_a_student_of_low_rank_differences_learns_from_a_teacher_with_a_guide(
     runs: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
