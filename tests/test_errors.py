@@ -172,6 +172,7 @@ def test_options_of_an_added_folder_with_names_of_keygrips_own_are_refused(
         ("mine", "lr: {\n", r"no valid YAML: .*mine/optimizer/mine.yaml., line 2"),
         ("options", "mine: 3\n", r"optimizer/options.yaml: an option is a name with settings below it"),
         ("options", "- mine\n", r"optimizer/options.yaml: an option is a name with settings below it"),
+        ("options", "mine/adam:\n  lr: 1\n", r"optimizer/options.yaml: mine/adam is no name of an option, since"),
     ],
 )
 def test_faulty_files_of_an_added_folder_are_named(
