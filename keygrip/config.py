@@ -203,7 +203,7 @@ def _sections(folder: Path, file: Path) -> dict[str, Any]:
     group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
     if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
         raise SettingError(f"{file}: an option is a name with settings below it, as in a file {group}/NAME.yaml")
-    if apart := [name for name in options if "/" in str(name)]:
+    if apart := [str(name) for name in options if "/" in str(name)]:
         raise SettingError(f"{file}: {apart[0]} is no name of an option, since / ends a group's: give another name")
     return {f"{group}/{name!s}": node for name, node in options.items()}
 
