@@ -82,6 +82,20 @@ WRONG = (
     r"(?:not|incorrect|wrong|false|unlikely|impossible|less|least|ruled|excluded|eliminated)\b|"
     r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b))"
 )
+# The same of options of which several may be joined, and of one that is granted only ("I may be true, but").
+SAID_WRONG = (
+    r"(?!\W*(?:is|was|are|were)\s+not\s+(?:wrong|incorrect|false)\b)"
+    rf"(?:{WRONG}|[)\]]?\s+(?:are|were|seem|look|(?:may|might|must|should|will)\s+be)\s+(?:(?:both|all|\w+ly)\s+)?"
+    r"(?:not|incorrect|wrong|false)\b|[)\]]?\s+(?:may|might|could|can)\s+be\s+\w+\W*\b(?:but|however|yet)\b)"
+)
+# Of a question ("a yes/no question"), or of what has no answer ("yes or no").
+EITHER_WAY = (
+    r"(?<!\w)(?:yes(?:\s*[/&]\s*|,?[\s-]+or[\s-]+|\s+and\s+)no|no(?:\s*[/&]\s*|,?[\s-]+or[\s-]+|\s+and\s+)yes)(?!\w)"
+)
+# Letters with a verdict each and nothing else ("A: no. B: yes.").
+JUDGED = re.compile(
+    r"[(\[]?([A-Z])[)\].:]+\s*(?i:(yes|right|correct|true)|no|wrong|incorrect|false)\b\s*(?:[.,;]\s*|\n\s*|$)"
+)
 DENIES = r"(?:not|never|cannot|(?:is|are|was|were|do|does|did|has|have|had|ca|could|would|wo|should)n\s?t)"
 NOT = re.compile(
     r"(?:\u4e0d\u662f|\u5e76\u975e|\u4e0d\u9009|\b(?:not|neither|nor|no|than|unlike|hardly|unlikely(?:\s+to\s+be)?|"

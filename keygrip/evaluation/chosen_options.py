@@ -16,6 +16,7 @@ from keygrip.evaluation.answer_forms import (
     ENDS_SAID,
     GOES_ON,
     I_SAY,
+    JUDGED,
     LABELS,
     LIKE,
     MENTIONS,
@@ -38,7 +39,7 @@ from keygrip.evaluation.answer_forms import (
     VERDICT,
     WRONG,
 )
-from keygrip.evaluation.named_options import by_words, numbered
+from keygrip.evaluation.named_options import by_words, numbered, without_either_way
 from keygrip.evaluation.option_texts import (
     Options,
     apart,
@@ -82,7 +83,10 @@ def _read(said: str, known: Options, announced_only: bool = False) -> int | None
         return None
     if not any(ABSTAINS.search(option) for option in known.literal):
         said = ABSTAINS.sub(" ", said)
-    said = ASKS.sub(" ", BESIDE_CJK.sub(" ", said))
+    said = without_either_way(ASKS.sub(" ", BESIDE_CJK.sub(" ", said)), known)
+    judged = _judged(said, known)
+    if judged is not None:
+        return judged.pop() if len(judged) == 1 else None
     through, ends_at = _gone_through(said, known)
     if through:
         return ends_at
@@ -201,6 +205,19 @@ def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | N
     text = apart(_in_a_row(said), known)
     announced = _announced(announcements, text, known)
     return _stated(text, known.last) if announced is None else announced
+
+
+def _judged(said: str, known: Options) -> set[int] | None:
+    """The letters that are said to be right in a text that says of each, from A on, whether it is, and nothing else;
+    None: it is another text, or options are such words themselves."""
+    found = list(JUDGED.finditer(said))
+    letters = "".join(match.group(1) for match in found)
+    whole = "".join(match.group() for match in found) == said
+    if len(found) < 2 or not whole or not "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(known.literal)].startswith(letters):
+        return None
+    if any(JUDGED.fullmatch(f"A: {option}") for option in known.literal):
+        return None
+    return {number_of(match.group(1)) for match in found if match.group(2)}
 
 
 def _another(last: str) -> str:

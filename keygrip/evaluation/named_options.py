@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from keygrip.evaluation.answer_forms import COUNTED, ENDS_NO, NOT, NUMBERED, ORDINALS
+from keygrip.evaluation.answer_forms import (
+    COUNTED,
+    EITHER_WAY,
+    ENDS_NO,
+    NOT,
+    NUMBERED,
+    ORDINALS,
+    SAID_WRONG,
+)
 from keygrip.evaluation.option_texts import Options, before_place, plain_text
 
 
@@ -28,17 +36,42 @@ def by_words(text: str, known: Options) -> int | None:
             widest = max(widest, this, key=lambda each: each[1])
         named: set[int] = set()
         denied_to: int | None = None  # where the last one ends that is denied
+        wrong = _said_wrong(own, longest) if "i" in known.plain else set()
         for start, end, number in longest:
             before = re.sub(r"\b(?:the|an?)\s+$", "", before_place(own, start), flags=re.IGNORECASE)
             between = "" if denied_to is None else own[denied_to:start]
             also = re.fullmatch(r"\s*,?\s*(?:or|nor)\s+(?:(?:the|an?)\s+)?", between, re.IGNORECASE)
-            if also or NOT.search(before):
+            if also or end in wrong or NOT.search(before):
                 denied_to = end
             else:
                 named.add(number)
         if named:
             return named.pop() if len(named) == 1 else None
     return None
+
+
+def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
+    """The ends of those options in a text of which it says that they are wrong ("I is wrong", "I and II are wrong");
+    among statements that are numbered, each may be said to be right or wrong."""
+    wrong = set[int]()
+    for place, (_, end, _) in reversed(list(enumerate(found))):
+        of_next = place + 1 < len(found) and found[place + 1][1] in wrong
+        between = text[end : found[place + 1][0]] if of_next else ""
+        joined = re.fullmatch(r"[)\]]?\s+(?:and|or)\s+[(\[]?", between, re.IGNORECASE)
+        if joined or re.compile(SAID_WRONG, re.IGNORECASE).match(text, end):
+            wrong.add(end)
+    return wrong
+
+
+def without_either_way(text: str, known: Options) -> str:
+    """The text without "yes or no" where these are two options: it names the kind of a question, or neither. In a
+    longer row ("yes or no or maybe") it stays."""
+    if not {"yes", "no"} <= set(known.literal) or any(re.search(EITHER_WAY, option) for option in known.literal):
+        return text
+    others = "|".join(re.escape(option) for option in known.literal if option not in ("", "yes", "no")) or r"(?!)"
+    row = r"(?:\s*[,/&]\s*|\s+)(?:(?:or|and)\s+)?"
+    longer = re.compile(rf"(?<!\w)(?:{others}){row}{EITHER_WAY}|{EITHER_WAY}{row}(?:{others})(?!\w)", re.IGNORECASE)
+    return text if longer.search(text) else re.sub(EITHER_WAY, "such", text, flags=re.IGNORECASE)
 
 
 def numbered(text: str, known: Options) -> int | None:
@@ -72,7 +105,7 @@ def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[s
     said_of_it = r"[)\]]?\s+(?:is|are|was|were|(?:may|might|could|can|should|must)\s+be|seems?|looks?)\b"
     if re.compile(said_of_it).match(text, end) is None:
         return False
-    # "I is", "option I seems": no pronoun
-    alone = re.compile(r"[)\]]?\s+(?:is|was|seems|looks)\b").match(text, end) is not None
+    # "I is", "I seems": no pronoun, which "I was" may be
+    alone = re.compile(r"[)\]]?\s+(?:is|seems)\b").match(text, end) is not None
     called = re.search(r"\b(?:option|opt\.?|choice|statement)\s+[(\[]?$", before) is not None
     return alone or called or re.search(other + joined + own, before) is not None

@@ -118,6 +118,7 @@ def test_of_options_that_are_letters_the_letter_of_the_list_counts() -> None:
     assert chosen_option("The answer is B.", ["B", "A", "C"]) == 1
 
 
+XYZ, YES_NO, REDS = ["x", "y", "z"], ["Yes", "No"], ["red", "dark red", "blue", "green"]
 NAMES, ROMAN = ["Anna", "Bob", "I", "Dr. A"], ["I", "II", "III", "IV"]
 
 
@@ -175,6 +176,68 @@ def test_an_option_no_beside_another_makes_two() -> None:
         assert chosen_option(said, options) == option
 
 
+@pytest.mark.parametrize("options", [["I", "II", "III"], ["I", "II", "III", "I and II"]], ids=["three", "joined"])
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *((said, 1) for said in ("I was thinking II", "I was not sure, it shows II", "I was right: II")),
+        *((said, 1) for said in ("Although I was unsure, II is shown", "When I was looking I saw II")),
+        *((said, 1) for said in ("I was able to see that II is right", "II is correct. I was sure")),
+        *(("After what I saw, I was convinced: II.", 1), ("I was not sure", None)),
+        *((said, 1) for said in ("I is wrong, II is right", "I is incorrect. II fits", "Statement I is false, so II")),
+        *((said, 1) for said in ("I seems wrong, II", "Statement I may be true but II is the answer")),
+        *(("I is not correct; it must be III", 2), ("I seems wrong so III", 2), ("II was wrong, so it is III", 2)),
+        *(("II is wrong, I is right", 0), ("I is right, II is wrong", 0), ("II is right and I is wrong", 1)),
+        *(("I and II are wrong, III is right", 2), ("Both I and II are false, so III", 2), ("I is not wrong", 0)),
+        *(("Statement I may be true", 0), ("Option I was right", 0), ("II or I may be right", None)),
+        ("Statement II may be true but I is the answer", 0),
+    ],
+)
+def test_an_option_i_is_no_pronoun_and_one_that_is_said_to_be_wrong_is_not_named(
+    said: str, option: int | None, options: list[str]
+) -> None:
+    assert chosen_option(said, options) == option
+
+
+def test_of_options_that_are_joined_the_whole_one_is_named() -> None:
+    options = ["I", "II", "III", "I and II"]
+    for said in ("I and II", "I and II are correct", "Both I and II", "I and II are right, not III"):
+        assert chosen_option(said, options) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("This is a yes or no question, and the answer is yes.", 0), ("To the yes/no question I say yes", 0)),
+        *(("This is a yes or no question. Yes, there is a cat.", 0), ("Yes or no? Yes.", 0), ("Yes or no? No.", 1)),
+        *(("This is a yes-or-no question: no.", 1), ("A yes or no question: B", 1)),
+        *((said, None) for said in ("yes or no", "Either yes or no", "A yes or no answer is not possible.")),
+        *((said, None) for said in ("Yes/No", "Yes and no.", "No or yes")),
+    ],
+)
+def test_yes_or_no_is_the_kind_of_a_question_and_no_answer(said: str, option: int | None) -> None:
+    assert chosen_option(said, YES_NO) == option
+    assert chosen_option(said, [*YES_NO, "Maybe"]) == option
+
+
+def test_yes_or_no_among_other_options_stays() -> None:
+    for said in ("Yes or no or maybe", "maybe, yes or no"):
+        assert chosen_option(said, [*YES_NO, "Maybe"]) is None
+    assert chosen_option("It is yes and no, I think", [*YES_NO, "Yes and no"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("A: no. B: no. C: yes.", 2), ("A: no. B: yes. C: no.", 1), ("A: yes. B: no. C: no.", 0)),
+        *(("A. No. B. No. C. Yes.", 2), ("A: wrong\nB: wrong\nC: right", 2), ("(A) no; (B) yes", 1)),
+        *(("A: no. B: no. C: no.", None), ("A: yes. B: yes. C: no.", None)),
+    ],
+)
+def test_of_letters_with_a_verdict_each_the_one_that_is_right_is_named(said: str, option: int | None) -> None:
+    assert chosen_option(said, XYZ) == option
+
+
 def test_letters_reach_as_far_as_the_options() -> None:
     assert chosen_option("C", ["yes", "no"]) is None
     assert chosen_option("The answer is E.", ["a", "b", "c", "d", "e"]) == 4
@@ -191,9 +254,6 @@ def test_the_ninth_letter_is_also_a_word() -> None:
     assert chosen_option("Answer: I think it is H because of it", options) == 7
     assert chosen_option("The answer is I because of it", options) == 8
     assert chosen_option("The answer is I.", options) == 8
-
-
-XYZ, YES_NO, REDS = ["x", "y", "z"], ["Yes", "No"], ["red", "dark red", "blue", "green"]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +417,7 @@ def test_capitals_of_compounds_are_no_letters(said: str, options: list[str], opt
     ("said", "option"),
     [
         *(("A. red: wrong. B. blue: right. The answer is B.", 1), ("B. blue, not red", 1), ("A seems correct.", 0)),
-        *(("(A) red - no\n(B) blue - yes\n\nSo the answer is (B).", 1), ("A: No\nB: Yes\nC: No", None)),
+        *(("(A) red - no\n(B) blue - yes\n\nSo the answer is (B).", 1), ("A: No\nB: Yes\nC: No", 1)),
         *(("C. green is incorrect. The correct answer is B.", 1), ("A seems correct, but B is the answer.", 1)),
         *(("Although A looks right, B is the correct answer.", 1), ("B\nC", None), ("(B)\n(C)", None)),
         *(("B) blue\nC) green", None), ("I think it's B. blue / C. green", None), ("B. blue\nB", 1)),
