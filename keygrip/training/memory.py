@@ -3,7 +3,9 @@
 Counted means that the step's tensors have shapes and no content (torch's fake tensors): forward and backward pass run
 as they would, and every storage is counted from its making to its end. Small tensors that depend on no parameter
 (positions, masks, window indices) are computed, because a network's shapes may depend on them. Kernels' own scratch
-space and what an allocator loses between blocks are not counted.
+space and what an allocator loses between blocks are not counted. Attention is counted as a GPU has it, by a fused
+kernel in the step's precision; on a processor a step in bf16 keeps copies of its operands in float32 beside
+(`keygrip.models.nn.processor_attention`).
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class StepMemory:
         names = ("weights", "optimizer", "ema", "step", *(("cache",) if self.cache else ()), "total")
         parts = {name: getattr(self, name) for name in names}
         return {f"{name}_gib": round(value / GIB, 2) for name, value in parts.items()} | {
-            "how": "measured on the GPU" if self.measured else "counted"
+            "how": "measured on the GPU" if self.measured else "counted, as of a GPU"
         }
 
 

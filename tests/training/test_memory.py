@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from keygrip.models.nn import attention
+from keygrip.models.nn.attention import Attention
+from keygrip.models.nn.processor_attention import float32_attention
 from keygrip.training.memory import SMALL, Step, StepMemory, count_forward, count_step, measure_step
 from keygrip.training.system import parameters_m
 
@@ -81,6 +88,25 @@ def test_under_autocast_each_use_of_a_weight_makes_a_copy_as_in_training() -> No
     taken = allocated(trained) + batch.nbytes
     # of shapes alone, gradients of two uses are not added in place
     assert taken <= count_step(layer, step, bf16=True, ema=False).step < 1.25 * taken
+
+
+def test_attention_is_counted_as_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 by the fused kernel: a processor trains it in float32, of which its copies are no memory of a GPU's."""
+    network, batch = Attention(64, heads=2), torch.randn(4, 256, 64)
+
+    def counted() -> int:
+        return count_step(network, lambda change: network(change(batch)).square().mean(), bf16=True, ema=False).step
+
+    def plain(*operands: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*operands, **options)
+
+    used, found = counted(), list[int]()
+    for other in (F.scaled_dot_product_attention, plain, float32_attention):
+        monkeypatch.setattr(attention, "training_attention", other)
+        found.append(counted())
+    fused, by_products, in_float32 = found
+    assert used == fused < min(by_products, in_float32)
 
 
 class Pieces(nn.Module):
