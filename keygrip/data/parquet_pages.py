@@ -7,6 +7,7 @@ parquet.thrift of the Apache Parquet format describes them.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,9 +23,15 @@ DATA, DICTIONARY, DATA_V2 = 0, 2, 3
 HEADERS = {DATA: (5, (1, 2, 3, 4)), DICTIONARY: (7, (1, 2)), DATA_V2: (8, (1, 4, 5, 6))}
 PLAIN_DICTIONARY, RLE, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 2, 3, 7, 8
 STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, STRUCT = 0, 1, 2, 3, 4, 5, 6, 7, 8, 12
-CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
+# Arrow's names of Parquet's codecs, and what Arrow itself calls them; "LZ4" is LZ4_RAW, the older LZ4 has no name
+CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
+MOST_FIELDS = 64  # of a header, those of its structures included, and the largest number of one; Parquet has 25 and 9
+MARGIN = 100  # bytes that Arrow reads beyond a column: old writers did not count the header of its dictionary
 LARGEST_BLOCK = 4096  # numbers of a block of DELTA_BINARY_PACKED that are decoded here; writers use 128 and 256
-MOST_ENTRIES = 1 << 20  # of a dictionary that is searched for its longest text
+MOST_ENTRIES = 1 << 20  # of a dictionary whose texts are told apart
+MOST_RUNS = 1 << 20  # of a page's numbers of a dictionary that are followed here
+STEP_BYTES = 128  # what each of them counts as, and each text of a dictionary: many would take long, for no space
+BATCH = 1 << 16  # numbers that are decoded at once
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,25 @@ class Page:
         return int(self.fields[4 if self.kind == DATA_V2 else 2])
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a dictionary. `longest`: bytes of the longest one, at most. `lengths`: bytes of each [N] int64; None
+    if only `longest` is known."""
+
+    longest: int
+    lengths: np.ndarray | None = None
+
+
 def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator[Page]:
     """The pages of a part of a column that Arrow reads: until they have as many values as the footer says.
 
     Raises:
-        ValueError: a header is none, or the file ends before that.
+        ValueError: a header is none, or the file or the column's part of it ends before that.
     """
-    position, seen = leaf.data_page_offset, 0
+    position, seen, dictionaries = leaf.data_page_offset, 0, 0
     if leaf.has_dictionary_page and 0 < (leaf.dictionary_page_offset or 0) < position:
         position = leaf.dictionary_page_offset
+    end = position + max(leaf.total_compressed_size, 0) + MARGIN
     while seen < leaf.num_values:
         file.seek(position)
         header = _structure(file)
@@ -63,7 +80,12 @@ def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator
         if any(type(each) is not int or each < 0 for each in (kind, size, stored, *(fields.get(n) for n in needed))):
             raise ValueError(f"the header of a page at byte {position} is damaged")
         page = Page(kind, file.tell(), stored, size, fields.get(1, 0), fields)
+        dictionaries += kind == DICTIONARY
+        if dictionaries > 1:  # Arrow reads none
+            raise ValueError(f"the page at byte {position} is a second dictionary of its column")
         position = page.start + page.stored
+        if position > end:  # where Arrow would not read
+            raise ValueError(f"the page at byte {page.start} is not within what the footer says of its column")
         seen += 0 if kind == DICTIONARY else page.values
         yield page
 
@@ -73,45 +95,52 @@ def text_bound(
     page: Page,
     leaf: pyarrow.parquet.ColumnChunkMetaData,
     column: pyarrow.parquet.ColumnSchema,
-    longest: int,
+    texts: Texts | None,
 ) -> int:
     """Bytes that the texts of a data page may have beyond those of the page, because it names parts of them only.
 
     The page is unpacked for this, and must have been allowed for.
 
     Args:
-        longest: bytes of the longest text of the dictionary, where texts come one by one and not as its numbers.
+        texts: those of the dictionary, where they come one by one and not as its numbers.
     """
     if page.kind not in (DATA, DATA_V2):
         return 0
-    if page.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
-        return page.values * longest
+    # How long the texts are stands in the page, in numbers; where those are not as writers make them, the worst is
+    # assumed. Those errors are also what Arrow raises of pages that it cannot unpack.
+    if page.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY) and texts is not None:
+        if texts.lengths is None:
+            return page.values * texts.longest
+        try:
+            return _sum_of_named(bytes(_values(file, page, leaf, column)), texts.lengths, page.values)
+        except (ValueError, OSError, IndexError):
+            return page.values * texts.longest
     if page.encoding != DELTA_BYTE_ARRAY:
         return 0
-    # A text begins like the one before it, so that each may be as long as the page. How much they really repeat stands
-    # at the beginning of the page, in numbers; where those are not as writers make them, the worst is assumed.
-    try:
+    try:  # a text begins like the one before it, so that each may be as long as the page
         return _sum_of_deltas(_values(file, page, leaf, column), page.values)
-    except (ValueError, OSError, IndexError):  # also what Arrow raises of pages that it cannot unpack
+    except (ValueError, OSError, IndexError):
         return page.values * page.size
 
 
-def longest_text(file: BinaryIO, page: Page, leaf: pyarrow.parquet.ColumnChunkMetaData) -> int:
-    """Bytes of the longest text of a page with a dictionary, at most; the page must have been allowed for."""
+def texts_of(file: BinaryIO, page: Page, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Texts:
+    """The lengths of the texts of a page with a dictionary, which must have been allowed for."""
     if page.values > MOST_ENTRIES:
-        return page.size
+        return Texts(page.size)
     try:
         content = _unpacked(file, page.start, page.stored, page.size, leaf.compression)
     except (ValueError, OSError):
-        return page.size
-    longest = at = 0
+        return Texts(page.size)
+    number = struct.Struct("<I").unpack_from
+    lengths, at = [], 0
     for _ in range(page.values):
-        if at >= len(content):
+        if at + 4 > len(content):  # Arrow refuses it
             break
-        length = int.from_bytes(content[at : at + 4], "little")
-        longest = max(longest, length)
+        (length,) = number(content, at)
+        lengths.append(length)
         at += 4 + length
-    return min(longest, page.size)
+    found = np.minimum(np.array(lengths, np.int64), page.size)
+    return Texts(int(found.max(initial=0)), found)
 
 
 # ---- content ---------------------------------------------------------------------------------------------------------
@@ -149,6 +178,64 @@ def _values(
     return content[at:]
 
 
+def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
+    """Bytes of the texts that a page names by their numbers in the dictionary, in the format's hybrid of runs and
+    packed bits, and STEP_BYTES for each run. Numbers that only fill up the last eight count too if values are missing.
+
+    Args:
+        lengths: of the dictionary's texts [N] int64. most: how many texts there may be.
+
+    Raises:
+        ValueError or IndexError: they are not as writers make them, or not in the dictionary.
+    """
+    if not content:  # all are missing
+        return 0
+    width, at, left, total, runs = content[0], 1, most, 0, 0
+    if width > 32:
+        raise ValueError("numbers have at most 32 bits")
+    number_bytes = (width + 7) // 8
+    packed = bytearray()
+    named: list[int] = []  # numbers that come in runs, and how often
+    counts: list[int] = []
+    while left > 0 and at < len(content):
+        run, at = (content[at], at + 1) if content[at] < 128 else _varint(content, at)
+        runs += 1
+        if not 1 < run < 1 << 32 or runs > MOST_RUNS:
+            raise ValueError("a run is empty or too long, or there are too many")
+        if not run & 1:
+            named.append(int.from_bytes(content[at : at + number_bytes], "little"))
+            counts.append(min(run >> 1, left))
+            at += number_bytes
+            left -= run >> 1
+        elif not width:
+            named.append(0)
+            counts.append(min(8 * (run >> 1), left))
+            left -= 8 * (run >> 1)
+        else:
+            end = min(at + (run >> 1) * width, len(content))  # eights of numbers, each number of `width` bits
+            while left > 0 and at < end:
+                part = content[at : min(at + width * BATCH // 8, end)]
+                at += len(part)
+                packed += part + bytes(-len(part) % width)
+                left -= 8 * -(-len(part) // width)
+                if left <= 0 or len(packed) >= width * BATCH // 8:
+                    numbers = _unpacked_bits(bytes(packed), width)
+                    total += int(lengths[numbers[: len(numbers) + min(left, 0)]].sum())
+                    packed.clear()
+    total += int(lengths[_unpacked_bits(bytes(packed), width)].sum()) + STEP_BYTES * runs
+    return total + int((lengths[np.array(named, np.int64)] * np.array(counts, np.int64)).sum())
+
+
+def _unpacked_bits(packed: bytes, width: int) -> np.ndarray:
+    """Numbers of `width` bits, at most 32, from N bytes, the lowest bit first: [8 * N // width] int64."""
+    if not width:
+        return np.zeros(0, np.int64)
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+    wide = np.zeros((len(bits) // width, 32), np.uint8)
+    wide[:, :width] = bits.reshape(len(wide), width)
+    return np.packbits(wide, axis=1, bitorder="little").view("<u4")[:, 0].astype(np.int64)
+
+
 def _sum_of_deltas(content: memoryview, most: int) -> int:
     """The sum of numbers of 32 bits, none below 0, in the encoding DELTA_BINARY_PACKED, at the beginning of a page.
 
@@ -163,46 +250,77 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
     count, at = _varint(content, at)
     last, at = _zigzag(content, at)
     length = block // parts if parts else 0
-    if not 0 < block <= LARGEST_BLOCK or length * parts != block or length % 8 or count > most or last < 0:
-        raise ValueError("this is not DELTA_BINARY_PACKED as writers make it")
+    # Arrow too refuses other blocks than of 128 numbers each in parts of 32 each
+    if not 0 < block <= LARGEST_BLOCK or length * parts != block or block % 128 or length % 32:
+        raise ValueError("blocks are not as writers make them")
+    if count > most or not 0 <= last < 1 << 31:
+        raise ValueError("there are too many lengths, or one is out of range")
+    stored = np.frombuffer(content, np.uint8)
     total, left = last if count else 0, count - 1
     while left > 0:
-        least, at = _zigzag(content, at)
-        widths, at = content[at : at + parts], at + parts
-        if len(widths) < parts:
-            raise ValueError("the page ends within a block")
-        for width in widths:
-            if left <= 0:
-                break
-            packed = np.frombuffer(content[at : at + width * length // 8], np.uint8)
-            if width > 32 or abs(least) > 1 << 32 or len(packed) < width * length // 8:
-                raise ValueError("the page ends within a block, or its numbers are too large")
-            at += len(packed)
-            bits = np.unpackbits(packed, bitorder="little").reshape(length, width)
-            deltas = bits @ (1 << np.arange(width, dtype=np.int64)) + least
-            numbers = last + np.cumsum(deltas[:left])
-            # Arrow's numbers have 32 bits and begin anew beyond them: one that does is not what a writer meant
-            if numbers.min() < 0 or numbers.max() >= 1 << 31:
+        starts: list[int] = []
+        widths: list[int] = []
+        leasts: list[int] = []
+        while len(starts) * length < min(left, BATCH):
+            least, at = _zigzag(content, at)
+            if abs(least) > 1 << 32:
                 raise ValueError("a length is out of range")
-            total, last, left = total + int(numbers.sum()), int(numbers[-1]), left - length
+            needed = min(parts, -(-left // length) - len(starts))  # parts of the last block may be missing
+            widths_at, at = at, at + parts
+            for width in content[widths_at : widths_at + needed]:
+                starts.append(at)
+                at += width * length // 8
+            widths += content[widths_at : widths_at + needed]
+            leasts += [least] * needed
+            if len(widths) < len(leasts) or at > len(content):
+                raise ValueError("the page ends within a block")
+        deltas = _deltas(stored, np.array(starts), np.array(widths), length) + np.array(leasts)[:, None]
+        numbers = last + np.cumsum(deltas.reshape(-1)[:left])
+        # Arrow's numbers have 32 bits and begin anew beyond them: one that does is not what a writer meant
+        if numbers.min() < 0 or numbers.max() >= 1 << 31:
+            raise ValueError("a length is out of range")
+        total, last, left = total + int(numbers.sum()), int(numbers[-1]), left - len(numbers)
     return total
+
+
+def _deltas(stored: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: int) -> np.ndarray:
+    """The numbers of parts of blocks: [P, length] int64, from the bytes of a page and each part's place and width [P].
+
+    Raises:
+        ValueError: numbers have more than 32 bits.
+    """
+    if widths.max() > 32:
+        raise ValueError("numbers have more than 32 bits")
+    found = np.zeros((len(starts), length), np.int64)
+    for width in np.unique(widths[widths > 0]).tolist():
+        these = np.flatnonzero(widths == width)
+        places = starts[these, None] + np.arange(width * length // 8)
+        found[these] = _unpacked_bits(stored[places].tobytes(), width).reshape(len(these), length)
+    return found
 
 
 # ---- Thrift ----------------------------------------------------------------------------------------------------------
 
 
-def _structure(file: BinaryIO, depth: int = 0) -> dict[int, Any]:
-    """The fields of a structure by number: those of 32 bits, those that are true or false, and structures in it; others
-    are left out.
+def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None) -> dict[int, Any]:
+    """The fields of a structure by number: those of 32 bits, those that are true or false, and structures in it; of
+    others there is None.
+
+    Args:
+        left: gives something for each field that the header may still have.
 
     Raises:
         ValueError: it is none that Parquet's headers of pages have.
     """
     fields: dict[int, Any] = {}
+    left = iter(range(MOST_FIELDS)) if left is None else left
     number = 0
     while (start := _byte(file)) != STOP:
         kind = start & 15
-        number = number + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+        before, number = number, number + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+        # Writers give fields in order. Arrow takes any, the last one of a number, and of a number its lowest 16 bits.
+        if not before < number <= MOST_FIELDS or next(left, None) is None:
+            raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         value: Any = None
         if kind in (TRUE, FALSE):
             value = kind == TRUE
@@ -213,13 +331,14 @@ def _structure(file: BinaryIO, depth: int = 0) -> dict[int, Any]:
             value = value if kind == I32 else None
         elif kind in (DOUBLE, BINARY):
             length = 8 if kind == DOUBLE else _read_varint(file)
+            if length >= 1 << 31:
+                raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
             file.seek(length, 1)
         elif kind == STRUCT and depth < 4:
-            value = _structure(file, depth + 1)
+            value = _structure(file, depth + 1, left)
         else:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
-        # Of a field that comes twice, the last one would count: no writer makes one.
-        if number <= 0 or number in fields or (isinstance(value, int) and not -(1 << 31) <= value < 1 << 31):
+        if isinstance(value, int) and not -(1 << 31) <= value < 1 << 31:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         fields[number] = value
     return fields
@@ -244,7 +363,7 @@ def _read_varint(file: BinaryIO) -> int:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
 
 
-def _varint(content: memoryview, at: int) -> tuple[int, int]:
+def _varint(content: memoryview | bytes, at: int) -> tuple[int, int]:
     """A number of at most 64 bits, and where the next one begins."""
     value = 0
     for shift in range(0, 64, 7):

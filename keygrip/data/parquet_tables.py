@@ -7,7 +7,10 @@ against an :class:`Allowance`:
 - Before Arrow decodes a row group: the values and unpacked bytes in the headers of its pages, which are what Arrow
   allocates and decodes by (:mod:`keygrip.data.parquet_pages`). The sizes in the file's footer may be any: they do not
   count. Texts stored by what they have in common with the one before (DELTA_BYTE_ARRAY) count in full, by the lengths
-  in the page; in pages packed by LZ4 or with blocks as no writer makes them, each counts as long as its page.
+  in the page; where those are not as writers make them, or the page is packed by Hadoop's LZ4, each counts as long as
+  its page. Texts that a dictionary holds and Arrow gives one by one (JSON, columns with DELTA in another row group)
+  count as often as pages name them. Each page counts for some bytes more, so that very many take too much, not too
+  long.
 - After Arrow has decoded a batch and before its texts are written out: the texts that a dictionary names by number.
 
 What is promised is that the bytes counted so, of all that is held at a time, are within the allowance. The process
@@ -18,12 +21,13 @@ Arrow needs to read the footer itself is not counted.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keygrip.data.bad_samples import guard
-from keygrip.data.parquet_pages import DICTIONARY, longest_text, pages, text_bound
+from keygrip.data.parquet_pages import DICTIONARY, STEP_BYTES, pages, text_bound, texts_of
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, regular_file
 
 if TYPE_CHECKING:
@@ -33,7 +37,9 @@ if TYPE_CHECKING:
 EXPANSION = 64  # a large file may become so many times its own size, a small one MAX_ARRAY_BYTES
 VALUE_BYTES = 32  # of a number or a reference in a list of Python's
 DICT_BYTES, LIST_BYTES = 256, 64  # of a dictionary of Python's with a field, and of a list
+PAGE_BYTES = 4096  # what a page counts as besides its values: the header of one that is empty takes its time too
 BATCH_ROWS = 4096  # decoded at once
+FOOTERS_KEPT = 8  # of the files read last: whoever reads row groups one by one opens the file for each
 
 
 class TooLarge(ValueError):
@@ -77,17 +83,47 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
 
     regular_file(path)
     with guard(path):
-        metadata = parquet.read_metadata(path)
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        texts = [
-            metadata.schema.column(number).path
-            for number in range(len(metadata.schema))
-            if metadata.schema.column(number).physical_type == "BYTE_ARRAY"
-            # Arrow makes no dictionary of those
-            and not any("DELTA" in encoding for group in groups for encoding in group.column(number).encodings)
-        ]
-        with parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts) as file:
+        metadata, texts = _examined(*_footer(path))
+        with parquet.ParquetFile(path, metadata=metadata, read_dictionary=[*texts]) as file:
             yield file
+
+
+def _footer(path: Path) -> tuple[bytes, int]:
+    """The end of a file from its footer on, and the file's size in bytes. Raises ValueError: it has no footer."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 8, 0))
+        ending = file.read(8)
+        length = 8 + int.from_bytes(ending[:4], "little")
+        if ending[4:] != b"PAR1" or length > size - 4:
+            raise ValueError("it does not end as a Parquet file does: it is none, or its end is missing")
+        file.seek(size - length)
+        return file.read(length), size
+
+
+@functools.lru_cache(FOOTERS_KEPT)
+def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, tuple[str, ...]]:
+    """What a file's footer says, and the columns whose texts come as dictionaries.
+
+    Raises:
+        ValueError: its row groups share what is stored: each reads within its allowance, but there may be thousands.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    metadata = parquet.read_metadata(pyarrow.BufferReader(b"PAR1" + footer))
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    stored = sum(max(group.column(n).total_compressed_size, 0) for group in groups for n in range(group.num_columns))
+    if stored > size:
+        raise ValueError(f"its row groups have {stored} bytes together, more than the {size} of the file")
+    texts = (
+        metadata.schema.column(number).path
+        for number in range(len(metadata.schema))
+        if metadata.schema.column(number).physical_type == "BYTE_ARRAY"
+        # Arrow makes no dictionary of those
+        and not any("DELTA" in encoding for group in groups for encoding in group.column(number).encodings)
+    )
+    return metadata, tuple(texts)
 
 
 def column_types(path: Path) -> dict[str, str]:
@@ -131,13 +167,14 @@ def refuse_large(
                     continue
                 allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads it at once
                 one_by_one = chunk.physical_type == "BYTE_ARRAY" and not pyarrow.types.is_dictionary(kind)
-                longest = 0
+                texts = None
                 for page in pages(content, chunk):
                     value = value_bytes + max(column.length, 0)
-                    allowance.take(max(page.size, page.stored) + value * page.values)
+                    allowance.take(PAGE_BYTES + max(page.size, page.stored) + value * page.values)
                     if page.kind == DICTIONARY and one_by_one:
-                        longest = max(longest, longest_text(content, page, chunk))
-                    allowance.take(text_bound(content, page, chunk, column, longest))
+                        allowance.take(STEP_BYTES * page.values)
+                        texts = texts_of(content, page, chunk)
+                    allowance.take(text_bound(content, page, chunk, column, texts))
 
 
 def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, int]]:
@@ -145,6 +182,8 @@ def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, in
     Python's objects, texts aside. Values may be so few that each has structures and inner lists of its own."""
     import pyarrow
 
+    if isinstance(kind, pyarrow.BaseExtensionType):  # such as JSON
+        kind = kind.storage_type
     if not kind.num_fields:
         yield kind, value_bytes
     for number in range(kind.num_fields):
@@ -183,7 +222,11 @@ def read_table(path: Path, columns: Collection[str] | None = None, allowance: Al
 
 
 def text_bytes(batch: pyarrow.RecordBatch) -> int:
-    """Bytes of all texts of a batch of `open_parquet`, each counted as often as it stands there."""
+    """Bytes of all texts of a batch of `open_parquet`, each counted as often as it stands there.
+
+    Raises:
+        ValueError: a column has a type whose texts are not known here.
+    """
     return sum(_text_bytes(column) for column in batch.columns)
 
 
@@ -191,19 +234,28 @@ def _text_bytes(values: Any) -> int:
     import pyarrow
     import pyarrow.compute as compute
 
-    kind = values.type
-    if pyarrow.types.is_dictionary(kind):
+    kind, types = values.type, pyarrow.types
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _text_bytes(values.storage)
+    if types.is_dictionary(kind):
         if not _is_text(kind.value_type):
             return len(values) * VALUE_BYTES
         lengths = compute.cast(compute.binary_length(values.dictionary), pyarrow.int64())
         return int(compute.sum(lengths.take(values.indices)).as_py() or 0)
-    if pyarrow.types.is_map(kind):
+    if types.is_map(kind):
         return _text_bytes(values.keys) + _text_bytes(values.items)
-    if pyarrow.types.is_struct(kind):
+    if types.is_struct(kind):
         return sum(_text_bytes(field) for field in values.flatten())
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    if any(test(kind) for test in lists):
         return _text_bytes(values.flatten())
-    return int(values.nbytes) if _is_text(kind) or pyarrow.types.is_fixed_size_binary(kind) else 0
+    if _is_text(kind) or types.is_fixed_size_binary(kind) or types.is_string_view(kind) or types.is_binary_view(kind):
+        return int(values.nbytes)
+    if not any(test(kind) for test in (types.is_primitive, types.is_decimal, types.is_null)):
+        raise ValueError(
+            f"a column has values of type {kind}, which are not read: store them as lists, texts or numbers"
+        )
+    return 0
 
 
 def _is_text(kind: Any) -> bool:
@@ -214,7 +266,8 @@ def _is_text(kind: Any) -> bool:
 
 
 def without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """The batch with its texts themselves in place of their numbers; `text_bytes` says how large that becomes."""
+    """The batch with its texts themselves in place of their numbers; `text_bytes` says how large that becomes. Those in
+    views of lists and in types that others define stay: Arrow does not write them out."""
     import pyarrow
 
     fields = [_plain_field(field) for field in batch.schema]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import os
 import random
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 
 from keygrip.data import parquet_tables
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.parquet_tables import Allowance, column_types, is_too_large, read_table
+from keygrip.data.parquet_tables import Allowance, column_types, is_too_large, read_table, text_bytes
 from keygrip.data.video_text.sources.tables import row_groups
 
 LIMIT = 1 << 20
@@ -67,6 +69,7 @@ def chunk(path: Path) -> Any:
 
 TEXT = "x" * 10_000
 ENDINGS = [TEXT + str(n) for n in range(200)]
+OF_VIEWS = arrow.struct([("a", arrow.list_(arrow.large_list_view(arrow.string()))), ("n", arrow.int8())])
 DEEP: Any = 1
 for _ in range(40):
     DEEP = {"a": DEEP}
@@ -79,6 +82,9 @@ BOMBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a run of numbers": ({"a": [0] * 50_000}, {}),
     "a run in one row": ({"a": [[0.0] * 50_000]}, {}),
     "rows of nothing": ({"a": arrow.nulls(50_000, arrow.int64())}, {}),
+    "in views of lists": ({"a": arrow.array([[TEXT] * 100] * 2, arrow.list_view(arrow.string()))}, {}),
+    "in large views of lists": ({"a": arrow.array([[TEXT]] * 200, arrow.large_list_view(arrow.string()))}, {}),
+    "in JSON": ({"a": arrow.array([f'["{TEXT}"]'] * 200, arrow.json_())}, {}),
     "values of a fixed size": ({"a": arrow.array([b"x" * 10_000] * 200, arrow.binary(10_000))}, {}),
     "structures in structures": ({"a": [DEEP] * 200}, {}),
     "beginnings in lists": (
@@ -174,7 +180,7 @@ def test_a_hostile_file_is_refused_within_little_memory(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("codec", ["snappy", "gzip", "brotli", "zstd", "none"])
+@pytest.mark.parametrize("codec", ["snappy", "gzip", "brotli", "zstd", "lz4", "none"])
 def test_texts_stored_by_their_beginnings_count_as_they_are(tmp_path: Path, codec: str, version: str) -> None:
     """Writers of version 2 (parquet-mr, arrow-rs) store texts so where they do not repeat as a whole."""
     chance = random.Random(0)
@@ -195,7 +201,7 @@ def test_texts_stored_by_their_beginnings_count_as_they_are(tmp_path: Path, code
 
 
 @pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
-def test_texts_partly_of_a_dictionary_count_as_long_as_its_longest(tmp_path: Path, encoding: str) -> None:
+def test_texts_partly_of_a_dictionary_count_as_they_are(tmp_path: Path, encoding: str) -> None:
     """A writer of version 2 gives a dictionary up within a row group where it becomes too large."""
     number = {"DELTA_BYTE_ARRAY": 7, "DELTA_LENGTH_BYTE_ARRAY": 6}[encoding]
 
@@ -210,7 +216,7 @@ def test_texts_partly_of_a_dictionary_count_as_long_as_its_longest(tmp_path: Pat
         assert encoding in chunk(path).encodings
         return path
 
-    first, then = ["one", "two"] * 150, [f"the {each}th" for each in range(200)]
+    first, then = ["one", "two"] * 150 + [TEXT], [f"the {each}th" for each in range(200)]
     assert read_table(joined(first, then))["a"].to_pylist() == first + then
     with pytest.raises(BadSample, match=f"unpacked, it has more than the {LIMIT} bytes"):
         read_table(joined([TEXT] * 300, then))
@@ -277,6 +283,11 @@ def test_ordinary_tables_are_as_arrow_reads_them(tmp_path: Path, encoding: str |
         "kind": arrow.array(["u", "v"] * 10).dictionary_encode(),
         "map": arrow.array([[("k", "v")]] * 20, arrow.map_(arrow.string(), arrow.string())),
         "digest": arrow.array([b"abcd"] * 20, arrow.binary(4)),
+        "views": arrow.array([["a", "bc"], [], None, ["a"]] * 5, arrow.list_view(arrow.string())),
+        "of views": arrow.array([{"a": [["b", None]], "n": 1}, None] * 10, OF_VIEWS),
+        "answer": arrow.array(['{"a": 1}', None] * 10, arrow.json_()),
+        "amount": arrow.array([decimal.Decimal("1.50"), None] * 10),
+        "at": arrow.array([datetime.datetime(2025, 1, 2), None] * 10),
     }
     paths = ["text", "tasks.list.element", "image.bytes", "image.path"]
     paths += [f"turns.list.element.{name}" for name in ("role", "content")]
@@ -292,3 +303,20 @@ def test_ordinary_tables_are_as_arrow_reads_them(tmp_path: Path, encoding: str |
         read = [*group.rows(["turns", "image"])]
         assert [row for _, row in read] == expected.select(["turns", "image"]).to_pylist()[group.first_row :][:7]
         assert [number for number, _ in read] == [*range(group.first_row, group.first_row + len(read))]
+
+
+@pytest.mark.parametrize("store_schema", [False, True])
+def test_one_long_text_of_a_dictionary_does_not_count_for_all(tmp_path: Path, store_schema: bool) -> None:
+    """JSON is given one by one: 6000 times 20 kB would be refused."""
+    values = [f'{{"answer": {row % 40}}}' for row in range(6000)]
+    values[5] = f'{{"answer": "{TEXT + TEXT}"}}'
+    path = write(tmp_path / "a.parquet", {"a": arrow.array(values, arrow.json_())}, store_schema=store_schema)
+    assert str(parquet.read_schema(path).field("a").type) == "extension<arrow.json>"
+    assert read_table(path)["a"].to_pylist() == values
+
+
+def test_a_type_whose_texts_are_not_known_is_named() -> None:
+    runs = arrow.RunEndEncodedArray.from_arrays(arrow.array([3], arrow.int32()), arrow.array([TEXT]))
+    for values in (runs, arrow.array([{"a": None}] * 3).from_arrays([runs], ["a"])):
+        with pytest.raises(ValueError, match=r"values of type run_end_encoded.*are not read"):
+            text_bytes(arrow.record_batch({"a": values}))
