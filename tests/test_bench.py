@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from collections.abc import Callable
@@ -78,6 +79,11 @@ class TestMeasuring:
         seconds = interleaved_seconds(sides, 4, CPU, limit_s=60, warm_up=2)
         assert calls == list("ab" * 6)
         assert [len(values) for values in seconds.values()] == [4, 4]
+
+    def test_seconds_are_those_of_the_clock_that_is_given(self) -> None:
+        ticks = itertools.count()
+        seconds = interleaved_seconds({"only": lambda: next(ticks)}, 3, CPU, limit_s=60, clock=lambda: next(ticks))
+        assert seconds["only"].tolist() == [2, 2, 2]  # a tick of the work, and one until the clock is read again
 
     def test_a_slow_machine_does_fewer_repetitions(self) -> None:
         calls: list[int] = []
@@ -212,7 +218,10 @@ class TestCases:
             widths=[8, 16],
             tokens=4,
             positions=[5],
+            wide_positions=[6],
+            uncausal_positions=[7],
             rows=2,
+            batch_positions=6,
             **dict.fromkeys(("repetitions", "quick_repetitions"), 3),
             **dict.fromkeys(("limit_s", "quick_limit_s"), 5.0),
         )
@@ -221,7 +230,8 @@ class TestCases:
         assert figures["chosen_bf16"] == float(cpu_is_faster_in_bf16())
         ratios = [figures[f"bf16_ms_{width}"] / figures[f"float32_ms_{width}"] for width in (8, 16)]
         assert figures["bf16_over_float32_time"] == pytest.approx(sum(ratios) / 2, abs=6e-4)
-        assert all(figures[f"attention_ms_{way}_5"] > 0 for way in ("bf16", "used", "plain"))
+        for way in ("bf16", "float32", "plain"):
+            assert all(figures[f"attention_ms_{way}_{kind}"] > 0 for kind in ("5", "6_wide", "7_uncausal"))
 
     def test_loader(self, recorder: list[int]) -> None:
         figures = Loader(SMALL_POLICY, 3, 2, batches=4, quick_batches=2, skip_batches=1).run(quick=True)
@@ -252,6 +262,7 @@ class TestCommand:
     SMALL = (
         *("case=cpu_precision", "quick=true", "cases.cpu_precision.widths=[8]", "cases.cpu_precision.tokens=4"),
         *("cases.cpu_precision.positions=[5]", "cases.cpu_precision.rows=2", "cases.cpu_precision.quick_repetitions=1"),
+        *("cases.cpu_precision.wide_positions=[]", "cases.cpu_precision.uncausal_positions=[]"),
     )
 
     def test_one_line_of_json_on_standard_output(

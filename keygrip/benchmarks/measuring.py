@@ -52,12 +52,19 @@ class Timed:
 
 
 def interleaved_seconds(
-    sides: Mapping[str, Work], repetitions: int, device: torch.device, limit_s: float, warm_up: int = 1
+    sides: Mapping[str, Work],
+    repetitions: int,
+    device: torch.device,
+    limit_s: float,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Seconds of every repetition of every side, ``[repetitions]`` each.
 
     The sides take turns, so that whatever else slows the machine down for a while slows all of them. On a machine
-    that is too slow for all repetitions within ``limit_s`` fewer are done, but ``MIN_REPETITIONS`` at least.
+    that is too slow for all repetitions within ``limit_s`` fewer are done, but ``MIN_REPETITIONS`` at least. ``clock``
+    gives the seconds that are measured: those of the wall, or ``time.thread_time`` for work on one thread of a
+    processor that others use too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
@@ -69,11 +76,11 @@ def interleaved_seconds(
             continue
         for name, work in sides.items():
             synchronise(device)
-            started = time.perf_counter()
+            started = clock()
             work()
             synchronise(device)
             if repetition >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

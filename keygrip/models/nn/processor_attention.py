@@ -1,5 +1,6 @@
-"""Attention of a training step on a processor: what is in bf16 around it is faster with torch's fused kernel in float32
-(`attention_ms_*` of ``python -m keygrip.bench case=cpu_precision``)."""
+"""Attention of a training step on a processor: what is in bf16 around it is faster with torch's fused kernel in
+float32, on rows of up to `FLOAT32_KEYS` positions (`attention_ms_*` of ``python -m keygrip.bench case=cpu_precision``).
+"""
 
 from __future__ import annotations
 
@@ -16,11 +17,16 @@ from torch.overrides import TorchFunctionMode
 from keygrip.models.nn.precision import without_autocast
 from keygrip.training.memory import is_counting
 
+# Keys up to which float32 is used. On a processor with AMX (benchmarks/cpu_precision_amx.json) it is faster on shorter
+# rows; on longer ones with heads of 64 numbers it is slower (`attention_ms_*_wide`), with heads of 32 somewhat faster.
+FLOAT32_KEYS = 512
+
 _thread = threading.local()
 
 
 def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, computed in float32 where it is trained in bf16 on a processor.
+    """`F.scaled_dot_product_attention`, computed in float32 where it is trained in bf16 on a processor and has no more
+    than `FLOAT32_KEYS` keys.
 
     Args:
         queries: ``[..., N, d]``; keys: ``[..., M, d]``; values: ``[..., M, e]``, of any type.
@@ -32,8 +38,13 @@ def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options:
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     bf16 = queries.device.type == "cpu" and (autocast or queries.dtype == torch.bfloat16)
     left = not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_counting()
-    if not bf16 or left:
+    if not bf16 or left or keys.shape[-2] > FLOAT32_KEYS:
         return F.scaled_dot_product_attention(queries, keys, values, **options)
+    return float32_attention(queries, keys, values, **options)
+
+
+def float32_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """As `training_attention`, in float32 however long the rows are; always bf16 ``[..., N, e]``."""
     mask = options.get("attn_mask")
     if mask is not None and mask.is_floating_point():
         options = {**options, "attn_mask": mask.float()}
@@ -75,7 +86,7 @@ def within() -> bool:
 
 
 def trained_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context for the forward pass of a training step: under autocast on a processor, attention in float32."""
+    """A context for the forward pass of a training step: under autocast on a processor, `training_attention`."""
     if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return _TrainingAttention()
     return contextlib.nullcontext()

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from vla_parts import INSTRUCTIONS, S, small_vlm
 from vlm_parts import frames_of, small_backbone, small_language
 
-from keygrip.models.nn.processor_attention import trained_on, training_attention, within
+from keygrip.models.nn.processor_attention import FLOAT32_KEYS, trained_on, training_attention, within
 
 CPU = torch.device("cpu")
 
@@ -89,6 +89,17 @@ def test_only_training_in_bf16_on_a_processor_has_it() -> None:
             F.scaled_dot_product_attention(*operands())
     assert not within()
     assert types.found == [torch.float32, torch.bfloat16]
+
+
+def test_rows_with_many_keys_are_left_to_the_kernel_in_bf16() -> None:
+    """It is the faster one there; the number of queries does not matter."""
+    (few, many), (short, long) = ((operands(n)[0] for n in sizes) for sizes in ((3, 600), (FLOAT32_KEYS, 513)))
+    with Types() as types, bf16(), trained_on(CPU):
+        for queries in (few, many):
+            for keys in (short, long):
+                found = F.scaled_dot_product_attention(queries, keys, keys)
+                assert found.dtype == torch.bfloat16
+    assert types.found == [torch.float32, torch.bfloat16] * 2
 
 
 def gradients(network: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
