@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keygrip.artifacts import sha256_file, sha256_of
-from keygrip.models.language.hub import check_tokenizer
+from keygrip.models.language.hub import checked_tokenizer
 from keygrip.models.patch_dit.dino_view import DinoView
 from keygrip.training.integrity import load_tensors
 
@@ -86,9 +86,10 @@ def clip_part(kind: Any, folder: Path) -> Any:
     if is_tower:  # in float32, whatever type the folder was saved in: a figure must not depend on that
         told |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
-        if not is_tower:
-            check_tokenizer(str(folder))
-        part = kind.from_pretrained(folder, **told)
+        if is_tower:
+            part = kind.from_pretrained(folder, **told)
+        else:
+            part = checked_tokenizer(lambda: kind.from_pretrained(folder, **told), str(folder))
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {str(error).splitlines()[0]}") from error
     if not is_tower:

@@ -39,7 +39,7 @@ from keygrip.exporting.folder import CONFIG
 from keygrip.inference.prompts import Message, PromptReader, check, marked, refuse_message
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
-from keygrip.models.language.hub import check_tokenizer, file_of, from_pretrained
+from keygrip.models.language.hub import checked_tokenizer, file_of, from_pretrained
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
 
 WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # options of `from_pretrained`
@@ -91,7 +91,7 @@ class KeygripProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:  # type: ignore[override]
-        """As of transformers, after tokenizer.json is checked; no code of the folder's is executed.
+        """As of transformers, with the tokenizer and its files checked; no code of the folder's is executed.
 
         Raises:
             ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`; settings that cannot be; the
@@ -102,8 +102,9 @@ class KeygripProcessor(ProcessorMixin):
             raise ValueError("trust_remote_code: keygrip executes no code of a folder or the hub, leave it out")
         where = {name: options[name] for name in WHERE if name in options}
         _refuse_audio_tokenizer(source, where)
-        check_tokenizer(source, _vocabulary(pretrained_model_name_or_path), **where)
-        found: Self = from_pretrained(super(), source, **options)
+        loader = super()  # which has no meaning in a function within this one
+        vocabulary = _vocabulary(pretrained_model_name_or_path)
+        found: Self = checked_tokenizer(lambda: from_pretrained(loader, source, **options), source, vocabulary, **where)
         return found
 
     def __call__(

@@ -16,6 +16,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -61,7 +62,8 @@ class ShardIndex:
         columns: by name, [N] int64, float64 or str.
         size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason; what the tar alone
             shows. Of samples that are divided between tars the manifest says it, and they stand here as they are.
-        textless: those of `bad` that have an image or a video and no text.
+        textless: those of `bad` that have images or videos and no text, by key with the names of these; None: not
+            known, in an index that an earlier version made.
     """
 
     keys: np.ndarray
@@ -73,7 +75,7 @@ class ShardIndex:
     columns: dict[str, np.ndarray]
     size: int
     bad: dict[str, str] = field(default_factory=dict)
-    textless: tuple[str, ...] = ()
+    textless: dict[str, tuple[str, ...]] | None = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -92,8 +94,13 @@ class ShardIndex:
         }
         if self.bad:
             arrays |= {"bad_keys": np.array([*self.bad]), "bad_reasons": np.array([*self.bad.values()])}
-        if self.textless:
-            arrays["textless"] = np.array(self.textless)
+        if self.bad and self.textless is not None:
+            names = [name for each in self.textless.values() for name in each]
+            arrays |= {
+                "textless": np.array([*self.textless], dtype=np.str_),
+                "textless_names": np.array(names, dtype=np.str_),
+            }
+            arrays["textless_counts"] = np.array([len(each) for each in self.textless.values()], dtype=np.int64)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
@@ -108,8 +115,7 @@ class ShardIndex:
                 own = {key: arrays[key] for key in OWN}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
                 bad = dict(zip(*reasons, strict=True))
-                without_text = tuple(map(str, arrays["textless"].tolist())) if "textless" in arrays else ()
-                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad, textless=without_text)
+                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad, textless=_textless(arrays, bad))
                 index._check()
                 return index
         except BadSample as error:
@@ -157,6 +163,18 @@ class ShardIndex:
             part_crcs=self.part_crcs[members],
             columns={name: values[keep] for name, values in self.columns.items()},
         )
+
+
+def _textless(arrays: Mapping[str, np.ndarray], bad: Mapping[str, str]) -> dict[str, tuple[str, ...]] | None:
+    """See `ShardIndex.textless`, of the arrays of an index file. Raises ValueError, KeyError: they are damaged."""
+    if "textless_names" not in arrays:  # nothing is bad, or an earlier version made it
+        return None if bad else {}
+    names, counts = arrays["textless_names"].tolist(), arrays["textless_counts"].tolist()
+    if sum(counts) != len(names) or min(counts, default=0) < 0:
+        raise ValueError("its images without text do not belong together")
+    left = iter(names)
+    pairs = zip(arrays["textless"].tolist(), counts, strict=True)
+    return {str(key): tuple(map(str, islice(left, count))) for key, count in pairs}
 
 
 def make_index(
@@ -244,7 +262,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                 bad[key] = error.what
     whole = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
     index = make_index([*rows], whole, [*rows.values()], found.size, bad)
-    return replace(index, textless=tuple(key for key in textless(gathered_parts) if key in bad))
+    return replace(index, textless={key: each for key, each in textless(gathered_parts).items() if key in bad})
 
 
 @dataclass(frozen=True)

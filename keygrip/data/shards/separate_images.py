@@ -64,9 +64,13 @@ def gathered(
     return members, _refused(alone, sorted(shown - texts), shown & texts, parts)
 
 
-def textless(parts: Mapping[str, Sequence[Member]]) -> list[str]:
-    """Keys with images or videos and no text, of the members that `gathered` gives."""
-    return [key for key, each in parts.items() if _has_media(each) and not _has_text(each)]
+def textless(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]]:
+    """By key, the names of images and videos that have no text, of the members that `gathered` gives."""
+    return {
+        key: tuple(name for name, _, _ in each if MEDIA.search(name))
+        for key, each in parts.items()
+        if _has_media(each) and not _has_text(each)
+    }
 
 
 class TextlessImages:
@@ -76,14 +80,16 @@ class TextlessImages:
     def __init__(self) -> None:
         self._numbered: dict[str, list[tuple[str, str]]] = {}  # by what stands before the number, (key, tar)
         self._named: dict[str, list[tuple[str, str]]] = {}  # by name, the first (key, tar) of every tar
+        self._own: dict[str, list[tuple[Sequence[str], str]]] = {}  # by key, the names of its images, and the tar
 
     def __bool__(self) -> bool:
         """Whether there are any."""
         return bool(self._named)
 
-    def add(self, tar: str, images: Iterable[str]) -> None:
-        """Takes the keys of the images and videos without text of a tar, whose name is `tar`."""
-        for key in images:
+    def add(self, tar: str, images: Mapping[str, Sequence[str]]) -> None:
+        """Takes the images and videos without text of a tar, whose name is `tar`: their names by key."""
+        for key, names in images.items():
+            self._own.setdefault(key, []).append((names, tar))
             if (stem := _without_number(key)) != key:
                 self._numbered.setdefault(stem, []).append((key, tar))
             name = _last(key)[1]
@@ -96,7 +102,8 @@ class TextlessImages:
         """By key, the reasons of the samples of a tar whose images stand in another one, all or some.
 
         Keys that begin anew in every tar are no exception: whether an image has lost its text, or its sample goes on in
-        the next tar, cannot be told apart, and the second would be learned as a part of a video.
+        the next tar, cannot be told apart, and the second would be learned as a part of a video. An image of this
+        sample's key and number in another tar is another sample's, which has lost its text.
 
         Args:
             samples: by key, the names of its members. tar: its name.
@@ -105,9 +112,11 @@ class TextlessImages:
         for key, members in samples.items():
             shown = [name for name in members if MEDIA.search(name)]
             known = {int(number) for name in shown if (number := name.partition(".")[0]).isdecimal()}
-            if shown and not known:  # one image or one video
-                continue
-            images = [each for each in self._numbered.get(key, ()) if int(each[0].rpartition("_")[2]) not in known]
+            own = self._own.get(key, ())
+            places = set(map(_place, shown)) if own else set()
+            images = [(f"{key}.{name}", place) for names, place in own for name in names if _place(name) not in places]
+            if known or not shown:  # otherwise it is one image or one video, and KEY_1 no part of it
+                images += [each for each in self._numbered.get(key, ()) if int(each[0].rpartition("_")[2]) not in known]
             if not shown:
                 images += self._named.get(_last(key)[1], ())
             image, place = next((each for each in images if each[1] != tar), ("", ""))
@@ -202,6 +211,14 @@ def _has_media(members: Sequence[Member]) -> bool:
 
 def _is_image(members: Sequence[Member]) -> bool:
     return [name.lower() in IMAGES for name, _, _ in members] == [True]
+
+
+def _place(name: str) -> int | str:
+    """Of an image in its sample, as its name says it: one without a number is the first. A video has its name."""
+    number, _, ending = name.lower().rpartition(".")
+    if ending not in IMAGES:
+        return name.lower()
+    return int(number or 0) if (number or "0").isdecimal() else name.lower()
 
 
 def _last(key: str) -> tuple[str, str]:

@@ -218,8 +218,9 @@ def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, b
                 f"{path} has {path.stat().st_size} bytes, its index was made of {index.size}: it is cut off, "
                 "or replaced (again=true indexes it anew)"
             )
-        # earlier versions left these out of the index itself, where they stayed when the other tar was gone
-        if not any(reason.startswith(ELSEWHERE) for reason in index.bad.values()):
+        # earlier versions left divided samples out of the index itself, where they stayed when the other tar was gone,
+        # or did not say which images have no text
+        if index.textless is not None and not any(reason.startswith(ELSEWHERE) for reason in index.bad.values()):
             return index, content
     index = index_shard(path, describe)
     return index, index.to_bytes()

@@ -26,7 +26,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.nodes import EvalContext
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Joiner, Namespace
 
 LONGEST_TEMPLATE = 50_000  # characters; the longest of known models have some ten thousand
 OPERATIONS, OPERATIONS_A_MESSAGE = 20_000, 1_000  # known templates need less than three hundred for a message
@@ -54,28 +54,42 @@ TESTS = {
     *("lower", "mapping", "none", "number", "odd", "sameas", "sequence", "string", "test", "true", "undefined"),
     "upper",
 }
-FUNCTIONS = ("dict", "namespace", "raise_exception", "range", "strftime_now")
+FUNCTIONS = ("cycler", "dict", "joiner", "namespace", "raise_exception", "range", "strftime_now")
 METHODS: dict[type, set[str]] = {
     str: {
         *("capitalize", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isdecimal", "isdigit"),
-        *("islower", "isnumeric", "isspace", "isupper", "join", "lower", "lstrip", "removeprefix", "removesuffix"),
-        *("replace", "rfind", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper"),
+        *("islower", "isnumeric", "isspace", "isupper", "join", "lower", "lstrip", "partition", "removeprefix"),
+        *("removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith"),
+        *("strip", "title", "upper"),
     },
     dict: {"copy", "get", "items", "keys", "values"},
     list: {"copy", "count", "index"},
     tuple: {"count", "index"},
     LoopContext: {"changed", "cycle"},
+    Cycler: {"next", "reset"},
 }
 # Of these, what may take or make as much as the product of the sizes of what it is given, ...
-GROWING = {"format", "indent", "join", "lstrip", "replace", "rfind", "rsplit", "rstrip", "strip", "trim"}
-SEARCHING = {"count", "find", "index", "split"}  # ... what looks for one text in another, from its beginning, ...
+GROWING = {"indent", "join", "lstrip", "replace", "rfind", "rpartition", "rsplit", "rstrip", "strip", "trim"}
+SEARCHING = {
+    "count",
+    "find",
+    "index",
+    "partition",
+    "split",
+}  # ... what looks for one text in another, from its beginning, ...
 DIVIDING = {"rsplit", "split", "splitlines"}  # ... and what may make an item of every character or two.
 # Filters that look up an attribute, which may be a long path of them ("a.b.c"), of every item.
 BY_ATTRIBUTE = {"map", "selectattr", "rejectattr", "sort", "unique", "min", "max", "join"}
 OF_NUMBERS = {"divisibleby", "even", "odd"}  # tests that compute with %, which with a text is a format
 JINJAS_OWN = ("_loop_vars", "_block_vars")  # variables that it hands to every call, and no function gets
-# In a format: a width of four digits, or one that is an argument. "%" has it between the mark and its letter.
-WIDE = re.compile(r"%(?:\([^)]*\))?[^A-Za-z%]*(?:\d{4}|\*)|\{[^{}]*(?:\d{4}|\{)")
+# What is put into the two kinds of formats, with all that stands behind its key or name; "%%" and "{{" put nothing in,
+# but which signs these are depends on those before, so that they are found with it. Refused is a width of four digits,
+# or one that is an argument, and what begins as a key with brackets in it, behind which nothing is looked for.
+PUT_IN = {
+    "%": re.compile(r"%%|%(?:\([^()]*\))?([-+ #0]*(?:\*|\d+)?(?:\.(?:\*|\d*))?[hlL]?[^*\d]?)"),
+    "format": re.compile(r"\{\{|\{(?:\[[^\]]*\]?|[^\[{}:!])*([^{}]*\{?)"),
+}
+WIDE = {"%": re.compile(r"\d{4}|\*|\($"), "format": re.compile(r"\d{4}|\{$")}
 MOST_NESTED = 10  # loops, macros and blocks; what stands in each is counted once more for each around it
 CREATING = (nodes.BinExpr, nodes.Call, nodes.Concat, nodes.Dict, nodes.List, nodes.Tuple)
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -293,7 +307,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         name = getattr(function, "__name__", type(function).__name__)
         for each in given:
             self.measured(each)
-        if any(function is each for each in self.functions):
+        if isinstance(function, Joiner) or any(function is each for each in self.functions):
             return
         kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
         if kind is None or name not in METHODS[kind]:
@@ -307,7 +321,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         for each in (left, right):
             _refuse_integer(each)
         if operator == "%" and isinstance(left, str):
-            _charge("format", left, right)
+            _charge("%", left, right)
         elif operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
             _charge_product("*", left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -363,7 +377,7 @@ def _bounded(kind: str, name: str, function: Callable[..., Any]) -> Callable[...
         for each in given:
             measured(each)
         if kind == "filter":
-            _charge(name, *given)
+            _charge("%" if name == "format" else name, *given)
         elif name == "in":
             _charge_search(given[1], given[0])
         elif name in OF_NUMBERS and any(isinstance(each, str) for each in given):
@@ -389,9 +403,9 @@ def _charge(name: str, *given: Any) -> None:
     """Counts what a filter or a text's method may take and make beyond the size of what it is given; the first is what
     it is applied to. Raises SecurityError: that may be much larger than a chat."""
     value, *options = given or ("",)
-    if name == "format":
+    if name in PUT_IN:
         text = str(value)
-        if WIDE.search(text):
+        if any(WIDE[name].search(found[1] or "") for found in PUT_IN[name].finditer(text)):
             raise SecurityError(f"widths as in {text[:80]!r} are not taken in chat templates")
         work, widths = _work.get(), sum(map(int, re.findall(r"\d+", text)))
         _charge_product(name, len(text) + widths, ITEM + sum(_weight(each, work.largest) for each in options))
@@ -461,6 +475,8 @@ def _inside(value: Any) -> Iterable[Any]:
         return [*value.keys(), *value.values()]
     if isinstance(value, Namespace):
         return [object.__getattribute__(value, "__dict__")]  # its own is what the template has put in
+    if isinstance(value, Cycler | Joiner):
+        return value.items if isinstance(value, Cycler) else [value.sep]
     return value if isinstance(value, (list, tuple, *HOLDING)) else ()
 
 

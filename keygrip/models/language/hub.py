@@ -6,16 +6,26 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from keygrip.models.language.tokenizer_json import TOKENIZER_FILE, check_tokenizer_file
+from keygrip.models.language.tokenizer_files import (
+    CONFIG_FILE,
+    TOKEN_FILES,
+    VOCABULARY_FILES,
+    check_built,
+    check_config,
+    check_tokens,
+    check_vocabulary,
+)
+from keygrip.models.language.tokenizer_json import TOKENIZER_FILE, check_tokenizer_file, tokenizer_errors
 
 log = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 
 def read_config(source: str) -> Any:
@@ -60,11 +70,10 @@ def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
 
 def read_tokenizer(source: str) -> Any:
     """A tokenizer of transformers from a folder or the hub. Raises FileNotFoundError: not there; ValueError: as
-    `check_tokenizer`."""
+    `checked_tokenizer`."""
     from transformers import AutoTokenizer
 
-    check_tokenizer(source)
-    return from_pretrained(AutoTokenizer, source)
+    return checked_tokenizer(lambda: from_pretrained(AutoTokenizer, source), source)
 
 
 def read_stop_tokens(source: str) -> list[int]:
@@ -93,18 +102,41 @@ def read_stop_tokens(source: str) -> list[int]:
     return []
 
 
-def check_tokenizer(source: str, vocabulary: int | None = None, **options: Any) -> None:
-    """Checks the tokenizer.json of a folder or the hub, if there is one, before transformers reads it.
+def checked_tokenizer(load: Callable[[], Loaded], source: str, vocabulary: int | None = None, **options: Any) -> Loaded:
+    """A tokenizer of transformers, or a processor with one, whose files are checked before transformers reads them and
+    which is checked itself after that: it may be made of several of them.
 
     Args:
-        vocabulary: see `parse_tokenizer`. options: where it lies, as `from_pretrained` takes them ("revision").
+        load: reads it. source: as in `read_config`, that it is read from. vocabulary: see
+            `keygrip.models.language.tokenizer_json.parse_tokenizer`. options: where it lies, as `from_pretrained` takes
+            them ("revision").
 
     Raises:
-        ValueError: see `parse_tokenizer`.
+        ValueError: as `parse_tokenizer`, of any of the files. Whatever else `load` raises for files that are not there
+            or not to be read.
     """
-    found = file_of(source, TOKENIZER_FILE, **options)
-    if found is not None:  # otherwise reading it says so
-        check_tokenizer_file(found, vocabulary)
+    find = _finder(source, **options)
+    config = find(CONFIG_FILE)
+    others = [] if config is None else check_config(config, vocabulary)
+    for names, check in (
+        ((TOKENIZER_FILE, *others), check_tokenizer_file),
+        (TOKEN_FILES, check_tokens),
+        (VOCABULARY_FILES, check_vocabulary),
+    ):
+        for name in dict.fromkeys(names):
+            if (found := find(name)) is not None:  # otherwise reading it says so, where it is needed
+                check(found, vocabulary)
+    where = f"the tokenizer of {source}"
+    try:
+        loaded = load()
+    except (OSError, ValueError, ImportError):
+        raise
+    except BaseException:  # as of damaged files, whatever it is: also a panic of Rust
+        with tokenizer_errors(where):
+            raise
+    built: Any = loaded
+    check_built(built if hasattr(built, "get_vocab") else built.tokenizer, where, vocabulary)
+    return loaded
 
 
 def file_of(source: str, name: str, **options: Any) -> Path | None:
@@ -120,6 +152,23 @@ def file_of(source: str, name: str, **options: Any) -> Path | None:
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)
+
+
+def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
+    """`file_of` for many files of a folder or the hub, which is asked once which it has: where it cannot be reached,
+    asking for each takes half a minute. Those that were downloaded before are then found."""
+    if not Path(source).is_dir() and not options.get("local_files_only"):
+        from huggingface_hub import HfApi
+
+        folder = f"{options['subfolder']}/" if options.get("subfolder") else ""
+        try:
+            asked = {name: options[name] for name in ("revision", "token") if name in options}
+            there = set(HfApi().list_repo_files(source, **asked))
+        except Exception:  # whatever the network makes of it
+            options = options | {"local_files_only": True}
+        else:
+            return lambda name: file_of(source, name, **options) if folder + name in there else None
+    return lambda name: file_of(source, name, **options)
 
 
 class ForeignCodeError(ValueError):

@@ -15,8 +15,8 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +65,28 @@ def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None
         content = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{where} is damaged or no tokenizer ({error})") from error
-    _refuse_ids(content, where, vocabulary)
-    _refuse_lengths(content, where)
-    _refuse_growth(content, where)
+    check_content(content, where, vocabulary)
     with tokenizer_errors(where):
         return Tokenizer.from_str(json.dumps(content))  # not `text`, where a name may stand twice
 
 
+def check_content(content: Any, where: str, vocabulary: int | None = None) -> None:
+    """Raises ValueError as `parse_tokenizer` for what tokenizer.json holds."""
+    _refuse_ids_of(content, where, vocabulary)
+    _refuse_lengths(content, where)
+    _refuse_growth(content, where)
+
+
 def check_tokenizer_file(file: Path, vocabulary: int | None = None) -> None:
     """Raises ValueError as `parse_tokenizer` for a file that somebody else reads."""
+    parse_tokenizer(read_small(file), str(file), vocabulary)
+
+
+def read_small(file: Path) -> bytes:
+    """A file of a tokenizer. Raises ValueError: it is larger than any."""
     if file.stat().st_size > LARGEST_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any tokenizer: it is not read")
-    parse_tokenizer(file.read_bytes(), str(file), vocabulary)
+    return file.read_bytes()
 
 
 @contextmanager
@@ -91,21 +101,38 @@ def tokenizer_errors(where: str) -> Iterator[None]:
         raise ValueError(f"{where} is damaged or no tokenizer ({error})") from error
 
 
-def _refuse_ids(content: Any, where: str, vocabulary: int | None) -> None:
+def refuse_ids(ids: Iterable[tuple[Any, Any]], where: str, vocabulary: int | None = None) -> None:
+    """Raises ValueError: of tokens and their ids, one has an id beyond the vocabulary."""
+    most = LARGEST_VOCABULARY if vocabulary is None else vocabulary
+    of = "any language model" if vocabulary is None else "its language model"
+    for token, number in ids:
+        if type(number) is not int or not 0 <= number < most:
+            raise ValueError(
+                f"{where}: the token {str(token)[:40]!r} has the id {str(number)[:40]}; {of} has ids below {most}"
+            )
+
+
+def refuse_long(texts: Iterable[Any], where: str) -> None:
+    """Raises ValueError: a text is longer than any tokenizer's token."""
+    long = next((text for text in texts if isinstance(text, str) and len(text) > LONGEST_TOKEN), None)
+    if long is not None:
+        raise ValueError(
+            f"{where}: the token {long[:40]!r}... has {len(long)} characters; no tokenizer has one of more than "
+            f"{LONGEST_TOKEN}"
+        )
+
+
+def _refuse_ids_of(content: Any, where: str, vocabulary: int | None) -> None:
     parts = content if isinstance(content, dict) else {}
     model, added = parts.get("model"), parts.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(added, list):
         raise ValueError(f"{where} is damaged or no tokenizer (it has no model with a vocabulary)")
-    most = LARGEST_VOCABULARY if vocabulary is None else vocabulary
-    of = "any language model" if vocabulary is None else "its language model"
     known = model.get("vocab")
     ids = list(known.items()) if isinstance(known, dict) else []  # in a list the place is the id
     ids += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
-    if isinstance(known, list) and len(known) > most:
-        ids.append((known[most], most))
-    for token, number in ids:
-        if type(number) is not int or not 0 <= number < most:
-            raise ValueError(f"{where}: the token {str(token)[:40]!r} has the id {number}; {of} has ids below {most}")
+    if isinstance(known, list) and known:
+        ids.append((known[-1], len(known) - 1))
+    refuse_ids(ids, where, vocabulary)
 
 
 def _refuse_lengths(content: dict[str, Any], where: str) -> None:
@@ -128,12 +155,7 @@ def _refuse_lengths(content: dict[str, Any], where: str) -> None:
             waiting += each
         else:
             texts.append(each)
-    long = next((text for text in texts if isinstance(text, str) and len(text) > LONGEST_TOKEN), None)
-    if long is not None:
-        raise ValueError(
-            f"{where}: the token {long[:40]!r}... has {len(long)} characters; no tokenizer has one of more than "
-            f"{LONGEST_TOKEN}"
-        )
+    refuse_long(texts, where)
     for name in AFFIXES:
         if isinstance(affix := model.get(name), str) and len(affix) > LONGEST_AFFIX:
             raise ValueError(f"{where}: its {name} has {len(affix)} characters; no tokenizer needs {LONGEST_AFFIX}")
@@ -194,19 +216,16 @@ def _growth(part: dict[str, Any]) -> float:
     if isinstance(added, str):
         growth *= 1 + len(added)
     if isinstance(part.get("precompiled_charsmap"), str):
-        growth *= _longest_of(part["precompiled_charsmap"])
+        with suppress(ValueError):  # which the library refuses
+            growth *= longest_of_charsmap(base64.b64decode(part["precompiled_charsmap"]))
     templates = [each for each in (part.get("single"), part.get("pair")) if isinstance(each, list)]
     return growth * max([1, *(_tokens_of(each, part.get("special_tokens")) for each in templates)])
 
 
-def _longest_of(charsmap: str) -> int:
+def longest_of_charsmap(charsmap: bytes) -> int:
     """Length of the longest text that a SentencePiece's map has in place of a character: behind a table, of which the
     first four bytes say the size, they stand one after the other, each with a zero byte behind it."""
-    try:
-        content = base64.b64decode(charsmap)
-    except ValueError:
-        return 1  # which the library refuses
-    texts = content[4 + int.from_bytes(content[:4], "little") :]
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
 
 

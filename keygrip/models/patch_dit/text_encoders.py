@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from keygrip.models.language.hub import check_tokenizer
+from keygrip.models.language.hub import checked_tokenizer
 from keygrip.models.patch_dit.pretrained import INSTALL, from_source, named_dtype, sample_of, subfolder_of
 from keygrip.training.parts import model_part
 
@@ -128,7 +128,7 @@ class T5Text:
 
         Raises:
             ImportError: transformers is not installed. FileNotFoundError: not there. ValueError: another width, Python
-                code of its own, or as `check_tokenizer`.
+                code of its own, or as `checked_tokenizer`.
         """
         if self._parts is None:
             try:
@@ -137,9 +137,12 @@ class T5Text:
                 raise ImportError(f"the T5 encoder needs transformers: {INSTALL}") from error
             folders = [subfolder_of(self.source, name) for name in (self.tokenizer_subfolder, self.subfolder)]
             inside: list[dict[str, Any]] = [{"subfolder": folder} if folder else {} for folder in folders]
-            check_tokenizer(self.source, **inside[0])
             own = {"trust_remote_code": False}
-            tokenizer = from_source(AutoTokenizer, self.source, "the T5 tokenizer", own | inside[0])
+            tokenizer = checked_tokenizer(
+                lambda: from_source(AutoTokenizer, self.source, "the T5 tokenizer", own | inside[0]),
+                self.source,
+                **inside[0],
+            )
             loading = own | {"dtype": self.dtype, "weights_only": True}
             model = from_source(T5EncoderModel, self.source, "the T5 encoder", loading | inside[1])
             if model.config.d_model != self.width:

@@ -18,7 +18,7 @@ from shard_sets import picture, small_video
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.manifests import make_manifests
 from keygrip.data.shards import index as shard_index
-from keygrip.data.shards.index import MANIFEST, ShardIndex, index_path
+from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.separate_images import ELSEWHERE, gathered
 from keygrip.data.validation import validate
@@ -263,9 +263,84 @@ def test_the_index_keeps_which_images_have_no_text(tmp_path: Path) -> None:
     make_manifests(tmp_path, max_broken_share=1.0)
     stored = index_path(tmp_path / "a.tar").read_bytes()
     index = ShardIndex.from_bytes(stored, "a")
-    assert index.textless == ("x",)
+    assert index.textless == {"x": ("png",)}
     assert index.to_bytes() == stored
-    assert np.array_equal(index.without(["good"]).textless, ["x"])
+    assert index.without(["good"]).textless == index.textless
+    for name, values in (("names", ["png", "jpg"]), ("names", []), ("counts", [-1]), ("counts", [1, 1])):
+        with np.load(io.BytesIO(stored)) as arrays:
+            content = dict(arrays)
+        content[f"textless_{name}"] = np.array(values, dtype=content[f"textless_{name}"].dtype)
+        buffer = io.BytesIO()
+        np.savez(buffer, **content)
+        with pytest.raises(ShardError, match=r"b is not a shard index"):
+            ShardIndex.from_bytes(buffer.getvalue(), "b")
+
+
+def dotted(key: str, numbers: list[str]) -> Members:
+    return [(f"{key}.{number}.png", picture(int(number))) for number in numbers]
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["text first", "text last"])
+@pytest.mark.parametrize("folder", ["", "a/", "a/b/"])
+@pytest.mark.parametrize(
+    ("with_text", "without"),
+    [
+        (dotted("k", ["00", "01"]), [dotted("k", ["02", "03"])]),
+        (dotted("k", ["00"]), [dotted("k", ["01"])]),
+        (dotted("k", ["01", "02"]), [dotted("k", ["00"])]),
+        (dotted("k", ["00", "01"]), [dotted("k", ["02"]), dotted("k", ["03"])]),
+        (dotted("k", ["00", "01"]), [dotted("k", ["00", "01", "02"])]),
+        (images("k", ["00", "01"]), [dotted("k", ["02"])]),
+        ([("k.png", picture(0))], [dotted("k", ["01"])]),
+        ([("k.mp4", small_video())], [[("k.png", picture(0))]]),
+    ],
+    ids=["halves", "1 and 1", "end first", "three tars", "more", "two layouts", "1 without a number", "its preview"],
+)
+def test_no_part_of_a_video_that_tars_cut_is_learned(
+    with_text: Members, without: list[Members], folder: str, swapped: bool, tmp_path: Path
+) -> None:
+    parts = [[*with_text, ("k.json", TALK)], *without]
+    for tar, members in zip("abc", parts[::-1] if swapped else parts, strict=False):
+        others = samples([f"{tar}{n}" for n in range(2)], "png", "json")
+        write_tar(
+            tmp_path / f"{tar}.tar", [*others[:2], *((folder + name, each) for name, each in members), *others[2:]]
+        )
+    frames, _ = found(tmp_path)
+    assert frames == {f"{tar}{n}": [1] for tar in "abc"[: len(parts)] for n in range(2)}
+    bad = json.loads((tmp_path / MANIFEST).read_bytes())["bad_samples"]
+    assert {tar: list(left) for tar, left in bad.items()} == {
+        f"{tar}.tar": [f"{folder}k"] for tar in "abc"[: len(parts)]
+    }
+    text_in = "abc"[len(parts) - 1 if swapped else 0]
+    reason = bad[f"{text_in}.tar"][f"{folder}k"]
+    assert re.search(rf"{DIVIDED[:35]}.*{folder}k\.(\d+\.)?png without text", reason)
+    assert any(reason in problem for problem in validate(tmp_path)["problems"])
+    content = contents(tmp_path)
+    make_manifests(tmp_path, again=True, max_broken_share=1.0)
+    assert contents(tmp_path) == content
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([*dotted("k", ["00", "01"]), ("k.json", TALK)], dotted("k", ["0", "1"])),
+        ([*dotted("k", ["00", "01"]), ("k.json", TALK)], dotted("k", ["00"])),
+        ([("k.png", picture(0)), ("k.json", TALK)], [("k.jpg", picture(0))]),
+        ([*dotted("k", ["00"]), ("k.json", TALK)], [*dotted("k", ["00", "01"]), ("k.json", TALK)]),
+        ([("k.json", TALK)], [*dotted("k", ["00", "01"]), ("k.json", TALK)]),
+        ([*dotted("k", ["00"]), ("k.json", TALK)], [("k.json", TALK)]),
+    ],
+)
+def test_another_sample_of_the_same_key_in_another_tar_takes_nothing_away(
+    first: Members, second: Members, tmp_path: Path
+) -> None:
+    """Keys begin anew in the second tar: its sample is whole, or has lost its text."""
+    write_tar(tmp_path / "a.tar", first)
+    write_tar(tmp_path / "b.tar", [*GOOD, *second])
+    make_manifests(tmp_path, max_broken_share=1.0)
+    manifest = json.loads((tmp_path / MANIFEST).read_bytes())
+    assert [shard["samples"] for shard in manifest["shards"]] == [1, 2 + ("k.json" in dict(second))]
+    assert "a.tar" not in manifest["bad_samples"]
 
 
 def samples(keys: list[str], *endings: str) -> Members:
@@ -356,6 +431,21 @@ def test_an_index_without_a_sample_that_an_earlier_version_found_divided_is_made
     index_path(tmp_path / "a.tar").write_bytes(earlier.to_bytes())
     assert found(tmp_path) == ({"x": [], "y": []}, {})
     assert index_path(tmp_path / "a.tar").read_bytes() == stored
+
+
+def test_an_index_that_does_not_say_which_images_have_no_text_is_made_anew(tmp_path: Path) -> None:
+    """Earlier versions gave the keys alone, or nothing."""
+    write_tar(tmp_path / "a.tar", [*dotted("k", ["00", "01"]), ("k.json", TALK)])
+    write_tar(tmp_path / "b.tar", [*GOOD, *dotted("k", ["02"])])
+    make_manifests(tmp_path, max_broken_share=1.0)
+    expected = contents(tmp_path)
+    for kept in ([], ["textless"]):
+        with np.load(index_path(tmp_path / "b.tar")) as arrays:
+            earlier = {name: each for name, each in arrays.items() if name in kept or not name.startswith("textless")}
+        np.savez(index_path(tmp_path / "b.tar"), **earlier)
+        assert ShardIndex.from_bytes(index_path(tmp_path / "b.tar").read_bytes(), "b").textless is None
+        make_manifests(tmp_path, max_broken_share=1.0)
+        assert contents(tmp_path) == expected
 
 
 @pytest.mark.parametrize("text", ["caption", "conversations"])

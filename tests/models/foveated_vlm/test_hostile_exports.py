@@ -526,15 +526,43 @@ def test_loops_that_stand_in_each_other_are_limited_before_they_are_compiled(loo
         ("{{ 'Knowledge of 2023, said %s * %d' % ('2024', 5) }}", "Knowledge of 2023, said 2024 * 5"),
         ("{{ 'Knowledge of 2023 {}'.format(1) }}", "Knowledge of 2023 1"),
         ("{{ '2023-%s'|format('x') }}", "2023-x"),
+        ("{{ '100%% (2024) %s' % 1 }}", "100% (2024) 1"),
+        ("{{ '%%%%5000d %d%%5000' % 1 }}", "%%5000d 1%5000"),
+        ("{{ '%(k2024)s' % {'k2024': 1} }}", "1"),
+        ('{{ \'{"year": 2024, "x": %s}\' % 1 }}', '{"year": 2024, "x": 1}'),
+        ('{{ \'{"year": 2024, "x": {%s}}\'|format(1) }}', '{"year": 2024, "x": {1}}'),
+        ("{{ '{{\"year\": 2024, {}}}'.format(1) }}", '{"year": 2024, 1}'),
+        ("{{ '{{{{:5000}}}} {k2024} {d[{}]}'.format(k2024=1, d={'{}': 2}) }}", "{{:5000}} 1 2"),
+        ("{{ '100% *5000 {}'.format(1) }}", "100% *5000 1"),
     ],
 )
 def test_years_and_marks_in_a_format_are_no_widths(template: str, made: str) -> None:
     assert render_chat(template, TALK, True, {}) == made
 
 
+def test_separators_and_what_takes_turns_are_as_transformers_has_them() -> None:
+    made = (
+        "{% set j = joiner('-') %}{% set c = cycler('a', 'b') %}{% for i in range(3) %}{{ j() ~ c.next() }}{% endfor %}"
+    )
+    assert render_chat(made, TALK, True, {}) == "a-b-a"
+    kept = "{% set j = joiner('a' * 900000) %}{{ j() }}{% for a in range(9999) %}{{ j() }}{% endfor %}"
+    turns = "{% set c = cycler('a' * 900000) %}{% for a in range(9999) %}{% set x = c.next() %}{% endfor %}"
+    held = "{% set x = [cycler(['a' * 900000])] %}{% for a in range(9999) %}{% set y = x + x %}{% endfor %}"
+    for endless in (kept, turns, held):
+        with pytest.raises(ValueError, match=r"more than a chat template needs|more than .* characters"):
+            render_chat(endless, TALK, True, {})
+
+
 @pytest.mark.parametrize(
     "template",
-    ["{{ '%1000d' % 1 }}", "{{ '%*d' % (9, 1) }}", "{{ '%(a)1000d' % {'a': 1} }}", "{{ '{:1000}'.format(1) }}"],
+    [
+        *("{{ '%1000d' % 1 }}", "{{ '%*d' % (9, 1) }}", "{{ '%(a)1000d' % {'a': 1} }}", "{{ '{:1000}'.format(1) }}"),
+        *("{{ '%%%1000d' % 1 }}", "{{ '%%%*d' % (9, 1) }}", "{{ '%l%%1000d' % 1 }}", "{{ '%5%%*d' % (9, 1) }}"),
+        *("{{ '%.*f' % (9, 1) }}", "{{ '%.1000f' % 1 }}", "{{ '%(a(b)c)1000d' % {'a(b)c': 1} }}"),
+        *("{{ '%1000d'|format(1) }}", "{{ '{{{:1000}}}'.format(1) }}", "{{ '{{{:{}}}}'.format(1, 9) }}"),
+        *("{{ '{a[}]:{w}}'.format(a={'}': 1}, w=9) }}", "{{ '{a[}]:1000}'.format(a={'}': 1}) }}"),
+        *("{{ '{!s:>1000}'.format(1) }}", "{{ ('{:1000}'|safe).format(1) }}"),
+    ],
 )
 def test_wide_formats_are_refused(template: str) -> None:
     with pytest.raises(ValueError, match="widths as in"):
@@ -586,6 +614,8 @@ LONG_OPERANDS = {
     "tests": ("'a' * 9000", "'a' * 80 + 'b'", "y is in(x)"),
     "finding": ("'a' * 9000", "'a' * 80 + 'b'", "x.find(y) > 0"),
     "finding backwards": ("'a' * 900", "'b' + 'a' * 400", "x.rfind(y) > 0"),
+    "parting": ("'a' * 9000", "'a' * 80 + 'b'", "x.partition(y)"),
+    "parting backwards": ("'a' * 900", "'b' + 'a' * 400", "x.rpartition(y)"),
     "stripping": ("'b' * 3000", "'a' * 3000 + 'b'", "x.strip(y)"),
     "keys": ("(1,) * 9000", "{x: 1}", "y[x]"),
     "paths": ("range(900)|list", "'a,' * 900 + 'a'", "x|sort(attribute=y)"),
@@ -608,10 +638,10 @@ def test_what_an_operation_goes_through_counts_each_time(case: tuple[str, str, s
         ("'a'.encode('punycode')", r"str\.encode"),
         ("(['a']|map(attribute='encode')|first)()", r"str\.encode"),
         ("'a'.rindex('a')", r"str\.rindex"),
-        ("'a'.rpartition('a')", r"str\.rpartition"),
+        ("'a'.rjust(9)", r"str\.rjust"),
         ("(1).to_bytes(9)", r"int\.to_bytes"),
         ("lipsum(1)", "generate_lorem_ipsum"),
-        ("cycler(1, 2)", "Cycler"),
+        ("(1.5).hex()", r"float\.hex"),
     ],
 )
 def test_what_no_chat_template_needs_is_refused_by_name_where_it_is_reached(expression: str, name: str) -> None:
@@ -671,13 +701,21 @@ USED = {
         *("'7'.isnumeric()", "x.isspace()", "x.isupper()", "'-'.join(['a', 'b'])", "x.lower()", "x.lstrip('\n')"),
         *("x.removeprefix(' ')", "x.removesuffix(' ')", "x.replace('e', 'oo', 1)", "x.rfind('e')", "x.rsplit('e', 1)"),
         *("x.rstrip()", "x.split()", "x.split('e', 1)[-1]", "x.splitlines()", "x.startswith(('a', ' '))", "x.strip()"),
-        *("x.title()", "x.upper()"),
+        *("x.title()", "x.upper()", "x.partition('e')", "x.rpartition('e')[-1]"),
     ],
     "dict": ["d.copy()", "d.get('q', 3)", "d.items()|list", "d.keys()|list", "d.values()|list"],
     "list": ["n.copy()", "n.count(3)", "n.index(3)"],
     "tuple": ["(1, 2).count(2)", "(1, 2).index(2)"],
+    "Cycler": ["cycler('a', 'b').next()", "cycler('a', 'b').reset()"],
     "LoopContext": ["l and loop.cycle('a', 'b')", "l and loop.changed(3)"],
-    "function": ["dict(a=1).a", "namespace(a=1).a", "range(3)|list", "strftime_now('%Y')|length"],
+    "function": [
+        "joiner('-')()",
+        "cycler(1, 2).current",
+        "dict(a=1).a",
+        "namespace(a=1).a",
+        "range(3)|list",
+        "strftime_now('%Y')|length",
+    ],
     "operator": [
         *("'e' in x", "'e' not in x", "3 in n", "'a' in d", "1 < 2 <= 2 != 3", "x ~ n", "n + [4]", "n * 2", "'-' * 3"),
         *(

@@ -1,0 +1,218 @@
+"""The files beside tokenizer.json of which transformers makes a tokenizer, checked before it reads them, and what it
+has made of all of them.
+
+tokenizer_config.json may name another file in place of tokenizer.json, tokens of its own and numbers of tokens to make;
+where there is no tokenizer.json, or the tokenizer's class does not read it, other vocabularies are converted. Which of
+these transformers reads depends on its version, so that all are checked. What is checked before is what would take all
+time or memory while it is read; the tokenizer itself then has the limits of `tokenizer_json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from keygrip.models.language.tokenizer_json import (
+    LARGEST_GROWTH,
+    LONGEST_TOKEN,
+    check_content,
+    longest_of_charsmap,
+    read_small,
+    refuse_ids,
+    refuse_long,
+    tokenizer_errors,
+)
+
+CONFIG_FILE = "tokenizer_config.json"
+TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
+VOCABULARY_FILES = (
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tiktoken.model", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "source.spm", "target.spm"),
+)
+OTHER_FILES = "fast_tokenizer_files"  # in the configuration: those of which some versions of transformers take one
+NO_TOKENS = ("chat_template", "response_schema", "response_template")  # in the configuration: may be long
+MADE = ("extra_ids", "num_madeup_words", "offset")  # in the configuration: how many tokens a tokenizer makes itself
+MOST_MADE = 10_000  # T5 and Pegasus make some hundred
+# Of all tokens of a vocabulary, the sum of the squares of their lengths: finding the merges of a token that may be any
+# two parts of it takes so long. The largest known have some ten millions.
+MOST_DIVISIONS = 1 << 28
+# Numbers of the fields in a SentencePiece's file: of the whole, of a piece, of a normalizer. Of the trainer's settings
+# those from the first to the last are texts of special tokens, and what is written for an unknown one.
+PIECES, TRAINER, NORMALIZERS = 1, 2, (3, 5)
+PIECE, CHARSMAP, SPECIAL = 1, 2, range(44, 49)
+
+
+def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
+    """Checks tokenizer_config.json.
+
+    Returns:
+        Names of files, beside it, of which transformers may take one in place of tokenizer.json.
+
+    Raises:
+        ValueError: it is damaged, has a token that is longer, or an id that is larger, than any tokenizer needs, or
+            names a file in a format that is not read.
+    """
+    config = _json_of(file)
+    others = config.get(OTHER_FILES) or []
+    if not isinstance(others, list) or not all(isinstance(each, str) for each in others):
+        raise ValueError(f"{file}: {OTHER_FILES} is no list of names; remove it, and tokenizer.json is read")
+    if config.get("gguf_file") is not None:
+        raise ValueError(f"{file}: gguf_file is not taken here; give a folder with tokenizer.json")
+    for name in MADE:
+        if isinstance(number := config.get(name), int | float) and number > MOST_MADE:
+            raise ValueError(f"{file}: {name}={number} tokens of its own; no tokenizer needs {MOST_MADE}")
+    # other texts are settings, such as prompts, and may be of any length
+    told = {name: each for name, each in config.items() if name.endswith("_token") or not isinstance(each, str)}
+    told = {name: each for name, each in told.items() if name not in NO_TOKENS}
+    _refuse_texts([*_texts_of(told)], str(file))
+    added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise ValueError(f"{file}: added_tokens_decoder is no object of tokens: download it again")
+    numbers = [
+        (token, int(key) if key.isascii() and key.isdecimal() and len(key) < 20 else key)
+        for key, token in added.items()
+    ]
+    refuse_ids(numbers, str(file), vocabulary)
+    return others
+
+
+def check_tokens(file: Path, vocabulary: int | None = None) -> None:
+    """Raises ValueError as `check_config` for special_tokens_map.json and added_tokens.json."""
+    content = _json_of(file)
+    _refuse_texts([*_texts_of(content)], str(file))
+    refuse_ids(((token, each) for token, each in content.items() if type(each) is int), str(file), vocabulary)
+
+
+def check_vocabulary(file: Path, vocabulary: int | None = None) -> None:
+    """Raises ValueError: a vocabulary without tokenizer.json has a token that is longer, or an id that is larger, than
+    any tokenizer needs, or makes far more of a text than there was."""
+    if file.suffix == ".json":
+        check_tokens(file, vocabulary)
+        return
+    content = read_small(file)
+    if file.suffix != ".txt" and not content.isascii():
+        check_sentencepiece(content, str(file))
+        return
+    # lines of tokens, which some have under the name of a SentencePiece: two of a merge, or one in base64, with its id
+    lines = content.splitlines()
+    if long := next((line for line in lines if len(line) > 4 * LONGEST_TOKEN), None):
+        raise ValueError(f"{file}: a line has {len(long)} bytes; no tokenizer has one of {4 * LONGEST_TOKEN}")
+    if file.suffix != ".txt":
+        _refuse_divisions(map(len, lines), str(file))
+
+
+def check_sentencepiece(content: bytes, where: str) -> None:
+    """Raises ValueError as `check_vocabulary` for the file of a SentencePiece model; `where` is for messages."""
+    texts: list[str] = []
+    charsmaps = [b""]
+    for number, value in _fields(content, where):
+        if not isinstance(value, bytes):
+            continue
+        inner = list(_fields(value, where)) if number in (PIECES, TRAINER, *NORMALIZERS) else []
+        kept = {PIECES: (PIECE,), TRAINER: SPECIAL}.get(number, ())
+        texts += [each.decode(errors="replace") for field, each in inner if field in kept and isinstance(each, bytes)]
+        if number in NORMALIZERS:
+            charsmaps += [each for field, each in inner if field == CHARSMAP and isinstance(each, bytes)]
+    if not texts:
+        raise ValueError(f"{where} is damaged or no SentencePiece model (it has no pieces): download it again")
+    _refuse_texts(texts, where)
+    if (growth := max(map(longest_of_charsmap, charsmaps))) > LARGEST_GROWTH:
+        raise ValueError(
+            f"{where}: its normalizer may make {growth} characters of one, more than the {LARGEST_GROWTH} that any "
+            "tokenizer needs"
+        )
+
+
+def check_built(tokenizer: Any, where: str, vocabulary: int | None = None) -> None:
+    """Checks a tokenizer of transformers, whatever files it was made of.
+
+    Args:
+        where: it comes from, for messages. vocabulary: see `keygrip.models.language.tokenizer_json.parse_tokenizer`.
+
+    Raises:
+        ValueError: as `parse_tokenizer`.
+    """
+    with tokenizer_errors(where):
+        known = dict(tokenizer.get_vocab())
+    refuse_ids(known.items(), where, vocabulary)  # first, since writing a tokenizer goes through all ids
+    refuse_long(known, where)
+    refuse_long(tokenizer.all_special_tokens, where)
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        with tokenizer_errors(where):
+            content = json.loads(fast.to_str())
+        check_content(content, where, vocabulary)
+    if (pieces := getattr(tokenizer, "sp_model", None)) is not None:
+        check_sentencepiece(pieces.serialized_model_proto(), where)
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_small(file))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or not of a tokenizer ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged or not of a tokenizer (it is no object): download it again")
+    return content
+
+
+def _texts_of(content: Any) -> Iterator[str]:
+    """All texts in JSON, names too."""
+    waiting = [content]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            yield from each
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+        elif isinstance(each, str):
+            yield each
+
+
+def _refuse_texts(texts: Sequence[str], where: str) -> None:
+    refuse_long(texts, where)
+    _refuse_divisions(map(len, texts), where)
+
+
+def _refuse_divisions(lengths: Iterable[int], where: str) -> None:
+    if (divisions := sum(length**2 for length in lengths)) > MOST_DIVISIONS:
+        raise ValueError(
+            f"{where}: its tokens are so many and so long that they may be divided in {divisions} ways (characters of "
+            f"each squared); no tokenizer needs {MOST_DIVISIONS}"
+        )
+
+
+def _fields(content: bytes, where: str) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of the fields of a message in the format of protobuf; those of fixed width as bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    place, end = 0, len(content)
+    damaged = f"{where} is damaged or no SentencePiece model: download it again, or leave it out"
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while place < end and shift < 70:
+            byte = content[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+        raise ValueError(damaged)
+
+    while place < end:
+        tag = number()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, number()
+            continue
+        length = number() if kind == 2 else {1: 8, 5: 4}.get(kind, end)
+        if place + length > end:
+            raise ValueError(damaged)
+        place += length
+        yield tag >> 3, content[place - length : place]
