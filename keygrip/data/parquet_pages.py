@@ -7,8 +7,10 @@ parquet.thrift of the Apache Parquet format describes them.
 
 from __future__ import annotations
 
+import collections
+import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -22,9 +24,12 @@ DATA, DICTIONARY, DATA_V2 = 0, 2, 3
 # by type of page: which field of its header has more of it, and which fields of that are always there
 HEADERS = {DATA: (5, (1, 2, 3, 4)), DICTIONARY: (7, (1, 2)), DATA_V2: (8, (1, 4, 5, 6))}
 PLAIN_DICTIONARY, RLE, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 2, 3, 7, 8
-STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, STRUCT = 0, 1, 2, 3, 4, 5, 6, 7, 8, 12
-# Arrow's names of Parquet's codecs, and what Arrow itself calls them; "LZ4" is LZ4_RAW, the older LZ4 has no name
-CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
+STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, STRUCT = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12
+# codecs by the format's number, as Arrow calls them; what unpacks 5, the LZ4 of Hadoop, may not be what Arrow does
+CODECS = {0: None, 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+# where a footer has its codecs: row groups, columns in them, what is said of each column
+ROW_GROUPS, COLUMNS, COLUMN, CODEC = 4, 1, 3, 4
+LARGEST_FOOTER = 1 << 22  # bytes of one whose codecs are looked for
 MOST_FIELDS = 64  # of a header, those of its structures included, and the largest number of one; Parquet has 25 and 9
 MARGIN = 100  # bytes that Arrow reads beyond a column: old writers did not count the header of its dictionary
 LARGEST_BLOCK = 4096  # numbers of a block of DELTA_BINARY_PACKED that are decoded here; writers use 128 and 256
@@ -93,7 +98,7 @@ def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator
 def text_bound(
     file: BinaryIO,
     page: Page,
-    leaf: pyarrow.parquet.ColumnChunkMetaData,
+    codec: Callable[[], int],
     column: pyarrow.parquet.ColumnSchema,
     texts: Texts | None,
 ) -> int:
@@ -102,7 +107,8 @@ def text_bound(
     The page is unpacked for this, and must have been allowed for.
 
     Args:
-        texts: those of the dictionary, where they come one by one and not as its numbers.
+        codec: gives the number of the column's codec. texts: those of the dictionary, where they come one by one and
+            not as its numbers.
     """
     if page.kind not in (DATA, DATA_V2):
         return 0
@@ -112,24 +118,24 @@ def text_bound(
         if texts.lengths is None:
             return page.values * texts.longest
         try:
-            return _sum_of_named(bytes(_values(file, page, leaf, column)), texts.lengths, page.values)
+            return _sum_of_named(bytes(_values(file, page, codec(), column)), texts.lengths, page.values)
         except (ValueError, OSError, IndexError):
             return page.values * texts.longest
     if page.encoding != DELTA_BYTE_ARRAY:
         return 0
     try:  # a text begins like the one before it, so that each may be as long as the page
-        return _sum_of_deltas(_values(file, page, leaf, column), page.values)
+        return _sum_of_deltas(_values(file, page, codec(), column), page.values)
     except (ValueError, OSError, IndexError):
         return page.values * page.size
 
 
-def texts_of(file: BinaryIO, page: Page, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Texts:
-    """The lengths of the texts of a page with a dictionary, which must have been allowed for."""
+def texts_of(file: BinaryIO, page: Page, codec: Callable[[], int]) -> Texts:
+    """The lengths of the texts of a page with a dictionary, which must have been allowed for. `codec`: see above."""
     if page.values > MOST_ENTRIES:
         return Texts(page.size)
     try:
-        content = _unpacked(file, page.start, page.stored, page.size, leaf.compression)
-    except (ValueError, OSError):
+        content = _unpacked(file, page.start, page.stored, page.size, codec())
+    except (ValueError, OSError, IndexError):
         return Texts(page.size)
     number = struct.Struct("<I").unpack_from
     lengths, at = [], 0
@@ -146,29 +152,27 @@ def texts_of(file: BinaryIO, page: Page, leaf: pyarrow.parquet.ColumnChunkMetaDa
 # ---- content ---------------------------------------------------------------------------------------------------------
 
 
-def _unpacked(file: BinaryIO, start: int, stored: int, size: int, compression: str) -> memoryview:
+def _unpacked(file: BinaryIO, start: int, stored: int, size: int, codec: int) -> memoryview:
     import pyarrow
 
     file.seek(start)
     content = file.read(stored)
-    if compression == "UNCOMPRESSED":
-        return memoryview(content)
-    if compression not in CODECS:
-        raise ValueError(f"pages packed by {compression} are not unpacked here")
-    return memoryview(pyarrow.Codec(CODECS[compression]).decompress(content, size)).cast("B")  # not signed
+    if codec not in CODECS:
+        raise ValueError(f"pages packed by codec {codec} are not unpacked here")
+    name = CODECS[codec]
+    # the numbers of a buffer of Arrow's are signed
+    return memoryview(pyarrow.Codec(name).decompress(content, size)).cast("B") if name else memoryview(content)
 
 
-def _values(
-    file: BinaryIO, page: Page, leaf: pyarrow.parquet.ColumnChunkMetaData, column: pyarrow.parquet.ColumnSchema
-) -> memoryview:
+def _values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.ColumnSchema) -> memoryview:
     """A data page's content, without the levels of nested and missing values that come first."""
     if page.kind == DATA_V2:  # levels are not packed
         levels = page.fields[5] + page.fields[6]
         if levels > min(page.stored, page.size):
             raise ValueError("the levels are larger than their page")
-        compression = "UNCOMPRESSED" if page.fields.get(7) is False else leaf.compression
-        return _unpacked(file, page.start + levels, page.stored - levels, page.size - levels, compression)
-    content = _unpacked(file, page.start, page.stored, page.size, leaf.compression)
+        codec = 0 if page.fields.get(7) is False else codec
+        return _unpacked(file, page.start + levels, page.stored - levels, page.size - levels, codec)
+    content = _unpacked(file, page.start, page.stored, page.size, codec)
     at = 0
     for most, encoding in ((column.max_repetition_level, 4), (column.max_definition_level, 3)):
         if most > 0:
@@ -342,6 +346,54 @@ def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         fields[number] = value
     return fields
+
+
+def codecs(footer: bytes) -> list[list[int]]:
+    """The number of the codec of each column, by row group. Arrow ends the process where it is asked for one that it
+    does not know, and only raises where it reads by it.
+
+    Raises:
+        ValueError: the footer is not as writers make it, or too large.
+    """
+    if len(footer) > LARGEST_FOOTER:
+        raise ValueError("the footer is too large")
+    wanted: dict[int, Any] = {ROW_GROUPS: {COLUMNS: {COLUMN: {CODEC: {}}}}}
+    try:
+        groups = _skimmed(io.BytesIO(footer), STRUCT, wanted)[ROW_GROUPS]
+        return [[int(column[COLUMN][CODEC]) for column in group[COLUMNS]] for group in groups]
+    except (LookupError, TypeError) as error:
+        raise ValueError("the footer lacks the codec of a column") from error
+
+
+def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: int = 0) -> Any:
+    """A number, a list, or a structure with the fields that are wanted, by number, each with what is wanted of it.
+
+    Raises:
+        ValueError: it is none that Parquet's footers have.
+    """
+    if kind == LIST and depth < 16:
+        start = _byte(file)
+        count = start >> 4 if start >> 4 < 15 else _read_varint(file)
+        values = (_skimmed(file, start & 15, wanted, depth + 1) for _ in range(count))
+        return collections.deque(values, None if wanted is not None else 0)
+    if kind == STRUCT and depth < 16:
+        fields, number = {}, 0
+        while (start := _byte(file)) != STOP:
+            before, number = number, number + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+            if not before < number <= MOST_FIELDS:
+                raise ValueError("the footer has fields that no writer makes")
+            inner = None if wanted is None else wanted.get(number)
+            value = None if start & 15 in (TRUE, FALSE) else _skimmed(file, start & 15, inner, depth + 1)
+            if inner is not None:
+                fields[number] = value
+        return fields
+    if kind in (I16, I32, I64):
+        return _signed(_read_varint(file))
+    if kind not in (TRUE, FALSE, BYTE, DOUBLE, BINARY):
+        raise ValueError("the footer has fields that no writer makes")
+    length = 8 if kind == DOUBLE else _read_varint(file) if kind == BINARY else 1
+    file.seek(min(length, LARGEST_FOOTER), 1)  # nothing is found behind its end
+    return None
 
 
 def _byte(file: BinaryIO) -> int:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keygrip.data.bad_samples import guard
-from keygrip.data.parquet_pages import DICTIONARY, STEP_BYTES, pages, text_bound, texts_of
+from keygrip.data.parquet_pages import DICTIONARY, STEP_BYTES, codecs, pages, text_bound, texts_of
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, regular_file
 
 if TYPE_CHECKING:
@@ -126,6 +126,15 @@ def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, t
     return metadata, tuple(texts)
 
 
+@functools.lru_cache(FOOTERS_KEPT)
+def _codecs(footer: bytes) -> list[list[int]]:
+    """See `codecs`; the footer as `_footer` gives it. None of one that is damaged, which so is gone through once."""
+    try:
+        return codecs(footer[:-8])
+    except ValueError:
+        return []
+
+
 def column_types(path: Path) -> dict[str, str]:
     """Arrow's type of each column, by name and in order. Raises BadSample: it is no Parquet file."""
     import pyarrow.parquet as parquet
@@ -167,14 +176,20 @@ def refuse_large(
                     continue
                 allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads it at once
                 one_by_one = chunk.physical_type == "BYTE_ARRAY" and not pyarrow.types.is_dictionary(kind)
+                codec = functools.partial(_codec, path, number, each)
                 texts = None
                 for page in pages(content, chunk):
                     value = value_bytes + max(column.length, 0)
                     allowance.take(PAGE_BYTES + max(page.size, page.stored) + value * page.values)
                     if page.kind == DICTIONARY and one_by_one:
                         allowance.take(STEP_BYTES * page.values)
-                        texts = texts_of(content, page, chunk)
-                    allowance.take(text_bound(content, page, chunk, column, texts))
+                        texts = texts_of(content, page, codec)
+                    allowance.take(text_bound(content, page, codec, column, texts))
+
+
+def _codec(path: Path, group: int, column: int) -> int:
+    """The number of a column's codec, which few columns are asked for. Raises IndexError: the footer hides it."""
+    return _codecs(_footer(path)[0])[group][column]
 
 
 def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, int]]:

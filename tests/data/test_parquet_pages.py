@@ -15,7 +15,7 @@ import pytest
 
 from keygrip.data import parquet_tables
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.parquet_pages import DATA, DICTIONARY, STEP_BYTES, Page, pages, text_bound, texts_of
+from keygrip.data.parquet_pages import DATA, DICTIONARY, STEP_BYTES, Page, codecs, pages, text_bound, texts_of
 from keygrip.data.parquet_tables import read_table, rows_of
 
 LIMIT = 1 << 20
@@ -233,12 +233,18 @@ def bounds(path: Path, one_by_one: bool) -> list[tuple[Page, int]]:
     """The pages of a file's only column with values, and the bytes that their texts may have beyond them."""
     metadata, texts, found = parquet.read_metadata(path), None, []
     leaf, column = metadata.row_group(0).column(0), metadata.schema.column(0)
+    content = path.read_bytes()
+    [[number]] = codecs(content[-8 - int.from_bytes(content[-8:-4], "little") : -8])
+
+    def codec() -> int:
+        return number
+
     with path.open("rb") as file:
         for each in pages(file, leaf):
             if each.kind == DICTIONARY:
-                texts = texts_of(file, each, leaf) if one_by_one else None
+                texts = texts_of(file, each, codec) if one_by_one else None
             else:
-                found.append((each, text_bound(file, each, leaf, column, texts)))
+                found.append((each, text_bound(file, each, codec, column, texts)))
     return found
 
 
@@ -351,3 +357,43 @@ def test_the_older_lz4_counts_as_the_worst(tmp_path: Path) -> None:
     found = {codec: [bound for _, bound in bounds(path, one_by_one=False)] for codec, path in paths.items()}
     assert found == {LZ4_RAW: [0], HADOOP_LZ4: [2000 * len(content)]}
     assert read_table(paths[LZ4_RAW])["a"].to_pylist() == [b""] * 2000
+
+
+@pytest.mark.parametrize("codec", [3, 8, 100])
+def test_a_codec_that_arrow_does_not_know_does_not_end_the_process(tmp_path: Path, codec: int) -> None:
+    """Arrow does, where it is asked for the name of one."""
+    content = page(20, blocks(20, 128, 4) * 2, DELTA_BYTE_ARRAY)
+    path = table(tmp_path / "a.parquet", content, 20, BYTE_ARRAY, codec, encoding=DELTA_BYTE_ARRAY)
+    with pytest.raises(BadSample, match=r"a\.parquet: .*(codec|LZO)"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": {"a": "zstd", "b.list.element": "gzip", "c": "none"}}])
+def test_the_codecs_of_a_footer_are_found(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"a": ["x" * 300] * 9, "b": [[1.5, None]] * 9, "c": arrow.array([True] * 9)}
+    columns["at"] = arrow.array([0] * 9, arrow.timestamp("us", "UTC"))
+    parquet.write_table(arrow.table(columns), path, row_group_size=3, write_page_index=True, **options)
+    content = path.read_bytes()
+    found = codecs(content[-8 - int.from_bytes(content[-8:-4], "little") : -8])
+    metadata = parquet.read_metadata(path)
+    names = {0: "UNCOMPRESSED", 1: "SNAPPY", 2: "GZIP", 6: "ZSTD"}
+    for group, numbers_of_group in enumerate(found):
+        columns_of_group = [metadata.row_group(group).column(each) for each in range(4)]
+        assert [names[number] for number in numbers_of_group] == [each.compression for each in columns_of_group]
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    "footer",
+    [
+        b"",
+        b"\x49\x19" + b"\x19" * 5000,
+        structure((4, LIST, listed(STRUCT, [b"\0"]))),
+        structure(((1 << 16) + 4, I32, 1)),
+    ],
+    ids=["none", "lists in lists", "a row group of nothing", "a number that overflows"],
+)
+def test_a_footer_as_no_writer_makes_it_has_no_codecs(footer: bytes) -> None:
+    with pytest.raises(ValueError, match=r"the f(ile|ooter) "):
+        codecs(footer)
