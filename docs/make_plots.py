@@ -117,12 +117,13 @@ def token_counts_label_taught() -> None:
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, question in zip(panels, QUESTIONS, strict=True):
-        for experiment, label, colour in TOKENS:
+        for experiment, tokens, colour in TOKENS:
             for run in (run for run in runs if run["experiment"] == experiment):
                 steps = [each["step"] for each in run["val"]]
                 found = [each[f"accuracy_{question}"] for each in run["val"]]
-                label = f"{label}, {run['tflop']:.0f} TFLOP"
-                axes.plot(steps, found, "o-", color=colour, label=label, markersize=4)
+                label = f"{tokens}, {run['tflop']:.0f} TFLOP"
+                line = "o-" if run["steps"] == 3000 else "s--"
+                axes.plot(steps, found, line, color=colour, label=label, markersize=4)
         axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
         axes.set(xlabel="steps", title=question, ylim=(0, 1.02), xlim=(0, None))
         axes.grid(alpha=0.3)
