@@ -218,7 +218,7 @@ def test_planned_joints_are_held_to_speed_range_and_free_space() -> None:
     np.testing.assert_array_equal(motion.joints, before)
 
 
-@pytest.mark.parametrize("follow", ["auto", "poses"])
+@pytest.mark.parametrize("follow", ["auto", pytest.param("poses", marks=pytest.mark.slow)])
 def test_random_plans_of_joints_never_exceed_a_limit(follow: str) -> None:
     robot, draw = arm(), np.random.default_rng(0)
     robot.outcome = lambda: (False, None)  # type: ignore[method-assign]

@@ -368,7 +368,7 @@ class WildPoses:
         return Plan(poses[..., :3], poses[..., 3:], self.draw.uniform(0, 1, (1, 8)), 0.3)
 
 
-@pytest.mark.parametrize(("policy", "seconds"), [(Turning, 3.0), (WildPoses, 20.0)])
+@pytest.mark.parametrize(("policy", "seconds"), [(Turning, 3.0), pytest.param(WildPoses, 20.0, marks=pytest.mark.slow)])
 def test_poses_that_the_joints_cannot_follow_in_time_never_exceed_a_limit(
     calibration: Path, policy: Any, seconds: float
 ) -> None:

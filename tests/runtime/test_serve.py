@@ -40,6 +40,9 @@ MODELS = {
         "model=geometry_vla", "model.network.blocks=1", "model.network.future_tokens=2", "vlm.vision.patch_size=8",
     ],
 }  # fmt: skip
+EACH = [
+    pytest.param(name, marks=[] if name in ("volume_query", "geometry_vla") else [pytest.mark.slow]) for name in MODELS
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def seen() -> dict[str, Any]:
     return observation
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_the_plan_over_the_wire_is_the_plan_at_home(
     trained: Callable[[str], Path], running: Callable[..., Any], seen: dict[str, Any], name: str
 ) -> None:
@@ -89,7 +92,7 @@ def test_the_plan_over_the_wire_is_the_plan_at_home(
             assert (ours.uncertainty is None) == (theirs.uncertainty is None)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_plans_of_a_batch_are_those_of_each_alone(
     trained: Callable[[str], Path], seen: dict[str, Any], name: str
 ) -> None:

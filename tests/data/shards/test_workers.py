@@ -30,7 +30,7 @@ print(seen, len(received), *(worker.pid for worker in loader._iterator._workers)
 """
 
 
-@pytest.mark.parametrize("signalled", ["group", "every process"])
+@pytest.mark.parametrize("signalled", ["group", pytest.param("every process", marks=pytest.mark.slow)])
 def test_workers_outlive_a_signal_and_end_with_the_trainer(signalled: str) -> None:
     command = [sys.executable, "-c", SCRIPT, signalled]
     done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, check=False)
