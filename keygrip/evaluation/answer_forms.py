@@ -82,11 +82,15 @@ WRONG = (
     r"(?:not|incorrect|wrong|false|unlikely|impossible|less|least|ruled|excluded|eliminated)\b|"
     r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b))"
 )
-# The same of options of which several may be joined, and of one that is granted only ("I may be true, but").
+# A verdict on options of which several may be joined, and on one that is granted only ("I may be true, but"). Not every
+# "not" is one: "II is not ruled out", "II does not contradict it".
 SAID_WRONG = (
-    r"(?!\W*(?:is|was|are|were)\s+not\s+(?:wrong|incorrect|false)\b)"
-    rf"(?:{WRONG}|[)\]]?\s+(?:are|were|seem|look|(?:may|might|must|should|will)\s+be)\s+(?:(?:both|all|\w+ly)\s+)?"
-    r"(?:not|incorrect|wrong|false)\b|[)\]]?\s+(?:may|might|could|can)\s+be\s+\w+\W*\b(?:but|however|yet)\b)"
+    r"[)\]]?\s+(?:(?:is|are|was|were|seems?|looks?|(?:may|might|must|should|will|would|can|could)\s+be)\s+"
+    r"(?:(?:both|all)\s+)?(?:\w+ly\s+)?(?:incorrect|wrong|false|unlikely|impossible)\b|"
+    r"(?:(?:is|are|was|were|seems?|looks?|(?:can|could)\s+be)\s+not|(?:is|are|was|were)n\s?t|cannot\s+be)\s+"
+    r"(?:\w+ly\s+)?(?:correct|right|true|it|supported|confirmed|shown|seen|depicted|visible|the\s+(?:\w+\s+)?"
+    r"(?:answer|option|choice|one))\b|"
+    r"(?:may|might|could|can)\s+be\s+\w+\W*\b(?:but|however|yet)\b)"
 )
 # Of a question ("a yes/no question"), or of what has no answer ("yes or no").
 EITHER_WAY = (

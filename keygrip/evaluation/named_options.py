@@ -52,7 +52,8 @@ def by_words(text: str, known: Options) -> int | None:
 
 def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
     """The ends of those options in a text of which it says that they are wrong ("I is wrong", "I and II are wrong");
-    among statements that are numbered, each may be said to be right or wrong."""
+    among statements that are numbered, each may be said to be right or wrong. None where it names no other: a question
+    may ask which one is wrong."""
     wrong = set[int]()
     for place, (_, end, _) in reversed(list(enumerate(found))):
         of_next = place + 1 < len(found) and found[place + 1][1] in wrong
@@ -60,7 +61,7 @@ def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
         joined = re.fullmatch(r"[)\]]?\s+(?:and|or)\s+[(\[]?", between, re.IGNORECASE)
         if joined or re.compile(SAID_WRONG, re.IGNORECASE).match(text, end):
             wrong.add(end)
-    return wrong
+    return wrong if {number for _, _, number in found} - {number for _, end, number in found if end in wrong} else set()
 
 
 def without_either_way(text: str, known: Options) -> str:

@@ -191,6 +191,14 @@ def test_an_option_no_beside_another_makes_two() -> None:
         *(("I and II are wrong, III is right", 2), ("Both I and II are false, so III", 2), ("I is not wrong", 0)),
         *(("Statement I may be true", 0), ("Option I was right", 0), ("II or I may be right", None)),
         ("Statement II may be true but I is the answer", 0),
+        *((said, None) for said in ("II doesn't contradict the image, but III does", "II is not at all wrong, III is")),
+        *((said, None) for said in ("II is not ruled out by the image; III is.", "II is not contradicted by I")),
+        *(
+            (said, 1)
+            for said in ("II isn't wrong.", "II cannot be denied.", "II is less detailed than III, but correct.")
+        ),
+        *((said, 1) for said in ("Only II is false", "Answer: II is false.", "The answer is: II is incorrect")),
+        *(("III is not ruled out", 2), ("I isn't correct, III is", 2)),
     ],
 )
 def test_an_option_i_is_no_pronoun_and_one_that_is_said_to_be_wrong_is_not_named(
