@@ -265,6 +265,7 @@ class TestCommand:
         *("cases.cpu_precision.wide_positions=[]", "cases.cpu_precision.uncausal_positions=[]"),
     )
 
+    @pytest.mark.slow
     def test_one_line_of_json_on_standard_output(
         self, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
     ) -> None:

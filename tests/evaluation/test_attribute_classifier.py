@@ -70,6 +70,7 @@ def test_a_trained_classifier_finds_cubes_and_names_their_colours(root: Path, ca
     assert [file.stat().st_mtime_ns for file in files] == [before]  # trained once
 
 
+@pytest.mark.slow
 def test_other_data_or_options_are_another_classifier(root: Path, tmp_path: Path) -> None:
     short = ClassifierOptions(width=16, steps=1, batch_size=4)
     write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0, "val": 5000})

@@ -680,6 +680,7 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
     assert data.trainer is trainer
 
 
+@pytest.mark.slow
 def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_killed_recorder_is_an_error_that_says_what_to_do(tmp_path: Path, monk
     assert code == 1
 
 
+@pytest.mark.slow
 def test_a_setting_that_a_worker_process_cannot_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="whole steps"):
         record(PICK, tmp_path, 4, image_size=SIZE, hz=30.0, processes=2, progress=False)

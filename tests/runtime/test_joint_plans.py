@@ -107,6 +107,7 @@ def driven(
     return loop.run(seconds, over=lambda: any(map(bool, robot.outcome()))), np.stack(sent)
 
 
+@pytest.mark.slow
 def test_the_experts_joints_are_sent_as_they_are_with_and_without_a_server(running: Any) -> None:
     robot = arm()
     expert = Expert(robot)

@@ -177,6 +177,7 @@ def test_fault_is_named_with_its_demos(tmp_path, fault, joints, check, cause, de
     assert findings[0].camera == "over"
 
 
+@pytest.mark.slow
 def test_what_a_camera_of_its_own_would_explain_in_each_demo_is_one_reading_of_all_poses(tmp_path):
     def conjugated(demo: Recorded, number: int) -> Recorded:
         upright = sound(number, 0.08)  # so that the arm can reach the conjugated poses, too
@@ -231,6 +232,7 @@ def two_armed(folder: Path, late: int = 0) -> list[Demo]:
 
 
 @pytest.mark.parametrize("late", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_all_that_moves_in_the_images_of_two_arms_is_compared_with_both(tmp_path, late):
     exam = Examination(two_armed(tmp_path / "data", late), frames_per_demo=8, height_bins=32, pred_size=56)
     check_images_and_poses(exam)
@@ -263,6 +265,7 @@ def test_points_of_two_arms_have_the_speed_at_which_they_move(tmp_path, every):
     assert np.linalg.norm(speed, axis=1).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_joints_in_degrees_are_all_that_is_said(tmp_path):
     findings = found(tmp_path, lambda demo, number: replace(demo, joints=np.degrees(demo.joints)))
     assert [finding.check for finding in findings] == ["joint_unit"], [str(finding) for finding in findings]

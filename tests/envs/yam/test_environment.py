@@ -226,6 +226,7 @@ def test_a_bar_needs_its_yaw_and_the_error_is_reported() -> None:
     assert lifted == {0.0: 4, 60.0: 0}
 
 
+@pytest.mark.slow
 def test_a_peg_that_is_turned_too_far_stays_out_of_the_slot() -> None:
     """Rigid, it fits to 25 degrees; further off, the walls may still turn it in the fingers."""
     cell = blind(TaskOptions(name="peg"))

@@ -57,6 +57,7 @@ def test_a_hand_stands_still_for_a_plans_step_before_it_closes(seed: int) -> Non
         assert np.abs(before - actions[closes, arm, :3]).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_it_is_not_done_while_the_right_hand_holds_or_the_left_does_not(cell: HandoverCell) -> None:
     cell.reset(seed=0)
     assert cell.layout is not None

@@ -224,6 +224,7 @@ def unprojected(
     return (np.linalg.inv(world_to_camera) @ np.append(ray * depth[y, x] / 1000, 1.0))[:3]
 
 
+@pytest.mark.slow
 def test_both_cameras_see_the_cubes_where_they_are_in_colour_and_depth(recorded: Path) -> None:
     seen = 0
     for reference in find_demos(recorded, format="native"):

@@ -176,14 +176,13 @@ def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
 TRIANGULATED = ("arm_triangulated", "arm_both_triangulated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "meaningless"),
     [
         (("experiment=vla_yam_depth",), ()),
-        pytest.param(("experiment=vla_yam_language",), (), marks=pytest.mark.slow),
-        pytest.param(  # there is no depth
-            ("experiment=metaworld_vla", "data.root=folder"), ("depth_only",), marks=pytest.mark.slow
-        ),
+        (("experiment=vla_yam_language",), ()),
+        (("experiment=metaworld_vla", "data.root=folder"), ("depth_only",)),  # there is no depth
     ],
     ids=lambda value: str(value[0]).partition("=")[2] if value else "",
 )

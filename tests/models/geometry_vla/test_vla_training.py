@@ -96,6 +96,7 @@ def overrides(tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.mark.slow
 def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     metrics = train.run(compose("train", overrides("whole")))
     for name in ("train/loss", "val/position_cm", "val/point_cm", "val/geometry_share", "parameters/compressor_m"):

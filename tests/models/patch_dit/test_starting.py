@@ -81,6 +81,7 @@ def test_features_are_normalised_as_in_the_run_that_gives_the_weights(
         started("refused", foreign, "model.init_from_statistics=source")
 
 
+@pytest.mark.slow
 def test_an_export_is_a_start_as_its_run_is(runs: Path, tmp_path: Path) -> None:
     export.run(compose("export", [f"checkpoint={runs / 'base'}", f"to={tmp_path / 'export'}"]))
     run, exported = read_source(runs / "base"), read_source(tmp_path / "export")
