@@ -58,7 +58,7 @@ def computed_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def on_no_disk_that_fails() -> Iterator[None]:
-    """Files need not outlive a power cut here: waiting for the disk took half a minute of a session."""
+    """Files need not outlive a power cut here, so that no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

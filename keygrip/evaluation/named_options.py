@@ -52,7 +52,7 @@ def by_words(text: str, known: Options) -> int | None:
 
 def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
     """The ends of those options in a text of which it says that they are wrong ("I is wrong", "I and II are wrong");
-    among statements that are numbered, each may be said to be right or wrong. None where it names no other: a question
+    among statements that are numbered, each may be said to be right or wrong. Empty where no other is named: a question
     may ask which one is wrong."""
     wrong = set[int]()
     for place, (_, end, _) in reversed(list(enumerate(found))):
