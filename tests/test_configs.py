@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import yaml
 from configs import assert_fits, composed, nodes
+from hydra._internal import config_loader_impl
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
@@ -12,6 +16,7 @@ from keygrip.config import (
     SettingError,
     TrainSchema,
     compose,
+    compose_with_choices,
     config_folder,
     known_keys,
     leaves_of,
@@ -22,6 +27,7 @@ from keygrip.config import (
 )
 
 CONF = config_folder()
+SUPPORT = Path(__file__).parent / "support"
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
@@ -60,6 +66,38 @@ def test_a_group_that_a_run_can_do_without_is_left_out_by_null() -> None:
     assert without.model.network.instruction is None
     assert "closed_loop" not in without.callbacks
     assert without.data.horizon == compose("train", ["data=yam"]).data.horizon
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["model=volume_query", "data=yam", "optimizer=muon"],
+        ["experiment=vlm_stage2", "ablation=foveated_vlm/shallow_query", "data.batch_size=3"],
+        ["model=toy", "data=toy", f"hydra.searchpath=[file://{SUPPORT / 'conf'}]", "+model.extra=1"],
+        ["experiment=vla_yam_language", "closed_loop=yam", "logger=none"],
+    ],
+)
+def test_what_tests_compose_once_is_what_hydra_composes(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, with settings changed in between: what is kept is not what a test was given."""
+
+    def read(chosen: list[str]) -> tuple[Any, ...]:
+        cfg, choices = compose_with_choices("train", chosen)
+        whole = OmegaConf.to_container(cfg, resolve=False)
+        kinds = [(type(cfg._get_node(key)), cfg._get_node(key)._metadata.ref_type) for key in cfg]  # type: ignore[union-attr]
+        with open_dict(cfg):
+            cfg.max_steps = 9
+            del cfg["model"]
+        return whole, choices, kinds
+
+    kept = [read(chosen), read([*chosen, "max_steps=7"]), read(chosen)]
+    for owner, name in (
+        (config_loader_impl, "create_defaults_list"),
+        (config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+    plain = [read(chosen), read([*chosen, "max_steps=7"])]
+    assert kept == [*plain, plain[0]]
+    assert plain[0] != plain[1]
 
 
 def test_there_are_few_files() -> None:
