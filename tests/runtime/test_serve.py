@@ -123,14 +123,14 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_the_command_serves_until_it_is_told_to_stop(trained: Callable[[str], Path], seen: dict[str, Any]) -> None:
-    run = trained("coordinate_regression")
+    run = trained("volume_query")
     process = start(f"checkpoint={run}", "port=0", "device=cpu")
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, process.stderr.read() if process.stderr else ""
         about = json.loads(line)
-        assert about["model"] == "CoordinateRegressionModule"
+        assert about["model"] == "VolumeQueryModule"
         assert about["url"].startswith("http://127.0.0.1:")
         with RemotePolicy(about["url"], timeout_s=60) as policy:
             assert policy.plan(seen).position.shape == (1, 8, 3)
@@ -151,11 +151,11 @@ def test_a_model_that_drives_no_robot_is_refused(toy_overrides: Callable[..., li
 
 
 def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
-    run = trained("coordinate_regression")
+    run = trained("volume_query")
     for override in ("limits.waiting=0", "limits.read_s=-1"):
         with pytest.raises(Exception, match="must be above 0"):
             serve.run(compose("serve", [f"checkpoint={run}", override]))
-    with pytest.raises(ValueError, match="CoordinateRegressionPolicy has no setting 'temperature'; it has none"):
+    with pytest.raises(ValueError, match="VolumeQueryPolicy has no setting 'temperature'; it has decoder, margin_m"):
         serve.run(compose("serve", [f"checkpoint={run}", "policy.temperature=0"]))
     with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1"):
         serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0", "insecure=true"]))

@@ -50,10 +50,20 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Tensor]:
+    return {}
+
+
 @pytest.fixture
-def uninterrupted(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> dict[str, Tensor]:
-    train.run(compose("train", toy_overrides("whole")))
-    return state_of(tmp_path / "whole")
+def uninterrupted(
+    trained: dict[str, Tensor], toy_overrides: Callable[..., list[str]], tmp_path: Path
+) -> dict[str, Tensor]:
+    """The state of a run that nothing interrupts, which is trained once."""
+    if not trained:
+        train.run(compose("train", toy_overrides("whole")))
+        trained |= state_of(tmp_path / "whole")
+    return trained
 
 
 @pytest.mark.parametrize(
