@@ -4,9 +4,9 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
-# Processes of the test run; each computes on one thread.
+# Processes of the test run; each computes on one thread. They and those that they start keep what they have compiled.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest
 # Tests with other packages run in environments of their own: make lerobot, openpi, metaworld-test.
 HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv and not mapanything
 

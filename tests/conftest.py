@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import importlib
 import logging
 import os
 import subprocess
@@ -109,17 +110,20 @@ class Outcome(NamedTuple):
 def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
-    """The train command in this process, in an empty folder."""
+    """The train command, or another one by name, in this process, in an empty folder."""
     from keygrip import command, train
 
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    def run(*arguments: str, of: str = "train") -> Outcome:
+        monkeypatch.setattr(sys, "argv", [of, *arguments])
         try:
-            command.entry_point("train", train.run)
+            if of == "train":
+                command.entry_point(of, train.run)
+            else:
+                importlib.import_module(f"keygrip.{of}").main()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

@@ -286,20 +286,14 @@ class TestCommand:
         ("wrong", "says"),
         [
             (["case=volumeloss"], "there is no case 'volumeloss': the nearest is volume_loss;"),
-            pytest.param(["case=volume_loss", "quik=true"], "'quick'", marks=pytest.mark.slow),
-            pytest.param(
-                ["case=volume_loss", "cases.volume_loss.repetition=3"],
-                "'cases.volume_loss.repetitions'",
-                marks=pytest.mark.slow,
-            ),
+            (["case=volume_loss", "quik=true"], "'quick'"),
+            (["case=volume_loss", "cases.volume_loss.repetition=3"], "'cases.volume_loss.repetitions'"),
         ],
     )
-    def test_errors_take_one_line(
-        self, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, wrong: list[str], says: str
-    ) -> None:
-        ended = command("keygrip.bench", *wrong)
-        assert ended.returncode in (1, 2)
-        assert ended.stdout == ""
-        assert says in ended.stderr
-        assert len(ended.stderr.splitlines()) == 1
+    def test_errors_take_one_line(self, cli: Callable[..., Any], tmp_path: Path, wrong: list[str], says: str) -> None:
+        code, out, err = cli(*wrong, of="bench")
+        assert code in (1, 2)
+        assert out == ""
+        assert says in err
+        assert len(err.splitlines()) == 1
         assert not (tmp_path / "benchmarks").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -204,12 +203,11 @@ class TestSuite:
         assert calls == []
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-    def test_without_a_gpu(self, command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    def test_without_a_gpu(self, cli: Callable[..., Any]) -> None:
         refuse_without_gpu(toy=True)
-        ended = command("keygrip.bench", "suite=gpu")
-        assert ended.returncode == 1
-        assert ended.stdout == ""
-        (line,) = ended.stderr.splitlines()
+        code, out, err = cli("suite=gpu", of="bench")
+        assert (code, out) == (1, "")
+        (line,) = err.splitlines()
         assert "suite=gpu measures a GPU and this machine has none" in line
 
 

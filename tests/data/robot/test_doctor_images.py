@@ -165,7 +165,7 @@ def exchanged_once(demo: Recorded, number: int) -> Recorded:
             marks=pytest.mark.slow,
         ),
         pytest.param(moved_once, False, "moved_camera", "camera moved by", 1, marks=pytest.mark.slow),
-        (exchanged_once, True, "colour_order", "colour order BGR", 1),
+        pytest.param(exchanged_once, True, "colour_order", "colour order BGR", 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
@@ -195,7 +195,9 @@ def test_what_a_camera_of_its_own_would_explain_in_each_demo_is_one_reading_of_a
     ("change", "cause"),
     [
         pytest.param(lambda p, q: (1.1 * p, q), "positions scaled by 1.", marks=pytest.mark.slow),
-        (lambda p, q: (p, q * [1, -1, -1, -1]), "quaternions conjugated (world to gripper)"),
+        pytest.param(
+            lambda p, q: (p, q * [1, -1, -1, -1]), "quaternions conjugated (world to gripper)", marks=pytest.mark.slow
+        ),
     ],
     ids=["scaled", "conjugated"],
 )

@@ -184,7 +184,7 @@ def test_holding_on_until_the_end_is_timeout() -> None:
     assert info["failure_reason"] == "timeout"
 
 
-@pytest.mark.parametrize("name", ["reach", "pick_place"])
+@pytest.mark.parametrize("name", ["reach", pytest.param("pick_place", marks=pytest.mark.slow)])
 def test_a_target_beyond_the_arm_is_unreachable(name: str) -> None:
     cell = blind(TaskOptions(name=name))
     actions = start(cell, 0)

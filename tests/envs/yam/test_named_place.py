@@ -248,12 +248,14 @@ def test_both_cameras_see_the_cubes_where_they_are_in_colour_and_depth(recorded:
     assert seen >= 8  # of 12
 
 
+@pytest.mark.slow
 def test_a_pedestal_raises_its_cube_in_the_picture(recorded: Path) -> None:
     for reference in find_demos(recorded, format="native"):
         for cube in reference.read().source["objects"]:
             assert cube["position_m"][2] == pytest.approx(0.02 + cube["pedestal_m"])
 
 
+@pytest.mark.slow
 def test_an_episode_repeats_bit_for_bit(tmp_path: Path, recorded: Path) -> None:
     settings = RecordSettings(LANGUAGE, 96, cameras=("over", "front"), depth=True)
     cell = YamCell(LANGUAGE, 96, cameras=settings.cameras)

@@ -23,7 +23,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any],
     found = []
     for name in ("pick", "pick_place", "stack", "reach"):
         root = tmp_path_factory.mktemp(name)
-        record(options(name), root, 3, seed=500_000, image_size=96, progress=False)
+        record(options(name), root, 2, seed=500_000, image_size=96, progress=False)
         for reference in find_demos(root, format="native"):
             text = json.loads((root / reference.name / "text.json").read_text())
             demo = reference.read()
