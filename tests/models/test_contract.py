@@ -38,7 +38,7 @@ VARIANTS = (
 )  # of modules that are here anyway
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
 STAGES = ("depth_reader", "image_autoencoder", "vlm_encoder_self_supervised")
-LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit")  # their tests train, load and evaluate them too
+LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit", "volume_query")  # their tests train, load and evaluate them too
 FOLDERS = ("data", "runs")
 
 

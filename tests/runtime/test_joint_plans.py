@@ -550,6 +550,7 @@ def test_real_arms_take_joints_wherever_their_bases_stand(tmp_path: Path) -> Non
     np.testing.assert_array_equal(arms.commanded_joints, wanted)  # all arms or none
 
 
+@pytest.mark.slow
 def test_cells_take_joints_as_they_are() -> None:
     for cell in (YamCell(TASK, 32, render_images=False), HandoverCell(HandoverTask(), 32, render_images=False)):
         assert isinstance(cell, JointEnvironment)

@@ -269,8 +269,15 @@ def test_a_camera_that_moves_has_its_pose_of_the_frame(
     np.testing.assert_allclose(batch.world_to_camera[:, 2, 3], 1 + 0.1 * batch.frame_index.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cache_gb", [0.0, 1e-4, 1.0])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("workers", "cache_gb"),
+    [
+        (0, 0.0),
+        (0, 1.0),
+        (2, 1e-4),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in ((0, 1e-4), (2, 0.0), (2, 1.0))),
+    ],
+)
 def test_cache_and_workers_change_no_batch(native_root: Path, robot_demos: Make, cache_gb: float, workers: int) -> None:
     def batches(**changes: Any) -> list[PolicyBatch]:
         loader = ready(

@@ -132,8 +132,10 @@ def digits(count: int) -> str:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("tokens_per_frame", [1, 16])
-@pytest.mark.parametrize("questions", [None, 2])
+@pytest.mark.parametrize(
+    ("questions", "tokens_per_frame"),
+    [(None, 1), (2, 16), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((None, 16), (2, 1)))],
+)
 def test_batches_keep_within_the_budget_by_what_they_really_hold(
     tmp_path: Path, tokens_per_frame: int, questions: int | None, exact: bool
 ) -> None:

@@ -306,6 +306,7 @@ def test_a_recording_whose_settings_lack_an_option_is_refused(tmp_path: Path, mo
         record(task, tmp_path, 1, image_size=48, progress=False)
 
 
+@pytest.mark.slow
 def test_depth_pictures_are_sixteen_bit_files(recorded: Path) -> None:
     with Image.open(next(recorded.glob("*/depth/front/000000.png"))) as picture:
         assert picture.mode.startswith("I;16") or picture.mode == "I"
