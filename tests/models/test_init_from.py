@@ -23,6 +23,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.record.folder={tmp_path_factory.mktemp('recordings')}"
 
 
+@pytest.mark.slow
 def test_a_policy_starts_from_another_run(recordings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     common = ["model=volume_query", *VolumeQueryModule.toy_overrides, *QUICK, recordings]

@@ -72,7 +72,9 @@ def seen() -> dict[str, Any]:
     return observation
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "volume_query" else [pytest.mark.slow]) for name in MODELS]
+)
 def test_the_plan_over_the_wire_is_the_plan_at_home(
     trained: Callable[[str], Path], running: Callable[..., Any], seen: dict[str, Any], name: str
 ) -> None:

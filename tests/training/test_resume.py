@@ -102,6 +102,7 @@ def test_a_failed_run_resumes_to_the_same_bits(
     assert_equal(state_of(tmp_path / "cut"), uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_bits(
     toy_overrides: Callable[..., list[str]],
     uninterrupted: dict[str, Tensor],
@@ -155,8 +156,8 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
         pytest.param("12 4", (), id="in the last batch of the last validation"),
         pytest.param("12 1", ("max_steps=12",), id="after the last step"),
         pytest.param("5 1", ("val_every_n_steps=5",), id="at the end of an epoch"),
-        pytest.param("10 0", ("val_every_n_steps=null",), id="by epochs"),
-        pytest.param("4 1", ("callbacks.checkpoint.every_n_steps=4",), id="saved before it"),
+        pytest.param("10 0", ("val_every_n_steps=null",), id="by epochs", marks=pytest.mark.slow),
+        pytest.param("4 1", ("callbacks.checkpoint.every_n_steps=4",), id="saved before it", marks=pytest.mark.slow),
         pytest.param("4 1", ("accumulate_grad_batches=2", "val_every_n_steps=2", "data.samples=48"), id="accumulated"),
     ],
 )

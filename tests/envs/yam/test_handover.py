@@ -113,6 +113,7 @@ class Expert:
         return Plan(ahead[..., :3], ahead[..., 3:7], ahead[..., 7], step_seconds=0.1)
 
 
+@pytest.mark.slow
 def test_a_recording_is_read_back_and_a_policy_drives_both_arms(tmp_path: Path) -> None:
     summary = record(HandoverTask(), tmp_path / "demos", 1, seed=1, image_size=64, progress=False)
     assert (summary.demos, summary.failed) == (1, 0)

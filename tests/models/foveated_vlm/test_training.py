@@ -129,7 +129,8 @@ def test_a_run_goes_on_with_data_that_have_moved(overrides: Callable[..., list[s
 BUDGET = "data.budget={_target_: keygrip.data.shards.budget.Budget, frames: 6, positions: 400}"
 
 
-@pytest.mark.parametrize("more", [[], pytest.param([BUDGET], marks=pytest.mark.slow)], ids=["", "budget"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], [BUDGET]], ids=["", "budget"])
 def test_a_resumed_run_reads_with_its_own_tokenizer(
     overrides: Callable[..., list[str]], tmp_path: Path, more: list[str]
 ) -> None:
