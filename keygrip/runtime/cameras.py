@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,10 @@ import numpy as np
 
 from keygrip.data.video import live_frames
 from keygrip.runtime.robot import RobotLostError
+
+log = logging.getLogger(__name__)
+
+REPEATS_TOLD_S = 0.5  # from the first of equal images on
 
 
 class Camera(Protocol):
@@ -30,9 +35,16 @@ class Camera(Protocol):
 class VideoCamera:
     """A video device, file or stream, read in a thread by PyAV; only the newest frame is kept.
 
+    A frame that equals the one before, byte for byte, keeps that one's time: bridges of streams, loopback devices and
+    some drivers give their last image again and again once they stall, and the noise of a sensor makes live ones
+    differ. So what repeats its image grows old, and the watchdog finds it.
+
     Args:
         source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: found out. width, height, fps: asked of the
             device; None: its own. wait_seconds: for the first image.
+        repeats_are_new: equal frames have times of their own. For a source whose live frames may be equal: a drawn
+            film, or a strongly compressed stream of a scene in which nothing moves. One that stalls with its last image
+            is then not found.
 
     Raises:
         RobotLostError: it cannot be opened, or gives no image.
@@ -46,14 +58,16 @@ class VideoCamera:
         height: int | None = None,
         fps: int | None = None,
         wait_seconds: float = 5.0,
+        repeats_are_new: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = {} if width is None or height is None else {"video_size": f"{width}x{height}"}
         if fps is not None:
             options["framerate"] = str(fps)
-        self.source, self._clock = source, clock
+        self.source, self._clock, self._repeats_are_new = source, clock, repeats_are_new
         self._newest: tuple[np.ndarray, float] | None = None
         self._error: str | None = None
+        self._told = False
         self._there, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
             target=self._follow, args=(format, options), name=f"camera {source}", daemon=True
@@ -77,7 +91,7 @@ class VideoCamera:
         try:
             with live_frames(self.source, format, options) as frames:
                 for image in frames:
-                    self._newest = (image, self._clock())
+                    self._newest = (image, self._taken(image))
                     self._there.set()
                     if self._closing.is_set():
                         break
@@ -85,3 +99,18 @@ class VideoCamera:
             self._error = str(error)
         finally:
             self._there.set()  # an image that grows old is found by the watchdog
+
+    def _taken(self, image: np.ndarray) -> float:
+        """When an image that has just arrived was taken, as far as it tells."""
+        now, held = self._clock(), self._newest
+        if self._repeats_are_new or held is None or not np.array_equal(image, held[0]):
+            return now
+        if now - held[1] > REPEATS_TOLD_S and not self._told:
+            self._told = True
+            log.warning(
+                "the camera %s has repeated its image for %.1f s, which counts as that old. Its setting "
+                "repeats_are_new=true is for live images that may be equal: a drawn film, a strongly compressed stream",
+                self.source,
+                now - held[1],
+            )
+        return held[1]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +30,7 @@ from keygrip.robots.inverse_kinematics import Solution, pointing_down, solve
 from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion, JointMotionError
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
 from keygrip.robots.self_collision import CAPSULES, MOVING, capsules_at, intrusion, link_frames, link_gaps, link_heights
+from keygrip.runtime import cameras
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
 from keygrip.runtime.control_loop import ControlLoop
@@ -713,6 +717,60 @@ def test_i2rts_own_simulated_robot_is_driven(calibration: Path, tmp_path: Path) 
     np.testing.assert_allclose(arm.observe(images=False)["position"][0], lifted, atol=5e-3)
     arm.stop()
     arm.close()
+
+
+class Feed:
+    """A capture whose frames arrive when they are given."""
+
+    def __init__(self, first: np.ndarray) -> None:
+        self._frames: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._frames.put(first)
+        self._asked = threading.Semaphore(0)
+
+    @contextmanager
+    def opened(self, *asked: object) -> Iterator[Iterator[np.ndarray]]:
+        def arriving() -> Iterator[np.ndarray]:
+            while (frame := self._frames.get()) is not None:
+                yield frame
+                self._asked.release()  # for the next one: the camera has this one
+
+        yield arriving()
+
+    def taken(self) -> None:
+        """Returns once the camera has what was given."""
+        self._asked.acquire()
+
+    def give(self, frame: np.ndarray | None) -> None:
+        self._frames.put(frame)
+        if frame is not None:
+            self.taken()
+
+
+@pytest.mark.parametrize("repeats_are_new", [False, True])
+def test_a_camera_that_repeats_its_image_grows_old(
+    repeats_are_new: bool, calibration: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As bridges of streams do when they stall. One level of one pixel makes an image a new one."""
+    image = np.full((48, 64, 3), 90, np.uint8)
+    other = image.copy()
+    other[47, 63, 2] += 1
+    feed, now = Feed(image), [10.0]
+    monkeypatch.setattr(cameras, "live_frames", feed.opened)
+    camera = VideoCamera("/dev/video0", repeats_are_new=repeats_are_new, clock=lambda: now[0])
+    feed.taken()
+    arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+    for seconds, frame, stands_for in ((10.1, other, 10.1), (10.5, other.copy(), 10.1), (10.9, other.copy(), 10.1)):
+        now[0] = seconds
+        feed.give(frame)
+        assert camera.read()[1] == (seconds if repeats_are_new else stands_for)
+    assert arm.observe()["time_s"] == (10.9 if repeats_are_new else 10.1)  # which the watchdog compares with its clock
+    told = [record.getMessage() for record in caplog.records if "has repeated its image" in record.getMessage()]
+    assert len(told) == (0 if repeats_are_new else 1)
+    now[0] = 11.0
+    feed.give(image)
+    assert camera.read()[1] == 11.0
+    feed.give(None)
+    camera.close()
 
 
 def test_capsules_hold_every_vertex_of_the_meshes() -> None:
