@@ -160,6 +160,26 @@ def test_an_export_says_where_frames_are_missing(
     np.testing.assert_array_equal(read.timestamps, times)  # our reader still sees the gap
 
 
+def test_models_of_arms_are_read_back_and_may_not_differ(demos: Path, tmp_path: Path, change_metadata) -> None:
+    """The joints of a YAM mean other poses with another gripper."""
+    models = {"left": ["yam", "linear_4310"], "right": ["yam_pro", "flexible_4310"]}
+    for number in range(3):
+        change_metadata(demos / f"demo_{number}", source={"recorder": "keygrip.run", "models": models})
+    export_lerobot(demos, tmp_path / "set", progress=False)
+    for reference in find_demos(tmp_path / "set"):
+        assert reference.read().source["models"] == models
+    change_metadata(demos / "demo_1", source={"models": {"right": ["yam_pro", "flexible_4310"]}})  # left: the usual one
+    export_lerobot(demos, tmp_path / "again", progress=False)
+    change_metadata(demos / "demo_2", source={})
+    with pytest.raises(ValueError, match=r"'demo_2' has models .*linear_4310.* the first one .*flexible_4310"):
+        export_lerobot(demos, tmp_path / "other", progress=False)
+    change_metadata(demos / "demo_2", source={"models": {"right": "yam"}})
+    with pytest.raises(
+        ValueError, match=r"demo_2: source\.models\.right is 'yam': the names of an arm and of its grip"
+    ):
+        export_lerobot(demos, tmp_path / "other", progress=False)
+
+
 def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:
     native_demo(demos / "other", arms=("right",), cameras=("over", "side"))
     with pytest.raises(ValueError, match=r"'other' has joints .* the first one .*left"):

@@ -76,8 +76,8 @@ def export_lerobot(
 
     Raises:
         FileNotFoundError: no data. FileExistsError: `to` holds something.
-        ValueError: demos differ in arms, cameras, sizes or rate; a rate that is not whole; an odd image size; too many
-            broken demos.
+        ValueError: demos differ in arms, their models, cameras, sizes or rate; a rate that is not whole; an odd image
+            size; too many broken demos.
     """
     references = find_demos(Path(root), format, calibration)[:max_demos]
     broken: list[tuple[str, str]] = []

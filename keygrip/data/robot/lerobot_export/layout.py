@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.robot.calibration import SCHEMA
-from keygrip.data.robot.schema import ArmTrajectory, Demo
+from keygrip.data.robot.calibration import SCHEMA, ArmCalibration
+from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
+USUAL_MODELS = (ArmCalibration().arm, ArmCalibration().gripper)  # of a demo or a calibration file that names none
 RATE_TOLERANCE = 0.01  # frames per second; LeRobot stores whole rates
 
 
@@ -36,7 +37,8 @@ class Layout:
     Attributes:
         fps: whole. robot: its name. joints: J by arm, 0 where there are none. controllers: D by arm, likewise.
             commanded: whether commands were recorded. sizes: (H, W) by camera. uncalibrated: cameras whose pose is not
-            known.
+            known. models: arm and gripper of each arm by i2rt's names, by which a YAM's joints are read; where a demo
+            names none, those that a calibration file without them means.
     """
 
     fps: int
@@ -46,10 +48,11 @@ class Layout:
     commanded: bool
     sizes: dict[str, tuple[int, int]]
     uncalibrated: tuple[str, ...]
+    models: dict[str, tuple[str, str]]
 
     @classmethod
     def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
-        """That of one demo. Raises ValueError: LeRobot cannot hold it."""
+        """That of one demo. Raises ValueError: LeRobot cannot hold it. DemoError: its models are no names."""
         fps = max(1, round(demo.fps))
         if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
             raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames per second; LeRobot takes whole rates")
@@ -70,6 +73,7 @@ class Layout:
             all(commanded.values()),
             sizes,
             tuple(name for name in sizes if demo.cameras[name].uncalibrated),
+            {name: _models(demo, name) for name in demo.arms},
         )
 
     @property
@@ -129,11 +133,15 @@ class Layout:
             }
             for camera in self.calibrated
         }
-        base = {"world_from_base": np.eye(4).tolist()}  # the poses are in the world already
+        bases: dict[str, dict[str, Any]] = {}
+        for name, models in self.models.items():
+            bases[name] = {"world_from_base": np.eye(4).tolist()}  # the poses are in the world already
+            if models != USUAL_MODELS:
+                bases[name] |= {"arm": models[0], "gripper": models[1]}
         return {
             "schema": SCHEMA,
             "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
-            "arms": dict.fromkeys(self.joints, base),
+            "arms": bases,
             "lerobot": {
                 "arms": arms,
                 "cameras": tracks,
@@ -141,6 +149,18 @@ class Layout:
                 "intervention": {"feature": "intervention", "index": 0},
             },
         }
+
+
+def _models(demo: Demo, arm: str) -> tuple[str, str]:
+    models = demo.source.get("models")
+    found = models.get(arm) if isinstance(models, dict) else None
+    if found is None:
+        return USUAL_MODELS
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(name, str) for name in found)):
+        raise DemoError(
+            demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper are needed"
+        )
+    return found[0], found[1]
 
 
 def _feature(dtype: str, names: list[str] | None) -> dict[str, Any]:
