@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, Node, OmegaConf, open_dict
 
+from keygrip.override_values import texts_quoted
 from keygrip.renamed_settings import ABLATED, RENAMED, new_name
 
 OPTIONS = "options.yaml"
@@ -81,6 +82,9 @@ _LEFT_OUT = ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep
 _WITHOUT: dict[str, tuple[str, ...]] = {f"{group}=null": (f"~{group}",) for group in _LEFT_OUT}
 _WITHOUT["instruction=null"] = ("~instruction", "model.network.instruction=null")
 
+# Folders of runs, which a number names as well as a word.
+_TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
 
@@ -94,7 +98,8 @@ def register_completion(config_name: str, complete: Callable[[Sequence[str]], li
 
 
 def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them.
+    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them, before options
+    such as ``-m``: see `keygrip.command.overrides_first`.
 
     Raises:
         SettingError: null for a group.
@@ -111,8 +116,19 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
                 f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}; a "
                 f"part of it is left out with {group}.NAME=null"
             )
+    overrides = texts_quoted(overrides, [*_texts(config_name), *_TEXTS_OF_HYDRA])
     complete = _COMPLETIONS.get(config_name)
-    return [*overrides, *(complete(overrides) if complete else [])]
+    behind = next((at for at, each in enumerate(overrides) if each.startswith("-")), len(overrides))
+    return [*overrides[:behind], *(complete(overrides) if complete else []), *overrides[behind:]]
+
+
+def _texts(config_name: str) -> list[str]:
+    """Settings at the root that are text: names of folders and files."""
+    try:
+        schema: Any = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
+    except OSError:  # of `keygrip prepare`
+        return []
+    return ["resume", *(name for name, hint in get_type_hints(schema).items() if hint in (str, str | None))]
 
 
 def _groups() -> list[str]:
@@ -401,7 +417,8 @@ def with_group(group: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known dotted key nearest to a misspelt one, or None: keys beside it first, then whole keys, then last parts.
 
-    Initials of words count as near, and so does a last word: ``learning_rate`` finds ``lr``, ``seed`` ``first_seed``.
+    Initials of words count as near, and so do a last word and a word in common: ``learning_rate`` finds ``lr``,
+    ``seed`` ``first_seed``, ``gradient_clip_val`` ``clip_norm``.
     """
     known = sorted(key for key in set(known) if not name.startswith(f"{key}."))
     parent, _, last = name.rpartition(".")
@@ -413,6 +430,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         return by_last[found[0]]
     if "_" in last and initials in by_last:
         return by_last[initials]
+    words = {word for word in last.split("_") if len(word) > 3}
+    if sharing := [key for key in by_last if parent and words & set(key.split("_"))]:
+        return by_last[sharing[0]]
     whole = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if whole:
         return whole[0]
@@ -468,32 +488,6 @@ def listed(overrides: Sequence[str]) -> list[str]:
     if isinstance(overrides, str):
         raise ValueError(f"overrides are a list of settings, e.g. [{overrides!r}]")
     return list(overrides)
-
-
-def values_of(key: str, value: str) -> list[str]:
-    """What an override's value names: one text, the several of a sweep, or none where it cannot be read (Hydra will say
-    why) or is missing (``???``). ``${oc.env:NAME}`` is resolved.
-
-    Raises:
-        OmegaConfBaseException: an environment variable that is not set, or another setting as the value.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(f"{key}={value}")
-        found = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-    except HydraException:
-        return []
-    texts = [str(each.text if hasattr(each, "text") else each) for each in found if each is not None]
-    texts = [text.strip("'\"") if override.is_sweep_override() else text for text in texts if text not in ("", "???")]
-    return [str(OmegaConf.create({key: text})[key]) if "${" in text else text for text in texts]
-
-
-def quoted(text: str) -> str:
-    """A text as the value of an override, whatever signs it holds. Backslashes count double before a quote alone."""
-    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
 
 
 register("train_schema", TrainSchema, open_root=True)

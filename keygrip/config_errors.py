@@ -16,9 +16,9 @@ from keygrip.config import (
     models_with,
     nearest,
     overrides_of,
-    quoted,
     with_group,
 )
+from keygrip.override_values import quoted
 
 # What ${oc.env:NAME} says of an environment variable that is not there.
 UNSET = re.compile(r"Environment variable '([^']+)' not found")

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
-from keygrip.config import compose, listed, quoted, register_completion
+from keygrip.config import compose, listed, register_completion
 from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
+from keygrip.override_values import quoted
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.run_folder import CHECKPOINT, given_path, hold
 from keygrip.training.strategies import use_tf32

@@ -60,7 +60,7 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
 def wanted(value: Any, hint: Any) -> str | None:
     """What a value of this type would be, in words; None where the value is one, or the type says nothing.
 
-    Numbers must be finite. A number may stand for a text, as Hydra reads ``name=3``.
+    Numbers must be finite. A number is no text: of ``2024_11_05`` Hydra has left 20241105.
     """
     if isinstance(value, Mapping) and "_target_" in value:
         return None  # it stands for what is built of it
@@ -139,7 +139,15 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
             full = _below(place, key)
             if isinstance(value, str) and NUMBER_AS_TEXT.fullmatch(value) and re.search(r"number|true", problem):
                 problem += "; this is text: leave out its quotes, or write ${oc.decode:${oc.env:NAME}} for a variable"
-            raise SettingError(f"{passed_on.get(full, full)}={shown[:80]}: must be {problem}")
+            name = passed_on.get(full, full)
+            if "text" in problem and _holds_number(value):
+                text = "['...']" if isinstance(value, list | tuple) else "'...'"
+                problem += f'; what you gave is read as a number: put it in two kinds of quotes, "{name}={text}"'
+            raise SettingError(f"{name}={shown[:80]}: must be {problem}")
+
+
+def _holds_number(value: Any) -> bool:
+    return any(type(each) in (int, float) for each in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -162,7 +170,7 @@ def _wanted_scalar(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -
     if hint is float:
         return True, None if number and math.isfinite(value) else "a finite number"
     if hint is str or (isinstance(hint, type) and issubclass(hint, Path)):
-        return True, None if isinstance(value, str | int | float | Path) else "text"
+        return True, None if isinstance(value, str | Path) else "text"
     if origin is typing.Literal:
         return True, None if value in inner else f"one of {', '.join(map(str, inner))}"
     return False, None

@@ -21,10 +21,9 @@ from keygrip.config import (
     known_keys,
     leaves_of,
     nearest,
-    quoted,
     refuse_unread,
-    values_of,
 )
+from keygrip.override_values import quoted, texts_quoted, values_of
 
 CONF = config_folder()
 SUPPORT = Path(__file__).parent / "support"
@@ -109,6 +108,7 @@ def test_nearest_key() -> None:
     assert nearest("max_step", keys) == "max_steps"
     assert nearest("optimiser.lr", keys) == "optimizer.lr"
     assert nearest("optimizer.learning_rate", keys) == "optimizer.lr"
+    assert nearest("optimizer.gradient_clip_val", keys) == "optimizer.clip_norm"
     assert nearest("batchsize", keys) == "data.batch_size"
     assert nearest("zzzzzz", keys) is None
 
@@ -159,3 +159,18 @@ def test_recipes_ask_for_what_they_must_be_given() -> None:
                 InterpolationResolutionError, match=f"the setting {setting} has no value: give {setting}="
             ):
                 OmegaConf.select(cfg, setting)
+
+
+@pytest.mark.parametrize("name", ["2025_01_02", "1.10", "007", "1e5", "12", "'1.10'", "a_1"])
+def test_a_folder_whose_name_looks_like_a_number_keeps_its_letters(name: str) -> None:
+    assert compose("train", [f"run_dir={name}"]).run_dir == name.strip("'")
+    assert compose("train", [f"resume={name}", "run_dir=a"]).resume == name.strip("'")
+    assert compose("train", ["resume=true", "run_dir=a"]).resume is True
+
+
+def test_numbers_stay_numbers_where_no_text_is_wanted() -> None:
+    assert compose("train", ["max_steps=10_000", "run_dir=a"]).max_steps == 10_000
+    given = ["run_dir=1_0,b,2.50", "hydra.sweep.dir=2024_12_31", "run_dir='a, 1'", "seed=1_0", "+run_dir=3"]
+    assert texts_quoted(given, ("run_dir", "hydra.sweep.dir")) == [
+        *("run_dir='1_0',b,'2.50'", "hydra.sweep.dir='2024_12_31'", "run_dir='a, 1'", "seed=1_0", "+run_dir='3'"),
+    ]

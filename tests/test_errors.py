@@ -229,12 +229,16 @@ def test_settings_that_cannot_work(arguments: list[str], code: int, said: str, c
         (["optimizer=muon"], r"matrices_of=.*: no trainable matrix belongs to these parts.* optimizer=adamw"),
         (["+optimizer.lr_multipliers.backbne=0.1"], r"lr_multipliers: no trainable parameter's name .*'backbne'"),
         (["max_steps=-1"], r"optimizer.schedule=cosine needs an end: give max_steps or max_epochs"),
+        (["callbacks.ema.decay=2"], r"callbacks.ema.decay=2: must lie in \[0, 1\)"),
+        (["callbacks.checkpoint.keep=-1", "dry_run=true"], r"callbacks.checkpoint.keep=-1: must"),
+        (["logger=wandb"], r"logger=wandb needs the package wandb"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_data_are_recorded(
-    arguments: list[str], said: str, cli: Callable[..., Any]
+    arguments: list[str], said: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = cli("model=coordinate_regression", "data=yam", *arguments, "logger=none", "run_dir=run")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    outcome = cli("model=coordinate_regression", "data=yam", "logger=none", *arguments, "run_dir=run")
     assert outcome.code in (1, 2)
     assert re.search(said, outcome.err.splitlines()[-1]), outcome.err
     assert not Path("data").exists()

@@ -30,7 +30,7 @@ NAN, INF = float("nan"), float("inf")
         (int, [3, -1], [True, 2.0, "3", None, [3]]),
         (float, [3, 0.5, -1e9], [NAN, INF, "0.5", False, None, {}]),
         (bool, [True, False], [0, 1, "true", None]),
-        (str, ["a", 3, 0.5], [None, ["a"], {"a": 1}]),
+        (str, ["a", Path("a")], [None, ["a"], {"a": 1}, 3, 0.5]),
         (float | None, [None, 1], ["none", NAN]),
         (int | Literal["auto"], [2, "auto"], ["atuo", 2.5]),
         (str | Path | Sequence[str | Path] | None, [None, "a", ["a", "b"]], [{"a": 1}, [["a"]]]),
@@ -88,6 +88,18 @@ def plain() -> dict[str, Any]:
         ("data.arms", "right", "data.arms='right': must be a list"),
         ("data.verify", 3, "data.verify=3: must be true or false"),
         ("data.camera", ["over"], "data.camera=['over']: must be text"),
+        (
+            "data.camera",
+            130322270735,
+            "data.camera=130322270735: must be text; what you gave is read as a number: put it in two kinds of quotes, "
+            "\"data.camera='...'\"",
+        ),
+        (
+            "data.cameras",
+            ["over", 1303],
+            "data.cameras=['over', 1303]: must be a list, each of it text or null; what you gave is read as a number: "
+            "put it in two kinds of quotes, \"data.cameras=['...']\"",
+        ),
         ("data.augmentation.shift", "far", "data.augmentation.shift='far': must be a finite number"),
         ("data.batchsize", 3, "there is no setting 'data.batchsize': the nearest is 'data.batch_size'"),
         ("optimizer.learning_rate", 3, "there is no setting 'optimizer.learning_rate': the nearest is 'optimizer.lr'"),

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, SettingError, leaves_of, nearest, register, values_of
+from keygrip.config import EntrySchema, SettingError, leaves_of, nearest, register
+from keygrip.override_values import values_of
 from keygrip.setting_types import hints_of, wanted
 from keygrip.training.parts import build_stored
 

@@ -37,7 +37,7 @@ from keygrip.training.compatibility import (
 from keygrip.training.compute import Compute
 from keygrip.training.dry_run import dry_run
 from keygrip.training.idle_settings import refuse_idle
-from keygrip.training.loggers import build_loggers, finish, log_settings
+from keygrip.training.loggers import build_loggers, finish, log_settings, refuse_missing_packages
 from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
 from keygrip.training.pretraining import complete_stages, with_run_folders
@@ -68,6 +68,9 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     quiet_lightning(warnings_too=not cfg.debug)
     plain = _checked_settings(cfg, overrides)
     resolved = with_run_folders(plain)
+    built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
+    refuse_missing_packages(built.logger)
+    chosen = _parts(built.callbacks)  # before data are made and stages trained, which may take hours
     strategy = instantiate(cfg.strategy)
     refuse_divided(cfg.optimizer, strategy.kind)
     # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
@@ -83,7 +86,6 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     origin = run_metadata()
     _seed(cfg)
 
-    built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
     datamodule, module = _build(cfg, built.data, resolved, resumed=resume is not None)
     trained = _trained_before(folder, resumed_step) if resume else {}
     if resume is not None and resumed_step == cfg.max_steps and not trained and not no_validation(cfg):
@@ -103,7 +105,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     try:  # W&B has a run open from here on, into which the next job of a sweep would log
         log_settings(loggers, resolved, resumed_step)
         kept = TrainedMetrics(folder, trained.get("metrics", {}))
-        callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *_parts(built.callbacks), kept]
+        callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *chosen, kept]
         if cfg.max_minutes is not None:
             callbacks.append(TimeLimit(cfg.max_minutes))
         if cfg.val_every_n_steps:

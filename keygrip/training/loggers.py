@@ -27,14 +27,24 @@ log = logging.getLogger(__name__)
 WANDB_ID = "wandb_run_id.txt"
 
 
+def refuse_missing_packages(group: DictConfig | None) -> None:
+    """Refuses a logger that cannot be built; builds none, for one begins to record at once.
+
+    Raises:
+        ValueError: W&B is asked for and not installed.
+    """
+    if any(part._target_.endswith("WandbLogger") for part in (group or {}).values()) and not _installed("wandb"):
+        raise ValueError(
+            "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
+        )
+
+
 def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> list[Any]:
     """The loggers of a run.
 
     Args:
-        group: `logger` of the configuration. folder: the run's. resumed_step: 0 for a new run.
-
-    Raises:
-        ValueError: W&B is asked for and not installed.
+        group: `logger` of the configuration; see `refuse_missing_packages`. folder: the run's. resumed_step: 0 for a
+            new run.
     """
     from hydra.utils import instantiate
 
@@ -42,10 +52,6 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
     for part in (group or {}).values():
         extra: dict[str, Any] = {}
         if part._target_.endswith("WandbLogger"):
-            if not _installed("wandb"):
-                raise ValueError(
-                    "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
-                )
             extra = {"id": wandb_id(folder), "resume": "allow"}
         elif resumed_step and part._target_.endswith("TensorBoardLogger"):
             # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.

@@ -18,9 +18,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, read_record, without_passwords, write_json, write_text
-from keygrip.config import quoted
 from keygrip.config_errors import one_line, root_cause
 from keygrip.launch import is_first_process, restarted_by_scheduler, started_together
+from keygrip.override_values import quoted
 from keygrip.training.results import (
     DRY_RUN,
     FAILED,

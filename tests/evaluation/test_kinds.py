@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,25 @@ def test_a_checkpoint_chooses_the_settings_of_its_kind(kind: str, holding: Any) 
     cfg = compose("evaluate", ["checkpoint=run"])
     assert set(cfg) - COMMON == set(KINDS[kind].settings())
     assert {"checkpoint", "run_dir"} <= set(cfg)
+
+
+@pytest.mark.parametrize(
+    "options", [["-m"], ["--cfg", "job"], ["--config-dir", "mine"]], ids=["multirun", "cfg", "config_dir"]
+)
+def test_options_of_hydra_go_with_the_kind_that_is_chosen(
+    options: list[str], holding: Any, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holding({"run": "policy"})
+    ran: list[tuple[str, bool]] = []
+    monkeypatch.setattr(evaluate, "run", lambda cfg: ran.append((cfg.checkpoint, cfg.simulate)))
+    Path("mine").mkdir()
+    several = "true,false" if options == ["-m"] else "false"
+    outcome = cli(*options, "checkpoint=run", f"simulate={several}", of="evaluate")
+    assert outcome.code == 0, outcome.err
+    if options[0] == "--cfg":
+        assert "\nsimulate: false\n" in outcome.out
+    else:
+        assert ran == [("run", value == "true") for value in several.split(",")]
 
 
 def test_a_setting_of_another_kind_is_refused_with_the_nearest_of_this_one(holding: Any) -> None:
