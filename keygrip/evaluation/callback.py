@@ -91,6 +91,15 @@ class EvaluateClosedLoop(Callback):
                 100 * summary["success_low"],
                 100 * summary["success_high"],
             )
+            if summary.get("clamped_plans"):
+                log.info(
+                    "  %d of %d plans were held back at the box of the training positions (policy.margin_m), in %d "
+                    "episodes, by at most %.1f cm",
+                    summary["clamped_plans"],
+                    summary["plans"],
+                    summary["clamped_episodes"],
+                    100 * summary["clamped_most_m"],
+                )
             for kinds in (summary.get(kind, {}) for kind in BREAKDOWNS):
                 for kind, rates in kinds.items():
                     log.info("  %s: %d of %d", kind, rates["successes"], rates["episodes"])

@@ -57,7 +57,8 @@ class ConditionResult:
         """Figures of the condition: success rate with its 95 % Wilson interval, failure counts, times.
 
         Where the object's colour or height varies, `by_colour` and `by_height` hold the rates of its kinds. Where plans
-        were followed by their joints, `joint_plans` is the share of such plans.
+        were followed by their joints, `joint_plans` is the share of such plans. Of a policy that keeps its plans near
+        the positions seen in training, see `clamped`.
         """
         yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
         kinds: dict[str, Any] = {}
@@ -72,6 +73,7 @@ class ConditionResult:
             "episode_s_median": float(np.median([episode.seconds for episode in self.episodes])),
             "plan_ms_median": float(np.median([episode.plan_ms for episode in self.episodes])),
             "grip_yaw_error_deg_median": float(np.median(yaw)) if yaw else None,
+            **clamped(self.episodes),
             **kinds,
         }
 
@@ -82,6 +84,21 @@ def success_rates(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     low, high = wilson_interval(won, len(episodes))
     rates = {"success_rate": won / len(episodes), "success_low": low, "success_high": high}
     return rates | {"episodes": len(episodes), "successes": won}
+
+
+def clamped(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """`clamped_plans`: how many of the `plans` were held back near the positions seen in training; `clamped_episodes`:
+    how many had such a plan; `clamped_most_m`: the largest distance along an axis. Empty of a policy that holds none
+    back."""
+    counts = [episode.clamped_plans for episode in episodes if episode.clamped_plans is not None]
+    if not counts:
+        return {}
+    return {
+        "plans": sum(episode.plans for episode in episodes),
+        "clamped_plans": sum(counts),
+        "clamped_episodes": sum(count > 0 for count in counts),
+        "clamped_most_m": max(episode.clamped_most_m or 0.0 for episode in episodes),
+    }
 
 
 def _by_kind(episodes: Sequence[EpisodeResult], kind: Callable[[EpisodeResult], str]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from keygrip.artifacts import write_json
 from keygrip.envs.metaworld.tasks import DIFFICULTY
-from keygrip.evaluation.closed_loop import ConditionResult, success_rates, summarise
+from keygrip.evaluation.closed_loop import ConditionResult, clamped, success_rates, summarise
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 
 
@@ -40,7 +40,7 @@ def over_tasks(results: Sequence[ConditionResult]) -> dict[str, Any]:
     def pooled(chosen: Sequence[ConditionResult]) -> dict[str, Any]:
         episodes = [episode for result in chosen for episode in result.episodes]
         mean = sum(success_rates(each.episodes)["success_rate"] for each in chosen) / len(chosen)
-        return success_rates(episodes) | {"success_rate": mean, "tasks": len(chosen)}
+        return success_rates(episodes) | {"success_rate": mean, "tasks": len(chosen)} | clamped(episodes)
 
     groups: dict[str, list[ConditionResult]] = {}
     for result in results:

@@ -13,7 +13,7 @@ import numpy as np
 
 from keygrip.envs.environment import Environment, JointEnvironment, open_environment
 from keygrip.evaluation.rollout_video import RolloutVideo
-from keygrip.models.policy import Needs, arm_axis, views_there
+from keygrip.models.policy import Needs, arm_axis, held_back_m, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.plan_terms import POSE, Follow, refuse_idle_follow
 
@@ -30,6 +30,8 @@ class EpisodeResult:
         seconds: simulated time. plans: how often it planned. joint_plans: how many of them were followed by their
             joints. plan_ms: median time of a plan.
         yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
+        clamped_plans: how many of `plans` the policy held back near the positions seen in training; clamped_most_m: by
+            at most so much along an axis. None: it holds none back.
         instruction: what was asked for. colour: of the object to move. height_cm: of what it stood on.
     """
 
@@ -46,6 +48,8 @@ class EpisodeResult:
     colour: str = ""
     height_cm: float = 0.0
     joint_plans: int = 0
+    clamped_plans: int | None = None
+    clamped_most_m: float | None = None
 
 
 def run_episode(
@@ -118,6 +122,8 @@ def run_episode(
         colour=info.get("object_colour", ""),
         height_cm=round(100 * info.get("object_height_m", 0.0), 2),
         joint_plans=controller.joint_plans,
+        clamped_plans=sum(by > 0 for by in timed.held_back) if timed.held_back else None,
+        clamped_most_m=round(max(timed.held_back), 5) if timed.held_back else None,
     )
 
 
@@ -177,9 +183,13 @@ class _TimedPolicy:
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.milliseconds: list[float] = []
+        self.held_back: list[float] = []
 
     def plan(self, observation: Any) -> Any:
         started = time.perf_counter()
         plan = self.policy.plan(observation)
         self.milliseconds.append((time.perf_counter() - started) * 1e3)
+        held = held_back_m(plan)
+        if held is not None:
+            self.held_back.append(held)
         return plan

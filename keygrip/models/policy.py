@@ -15,7 +15,8 @@ import numpy as np
 
 UNIT_SLACK = 0.02  # of unit quaternions and rotation matrices, after float32 and JSON
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
-FARTHEST_CAMERA_M = 100.0  # from the world's origin
+FARTHEST_M = 100.0  # of cameras and grippers from the world's origin
+HELD_BACK_M = 1e-6  # less is rounding
 
 Observation = Mapping[str, Any]
 """What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
@@ -161,8 +162,10 @@ def implausible(name: str, value: np.ndarray) -> str | None:
             return "is no rigid transform: a rotation, a translation in metres, last row 0 0 0 1"
         if np.linalg.det(turn) < 0:
             return "is no rigid transform: its rotation is mirrored (determinant -1); one of its axes points backwards"
-        if np.abs(value[:3, 3]).max() > FARTHEST_CAMERA_M:
-            return f"puts the camera farther than {FARTHEST_CAMERA_M:g} m away: its translation is in metres"
+        if np.abs(value[:3, 3]).max() > FARTHEST_M:
+            return f"puts the camera farther than {FARTHEST_M:g} m away: its translation is in metres"
+    if name == "position" and np.abs(value).max(initial=0) > FARTHEST_M:
+        return f"lies farther than {FARTHEST_M:g} m from the world's origin: it must be in metres"
     if name == "quaternion" and (abs(np.linalg.norm(value, axis=-1) - 1) > UNIT_SLACK).any():
         return "is no unit quaternion (w x y z)"
     if name == "gripper" and ((value < -0.1) | (value > 1.1)).any():
@@ -183,6 +186,9 @@ class Plan:
             the terms in which the policy plans it, for robots that take them; None where it plans poses.
         time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where it is
             not known. Step k is due at time_s + k step_seconds, k from 1.
+        held_back: ``[A, 3]`` metres along x, y and z: how far at most the policy moved the positions of an arm's steps
+            back towards those seen in training (see `margin_m` of the policy). Zeros: not at all; None: the policy
+            moves none.
     """
 
     position: np.ndarray
@@ -193,6 +199,16 @@ class Plan:
     time_s: float | None = None
     joints: np.ndarray | None = None
     controller: np.ndarray | None = None
+    held_back: np.ndarray | None = None
+
+
+def held_back_m(plan: Plan) -> float | None:
+    """The largest distance along an axis, metres, by which a plan was held back, 0 where it was not; None: its policy
+    holds none back."""
+    if plan.held_back is None:
+        return None
+    most = float(np.max(plan.held_back, initial=0.0))
+    return most if most > HELD_BACK_M else 0.0
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,24 @@ def stacked_views(views: Sequence[Sequence[View]], device: torch.device) -> tupl
 
 
 def plans_of(
-    position: Tensor, quaternion: Tensor, gripper: Tensor, step_seconds: float, uncertainty: Tensor | None = None
+    position: Tensor,
+    quaternion: Tensor,
+    gripper: Tensor,
+    step_seconds: float,
+    uncertainty: Tensor | None = None,
+    held_back: Tensor | None = None,
 ) -> list[Plan]:
     """A plan for each observation.
 
     Args:
-        position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper, uncertainty: ``[B, A, T]``. See `Plan`.
+        position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper, uncertainty: ``[B, A, T]``.
+        held_back: ``[B, A, 3]``. See `Plan`.
     """
-    entropies = [None] * len(position) if uncertainty is None else uncertainty.double().cpu().numpy()
+    entropies, moved = (
+        [None] * len(position) if part is None else part.double().cpu().numpy() for part in (uncertainty, held_back)
+    )
     poses = (part.double().cpu().numpy() for part in (position, quaternion, gripper))
     return [
-        Plan(at, turn, opening, step_seconds, entropy)
-        for at, turn, opening, entropy in zip(*poses, entropies, strict=True)
+        Plan(at, turn, opening, step_seconds, entropy, held_back=back)
+        for at, turn, opening, entropy, back in zip(*poses, entropies, moved, strict=True)
     ]

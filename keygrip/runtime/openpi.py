@@ -66,8 +66,8 @@ def decode_message(body: bytes, needs: Needs) -> dict[str, Any] | int:
 
 def encode_plan(plan: Plan, infer_ms: float) -> bytes:
     """A plan: `actions` [T, 8 A], for each arm position (metres), quaternion w x y z and gripper opening; with it
-    `uncertainty` [T, A], `joints` [T, A, J] and `controller` [T, A, D] where the policy has them, `step_seconds` and
-    `server_timing`."""
+    `uncertainty` [T, A], `joints` [T, A, J], `controller` [T, A, D] and `held_back` [A, 3] where the policy has them,
+    `step_seconds` and `server_timing`."""
     poses = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=-1)  # [A, T, 8]
     actions = poses.transpose(1, 0, 2).reshape(poses.shape[1], -1).astype(np.float64)
     answer: dict[str, Any] = {
@@ -80,6 +80,8 @@ def encode_plan(plan: Plan, infer_ms: float) -> bytes:
     for name in ("joints", "controller"):
         if (values := getattr(plan, name)) is not None:
             answer[name] = np.asarray(values, np.float64).transpose(1, 0, 2)
+    if plan.held_back is not None:
+        answer["held_back"] = np.asarray(plan.held_back, np.float64)
     return pack(answer)
 
 

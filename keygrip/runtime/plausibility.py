@@ -134,6 +134,8 @@ class Bounds:
         parts = {name: np.asarray(getattr(plan, name)) for name in shapes}
         if plan.uncertainty is not None:
             shapes["uncertainty"], parts["uncertainty"] = (arms, steps), np.asarray(plan.uncertainty)
+        if plan.held_back is not None:
+            shapes["held_back"], parts["held_back"] = (arms, 3), np.asarray(plan.held_back)
         for name in ("joints", "controller"):
             if (further := getattr(plan, name)) is not None:
                 parts[name] = np.asarray(further)

@@ -36,7 +36,7 @@ OLDEST_PLAN_S = 600.0  # a plan under way whose observation is older is of anoth
 EARLIEST_S = 1.0  # by which an observation may precede it: cameras are older than the plan's arrival
 LONGEST_DELAY_S = 60.0
 UNDER_WAY = "executing/"  # what the arrays of a plan under way begin with
-OF_SOME = ("uncertainty", "joints", "controller")  # parts of a plan that some policies give
+OF_SOME = ("uncertainty", "joints", "controller", "held_back")  # parts of a plan that some policies give
 VIEW = ("image", "intrinsics", "world_to_camera")
 
 
@@ -243,7 +243,8 @@ def _refuse_unknown(names: Iterable[str], entries: Mapping[str, Entry]) -> None:
 
 def encode_plan(plan: Plan) -> bytes:
     """A plan as the body of an answer: position [A, T, 3], quaternion [A, T, 4], gripper [A, T], step_seconds [] and,
-    where the policy has them, uncertainty [A, T], joints [A, T, J] and controller [A, T, D]; all float64."""
+    where the policy has them, uncertainty [A, T], joints [A, T, J], controller [A, T, D] and held_back [A, 3]; all
+    float64."""
     arrays = {
         "position": plan.position,
         "quaternion": plan.quaternion,
@@ -263,6 +264,7 @@ def decode_plan(body: bytes) -> Plan:
     gripper = arrays["gripper"]
     shapes = dict.fromkeys(("gripper", "uncertainty"), gripper.shape)
     shapes |= {"position": (*gripper.shape, 3), "quaternion": (*gripper.shape, 4), "step_seconds": ()}
+    shapes["held_back"] = (*gripper.shape[:1], 3)
     for name, array in arrays.items():
         any_number = (*gripper.shape, *array.shape[-1:])  # of joints, or of a controller's inputs
         if array.shape != shapes.get(name, any_number):

@@ -17,7 +17,7 @@ from keygrip.data.batches import PolicyTargets
 from keygrip.data.robot.native import read_native
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.closed_loop import ClosedLoop, summarise
+from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, summarise
 from keygrip.evaluation.rollouts import EpisodeResult, check_environment, run_episode
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.policy import Needs, Observation, Plan
@@ -99,6 +99,27 @@ def test_recorded_joints_replayed_through_the_cell_succeed(
     bare = Replay(demo, lambda plan: replace(plan, joints=None))  # the same by a policy of poses
     bare.needs = Needs(("right",))
     np.testing.assert_array_equal(noted(cell, bare, monkeypatch)[1], joints)
+
+
+def test_plans_that_were_held_back_are_counted(cell: YamCell, demo: Path) -> None:
+    def every_second(plan: Plan) -> Plan:
+        return replace(plan, held_back=np.array([[0.0, 0.11 * (policy.plans % 2), 1e-9]]))
+
+    policy = Replay(demo, every_second)
+    result = run_episode(cell, policy, CONTROL, SEED)
+    assert result.clamped_plans == (result.plans + 1) // 2
+    assert result.clamped_most_m == 0.11
+    free = run_episode(cell, Replay(demo, lambda plan: replace(plan, held_back=np.zeros((1, 3)))), CONTROL, SEED)
+    assert (free.clamped_plans, free.clamped_most_m) == (0, 0.0)
+    unlimited = run_episode(cell, Replay(demo), CONTROL, SEED)
+    assert (unlimited.clamped_plans, unlimited.clamped_most_m) == (None, None)
+
+    figures = summarise([ConditionResult("all", {}, [result, free]), ConditionResult("none", {}, [unlimited])])
+    assert figures["all"]["plans"] == 2 * result.plans
+    assert figures["all"]["clamped_plans"] == result.clamped_plans
+    assert figures["all"]["clamped_episodes"] == 1
+    assert figures["all"]["clamped_most_m"] == 0.11
+    assert "clamped_plans" not in figures["none"], "a policy that holds none back has no such figure"
 
 
 def test_joints_are_what_is_judged(cell: YamCell, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

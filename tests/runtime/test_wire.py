@@ -190,13 +190,14 @@ def test_what_is_not_in_the_format_is_refused(body: bytes, needs: Needs) -> None
         decode_request(body, needs)
 
 
-@pytest.mark.parametrize("uncertainty", [None, np.full((2, 5), 0.25)])
-def test_a_plan_arrives_as_it_was(uncertainty: np.ndarray | None) -> None:
+@pytest.mark.parametrize(("uncertainty", "held_back"), [(None, None), (np.full((2, 5), 0.25), np.full((2, 3), 0.1))])
+def test_a_plan_arrives_as_it_was(uncertainty: np.ndarray | None, held_back: np.ndarray | None) -> None:
     rng = np.random.default_rng(0)
-    plan = Plan(rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5, 4)), rng.random((2, 5)), 0.3, uncertainty)
+    poses = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5, 4)), rng.random((2, 5))
+    plan = Plan(*poses, 0.3, uncertainty, held_back=held_back)
     seen = decode_plan(encode_plan(plan))
     assert seen.step_seconds == 0.3
-    for name in ("position", "quaternion", "gripper", "uncertainty"):
+    for name in ("position", "quaternion", "gripper", "uncertainty", "held_back"):
         np.testing.assert_array_equal(getattr(seen, name), getattr(plan, name))
 
 
@@ -206,6 +207,8 @@ def test_an_answer_that_is_no_plan_is_refused() -> None:
         decode_plan(changed(body, step_seconds=None))
     with pytest.raises(WireError, match="position is"):
         decode_plan(changed(body, position=np.zeros((1, 4, 3))))
+    with pytest.raises(WireError, match="held_back is"):
+        decode_plan(changed(body, held_back=np.zeros((1, 5, 3))))
 
 
 def test_the_robots_side_needs_no_torch() -> None:

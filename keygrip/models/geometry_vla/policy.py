@@ -18,6 +18,7 @@ from keygrip.models.nn.flow_matching import Solver
 from keygrip.models.nn.inpainting import soft_mask
 from keygrip.models.nn.low_precision import Precision
 from keygrip.models.policy import (
+    HELD_BACK_M,
     Needs,
     Observation,
     Plan,
@@ -29,6 +30,7 @@ from keygrip.models.policy import (
     views_of,
 )
 from keygrip.models.policy_tensors import plans_of, stacked_poses, stacked_views
+from keygrip.models.training_box import HeldBackWarning, check_margin, kept_in_box
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOVED_M = 1e-6
 ROUNDING_S = 1e-6
 
 
@@ -60,7 +61,8 @@ class GeometryVLAPolicy:
     Args:
         module: trained, with its statistics.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
-            was never demonstrated, and may be the table. Poses in metres are kept so, never normalised actions.
+            was never demonstrated, and may be the table. Poses in metres are kept so, never normalised actions. Plans
+            say in `held_back` how far they were moved; a warning says it once an episode.
         embodiment: which robot it drives, of a model that tells several apart; others take none.
         seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
         vlm_precision: of the vision-language model's weights: float32 as trained, bfloat16, or int8 (a quarter of the
@@ -81,6 +83,7 @@ class GeometryVLAPolicy:
     compiled: bool = False
 
     def __post_init__(self) -> None:
+        check_margin(self.margin_m)
         if self.embodiment is not None:  # one that is missing may be given later, by `replace`
             robot_number(self.module.embodiments, self.embodiment)
         if not self.module.views:
@@ -93,6 +96,7 @@ class GeometryVLAPolicy:
         self._sampling = replace(self.module.sampling, **changes)
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator().manual_seed(self.seed)
+        self._warning = HeldBackWarning()
 
     @property
     def needs(self) -> Needs:
@@ -107,6 +111,7 @@ class GeometryVLAPolicy:
 
     def reset(self, seed: int) -> None:
         """Starts an episode: the noise is from here on a function of the seeds."""
+        self._warning.begin()
         self._generator.manual_seed(self.seed + seed)
 
     def make_ready(self) -> None:
@@ -188,7 +193,8 @@ class GeometryVLAPolicy:
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         seen = self._seen(observations, sessions)
-        return self._planned(self.module.network.sample(seen.scene, seen.noise, seen.state, self._sampling), seen)
+        sampled = self.module.network.sample(seen.scene, seen.noise, seen.state, self._sampling)
+        return self._planned(sampled, seen, sessions)
 
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
@@ -226,11 +232,12 @@ class GeometryVLAPolicy:
         known = int((places <= steps - 1 + 1e-6).sum())
         actions = self._under_way(executing, np.clip(places, 0, steps - 1), seen) if known else None
         if actions is None:
-            return self._planned(module.network.sample(seen.scene, seen.noise, seen.state, self._sampling), seen)[0]
+            sampled = module.network.sample(seen.scene, seen.noise, seen.state, self._sampling)
+            return self._planned(sampled, seen, [self])[0]
         fixed = min(math.ceil(max(delay_s, 0.0) / dt - 1e-6), known)
         weight = soft_mask(horizon, fixed, known, module.device)
         sampled = module.network.sample_continuing(seen.scene, seen.noise, seen.state, actions, weight, self._sampling)
-        return self._planned(sampled, seen)[0]
+        return self._planned(sampled, seen, [self])[0]
 
     def _under_way(self, executing: Plan, rows: np.ndarray, seen: _Seen) -> torch.Tensor | None:
         """A plan as normalised actions ``[1, T, Da]`` at places in it, in its steps ``[T]`` from 0; None where it is
@@ -288,15 +295,15 @@ class GeometryVLAPolicy:
         state = module.actions.state(position, quaternion, gripper, robots)
         return _Seen(scene, noise, state, position, quaternion)
 
-    def _planned(self, sampled: torch.Tensor, seen: _Seen) -> list[Plan]:
+    def _planned(self, sampled: torch.Tensor, seen: _Seen, sessions: Sequence[Self]) -> list[Plan]:
         module = self.module
         robots = self._robots(len(sampled))
         planned, turned, opening = module.actions.decode(sampled, seen.position, seen.turn, robots)
-        low, high = self._position_range
-        kept = planned.clamp(low - self.margin_m, high + self.margin_m)
-        moved = (kept - planned).abs().amax(dim=(1, 2, 3)) > MOVED_M
-        terms = self._own_terms(sampled, moved)
-        plans = plans_of(kept, turned, opening.clamp(0, 1), module.statistics.step_seconds)
+        kept, moved = kept_in_box(planned, self._position_range, self.margin_m)
+        terms = self._own_terms(sampled, moved.amax(dim=(1, 2)) > HELD_BACK_M)
+        plans = plans_of(kept, turned, opening.clamp(0, 1), module.statistics.step_seconds, held_back=moved)
+        for session, plan in zip(sessions, plans, strict=True):
+            session._warning.look_at(plan, module.actions.arms, self.margin_m)
         return [replace(plan, **own) for plan, own in zip(plans, terms, strict=True)]
 
     def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, Any]]:

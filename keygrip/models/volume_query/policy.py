@@ -27,6 +27,7 @@ from keygrip.models.policy import (
     views_there,
 )
 from keygrip.models.policy_tensors import plans_of, stacked, stacked_poses, stacked_views
+from keygrip.models.training_box import HeldBackWarning, check_margin, kept_in_box
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
@@ -49,7 +50,8 @@ class VolumeQueryPolicy:
         module: trained, with its statistics.
         decoder: how a distribution becomes a trajectory; a name: the module's own settings otherwise; None: its own.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
-            was never demonstrated, and may be the table.
+            was never demonstrated, and may be the table. Plans say in `held_back` how far they were moved; a warning
+            says it once an episode.
         seed: of the "sample" decoder.
         steady_turns: of a module with `rotation_symmetry`: each step of a plan takes the equivalent grip nearest to the
             step before it (`keygrip.models.volume_query.symmetry`); False: each the most probable by itself.
@@ -62,12 +64,14 @@ class VolumeQueryPolicy:
     steady_turns: bool = True
 
     def __post_init__(self) -> None:
+        check_margin(self.margin_m)
         self.module.eval()
         self.chosen_decoder()  # refuses a name that does not exist
         self._geometry = self.module.statistics.geometry
         self._read: set[str] = set()  # sentences whose words were checked
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
         self._projections = KnownProjections()
+        self._warning = HeldBackWarning()
 
     @property
     def needs(self) -> Needs:
@@ -97,6 +101,7 @@ class VolumeQueryPolicy:
 
     def reset(self, seed: int) -> None:
         """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
+        self._warning.begin()
         self._generator.manual_seed(self.seed + seed)
 
     def session(self) -> Self:
@@ -133,13 +138,13 @@ class VolumeQueryPolicy:
             ParallelRayError: the camera sees none of the planes of the heights.
             ValueError: the instruction, a camera or an arm's pose is missing or cannot be right.
         """
-        return self._plans([observation])[0]
+        return self._plans([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         """The plans of several sessions in one pass of the network; one by one where they draw by chance. As `plan`."""
         if self.chosen_decoder().name == "sample":
             return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
-        return self._plans(observations)
+        return self._plans(observations, sessions)
 
     def _views(self, observation: Observation) -> list[Mapping[str, Any] | None]:
         views = views_there(observation, self.module.views)
@@ -218,7 +223,7 @@ class VolumeQueryPolicy:
         return planned
 
     @torch.inference_mode()
-    def _plans(self, observations: Sequence[Observation]) -> list[Plan]:
+    def _plans(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         module, network, statistics = self.module, self.module.network, self.module.statistics
         device = module.device
         if network.world_views and len(module.views) > 1:
@@ -255,6 +260,8 @@ class VolumeQueryPolicy:
         )
         decoded = decoder.decode(output, [module.codec(arm) for arm in network.arms], **settings)
         turns = self._turns(decoded.quaternion, quaternion, gripper, observations)
-        low, high = statistics.position_range
-        kept = decoded.position.clamp(low - self.margin_m, high + self.margin_m)
-        return plans_of(kept, turns, decoded.gripper, statistics.step_seconds, decoded.entropy)
+        kept, moved = kept_in_box(decoded.position, statistics.position_range, self.margin_m)
+        plans = plans_of(kept, turns, decoded.gripper, statistics.step_seconds, decoded.entropy, moved)
+        for session, plan in zip(sessions, plans, strict=True):
+            session._warning.look_at(plan, network.arms, self.margin_m)
+        return plans

@@ -256,6 +256,7 @@ def test_a_mixture_of_robots_is_normalised_by_each_ones_own_recordings(
             plan.position[0], expected.clip(box[0] - policy.margin_m, box[1] + policy.margin_m), atol=1e-5
         )
         assert (np.abs(plan.position[0] - expected) < 1e-5).any(), "else nothing but the box is compared"
+        np.testing.assert_allclose(plan.held_back, np.abs(plan.position - expected).max(axis=1), atol=1e-5)
         low, high = module.actions.state_low, module.actions.state_high
         np.testing.assert_allclose(
             state[:3], 2 * (start - low[number, :3].numpy()) / (high - low)[number, :3].numpy() - 1, atol=1e-5

@@ -208,6 +208,7 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
         ({"intrinsics": np.eye(3) * np.nan}, "'intrinsics' of the observation holds numbers that are not finite"),
         ({"world_to_camera": np.eye(3)}, "'world_to_camera' of the observation must be 4 x 4, not 3 x 3"),
         ({"world_to_camera": np.ones((4, 4))}, "'world_to_camera' of the observation is no rigid transform"),
+        ({"position": [[320.0, -40.0, 150.0]]}, "'position' of the observation lies farther than 100 m"),
     ):
         with pytest.raises(ValueError, match=said):
             policy.plan(seen | wrong)
@@ -225,6 +226,35 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
     np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
     assert plan.step_seconds == 0.3
     assert plan.gripper.shape == (1, T)
+
+
+def test_a_plan_says_how_far_it_was_held_back_and_the_log_once_an_episode(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, data = build(("right",), tmp_path).eval(), batch(size=1)
+    seen = observation_of(data, np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8))
+    free = VolumeQueryPolicy(module, margin_m=np.inf).plan(seen)
+    np.testing.assert_array_equal(free.held_back, np.zeros((1, 3)))
+    assert not caplog.messages
+    low, high = free.position[0].min(axis=0), free.position[0].max(axis=0)
+    box = np.stack([low - 1, high + 1])
+    box[:, 1] = high[1] - 0.15, high[1] - 0.12  # the farthest step lies 12 cm beyond, 11 beyond the margin
+    module.statistics.position_range.copy_(torch.as_tensor(box))
+    policy = module.policy()
+    for _ in range(2):
+        plan = policy.plan(seen)
+        moved = np.abs(plan.position - free.position)[0].max(axis=0)
+        np.testing.assert_allclose(plan.held_back, moved[None], atol=1e-5)
+        assert plan.held_back[0, 1] == pytest.approx(max(0.11, high[1] - low[1] - 0.16), abs=1e-5)
+    (message,) = caplog.messages
+    assert "cm along y (arm right): it leads farther than policy.margin_m=0.01 out of the box" in message
+    assert f"{100 * moved[1]:.1f} cm" in message
+    policy.reset(1)
+    policy.plan_batch([seen, seen], [policy, policy.session()])
+    assert len(caplog.messages) == 3, "each session is an episode of its own"
+    for wrong in (-0.01, np.nan):
+        with pytest.raises(ValueError, match=r"policy\.margin_m="):
+            VolumeQueryPolicy(module, margin_m=wrong)
 
 
 @pytest.mark.parametrize("sky", [False, True], ids=["table", "horizon"])

@@ -1,0 +1,66 @@
+"""Plans are kept near the positions seen in training: the clamp, and what is said where it moves something.
+
+Shape legend: B observations, A arms, T planned steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from keygrip.models.policy import Plan, held_back_m
+
+log = logging.getLogger(__name__)
+
+
+def check_margin(margin_m: float) -> None:
+    """Raises ValueError: the margin is negative or no number; infinity, which keeps nothing back, is one."""
+    if not margin_m >= 0:
+        raise ValueError(f"policy.margin_m={margin_m}: must be a distance in metres, at least 0 (.inf: no limit)")
+
+
+def kept_in_box(planned: Tensor, box: Tensor, margin_m: float) -> tuple[Tensor, Tensor]:
+    """Positions moved, axis by axis, to where they are within a margin of the box of the training positions.
+
+    Args:
+        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres.
+
+    Returns:
+        The positions, and by how much the steps of each plan were moved at most, ``[B, A, 3]`` metres along x, y and z.
+    """
+    low, high = box
+    kept = planned.clamp(low - margin_m, high + margin_m)
+    return kept, (kept - planned).abs().amax(dim=2)
+
+
+class HeldBackWarning:
+    """Says once an episode that a plan was held back, and by how much. An object for each episode or session."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def begin(self) -> None:
+        """An episode starts."""
+        self._said = False
+
+    def look_at(self, plan: Plan, arms: Sequence[str], margin_m: float) -> None:
+        """Warns of the plan where it was held back and none before it in the episode was.
+
+        Args:
+            plan: with its `held_back`. arms: names, in the order of its arms. margin_m: of the policy, metres.
+        """
+        if self._said or plan.held_back is None or not held_back_m(plan):
+            return
+        self._said = True
+        arm, axis = divmod(int(np.nanargmax(plan.held_back)), 3)
+        log.warning(
+            "a plan was held back by %.1f cm along %s (arm %s): it leads farther than policy.margin_m=%g out of the "
+            "box of the training positions; a larger policy.margin_m lets it go there (said once an episode)",
+            100 * plan.held_back[arm, axis],
+            "xyz"[axis],
+            arms[arm],
+            margin_m,
+        )
