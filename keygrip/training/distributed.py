@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -49,6 +50,22 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     if not torch.is_grad_enabled():
         return global_sum(total) / everywhere.clamp(min=1e-12) * (everywhere > 0)
     return total * (world_size() / everywhere.clamp(min=1e-12)) * (everywhere > 0)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuses weights of losses with which nothing would be learned, or the wrong way.
+
+    Args:
+        weights: by setting, e.g. ``{"model.gripper_weight": 0.5}``.
+
+    Raises:
+        ValueError: one of them is negative or not finite, or all are 0.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}={weight}: a loss weighs 0 (it is left out) or more")
+    if not any(weights.values()):
+        raise ValueError(f"{', '.join(weights)} are all 0: nothing would be learned; set at least one of them above 0")
 
 
 def weighted_means(losses: Mapping[str, Tensor], counted: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keygrip.data.batches import PolicyBatch
+from keygrip.data.batches import CLOSED, PolicyBatch
 from keygrip.data.robot.statistics import DemoStatistics
 from keygrip.exporting.graphs import ExportGraph
 from keygrip.models.coordinate_regression.network import (
+    STATE_SIZE,
     CoordinateRegressionGraph,
     CoordinateRegressionNetwork,
     RegressionOutput,
@@ -27,14 +28,14 @@ from keygrip.models.policy import Needs, Observation, Plan, image_of
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.policy_tensors import plans_of, stacked_poses
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import weighted_means
+from keygrip.training.distributed import check_weights, weighted_means
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System, check_names
 
 log = logging.getLogger(__name__)
 
-HEADLINE = ("pix_argmax", "gripper_acc", "height_m", "position_cm", "rotation_deg")
+HEADLINE = ("pix_argmax", "gripper_open_acc", "height_m", "position_cm", "rotation_deg")
 
 
 BAR = ("total", "position_cm")  # metrics in the progress line
@@ -82,6 +83,7 @@ class CoordinateRegressionModule(System):
         self.statistics = PolicyStatistics()
         self.camera: str | None = None  # name of the camera that it sees
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
+        check_weights({f"model.{name}_weight": weight for name, weight in self.weights.items()})
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Take over the training split's ranges."""
@@ -117,7 +119,7 @@ class CoordinateRegressionModule(System):
         network, generator = self.network, torch.Generator().manual_seed(0)
         inputs = {
             "image": torch.randn(2, 3, network.image_size, network.image_size, generator=generator),
-            "state": torch.rand(2, len(network.arms), network.state_size, generator=generator),
+            "state": torch.rand(2, len(network.arms), STATE_SIZE, generator=generator),
         }
         return ExportGraph(CoordinateRegressionGraph(network).eval(), inputs, ("position", "rotation", "gripper"))
 
@@ -160,7 +162,13 @@ class CoordinateRegressionModule(System):
 
     @torch.no_grad()
     def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
-        """Errors in the units in which the volume-query policy reports its own."""
+        """Errors in the units in which the volume-query policy reports its own.
+
+        Each is a mean over all steps, past a demo's end too, whatever `mask_padded_steps` says; `pix_argmax` over those
+        inside the image. (The volume-query policy's are means over the steps inside the image that carry loss.)
+        `gripper_open_acc` is the share of steps where open or closed is right: there are no bins of the opening, whose
+        exact one is `gripper_acc` of the volume-query policy.
+        """
         return self._counted_metrics(output, batch)[0]
 
     @torch.no_grad()
@@ -179,7 +187,7 @@ class CoordinateRegressionModule(System):
             "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
             "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
             "rotation_deg": angle.mean(),
-            "gripper_acc": ((output.gripper > 0) == (batch.gripper > 0.5)).float().mean(),
+            "gripper_open_acc": ((output.gripper.sigmoid() > CLOSED) == (batch.gripper > CLOSED)).float().mean(),
         }
         return metrics, visible.sum()
 

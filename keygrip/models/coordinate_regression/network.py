@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from keygrip.models.backbone import DinoBackbone
 from keygrip.training.parts import model_part
 
+STATE_SIZE = 10  # features of an arm's state: position 3, opening 1, two columns of the rotation 6
+
 
 @dataclass(frozen=True)
 class RegressionOutput:
@@ -39,7 +41,7 @@ class CoordinateRegressionNetwork(nn.Module):
 
     Args:
         backbone: the shared DINO module. image_size: S. arms: in the order of the batch's arm axis. horizon: T.
-        width: of the hidden layers. layers: number of them. state_size: features of an arm's state.
+        width: of the hidden layers. layers: number of them.
     """
 
     def __init__(
@@ -50,14 +52,12 @@ class CoordinateRegressionNetwork(nn.Module):
         horizon: int = 8,
         width: int = 512,
         layers: int = 3,
-        state_size: int = 10,
     ) -> None:
         super().__init__()
         if layers < 1 or not arms:
             raise ValueError("model.network needs at least one layer and one arm.")
         self.backbone, self.image_size, self.arms, self.horizon = backbone, image_size, tuple(arms), horizon
-        self.state_size = state_size
-        sizes = [backbone.embed_dim + len(self.arms) * state_size, *[width] * layers]
+        sizes = [backbone.embed_dim + len(self.arms) * STATE_SIZE, *[width] * layers]
         hidden: list[nn.Module] = []
         for wide_in, wide_out in itertools.pairwise(sizes):
             hidden += [nn.Linear(wide_in, wide_out), nn.LayerNorm(wide_out), nn.GELU()]
@@ -65,7 +65,7 @@ class CoordinateRegressionNetwork(nn.Module):
         self.head = nn.Linear(width, len(self.arms) * horizon * 10)
 
     def forward(self, image: Tensor, state: Tensor) -> RegressionOutput:
-        """Poses from ``[B, 3, S, S]`` normalised images and ``[B, A, state_size]`` states."""
+        """Poses from ``[B, 3, S, S]`` normalised images and ``[B, A, STATE_SIZE]`` states."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} "

@@ -26,7 +26,7 @@ from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, norma
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.nn.standardise import RunningStandardisation
-from keygrip.training.distributed import global_mean, global_sum
+from keygrip.training.distributed import check_weights, global_mean, global_sum
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -229,7 +229,8 @@ class EncoderPretrainingModule(System):
         weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
 
     Raises:
-        ValueError: weights that do not name every loss, another number of colours, or two sources of the start.
+        ValueError: weights that do not name every loss, or that are negative or all 0; another number of
+            colours, or two sources of the start.
     """
 
     # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
@@ -262,6 +263,7 @@ class EncoderPretrainingModule(System):
         names = {"colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"}
         if set(weights) != names:
             raise ValueError(f"model.weights must name exactly {', '.join(sorted(names))}; it names {sorted(weights)}")
+        check_weights({f"model.weights.{name}": weight for name, weight in weights.items()})
         if len(collator.colours) != network.colours:
             raise ValueError(
                 f"model.network.colours={network.colours}, and collator.colours has {len(collator.colours)} names"

@@ -35,7 +35,7 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.objects import SIDE, crops_of, draw_objects
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.processor_attention import trained_on
-from keygrip.training.distributed import global_mean, world_size
+from keygrip.training.distributed import check_weights, global_mean, world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -151,7 +151,7 @@ class SelfSupervisedModule(System):
         objects: K, drawn of each frame. shift: frames are moved by up to so many pixels.
 
     Raises:
-        ValueError: weights that do not name every loss, or a number out of its range.
+        ValueError: weights that do not name every loss or are all 0, or a number out of its range.
     """
 
     batch_type = VideoTextBatch  # of the data module, whose samples the collator of this model makes into FramesBatch
@@ -176,6 +176,7 @@ class SelfSupervisedModule(System):
         super().__init__(optimizer)
         if set(weights) != set(LOSSES):
             raise ValueError(f"model.weights must name exactly {', '.join(LOSSES)}; it names {sorted(weights)}")
+        check_weights({f"model.weights.{name}": weight for name, weight in weights.items()})
         if objects < 1 or shift < 0:
             raise ValueError("model: objects must be at least 1, shift not below 0")
         self.network, self.collator = network, collator

@@ -37,7 +37,7 @@ from keygrip.models.volume_query.targets import StepTargets, arm_state, height_c
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import FurtherViews
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import weighted_means
+from keygrip.training.distributed import check_weights, weighted_means
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -52,6 +52,7 @@ HEADLINE = (
     "pix_argmax",
     "pix_floor",
     "gripper_acc",
+    "gripper_open_acc",
     "rotation_acc",
     "height_m",
     "height_m_floor",
@@ -124,6 +125,7 @@ class VolumeQueryModule(System):
         self.statistics = PolicyStatistics()
         self.decoder = decoder
         self.weights = {"volume": volume_weight, "gripper": gripper_weight, "rotation": rotation_weight}
+        check_weights({f"model.{name}_weight": weight for name, weight in self.weights.items()})
         self.target: Literal["hard", "bilinear"] = target
         self.mask_padded_steps, self.symmetry = mask_padded_steps, GripSymmetry(rotation_symmetry)
         self.log_images_every_n_steps, self.init_from = log_images_every_n_steps, init_from
@@ -369,7 +371,12 @@ class VolumeQueryModule(System):
 
     @torch.no_grad()
     def metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
-        """Headline errors of the plain argmax over valid steps, each beside its quantisation floor (``*_floor``)."""
+        """Headline errors of the plain argmax, each beside its quantisation floor (``*_floor``).
+
+        Each is a mean over the steps that carry loss: those inside the image, and with `mask_padded_steps` before the
+        demo's end. `gripper_acc` is the share of them with exactly the right one of `gripper_bins`;
+        `gripper_open_acc`, as of the regression baseline, which of open and closed is right.
+        """
         return {
             name: _mean_where(value, targets.valid) for name, value in self.step_errors(output, batch, targets).items()
         }
@@ -387,6 +394,7 @@ class VolumeQueryModule(System):
         points = recover_3d(pixels, heights, *cameras, strict=False)
         floor_points = recover_3d(floor_pixels, floor_heights, *cameras, strict=False)
         true_height = batch.position[..., 2]
+        opening = (output.gripper.argmax(-1) + 0.5) / network.gripper_bins
         found, rotation_floor, rotation_hits = [], [], []
         for i, arm in enumerate(network.arms):
             codec, true = self.codec(arm), batch.quaternion[:, i]
@@ -408,6 +416,7 @@ class VolumeQueryModule(System):
             "no_point_share": (~torch.isfinite(points).all(-1)).float(),
             "position_cm_floor": (floor_points - batch.position).norm(dim=-1) * 100,
             "gripper_acc": (output.gripper.argmax(-1) == targets.gripper).float(),
+            "gripper_open_acc": ((opening > CLOSED) == (batch.gripper > CLOSED)).float(),
             "rotation_acc": hits,
             "rotation_deg": torch.rad2deg(self._rotation_error(torch.stack(found, dim=1), batch)),
             "rotation_deg_floor": torch.stack(rotation_floor, dim=1),

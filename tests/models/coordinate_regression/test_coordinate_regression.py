@@ -114,6 +114,15 @@ def test_a_second_camera_is_not_ignored_without_a_word(
     assert "the data hold 2 cameras, and this policy sees over alone" in caplog.text
 
 
+@pytest.mark.parametrize("weights", [(-1.0, 0.5, 0.5), (1.0, 0.5, float("nan")), (0.0, 0.0, 0.0)])
+def test_weights_with_which_nothing_is_learned_are_refused(
+    module: CoordinateRegressionModule, weights: tuple[float, float, float]
+) -> None:
+    with pytest.raises(ValueError, match=r"model\.(position|gripper)_weight.*(0 \(it is left out\) or more|all 0)"):
+        CoordinateRegressionModule(module.network, AdamW(lr=1e-3), *weights)
+    CoordinateRegressionModule(module.network, AdamW(lr=1e-3), 0.0, 0.0, 1.0)
+
+
 def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> None:
     data = batch()
     output = module(data)
@@ -124,7 +133,10 @@ def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> N
     assert float(metrics["position_cm"]) < 1e-4
     assert float(metrics["rotation_deg"]) < 0.1
     assert float(metrics["pix_argmax"]) < 1e-3
-    assert float(metrics["gripper_acc"]) == 1.0
+    assert float(metrics["gripper_open_acc"]) == 1.0
+    output.gripper.data[0, 0, 0] *= -1
+    wrong = 1 / output.gripper.numel()
+    assert float(module.metrics(output, data)["gripper_open_acc"]) == pytest.approx(1 - wrong)
 
 
 def test_a_validation_is_the_mean_over_all_elements(module: CoordinateRegressionModule) -> None:

@@ -315,6 +315,27 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         VolumeQueryModule(module.network, PCARotation(classes=7), AdamW(lr=1e-3), Decoder())
 
 
+@pytest.mark.parametrize("weights", [{"volume_weight": -1.0}, {"rotation_weight": np.inf}, {"volume_weight": 0.0}])
+def test_weights_with_which_nothing_is_learned_are_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{next(iter(weights))}.*(0 \(it is left out\) or more|all 0)"):
+        build(**{"gripper_weight": 0.0, "rotation_weight": 0.0} | weights)
+    build(gripper_weight=0.0)
+
+
+def test_open_and_closed_are_told_apart_by_the_bin(tmp_path: Path) -> None:
+    """The right bin is the right half; a neighbour of it on the same side is wrong by its bin alone."""
+    module, data = build(("right",), tmp_path), batch(size=1)
+    targets = module.targets(data)
+    output = module(data, targets, teacher=True)
+    bins = module.network.gripper_bins
+    beside = (targets.gripper + torch.where(targets.gripper % (bins // 2) == 0, 1, -1)).clamp(0, bins - 1)
+    for chosen, exact, right in ((targets.gripper, 1, 1), (beside, 0, 1), (bins - 1 - targets.gripper, 0, 0)):
+        output.gripper.data.copy_(F.one_hot(chosen, bins).float())
+        errors = module.step_errors(output, data, targets)
+        assert float(errors["gripper_acc"].mean()) == exact
+        assert float(errors["gripper_open_acc"].mean()) == right
+
+
 def test_padded_steps_carry_no_loss_where_they_are_masked(tmp_path: Path) -> None:
     data = batch()
     data.action_is_pad[:, :, 1:] = True
