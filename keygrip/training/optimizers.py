@@ -27,7 +27,11 @@ class AdamW:
         schedule: ``cosine`` or ``constant``.
         clip_norm: global norm at which gradients are clipped; None: never.
         lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits
-            counts. None: there is none of this name, whatever another file says.
+            counts. None: there is none of this name, whatever another file says. Nested ones are read as dotted
+            names: ``{"backbone": {"net": 0.1}}`` is ``{"backbone.net": 0.1}``.
+        layer_decay: learning rates of image backbones fall from block to block towards the image, as in BEiT: block l
+            (from 0) of n has ``layer_decay ** (n - l)`` of what it would have, the patch embedding and the prefix
+            tokens ``layer_decay ** (n + 1)``, the final norm all of it. None: all have the same.
 
     Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     """
@@ -41,7 +45,8 @@ class AdamW:
     final_lr_share: float = 0.0
     schedule: str = "cosine"
     clip_norm: float | None = None
-    lr_multipliers: Mapping[str, float | None] = field(default_factory=dict)
+    lr_multipliers: Mapping[str, Any] = field(default_factory=dict)
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -54,9 +59,11 @@ class AdamW:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: each lies in [0, 1)")
-        for name, multiplier in self.lr_multipliers.items():
+        for name, multiplier in _by_dotted_name(self.lr_multipliers).items():
             if multiplier is not None and not 0 <= multiplier < math.inf:
                 raise ValueError(f"optimizer.lr_multipliers.{name}={multiplier}: must be a number from 0 on")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay={self.layer_decay}: must lie above 0 and at most at 1, or be null")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
 
@@ -69,7 +76,8 @@ class AdamW:
                 end, which only ``schedule=constant`` has.
 
         Raises:
-            ValueError: nothing to train, a multiplier that fits no parameter, or a cosine without an end.
+            ValueError: nothing to train, a multiplier that fits no parameter, `layer_decay` without a backbone that is
+                trained, or a cosine without an end.
         """
         self.check_end(total_steps)
         optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
@@ -103,9 +111,11 @@ class AdamW:
 
     def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
         """Groups for torch: ``params, lr, weight_decay, name``; every trainable parameter is in exactly one."""
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[str, bool, int], list[nn.Parameter]] = {}
         used: set[str] = set()
-        multipliers = {prefix: each for prefix, each in self.lr_multipliers.items() if each is not None}
+        named = _by_dotted_name(self.lr_multipliers)
+        multipliers = {prefix: each for prefix, each in named.items() if each is not None}
+        below = {} if self.layer_decay is None else _layers_below_the_end(module)
         kept = _without_decay(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
@@ -113,7 +123,7 @@ class AdamW:
             prefix = max((p for p in multipliers if belongs_to(name, p)), key=len, default="")
             used.add(prefix)
             decay = parameter.ndim >= 2 and id(parameter) not in kept
-            groups.setdefault((prefix, decay), []).append(parameter)
+            groups.setdefault((prefix, decay, below.get(id(parameter), 0)), []).append(parameter)
         if not groups:
             raise ValueError("nothing to train: every parameter is frozen")
         for prefix, multiplier in multipliers.items():
@@ -124,11 +134,11 @@ class AdamW:
         return [
             {
                 "params": parameters,
-                "lr": self.lr * multipliers.get(prefix, 1.0),
+                "lr": self.lr * multipliers.get(prefix, 1.0) * (self.layer_decay or 1.0) ** layers,
                 "weight_decay": self.weight_decay if decay else 0.0,
-                "name": f"{prefix or 'rest'}{'' if decay else '_no_decay'}",
+                "name": f"{prefix or 'rest'}{f'_{layers}_below' if layers else ''}{'' if decay else '_no_decay'}",
             }
-            for (prefix, decay), parameters in groups.items()
+            for (prefix, decay, layers), parameters in groups.items()
         ]
 
 
@@ -198,6 +208,34 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
 def belongs_to(name: str, prefix: str) -> bool:
     """Whether a parameter belongs to a named part: ``backbone`` fits ``backbone.x`` and ``network.backbone.x``."""
     return name == prefix or name.startswith(f"{prefix}.") or f".{prefix}." in name
+
+
+def _by_dotted_name(nested: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one: the command line makes them of a dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{above}{key}"
+        found |= _by_dotted_name(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
+    """By the identity of a parameter of an image backbone: how many layers lie between it and the backbone's end.
+
+    Raises:
+        ValueError: no backbone is trained.
+    """
+    backbones: list[Any] = [part for part in module.modules() if hasattr(part, "layer_of")]
+    below = {
+        id(parameter): part.depth - part.layer_of(name)
+        for part in backbones
+        for name, parameter in part.named_parameters()
+        if parameter.requires_grad
+    }
+    if not below:
+        why = "the backbone is frozen (backbone.trainable=frozen)" if backbones else "this model has no image backbone"
+        raise ValueError(f"optimizer.layer_decay has no effect: {why}; leave it out")
+    return below
 
 
 def _without_decay(module: nn.Module) -> set[int]:

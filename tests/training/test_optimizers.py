@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from keygrip.models.backbone import DinoBackbone
+from keygrip.training.muon import MuonAndAdamW
 from keygrip.training.optimizers import AdamW
 
 
@@ -58,6 +62,68 @@ def test_a_multiplier_of_none_is_none() -> None:
     assert groups_of(AdamW(2.0, lr_multipliers=multipliers), Network()) == groups_of(
         AdamW(2.0, lr_multipliers={"head": 0.5}), Network()
     )
+
+
+def test_nested_multipliers_are_dotted_names() -> None:
+    """As the command line makes them of `optimizer.lr_multipliers.backbone.0=0.1`."""
+    nested = {"backbone": {0: 0.1, "1": {"weight": 0.5}}, "head": None}
+    assert groups_of(AdamW(2.0, lr_multipliers=nested), Network()) == groups_of(
+        AdamW(2.0, lr_multipliers={"backbone.0": 0.1, "backbone.1.weight": 0.5}), Network()
+    )
+    with pytest.raises(ValueError, match=r"lr_multipliers\.backbone\.0=-1"):
+        AdamW(2.0, lr_multipliers={"backbone": {"0": -1.0}})
+
+
+def backbone_and_head(trainable: str | int = "all") -> nn.ModuleDict:
+    small = {"width": 16, "depth": 3, "heads": 1}
+    backbone = DinoBackbone("dinov3_vits16", image_size=32, weights="random", trainable=trainable, **small)
+    return nn.ModuleDict({"backbone": backbone, "head": nn.Linear(16, 2)})
+
+
+@pytest.mark.parametrize("recipe", [AdamW, partial(MuonAndAdamW, matrices_of=("backbone.net.blocks",))])
+def test_learning_rates_fall_towards_the_image_with_layer_decay(recipe: Callable[..., AdamW]) -> None:
+    network = backbone_and_head()
+    multipliers = {"backbone.net.blocks.1.mlp": 0.1}
+    found = recipe(lr=2.0, layer_decay=0.5, lr_multipliers=multipliers).configure(network, 100)["optimizer"]
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    rates = {names[id(parameter)]: group["initial_lr"] for group in found.param_groups for parameter in group["params"]}
+    expected = dict.fromkeys(rates, 2.0)
+    for name in rates:
+        if name.startswith("backbone.net.blocks."):
+            expected[name] = 2.0 * 0.5 ** (3 - int(name.split(".")[3]))
+        elif name.startswith("backbone.") and ".norm." not in name:
+            expected[name] = 2.0 * 0.5**4
+        if ".blocks.1.mlp." in name:
+            expected[name] *= 0.1
+    assert set(rates) == set(names.values())
+    assert rates == pytest.approx(expected)
+    assert {0.125, 0.25, 0.5, 1.0, 2.0} <= {round(rate, 6) for rate in rates.values()}
+    labels = [group["name"] for group in found.param_groups]
+    assert len(set(labels)) == len(labels), "the monitor of learning rates wants different names"
+
+
+def test_layer_decay_of_one_and_of_last_blocks() -> None:
+    network = backbone_and_head(trainable=1)
+    assert groups_of(AdamW(2.0, layer_decay=1.0), network) == groups_of(AdamW(2.0), network)
+    rates = {name: group["lr"] for name, group in groups_of(AdamW(2.0, layer_decay=0.5), network).items()}
+    assert {rate for name, rate in rates.items() if ".blocks." in name} == {1.0}
+    assert all(".blocks.2." in name for name in rates if ".blocks." in name)
+
+
+def test_layer_decay_without_a_trained_backbone_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"layer_decay has no effect: the backbone is frozen"):
+        AdamW(2.0, layer_decay=0.5).check(backbone_and_head("frozen"), endless=False)
+    with pytest.raises(ValueError, match=r"layer_decay has no effect: this model has no image backbone"):
+        AdamW(2.0, layer_decay=0.5).parameter_groups(Network())
+
+
+def test_a_run_with_layer_decay_goes_on_with_the_groups_that_it_had() -> None:
+    recipe = AdamW(lr=2.0, layer_decay=0.5)
+    before, after = (recipe.configure(backbone_and_head(), 100)["optimizer"] for _ in range(2))
+    after.load_state_dict(before.state_dict())
+    assert [(group["name"], len(group["params"])) for group in after.param_groups] == [
+        (group["name"], len(group["params"])) for group in before.param_groups
+    ]
 
 
 def test_nothing_to_train_is_an_error() -> None:
@@ -123,6 +189,7 @@ def test_a_cosine_needs_an_end_and_a_constant_rate_does_not() -> None:
     [
         *({"lr": 0.0}, {"schedule": "linear"}, {"clip_norm": 0.0}, {"warmup_steps": -1}, {"final_lr_share": 2.0}),
         *({"betas": (0.9, 1.5)}, {"lr_multipliers": {"head": -1.0}}, {"lr_multipliers": {"head": math.nan}}),
+        *({"layer_decay": 0.0}, {"layer_decay": 1.5}, {"layer_decay": math.nan}),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
