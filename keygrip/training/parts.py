@@ -77,11 +77,12 @@ class ReadWhere:
 
     Args:
         setting: the other one, beside it or below ("network.pointing_cells"); several, separated by blanks: any of
-            them. values: that it must have; none: any but null, false and 0.
+            them. values: that it must have; none: any but null, false and 0. unless: that it must not have, in place
+            of values.
     """
 
-    def __init__(self, setting: str, *values: Any) -> None:
-        self.settings, self.values = setting.split(), values
+    def __init__(self, setting: str, *values: Any, unless: Any = None) -> None:
+        self.settings, self.values, self.unless = setting.split(), values, unless
 
     def holds(self, options: Any) -> bool:
         """Whether it is read. Settings that ``options`` lack have a value that is not known here: it counts as read."""
@@ -89,10 +90,14 @@ class ReadWhere:
 
         missing = object()
         found = [OmegaConf.select(options, name, default=missing) for name in self.settings]
+        if self.unless is not None:
+            return any(value is missing or value != self.unless for value in found)
         return any(value is missing or (value in self.values if self.values else bool(value)) for value in found)
 
     def __str__(self) -> str:
         names = " or ".join(self.settings)
+        if self.unless is not None:
+            return f"{names} is not {self.unless}"
         values = " or ".join("null" if value is None else str(value) for value in self.values)
         return f"{names} is {values}" if values else f"{names} is set"
 

@@ -57,6 +57,13 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
         (BLIND, "backbone.width=48", "model.network.geom_inject_to_dit=true"),
         ((*VLA, "geometry.frozen=true"), "geometry.depth_weight=2", "geometry.frozen=false"),
         ((*VLA, "model.init_from=run"), "geometry.init_from=other", "model.init_from=null"),
+        (("backbone.trainable=frozen",), "backbone.drop_path=0.5", "backbone.trainable=2"),
+        (
+            ("backbone=dinov3_base", "backbone.trainable=frozen"),
+            "backbone.gradient_checkpointing=true",
+            "backbone.trainable=all",
+        ),
+        (("backbone=dinov3_large",), "backbone.gradient_checkpointing=true", "backbone.trainable=all"),
         # and one that reads it only where yet another says so
         (
             (*VLA, "model.network.geom_dit_tokens=0"),

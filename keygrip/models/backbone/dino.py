@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from keygrip.models.backbone.architectures import (
 from keygrip.models.backbone.features import BlockKV, DinoFeatures
 from keygrip.models.backbone.weights import adopt_position_table, find_weights, load_weights
 from keygrip.models.nn.processor_attention import recompute_contexts
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 Trainable = Literal["frozen", "all"] | int
 
@@ -61,6 +61,10 @@ class DinoBackbone(nn.Module):
         ValueError: unknown variant or option, a size that does not divide by the patch, weights that do not fit.
         FileNotFoundError: weights that are not there.
     """
+
+    read_where: ClassVar = dict.fromkeys(
+        ("drop_path", "gradient_checkpointing"), ReadWhere("trainable", unless="frozen")
+    )
 
     def __init__(
         self,
