@@ -491,3 +491,4 @@ def listed(overrides: Sequence[str]) -> list[str]:
 
 
 register("train_schema", TrainSchema, open_root=True)
+ConfigStore.instance().store(name="open_section", node=OmegaConf.create({}, flags={"struct": False}))  # takes any key

@@ -127,7 +127,8 @@ def test_settings_that_cannot_be_are_named(plain: dict[str, Any], key: str, valu
 def test_a_step_names_the_setting_that_was_given() -> None:
     for override, said in (
         ("first_seed=abc", "first_seed='abc': must be a whole number"),
-        ("+task.random_start=3", "task.random_start=3: must be true or false"),
+        ("task.random_start=3", "task.random_start=3: must be true or false"),
+        ("task.regoin=left", "there is no setting 'task.regoin': the nearest is 'task.region'"),
         ("demos=2.5", "demos=2.5: must be a whole number"),
     ):
         with pytest.raises(SettingError) as refused:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 
 from keygrip.config import compose
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.video import read_video
 from keygrip.envs.environment import open_environment
 from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import rollouts
 from keygrip.evaluation.rollouts import check_environment, run_episode
 from keygrip.models.policy import Needs, Plan
@@ -24,6 +26,12 @@ from keygrip.recording import metaworld
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_options_of_the_task_are_taken_by_name(plus: str) -> None:
+    task = compose("prepare", ["step=record", "root=x", f"{plus}task.region=left", "task.name=pick"]).task
+    assert instantiate(task) == TaskOptions(name="pick", region="left")
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             model.geom_size[post, 1] = layout.goal[2] / 2
             self._place("post", np.array([layout.goal[0], layout.goal[1], layout.goal[2] / 2]), 0.0)
             self._paint("post", (0.25, 0.25, 0.27))
-        for name in scene.CAMERA_ORBITS:
+        for name in tasks.CAMERA_ORBITS:
             pose = layout.camera if name == self.task.camera else layout.other_cameras.get(name)
             turn = (pose.azimuth_deg, pose.elevation_deg) if pose is not None else (0.0, 0.0)
             camera = model.camera(name).id

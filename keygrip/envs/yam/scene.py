@@ -73,11 +73,10 @@ PEDESTAL_RIM = 0.004  # m that a pedestal is wider than what stands on it, each 
 SCREEN_HALF, SCREEN_SHARE = 0.03, 0.4
 HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
 
-# Nominal views: the point looked at, and from where (azimuth from +x, elevation, distance), field of view.
+# Nominal views: the point looked at, and the field of view; where they stand: tasks.CAMERA_ORBITS.
 # "over" looks from the front right, where the wrist hides the gripped object least (two thirds of it stay visible; from
 # behind the arm, or more than 55 degrees up, less than half); its image is filled by the work area.
 CAMERA_TARGETS = {"over": (0.30, 0.01, 0.055), "front": (0.30, 0.0, 0.10)}
-CAMERA_ORBITS = {"over": (-35.0, 46.0, 1.0), "front": (0.0, 33.0, 0.95)}
 CAMERA_FOVY = {"over": 29.0, "front": 36.0, "wrist": 58.0}
 # D405 on the wrist mount: optical frame in the flange, from the station's calibration, then to MuJoCo's camera axes.
 WRIST_POSITION = (0.0, -0.070435, 0.077006)
@@ -91,16 +90,16 @@ def lens_of(camera: str, width: int, height: int) -> Lens:
 
 def camera_pose(camera: str, azimuth_deg: float = 0.0, elevation_deg: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Position [3] and MuJoCo quaternion [4] of an outer camera, turned around the point that it looks at."""
-    azimuth, elevation, distance = CAMERA_ORBITS[camera]
+    azimuth, elevation, distance = tasks.CAMERA_ORBITS[camera]
     return orbit_pose(CAMERA_TARGETS[camera], azimuth + azimuth_deg, elevation + elevation_deg, distance)
 
 
 def orbit_pose(
     target: tuple[float, float, float], azimuth_deg: float, elevation_deg: float, distance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Position [3] and MuJoCo quaternion [4] of a camera that looks at a point from an azimuth (from +x) and elevation
-    (5 to 88 degrees)."""
-    a, e = np.deg2rad(azimuth_deg), np.deg2rad(np.clip(elevation_deg, 5.0, 88.0))
+    """Position [3] and MuJoCo quaternion [4] of a camera that looks at a point from an azimuth (from +x) and elevation.
+    One outside of 5 to 88 degrees, to which the jitter of an episode may lead, is taken to that end."""
+    a, e = np.deg2rad(azimuth_deg), np.deg2rad(np.clip(elevation_deg, *tasks.ELEVATIONS_DEG))
     back = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     right = np.cross([0.0, 0.0, 1.0], back)
     right /= np.linalg.norm(right)
@@ -351,7 +350,7 @@ def _add_screen(spec: mujoco.MjSpec) -> None:
 
 
 def _add_cameras(spec: mujoco.MjSpec) -> None:
-    for name in CAMERA_ORBITS:
+    for name in tasks.CAMERA_ORBITS:
         position, quaternion = camera_pose(name)
         spec.worldbody.add_camera(name=name, pos=position, quat=quaternion, fovy=CAMERA_FOVY[name])
     quaternion = np.zeros(4)

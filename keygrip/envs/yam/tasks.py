@@ -20,6 +20,9 @@ OBJECTS = ("cube", "bar")
 REGIONS = ("all", "left", "right", "near", "far")
 CAMERAS = ("over", "front", "wrist")
 OUTER_CAMERAS = ("over", "front")  # those that stand beside the table
+# Their nominal views: azimuth from +x and elevation, degrees, around the point that they look at; distance, m.
+CAMERA_ORBITS = {"over": (-35.0, 46.0, 1.0), "front": (0.0, 33.0, 0.95)}
+ELEVATIONS_DEG = (5.0, 88.0)  # over the table and not straight above it
 SHAPES = ("cube", "ball", "cylinder")
 IN_BOWL = ("pick_place", "named_place")  # tasks whose object goes into the bowl
 PHRASES = (  # of named_place
@@ -69,8 +72,8 @@ class TaskOptions:
     random_start: bool = True  # the arm starts anywhere above the table, else near its home pose
     camera: str = "over"
     camera_azimuth_deg: float = 0.0  # shifts the camera around the table's middle
-    camera_elevation_deg: float = 0.0
-    camera_jitter_deg: float = 0.0  # each episode's camera lies within this angle of the nominal view
+    camera_elevation_deg: float = 0.0  # added to its own, see CAMERA_ORBITS
+    camera_jitter_deg: float = 0.0  # each episode's camera lies within this angle of that view, 5 to 88 degrees up
     camera_views: int = 0  # 0: a fresh view each episode; n: one of n fixed views
     shadows: bool = False  # 3 times slower to draw
     randomise_light: bool = False
@@ -113,6 +116,14 @@ class TaskOptions:
             raise ValueError(
                 "task options camera_azimuth_deg, _elevation_deg and _jitter_deg cannot move the wrist camera"
             )
+        if self.camera in CAMERA_ORBITS and self.camera_elevation_deg:
+            (low, high), own = ELEVATIONS_DEG, CAMERA_ORBITS[self.camera][1]
+            if not low <= own + self.camera_elevation_deg <= high:
+                raise ValueError(
+                    f"task option camera_elevation_deg={self.camera_elevation_deg} takes camera {self.camera!r}, which "
+                    f"looks from {own:g} degrees up, outside of {low:g} to {high:g}: give {max(low - own, -35):g} to "
+                    f"{min(high - own, 35):g}"
+                )
         if self.jitter_every_camera and not self.camera_jitter_deg:
             raise ValueError("task option jitter_every_camera has no effect without camera_jitter_deg > 0")
         if self.pedestal_m and self.name not in ("pick", *IN_BOWL):

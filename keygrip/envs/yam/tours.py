@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.envs.rendering import Lens
-from keygrip.envs.yam import scene, tasks
+from keygrip.envs.yam import tasks
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import EpisodeLayout, TaskOptions, stream
 from keygrip.robots.inverse_kinematics import pointing_down, solve
@@ -140,7 +140,7 @@ class TourCell(YamCell):
     def layout_of(self, seed: int) -> EpisodeLayout:
         """The scene of a seed: cubes that face the camera."""
         rng = stream(seed, "tour layout")
-        facing = np.deg2rad(scene.CAMERA_ORBITS["over"][0])
+        facing = np.deg2rad(tasks.CAMERA_ORBITS["over"][0])
         layout = tasks.sample_layout(self.task, seed)
         limit = np.deg2rad(self.options.yaw_deg)
         placed = [replace(p, yaw=float(facing + rng.uniform(-limit, limit)), digit=0) for p in layout.placed]

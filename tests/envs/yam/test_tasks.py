@@ -7,6 +7,8 @@ from keygrip.envs.yam import tasks
 from keygrip.envs.yam.colours import COLOURS, EQUAL_LUMINANCE
 from keygrip.envs.yam.tasks import (
     BOWL_RADIUS,
+    CAMERA_ORBITS,
+    ELEVATIONS_DEG,
     REGIONS,
     TASKS,
     TaskOptions,
@@ -128,6 +130,15 @@ def test_camera_jitter_stays_in_its_cone_and_views_repeat() -> None:
     assert len(views) == 4
     more = {sample_layout(TaskOptions(camera_jitter_deg=25.0, camera_views=8), s).camera for s in range(80)}
     assert views < more
+
+
+def test_a_camera_is_not_taken_below_the_table_or_straight_above_it() -> None:
+    with pytest.raises(ValueError, match=r"camera 'front', which looks from 33 degrees up, .* give -28 to 35"):
+        TaskOptions(camera="front", camera_elevation_deg=-28.5)
+    TaskOptions(camera="front", camera_elevation_deg=-28.0)
+    for camera, (_, own, _) in CAMERA_ORBITS.items():
+        assert own - 35 < ELEVATIONS_DEG[0] or TaskOptions(camera=camera, camera_elevation_deg=-35.0)
+        assert own + 35 <= ELEVATIONS_DEG[1]
 
 
 def test_a_share_of_the_episodes_hides_the_object_from_either_camera() -> None:
