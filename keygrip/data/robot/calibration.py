@@ -96,11 +96,13 @@ class CameraCalibration:
 
 @dataclass(frozen=True)
 class ArmCalibration:
-    """Where an arm stands, world_from_base [4, 4], and which models its forward kinematics uses."""
+    """Where an arm stands, world_from_base [4, 4], and which models its forward kinematics uses; `named`: the file
+    names them, else they are the usual ones."""
 
     world_from_base: np.ndarray = field(default_factory=lambda: np.eye(4))
     arm: str = "yam"
     gripper: str = "linear_4310"
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -315,4 +317,5 @@ def _arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
     if "world_from_base" in entry:
         where = f"arms.{name}.world_from_base"
         base = rigid(_matrix(path, where, entry["world_from_base"], (4, 4)), f"{path}: {where}")
-    return ArmCalibration(base, str(entry.get("arm", defaults.arm)), str(entry.get("gripper", defaults.gripper)))
+    models = str(entry.get("arm", defaults.arm)), str(entry.get("gripper", defaults.gripper))
+    return ArmCalibration(base, *models, named=bool({"arm", "gripper"} & entry.keys()))

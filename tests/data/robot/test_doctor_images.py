@@ -3,6 +3,7 @@ self-calibration gives the camera back. Images are the robot's silhouette over a
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +21,11 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor, images_and_poses
 from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.causes import Cause, other_image_size
-from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.examination import Examination, yam_model
 from keygrip.data.robot.doctor.images_and_poses import Seen, _check_demos, check_images_and_poses, lag_start
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
 from keygrip.data.robot.doctor.registration import NUMBERS, Fit, at_half_contrast
+from keygrip.data.robot.doctor.run import examine
 from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
 from keygrip.data.robot.doctor.views import make_view, place, place_all
@@ -88,11 +90,11 @@ def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray, base: Seque
 Fault = Callable[[Recorded, int], Recorded]
 
 
-def write(root: Path, fault: Fault, joints: bool = True, told: bool = False) -> Path:
+def write(root: Path, fault: Fault, joints: bool = True, told: bool = False, robot: str = "yam") -> Path:
     """`told`: with commands, which are where the sound arm is at the next frame."""
     for number in range(DEMOS):
         demo, following = fault(sound(number), number), sound(number)
-        with DemoWriter(root / f"demo_{number}", "yam", "pick", "pick up the cube", 10.0) as writer:
+        with DemoWriter(root / f"demo_{number}", robot, "pick", "pick up the cube", 10.0) as writer:
             for i in range(FRAMES):
                 arm = ArmPose(
                     demo.position[i], demo.quaternion[i], float(demo.gripper[i]), demo.joints[i] if joints else None
@@ -294,6 +296,93 @@ def test_cameras_under_each_others_names_are_named(tmp_path, exchanged):
     ]
 
 
+def examined(root: Path, output: Path, caplog: pytest.LogCaptureFixture, **settings: bool) -> tuple[dict, str]:
+    """What the step counts, and the last line that it says of faults."""
+    caplog.set_level("INFO")
+    counts = examine(root, output, "auto", None, None, 12, 32, 56, settings.get("compare_images", True))
+    return counts, next((text for text in caplog.messages if text.startswith("no fault found")), "")
+
+
+@pytest.mark.parametrize("fault", [same, mirrored])
+def test_an_arm_that_nothing_is_known_of_is_said_not_to_be_compared(tmp_path, caplog, fault):
+    """Mirrored images show in the gripper's own motion, which says nothing else."""
+    root = write(tmp_path / "data", fault, robot="panda")
+    counts, last = examined(root, tmp_path / "out", caplog)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    causes = [finding["cause"] for finding in report["findings"] if finding["check"] != "not_compared"]
+    assert causes == ([] if fault is same else ["images mirrored left-right"])
+    (found,) = [finding for finding in report["findings"] if finding["check"] == "not_compared"]
+    assert (found["severity"], found["camera"], found["demos"]) == ("warning", "over", ["demo_0", "demo_1", "demo_2"])
+    assert "nothing says what robot 'panda' looks like" in found["what"]
+    assert "robot_model.path=FILE" in found["advice"]
+    assert (counts["errors"], counts["warnings"]) == (len(causes), len(causes) + 1 - counts["errors"])
+    assert last == (
+        f"no fault found in what was compared of {root}; images were not compared with poses: camera over, all demos"
+        if fault is same
+        else ""
+    )
+
+
+def test_calibrating_an_arm_that_nothing_is_known_of_asks_for_its_model(tmp_path):
+    root = write(tmp_path / "data", same, robot="panda")
+    with pytest.raises(
+        ValueError, match=r"over: nothing says what robot 'panda' looks like\. Name .*robot_model\.path"
+    ):
+        calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 4)
+
+
+def test_images_that_are_too_small_are_said_not_to_be_compared(tmp_path, caplog):
+    def small(demo: Recorded, number: int) -> Recorded:
+        return replace(demo, images=demo.images[:, ::2, ::2], intrinsics=INTRINSICS * [[0.5], [0.5], [1]])
+
+    _, last = examined(write(tmp_path / "data", small), tmp_path / "out", caplog)
+    assert "images were not compared with poses: camera over" in last
+    (found,) = json.loads((tmp_path / "out/report.json").read_text())["findings"]
+    assert (found["check"], found["severity"]) == ("not_compared", "warning")
+    assert "images of 64 x 64 pixels are too small for it (the longer side needs 96)" in found["what"]
+
+
+def test_a_camera_on_the_hand_is_a_note_and_no_finding(tmp_path, caplog):
+    root = write(tmp_path / "data", same)
+    for number in range(DEMOS):
+        file = root / f"demo_{number}/cameras.npz"
+        arrays = dict(np.load(file))
+        poses = np.repeat(np.reshape(arrays["over/world_to_camera"], (-1, 4, 4))[:1], FRAMES, axis=0)
+        poses[:, 2, 3] += np.linspace(0, 0.05, FRAMES)
+        np.savez(file, **arrays | {"over/world_to_camera": poses})
+        (root / f"demo_{number}/manifest.json").unlink()
+    counts, last = examined(root, tmp_path / "out", caplog)
+    assert (counts["errors"], counts["warnings"], counts["notes"]) == (0, 0, 1)
+    assert last.endswith("images were not compared with poses: camera over, all demos")
+    (note,) = json.loads((tmp_path / "out/report.json").read_text())["notes"]
+    assert (note["severity"], note["camera"]) == ("note", "over")
+    assert "the camera moves within the demo" in note["what"]
+    assert "No fault found in what was compared" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_last_line_says_that_images_were_left_out(tmp_path, caplog):
+    root = write(tmp_path / "data", same)
+    _, last = examined(root, tmp_path / "out", caplog, compare_images=False)
+    assert last.endswith("images were not compared with poses (compare_images=false)")
+
+
+@pytest.mark.parametrize(
+    ("robot", "models", "known"),
+    [
+        ("yam", None, ("yam", "linear_4310")),
+        ("bi_yam_follower", None, ("yam", "linear_4310")),
+        ("i2rt_YAM", None, ("yam", "linear_4310")),
+        ("miyamoto", None, None),
+        ("panda", None, None),
+        ("unknown", ["yam_pro", "crank_4310"], ("yam_pro", "crank_4310")),
+    ],
+)
+def test_a_yam_is_known_by_its_models_or_by_its_name(robot, models, known):
+    source = {} if models is None else {"models": {"right": models}}
+    demo = SimpleNamespace(name="demo", robot=robot, source=source)
+    assert yam_model(demo, "right") == known
+
+
 def test_a_robot_that_is_in_no_image_is_nowhere_to_be_searched(tmp_path):
     demo = find_demos(write(tmp_path / "data", same))[0].read()
     away = np.diag([1.0, -1.0, -1.0, 1.0]) @ POSE
@@ -390,7 +479,9 @@ def test_two_arms_one_of_which_has_no_joints_are_not_calibrated_and_the_reason_i
     arms = {**demos[0].arms, "left": replace(demos[0].arms["left"], joints=None)}
     without = SimpleNamespace(format="native", read=lambda: replace(demos[0], arms=arms))
     monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.find_demos", lambda *_: [without])
-    with pytest.raises(ValueError, match=r"\(over: .*of several arms each needs recorded joints\)\): run step=doctor"):
+    with pytest.raises(
+        ValueError, match=r"\(over: .*of several arms one has no recorded joints, .*\): run step=doctor"
+    ):
         calibrate(tmp_path / "data", tmp_path / "fixed.yaml", "auto", None, None, 3, 4)
 
 

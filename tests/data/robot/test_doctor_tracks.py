@@ -16,6 +16,7 @@ from keygrip.data.robot.doctor import commands
 from keygrip.data.robot.doctor.commands import LEFT_OUT, check_commands
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
+from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
 from keygrip.data.robot.doctor.trajectories import check_gripper, check_jumps, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.robots.inverse_kinematics import pointing_down
@@ -179,6 +180,115 @@ def test_inverted_commands_of_a_task_that_begins_with_an_object_in_the_gripper_a
         ("gripper_polarity", "gripper opening inverted (1 for closed)"),
         ("command_gripper", "commanded or reached gripper inverted"),
     ]
+
+
+def hung(track: ArmTrajectory, first: int, last: int) -> ArmTrajectory:
+    rows = np.arange(FRAMES)
+    rows[first : last + 1] = first
+    joints = None if track.joints is None else track.joints[rows]
+    return ArmTrajectory(track.position[rows], track.quaternion[rows], track.gripper[rows], joints)
+
+
+def hung_demo(first: int, last: int, told: bool = True, joints: bool = False) -> Demo:
+    """Poses hang at some frames; commands and joints, if there are any, do not."""
+    found = demo(1, lambda track: track)
+    arm = found.arms["right"]
+    angles = np.linspace(0, 1, FRAMES)[:, None] * np.ones(6)
+    track = replace(
+        hung(arm, first, last), commanded=arm.commanded if told else None, joints=angles if joints else None
+    )
+    return replace(found, arms={"right": track})
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told", "joints", "why"),
+    [
+        (10, 29, True, False, "while the commands move by"),
+        (10, 29, False, True, "while the joints turn by"),
+        (10, 29, False, False, "elsewhere right after"),
+        (40, 59, False, True, "while the joints turn by"),
+        (20, 23, True, False, None),  # no half a second
+        (50, 59, True, False, None),  # the arm stands: the reach ends before
+        (50, 59, False, False, None),
+    ],
+)
+def test_poses_that_hang_are_named_with_their_frames_and_no_other_fault(first, last, told, joints, why):
+    exam = examined([demo(0, lambda track: track), hung_demo(first, last, told, joints), demo(2, lambda track: track)])
+    check_times(exam)
+    check_frozen_poses(exam)
+    exam.measures["arm/right/height_range_m"] = [0.05, 0.2]
+    check_jumps(exam)
+    check_commands(exam)
+    if why is None:
+        assert exam.findings == []
+        return
+    (found,) = exam.findings
+    assert (found.check, found.severity, found.demos) == ("frozen_poses", "error", ("demo_1",))
+    assert found.cause == f"poses frozen in frames {first} to {last}"
+    assert why in found.what
+    assert found.frames == tuple(range(first, last + 1))
+
+
+def test_joints_that_hang_are_named():
+    found = demo(1, lambda track: track)
+    arm = found.arms["right"]
+    angles = np.clip(np.arange(FRAMES) / 45, 0, 1)[:, None] * np.ones(6)
+    exam = examined(
+        [replace(found, arms={"right": replace(arm, joints=hung(replace(arm, joints=angles), 5, 30).joints)})]
+    )
+    check_frozen_poses(exam)
+    assert [(f.check, f.cause) for f in exam.findings] == [("frozen_joints", "joints frozen in frames 5 to 30")]
+
+
+MOVING = np.where(np.arange(FRAMES - 1) < 46, 0.05, 0.002)  # of the pixels, that change: the arm stands from then on
+
+
+def seen_by(found: Demo, exam: Examination, camera: str, changed: np.ndarray) -> Demo:
+    images: Any = np.zeros((FRAMES, 8, 8, 3), dtype=np.uint8)
+    track = CameraTrack.without_calibration(8, 8, images, FRAMES, "none needed")
+    exam.activity[found.name, camera] = np.arange(FRAMES), changed
+    return replace(found, cameras={**found.cameras, camera: track})
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "while_hung", "other_camera", "severity"),
+    [
+        (0, 59, 0.05, None, "error"),
+        (5, 25, 0.05, None, "error"),
+        (45, 59, 0.05, None, "warning"),  # someone may walk by while the arm waits
+        (5, 25, 0.004, None, None),  # the arm waits
+        (5, 25, 0.05, 0.004, None),  # someone walks by before one of two cameras
+    ],
+)
+def test_poses_that_hang_while_images_show_the_arm_move_are_named(first, last, while_hung, other_camera, severity):
+    demos = [demo(number, lambda track: track) for number in range(3)]
+    demos = [replace(d, arms={"right": replace(d.arms["right"], commanded=None)}) for d in demos]
+    exam = examined(demos)
+    for number in range(3):
+        for camera, share in {"over": while_hung, "side": other_camera}.items():
+            changed = MOVING.copy()
+            if number == 1 and share is not None:
+                changed[first:last] = share
+            if share is not None:
+                demos[number] = seen_by(demos[number], exam, camera, changed)
+    demos[1] = reached(demos[1])
+    demos[1] = replace(demos[1], arms={"right": hung(demos[1].arms["right"], first, last)})
+    check_poses_of_moving_images(exam)
+    expected = [] if severity is None else [("frozen_poses", severity, ("demo_1",), f"frames {first} to {last}")]
+    assert [
+        (f.check, f.severity, f.demos, f.cause[-len(f"frames {first} to {last}") :]) for f in exam.findings
+    ] == expected
+
+
+def test_an_arm_that_waits_for_the_other_one_is_no_fault():
+    demos = [two_armed(number) for number in range(2)]
+    exam = examined(demos)
+    for number, found in enumerate(demos):
+        left = replace(hung(found.arms["left"], 0, 59), commanded=None)
+        demos[number] = seen_by(replace(found, arms={**found.arms, "left": left}), exam, "over", MOVING)
+    check_frozen_poses(exam)
+    check_poses_of_moving_images(exam)
+    assert exam.findings == []
 
 
 def two_armed(number: int) -> Demo:

@@ -18,6 +18,7 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
 from keygrip.data.robot.corrections import entry
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor.not_compared import LEAST_FRAMES, lacking
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
 from keygrip.data.robot.doctor.silhouettes import moved
@@ -51,7 +52,7 @@ def calibrate(
         output: the file to write; None: calibration_corrected.yaml beside the data folder.
         cameras: which; None: all that stand through each demo.
         max_demos, frames_per_demo: images that are used, evenly spread.
-        model: the arm's surface; None: a YAM's where the robot's name says so.
+        model: the arm's surface; None: a YAM's where the recording says so.
 
     Raises:
         ValueError: no camera stands, or none could be fitted; an unknown camera.
@@ -89,10 +90,7 @@ def calibrate(
     for camera in cameras or known:
         pairs = _pairs(demos, camera, frames_per_demo, model)
         if not pairs:
-            left[camera] = (
-                "it moves with the arm, or nothing says where the robot's parts are (of several arms each needs "
-                "recorded joints)"
-            )
+            left[camera] = _left_out(demos, camera, model)
             log.warning("camera %s is left as it is: %s", camera, left[camera])
             continue
         found = fitted(pairs)
@@ -140,13 +138,25 @@ def summary(found: Fit) -> dict[str, float]:
 def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface | None) -> list[tuple[View, Placement]]:
     found = []
     for demo in demos:
-        if camera not in demo.cameras or not stands(demo, camera) or len(demo) < 6:
+        if camera not in demo.cameras or not stands(demo, camera) or len(demo) < LEAST_FRAMES:
             continue
         view = make_view(demo, camera, frames)
         robot = place_all(demo, model)
         if robot is not None and robot.source != "poses":
             found.append((view, robot))
     return found
+
+
+def _left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) -> str:
+    """Why no demo's images of a camera can be fitted, and what to do about it."""
+    having = [demo for demo in demos if camera in demo.cameras]
+    standing = [demo for demo in having if stands(demo, camera)]
+    if not standing:
+        return "it moves with the arm"
+    if all(len(demo) < LEAST_FRAMES for demo in standing):
+        return f"its demos have fewer than {LEAST_FRAMES} frames"
+    reason = lacking(next(demo for demo in standing if len(demo) >= LEAST_FRAMES), model)
+    return f"{reason.why}. {reason.remedy}"
 
 
 def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.frozen_poses import frozen
 from keygrip.data.robot.doctor.kinematics import with_joints
 from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, best_delay, paired, track_distance, unit_of
 from keygrip.data.robot.doctor.trajectories import first_change
@@ -46,10 +47,11 @@ def check_commands(exam: Examination) -> None:
     """
     exchanged = exam.named("exchanged_commands")
     for arm in exam.arms:
+        left_out = exchanged | frozen(exam, arm, ["poses"])
         both = {
             d.name: d.arms[arm]
             for d in exam.with_arm(arm)
-            if d.arms[arm].commanded is not None and d.name not in exchanged
+            if d.arms[arm].commanded is not None and d.name not in left_out
         }
         if not both:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,23 +13,24 @@ import torch
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.robots.kinematics import arm_chain
 
+Severity = Literal["error", "warning", "note"]
+
 MOVED_M = 0.02  # a gripper that moves this far must change the image
 
 
 def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
     """Arm and gripper of a recorded YAM by i2rt's names, for its kinematics and shape; None: another robot.
 
-    Readers that compute poses from joints say which they took; other recordings are of the usual one.
+    Readers that compute poses from joints say which they took, whatever the robot is called (`bi_yam_follower`); other
+    recordings of a robot with the word yam in its name are of the usual one.
 
     Raises:
         DemoError: the recording names none that there is.
     """
-    if not demo.robot.startswith("yam"):
-        return None
     models = demo.source.get("models")
     found = models.get(arm) if isinstance(models, dict) else None
     if found is None:
-        return "yam", "linear_4310"
+        return ("yam", "linear_4310") if named_yam(demo.robot) else None
     if not (isinstance(found, list) and len(found) == 2 and all(str(name).isidentifier() for name in found)):
         raise DemoError(demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper")
     try:
@@ -38,12 +40,18 @@ def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
     return str(found[0]), str(found[1])
 
 
+def named_yam(robot: str) -> bool:
+    """Whether a robot's name has the word yam: `yam`, `i2rt_yam`, `bimanual_yam_follower`."""
+    return re.search(r"(?<![a-z])yam(?![a-z])", robot.lower()) is not None
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something wrong with a data set.
 
     Attributes:
-        check: which check found it, a short name. severity: `error` spoils training, `warning` costs quality.
+        check: which check found it, a short name. severity: `error` spoils training, `warning` costs quality, a
+            `note` says what was not looked at and is no fault.
         where: camera, arm and demos in words. what: what was measured. advice: what to do.
         cause: the likely cause in a few words, with its size.
         demos: names of those that are affected. camera, arm: their names, or empty.
@@ -51,7 +59,7 @@ class Finding:
     """
 
     check: str
-    severity: Literal["error", "warning"]
+    severity: Severity
     where: str
     what: str
     advice: str
@@ -74,13 +82,16 @@ class Examination:
     height_bins: int
     pred_size: int
     findings: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)  # of severity `note`
     measures: dict[str, Any] = field(default_factory=dict)
+    # By (demo, camera): frames [F] that were read, and the share of pixels [F - 1] that changes from one to the next.
+    activity: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     overlays: list[tuple[str, np.ndarray]] = field(default_factory=list)  # caption and image, for the report
 
     def add(
         self,
         check: str,
-        severity: Literal["error", "warning"],
+        severity: Severity,
         what: str,
         advice: str,
         *,
@@ -90,7 +101,7 @@ class Examination:
         arm: str = "",
         frames: Iterable[int] = (),
     ) -> None:
-        """Notes a finding; arguments as the attributes of `Finding`."""
+        """Adds to `findings`, or to `notes` what is no fault; arguments as the attributes of `Finding`."""
         names = tuple(demos)
         known = {demo.name for demo in self.demos}
         everywhere = len(known) > 1 and known <= set(names)
@@ -100,9 +111,8 @@ class Examination:
             "all demos" if everywhere else listed(names),
         )
         where = ", ".join(part for part in parts if part)
-        self.findings.append(
-            Finding(check, severity, where, what, advice, cause, names, camera, arm, tuple(frames)[:20])
-        )
+        found = Finding(check, severity, where, what, advice, cause, names, camera, arm, tuple(frames)[:20])
+        (self.notes if severity == "note" else self.findings).append(found)
 
     def found(self, *checks: str) -> bool:
         """Whether one of these checks has found something."""

@@ -37,7 +37,7 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
         f"<style>{STYLE}</style><h1>Doctor's report on {escape(str(measures.get('root', '')))}</h1>",
         f"<p>{measures.get('examined', 0)} of {measures.get('demos', 0)} demos examined, "
         f"{measures.get('readable', 0)} readable, format {escape(str(measures.get('format', '')))}.</p>",
-        _findings(exam.findings),
+        _findings(exam.findings, exam.notes),
     ]
     if exam.overlays:
         parts.append(
@@ -62,18 +62,22 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
     return "\n".join(parts)
 
 
-def _findings(findings: Sequence[Finding]) -> str:
+def _findings(findings: Sequence[Finding], notes: Sequence[Finding]) -> str:
+    title = "<h2>Findings</h2>"
     if not findings:
-        return "<h2>Findings</h2><p class='good'>No fault found.</p>"
+        where = " in what was compared" if notes else ""
+        title += f"<p class='good'>No fault found{where}.</p>"
+    if not (findings or notes):
+        return title
     rows = []
-    for finding in findings:
+    for finding in (*findings, *notes):
         frames = f"<br>frames {', '.join(map(str, finding.frames))}" if finding.frames else ""
         cells = (finding.severity, finding.check, finding.where, finding.cause, finding.what, finding.advice)
         shown = [escape(cell) for cell in cells]
         shown[2] += frames
         rows.append(f"<tr class='{escape(finding.severity)}'>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("", "check", "where", "likely cause", "measured", "what to do"))
-    return f"<h2>Findings</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _image(image: Image.Image) -> str:

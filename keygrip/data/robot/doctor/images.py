@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,7 +60,9 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             dark.append(demo.name)
         elif mean > BRIGHT:
             bright.append(demo.name)
-        still = _still_frames(demo, camera, stream)
+        changed = changed_shares(images)
+        exam.activity[demo.name, camera] = stream.index, changed
+        still = _still_frames(demo, camera, stream, changed)
         if still:
             frozen[demo.name] = still
         outliers = _outlier_frames(stream)
@@ -105,7 +108,16 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
     return streams
 
 
-def _still_frames(demo: Demo, camera: str, stream: Stream) -> list[int]:
+def changed_shares(images: np.ndarray) -> np.ndarray:
+    """[F - 1] share of pixels that change from each image [F, h, w, 3] to the next."""
+    shares = np.empty(len(images) - 1)
+    for i in range(len(shares)):
+        difference = np.abs(images[i + 1].astype(np.int16) - images[i]).max(axis=-1)
+        shares[i] = (difference > CHANGED_PIXEL).mean()
+    return shares
+
+
+def _still_frames(demo: Demo, camera: str, stream: Stream, changed: np.ndarray) -> list[int]:
     """Frames of spans in which nothing in the image changes while a gripper in it, or the camera, moves; of a camera
     that is not calibrated neither can be said."""
     track, index = demo.cameras[camera], stream.index
@@ -128,12 +140,10 @@ def _still_frames(demo: Demo, camera: str, stream: Stream) -> list[int]:
     moved = max(float(np.linalg.norm(np.ptp(arm.position, axis=0))) for arm in demo.arms.values())
     if moved < MOVED_M:
         return []
-    standing = stands(demo, camera)
-    changed = np.empty(len(index) - 1)
-    for i in range(len(changed)):
-        difference = np.abs(stream.images[i + 1].astype(np.int16) - stream.images[i]).max(axis=-1)
+    if not stands(demo, camera):
         # a camera on the hand may look at an even table: only an image that is exactly the same was repeated
-        changed[i] = (difference > CHANGED_PIXEL).mean() if standing else float(difference.any())
+        pairs = pairwise(stream.images)
+        changed = np.array([float(not np.array_equal(one, following)) for one, following in pairs])
     still = changed < CHANGED_SHARE
     frames: list[int] = []
     run: list[int] = []

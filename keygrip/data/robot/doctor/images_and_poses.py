@@ -7,7 +7,7 @@ its outline is fitted to the images. What the fit has to change names the fault.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,33 +22,31 @@ from keygrip.data.robot.doctor.causes import (
     place_with,
     pose_cause,
 )
-from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.examination import Examination, yam_model
+from keygrip.data.robot.doctor.flips import POOR, check_flips, check_own_motion
+from keygrip.data.robot.doctor.frozen_poses import frozen
 from keygrip.data.robot.doctor.kinematics import shown_by_joints
+from keygrip.data.robot.doctor.not_compared import EXPLAINED, STILL, NotCompared, cannot_compare, lacking
 from keygrip.data.robot.doctor.overlays import add_overlays
 from keygrip.data.robot.doctor.projection import AIMED_ELSEWHERE
 from keygrip.data.robot.doctor.registration import (
     FOCAL,
     LAG,
-    NUMBERS,
     PRIOR,
     Fit,
     agreement_of,
     fit,
-    halved,
-    silhouette,
 )
 from keygrip.data.robot.doctor.search import wide_fit
-from keygrip.data.robot.doctor.silhouettes import agreement
+from keygrip.data.robot.doctor.seen import Seen
 from keygrip.data.robot.doctor.tracks import in_degrees
-from keygrip.data.robot.doctor.views import Placement, View, make_view, place_all, stands
+from keygrip.data.robot.doctor.views import Placement, View, make_view, place_all
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.surface import RobotSurface
 
 FITTED, FRAMES = 5, 8  # demos of a joint fit, and images of each
-LEAST_SIDE = 96  # pixels of an image's longer side: smaller ones are not compared
 LEAST_MOTION = 25.0  # pixels (of the small images) that change, on average: with less nothing can be compared
-POOR, FLIP_MARGIN = 0.3, 0.12  # agreement below which other readings are tried, and the gain that one of them needs
 # What clean recordings of the simulator stay below, times two and more: degrees, metres, factor, frames.
 TURN_DEG, SHIFT_M, FOCAL_SHARE, LAG_FRAMES = 1.3, 0.02, 0.05, 0.5
 CLEAR_GAIN = 0.04  # gain in agreement that no clean data set shows
@@ -60,109 +58,116 @@ LAGS = (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6)  # lags in frames that are tri
 FAR_DEG = 15.0
 STEPS, STEP_GAIN = ((0, 0.015), (1, 0.015), (2, 0.03), (LAG, 0.7)), 0.005
 
-FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mirrored left-right": lambda images: images[:, :, ::-1],
-    "mirrored up-down": lambda images: images[:, ::-1],
-    "turned by 180 degrees": lambda images: images[:, ::-1, ::-1],
-    "turned by 90 degrees clockwise": lambda images: images.swapaxes(1, 2)[:, ::-1],
-    "turned by 90 degrees anticlockwise": lambda images: images.swapaxes(1, 2)[:, :, ::-1],
-    "transposed": lambda images: images.swapaxes(1, 2),
-    "transposed and turned by 180 degrees": lambda images: images.swapaxes(1, 2)[:, ::-1, ::-1],
-}
-
-
-@dataclass
-class Seen:
-    """One camera and its arms: views with the robot's places, by demo. `arm`: its name, or those of several."""
-
-    camera: str
-    arm: str
-    pairs: dict[str, tuple[View, Placement]]
-    model: RobotSurface | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    change: np.ndarray = field(default_factory=lambda: np.zeros(NUMBERS))
-
 
 def check_images_and_poses(
     exam: Examination,
     model: RobotSurface | None = None,
     small_images: dict[tuple[str, str], dict[int, np.ndarray]] | None = None,
-) -> None:
+) -> NotCompared:
     """Compares each camera that stands with the arms, all together: all of them move in its images.
 
     Args:
-        model: the arms' surface; None: a YAM's where the robot's name says so.
+        model: the arms' surface; None: a YAM's where the recording says so.
         small_images: small images that were read already, by (demo, camera) and frame.
+
+    Returns:
+        What was not compared, and why.
     """
-    if exam.found("pose_direction"):
-        return  # poses in the wrong direction explain any disagreement with the images
-    # so do those that joints show to be misread or scaled; of poses without joints, images may say it
-    explained_by_joints = {
+    out = NotCompared()
+    # Poses that joints show to be misread or scaled, or that hung; of poses without joints, images may say it.
+    explained = {
         arm: exam.named("position_scale", arm=arm, severity="error")  # found from joints alone
         | exam.named("quaternion_order", arm=arm, severity="error") & shown_by_joints(exam, arm)
+        | frozen(exam, arm, ["poses"])
         for arm in exam.arms
     }
     for camera in exam.cameras:
-        standing = [demo for demo in exam.with_camera(camera) if stands(demo, camera) and len(demo) >= 6]
+        standing = []
+        for demo in exam.with_camera(camera):
+            if demo.cameras[camera].uncalibrated:
+                continue  # a finding of its own
+            reason = cannot_compare(demo, camera)
+            if reason is None:
+                standing.append(demo)
+            else:
+                out.add(camera, reason, [demo.name])
         exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
-        if not standing or exam.found("intrinsics"):
-            continue
-        if any(f.check == "off_screen" and f.camera == camera and f.cause != AIMED_ELSEWHERE for f in exam.findings):
-            continue  # a pose that means something else explains any disagreement, too
-        if max(standing[0].cameras[camera].width, standing[0].cameras[camera].height) < LEAST_SIDE:
+        if _explained(exam, camera):
+            out.add(camera, EXPLAINED, [demo.name for demo in standing])
             continue
         for arms in sorted({tuple(sorted(demo.arms)) for demo in standing}):
             name = " and ".join(arms)
             found: dict[str, tuple[View, Placement]] = {}
             for demo in standing:
-                if tuple(sorted(demo.arms)) != arms or any(demo.name in explained_by_joints[arm] for arm in arms):
+                if tuple(sorted(demo.arms)) != arms:
+                    continue
+                if any(demo.name in explained[arm] for arm in arms):
+                    out.add(camera, EXPLAINED, [demo.name])
                     continue
                 view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) < LEAST_MOTION:
+                    out.add(camera, STILL, [demo.name])
                     continue
                 robot = place_all(replace(demo, arms={arm: _usable(exam, arm, demo) for arm in arms}), model)
-                if robot is not None:
+                if robot is None:
+                    out.add(camera, lacking(demo, model), [demo.name])
+                else:
                     found[demo.name] = (view, robot)
             exam.measures[f"camera/{camera}/arm/{name}/compared_demos"] = len(found)
-            if found:
-                _compare(exam, Seen(camera, name, found, model))
+            if found and not _compare(exam, Seen(camera, name, found, model), small_images or {}):
+                for demo_name, (view, _) in found.items():
+                    out.add(camera, lacking(view.demo, model), [demo_name])
+    return out
+
+
+def _explained(exam: Examination, camera: str) -> bool:
+    """Whether a finding explains any disagreement of a camera's images with the poses: poses in the wrong direction, or
+    those of the camera that mean something else."""
+    return exam.found("pose_direction", "intrinsics") or any(
+        found.check == "off_screen" and found.camera == camera and found.cause != AIMED_ELSEWHERE
+        for found in exam.findings
+    )
 
 
 def _usable(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
     """A track without what has been reported of it, which must not be taken for a moved camera: joints in degrees (the
-    poses alone say where the robot is) and an inverted opening."""
+    poses alone say where the robot is) or that hung, and an inverted opening."""
     track = demo.arms[arm]
-    if in_degrees(track):
+    if in_degrees(track) or demo.name in frozen(exam, arm, ["joints"]):
         track = replace(track, joints=None)
     return replace(track, gripper=1 - track.gripper) if exam.named("gripper_polarity", arm=arm) else track
 
 
-def _compare(exam: Examination, seen: Seen) -> None:
+def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], dict[int, np.ndarray]]) -> bool:
+    """False: of an arm whose links are not known, so that little was compared."""
     seen.scores = {name: agreement_of([pair]) for name, pair in seen.pairs.items()}
     key = f"camera/{seen.camera}/arm/{seen.arm}"
     exam.measures[f"{key}/agreement"] = {name: round(score, 3) for name, score in seen.scores.items()}
     sources = sorted({robot.source for _, robot in seen.pairs.values()})
     exam.measures[f"{key}/robot"] = sources
     if sources == ["poses"]:  # no joints, and no pose that the arm could have
-        _check_readings(exam, seen)
-        return
-    flipped = _check_flips(exam, seen)
+        if not _check_readings(exam, seen):
+            check_own_motion(exam, seen, small_images)
+            return False
+        return True
+    flipped = check_flips(exam, seen)
     rest = {name: pair for name, pair in seen.pairs.items() if name not in flipped}
     if not rest:
-        return
+        return True
     seen.pairs = rest
     found = _fit_camera(exam, seen)
     far = seen.change if seen.change.any() else None  # of a camera that is too wrong for the checks of single demos
     add_overlays(exam, seen.camera, seen.arm, seen.pairs, far if found is None else found.change)
     if found is not None:
         _check_demos(exam, seen)
+    return True
 
 
-def _check_readings(exam: Examination, seen: Seen) -> None:
+def _check_readings(exam: Examination, seen: Seen) -> bool:
     """Poses that a YAM cannot have: whether it can, and is seen there, if they mean something else."""
-    names = [name for name, (view, _) in seen.pairs.items() if view.demo.robot.startswith("yam")][:3]
-    if not names:
-        return
+    names = [name for name, (view, _) in seen.pairs.items() if yam_model(view.demo, seen.arm) is not None][:3]
+    if not names or seen.model is not None:
+        return False
     scored = {}
     for words in (*READINGS, "0.8", "0.9", "1.1", "1.2"):
         placed = [(seen.pairs[name][0], place_with(seen, name, words)) for name in names]
@@ -170,7 +175,7 @@ def _check_readings(exam: Examination, seen: Seen) -> None:
             scored[words] = agreement_of(placed)
     best = max(scored, key=lambda words: scored[words], default="")
     if scored.get(best, 0.0) < POOR:
-        return  # the world need not be the arm's base
+        return False  # the world need not be the arm's base
     cause = READINGS.get(best, f"positions scaled by {best}")
     exam.add(
         "pose_reading",
@@ -182,43 +187,7 @@ def _check_readings(exam: Examination, seen: Seen) -> None:
         arm=seen.arm,
         demos=seen.pairs,
     )
-
-
-def _check_flips(exam: Examination, seen: Seen) -> set[str]:
-    """Names the demos whose images agree with the poses only when they are turned or mirrored."""
-    names: dict[str, list[str]] = {}
-    usual = float(np.median(list(seen.scores.values())))
-    for name, (view, robot) in seen.pairs.items():
-        own = seen.scores[name]
-        if own > POOR and own > 0.6 * usual:
-            continue
-        square = view.size[0] == view.size[1]
-        expected, shown = silhouette(view, robot, np.zeros(NUMBERS)), halved(view.foreground)
-        tried = {
-            flip: agreement(expected, change(shown))
-            for flip, change in FLIPS.items()
-            if square or ("90" not in flip and "transposed" not in flip)
-        }
-        best = max(tried, key=lambda flip: tried[flip])
-        if tried[best] > own + FLIP_MARGIN and tried[best] > 1.5 * own and tried[best] > 0.2:
-            names.setdefault(best, []).append(name)
-    flipped: set[str] = set()
-    for flip, demos in sorted(names.items(), key=lambda entry: -len(entry[1])):
-        if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual < POOR:
-            continue  # where all agree poorly, a few do so by chance
-        flipped |= set(demos)
-        exam.add(
-            "flipped_images",
-            "error",
-            f"the robot in the images moves as the poses say only if the images are undone as {flip} "
-            f"(agreement {np.mean([seen.scores[name] for name in demos]):.2f} as they are)",
-            "Undo this before writing the images, or describe it in camera poses and intrinsics",
-            cause=f"images {flip}",
-            camera=seen.camera,
-            arm=seen.arm,
-            demos=demos,
-        )
-    return flipped
+    return True
 
 
 def _good(seen: Seen) -> list[str]:
@@ -291,8 +260,10 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
     prior = PRIOR.copy()
     fits: dict[str, Fit] = {}
     bases = {name: agreement_of([pair], seen.change) for name, pair in seen.pairs.items()}
+    usual = float(np.median(list(bases.values())))
     for name, pair in seen.pairs.items():
-        if not _improvable(pair, seen.change, bases[name]):
+        # where nothing goes together, no small step helps: that is no reason to pass a demo over
+        if bases[name] >= 0.6 * usual and not _improvable(pair, seen.change, bases[name]):
             continue
         fits[name] = fit(
             [pair],
@@ -306,7 +277,6 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
     exam.measures[f"{key}/demo_fits"] = {
         name: described(found) | {"agreement_before": round(bases[name], 3)} for name, found in fits.items()
     }
-    usual = float(np.median(list(bases.values())))
     others: dict[str, list[str]] = {}
     odd: dict[str, Callable[[], None]] = {}  # what is said of a demo that a change of clock or camera explains
     for name, found in fits.items():

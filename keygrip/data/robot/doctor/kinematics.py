@@ -9,6 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination, yam_model
+from keygrip.data.robot.doctor.frozen_poses import frozen
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
@@ -23,11 +24,11 @@ def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tup
     under the arm's own name."""
     if exam.named("joint_unit", arm=arm):
         return []  # smaller angles in degrees are not told from radians
-    exchanged = exam.named("exchanged_arms")
+    left_out = exam.named("exchanged_arms") | frozen(exam, arm)
     found = []
     for demo in exam.with_arm(arm):
         joints, model = demo.arms[arm].joints, yam_model(demo, arm)
-        if demo.name not in exchanged and joints is not None and joints.shape[1] == 6 and model is not None:
+        if demo.name not in left_out and joints is not None and joints.shape[1] == 6 and model is not None:
             found.append((demo, joints, model))
     return found
 

@@ -16,11 +16,13 @@ from keygrip.data.robot.doctor.commands import check_commands
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import Examination, Finding, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
+from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
 from keygrip.data.robot.doctor.images_and_poses import check_images_and_poses
 from keygrip.data.robot.doctor.joint_tracks import check_joint_tracks
 from keygrip.data.robot.doctor.kinematics import check_kinematics
+from keygrip.data.robot.doctor.not_compared import NotCompared
 from keygrip.data.robot.doctor.projection import check_projection
 from keygrip.data.robot.doctor.tracks import (
     check_instructions,
@@ -44,6 +46,10 @@ from keygrip.robots.surface import RobotSurface
 log = logging.getLogger(__name__)
 
 
+# Findings that say what was not looked at: they are no faults.
+NO_FAULTS = ("not_compared", "uncalibrated_camera")
+
+
 def examine(
     root: str | Path,
     output: str | Path | None,
@@ -58,7 +64,7 @@ def examine(
 ) -> dict[str, Any]:
     """The step `doctor`: logs every finding with its advice; returns counts and the folder of the contact sheets."""
     folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
-    findings = doctor(
+    exam = examination(
         root,
         folder,
         format=format,
@@ -70,13 +76,27 @@ def examine(
         compare_images=compare_images,
         robot_model=robot_model,
     )
-    for finding in findings:
+    for finding in exam.findings:
         log.warning("%s", finding)
-    if not findings:
-        log.info("no fault found in %s", root)
-    errors = sum(finding.severity == "error" for finding in findings)
+    for note in exam.notes:
+        log.info("%s", note)
+    if not any(finding.check not in NO_FAULTS for finding in exam.findings):
+        log.info("%s", no_fault_in(exam, str(root), compare_images))
+    errors = sum(finding.severity == "error" for finding in exam.findings)
     log.info("report: %s", folder / "report.html")
-    return {"root": str(root), "output": str(folder), "errors": errors, "warnings": len(findings) - errors}
+    counts = {"errors": errors, "warnings": len(exam.findings) - errors, "notes": len(exam.notes)}
+    return {"root": str(root), "output": str(folder), **counts}
+
+
+def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
+    """The last line where no fault was found: it says what was not compared."""
+    if not compare_images:
+        return f"no fault found in the numbers of {root}; images were not compared with poses (compare_images=false)"
+    left = [found for found in (*exam.findings, *exam.notes) if found.check in NO_FAULTS]
+    if not left:
+        return f"no fault found in {root}"
+    where = "; ".join(dict.fromkeys(found.where for found in left))
+    return f"no fault found in what was compared of {root}; images were not compared with poses: {where}"
 
 
 def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError], list[DemoError]]:
@@ -112,6 +132,7 @@ def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | No
 # Of poses, times and cameras, in the order of the report; those of images follow, and then that of commands.
 CHECKS: tuple[Callable[[Examination], None], ...] = (
     check_times,
+    check_frozen_poses,
     check_heights,
     check_jumps,
     check_outlier_poses,
@@ -140,7 +161,38 @@ def doctor(
     progress: bool = True,
     robot_model: RobotSurface | None = None,
 ) -> list[Finding]:
-    """Examines the demonstrations under `root`; an empty list means that nothing is wrong.
+    """Examines the demonstrations under `root` as `examination` does (arguments and errors are its own) and returns
+    what is wrong. An empty list means that no fault was found in what was compared: `notes` of report.json say what was
+    not."""
+    return examination(
+        root,
+        output,
+        format=format,
+        calibration=calibration,
+        max_demos=max_demos,
+        frames_per_demo=frames_per_demo,
+        height_bins=height_bins,
+        pred_size=pred_size,
+        compare_images=compare_images,
+        progress=progress,
+        robot_model=robot_model,
+    ).findings
+
+
+def examination(
+    root: Path | str,
+    output: Path | str,
+    format: str = "auto",
+    calibration: Path | str | None = None,
+    max_demos: int | None = 50,
+    frames_per_demo: int = 12,
+    height_bins: int = 32,
+    pred_size: int = 56,
+    compare_images: bool = True,
+    progress: bool = True,
+    robot_model: RobotSurface | None = None,
+) -> Examination:
+    """Runs every check on the demonstrations under `root` and writes the report.
 
     Args:
         root, format, calibration: as for `find_demos`.
@@ -150,7 +202,7 @@ def doctor(
         height_bins, pred_size: of the policy, for what a bin and a cell are worth.
         compare_images: compare pixels with poses: the robot's silhouette with what moves in the images.
         progress: show a progress bar on standard error.
-        robot_model: the arms' surface; None: a YAM's where the robot's name says so.
+        robot_model: the arms' surface; None: a YAM's where the recording says so.
 
     Raises:
         FileNotFoundError, ValueError: no data, or a format that is not known (see `find_demos`).
@@ -159,15 +211,15 @@ def doctor(
     references = find_demos(root, format, calibration)
     chosen = evenly(len(references), max_demos or len(references))
     demos, broken, without = _read([references[index] for index in chosen], progress)
-    examination = Examination(demos, frames_per_demo, height_bins, pred_size)
-    examination.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
-    examination.measures |= {"examined": len(chosen), "readable": len(demos)}
+    exam = Examination(demos, frames_per_demo, height_bins, pred_size)
+    exam.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
+    exam.measures |= {"examined": len(chosen), "readable": len(demos)}
     causes: dict[str, list[DemoError]] = {}
     for error in broken:
         causes.setdefault(error.cause or "files that are damaged or do not fit together", []).append(error)
     for cause, errors in causes.items():
         reason, remedy = errors[0].reason, errors[0].remedy
-        examination.add(
+        exam.add(
             "broken_demo",
             "error",
             f"{len(errors)} of {len(chosen)} demos cannot be read; the first: {reason.removesuffix('. ' + remedy)}",
@@ -176,7 +228,7 @@ def doctor(
             demos=[error.name for error in errors],
         )
     if without:
-        examination.add(
+        exam.add(
             "broken_camera",
             "warning",
             f"a camera that is not calibrated is broken in {len(without)} of {len(chosen)} demos; the first: "
@@ -189,20 +241,24 @@ def doctor(
     sheets = {}
     if demos:
         for check in CHECKS:
-            check(examination)
+            check(exam)
         small_images: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-        for camera in Progress(examination.cameras, desc="looking at images", unit="camera", shown=progress):
-            for name, stream in check_images(examination, camera).items():
+        for camera in Progress(exam.cameras, desc="looking at images", unit="camera", shown=progress):
+            for name, stream in check_images(exam, camera).items():
                 small_images[name, camera] = dict(zip(stream.index.tolist(), stream.images, strict=True))
+        check_poses_of_moving_images(exam)
+        not_compared = NotCompared()
         if compare_images:
-            check_images_and_poses(examination, robot_model, small_images)
-        check_commands(examination)
-        for camera in examination.cameras:
-            sheet = sheets[camera] = contact_sheet(examination, camera)
+            not_compared = check_images_and_poses(exam, robot_model, small_images)
+        check_commands(exam)
+        not_compared.report(exam)
+        for camera in exam.cameras:
+            sheet = sheets[camera] = contact_sheet(exam, camera)
             with atomic_write(output / f"contact_sheet_{camera.replace('/', '_')}.png") as file:
                 sheet.save(file, "PNG")
     with atomic_write(output / "report.html") as file:
-        file.write(html_report(examination, sheets).encode())
-    report = {**examination.measures, "findings": [asdict(finding) for finding in examination.findings]}
+        file.write(html_report(exam, sheets).encode())
+    listed = {"findings": exam.findings, "notes": exam.notes}
+    report = {**exam.measures, **{key: [asdict(found) for found in rows] for key, rows in listed.items()}}
     write_json(output / "report.json", report)
-    return examination.findings
+    return exam

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination
+from keygrip.data.robot.doctor.frozen_poses import frozen
 from keygrip.data.robot.doctor.kinematics import shown_by_joints
 from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
 from keygrip.data.robot.schema import ArmTrajectory
@@ -98,6 +99,8 @@ def check_jumps(exam: Examination) -> None:
             at = int(speeds.argmax())
             speed = float(speeds[at])
             fastest = max(fastest, speed)
+            if demo.name in frozen(exam, arm, ["poses"]):
+                continue  # it jumps to where the arm went meanwhile
             if speed > JUMP_SPEED_M_S and way[near].max() > MOVED_M:
                 jumping[demo.name] = speed, at
         exam.measures[f"arm/{arm}/fastest_m_s"] = fastest

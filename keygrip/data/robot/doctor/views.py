@@ -160,7 +160,7 @@ def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.nda
     """Where an arm is in each frame: by recorded joints, else by inverse kinematics of a YAM, else its gripper alone.
 
     Args:
-        model: the arm's surface; None: of a robot whose name begins with yam, else the gripper alone.
+        model: the arm's surface; None: a YAM's where the recording says so, else the gripper alone.
         poses: [N, 4, 4] of the tool in place of the recorded ones (and of the joints).
     """
     trajectory = demo.arms[arm]

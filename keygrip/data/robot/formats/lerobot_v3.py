@@ -217,7 +217,8 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     models: dict[str, list[str]] = {}  # of YAMs
     for arm, entry in sidecar.items():
         base = calibration.arm(arm, only=len(sidecar) == 1)
-        models[arm] = [base.arm, base.gripper]
+        if base.named or not {"position", "rotation"} <= entry.keys():  # recorded poses may be any robot's
+            models[arm] = [base.arm, base.gripper]
         gripper_poses[arm], arms[arm] = _arm(table, info, arm, entry, base, calibration.path)
     recorded = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}

@@ -252,6 +252,14 @@ def test_cameras_without_calibration_are_for_models_that_read_none(tmp_path, wri
         native.read()
 
 
+@pytest.mark.parametrize(("named", "models"), [({}, {}), ({"gripper": "crank_4310"}, {"right": ["yam", "crank_4310"]})])
+def test_recorded_poses_are_of_a_yam_only_where_the_calibration_file_says_so(tmp_path, write_dataset, named, models):
+    calibration = write_dataset(tmp_path)
+    calibration["arms"] = {"right": {"world_from_base": np.eye(4).tolist(), **named}}
+    save(tmp_path, calibration)
+    assert find_demos(tmp_path)[0].read().source["models"] == models
+
+
 def arm(feature: str) -> dict:
     return {
         "position": {"feature": feature, "index": [0, 1, 2]},
@@ -417,6 +425,7 @@ def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
     np.testing.assert_allclose(demo.arms["right"].position, forward_kinematics(joints)[0], atol=1e-6)
     np.testing.assert_allclose(demo.arms["right"].joints, joints, atol=1e-6)
     assert demo.arms["right"].commanded is None
+    assert demo.source["models"] == {"right": ["yam", "linear_4310"]}
     check_geometry(demo, "top", "right")
 
 

@@ -1,0 +1,107 @@
+"""What was not compared with poses, why, and what to do: no fault found there does not mean that there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from keygrip.data.robot.doctor.examination import Examination, Severity, yam_model
+from keygrip.data.robot.doctor.views import stands
+from keygrip.data.robot.schema import Demo
+from keygrip.robots.surface import RobotSurface
+
+LEAST_SIDE, LEAST_FRAMES = 96, 6  # pixels of an image's longer side, frames of a demo: with less nothing is compared
+
+
+class Reason(NamedTuple):
+    """Why a camera's images were not compared with the poses: in words, what to do, and a `warning` where it can be
+    helped, a `note` where it is no fault."""
+
+    severity: Severity
+    why: str
+    remedy: str
+
+
+MOVES = Reason("note", "the camera moves within the demo, as one on the hand does", "Nothing to do")
+SHORT = Reason("note", f"the demo has fewer than {LEAST_FRAMES} frames", "Nothing to do")
+STILL = Reason(
+    "note", "hardly anything moves in the images", "Aim the camera at the workspace, if it was to see the arm"
+)
+EXPLAINED = Reason("note", "another finding explains any disagreement", "Run the doctor again once that is mended")
+SEVERAL = Reason(
+    "warning",
+    "of several arms one has no recorded joints, and nothing says where its base stands",
+    "Record the joints of each arm",
+)
+NO_JOINTS = Reason(
+    "warning", "without recorded joints nothing says where the arm's links are", "Record joints beside the poses"
+)
+OUT_OF_REACH = Reason(
+    "warning",
+    "there are no recorded joints, and a YAM that stands at the world's origin cannot reach the recorded poses",
+    "Record joints beside the poses, or give the poses in the frame of the arm's base",
+)
+
+
+def too_small(width: int, height: int) -> Reason:
+    """Images of less than `LEAST_SIDE` pixels."""
+    return Reason(
+        "warning",
+        f"images of {width} x {height} pixels are too small for it (the longer side needs {LEAST_SIDE})",
+        f"Give the doctor the recording at {LEAST_SIDE} pixels or more",
+    )
+
+
+def no_model(robot: str) -> Reason:
+    """An arm whose shape is not known."""
+    return Reason(
+        "warning",
+        f"nothing says what robot {robot!r} looks like",
+        "Name its MJCF or URDF file with robot_model.path=FILE; recorded joints are needed, too",
+    )
+
+
+def lacking(demo: Demo, model: RobotSurface | None) -> Reason:
+    """Why the links of a demo's arms are not known, where they are not."""
+    yam = all(yam_model(demo, arm) is not None for arm in demo.arms)
+    if model is None and not yam:
+        return no_model(demo.robot)
+    if len(demo.arms) > 1:
+        return SEVERAL
+    return OUT_OF_REACH if model is None else NO_JOINTS
+
+
+def cannot_compare(demo: Demo, camera: str) -> Reason | None:
+    """Why a calibrated camera's images in a demo cannot be compared, whatever the arm; None: they can."""
+    track = demo.cameras[camera]
+    if not stands(demo, camera):
+        return MOVES
+    if len(demo) < LEAST_FRAMES:
+        return SHORT
+    return too_small(track.width, track.height) if max(track.width, track.height) < LEAST_SIDE else None
+
+
+class NotCompared:
+    """Collects what was not compared, by camera and reason."""
+
+    def __init__(self) -> None:
+        self.demos: dict[tuple[str, Reason], list[str]] = {}
+
+    def add(self, camera: str, reason: Reason, names: Iterable[str]) -> None:
+        """Notes demos whose images of a camera were not compared."""
+        known = self.demos.setdefault((camera, reason), [])
+        known += [name for name in names if name not in known]
+
+    def report(self, exam: Examination) -> None:
+        """Adds a finding `not_compared` for each camera and reason: of warnings to the findings, else to the notes."""
+        for (camera, reason), names in self.demos.items():
+            if names:
+                exam.add(
+                    "not_compared",
+                    reason.severity,
+                    f"images and poses were not compared: {reason.why}",
+                    reason.remedy,
+                    cause="no fault of the recording" if reason.severity == "note" else "what it needs is missing",
+                    camera=camera,
+                    demos=names,
+                )
