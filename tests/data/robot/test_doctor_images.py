@@ -383,6 +383,22 @@ def test_a_yam_is_known_by_its_models_or_by_its_name(robot, models, known):
     assert yam_model(demo, "right") == known
 
 
+@pytest.mark.slow
+def test_a_demo_that_goes_with_no_image_is_not_passed_over(tmp_path):
+    """No small step of its camera or clock raises an agreement of 0."""
+
+    def gone(demo: Recorded, number: int) -> Recorded:
+        if number != 1:
+            return demo
+        still = {name: np.repeat(getattr(demo, name)[:1], FRAMES, 0) for name in ("joints", "position", "quaternion")}
+        return replace(demo, **still)
+
+    demos = [reference.read() for reference in find_demos(write(tmp_path / "data", gone))]
+    exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
+    check_images_and_poses(exam)
+    assert [(found.check, found.demos) for found in exam.findings] == [("wrong_demo", ("demo_1",))]
+
+
 def test_a_robot_that_is_in_no_image_is_nowhere_to_be_searched(tmp_path):
     demo = find_demos(write(tmp_path / "data", same))[0].read()
     away = np.diag([1.0, -1.0, -1.0, 1.0]) @ POSE

@@ -17,7 +17,9 @@ from keygrip.data.robot.doctor.commands import LEFT_OUT, check_commands
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
-from keygrip.data.robot.doctor.trajectories import check_gripper, check_jumps, check_times
+from keygrip.data.robot.doctor.grippers import check_gripper
+from keygrip.data.robot.doctor.images import Stream, _check_colour_order, _colour_of_object
+from keygrip.data.robot.doctor.trajectories import check_jumps, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.robots.inverse_kinematics import pointing_down
 
@@ -289,6 +291,85 @@ def test_an_arm_that_waits_for_the_other_one_is_no_fault():
     check_frozen_poses(exam)
     check_poses_of_moving_images(exam)
     assert exam.findings == []
+
+
+def openings(*values: float) -> np.ndarray:
+    """Openings at evenly spread moments, and linear between."""
+    return np.interp(np.linspace(0, 1, FRAMES), np.linspace(0, 1, len(values)), values)
+
+
+def lifted(number: int, opening: np.ndarray) -> Demo:
+    """Down to the table by the middle, and up again."""
+    found = demo(number, lambda track: track)
+    arm = found.arms["right"]
+    height = np.interp(np.arange(FRAMES), [0, 25, 35, 59], [0.3, 0.03, 0.03, 0.3])
+    track = replace(arm, position=np.column_stack([arm.position[:, :2], height]), gripper=opening, commanded=None)
+    return replace(found, arms={"right": track})
+
+
+PICK = openings(1, 1, 1, 1, 0, 0, 0, 0)
+CLOSED_FIRST = openings(0, 1, 1, 1, 0, 0, 0, 0)
+DRAWER = openings(0, 1, 1, 1, 1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("opening", "severity"),
+    [(PICK, None), (1 - PICK, "error"), (CLOSED_FIRST, None), (1 - CLOSED_FIRST, None), (DRAWER, "warning")],
+    ids=["pick", "inverted", "closed first", "closed first and inverted", "at one height"],
+)
+def test_an_opening_is_inverted_where_it_opens_for_a_grasp_and_not_where_it_began_closed(opening, severity):
+    exam = examined([lifted(number, opening) for number in range(3)])
+    check_gripper(exam)
+    assert [(f.check, f.severity) for f in exam.findings] == ([("gripper_polarity", severity)] if severity else [])
+
+
+def test_an_opening_that_is_dead_in_some_demos_is_named_by_the_others_of_its_task():
+    dead = np.full(FRAMES, 1.0)
+    demos = [lifted(number, dead if number == 2 else PICK) for number in range(5)]
+    exam = examined([*demos, replace(demos[2], name="pushed", task="push")])
+    check_gripper(exam)
+    (found,) = exam.findings
+    assert (found.check, found.severity, found.demos) == ("gripper_still", "warning", ("demo_2",))
+    assert "never changes in 1 of 5 demos" in found.what
+
+
+def test_an_arm_that_hardly_moves_in_a_demo_is_not_asked_to_grip():
+    demos = [lifted(number, PICK) for number in range(5)]
+    arm = demos[2].arms["right"]
+    idle = replace(arm, position=arm.position[:1] + 1e-3 * arm.position, gripper=np.full(FRAMES, 1.0))
+    demos[2] = replace(demos[2], arms={"right": idle})
+    exam = examined(demos)
+    check_gripper(exam)
+    assert exam.findings == []
+
+
+@pytest.mark.parametrize(
+    ("instruction", "colour"),
+    [
+        ("pick up the red cube", "red"),
+        ("put the cube into the red bowl", None),
+        ("put the blue cube into the red bowl", "blue"),
+        ("place the yellow block next to the red one", "yellow"),
+        ("Stack the red cube on the blue cube", "red"),
+        ("pick up the red or the blue cube", None),
+    ],
+)
+def test_the_colour_of_an_instruction_is_that_of_the_gripped_thing(instruction, colour):
+    assert _colour_of_object(instruction) == colour
+
+
+@pytest.mark.parametrize(("colours", "severity"), [(("red",), "warning"), (("red", "blue"), "error")])
+def test_exchanged_colours_by_words_alone_are_a_warning_unless_several_colours_say_so(monkeypatch, colours, severity):
+    demos = [
+        replace(demo(n, lambda track: track), instruction=f"pick up the {colours[n % len(colours)]} cube")
+        for n in range(4)
+    ]
+    exam = examined(demos)
+    demos[:] = [seen_by(found, exam, "over", MOVING) for found in demos]
+    monkeypatch.setattr("keygrip.data.robot.doctor.images._vote", lambda *_: -1)
+    streams = {found.name: Stream(np.arange(4), np.full((4, 8, 8, 3), 90, np.uint8)) for found in demos}
+    _check_colour_order(exam, "over", streams)
+    assert [(f.check, f.severity, len(f.demos)) for f in exam.findings] == [("colour_order", severity, 4)]
 
 
 def two_armed(number: int) -> Demo:

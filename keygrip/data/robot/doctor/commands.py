@@ -9,9 +9,9 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.frozen_poses import frozen
+from keygrip.data.robot.doctor.grippers import begins
 from keygrip.data.robot.doctor.kinematics import with_joints
 from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, best_delay, paired, track_distance, unit_of
-from keygrip.data.robot.doctor.trajectories import first_change
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -362,7 +362,7 @@ def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory],
         "command_gripper",
         arm,
         inverted,
-        [name for name in inverted if first_change(told[name].gripper) < 0],  # as openings that are right begin
+        [name for name in inverted if begins(told[name]) < 0],  # as openings that are right begin
         "the commanded gripper closes where the reached one opens",
         commanded=("commanded gripper inverted", advice),
         either=(

@@ -27,6 +27,10 @@ EXCHANGED_LEVELS, EXCHANGED_RATIO = 6.0, 0.4
 # Hues (degrees) of colour words that change when red and blue are exchanged.
 HUES = {"red": 0, "orange": 30, "gold": 48, "yellow": 50, "teal": 182, "cyan": 185, "blue": 230}
 HUE_WIDTH = 25.0
+# What follows is where the gripped thing lies or goes, not that thing.
+PLACE_WORDS = (
+    r"\b(?:into|onto|inside|in|on|to|towards?|next|near|beside|behind|under|over|above|at|from|with|by|off|and)\b"
+)
 PATCH_M = 0.035  # half edge of the patch around the gripped object
 
 
@@ -191,24 +195,38 @@ def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Strea
     everywhere = against >= 2 and against >= 0.8 * len(said)
     names = list(streams) if everywhere else exchanged
     if names:
+        # things of several colours that all contradict their words are no matter of one wrong word
+        contradicted = {_colour_of_object(d.instruction) for d in exam.demos if votes.get(d.name, 0) < 0}
+        sure = not everywhere or len(contradicted) > 1
         exam.add(
             "colour_order",
-            "error",
+            "error" if sure else "warning",
             "red and blue are exchanged: "
             + (
                 "what the instructions name has the exchanged colour" if everywhere else "other demos show it otherwise"
             ),
-            "The images were written as BGR: reverse the channels (OpenCV reads and writes BGR)",
+            "The images were written as BGR: reverse the channels (OpenCV reads and writes BGR)"
+            if sure
+            else "Look at the contact sheet first: instructions alone say so, and their colour word may be wrong. "
+            "Where the images were written as BGR, reverse the channels (OpenCV reads and writes BGR)",
             cause="colour order BGR",
             camera=camera,
             demos=names,
         )
 
 
+def _colour_of_object(instruction: str) -> str | None:
+    """The colour word of the thing that an instruction says to grip; None: there is none before the place to which it
+    goes, whose colour is another one, or there are several."""
+    before = re.split(PLACE_WORDS, instruction.lower())[0]
+    words = {word for word in re.findall(r"[a-z]+", before) if word in HUES}
+    return words.pop() if len(words) == 1 else None
+
+
 def _vote(demo: Demo, camera: str, stream: Stream) -> int:
-    """1 where the thing first gripped has the colour that the instruction names first, -1 where it has that colour with
+    """1 where the thing first gripped has the colour that the instruction gives it, -1 where it has that colour with
     red and blue exchanged, 0 where neither can be said."""
-    word = next((w for w in re.findall(r"[a-z]+", demo.instruction.lower()) if w in HUES), None)
+    word = _colour_of_object(demo.instruction)
     if word is None or not demo.arms or demo.cameras[camera].uncalibrated:
         return 0
     arm = next(iter(demo.arms.values()))

@@ -135,7 +135,8 @@ def _usable(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
     track = demo.arms[arm]
     if in_degrees(track) or demo.name in frozen(exam, arm, ["joints"]):
         track = replace(track, joints=None)
-    return replace(track, gripper=1 - track.gripper) if exam.named("gripper_polarity", arm=arm) else track
+    inverted = exam.named("gripper_polarity", arm=arm, severity="error")  # a warning is too weak for it
+    return replace(track, gripper=1 - track.gripper) if inverted else track
 
 
 def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], dict[int, np.ndarray]]) -> bool:

@@ -17,6 +17,7 @@ from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import Examination, Finding, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
+from keygrip.data.robot.doctor.grippers import check_gripper
 from keygrip.data.robot.doctor.html_report import html_report
 from keygrip.data.robot.doctor.images import check_images
 from keygrip.data.robot.doctor.images_and_poses import check_images_and_poses
@@ -31,7 +32,6 @@ from keygrip.data.robot.doctor.tracks import (
     check_outlier_poses,
 )
 from keygrip.data.robot.doctor.trajectories import (
-    check_gripper,
     check_heights,
     check_jumps,
     check_quaternions,

@@ -182,56 +182,6 @@ def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray],
     return float(np.concatenate(down).mean()), float(turning[2] ** 2 / total) if total > 1e-4 else 0.5
 
 
-def check_gripper(exam: Examination) -> None:
-    """Grippers that hardly move between open and closed, and openings that are inverted."""
-    for arm in exam.arms:
-        demos = exam.with_arm(arm)
-        ranges = [float(np.ptp(demo.arms[arm].gripper)) for demo in demos]
-        exam.measures[f"arm/{arm}/gripper_range"] = max(ranges)
-        if max(ranges) < 0.05:
-            ends = [
-                min(float(demo.arms[arm].gripper.mean()), 1 - float(demo.arms[arm].gripper.mean())) for demo in demos
-            ]
-            if max(ends) < 0.02:
-                continue  # open or closed throughout: a task without grasping
-            if max(float(demo.arms[arm].gripper.max()) for demo in demos) < 0.15:
-                continue  # see check_opening_unit
-            exam.add(
-                "gripper_still",
-                "warning",
-                f"the gripper's opening never changes by more than {max(ranges):.2f}",
-                "Fine for a task without grasping; else check which signal is recorded as the opening",
-                cause="another signal recorded as the opening, or a task without grasping",
-                demos=[demo.name for demo in demos],
-                arm=arm,
-            )
-            continue
-        first = {demo.name: first_change(demo.arms[arm].gripper) for demo in demos}
-        opens = [name for name, change in first.items() if change > 0]
-        opening, closing = len(opens), sum(change < 0 for change in first.values())
-        exam.measures[f"arm/{arm}/starts_by_closing"] = closing
-        exam.measures[f"arm/{arm}/starts_by_opening"] = opening
-        if opening > closing:
-            exam.add(
-                "gripper_polarity",
-                "error",
-                f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read; a grasp "
-                "begins with closing",
-                "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
-                "with an object in the gripper",
-                cause="gripper opening inverted (1 for closed)",
-                demos=opens,
-                arm=arm,
-            )
-
-
-def first_change(opening: np.ndarray) -> int:
-    """Direction of the first change by more than 0.3 of the stroke: -1 closing, 1 opening, 0 none."""
-    change = opening - opening[0]
-    large = np.flatnonzero(np.abs(change) > 0.3)
-    return 0 if len(large) == 0 else int(np.sign(change[large[0]]))
-
-
 def check_times(exam: Examination) -> None:
     """Gaps in the time stamps, and rates that differ from the stated one or between demos."""
     gaps = {demo.name: gap for demo in exam.demos if (gap := longest_gap(demo))}

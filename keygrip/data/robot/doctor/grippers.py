@@ -1,0 +1,132 @@
+"""Checks of the gripper's opening: one that does not move, and one that is inverted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.frozen_poses import frozen
+from keygrip.data.robot.schema import ArmTrajectory, Demo
+
+STILL, MOVED, STROKE = 0.05, 0.3, 0.3  # change of an opening below which it stands, and from which it opens or closes
+LEAST_OTHERS = 2  # demos of a task that say how one of it usually goes
+USUAL_SHARE = 2 / 3  # share of a task's demos in which the opening moves, for the others to be odd
+USUAL_WAY = 0.5  # of the others' way: an arm that goes less may have nothing to grip in this demo
+LOWER = 0.25  # of the range of heights, by which a grasp is lower than the place where a gripper opened before it
+
+
+def check_gripper(exam: Examination) -> None:
+    """Grippers that hardly move between open and closed, and openings that are inverted."""
+    for arm in exam.arms:
+        demos = exam.with_arm(arm)
+        ranges = {demo.name: float(np.ptp(demo.arms[arm].gripper)) for demo in demos}
+        exam.measures[f"arm/{arm}/gripper_range"] = max(ranges.values())
+        if max(ranges.values()) < STILL:
+            _check_still(exam, arm, demos, max(ranges.values()))
+            continue
+        _check_dead(exam, arm, demos, ranges)
+        _check_polarity(exam, arm, demos)
+
+
+def _check_still(exam: Examination, arm: str, demos: list[Demo], most: float) -> None:
+    """Openings that change in no demo."""
+    means = [float(demo.arms[arm].gripper.mean()) for demo in demos]
+    if max(min(mean, 1 - mean) for mean in means) < 0.02:
+        return  # open or closed throughout: a task without grasping
+    if max(float(demo.arms[arm].gripper.max()) for demo in demos) < 0.15:
+        return  # see check_opening_unit
+    exam.add(
+        "gripper_still",
+        "warning",
+        f"the gripper's opening never changes by more than {most:.2f}",
+        "Fine for a task without grasping; else check which signal is recorded as the opening",
+        cause="another signal recorded as the opening, or a task without grasping",
+        demos=[demo.name for demo in demos],
+        arm=arm,
+    )
+
+
+def _check_dead(exam: Examination, arm: str, demos: list[Demo], ranges: dict[str, float]) -> None:
+    """Openings that change in no frame of some demos, and in most demos of the same task. An arm that hardly moves in a
+    demo has nothing to grip there."""
+    hung = frozen(exam, arm, ["poses"])
+    dead: list[str] = []
+    total = 0
+    for task in {demo.task for demo in demos}:
+        group = [demo for demo in demos if demo.task == task and demo.name not in hung]
+        moving = [demo for demo in group if ranges[demo.name] > MOVED]
+        still = [demo for demo in group if ranges[demo.name] < STILL]
+        if len(moving) < LEAST_OTHERS or len(moving) < USUAL_SHARE * len(group):
+            continue
+        usual = float(np.median([_way(demo, arm) for demo in moving]))
+        still = [demo for demo in still if _way(demo, arm) > USUAL_WAY * usual]
+        dead += [demo.name for demo in still]
+        total += len(group) if still else 0
+    if dead:
+        exam.add(
+            "gripper_still",
+            "warning",
+            f"the gripper's opening never changes in {len(dead)} of {total} demos of a task in which it usually does",
+            "Check the gripper's signal and look whether it grips in the images; leave these demos out",
+            cause="a gripper whose signal is dead in these demos, or that never gripped",
+            demos=dead,
+            arm=arm,
+        )
+
+
+def _way(demo: Demo, arm: str) -> float:
+    return float(np.linalg.norm(np.ptp(demo.arms[arm].position, axis=0)))
+
+
+def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
+    """Openings that are inverted: a grasp closes the gripper."""
+    first = {demo.name: begins(demo.arms[arm]) for demo in demos}
+    opens = [name for name, change in first.items() if change > 0]
+    opening, closing = len(opens), sum(change < 0 for change in first.values())
+    exam.measures[f"arm/{arm}/starts_by_closing"] = closing
+    exam.measures[f"arm/{arm}/starts_by_opening"] = opening
+    if opening <= closing:
+        return
+    again = sum(closes_again(demo.arms[arm]) is not None for demo in demos if demo.name in set(opens))
+    sure = again < opening / 2  # one that only opens may place an object, one that closes after may begin closed
+    exam.add(
+        "gripper_polarity",
+        "error" if sure else "warning",
+        f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read, "
+        + ("" if sure else "and closes later, at no lower place; ")
+        + "a grasp begins with closing",
+        "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
+        + ("with an object in the gripper" if sure else "with a closed gripper: images must show which it is"),
+        cause="gripper opening inverted (1 for closed)",
+        demos=opens,
+        arm=arm,
+    )
+
+
+def first_change(opening: np.ndarray) -> tuple[int, int]:
+    """Direction of the first change by more than 0.3 of the stroke, -1 closing, 1 opening, 0 none, and its frame."""
+    change = opening - opening[0]
+    large = np.flatnonzero(np.abs(change) > STROKE)
+    return (0, 0) if len(large) == 0 else (int(np.sign(change[large[0]])), int(large[0]))
+
+
+def closes_again(track: ArmTrajectory) -> int | None:
+    """Frame in which a gripper that opened first closes; None: it does not."""
+    _, opened = first_change(track.gripper)
+    later = track.gripper[opened:]
+    closed = np.flatnonzero(np.maximum.accumulate(later) - later > STROKE)
+    return int(opened + closed[0]) if len(closed) else None
+
+
+def begins(track: ArmTrajectory) -> int:
+    """Whether a gripper begins a grasp by closing (-1), as it should, by opening (1), or does neither (0).
+
+    Some rigs begin closed: there the gripper opens on its way and closes at a lower place, where the object lies. Of an
+    inverted opening both are the other way round: it opens at the object, and closes where that is put down.
+    """
+    change, opened = first_change(track.gripper)
+    closed = closes_again(track) if change > 0 else None
+    if closed is None:
+        return change
+    height = track.position[:, 2]
+    return -1 if height[opened] - height[closed] > LOWER * np.ptp(height) else change
