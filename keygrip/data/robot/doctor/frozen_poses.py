@@ -15,7 +15,7 @@ from keygrip.data.robot.frame_rates import GAP
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 LEAST_FRAMES, LEAST_S = 5, 0.5  # shortest span: both
-TOLD_M, TURNED_RAD, WENT_M = 0.03, 0.05, 0.03  # motion of commands, joints and poses that shows that the arm moved
+TOLD_M, TURNED_RAD, WENT_M = 0.03, 0.15, 0.03  # motion of commands, joints and poses that shows that the arm moved
 ANSWER_S = 0.3  # commands of the last moments of a span may not have been followed yet
 JUMP_M, JUMP_RATIO = 0.02, 3.0  # step out of a span, and its ratio to the demo's largest usual steps
 MOVING_M = 0.003  # way between two frames that are read, from which the arm is moving
