@@ -390,7 +390,8 @@ def test_a_demo_that_goes_with_no_image_is_not_passed_over(tmp_path):
     def gone(demo: Recorded, number: int) -> Recorded:
         if number != 1:
             return demo
-        still = {name: np.repeat(getattr(demo, name)[:1], FRAMES, 0) for name in ("joints", "position", "quaternion")}
+        tracks = ("joints", "position", "quaternion", "gripper")
+        still = {name: np.repeat(getattr(demo, name)[:1], FRAMES, axis=0) for name in tracks}
         return replace(demo, **still)
 
     demos = [reference.read() for reference in find_demos(write(tmp_path / "data", gone))]
