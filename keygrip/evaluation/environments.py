@@ -22,7 +22,7 @@ from keygrip.data.robot.hub import folder_of as hub_folder
 from keygrip.data.robot.hub import hub_name
 from keygrip.data.untrusted_files import read_json
 from keygrip.envs.gymnasium_environment import GymnasiumTask
-from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, task_names
+from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, lately_turned, task_names
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
@@ -117,7 +117,8 @@ class Recorded:
     Attributes:
         environment: option of the group env; None: an environment that has none. task: None: a file of data does not
             say it. hz: control periods per second. tasks: of which there are demonstrations, where that is asked for.
-        seeds: of the recorded episodes (of one that is yet to be made: of its first ones).
+        seeds: of the recorded episodes (of one that is yet to be made: of its first ones). upside_down: cameras whose
+            images lie there as the scene mounts them, and which the environment now turns upright.
     """
 
     environment: str | None
@@ -126,6 +127,7 @@ class Recorded:
     hz: float
     tasks: tuple[str, ...] = ()
     seeds: Container[int] = ()
+    upside_down: tuple[str, ...] = ()
 
 
 def task_conditions(tasks: str | Sequence[str]) -> dict[str, list[dict[str, str]]]:
@@ -180,6 +182,11 @@ def _settings(
         tasks = DEFAULT_TASKS.get(name) if recorded is None else recorded.tasks or None
     cameras = env["cameras"] if env["cameras"] is not None else _trained_cameras(data, task)
     names = () if tasks is None else task_names(tasks)
+    if recorded is not None and (changed_since := set(recorded.upside_down) & set(cameras or [task.camera])):
+        raise SettingError(
+            f"the policy was trained on images of {', '.join(sorted(changed_since))} that were recorded upside down, "
+            f"and env={name} now turns them upright: record into a new folder, and train on that"
+        )
     return EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], recorded)
 
 
@@ -286,7 +293,9 @@ def _of_folder(root: Path) -> Recorded:
             task = changed(
                 MetaWorldTask(), {"camera": settings["cameras"][0], "shadows": settings.get("shadows", False)}
             )
-            return Recorded("metaworld", task, image_size, HZ, _tasks_there(root), _seeds_there(root))
+            turned = settings.get("turned_upright", [])
+            old = tuple(camera for camera in lately_turned(settings["cameras"]) if camera not in turned)
+            return Recorded("metaworld", task, image_size, HZ, _tasks_there(root), _seeds_there(root), old)
         stored = dict(settings["task"])
         cell = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
         hz, seeds = float(settings["hz"]), _seeds_there(root)

@@ -14,7 +14,7 @@ from typing import Any
 
 from keygrip.artifacts import locked
 from keygrip.cores import usable_cores
-from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, task_names
+from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, lately_turned, task_names
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
 from keygrip.recording.recorded_folder import LOCK_FILE, failed_seeds, store
@@ -70,6 +70,7 @@ def record_step(
         )
     root = Path(root).resolve()
     root.mkdir(parents=True, exist_ok=True)
+    turned = lately_turned(cameras)  # noted, so that a folder where they are not turned is not continued
     settings = {
         "environment": "metaworld",
         "image_size": image_size,
@@ -79,6 +80,7 @@ def record_step(
         "shadows": shadows,
         "video": video,
         "jpeg_quality": jpeg_quality,
+        **({"turned_upright": turned} if turned else {}),
     }
     started, recorded = time.monotonic(), 0
     with locked(root / LOCK_FILE):

@@ -273,10 +273,10 @@ def test_episodes_of_another_task_were_not_recorded_for_training(
     """The same number is another arrangement there."""
     kind = {"_target_": "keygrip.envs.yam.tasks.TaskOptions"}
     write_recording(tmp_path / "cell", "pick_0000000", task={"name": "pick"}, image_size=96, hz=5.0)
-    metaworld = {"environment": "metaworld", "every": 4, "image_size": 96, "cameras": ["corner3"]}
+    metaworld = {"environment": "metaworld", "every": 4, "image_size": 96, "cameras": ["corner2"]}
     write_recording(tmp_path / "metaworld", "push-v3_0000000", **metaworld)
     make = partial(ClosedLoop, first_seed=0, episodes=4)
-    cell, other = trained_on(tmp_path / "cell"), trained_on(tmp_path / "metaworld", camera="corner3")
+    cell, other = trained_on(tmp_path / "cell"), trained_on(tmp_path / "metaworld", camera="corner2")
 
     def warned(settings: EnvironmentSettings, conditions: Any = None, **changes: Any) -> bool:
         caplog.clear()
@@ -294,12 +294,21 @@ def test_episodes_of_another_task_were_not_recorded_for_training(
     assert not warned(chosen(other, "metaworld", tasks=["reach"]))
 
 
+def test_a_policy_that_knows_images_upside_down_is_not_judged_on_upright_ones(tmp_path: Path) -> None:
+    recording = {"environment": "metaworld", "every": 4, "image_size": 96, "cameras": ["corner3", "corner2"]}
+    write_recording(tmp_path, "push-v3_0000000", **recording)
+    for name in ("recorded", "metaworld"):
+        with pytest.raises(ValueError, match=r"images of corner3 that were recorded upside down.*record into a new"):
+            chosen(trained_on(tmp_path, camera="corner3"), name)
+    assert chosen(trained_on(tmp_path, camera="corner2"), "metaworld").cameras == ["corner2"]
+
+
 def test_a_recording_of_meta_world_says_tasks_size_and_cameras(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     demos = ("push-v3_0000000", "push-v3_0000004", "assembly-v3_0000001", ".reach-v3_0000000.12-ab.partial")
     recording = {"environment": "metaworld", "every": 4, "image_size": 448, "cameras": ["corner3", "topview"]}
-    write_recording(tmp_path, *demos, **recording, shadows=True)
+    write_recording(tmp_path, *demos, **recording, shadows=True, turned_upright=["corner3"])
     data = trained_on(tmp_path, camera="corner3", cameras=["corner3", "topview"])
     for name in ("recorded", "metaworld"):
         found = chosen(data, name)

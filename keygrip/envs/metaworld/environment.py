@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.envs.metaworld.tasks import CAMERAS, HZ, MetaWorldTask
+from keygrip.envs.metaworld.tasks import CAMERAS, HZ, UPSIDE_DOWN, MetaWorldTask
 from keygrip.envs.rendering import world_to_camera
 from keygrip.robots.mujoco_backend import INSTALL_ADVICE, RenderingUnavailableError, mujoco
 
@@ -159,7 +159,7 @@ class MetaWorldEnvironment:
         self._renderer.update_scene(data, camera)
         image, index = self._renderer.render(), model.camera(camera).id
         transform = world_to_camera(data, index)
-        if camera == "corner2":  # mounted upside down
+        if camera in UPSIDE_DOWN:
             image, transform = image[::-1, ::-1], HALF_TURN @ transform
         focal = 0.5 * size / np.tan(np.deg2rad(model.cam_fovy[index]) / 2)
         intrinsics = np.array([[focal, 0.0, size / 2], [0.0, focal, size / 2], [0.0, 0.0, 1.0]])

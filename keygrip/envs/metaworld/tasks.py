@@ -18,6 +18,7 @@ STEP_LIMIT = 500  # of an episode, as in the benchmark
 # Episode seeds, as in the YAM cell: training from 0, tuning from 500 000, held-out evaluation from 1 000 000.
 TRAINING_SEED, TUNING_SEED, HELD_OUT_SEED = 0, 500_000, 1_000_000
 CAMERAS = ("corner2", "corner", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # as the scenes mount them; their images are turned upright
 
 INSTRUCTIONS: dict[str, dict[str, str]] = {  # by difficulty
     "easy": {
@@ -96,6 +97,11 @@ MT10: tuple[str, ...] = (
 SETS = {"mt10": MT10, "mt50": MT50}
 
 
+def lately_turned(cameras: Sequence[str]) -> list[str]:
+    """Those of some cameras whose images are turned upright and once were not, unlike corner2's."""
+    return [camera for camera in cameras if camera in UPSIDE_DOWN and camera != "corner2"]
+
+
 def task_names(tasks: str | Sequence[str]) -> tuple[str, ...]:
     """Names of tasks from "mt10", "mt50", a difficulty group, one name or several.
 
@@ -137,8 +143,8 @@ class MetaWorldTask:
 
     Args:
         name: of the task, with or without "-v3".
-        camera: of the scene. "corner2" is moved to LeRobot's place, 0.75 0.075 0.7 m, and its upside-down images are
-            turned upright, with their extrinsics.
+        camera: of the scene. "corner2" is moved to LeRobot's place, 0.75 0.075 0.7 m. The upside-down images of the
+            four corner cameras are turned upright, with their extrinsics.
         shadows: with shadows and reflections, which take five times as long to draw.
         step_limit: control steps of an episode, 1/80 s each.
 

@@ -116,6 +116,7 @@ def test_what_moves_is_seen_where_the_cameras_say_and_a_seed_decides_the_start()
         for goal in visible:
             offset = np.mean(goal["pixels"], axis=0) - projected(goal, goal["point"])
             assert np.abs(offset).max() < 0.3, (camera, goal["point"])
+        assert np.array(visible[0]["world_to_camera"])[1, 2] < 0.01, camera  # down in the image is not up in the world
     hand = found["fingers"]
     pixels, middle = np.median(hand["pixels"], axis=0), np.add(hand["point"], [0, 0, 0.045])  # fingers are 9 cm long
     np.testing.assert_allclose(pixels, projected(hand, middle), atol=5)
@@ -171,6 +172,17 @@ def test_two_cameras_record_the_hand_where_it_is_with_shadows_where_asked(tmp_pa
             assert np.linalg.norm(changed - at, axis=1).min() < 3, (name, row)
             dark = shaded.cameras[name].frames.read(row).astype(int) < track.frames.read(row).astype(int) - 20
             assert dark.mean() > 0.002, name
+
+
+def test_a_folder_with_images_upside_down_is_not_continued_with_upright_ones(tmp_path: Path) -> None:
+    more = partial(record_step, ["reach-v3"], image_size=32, recoveries=0.0, processes=1, python=interpreter())
+    more(root=tmp_path, demos=1, cameras=["corner2", "corner4"])
+    file = tmp_path / "recording.json"
+    content = json.loads(file.read_text())
+    assert content["settings"].pop("turned_upright") == ["corner4"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"turned_upright: None there, \['corner4'\] now"):
+        more(root=tmp_path, demos=2, cameras=["corner2", "corner4"])
 
 
 def test_a_recovery_starts_elsewhere_and_ends_at_the_same_goal(tmp_path: Path) -> None:
