@@ -6,6 +6,7 @@ Legend of shapes: M frames of the training split.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,23 @@ from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.frame_rates import step_seconds
 from keygrip.data.robot.samples import SampleOptions, kept_frames
 from keygrip.data.robot.schema import ArmTrajectory, Demo
+from keygrip.models.geometry.cameras import camera_centre
 
 CHUNKS_AT_MOST = 20_000  # action chunks for statistics, of a robot: means and quantiles to half a percent, 10 MB
+FRAMES_OF_A_DEMO = 16  # about so many of each show where cameras stand
 Range = tuple[tuple[float, float, float], tuple[float, float, float]]  # lowest and highest x, y, z, metres
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far two cameras stand from one another: medians over an even choice of frames of the training demonstrations.
+
+    Args:
+        distance_m: between their centres, metres. angle_deg: between the rays from them to the middle of the workspace.
+    """
+
+    distance_m: float
+    angle_deg: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class DemoStatistics:
             over all arms.
         position_range: the same for x, y, z: two rows of three, metres.
         robot_ranges: the same of each robot that the model keeps apart, by name.
+        apart: of each two of the calibrated cameras, by their names.
         quaternions: by arm, [M, 4] w x y z, the targets' rotations: what a rotation basis is fitted on.
         arms: names, in the order of a batch's arm dimension.
         targets: "commanded" or "reached".
@@ -67,6 +83,7 @@ class DemoStatistics:
     instructions: tuple[str, ...] = ()
     calibrated: tuple[str, ...] = ()
     robot_ranges: Mapping[str, Range] = field(default_factory=dict)
+    apart: Mapping[tuple[str, str], Apart] = field(default_factory=dict)
 
 
 def compute_statistics(
@@ -92,6 +109,7 @@ def compute_statistics(
     positions = _positions(train, options)
     digest.update(np.ascontiguousarray(positions).tobytes())
     low, high = _range_of(positions)
+    calibrated = tuple(name for name in cameras if all(_is_calibrated(demo, name) for demo in demos))
     by_robot = {name: [demo for demo in train if demo.robot == name] for name in options.embodiments}
     return DemoStatistics(
         height_range=(low[2], high[2]),
@@ -109,8 +127,9 @@ def compute_statistics(
         cameras=tuple(cameras),
         chunks=_chunks(train, train_indices, options),
         instructions=tuple(sorted({demo.instruction for demo in train})),
-        calibrated=tuple(name for name in cameras if all(_is_calibrated(demo, name) for demo in demos)),
+        calibrated=calibrated,
         robot_ranges={name: _range_of(_positions(own, options)) for name, own in by_robot.items() if own},
+        apart=_apart(train, calibrated, (np.array(low) + np.array(high)) / 2),
     )
 
 
@@ -128,6 +147,24 @@ def _positions(demos: Sequence[Demo], options: SampleOptions) -> np.ndarray:
 def _range_of(positions: np.ndarray) -> Range:
     low, high = positions.min(axis=0).tolist(), positions.max(axis=0).tolist()
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+
+
+def _apart(demos: Sequence[Demo], cameras: Sequence[str], middle: np.ndarray) -> dict[tuple[str, str], Apart]:
+    """Of each two cameras; `middle` [3] of the workspace, metres."""
+    centres: dict[str, np.ndarray] = {}
+    for name in cameras:
+        poses = [demo.cameras[name].world_to_camera[:: max(1, len(demo) // FRAMES_OF_A_DEMO)] for demo in demos]
+        centres[name] = camera_centre(torch.from_numpy(np.concatenate(poses)).double()).numpy()
+    found = {}
+    for pair in itertools.combinations(cameras, 2):
+        first, second = (centres[name] for name in pair)
+        rays = [at - middle for at in (first, second)]
+        rays = [ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9) for ray in rays]
+        # by the chord, since the cosine of a small angle has lost it to rounding
+        angles = 2 * np.arcsin(np.clip(np.linalg.norm(rays[0] - rays[1], axis=1) / 2, 0, 1))
+        distance = np.median(np.linalg.norm(first - second, axis=1))
+        found[pair] = Apart(float(distance), float(np.degrees(np.median(angles))))
+    return found
 
 
 def _is_calibrated(demo: Demo, camera: str) -> bool:

@@ -19,6 +19,7 @@ from keygrip.models.geometry_vla.actions import PoseActions
 from keygrip.models.geometry_vla.diagnostics import context_figures, exchanged_geometry
 from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.network import ActionSampling, GeometryVLA, Scene
+from keygrip.models.geometry_vla.network_checks import check_views_apart
 from keygrip.models.geometry_vla.pointing import pointing_counts, pointing_losses
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -173,12 +174,9 @@ class GeometryVLAModule(System):
                 "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
                 "keygrip.data.robot.datamodule.RobotDemos with data.cameras."
             )
-        if self.network.triangulates and len(statistics.cameras) < 2:
+        if self.network.triangulates:
             name = "pointed_triangulated" if self.network.pointed_actions is None else "pointed_actions"
-            raise ValueError(
-                f"model.network.{name}=true: rays of one camera ({statistics.cameras[0]}) meet nowhere. "
-                "Give data.cameras two or more, or set it to false."
-            )
+            check_views_apart(name, statistics.cameras, statistics.apart)
         self.network.check_grids(statistics.geometry.image_size)
         self.statistics.take(statistics, self.network.head.horizon)
         self.actions.take(statistics.chunks, statistics.robot_ranges)

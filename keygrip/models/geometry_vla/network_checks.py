@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 from keygrip.models.geometry_vla.geometry import GeometryEncoder
+
+if TYPE_CHECKING:
+    from keygrip.data.robot.statistics import Apart
+
+log = logging.getLogger(__name__)
+
+# Between the rays to the middle of the workspace. How far away a point is comes out less exact than where it is across
+# the view by one over the sine: 29 times at 2 degrees, 6 times at 10.
+SAME_VIEW_DEG = 2.0
+NARROW_DEG = 10.0
 
 
 def check_geometry(
@@ -69,4 +84,37 @@ def check_pointing(
         raise ValueError(
             f"model.network.pointing_patch_cells={patch_cells} is a number of cells, of maps (pointing_cells above 0) "
             "that are also read from a geometry encoder's tokens: set it to 0."
+        )
+
+
+def check_views_apart(setting: str, cameras: Sequence[str], apart: Mapping[tuple[str, str], Apart]) -> None:
+    """Refuses cameras whose rays meet nowhere, and warns of those that say little about where they meet.
+
+    Args:
+        setting: that has the rays meet, for messages. cameras: names of the views. apart: of each two that are
+            calibrated; empty: not known.
+
+    Raises:
+        ValueError: there is one camera, or all stand at the same place as seen from the workspace.
+    """
+    if len(cameras) < 2:
+        raise ValueError(
+            f"model.network.{setting}=true: rays of one camera ({cameras[0]}) meet nowhere. "
+            "Give data.cameras two or more, or set it to false."
+        )
+    if not apart:
+        return
+    (first, second), widest = max(apart.items(), key=lambda item: item[1].angle_deg)
+    where = f"{widest.distance_m * 100:.3g} cm apart, {widest.angle_deg:.2g} degrees from the middle of the workspace"
+    which = f"{first} and {second}" if len(apart) == 1 else f"even {first} and {second}, of all two the widest,"
+    if widest.angle_deg < SAME_VIEW_DEG:
+        raise ValueError(
+            f"model.network.{setting}=true: {which} stand {where}, so their rays say nothing of how far away a point "
+            f"is (less than {SAME_VIEW_DEG:g} degrees). Give data.cameras another pair, or set it to false."
+        )
+    if widest.angle_deg < NARROW_DEG:
+        log.warning(
+            "model.network.%s=true: %s stand %s: how far away a point is comes out %.0f times less exact than where it "
+            "is across the view",
+            *(setting, which, where, 1 / math.sin(math.radians(widest.angle_deg))),
         )

@@ -298,6 +298,24 @@ def test_a_demo_that_lacks_a_camera_is_broken(root: Path, robot_demos: Make) -> 
         robot_demos(root, cameras=("over", "wrist")).setup("fit")
 
 
+@pytest.mark.parametrize(("metres", "angle"), [(0.0, 0.0), (0.2, 22.6)])
+def test_statistics_say_how_far_cameras_stand_apart(root: Path, robot_demos: Make, metres: float, angle: float) -> None:
+    """As seen from the middle of the workspace, half a metre below both."""
+    middle = np.array(ready(robot_demos(root, cameras=CAMERAS)).statistics.position_range).mean(axis=0)
+    for folder in root.glob("demo_*"):
+        with np.load(folder / "cameras.npz") as file:
+            cases = dict(file)
+        for name, side in (("over", -metres / 2), ("front", metres / 2)):
+            pose = np.diag([1.0, -1.0, -1.0, 1.0])  # looks down
+            pose[:3, 3] = -pose[:3, :3] @ (middle + [side, 0.0, 0.5])
+            cases[f"{name}/world_to_camera"] = pose
+        np.savez(folder / "cameras.npz", **cases)
+    ((pair, apart),) = ready(robot_demos(root, cameras=CAMERAS)).statistics.apart.items()
+    assert pair == CAMERAS
+    assert apart.distance_m == pytest.approx(metres, abs=1e-6)
+    assert apart.angle_deg == pytest.approx(angle, abs=0.05)
+
+
 class MasksViews:
     masks_views = True
 

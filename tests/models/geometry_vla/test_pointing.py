@@ -13,6 +13,7 @@ from looking import looking_at
 from torch import Tensor
 from vla_parts import S, V, observation, ready_module, small_batch, small_geometry, small_module, small_statistics
 
+from keygrip.data.robot.statistics import Apart
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, DinoMultiView, GeometryFeatures
@@ -387,6 +388,27 @@ def test_rays_of_one_camera_are_refused(tmp_path: Path, where: str) -> None:
         ValueError, match=rf"{where}=true: .*one camera \(over\) meet nowhere.* data.cameras two or more"
     ):
         module.set_statistics(one)
+
+
+@pytest.mark.parametrize("where", ["pointed_triangulated", "pointed_actions"])
+def test_cameras_at_one_place_are_refused_and_near_ones_warned_of(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def take(**apart: float) -> None:
+        pairs = {("over", "front"): Apart(0.01, apart["front"]), ("front", "hand"): Apart(0.4, apart["hand"])}
+        module = small_module(pointing_cells=2, pointed_tokens=True, **{where: True})
+        module.set_statistics(replace(small_statistics(tmp_path), cameras=("over", "front", "hand"), apart=pairs))
+
+    with pytest.raises(ValueError, match=rf"{where}=true: even over and front, .* stand 1 cm apart, 1\.9 degrees"):
+        take(front=1.9, hand=0.5)
+    assert not caplog.records
+    take(front=0.0, hand=7.0)
+    (warned,) = caplog.messages
+    assert "front and hand, of all two the widest, stand 40 cm apart, 7 degrees" in warned
+    assert "8 times less exact" in warned  # 1 / sin 7 degrees
+    caplog.clear()
+    take(front=0.0, hand=12.0)
+    assert not caplog.records
 
 
 def test_triangulated_places_need_pointed_tokens() -> None:
