@@ -8,11 +8,12 @@ Shape legend: A arms, T planned steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 
+LONGEST_INSTRUCTION = 1000  # bytes of UTF-8
 UNIT_SLACK = 0.02  # of unit quaternions and rotation matrices, after float32 and JSON
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
 FARTHEST_M = 100.0  # of cameras and grippers from the world's origin
@@ -102,11 +103,15 @@ def instruction_of(observation: Observation) -> str:
     """The sentence that says what to do.
 
     Raises:
-        ValueError: there is none, or an empty one.
+        ValueError: there is none, an empty one, or one beyond `LONGEST_INSTRUCTION`.
     """
     instruction = observation.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+    if (size := len(instruction.encode(errors="replace"))) > LONGEST_INSTRUCTION:
+        raise ValueError(
+            f"'instruction' of the observation has {size} bytes, more than {LONGEST_INSTRUCTION}: give one sentence"
+        )
     return instruction
 
 
@@ -209,6 +214,17 @@ def held_back_m(plan: Plan) -> float | None:
         return None
     most = float(np.max(plan.held_back, initial=0.0))
     return most if most > HELD_BACK_M else 0.0
+
+
+def refuse_not_finite(plan: Plan, what: str = "the policy's plan") -> None:
+    """Raises ValueError where a plan holds numbers that are not finite; `what` it is, for the message."""
+    for part in fields(plan):
+        value = getattr(plan, part.name)
+        if value is not None and not np.isfinite(value).all():
+            raise ValueError(
+                f"{what} is not finite in its {part.name}: an observation far from the training data gives such "
+                "numbers (is its position in metres, in the world frame?), and so do weights that are not finite"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.robot.augmentation import View
-from keygrip.models.policy import Observation, Plan, poses_of
+from keygrip.models.policy import Observation, Plan, poses_of, refuse_not_finite
 
 
 def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -55,12 +55,18 @@ def plans_of(
     Args:
         position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper, uncertainty: ``[B, A, T]``.
         held_back: ``[B, A, 3]``. See `Plan`.
+
+    Raises:
+        ValueError: a number is not finite.
     """
     entropies, moved = (
         [None] * len(position) if part is None else part.double().cpu().numpy() for part in (uncertainty, held_back)
     )
     poses = (part.double().cpu().numpy() for part in (position, quaternion, gripper))
-    return [
+    plans = [
         Plan(at, turn, opening, step_seconds, entropy, held_back=back)
         for at, turn, opening, entropy, back in zip(*poses, entropies, moved, strict=True)
     ]
+    for plan in plans:
+        refuse_not_finite(plan)
+    return plans

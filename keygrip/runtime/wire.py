@@ -21,12 +21,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from keygrip.models.policy import Needs, Observation, Plan, UnderWay, implausible, views_there
+from keygrip.models.policy import LONGEST_INSTRUCTION, Needs, Observation, Plan, UnderWay, implausible, views_there
 
 CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels of an image
-LONGEST_INSTRUCTION = 1000  # bytes
 LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
 LONGEST_NAME = 128  # characters of an array's name that a refusal repeats
 LONGEST_PLAN = 1000  # steps of a plan under way

@@ -26,6 +26,7 @@ from keygrip.models.policy import (
     called,
     image_of,
     instruction_of,
+    refuse_not_finite,
     robot_number,
     views_of,
 )
@@ -175,7 +176,8 @@ class GeometryVLAPolicy:
         """Poses of the next T steps.
 
         Raises:
-            ValueError: a camera, the instruction or an arm's pose is missing or cannot be right.
+            ValueError: a camera, the instruction or an arm's pose is missing or cannot be right, or the plan is not
+                finite.
         """
         return self.plan_batch([observation], [self])[0]
 
@@ -207,11 +209,16 @@ class GeometryVLAPolicy:
             delay_s: until the new plan arrives; so long the one under way is executed in any case.
 
         Raises:
-            ValueError: a camera or the instruction is missing, or the time of the observation or the plan is missing;
-                the plan is not one of this policy's: it has other steps, joints or inputs.
+            ValueError: a camera or the instruction is missing; a time is missing or not finite; the plan under way is
+                not finite, or not one of this policy's: it has other steps, joints or inputs; the new one is not
+                finite.
         """
         if executing.time_s is None or "time_s" not in observation:
             raise ValueError("a plan is continued by its time: the observation and the plan need time_s")
+        for name, seconds in {"delay_s": delay_s, "time_s of the observation": observation["time_s"]}.items():
+            if not math.isfinite(seconds):
+                raise ValueError(f"{name} is {seconds}: it must be a finite number of seconds")
+        refuse_not_finite(executing, "the plan under way")
         self.make_ready()
         with self._compiled_alone():
             return self._continued(observation, executing, executing.time_s, delay_s)
@@ -234,7 +241,7 @@ class GeometryVLAPolicy:
         if actions is None:
             sampled = module.network.sample(seen.scene, seen.noise, seen.state, self._sampling)
             return self._planned(sampled, seen, [self])[0]
-        fixed = min(math.ceil(max(delay_s, 0.0) / dt - 1e-6), known)
+        fixed = math.ceil(min(max(delay_s, 0.0) / dt, known) - 1e-6)
         weight = soft_mask(horizon, fixed, known, module.device)
         sampled = module.network.sample_continuing(seen.scene, seen.noise, seen.state, actions, weight, self._sampling)
         return self._planned(sampled, seen, [self])[0]

@@ -309,6 +309,9 @@ def test_what_an_observation_lacks_is_named(module: GeometryVLAModule) -> None:
         policy.plan({name: value for name, value in seen.items() if name != "instruction"})
     with pytest.raises(ValueError, match="lacks an instruction"):
         policy.plan(seen | {"instruction": " \n"})
+    policy.plan(seen | {"instruction": "é" * 500})
+    with pytest.raises(ValueError, match=r"'instruction' of the observation has 1002 bytes, more than 1000"):
+        policy.plan(seen | {"instruction": "é" * 501})
     front, whose = seen["cameras"]["front"], "camera 'front' of the observation"
     for wrong, said in (
         ({**front, "image": None}, f"^{whose} lacks 'image'"),
@@ -357,3 +360,27 @@ def test_a_plan_continues_the_one_under_way(module: GeometryVLAModule) -> None:
     np.testing.assert_array_equal(past.position, free.position)  # nothing of it is left: an ordinary plan
     with pytest.raises(ValueError, match="time_s"):
         policy.plan_continuing(observation(), shifted, delay_s=0.1)
+    longer = policy.plan_continuing(seen, shifted, delay_s=1e308)  # than any plan
+    assert np.isfinite(longer.position).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_continued_has_finite_numbers(module: GeometryVLAModule, value: float) -> None:
+    policy, seen = module.policy(), {**observation(), "time_s": 10.0}
+    under_way = replace(policy.plan(seen), time_s=10.0)
+    with pytest.raises(ValueError, match=rf"delay_s is {value}: it must be a finite number"):
+        policy.plan_continuing(seen, under_way, delay_s=value)
+    with pytest.raises(ValueError, match=rf"time_s of the observation is {value}: it must be a finite"):
+        policy.plan_continuing({**seen, "time_s": value}, under_way, delay_s=0.1)
+    for name in ("time_s", "position"):
+        wrong = value if name == "time_s" else np.full_like(under_way.position, value)
+        with pytest.raises(ValueError, match=f"the plan under way is not finite in its {name}"):
+            policy.plan_continuing(seen, replace(under_way, **{name: wrong}), delay_s=0.1)
+
+
+def test_a_plan_that_is_not_finite_is_not_given(module: GeometryVLAModule) -> None:
+    policy = module.policy()
+    with torch.no_grad():
+        next(module.network.head.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="the policy's plan is not finite in its position"):
+        policy.plan(observation())
