@@ -197,6 +197,17 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
         assert_configures(cfg)
 
 
+@pytest.mark.parametrize("recipe", ["metaworld_vla", "vla_yam_language", "vla_yam_depth"])
+def test_recipes_of_the_small_encoder_take_the_large_one(recipe: str) -> None:
+    """What a recipe sets of its own encoder is not asked of another."""
+    option = f"experiment={recipe}"
+    cfg = composed("train", [option, *GIVEN.get(option, []), "geometry=mapanything", "backbone.image_size=224"])
+    assert_sound(cfg)
+    assert cfg.data.image_size == 224
+    alone = composed("train", [*pair("geometry_vla"), "geometry=mapanything", *GIVEN["geometry=mapanything"]])
+    assert dict(cfg.geometry, cameras=None) == dict(alone.geometry, cameras=None)
+
+
 @pytest.mark.parametrize("kind", ["", "_lora", "_frozen"])
 def test_recipes_for_own_cameras_cut_nothing_of_the_workspace_off(kind: str) -> None:
     option = f"experiment=vla_qwen_mapanything{kind}"

@@ -1,6 +1,6 @@
 """What the scripted policies reach that Meta-World's demonstrations are made with: the best that imitation can reach.
 
-``python benchmarks/metaworld/script.py --tasks mt50 --episodes 10 --python .venv-metaworld/bin/python``. Seeds, step
+``python benchmarks/metaworld/script.py --tasks mt50 --episodes 10``, after ``make metaworld-install``. Seeds, step
 limit and success are those of `keygrip evaluate`; the scripts run as in recordings, without disturbances, from where
 the benchmark starts the arm. Prints one line of JSON.
 
@@ -17,9 +17,11 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 STEP_LIMIT = 500
+PYTHON = Path(__file__).resolve().parents[2] / ".venv-metaworld/bin/python"
 
 
 def episodes_of(
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--first-seed", type=int, default=1_000_000, help="held out; settings are chosen on 500000 and up"
     )
-    parser.add_argument("--python", default=".venv-metaworld/bin/python", help="interpreter with metaworld")
+    parser.add_argument("--python", default=str(PYTHON), help="interpreter with metaworld: make metaworld-install")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--period", type=float, default=0.0, help="seconds between the positions that are followed again; 0: none are"
@@ -93,6 +95,11 @@ def main() -> None:
         how = (arguments.period, arguments.shift, arguments.as_published)
         print(json.dumps(episodes_of(arguments.tasks, seeds, *how)))
         return
+    if not Path(arguments.python).is_file():
+        sys.exit(
+            f"there is no Python interpreter at {arguments.python}: `make metaworld-install` makes an environment of "
+            "Meta-World; or give --python PATH of one"
+        )
     from keygrip.envs.metaworld.tasks import task_names
     from keygrip.evaluation.closed_loop import ConditionResult
     from keygrip.evaluation.rollout_report import over_tasks

@@ -1,7 +1,7 @@
 """Evaluates whatever a server plans (ours or a peer's) on given seeds, in the simulated YAM cell or in Meta-World.
 
 ``python benchmarks/peers/evaluate.py --server http://127.0.0.1:8422 --task reach --episodes 20``, or ``--env metaworld
---task mt10 --python .venv-metaworld/bin/python``. Environment, seeds and controller are those of `keygrip evaluate`.
+--task mt10``, after ``make metaworld-install``. Environment, seeds and controller are those of `keygrip evaluate`.
 Prints one line of JSON last.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -26,6 +28,8 @@ from keygrip.evaluation.rollout_report import over_tasks
 from keygrip.evaluation.rollouts import EpisodeResult, run_episode
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
+
+PYTHON = Path(__file__).resolve().parents[2] / ".venv-metaworld/bin/python"
 
 
 def in_the_cell(
@@ -69,9 +73,14 @@ def main() -> None:
     parser.add_argument("--hz", type=float, default=None, help="control periods per second; the YAM cell's default: 10")
     parser.add_argument("--execute-seconds", type=float, default=1.2, help="of a plan before the next one")
     parser.add_argument("--cameras", nargs="+", default=None)
-    parser.add_argument("--python", default=".venv-metaworld/bin/python", help="interpreter with metaworld")
+    parser.add_argument("--python", default=str(PYTHON), help="interpreter with metaworld: make metaworld-install")
     parser.add_argument("--processes", type=int, default=1, help="workers of Meta-World")
     arguments = parser.parse_args()
+    if arguments.env == "metaworld" and not Path(arguments.python).is_file():
+        sys.exit(
+            f"there is no Python interpreter at {arguments.python}: `make metaworld-install` makes an environment of "
+            "Meta-World; or give --python PATH of one"
+        )
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
     run = in_metaworld if arguments.env == "metaworld" else in_the_cell
     found: dict[str, list[EpisodeResult]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ def test_the_simulators_own_environment_needs_neither_torch_nor_hydra() -> None:
     more."""
     code = """
 import sys
+from pathlib import Path
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -95,3 +97,14 @@ def test_the_hand_comes_down_behind_the_door_handle_and_pulls(hand: list[float],
     action = DoorOpen().get_action(np.concatenate([handle + hand, [1.0], handle, np.zeros(32)]))
     np.testing.assert_array_equal(np.sign(np.round(action[:3], 9)), step)
     assert action[3] == 1.0
+
+
+def test_the_script_says_how_to_get_the_environment_that_it_lacks(tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "benchmarks/metaworld/script.py"
+    command = [sys.executable, str(script), "--tasks", "mt10", "--python", "nowhere/bin/python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("there is no Python interpreter at nowhere/bin/python: `make metaworld-install`")
+    shown = subprocess.run([*command[:2], "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "make metaworld-install" in shown
