@@ -264,6 +264,11 @@ def test_a_gpu_that_is_not_there(cli: Callable[..., Any], monkeypatch: pytest.Mo
         assert outcome.code == 1
         assert "strategy asks for a GPU and this machine has none" in outcome.err
         assert "choose strategy=cpu (or auto)" in outcome.err
+        assert "dry_run" not in outcome.err
+    for strategy in ("ddp", "fsdp"):
+        outcome = cli(*TOY, f"strategy={strategy}", "dry_run=true", "run_dir=dry")
+        assert outcome.code == 1
+        assert outcome.err.splitlines()[-1].endswith("or let dry_run=true count for N GPUs, with strategy.devices=N")
 
 
 def test_wandb_that_is_not_installed(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

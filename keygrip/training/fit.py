@@ -45,6 +45,7 @@ from keygrip.training.progress import Throughput
 from keygrip.training.results import DRY_RUN, FINISHED, RUNNING, read_result, write_result
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO
+from keygrip.training.strategies import MissingGPUError, Strategy
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
 from keygrip.training.validating import ValidateBySteps
@@ -75,7 +76,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     refuse_divided(cfg.optimizer, strategy.kind)
     # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
-    refuse_uneven_batch(cfg.data, strategy.processes)
+    refuse_uneven_batch(cfg.data, _processes(strategy, cfg.dry_run))
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
     if compilation is not None:
         compilation.check(strategy.on_gpu)
@@ -145,6 +146,17 @@ def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, An
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     refuse_ill_typed(plain)
     return plain
+
+
+def _processes(strategy: Strategy, dry_run: bool) -> int:
+    """How many there are, or a dry run counts for. Raises MissingGPUError: they are counted by GPUs, of which there are
+    none here."""
+    try:
+        return strategy.processes
+    except MissingGPUError as error:
+        if not dry_run:
+            raise
+        raise MissingGPUError(f"{error}; or let dry_run=true count for N GPUs, with strategy.devices=N") from error
 
 
 def _seed(cfg: DictConfig) -> None:

@@ -21,6 +21,10 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # as Lightning takes them
 
 
+class MissingGPUError(ValueError):
+    """A GPU was asked for and this machine has none."""
+
+
 @dataclass(frozen=True)
 class Strategy:
     """Devices, processes and precision of a run.
@@ -75,13 +79,13 @@ class Strategy:
         """Whether this strategy computes on a GPU of this machine.
 
         Raises:
-            ValueError: a GPU was asked for and there is none.
+            MissingGPUError: a GPU was asked for and there is none.
         """
         import torch
 
         available = torch.cuda.is_available()
         if self.accelerator == "gpu" and not available:
-            raise ValueError(
+            raise MissingGPUError(
                 "strategy asks for a GPU and this machine has none that torch can use: choose strategy=cpu (or auto), "
                 "or check the driver with nvidia-smi"
             )
