@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keygrip.hub_network import kept_without_network
 from keygrip.models.backbone.architectures import VARIANTS, Variant
 from keygrip.training.checkpoints import refuse_other_format
 from keygrip.training.ema import EMA_STATE
@@ -36,10 +37,8 @@ State = dict[str, Tensor]
 
 # Of Hugging Face folders, in the order in which transformers looks for them.
 _HUGGING_FACE_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _KEYGRIP_KEY = re.compile(r"^((?:.*\.)?backbone\.)?net\.(?:blocks|patch_embed|cls_token)")
 # Meta's training code: blocks.<chunk>.<index>., index counts over all chunks
@@ -146,7 +145,8 @@ def _from_hub(variant: Variant) -> State:
 
     name = variant.hub_name
     try:
-        return dict(load_state_dict_from_hf(name, weights_only=True))
+        kept = kept_without_network(name, "model.safetensors")
+        return dict(load_state_dict_from_hf(name, weights_only=True)) if kept is None else read_file(kept)
     except Exception as error:  # the hub client raises what its HTTP library raises; all means: not available here
         raise FileNotFoundError(
             f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "

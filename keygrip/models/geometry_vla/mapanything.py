@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from keygrip.artifacts import sha256_of
 from keygrip.data.batches import normalised
+from keygrip.hub_network import cache_only_without_network
 from keygrip.models.geometry.cameras import camera_centre
 from keygrip.models.geometry.rotations import matrix_to_quaternion
 from keygrip.models.geometry_vla.geometry import GeometryEncoder, GeometryFeatures
@@ -323,7 +324,7 @@ def _load_mapanything(weights: str) -> Any:
     if absent:
         raise FileNotFoundError(f"geometry.weights: {weights} holds no {absent[0]}, only part of MapAnything's weights")
     try:
-        return MapAnything.from_pretrained(weights)
+        return MapAnything.from_pretrained(weights, **cache_only_without_network(weights, {}))
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         if any(frame.filename == torch.hub.__file__ for frame in traceback.extract_tb(error.__traceback__)):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from keygrip.hub_network import cache_only_without_network, unreachable
 from keygrip.models.language.tokenizer_files import (
     CONFIG_FILE,
     TOKEN_FILES,
@@ -148,15 +149,16 @@ def file_of(source: str, name: str, **options: Any) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(source, name, **options)
+        found = cached_file(source, name, **cache_only_without_network(source, options))
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)
 
 
 def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
-    """`file_of` for many files of a folder or the hub, which is asked once which it has: where it cannot be reached,
-    asking for each takes half a minute. Those that were downloaded before are then found."""
+    """`file_of` for many files of a folder or the hub, which is asked once which it has. Where it cannot be reached,
+    those that were downloaded before are found."""
+    options = cache_only_without_network(source, options)
     if not Path(source).is_dir() and not options.get("local_files_only"):
         from huggingface_hub import HfApi
 
@@ -206,16 +208,20 @@ def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
     here = Path(source).is_dir()
     if not here and source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"weights or tokenizer: there is no folder {source}")
+    told = cache_only_without_network(source, options)
     try:
         with foreign_code_errors(source):
-            return kind.from_pretrained(source, trust_remote_code=False, **options)
+            return kind.from_pretrained(source, trust_remote_code=False, **told)
     except ForeignCodeError:
         raise
     except (OSError, ValueError) as error:
         if here:
             raise
+        reason = str(error).splitlines()[0][:120]
+        if told is not options:
+            reason = f"{unreachable()}; and the files in its cache: {reason}"
         raise FileNotFoundError(
-            f"{source} is neither a folder nor to be had from the hub ({str(error).splitlines()[0][:120]}): download "
+            f"{source} is neither a folder nor to be had from the hub ({reason}): download "
             "its config.json, generation_config.json, model.safetensors and tokenizer files from "
             f"https://huggingface.co/{source} into a folder and give that folder where the config names the hub "
             "(weights and tokenizer.source)"

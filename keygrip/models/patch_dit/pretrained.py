@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from keygrip.artifacts import sha256_of
+from keygrip.hub_network import cache_only_without_network, unreachable
 from keygrip.models.language.hub import ForeignCodeError, foreign_code_errors
 
 INSTALL = "pip install 'keygrip[dit]'"
@@ -37,13 +38,16 @@ def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) 
         FileNotFoundError: the folder lacks the files, or the hub cannot be reached and holds no copy here.
         ForeignCodeError: it needs Python code of its own.
     """
+    told = cache_only_without_network(source, arguments)
     try:
         with foreign_code_errors(source):
-            return loader.from_pretrained(source, **arguments)
+            return loader.from_pretrained(source, **told)
     except ForeignCodeError:
         raise
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        if told is not arguments:
+            reason = f"{unreachable()}; and the files in its cache: {reason}"
         raise FileNotFoundError(
             f"{what} cannot be loaded from {source} ({reason}): name a local folder that holds it as the hub ships it, "
             "or download it once with `hf download`"

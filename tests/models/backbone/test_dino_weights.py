@@ -411,6 +411,7 @@ def test_pretrained_without_a_network_says_what_to_download_and_where_to_put_it(
     def no_network(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host\nlong story")
 
+    monkeypatch.setattr("keygrip.hub_network.unreachable", lambda: None)
     monkeypatch.setattr("timm.models.load_state_dict_from_hf", no_network)
     with pytest.raises(FileNotFoundError) as caught:
         DinoBackbone("dinov3_vits16plus", 448, "pretrained")
@@ -440,6 +441,7 @@ def test_hub_weights_are_timms_and_loaded_strictly(small, monkeypatch):
         return dict(state)
 
     monkeypatch.delenv("DINO_REPO_DIR", raising=False)
+    monkeypatch.setattr("keygrip.hub_network.unreachable", lambda: None)
     monkeypatch.setattr("timm.models.load_state_dict_from_hf", hub)
     loaded = DinoBackbone("dinov2_vits14", 224, "pretrained")
     assert asked == [("timm/vit_small_patch14_dinov2.lvd142m", True)]

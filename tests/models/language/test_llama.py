@@ -259,7 +259,7 @@ def test_a_model_of_the_hub_with_code_of_its_own_is_not_called_missing() -> None
     class Owned:
         @staticmethod
         def from_pretrained(source: str, **options: Any) -> None:
-            assert options == {"trust_remote_code": False}
+            assert options["trust_remote_code"] is False
             raise ValueError(f"{source} contains custom code.\nPlease pass the argument `trust_remote_code=True`")
 
     with pytest.raises(ValueError, match="some/model needs Python code of its own"):

@@ -60,7 +60,7 @@ class MapAnything(nn.Module):
         }
 
     @classmethod
-    def from_pretrained(cls, name: str) -> MapAnything:
+    def from_pretrained(cls, name: str, local_files_only: bool = False) -> MapAnything:
         if not Path(name).is_dir():
             raise OSError(f"cannot reach the hub for {name}")
         return cls(**json.loads((Path(name) / "config.json").read_text()))

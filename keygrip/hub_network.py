@@ -1,0 +1,71 @@
+"""Whether the Hugging Face hub can be reached: asked once, before its client tries each file for half a minute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 5.0  # for a sign of life, name resolution included
+REMEMBERED_S = 60.0
+_last: tuple[float, str | None] | None = None
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be reached, by one request that is not repeated; None: it answers, whatever it says. An answer
+    holds for a minute."""
+    global _last
+    if _last is None or time.monotonic() - _last[0] > REMEMBERED_S:
+        _last = time.monotonic(), _asked()
+    return _last[1]
+
+
+def cache_only_without_network(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a loader for files of a folder or the hub, which looks into its cache alone where the hub cannot be
+    reached.
+
+    Args:
+        source: a local folder or a name on the hub. options: for `from_pretrained` or `cached_file`.
+    """
+    if options.get("local_files_only") or Path(source).is_dir() or unreachable() is None:
+        return options
+    return {**options, "local_files_only": True}
+
+
+def kept_without_network(name: str, file: str) -> Path | None:
+    """Where the hub cannot be reached, a file of it that was downloaded before; None: it can be reached.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if (reason := unreachable()) is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    if not isinstance(found, str):
+        raise FileNotFoundError(f"{reason}; and it is not in its cache")
+    return Path(found)
+
+
+def _asked() -> str | None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
+        except Exception as error:  # what its HTTP library raises
+            found.append((str(error).splitlines() or [""])[0][:120] or type(error).__name__)
+        else:
+            found.append(None)
+
+    asking = threading.Thread(target=ask, daemon=True)  # no time-out of a request holds for resolving a name
+    asking.start()
+    asking.join(PATIENCE_S)
+    if not found:
+        return f"no answer from {constants.ENDPOINT} within {PATIENCE_S:g} s"
+    return None if found[0] is None else f"{constants.ENDPOINT} cannot be reached: {found[0]}"
