@@ -5,6 +5,10 @@ schema: keygrip.calibration/1
 conventions: {camera: opencv, pixel: centre, length: m}   # pixel: centre (OpenCV: first pixel's centre is 0, 0), corner
 arms:                              # bases in the world (z up); may be left out for one arm: its base is the world then
   left:  {world_from_base: [[...4], [...4], [...4], [...4]], arm: yam, gripper: linear_4310}
+  # of another arm, in place of arm and gripper, for poses from joints (LeRobot):
+  # model: so100.urdf              MJCF or URDF, beside this file or below
+  # tool: gripper_frame            body, link or MJCF site whose pose is the gripper's
+  # joints: [pan, lift, ...]       the model's names, in the order of the recorded numbers
 cameras:
   top:                             # the recording's own name of the camera
     width: 640                     # resolution that the intrinsics are for; other frames of the same shape are scaled
@@ -49,7 +53,7 @@ _CAMERA_KEYS = {
     "camera_to_gripper",
     "rotate",
 }
-_ARM_KEYS = {"world_from_base", "arm", "gripper"}
+_ARM_KEYS = {"world_from_base", "arm", "gripper", "model", "tool", "joints"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,17 @@ class CameraCalibration:
 
 @dataclass(frozen=True)
 class ArmCalibration:
-    """Where an arm stands, world_from_base [4, 4], and which models its forward kinematics uses; `named`: the file
-    names them, else they are the usual ones."""
+    """Where an arm stands, world_from_base [4, 4], and which models its forward kinematics uses: those of a YAM, or the
+    `tool` and `joints` of a `model` file (not read yet); `named`: the file names a YAM's, else they are the usual
+    ones."""
 
     world_from_base: np.ndarray = field(default_factory=lambda: np.eye(4))
     arm: str = "yam"
     gripper: str = "linear_4310"
     named: bool = False
+    model: Path | None = None
+    tool: str = ""
+    joints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,17 @@ class Calibration:
     pixel_shift: float
     left_out: tuple[str, ...] = ()  # cameras given as null
 
-    def arm(self, name: str, only: bool) -> ArmCalibration:
-        """The entry of an arm; where it is missing and this is the only arm, its base is the world."""
+    def arm(self, name: str, only: bool, yam: bool = True) -> ArmCalibration:
+        """The entry of an arm; where it is missing and this is the only arm, its base is the world.
+
+        Args:
+            yam: it must be a YAM. Raises ValueError: it is not; there is no entry.
+        """
         if name in self.arms:
+            if yam and self.arms[name].model is not None:
+                raise ValueError(
+                    f"{self.path}: arms.{name}.model is of another arm, and a YAM is needed here: give arm and gripper"
+                )
             return self.arms[name]
         if only and not self.arms:
             return ArmCalibration()
@@ -134,8 +150,11 @@ class Calibration:
         return self.cameras[name]
 
 
-def find_calibration(root: Path, given: Path | None, format_name: str) -> Path:
+def find_calibration(root: Path, given: Path | None, format_name: str, needs: str = "") -> Path:
     """The file that the user named, else `calibration.yaml` (or .json) in the data folder.
+
+    Args:
+        needs: what recordings of the format lack, where it is more than cameras.
 
     Raises:
         FileNotFoundError: neither is there; the message shows what the file must hold.
@@ -147,6 +166,10 @@ def find_calibration(root: Path, given: Path | None, format_name: str) -> Path:
     for name in NAMES:
         if (root / name).is_file():
             return root / name
+    if needs:
+        raise FileNotFoundError(
+            f"{root}: {needs}. Write {root / NAMES[0]}, or name a file with {setting('calibration')}"
+        )
     raise FileNotFoundError(
         f"{root}: {format_name} recordings lack cameras in the world; write {root / NAMES[0]} (intrinsics and "
         "world_to_camera of each camera, see keygrip/data/robot/calibration.py) or name one with "
@@ -317,5 +340,27 @@ def _arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
     if "world_from_base" in entry:
         where = f"arms.{name}.world_from_base"
         base = rigid(_matrix(path, where, entry["world_from_base"], (4, 4)), f"{path}: {where}")
+    if entry.keys() & {"model", "tool", "joints"}:
+        return _of_model(base, path, f"arms.{name}", entry)
     models = str(entry.get("arm", defaults.arm)), str(entry.get("gripper", defaults.gripper))
     return ArmCalibration(base, *models, named=bool({"arm", "gripper"} & entry.keys()))
+
+
+def _of_model(base: np.ndarray, path: Path, where: str, entry: dict[str, Any]) -> ArmCalibration:
+    """An arm with a model file."""
+    absent = [key for key in ("model", "tool", "joints") if key not in entry]
+    if absent or entry.keys() & {"arm", "gripper"}:
+        raise ValueError(
+            f"{path}: {where} needs model, tool and joints together, and no arm or gripper, which are of YAMs"
+            + (f"; {', '.join(absent)} is missing" if absent else "")
+        )
+    file, tool, joints = Path(str(entry["model"])), entry["tool"], entry["joints"]
+    if file.is_absolute() or ".." in file.parts or "\0" in str(file):
+        raise ValueError(
+            f"{path}: {where}.model is {str(file)[:200]!r}: the file must lie beside the calibration file or "
+            "below, and its path be relative to it; copy it there"
+        )
+    named = isinstance(joints, list) and all(isinstance(name, str) for name in joints)
+    if not isinstance(tool, str) or not named or not joints:
+        raise ValueError(f"{path}: {where}.tool is a name, {where}.joints a list of names")
+    return ArmCalibration(base, "", "", model=path.parent / file, tool=tool, joints=tuple(joints))

@@ -14,11 +14,15 @@ lerobot:
     right:
       position: {feature: observation.state, index: [0, 1, 2]}                  # metres, in the arm's base
       rotation: {feature: observation.state, index: [3, 4, 5, 6], as: quaternion_xyzw}
-      # or, for a YAM: joints: {feature: observation.state, index: [0, 1, 2, 3, 4, 5]} instead of position and rotation
+      # instead of position and rotation, of a YAM or an arm with arms.right.model:
+      # joints: {feature: observation.state, index: [0, 1, 2, 3, 4, 5], units: degrees, signs: [...], zeros: [...]}
       gripper: {feature: observation.state, index: 7, closed: 0.0, open: 1.0}
       commanded: {position: ..., rotation: ..., gripper: ...}                   # or joints; may be left out
       controller: {feature: controller.right, index: [0, 1, 2, 3, 4, 5, 6]}     # its own inputs; may be left out
 ```
+
+`units` of joints are degrees or radians (a YAM's may be left out: radians; slides are metres), their angle is sign x
+(number - zero), the zero in these units; the order is that of `arms.right.joints`.
 
 `as`: quaternion_wxyz, quaternion_xyzw, rotation_vector, matrix (9 numbers, row-major) or euler_xyz (extrinsic, rad). An
 entry may name its numbers (`names: [x, y, z]`) in place of `index`.
@@ -49,36 +53,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.parquet_tables import Allowance, column_types, is_too_large, read_table
-from keygrip.data.robot.calibration import (
-    ArmCalibration,
-    Calibration,
-    find_calibration,
-    read_calibration,
-    refuse_unknown_keys,
-)
+from keygrip.data.robot.calibration import Calibration, find_calibration, read_calibration, refuse_unknown_keys
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.formats.lerobot_numbers import flat_names, numbers, stated_rate
-from keygrip.data.robot.formats.poses import increasing, opening, quaternions, rotations, transform
+from keygrip.data.robot.formats.lerobot_poses import arm_of, kinematics_of
+from keygrip.data.robot.formats.poses import increasing
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.data.untrusted_files import inside, read_json
 from keygrip.data.video import file_identity
-from keygrip.robots.kinematics import forward_kinematics
 
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
 MOST_MISSING = 1_000_000  # episodes that info.json counts and nothing lists
 DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
 ROUNDED = 0.01  # of a rate, at most
-_TRACK = ("position", "rotation", "joints", "gripper")  # what an arm's entry and its `commanded` may name
-_ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
 
 
+NEEDS = (
+    "LeRobot data sets do not say which of their numbers are whose pose or joints (lerobot.arms) nor, for models that "
+    "read it, where their cameras stand (cameras): docs/data.md, 'Other formats', shows both"
+)
 LAYOUT = "meta/info.json of version 3"  # what a folder of this format shows
 
 
@@ -128,12 +127,13 @@ def references(
     Raises:
         FileNotFoundError, ValueError: the calibration file is missing, or does not say whose poses there are.
     """
-    cameras = read_calibration(find_calibration(root, calibration, "LeRobot"))
+    cameras = read_calibration(find_calibration(root, calibration, "LeRobot", NEEDS))
     refuse_unknown_keys(cameras.path, "lerobot", cameras.lerobot, {"arms", "cameras", "time", "intervention"})
     if not cameras.lerobot.get("arms"):
-        raise ValueError(
-            f"{cameras.path} has no lerobot.arms: which numbers are the gripper's pose (see lerobot_v3.py)"
-        )
+        raise ValueError(f"{cameras.path} has no lerobot.arms: {NEEDS}")
+    for arm in cameras.arms.values():
+        if arm.model is not None:
+            kinematics_of(arm)  # what is wrong with it is wrong with every episode
     found: dict[str, Callable[[], Demo]] = {}
     for row in episodes:
         name = f"episode_{int(row['episode_index']):06d}"
@@ -216,10 +216,10 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     gripper_poses: dict[str, np.ndarray] = {}
     models: dict[str, list[str]] = {}  # of YAMs
     for arm, entry in sidecar.items():
-        base = calibration.arm(arm, only=len(sidecar) == 1)
-        if base.named or not {"position", "rotation"} <= entry.keys():  # recorded poses may be any robot's
-            models[arm] = [base.arm, base.gripper]
-        gripper_poses[arm], arms[arm] = _arm(table, info, arm, entry, base, calibration.path)
+        base = calibration.arm(arm, only=len(sidecar) == 1, yam=False)
+        if base.model is None and (base.named or not {"position", "rotation"} <= entry.keys()):
+            models[arm] = [base.arm, base.gripper]  # recorded poses may be any robot's
+        gripper_poses[arm], arms[arm] = arm_of(table, info, arm, entry, base, calibration.path)
     recorded = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
@@ -360,80 +360,6 @@ def _without_images(file: Path, identity: str) -> Any:
     """The table of a Parquet file without its columns of images; `identity` says whether it is the same file still."""
     columns = [name for name, kind in column_types(file).items() if not kind.startswith("struct")]
     return read_table(file, columns).combine_chunks()
-
-
-def _arm(
-    table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
-) -> tuple[np.ndarray, ArmTrajectory]:
-    where = f"lerobot.arms.{arm}"
-    refuse_unknown_keys(path, where, entry, {*_TRACK, "commanded", "controller"})
-    poses, joints = _poses(table, info, where, entry, base, path)
-    commanded = None
-    if entry.get("commanded"):
-        below = f"{where}.commanded"
-        refuse_unknown_keys(path, below, entry["commanded"], _TRACK)
-        targets, _ = _poses(table, info, below, entry["commanded"], base, path)
-        commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
-    told = entry.get("controller")
-    controller = None if told is None else numbers(table, info, f"{where}.controller", told, path)
-    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded, controller)
-
-
-def _trajectory(
-    poses: np.ndarray,
-    gripper: np.ndarray,
-    joints: np.ndarray | None = None,
-    commanded: ArmTrajectory | None = None,
-    controller: np.ndarray | None = None,
-) -> ArmTrajectory:
-    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded, controller)
-
-
-def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:
-    if "gripper" not in entry:
-        raise ValueError(f"{path}: {where} needs gripper")
-    values = numbers(table, info, f"{where}.gripper", entry["gripper"], path, also=("closed", "open"))
-    if values.shape[1] != 1:
-        raise ValueError(
-            f"{path}: {where}.gripper names {values.shape[1]} numbers of {entry['gripper']['feature']}: the opening is "
-            "one, give one index or name"
-        )
-    closed, opened = float(entry["gripper"].get("closed", 0.0)), float(entry["gripper"].get("open", 1.0))
-    return opening(values, f"{where}.gripper", closed, opened)
-
-
-def _poses(
-    table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], base: ArmCalibration, path: Path
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """world_from_gripper [N, 4, 4], and the joints [N, J] where the file names them."""
-    joints = numbers(table, info, f"{where}.joints", entry["joints"], path) if "joints" in entry else None
-    if "position" in entry and "rotation" in entry:
-        position = numbers(table, info, f"{where}.position", entry["position"], path)
-        kind = entry["rotation"].get("as") if isinstance(entry["rotation"], dict) else None
-        if kind not in _ROTATIONS:
-            raise ValueError(f"{path}: {where}.rotation.as must be one of {', '.join(_ROTATIONS)}, not {kind!r}")
-        values = numbers(table, info, f"{where}.rotation", entry["rotation"], path, also=("as",))
-        if position.shape[1] != 3 or values.shape[1] != _ROTATIONS[kind]:
-            raise ValueError(f"{path}: {where} needs 3 numbers of position and {_ROTATIONS[kind]} of rotation")
-        return base.world_from_base @ transform(position, _matrices(values, kind, where)), joints
-    if joints is None:
-        raise ValueError(f"{path}: {where} needs position and rotation, or joints of a YAM")
-    position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
-    matrices = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
-    return base.world_from_base @ transform(position, matrices), joints
-
-
-def _matrices(values: np.ndarray, kind: str, where: str) -> np.ndarray:
-    if kind.startswith("quaternion"):
-        norm = np.linalg.norm(values, axis=1)
-        if np.abs(norm - 1).max() > 1e-2:
-            raise ValueError(f"{where}.rotation: quaternions with norms from {norm.min():.3f} to {norm.max():.3f}")
-        return Rotation.from_quat(values, scalar_first=kind == "quaternion_wxyz").as_matrix()
-    if kind == "rotation_vector":
-        return Rotation.from_rotvec(values).as_matrix()
-    if kind == "euler_xyz":
-        return Rotation.from_euler("xyz", values).as_matrix()
-    return rotations(values.reshape(-1, 3, 3), f"{where}.rotation")
 
 
 def _size(feature: dict[str, Any]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ Legend of shapes: N frames, J joints, D inputs of a controller, H and W the heig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class Layout:
         fps: whole. robot: its name. joints: J by arm, 0 where there are none. controllers: D by arm, likewise.
             commanded: whether commands were recorded. sizes: (H, W) by camera. uncalibrated: cameras whose pose is not
             known. models: arm and gripper of each arm by i2rt's names, by which a YAM's joints are read; where a demo
-            names none, those that a calibration file without them means.
+            names none, those that a calibration file without them means. named: arms of which it names them.
     """
 
     fps: int
@@ -49,6 +49,7 @@ class Layout:
     sizes: dict[str, tuple[int, int]]
     uncalibrated: tuple[str, ...]
     models: dict[str, tuple[str, str]]
+    named: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
     def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
@@ -74,6 +75,7 @@ class Layout:
             sizes,
             tuple(name for name in sizes if demo.cameras[name].uncalibrated),
             {name: _models(demo, name) for name in demo.arms},
+            frozenset(_named(demo)),
         )
 
     @property
@@ -136,7 +138,7 @@ class Layout:
         bases: dict[str, dict[str, Any]] = {}
         for name, models in self.models.items():
             bases[name] = {"world_from_base": np.eye(4).tolist()}  # the poses are in the world already
-            if models != USUAL_MODELS:
+            if name in self.named or models != USUAL_MODELS:
                 bases[name] |= {"arm": models[0], "gripper": models[1]}
         return {
             "schema": SCHEMA,
@@ -151,9 +153,14 @@ class Layout:
         }
 
 
-def _models(demo: Demo, arm: str) -> tuple[str, str]:
+def _named(demo: Demo) -> dict[str, Any]:
+    """What a demo says of its arms' models."""
     models = demo.source.get("models")
-    found = models.get(arm) if isinstance(models, dict) else None
+    return models if isinstance(models, dict) else {}
+
+
+def _models(demo: Demo, arm: str) -> tuple[str, str]:
+    found = _named(demo).get(arm)
     if found is None:
         return USUAL_MODELS
     if not (isinstance(found, list) and len(found) == 2 and all(isinstance(name, str) for name in found)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from five_joint_arm import MJCF, URDF, poses_in_closed_form
 from macos import leave_notes
 from PIL import Image
 from robot_mutations import ROUNDS, assert_damage_is_found, contents
@@ -24,6 +26,7 @@ from keygrip.data.robot.formats import frames, lerobot_v3
 from keygrip.data.robot.formats.frames import ParquetFrames
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.lerobot_export.export import export_lerobot
 from keygrip.data.robot.schema import DemoError
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -34,11 +37,19 @@ KEY = "observation.images.top"
 
 @pytest.fixture
 def write_dataset(scene, write_video, calibration_text):
-    def write(root: Path, pictures_in_parquet: bool = False, joints: np.ndarray | None = None) -> dict:
-        """Three episodes over the scene's path: state = position, quaternion xyzw, gripper in mm (80 open)."""
+    def write(
+        root: Path,
+        pictures_in_parquet: bool = False,
+        joints: np.ndarray | None = None,
+        state: np.ndarray | None = None,
+    ) -> dict:
+        """Three episodes over the scene's path: state = position, quaternion xyzw, gripper in mm (80 open); or as
+        given."""
         quaternion = Rotation.from_matrix(scene.rotation).as_quat()
         position = scene.position if joints is None else forward_kinematics(joints)[0]
-        state = np.concatenate([position, quaternion, 80 * scene.gripper[:, None]], axis=1)
+        given = state is not None
+        if state is None:
+            state = np.concatenate([position, quaternion, 80 * scene.gripper[:, None]], axis=1)
         if joints is not None:
             state = np.concatenate([joints, 80 * scene.gripper[:, None]], axis=1)
         pictures = scene.pictures(position)
@@ -96,7 +107,7 @@ def write_dataset(scene, write_video, calibration_text):
         pq.write_table(pa.Table.from_pylist(episodes), path)
         tasks = pa.table({"task_index": [0, 1], "__index_level_0__": ["Pick up the cube", "Put it down"]})
         pq.write_table(tasks, root / "meta/tasks.parquet")
-        names = ["x", "y", "z", "qx", "qy", "qz", "qw", "gripper"] if joints is None else None
+        names = ["x", "y", "z", "qx", "qy", "qz", "qw", "gripper"] if joints is None and not given else None
         vector = {"dtype": "float32", "shape": [state.shape[1]], "names": names}
         info = {
             "codebase_version": "v3.0",
@@ -408,6 +419,124 @@ def test_a_small_table_that_unpacks_to_a_large_one_is_refused(tmp_path, write_da
     assert "copy the data set again" not in str(refused.value)  # which would not help
 
 
+def five_joints(root: Path, model: str, calibration: dict, **joints: object) -> None:
+    """Writes the model of an arm of five joints and a calibration file that reads degrees in an order and from zeros of
+    their own: -1, 90 and so on."""
+    (root / "robot").mkdir(exist_ok=True)
+    (root / "robot" / model).write_text(MJCF if model.endswith("xml") else URDF)
+    names = ["lift", "pan", "elbow", "flex", "roll"]
+    base = [[0, -1, 0, 0.5], [1, 0, 0, 0], [0, 0, 1, 0.2], [0, 0, 0, 1]]
+    calibration["arms"] = {
+        "right": {"world_from_base": base, "model": f"robot/{model}", "tool": "tip", "joints": names}
+    }
+    numbers: dict = {
+        "index": [0, 1, 2, 3, 4],
+        "units": "degrees",
+        "signs": [-1, 1, 1, 1, 1],
+        "zeros": [90, 0, -90, 0, 0],
+    }
+
+    def arm(feature: str) -> dict:
+        return {
+            "joints": {"feature": feature, **numbers, **joints},
+            "gripper": {"feature": feature, "index": 5, "closed": 0, "open": 100},
+        }
+
+    calibration["lerobot"] = {"arms": {"right": arm("observation.state") | {"commanded": arm("action")}}}
+    save(root, calibration)
+
+
+@pytest.fixture
+def joint_states() -> tuple[np.ndarray, np.ndarray]:
+    """[6, 5] joints in rad, and [6, 6] what such a data set stores of them, with the gripper in percent."""
+    joints = np.random.default_rng(0).uniform(-1.2, 1.2, (6, 5))
+    degrees = np.degrees(joints)
+    stored = [90 - degrees[:, 1], degrees[:, 0], degrees[:, 2] - 90, degrees[:, 3], degrees[:, 4]]
+    return joints, np.stack([*stored, np.linspace(100, 0, 6)], axis=1)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("model", ["arm.xml", "arm.urdf"])
+def test_joints_of_any_arm_become_poses(tmp_path, write_dataset, write_video, scene, joint_states, model, version):
+    joints, stored = joint_states
+    calibration = write_dataset(tmp_path, state=stored)
+    if version == 2:
+        to_version_2(tmp_path)
+        path = tmp_path / f"videos/chunk-000/{KEY}/episode_000000.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, scene.pictures(), FPS)
+    five_joints(tmp_path, model, calibration)
+    demo = pickle.loads(pickle.dumps(find_demos(tmp_path)[0])).read()  # as workers read it
+    arm, closed_form = demo.arms["right"], poses_in_closed_form(joints)
+    np.testing.assert_allclose(arm.joints, joints[:, [1, 0, 2, 3, 4]], atol=1e-6)
+    x, y, z = closed_form[:, :3, 3].T
+    np.testing.assert_allclose(arm.position, np.stack([0.5 - y, x, 0.2 + z], axis=1), atol=1e-6)
+    turned = Rotation.from_euler("z", 90, degrees=True) * Rotation.from_matrix(closed_form[:, :3, :3])
+    assert (turned.inv() * Rotation.from_quat(arm.quaternion, scalar_first=True)).magnitude().max() < 1e-6
+    np.testing.assert_allclose(arm.gripper, np.linspace(1, 0, 6), atol=1e-6)
+    np.testing.assert_allclose(
+        arm.commanded.position[:-1], arm.position[1:], atol=1e-9
+    )  # each action is the next state
+    assert demo.source["models"] == {}  # of YAMs
+    export_lerobot(tmp_path, tmp_path / "again", max_demos=1, progress=False)
+    again = find_demos(tmp_path / "again")[0].read().arms["right"]
+    np.testing.assert_allclose(again.position, arm.position, atol=1e-12)
+    np.testing.assert_allclose(again.joints, arm.joints, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "joints", "message"),
+    [
+        ({"tool": "tipp"}, {}, r"arm\.xml has no body, link or site 'tipp'; did you mean 'tip'"),
+        ({"joints": ["lift", "pan", "elbo", "flex", "roll"]}, {}, "no joint 'elbo'; did you mean 'elbow'"),
+        ({"joints": ["lift", "pan", "elbow", "flex"]}, {}, "the joint 'roll' moves the tool 'tip' and is not named"),
+        ({"joints": ["lift", "pan", "elbow", "flex", "roll", "jaw"]}, {}, r"joints names 5 numbers, .* are 6 \(lift, "),
+        ({"joints": "lift"}, {}, r"arms\.right\.joints a list of names"),
+        ({"model": "/robot/arm.xml"}, {}, r"arms\.right\.model is '/robot/arm\.xml': the file must lie beside"),
+        ({"model": "../arm.xml"}, {}, r"arms\.right\.model is '\.\./arm\.xml': the file must lie beside"),
+        ({"model": "robot/five.xml"}, {}, r"five\.xml, the model of an arm in the calibration file, is missing"),
+        ({"gripper": "linear_4310"}, {}, "needs model, tool and joints together, and no arm or gripper"),
+        ({}, {"units": None}, r"joints\.units is None: say degrees or radians\. .* -100 to 100"),
+        ({}, {"units": "normalized"}, r"units is 'normalized': say degrees or radians\. .* use_degrees=true"),
+        ({}, {"units": "radians"}, "joint 'lift' runs from .* rad, and its model allows -2 to 2: other units, signs"),
+        ({}, {"signs": [2, 1, 1, 1, 1]}, "signs are 1, or -1"),
+        ({}, {"zeros": [90]}, r"joints\.zeros must be a list of 5 numbers"),
+        ({}, {"index": [0, 1, 2]}, r"joints\.signs must be a list of 3 numbers"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_joints_is_refused(
+    tmp_path, write_dataset, joint_states, change, joints, message
+):
+    calibration = write_dataset(tmp_path, state=joint_states[1])
+    five_joints(tmp_path, "arm.xml", calibration, **joints)
+    calibration["arms"]["right"] |= change
+    save(tmp_path, calibration)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        find_demos(tmp_path)[0].read()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_data_set_needs_is_said_at_once(tmp_path, write_dataset, joint_states):
+    calibration = write_dataset(tmp_path, state=joint_states[1])
+    (tmp_path / "calibration.yaml").unlink()
+    both = r"\(lerobot\.arms\) .*\(cameras\): docs/data\.md, 'Other formats', shows both"
+    with pytest.raises(FileNotFoundError, match=both + r"\. Write .*calibration\.yaml, or name a file with data\.cali"):
+        find_demos(tmp_path)
+    del calibration["lerobot"]
+    save(tmp_path, calibration)
+    with pytest.raises(ValueError, match=rf"has no lerobot\.arms: .*{both}"):
+        find_demos(tmp_path)
+    five = {"joints": {"feature": "observation.state", "index": [0, 1, 2, 3, 4]}, "gripper": {}}
+    save(tmp_path, calibration | {"lerobot": {"arms": {"right": five}}})
+    with pytest.raises(ValueError, match=r"joints names 5 numbers, and a YAM has 6 joints: another arm needs model"):
+        find_demos(tmp_path)[0].read()
+    five["joints"]["index"] = [0, 1, 2, 3, 4, 5]
+    so100 = {"lerobot": {"arms": {"right": five}}, "arms": {"right": {"arm": "so100"}}}
+    save(tmp_path, calibration | so100)
+    with pytest.raises(ValueError, match=r"unknown arm 'so100'; known: .*; an arm that is no YAM needs model, tool"):
+        find_demos(tmp_path)[0].read()
+
+
 def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
     step = np.linspace(0, 1, 6)[:, None]
     joints = np.array([0.2, 1.0, 1.2, -1.1, 0.1, 0.0]) + step * np.array([-0.3, 0.2, 0.1, -0.2, -0.2, 0.4])
@@ -439,7 +568,7 @@ def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
     ],
 )
 def test_rotations_in_every_notation(scene, kind, encode):
-    from keygrip.data.robot.formats.lerobot_v3 import _matrices
+    from keygrip.data.robot.formats.lerobot_poses import _matrices
 
     values = encode(Rotation.from_matrix(scene.rotation))
     np.testing.assert_allclose(_matrices(values, kind, "x"), scene.rotation, atol=1e-9)

@@ -147,6 +147,14 @@ def test_a_folders_own_calibration_brings_its_corrections(tmp_path, write_episod
         np.testing.assert_allclose(track.intrinsics[:, 0, 0], 1.1 * plain.intrinsics[0, 0, 0])
 
 
+def test_an_arm_of_another_model_is_refused(tmp_path, write_episode, calibrate):
+    write_episode(tmp_path / "pick" / "20260101_120000_1a2b3c4d")
+    other = {"model": "so100.urdf", "tool": "tip", "joints": ["pan"]}
+    calibrate(tmp_path, {name: entry | other for name, entry in BASES.items()})
+    with pytest.raises(ValueError, match=r"arms\.\w+\.model is of another arm, and a YAM is needed here"):
+        find_demos(tmp_path)[0].read()
+
+
 def test_merge_keys_of_a_calibration_are_not_multiplied_out(tmp_path):
     """Each line has ten times the pairs of the one before it: ten lines would fill any memory while they are read."""
     lines = ["a0: &a0 {x: 1}"] + [f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 10)}]}}" for i in range(5)]

@@ -1,0 +1,207 @@
+"""Poses of the arms of a LeRobot data set, from the numbers that its calibration file names (see `lerobot_v3`)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from keygrip.data.robot.calibration import ArmCalibration, refuse_unknown_keys
+from keygrip.data.robot.formats.lerobot_numbers import numbers
+from keygrip.data.robot.formats.poses import opening, quaternions, rotations, transform
+from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.data.untrusted_files import read_bytes
+from keygrip.data.video import file_identity
+from keygrip.robots.kinematics import ARM_JOINTS, forward_kinematics
+from keygrip.robots.xml_text import LARGEST_XML_BYTES
+
+if TYPE_CHECKING:
+    from keygrip.robots.model_kinematics import ToolKinematics
+
+_TRACK = ("position", "rotation", "joints", "gripper")  # what an arm's entry and its `commanded` may name
+_ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
+_JOINTS = ("units", "signs", "zeros")  # what an entry of joints may say beside its numbers
+BEYOND = 0.5  # rad or m by which joints may pass a model's limits: more is another unit, sign or zero
+MOST_TURNS = 2  # of a joint without limits
+
+
+def arm_of(
+    table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
+) -> tuple[np.ndarray, ArmTrajectory]:
+    """world_from_gripper [N, 4, 4] and the trajectory of one arm over the N rows of an episode.
+
+    Args:
+        table: columns of the rows. info: meta/info.json. entry: `lerobot.arms.<arm>` of the calibration file.
+        base: the arm's own entry there. path: that file.
+
+    Raises:
+        ValueError: the entry is incomplete, or its numbers cannot be what it says.
+    """
+    where = f"lerobot.arms.{arm}"
+    refuse_unknown_keys(path, where, entry, {*_TRACK, "commanded", "controller"})
+    poses, joints = _poses(table, info, where, entry, base, path)
+    commanded = None
+    if entry.get("commanded"):
+        below = f"{where}.commanded"
+        refuse_unknown_keys(path, below, entry["commanded"], _TRACK)
+        targets, _ = _poses(table, info, below, entry["commanded"], base, path)
+        commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
+    told = entry.get("controller")
+    controller = None if told is None else numbers(table, info, f"{where}.controller", told, path)
+    return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded, controller)
+
+
+def _trajectory(
+    poses: np.ndarray,
+    gripper: np.ndarray,
+    joints: np.ndarray | None = None,
+    commanded: ArmTrajectory | None = None,
+    controller: np.ndarray | None = None,
+) -> ArmTrajectory:
+    return ArmTrajectory(poses[:, :3, 3], quaternions(poses[:, :3, :3]), gripper, joints, commanded, controller)
+
+
+def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], path: Path) -> np.ndarray:
+    if "gripper" not in entry:
+        raise ValueError(f"{path}: {where} needs gripper")
+    values = numbers(table, info, f"{where}.gripper", entry["gripper"], path, also=("closed", "open"))
+    if values.shape[1] != 1:
+        raise ValueError(
+            f"{path}: {where}.gripper names {values.shape[1]} numbers of {entry['gripper']['feature']}: the opening is "
+            "one, give one index or name"
+        )
+    closed, opened = float(entry["gripper"].get("closed", 0.0)), float(entry["gripper"].get("open", 1.0))
+    return opening(values, f"{where}.gripper", closed, opened)
+
+
+def _poses(
+    table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], base: ArmCalibration, path: Path
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """world_from_gripper [N, 4, 4], and the joints [N, J] where the file names them."""
+    kinematics = None if base.model is None else kinematics_of(base)
+    joints = _joints(table, info, f"{where}.joints", entry["joints"], kinematics, path) if "joints" in entry else None
+    if "position" in entry and "rotation" in entry:
+        position = numbers(table, info, f"{where}.position", entry["position"], path)
+        kind = entry["rotation"].get("as") if isinstance(entry["rotation"], dict) else None
+        if kind not in _ROTATIONS:
+            raise ValueError(f"{path}: {where}.rotation.as must be one of {', '.join(_ROTATIONS)}, not {kind!r}")
+        values = numbers(table, info, f"{where}.rotation", entry["rotation"], path, also=("as",))
+        if position.shape[1] != 3 or values.shape[1] != _ROTATIONS[kind]:
+            raise ValueError(f"{path}: {where} needs 3 numbers of position and {_ROTATIONS[kind]} of rotation")
+        return base.world_from_base @ transform(position, _matrices(values, kind, where)), joints
+    if joints is None:
+        raise ValueError(
+            f"{path}: {where} needs position and rotation, or joints: of a YAM, or of another arm whose MJCF or URDF "
+            "file is its model below arms (docs/data.md, 'Other formats')"
+        )
+    if kinematics is not None:
+        return base.world_from_base @ kinematics.poses(joints), joints
+    if joints.shape[1] != ARM_JOINTS:
+        raise ValueError(
+            f"{path}: {where}.joints names {joints.shape[1]} numbers, and a YAM has {ARM_JOINTS} joints: another arm "
+            "needs model, tool and joints below arms (docs/data.md, 'Other formats')"
+        )
+    try:
+        position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {error}; an arm that is no YAM needs model, tool and joints below arms (docs/data.md, 'Other "
+            "formats')"
+        ) from error
+    matrices = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
+    return base.world_from_base @ transform(position, matrices), joints
+
+
+def kinematics_of(base: ArmCalibration) -> ToolKinematics:
+    """Those of the model file that an arm's entry names.
+
+    Raises:
+        BadSample: the file cannot be read. ValueError: it is no MJCF or URDF, or lacks the tool or a joint.
+    """
+    assert base.model is not None
+    if not base.model.is_file():
+        raise FileNotFoundError(f"{base.model}, the model of an arm in the calibration file, is missing: copy it there")
+    return _kinematics(base.model, file_identity(base.model), base.tool, base.joints)
+
+
+@functools.lru_cache(maxsize=8)
+def _kinematics(model: Path, identity: str, tool: str, joints: tuple[str, ...]) -> ToolKinematics:
+    from keygrip.robots.model_kinematics import ToolKinematics  # MuJoCo, which most data sets do not need
+
+    return ToolKinematics(read_bytes(model, LARGEST_XML_BYTES), str(model), tool, joints)
+
+
+def _joints(
+    table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, kinematics: ToolKinematics | None, path: Path
+) -> np.ndarray:
+    """[N, J] recorded joints, rad (of slides m), in the directions and from the zeros of the arm's model."""
+    values = numbers(table, info, where, entry, path, also=_JOINTS)
+    units = entry.get("units", "radians" if kinematics is None else None)  # of a YAM always rad so far
+    if units not in ("degrees", "radians"):
+        raise ValueError(
+            f"{path}: {where}.units is {units!r}: say degrees or radians. LeRobot stores joints of the SO-100, SO-101 "
+            "and Koch arms as degrees (older versions, use_degrees=true) or as shares of each joint's range, -100 to "
+            "100, which are no angles without that range: convert these by the robot's calibration file (range_min, "
+            "range_max and the motor's steps per turn), or record with use_degrees=true"
+        )
+    count = values.shape[1]
+    signs, zeros = (
+        _list(entry.get(key), count, default, f"{path}: {where}.{key}") for key, default in (("signs", 1), ("zeros", 0))
+    )
+    if not np.isin(signs, (-1, 1)).all():
+        raise ValueError(f"{path}: {where}.signs are 1, or -1 of joints that were counted the other way")
+    values = signs * (values - zeros)
+    if kinematics is None:
+        return np.radians(values) if units == "degrees" else values
+    if count != len(kinematics.joints):
+        raise ValueError(
+            f"{path}: {where} names {count} numbers, and the arm's joints below arms are {len(kinematics.joints)} "
+            f"({', '.join(kinematics.joints)}): one number for each (the gripper has an entry of its own)"
+        )
+    if units == "degrees":
+        values = np.where(kinematics.hinges, np.radians(values), values)
+    _refuse_beyond(values, kinematics, f"{path}: {where}")
+    return values
+
+
+def _list(given: Any, count: int, default: float, where: str) -> np.ndarray:
+    try:
+        values = np.full(count, float(default)) if given is None else np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} must be a list of numbers") from error
+    if values.shape != (count,) or not np.isfinite(values).all():
+        raise ValueError(f"{where} must be a list of {count} numbers, one of each joint")
+    return values
+
+
+def _refuse_beyond(joints: np.ndarray, kinematics: ToolKinematics, where: str) -> None:
+    """Raises ValueError: joints [N, J] that the arm cannot have."""
+    free = np.where(kinematics.hinges, 2 * np.pi * MOST_TURNS, np.inf)
+    low = np.where(np.isfinite(kinematics.limits[:, 0]), kinematics.limits[:, 0] - BEYOND, -free)
+    high = np.where(np.isfinite(kinematics.limits[:, 1]), kinematics.limits[:, 1] + BEYOND, free)
+    for number, name in enumerate(kinematics.joints):
+        least, most = float(joints[:, number].min()), float(joints[:, number].max())
+        if not (least >= low[number] and most <= high[number]):
+            unit = "rad" if kinematics.hinges[number] else "m"
+            raise ValueError(
+                f"{where}: joint {name!r} runs from {least:.3g} to {most:.3g} {unit}, and its model allows "
+                f"{low[number] + BEYOND:.3g} to {high[number] - BEYOND:.3g}: other units, signs, zeros or order?"
+                if np.isfinite(kinematics.limits[number]).all()
+                else f"{where}: joint {name!r} runs from {least:.3g} to {most:.3g} {unit}: other units?"
+            )
+
+
+def _matrices(values: np.ndarray, kind: str, where: str) -> np.ndarray:
+    if kind.startswith("quaternion"):
+        norm = np.linalg.norm(values, axis=1)
+        if np.abs(norm - 1).max() > 1e-2:
+            raise ValueError(f"{where}.rotation: quaternions with norms from {norm.min():.3f} to {norm.max():.3f}")
+        return Rotation.from_quat(values, scalar_first=kind == "quaternion_wxyz").as_matrix()
+    if kind == "rotation_vector":
+        return Rotation.from_rotvec(values).as_matrix()
+    if kind == "euler_xyz":
+        return Rotation.from_euler("xyz", values).as_matrix()
+    return rotations(values.reshape(-1, 3, 3), f"{where}.rotation")
