@@ -173,14 +173,39 @@ def test_outliers_are_said_and_do_not_widen_the_bins(tmp_path: Path, caplog: pyt
         assert "rotation.outlier_share=0.02" in record.getMessage()
     caplog.clear()
     floor = fit_or_load(narrow, rotations, tmp_path, "x")
-    assert "degrees off" in caplog.text
-    assert "rotation bins span" not in caplog.text
+    assert not caplog.records
     assert floor["decode_error_max_deg"] > 100 > report["decode_error_max_deg"]
     good = rotations[20:970]
     assert narrow.quantisation(good)["decode_error_max_deg"] < 1.5  # half of 80 degrees in 32 bins
     assert wide.quantisation(good)["decode_error_max_deg"] > 2.5
     with pytest.raises(ValueError, match="outlier_share"):
         PCARotation(32, outlier_share=0.5)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        pytest.param(lambda: PCARotation(32, min_explained=0.0), id="beside the axis of the bins"),
+        pytest.param(lambda: KMeansRotation(2), id="far from every prototype"),
+    ],
+)
+def test_many_rotations_far_from_their_codes_are_counted_and_few_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, codec: type
+) -> None:
+    turns = torch.linspace(-1.0, 1.0, 1000)[:, None] * torch.tensor([0.0, 0.0, 1.0])
+    for aside, warned in ((80, True), (30, False)):  # 8 and 3 % of the rotations
+        rotations = turns.clone()
+        rotations[500 : 500 + aside, 0] = torch.tensor([1.3, -1.3]).repeat(40)[:aside]
+        caplog.clear()
+        report = fit_or_load(codec(), rotation_exp(rotations), tmp_path, "x")
+        assert report["rotations"] == 1000
+        assert report["decode_error_max_deg"] > 45
+        messages = [record.getMessage() for record in caplog.records]
+        count = int(report["rotations_over_45_deg"])
+        said = f"{count} of 1000 training rotations are stored with more than 45 degrees of error ("
+        assert [message.startswith(said) for message in messages] == [True] * warned
+        assert count == aside
+        assert all(("rotation.classes" in each) == (codec().__class__ is KMeansRotation) for each in messages)
 
 
 @pytest.mark.parametrize(
