@@ -75,11 +75,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     weights, which = checkpoints.weights_of(content, cfg.ema)
     content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
-    usage = getattr(module, "usage", None)
     content[checkpoints.WEIGHTS_ARE] = which
     content[checkpoints.HEADER] = without_passwords(content[checkpoints.HEADER])
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
-    card = folder.model_card(loaded, content, weights, which, without_passwords(read_result(run_folder)), usage)
+    figures, episodes = without_passwords(read_result(run_folder)), read_result(run_folder / "closed_loop")
+    card = folder.model_card(loaded, content, weights, which, figures, module, episodes)
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
     if cfg.format in WRITERS:
         try:

@@ -33,6 +33,19 @@ TUPLE = "__tuple__"
 LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
 DEEPEST = 64
 USAGE = 'import keygrip\n\nmodel = keygrip.load("{name}")'
+POLICY_USAGE = """import keygrip
+
+policy = keygrip.load_policy("{name}")
+print(policy.needs)  # the arms, cameras and further entries of an observation that it reads
+plan = policy.plan(observation)  # poses in metres; docs/serving.md of keygrip builds an observation
+print(plan.position, plan.quaternion, plan.gripper)"""
+# What users call, by a module's `evaluation_kind`: lines of Python, and commands.
+USAGES = {"policy": POLICY_USAGE}
+COMMANDS = {
+    "policy": ("evaluate checkpoint={name}", "run checkpoint={name} robot=sim_yam", "serve checkpoint={name}"),
+    "video_text": ('generate checkpoint={name} video=clip.mp4 question="..."',),
+    "image_text": ('sample checkpoint={name} prompt="..." image=reference.png',),
+}
 # What Lightning and the callbacks store for training alone.
 TRAINING_ONLY = frozenset(
     {"epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers", "hparams_name", "hyper_parameters"}
@@ -154,7 +167,8 @@ def model_card(
     weights: Mapping[str, Tensor],
     which: str,
     result: Mapping[str, Any],
-    usage: str | None = None,
+    module: Any = None,
+    closed_loop: Mapping[str, Any] | None = None,
 ) -> str:
     """A short model card in Markdown.
 
@@ -162,26 +176,37 @@ def model_card(
         name: of the exported folder. content: of the checkpoint. weights: those that were exported.
         which: EMA or last step, in words.
         result: `result.json` of the run, or empty.
-        usage: lines of Python, with {name} for the folder's; None: those of `keygrip.load`.
+        module: the model, which says what it is and how it is used (`keygrip.training.system.System`); None: nothing.
+        closed_loop: `closed_loop/result.json` of the run, or empty. Success is told with the counts that are in there,
+            and not at all without.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
+    kind, of_network = getattr(module, "evaluation_kind", None), getattr(module, "network", None)
+    about = getattr(of_network, "about", None) or getattr(module, "about", None)
+    usage = getattr(module, "usage", None) or USAGES.get(kind or "", USAGE)
+    commands = [f"keygrip {command}" for command in COMMANDS.get(kind or "", ())]
     parameters = sum(value.numel() for value in weights.values() if value.is_floating_point())
     lines = [
         f"# {name}",
         "",
-        f"A {target} trained with [keygrip](https://github.com/keygrip/keygrip), step {content.get('global_step', 0)}: "
-        f"{parameters / 1e6:.2f} M numbers in `{WEIGHTS}`, {which}.",
+        f"The model is {about}." if about else f"The model is a `{target}`.",
+        f"It was trained with [keygrip](https://github.com/keygrip/keygrip), step {content.get('global_step', 0)}: "
+        f"{parameters / 1e6:.2f} M parameters in `{WEIGHTS}`, {which}.",
         "",
         "```python",
-        (usage or USAGE).replace("{name}", name),
+        usage.replace("{name}", name),
         "```",
         "",
     ]
-    figures = {key: value for key, value in (result.get("metrics") or {}).items() if isinstance(value, int | float)}
+    if commands:
+        lines += ["```bash", *(command.replace("{name}", name) for command in commands), "```", ""]
+    episodes = closed_loop or {}
+    conditions = {**(episodes.get("conditions") or {}), "all": episodes.get("all") or {}}
+    figures = _figures(result.get("metrics") or {}, conditions)
     if figures:
         lines += ["| figure of the run | value |", "| --- | --- |"]
-        lines += [f"| {key} | {value:.5g} |" for key, value in sorted(figures.items()) if math.isfinite(value)]
+        lines += [f"| {key} | {value} |" for key, value in sorted(figures.items())]
         lines += [""]
     overrides = result.get("overrides") or []
     if overrides:
@@ -189,6 +214,23 @@ def model_card(
         lines += ["Trained by", "", "```", command, "```", ""]
     lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
     return "\n".join(lines)
+
+
+def _figures(metrics: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, str]:
+    """A run's finite metrics in words; of a success rate how many episodes it is of, left out where that is unknown."""
+    figures = {}
+    for key, value in metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            continue
+        if not key.endswith("/success_rate"):
+            figures[key] = f"{value:.5g}"
+            continue
+        counted = conditions.get(key.split("/")[1], {})
+        if math.isclose(counted.get("success_rate", math.nan), value, abs_tol=1e-6):
+            low, high = counted["success_low"], counted["success_high"]
+            counts = f"{counted['successes']} of {counted['episodes']}"
+            figures[key.removesuffix("_rate")] = f"{counts} (95 % interval {low:.2g} to {high:.2g})"
+    return figures
 
 
 def _digest(stored: Any) -> str:

@@ -86,7 +86,7 @@ class VideoChat:
         content, which = self._described(weights)
         files, facts = self.module.export_files()
         content[WEIGHTS_ARE] = which
-        card = model_card(Path(folder).name, content, weights, which, {}, self.module.usage)
+        card = model_card(Path(folder).name, content, weights, which, {}, self.module)
         return write_export(folder, content, weights, card, files=files, facts=facts)
 
     def _described(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:

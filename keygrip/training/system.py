@@ -38,7 +38,9 @@ class System(LightningModule):
         headline_metrics: names of the metrics that runs are compared by; None: all.
         toy_overrides: of `keygrip.train`, a data set among them, that make the model small enough to train a step of in
             a second; the contract suite of the tests trains every model so.
-        usage: lines of Python for the model card of an export, with {name} for its folder; None: `keygrip.load`.
+        about: what the model is, for the model card of an export ("a robot policy that ..."); a network with an `about`
+            of its own has the word. None: the card names the class.
+        usage: lines of Python for that card, with {name} for its folder; None: those of its `evaluation_kind`.
         own_files: files that the run's settings name and no checkpoint holds, by dotted key; set where a run builds its
             module. A run that this one starts from may need the same.
         own_packages: those beside keygrip whose classes the run's settings name; likewise.
@@ -53,6 +55,7 @@ class System(LightningModule):
     evaluation_kind: ClassVar[str | None] = None
     headline_metrics: ClassVar[tuple[str, ...] | None] = None
     toy_overrides: ClassVar[tuple[str, ...]] = ()
+    about: ClassVar[str | None] = None
     usage: ClassVar[str | None] = None
     network: Any
 

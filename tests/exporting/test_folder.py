@@ -119,8 +119,8 @@ def test_files_that_are_no_json_are_refused(raw: bytes, tmp_path: Path) -> None:
 def test_the_card_names_figures_and_command() -> None:
     result = {"metrics": {"val/loss": 0.25, "bad": float("nan")}, "overrides": ["model=x", "seed=1"]}
     card = model_card("my_model", content(), {"a": torch.ones(1_500_000)}, "of the last step", result)
-    assert "A Y trained with" in card
-    assert "1.50 M numbers" in card
+    assert "The model is a `Y`." in card
+    assert "1.50 M parameters" in card
     assert "| val/loss | 0.25 |" in card
     assert "nan" not in card
     assert "python -m keygrip.train model=x seed=1" in card
@@ -128,6 +128,49 @@ def test_the_card_names_figures_and_command() -> None:
     card = model_card("my_model", content(), {"a": torch.ones(1)}, "of the last step", demo)
     line = next(line for line in card.splitlines() if "python -m" in line)
     assert shlex.split(line) == ["python", "-m", "keygrip.demo", *demo["overrides"]]
+
+
+class Network:
+    about = "a network's own word"
+
+
+class Drives:
+    about, evaluation_kind, network = "my_policy, a robot policy", "policy", object()
+
+
+class Answers:
+    about, evaluation_kind, usage, network = "my_vlm", "video_text", 'chat = Chat("{name}")', Network()
+
+
+def test_the_card_shows_what_users_of_such_a_model_call() -> None:
+    weights = {"a": torch.ones(1)}
+    card = model_card("mine", content(), weights, "of the last step", {}, Drives())
+    assert "The model is my_policy, a robot policy." in card
+    assert 'policy = keygrip.load_policy("mine")\n' in card
+    assert "plan = policy.plan(observation)" in card
+    assert "keygrip run checkpoint=mine robot=sim_yam" in card
+    assert "keygrip.load(" not in card
+    card = model_card("mine", content(), weights, "of the last step", {}, Answers())
+    assert "The model is a network's own word." in card
+    assert 'chat = Chat("mine")' in card
+    assert "keygrip generate checkpoint=mine" in card
+
+
+def test_the_card_tells_success_with_its_count_or_not_at_all() -> None:
+    counts = {"success_rate": 0.0, "success_low": 0.0, "success_high": 0.6576, "episodes": 2, "successes": 0}
+    metrics = {"closed_loop/hall/success_rate": 0.0, "closed_loop/hall/plan_ms_median": 8.0}
+
+    def rows(closed_loop: dict[str, Any]) -> list[str]:
+        card = model_card("mine", content(), {}, "of the last step", {"metrics": metrics}, None, closed_loop)
+        return [line for line in card.splitlines() if line.startswith("| closed_loop/hall/")]
+
+    time = "| closed_loop/hall/plan_ms_median | 8 |"
+    assert rows({"conditions": {"hall": counts}}) == [
+        time,
+        "| closed_loop/hall/success | 0 of 2 (95 % interval 0 to 0.66) |",
+    ]
+    assert rows({}) == [time]
+    assert rows({"conditions": {"hall": counts | {"success_rate": 0.5}}}) == [time]  # of another evaluation
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:

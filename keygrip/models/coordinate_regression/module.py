@@ -60,6 +60,7 @@ class CoordinateRegressionModule(System):
     batch_type = PolicyBatch
     reads_calibration = False  # only its metrics in pixels read calibration
     evaluation_kind = "policy"
+    about = "coordinate_regression, the baseline of volume_query: a robot policy that predicts metres"
     toy_overrides = (
         *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),
         *("backbone.image_size=64", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"),

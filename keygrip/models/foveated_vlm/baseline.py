@@ -32,6 +32,7 @@ class PooledVLM(VideoLanguageNetwork):
     """
 
     modes = ("many_tokens",)
+    about = "pooled_vlm, the baseline of foveated_vlm: a video-language model with pooled visual tokens"
 
     def __init__(
         self,

@@ -81,6 +81,7 @@ class FoveatedVLMModule(System):
     }
     batch_type = VideoTextBatch
     evaluation_kind = "video_text"
+    about = "foveated_vlm, a video-language model: one visual token per frame, chosen by a query"
     toy_overrides = (
         *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
         *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),

@@ -89,6 +89,7 @@ class GeometryVLAModule(System):
     }
     batch_type = MultiViewPolicyBatch
     evaluation_kind = "policy"
+    about = "geometry_vla, a vision-language-action policy: instruction, images and 3D tokens to action chunks"
     toy_overrides = (
         *("data=yam_language", "data.record.demos=4", "data.record.image_size=72", "backbone.image_size=64"),
         *("data.batch_size=4", "model.draws=2", "model.network.blocks=2"),

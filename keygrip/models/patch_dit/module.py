@@ -77,6 +77,7 @@ class PatchDiTModule(System):
     }
     batch_type = ImageTextBatch
     evaluation_kind = "image_text"
+    about = "patch_dit, a diffusion transformer: images from text and a reference's DINO patches"
     toy_overrides = (
         *("data=robot_images", "encoders=tiny", "data.make.options.train=32", "data.make.options.val=8"),
         *("data.make.options.test=8", "data.make.options.processes=1", "data.batch_size=2"),

@@ -88,6 +88,7 @@ class VolumeQueryModule(System):
 
     batch_type = PolicyBatch
     evaluation_kind = "policy"
+    about = "volume_query, a robot policy: one image to pixel x height voxels, gripper and rotation bins"
     toy_overrides = (
         *("data=yam", "data.record.task.name=reach", "data.record.demos=4", "data.record.image_size=72"),
         *("backbone.image_size=64", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"),
