@@ -28,6 +28,52 @@ add ``time_s``: when it was taken, seconds on the robot's clock; arms that take 
 reached."""
 
 
+MATRICES = {"intrinsics": "3 x 3, pixels of that image", "world_to_camera": "4 x 4, metres"}  # of a camera
+
+
+def refuse_incomplete(observation: Any, needs: Needs) -> None:
+    """Refuses what is no observation, and names all that one lacks where that is more than one thing: a single one is
+    named where it is read.
+
+    Args:
+        observation: what a policy was given. needs: of that policy.
+
+    Raises:
+        ValueError: it is no mapping, or lacks several of the entries that the policy reads.
+    """
+    if not isinstance(observation, Mapping):
+        raise ValueError(
+            f"an observation is a mapping such as {{'image': ..., 'position': ...}}, not a "
+            f"{type(observation).__name__}: docs/serving.md, \"An observation\", builds one"
+        )
+    views = observation.get("cameras") or {}
+    lacking = []
+    for name in needs.cameras or ("",):
+        if name and name not in views and (views or len(needs.cameras) > 1):
+            lacking.append(f"camera {name!r} in 'cameras'")
+            continue
+        view = views[name] if name in views else observation
+        if view is None or (not name and views):  # masked, or said by `image_of` with the names that there are
+            continue
+        within = f"cameras/{name}/" if name in views else ""
+        lacking += [f"'{within}image' (H x W x 3 uint8, RGB)"] if view.get("image") is None else []
+        read = needs.calibrated(name) if name else bool(needs.calibration)
+        lacking += [f"'{within}{part}' ({what})" for part, what in MATRICES.items() if read and part not in view]
+    count = len(needs.arms)
+    poses = {
+        "position": f"{count} x 3 metres",
+        "quaternion": f"{count} x 4, w x y z",
+        "gripper": f"{count}, 0 closed to 1 open",
+    }
+    lacking += [f"{part!r} ({what})" for part, what in poses.items() if part not in observation]
+    lacking += ["'instruction' (a sentence)"] if needs.instruction and not observation.get("instruction") else []
+    if len(lacking) > 1:
+        seen = f"cameras {', '.join(views)}" if views else "one unnamed image" if "image" in observation else "no image"
+        raise ValueError(
+            f"the observation lacks {', '.join(lacking)}; it has {seen}. docs/serving.md, \"An observation\", builds one"
+        )
+
+
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
     """Views of the named cameras, in this order: each with `image`, `intrinsics` and `world_to_camera`.
 

@@ -24,7 +24,7 @@ from keygrip.models.coordinate_regression.network import (
 from keygrip.models.geometry.cameras import inside_image, project
 from keygrip.models.geometry.rotations import columns_to_quaternion, geodesic_angle, quaternion_to_columns
 from keygrip.models.nn.processor_attention import trained_on
-from keygrip.models.policy import Needs, Observation, Plan, image_of
+from keygrip.models.policy import Needs, Observation, Plan, image_of, refuse_incomplete
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.policy_tensors import plans_of, stacked_poses
 from keygrip.training.checkpoints import stored_beside_weights
@@ -237,6 +237,7 @@ class CoordinateRegressionPolicy:
         Raises:
             ValueError: the observation lacks what it reads, or cannot be right.
         """
+        refuse_incomplete(observation, self.needs)
         return self.plan_batch([observation], [self])[0]
 
     @torch.inference_mode()

@@ -26,6 +26,7 @@ from keygrip.models.policy import (
     called,
     image_of,
     instruction_of,
+    refuse_incomplete,
     refuse_not_finite,
     robot_number,
     views_of,
@@ -179,6 +180,7 @@ class GeometryVLAPolicy:
             ValueError: a camera, the instruction or an arm's pose is missing or cannot be right, or the plan is not
                 finite.
         """
+        refuse_incomplete(observation, self.needs)
         return self.plan_batch([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:

@@ -23,6 +23,7 @@ from keygrip.models.policy import (
     called,
     image_of,
     instruction_of,
+    refuse_incomplete,
     views_of,
     views_there,
 )
@@ -138,6 +139,7 @@ class VolumeQueryPolicy:
             ParallelRayError: the camera sees none of the planes of the heights.
             ValueError: the instruction, a camera or an arm's pose is missing or cannot be right.
         """
+        refuse_incomplete(observation, self.needs)
         return self._plans([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
