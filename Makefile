@@ -1,9 +1,9 @@
-# `make help` lists the targets. PYTHON3 is the interpreter that the virtual environment is made with (3.11 or newer).
+# `make help` lists the targets. PYTHON3 is the interpreter that the virtual environment is made with (3.11 or 3.12).
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+PYTHON3 ?= $(shell for p in python3.11 python3.12 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' && echo $$p && break; done)
 # Processes of the test run; each computes on one thread. They and those that they start keep what they have compiled.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest
@@ -28,7 +28,7 @@ help: ## this list
 install: $(STAMP) gl ## virtual environment in .venv with everything, and a GL library where that may be installed
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON3)" || { echo "keygrip needs Python 3.11 or newer: install it, or say make PYTHON3=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON3)" || { echo "keygrip needs Python 3.11 or 3.12: install it, or say make PYTHON3=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV) || { \
 		rm -rf $(VENV); echo "no venv module: apt-get install python3-venv (as root), then make again" >&2; exit 1; }
 	@echo "installing packages (7 GB with torch, 10 while it installs; minutes)"

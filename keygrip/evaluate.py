@@ -1,7 +1,8 @@
 """Evaluates a checkpoint: ``python -m keygrip.evaluate checkpoint=RUN_FOLDER``.
 
 The checkpoint's model decides what is measured (`keygrip.evaluation.kinds`) and which settings there are, in
-``conf/evaluate/<kind>.yaml``. Prints one line of JSON last on standard output, with units in the names of the figures.
+``conf/evaluate/<kind>.yaml``. Prints one line of JSON last on standard output, with units in the names of the figures; the
+settings stand in the file beside them (``evaluation/result.json``).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ register_completion("evaluate", choose_kind)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluates as ``cfg`` says; returns what is printed.
+    """Evaluates as ``cfg`` says; returns the figures and the settings, as they are written.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, one of a model that cannot be evaluated, or settings of
@@ -87,8 +88,11 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
 
 
 def print_result(cfg: DictConfig) -> None:
-    """Evaluates and prints the result as one line of JSON."""
-    print(json_text(run(cfg), ascii_only=True))
+    """Evaluates and prints the figures as one line of JSON, with the file that holds the settings too."""
+    result = run(cfg)
+    shown = {name: value for name, value in result.items() if name != "settings"}
+    file = evaluation_output(result["checkpoint"], cfg.run_dir) / "result.json"
+    print(json_text(shown | {"file": str(file)}, ascii_only=True))
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

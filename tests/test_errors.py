@@ -263,7 +263,8 @@ def test_a_gpu_that_is_not_there(cli: Callable[..., Any], monkeypatch: pytest.Mo
         outcome = cli(*TOY, f"strategy={strategy}", "run_dir=run")
         assert outcome.code == 1
         assert "strategy asks for a GPU and this machine has none" in outcome.err
-        assert "choose strategy=cpu (or auto)" in outcome.err
+        assert "choose strategy=cpu (or auto) on the command line" in outcome.err
+        assert "the recipe set it, as experiment=yam_dinov3 does" in outcome.err
         assert "dry_run" not in outcome.err
     for strategy in ("ddp", "fsdp"):
         outcome = cli(*TOY, f"strategy={strategy}", "dry_run=true", "run_dir=dry")

@@ -86,8 +86,9 @@ class Strategy:
         available = torch.cuda.is_available()
         if self.accelerator == "gpu" and not available:
             raise MissingGPUError(
-                "strategy asks for a GPU and this machine has none that torch can use: choose strategy=cpu (or auto), "
-                "or check the driver with nvidia-smi"
+                "strategy asks for a GPU and this machine has none that torch can use (where you typed no strategy the "
+                "recipe set it, as experiment=yam_dinov3 does): choose strategy=cpu (or auto) on the command line, or "
+                "check the driver with nvidia-smi"
             )
         return available and self.accelerator != "cpu"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def test_each_kept_step_has_a_result_of_its_own() -> None:
 
 
 def test_two_evaluations_do_not_write_into_one_folder(
-    holding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    holding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Model:
         evaluation_kind = "policy"
@@ -137,3 +138,9 @@ def test_two_evaluations_do_not_write_into_one_folder(
     assert result["figure"] == 1.0
     assert result["settings"]["episodes"] == cfg.episodes  # what was asked for stands beside the figures
     assert (tmp_path / "result.json").is_file()
+    evaluate.print_result(cfg)
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["figure"] == 1.0
+    assert "settings" not in shown  # they would hide it
+    assert {"wall_s", "machine"} <= set(shown)
+    assert json.loads(Path(shown["file"]).read_text())["settings"] == result["settings"]

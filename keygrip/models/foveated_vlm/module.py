@@ -283,7 +283,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             ValueError: a baseline, a mode in which a frame depends on later ones, or seconds that are needed.
         """
         if not isinstance(self.network, FoveatedVLM):
-            raise ValueError(f"{type(self.network).__name__} has no stream: the foveated model has")
+            name = type(self.network).__name__
+            raise ValueError(f"a {name} answers whole videos only: leave out stream=true (in Python, use generate)")
         return VideoStream(self.eval(), question, mode or self.answer_mode, seconds, answer_tokens)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
