@@ -1,8 +1,8 @@
 """Evaluates a checkpoint: ``python -m keygrip.evaluate checkpoint=RUN_FOLDER``.
 
 The checkpoint's model decides what is measured (`keygrip.evaluation.kinds`) and which settings there are, in
-``conf/evaluate/<kind>.yaml``. Prints one line of JSON last on standard output, with units in the names of the figures; the
-settings stand in the file beside them (``evaluation/result.json``).
+``conf/evaluate/<kind>.yaml``. Prints one line of JSON last on standard output, with units in the names of the figures;
+the settings stand in the file beside them (``evaluation/result.json``).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def refuse_incomplete(observation: Any, needs: Needs) -> None:
     if not isinstance(observation, Mapping):
         raise ValueError(
             f"an observation is a mapping such as {{'image': ..., 'position': ...}}, not a "
-            f"{type(observation).__name__}: docs/serving.md, \"An observation\", builds one"
+            f'{type(observation).__name__}: docs/serving.md, "An observation", builds one'
         )
     views = observation.get("cameras") or {}
     lacking = []
@@ -52,7 +52,7 @@ def refuse_incomplete(observation: Any, needs: Needs) -> None:
         if name and name not in views and (views or len(needs.cameras) > 1):
             lacking.append(f"camera {name!r} in 'cameras'")
             continue
-        view = views[name] if name in views else observation
+        view = views.get(name, observation)
         if view is None or (not name and views):  # masked, or said by `image_of` with the names that there are
             continue
         within = f"cameras/{name}/" if name in views else ""
@@ -70,7 +70,7 @@ def refuse_incomplete(observation: Any, needs: Needs) -> None:
     if len(lacking) > 1:
         seen = f"cameras {', '.join(views)}" if views else "one unnamed image" if "image" in observation else "no image"
         raise ValueError(
-            f"the observation lacks {', '.join(lacking)}; it has {seen}. docs/serving.md, \"An observation\", builds one"
+            f'the observation lacks {", ".join(lacking)}; it has {seen}. docs/serving.md, "An observation", builds one'
         )
 
 

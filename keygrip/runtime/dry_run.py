@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import textwrap
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from keygrip.runtime.plan_terms import POSE, followed, observed_poses, waypoints
 from keygrip.runtime.robot import JointRobot, Robot
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods
 
+LINES = ("-", "--", ":")  # of the first arm, the second, ...
 TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
 
 
@@ -48,6 +50,7 @@ class Rehearsal:
         targets, commands: [K, A, 8] of the plan, and within the limits, those of the joints up to a refused command
             only; the present pose where the plan is no path.
         plan_ms: of each timed plan.
+        arms: names of the A arms, as the robot and its calibration have them.
     """
 
     observation: dict[str, Any]
@@ -58,6 +61,7 @@ class Rehearsal:
     targets: np.ndarray
     commands: np.ndarray
     plan_ms: list[float]
+    arms: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a line of JSON."""
@@ -122,7 +126,8 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
         said = f"its command after {after:.2f} s: {why}"
         refused, later = (refused or said, None) if after <= until else (refused, said)
     targets, times = way[..., :POSE], period * np.arange(len(way))
-    return Rehearsal(observation, plan, refused, later, times, targets, commands, milliseconds)
+    names = tuple(getattr(robot, "arms", ())) or tuple(f"arm {number}" for number in range(len(start)))
+    return Rehearsal(observation, plan, refused, later, times, targets, commands, milliseconds, names)
 
 
 def _commands(
@@ -183,29 +188,61 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
     axes[0, 0].set(title="observation", xticks=[], yticks=[])
     speeds = np.linalg.norm(np.diff(found.commands[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
     wanted = np.linalg.norm(np.diff(found.targets[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
-    for arm in range(found.targets.shape[1]):
+    for arm, whose in enumerate(found.arms):
+        line = LINES[arm % len(LINES)]
         for axis, name in enumerate("xyz"):
-            axes[0, 1].plot(found.times, found.targets[:, arm, axis], color=f"C{axis}", alpha=0.4)
-            axes[0, 1].plot(found.times, found.commands[:, arm, axis], color=f"C{axis}", label=f"{name}, arm {arm}")
-        axes[1, 0].plot(found.times[1:], wanted[:, arm], color="C0", alpha=0.4)
-        axes[1, 0].plot(found.times[1:], speeds[:, arm], color="C0", label=f"arm {arm}")
-        axes[1, 1].plot(found.times, found.commands[:, arm, 7], label=f"arm {arm}")
+            label = f"{name}, {whose}"
+            axes[0, 1].plot(found.times, found.targets[:, arm, axis], line, color=f"C{axis}", alpha=0.4)
+            axes[0, 1].plot(found.times, found.commands[:, arm, axis], line, color=f"C{axis}", label=label)
+        axes[1, 0].plot(found.times[1:], wanted[:, arm], line, color="C0", alpha=0.4)
+        axes[1, 0].plot(found.times[1:], speeds[:, arm], line, color="C0", label=whose)
+        axes[1, 1].plot(found.times, found.commands[:, arm, 7], line, color="C0", label=whose)
     if limits is not None and limits.table_height_m is not None:
-        axes[0, 1].axhline(limits.table_height_m, color="grey", linestyle=":", label="table")
+        axes[0, 1].axhline(limits.table_height_m, color="grey", linestyle=":", label="z of the table")
     if limits is not None:
         axes[1, 0].axhline(limits.speed_m_s, color="red", linestyle=":", label="limit")
     axes[0, 1].set(title="position, m (pale: the plan; full: within the limits)", xlabel="s")
-    axes[1, 0].set(title="speed, m/s", xlabel="s")
-    axes[1, 1].set(title="gripper opening", xlabel="s", ylim=(-0.05, 1.05))
+    axes[1, 0].set(title="speed, m/s (pale: the plan; full: within the limits)", xlabel="s")
+    axes[1, 1].set(title="gripper opening (0 closed, 1 open)", xlabel="s", ylim=(-0.05, 1.05))
     for place in (axes[0, 1], axes[1, 0], axes[1, 1]):
         place.legend(fontsize=7)
-    axes[0, 2].bar(range(len(found.plan_ms)), found.plan_ms)
-    axes[0, 2].set(title="planning, ms", xlabel="plan")
+    numbers = range(1, len(found.plan_ms) + 1)
+    axes[0, 2].bar(numbers, found.plan_ms)
+    axes[0, 2].set(title="planning, ms", xlabel="plan", xticks=list(numbers))
     axes[1, 2].axis("off")
-    lines = [f"{name}: {value}" for name, value in found.summary().items() if not name.startswith("refused")]
-    lines += ["refused: " + (found.refused or "no"), "refused later: " + (found.refused_later or "no")]
-    axes[1, 2].text(0, 1, "\n".join(lines), va="top", wrap=True, fontsize=9)
+    axes[1, 2].text(0, 1, "\n".join(described(found, limits)), va="top", fontsize=9)
     return figure
+
+
+def described(found: Rehearsal, limits: MotionLimits | None) -> list[str]:
+    """The figures of a rehearsal in words, with the limits that they are to be read against, as lines."""
+    figures = found.summary()
+
+    def limit(value: float | None, text: str) -> str:
+        return "" if value is None else f" ({text.format(value)})"
+
+    speed = lag_cm = table_cm = None
+    if limits is not None:
+        speed, lag_cm = limits.speed_m_s, 100 * limits.lag_m
+        table_cm = None if limits.table_height_m is None else 100 * limits.table_height_m
+    lines = [
+        f"arm{'s' if len(found.arms) > 1 else ''}: {', '.join(found.arms)}",
+        f"planning: {figures['plan_ms_median']} ms (median), {figures['plan_ms_max']} ms (longest)",
+        f"the plan: {figures['plan_steps']} steps, {figures['plan_seconds']} s",
+        f"fastest: {figures['fastest_m_s']} m/s" + limit(speed, "limit {:g}"),
+        f"furthest behind the plan: {figures['furthest_behind_cm']} cm" + limit(lag_cm, "limit {:g}"),
+        f"lowest place of the tool: {figures['lowest_cm']} cm" + limit(table_cm, "table at {:g}"),
+    ]
+    if limits is None:
+        lines.append("limits: none but the robot's own")
+    elif limits.workspace_low is not None or limits.workspace_high is not None:
+        sides = zip("xyz", *limits.box(), strict=True)
+        lines += ["workspace, m:", *(f"    {axis} {low:g} to {high:g}" for axis, low, high in sides)]
+    verdicts = (
+        "the plan is refused: " + found.refused if found.refused else "the plan is not refused",
+        f"refused unless the next plan comes first: {found.refused_later}" if found.refused_later else "",
+    )
+    return [*lines, "", *(line for verdict in verdicts for line in textwrap.wrap(verdict, 55))]
 
 
 def write_rerun(found: Rehearsal, path: Path) -> None:
@@ -219,14 +256,14 @@ def write_rerun(found: Rehearsal, path: Path) -> None:
         recording.save(file)
         if "image" in found.observation:
             recording.log("camera", rerun.Image(np.asarray(found.observation["image"])), static=True)
-        for arm in range(found.targets.shape[1]):
+        for arm, whose in enumerate(found.arms):
             for name, path_A8 in (("plan", found.targets), ("limited", found.commands)):
-                recording.log(f"arm{arm}/{name}", rerun.LineStrips3D([path_A8[:, arm, :3]]), static=True)
+                recording.log(f"{whose}/{name}", rerun.LineStrips3D([path_A8[:, arm, :3]]), static=True)
         recording.log("summary", rerun.TextDocument(json.dumps(found.summary(), indent=1)), static=True)
         for index, moment in enumerate(found.times):
             recording.set_time("plan", duration=float(moment))
-            for arm in range(found.targets.shape[1]):
-                recording.log(f"arm{arm}/tool", rerun.Points3D([found.commands[index, arm, :3]], radii=[0.005]))
-                recording.log(f"arm{arm}/gripper", rerun.Scalars(float(found.commands[index, arm, 7])))
+            for arm, whose in enumerate(found.arms):
+                recording.log(f"{whose}/tool", rerun.Points3D([found.commands[index, arm, :3]], radii=[0.005]))
+                recording.log(f"{whose}/gripper", rerun.Scalars(float(found.commands[index, arm, 7])))
         recording.flush()
         recording.disconnect()

@@ -1,4 +1,4 @@
-"""What a policy is given: the block of the documents that builds an observation, and what is said of one that is none."""
+"""Observations: the block of the documents that builds one, and what is said of one that lacks a lot."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def test_the_block_of_the_documents_builds_what_a_policy_reads(
     policy = Reads(Needs(("right",), cameras[:1], instruction=True))
     monkeypatch.setattr(keygrip, "load_policy", lambda run: policy)
     names: dict[str, Any] = {}
-    exec(block, names)  # noqa: S102: a page of this repository
+    exec(block, names)  # a page of this repository
     assert np.isfinite(names["plan"].position).all()
 
 
 def test_all_that_an_observation_lacks_is_said_at_once() -> None:
     for nothing in (None, [1.0], VIEW["image"]):
-        with pytest.raises(ValueError, match="an observation is a mapping such as .* not a "):
+        with pytest.raises(ValueError, match=r"an observation is a mapping such as .* not a "):
             refuse_incomplete(nothing, ONE)
     entries = ("image", "intrinsics", "world_to_camera", "position", "quaternion", "gripper")
-    with pytest.raises(ValueError, match="lacks .*" + ".*".join(f"'{name}' \\(" for name in entries)):
+    with pytest.raises(ValueError, match=r"lacks .*" + ".*".join(rf"'{name}' \(" for name in entries)):
         refuse_incomplete({}, ONE)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="the observation lacks") as caught:
         refuse_incomplete({"cameras": {"over": {"image": VIEW["image"]}}, **POSE}, TWO)
     said = str(caught.value)
     lacking = ("'cameras/over/intrinsics'", "'cameras/over/world_to_camera'", "camera 'front' in", "'instruction'")

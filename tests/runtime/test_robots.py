@@ -34,7 +34,7 @@ from keygrip.runtime import cameras
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
 from keygrip.runtime.control_loop import ControlLoop
-from keygrip.runtime.dry_run import dry_run
+from keygrip.runtime.dry_run import described, draw, dry_run, rehearse
 from keygrip.runtime.i2rt_yam import JOINTS, YamArms
 from keygrip.runtime.limits import MotionLimits
 from keygrip.runtime.planners import SimulatedPlanner
@@ -845,6 +845,30 @@ def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, cali
     refused = dry_run(Sideways(), arm, LIMITS, tmp_path / "refused.png", execution)
     assert "outside the workspace" in refused["refused"]
     json.dumps(result)
+
+
+def test_the_figure_of_a_dry_run_names_the_arms_and_the_limits(calibration: Path) -> None:
+    camera = Still()
+    arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    execution = ChunkExecution(SimulatedPlanner(Sideways(), lambda: 0.0), arm.control_hz)
+    found = rehearse(Sideways(), arm, LIMITS, execution)
+    figure = draw(found, LIMITS)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    legends = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    assert {"x, right", "z, right", "right", "limit"} <= set(legends)
+    (said,) = texts
+    low, high = LIMITS.box()
+    for line in (
+        "arm: right",
+        f"m/s (limit {LIMITS.speed_m_s:g})",
+        f"cm (limit {100 * LIMITS.lag_m:g})",
+        f"x {low[0]:g} to {high[0]:g}",
+    ):
+        assert line in said
+    assert "outside the workspace" in " ".join(said.split())
+    assert not any(name in said for name in found.summary() if "_" in name)  # names of the figures in JSON
+    assert "limit" not in "\n".join(described(found, None)).replace("limits: none", "")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ from keygrip.training.parts import model_part
 log = logging.getLogger(__name__)
 
 COVERED_RAD = math.radians(15.0)  # farther from every prototype, or from PC1's axis, is not seen in training
-# Warned about: more than this share of the rotations is stored with more than this error, which no grip tolerates. Up to
-# 2 % is what sound demonstrations have where the gripper tips on its way: the demo's, which its policy learns from.
+# Warned about: more than this share of the rotations is stored with more than this error, which no grip tolerates.
+# Sound demonstrations have up to 2 %, where the gripper tips on its way: the demo's, from which its policy learns.
 FAR_DEG, FAR_SHARE = 45.0, 0.05
 # Bins this much wider than 98 % of the rotations need are warned about, unless they are this narrow all the same.
 WIDENED, NARROW_BIN_DEG = 2.0, 2.0

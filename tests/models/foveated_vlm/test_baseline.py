@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,3 +66,8 @@ def test_health_of_queries_that_there_are_none_of_is_refused(tmp_path: Path) -> 
     collator = ConversationCollator(TrainedTokenizer(320), "question_first", "answers")
     with pytest.raises(ValueError, match=r"monitor_every_n_steps=100: health is of queries, and a PooledVLM"):
         FoveatedVLMModule(build(), collator, AdamW(1e-3), mode="many_tokens")
+
+
+def test_a_stream_is_refused_with_what_to_leave_out() -> None:
+    with pytest.raises(ValueError, match="a PooledVLM answers whole videos only: leave out stream=true"):
+        FoveatedVLMModule.stream(SimpleNamespace(network=build()), "?")  # type: ignore[arg-type]
