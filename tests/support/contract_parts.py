@@ -70,7 +70,10 @@ def wrong_observations(seen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
         for wrong, said in (
             (image[..., 0], f"^'image' of {whose} must be H x W x 3 uint8, RGB, not 96 x 128 uint8"),
             (image.astype(np.float32) / 255, f"^'image' of {whose} must be .*, not 96 x 128 x 3 float32"),
-            (None, f"^{whose} lacks 'image'"),
+            (
+                None,
+                f"^{whose} lacks 'image'" if len(names) < 2 else f"^the observation lacks 'cameras/{names[0]}/image'",
+            ),
         ):
             views = {name: {**seen["cameras"][name], "image": wrong} for name in names}
             yield {**seen, "image": wrong, "cameras": views}, said
