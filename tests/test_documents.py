@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra.utils import get_class
+from metric_table import unexplained
 
 from keygrip.config import check_overrides, compose_with_choices, group_options
 
@@ -190,6 +192,15 @@ def test_the_claims_of_the_foveated_model_are_counted_as_their_table_has_them() 
     told = re.findall(r"\*\*(\w+) (?:claims have three seeds|holds? here|holds? in half|do(?:es)? not hold)\*\*", text)
     assert told == [words[len(each)] for each in (three, holds, half, [s for s in three if "confirmed" not in s])]
     assert all("open" in state for state, seeds in states if seeds != "3 of 3")
+
+
+def test_metrics_that_runs_are_compared_by_are_explained() -> None:
+    """Every scalar of a run: tests/models/test_contract.py."""
+    for model in ("volume_query", "coordinate_regression", "patch_dit", "geometry_vla"):
+        kind = get_class(compose_with_choices("train", [f"model={model}"])[0].model._target_)
+        assert len(kind.headline_metrics) > 5
+        assert unexplained(kind.headline_metrics) == [], model
+    assert unexplained(["val/position_cn", "val/position_cm"]) == ["val/position_cn"]
 
 
 def test_groups_of_a_model_are_those_that_training_names() -> None:

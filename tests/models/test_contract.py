@@ -19,6 +19,7 @@ import torch
 from contract_parts import EVALUATE, OPTIONS, QUICK, observation, wrong_observations
 from hydra.utils import get_class
 from lightning.pytorch import LightningModule
+from metric_table import unexplained
 from PIL import Image
 
 import keygrip
@@ -39,6 +40,7 @@ VARIANTS = (
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
 STAGES = ("depth_reader", "image_autoencoder", "vlm_encoder_self_supervised")
 LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit", "volume_query")  # their tests train, load and evaluate them too
+PRETRAINING = ("vlm_encoder_pretraining",)
 FOLDERS = ("data", "runs")
 
 
@@ -99,8 +101,14 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
     assert issubclass(kind, System)
     assert MARK in vars(kind), "declare it with @model_part: else its checkpoints cannot be loaded"
     run = home / "runs" / name
-    result = keygrip.train([*chosen, *QUICK, *kind.toy_overrides, f"run_dir={run}"])
+    logged = [setting if setting != "logger=none" else "logger=csv" for setting in QUICK]
+    result = keygrip.train([*chosen, *logged, *kind.toy_overrides, f"run_dir={run}"])
     assert result["status"] == "finished"
+    if name not in STAGES and name not in PRETRAINING:  # the four systems and their baselines
+        (table,) = run.rglob("metrics.csv")
+        scalars = table.read_text().partition("\n")[0].split(",")
+        assert {"train/loss", "val/loss"} <= set(scalars)
+        assert unexplained(scalars) == [], "add a row to the table of docs/training.md"
     assert all(np.isfinite(value) for key, value in result["metrics"].items() if key == "train/loss")
 
     report = keygrip.train.run(  # type: ignore[attr-defined]
