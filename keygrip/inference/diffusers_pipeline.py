@@ -44,7 +44,7 @@ from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
 from keygrip.inference.references import warn_of_cut
-from keygrip.inference.schedulers import OWN_SCHEDULER, set_levels
+from keygrip.inference.schedulers import OWN_SCHEDULER, set_levels, take_step
 from keygrip.inference.steered_images import MOST_PIXELS, SteeredImages
 from keygrip.models.nn.flow_matching import integrate
 from keygrip.models.patch_dit.figures import as_bytes
@@ -329,6 +329,11 @@ class PatchDiTPipeline(DiffusionPipeline):
                 f"solver={sampling.solver} takes steps of its own, and none of {type(self.scheduler).__name__}: give "
                 f"solver='euler', or {OWN_SCHEDULER}"
             )
+        if sampling.solver != "euler" and self.scheduler.config.get("stochastic_sampling"):
+            raise ValueError(
+                f"solver={sampling.solver} takes steps of its own, without the noise of stochastic_sampling=True: give "
+                f"solver='euler', or {OWN_SCHEDULER}"
+            )
         if redraw is not None and output_type == "latent":
             raise ValueError("redraw keeps pixels, and output_type='latent' gives none: choose another output_type")
         steered = SteeredImages(module, prompt, image, image_mask, blend, start_image, strength, redraw)
@@ -356,7 +361,7 @@ class PatchDiTPipeline(DiffusionPipeline):
         if start is not None:
             times = start.edit.strength
             x = (1 - times) * start.edit.latents + times * noise
-            kept = None if start.edit.mask is None else (start.edit.mask, noise - start.edit.latents)
+            kept = None if start.edit.mask is None else (start.edit.mask, start.edit.latents)
         set_levels(self.scheduler, sampling.steps, module.shift_of(noise), times, device)
         module.eval()
         aspect = bucket.width / bucket.height
@@ -366,7 +371,10 @@ class PatchDiTPipeline(DiffusionPipeline):
         def velocity_at(x: Tensor, level: float) -> Tensor:
             found = velocities(x, level, sampling.branches(conditions, level))
             guided = sampling.combine(found, x, level, conditions)
-            return guided if kept is None else kept[0] * guided + (1 - kept[0]) * kept[1]
+            if kept is None:
+                return guided
+            mask, latents = kept  # the velocity that leads to these, from whatever noise a scheduler has added
+            return mask * guided + (1 - mask) * (x - latents) / level
 
         def after_step(number: int, x: Tensor) -> Tensor:
             if callback_on_step_end is None:
@@ -389,7 +397,7 @@ class PatchDiTPipeline(DiffusionPipeline):
             if sampling.solver == "euler":
                 steps = enumerate(zip(self.scheduler.timesteps, sigmas, strict=False))
                 for number, (time, level) in own.progress_bar(list(steps)):
-                    x = self.scheduler.step(velocity_at(x, level), time, x, return_dict=False)[0]
+                    x = take_step(self.scheduler, velocity_at(x, level), time, x, generator)
                     x = after_step(number, x)
             else:
                 with own.progress_bar(total=len(sigmas) - 1) as bar:

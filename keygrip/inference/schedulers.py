@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Sequence
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from keygrip.models.nn.flow_matching import noise_levels, shifted
 
 OWN_SCHEDULER = "leave the pipeline the scheduler that it came with"
 LEVEL_TOLERANCE = 1e-4  # of noise levels; schedulers compute them in float32
+START_TOLERANCE = 0.01  # of the level that drawing starts at, where a scheduler's own options choose the others
 
 
 def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device: torch.device) -> None:
@@ -25,9 +27,10 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
         steps: from pure noise; fewer from a lower `strength`. shift: the resolution's.
 
     Raises:
-        ValueError: it cannot take them, or would draw at others.
+        ValueError: it cannot take them, would draw at others, or takes the model's output for something else than a
+            velocity.
     """
-    own = getattr(scheduler, "shift", scheduler.config.get("shift", 1.0))  # set_shift may change it
+    own = _own_shift(scheduler)
     if not isinstance(own, int | float) or isinstance(own, bool) or not 0 < own < math.inf:
         raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json, set_shift): a number above 0")
     own_options = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # which may ask for other levels
@@ -39,16 +42,59 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
         levels = shifted(strength * shifted(levels, own), 1 / own)
     if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{named} takes no noise levels (sigmas): {OWN_SCHEDULER}")
-    scheduler.set_timesteps(sigmas=levels.tolist(), device=device)
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{named} has use_dynamic_shifting=True, and the model shifts its noise levels by the resolution itself: "
+            f"give use_dynamic_shifting=False, or {OWN_SCHEDULER}"
+        )
+    try:
+        scheduler.set_timesteps(sigmas=levels.numpy(), device=device)  # some compute with them, which lists do not
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{named} does not take the model's noise levels ({error}): {OWN_SCHEDULER}") from error
     wanted = [*shifted(levels, own).tolist(), 0.0]
     found = scheduler.sigmas.tolist()
-    other = len(found) != len(wanted) or max(map(abs, map(operator.sub, found, wanted))) > LEVEL_TOLERANCE
+    other = _first_other(found, wanted)
     if other and not own_options:
+        raise ValueError(f"{named} would draw at other noise levels than the model's ({other}): {OWN_SCHEDULER}")
+    falls = all(left > right for left, right in pairwise(found)) and abs(found[-1]) <= LEVEL_TOLERANCE
+    if not falls or not abs(found[0] - wanted[0]) <= START_TOLERANCE:
         raise ValueError(
-            f"{named} would draw at other noise levels than the model's ({_first(found)} in place of "
-            f"{_first(wanted)}): {OWN_SCHEDULER}"
+            f"{named} has options by which noise levels do not fall from {wanted[0]:.3g} to 0: they go from "
+            f"{found[0]:.3g} to {found[-1]:.3g}, and {other}; {OWN_SCHEDULER}"
+        )
+    predicted = scheduler.config.get("prediction_type") if _has(scheduler, "prediction_type") else None
+    if predicted not in (None, "flow_prediction"):
+        raise ValueError(
+            f"{named} has prediction_type={predicted!r}, and the model predicts the velocity of flow matching: give "
+            f"prediction_type='flow_prediction', or {OWN_SCHEDULER}"
         )
 
 
-def _first(levels: Sequence[float]) -> str:
-    return ", ".join(f"{level:.3f}" for level in levels[:3]) + ", ..."
+def take_step(
+    scheduler: Any, velocity: Tensor, time: Tensor, x: Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> Tensor:
+    """One step of a scheduler; one that adds noise takes it from `generator`, of a list each image's from its own."""
+    given = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    found: Tensor = scheduler.step(velocity, time, x, return_dict=False, **given)[0]
+    return found
+
+
+def _own_shift(scheduler: Any) -> Any:
+    """The shift that a scheduler puts on the levels that it is given; 1 where it has none."""
+    name = "flow_shift" if _has(scheduler, "flow_shift") else "shift"
+    return getattr(scheduler, "shift", scheduler.config.get(name, 1.0))  # set_shift may change it
+
+
+def _has(scheduler: Any, setting: str) -> bool:
+    """Whether it is a setting of the scheduler: its configuration may hold those of another, which it was made from."""
+    return setting in inspect.signature(type(scheduler).__init__).parameters
+
+
+def _first_other(found: Sequence[float], wanted: Sequence[float]) -> str:
+    """The first noise level that is another than wanted, with its place; empty where all are as wanted."""
+    for number, (left, right) in enumerate(zip_longest(found, wanted), 1):
+        if left is None or right is None:
+            return f"{len(found)} levels in place of {len(wanted)}"
+        if not abs(left - right) <= LEVEL_TOLERANCE:
+            return f"level {number} of {len(wanted)} is {left:.6g} in place of {right:.6g}"
+    return ""

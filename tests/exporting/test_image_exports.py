@@ -23,7 +23,7 @@ import keygrip
 from keygrip import export, sample, train
 from keygrip.config import compose
 from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
-from keygrip.models.nn.flow_matching import seeded_noise
+from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.training.checkpoints import read_checkpoint, weights_of
@@ -463,7 +463,10 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
     pipeline.scheduler.set_shift(own)
     scheduler = pipeline.scheduler
     for other, message in (
-        (diffusers.EulerDiscreteScheduler, r"would draw at other noise levels than the model's \(1\.000, "),
+        (
+            diffusers.EulerDiscreteScheduler,
+            r"would draw at other noise levels than the model's \(4 levels in place of 5\): leave",
+        ),
         (diffusers.DDIMScheduler, r"DDIMScheduler takes no noise levels \(sigmas\): leave the pipeline"),
     ):
         pipeline.scheduler = other.from_config(scheduler.config)
@@ -542,3 +545,96 @@ def test_a_pipeline_tells_of_its_steps(piped: Path) -> None:
     torch.testing.assert_close(flat, nothing.cpu())
     with pytest.raises(ValueError, match="callback_on_step_end gives other latents, and solver=heun"):
         pipeline("a red thing", callback_on_step_end=empty)
+
+
+# ---- other schedulers of diffusers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # diffusers takes seconds to import
+def test_schedulers_draw_at_the_model_s_noise_levels_or_are_refused() -> None:
+    import diffusers
+
+    from keygrip.inference.schedulers import set_levels
+
+    def levels(kind: str, strength: float = 1.0, **options: Any) -> list[float]:
+        scheduler = getattr(diffusers, kind)(**options)
+        set_levels(scheduler, 10, 1.0, strength, torch.device("cpu"))
+        return list(scheduler.sigmas.tolist())
+
+    wanted = noise_levels(10, 6.0)
+    flow: dict[str, Any] = {"use_flow_sigmas": True, "flow_shift": 6.0}
+    own, uni = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+    for kind, options in (
+        (uni, {**flow, "prediction_type": "flow_prediction"}),
+        (own, {"shift": 6.0}),
+        ("FlowMatchLCMScheduler", {"shift": 6.0}),
+    ):
+        assert levels(kind, **options) == pytest.approx(wanted, abs=1e-5), kind
+    assert levels(own, 0.5, shift=6.0)[0] == pytest.approx(0.5)
+    assert levels(own, shift=6.0, use_karras_sigmas=True)[5] != pytest.approx(wanted[5], abs=1e-3)  # as is asked for
+    for kind, strength, options, message in (
+        (uni, 1.0, flow, "prediction_type='epsilon', and the model predicts the velocity"),
+        (
+            uni,
+            1.0,
+            {"prediction_type": "flow_prediction"},
+            r"does not take the model's noise levels \(Passing `sigmas`",
+        ),
+        (uni, 1.0, {**flow, "final_sigmas_type": "sigma_min"}, r"\(level 11 of 11 is 0\.4 in place of 0\)"),
+        (own, 1.0, {"use_dynamic_shifting": True}, "give use_dynamic_shifting=False, or leave the pipeline"),
+        (own, 1.0, {"invert_sigmas": True}, "do not fall from 1 to 0: they go from 0 to 1, and level 1 of 11 is 0"),
+        (own, 0.5, {"invert_sigmas": True}, r"do not fall from 0\.5 to 0: they go from 0\.5 to 1"),
+        (own, 0.5, {"shift_terminal": 0.3}, r"do not fall from 0\.5 to 0: they go from "),
+        ("FlowMatchLCMScheduler", 1.0, {"invert_sigmas": True}, r"\(level 1 of 11 is 0 in place of 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            levels(kind, strength, **options)
+
+
+@pytest.mark.slow
+def test_noise_that_a_scheduler_adds_comes_from_the_generator(piped: Path) -> None:
+    """The same images again, and each of a list as alone; what is not drawn anew stays as it is."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
+
+    pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
+    pipeline.set_progress_bar_config(disable=True)
+    last: list[torch.Tensor] = []
+
+    def keep(_: object, step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        last[:] = [state["latents"]]
+        return {}
+
+    def drawn(seeds: list[int], **given: Any) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        own = generators[0] if len(seeds) == 1 else generators
+        words = ["a red thing", "a green thing"][-len(seeds) :]
+        found = pipeline(words, solver="euler", generator=own, output_type="pt", callback_on_step_end=keep, **given)
+        images: torch.Tensor = found.images
+        return images
+
+    shift = pipeline.scheduler.config.shift
+    start = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    half = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 8, 1).repeat(16, 0))
+    redrawn: dict[str, Any] = {"start_image": start, "redraw": half, "strength": 1.0}
+    plain = drawn([3])
+    drawn([3], **redrawn)
+    stays = last[0][..., :2]
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True),
+        FlowMatchLCMScheduler(shift=shift),
+    ):
+        pipeline.scheduler = scheduler
+        alone = drawn([3])
+        assert torch.equal(alone, drawn([3]))
+        assert (alone - plain).abs().max() > 1e-3
+        assert (alone - drawn([4])).abs().max() > 1e-3
+        torch.testing.assert_close(drawn([4, 3])[1:], alone, atol=1e-5, rtol=0)
+        drawn([3], **redrawn)
+        torch.testing.assert_close(last[0][..., :2], stays, atol=1e-4, rtol=0)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+    with pytest.raises(
+        ValueError, match="solver=heun takes steps of its own, without the noise of stochastic_sampling"
+    ):
+        pipeline("a red thing")
