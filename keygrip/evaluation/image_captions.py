@@ -16,6 +16,40 @@ from keygrip.evaluation.known_features import clip_part, clip_pixels
 WORD = re.compile(r"\w+(?:-\w+)*")
 
 
+def word_changes(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> dict[str, str]:
+    """What `replace_words` says, {word: other word}: a mapping, or pairs, since a command line has no mapping in which
+    a word is a number. None: nothing.
+
+    Raises:
+        ValueError: no pair of texts, no single word, or one that is named twice.
+    """
+    pairs: list[Sequence[str]] = list(given.items() if isinstance(given, Mapping) else given or ())
+    found: dict[str, str] = {}
+    for pair in pairs:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"replace_words holds {pair!r}: give pairs, [[WORD,OTHER],...], or a mapping")
+        word, other = pair
+        if not isinstance(word, str) or not WORD.fullmatch(word):
+            raise ValueError(
+                f"replace_words: {word!r} is not a single word (a number is one in a pair and in quotes: "
+                """'replace_words=[["3",cat]]')"""
+            )
+        if not isinstance(other, str):
+            raise ValueError(f"replace_words: {word} would become {other!r}, which is no text: put it in quotes")
+        if word.lower() in map(str.lower, found):
+            raise ValueError(f"replace_words names {word!r} twice (upper and lower case are one word)")
+        found[word] = other
+    return found
+
+
+def change_note(case: str, changed: int, total: int, words: Mapping[str, str]) -> str:
+    """How many of a case's captions were changed; empty where all were and no words were given."""
+    if not words and changed == total:
+        return ""
+    what = "a word of replace_words" if words else "the colour that the image's evidence says"
+    return f"{case}: {changed} of {total} captions hold {what}"
+
+
 def change_caption(
     caption: str, record: Mapping[str, Any], number: int, colours: Sequence[str], words: Mapping[str, str]
 ) -> tuple[str, str | None] | None:

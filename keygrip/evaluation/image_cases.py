@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,11 @@ from keygrip.evaluation.attribute_classifier import (
     distance_px,
     objects_as_named,
 )
-from keygrip.evaluation.image_captions import WORD, ClipSimilarity, change_caption
+from keygrip.evaluation.image_captions import ClipSimilarity, change_caption, word_changes
 from keygrip.evaluation.image_distances import Distances
 from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, feature_encoder, training_batches
-from keygrip.evaluation.image_statistics import grain, set_figures, summarise
+from keygrip.evaluation.image_samples import SampleRow, Samples
+from keygrip.evaluation.image_statistics import grain, real_figures, set_figures, summarise
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.idle_guidance import NOT_OF_WORDS, GivenConditions, asks_nothing, refuse_idle_guidance
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
-STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
 PAIRED = 8  # images of a batch at least: runs that are trained on one image at a time are evaluated on pairs too
 SIDE_MARGIN = 0.05  # share of the width; for nearer objects left and right are not asked about
 CHANGED_NONE = "no caption holds a word to change (replace_words, or the colour in the image's evidence)"
@@ -62,6 +61,11 @@ UNREAD = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",), "text_onl
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
+def real_of(case: str) -> str:
+    """Name of the anchor of a case that applies to some of the images only: the real ones of these alone."""
+    return f"{REAL}_of_{case}"
+
+
 @dataclass(frozen=True)
 class ImageSuite:
     """What is evaluated.
@@ -76,8 +80,8 @@ class ImageSuite:
         sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
         precision: of drawing: "32-true", "bf16-mixed"; "auto": that of `keygrip sample` on this machine.
         lpips: "auto" where its weights are at hand; "none".
-        replace_words: for `changed_words` on captions of any kind: {word: other word}. Without it the cube's colour is
-            changed, where the data say which it is.
+        replace_words: for `changed_words` on captions of any kind: {word: other word}, or pairs [[word, other word]],
+            in which a word may be a number. Without it the cube's colour is changed, where the data say which it is.
         shown: images in each row of the report.
         classifier: how a classifier is trained where there is none yet.
         features: in which sets of images are compared with real ones.
@@ -100,7 +104,7 @@ class ImageSuite:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "auto"
     lpips: str = "auto"
-    replace_words: Mapping[str, str] = field(default_factory=dict)
+    replace_words: Mapping[str, str] | Sequence[Sequence[str]] | None = None
     shown: int = 8
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
     features: FeatureOptions = field(default_factory=FeatureOptions)
@@ -126,19 +130,20 @@ class ImageSuite:
             raise ValueError(f"precision={self.precision!r}: choose auto or 32-true or bf16-mixed")
         if self.split not in ("train", "val", "test"):
             raise ValueError(f"split={self.split!r}: choose val or test (or train, to see what was memorised)")
-        for word, other in self.replace_words.items():
-            if not isinstance(word, str) or not WORD.fullmatch(word):
-                raise ValueError(f"replace_words: {word!r} is not a single word (a number in quotes is one)")
-            if not isinstance(other, str):
-                raise ValueError(f"replace_words: {word} would become {other!r}, which is no text: put it in quotes")
+        word_changes(self.replace_words)
         self._refuse_idle()
+
+    @property
+    def words(self) -> dict[str, str]:
+        """`replace_words` by word; empty: colours are changed."""
+        return word_changes(self.replace_words)
 
     def _refuse_idle(self) -> None:
         """Raises ValueError: a setting has no effect, because its case is left out."""
         for name, needed in NEEDS.items():
             usual: Any = ImageSuite.__dataclass_fields__[name].default
-            default = [] if usual is MISSING else list(usual)
-            if self.cases is None or set(needed) & set(self.cases) or list(getattr(self, name)) == default:
+            given = list(getattr(self, name) or ())
+            if self.cases is None or set(needed) & set(self.cases) or given == list(usual or ()):
                 continue
             raise ValueError(f"{name} has no effect without the case {' or '.join(needed)} in cases: leave it out")
         for name in [name for name, value in self.sampling.items() if not asks_nothing(name, value)]:
@@ -184,8 +189,7 @@ class Suite:
         self.clip = None if folder is None else ClipSimilarity(folder)
         self.colours = [] if classifier is None else classifier.network.colours
         self._refuse_impossible()
-        self._grids: dict[str, list[tuple[Asked, tuple[int, int]]]] = {}
-        self.rows: list[tuple[str, Tensor]] = []  # titles and images of one batch, by case
+        self.samples = Samples(options.shown)  # of one batch, by case
 
     def _refuse_impossible(self) -> None:
         """Before anything is drawn. Raises ValueError: a way of sampling that is impossible or without effect."""
@@ -242,7 +246,7 @@ class Suite:
             yield batch, real, range(number, number + len(batch))
             number += len(batch)
         if not number:
-            raise ValueError(f"{self.data.place} has no {self.options.split} images: choose another split")
+            refuse_empty(self.data, self.options.split)
 
     # ------------------------------------------------------------------------------------------------------------ cases
 
@@ -269,7 +273,7 @@ class Suite:
         return self._changed(asked, numbers)
 
     def _changed(self, asked: Asked, numbers: range) -> Asked | None:
-        words = self.options.replace_words
+        words = self.options.words
         found = [
             change_caption(caption, record, number, self.colours, words)
             for caption, record, number in zip(asked.captions, asked.records, numbers, strict=True)
@@ -332,18 +336,17 @@ class Suite:
         return found
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures by case; fills `rows` with images."""
+        """Figures by case, and of real images in the place of a case that applies to some of them only; fills
+        `samples` with images."""
         wanted = self.cases()
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         sets: dict[str, list[Tensor]] = defaultdict(list)
+        drawn_of: dict[str, list[int]] = defaultdict(list)  # numbers of the images, by case
         total = min(self.options.images, len(self.data.samples(self.options.split)))
         with Progress(total=total, desc="evaluate", unit="image") as bar:
             for batch, real, numbers in self.batches(self.options.images):
                 size = (batch.latents.shape[2], batch.latents.shape[3])
-                count = min(len(batch), self.options.shown)
-                shown = not self.rows or count > len(self.rows[0][1])  # the first batch that fills the rows
-                if shown:
-                    self.rows = [("real", real[:count].cpu())]
+                rows = [SampleRow("real", range(len(batch)), real)]
                 for name, asked, drawn in self._references(batch, real, numbers):
                     found = self.measure(drawn, asked)
                     if name == REAL:  # an image's distance to itself says nothing
@@ -360,16 +363,22 @@ class Suite:
                     drawn = self.draw(asked_of, size)
                     self._add(values[case], self.measure(drawn, asked_of))
                     sets[case].append(self.features.features(drawn).float().cpu())
-                    if shown:
-                        self.rows.append((self._title(case, asked_of), drawn[:count].cpu()))
+                    drawn_of[case] += asked_of.seeds
+                    rows.append(self._row(case, asked_of, drawn, numbers))
+                self.samples.offer(len(batch), rows)
                 bar.update(len(batch))
         for case in wanted:
             if case not in values and case not in CURVES:
                 self.without_images(case)
-        return {
-            case: summarise(found) | (set_figures(torch.cat(sets[case]), self.reference) if case in sets else {})
-            for case, found in values.items()
-        }
+        features, grains = torch.cat(sets[REAL]), torch.cat(values[REAL]["grain"])
+        figures: dict[str, Any] = {}
+        for case, measured in values.items():
+            of_set = set_figures(torch.cat(sets[case]), self.reference) if case in sets else {}
+            figures[case] = summarise(measured) | of_set
+            if 0 < len(drawn_of[case]) < len(features):  # figures of sets depend on how many images there are
+                own = torch.tensor(drawn_of[case])
+                figures[real_of(case)] = real_figures(features[own], grains[own], self.reference)
+        return figures
 
     def without_images(self, case: str) -> None:
         """Says that a case applies to none of the images. Raises ValueError: it was asked for by name."""
@@ -404,97 +413,24 @@ class Suite:
         for name, numbers in found.items():
             values[name].append(numbers)
 
-    def _title(self, case: str, asked: Asked) -> str:
+    @staticmethod
+    def _row(case: str, asked: Asked, drawn: Tensor, numbers: range) -> SampleRow:
         title = case.replace("_", " ")
         if case == "dino_swap":
-            return f"{title}: own text, layout of the next image"
-        if case == "changed_words" and asked.colours is not None:
-            return f"{title}: {', '.join(asked.colours[: self.options.shown])}"
-        return title
-
-    # ----------------------------------------------------------------------------------------------------------- curves
+            title = f"{title}: own text, layout of the next image"
+        places = [number - numbers.start for number in asked.seeds]
+        return SampleRow(title, places, drawn, asked.colours if case == "changed_words" else None)
 
     @property
     def scaled_case(self) -> str:
         """The case that is drawn for each pair of scales: where no word can be changed, reconstructions."""
-        return "changed_words" if self.options.replace_words or self.classifier is not None else "reconstruction"
+        return "changed_words" if self.options.words or self.classifier is not None else "reconstruction"
 
-    def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
-        """Figures of `scaled_case` for each pair of scales, and a row of images for each text scale."""
-        pairs = [(float(t), float(d)) for t in self.options.text_scales for d in self.options.dino_scales]
-        images: dict[float, list[Tensor]] = defaultdict(list)
-        each = max(1, self.options.shown // 4)
-        table = []
-        for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
-            sampling = self.sampling.replaced(text_scale=text, dino_scale=dino)
-            found, first = self._drawn_so(self.scaled_case, sampling)
-            if found:
-                table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(found)})
-                images[text].append(first[:each])
-        named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
-        rows = [(f"text scale {t:g}; DINO scale {named}, {each} each", torch.cat(p)) for t, p in images.items()]
-        return table, rows
 
-    def word_scales(self) -> list[dict[str, Any]]:
-        """Figures of images from words alone for each text scale."""
-        table = []
-        for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
-            found, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
-            if found:
-                table.append({"text_scale": float(text), **self._with_grain_off(found)})
-        return table
-
-    def _with_grain_off(self, found: dict[str, Any]) -> dict[str, Any]:
-        """With how far the grain is from that of real images: more is noise, less is blur."""
-        return {**found, "grain_off": round(abs(found["grain"] - self.real_grid["grain"]), 5)}
-
-    def steps(self) -> list[dict[str, Any]]:
-        """Figures of reconstructions and of images from words alone for each number of steps, with what an image
-        costs."""
-        table = []
-        pairs = [(case, steps) for case in STEPPED for steps in self.options.step_counts]
-        for case, steps in Progress(pairs, desc="steps", unit="curve point", leave=False):
-            found, _ = self._drawn_so(case, replace(self.sampling, steps=int(steps)))
-            if found:
-                table.append({"case": case, "steps": int(steps), **found})
-        return table
-
-    @cached_property
-    @torch.no_grad()
-    def real_grid(self) -> dict[str, float]:
-        """The anchor of the curves: `grid_images` held-out real images against the same training images."""
-        real = [images for _, images, _ in self.batches(self.options.grid_images)]
-        features = torch.cat([self.features.features(images).float().cpu() for images in real])
-        grains = torch.cat([grain(images).float().cpu() for images in real])
-        mean = round(float(grains.mean()), 5)
-        return {"images": len(features), "grain": mean, **set_figures(features, self.reference)}
-
-    def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
-        """What a case asks of the images of the curves: with the latents' size of each batch."""
-        if case not in self._grids:
-            self._grids[case] = [
-                (asked, (batch.latents.shape[2], batch.latents.shape[3]))
-                for batch, real, numbers in self.batches(self.options.grid_images)
-                if (asked := self.ask(case, batch, real, numbers)) is not None
-            ]
-        return self._grids[case]
-
-    @torch.no_grad()
-    def _drawn_so(self, case: str, sampling: Sampling) -> tuple[dict[str, Any], Tensor]:
-        """Figures of a case drawn in one way, and the first batch's images; empty where nothing is asked."""
-        values: dict[str, list[Tensor]] = defaultdict(list)
-        parts, first, spent, evaluations = [], torch.zeros(0), 0.0, 0
-        for asked, size in self._grid(case):
-            started = time.perf_counter()
-            drawn = self.draw(asked, size, sampling).cpu()
-            spent += time.perf_counter() - started
-            drawn = drawn.to(self.module.device)
-            self._add(values, self.measure(drawn, asked))
-            evaluations = self.module.sampling_at(size, sampling).evaluations(asked.conditions)
-            parts.append(self.features.features(drawn).float().cpu())
-            first = first if len(first) else drawn.cpu()
-        if not parts:
-            return {}, first
-        features = torch.cat(parts)
-        cost = {"evaluations": evaluations, "s_per_image": round(spent / len(features), 4)}
-        return summarise(values) | set_figures(features, self.reference) | cost, first
+def refuse_empty(data: ImageShards, split: str) -> None:
+    """Raises ValueError: a split of opened data holds no image, with those that do."""
+    if len(data.samples(split)):
+        return
+    held = {name: len(data.samples(name)) for name in ("val", "test", "train")}
+    others = [f"split={name} ({count} images)" for name, count in held.items() if count]
+    raise ValueError(f"{data.place} has no {split} images: give {' or '.join(others)}")

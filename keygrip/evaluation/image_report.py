@@ -77,6 +77,14 @@ SHARES = (
 )
 
 
+def explained(case: str) -> str:
+    """What a column of the table holds."""
+    of = case.removeprefix("real_of_")
+    if of == case:
+        return EXPLAINED[case]
+    return f"the real images of `{of}` alone, which applies to some only: distances depend on a set's number of images"
+
+
 def shortcomings(cases: Mapping[str, Mapping[str, float]], split: str = "test") -> list[str]:
     """Measured faults of the images, a sentence each; empty where there are none.
 
@@ -181,6 +189,8 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             f"{figures['features']['sha256'][:16]}). {anchor}",
             "",
         ]
+    if figures["words_note"]:
+        lines += [f"{figures['words_note']}.", ""]
     if figures.get("real_note"):
         lines += [figures["real_note"], ""]
     classifier = figures["classifier"]
@@ -198,7 +208,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     if SAMPLES in images:
         lines += ["## Samples", "", f"![samples]({SAMPLES})", ""]
     lines += ["## Figures", "", *table(figures["cases"]), ""]
-    lines += [f"- `{case}`: {EXPLAINED[case]}" for case in figures["cases"]]
+    lines += [f"- `{case}`: {explained(case)}" for case in figures["cases"]]
     measured = {name for row in (*figures["cases"].values(), *figures["scales"]) for name in row}
     lines += ["", "In the tables:", "", *(f"- `{name}`: {why}" for name, why in FIGURES.items() if name in measured)]
     if figures["scales"]:
@@ -208,7 +218,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
         rows = {
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
-        lines += ["", *table({"real images": figures["real_grid"], **rows})]
+        lines += ["", *table({"real images": figures["real_scales"], **rows})]
         found = weighed(figures["scales"], SCALES_PARETO)
         if found is not None:
             pair, front = found

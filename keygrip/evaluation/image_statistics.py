@@ -99,6 +99,12 @@ def set_figures(features: Tensor, reference: Tensor) -> dict[str, float]:
     return {name: round(value, 5) for name, value in found.items()}
 
 
+def real_figures(features: Tensor, grains: Tensor, reference: Tensor) -> dict[str, float]:
+    """Of real images in the place of as many drawn ones: their features ``[N, F]`` and grain ``[N]``."""
+    mean = round(float(grains.mean()), 5)
+    return {"images": len(features), "grain": mean, **set_figures(features, reference)}
+
+
 def summarise(found: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
     """Means over all images (of distances in pixels the median too), and their number."""
     figures: dict[str, float] = {}

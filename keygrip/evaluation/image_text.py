@@ -12,8 +12,10 @@ Cases, each on the same held-out images and seeds:
 - `steps`: `reconstruction` and `text_only` over numbers of steps, with the evaluations and seconds that an image costs.
 
 Each figure stands beside two anchors: `real`, the held-out images themselves against other real ones, and
-`another_picture`, an unrelated real image in the place of the one that was asked for. Sets of images are compared in
-the features of a frozen encoder that no model was trained with (`features`).
+`another_picture`, an unrelated real image in the place of the one that was asked for. A case that applies to some of
+the images only (`changed_words` where few captions hold a word) has an anchor of its own, `real_of_changed_words`:
+the real images of these alone. Sets of images are compared in the features of a frozen encoder that no model was
+trained with (`features`).
 
 With a CLIP at hand (`clip`, or `features.kind=clip`) the images of every case are compared with the words that they
 were asked by; `real` says what the own caption has of a real image, `another_picture` what one of another image has.
@@ -35,7 +37,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from keygrip.evaluation.attribute_classifier import classifier_for
-from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite, Suite
+from keygrip.evaluation.image_captions import change_note
+from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite, Suite, refuse_empty
+from keygrip.evaluation.image_curves import Curves
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
 from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
@@ -61,15 +65,17 @@ def run_suite(
         module: with trained weights, on its device. data: its shards, made where they are missing.
 
     Returns:
-        the figures: `cases`, `scales`, `word_scales`, `steps`, `real_grid` (the anchor of these three), `classifier`
-            (its own error), `clip`, `lpips_note`, `sampling`, `drawn_in` (the precision in which images were
-            drawn, named as `strategy.precision` is); and the image files.
+        the figures: `cases`, `scales`, `word_scales`, `steps`, `real_scales` (the anchor of `scales`), `real_grid`
+            (that of the other two, of all `grid_images`), `words_note` (how many captions a word could be changed in),
+            `classifier` (its own error), `clip`, `lpips_note`, `sampling`, `drawn_in` (the precision in which images
+            were drawn, named as `strategy.precision` is); and the image files.
 
     Raises:
-        FileNotFoundError: no shards. ValueError: no such split, or a case that cannot be evaluated.
+        FileNotFoundError: no shards. ValueError: no image in the split, or a case that cannot be evaluated.
     """
     data.prepare_data()
     data.setup()
+    refuse_empty(data, options.split)
     if data.fingerprint != module.statistics.fingerprint:
         log.warning(
             "%s holds other training images than those that the model was trained on (%s, %s)",
@@ -82,17 +88,28 @@ def run_suite(
     suite = Suite(module, data, classifier, options)
     wanted = suite.cases()
     cases = suite.evaluate()
-    table, scale_rows = suite.scales() if "scales" in wanted else ([], [])
+    curves = Curves(suite)
+    table, scale_rows = curves.scales() if "scales" in wanted else ([], [])
     if "scales" in wanted and not table:
         suite.without_images("scales")
-    steps = suite.steps() if "steps" in wanted else []
+    word_scales = curves.word_scales() if "scales" in wanted else []
+    steps = curves.steps() if "steps" in wanted else []
+    real_grid = curves.real("text_only") if word_scales or steps else {}
+    counts = [("changed_words", cases["changed_words"], cases[REAL])] if "changed_words" in cases else []
+    counts += [("scales", table[0], real_grid)] if table and suite.scaled_case == "changed_words" else []
+    notes = [change_note(case, own["images"], of["images"], options.words) for case, own, of in counts]
+    words_note = "; ".join(note for note in notes if note)
+    if words_note:
+        log.info("%s", words_note)
     figures: dict[str, Any] = {
         "split": options.split,
         "cases": cases,
         "scales": table,
-        "word_scales": suite.word_scales() if "scales" in wanted else [],
+        "word_scales": word_scales,
         "steps": steps,
-        "real_grid": suite.real_grid if table or steps else {},
+        "real_scales": curves.real(suite.scaled_case) if table else {},
+        "real_grid": real_grid,
+        "words_note": words_note,
         "classifier": None if classifier is None else vars(classifier.error) | {"fingerprint": classifier.fingerprint},
         "features": {"name": suite.features.name, "sha256": suite.features.sha256},
         "lpips_note": suite.distances.note,
@@ -101,7 +118,7 @@ def run_suite(
         "drawn_in": suite.precision,
         "clip": None if suite.clip is None else {"name": suite.clip.name, "sha256": suite.clip.sha256},
     }
-    return figures, write_report(output, figures, suite.rows, scale_rows)
+    return figures, write_report(output, figures, suite.samples.rows, scale_rows)
 
 
 def headline(figures: Mapping[str, Any]) -> dict[str, float]:

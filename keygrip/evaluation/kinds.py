@@ -108,7 +108,7 @@ class ImageTextSchema(EvaluateSchema):
     sampling: Any = MISSING
     precision: str = MISSING
     lpips: str = MISSING
-    replace_words: dict[str, Any] = field(default_factory=dict)
+    replace_words: Any = MISSING
     shown: int = MISSING
     clip: str | None = MISSING
     features: dict[str, Any] = field(default_factory=dict)

@@ -32,10 +32,12 @@ from keygrip.evaluation.attribute_classifier import (
 from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.evaluation.image_captions import change_caption
 from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite
+from keygrip.evaluation.image_curves import Curves
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions, feature_encoder
 from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
-from keygrip.evaluation.image_statistics import summarise
+from keygrip.evaluation.image_samples import SampleRow, Samples
+from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.evaluation.image_text import headline, run_suite
 from keygrip.inference.steered_images import SteeredImages
 from keygrip.models.patch_dit.encoders import Encoders
@@ -231,7 +233,7 @@ def test_the_case_of_scales_follows_the_scales(root: Path, monkeypatch: pytest.M
         return torch.rand(len(seeds), 3, size[0] * 4, size[1] * 4)
 
     monkeypatch.setattr(PatchDiTModule, "draw", draw)
-    rows, pictures = suite.scales()
+    rows, pictures = Curves(suite).scales()
     assert [(row["text_scale"], row["dino_scale"]) for row in rows] == [(1, 0), (1, 2), (3, 0), (3, 2)]
     assert sorted({pair[:2] for pair in seen}) == [(1, 0), (1, 2), (3, 0), (3, 2)]
     assert len({pair[2] for pair in seen if pair[2][0] == 0}) == 1  # the same seeds for each pair
@@ -303,7 +305,11 @@ def test_one_of_several_processes_evaluates_on_a_disk_without_locks(tmp_path: Pa
         ({"split": "tset"}, "choose val or test"),
         ({"replace_words": {"hot dog": "cat"}}, "'hot dog' is not a single word"),
         ({"replace_words": {"red": 3}}, "red would become 3, which is no text"),
-        ({"replace_words": {3: "red"}}, "3 is not a single word"),
+        ({"replace_words": {3: "red"}}, r"""3 is not a single word .*'replace_words=\[\["3",cat\]\]'"""),
+        ({"replace_words": [["dog", "cat", "cow"]]}, r"holds \['dog', 'cat', 'cow'\]: give pairs"),
+        ({"replace_words": ["dog"]}, "holds 'dog': give pairs"),
+        ({"replace_words": [["dog", "cat"], ["Dog", "cow"]]}, "names 'Dog' twice"),
+        ({"cases": ["text_only"], "replace_words": [["3", "cat"]]}, "replace_words has no effect without the case"),
         ({"cases": ["text_only"], "replace_words": {"dog": "cat"}}, "replace_words has no effect without the case"),
         ({"cases": ["steps"], "sampling": {"steps": 8}}, r"sampling.steps has no effect with cases=\['steps'\] alone"),
         ({"cases": ["text_only", "scales"], "sampling": {"dino_scale": 5}}, "sampling.dino_scale has no effect with"),
@@ -409,11 +415,32 @@ def test_a_case_that_was_asked_for_and_has_no_image_is_an_error(
     assert "dino_swap applies to none of the images" in caplog.text
 
 
-def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_split_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a classifier is trained, with the splits that there are."""
+    monkeypatch.setattr(validation, "classifier_for", lambda *_: pytest.fail("trained too early"))
     write_images(tmp_path, {SQUARE: 6}, small_encoders(), {"train": 0, "val": 50})
     data = shards(tmp_path)
-    with pytest.raises(ValueError, match="has no test images: choose another split"):
+    with pytest.raises(
+        ValueError, match=r"has no test images: give split=val \(6 images\) or split=train \(6 images\)"
+    ):
+        run_suite(module_for(data), data, quick(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"has no test images: give split=val"):
         Suite(module_for(data), data, SEEN, quick()).evaluate()
+
+
+def test_words_that_are_numbers_are_given_in_pairs_on_the_command_line() -> None:
+    for given, words in (
+        ('replace_words=[["3",cat]]', {"3": "cat"}),
+        ("replace_words={dog: cat}", {"dog": "cat"}),
+        ("replace_words=[[dog,cat],[cow,horse]]", {"dog": "cat", "cow": "horse"}),
+    ):
+        cfg = compose("evaluate", ["evaluate=image_text", "checkpoint=RUN", given])
+        options = ImageSuite(replace_words=OmegaConf.to_container(cfg.replace_words))  # type: ignore[arg-type]
+        assert options.words == words
+    assert change_caption("kind 3, on the left", {}, 0, [], ImageSuite(replace_words=[["3", "cat"]]).words) == (
+        "kind cat, on the left",
+        None,
+    )
 
 
 # ---- distances -------------------------------------------------------------------------------------------------------
@@ -517,7 +544,7 @@ def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path
     own = [suite.clip(real, list(batch.captions)) for batch, real, _ in suite.batches(6)]  # type: ignore[misc]
     assert found["real"]["clip_similarity"] == pytest.approx(float(torch.cat(own).mean()), abs=1e-4)
     assert found["changed_words"]["clip_similarity"] != found["reconstruction"]["clip_similarity"]
-    table, _ = suite.scales()
+    table, _ = Curves(suite).scales()
     assert weighed(table, SCALES_PARETO)[0] == ("clip_similarity", "-dino_distance")  # type: ignore[index]
     features = FeatureOptions(kind="clip", weights=str(tmp_path))
     assert Suite(suite.module, suite.data, None, ImageSuite(features=features)).clip is not None
@@ -713,6 +740,82 @@ def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
     train.run(compose("train", ["experiment=dit_robot_images", *small, *part, *given, "callbacks.ema=null"]))
     assert [type(module.timesteps).__name__ for module in evaluated] == ["Middle"]
     assert isinstance(evaluated[0].encoders.text, T5Text)
+
+
+# ---- cases of some of the images -------------------------------------------------------------------------------------
+
+
+def test_what_is_drawn_of_some_images_stands_below_these_and_is_compared_with_these(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Distances depend on how many images a set holds: the anchor is of the same real images."""
+
+    def draw(self: Any, conditions: Any, size: Any, seeds: Any, sampling: Any = None) -> Any:
+        tones = torch.tensor([number / 100 for number in seeds]).view(-1, 1, 1, 1)
+        return tones.expand(-1, 3, size[0] * 4, size[1] * 4).clone()
+
+    monkeypatch.setattr(PatchDiTModule, "draw", draw)
+    data = shards(root)
+    told = {"cases": ["reconstruction", "changed_words", "scales"], "replace_words": [["red", "gold"]]}
+    options = quick(**told, images=12, grid_images=10)
+    monkeypatch.setattr(validation, "classifier_for", lambda *_: None)
+    with caplog.at_level("INFO"):
+        figures, _ = run_suite(module_for(data), data, options, tmp_path)
+    suite = Suite(module_for(data), data, None, options)
+    real, red = [], []
+    for batch, images, _ in suite.batches(12):
+        real += list(images)
+        red += ["red" in caption for caption in batch.captions]
+    assert 4 < sum(red) < 12
+    cases = figures["cases"]
+    counts = {name: cases[name]["images"] for name in ("real", "reconstruction", "changed_words")}
+    assert counts == {"real": 12, "reconstruction": 12, "changed_words": sum(red)}
+    of_red = [image for image, named in zip(real, red, strict=True) if named]
+    features = torch.cat([suite.features.features(image[None]) for image in of_red])
+    expected = {"images": sum(red), "grain": float(torch.cat([grain(image[None]) for image in of_red]).mean())}
+    expected |= set_figures(features, suite.reference)
+    assert cases["real_of_changed_words"] == pytest.approx(expected, abs=1e-3)
+    assert cases["real_of_changed_words"]["frechet"] > cases["real"]["frechet"]
+    assert "real_of_reconstruction" not in cases
+    some = figures["scales"][0]["images"]
+    assert (figures["real_scales"]["images"], figures["real_grid"]["images"]) == (some, 10)
+    assert 0 < some < 10
+    for row in figures["scales"]:
+        assert row["grain_off"] == pytest.approx(abs(row["grain"] - figures["real_scales"]["grain"]), abs=2e-5)
+    note = f"changed_words: {sum(red)} of 12 captions hold a word of replace_words; scales: {some} of 10 captions hold"
+    assert note in caplog.text
+    report = (tmp_path / "report.md").read_text()
+    assert note in report
+    assert "| changed_words | real_of_changed_words |" in report
+    assert "- `real_of_changed_words`: the real images of `changed_words` alone" in report
+    suite.evaluate()
+    (_, _), (_, own), (title, changed) = suite.samples.rows
+    assert title == "changed words (empty: the case does not apply)"
+    assert changed.shape == own.shape
+    for column, named in enumerate(red[:4]):  # the first batch is full
+        assert torch.equal(changed[column], own[column] if named else torch.ones_like(own[column]))
+
+
+def test_samples_show_the_neighbours_with_most_images() -> None:
+    def rows(size: int, places: list[int], labels: list[str] | None = None) -> list[SampleRow]:
+        images = torch.arange(size).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 10
+        return [SampleRow("real", range(size), images), SampleRow("some", places, images[places], labels)]
+
+    samples = Samples(3)
+    samples.offer(2, rows(2, [0, 1]))
+    assert [len(images) for _, images in samples.rows] == [2, 2]
+    samples.offer(6, rows(6, []))
+    assert [(title, len(images)) for title, images in samples.rows] == [("real", 3)]
+    samples.offer(6, rows(6, [0, 3, 5], ["red", "teal", "gold"]))
+    (_, real), (title, some) = samples.rows
+    assert real[:, 0, 0, 0].tolist() == pytest.approx([0.3, 0.4, 0.5])
+    assert some[:, 0, 0, 0].tolist() == pytest.approx([0.3, 1.0, 0.5])
+    assert title == "some: teal, -, gold (empty: the case does not apply)"
+    samples.offer(6, rows(6, [0, 2]))  # no more than there are
+    samples.offer(2, rows(2, [0, 1]))
+    assert samples.rows[1][0] == title
+    samples.offer(3, rows(3, [0, 1, 2]))
+    assert samples.rows[1][0] == "some"
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""The curves of the image suite: figures over guidance scales and over numbers of steps, on fewer images."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keygrip.evaluation.image_cases import Asked, Suite
+from keygrip.evaluation.image_statistics import grain, real_figures, set_figures, summarise
+from keygrip.models.patch_dit.sampler import Sampling
+from keygrip.progress import Progress
+
+STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
+
+
+class Curves:
+    """Draws the same `grid_images` images of a suite in many ways."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite, self.options, self.sampling = suite, suite.options, suite.sampling
+        self._grids: dict[str, list[tuple[Asked, tuple[int, int]]]] = {}
+        self._anchors: dict[tuple[int, ...], dict[str, float]] = {}  # by the numbers of the images
+
+    def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
+        """Figures of `Suite.scaled_case` for each pair of scales, and a row of images for each text scale."""
+        case = self.suite.scaled_case
+        pairs = [(float(t), float(d)) for t in self.options.text_scales for d in self.options.dino_scales]
+        images: dict[float, list[Tensor]] = defaultdict(list)
+        most = max(1, self.options.shown // 4)
+        table = []
+        for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
+            found, shown = self._drawn_so(case, self.sampling.replaced(text_scale=text, dino_scale=dino), most)
+            if found:
+                table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(case, found)})
+                images[text].append(shown)
+        named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
+        rows = [(f"text scale {t:g}; DINO scale {named}, {len(p[0])} each", torch.cat(p)) for t, p in images.items()]
+        return table, rows
+
+    def word_scales(self) -> list[dict[str, Any]]:
+        """Figures of images from words alone for each text scale."""
+        table = []
+        for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
+            found, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
+            if found:
+                table.append({"text_scale": float(text), **self._with_grain_off("text_only", found)})
+        return table
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Figures of reconstructions and of images from words alone for each number of steps, with what an image
+        costs."""
+        table = []
+        pairs = [(case, steps) for case in STEPPED for steps in self.options.step_counts]
+        for case, steps in Progress(pairs, desc="steps", unit="curve point", leave=False):
+            found, _ = self._drawn_so(case, replace(self.sampling, steps=int(steps)))
+            if found:
+                table.append({"case": case, "steps": int(steps), **found})
+        return table
+
+    @torch.no_grad()
+    def real(self, case: str) -> dict[str, float]:
+        """The anchor of a case: the real images of those that it is drawn of, against the same training images; empty
+        where it applies to none."""
+        grid = self._grid(case)
+        numbers = tuple(seed for asked, _ in grid for seed in asked.seeds)
+        if numbers and numbers not in self._anchors:
+            features = torch.cat([self.suite.features.features(asked.target).float().cpu() for asked, _ in grid])
+            grains = torch.cat([grain(asked.target).float().cpu() for asked, _ in grid])
+            self._anchors[numbers] = real_figures(features, grains, self.suite.reference)
+        return self._anchors.get(numbers, {})
+
+    def _with_grain_off(self, case: str, found: dict[str, Any]) -> dict[str, Any]:
+        """With how far the grain is from that of the same real images: more is noise, less is blur."""
+        return {**found, "grain_off": round(abs(found["grain"] - self.real(case)["grain"]), 5)}
+
+    def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
+        """What a case asks of the images of the curves: with the latents' size of each batch."""
+        if case not in self._grids:
+            self._grids[case] = [
+                (asked, (batch.latents.shape[2], batch.latents.shape[3]))
+                for batch, real, numbers in self.suite.batches(self.options.grid_images)
+                if (asked := self.suite.ask(case, batch, real, numbers)) is not None
+            ]
+        return self._grids[case]
+
+    @torch.no_grad()
+    def _drawn_so(self, case: str, sampling: Sampling, most: int = 0) -> tuple[dict[str, Any], Tensor]:
+        """Figures of a case drawn in one way, and up to `most` images of the first batch that has as many, or of the
+        largest; empty where nothing is asked."""
+        suite, values = self.suite, defaultdict[str, list[Tensor]](list)
+        parts, shown, spent, evaluations = [], torch.zeros(0), 0.0, 0
+        for asked, size in self._grid(case):
+            started = time.perf_counter()
+            drawn = suite.draw(asked, size, sampling).cpu()
+            spent += time.perf_counter() - started
+            drawn = drawn.to(suite.module.device)
+            for name, numbers in suite.measure(drawn, asked).items():
+                values[name].append(numbers)
+            evaluations = suite.module.sampling_at(size, sampling).evaluations(asked.conditions)
+            parts.append(suite.features.features(drawn).float().cpu())
+            if min(len(drawn), most) > len(shown):
+                shown = drawn[:most].cpu()
+        if not parts:
+            return {}, shown
+        features = torch.cat(parts)
+        cost = {"evaluations": evaluations, "s_per_image": round(spent / len(features), 4)}
+        return summarise(values) | set_figures(features, suite.reference) | cost, shown

@@ -1,0 +1,65 @@
+"""The rows of `samples.png`: images of one batch, case below case, in the columns of the real images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMPTY = 1.0  # white, as between the images
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What a case drew of a batch.
+
+    Args:
+        places: in the batch, of those of its images that the case applies to. images: [N, 3, H, W] in 0..1, as many.
+        labels: words that belong to them, for the title.
+    """
+
+    title: str
+    places: Sequence[int]
+    images: Tensor
+    labels: Sequence[str] | None = None
+
+
+class Samples:
+    """Keeps the rows of the batch that fills most cells, the first of several.
+
+    Args:
+        columns: images of a row at most.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.rows: list[tuple[str, Tensor]] = []  # titles and images [N, 3, H, W] on the CPU
+        self._filled = (0, 0)  # columns, and cells with an image
+
+    def offer(self, size: int, rows: Sequence[SampleRow]) -> None:
+        """Takes the rows of a batch of `size` images in the place of those it has, where they fill more columns, or as
+        many with fewer empty cells: neighbouring columns, of which those with most images."""
+        width = min(size, self.columns)
+        windows = [range(start, start + width) for start in range(size - width + 1)]
+        cells = [sum(place in window for row in rows for place in row.places) for window in windows]
+        most = max(cells)
+        if (width, most) <= self._filled:
+            return
+        window = windows[cells.index(most)]
+        self._filled = (width, most)
+        self.rows = [_placed(row, window) for row in rows if any(place in window for place in row.places)]
+
+
+def _placed(row: SampleRow, window: range) -> tuple[str, Tensor]:
+    """Title and images [N, 3, H, W] of the columns, white where the row has none."""
+    images = torch.full((len(window), *row.images.shape[1:]), EMPTY)
+    labels = ["-"] * len(window)
+    for number, place in enumerate(row.places):
+        if place in window:
+            images[place - window.start] = row.images[number].float().cpu()
+            labels[place - window.start] = "" if row.labels is None else row.labels[number]
+    title = row.title if row.labels is None else f"{row.title}: {', '.join(labels)}"
+    full = all(place in row.places for place in window)
+    return (title if full else f"{title} (empty: the case does not apply)"), images
