@@ -53,7 +53,12 @@ def test_options_of_hydra_go_with_the_kind_that_is_chosen(
 ) -> None:
     holding({"run": "policy"})
     ran: list[tuple[str, bool]] = []
-    monkeypatch.setattr(evaluate, "run", lambda cfg: ran.append((cfg.checkpoint, cfg.simulate)))
+
+    def evaluated(cfg: Any) -> dict[str, Any]:
+        ran.append((cfg.checkpoint, cfg.simulate))
+        return {"checkpoint": cfg.checkpoint}
+
+    monkeypatch.setattr(evaluate, "run", evaluated)
     Path("mine").mkdir()
     several = "true,false" if options == ["-m"] else "false"
     outcome = cli(*options, "checkpoint=run", f"simulate={several}", of="evaluate")
