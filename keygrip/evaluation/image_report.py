@@ -189,7 +189,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             f"{figures['features']['sha256'][:16]}). {anchor}",
             "",
         ]
-    if figures["words_note"]:
+    if figures.get("words_note"):
         lines += [f"{figures['words_note']}.", ""]
     if figures.get("real_note"):
         lines += [figures["real_note"], ""]
