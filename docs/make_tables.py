@@ -319,6 +319,20 @@ def headline() -> str:
                 f"{theirs['successes']} of {theirs['episodes']}",
             )
         )
+    picked = {
+        margin: found["left_to_right"]
+        for margin, found in read("volume_query_shifts")["pick_left_right"]["results"].items()
+    }
+    rows.append(
+        (
+            "trained to pick on the left half, the arm never on the right, tested on the right; plans kept within 1 cm "
+            "of the box of the training positions (usual), and within 1 m",
+            ", ".join(
+                f"{picked[margin]['successes']} of {picked[margin]['episodes']}"
+                for margin in ("margin_m=0.01", "margin_m=1")
+            ),
+        )
+    )
     for record, task, words in (
         ("rotation", "pick a bar, the windows' own backbone from the start", "pick a bar, 150 demonstrations"),
         ("tasks", "peg", "a flat peg into a slot, 200 demonstrations"),

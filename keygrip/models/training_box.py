@@ -6,9 +6,11 @@ Shape legend: B observations, A arms, T planned steps.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from keygrip.models.policy import Plan, held_back_m
@@ -16,21 +18,24 @@ from keygrip.models.policy import Plan, held_back_m
 log = logging.getLogger(__name__)
 
 
-def check_margin(margin_m: float) -> None:
-    """Raises ValueError: the margin is negative or no number; infinity, which keeps nothing back, is one."""
-    if not margin_m >= 0:
-        raise ValueError(f"policy.margin_m={margin_m}: must be a distance in metres, at least 0 (.inf: no limit)")
+def check_margin(margin_m: float | None) -> None:
+    """Raises ValueError: the margin is negative or not finite; None keeps nothing back."""
+    if margin_m is not None and not 0 <= margin_m < math.inf:
+        raise ValueError(f"policy.margin_m={margin_m}: must be a distance in metres, at least 0, or null for no limit")
 
 
-def kept_in_box(planned: Tensor, box: Tensor, margin_m: float) -> tuple[Tensor, Tensor]:
+def kept_in_box(planned: Tensor, box: Tensor, margin_m: float | None) -> tuple[Tensor, Tensor]:
     """Positions moved, axis by axis, to where they are within a margin of the box of the training positions.
 
     Args:
-        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres.
+        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres;
+            None: they stay where they are.
 
     Returns:
         The positions, and by how much the steps of each plan were moved at most, ``[B, A, 3]`` metres along x, y and z.
     """
+    if margin_m is None:
+        return planned, torch.zeros_like(planned[:, :, 0])
     low, high = box
     kept = planned.clamp(low - margin_m, high + margin_m)
     return kept, (kept - planned).abs().amax(dim=2)
@@ -46,7 +51,7 @@ class HeldBackWarning:
         """An episode starts."""
         self._said = False
 
-    def look_at(self, plan: Plan, arms: Sequence[str], margin_m: float) -> None:
+    def look_at(self, plan: Plan, arms: Sequence[str], margin_m: float | None) -> None:
         """Warns of the plan where it was held back and none before it in the episode was.
 
         Args:

@@ -63,8 +63,8 @@ class GeometryVLAPolicy:
     Args:
         module: trained, with its statistics.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
-            was never demonstrated, and may be the table. Poses in metres are kept so, never normalised actions. Plans
-            say in `held_back` how far they were moved; a warning says it once an episode.
+            was never demonstrated, and may be the table. None: no limit. Poses in metres are kept so, never normalised
+            actions. Plans say in `held_back` how far they were moved; a warning says it once an episode.
         embodiment: which robot it drives, of a model that tells several apart; others take none.
         seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
         vlm_precision: of the vision-language model's weights: float32 as trained, bfloat16, or int8 (a quarter of the
@@ -75,7 +75,7 @@ class GeometryVLAPolicy:
     """
 
     module: GeometryVLAModule
-    margin_m: float = 0.01
+    margin_m: float | None = 0.01
     seed: int = 0
     temperature: float | None = None
     steps: int | None = None

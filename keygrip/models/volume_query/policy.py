@@ -51,8 +51,8 @@ class VolumeQueryPolicy:
         module: trained, with its statistics.
         decoder: how a distribution becomes a trajectory; a name: the module's own settings otherwise; None: its own.
         margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
-            was never demonstrated, and may be the table. Plans say in `held_back` how far they were moved; a warning
-            says it once an episode.
+            was never demonstrated, and may be the table. None: no limit. Plans say in `held_back` how far they were
+            moved; a warning says it once an episode.
         seed: of the "sample" decoder.
         steady_turns: of a module with `rotation_symmetry`: each step of a plan takes the equivalent grip nearest to the
             step before it (`keygrip.models.volume_query.symmetry`); False: each the most probable by itself.
@@ -60,7 +60,7 @@ class VolumeQueryPolicy:
 
     module: VolumeQueryModule
     decoder: Decoder | DecoderName | None = None
-    margin_m: float = 0.01
+    margin_m: float | None = 0.01
     seed: int = 0
     steady_turns: bool = True
 
