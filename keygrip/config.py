@@ -116,7 +116,7 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
                 f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}; a "
                 f"part of it is left out with {group}.NAME=null"
             )
-    overrides = texts_quoted(overrides, [*_texts(config_name), *_TEXTS_OF_HYDRA])
+    overrides = texts_quoted(overrides, [*_TEXTS_OF_HYDRA, *_texts(config_name)])
     complete = _COMPLETIONS.get(config_name)
     behind = next((at for at, each in enumerate(overrides) if each.startswith("-")), len(overrides))
     return [*overrides[:behind], *(complete(overrides) if complete else []), *overrides[behind:]]
@@ -124,11 +124,15 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
 
 def _texts(config_name: str) -> list[str]:
     """Settings at the root that are text: names of folders and files."""
-    try:
-        schema: Any = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
-    except OSError:  # of `keygrip prepare`
-        return []
-    return ["resume", *(name for name, hint in get_type_hints(schema).items() if hint in (str, str | None))]
+    with contextlib.suppress(OSError):  # none of `keygrip prepare`
+        return ["resume", *_text_fields(config_name)]
+    return []
+
+
+@cache
+def _text_fields(config_name: str) -> list[str]:
+    schema: Any = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
+    return [name for name, hint in get_type_hints(schema).items() if hint in (str, str | None)]
 
 
 def _groups() -> list[str]:

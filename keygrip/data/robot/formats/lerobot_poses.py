@@ -142,10 +142,8 @@ def _joints(
     units = entry.get("units", "radians" if kinematics is None else None)  # of a YAM always rad so far
     if units not in ("degrees", "radians"):
         raise ValueError(
-            f"{path}: {where}.units is {units!r}: say degrees or radians. LeRobot stores joints of the SO-100, SO-101 "
-            "and Koch arms as degrees (older versions, use_degrees=true) or as shares of each joint's range, -100 to "
-            "100, which are no angles without that range: convert these by the robot's calibration file (range_min, "
-            "range_max and the motor's steps per turn), or record with use_degrees=true"
+            f"{path}: {where}.units is {units!r}: say degrees or radians. Shares of a joint's range (from -100 to 100, "
+            "of an SO-100 without use_degrees=true) are no angles: convert them by the robot's calibration file"
         )
     count = values.shape[1]
     signs, zeros = (
