@@ -72,7 +72,7 @@ def run_faults(clean: Path, work: Path, only: str | None) -> Iterator[dict[str, 
         shutil.rmtree(work, ignore_errors=True)
         planted = plant(clean, work / "data", fault)
         start = time.process_time()
-        findings = doctor(work / "data", work / "out", compare_images=fault.seen, progress=False)
+        findings = doctor(work / "data", work / "out", compare_images=fault.seen, progress=False).findings
         seconds = time.process_time() - start
         found, right = graded(findings, fault.says, planted)
         row = {
@@ -94,7 +94,7 @@ def run_clean(folder: Path, work: Path, only: str | None) -> Iterator[dict[str, 
         if only and not re.search(only, name):
             continue
         start = time.process_time()
-        findings = doctor(folder / name, work / "out", progress=False)
+        findings = doctor(folder / name, work / "out", progress=False).findings
         row = {
             "set": name,
             "findings": [str(finding) for finding in findings],

@@ -176,7 +176,7 @@ def test_doctor_compares_an_arm_of_a_file_with_its_images(tmp_path, mirrored):
     (tmp_path / "arm.xml").write_text(MJCF)
     robot = surface_from_file(tmp_path / "arm.xml", "tip", FINGERS, density=30_000)
     root = _recorded(tmp_path / "data", robot, mirrored)
-    findings = doctor(root, tmp_path / "out", progress=False, robot_model=robot)
+    findings = doctor(root, tmp_path / "out", progress=False, robot_model=robot).findings
     by_images = [f for f in findings if f.camera == "front" and f.check != "grazing_rays"]  # the camera stands level
     assert [finding.cause for finding in by_images] == (["images mirrored left-right"] if mirrored else [])
 

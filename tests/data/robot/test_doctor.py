@@ -110,7 +110,9 @@ def write(root: Path, fault: Fault = unchanged, told: Fault | None = None) -> Pa
 
 
 def examine(tmp_path: Path, fault: Fault, told: Fault | None = None) -> list[Finding]:
-    return doctor(write(tmp_path / "data", fault, told), tmp_path / "out", compare_images=False, progress=False)
+    return doctor(
+        write(tmp_path / "data", fault, told), tmp_path / "out", compare_images=False, progress=False
+    ).findings
 
 
 def test_a_sound_folder_gives_no_finding_and_a_sheet_with_the_gripper_marked(tmp_path):
@@ -385,14 +387,14 @@ def test_a_stray_frame_costs_height_bins(tmp_path):
 def test_broken_demos_are_named_and_the_others_examined(tmp_path):
     root = write(tmp_path / "data")
     (root / "demo_1/metadata.json").unlink()
-    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False)
+    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False).findings
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert findings[0].where == "demo_1"
     assert (findings[0].demos, findings[0].cause) == (("demo_1",), "files that are damaged or do not fit together")
     assert "the recording was cut off" in findings[0].what
     for number in (0, 2):
         shutil.rmtree(root / f"demo_{number}")
-    findings = doctor(root, tmp_path / "again", compare_images=False, progress=False)
+    findings = doctor(root, tmp_path / "again", compare_images=False, progress=False).findings
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert json.loads((tmp_path / "again/report.json").read_text())["readable"] == 0
     doctor(root, tmp_path / "out", compare_images=False, progress=False)  # where the report of another run lies
@@ -412,13 +414,13 @@ def test_a_broken_camera_that_is_not_calibrated_leaves_its_demo(tmp_path, native
         hand = entry | {"frames": "rgb/hand/%06d.jpg", "uncalibrated": "no entry"}
         change_metadata(folder, cameras={"over": entry, "hand": hand})
     (tmp_path / "data/demo_1/rgb/hand/000000.jpg").write_bytes(b"cut off")
-    findings = doctor(tmp_path / "data", tmp_path / "out", compare_images=False, progress=False)
+    findings = doctor(tmp_path / "data", tmp_path / "out", compare_images=False, progress=False).findings
     (found,) = [finding for finding in findings if finding.check.startswith("broken")]
     assert (found.check, found.severity, found.where) == ("broken_camera", "warning", "demo_1")
     assert "'hand'" in found.what
     assert json.loads((tmp_path / "out/report.json").read_text())["readable"] == 2
     (tmp_path / "data/demo_1/rgb/over/000000.jpg").write_bytes(b"cut off")
-    findings = doctor(tmp_path / "data", tmp_path / "again", compare_images=False, progress=False)
+    findings = doctor(tmp_path / "data", tmp_path / "again", compare_images=False, progress=False).findings
     assert [finding.check for finding in findings if finding.check.startswith("broken")] == ["broken_demo"]
 
 
@@ -434,7 +436,7 @@ def test_a_camera_that_is_not_calibrated_leaves_the_other_checks(tmp_path):
         content = json.loads(file.read_text())
         content["cameras"]["over"]["uncalibrated"] = "no entry in calibration.yaml"
         file.write_text(json.dumps(content))
-    findings = doctor(root, tmp_path / "out", progress=False)
+    findings = doctor(root, tmp_path / "out", progress=False).findings
     assert [(finding.check, finding.severity, finding.where) for finding in findings] == [
         ("uncalibrated_camera", "warning", "camera over, all demos")
     ]
@@ -454,7 +456,7 @@ def test_a_camera_that_is_not_calibrated_leaves_the_other_checks(tmp_path):
                 {"over": CameraPose(parts.intrinsics, parts.world_to_camera[i])},
                 {"right": pose},
             )
-    findings = doctor(root, tmp_path / "dark", compare_images=False, progress=False)
+    findings = doctor(root, tmp_path / "dark", compare_images=False, progress=False).findings
     assert [finding.check for finding in findings] == ["uncalibrated_camera", "dark_camera"]
 
 
@@ -469,7 +471,7 @@ def test_a_demo_of_an_arm_that_there_is_not_is_broken_and_the_others_are_examine
     content["robot"] = "yam"
     content["source"] = {"models": dict.fromkeys(content["arms"], models)}
     file.write_text(json.dumps(content))
-    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False)
+    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False).findings
     assert [(finding.check, finding.where) for finding in findings] == [("broken_demo", "demo_1")]
     assert said in findings[0].what
 
@@ -489,7 +491,7 @@ def test_a_camera_on_the_hand_is_recognised_and_not_blamed(tmp_path):
 def test_max_demos_looks_at_an_even_spread(tmp_path):
     root = write(tmp_path / "data", lambda parts, number: gap(parts, number))
     assert (
-        doctor(root, tmp_path / "out", max_demos=2, compare_images=False, progress=False) == []
+        doctor(root, tmp_path / "out", max_demos=2, compare_images=False, progress=False).findings == []
     )  # the first and the last; the gap is in between
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["demos"], report["examined"]) == (3, 2)

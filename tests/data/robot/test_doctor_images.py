@@ -121,7 +121,7 @@ class Held:
 
 
 def found(tmp_path: Path, fault: Fault, joints: bool = True, told: bool = False) -> list[Finding]:
-    return doctor(write(tmp_path / "data", fault, joints, told), tmp_path / "out", progress=False)
+    return doctor(write(tmp_path / "data", fault, joints, told), tmp_path / "out", progress=False).findings
 
 
 def same(demo: Recorded, number: int) -> Recorded:

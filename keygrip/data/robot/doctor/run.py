@@ -14,7 +14,7 @@ from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.commands import check_commands
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
-from keygrip.data.robot.doctor.examination import Examination, Finding, yam_model
+from keygrip.data.robot.doctor.examination import Examination, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
 from keygrip.data.robot.doctor.grippers import check_gripper
@@ -64,7 +64,7 @@ def examine(
 ) -> dict[str, Any]:
     """The step `doctor`: logs every finding with its advice; returns counts and the folder of the contact sheets."""
     folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
-    exam = examination(
+    exam = doctor(
         root,
         folder,
         format=format,
@@ -160,39 +160,9 @@ def doctor(
     compare_images: bool = True,
     progress: bool = True,
     robot_model: RobotSurface | None = None,
-) -> list[Finding]:
-    """Examines the demonstrations under `root` as `examination` does (arguments and errors are its own) and returns
-    what is wrong. An empty list means that no fault was found in what was compared: `notes` of report.json say what was
-    not."""
-    return examination(
-        root,
-        output,
-        format=format,
-        calibration=calibration,
-        max_demos=max_demos,
-        frames_per_demo=frames_per_demo,
-        height_bins=height_bins,
-        pred_size=pred_size,
-        compare_images=compare_images,
-        progress=progress,
-        robot_model=robot_model,
-    ).findings
-
-
-def examination(
-    root: Path | str,
-    output: Path | str,
-    format: str = "auto",
-    calibration: Path | str | None = None,
-    max_demos: int | None = 50,
-    frames_per_demo: int = 12,
-    height_bins: int = 32,
-    pred_size: int = 56,
-    compare_images: bool = True,
-    progress: bool = True,
-    robot_model: RobotSurface | None = None,
 ) -> Examination:
-    """Runs every check on the demonstrations under `root` and writes the report.
+    """Runs every check on the demonstrations under `root` and writes the report. Without `findings` no fault was found
+    in what was compared: `notes` say what was not.
 
     Args:
         root, format, calibration: as for `find_demos`.
