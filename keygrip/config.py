@@ -28,6 +28,9 @@ class SettingError(ValueError):
     """A setting that does not exist."""
 
 
+_SCHEMAS: dict[str, type] = {}
+
+
 @dataclass
 class EntrySchema:
     """Settings that every entry point has. Derive from it, add typed scalars, and ``register`` the result."""
@@ -75,6 +78,7 @@ def register(name: str, schema: type, open_root: bool = False) -> None:
     if open_root:
         OmegaConf.set_struct(node, False)
     ConfigStore.instance().store(name=name, node=node)
+    _SCHEMAS[name] = schema
 
 
 # Groups that a run can do without: Hydra takes `null` for them in files alone.
@@ -82,7 +86,6 @@ _LEFT_OUT = ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep
 _WITHOUT: dict[str, tuple[str, ...]] = {f"{group}=null": (f"~{group}",) for group in _LEFT_OUT}
 _WITHOUT["instruction=null"] = ("~instruction", "model.network.instruction=null")
 
-# Folders of runs, which a number names as well as a word.
 _TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
@@ -122,16 +125,15 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
     return [*overrides[:behind], *(complete(overrides) if complete else []), *overrides[behind:]]
 
 
-def _texts(config_name: str) -> list[str]:
-    """Settings at the root that are text: names of folders and files."""
-    with contextlib.suppress(OSError):  # none of `keygrip prepare`
-        return ["resume", *_text_fields(config_name)]
-    return []
+def _texts(config_name: str) -> set[str]:
+    """Settings at the root that are text, as folders are; `keygrip prepare` has those of its steps alone."""
+    root = "train" if config_name == "demo" else config_name
+    of_root = [schema for name, schema in _SCHEMAS.items() if re.fullmatch(rf"{root}(_.+)?_schema", name)]
+    return {"resume"} | {name for schema in of_root for name in _text_fields(schema)}
 
 
 @cache
-def _text_fields(config_name: str) -> list[str]:
-    schema: Any = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
+def _text_fields(schema: type) -> list[str]:
     return [name for name, hint in get_type_hints(schema).items() if hint in (str, str | None)]
 
 

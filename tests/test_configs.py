@@ -168,6 +168,14 @@ def test_a_folder_whose_name_looks_like_a_number_keeps_its_letters(name: str) ->
     assert compose("train", ["resume=true", "run_dir=a"]).resume is True
 
 
+def test_every_command_keeps_the_letters_of_such_a_folder() -> None:
+    import keygrip.demo
+    import keygrip.export  # noqa: F401  (registers its schema)
+
+    assert compose("demo", ["run_dir=2025_01_02"]).run_dir == "2025_01_02"
+    assert compose("export", ["checkpoint=1.10", "to=2025_01_02"]).to == "2025_01_02"
+
+
 def test_numbers_stay_numbers_where_no_text_is_wanted() -> None:
     assert compose("train", ["max_steps=10_000", "run_dir=a"]).max_steps == 10_000
     given = ["run_dir=1_0,b,2.50", "hydra.sweep.dir=2024_12_31", "run_dir='a, 1'", "seed=1_0", "+run_dir=3"]

@@ -124,6 +124,11 @@ def test_settings_that_cannot_be_are_named(plain: dict[str, Any], key: str, valu
     assert str(refused.value) == said
 
 
+def test_precision_may_be_a_number(plain: dict[str, Any]) -> None:
+    for precision in (16, 32, "bf16-mixed"):
+        refuse_ill_typed({"strategy": plain["strategy"] | {"precision": precision}})
+
+
 def test_a_step_names_the_setting_that_was_given() -> None:
     for override, said in (
         ("first_seed=abc", "first_seed='abc': must be a whole number"),

@@ -185,7 +185,8 @@ def _settings(
     if recorded is not None and (changed_since := set(recorded.upside_down) & set(cameras or [task.camera])):
         raise SettingError(
             f"the policy was trained on images of {', '.join(sorted(changed_since))} that were recorded upside down, "
-            f"and env={name} now turns them upright: record into a new folder, and train on that"
+            f"and env={name} now turns them upright: record into a new folder, and train on "
+            "that; simulate=false evaluates it on its recording"
         )
     return EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], recorded)
 

@@ -23,6 +23,8 @@ def word_changes(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> d
     Raises:
         ValueError: no pair of texts, no single word, or one that is named twice.
     """
+    if given is not None and (isinstance(given, str) or not isinstance(given, Mapping | Sequence)):
+        raise ValueError(f"replace_words={given!r}: give pairs, [[WORD,OTHER],...], or a mapping")
     pairs: list[Sequence[str]] = list(given.items() if isinstance(given, Mapping) else given or ())
     found: dict[str, str] = {}
     for pair in pairs:

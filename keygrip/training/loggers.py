@@ -27,13 +27,18 @@ log = logging.getLogger(__name__)
 WANDB_ID = "wandb_run_id.txt"
 
 
+def _parts(group: DictConfig | None) -> list[DictConfig]:
+    """The settings of each logger; those left out with `logger.NAME=null` are none."""
+    return [part for part in (group or {}).values() if part is not None]
+
+
 def refuse_missing_packages(group: DictConfig | None) -> None:
     """Refuses a logger that cannot be built; builds none, for one begins to record at once.
 
     Raises:
         ValueError: W&B is asked for and not installed.
     """
-    if any(part._target_.endswith("WandbLogger") for part in (group or {}).values()) and not _installed("wandb"):
+    if any(part._target_.endswith("WandbLogger") for part in _parts(group)) and not _installed("wandb"):
         raise ValueError(
             "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
         )
@@ -49,7 +54,7 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
     from hydra.utils import instantiate
 
     loggers = []
-    for part in (group or {}).values():
+    for part in _parts(group):
         extra: dict[str, Any] = {}
         if part._target_.endswith("WandbLogger"):
             extra = {"id": wandb_id(folder), "resume": "allow"}

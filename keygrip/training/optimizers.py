@@ -60,7 +60,8 @@ class AdamW:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: each lies in [0, 1)")
         for name, multiplier in _by_dotted_name(self.lr_multipliers).items():
-            if multiplier is not None and not 0 <= multiplier < math.inf:
+            number = isinstance(multiplier, int | float) and not isinstance(multiplier, bool)
+            if multiplier is not None and not (number and 0 <= multiplier < math.inf):
                 raise ValueError(f"optimizer.lr_multipliers.{name}={multiplier}: must be a number from 0 on")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"optimizer.layer_decay={self.layer_decay}: must lie above 0 and at most at 1, or be null")

@@ -47,7 +47,7 @@ class Strategy:
     devices: int | Literal["auto"] = 1
     num_nodes: int | Literal["auto"] = 1
     kind: Literal["single", "ddp", "fsdp"] = "single"
-    precision: str = "auto"
+    precision: str | int = "auto"
     tf32: bool = False
     reshard_after_forward: bool = True
 

@@ -39,7 +39,8 @@ def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_chooses_the_settings_of_its_kind(kind: str, holding: Any) -> None:
-    holding({"run": kind})
+    holding({"run": kind, "1_0": kind})
+    assert compose("evaluate", ["checkpoint=1_0", "run_dir=2025_01_02"]).run_dir == "2025_01_02"
     cfg = compose("evaluate", ["checkpoint=run"])
     assert set(cfg) - COMMON == set(KINDS[kind].settings())
     assert {"checkpoint", "run_dir"} <= set(cfg)

@@ -131,11 +131,14 @@ def test_another_process_of_a_run_does_not_change_its_wandb_run(
     assert loggers.wandb_id(tmp_path) == first
 
 
-def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loggers, "_installed", lambda package: False)
     group = OmegaConf.create({"wandb": {"_target_": "lightning.pytorch.loggers.WandbLogger"}})
     with pytest.raises(ValueError, match="pip install 'keygrip\\[wandb\\]'"):
         loggers.refuse_missing_packages(group)
+    left_out = OmegaConf.create({"tensorboard": None})  # logger.tensorboard=null
+    loggers.refuse_missing_packages(left_out)
+    assert loggers.build_loggers(left_out, tmp_path, 0) == []
 
 
 def test_tensorboard_gets_settings_images_and_the_gradient_norm(

@@ -72,6 +72,9 @@ def test_nested_multipliers_are_dotted_names() -> None:
     )
     with pytest.raises(ValueError, match=r"lr_multipliers\.backbone\.0=-1"):
         AdamW(2.0, lr_multipliers={"backbone": {"0": -1.0}})
+    for wrong in ("fast", [1], True):
+        with pytest.raises(ValueError, match=r"lr_multipliers\.backbone="):
+            AdamW(2.0, lr_multipliers={"backbone": wrong})
 
 
 def backbone_and_head(trainable: str | int = "all") -> nn.ModuleDict:

@@ -231,6 +231,39 @@ def test_poses_that_hang_are_named_with_their_frames_and_no_other_fault(first, l
     assert found.frames == tuple(range(first, last + 1))
 
 
+def paused(number: int, unit: float = 1.0, tremble: float = 0.0, pressed: float = 0.0) -> Demo:
+    """The arm waits for 20 frames in mid-demo, with equal rows. Its commands are in `unit` metres; meanwhile they
+    tremble by so much of it, and lead `pressed` metres down."""
+    found = demo(number, lambda track: track)
+    arm, index = found.arms["right"], np.concatenate([np.arange(20), np.full(20, 20), np.arange(20, 40)])
+    assert arm.commanded is not None
+    told = arm.commanded.position[index] / unit + tremble * np.sin(np.arange(FRAMES))[:, None]
+    told[22:38, 2] -= pressed / unit
+    waits = replace(arm, position=arm.position[index], quaternion=arm.quaternion[index], gripper=arm.gripper[index])
+    commanded = replace(arm.commanded, position=told, quaternion=arm.commanded.quaternion[index])
+    return replace(found, arms={"right": replace(waits, commanded=commanded)})
+
+
+@pytest.mark.parametrize(
+    ("unit", "tremble", "pressed", "severity"),
+    [(1.0, 0.0, 0.0, None), (0.001, 0.1, 0.0, None), (1.0, 0.0, 0.08, "warning")],
+    ids=["pause", "commands in millimetres", "held by the table"],
+)
+def test_a_pause_is_no_hang_and_commands_alone_are_a_warning(unit, tremble, pressed, severity):
+    exam = examined([paused(number, unit, tremble, pressed) for number in range(2)])
+    check_frozen_poses(exam)
+    assert [(f.check, f.severity) for f in exam.findings] == ([("frozen_poses", severity)] if severity else [])
+
+
+def test_noise_of_images_at_rest_is_no_motion():
+    demos = [paused(number) for number in range(3)]
+    exam = examined(demos)
+    noisy = np.where((np.arange(FRAMES - 1) >= 20) & (np.arange(FRAMES - 1) < 40), 0.009, 0.015)
+    demos[:] = [seen_by(found, exam, "over", noisy) for found in demos]
+    check_poses_of_moving_images(exam)
+    assert exam.findings == []
+
+
 def test_joints_that_hang_are_named():
     found = demo(1, lambda track: track)
     arm = found.arms["right"]

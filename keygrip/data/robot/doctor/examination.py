@@ -15,6 +15,8 @@ from keygrip.robots.kinematics import arm_chain
 
 Severity = Literal["error", "warning", "note"]
 
+# Findings that say what was not looked at: they are no faults.
+NO_FAULTS = ("not_compared", "uncalibrated_camera")
 MOVED_M = 0.02  # a gripper that moves this far must change the image
 
 

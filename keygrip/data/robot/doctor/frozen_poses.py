@@ -11,17 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from keygrip.data.robot.doctor.examination import Examination, Severity
+from keygrip.data.robot.doctor.tracks import in_degrees
 from keygrip.data.robot.frame_rates import GAP
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 LEAST_FRAMES, LEAST_S = 5, 0.5  # shortest span: both
 TOLD_M, TURNED_RAD, WENT_M = 0.03, 0.15, 0.03  # motion of commands, joints and poses that shows that the arm moved
 ANSWER_S = 0.3  # commands of the last moments of a span may not have been followed yet
+LEAST_SHARE = 0.1  # of the way of the whole demo: in millimetres noise alone is farther than the above
 JUMP_M, JUMP_RATIO = 0.02, 3.0  # step out of a span, and its ratio to the demo's largest usual steps
 MOVING_M = 0.003  # way between two frames that are read, from which the arm is moving
 # Share of the pixels that change from frame to frame: of the usual one while arms move, and where none is known. In
 # clean recordings it is 0.03 to 0.09 while the arm moves and 0.01 at most while it stands.
 ACTIVE, ACTIVE_SHARE, LEAST_REFERENCE = 0.4, 0.02, 0.002
+RESTING, CLEAR = 0.1, 1.5  # quantile of the shares that shows the noise at rest, from which motion must stand out
 
 Span = tuple[int, int]  # first and last frame
 
@@ -41,43 +44,53 @@ def shortest(demo: Demo) -> int:
 
 def check_frozen_poses(exam: Examination) -> None:
     """Poses that stand still while commands or joints move or the arm is elsewhere right after, and joints that do so
-    while poses move."""
+    while poses move.
+
+    Commands alone give a warning, for something may hold the arm; so do joints, whose base may move.
+    """
     for arm in exam.arms:
-        poses: dict[str, tuple[Span, str]] = {}
+        poses: dict[Severity, dict[str, tuple[Span, str]]] = {"error": {}, "warning": {}}
         joints: dict[str, tuple[Span, str]] = {}
         for demo in exam.with_arm(arm):
             track, least = demo.arms[arm], shortest(demo)
             for span in spans(np.hstack([track.position, track.quaternion]), least):
-                if demo.name not in poses and (why := _went_on(demo, track, span)):
-                    poses[demo.name] = span, why
+                if found := _went_on(demo, track, span):
+                    severity, why = found
+                    poses[severity][demo.name] = span, why
+                    break
             for first, last in [] if track.joints is None else spans(track.joints, least):
                 way = _way(track.position[first : last + 1])
-                if demo.name not in joints and way > WENT_M:
+                if demo.name not in joints and way > max(WENT_M, LEAST_SHARE * _way(track.position)):
                     joints[demo.name] = (first, last), f"while the gripper's position moves by {way * 100:.0f} cm"
-        _report(exam, "poses", arm, poses)
-        _report(exam, "joints", arm, joints)
+        for severity, demos in poses.items():
+            _report(exam, "poses", arm, demos, severity)
+        _report(exam, "joints", arm, joints, "warning")
 
 
-def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> str:
-    """What shows that an arm went on while its poses stood still; "": nothing does."""
+def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, str] | None:
+    """What shows that an arm went on while its poses stood still; None: nothing does."""
     first, last = span
+    step = _jump(demo, track, last)
     if track.commanded is not None:
         followed = track.commanded.position[first : max(first, last - int(np.ceil(ANSWER_S * demo.fps))) + 1]
-        if (way := _way(followed)) > TOLD_M:
-            return f"while the commands move by {way * 100:.0f} cm"
-    if (
-        track.joints is not None
-        and (turned := float(np.ptp(track.joints[first : last + 1], axis=0).max())) > TURNED_RAD
-    ):
-        return f"while the joints turn by {np.degrees(turned):.0f} degrees"
+        if (way := _way(followed)) > max(TOLD_M, LEAST_SHARE * _way(track.commanded.position)):
+            return "error" if step else "warning", f"while the commands move by {way * 100:.0f} cm"
+    if track.joints is not None and not in_degrees(track):
+        turned = float(np.ptp(track.joints[first : last + 1], axis=0).max())
+        if turned > TURNED_RAD:
+            return "error", f"while the joints turn by {np.degrees(turned):.0f} degrees"
+    return ("error", f"and the arm is {step * 100:.0f} cm elsewhere right after") if step else None
+
+
+def _jump(demo: Demo, track: ArmTrajectory, last: int) -> float:
+    """Metres of the step out of a span that ends with frame `last`; 0: it is no larger than others, or time jumps."""
     seconds = np.diff(demo.timestamps)
-    if last + 1 < len(demo) and seconds[last] <= GAP * np.median(seconds):
-        steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
-        others = np.delete(steps, last)
-        usual = float(np.quantile(others[others > 0], 0.95)) if (others > 0).any() else 0.0
-        if steps[last] > max(JUMP_M, JUMP_RATIO * usual):
-            return f"and the arm is {steps[last] * 100:.0f} cm elsewhere right after"
-    return ""
+    if last + 1 >= len(demo) or seconds[last] > GAP * np.median(seconds):
+        return 0.0
+    steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
+    others = np.delete(steps, last)
+    usual = float(np.quantile(others[others > 0], 0.95)) if (others > 0).any() else 0.0
+    return float(steps[last]) if steps[last] > max(JUMP_M, JUMP_RATIO * usual) else 0.0
 
 
 def _way(positions: np.ndarray) -> float:
@@ -112,27 +125,30 @@ def check_poses_of_moving_images(exam: Examination) -> None:
         _report(exam, "poses", "", demos, severity)
 
 
-def _usual_activity(exam: Examination, camera: str) -> float | None:
-    """Median share of pixels that change from frame to frame while an arm moves, over all demos; None: none moves."""
+def _usual_activity(exam: Examination, camera: str) -> tuple[float, float] | None:
+    """Shares of pixels that change from frame to frame, over all demos: at rest, and the median while an arm moves;
+    None: none moves."""
     shares: list[float] = []
+    every: list[float] = []
     for demo in exam.with_camera(camera):
         index, changed = exam.activity[demo.name, camera]
+        every += changed.tolist()
         ways = [np.linalg.norm(np.diff(track.position[index], axis=0), axis=1) for track in demo.arms.values()]
         if ways:
             shares += changed[np.max(ways, axis=0) > MOVING_M].tolist()
-    return float(np.median(shares)) if len(shares) >= LEAST_FRAMES else None
+    return (float(np.quantile(every, RESTING)), float(np.median(shares))) if len(shares) >= LEAST_FRAMES else None
 
 
-def _active(exam: Examination, demo: Demo, span: Span, usual: dict[str, float | None]) -> bool:
+def _active(exam: Examination, demo: Demo, span: Span, usual: dict[str, tuple[float, float] | None]) -> bool:
     """Whether every camera that shows when arms move shows it in a span."""
     said: list[bool] = []
     for camera in demo.cameras:
         index, changed = exam.activity[demo.name, camera]
         inside = (index[:-1] >= span[0]) & (index[1:] <= span[1])
-        reference = usual[camera]
-        if not inside.any() or (reference is not None and reference < LEAST_REFERENCE):
+        rest, moving = usual[camera] or (0.0, ACTIVE_SHARE / ACTIVE)
+        if not inside.any() or moving < max(LEAST_REFERENCE, CLEAR * rest):
             continue
-        said.append(float(changed[inside].mean()) > (ACTIVE_SHARE if reference is None else ACTIVE * reference))
+        said.append(float(changed[inside].mean()) > rest + ACTIVE * (moving - rest))
     return bool(said) and all(said)
 
 

@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.doctor.examination import Examination, Finding
+from keygrip.data.robot.doctor.examination import NO_FAULTS, Examination, Finding
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:24px auto;padding:0 16px;color:#1c2128}
@@ -64,8 +64,8 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
 
 def _findings(findings: Sequence[Finding], notes: Sequence[Finding]) -> str:
     title = "<h2>Findings</h2>"
-    if not findings:
-        where = " in what was compared" if notes else ""
+    if all(finding.check in NO_FAULTS for finding in findings):
+        where = " in what was compared" if findings or notes else ""
         title += f"<p class='good'>No fault found{where}.</p>"
     if not (findings or notes):
         return title

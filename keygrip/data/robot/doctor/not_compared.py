@@ -66,6 +66,8 @@ def lacking(demo: Demo, model: RobotSurface | None) -> Reason:
     yam = all(yam_model(demo, arm) is not None for arm in demo.arms)
     if model is None and not yam:
         return no_model(demo.robot)
+    if all(track.joints is not None for track in demo.arms.values()):
+        return EXPLAINED  # joints that are there were left out for a finding of their own
     if len(demo.arms) > 1:
         return SEVERAL
     return OUT_OF_REACH if model is None else NO_JOINTS

@@ -14,7 +14,7 @@ from keygrip.artifacts import atomic_write, write_json
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.commands import check_commands
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
-from keygrip.data.robot.doctor.examination import Examination, yam_model
+from keygrip.data.robot.doctor.examination import NO_FAULTS, Examination, yam_model
 from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
 from keygrip.data.robot.doctor.grippers import check_gripper
@@ -44,10 +44,6 @@ from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
 
 log = logging.getLogger(__name__)
-
-
-# Findings that say what was not looked at: they are no faults.
-NO_FAULTS = ("not_compared", "uncalibrated_camera")
 
 
 def examine(

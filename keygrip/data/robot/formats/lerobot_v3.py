@@ -217,9 +217,9 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     models: dict[str, list[str]] = {}  # of YAMs
     for arm, entry in sidecar.items():
         base = calibration.arm(arm, only=len(sidecar) == 1, yam=False)
+        gripper_poses[arm], arms[arm] = arm_of(table, info, arm, entry, base, calibration.path)
         if base.model is None and (base.named or not {"position", "rotation"} <= entry.keys()):
             models[arm] = [base.arm, base.gripper]  # recorded poses may be any robot's
-        gripper_poses[arm], arms[arm] = arm_of(table, info, arm, entry, base, calibration.path)
     recorded = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
