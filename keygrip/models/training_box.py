@@ -17,28 +17,36 @@ from keygrip.models.policy import Plan, held_back_m
 
 log = logging.getLogger(__name__)
 
+# Metres around the box of the training positions, in all directions or along x, y and z; None: no limit.
+Margin = float | tuple[float | None, float | None, float | None] | None
 
-def check_margin(margin_m: float | None) -> None:
-    """Raises ValueError: the margin is negative or not finite; None keeps nothing back."""
-    if margin_m is not None and not 0 <= margin_m < math.inf:
+
+def check_margin(margin_m: Margin) -> None:
+    """Raises ValueError: a margin is negative or not finite, or there are neither one nor three of them."""
+    if not isinstance(margin_m, int | float | None) and len(margin_m) != 3:
+        raise ValueError(f"policy.margin_m={margin_m}: must be one distance, or three along x, y and z")
+    if any(each is not None and not 0 <= each < math.inf for each in _along_axes(margin_m)):
         raise ValueError(f"policy.margin_m={margin_m}: must be a distance in metres, at least 0, or null for no limit")
 
 
-def kept_in_box(planned: Tensor, box: Tensor, margin_m: float | None) -> tuple[Tensor, Tensor]:
+def kept_in_box(planned: Tensor, box: Tensor, margin_m: Margin) -> tuple[Tensor, Tensor]:
     """Positions moved, axis by axis, to where they are within a margin of the box of the training positions.
 
     Args:
-        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres;
-            None: they stay where they are.
+        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres, of each axis
+            or of all; None: they stay where they are.
 
     Returns:
         The positions, and by how much the steps of each plan were moved at most, ``[B, A, 3]`` metres along x, y and z.
     """
-    if margin_m is None:
-        return planned, torch.zeros_like(planned[:, :, 0])
+    margin = box.new_tensor([math.inf if each is None else each for each in _along_axes(margin_m)])
     low, high = box
-    kept = planned.clamp(low - margin_m, high + margin_m)
+    kept = planned.clamp(low - margin, high + margin)
     return kept, (kept - planned).abs().amax(dim=2)
+
+
+def _along_axes(margin_m: Margin) -> Sequence[float | None]:
+    return [margin_m] * 3 if isinstance(margin_m, int | float | None) else margin_m
 
 
 class HeldBackWarning:
@@ -51,7 +59,7 @@ class HeldBackWarning:
         """An episode starts."""
         self._said = False
 
-    def look_at(self, plan: Plan, arms: Sequence[str], margin_m: float | None) -> None:
+    def look_at(self, plan: Plan, arms: Sequence[str], margin_m: Margin) -> None:
         """Warns of the plan where it was held back and none before it in the episode was.
 
         Args:
@@ -62,7 +70,7 @@ class HeldBackWarning:
         self._said = True
         arm, axis = divmod(int(np.nanargmax(plan.held_back)), 3)
         log.warning(
-            "a plan was held back by %.1f cm along %s (arm %s): it leads farther than policy.margin_m=%g out of the "
+            "a plan was held back by %.1f cm along %s (arm %s): it leads farther than policy.margin_m=%s out of the "
             "box of the training positions; a larger policy.margin_m lets it go there (said once an episode)",
             100 * plan.held_back[arm, axis],
             "xyz"[axis],

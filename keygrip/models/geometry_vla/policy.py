@@ -32,7 +32,7 @@ from keygrip.models.policy import (
     views_of,
 )
 from keygrip.models.policy_tensors import plans_of, stacked_poses, stacked_views
-from keygrip.models.training_box import HeldBackWarning, check_margin, kept_in_box
+from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class GeometryVLAPolicy:
     """
 
     module: GeometryVLAModule
-    margin_m: float | None = 0.01
+    margin_m: Margin = 0.01
     seed: int = 0
     temperature: float | None = None
     steps: int | None = None

@@ -28,7 +28,7 @@ from keygrip.models.policy import (
     views_there,
 )
 from keygrip.models.policy_tensors import plans_of, stacked, stacked_poses, stacked_views
-from keygrip.models.training_box import HeldBackWarning, check_margin, kept_in_box
+from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
@@ -60,7 +60,7 @@ class VolumeQueryPolicy:
 
     module: VolumeQueryModule
     decoder: Decoder | DecoderName | None = None
-    margin_m: float | None = 0.01
+    margin_m: Margin = 0.01
     seed: int = 0
     steady_turns: bool = True
 
