@@ -232,7 +232,12 @@ def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being
 
 @pytest.mark.parametrize(
     ("job", "beside", "setting"),
-    [("shallow_query", "deep_query", "deep_query"), ("query_bias", "deep_query", "query_bias")],
+    [
+        ("shallow_query", "deep_query", "deep_query"),
+        ("query_bias", "deep_query", "query_bias"),
+        ("published_projections", "deep_query", "published_projections"),
+        ("published_projections_bias", "published_projections", "query_bias"),
+    ],
 )
 def test_claims_about_the_query_change_one_setting_each(job: str, beside: str, setting: str) -> None:
     def of(job: str) -> dict[str, Any]:

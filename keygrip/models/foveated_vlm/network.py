@@ -52,7 +52,11 @@ class FoveatedVLM(VideoLanguageNetwork):
         projection_std: of the chosen ones alone; None: as query_std.
         query_start: what the learned query of the coarse pass begins as: `random`, or `cls`, the encoder's own CLS
             token, so that the coarse pass begins with what CLS has learned to say.
-        query_bias: give the projection of hidden states to queries a bias (ablation: no difference was found).
+        query_bias: give the projection of hidden states to queries a bias; with `published_projections` that of all
+            queries into the encoder (ablation).
+        published_projections: two linear maps in place of one, as in the published model, with torch's own initial
+            values: hidden states to queries, with a bias, and all queries, the learned ones too, into the encoder;
+            likewise its embeddings before the connector.
         query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
             trained beside a frozen encoder, whose keys and values then never change and can be kept
             (`frame_cache.py`). At the start both are the same.
@@ -83,6 +87,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         pack_rows: bool = False,
         frame_clock: bool | Literal["seconds"] = False,
         projection_std: float | None = None,
+        published_projections: bool = False,
     ) -> None:
         super().__init__(backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock)
         if query_start not in ("random", "cls"):
@@ -99,14 +104,26 @@ class FoveatedVLM(VideoLanguageNetwork):
         for name, std in (("query_std", query_std), ("projection_std", projection_std)):
             if std is not None and not 0 < std < math.inf:
                 raise ValueError(f"model.network.{name}={std}: a standard deviation, above 0")
+        if published_projections and (projection_std is not None or query_start == "cls"):
+            raise ValueError(
+                "model.network.published_projections=true needs query_start=random and projection_std=null: its maps "
+                "have initial values of their own, and a query goes through one before the encoder"
+            )
         self.query_source = query_source
         self.first_block = 0 if deep_query else backbone.depth - 1
         dim = backbone.embed_dim
         self.static_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
         self.first_query = nn.Parameter(torch.randn(1, 1, dim) * query_std)
-        self.query_projection = nn.Linear(language.width, dim, bias=query_bias)
-        chosen_std = query_std if projection_std is None else projection_std
-        nn.init.normal_(self.query_projection.weight, std=chosen_std * language.width**-0.5)
+        self.query_projection = nn.Linear(language.width, dim, bias=query_bias or published_projections)
+        self.query_input: nn.Linear | None = None
+        self.embedding_output: nn.Linear | None = None
+        if published_projections:
+            self.query_input = nn.Linear(dim, dim, bias=query_bias)
+            self.embedding_output = nn.Linear(dim, dim)
+            self.connector.linear.reset_parameters()
+        else:
+            chosen_std = query_std if projection_std is None else projection_std
+            nn.init.normal_(self.query_projection.weight, std=chosen_std * language.width**-0.5)
         self.query_path = None if query_path == "shared" else query_blocks(backbone, self.first_block)
         self.starts_as_cls = query_start == "cls"
         if self.starts_as_cls:
@@ -121,7 +138,8 @@ class FoveatedVLM(VideoLanguageNetwork):
 
     def query_frames(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
         """Embeddings [M, Q, D] of frames under queries [M, Q, D]."""
-        return self._query_encoder.query(queries, kv, self.first_block)
+        embeddings = self._query_encoder.query(self._into_encoder(queries), kv, self.first_block)
+        return embeddings if self.embedding_output is None else self.embedding_output(embeddings).to(embeddings.dtype)
 
     def choose_queries(self, visual: Tensor, streams: Streams) -> Tensor:
         """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
@@ -170,7 +188,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         streams = rows.streams
         if len(streams) == 0:
             queries = (self.static_query, self.first_query, self.query_projection, self.query_path)
-            return self._without_frames(rows, *queries)
+            return self._without_frames(rows, *queries, self.query_input, self.embedding_output)
         kv = self.encode(real_frames(frames, rows.frame_counts)) if kv is None else kv
         assert not isinstance(kv, Tensor)
         passes = self.run_passes(kv, streams, mode, refinement)
@@ -195,7 +213,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         else:
             queries = streams.to_frames(passes.queries)
         kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in passes.kv]
-        _, weights = self._query_encoder.query_with_attention(queries[:limit], kv, self.first_block)
+        entering = self._into_encoder(queries[:limit])
+        _, weights = self._query_encoder.query_with_attention(entering, kv, self.first_block)
         return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
     # ------------------------------------------------------------------ parts
@@ -204,9 +223,12 @@ class FoveatedVLM(VideoLanguageNetwork):
     def _query_encoder(self) -> DinoBackbone:
         return self.backbone if self.query_path is None else self.query_path
 
+    def _into_encoder(self, queries: Tensor) -> Tensor:
+        # in the parameters' precision: the residual stream that they enter stays so under autocast
+        return queries if self.query_input is None else self.query_input(queries).to(queries.dtype)
+
     def _as_queries(self, hidden: Tensor, first: Tensor) -> Tensor:
         projected = self.query_projection(hidden)
-        # in the parameters' precision: the residual stream that they enter stays so under autocast
         return torch.where(first[..., None], self.first_query, projected.to(self.first_query.dtype))
 
     def query_after(self, state: Tensor | None, frame: int, seconds: Tensor | None = None) -> Tensor:

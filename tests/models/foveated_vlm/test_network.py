@@ -16,6 +16,7 @@ Build = Callable[..., FoveatedVLM]
 # videos of 4, 1 and 3 frames, a text without frames, two questions about the first video
 COUNTS = [4, 1, 0, 3]
 MIXED = [(0, 9, 4), (1, 6, 3), (2, 7, 0), (3, 8, 2), (0, 7, 5)]
+PUBLISHED = {"published_projections": True}
 VISUAL_FIRST = [(video, length, 0) for video, length, _ in MIXED]
 
 
@@ -48,7 +49,13 @@ def reference(network: FoveatedVLM, frames: Tensor, ids: Tensor, at: int, mode: 
 
     def look(frame: Tensor, query: Tensor) -> Tensor:
         _, kv = backbone.forward_with_kv(frame[None])
-        return backbone.query(query.view(1, 1, -1), kv[network.first_block :], network.first_block)[0, 0]
+        if network.query_input is None or network.embedding_output is None:
+            return backbone.query(query.view(1, 1, -1), kv[network.first_block :], network.first_block)[0, 0]
+        entering = torch.nn.functional.linear(
+            query.view(1, 1, -1), network.query_input.weight, network.query_input.bias
+        )
+        z = backbone.query(entering, kv[network.first_block :], network.first_block)[0, 0]
+        return network.embedding_output.weight @ z + network.embedding_output.bias
 
     def read(seen: list[Tensor], text_after: bool) -> Tensor:
         parts = [language.embed(ids[:at])]
@@ -71,7 +78,7 @@ def reference(network: FoveatedVLM, frames: Tensor, ids: Tensor, at: int, mode: 
 
 @pytest.mark.parametrize("texts", [MIXED, VISUAL_FIRST], ids=["question_first", "visual_first"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("options", [{}, {"query_source": "coarse"}, {"deep_query": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"query_source": "coarse"}, {"deep_query": False}, PUBLISHED], ids=str)
 def test_a_batch_gives_what_each_row_gives_alone_by_the_book(
     build: Build, texts: list[tuple[int, int, int]], mode: str, options: dict[str, object]
 ) -> None:
@@ -122,14 +129,15 @@ def test_text_without_frames_is_the_plain_language_model(
             torch.testing.assert_close(output.hidden[number, :length], plain, atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_reach_everything_also_in_a_batch_of_text_alone(build: Build) -> None:
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=str)
+def test_gradients_reach_everything_also_in_a_batch_of_text_alone(build: Build, options: dict[str, bool]) -> None:
     for texts, counts, mode in (
         ([(0, 7, 0)], [0], "coarse_fine"),
         ([(0, 7, 2)], [3], "coarse_only"),
         ([(0, 7, 2)], [3], "coarse_fine"),
         ([(0, 7, 0)], [1], "coarse_fine"),
     ):
-        network = build().train()
+        network = build(**options).train()
         frames = frames_of(counts) if counts[0] else torch.zeros(1, 0, 3, 0, 0)
         network(frames, rows_of(texts, counts), mode).hidden.sum().backward()
         assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
@@ -231,6 +239,40 @@ def test_the_projection_of_queries_has_a_scale_of_its_own(build: Build) -> None:
     assert torch.equal(apart.query_projection.weight, plain.query_projection.weight)
     assert torch.equal(apart.static_query, small.static_query)
     assert torch.equal(small.query_projection.weight, build(projection_std=0.02).query_projection.weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_published_model_has_two_maps_on_either_side_of_the_encoder(build: Build, bias: bool) -> None:
+    """Their places, biases and initial values are those of github.com/spsanps/nanoSmol, fVLM/release/model."""
+    network, plain = build(published_projections=True, query_bias=bias), build()
+    assert network.query_input is not None
+    assert network.embedding_output is not None
+    assert network.query_projection.bias is not None
+    assert (network.query_input.bias is not None) == bias
+    for linear in (network.query_projection, network.query_input, network.embedding_output, network.connector.linear):
+        bound = linear.in_features**-0.5  # of torch's own initial values
+        assert 0.9 * bound < linear.weight.abs().max() <= bound
+    assert torch.equal(network.static_query, plain.static_query), "the learned queries are as large as before"
+    added = network.state_dict().keys() - plain.state_dict().keys()
+    maps = {"query_input.weight", "embedding_output.weight", "embedding_output.bias", "query_projection.bias"}
+    assert added == maps | ({"query_input.bias"} if bias else set())
+    for wrong in ({"query_start": "cls"}, {"projection_std": 0.1}):
+        with pytest.raises(ValueError, match=r"published_projections=true needs query_start=random and projection_std"):
+            build(published_projections=True, **wrong)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_query_enters_through_the_published_map(build: Build, mode: str) -> None:
+    """What its bias would do to all queries alike is published claim A3; without one a map of zero hides them all."""
+    network = build(published_projections=True)
+    frames, rows = frames_of(COUNTS), rows_of(MIXED, COUNTS, width=12)
+    with torch.no_grad():
+        network.query_input.weight.zero_()
+        zero = network(frames, rows, mode)
+        network.static_query.normal_()
+        network.first_query.normal_()
+        network.query_projection.weight.normal_()
+        torch.testing.assert_close(network(frames, rows, mode).hidden, zero.hidden, atol=0, rtol=0)
 
 
 def test_rows_that_do_not_fit_are_refused(build: Build) -> None:
