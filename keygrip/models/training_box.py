@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from keygrip.models.policy import Plan, held_back_m
@@ -19,6 +18,9 @@ log = logging.getLogger(__name__)
 
 # Metres around the box of the training positions, in all directions or along x, y and z; None: no limit.
 Margin = float | tuple[float | None, float | None, float | None] | None
+# Height alone: below may be the table. Along x and y a limit of 1 cm took away objects that lie beyond the
+# demonstrations and changed nothing else (benchmarks/volume_query_margins.json).
+USUAL_MARGIN: Margin = (None, None, 0.01)
 
 
 def check_margin(margin_m: Margin) -> None:
@@ -49,6 +51,12 @@ def _along_axes(margin_m: Margin) -> Sequence[float | None]:
     return [margin_m] * 3 if isinstance(margin_m, int | float | None) else margin_m
 
 
+def _written(margin_m: Margin) -> str:
+    """As on the command line: 0.01, [null,null,0.01]."""
+    words = ["null" if each is None else f"{each:g}" for each in _along_axes(margin_m)]
+    return words[0] if isinstance(margin_m, int | float | None) else f"[{','.join(words)}]"
+
+
 class HeldBackWarning:
     """Says once an episode that a plan was held back, and by how much. An object for each episode or session."""
 
@@ -75,5 +83,5 @@ class HeldBackWarning:
             100 * plan.held_back[arm, axis],
             "xyz"[axis],
             arms[arm],
-            margin_m,
+            _written(margin_m),
         )

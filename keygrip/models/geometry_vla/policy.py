@@ -62,9 +62,10 @@ class GeometryVLAPolicy:
 
     Args:
         module: trained, with its statistics.
-        margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
-            was never demonstrated, and may be the table. None: no limit. Poses in metres are kept so, never normalised
-            actions. Plans say in `held_back` how far they were moved; a warning says it once an episode.
+        margin_m: planned positions are kept within this distance of the box of the positions seen in training, along
+            all axes or along x, y and z; None: no limit. What lies beyond was never demonstrated, and may be the table.
+            Poses in metres are kept so, never normalised actions. Plans say in `held_back` how far they were moved; a
+            warning says it once an episode.
         embodiment: which robot it drives, of a model that tells several apart; others take none.
         seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
         vlm_precision: of the vision-language model's weights: float32 as trained, bfloat16, or int8 (a quarter of the

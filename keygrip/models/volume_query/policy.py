@@ -28,7 +28,7 @@ from keygrip.models.policy import (
     views_there,
 )
 from keygrip.models.policy_tensors import plans_of, stacked, stacked_poses, stacked_views
-from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
+from keygrip.models.training_box import USUAL_MARGIN, HeldBackWarning, Margin, check_margin, kept_in_box
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
 from keygrip.models.volume_query.symmetry import steady_turns
@@ -50,9 +50,9 @@ class VolumeQueryPolicy:
     Args:
         module: trained, with its statistics.
         decoder: how a distribution becomes a trajectory; a name: the module's own settings otherwise; None: its own.
-        margin_m: planned positions are kept within this distance of the positions seen in training: what lies beyond
-            was never demonstrated, and may be the table. None: no limit. Plans say in `held_back` how far they were
-            moved; a warning says it once an episode.
+        margin_m: planned positions are kept within this distance of the box of the positions seen in training, along
+            all axes or along x, y and z; None: no limit. Usually heights alone are: what lies below may be the table.
+            Plans say in `held_back` how far they were moved; a warning says it once an episode.
         seed: of the "sample" decoder.
         steady_turns: of a module with `rotation_symmetry`: each step of a plan takes the equivalent grip nearest to the
             step before it (`keygrip.models.volume_query.symmetry`); False: each the most probable by itself.
@@ -60,7 +60,7 @@ class VolumeQueryPolicy:
 
     module: VolumeQueryModule
     decoder: Decoder | DecoderName | None = None
-    margin_m: Margin = 0.01
+    margin_m: Margin = USUAL_MARGIN
     seed: int = 0
     steady_turns: bool = True
 

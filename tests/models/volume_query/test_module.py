@@ -223,7 +223,11 @@ def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) ->
             height_range=module.statistics.height_range, image_size=S,
         )  # fmt: skip
     low, high = np.array([-0.3, -0.3, 0.0]) - 0.01, np.array([0.3, 0.3, 0.2]) + 0.01
-    np.testing.assert_allclose(plan.position, np.clip(decoded.position[0].numpy(), low, high), atol=1e-5)
+    position = decoded.position[0].numpy()
+    boxed = VolumeQueryPolicy(module, margin_m=0.01).plan(seen)
+    np.testing.assert_allclose(boxed.position, np.clip(position, low, high), atol=1e-5)
+    np.testing.assert_allclose(plan.position[..., :2], position[..., :2], atol=1e-5)
+    np.testing.assert_allclose(plan.position[..., 2], np.clip(position[..., 2], -0.01, 0.21), atol=1e-5)
     np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
     assert plan.step_seconds == 0.3
     assert plan.gripper.shape == (1, T)
@@ -242,7 +246,7 @@ def test_a_plan_says_how_far_it_was_held_back_and_the_log_once_an_episode(
     box = np.stack([low - 1, high + 1])
     box[:, 1] = high[1] - 0.15, high[1] - 0.12  # the farthest step lies 12 cm beyond, 11 beyond the margin
     module.statistics.position_range.copy_(torch.as_tensor(box))
-    policy = module.policy()
+    policy = VolumeQueryPolicy(module, margin_m=0.01)
     for _ in range(2):
         plan = policy.plan(seen)
         moved = np.abs(plan.position - free.position)[0].max(axis=0)
@@ -254,7 +258,15 @@ def test_a_plan_says_how_far_it_was_held_back_and_the_log_once_an_episode(
     policy.reset(1)
     policy.plan_batch([seen, seen], [policy, policy.session()])
     assert len(caplog.messages) == 3, "each session is an episode of its own"
-    for wrong in (-0.01, np.nan, np.inf):
+    VolumeQueryPolicy(module, margin_m=(None, 0.01, 0.02)).plan(seen)
+    assert "policy.margin_m=[null,0.01,0.02] out" in caplog.messages[-1]
+    usual = module.policy().plan(seen)
+    np.testing.assert_array_equal(usual.held_back, np.zeros((1, 3)), "along x and y nothing is held back")
+    module.statistics.position_range.copy_(torch.as_tensor(np.stack([low + (0, 0, 0.05), high + (0, 0, 0.05)])))
+    sunk = module.policy().plan(seen)
+    np.testing.assert_allclose(sunk.held_back, [[0, 0, 0.04]], atol=1e-5)
+    assert sunk.position[..., 2].min() == pytest.approx(low[2] + 0.04, abs=1e-5)
+    for wrong in (-0.01, np.nan, np.inf, (0.1, 0.1), (0.1, 0.1, -0.1)):
         with pytest.raises(ValueError, match=r"policy\.margin_m="):
             VolumeQueryPolicy(module, margin_m=wrong)
 
