@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,6 +63,25 @@ def on_no_disk_that_fails() -> Iterator[None]:
     """Files need not outlive a power cut here, so that no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_was_imported_stays_frozen() -> Iterator[None]:
+    """A server that ends unfreezes all objects: each later collection would look at the million of the libraries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seeds_of_absent_devices_keep_no_trace() -> Iterator[None]:
+    """At each `manual_seed` torch formats the stack three times, to show it should a device that is used later refuse
+    the seed: a millisecond for every batch of a training."""
+    torch = sys.modules.get("torch")  # not imported where no test needs it
+    with pytest.MonkeyPatch.context() as patch:
+        for device in () if torch is None else (torch.cuda, torch.xpu, torch.mtia):
+            patch.setattr(device, "traceback", SimpleNamespace(format_stack=list), raising=False)
         yield
 
 

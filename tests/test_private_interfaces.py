@@ -72,8 +72,9 @@ def private_names() -> dict[str, set[str]]:
                     used.setdefault(name, set()).add(where)
             elif (
                 isinstance(node, ast.Call)
-                and ast.unparse(node.func) in ("getattr", "setattr", "hasattr")
-                and ast.unparse(node.args[0]) != "self"
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("getattr", "setattr", "hasattr")
+                and not (isinstance(node.args[0], ast.Name) and node.args[0].id == "self")
                 and isinstance(node.args[1], ast.Constant)
             ):
                 used.setdefault(str(node.args[1].value), set()).add(where)

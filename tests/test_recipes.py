@@ -77,6 +77,14 @@ GIVEN = {
 }
 
 
+# What differs from an option that is tried as well in its sizes alone.
+SIBLINGS = {
+    *(f"experiment=vlm_stage{number}_{size}" for number in (1, 2, 3) for size in ("360m", "1700m")),
+    *(f"backbone={name}" for name in ("dinov2_base", "dinov2_base_reg", "dinov3_base")),
+    *("language=smollm2_360m", "language=smollm2_1700m"),
+}
+
+
 def without_stages(node: Any) -> Any:
     """A resolved configuration with null in place of each pretraining stage: nothing is trained here."""
     if isinstance(node, dict):
@@ -113,7 +121,8 @@ def choices() -> Iterator[Any]:
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweep")):
         for option in group_options(group):
             if group not in ("ablation", "shift") or f"{group}={option}" not in swept:
-                yield pytest.param(group, option, id=f"{group}={option}")
+                choice = f"{group}={option}"
+                yield pytest.param(group, option, id=choice, marks=pytest.mark.slow if choice in SIBLINGS else ())
 
 
 def tried_jobs(sweep: str) -> list[list[str]]:
@@ -289,6 +298,7 @@ def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> No
 MANY_JOBS = (  # 3 s or more
     *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_claims_label_taught", "vlm_token_counts"),
     *("vla_ablations", "shifts", "volume_query_options", "dit_ablations", "geometry_compression", "vlm_scaling"),
+    "dit_claims",
 )
 
 

@@ -76,6 +76,12 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All that is in a file's syntax tree."""
+    return list(ast.walk(tree(path)))
+
+
 def imports(name: str) -> dict[str, bool]:
     """Modules of keygrip that a module imports, without those for type checking alone; True: inside a function."""
     found: dict[str, bool] = {}
@@ -161,7 +167,7 @@ def test_modules_are_imported_by_name_in_few_places() -> None:
     named = {
         name
         for name, path in MODULES.items()
-        for node in ast.walk(tree(path))
+        for node in nodes_of(path)
         if "import_module" in (getattr(node, "attr", ""), getattr(node, "id", ""), getattr(node, "name", ""))
         or getattr(node, "id", "") == "__import__"
     }
@@ -172,7 +178,7 @@ def test_videos_are_decoded_and_written_in_one_file() -> None:
     """Other libraries for videos are used nowhere; only data/video.py opens a container."""
     users: dict[str, set[str]] = {}
     for name, path in MODULES.items():
-        for node in ast.walk(tree(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 given = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 for package in {each.partition(".")[0] for each in given} & VIDEO_LIBRARIES:
@@ -194,7 +200,7 @@ def test_no_model_imports_another_model(system: str) -> None:
 def module_classes() -> list[tuple[Path, ast.ClassDef]]:
     """Classes that derive from `nn.Module` or `LightningModule`, by the names of their bases, with their files."""
     files = MODULES.values()
-    nodes = [(path, node) for path in files for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+    nodes = [(path, node) for path in files for node in nodes_of(path) if isinstance(node, ast.ClassDef)]
     bases: dict[str, set[str]] = {}
     for _, node in nodes:  # a plain class may have the name of a module
         bases.setdefault(node.name, set()).update(ast.unparse(base).rpartition(".")[2] for base in node.bases)

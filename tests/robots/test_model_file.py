@@ -171,7 +171,7 @@ def _quaternion(pose: np.ndarray) -> np.ndarray:
     return Rotation.from_matrix(pose[:3, :3]).as_quat(scalar_first=True, canonical=True)
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("mirrored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_doctor_compares_an_arm_of_a_file_with_its_images(tmp_path, mirrored):
     (tmp_path / "arm.xml").write_text(MJCF)
     robot = surface_from_file(tmp_path / "arm.xml", "tip", FINGERS, density=30_000)

@@ -34,7 +34,7 @@ def answering(**answers: bytes) -> Iterator[str]:
             """Says nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # looks this often whether it is to end
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"

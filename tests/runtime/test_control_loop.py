@@ -172,8 +172,16 @@ def test_plans_are_followed_by_the_time_of_their_observation() -> None:
     assert still[False] > 20
 
 
-@pytest.mark.parametrize("latencies", [(0.0,), (0.1,), (0.1, 0.3, 0.2, 0.1), (0.2,) + 7 * (0.06,)])
-@pytest.mark.parametrize("execute_seconds", [0.3, 1.2])
+LATENCIES = ((0.0,), (0.1,), (0.1, 0.3, 0.2, 0.1), (0.2,) + 7 * (0.06,))
+
+
+@pytest.mark.parametrize(
+    ("latencies", "execute_seconds"),
+    [
+        *((latencies, 0.3) for latencies in LATENCIES),
+        *(pytest.param(each, 1.2, marks=() if len(each) == 4 else pytest.mark.slow) for each in LATENCIES),
+    ],
+)
 def test_the_gripper_closes_when_a_plan_says_so_and_never_before(
     latencies: tuple[float, ...], execute_seconds: float
 ) -> None:

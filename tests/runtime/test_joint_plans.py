@@ -219,8 +219,11 @@ def test_planned_joints_are_held_to_speed_range_and_free_space() -> None:
     np.testing.assert_array_equal(motion.joints, before)
 
 
-@pytest.mark.parametrize("follow", ["auto", pytest.param("poses", marks=pytest.mark.slow)])
-def test_random_plans_of_joints_never_exceed_a_limit(follow: str) -> None:
+@pytest.mark.parametrize(
+    ("follow", "seconds"),
+    [("auto", 12), *(pytest.param(each, 30, marks=pytest.mark.slow) for each in ("auto", "poses"))],
+)
+def test_random_plans_of_joints_never_exceed_a_limit(follow: str, seconds: int) -> None:
     robot, draw = arm(), np.random.default_rng(0)
     robot.outcome = lambda: (False, None)  # type: ignore[method-assign]
 
@@ -233,11 +236,13 @@ def test_random_plans_of_joints_never_exceed_a_limit(follow: str) -> None:
 
     patient = Watchdog(WatchdogSettings(hold_seconds=1e9, most_holds=10**9))
     before = robot.cell.commanded_joints.copy()
-    report, sent = driven(robot, Wild(), 30.0, latency=0.15, blend_seconds=0.2, watchdog=patient, follow=follow)
+    report, sent = driven(
+        robot, Wild(), float(seconds), latency=0.15, blend_seconds=0.2, watchdog=patient, follow=follow
+    )
     way = np.stack([before, *sent])
-    assert len(sent) == 300
-    assert np.ptp(way, axis=0).max() > 1.0  # it did move
-    assert report.joint_plans > 25 or follow == "poses"
+    assert len(sent) == 10 * seconds
+    assert np.ptp(way, axis=0).max() > seconds / 30  # it did move
+    assert report.joint_plans > 0.8 * seconds or follow == "poses"
     assert any("unsafe plan" in event for event in report.summary()["events"])
     assert np.abs(np.diff(way, axis=0)).max() <= 0.3 + 1e-9
     (ranges,) = robot.joint_ranges

@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,28 +116,58 @@ def test_plans_of_a_batch_are_those_of_each_alone(
     assert (box[0] <= box[1]).all()
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "keygrip.serve", *arguments],
+def test_the_command_serves_until_it_is_told_to_stop(
+    trained: Callable[[str], Path], seen: dict[str, Any], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command in this process, whose signals it takes, and its client in a thread."""
+    run, lines, served = trained("volume_query"), Queue[str](), list[Any]()
+    ended = threading.Event()
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=lines.put, flush=lambda: None))
+
+    def use_and_stop() -> None:
+        served.append(json.loads(lines.get()))
+        with RemotePolicy(served[0]["url"], timeout_s=60) as policy:
+            try:
+                served.append(policy.plan(seen))
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                if not ended.wait(100):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    client = threading.Thread(target=use_and_stop)
+    client.start()
+    try:
+        outcome = cli(f"checkpoint={run}", "port=0", "device=cpu", of="serve")
+    finally:
+        ended.set()
+        lines.put("null")  # for a client that waits for the address of a server that never was
+        client.join()
+    assert outcome.code == 0, outcome.err
+    about, plan = served
+    assert about["model"] == "VolumeQueryModule"
+    assert about["url"].startswith("http://127.0.0.1:")
+    assert plan.position.shape == (1, 8, 3)
+    assert [lines.get(), lines.get(), lines.empty()] == ["\n", "null", True]
+    assert "stopped" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_serves_until_it_is_told_to_stop(
+    trained: Callable[[str], Path], seen: dict[str, Any]
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "keygrip.serve", f"checkpoint={trained('volume_query')}", "port=0", "device=cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=dict(os.environ) | variables,
+        env=dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-
-
-def test_the_command_serves_until_it_is_told_to_stop(trained: Callable[[str], Path], seen: dict[str, Any]) -> None:
-    run = trained("volume_query")
-    process = start(f"checkpoint={run}", "port=0", "device=cpu")
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, process.stderr.read() if process.stderr else ""
-        about = json.loads(line)
-        assert about["model"] == "VolumeQueryModule"
-        assert about["url"].startswith("http://127.0.0.1:")
-        with RemotePolicy(about["url"], timeout_s=60) as policy:
+        with RemotePolicy(json.loads(line)["url"], timeout_s=60) as policy:
             assert policy.plan(seen).position.shape == (1, 8, 3)
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=100)

@@ -19,7 +19,7 @@ from keygrip.data.robot.samples import DemoSamples
 from keygrip.data.robot.schema import Demo
 
 ROUNDS = pytest.mark.parametrize(
-    "rounds", [pytest.param(30, id="quick"), pytest.param(120, id="large", marks=pytest.mark.slow)]
+    "rounds", [pytest.param(20, id="quick"), pytest.param(120, id="large", marks=pytest.mark.slow)]
 )
 HOSTILE_CONTENT = {
     ".json": lambda sentinel: hostile_json(b'"cameras"') + hostile_json(b'"frames"') + hostile_json(b'"fps"'),

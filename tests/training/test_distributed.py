@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,15 +53,47 @@ def assert_same_training(left: Path, right: Path) -> None:
     assert one["tflop"] == pytest.approx(two["tflop"])
 
 
-def test_two_processes_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.fixture
+def first_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The train command in this process may start others, as if it were `python -m keygrip.train`: what takes seconds
+    to import is imported once less. They end without an error, and nothing is left: no process group, and no variable
+    that Lightning has set."""
+    before, started, popen = dict(os.environ), list[Any](), subprocess.Popen
+
+    def start(command: Any, *arguments: Any, **options: Any) -> Any:
+        process = popen(command, *arguments, **options)
+        started.extend([process] if "keygrip.train" in command else [])
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("keygrip.train"), raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(keygrip.__file__).parents[1]), str(Path(CONF).parent)]))
+    try:
+        yield
+        assert [process.wait(600) for process in started] == [0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+
+
+def test_two_processes_train_the_weights_of_one(
+    cli: Callable[..., Any], first_of_several: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches of five: one process has three samples of each, the other two."""
     uneven = "data.batch_size=5"
     assert keygrip.train([*HERE, uneven, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
     # In a batch script of SLURM, without srun: the variables are those of the script, not of the two processes.
     slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
     slurm |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
-    done = command("keygrip.train", *TOY, uneven, "strategy=ddp_cpu", "run_dir=two", TOY_RANKS=str(tmp_path), **slurm)
-    assert done.returncode == 0, done.stderr
+    for name, value in {"TOY_RANKS": str(tmp_path), **slurm}.items():
+        monkeypatch.setenv(name, value)
+    done = cli(*TOY, uneven, "strategy=ddp_cpu", "run_dir=two")
+    assert done.code == 0, done.err
     assert len(list(tmp_path.glob("rank_*"))) == 2
     assert_same_training(tmp_path / "one", tmp_path / "two")
 

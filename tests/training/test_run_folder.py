@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def test_processes_of_torchrun_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     folders = []
-    for _ in range(2):  # each process is asked at another moment, and has the same parent
+    for wait in (0.0, 1.1):  # each process is asked at another moment, and has the same parent
+        time.sleep(wait)
         run_folder.stamp.cache_clear()
         children = os.pipe()
         pid = os.fork()
@@ -143,9 +145,6 @@ def test_processes_of_torchrun_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             os._exit(0)
         os.waitpid(pid, 0)
         folders.append(os.read(children[0], 1000).decode())
-        import time
-
-        time.sleep(1.1)
     assert folders[0] == folders[1]
 
 

@@ -25,8 +25,17 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("accumulated", [1, 2, 7])
-@pytest.mark.parametrize("stopped_at", [None, 4, 7], ids=["", "resumed", "resumed before a validation"])
+QUICK = ((1, None), (7, None), (2, 4), (7, 7))
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "stopped_at"),
+    [
+        pytest.param(accumulated, stopped_at, marks=() if (accumulated, stopped_at) in QUICK else pytest.mark.slow)
+        for accumulated in (1, 2, 7)
+        for stopped_at in (None, 4, 7)  # not; after a validation; before one
+    ],
+)
 def test_every_so_many_steps_also_where_an_epoch_ends_one_early(
     accumulated: int,
     stopped_at: int | None,

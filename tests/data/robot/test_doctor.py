@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partialmethod
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +24,12 @@ from keygrip.robots.kinematics import forward_kinematics
 
 WIDTH, HEIGHT, FRAMES, DEMOS = 128, 96, 30, 3
 INTRINSICS = np.array([[110.0, 0, 64.0], [0, 110.0, 48.0], [0, 0, 1]])
+
+
+@pytest.fixture(autouse=True)
+def sheets_are_compressed_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold the same pixels, and each test writes one."""
+    monkeypatch.setattr(Image.Image, "save", partialmethod(Image.Image.save, compress_level=1))
 
 
 @dataclass(frozen=True)

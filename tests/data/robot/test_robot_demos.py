@@ -836,11 +836,12 @@ def fit(module: Watcher, data: RobotDemos, checkpoint: Path | None = None, **sch
 
 
 @pytest.mark.parametrize(
-    "schedule", ["steps", *(pytest.param(n, marks=pytest.mark.slow) for n in ("epochs", "accumulation"))]
+    ("schedule", "every"), [("steps", 2), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in SCHEDULES)]
 )
 def test_resumed_training_sees_what_uninterrupted_training_sees(
-    schedule: str, tmp_path: Path, native_root: Path, robot_demos: Make
+    schedule: str, every: int, tmp_path: Path, native_root: Path, robot_demos: Make
 ) -> None:
+    """Saved at each place of the list, or at every second one."""
     data = partial(robot_demos, native_root, augmentation=Augmentation(), cache_gb=0.1)
     whole = fit(Watcher(), data(), **SCHEDULES[schedule])
     per_epoch = len(ready(data()).train_dataloader())
@@ -855,7 +856,7 @@ def test_resumed_training_sees_what_uninterrupted_training_sees(
             ("epoch end", ends),
             ("validation end", 10 // stride if stride == 1 else 6),
             ("batch end", ends + 2),
-        ]
+        ][::every]
     ):
         path = tmp_path / f"{number}.ckpt"
         fit(Watcher((when, step), path), data(), **SCHEDULES[schedule])

@@ -206,9 +206,13 @@ def test_an_index_without_the_number_of_conversations_is_refused_where_lengths_a
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1000 images and 200 texts, log-normal in length, between none and 30 % of each digits: up to twice the tokens."""
-    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("corpus")
-    for name, count, frames, mean in (("videos", 1000, 1, 4.8), ("texts", 200, 0, 5.5)):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 1000, 200)
+
+
+def write_corpus(root: Path, images: int, texts: int) -> Path:
+    """Images and texts, log-normal in length, between none and 30 % of each digits: up to twice the tokens."""
+    rng = np.random.default_rng(0)
+    for name, count, frames, mean in (("videos", images, 1, 4.8), ("texts", texts, 0, 5.5)):
         samples = []
         for characters in np.exp(rng.normal(mean, 0.7, count)).clip(20, 1200).astype(int).tolist():
             spelt = int(rng.uniform(0, 0.3) * characters)
@@ -319,7 +323,8 @@ def as_rank(data: VideoTexts, rank: int, ranks: int, done: int = 0) -> VideoText
     return data
 
 
-def test_counted_batches_resume_in_mid_epoch_on_other_ranks_and_with_workers(corpus: Path) -> None:
+def test_counted_batches_resume_in_mid_epoch_on_other_ranks_and_with_workers(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, 250, 50)
     whole = [batch.key for batch in budgeted_module(corpus).train_dataloader()]
     state = as_rank(budgeted_module(corpus), 0, 1, done=7).state_dict()
     parts = []
@@ -327,6 +332,7 @@ def test_counted_batches_resume_in_mid_epoch_on_other_ranks_and_with_workers(cor
         data = as_rank(budgeted_module(corpus, num_workers=1), rank, 2)
         data.load_state_dict(state)
         parts.append([batch.key for batch in data.train_dataloader()])
+    assert len(whole) > 2 * 7
     assert [len(part) for part in parts] == [len(whole) - 7] * 2
     assert [sorted(first + second) for first, second in zip(*parts, strict=True)] == [
         sorted(keys) for keys in whole[7:]

@@ -464,7 +464,7 @@ def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
     """The same batches as from the folder, from copies that stay within their limit."""
     handler = partial(QuietHandler, directory=str(root))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         options = {"cache_dir": tmp_path / "cache", "cache_gb": 1e-4, "window_shards": 1}
         far = module(root, sources={"videos": ShardSource(f"{url}/videos")}, **options)
@@ -523,7 +523,7 @@ def test_what_a_web_server_cannot_say_is_no_missing_split(
         pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/set"
 
         def opened(cache: str) -> VideoTexts:

@@ -600,7 +600,16 @@ LONG_TURNS = {
 }
 
 
-@pytest.mark.parametrize("template", list(LONG_TURNS.values()), ids=list(LONG_TURNS))
+LIKE_MACROS = ("attributes of callers", "attributes of blocks")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(template, id=name, marks=pytest.mark.slow if name in LIKE_MACROS else ())
+        for name, template in LONG_TURNS.items()
+    ],
+)
 def test_what_stands_in_a_loop_or_macro_counts_with_every_turn(template: str) -> None:
     with pytest.raises(ValueError, match="does more than a chat template needs"):
         render_chat(template, TALK, True, {})

@@ -229,6 +229,7 @@ def test_dry_run_reports_every_mode(parts: Callable[..., tuple]) -> None:
     assert report["supervised_tokens"] == batch.loss_mask.sum()
 
 
+@pytest.mark.slow
 def test_a_steps_memory_is_counted_as_it_is(parts: Callable[..., tuple]) -> None:
     """Against torch's own record of a real step; recomputing takes less."""
     from torch.profiler import ProfilerActivity, profile

@@ -110,6 +110,7 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
         assert torch.equal(value, parts[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_data_that_have_moved(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     options = ["val_every_n_steps=3", "model.monitor_every_n_steps=0"]
     train.run(compose("train", overrides("whole", "max_steps=4", *options)))

@@ -112,17 +112,23 @@ def test_weights_that_would_compute_something_else_are_refused(
         started("other", option, f"model.init_from={runs / 'base'}")
 
 
+OTHER_NETWORKS = (
+    (["model.network.adaln=gated"], "reshaped: blocks"),
+    (["model.network.depth=2"], "left over: blocks"),
+    (["model.network.depth=4"], "missing there: blocks"),
+    (["model.network.final_modulation=false"], "left over: final_modulation"),
+    (["model.network.use_dino_patches=false"], "left over: context_builder"),
+)
+
+
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("setting", "options", "named"),
     [
-        (["model.network.adaln=gated"], "reshaped: blocks"),
-        (["model.network.depth=2"], "left over: blocks"),
-        (["model.network.depth=4"], "missing there: blocks"),
-        (["model.network.final_modulation=false"], "left over: final_modulation"),
-        (["model.network.use_dino_patches=false"], "left over: context_builder"),
+        *(("few_steps", *network) for network in OTHER_NETWORKS),
+        ("lora", *OTHER_NETWORKS[0]),
+        *(pytest.param("lora", *network, marks=pytest.mark.slow) for network in OTHER_NETWORKS[1:]),
     ],
 )
-@pytest.mark.parametrize("setting", ["few_steps", "lora"])
 def test_a_teacher_or_a_base_is_taken_whole_or_refused(
     options: list[str], named: str, setting: str, runs: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
