@@ -38,6 +38,8 @@ from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 CONFIG_ERROR = 2
 USER_ERROR = 1
 STOPS = (Exception, KeyboardInterrupt, Interrupted, SweepRefused)  # what may end a command
+USERS = ValueError | OSError | ImportError | NotImplementedError  # errors that are the user's to mend
+MISCONFIGURED = "MisconfigurationException"  # and Lightning's
 STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
 # What gloo and NCCL say of a process that is gone.
 OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
@@ -115,7 +117,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         code = code or USER_ERROR
     if code:
         if is_first_process():
-            run_folder.remove_empty_claims()
+            run_folder.remove_unbegun()
         if signal.SIGUSR1 in received and is_first_process():
             queue_again()  # last: SLURM ends the job with it
         sys.stderr.flush()
@@ -213,13 +215,23 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         )
         on = "go on with resume=true" if config_name == "train" else "run the command again"
         return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and {on}", USER_ERROR
-    expected = (ValueError, OSError, ImportError, NotImplementedError)
-    if isinstance(root, expected) or type(root).__name__ == "MisconfigurationException":
+    if isinstance(root, USERS) or type(root).__name__ == MISCONFIGURED:
         return f"{where}{one_line(root)}", USER_ERROR
     if isinstance(error, InstantiationException):
         what = f"{type(root).__name__}: {one_line(root)}"
         return f"{where}cannot be built with these settings ({what}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
+
+
+def _foreseen(error: BaseException) -> bool:
+    """Whether an error says all that there is to know: a user's, or a signal."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    root = root_cause(error)
+    if not isinstance(error, Exception):
+        return True
+    return isinstance(root, HydraException | OmegaConfBaseException | USERS) or type(root).__name__ == MISCONFIGURED
 
 
 def _without_result(message: str) -> str:
@@ -262,7 +274,11 @@ def _say(line: str) -> None:
 
 
 def _record_failure(error: BaseException, config_name: str) -> None:
-    """Writes the run's outcome and the trace into the run folder, for when the terminal is gone."""
+    """Writes the run's outcome and the trace into the run folder, for when the terminal is gone.
+
+    Nothing is written of a run that was refused or stopped before its work began, whose folder goes: somebody who
+    mistypes a setting ten times is left with no folder. What was not foreseen keeps its trace.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     if isinstance(root_cause(error), run_folder.RunFolderError):
@@ -272,6 +288,10 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         folder = Path(hydra_cfg.runtime.output_dir)
         if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
             return  # the command has no run folder: nothing is left in the user's
+        if run_folder.has_not_begun(folder):
+            if _foreseen(error):
+                return
+            run_folder.begin(folder)
         overrides = list(hydra_cfg.overrides.task)
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         line = describe_error(error, config_name, overrides)[0]

@@ -67,12 +67,18 @@ def wanted(value: Any, hint: Any) -> str | None:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         found = [wanted(value, each) for each in inner]
-        return None if None in found else " or ".join(dict.fromkeys(each for each in found if each))
+        return None if None in found else _any_of(list(dict.fromkeys(each for each in found if each)))
     for check in (_wanted_scalar, _wanted_container):
         known, problem = check(value, hint, origin, inner)
         if known:
             return problem
     return None
+
+
+def _any_of(kinds: Sequence[str]) -> str:
+    """Alternatives in words. Those with a comma of their own come last, so that what follows is not read as theirs."""
+    short = " or ".join(kind for kind in kinds if "," not in kind)
+    return ", or ".join([short] * bool(short) + [kind for kind in kinds if "," in kind])
 
 
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
@@ -189,7 +195,8 @@ def _wanted_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]
         types_of = inner if fixed else inner[:1] * len(value)
         problems = [wanted(each, one) for each, one in zip(value, types_of, strict=False)]
         problem = next((each for each in problems if each), None)
-        return True, None if problem is None else f"a list, each of it {problem}"
+        many = f"a list of {len(inner)}" if fixed else "a list"
+        return True, None if problem is None else f"{many}, each of it {problem}"
     if issubclass(kind, Mapping):
         if not isinstance(value, Mapping):
             return True, "settings by name"

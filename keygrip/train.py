@@ -33,7 +33,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
         overrides: those that ``cfg`` was composed with, for ``result.json``; None: the command line's.
 
     Raises:
-        ValueError: settings or data that cannot be trained with; nothing is written then but the run folder.
+        ValueError: settings or data that cannot be trained with. Where they are refused before the work begins, a
+            folder that was made for the run is removed.
         FileNotFoundError: data, weights or a checkpoint to resume are missing.
         keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
@@ -41,17 +42,23 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
 
     cfg = cfg.copy()
     command = "train"
-    if overrides is None and HydraConfig.initialized():  # a command, for which Hydra has chosen the folder
+    by_command = overrides is None and HydraConfig.initialized()
+    if by_command:  # Hydra has chosen the folder
         hydra = HydraConfig.get()
         folder, command, overrides = Path(hydra.runtime.output_dir), hydra.job.name, hydra.overrides.task
     else:
         folder = _folder_of(cfg, overrides)
     with open_dict(cfg):
         cfg.run_dir = str(folder)
-    with run_folder.hold(folder):
-        from keygrip.training.fit import fit  # torch and lightning take seconds to import; an error above does not
+    try:
+        with run_folder.hold(folder):
+            from keygrip.training.fit import fit  # torch and lightning take seconds to import; an error above does not
 
-        return fit(cfg, folder, command, list(overrides or ()))
+            return fit(cfg, folder, command, list(overrides or ()))
+    except BaseException:
+        if not by_command:  # which removes it itself, with its log
+            run_folder.remove_unbegun(folder)
+        raise
 
 
 def _folder_of(cfg: DictConfig, overrides: Sequence[str] | None) -> Path:

@@ -564,6 +564,62 @@ def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) 
         assert not Path("run/error.txt").exists()
 
 
+@pytest.fixture
+def anew(cli: Callable[..., Any]) -> Callable[..., Any]:
+    """`cli` as a process of its own that has chosen no folder before."""
+
+    def run(*arguments: str) -> Any:
+        run_folder.stamp.cache_clear()
+        run_folder._claimed.cache_clear()
+        return cli(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("max_steps=-3", "max_steps=-3: must be at least 1"),
+        ("model.width=wide", "model.width='wide': must be a whole number"),
+        ("optimizer.lr=-1", "lr"),
+        ("resume=nowhere", "nowhere"),
+    ],
+)
+def test_a_command_that_is_refused_before_its_work_begins_leaves_no_folder(
+    anew: Callable[..., Any], wrong: str, said: str
+) -> None:
+    for _ in range(2):
+        outcome = anew(*TOY, wrong)
+        assert outcome.code != 0
+        assert said in outcome.err.splitlines()[-1]
+        assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_refused_command_leaves_the_runs_that_are_there(anew: Callable[..., Any]) -> None:
+    small = [*TOY, "logger=none", "max_steps=3", "val_every_n_steps=null"]
+    assert anew(*small).code == 0
+    (before,) = Path("runs/toy_toy").iterdir()
+    assert anew(*small, "max_steps=-3").code == 1
+    assert list(Path("runs/toy_toy").iterdir()) == [before]
+    assert json.loads((before / "result.json").read_text())["status"] == "finished"
+    Path("empty").mkdir()
+    assert anew(*small, "max_steps=-3", "run_dir=empty").code == 1
+    assert json.loads(Path("empty/result.json").read_text())["status"] == "failed", "a folder of the user's stays"
+
+
+def test_what_fails_when_its_work_has_begun_or_was_not_foreseen_leaves_its_trace(
+    anew: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert anew(*TOY, "logger=none", "data.fail=empty").code == 1
+    (folder,) = Path("runs/toy_toy").iterdir()
+    assert json.loads((folder / "result.json").read_text())["error"] == "empty"
+    monkeypatch.setattr("keygrip.training.fit.run_metadata", lambda: {}["gone"])
+    assert anew(*TOY, "logger=none", "seed=2").code == 1
+    (other,) = set(Path("runs/toy_toy").iterdir()) - {folder}
+    assert "unexpected KeyError" in json.loads((other / "result.json").read_text())["error"]
+    assert "run_metadata()" in (other / "error.txt").read_text()
+
+
 def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Any]) -> None:
     toy = [*TOY, "logger=none", "run_dir=run", "max_steps=3", "val_every_n_steps=null"]
     assert cli(*toy).code == 0

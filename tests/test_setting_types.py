@@ -47,6 +47,16 @@ def test_kinds(hint: Any, good: list[Any], bad: list[Any]) -> None:
     assert all(wanted(value, hint) for value in bad)
 
 
+def test_alternatives_are_told_so_that_each_is_read_as_what_it_is() -> None:
+    """The null of a list's numbers is not the null in the place of the list."""
+    margins = float | tuple[float | None, float | None, float | None] | None
+    said = "a finite number or null, or a list of 3, each of it a finite number or null"
+    assert wanted([0.1, "far", None], margins) == said
+    assert wanted([0.1], margins) == "a finite number or a list of 3 or null"
+    assert wanted("b", Literal["a", "c"] | None) == "null, or one of a, c"
+    assert wanted("a", int | Mapping[str, int]) == "a whole number or settings by name"
+
+
 def test_fields_that_a_dataclass_inherits_have_the_types_of_the_file_that_names_them() -> None:
     hint = hints_of(Sampling)["guidance"]
     assert wanted("none", hint) is None
@@ -97,7 +107,7 @@ def plain() -> dict[str, Any]:
         (
             "data.cameras",
             ["over", 1303],
-            "data.cameras=['over', 1303]: must be a list, each of it text or null; what you gave is read as a number: "
+            "data.cameras=['over', 1303]: must be null, or a list, each of it text; what you gave is read as a number: "
             "put it in two kinds of quotes, \"data.cameras=['...']\"",
         ),
         ("data.augmentation.shift", "far", "data.augmentation.shift='far': must be a finite number"),

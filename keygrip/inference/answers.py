@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from keygrip.inference.given_texts import texts_of
 from keygrip.inference.video_chat import BATCH_ROWS, VideoChat
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
+from keygrip.models.foveated_vlm.baseline import PooledVLM
 from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.figures import draw_attention
 from keygrip.models.foveated_vlm.generation import (
@@ -35,6 +36,7 @@ from keygrip.models.foveated_vlm.generation import (
 )
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.streaming import NO_STREAM
 from keygrip.models.foveated_vlm.video_language import VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module, trusted_packages
 
@@ -92,6 +94,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         map_location="cuda" if torch.cuda.is_available() else "cpu",
         expected=FoveatedVLMModule,
         trust=trusted_packages(cfg),
+        refuse=_refuse_stream if cfg.stream else None,
     )
     assert isinstance(module, FoveatedVLMModule)
     mode = cfg.mode or module.answer_mode
@@ -105,6 +108,14 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     else:
         found = _continued(module, talks, broken, mode, cfg)
     return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
+
+
+def _refuse_stream(model: Mapping[str, Any]) -> None:
+    """Raises ValueError: the model of this configuration answers whole videos only."""
+    network = model.get("network")
+    target = network.get("_target_") if isinstance(network, Mapping) else None
+    if target == f"{PooledVLM.__module__}.{PooledVLM.__qualname__}":
+        raise ValueError(NO_STREAM.format(PooledVLM.__name__))
 
 
 def _videos_and_questions(cfg: DictConfig) -> tuple[list[Any], list[str]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from keygrip.models.policy import Observation, Plan, UnderWay
+from keygrip.models.policy import Observation, Plan, UnderWay, held_back_m
 from keygrip.robots.joint_arms import JointArms
 from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, observed_poses, placed, waypoints_of
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
@@ -46,6 +46,8 @@ class ChunkExecution:
             raises ValueError to refuse it.
         arms: set by whoever sends the commands, where the arms take joints.
         joint_plans: how many of `plans` were followed by their joints.
+        held_back: by how many metres at most the policy held each of `plans` back, 0: not at all; empty where it holds
+            none back.
     """
 
     planner: Planner
@@ -62,6 +64,7 @@ class ChunkExecution:
     arms: JointArms | None = field(default=None, init=False)
     plans: int = field(default=0, init=False)
     joint_plans: int = field(default=0, init=False)
+    held_back: list[float] = field(default_factory=list, init=False)
     last_plan: Plan | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class ChunkExecution:
         """Forget the running plan and the gripper's state: call it at the start of an episode."""
         self._gripper: np.ndarray | None = None
         self._target: np.ndarray | None = None
-        self.plans, self.joint_plans, self.last_plan = 0, 0, None
+        self.plans, self.joint_plans, self.held_back, self.last_plan = 0, 0, [], None
         self.drop()
 
     def reset_gripper(self, opening: np.ndarray) -> None:
@@ -181,6 +184,8 @@ class ChunkExecution:
         self._follow(in_terms, now)
         self.plans, self.last_plan = self.plans + 1, plan
         self.joint_plans += in_terms.joints is not None
+        if (held := held_back_m(plan)) is not None:
+            self.held_back.append(held)
 
     def _follow(self, plan: Plan, now: float) -> None:
         assert plan.time_s is not None

@@ -52,7 +52,7 @@ class Tick:
 @dataclass(frozen=True)
 class RunReport:
     """How a run went. `reason`: why it was stopped, None where it ended by itself. `joint_plans`: how many of `plans`
-    were followed by their joints. `events`: what the watchdog did."""
+    were followed by their joints. `held_back`: see `ChunkExecution`. `events`: what the watchdog did."""
 
     state: State
     reason: str | None
@@ -60,13 +60,15 @@ class RunReport:
     ticks: int
     plans: int
     joint_plans: int
+    held_back: list[float]
     latencies_s: list[float]
     events: list[tuple[float, State, str]]
     late_ticks: int
     corrected_ticks: int
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for a line of JSON."""
+        """Plain values for a line of JSON. Of a policy that holds plans back near the positions seen in training,
+        `clamped_plans` says how many it held back, and `clamped_most_m` the largest distance along an axis."""
         latencies = 1e3 * np.array(self.latencies_s) if self.latencies_s else np.zeros(1)
         return {
             "state": self.state.value,
@@ -76,12 +78,19 @@ class RunReport:
             "late_ticks": self.late_ticks,
             "plans": self.plans,
             "joint_plans": self.joint_plans,
+            **self._clamped(),
             "plan_latency_p50_ms": round(float(np.median(latencies)), 1),
             "plan_latency_max_ms": round(float(latencies.max()), 1),
             "holds": sum(state is State.HOLDING for _, state, _ in self.events),
             "corrected_ticks": self.corrected_ticks,
             "events": [f"{moment:.2f} s {state.value}: {reason}" for moment, state, reason in self.events],
         }
+
+    def _clamped(self) -> dict[str, Any]:
+        if not self.held_back:
+            return {}
+        most = round(max(self.held_back), 5)
+        return {"clamped_plans": sum(by > 0 for by in self.held_back), "clamped_most_m": most}
 
 
 class ControlLoop:
@@ -147,6 +156,7 @@ class ControlLoop:
             ticks,
             self.execution.plans,
             self.execution.joint_plans,
+            list(self.execution.held_back),
             list(self.execution.all_latencies),
             [(moment - start, state, reason) for moment, state, reason in self.watchdog.events],
             late,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,7 @@ def load_module(
     trust: Sequence[str] = (),
     external: Mapping[str, Any] | None = None,
     offered: Mapping[str, Any] | None = None,
+    refuse: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> LightningModule:
     """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
 
@@ -210,6 +211,7 @@ def load_module(
         trust: packages beside keygrip whose declared parts may be built.
         external: files that the model needs and the checkpoint does not hold, by their setting's dotted key.
         offered: as `external`, for those that the checkpoint has; others are left aside.
+        refuse: given the model's configuration before anything is built; what it raises ends the loading.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -220,6 +222,8 @@ def load_module(
     refuse_missing_device(map_location)
     checkpoint = read_checkpoint(file, mapped=True)
     config = _model_config(checkpoint, file)
+    if refuse is not None:
+        refuse(config)
     try:
         with at_most_stored(config, checkpoint["state_dict"], bool(external or offered)):
             module = build_stored(config, "model", trust, external, offered)

@@ -78,16 +78,21 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
     refuse_uneven_batch(cfg.data, _processes(strategy, cfg.dry_run))
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
-    if compilation is not None:
+    if compilation is not None and not cfg.dry_run:  # which compiles nothing
         compilation.check(strategy.on_gpu)
     resumed_step = check_resumed(resume, resolved) if resume else 0
     if resume is None:
         refuse_missing_weights(plain)
-    complete_stages(plain, train=not cfg.dry_run)
     origin = run_metadata()
     _seed(cfg)
 
-    datamodule, module = _build(cfg, built.data, resolved, resumed=resume is not None)
+    # Before stages, which may take hours; but data that are encoded with a stage's weights need these.
+    datamodule = _build_data(built.data) if plain["data"] == resolved["data"] else None
+    complete_stages(plain, train=not cfg.dry_run, begin=lambda: run_folder.begin(folder))
+    if datamodule is None:
+        datamodule = _build_data(built.data)
+    module = _build_module(cfg, resolved, resumed=resume is not None)
+    run_folder.begin(folder)
     trained = _trained_before(folder, resumed_step) if resume else {}
     if resume is not None and resumed_step == cfg.max_steps and not trained and not no_validation(cfg):
         log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
@@ -169,21 +174,26 @@ def _seed(cfg: DictConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _build(cfg: DictConfig, data: DictConfig, resolved: dict[str, Any], resumed: bool) -> tuple[Any, LightningModule]:
-    """The data module, which has read nothing yet, and the module; what they would refuse later is refused here.
-
-    Args:
-        data: the node of the data module. resolved: settings with run folders in the places of pretraining stages.
-    """
+def _build_data(data: DictConfig) -> Any:
+    """The data module, which has read nothing yet. Data that are missing are refused here."""
     datamodule = instantiate(data, _convert_="all")
     if hasattr(datamodule, "refuse_missing"):
         datamodule.refuse_missing()
+    return datamodule
+
+
+def _build_module(cfg: DictConfig, resolved: dict[str, Any], resumed: bool) -> LightningModule:
+    """The module; what it would refuse later is refused here.
+
+    Args:
+        resolved: settings with run folders in the places of pretraining stages.
+    """
     module = build_module(resolved)
     if isinstance(module, System):
         module.check_run(cfg.max_steps, begins=not resumed and not cfg.dry_run)
         module.optimizer_recipe.check(module.trained_part(), endless=cfg.max_steps == cfg.max_epochs == -1)
         module.resumed = resumed
-    return datamodule, module
+    return module
 
 
 def _set_statistics(

@@ -13,7 +13,7 @@ import logging
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +59,11 @@ class PretrainingStage:
         digest = hashlib.sha256(json.dumps(list(self.overrides)).encode()).hexdigest()
         return Path(self.folder) / f"{self.name}-{digest[:8]}"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is there."""
+        return self._finished(self.run_dir)
+
     def complete(self) -> Path:
         """Trains where there is no finished run, and says so; its folder. An interrupted run is continued.
 
@@ -83,7 +88,7 @@ class PretrainingStage:
 
     def require(self) -> None:
         """Raises ValueError where there is no finished run, or one of other settings."""
-        if self._finished(self.run_dir):
+        if self.is_finished:
             self._refuse_other_settings()
         else:
             raise ValueError(
@@ -128,11 +133,13 @@ def _run(command: Sequence[str]) -> int:
             process.wait()
 
 
-def complete_stages(config: Mapping[str, Any], train: bool = True) -> dict[str, Any]:
+def complete_stages(
+    config: Mapping[str, Any], train: bool = True, begin: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """As :func:`with_run_folders`; the stages that the run reads are trained first where they are missing.
 
     Args:
-        train: false for dry runs, which refuse missing ones.
+        train: false for dry runs, which refuse missing ones. begin: called before one is trained.
 
     Raises:
         RuntimeError, ValueError: as :meth:`PretrainingStage.complete` or :meth:`PretrainingStage.require`.
@@ -140,10 +147,12 @@ def complete_stages(config: Mapping[str, Any], train: bool = True) -> dict[str, 
     wanted: dict[Path, PretrainingStage] = {}
     resolved = with_run_folders(config, wanted)
     for stage in wanted.values():
-        if train:
-            stage.complete()
-        else:
+        if not train:
             stage.require()
+            continue
+        if not stage.is_finished:
+            begin()
+        stage.complete()
     return resolved
 
 

@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 from omegaconf import OmegaConf
 
@@ -23,6 +26,7 @@ from keygrip.training.results import RESULT
 RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
+HYDRA = ".hydra"  # the settings as Hydra writes them, before a command begins
 PLAN = "sweep.json"  # of a sweep: its command and its jobs
 
 
@@ -202,13 +206,43 @@ def remove_if_empty(folder: Path) -> None:
             above.rmdir()
 
 
-def remove_empty_claims() -> None:
-    """Removes what `choose` and `choose_for_sweep` have made and nothing was written to."""
-    while _made:
-        remove_if_empty(_made.pop())
+def begin(folder: Path) -> None:
+    """Says that a run's work begins: its folder stays, however the run ends."""
+    _made[:] = [made for made in _made if made.resolve() != folder.resolve()]
 
 
-_made: list[Path] = []  # by `_claimed` of this process
+def has_not_begun(folder: Path) -> bool:
+    """Whether this process has made the folder, for a run whose work has not begun."""
+    return folder.resolve() in {made.resolve() for made in _made}
+
+
+def remove_unbegun(only: Path | None = None) -> None:
+    """Removes the folders that this process has made for runs or sweeps which did not begin: they hold nothing but the
+    settings as Hydra writes them, the log and the lock. One that holds anything else stays.
+
+    Args:
+        only: the one to remove; None: all.
+    """
+    for folder in [made for made in _made if only is None or made.resolve() == only.resolve()]:
+        _made.remove(folder)
+        logs = [each for each in logging.getLogger().handlers if _writes_into(each, folder)]
+        known = {HYDRA, LOCK, *(Path(each.baseFilename).name for each in logs)}
+        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= known:
+            continue
+        for each in logs:
+            logging.getLogger().removeHandler(each)
+            each.close()
+            Path(each.baseFilename).unlink(missing_ok=True)
+        shutil.rmtree(folder / HYDRA, ignore_errors=True)
+        (folder / LOCK).unlink(missing_ok=True)
+        remove_if_empty(folder)
+
+
+def _writes_into(handler: logging.Handler, folder: Path) -> TypeGuard[logging.FileHandler]:
+    return isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent.resolve() == folder.resolve()
+
+
+_made: list[Path] = []  # by `_claimed` of this process, for runs that have not begun
 
 
 @contextlib.contextmanager

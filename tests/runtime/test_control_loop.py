@@ -784,3 +784,23 @@ def test_bad_settings_are_refused() -> None:
         ChunkExecution(SimulatedPlanner(Wild(), lambda: 0.0), 10.0, execute_seconds=float("nan"))
     with pytest.raises(ValueError, match="stale_seconds"):
         WatchdogSettings(stale_seconds=0.0)
+
+
+def test_plans_that_the_policy_held_back_are_counted() -> None:
+    class Held(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            return replace(plan, held_back=np.array([[0.0, 0.07 * (self.plans % 2), 1e-9]]))
+
+    figures = loop_of(Held(), PointArm()).run(6.0).summary()
+    assert figures["plans"] > 3
+    assert figures["clamped_plans"] == (figures["plans"] + 1) // 2
+    assert figures["clamped_most_m"] == 0.07
+
+    class Free(Clockwork):
+        def plan(self, observation: Observation) -> Plan:
+            return replace(super().plan(observation), held_back=np.zeros((1, 3)))
+
+    figures = loop_of(Free(), PointArm()).run(6.0).summary()
+    assert (figures["clamped_plans"], figures["clamped_most_m"]) == (0, 0.0)
+    assert "clamped_plans" not in loop_of(Clockwork(), PointArm()).run(6.0).summary(), "it holds none back"

@@ -215,6 +215,21 @@ def test_a_missing_compiler_is_said_before_anything_is_built(
             train.run(compose("train", [*toy_overrides("run"), "compile=inductor"]))
 
 
+def test_a_dry_run_for_another_machine_asks_this_one_for_no_compiler_and_no_gpu(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiles nothing; with compile= it was told to choose strategy=cpu."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reports = []
+    monkeypatch.setattr("keygrip.training.fit.dry_run", lambda *_: reports.append("counted") or {})
+    settings = [each for each in toy_overrides("run") if not each.startswith("strategy")]
+    for strategy in (["strategy=gpu"], ["strategy=ddp", "strategy.devices=4", "strategy.num_nodes=1"]):
+        train.run(compose("train", [*settings, *strategy, "compile=inductor", "dry_run=true"]))
+    assert reports == ["counted"] * 2
+    with pytest.raises(ValueError, match="strategy asks for a GPU and this machine has none"):
+        train.run(compose("train", [*settings, "strategy=gpu", "compile=inductor"]))
+
+
 @pytest.mark.slow
 def test_inductor_trains_the_weights_of_a_plain_run(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     """The compiler itself; minutes on a slow processor."""

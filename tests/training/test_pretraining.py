@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from keygrip import train
 from keygrip.config import compose
 from keygrip.training import checkpoints, pretraining
 from keygrip.training.integrity import sign
@@ -157,3 +158,39 @@ def test_a_stage_saves_before_the_run_that_waits_for_it_is_stopped(tmp_path: Pat
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert (tmp_path / "saved").exists()
+
+
+def test_a_run_begins_with_a_stage_that_is_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on its folder stays, however it ends: hours may have gone into the stage."""
+    stage, said = made(["seed=3"], str(tmp_path)), list[str]()
+    target = f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}"
+    node = {"_target_": target, "overrides": list(stage.overrides), "name": stage.name, "folder": stage.folder}
+    monkeypatch.setattr(PretrainingStage, "complete", lambda self: said.append("trained"))
+    complete_stages({"model": {"init_from": node}}, begin=lambda: said.append("begun"))
+    assert said == ["begun", "trained"]
+    finished(stage.run_dir, stage.overrides)
+    complete_stages({"model": {"init_from": node}}, begin=lambda: said.append("begun again"))
+    assert said == ["begun", "trained", "trained"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "order"),
+    [
+        (["model=volume_query"], ["data", "stages"]),
+        (["experiment=dit_robot_images_latents"], ["stages", "data"]),  # whose images the stage's weights encode
+    ],
+)
+def test_data_are_looked_for_before_stages_that_they_do_not_need(
+    settings: list[str], order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def end(*_: Any) -> Any:
+        raise ValueError("the module is built")
+
+    monkeypatch.setattr("keygrip.training.fit._build_data", lambda *_: said.append("data") or object())
+    monkeypatch.setattr("keygrip.training.fit.complete_stages", lambda *_, **__: said.append("stages"))
+    monkeypatch.setattr("keygrip.training.fit.build_module", end)
+    with pytest.raises(ValueError, match="the module is built"):
+        train.run(compose("train", [*settings, "strategy=cpu", f"run_dir={tmp_path / 'run'}"]))
+    assert said == order

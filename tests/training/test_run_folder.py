@@ -324,3 +324,26 @@ def test_a_run_folder_that_cannot_be_locked_is_said_and_trained_into(
     write_result(Path("run"), {"status": "running", "overrides": ["seed=1"]})
     assert [row["status"] for row in collect(Path())] == ["running"]  # another process may train into it
     assert not caplog.text
+
+
+def test_a_folder_that_holds_anything_but_the_settings_stays() -> None:
+    """Somebody may have written into it."""
+    folders = [Path(run_folder.choose(None, False, "m", "d", start=number)) for number in (1, 2, 3)]
+    for folder in folders:
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra/config.yaml").write_text("seed: 0")
+        (folder / run_folder.LOCK).touch()
+    (folders[0] / "notes.txt").write_text("mine")
+    run_folder.begin(folders[1])
+    assert [run_folder.has_not_begun(folder) for folder in folders] == [True, False, True]
+    run_folder.remove_unbegun()
+    assert sorted(Path("runs/m_d").iterdir()) == folders[:2]
+    assert (folders[0] / ".hydra/config.yaml").is_file()
+
+
+def test_the_python_call_that_is_refused_leaves_no_folder() -> None:
+    other = Path(run_folder.choose(None, False, "m", "d"))  # of another run
+    with pytest.raises(ValueError, match=r"max_steps=-3: must be at least 1"):
+        keygrip.train(["max_steps=-3"])
+    assert list(Path("runs").iterdir()) == [other.parent]
+    assert other.is_dir()

@@ -49,7 +49,6 @@ from keygrip.training.parts import ReadWhere, data_part
 
 log = logging.getLogger(__name__)
 
-
 BALANCES = ("instruction", "task")
 CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
 
@@ -258,9 +257,13 @@ class RobotDemos(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
+    def refuse_missing(self) -> None:
+        """Raises FileNotFoundError: a data set that nothing records is not there. Asked before anything slow."""
+        for part in self.roots if self.record is None else ():
+            part.refuse_missing(self.make_missing)
+
     def prepare_data(self) -> None:
-        """Records the embedded demonstrations where they are missing and the user named no folder; downloads a data set
-        of the hub."""
+        """Records missing demonstrations where the user named no folder; downloads a data set of the hub."""
         for part in self.roots:
             part.download(self.make_missing)
         if self.record is None:
@@ -374,13 +377,8 @@ class RobotDemos(ResumableData):
         if self._statistics is None:
             if not self.train_indices:
                 raise ValueError("no statistics before setup('fit') has found training demos")
-            self._statistics = compute_statistics(
-                self.demos,
-                self.train_indices,
-                self._sample_options(None, drop_idle=True),
-                self.cache_dir,
-                self.cameras,
-            )
+            options = self._sample_options(None, drop_idle=True)
+            self._statistics = compute_statistics(self.demos, self.train_indices, options, self.cache_dir, self.cameras)
         return self._statistics
 
     # ---------------------------------------------------------------------------------------------------------- loading

@@ -40,10 +40,7 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
         ValueError: unknown format, no format or several recognised, calibration given for native demos.
     """
     root = Path(root)
-    if not root.exists():
-        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {setting('root')}")
-    if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with {setting('root')}")
+    refuse_no_folder(root)
     if not any(root.iterdir()):
         raise FileNotFoundError(
             f"data folder {root} is empty; record demos into it or name another with {setting('root')}"
@@ -52,6 +49,14 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
     with _broken_folder_is_named(root):
         return _find(root, format, calibration)
+
+
+def refuse_no_folder(root: Path) -> None:
+    """Raises FileNotFoundError: there is no folder of that name."""
+    if not root.exists():
+        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {setting('root')}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with {setting('root')}")
 
 
 @contextlib.contextmanager

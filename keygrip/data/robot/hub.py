@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from keygrip.artifacts import make_once, write_text
+from keygrip.hub_network import unreachable
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,34 @@ def folder_of(name: str) -> Path:
     return FOLDER / name
 
 
+def refuse_missing(name: str, make_missing: bool = True) -> None:
+    """Refuses a data set of the hub that is neither there nor to be had, before anything slow; downloads nothing.
+
+    Args:
+        make_missing: False: it is not to be downloaded.
+
+    Raises:
+        FileNotFoundError: as `download`.
+    """
+    folder = folder_of(name)
+    if (folder / COMPLETE).is_file():
+        return
+    if not make_missing:
+        raise FileNotFoundError(
+            f"{folder} is missing, the data set {name} of the hub that the run was trained on: a checkpoint's data are "
+            "not downloaded unasked. Fetch it with data.make_missing=true, or evaluate with open_loop=false"
+        )
+    if (reason := unreachable()) is not None:
+        raise FileNotFoundError(_not_to_be_had(name, reason))
+
+
+def _not_to_be_had(name: str, reason: str) -> str:
+    return (
+        f"the data set {name} cannot be had from the hub ({reason}): where there is a network, run `hf download {name} "
+        "--repo-type dataset --local-dir FOLDER`, and give data.root=FOLDER"
+    )
+
+
 def download(name: str, make_missing: bool = True) -> Path:
     """The folder of a data set of the hub, downloaded where it is not complete.
 
@@ -45,12 +74,8 @@ def download(name: str, make_missing: bool = True) -> Path:
     Raises:
         FileNotFoundError: it cannot be had; the message says what to download by hand.
     """
+    refuse_missing(name, make_missing)
     folder = folder_of(name)
-    if not make_missing and not (folder / COMPLETE).is_file():
-        raise FileNotFoundError(
-            f"{folder} is missing, the data set {name} of the hub that the run was trained on: a checkpoint's data are "
-            "not downloaded unasked. Fetch it with data.make_missing=true, or evaluate with open_loop=false"
-        )
 
     def make(target: Path) -> None:
         log.info("downloading https://huggingface.co/datasets/%s into %s", name, target)
@@ -59,11 +84,8 @@ def download(name: str, make_missing: bool = True) -> Path:
 
             snapshot_download(repo_id=name, repo_type="dataset", local_dir=target)
         except Exception as error:  # of the network, the hub's answer, or a missing package: all become one error
-            raise FileNotFoundError(
-                f"the data set {name} cannot be had from the hub ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:160]}): where there is a network, run `hf download {name} --repo-type "
-                "dataset --local-dir FOLDER`, and give data.root=FOLDER"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise FileNotFoundError(_not_to_be_had(name, reason)) from error
         write_text(target / COMPLETE, name + "\n")
 
     make_once(folder, lambda target: (target / COMPLETE).is_file(), make)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from keygrip.data.robot import hub
-from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.discovery import find_demos, refuse_no_folder
 from keygrip.data.robot.frame_rates import checked_strides, refuse_unequal_steps
 from keygrip.data.robot.reading import ReadDemos, ReadingOptions, read_demos
 from keygrip.data.robot.schema import Demo, DemoError
@@ -32,6 +32,13 @@ class DataRoot:
     hub_name: str | None = None
     stride: int = 1
     camera_names: Mapping[str, str] = field(default_factory=dict)
+
+    def refuse_missing(self, make_missing: bool = True) -> None:
+        """Raises FileNotFoundError: its folder is not there, or, of a data set of the hub, cannot be had."""
+        if self.hub_name is None:
+            refuse_no_folder(self.folder)
+        else:
+            hub.refuse_missing(self.hub_name, make_missing)
 
     def download(self, make_missing: bool = True) -> None:
         """Downloads a data set of the hub where it is not complete, or refuses that."""

@@ -25,7 +25,7 @@ from keygrip.models.foveated_vlm.monitor import RANGES, RowCounts, health_figure
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, text_rows
 from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, score
-from keygrip.models.foveated_vlm.streaming import VideoStream
+from keygrip.models.foveated_vlm.streaming import NO_STREAM, VideoStream
 from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLMOutput
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.processor_attention import trained_on
@@ -283,8 +283,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             ValueError: a baseline, a mode in which a frame depends on later ones, or seconds that are needed.
         """
         if not isinstance(self.network, FoveatedVLM):
-            name = type(self.network).__name__
-            raise ValueError(f"a {name} answers whole videos only: leave out stream=true (in Python, use generate)")
+            raise ValueError(NO_STREAM.format(type(self.network).__name__))
         return VideoStream(self.eval(), question, mode or self.answer_mode, seconds, answer_tokens)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:

@@ -24,6 +24,7 @@ from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
 STREAMED_MODES = ("autoregressive", "coarse_only")
+NO_STREAM = "a {} answers whole videos only: leave out stream=true (in Python, use generate)"
 MOST_SECONDS = 2.0**20  # 12 days; times of float32 are still a sixteenth of a second apart
 UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 

@@ -468,7 +468,11 @@ def test_a_camera_that_is_not_calibrated_leaves_the_other_checks(tmp_path):
 
 @pytest.mark.parametrize(
     ("models", "said"),
-    [(["../yam", "x"], "the names of an arm and of its"), (["yam", "claw"], "unknown gripper 'claw'")],
+    [
+        (["../yam", "x"], "the names of an arm and of its"),
+        (["yam", True], "the names of an arm and of its"),
+        (["yam", "claw"], "unknown gripper 'claw'"),
+    ],
 )
 def test_a_demo_of_an_arm_that_there_is_not_is_broken_and_the_others_are_examined(tmp_path, models, said):
     root = write(tmp_path / "data")

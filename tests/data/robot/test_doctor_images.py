@@ -13,10 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
+from five_joint_arm import MJCF
 from looking import looking_at
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.calibration import read_calibration
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor, images_and_poses
 from keygrip.data.robot.doctor.calibrate import calibrate
@@ -500,6 +503,50 @@ def test_two_arms_one_of_which_has_no_joints_are_not_calibrated_and_the_reason_i
         ValueError, match=r"\(over: .*of several arms one has no recorded joints, .*\): run step=doctor"
     ):
         calibrate(tmp_path / "data", tmp_path / "fixed.yaml", "auto", None, None, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        ("set/fixed.yaml", "robot/five.xml"),
+        ("fixed.yaml", "set/robot/five.xml"),
+        ("other/fixed.yaml", "fixed_robot_five.xml"),  # whence no path is read: it has a copy
+    ],
+)
+def test_the_models_of_a_calibration_file_are_found_from_where_its_corrections_are_written(
+    tmp_path, monkeypatch, output, named
+):
+    file, model = tmp_path / "set/calibration.yaml", tmp_path / "set/robot/five.xml"
+    model.parent.mkdir(parents=True)
+    model.write_text(MJCF)
+    arm = {"model": "robot/five.xml", "tool": "tip", "joints": ["pan", "lift", "elbow", "flex", "roll"]}
+    head = {"schema": "keygrip.calibration/1", "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"}}
+    file.write_text(yaml.safe_dump(head | {"arms": {"right": arm, "left": {"arm": "yam", "gripper": "linear_4310"}}}))
+    root = write(tmp_path / "data", same)
+    demo = find_demos(root)[0].read()
+    foreign = SimpleNamespace(format="lerobot_v3", read=lambda: demo)
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.find_demos", lambda *_: [foreign])
+    found = Fit(np.zeros(NUMBERS), np.ones(NUMBERS), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.fitted", lambda pairs: found)
+    monkeypatch.chdir(tmp_path)
+    calibrate(root, output, "auto", "set/calibration.yaml", None, 1, 4)
+    written = tmp_path / output
+    content = yaml.safe_load(written.read_text())
+    assert content["arms"]["right"] == arm | {"model": named}
+    assert content["arms"]["left"] == {"arm": "yam", "gripper": "linear_4310"}
+    assert read_calibration(written).arms["right"].model.read_text() == MJCF
+    assert yaml.safe_load(file.read_text())["arms"]["right"] == arm, "what was read is left as it is"
+
+    written.unlink()
+    if output.startswith("other"):
+        (written.parent / named).write_text("mine")
+        with pytest.raises(FileExistsError, match=r"fixed_robot_five\.xml is another file: name another place"):
+            calibrate(root, output, "auto", "set/calibration.yaml", None, 1, 4)
+        assert (written.parent / named).read_text() == "mine"
+    model.unlink()
+    with pytest.raises(FileNotFoundError, match=r"five\.xml, the model of an arm in .*, is missing"):
+        calibrate(root, output, "auto", "set/calibration.yaml", None, 1, 4)
+    assert not written.exists()
 
 
 def test_corrections_are_not_made_on_top_of_others(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+import keygrip
+from keygrip import hub_network
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.hub import hub_name
 from keygrip.training.parts import build_stored
 
 
+@pytest.fixture
+def within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub has answered just now."""
+    monkeypatch.setattr(hub_network, "_last", (time.monotonic(), None))
+
+
+@pytest.mark.usefixtures("within_reach")
 def test_a_data_set_of_the_hub_is_downloaded_once(
     native_root: Path, robot_demos: Callable[..., RobotDemos], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -28,6 +38,7 @@ def test_a_data_set_of_the_hub_is_downloaded_once(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for _ in range(2):
         data = robot_demos("hub:lab/cubes")
+        data.refuse_missing()
         data.prepare_data()
         data.setup("fit")
         assert len(data.demos) == 10
@@ -48,6 +59,43 @@ def test_a_checkpoint_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not asked
 
 
+def test_without_a_network_a_set_that_is_not_there_is_refused_before_anything_slow(
+    robot_demos: Callable[..., RobotDemos], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native_root: Path
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub_network, "_last", (time.monotonic(), "https://hub cannot be reached: no route"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **told: asked.append(told))
+    data = robot_demos(["hub:lab/cubes", str(native_root)])
+    for refuse in (data.refuse_missing, data.prepare_data):
+        with pytest.raises(
+            FileNotFoundError, match=r"\(https://hub cannot be reached: no route\).*hf download lab/cubes .*=FOLDER"
+        ):
+            refuse()
+    assert not asked, "its client would try each file for half a minute"
+    shutil.copytree(native_root, "data/hub/lab/cubes")
+    Path("data/hub/lab/cubes/.complete").touch()
+    data.refuse_missing()  # what was downloaded before needs no network
+    with pytest.raises(FileNotFoundError, match=r"data folder nowhere does not exist"):
+        robot_demos(["hub:lab/cubes", "nowhere"]).refuse_missing()
+
+
+def test_data_are_looked_for_before_a_stage_is_trained_and_the_run_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub_network, "_last", (time.monotonic(), "no route"))
+    monkeypatch.setattr("keygrip.training.fit.complete_stages", lambda *_, **__: begun.append("stages"))
+    monkeypatch.setattr("keygrip.training.fit.build_module", lambda *_: begun.append("module"))
+    for root, said in [("hub:lab/cubes", r"hf download lab/cubes"), ("nowhere", "folder nowhere does not exist")]:
+        with pytest.raises(FileNotFoundError, match=said):
+            keygrip.train([f"data.root={root}"])
+    assert begun == []
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("within_reach")
 def test_without_a_network_one_line_says_what_to_do(
     robot_demos: Callable[..., RobotDemos], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -173,11 +173,18 @@ def test_models_of_arms_are_read_back_and_may_not_differ(demos: Path, tmp_path: 
     change_metadata(demos / "demo_2", source={})
     with pytest.raises(ValueError, match=r"'demo_2' has models .*linear_4310.* the first one .*flexible_4310"):
         export_lerobot(demos, tmp_path / "other", progress=False)
-    change_metadata(demos / "demo_2", source={"models": {"right": "yam"}})
-    with pytest.raises(
-        ValueError, match=r"demo_2: source\.models\.right is 'yam': the names of an arm and of its grip"
-    ):
-        export_lerobot(demos, tmp_path / "other", progress=False)
+    for named, said in [
+        ("yam", r"demo_2: source\.models\.right is 'yam': the names of an arm and of its grip"),
+        (
+            ["../yam", "linear_4310"],
+            r"demo_2: source\.models\.right is \['\.\./yam', .*the names of an arm",
+        ),
+        (["yam", "claw"], r"demo_2: source\.models\.right: unknown gripper 'claw'; known: .*linear_4310"),
+        (["yum", "linear_4310"], r"demo_2: source\.models\.right: unknown arm 'yum'; known: .*yam"),
+    ]:
+        change_metadata(demos / "demo_2", source={"models": {"right": named}})
+        with pytest.raises(ValueError, match=said):
+            export_lerobot(demos, tmp_path / "other", progress=False)
 
 
 def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:

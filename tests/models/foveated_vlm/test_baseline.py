@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vlm_parts import frames_of, rows_of, small_backbone, small_language
 
+from keygrip import generate
+from keygrip.config import compose
 from keygrip.models.foveated_vlm.baseline import PooledVLM
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.tokenizers import TrainedTokenizer
+from keygrip.training import checkpoints
+from keygrip.training.checkpoints import FORMAT, HEADER
 from keygrip.training.optimizers import AdamW
+from keygrip.training.saving import AtomicCheckpointIO
 
 
 def build(tokens: int = 4) -> PooledVLM:
@@ -71,3 +77,20 @@ def test_health_of_queries_that_there_are_none_of_is_refused(tmp_path: Path) -> 
 def test_a_stream_is_refused_with_what_to_leave_out() -> None:
     with pytest.raises(ValueError, match="a PooledVLM answers whole videos only: leave out stream=true"):
         FoveatedVLMModule.stream(SimpleNamespace(network=build()), "?")  # type: ignore[arg-type]
+
+
+def test_a_stream_is_refused_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = {"_target_": "keygrip.models.foveated_vlm.baseline.PooledVLM", "tokens_per_frame": 4}
+    model = {"_target_": "keygrip.models.foveated_vlm.module.FoveatedVLMModule", "network": network}
+    content = {HEADER: {"format": FORMAT, "config": {"model": model}}, "state_dict": {}, "global_step": 1}
+    AtomicCheckpointIO().save_checkpoint(content, tmp_path / "pooled.ckpt")
+
+    def build(*_: Any) -> Any:
+        raise AssertionError("the model is built")
+
+    monkeypatch.setattr(checkpoints, "build_stored", build)
+    asked = [f"checkpoint={tmp_path / 'pooled.ckpt'}", "video=null", "question=Which?"]
+    with pytest.raises(ValueError, match="a PooledVLM answers whole videos only: leave out stream=true"):
+        generate.run(compose("generate", [*asked, "stream=true"]))
+    with pytest.raises(AssertionError, match="is built"):
+        generate.run(compose("generate", asked))

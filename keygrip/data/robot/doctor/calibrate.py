@@ -6,6 +6,7 @@ Writes a calibration file with corrections (`keygrip/data/robot/corrections.py`)
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def calibrate(
 
     Raises:
         ValueError: no camera stands, or none could be fitted; an unknown camera.
-        FileExistsError: the file to write is there already.
+        FileExistsError: the file to write is there already, or another one where a copy of an arm's model is to go.
+        FileNotFoundError: no demonstrations, or the model of an arm in the calibration file is missing.
     """
     root = Path(root)
     target = Path(output) if output is not None else root.parent / f"{root.resolve().name}_calibration.yaml"
@@ -83,6 +85,7 @@ def calibrate(
         )
     if references[0].format == "native":
         content = {}
+    copies = {} if given is None else move_models(content, given, target)
     content.setdefault("schema", SCHEMA)
     content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
     content["corrections"], report = {}, {}
@@ -108,10 +111,46 @@ def calibrate(
     if not report:
         reasons = "; ".join(f"{camera}: {reason}" for camera, reason in left.items())
         raise ValueError(f"no camera in {root} could be calibrated from its images ({reasons}): run step=doctor")
+    for model_file, copy in copies.items():
+        with atomic_write(copy) as file:
+            file.write(model_file.read_bytes())
     with atomic_write(target) as file:
         file.write(yaml.safe_dump(content, sort_keys=False).encode())
     log.info("corrections: %s; use them with data.calibration=%s", target, target)
     return {"root": str(root), "output": str(target), "cameras": report}
+
+
+def move_models(content: dict[str, Any], source: Path, target: Path) -> dict[Path, Path]:
+    """Lets the arms' models, whose paths a calibration file gives from its own folder, be found from another one.
+
+    Args:
+        content: of the file, changed in place. source: where it was read. target: where it is to be written.
+
+    Returns:
+        Files to copy, and where to: those that lie neither beside `target` nor below, where alone models are read.
+
+    Raises:
+        FileNotFoundError: a model is missing. FileExistsError: something else is where a copy is to go.
+    """
+    copies: dict[Path, Path] = {}
+    arms = [arm for arm in (content.get("arms") or {}).values() if isinstance(arm, dict) and "model" in arm]
+    for arm in arms:
+        given = Path(str(arm["model"]))
+        file = source.parent.resolve() / given
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}, the model of an arm in {source}, is missing: copy it there")
+        place = Path(os.path.relpath(file, target.parent.resolve()))
+        if ".." in place.parts:
+            place = Path("_".join((target.stem, *given.parts)))
+            copy = target.parent / place
+            if copy.exists() and copy.read_bytes() != file.read_bytes():
+                raise FileExistsError(
+                    f"{target} needs a copy of {file} beside it, and {copy} is another file: name another place with "
+                    "output=PATH, or remove it"
+                )
+            copies[file] = copy
+        arm["model"] = place.as_posix()
+    return copies
 
 
 def _matrix(found: Fit) -> np.ndarray:

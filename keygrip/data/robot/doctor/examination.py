@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from keygrip.data.robot.schema import Demo, DemoError
-from keygrip.robots.kinematics import arm_chain
+from keygrip.data.robot.arm_models import named_models
+from keygrip.data.robot.schema import Demo
 
 Severity = Literal["error", "warning", "note"]
 
@@ -29,17 +29,8 @@ def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
     Raises:
         DemoError: the recording names none that there is.
     """
-    models = demo.source.get("models")
-    found = models.get(arm) if isinstance(models, dict) else None
-    if found is None:
-        return ("yam", "linear_4310") if named_yam(demo.robot) else None
-    if not (isinstance(found, list) and len(found) == 2 and all(str(name).isidentifier() for name in found)):
-        raise DemoError(demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper")
-    try:
-        arm_chain(str(found[0]), str(found[1]))
-    except ValueError as error:
-        raise DemoError(demo.name, f"source.models.{arm}: {error}") from error
-    return str(found[0]), str(found[1])
+    usual = ("yam", "linear_4310") if named_yam(demo.robot) else None
+    return named_models(demo, arm) or usual
 
 
 def named_yam(robot: str) -> bool:

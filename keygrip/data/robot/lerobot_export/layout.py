@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.data.robot.arm_models import named_models
 from keygrip.data.robot.calibration import SCHEMA, ArmCalibration
-from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
+from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
@@ -53,7 +54,7 @@ class Layout:
 
     @classmethod
     def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
-        """That of one demo. Raises ValueError: LeRobot cannot hold it. DemoError: its models are no names."""
+        """That of one demo. Raises ValueError: LeRobot cannot hold it. DemoError: it names no models that there are."""
         fps = max(1, round(demo.fps))
         if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
             raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames per second; LeRobot takes whole rates")
@@ -66,6 +67,7 @@ class Layout:
         if any(commanded.values()) and not all(commanded.values()):
             known = ", ".join(name for name, there in commanded.items() if there)
             raise ValueError(f"demo {demo.name!r} holds commands of {known} alone: an action is of all arms or of none")
+        models = {name: named_models(demo, name) for name in demo.arms}
         return cls(
             fps,
             demo.robot,
@@ -74,8 +76,8 @@ class Layout:
             all(commanded.values()),
             sizes,
             tuple(name for name in sizes if demo.cameras[name].uncalibrated),
-            {name: _models(demo, name) for name in demo.arms},
-            frozenset(_named(demo)),
+            {name: found or USUAL_MODELS for name, found in models.items()},
+            frozenset(name for name, found in models.items() if found is not None),
         )
 
     @property
@@ -151,23 +153,6 @@ class Layout:
                 "intervention": {"feature": "intervention", "index": 0},
             },
         }
-
-
-def _named(demo: Demo) -> dict[str, Any]:
-    """What a demo says of its arms' models."""
-    models = demo.source.get("models")
-    return models if isinstance(models, dict) else {}
-
-
-def _models(demo: Demo, arm: str) -> tuple[str, str]:
-    found = _named(demo).get(arm)
-    if found is None:
-        return USUAL_MODELS
-    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(name, str) for name in found)):
-        raise DemoError(
-            demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper are needed"
-        )
-    return found[0], found[1]
 
 
 def _feature(dtype: str, names: list[str] | None) -> dict[str, Any]:
