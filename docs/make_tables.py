@@ -1210,8 +1210,16 @@ def vlm_memory() -> str:
             ("stage1_135m_published", "stage2_135m_published"),
             "; ",
         ),
-        ("360M, stage 2 (`vlm_stage2_360m`)", ("stage2_360m",), ""),
-        ("1.7B and DINOv2-B, stage 2 (`vlm_stage2_1700m`)", ("stage2_1700m",), ""),
+        (
+            "360M, stage 2 (`vlm_stage2_360m` and `vlm_stage2_published_360m`)",
+            ("stage2_360m", "stage2_360m_published"),
+            " and ",
+        ),
+        (
+            "1.7B and DINOv2-B, stage 2 (`vlm_stage2_1700m` and `vlm_stage2_published_1700m`)",
+            ("stage2_1700m", "stage2_1700m_published"),
+            " and ",
+        ),
         (
             "cells of `sweep=vlm_scaling` with DINOv2-S",
             ("scaling_135m_small", "scaling_360m_small"),

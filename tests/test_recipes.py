@@ -18,6 +18,7 @@ from keygrip.config import TrainSchema, config_folder, group_options, leaves_of,
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import build_module
 from keygrip.training.compatibility import refuse_unfit
+from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.sweeps import planned_jobs
 
 CONF = config_folder()
@@ -68,7 +69,7 @@ GIVEN = {
             *(
                 f"vlm_stage{number}{kind}"
                 for number in (2, 3)
-                for kind in ("", "_best", "_published", "_360m", "_1700m")
+                for kind in ("", "_best", "_published", "_360m", "_1700m", "_published_360m", "_published_1700m")
             ),
             *("vlm_long_videos", "vlm_pooled_long_videos"),
             *("dit_few_steps_128px", "dit_few_steps_latents_128px", "dit_few_steps_512px"),
@@ -215,6 +216,16 @@ def test_recipes_of_the_small_encoder_take_the_large_one(recipe: str) -> None:
     assert cfg.data.image_size == 224
     alone = composed("train", [*pair("geometry_vla"), "geometry=mapanything", *GIVEN["geometry=mapanything"]])
     assert dict(cfg.geometry, cameras=None) == dict(alone.geometry, cameras=None)
+
+
+@pytest.mark.parametrize("option", ["experiment=vlm_stage1", "experiment=vlm_stage2_published"])
+def test_a_stage_takes_a_frozen_encoder(option: str) -> None:
+    """Its recipe has a learning rate of the encoder's own, which the user did not write."""
+    overrides = [option, *GIVEN.get(option, []), "backbone.trainable=frozen"]
+    cfg = composed("train", overrides)
+    assert_sound(cfg)
+    refuse_idle(cfg, overrides)
+    assert_configures(cfg)
 
 
 @pytest.mark.parametrize("kind", ["", "_lora", "_frozen"])

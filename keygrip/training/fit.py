@@ -87,10 +87,10 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     _seed(cfg)
 
     # Before stages, which may take hours; but data that are encoded with a stage's weights need these.
-    datamodule = _build_data(built.data) if plain["data"] == resolved["data"] else None
+    datamodule = _build_data(built) if plain["data"] == resolved["data"] else None
     complete_stages(plain, train=not cfg.dry_run, begin=lambda: run_folder.begin(folder))
     if datamodule is None:
-        datamodule = _build_data(built.data)
+        datamodule = _build_data(built)
     module = _build_module(cfg, resolved, resumed=resume is not None)
     run_folder.begin(folder)
     trained = _trained_before(folder, resumed_step) if resume else {}
@@ -174,9 +174,11 @@ def _seed(cfg: DictConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _build_data(data: DictConfig) -> Any:
+def _build_data(cfg: DictConfig) -> Any:
     """The data module, which has read nothing yet. Data that are missing are refused here."""
-    datamodule = instantiate(data, _convert_="all")
+    datamodule = instantiate(cfg.data, _convert_="all")
+    if hasattr(datamodule, "accumulated"):  # it is set up before there is a trainer
+        datamodule.accumulated = cfg.accumulate_grad_batches
     if hasattr(datamodule, "refuse_missing"):
         datamodule.refuse_missing()
     return datamodule

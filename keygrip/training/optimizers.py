@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from keygrip.training.parts import ReadWhere, model_part
+
+log = logging.getLogger(__name__)
 
 
 @model_part
@@ -27,8 +30,9 @@ class AdamW:
         schedule: ``cosine`` or ``constant``.
         clip_norm: global norm at which gradients are clipped; None: never.
         lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits
-            counts. None: there is none of this name, whatever another file says. Nested ones are read as dotted
-            names: ``{"backbone": {"net": 0.1}}`` is ``{"backbone.net": 0.1}``.
+            counts. None: there is none of this name, whatever another file says. That of a part of which nothing is
+            trained has no effect, which `check` logs: a recipe names parts that a run may freeze. Nested ones are read
+            as dotted names: ``{"backbone": {"net": 0.1}}`` is ``{"backbone.net": 0.1}``.
         layer_decay: learning rates of image backbones fall from block to block towards the image, as in BEiT: block l
             (from 0) of n has ``layer_decay ** (n - l)`` of what it would have, the patch embedding and the prefix
             tokens ``layer_decay ** (n + 1)``, the final norm all of it. None: all have the same.
@@ -90,7 +94,7 @@ class AdamW:
         return 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     def check(self, module: nn.Module, endless: bool) -> None:
-        """What `configure` would refuse, before any data is read.
+        """Refuses what `configure` would, before any data is read, and logs multipliers without effect.
 
         Args:
             module: as there. endless: the run has neither a last step nor a last epoch.
@@ -99,6 +103,9 @@ class AdamW:
             ValueError: as `configure`.
         """
         self.parameter_groups(module)
+        changed = [prefix for prefix, multiplier in self._multipliers().items() if multiplier != 1.0]
+        if frozen := [prefix for prefix in changed if _frozen(module, prefix)]:
+            log.info("optimizer.lr_multipliers of %s: no effect, nothing of it is trained", ", ".join(frozen))
         if endless:
             self.check_end(math.inf)
 
@@ -114,8 +121,7 @@ class AdamW:
         """Groups for torch: ``params, lr, weight_decay, name``; every trainable parameter is in exactly one."""
         groups: dict[tuple[str, bool, int], list[nn.Parameter]] = {}
         used: set[str] = set()
-        named = _by_dotted_name(self.lr_multipliers)
-        multipliers = {prefix: each for prefix, each in named.items() if each is not None}
+        multipliers = self._multipliers()
         below = {} if self.layer_decay is None else _layers_below_the_end(module)
         kept = _without_decay(module)
         for name, parameter in module.named_parameters():
@@ -128,7 +134,7 @@ class AdamW:
         if not groups:
             raise ValueError("nothing to train: every parameter is frozen")
         for prefix, multiplier in multipliers.items():
-            if multiplier != 1.0 and prefix not in used:
+            if multiplier != 1.0 and prefix not in used and not _frozen(module, prefix):
                 raise ValueError(
                     f"optimizer.lr_multipliers: no trainable parameter's name starts with or holds {prefix!r}"
                 )
@@ -141,6 +147,10 @@ class AdamW:
             }
             for (prefix, decay, layers), parameters in groups.items()
         ]
+
+    def _multipliers(self) -> dict[str, float]:
+        """By dotted name, those that are given."""
+        return {name: each for name, each in _by_dotted_name(self.lr_multipliers).items() if each is not None}
 
 
 class Schedule:
@@ -209,6 +219,12 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
 def belongs_to(name: str, prefix: str) -> bool:
     """Whether a parameter belongs to a named part: ``backbone`` fits ``backbone.x`` and ``network.backbone.x``."""
     return name == prefix or name.startswith(f"{prefix}.") or f".{prefix}." in name
+
+
+def _frozen(module: nn.Module, prefix: str) -> bool:
+    """Whether a named part is there and nothing of it is trained."""
+    found = [each.requires_grad for name, each in module.named_parameters() if belongs_to(name, prefix)]
+    return bool(found) and not any(found)
 
 
 def _by_dotted_name(nested: Mapping[Any, Any], above: str = "") -> dict[str, Any]:

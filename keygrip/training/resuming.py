@@ -109,7 +109,7 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
         if "strategy.precision" in settings:
             accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
             settings["strategy.precision"] = named_precision(accelerator, precision)
-    may_differ = MAY_DIFFER if finished else (*LENGTH, *MAY_DIFFER, *_places(before, now))
+    may_differ = MAY_DIFFER if finished else (*LENGTH, *MAY_DIFFER, *_places(before, now), *_stages(before, now))
     different = sorted(
         key
         for key in before.keys() | now.keys()
@@ -125,6 +125,17 @@ def _places(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
         return ()  # of robots' demonstrations poses are compared then, and no images
     target = now.get("data._target_")
     return PLACES if target and getattr(get_class(target), "compares_contents", False) else ()
+
+
+def _stages(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """The setting of a curriculum where its stages lasted as many batches as now optimizer steps have: those of an
+    earlier version counted batches. That the order of samples is the same is checked by its fingerprint."""
+    per_step = now.get("accumulate_grad_batches") or 1
+    then, stages = before.get("data.curriculum"), now.get("data.curriculum")
+    if per_step == 1 or not (isinstance(then, list) and isinstance(stages, list)):
+        return ()
+    lasting = [each | ({"steps": each["steps"] * per_step} if each.get("steps") else {}) for each in stages]
+    return ("data.curriculum",) if lasting == then else ()
 
 
 def _within(key: str, parts: tuple[str, ...]) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -54,6 +55,21 @@ def test_multipliers_apply_to_a_part_wherever_it_is_nested() -> None:
 def test_a_multiplier_that_fits_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="'bakbone'"):
         AdamW(lr=1.0, lr_multipliers={"bakbone": 0.1}).parameter_groups(Network())
+
+
+def test_a_multiplier_of_a_frozen_part_has_no_effect_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As of the recipe of a stage whose encoder the user freezes."""
+    network = backbone_and_head("frozen")
+    recipe, plain = AdamW(2.0, lr_multipliers={"backbone": 0.1, "head": 0.5}), AdamW(2.0, lr_multipliers={"head": 0.5})
+    with caplog.at_level(logging.INFO):
+        recipe.check(network, endless=False)
+        assert groups_of(recipe, network) == groups_of(plain, network)
+    assert caplog.messages == ["optimizer.lr_multipliers of backbone: no effect, nothing of it is trained"]
+    with pytest.raises(ValueError, match="'bakbone'"):
+        AdamW(2.0, lr_multipliers={"bakbone": 0.1}).check(network, endless=False)
+    shadowed = AdamW(2.0, lr_multipliers={"head": 0.5, "head.weight": 0.1, "head.bias": 0.1})
+    with pytest.raises(ValueError, match="'head'"):
+        shadowed.check(network, endless=False)
 
 
 def test_a_multiplier_of_none_is_none() -> None:

@@ -412,6 +412,20 @@ def test_settings_that_change_no_weight_may_differ(name: str) -> None:
         assert name in differing_settings(settings("there", "toy_parts.ToyData"), settings("here", "toy_parts.ToyData"))
 
 
+def test_stages_that_counted_batches_may_be_given_in_optimizer_steps() -> None:
+    """As an earlier version counted them; the order of samples stays and is compared by its fingerprint."""
+
+    def settings(*steps: int, accumulated: int = 4) -> dict[str, Any]:
+        stages = [{"weights": {"easy": 1.0}, "steps": each} for each in steps] + [{"weights": {"hard": 1.0}}]
+        return {"data": {"curriculum": stages}, "accumulate_grad_batches": accumulated}
+
+    assert differing_settings(settings(8, 40), settings(2, 10)) == ""
+    assert differing_settings(settings(8, 40), settings(2, 10), finished=True).startswith("data.curriculum")
+    for now in (settings(2, 11), settings(8, 41), settings(2)):
+        assert differing_settings(settings(8, 40), now).startswith("data.curriculum")
+    assert "data.curriculum" in differing_settings(settings(8, accumulated=1), settings(2, accumulated=1))
+
+
 def test_a_longer_run_goes_on_from_a_finished_one_along_its_own_cosine(
     toy_overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

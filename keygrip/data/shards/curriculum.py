@@ -17,7 +17,9 @@ class Stage:
 
     Args:
         weights: by name of the lead source; one that is not named takes no part.
-        steps: how many batches it lasts; None: to the end.
+        steps: how many optimiser steps it lasts, each of `accumulate_grad_batches` batches; None: to the end. Where an
+            epoch does not divide by these, its last step takes fewer batches, and a stage ends up to one step later for
+            each epoch.
 
     Raises:
         ValueError: weights that are negative or all zero, or no steps.
@@ -31,6 +33,10 @@ class Stage:
             raise ValueError(f"a stage of the curriculum needs weights of which one is above 0, not {self.weights}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"a stage of the curriculum lasts at least one step, not {self.steps}")
+
+    def batches(self, per_step: int) -> int | None:
+        """How many batches it lasts, where a step takes so many; None: to the end."""
+        return None if self.steps is None else self.steps * per_step
 
     def counts(self, names: Sequence[str], samples: int) -> list[int]:
         """So many samples by the weights: of each source of `names`."""
@@ -66,12 +72,14 @@ class Curriculum:
         batches: of an epoch.
         batch_size: samples of a batch.
         filling: with a budget, how many samples fill a batch on average, in place of batch_size; by stage.
+        batches_per_step: of an optimiser step, in which stages count.
     """
 
     stages: Sequence[Stage]
     batches: int
     batch_size: int
     filling: Sequence[float] | None = None
+    batches_per_step: int = 1
 
     def epochs(self) -> list[int]:
         """Epochs that together hold batches of every stage: the first one, and the one in which each stage begins,
@@ -80,9 +88,10 @@ class Curriculum:
         for stage in self.stages:
             epoch = start // self.batches
             found.add(epoch)
-            if stage.steps is None or start + stage.steps > (epoch + 1) * self.batches:
+            lasts = stage.batches(self.batches_per_step)
+            if lasts is None or start + lasts > (epoch + 1) * self.batches:
                 found.add(epoch + 1)
-            start += stage.steps or 0
+            start += lasts or 0
         return sorted(found)
 
     def stages_of(self, epoch: int) -> list[tuple[int, int]]:
@@ -90,7 +99,8 @@ class Curriculum:
         found, start = [], 0
         first, last = epoch * self.batches, (epoch + 1) * self.batches
         for number, stage in enumerate(self.stages):
-            stop = last if stage.steps is None else start + stage.steps
+            lasts = stage.batches(self.batches_per_step)
+            stop = last if lasts is None else start + lasts
             inside = min(stop, last) - max(start, first)
             if inside > 0:
                 found.append((number, inside))

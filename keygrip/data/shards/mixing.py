@@ -75,6 +75,7 @@ class Mixture:
             again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
             of them in each epoch. With a budget a batch of a stage of short samples holds more of them.
         budget: of frames and positions per batch; None: `batch_size` samples, whatever they hold.
+        batches_per_step: of an optimiser step, in which the stages count (`accumulate_grad_batches`).
 
     Raises:
         ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a
@@ -92,8 +93,9 @@ class Mixture:
         window_shards: int | None = None,
         curriculum: Sequence[Stage] = (),
         budget: Budget | None = None,
+        batches_per_step: int = 1,
     ) -> None:
-        self.budget = budget
+        self.budget, self.batches_per_step = budget, batches_per_step
         self.components, self.batch_size, self.seed = list(components), batch_size, seed
         self.curriculum: Curriculum | None = None  # until it is known of how many batches an epoch is
         self.window_shards = window_shards
@@ -137,7 +139,7 @@ class Mixture:
             self.batches = min(self.samples, filled + 1 + filled // SLACK)
             filling = [self._samples_per_batch(stage) for stage in curriculum]
         if curriculum:
-            self.curriculum = Curriculum(curriculum, self.batches, batch_size, filling)
+            self.curriculum = Curriculum(curriculum, self.batches, batch_size, filling, batches_per_step)
 
     def counts(self, epoch: int) -> list[int]:
         """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
@@ -163,7 +165,8 @@ class Mixture:
     def _samples_per_batch(self, stage: Stage) -> float:
         """How many samples of a stage fill a batch of the budget on average; of a few samples fewer are alike."""
         ratio = self._filling(stage, self.samples)
-        wanted = math.inf if stage.steps is None else stage.steps * ratio
+        lasts = stage.batches(self.batches_per_step)
+        wanted = math.inf if lasts is None else lasts * ratio
         return ratio if wanted >= self.samples else self._filling(stage, math.ceil(wanted))
 
     def _filling(self, stage: Stage, samples: int) -> float:

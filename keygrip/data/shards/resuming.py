@@ -47,6 +47,7 @@ class ResumableData(LightningDataModule):
             in another place (`data.root`).
         spares_copies: whether, of copies of remote shards, none goes that others made (`ShardCache`).
         processes: over which batches are divided where no trainer says it (a dry run).
+        accumulated: batches of an optimiser step where no trainer says it.
     """
 
     order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
@@ -58,12 +59,17 @@ class ResumableData(LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._batches_done = 0
-        self.processes = 1
+        self.processes, self.accumulated = 1, 1
 
     @property
     def ranks(self) -> tuple[int, int]:
         """This process's rank, and how many there are."""
         return (0, self.processes) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches whose gradients make an optimiser step."""
+        return self.accumulated if self.trainer is None else int(self.trainer.accumulate_grad_batches)
 
     def loader_options(self, samples: Dataset[Any], sampler: GlobalBatchSampler) -> dict[str, Any]:
         """What all loaders are built with, beside what makes a batch of samples.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -32,7 +31,6 @@ from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.substitution import Collate, CountingLoader
-from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import (
     Collator,
     MeasuringCollator,
@@ -43,22 +41,22 @@ from keygrip.data.video_text.batching import (
     all_asked,
     is_asked,
 )
+from keygrip.data.video_text.checks import check_clips, check_kinds, usable_parts
 from keygrip.data.video_text.clips import SubClips
+from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import (
     FITS,
     MAX_FRAMES,
     iterate_texts,
-    read_conversations,
 )
 from keygrip.data.video_text.exact_lengths import counted
-from keygrip.data.video_text.lengths import TextLengths, TokenLengths, measured
+from keygrip.data.video_text.lengths import TextLengths, measured
 from keygrip.data.video_text.samples import Part, VideoTextSamples
 from keygrip.data.video_text.shard_source import AUTO, ShardSource, common_fit
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
-TRIED = 64  # videos of a source, whether they can be cut
 COSTLY = 4  # batches, by estimate the largest, among which the largest one is sought by what it really holds
 
 
@@ -81,7 +79,8 @@ class VideoTexts(ResumableData):
         window_shards: shuffle within windows of so many shards (remote shards); None: over everything.
         cache_dir, cache_gb: for remote shards.
         max_skipped_share: more unreadable samples than this stop the run. Those that the collator cannot use (too
-            long) are left out beforehand where the index tells, else replaced by shorter ones; they are counted apart.
+            long, of themselves or for the language model's context) are left out beforehand where the index tells,
+            else replaced by shorter ones; they are counted apart.
         num_workers: loader processes; None: one for each core but one, 4 at most.
         prefetch_batches: batches that each worker keeps ready.
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
@@ -154,8 +153,13 @@ class VideoTexts(ResumableData):
         self.prepare_data_per_node = False  # shards lie where every node sees them
         self.parts: dict[str, list[Part]] = {}
         self.mixture: Mixture | None = None
+        self.longest_row: int | None = None  # positions of the language model's context; None: it is not known
 
     # ---------------------------------------------------------------------------------------------------------- reading
+
+    def asked_by(self, module: Any) -> None:
+        """Takes over how many positions a row of the model may have (its `longest_row`); before `setup`."""
+        self.longest_row = getattr(module, "longest_row", None)
 
     def refuse_missing(self) -> None:
         """Raises FileNotFoundError: a source that nothing makes is not there. Asked before weights are fetched."""
@@ -188,55 +192,17 @@ class VideoTexts(ResumableData):
             return
         self.fit = common_fit(self.sources, self.given_fit, self.cache_dir)
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
-        self._check_kinds([part for parts in opened.values() for part in parts])
+        chosen = {"questions": self.questions, "val_questions": self.val_questions}
+        check_kinds([part for parts in opened.values() for part in parts], chosen)
         if isinstance(self.collator, PreparedCollator):  # on every rank: what was made once is loaded here
             self._prepare_collator(self.collator, opened["train"])
         opened = self._measured(opened, fitting)
-        opened = {split: self._usable(split, parts) for split, parts in opened.items()}
+        opened = {split: usable_parts(split, parts, self.questions) for split, parts in opened.items()}
         if fitting:
-            self._check_clips(opened["train"])
+            check_clips(opened["train"], self.questions)
             self.mixture = self._mixture(opened["train"])
         self.parts = opened
         self._report()
-
-    def _check_kinds(self, parts: Sequence[Part]) -> None:
-        """Raises ValueError: so many questions of a kind are asked for, and no source holds any of it."""
-        known = {kind for part in parts for kind in part.kinds_there()}
-        for name, chosen in (("questions", self.questions), ("val_questions", self.val_questions)):
-            missing = [kind for kind, count in chosen.items() if count] if isinstance(chosen, Mapping) else []
-            missing = [kind for kind in missing if kind not in known]
-            if missing:
-                raise ValueError(
-                    f"data.{name} names {missing[0]!r}, of which no source holds a question; they hold "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
-
-    def _check_clips(self, parts: Sequence[Part]) -> None:
-        """Raises ValueError: a lookback of a kind that no source holds, or no longer video that is tried can be cut."""
-        known = {kind for part in parts for kind in part.kinds_there()}
-        for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
-            if unknown := sorted(set(clips.lookback) - known):
-                raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(known))}")
-            tried, cut = self._tried(clips, [part for part in parts if part.clips is clips])
-            if not cut:
-                raise ValueError(
-                    f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were "
-                    "tried has a conversation, of the kinds that are used, that says of which frame it speaks "
-                    "(evidence: frame), so that none can be cut: leave data.clips (or data.sources.NAME.clips) out"
-                )
-            log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
-
-    def _tried(self, clips: SubClips, parts: Sequence[Part]) -> tuple[int, int]:
-        """How many longer training videos were looked at, and how many of them can be cut."""
-        tried = cut = 0
-        for part in parts:
-            longer = part.chosen[part.column("frames") > clips.frames[0]]
-            for sample in longer[evenly(len(longer), TRIED)].tolist():
-                with contextlib.suppress(BadSample):  # counted when they are read
-                    told = read_conversations(part.shards, sample)
-                    cut += clips.may_be_cut([c for c in told if is_asked(c.kind, part.kinds, self.questions)])
-                    tried += 1
-        return tried, cut
 
     def _measured(self, opened: Mapping[str, Sequence[Part]], fitting: bool) -> dict[str, list[Part]]:
         """The parts with the lengths of their texts, where a budget counts them or some may be too long to be used.
@@ -255,31 +221,11 @@ class VideoTexts(ResumableData):
                 folder = folder_beside(self.sources[part.name].place)
                 how = (folder, part.kinds, self.max_frames, self.num_workers)
                 lengths[split, part.name] = counted(part.shards, part.chosen, collator, *how)
-            wanted = self.budget is not None or part.may_be_too_long(collator.max_tokens)
+            wanted = self.budget is not None or part.may_be_too_long(collator.max_tokens) or part.context is not None
             if not exact and split == "train" and wanted:  # the rate of these counts for all splits
                 rate = measured(part.shards, part.chosen, collator, part.kinds)
                 lengths |= dict.fromkeys(((each, part.name) for each in SPLITS), rate)
         return {s: [replace(p, lengths=lengths.get((s, p.name))) for p in parts] for s, parts in opened.items()}
-
-    def _usable(self, split: str, parts: Sequence[Part]) -> list[Part]:
-        """The parts without samples that are too long to be used. Raises ValueError: nothing is left to train on."""
-        found = []
-        for part in parts:
-            kept = part.usable()
-            if part.lengths is not None and len(kept) < len(part):
-                log.info(
-                    "%s: %d of %d samples of %s are left out: %stheir first answer ends beyond collator.max_tokens=%s",
-                    *(split, len(part) - len(kept), len(part), part.name),
-                    *("by estimate " if isinstance(part.lengths, TokenLengths) else "", part.lengths.max_tokens),
-                )
-            if len(kept):
-                found.append(kept)
-            elif split == "train":
-                raise ValueError(
-                    f"no sample of the source {part.name!r} has an answer that ends within collator.max_tokens; "
-                    "raise it"
-                )
-        return found
 
     def _open(self, split: str) -> list[Part]:
         parts = []
@@ -287,14 +233,22 @@ class VideoTexts(ResumableData):
             found = source.open(split, self.cache_dir, self.cache_gb, self.spares_copies)
             if found is not None and len(found[1]):
                 clips = (source.clips or self.clips) if split == "train" else None
-                parts.append(Part(name, *found, source.share, source.kinds, clips=clips))
+                part = Part(name, *found, source.share, source.kinds, clips=clips)
+                parts.append(replace(part, context=self._context_of(part)))
             elif split == "train":
                 raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
         return parts
 
+    def _context_of(self, part: Part) -> Context | None:
+        """The language model's context, where some row of a part may be longer."""
+        if self.longest_row is None or not isinstance(self.collator, MeasuringCollator):
+            return None
+        context = Context(self.longest_row, self.collator, self.max_frames)
+        return context if context.may_be_exceeded(part.column("frames")) else None
+
     def _mixture(self, parts: Sequence[Part]) -> Mixture:
-        components = self._components(parts, self.questions)
-        return Mixture(components, self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget)
+        how = (self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget, self.batches_per_step)
+        return Mixture(self._components(parts, self.questions), *how)
 
     def _components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
         if self.budget is None:
@@ -306,6 +260,9 @@ class VideoTexts(ResumableData):
             log.info("%s: %s", split, ", ".join(f"{part.name} {len(part)}" for part in parts) or "none")
         if self.mixture is None:
             return
+        if self.curriculum:
+            begins = np.cumsum([0, *(stage.steps for stage in self.curriculum if stage.steps is not None)])
+            log.info("stages of the curriculum begin at optimizer steps %s", ", ".join(map(str, begins.tolist())))
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         exact = self.budget is not None and self.budget.exact_lengths
         log.info(
@@ -380,16 +337,30 @@ class VideoTexts(ResumableData):
     @property
     def fingerprint(self) -> str:
         """Of everything that the order of training samples depends on."""
+        return self._fingerprint(self.batches_per_step)
+
+    def _fingerprint(self, per_step: int) -> str:
+        """Where stages count steps of so many batches."""
         digest = hashlib.sha256()
         for part in self.parts["train"]:
             digest.update(f"{part.name}:{part.shards.fingerprint}:{part.share}:".encode())
             digest.update(np.ascontiguousarray(part.chosen).tobytes())
         if self.curriculum:
-            digest.update(repr([(sorted(stage.weights.items()), stage.steps) for stage in self.curriculum]).encode())
+            stages = [(sorted(stage.weights.items()), stage.batches(per_step)) for stage in self.curriculum]
+            digest.update(repr(stages).encode())
         if self.budget is not None:
             lengths = sorted((part.name, part.lengths) for part in self.parts["train"] if part.lengths is not None)
             digest.update(repr((self.budget, self.questions, lengths)).encode())
         return digest.hexdigest()[:16]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `ResumableData`; says where a run is of a version in which the stages of a curriculum counted batches."""
+        if self.curriculum and state_dict["fingerprint"] == self._fingerprint(1) != self.fingerprint:
+            raise ValueError(
+                "the stages of data.curriculum count optimizer steps now, and batches in the run of the checkpoint: "
+                f"divide their steps by accumulate_grad_batches={self.batches_per_step}"
+            )
+        super().load_state_dict(state_dict)
 
     # ---------------------------------------------------------------------------------------------------------- loading
 

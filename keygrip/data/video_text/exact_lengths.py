@@ -77,9 +77,15 @@ class ExactLengths:
         found = self.row_tokens[places].astype(float)
         return np.where(self.longest[chosen][owner] == UNREADABLE, self.tokens(shards, chosen)[owner], found)
 
-    def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+    def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
-        return np.asarray(self.longest[chosen] != 0)
+        kept = self.longest[chosen] != 0
+        if room is None or not len(chosen):
+            return np.asarray(kept)
+        first, count = (each[chosen] for each in places_of(self.longest, self.row_counts))
+        starts = np.cumsum(count) - count  # of each sample's rows among those of the chosen ones
+        shortest = np.minimum.reduceat(self.row_tokens[ranges(first, count)], starts)
+        return np.asarray(kept & ((shortest <= room) | (self.longest[chosen] == UNREADABLE)))
 
 
 def places_of(longest: np.ndarray, row_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,8 +55,12 @@ class TextLengths(Protocol):
         """
         ...
 
-    def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
-        """bool [n], False for samples of which no conversation can be a row, as far as that is known."""
+    def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
+        """bool [n], False for samples of which no conversation can be a row, as far as that is known.
+
+        Args:
+            room: tokens of text that a row of each sample may have beside its frames, int [n]; None: any number.
+        """
         ...
 
 
@@ -96,13 +100,14 @@ class TokenLengths:
         """See `TextLengths`: all rows of a sample are taken to be as long as its longest."""
         return np.repeat(self.tokens(shards, chosen), rows)
 
-    def usable(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+    def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
         """See `TextLengths`: False for first answers that are too long at the lowest rate; the others that are too long
         are found when they are read."""
-        if self.max_tokens is None or FIRST_ANSWER not in shards.columns:
+        if FIRST_ANSWER not in shards.columns:
             return np.ones(len(chosen), bool)
         shortest = self.template + shards.columns[FIRST_ANSWER][chosen].astype(float) * self.least
-        return np.asarray(shortest <= self.max_tokens)
+        kept = np.ones(len(chosen), bool) if self.max_tokens is None else shortest <= self.max_tokens
+        return np.asarray(kept if room is None else kept & (shortest <= room))
 
 
 def measured(
@@ -118,7 +123,7 @@ def measured(
     """
     template = collator.text_tokens(SHORTEST, (0.0, 1.0), whole=True) - 2
     characters, tokens, problem = [], [], "no conversation"
-    for sample in _spread(shards, chosen).tolist():
+    for sample in spread(shards, chosen).tolist():
         try:
             found = [c for c in read_conversations(shards, sample) if kinds is None or c.kind in kinds]
             with guard(shards.where(sample)):
@@ -138,7 +143,7 @@ def measured(
     return TokenLengths(template, *rates, collator.tokens_per_frame, collator.max_tokens)
 
 
-def _spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+def spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
     """Some of the chosen samples, evenly of some of their shards."""
     shard = shards.shard[chosen]
     names = np.unique(shard)

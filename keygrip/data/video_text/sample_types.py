@@ -85,6 +85,7 @@ class VideoTextSample:
         key: unique in its collection.
         seconds: F, when each frame was taken; () of images that have no common time; None where it is not known.
         cut: it is a clip of a longer one (`keygrip.data.video_text.clips`).
+        left_out: conversations that are missing since their rows are too long (`keygrip.data.video_text.context`).
     """
 
     frames: np.ndarray
@@ -93,6 +94,7 @@ class VideoTextSample:
     key: str
     seconds: tuple[float, ...] | None = None
     cut: bool = False
+    left_out: int = 0
 
 
 def kind_problem(kind: str) -> str | None:

@@ -15,9 +15,10 @@ from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, UnusableSample
 from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, is_asked, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
+from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
-from keygrip.data.video_text.sample_types import kinds_of
+from keygrip.data.video_text.sample_types import Conversation, kinds_of
 
 TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
 TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
@@ -32,6 +33,7 @@ class Part:
         share, kinds: see `keygrip.data.video_text.shard_source.ShardSource`.
         lengths: of the texts, in tokens; None: a token for every four characters.
         clips: cut out of its videos; None: they stay whole.
+        context: of the language model, where rows may be longer than it; None: none can be.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Part:
     kinds: Sequence[str] | None = None
     lengths: TextLengths | None = None
     clips: SubClips | None = None
+    context: Context | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,8 +86,21 @@ class Part:
         return replace(part, length=lengths.tokens(*which), positions=positions, rows=rows, row_tokens=tokens)
 
     def usable(self) -> Part:
-        """The part without samples of which no conversation can be a row, so that nothing could be learned from them
-        (see `TextLengths`)."""
+        """The part without samples of which no conversation can be a row, so that nothing could be learned from them,
+        as far as that is known (see `TextLengths`)."""
+        if self.context is None:
+            return self.within_max_tokens()
+        frames = self.column("frames")
+        if self.clips is not None:  # of a clip no more are certain
+            frames = np.minimum(frames, self.clips.frames[0])
+        room = self.context.room(frames)
+        kept = room > 0
+        if self.lengths is not None:
+            kept &= self.lengths.usable(self.shards, self.chosen, room)
+        return replace(self, chosen=self.chosen[kept])
+
+    def within_max_tokens(self) -> Part:
+        """As `usable`, by the length of texts alone."""
         if self.lengths is None:
             return self
         return replace(self, chosen=self.chosen[self.lengths.usable(self.shards, self.chosen)])
@@ -141,10 +157,20 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         if not conversations:
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
         seconds = sample.seconds if len(sample.frames) else ()
-        problems = [self.collator.problem(c, seconds) for c in conversations] if self.collator is not None else [None]
+        too_long = [self._too_long(part, c, len(sample.frames), seconds) for c in conversations]
+        problems = [long or self._problem(c, seconds) for c, long in zip(conversations, too_long, strict=True)]
         if None not in problems:
             raise UnusableSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
-        return replace(sample, conversations=tuple(conversations), source=part.name)
+        kept = tuple(c for c, long in zip(conversations, too_long, strict=True) if long is None)
+        return replace(sample, conversations=kept, source=part.name, left_out=len(conversations) - len(kept))
+
+    def _problem(self, conversation: Conversation, seconds: Sequence[float] | None) -> str | None:
+        return None if self.collator is None else self.collator.problem(conversation, seconds)
+
+    def _too_long(
+        self, part: Part, conversation: Conversation, frames: int, seconds: Sequence[float] | None
+    ) -> str | None:
+        return None if part.context is None else part.context.problem(conversation, frames, seconds)
 
     def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
         """A sample with all its text, from memory where it is kept."""

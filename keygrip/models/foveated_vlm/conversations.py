@@ -353,7 +353,7 @@ class ConversationCollator:
             source=[sample.source for sample, _ in places],
             key=[sample.key for sample, _ in places],
             texts=[conversation for _, conversation in places],
-            left_out=len(problems),
+            left_out=len(problems) + sum(sample.left_out for sample in samples),
             seconds=[sample.seconds for sample in samples],
             clips=sum(sample.cut for sample in samples),
         )

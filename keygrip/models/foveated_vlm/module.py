@@ -207,6 +207,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
 
     @property
+    def longest_row(self) -> int:
+        """Positions that the language model's context holds, visual and text tokens together; the data leave out what
+        is longer."""
+        return self.network.language.context
+
+    @property
     def tokenizer(self) -> ChatTokenizer:
         """Raises ValueError: there is none yet."""
         if self.collator.tokenizer is None:

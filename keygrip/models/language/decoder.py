@@ -164,8 +164,8 @@ class LanguageModel(nn.Module):
     def _check_length(self, length: int) -> None:
         if length > self.context:
             raise ValueError(
-                f"a row has {length} positions and language.model.context={self.context}: raise it, or give fewer "
-                "frames or less text"
+                f"a row has {length} positions and language.model.context={self.context}: give fewer frames or less "
+                "text; only with random weights a larger context may be set"
             )
 
     def _load(self, source: str, whole: Any, sizes: Mapping[str, str]) -> None:

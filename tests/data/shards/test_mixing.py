@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.mixing import (
     BucketedSampler,
@@ -212,6 +213,23 @@ def test_a_curriculum_goes_from_stage_to_stage_at_its_steps() -> None:
     hard = order[kinds == 1]
     counts = np.bincount(hard - 60, minlength=100)
     assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("budget", [None, Budget(40, 4000)])
+def test_the_stages_of_a_curriculum_count_optimizer_steps(budget: Budget | None) -> None:
+    """They counted batches: with gradients of four batches a step they ended after a quarter of the steps."""
+    parts = [component("easy", 60), component("hard", 100), component("text", 50, 0.2)]
+
+    def of(first: int, second: int, per_step: int) -> Mixture:
+        stages = [Stage({"easy": 1.0}, first), Stage({"easy": 0.25, "hard": 0.75}, second), Stage({"hard": 1.0})]
+        return Mixture(parts, 10, curriculum=stages, budget=budget, batches_per_step=per_step)
+
+    steps, batches = of(2, 6, 4), of(8, 24, 1)
+    assert steps.epochs_of_stages() == batches.epochs_of_stages()
+    for epoch in range(4):
+        for one, other in zip(steps.batches_of(epoch), batches.batches_of(epoch), strict=True):
+            assert np.array_equal(one, other)
+    assert any(not np.array_equal(a, b) for a, b in zip(steps.batches_of(0), of(2, 6, 1).batches_of(0), strict=False))
 
 
 def test_a_curriculum_is_a_function_of_seed_and_epoch() -> None:

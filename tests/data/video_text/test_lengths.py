@@ -17,6 +17,8 @@ from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.mixing import padding_of
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.sampling import SampleKey
+from keygrip.data.shards.substitution import UnusableSample
 from keygrip.data.video_text import exact_lengths
 from keygrip.data.video_text.conversations import answer, iterate_texts, read_sample
 from keygrip.data.video_text.datamodule import VideoTexts
@@ -61,9 +63,10 @@ def module(root: Path, max_tokens: int = 256, **options: Any) -> VideoTexts:
     timestamps, pack_rows = options.pop("timestamps", False), options.pop("pack_rows", False)
     how = (order, "answers", max_tokens, None, timestamps, tokens_per_frame, pack_rows)
     collator = ConversationCollator(tokenizer, *how)
-    ranks = options.pop("ranks", 1)
+    ranks, asked_by = options.pop("ranks", 1), SimpleNamespace(longest_row=options.pop("longest_row", None))
     data = VideoTexts(sources, collator, 8, **{"batch_size": 8, "num_workers": 0, **options})
     data.processes = ranks
+    data.asked_by(asked_by)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -201,6 +204,100 @@ def test_an_index_without_the_number_of_conversations_is_refused_where_lengths_a
     assert module(tmp_path, batch_size=8, budget=Budget(64, 1024)).mixture is not None  # rows are counted
 
 
+# ---- rows longer than the language model's context -------------------------------------------------------------------
+
+
+def rows_in(data: VideoTexts, sample: int) -> list[int]:
+    """Positions of each row of a training sample."""
+    (part,) = data.parts["train"]
+    found = read_sample(part.shards, sample, 8)
+    each = [data.collator.text_tokens(c, found.seconds) for c in found.conversations]  # type: ignore[attr-defined]
+    return [len(found.frames) * data._tokens_per_frame + tokens for tokens in each]
+
+
+@pytest.fixture
+def tours(tmp_path: Path) -> Path:
+    """60 videos of 0 to 5 frames with a short text, and every second with one of 60 digits more."""
+    short = [(n, (n % 6, [answer("Which?", digits(4 + n), "text")])) for n in range(60)]
+    samples = [(frames, [*told, answer("Which?", digits(60), "text")][: 1 + n % 2]) for n, (frames, told) in short]
+    write_conversations(tmp_path / "videos", samples, "v")
+    return tmp_path
+
+
+@pytest.mark.parametrize("budget", [Budget(64, 4096), Budget(64, 4096, exact_lengths=False), None])
+def test_rows_that_are_longer_than_the_context_are_left_out_and_counted(
+    tours: Path, budget: Budget | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first such batch ended the training, with a curriculum after hours."""
+    options: dict[str, Any] = {"tokens_per_frame": 16, "budget": budget, "batch_size": 4}
+    everything = module(tours, **options)
+    rows = {number: rows_in(everything, number) for number in range(60)}
+    limit = 110
+    fitting = {number for number, lengths in rows.items() if min(lengths) <= limit}
+    partly = {number for number in fitting if max(rows[number]) > limit}
+    assert 20 < len(fitting) < 50
+    assert len(partly) > 5
+    with caplog.at_level(logging.INFO):
+        data = module(tours, longest_row=limit, **options)
+    kept = {int(number) for part in data.parts["train"] for number in part.chosen}
+    assert fitting <= kept < set(range(60))
+    exact = budget is not None and budget.exact_lengths
+    assert not exact or kept == fitting
+    assert f"{60 - len(kept)} of 60 samples of videos are left out: " in caplog.text
+    assert "longer than the language model's context of 110; to use them, lower data.max_frames=64" in caplog.text
+    batches = list(data.train_dataloader())
+    assert max(int(positions_of_frames(batch, 16).max()) for batch in batches) <= limit
+    used = {int(key[1:]) for batch in batches for key in batch.key}
+    assert used <= fitting
+    taken = [int(key[1:]) for b in batches for key in dict(zip(b.video_index.tolist(), b.key, strict=True)).values()]
+    assert sum(batch.left_out for batch in batches) == sum(
+        length > limit for number in taken for length in rows[number]
+    )
+    assert data.skipped.count == 0
+    assert (data.unusable.count == 0) if exact else all("v" in reason for reason in data.unusable.reasons)
+
+
+def positions_of_frames(batch: VideoTextBatch, tokens_per_frame: int) -> torch.Tensor:
+    """What each row takes."""
+    return tokens_per_frame * batch.frame_mask.sum(1)[batch.video_index] + batch.attention_mask.sum(1)
+
+
+def test_a_sample_that_turns_out_too_long_is_named_with_what_to_change(tours: Path) -> None:
+    data = module(tours, tokens_per_frame=16, longest_row=110)
+    samples = data._samples(data.parts["train"], None)
+    (part,) = data.parts["train"]
+    long = next(n for n, each in enumerate(part.chosen.tolist()) if min(rows_in(data, each)) > 110)
+    with pytest.raises(
+        UnusableSample, match=r"v\d+.*: a row of it has \d+ positions \(\d frames of 16 and \d+ tokens"
+    ) as error:
+        samples[SampleKey(long, 0)]
+    assert "lower data.max_frames=64 or collator.max_tokens=256" in str(error.value)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_source_of_which_every_row_is_longer_than_the_context_is_refused(tmp_path: Path, exact: bool) -> None:
+    """By estimate 39 are shorter, since one has few tokens for its characters: without counts some are tried."""
+    samples = [(4, [answer("Which?", digits(60) if n else words(600), "text")]) for n in range(40)]
+    write_conversations(tmp_path / "videos", samples, "v")
+    options: dict[str, Any] = {"tokens_per_frame": 8, "budget": Budget(64, 4096) if exact else None}
+    limit = min(rows_in(module(tmp_path, **options), number)[0] for number in range(40)) - 1
+    every = r"every sample of the source 'videos' \(of 4 frames or more, 8 positions each\) has rows longer than"
+    tried = (
+        r"every sample of the source 'videos' that was tried \(39\) is too long; the first: .*v1 .*: a row of it has"
+    )
+    with pytest.raises(ValueError, match=every if exact else tried):
+        module(tmp_path, longest_row=limit, **options)
+    with pytest.raises(ValueError, match=every):
+        module(tmp_path, longest_row=4 * 8, **options)
+
+
+def test_nothing_is_asked_of_samples_that_fit_whatever_their_text_is(tours: Path) -> None:
+    data = module(tours, tokens_per_frame=16, longest_row=5 * 16 + 256)
+    assert [part.context for part in data.parts["train"]] == [None]
+    before = module(tours, tokens_per_frame=16)
+    assert data.fingerprint == before.fingerprint
+
+
 # ---- counted lengths -------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +416,8 @@ def test_the_batch_with_the_most_queries_is_among_the_worst(tmp_path: Path) -> N
 def as_rank(data: VideoTexts, rank: int, ranks: int, done: int = 0) -> VideoTexts:
     progress = SimpleNamespace(total=SimpleNamespace(processed=done))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop)  # type: ignore[assignment]
+    trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop, accumulate_grad_batches=1)
+    data.trainer = trainer  # type: ignore[assignment]
     return data
 
 

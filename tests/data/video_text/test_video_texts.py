@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from shard_sets import CharacterCollator, picture, small_video, write_set
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
+from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -68,10 +70,13 @@ def module(root: Path, rank: int = 0, ranks: int = 1, share: float | None = None
     if share is not None:
         sources["texts"] = ShardSource(root / "texts", share=share)
     settings: dict[str, Any] = {"sources": sources, "image_size": 8, "batch_size": 12, "num_workers": 0, **options}
+    accumulated = settings.pop("accumulated", 1)
     data = VideoTexts(collator=CharacterCollator(), **settings)
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank, world_size=ranks, fit_loop=loop, accumulate_grad_batches=accumulated
+    )
     data.prepare_data()
     data.setup("fit")
     return data
@@ -94,6 +99,23 @@ def test_every_sample_once_an_epoch_whatever_the_ranks_and_workers(root: Path, r
     assert together == reference
     for batch in (batch for part in parts for batch in part):
         assert [FRAMES[int(key[1:])] for key in batch.key] == batch.frame_mask.sum(dim=1).tolist()
+
+
+def test_stages_count_optimizer_steps_also_where_an_earlier_run_goes_on(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def of(steps: int, accumulated: int) -> VideoTexts:
+        stages = [Stage({"videos": 1.0}, steps), Stage({"videos": 1.0})]
+        return module(root, curriculum=stages, accumulated=accumulated)
+
+    with caplog.at_level(logging.INFO):
+        data = of(2, 3)
+    assert "stages of the curriculum begin at optimizer steps 0, 2" in caplog.text
+    data.load_state_dict(of(6, 1).state_dict())  # in which 6 batches were counted
+    with pytest.raises(ValueError, match="divide their steps by accumulate_grad_batches=3"):
+        data.load_state_dict(of(2, 1).state_dict())
+    with pytest.raises(ValueError, match=r"data\.fingerprint"):
+        data.load_state_dict(of(7, 1).state_dict())
 
 
 def test_pixels_belong_to_their_text(root: Path) -> None:

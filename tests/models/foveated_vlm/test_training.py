@@ -253,6 +253,36 @@ def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[s
     assert {name if "/" in name else f"health/{name}" for name in RANGES} <= set(header)
 
 
+def test_stages_of_a_curriculum_end_after_their_optimizer_steps(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: list[set[str]] = []
+    step = FoveatedVLMModule.training_step
+
+    def watched(self: FoveatedVLMModule, batch: VideoTextBatch, batch_idx: int) -> Any:
+        sources.append(set(batch.source))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FoveatedVLMModule, "training_step", watched)
+    stages = "data.curriculum=[{_target_: keygrip.data.shards.curriculum.Stage, steps: 1, weights: {tours: 1}},"
+    stages += "{_target_: keygrip.data.shards.curriculum.Stage, weights: {texts: 1}}]"
+    more = ["data.sources.texts.share=null", "data.batch_size=2", "accumulate_grad_batches=3", "max_steps=2"]
+    train.run(compose("train", overrides("run", stages, *more, "limit_val_batches=0")))
+    assert sources == [{"tours"}] * 3 + [{"texts"}] * 3
+
+
+def test_rows_that_the_context_does_not_hold_are_said_before_training(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The first such batch ended the training with "a row has 50 positions and language.model.context=46"."""
+    more = ["max_steps=1", "limit_val_batches=0"]
+    with pytest.raises(
+        ValueError, match=r"every sample of the source 'tours' .* lower data\.max_frames=64 or collator"
+    ):
+        train.run(compose("train", overrides("none", "language.model.context=6", *more)))
+    assert not list((tmp_path / "none").rglob("*.ckpt"))
+
+
 def test_shares_of_rows_are_those_of_all_batches_since_the_last(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,135 @@
+"""What is checked of the samples of all sources before training begins, and what of them is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.spacing import evenly
+from keygrip.data.video_text.batching import Questions, is_asked
+from keygrip.data.video_text.clips import SubClips
+from keygrip.data.video_text.conversations import read_conversations, read_timed_conversations
+from keygrip.data.video_text.lengths import TokenLengths, spread
+from keygrip.data.video_text.samples import Part
+
+log = logging.getLogger(__name__)
+
+TRIED = 64  # videos of a source, whether they can be cut
+
+
+def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
+    """Raises ValueError: so many questions of a kind are asked for, and no source holds any of it.
+
+    Args:
+        parts: of all splits. chosen: by the name of the setting.
+    """
+    known = {kind for part in parts for kind in part.kinds_there()}
+    for name, questions in chosen.items():
+        missing = [kind for kind, count in questions.items() if count] if isinstance(questions, Mapping) else []
+        missing = [kind for kind in missing if kind not in known]
+        if missing:
+            raise ValueError(
+                f"data.{name} names {missing[0]!r}, of which no source holds a question; they hold "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+
+
+def check_clips(parts: Sequence[Part], questions: Questions) -> None:
+    """Raises ValueError: a lookback of a kind that no source holds, or no longer video that is tried can be cut."""
+    known = {kind for part in parts for kind in part.kinds_there()}
+    for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
+        if unknown := sorted(set(clips.lookback) - known):
+            raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(known))}")
+        tried, cut = _tried(clips, [part for part in parts if part.clips is clips], questions)
+        if not cut:
+            raise ValueError(
+                f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were "
+                "tried has a conversation, of the kinds that are used, that says of which frame it speaks "
+                "(evidence: frame), so that none can be cut: leave data.clips (or data.sources.NAME.clips) out"
+            )
+        log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
+
+
+def _tried(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int]:
+    """How many longer training videos were looked at, and how many of them can be cut."""
+    tried = cut = 0
+    for part in parts:
+        longer = part.chosen[part.column("frames") > clips.frames[0]]
+        for sample in longer[evenly(len(longer), TRIED)].tolist():
+            with contextlib.suppress(BadSample):  # counted when they are read
+                told = read_conversations(part.shards, sample)
+                cut += clips.may_be_cut([c for c in told if is_asked(c.kind, part.kinds, questions)])
+                tried += 1
+    return tried, cut
+
+
+def usable_parts(split: str, parts: Sequence[Part], questions: Questions) -> list[Part]:
+    """The parts without samples that are too long to be used, as far as that is known beforehand.
+
+    Args:
+        questions: chosen of each sample.
+
+    Raises:
+        ValueError: nothing of a source is left to train on.
+    """
+    found = []
+    for part in parts:
+        texts, kept = part.within_max_tokens(), part.usable()
+        told = "by estimate " if isinstance(part.lengths, TokenLengths) else ""
+        if part.lengths is not None and len(texts) < len(part):
+            log.info(
+                "%s: %d of %d samples of %s are left out: %stheir first answer ends beyond collator.max_tokens=%s",
+                *(split, len(part) - len(texts), len(part), part.name, told, part.lengths.max_tokens),
+            )
+        if not len(texts) and split == "train":
+            raise ValueError(
+                f"no sample of the source {part.name!r} has an answer that ends within collator.max_tokens; raise it"
+            )
+        if part.context is not None and len(kept) < len(texts):
+            log.info(
+                "%s: %d of %d samples of %s are left out: %stheir rows are longer than the language model's context of "
+                "%d; to use them, %s",
+                *(split, len(texts) - len(kept), len(part), part.name, told),
+                *(part.context.positions, part.context.advice),
+            )
+        if split == "train":
+            _refuse_too_long(part, kept, questions)
+        if len(kept):
+            found.append(kept)
+    return found
+
+
+def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
+    """Raises ValueError: no row of a source, or of the samples that are tried, is within the language model's context.
+
+    Args:
+        part: the source's samples. kept: those of them that are not left out.
+    """
+    if part.context is None:
+        return
+    if not len(kept):
+        frames = int(part.column("frames").min())
+        raise ValueError(
+            f"every sample of the source {part.name!r} (of {min(frames, part.context.max_frames)} frames or more, "
+            f"{part.context.collator.tokens_per_frame} positions each) has rows longer than the language model's "
+            f"context of {part.context.positions}: {part.context.advice}"
+        )
+    if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
+        return  # clips are shorter; counted lengths need no trial
+    problems = []
+    for sample in spread(kept.shards, kept.chosen).tolist():
+        with contextlib.suppress(BadSample):  # counted when they are read
+            told, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
+            frames = min(int(kept.shards.columns["frames"][sample]), part.context.max_frames)
+            asked = [each for each in told if is_asked(each.kind, part.kinds, questions)]
+            found = [part.context.problem(each, frames, seconds if frames else ()) for each in asked]
+            if None in found or not found:
+                return
+            problems.append(f"{kept.shards.where(sample)}: {found[0]}")
+    if problems:
+        raise ValueError(
+            f"every sample of the source {part.name!r} that was tried ({len(problems)}) is too long; the first: "
+            f"{problems[0]}"
+        )
