@@ -26,6 +26,16 @@ QUALIFIES = re.compile(
     r"(?=(?:answer|choice|option)[^\S\n]*(?:(?:is|was|would be|should be)\b|[:=-]))",
     re.IGNORECASE | re.MULTILINE,
 )
+# Words that agree, and are no option "right" ("All right: B", "That's right, it moves up").
+AGREES = re.compile(
+    r"(?:(?<=[\n.;!?])|^)\W{0,4}(?:all\s+right|(?:that|this|you)\s(?:s|is|re|are)\s+right)[,:.!;–—-](?=\s*\w)",
+    re.IGNORECASE,
+)
+# The "A:" of an answer behind a question that the text repeats ("Q: What colour? A: B"), or before a letter at its end.
+ANSWERS_IT = re.compile(
+    r"(?:(?:^|\n)[^\S\n]*(?:question|q)(?:[^\S\n]*\d+)?[^\S\n]*:[^\n]*\n\s*A:(?=\s*\w)|\n[^\S\n]*A:(?=\s*[(\[]?[B-Z]\W*$))",
+    re.IGNORECASE,
+)
 ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
 # Capitals that are no letters of a list: "A/C unit", "U.S.A.".
 COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
@@ -36,14 +46,15 @@ OPENED = r"\s*(?:option|opt\b\.?|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
 # Words that announce a letter, the surest first: whichever of them name one, the surest decide.
 SAYS = (
     rf"{NAMES}\s*(?:(?:is|are|was|would be|should be|must be|will be|seems to be|here is)\s*[:=-]?|[:=-]){OPENED}"
-    r"|\bi(?: would| ll| will| d)? (?:choose|chose|pick|picked|select|selected|go with|opt for)\b\s*,?" + OPENED
+    r"|\bi(?: would| ll| will| d| am| m)? (?:choose|chose|pick|picked|select|selected|go with|go for|opt for|"
+    r"lean(?:ing)? to(?:wards?)?)\b\s*,?" + OPENED
 )
 CONCLUDES = (
     rf"\b(?:therefore|thus|so|hence|(?:in\s+)?conclusion|leav(?:es|ing)(?:\s+(?:only|us\s+with))?)\b\s*,?{OPENED}"
 )
 MENTIONS = rf"{NAMES}{OPENED}"
 I_SAY = (
-    r"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it s|it must be|(?:most\s+likely|probably))\b\s*,?"
+    r"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it ?s|it must be|(?:most\s+likely|probably))\b\s*,?"
     + OPENED
 )
 # A letter that takes back one before it ("The answer is A. No wait, C.").
@@ -96,10 +107,6 @@ SAID_WRONG = (
 EITHER_WAY = (
     r"(?<!\w)(?:yes(?:\s*[/&]\s*|,?[\s-]+or[\s-]+|\s+and\s+)no|no(?:\s*[/&]\s*|,?[\s-]+or[\s-]+|\s+and\s+)yes)(?!\w)"
 )
-# Letters with a verdict each and nothing else ("A: no. B: yes.").
-JUDGED = re.compile(
-    r"[(\[]?([A-Z])[)\].:]+\s*(?i:(yes|right|correct|true)|no|wrong|incorrect|false)\b\s*(?:[.,;]\s*|\n\s*|$)"
-)
 DENIES = r"(?:not|never|cannot|(?:is|are|was|were|do|does|did|has|have|had|ca|could|would|wo|should)n\s?t)"
 NOT = re.compile(
     r"(?:\u4e0d\u662f|\u5e76\u975e|\u4e0d\u9009|\b(?:not|neither|nor|no|than|unlike|hardly|unlikely(?:\s+to\s+be)?|"
@@ -122,9 +129,10 @@ VERDICT = re.compile(
 SAID_OF_IT = r"[)\]}.:]*\s*[:–—>(-]*\s*(?i:no|not|yes|wrong|right|correct|incorrect|false|true|unlikely)\b"
 # Between an option's words, perhaps with a full stop of their own, and what is said of it ("A man runs. - No").
 BEFORE_SAID = r"(?:\.?\s*[:,;(\[>=\u2192\u2013\u2014-][\s:,;(\[>=\u2192\u2013\u2014-]*|\s*)"
-SAID_YES = (
-    rf"(?i:(?:\.{{1,2}}\s+|{BEFORE_SAID})(?:(?:is|was)\s+)?(?:the\s+)?(?:yes|right|correct|true)"
-    r"(?:\s+(?:answer|choice|one|option))?)(?!\s*(?:,\s*)?but\b)(?=\s*(?:[.,;:!)\]\n]|$)|\s+[(\[]?[A-Z]\b)"
+# What a further sentence says of an option ("B. red. This is wrong").
+SAID_OF_THAT_WRONG = (
+    r"[\s.:,;(–—-]*\b(?:(?:this|that|it)\b|(?:this|that|the)\s+(?:option|answer|choice|one|statement))\s*(?:is|was|s)"
+    r"(?:\s+(?:\w+ly\s+)?(?:incorrect|wrong|false)|(?:\s+not|n\s?t)\s+(?:the\s+)?(?:correct|right|true))\b"
 )
 SAID_NO = rf"(?i:(?:\.{{1,2}}\s+|{BEFORE_SAID})(?:(?:is|was)\s+)?(?:no|not|wrong|incorrect|false)\b)"
 SET_OFF = r"\.?[^\S\n]*(?:[:,;(\[>=\u2192\u2013\u2014-]|(?:is|was)\b)"  # in the option's line: it is said of that alone

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 
 from keygrip.evaluation.answer_forms import (
     ABSTAINS,
+    AGREES,
+    ANSWERS_IT,
     ASKS,
     BEFORE_SAID,
     BESIDE_CJK,
     CONCLUDES,
     CORRECTS,
-    ENDS_SAID,
     GOES_ON,
     I_SAY,
-    JUDGED,
     LABELS,
     LIKE,
     MENTIONS,
@@ -27,7 +28,7 @@ from keygrip.evaluation.answer_forms import (
     RIGHT,
     SAID_NO,
     SAID_OF_IT,
-    SAID_YES,
+    SAID_OF_THAT_WRONG,
     SAYS,
     SET_OFF,
     SHOWN,
@@ -35,7 +36,6 @@ from keygrip.evaluation.answer_forms import (
     SURE,
     TAGGED,
     THOUGHT,
-    TICK,
     VERDICT,
     WRONG,
 )
@@ -47,9 +47,11 @@ from keygrip.evaluation.option_texts import (
     literal_text,
     normal_text,
     number_of,
+    own_words,
     plain_text,
     unwrapped,
 )
+from keygrip.evaluation.weighed_options import Weighed, called_right, left_over, says_something, weighed_options
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
@@ -59,6 +61,9 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     A word is no letter: "A person jumps" and "The answer is A person" do not name A. Behind words that announce an
     answer every other letter names its option, whatever follows ("The answer is B as shown"); A, and I, do so before
     punctuation and words that give a reason, and so names I an option "I" where the list has no such letter.
+    Of options that are gone through from A on, with something said of them, it is the one that is announced behind
+    them, called right or left over, and none where nothing decides ("A: 10%, B: 70%"). "A:" before another option alone
+    means "Answer:".
     Words that are denied ("not the red cube") name nothing, nor does the "no" of a sentence ("there is no cat"). A
     letter within an option's own words ("Team B") is a part of these. What a model thinks before it answers
     (`<think>`), a repetition of the options, though it be cut off, and what it says to a further question of its own
@@ -83,16 +88,17 @@ def _read(said: str, known: Options, announced_only: bool = False) -> int | None
         return None
     if not any(ABSTAINS.search(option) for option in known.literal):
         said = ABSTAINS.sub(" ", said)
+    if len(known.literal[0]) > 1:  # "A: B" may be an option "B" with its letter
+        said = ANSWERS_IT.sub("\nAnswer:", said).strip()
     said = without_either_way(ASKS.sub(" ", BESIDE_CJK.sub(" ", said)), known)
-    judged = _judged(said, known)
-    if judged is not None:
-        return judged.pop() if len(judged) == 1 else None
     through, ends_at = _gone_through(said, known)
     if through:
         return ends_at
     said = _without_repetition(said, known)
     if _one_per_line(said, known):
         return None
+    said = _without_denied(said, known)
+    said = _without_answer_mark(said, known)
     words = _in_a_row(said)
     text = apart(words, known)
     first_line = _alone(said.partition("\n")[0], known)
@@ -107,13 +113,30 @@ def _read(said: str, known: Options, announced_only: bool = False) -> int | None
             return found
     if announced_only:
         return None
-    named = by_words(_in_a_row(QUALIFIES.sub(r"\1", said)), known)
+    agreed = said if any(map(AGREES.search, known.literal)) else AGREES.sub(" ", said)
+    named = by_words(_in_a_row(QUALIFIES.sub(r"\1", agreed)), known)
     alone, labelling = _capitals(text, known)
     if len(alone) == 1:
         return alone.pop() if named is None or named in alone else None
     if named is None and not alone and len(labelling) == 1:
         return labelling.pop()
     return numbered(words, known) if named is None else named
+
+
+def _without_answer_mark(said: str, known: Options) -> str:
+    """The text without an "A:" at its begin that means "Answer:", since another option alone follows it, by letter or
+    in words ("A: B", "A: C. green", "A: It is green.")."""
+    mark = re.match(r"\W*A:\s*(?=[(\[]?\w)", said)
+    if mark is None:
+        return said
+    rest = said[mark.end() :]
+    line = rest.partition("\n")[0].strip()
+    last, called = known.last, r"(?:(?i:option|choice|letter)\s+)?"
+    letter = re.match(rf"{called}[(\[]?(?:([B-{last}])(?:[)\].:]|$)|[b-{last.lower()}][)\].]*$)", line)
+    if letter is not None and not (letter[1] and re.match(_another(last), line[letter.end(1) :])):
+        return rest
+    reasons = re.match(REASON, line, re.IGNORECASE) or re.search(r"[.;!?]\W*\w", line)
+    return said if reasons or by_words(line, known) in (None, 0) else rest
 
 
 def _in_a_row(text: str) -> str:
@@ -158,45 +181,34 @@ def _repeated_to(text: str, start: int, known: Options) -> int | None:
 
 
 def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
-    """Whether a text goes through options from A on, each lettered at the start of a sentence or line, and what it
-    arrives at: a letter announced after them, or the only option that has a tick or is said to be right."""
-    begun = rf"(?:^|[\n.;!?][)\]]?|{ENDS_SAID})\s*(?:[-*•]\s*)?[(\[]?([A-{known.last}])[)\].:]+\s*"
-    found: list[tuple[int, int]] = []  # the option, and where its words end
-    for match in re.finditer(begun, said):
-        own = re.compile(_own(number_of(match.group(1)), known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
-        if own is not None:
-            found.append((number_of(match.group(1)), own.end()))
-    if [number for number, _ in found[:2]] != [0, 1]:
+    """Whether a text goes through options from A on and says something of them, and what it arrives at: a letter
+    announced after them, the only option that has a tick or is called right, or the only one that is left over."""
+    weighed = weighed_options(said, known)
+    if not weighed:
         return False, None
-    ticked = {number for number, end in found if re.match(rf"\W{{0,4}}{TICK}", said[end:])}
-    if len(ticked) == 1:
-        return True, ticked.pop()
-    listed_to = next((found[place - 1][1] for place, (number, _) in enumerate(found) if number != place), found[-1][1])
-    # "A. red: ..." speaks about an option, "A. red. B. blue is wrong" chooses it
-    speaks = re.match(r"(?:\s*|\.[^\S\n]*)(?:[:–—(-]|is\b|was\b)", said[found[0][1] :]) is not None
     # What follows the list is the answer, whatever was weighed within it.
+    listed_to = next((one.end for one, each in pairwise(weighed) if each.option != one.option + 1), weighed[-1].end)
     behind = said[listed_to:]
     arrived = _arrived(behind, known, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
     before, _, last_line = behind.strip().rpartition("\n")
     if arrived is None and re.search(r"\w", before):  # else it is the list that goes on
         arrived = _alone(last_line, known)
         arrived = known.lettered(last_line) if arrived is None else arrived
-    no = any(re.match(SAID_NO, said[end:]) for _, end in found)  # else "Correct: B" may follow a list
-    right = {
-        number for number, end in found if re.match(SAID_YES, said[end:]) and (no or re.match(SET_OFF, said[end:]))
-    }
-    if arrived is None and len(right) == 1:
-        return True, right.pop()
+    speaks = says_something(weighed)
+    if arrived is None and speaks:
+        arrived = called_right(weighed, known)
     if arrived is None:
-        arrived = _arrived(_without_verdicts(said, found), known, (CORRECTS, SAYS, CONCLUDES))
+        arrived = _arrived(_without_verdicts(said, weighed), known, (CORRECTS, SAYS, CONCLUDES))
+    if arrived is None and speaks:
+        arrived = left_over(weighed, known)
     return arrived is not None or speaks, arrived
 
 
-def _without_verdicts(said: str, found: Sequence[tuple[int, int]]) -> str:
+def _without_verdicts(said: str, weighed: Sequence[Weighed]) -> str:
     """The text without the "no" in the line of each option that ends there: it corrects nothing ("- No. B. blue")."""
-    for _, end in reversed(found):
-        if re.match(SET_OFF, said[end:]):
-            said = f"{said[:end]}; {re.sub(rf'^{SAID_NO}', '', said[end:])}"
+    for each in reversed(weighed):
+        if re.match(SET_OFF, said[each.end :]):
+            said = f"{said[: each.end]}; {re.sub(rf'^{SAID_NO}', '', said[each.end :])}"
     return said
 
 
@@ -205,19 +217,6 @@ def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | N
     text = apart(_in_a_row(said), known)
     announced = _announced(announcements, text, known)
     return _stated(text, known.last) if announced is None else announced
-
-
-def _judged(said: str, known: Options) -> set[int] | None:
-    """The letters that are said to be right in a text that says of each, from A on, whether it is, and nothing else;
-    None: it is another text, or options are such words themselves."""
-    found = list(JUDGED.finditer(said))
-    letters = "".join(match.group(1) for match in found)
-    whole = "".join(match.group() for match in found) == said
-    if len(found) < 2 or not whole or not "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(known.literal)].startswith(letters):
-        return None
-    if any(JUDGED.fullmatch(f"A: {option}") for option in known.literal):
-        return None
-    return {number_of(match.group(1)) for match in found if match.group(2)}
 
 
 def _another(last: str) -> str:
@@ -257,12 +256,11 @@ def _leading(text: str, known: Options) -> int | None:
         number, rest = number_of(match.group(1)), text[match.end() :]
         if _names_another(normal_text(rest), number, known):
             return None
-        denied = _denied_there(normal_text(rest), number, known)
-        if not denied and plain[number] and plain_text(normal_text(rest)).startswith(plain[number]):
+        if plain[number] and plain_text(normal_text(rest)).startswith(plain[number]):
             return number
         arrived = _announced((SAYS, CONCLUDES), rest, known)
         arrived = _stated(rest, last) if arrived is None else arrived
-        return number if arrived is None and not denied else arrived
+        return number if arrived is None else arrived
     before_another = rf"(?:rather\s+than|instead\s+of|not|over)\s+(?:option\s+)?[(\[]?[A-{last}]\b"
     reasoned = re.match(
         rf"[(\[]?([A-{last}])[)\]]?\s+(?:(?:because|since)\b|{before_another})|((?![AI])[A-{last}])\s+{REASON}", text
@@ -289,33 +287,33 @@ def _one_per_line(text: str, known: Options) -> bool:
     return len(found) > 1
 
 
-def _denied_there(text: str, number: int, known: Options) -> bool:
-    """Whether behind a letter stands that it is wrong ("A. red: wrong.", "A: No B: Yes")."""
-    own = re.match(rf"\s*{_own(number, known)}(?!\w)", text, re.IGNORECASE)
-    if own is None:
-        return re.match(rf"\s*(?i:no|wrong|incorrect|false)\W+[A-{known.last}](?:[.):]|\s[-–—]\s)", text) is not None
+def _without_denied(said: str, known: Options) -> str:
+    """The text without the option with which it begins, where it says of it that it is wrong ("A. red: wrong.",
+    "A. red. This is wrong.", "A: No B: Yes")."""
+    label = re.match(rf"\W*(?P<letter>[A-{known.last}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", said, re.IGNORECASE)
+    if label is None:
+        return said
+    number = number_of(label["letter"])
+    own = re.compile(rf"\s*{own_words(number, known)}(?!\w)", re.IGNORECASE).match(said, label.end())
+    rest = said[label.end() if own is None else own.end() :]
     # a full stop is perhaps the option's own ("A. A man runs. is not shown")
     begun = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
-    denial = begun + r"(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     # "B. blue, not red" denies another
-    return (
-        re.match(rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)}))(?:{denial})", text[own.end() :], re.I)
-        is not None
+    denial = (
+        rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)})){begun}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     )
-
-
-def _own(number: int, known: Options) -> str:
-    """Pattern of an option's words."""
-    return r"\s+".join(map(re.escape, known.literal[number].split()))
+    alone = rf"\s*(?:no|wrong|incorrect|false)\W+(?-i:[A-{known.last}])(?:[.):]|\s[-–—]\s)"
+    denied = re.match(rf"(?:{alone if own is None else denial}|{SAID_OF_THAT_WRONG})", rest, re.IGNORECASE)
+    return said if denied is None else rest
 
 
 def _others(number: int, known: Options) -> str:
-    return "|".join(_own(other, known) for other in range(len(known.literal)) if other != number)
+    return "|".join(own_words(other, known) for other in range(len(known.literal)) if other != number)
 
 
 def _names_another(text: str, number: int, known: Options) -> bool:
     """Whether behind a letter stand its option's words and then another option, lettered too ("B. blue / C. green")."""
-    own = _own(number, known)
+    own = own_words(number, known)
     between = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
     other = re.match(rf"\s*(?i:{own})(?!\w){between}[(\[]?([A-{known.last}])[.):]\s*", text)
     return other is not None and text[other.end() :].lower().startswith(known.literal[number_of(other.group(1))])

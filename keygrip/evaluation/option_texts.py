@@ -100,6 +100,11 @@ def number_of(letter: str) -> int:
     return ord(letter.upper()) - ord("A")
 
 
+def own_words(number: int, known: Options) -> str:
+    """Pattern of an option's words."""
+    return r"\s+".join(map(re.escape, known.literal[number].split()))
+
+
 def apart(text: str, known: Options) -> str:
     """The text in which capitals within an option's own words ("Team B") are other signs, so that they are not taken
     for letters of the list. `normal_text` takes that back. As long as the text."""

@@ -777,3 +777,113 @@ def test_the_work_on_a_model_that_repeats_itself_grows_with_its_text(
             chosen_option(said * (length // len(said)), SHADES)
         looked.append(denial.characters + normal.characters)
     assert looked[1] < 3 * looked[0]
+
+
+CLOSES = ["The man opens the door.", "The man closes the door.", "The man sits down.", "The man leaves."]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        ("A. red. This is incorrect.\nB. blue. This is correct.\nC. green. This is incorrect.", PLAIN, 1),
+        ("A. red. This option is not correct.\nB. blue. This is the correct option.", PLAIN, 1),
+        ("A. red: This is incorrect.\nB. blue: This is correct.", PLAIN, 1),
+        ("A) Red - This is incorrect because it is not seen.\nB) Blue - This is correct.", PLAIN, 1),
+        ("A. red: A blue cube is seen, so this is false.\nB. blue: It is, so this is true.\nC. gr", PLAIN, 1),
+        ("A - False, B - True, C - False, D - False", PLAIN, 1),
+        ("A: red. The cube is not red.\nB: blue. The cube is blue.", PLAIN, 1),
+        (
+            "A. red. The cube isn't red.\nB. blue. The cube is blue, not red.\nC. green. There is no green cube.",
+            PLAIN,
+            1,
+        ),
+        ("Option A: It is not red.\nOption B: It is blue, as seen.\nOption C: It is not green.", PLAIN, 1),
+        (
+            "A. red. Not visible.\nB. blue. Visible throughout.\nC. green. Not visible.\nD. yellow. Not visible.",
+            PLAIN,
+            1,
+        ),
+        ("A. red: no.\nB. blue: a cube lies there.\nC. green: no.\nD. yellow: no.", PLAIN, 1),  # all others are denied
+        ("A. red. B. blue is wrong.", PLAIN, 0),
+        ("A. red, because it is seen. B. blue is wrong.", PLAIN, 0),
+        ("A. red: present at the front right.\nB. blue: not.", PLAIN, 0),  # "nt" alone denies nothing
+        ("A. red. It is not ruled out: it is seen.\nB. blue. Not seen.", PLAIN, 0),
+        ("A. red. It is seen at the end. B. blue. It is never shown.", PLAIN, 0),
+        ("A. The red cube\nB. The blue cube\nC. The green cube\n\nThe answer is C.", PLAIN, 2),
+        ("A. The man opens the door. This is incorrect.\nB. The man closes the door. This is correct.", CLOSES, 1),
+        ("A. left: The cup is right of it.\nB. right: This is right.", ["left", "right"], 1),
+    ],
+)
+def test_the_verdict_on_options_gone_through_may_be_a_sentence(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "A: 10%\nB: 70%\nC: 10%\nD: 10%",
+        "A) 10% B) 70% C) 10% D) 10%",
+        "A. red. Not seen.\nB. blue. Not seen.\nC. green. Not seen.\nD. yellow. Not seen.",
+        "A. red. A man walks.\nB. blue. A dog runs.",
+        "A. red. The cube is not red.\nB. blue. The",  # cut off: what it would say of B is open
+        "A. The red cube\nB. The blue cube\nC. The green cube",
+        "A. red. It is correct.\nB. blue. It is correct.",
+        "A. red: correct, but not at the end.\nB. blue: not.",
+    ],
+)
+def test_of_options_gone_through_none_is_named_where_nothing_decides(said: str) -> None:
+    """And not the first one's letter."""
+    assert chosen_option(said, PLAIN) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("D. yellow. This is wrong.", PLAIN, None), ("D. yellow is wrong", PLAIN, None)),
+        ("B. The man closes the door. This is incorrect. The answer is C.", CLOSES, 2),
+        ("C. green. That option is not right, it is blue.", PLAIN, 1),
+        ("B. The man closes the door. It is not clear who opens it.", CLOSES, 1),
+        ("B. The man closes the door. This is not the first time.", CLOSES, 1),
+    ],
+)
+def test_an_option_that_a_further_sentence_denies_is_not_named(
+    said: str, options: list[str], option: int | None
+) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *((f"A: {said}", PLAIN, 2) for said in ("C", "c", "(C)", "C. green", "Option C", "green", "It is green.")),
+        *(
+            ("A: C\nQ: And now?\nA: B", PLAIN, 2),
+            ("Q: What colour?\nA: C", PLAIN, 2),
+            ("Q2: What?\nA: Green.", PLAIN, 2),
+        ),
+        ("Q: Which?\nA. red\nB. blue\nC. green\nD. yellow\nA: C", PLAIN, 2),
+        *(("A: red", PLAIN, 0), ("A: It is red.", PLAIN, 0), ("A: because it turns green", PLAIN, 0)),
+        *(("A: Red. It is not green.", PLAIN, 0), ("B: It is green.", PLAIN, 1), ("A: B", ["B", "A"], 0)),
+        *(("A: B or C", PLAIN, None), ("A: B, C", PLAIN, None)),
+    ],
+)
+def test_a_before_another_option_alone_means_answer(said: str, options: list[str], option: int | None) -> None:
+    """As models answer that were trained on no dialogues."""
+    assert chosen_option(said, options) == option
+
+
+TURNS = ["Up", "Down", "Left", "Right"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("It's between B and C. I lean toward C.", PLAIN, 2), ("Between B and C I'm leaning towards B.", PLAIN, 1)),
+        *(("It's either B or C, but I'd go for C.", PLAIN, 2), ("its c", PLAIN, 2), ("Its B.", PLAIN, 1)),
+        *(("All right: B", TURNS, 1), ("That's right, it moves up.", TURNS, 0), ("You're right, left.", TURNS, 2)),
+        *(("Right.", TURNS, 3), ("That is right.", TURNS, 3), ("It goes right, all right.", TURNS, 3)),
+        *(("its a dog", PLAIN, None), ("I lean on a wall", PLAIN, None)),
+    ],
+)
+def test_further_announcements_and_words_that_agree(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option

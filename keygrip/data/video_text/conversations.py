@@ -31,6 +31,7 @@ from keygrip.data.spacing import evenly
 from keygrip.data.untrusted_files import open_image, parse_fields
 from keygrip.data.video import TIME_TOLERANCE_S, duration_s, frames_at
 from keygrip.data.video_text.foreign_text import (
+    ANSWERS,
     CAPTIONS,
     COUNTS,
     PLACES,
@@ -39,6 +40,7 @@ from keygrip.data.video_text.foreign_text import (
     caption_request,
     caption_text,
     holds_text,
+    kinds_named,
     own_text,
     places_problem,
 )
@@ -60,7 +62,7 @@ MAX_FRAMES = 64  # of a sample as preparations write it, and in training where n
 LARGEST = 16384  # pixels of a frame's side
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
-ANSWERS = "answers"  # of annotators, in the evidence
+IMAGE_CAPTION_REQUEST = "Describe the image."  # where a sample is one image, and its json names no video
 
 
 # Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
@@ -196,23 +198,25 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def parse_text(parts: Parts, packed: bool | None = None) -> dict[str, Any]:
+def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, Any]:
     """The sample's text as its json holds it; as its txt does where the json has no turns and no caption.
 
     Args:
-        packed: it has an image or a video. None: these parts say so, and none is left out.
+        names: of all parts of the sample. None: these are all.
 
     Raises:
         ValueError: it is missing or malformed.
     """
+    names = [*parts] if names is None else names
     parts = lower_case(parts)
     told = (*TURNS, *CAPTIONS)
-    counted = told if "txt" in parts else (*told, *COUNTS, "fps", "system")
+    counted = told if "txt" in parts else (*told, *COUNTS, "fps", "system", ANSWERS)
     content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
+    request = IMAGE_CAPTION_REQUEST if _is_one_image(names, content) else CAPTION_REQUEST
     if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
-        return caption_text(parts["txt"].decode("utf-8-sig"), caption_request(content, CAPTION_REQUEST))
+        return caption_text(parts["txt"].decode("utf-8-sig"), caption_request(content, request))
     if "json" in parts:
-        return own_text(content, CAPTION_REQUEST, _has_media(parts) if packed is None else packed)
+        return own_text(content, request, _has_media(names))
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
     only = first_of(sorted(parts), 5, ", ") or "nothing"  # a reason is cut off, and the hint stands behind them
@@ -246,6 +250,13 @@ def annotators_answers(given: Any) -> tuple[str, ...]:
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError('its `answers` are no list of texts, nor of objects with a text "answer"')
     return tuple(answers)
+
+
+def _is_one_image(names: Sequence[str], content: Any) -> bool:
+    """Whether a sample is an image, and no frame of a video that its json names."""
+    if any(name.lower() in VIDEO for name in names) or sum(IMAGE.match(name) is not None for name in names) != 1:
+        return False
+    return not isinstance(content, Mapping) or "video" not in kinds_named(content)
 
 
 def _has_media(names: Iterable[str]) -> bool:
@@ -421,7 +432,7 @@ def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...
     """The conversations of a sample; its images are not read. Raises BadSample: its text is broken."""
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
-        return parse_conversations(parse_text(parts, _has_media(_names(shards, sample))))
+        return parse_conversations(parse_text(parts, _names(shards, sample)))
 
 
 def _names(shards: ShardSet, sample: int) -> list[str]:
@@ -443,7 +454,7 @@ def read_timed_conversations(
     names, count = _names(shards, sample), int(shards.columns["frames"][sample])
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
-        content = parse_text(parts, _has_media(names))
+        content = parse_text(parts, names)
         conversations = parse_conversations(content)
         if any(name.lower() in VIDEO for name in names):
             times = _seconds(count, max(MAX_FRAMES, max_frames))

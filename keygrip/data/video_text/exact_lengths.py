@@ -29,7 +29,7 @@ from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.progress import Progress
 
-FORMAT = 5  # of a file of counts, and of how they are made
+FORMAT = 6  # of a file of counts, and of how they are made
 NOT_COUNTED, UNREADABLE = -1, -2  # in place of a sample's tokens
 BLOCK = 256  # samples that a worker counts at a time
 KEPT_EVERY = 200_000  # samples after which the counts so far are written: a run that is killed goes on from there

@@ -4,8 +4,8 @@ Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns 
 `texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}; content is text or a list of
 {"type": "text" | "image" | "video"} items. Or, as the published model's own shards have it, one question at the top of
 the json, {"user", "assistant", "source", "frame_count"}, whose `user` may be empty: then its `source` says what is
-asked (`REQUESTS`), as it does of a caption. Each may say of how many images it is (`COUNTS`). Anything else is refused
-by what it has.
+asked (`REQUESTS`), as it does of a caption. Each may say of how many images it is (`COUNTS`), and one question may have
+`answers` of annotators beside it. Anything else is refused by what it has.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|webm|mkv|mov|avi|
 OF_VIDEO = re.compile(r"\.(gif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 PAIR = ("user", "assistant")
+ANSWERS = "answers"  # of annotators: in a json, beside one question, and in the evidence
 COUNTS = ("frame_count", "num_frames")  # keys of a json that say how many images belong to a text
 # What the published model was asked for captions, by the `source` of a sample, and where that is another one.
 REQUESTS = {
@@ -91,7 +92,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         if images and (problem := places_problem(count, {images, 1} if of_video else {images})):
             raise ValueError(problem)
         said = without_placeholders(said, places)
-        own = _of_turns(said, "text", content) | {SHOWN: named or count > 0, PLACES: count}
+        own = _answered(_of_turns(said, "text", content), content) | {SHOWN: named or count > 0, PLACES: count}
         return own if of_video else _timed(own, max(count, images), content)
     name = _caption(content)
     odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
@@ -184,6 +185,22 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
             "conversations": [{"kind": kind, "turns": [{"role": role, "text": text} for role, text in turns]}],
         }
     )
+
+
+def _answered(own: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample's text with the answers of annotators that its json has, in the evidence; their form is checked where
+    that is read. Raises ValueError: they are of one of several questions, and which one is not said."""
+    given = content.get(ANSWERS)
+    if given is None or given == []:
+        return own
+    (conversation,) = own["conversations"]
+    asked = sum(turn["role"] == "assistant" for turn in conversation["turns"])
+    if asked != 1:
+        raise ValueError(
+            f"its `{ANSWERS}` are of annotators to one question, and it has {asked}: leave them out, or make each "
+            "question a sample"
+        )
+    return own | {"conversations": [conversation | {"evidence": {ANSWERS: given}}]}
 
 
 def turns_of(entry: Any) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tarfile
 import unicodedata
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from keygrip.data.validation import validate
 from keygrip.data.video_text.batching import rows_of
 from keygrip.data.video_text.conversations import (
     CAPTION_REQUEST,
+    IMAGE_CAPTION_REQUEST,
     MAX_FRAMES,
     iterate_texts,
     parse_text,
@@ -802,9 +804,72 @@ def test_the_source_of_a_caption_says_what_is_asked(source: str, asked: str) -> 
 def test_the_source_beside_a_caption_in_txt_says_what_is_asked(source: Any, asked: str | None) -> None:
     told = {"jpg": jpeg(), "txt": b"A dog.", "json": text(source=source, id=3, fps=29.97)}
     found = parse_text(told)
-    assert [turn["text"] for turn in found["conversations"][0]["turns"]] == [asked or CAPTION_REQUEST, "A dog."]
-    assert parse_text({**told, "json": b"3"})["conversations"][0]["turns"][0]["text"] == CAPTION_REQUEST
+    assert [turn["text"] for turn in found["conversations"][0]["turns"]] == [asked or IMAGE_CAPTION_REQUEST, "A dog."]
+    assert parse_text({**told, "json": b"3"})["conversations"][0]["turns"][0]["text"] == IMAGE_CAPTION_REQUEST
     assert "fps" not in found  # of the file that was downloaded, not of these images
+
+
+@pytest.mark.parametrize(
+    ("members", "asked"),
+    [
+        ({"jpg": jpeg(), "txt": b"A dog."}, IMAGE_CAPTION_REQUEST),
+        ({"PNG": deep_grey(), "json": text(caption="A dog.", url="https://x.org/a.jpg")}, IMAGE_CAPTION_REQUEST),
+        ({"00.jpg": jpeg(), "json": text(text="A dog.", image="a.jpg")}, IMAGE_CAPTION_REQUEST),
+        ({"00.jpg": jpeg(), "json": text(caption="A dog.", video="a.mp4")}, CAPTION_REQUEST),  # a frame of it
+        ({"00.jpg": jpeg(), "01.jpg": jpeg(), "txt": b"A dog."}, CAPTION_REQUEST),
+        ({"mp4": small_video(), "txt": b"A dog."}, CAPTION_REQUEST),
+    ],
+)
+def test_a_caption_of_one_image_is_not_asked_for_as_that_of_a_video(
+    members: dict[str, bytes], asked: str, tmp_path: Path
+) -> None:
+    """Wherever the text is read, with its images or without."""
+    write_tar(tmp_path / "a.tar", [(f"a.{name}", content) for name, content in members.items()])
+    make_manifests(tmp_path)
+    shards = ShardSet(tmp_path)
+    read = (
+        read_sample(shards, 0, 8).conversations,
+        read_conversations(shards, 0),
+        read_timed_conversations(shards, 0, 8)[0],
+    )
+    assert [[turn.text for turn in each.turns] for (each,) in read] == [[asked, "A dog."]] * 3
+    assert shards.columns["text_length"].tolist() == [len(asked) + len("A dog.")]
+
+
+ANSWERS = ["a test", {"answer": "test", "answer_confidence": "yes"}]
+
+
+@pytest.mark.parametrize(
+    "content", [{"conversations": TALK}, {"texts": PAIR}, {"user": "What?", "assistant": "This.", "source": "x"}]
+)
+def test_answers_of_annotators_to_one_question_are_its_evidence(content: dict[str, Any], tmp_path: Path) -> None:
+    """As `step=video_sft` has them, for the VQA rule."""
+    told = [ANSWERS, [], None]
+    members = [(f"{n}.json", text(**content, answers=each)) for n, each in enumerate(told)]
+    write_tar(tmp_path / "a.tar", [each for member in members for each in (member, (f"{member[0][0]}.jpg", jpeg()))])
+    make_manifests(tmp_path)
+    shards = ShardSet(tmp_path)
+    found = [read_sample(shards, sample, 8).conversations[0].evidence for sample in range(3)]
+    assert found == [{"answers": ["a test", "test"]}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        *((text(conversations=TALK, answers=given), "its `answers` are no list of texts") for given in ("red", [1], 5)),
+        (text(conversations=TALK, answers={"answer": "red"}), "its `answers` are no list of texts"),
+        (
+            text(conversations=TALK * 2, answers=["red"]),
+            "its `answers` are of annotators to one question, and it has 2",
+        ),
+        (b'{"user": "?", "assistant": "!", "answers": [NaN]}', "NaN is not a number"),
+    ],
+)
+def test_answers_of_annotators_in_another_form_are_named(content: bytes, reason: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*GOOD, *pair("bad", content=content)])
+    frames, named = delivered_and_named(tmp_path)
+    assert frames == {"good": 1}
+    assert re.search(reason, named["bad"])
 
 
 @pytest.mark.parametrize("beside", [{"caption": " "}, {"caption": 3}, {"text": {"en": "A dog."}}, {"text": []}])

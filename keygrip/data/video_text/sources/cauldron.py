@@ -23,11 +23,13 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 
-# Collections of short answers in words, which the VQA rule can score; those of lettered options are not among them.
+# Collections of short answers in words, which the VQA rule can score, yes and no among them; those whose answers are
+# letters of options ("Answer: B") are not: ai2d, iconqa, intergps, raven, scienceqa, tqa, visual7w.
 VQA = frozenset(
-    {"vqav2", "okvqa", "textvqa", "st_vqa", "docvqa", "infographic_vqa", "ocrvqa", "visual7w", "vqarad", "tallyqa"}
-    | {"clevr", "chartqa", "figureqa", "dvqa", "plotqa"}
+    {"vqav2", "okvqa", "textvqa", "st_vqa", "docvqa", "infographic_vqa", "ocrvqa", "vqarad", "tallyqa", "cocoqa"}
+    | {"clevr", "chartqa", "figureqa", "dvqa", "plotqa", "vsr", "nlvr2", "hateful_memes"}
 )
+SCORED = 2  # version of that list: shards of another one have other `answers`. A setting of a set.
 # Collections whose questions go on from the answers before them.
 SEQUENTIAL = frozenset({"robut_sqa"})
 
@@ -120,6 +122,7 @@ def cauldron(
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(sorted(there))}")
         groups = [group for group in groups if _collection(group, source) in collections]
     settings = {"data": "cauldron", "collections": collections, "conversations": "pairs", "decoding": DECODING}
+    settings |= {"scored": SCORED}
     settings |= shard_frame_settings(image_size, fit, max_frames)
     maker = CauldronMaker(image_size, fit, max_frames, source)
     return write_shards(

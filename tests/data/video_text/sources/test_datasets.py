@@ -190,6 +190,34 @@ def test_cauldron_images_are_frames_and_pairs_are_conversations(tmp_path: Path) 
         cauldron(tmp_path / "download", tmp_path / "none", ["docvqa"])
 
 
+@pytest.mark.parametrize(
+    ("collection", "said", "scored"),
+    [
+        ("visual7w", "Answer: B", False),  # a letter of options
+        ("aokvqa", "Answer: red.\nRationale: It is red.", False),
+        *((name, "Yes.", True) for name in ("figureqa", "vsr", "nlvr2", "hateful_memes")),
+        ("cocoqa", "Red.", True),
+    ],
+)
+def test_answers_of_the_cauldron_are_scored_where_they_are_words(
+    collection: str, said: str, scored: bool, tmp_path: Path
+) -> None:
+    row = {"images": [{"bytes": picture(9, 4), "path": None}], "texts": [{"user": "What?", "assistant": said}]}
+    source = tmp_path / "download" / collection
+    source.mkdir(parents=True)
+    parquet.write_table(arrow.Table.from_pylist([row]), source / "train-0.parquet")
+    cauldron(tmp_path / "download", tmp_path / "set", None, SIZE, processes=1)
+    (sample,) = samples(tmp_path / "set").values()
+    evidence = {"collection": collection, **({"answers": [said]} if scored else {})}
+    assert sample.conversations[0].evidence == evidence
+    settings = tmp_path / "set" / "settings.json"
+    told = json.loads(settings.read_text())
+    del told["scored"]  # a set of an earlier version, whose answers are those of another list
+    settings.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"other settings \(scored: None there, 2 now\)"):
+        cauldron(tmp_path / "download", tmp_path / "set", None, SIZE, processes=1)
+
+
 def test_cauldron_of_one_collection_alone_has_its_name_and_answers(tmp_path: Path) -> None:
     texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
     rows = [{"images": [{"bytes": picture(9, 4), "path": None}], "texts": texts}]
