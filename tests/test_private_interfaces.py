@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from syntax_trees import nodes_of
 from torch import nn
 
 PACKAGE = Path(__file__).resolve().parents[1] / "keygrip"
@@ -49,12 +50,11 @@ DOCUMENTED = {"_exit", "_target_"}
 
 def private_names() -> dict[str, set[str]]:
     """Names with one leading underscore that keygrip uses and does not define, and the files that use them."""
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
     own: set[str] = set()
     used: dict[str, set[str]] = {}
-    for path, tree in trees.items():
+    for path in PACKAGE.rglob("*.py"):
         where = str(path.relative_to(PACKAGE))
-        for node in ast.walk(tree):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
                 own.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from syntax_trees import nodes_of, tree
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "keygrip"
@@ -68,18 +69,6 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-
-
-@cache
-def tree(path: Path) -> ast.Module:
-    """A file's syntax tree, parsed once for all tests."""
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def nodes_of(path: Path) -> list[ast.AST]:
-    """All that is in a file's syntax tree."""
-    return list(ast.walk(tree(path)))
 
 
 def imports(name: str) -> dict[str, bool]:
