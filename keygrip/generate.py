@@ -32,6 +32,10 @@ class GenerateSchema(EntrySchema):
     max_frames: int | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    samples: int | None = None
+    dtype: str = "auto"
     figure: str | None = None
     stream: bool = False
 

@@ -39,7 +39,7 @@ PRIVATE = {
 }
 # methods and attributes of other packages' classes that a class of keygrip replaces -> the one file that does
 REPLACED = {
-    "_apply": "models/backbone/dino.py",
+    "_apply": "models/nn/kept_buffers.py",
     "_load_from_state_dict": "models/geometry_vla/mapanything.py",
     "_data_parallel_size": "training/sharding.py",
     "_determine_device_ids": "training/sharding.py",

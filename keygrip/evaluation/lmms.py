@@ -28,6 +28,7 @@ from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate, room
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
+from keygrip.models.foveated_vlm.sampling import Sampling
 from keygrip.progress import Progress
 from keygrip.training.checkpoints import load_module
 
@@ -75,7 +76,7 @@ class KeygripModel(lmms):
         )
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(own if device in (None, "cuda") else device)  # where lmms-eval gathers counts
-        module: Any = load_module(checkpoint, map_location=str(self.device), expected=FoveatedVLMModule)
+        module: Any = load_module(checkpoint, map_location=str(self.device), expected=FoveatedVLMModule, dtype="auto")
         self.module: FoveatedVLMModule = module.eval()
         self.mode = mode or self.module.answer_mode
         if self.mode not in self.module.network.modes:
@@ -167,8 +168,7 @@ class KeygripModel(lmms):
             [0],
             self.mode,
             max(1, min(most, left)),
-            temperature,
-            seed,
+            Sampling(temperature, seed),
             kv=kv,
             seconds=seconds,
         )

@@ -16,10 +16,12 @@ import json
 import math
 import shlex
 import stat
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -79,7 +81,7 @@ def write_export(
         folder: new or empty. content: of the checkpoint. weights: the state dictionary to write. card: Markdown.
         also: writes further files into the folder; where it fails nothing remains.
         files: further files by name, text or what JSON holds (a tokenizer, a chat template). facts: what other programs
-            look for in config.json.
+            look for in config.json; where there are any, the weights' `dtype` stands there too, as transformers has it.
 
     Raises:
         FileExistsError: the folder holds something. ValueError: the checkpoint holds values that are not plain data.
@@ -96,7 +98,8 @@ def write_export(
             save_tensors(tensors, target / PROCESSOR)
             hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
         own = {"schema": SCHEMA, "sha256": hashes | {CONFIG: _digest(stored)}, "checkpoint": stored}
-        write_json(target / CONFIG, {**(facts or {}), **own})
+        told = {"dtype": _dtype_of(weights)} if facts else {}
+        write_json(target / CONFIG, {**(facts or {}), **told, **own})
         for name, value in (files or {}).items():
             if isinstance(value, str):
                 write_text(target / name, value)
@@ -105,6 +108,15 @@ def write_export(
         write_text(target / CARD, card)
         also(target)
     return Path(folder)
+
+
+def _dtype_of(weights: Mapping[str, Tensor]) -> str | None:
+    """The type of most of a state dictionary's floating-point numbers; rotary periods stay in float32 in any model."""
+    counts: Counter[torch.dtype] = Counter()
+    for value in weights.values():
+        if value.is_floating_point():
+            counts[value.dtype] += value.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.conversation_files import read_conversations
 from keygrip.inference.given_texts import texts_of
-from keygrip.inference.video_chat import BATCH_ROWS, VideoChat
+from keygrip.inference.video_chat import BATCH_ROWS, VideoChat, checked_samples
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.attention_maps import patch_maps
 from keygrip.models.foveated_vlm.baseline import PooledVLM
@@ -29,13 +30,12 @@ from keygrip.models.foveated_vlm.figures import draw_attention
 from keygrip.models.foveated_vlm.generation import (
     Answers,
     check_room,
-    check_seed,
-    check_temperature,
     encoded,
     generate,
 )
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.sampling import Sampling
 from keygrip.models.foveated_vlm.streaming import NO_STREAM
 from keygrip.models.foveated_vlm.video_language import VLMOutput
 from keygrip.training.checkpoints import find_checkpoint, load_module, trusted_packages
@@ -57,11 +57,12 @@ class Video:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a video, and the prompt that they make."""
+    """A question about a video, and the prompt that they make. sample: which of the answers to it is to be drawn."""
 
     video: Video
     question: str
     prompt: EncodedText
+    sample: int = 0
 
 
 def answer(cfg: DictConfig) -> dict[str, Any]:
@@ -75,11 +76,10 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: no such checkpoint, nothing that can be read or answered, a mode that the model
             does not have, or settings that do not go together.
     """
-    check_temperature(cfg.temperature)
+    checked_samples(cfg.samples, _sampling(cfg))
     for name in ("max_frames", "max_new_tokens", "batch_frames"):
         if cfg[name] is not None and cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]}: it must be at least 1")
-    check_seed(cfg.seed)
     given = [name for name in ("video", "question") if not OmegaConf.is_missing(cfg, name)]
     if cfg.conversations is not None and (given or cfg.figure is not None):
         raise ValueError("conversations=FILE stands in place of video and question, and has no figure: leave them out")
@@ -87,6 +87,11 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         refuse_unwritable(cfg.figure, "figure")
     if cfg.figure is not None and cfg.stream:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")
+    for name in ("figure", "stream"):
+        if cfg.samples is not None and cfg[name]:
+            raise ValueError(
+                f"samples={cfg.samples}: {name}={cfg[name]} shows one answer to each question: leave one out"
+            )
     paths, questions = ([], []) if cfg.conversations is not None else _videos_and_questions(cfg)
     talks, broken = ([], {}) if cfg.conversations is None else read_conversations(cfg.conversations)
     module = load_module(
@@ -95,6 +100,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         expected=FoveatedVLMModule,
         trust=trusted_packages(cfg),
         refuse=_refuse_stream if cfg.stream else None,
+        dtype=cfg.dtype,
     )
     assert isinstance(module, FoveatedVLMModule)
     mode = cfg.mode or module.answer_mode
@@ -116,6 +122,10 @@ def _refuse_stream(model: Mapping[str, Any]) -> None:
     target = network.get("_target_") if isinstance(network, Mapping) else None
     if target == f"{PooledVLM.__module__}.{PooledVLM.__qualname__}":
         raise ValueError(NO_STREAM.format(PooledVLM.__name__))
+
+
+def _sampling(cfg: DictConfig) -> Sampling:
+    return Sampling(cfg.temperature, cfg.seed, cfg.top_k, cfg.top_p)
 
 
 def _videos_and_questions(cfg: DictConfig) -> tuple[list[Any], list[str]]:
@@ -148,25 +158,25 @@ def _continued(
 ) -> dict[str, Any]:
     chat = VideoChat(module)
     how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
+    cut = {"top_k": cfg.top_k, "top_p": cfg.top_p}
     left_out: dict[int, str] = {}
+    texts: list[Any] = []
     if cfg.stream:
-        texts = []
         for number, talk in enumerate(talks):
             try:
-                texts.append(_shown(f"[{number + 1}]", chat.stream(talk, *how)))
+                texts.append(_shown(f"[{number + 1}]", chat.stream(talk, *how, **cut)))
             except (ValueError, OSError) as error:
                 texts.append("")
                 left_out[number] = str(error)
     else:
-        texts = chat.generate(talks, *how, cfg.batch_frames, left_out)
+        texts = chat.generate(talks, *how, cfg.batch_frames, left_out, samples=cfg.samples, **cut)
     left_out |= broken  # the line that could not be read says more than the conversation that it is not
     if len(left_out) == len(talks):
         raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
     for number, reason in left_out.items():
         log.warning("conversation %d is left out: %s", number + 1, reason)
-    answered = [
-        {"conversation": number + 1, "answer": text} for number, text in enumerate(texts) if number not in left_out
-    ]
+    key = "answer" if cfg.samples is None else "answers"
+    answered = [{"conversation": number + 1, key: said} for number, said in enumerate(texts) if number not in left_out]
     unreadable = {str(number + 1): reason for number, reason in left_out.items()}
     return {"answers": answered} | ({"unreadable": unreadable} if unreadable else {})
 
@@ -184,7 +194,8 @@ def _asked(
     frames = 0
     for videos in _batches(module, paths, cfg.batch_frames, unreadable):
         frames += sum(len(video.frames) for video in videos)
-        asked = _fitting(module, videos, questions, cfg.max_new_tokens, unanswered)
+        fitting = _fitting(module, videos, questions, cfg.max_new_tokens, unanswered)
+        asked = [replace(each, sample=sample) for each in fitting for sample in range(cfg.samples or 1)]
         texts: list[str] = []
         if cfg.stream:
             texts = [_streamed(module, each, mode, cfg) for each in asked]
@@ -193,10 +204,10 @@ def _asked(
                 texts += found.texts
                 if cfg.figure is not None:
                     strips += _attention_strips(module, part, found)
-        answers += [
-            {"video": each.video.path, "question": each.question, "answer": text}
-            for each, text in zip(asked, texts, strict=True)
-        ]
+        said = iter(texts)
+        for each in fitting:
+            told: Any = {"answer": next(said)} if cfg.samples is None else {"answers": [*islice(said, cfg.samples)]}
+            answers.append({"video": each.video.path, "question": each.question, **told})
     for left in unanswered:
         log.warning("left out: %r about %s: %s", left["question"], left["video"] or "no video", left["reason"])
     if not answers:
@@ -295,10 +306,10 @@ def _together(
             [row - first for row in rows],
             mode,
             cfg.max_new_tokens,
-            cfg.temperature,
-            cfg.seed,
+            _sampling(cfg),
             None if kv is None else [BlockKV(block.key[start:stop], block.value[start:stop]) for block in kv],
             [video.seconds for video in videos[first:last]],
+            [each.sample for each in part],
         )
         yield part, answers
 
@@ -343,7 +354,8 @@ def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfi
     stream = module.stream(asked.question, mode, asked.video.seconds, cfg.max_new_tokens)
     for frame, second in zip(asked.video.frames, asked.video.seconds, strict=True):
         stream.push(frame, second)
-    return _shown(asked.question, stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed))
+    pieces = stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed, top_k=cfg.top_k, top_p=cfg.top_p)
+    return _shown(asked.question, pieces)
 
 
 def _shown(title: str, pieces: Iterator[str]) -> str:

@@ -1,5 +1,8 @@
 """Files of conversations that are to be answered: JSON Lines, each a list of messages or an object with `messages`.
 
+In place of `messages` an object may have `conversations`, and a message {"from": "human" | "gpt", "value"} in place of
+role and content: the lines of ShareGPT and LLaVA, which `keygrip prepare step=video_sft` reads too.
+
 Beside `messages` an object may name its files under `images` and `videos` (`image`, `video`), as ms-swift and
 LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order or by the numbers
 of <image_1>, and stand before the first user's words where there are none. Several images under `video` or `videos` are
@@ -16,12 +19,13 @@ from typing import Any
 
 from keygrip.data.bad_samples import BadSample, guard
 from keygrip.data.untrusted_files import parse_json, read_text
-from keygrip.data.video_text.foreign_text import media_key, with_system
+from keygrip.data.video_text.foreign_text import ROLES, media_key, with_system
 from keygrip.data.video_text.placeholders import Placeholders, number_of
 from keygrip.data.video_text.video_files import SUFFIXES
 
 SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+TURNS = ("messages", "conversations")  # keys of a line under which its messages are
 ONE_PER_LINE = "each conversation stands on a line of its own"
 SEVERAL = f"{ONE_PER_LINE} (jq -c '.[]' FILE makes such lines of a JSON list)"
 Item = tuple[Any, int | None]  # of a message, with the number that its placeholder has
@@ -50,12 +54,12 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
         try:
             with guard(f"{path}, line {number}"):
                 content = parse_json(line, "JSON")
-                talk = content.get("messages") if isinstance(content, dict) else content
+                talk = next(filter(None, map(content.get, TURNS)), None) if isinstance(content, dict) else content
                 if not isinstance(talk, list) or not talk:
-                    raise ValueError("it is no list of messages, nor an object with messages")
+                    raise ValueError(f"it is no list of messages, nor an object with {' or '.join(TURNS)}")
                 if _is_list_of_them(talk):
                     raise ValueError(f"it is a list of conversations: {SEVERAL}")
-                talk = [_in_folder(message, Path(path).parent) for message in talk]
+                talk = [_in_folder(_as_message(each), Path(path).parent) for each in talk]
                 if isinstance(content, dict):
                     talk = _with_files(content, talk, Path(path).parent)
         except BadSample as error:
@@ -82,7 +86,7 @@ def _is_list_of_them(content: Any) -> bool:
     if not isinstance(content, list) or not content:
         return False
     first = content[0]
-    return isinstance(first, list) or (isinstance(first, dict) and not {"messages", "conversations"}.isdisjoint(first))
+    return isinstance(first, list) or (isinstance(first, dict) and not set(TURNS).isdisjoint(first))
 
 
 def _how_to_split(text: str) -> str:
@@ -96,7 +100,7 @@ def _how_to_split(text: str) -> str:
 def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
     """Messages with the files that are named beside them, and with the system's that stands there. Raises ValueError:
     there are not as many places as files, or another key names some."""
-    unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, "messages")})
+    unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, *TURNS)})
     if unknown is not None:
         raise ValueError(f"its `{unknown}` names an image or a video; known beside messages are {', '.join(NAMING)}")
     files: dict[str, list[str]] = {"image": [], "video": []}
@@ -141,6 +145,17 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         first[:0] = [item for item, _ in places]
     _fill(places, files)
     return said
+
+
+def _as_message(entry: Any) -> Any:
+    """A message of role and content of one of {"from", "value"}; any other as it is. Raises ValueError: it is from
+    nobody known."""
+    if not isinstance(entry, Mapping) or "from" not in entry or "role" in entry:
+        return entry
+    role = ROLES.get(str(entry["from"]).lower())
+    if role is None:
+        raise ValueError(f"a message is from {str(entry['from'])[:40]!r}; known are {', '.join(ROLES)}")
+    return {"role": role, "content": entry.get("value")}
 
 
 def _in_folder(message: Any, folder: Path) -> Any:

@@ -115,12 +115,14 @@ class KeygripProcessor(ProcessorMixin):
         text: Any = None,
         videos: Any = None,
         return_tensors: str | None = "pt",
+        **others: Any,
     ) -> BatchFeature:
         """Inputs for the answers to a conversation, or to several.
 
         Args:
             images, text, videos: what transformers' processors also take; refused, for images and videos belong into
                 conversations here. return_tensors: "pt"; None gives the same.
+            others: what transformers' processors also take, where it says what is done anyway (`DONE`): `padding=True`.
 
         Returns:
             input_ids int64 [B, T] up to where the assistant begins to speak, attention_mask bool [B, T] (padded on the
@@ -141,6 +143,7 @@ class KeygripProcessor(ProcessorMixin):
                 "'user', 'content': [{'type': 'video', 'video': 'a.mp4'}, {'type': 'text', 'text': 'What happens?'}]}])"
             )
         _check_tensors(return_tensors)
+        _refuse_others(others, "processor(conversations)", ("return_tensors",))
         refuse_message(conversations)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         talks: Any = conversations if several else [conversations]
@@ -183,6 +186,7 @@ class KeygripProcessor(ProcessorMixin):
         add_generation_prompt: bool = True,
         return_dict: bool = False,
         return_tensors: str | None = "pt",
+        **others: Any,
     ) -> Any:
         """A conversation in the chat template with <image> and <video> where they are said, and with the system turn
         that `__call__` gives it; with `tokenize` what `__call__` gives, without `return_dict` the ids alone.
@@ -194,6 +198,9 @@ class KeygripProcessor(ProcessorMixin):
                 conversation may end with an answer where none is to begin, and no file is looked for.
         """
         _check_tensors(return_tensors)
+        named = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors")
+        inner = others.pop("processor_kwargs", None) or {}  # where transformers has those of `__call__`
+        _refuse_others({**others, **inner}, "apply_chat_template", named)
         if not tokenize:
             refuse_message(conversation)
             several = bool(conversation) and not isinstance(conversation[0], Mapping)
@@ -257,6 +264,36 @@ def _refuse_audio_tokenizer(source: str, where: Mapping[str, Any]) -> None:
 def _check_tensors(return_tensors: str | None) -> None:
     if return_tensors not in ("pt", None):
         raise ValueError(f"return_tensors={return_tensors!r}: inputs are PyTorch's tensors, give 'pt' or leave it out")
+
+
+# Of what transformers' processors take, what says that to be done which is done here anyway.
+DONE: dict[str, tuple[Any, ...]] = {
+    "padding": (True, "longest"),
+    "padding_side": ("right",),
+    "truncation": (False, "do_not_truncate"),
+    "add_special_tokens": (False,),
+    "continue_final_message": (False,),
+    "return_attention_mask": (True,),
+}
+REASONS = {
+    "padding": "rows are padded on the right to the longest of them",
+    "truncation": "no conversation is cut off: give less text, or fewer frames",
+    "continue_final_message": "an answer begins anew behind a user's message: leave the last answer out",
+}
+
+
+def _refuse_others(others: Mapping[str, Any], what: str, named: Sequence[str]) -> None:
+    """Raises ValueError: an argument of transformers' processors that asks for something else than what is done."""
+    for name, value in others.items():
+        # 1 equals True, and is no padding that transformers knows
+        if value is None or any(type(value) is type(done) and value == done for done in DONE.get(name, ())):
+            continue
+        known = [f"{key}={done[0]!r}" for key, done in DONE.items()]
+        reason = f" ({REASONS[name]})" if name in REASONS else ""
+        raise ValueError(
+            f"{what}: {name}={str(value)[:60]} is not taken{reason}; there are {', '.join(named)}, and what is done "
+            f"anyway: {', '.join(known)}"
+        )
 
 
 AutoConfig.register(MODEL_TYPE, KeygripConfig, exist_ok=True)

@@ -236,7 +236,10 @@ def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[T
     if not answering:
         return tuple(turns), shown
     if turns[-1].role != "user":
-        raise ValueError("a conversation to answer ends with a user's message")
+        raise ValueError(
+            "a conversation to answer ends with a user's message, and this one with that of the "
+            f"{turns[-1].role}: leave it out"
+        )
     if not turns[-1].text.replace(MARK, "").strip():
         raise ValueError("the last message has no words: say what is asked")
     return tuple(turns), shown

@@ -31,16 +31,25 @@ from keygrip.inference.prompts import (
     refuse_message,
 )
 from keygrip.models.foveated_vlm.conversations import encode_around
-from keygrip.models.foveated_vlm.generation import check_count, check_room, check_seed, check_temperature, generate
+from keygrip.models.foveated_vlm.generation import check_count, check_room, encoded, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.sampling import Sampling, refuse_settings
 from keygrip.models.foveated_vlm.streaming import STREAMED_MODES, StreamingSession, VideoStream, pieces
-from keygrip.training.checkpoints import WEIGHTS_ARE, load_module, read_checkpoint, run_content, weights_of
+from keygrip.training.checkpoints import (
+    WEIGHTS_ARE,
+    dtypes_of,
+    load_module,
+    read_checkpoint,
+    run_content,
+    weights_of,
+)
 from keygrip.training.integrity import refuse_unfit_weights
 
 BATCH_ROWS = 64  # conversations that are answered together at most
 BATCH_TEXT = 16384  # tokens of text that are answered together at most, padding with them
 BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
+SETTINGS = ("max_new_tokens", "temperature", "seed", "top_k", "top_p", "mode")  # of an answer
 
 
 class VideoChat:
@@ -58,14 +67,24 @@ class VideoChat:
         self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"])
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | None = None, trust: Sequence[str] = ()) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        trust: Sequence[str] = (),
+        dtype: str | torch.dtype = "auto",
+    ) -> Self:
         """Loads a run folder, a checkpoint, an export or what `save_pretrained` wrote; nothing in it is executed.
 
+        Args:
+            dtype: as of transformers: "auto", in which the weights were saved (those of a run: float32), or a type or
+                its name, as torch.bfloat16 or "bfloat16".
+
         Raises:
-            FileNotFoundError, ValueError: no such model, damaged, or of another kind.
+            FileNotFoundError, ValueError: no such model, damaged, or of another kind; no such dtype.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module: Any = load_module(path, map_location=place, expected=FoveatedVLMModule, trust=tuple(trust))
+        module: Any = load_module(path, map_location=place, expected=FoveatedVLMModule, trust=tuple(trust), dtype=dtype)
         return cls(module, path)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -74,7 +93,7 @@ class VideoChat:
 
         Raises:
             FileExistsError: the folder holds something. ValueError: the model's configuration is not known, it is no
-                longer that of the weights or of the collator, or weights are not finite.
+                longer that of the weights or of the collator, weights are not finite, or of several types.
         """
         if changed := [name for name, value in _layout(self.module).items() if value != self._given[name]]:
             raise ValueError(
@@ -83,6 +102,11 @@ class VideoChat:
                 "does not say: set it back, or train with it"
             )
         weights = self.module.state_dict()
+        if len(kinds := dtypes_of(self.module, weights)) > 1:
+            raise ValueError(
+                f"save_pretrained: the weights are of {' and '.join(sorted(map(str, kinds)))}, and a saved model is "
+                "loaded in one type: bring all into one, chat.module.to(torch.bfloat16)"
+            )
         content, which = self._described(weights)
         files, facts = self.module.export_files()
         content[WEIGHTS_ARE] = which
@@ -116,7 +140,9 @@ class VideoChat:
             )
         refuse_unfit_weights(weights, stored, "the model")
         self.module.on_save_checkpoint(content)
-        return content, next((which for state, which in known if _same(weights, state)), "changed after that step")
+        which = next((which for state, which in known if _same(weights, state)), "changed after that step")
+        rounded = map(str, dtypes_of(self.module, weights) - dtypes_of(self.module, stored))
+        return content, ", as ".join([which, *(name.removeprefix("torch.") for name in rounded)])
 
     # ------------------------------------------------------------------ answers
 
@@ -129,6 +155,11 @@ class VideoChat:
         mode: str | None = None,
         batch_frames: int = BATCH_FRAMES,
         left_out: dict[int, str] | None = None,
+        *,
+        samples: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **others: Any,
     ) -> Any:
         """The answer to a conversation, or answers to several, which are computed together.
 
@@ -137,18 +168,26 @@ class VideoChat:
         time: a clock of seconds (`frame_clock`) then counts their frames.
 
         Args:
+            temperature, seed, top_k, top_p: how tokens are chosen, see `Sampling`. Each conversation is drawn as if it
+                stood alone: the same one several times has the same answer each time. Several answers to it are
+                `samples`.
             mode: how videos are looked at; None: as at inference. Images or videos in several places, or behind words,
                 are read one after the other: in `STREAMED_MODES` of the foveated model alone.
-            batch_frames: conversations are decoded and answered so many frames at a time (of one that has more, all).
+            batch_frames: conversations are decoded and answered so many frames at a time (of one that has more, all),
+                where each sample counts its conversation's.
             left_out: conversations that have another form, cannot be read or do not fit go here, by number with the
-                reason, and have the answer ""; None: the first of them ends all.
+                reason, and have the answer "" (each sample of them); None: the first of them ends all.
+            samples: answers to draw to each conversation, which then has a list of so many: the first is the answer
+                without `samples`, the others are drawn with `seed` + 1, `seed` + 2, ... None: one answer, no list.
 
         Raises:
-            ValueError, FileNotFoundError: as `check`, before anything is decoded; as `PromptReader.read`; a temperature
-                that is negative or not finite, no new token, or no list.
+            ValueError, FileNotFoundError: as `check`, before anything is decoded; as `PromptReader.read`; as
+                `Sampling`; several samples where nothing is drawn, no new token, or no list.
+            TypeError: a setting that is none of these.
         """
-        check_temperature(temperature)
-        check_seed(seed)
+        refuse_settings(others, (*SETTINGS, "samples", "batch_frames", "left_out"), "VideoChat.generate")
+        sampling = Sampling(temperature, seed, top_k, top_p)
+        count = checked_samples(samples, sampling)
         check_count(max_new_tokens)
         check_count(batch_frames, "batch_frames")
         refuse_message(conversations)
@@ -163,14 +202,14 @@ class VideoChat:
                 if left_out is None:
                     raise
                 unfit[number] = str(error)
-        answers: list[str] = [""] * len(wanted)
+        answers: list[list[str]] = [[""] * count for _ in wanted]
         waiting: list[tuple[int, Prompt, int]] = []  # with the tokens of its text
 
         def answer_waiting() -> None:
             prompts = [prompt for _, prompt, _ in waiting]
-            said = self._together(prompts, max_new_tokens, temperature, seed, how) if prompts else []
-            for (number, _, _), text in zip(waiting, said, strict=True):
-                answers[number] = text
+            said = self._together(prompts, max_new_tokens, sampling, how, count, batch_frames) if prompts else []
+            for (number, _, _), texts in zip(waiting, said, strict=True):
+                answers[number] = texts
             waiting.clear()
 
         for number, messages in enumerate(wanted):
@@ -180,7 +219,10 @@ class VideoChat:
                 prompt = self._read(messages)
                 text = self._check_room(prompt, max_new_tokens)
                 if not prompt.at_its_place:
-                    answers[number] = "".join(self._streamed(prompt, max_new_tokens, temperature, seed, how))
+                    session, ids = self._read_in_parts(prompt, how)
+                    for sample in range(count):
+                        said = session.tokens(ids, max_new_tokens, sampling.of(sample))
+                        answers[number][sample] = "".join(pieces(self.module.tokenizer, said))
                     continue
             except (ValueError, OSError) as error:
                 if left_out is None:
@@ -189,17 +231,14 @@ class VideoChat:
                 continue
             grown = [*waiting, (number, prompt, text)]
             longest = max(tokens for _, _, tokens in grown)
-            if (
-                padded_frames([each for _, each, _ in grown]) > batch_frames
-                or longest * len(grown) > BATCH_TEXT
-                or len(grown) > BATCH_ROWS
-            ):
+            if _repeats([each for _, each, _ in grown], longest, batch_frames) < count:
                 answer_waiting()
             waiting.append((number, prompt, text))
         answer_waiting()
         if left_out is not None:
             left_out.update(sorted(unfit.items()))
-        return answers if several else answers[0]
+        found: list[Any] = answers if samples is not None else [texts[0] for texts in answers]
+        return found if several else found[0]
 
     @overload
     def stream(
@@ -220,6 +259,9 @@ class VideoChat:
         temperature: float = 0.0,
         seed: int = 0,
         mode: str | None = None,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> Iterator[str]: ...
 
     def stream(
@@ -232,23 +274,27 @@ class VideoChat:
         *,
         seconds: Sequence[float] | None = None,
         answer_tokens: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **others: Any,
     ) -> VideoStream | Iterator[str]:
         """Of a question (a text) about a video that is still coming, its session: `push(frame)`, and `answer()` at any
         time. Of a conversation (a list of messages), pieces of the answer as they come.
 
         Args:
-            max_new_tokens, temperature, seed: of a conversation's answer, as in `generate`; a session's `answer` takes
-                them. seconds, answer_tokens: of a session, see `VideoStream`.
+            max_new_tokens, temperature, seed, top_k, top_p: of a conversation's answer, as in `generate`; a session's
+                `answer` takes them. seconds, answer_tokens: of a session, see `VideoStream`.
 
         Raises:
             ValueError: of a question as `FoveatedVLMModule.stream`, of a conversation as `generate`, or an argument of
-                the other one. FileNotFoundError: as `generate`.
+                the other one. FileNotFoundError: as `generate`. TypeError: another setting.
         """
+        refuse_settings(others, (*SETTINGS, "seconds", "answer_tokens"), "VideoChat.stream")
         if isinstance(messages, str):
-            if (max_new_tokens, temperature, seed) != (64, 0.0, 0):
+            if (max_new_tokens, temperature, seed, top_k, top_p) != (64, 0.0, 0, None, None):
                 raise ValueError(
                     "stream of a question (a text) gives a session, whose answer(...) takes max_new_tokens, "
-                    "temperature and seed; mode, seconds and answer_tokens are given here, by their names"
+                    "temperature, seed, top_k and top_p; mode, seconds and answer_tokens are given here, by their names"
                 )
             return self.module.stream(messages, mode, seconds, answer_tokens)
         if seconds is not None or answer_tokens is not None:
@@ -256,14 +302,13 @@ class VideoChat:
                 "seconds and answer_tokens are for the session that stream gives of a question (a text); of a "
                 "conversation give max_new_tokens, and the times are those of its video"
             )
-        check_temperature(temperature)
-        check_seed(seed)
+        sampling = Sampling(temperature, seed, top_k, top_p)
         check_count(max_new_tokens)
         how = mode or self.module.answer_mode
         self.check(messages, how, streamed=True)
         prompt = self._read(messages)
         self._check_room(prompt, max_new_tokens)
-        return self._streamed(prompt, max_new_tokens, temperature, seed, how)
+        return self._streamed(prompt, max_new_tokens, sampling, how)
 
     def check(self, messages: Sequence[Message], mode: str, streamed: bool = False) -> None:
         """Checks a conversation without decoding anything.
@@ -303,29 +348,50 @@ class VideoChat:
         return text
 
     def _together(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float, seed: int, mode: str
-    ) -> list[str]:
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        sampling: Sampling,
+        mode: str,
+        samples: int,
+        batch_frames: int,
+    ) -> list[list[str]]:
+        """So many answers to each prompt, with as many of them at a time as there is room for."""
         module = self.module
         padded, counts = self.reader.together(prompts)
         frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
         seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): numbered
         texts = [module.collator.prompt(prompt.words, prompt.seconds) for prompt in prompts]
-        said = generate(
-            module.network,
-            module.tokenizer,
-            frames,
-            counts,
-            texts,
-            list(range(len(texts))),
-            mode,
-            max_new_tokens,
-            temperature,
-            seed,
-            seconds=seconds,
-        )
-        return said.texts
+        together = max(1, _repeats(prompts, max(len(text.ids) for text in texts), batch_frames))
+        kv = encoded(module.network, frames, counts) if samples > together else None  # once for all parts
+        answers: list[list[str]] = [[] for _ in prompts]
+        for first in range(0, samples, together):
+            numbers = range(first, min(first + together, samples))
+            rows = [row for row in range(len(texts)) for _ in numbers]
+            said = generate(
+                module.network,
+                module.tokenizer,
+                frames,
+                counts,
+                [texts[row] for row in rows],
+                rows,
+                mode,
+                max_new_tokens,
+                sampling,
+                kv,
+                seconds,
+                [number for _ in texts for number in numbers],
+            )
+            for row, text in zip(rows, said.texts, strict=True):
+                answers[row].append(text)
+        return answers
 
-    def _streamed(self, prompt: Prompt, max_new_tokens: int, temperature: float, seed: int, mode: str) -> Iterator[str]:
+    def _streamed(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, mode: str) -> Iterator[str]:
+        session, ids = self._read_in_parts(prompt, mode)
+        yield from pieces(self.module.tokenizer, session.tokens(ids, max_new_tokens, sampling))
+
+    def _read_in_parts(self, prompt: Prompt, mode: str) -> tuple[StreamingSession, list[int]]:
+        """A session that has read a conversation up to its last text, and the ids of this."""
         module = self.module
         session = StreamingSession(module.network, module.tokenizer, mode)
         parts = self._parts(prompt)
@@ -338,7 +404,7 @@ class VideoChat:
                 for frame, second in zip(module.as_input(part)[0], next(times), strict=True):
                     session.push(frame, second)
         assert isinstance(parts[-1], list)
-        yield from pieces(module.tokenizer, session.tokens(parts[-1], max_new_tokens, temperature, seed))
+        return session, parts[-1]
 
     def _parts(self, prompt: Prompt) -> list[list[int] | np.ndarray]:
         """Token ids and frames in the order in which they are read; ids come last."""
@@ -360,7 +426,28 @@ def _layout(module: FoveatedVLMModule) -> dict[str, Any]:
     return {"system": collator.system, "prompt_order": collator.prompt_order, "timestamps": collator.timestamps}
 
 
+def checked_samples(samples: int | None, sampling: Sampling) -> int:
+    """How many answers are drawn to each conversation. Raises ValueError: no such number, nothing is drawn, or there
+    are not so many seeds."""
+    if samples is None:
+        return 1
+    check_count(samples, "samples")
+    if samples > 1 and not sampling.temperature:
+        raise ValueError(
+            f"samples={samples}: at temperature=0 all answers to a conversation are the same; give a temperature (1: "
+            "the model's own shares)"
+        )
+    sampling.of(samples - 1)
+    return int(samples)
+
+
+def _repeats(prompts: Sequence[Prompt], longest: int, batch_frames: int) -> int:
+    """How often prompts can be answered together, 0: not once. longest: tokens of the longest text."""
+    frames, rows = padded_frames(prompts), len(prompts)
+    by_frames = batch_frames // frames if frames else BATCH_ROWS
+    return min(by_frames, BATCH_TEXT // max(1, longest * rows), BATCH_ROWS // rows)
+
+
 def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
-    return all(
-        value.dtype == stored[name].dtype and torch.equal(value.cpu(), stored[name]) for name, value in weights.items()
-    )
+    """Whether weights are the stored ones, or these rounded to another type."""
+    return all(torch.equal(value.cpu(), stored[name].to(value.dtype)) for name, value in weights.items())

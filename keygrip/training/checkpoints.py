@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 HEADER = "keygrip"
 FORMAT = 3
 WEIGHTS_ARE = "weights_are"  # of an export: which weights it holds, in words
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint of the weights' size
 
 
@@ -195,6 +196,7 @@ def load_module(
     external: Mapping[str, Any] | None = None,
     offered: Mapping[str, Any] | None = None,
     refuse: Callable[[Mapping[str, Any]], None] | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> LightningModule:
     """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
 
@@ -212,14 +214,17 @@ def load_module(
         external: files that the model needs and the checkpoint does not hold, by their setting's dotted key.
         offered: as `external`, for those that the checkpoint has; others are left aside.
         refuse: given the model's configuration before anything is built; what it raises ends the loading.
+        dtype: of the module's weights, one of `DTYPES` or its name; "auto": that of the stored ones, where all have the
+            same. None: as the code builds it, which is float32.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: truncated, not keygrip's, of another model, its weights do not fit the code, or this machine lacks
-            the device.
+        ValueError: truncated, not keygrip's, of another model, its weights do not fit the code, this machine lacks the
+            device, or there is no such dtype.
     """
     file = find_checkpoint(path)
     refuse_missing_device(map_location)
+    wanted = _checked_dtype(dtype)
     checkpoint = read_checkpoint(file, mapped=True)
     config = _model_config(checkpoint, file)
     if refuse is not None:
@@ -248,7 +253,25 @@ def load_module(
     log.info(
         "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
     )
+    kinds = dtypes_of(module, state) if wanted == "auto" else {wanted}
+    if wanted is not None and len(kinds) == 1 and kinds != dtypes_of(module, module.state_dict()):
+        module.to(dtype=kinds.pop())
     return module.to(map_location).eval()
+
+
+def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"] | None:
+    """A type of numbers that weights are asked for in. Raises ValueError: it is none of `DTYPES`."""
+    if dtype is None or dtype == "auto":
+        return dtype  # type: ignore[return-value]  # "auto"
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype}: give auto (as the weights were saved) or one of {', '.join(DTYPES)}")
+    return found
+
+
+def dtypes_of(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> set[torch.dtype]:
+    """The types of a module's weights in a state dictionary. Buffers do not count: rotary periods stay in float32."""
+    return {state[name].dtype for name, weight in module.named_parameters() if weight.is_floating_point()}
 
 
 def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) -> None:

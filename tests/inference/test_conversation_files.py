@@ -53,6 +53,34 @@ def test_files_beside_the_messages_take_the_places_of_placeholders(tmp_path: Pat
     ]
 
 
+def test_lines_of_sharegpt_and_llava_are_read(tmp_path: Path) -> None:
+    """As `messages` with the same words, the files beside them and the system turn too; alone and as a bare list."""
+    (tmp_path / "a.mp4").write_bytes(b"")
+    said = [
+        {"from": "human", "value": "<video>\nWhich?"},
+        {"from": "gpt", "value": "<b>7"},
+        {"from": "Human", "value": "?"},
+    ]
+    same = [user("<video>\nWhich?"), {"role": "assistant", "content": "<b>7"}, user("?")]
+    for beside in ({"video": "a.mp4"}, {"videos": ["a.mp4"], "system": "Be brief.", "id": "0", "source": "x"}):
+        found = read(tmp_path, conversations=said, **beside)
+        assert found == read(tmp_path, messages=same, **beside)
+        assert {"type": "video", "video": str(tmp_path / "a.mp4")} in found[-3]["content"]
+    assert read(tmp_path, conversations=same, video="a.mp4") == read(tmp_path, messages=same, video="a.mp4")
+    items = [{"type": "video", "video": "a.mp4"}, words("Which?")]
+    assert read(tmp_path, conversations=[{"from": "human", "value": items}]) == read(tmp_path, messages=[user(items)])
+    (tmp_path / "talks.jsonl").write_text(json.dumps([{"from": "system", "value": "Be brief."}, said[2]]))
+    assert read_conversations(tmp_path / "talks.jsonl") == (
+        [[{"role": "system", "content": "Be brief."}, user("?")]],
+        {},
+    )
+    assert read(tmp_path, messages=[user("!")], conversations=said) == [user("!")]
+    with pytest.raises(ValueError, match=r"line 1: a message is from 'robot'; known are human, user, gpt"):
+        read(tmp_path, conversations=[{"from": "robot", "value": "?"}])
+    with pytest.raises(ValueError, match=r"line 1: it is no list of messages, nor an object with messages or conver"):
+        read(tmp_path, texts=[{"user": "?", "assistant": "!"}])
+
+
 def test_files_that_items_name_are_those_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(b"")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from keygrip.models.backbone.architectures import (
 )
 from keygrip.models.backbone.features import BlockKV, DinoFeatures
 from keygrip.models.backbone.weights import adopt_position_table, find_weights, load_weights
+from keygrip.models.nn.kept_buffers import KeptBuffers
 from keygrip.models.nn.processor_attention import recompute_contexts
 from keygrip.training.parts import ReadWhere, model_part
 
@@ -34,7 +35,7 @@ Trainable = Literal["frozen", "all"] | int
 
 
 @model_part(from_checkpoint={"weights": "random", "init_from": None, "weights_path": None, "weights_prefix": None})
-class DinoBackbone(nn.Module):
+class DinoBackbone(KeptBuffers):
     """A DINO vision transformer: images in, typed features out, and its keys and values by block for deep queries.
 
     Images are float [B, 3, H, W], already normalised with `mean` and `std` (the data module does that, never the
@@ -337,14 +338,15 @@ class DinoBackbone(nn.Module):
                     f"{self.variant.name}; the nearest sizes are {near}"
                 )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DinoBackbone:
-        """Keeps the rotary periods through casts: timm computes them afresh, and not with the checkpoint's values."""
+    def kept(self) -> Mapping[str, Tensor]:
+        """The rotary periods: timm computes them afresh, and not with the checkpoint's values."""
         rope = getattr(self.net, "rope", None)
-        periods = None if rope is None else rope.periods
-        super()._apply(fn, recurse)
-        if periods is not None:
-            set_rope_periods(self.net, periods)
-        return self
+        return {} if rope is None else {"periods": rope.periods}
+
+    def put_back(self, kept: Mapping[str, Tensor]) -> None:
+        """See `KeptBuffers`."""
+        if kept:
+            set_rope_periods(self.net, kept["periods"])
 
     # ------------------------------------------------------------------ for optimisers
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
 from keygrip.models.foveated_vlm.loss import token_cross_entropy
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, real_frames, take
+from keygrip.models.foveated_vlm.sampling import GREEDY, Sampling
 from keygrip.models.foveated_vlm.video_language import Passes, VideoLanguageNetwork
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
@@ -50,33 +50,10 @@ def rows_of(
     return TextRows(ids.to(device), lengths, places, list(videos), list(frame_counts), seconds)
 
 
-MOST_TEMPERATURE = 1e4  # nearly uniform
-LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
-
-
 def refuse_half_characters(text: str, whose: str) -> None:
     """Raises ValueError: a tokenizer cannot read the text, which holds half a surrogate pair."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{whose} holds half a surrogate pair, which is no character")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError: it is no number, negative or not finite, near to 0 or very large."""
-    if not (
-        isinstance(temperature, Real)
-        and math.isfinite(temperature)
-        and (temperature == 0 or LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE)
-    ):
-        raise ValueError(
-            f"temperature={temperature}: give 0 (the most probable token) or a number of at least {LEAST_TEMPERATURE} "
-            f"and at most {MOST_TEMPERATURE:g} (tokens are drawn)"
-        )
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError: it is none of the whole numbers that torch takes."""
-    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed} is no seed: give a whole number of at most 18 digits")
 
 
 def check_count(count: int, name: str = "max_new_tokens") -> None:
@@ -129,10 +106,10 @@ def generate(
     videos: Sequence[int],
     mode: str = "autoregressive",
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     kv: Sequence[BlockKV] | None = None,
     seconds: Seconds = None,
+    samples: Sequence[int] | None = None,
 ) -> Answers:
     """Continues each prompt up to a token at which the tokenizer says that an answer stops.
 
@@ -140,16 +117,16 @@ def generate(
         frames: [V, F, 3, H, W], normalised; padding frames behind the real ones. frame_counts: V.
         prompts: B conversations that end where the assistant is to speak. videos: the video of each.
         mode: how the videos are looked at. max_new_tokens: an answer's longest.
-        temperature: 0 takes the most probable token; above, tokens are drawn (with `seed`, for each prompt as if it
-            stood alone).
+        sampling: how tokens are chosen. Of each prompt they are drawn as if it stood alone: equal prompts have equal
+            answers.
         kv: keys and values of the real frames where they are known already (`encoded`).
         seconds: V, when the frames were taken, for a clock that counts seconds.
+        samples: B, for prompts that are there several times: which of the answers to it (`Sampling.of`). None: each is
+            the first one.
 
     Raises:
-        ValueError: a prompt, the frames and the answer do not fit into the language model's context, or a temperature
-            that is negative or not finite.
+        ValueError: a prompt, the frames and the answer do not fit into the language model's context.
     """
-    check_temperature(temperature)
     device = frames.device
     rows = rows_of(prompts, videos, frame_counts, device, seconds)
     visual, passes, _ = network.visual_tokens(frames, rows, mode, kv=kv)
@@ -170,19 +147,14 @@ def generate(
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
     # one for each row: an answer depends on nothing else that is asked in the batch
-    generators = [torch.Generator(device).manual_seed(int(seed)) for _ in prompts]
+    generators = [sampling.of(sample).generator(device) for sample in samples or [0] * len(prompts)]
     ids: list[list[int]] = [[] for _ in prompts]
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(tokenizer.stop_tokens), dtype=torch.int64, device=device)
     for _ in range(max_new_tokens):
         logits = language.logits(state).float()
         logits[:, tokenizer.size :] = -torch.inf  # rows of the table that no token has
-        if temperature > 0:
-            shares = (logits / temperature).softmax(-1)
-            drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, generators, strict=True)]
-            token = torch.cat(drawn)
-        else:
-            token = logits.argmax(-1)
+        token = sampling.next(logits, generators)
         going = going & ~torch.isin(token, stops)
         for row, (value, on) in enumerate(zip(token.tolist(), going.tolist(), strict=True)):
             if on:

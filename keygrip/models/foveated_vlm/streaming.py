@@ -18,8 +18,9 @@ from torch import Tensor
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
-from keygrip.models.foveated_vlm.generation import check_count, check_seed, check_temperature, refuse_half_characters
+from keygrip.models.foveated_vlm.generation import check_count, refuse_half_characters
 from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.foveated_vlm.sampling import GREEDY, Sampling, refuse_settings
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
@@ -170,26 +171,23 @@ class StreamingSession:
 
     @torch.inference_mode()
     def tokens(
-        self, ids: Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, keep: bool = False
+        self, ids: Sequence[int], max_new_tokens: int = 64, sampling: Sampling = GREEDY, keep: bool = False
     ) -> Iterator[int]:
         """Token ids of an answer to text that ends where the assistant is to speak, as they come.
 
         Args:
-            temperature: 0 takes the most probable token; above, tokens are drawn with `seed`.
+            sampling: how they are chosen.
             keep: text and answer stay in the row (a conversation goes on); otherwise, and where the answer is not taken
                 to its end, the row is as before.
 
         Raises:
-            ValueError: they do not fit into the language model's context, another answer is under way, or a temperature
-                that is negative or not finite, or a seed that is none.
+            ValueError: they do not fit into the language model's context, or another answer is under way.
         """
-        check_temperature(temperature)
-        check_seed(seed)
         self._check_free()
         mark, self._answering, kept = self.mark(), True, False
         try:
             self._append(ids)
-            said = yield from self._continue(max_new_tokens, temperature, seed)
+            said = yield from self._continue(max_new_tokens, sampling)
             if keep:  # in every row: while the answer was made, only its own row had read it
                 self.back(mark)
                 self._append([*ids, *said, self.tokenizer.end_of_turn])
@@ -199,18 +197,15 @@ class StreamingSession:
             if not kept:
                 self.back(mark)
 
-    def _continue(self, max_new_tokens: int, temperature: float, seed: int) -> Generator[int, None, list[int]]:
+    def _continue(self, max_new_tokens: int, sampling: Sampling) -> Generator[int, None, list[int]]:
         language, state = self.network.language, self._row.state
         assert state is not None
-        generator = torch.Generator(state.device).manual_seed(int(seed))
+        generators = [sampling.generator(state.device)]
         said: list[int] = []
         for _ in range(max_new_tokens):
             logits = language.logits(state[:, 0]).float()
             logits[:, self.tokenizer.size :] = -torch.inf  # rows of the table that no token has
-            if temperature > 0:
-                token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-            else:
-                token = int(logits.argmax(-1))
+            token = int(sampling.next(logits, generators))
             if token in self.tokenizer.stop_tokens:
                 break
             said.append(token)
@@ -351,16 +346,28 @@ class VideoStream:
             raise ValueError(f"a frame of second {second:g}; the stream was told that it is of second {known:g}")
         return known
 
-    def stream(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+    def stream(
+        self,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **others: Any,
+    ) -> Iterator[str]:
         """Pieces of the answer to what was seen so far, as they come; together they are `answer()`.
 
         Args:
             max_new_tokens: of the answer. None: 64, or `answer_tokens` where that is more; fewer where there is no room
                 for so many.
+            temperature, seed, top_k, top_p: see `Sampling`.
 
         Raises:
-            ValueError: no new token, or more than there is room for.
+            ValueError: no new token, more than there is room for, or as `Sampling`. TypeError: another setting.
         """
+        refuse_settings(others, ("max_new_tokens", "temperature", "seed", "top_k", "top_p"), "a session's answer")
+        sampling = Sampling(temperature, seed, top_k, top_p)
         left = self.module.network.language.context - self.session.positions - len(self._rest)
         if max_new_tokens is None:
             max_new_tokens = min(max(ANSWER_TOKENS, self.answer_tokens), left)
@@ -370,12 +377,12 @@ class VideoStream:
                 f"max_new_tokens={max_new_tokens}: behind {self.frames} frames the language model's context has room "
                 f"for {left} tokens of an answer"
             )
-        tokens = self.session.tokens(self._rest, max_new_tokens, temperature, seed)
+        tokens = self.session.tokens(self._rest, max_new_tokens, sampling)
         yield from pieces(self.module.tokenizer, tokens)
 
-    def answer(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
+    def answer(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0, **others: Any) -> str:
         """The answer to what was seen so far; more frames may follow. Arguments as of `stream`."""
-        return "".join(self.stream(max_new_tokens, temperature, seed))
+        return "".join(self.stream(max_new_tokens, temperature, seed, **others))
 
 
 def pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
+from keygrip.models.nn.kept_buffers import KeptBuffers
 from keygrip.models.nn.processor_attention import recompute_contexts
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ SIZES = {
 }
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(KeptBuffers):
     """A causal language model that reads embeddings and gives hidden states.
 
     The decoders of transformers share the parts that are used here: `embed_tokens`, `layers`, `norm` and `rotary_emb`.
@@ -81,6 +82,19 @@ class LanguageModel(nn.Module):
         if weights != "random":
             self._load(weights, whole, sizes)
         self.gradient_checkpointing = gradient_checkpointing
+
+    def kept(self) -> Mapping[str, Tensor]:
+        """The rotary frequencies, which transformers too has in float32 where it loads weights in bfloat16: rounded to
+        that, the angle between positions a thousand apart would be off by 0.4 radians (base 10 000) and more."""
+        return dict(self.model.rotary_emb.named_buffers(recurse=False))
+
+    def put_back(self, kept: Mapping[str, Tensor]) -> None:
+        """See `KeptBuffers`."""
+        rotary = self.model.rotary_emb
+        for name, before in kept.items():
+            now = rotary.get_buffer(name)
+            if now.dtype != before.dtype:
+                setattr(rotary, name, before.to(now.device))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, int64 [...] -> [..., C]."""

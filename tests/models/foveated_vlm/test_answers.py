@@ -219,6 +219,50 @@ def test_conversations_of_a_file(
     assert "[2] " in capsys.readouterr().err
 
 
+def test_lines_of_sharegpt_are_answered_as_messages_are(
+    run: Run, module: FoveatedVLMModule, videos: list[Path]
+) -> None:
+    file = videos[0].parent / "talks.jsonl"
+    said = [{"from": "human", "value": "<video>\nWhich digit?"}]
+    ends = [*said, {"from": "gpt", "value": "7."}]
+    file.write_text("\n".join(json.dumps({"conversations": talk, "video": "a"}) for talk in (said, ends)))
+    items = [{"type": "video", "video": str(videos[0])}, {"type": "text", "text": "Which digit?"}]
+    wanted = VideoChat(module).generate([{"role": "user", "content": items}], 6)
+    found = run(f"conversations={file}")
+    assert found["answers"] == [{"conversation": 1, "answer": wanted}]
+    assert (
+        "ends with a user's message, and this one with that of the assistant: leave it out" in found["unreadable"]["2"]
+    )
+
+
+def test_samples_and_cuts_are_those_of_a_chat(run: Run, module: FoveatedVLMModule, videos: list[Path]) -> None:
+    """Of questions about videos and of conversations; in parts too."""
+    talks = [
+        [{"role": "user", "content": [{"type": "video", "video": str(path)}, {"type": "text", "text": question}]}]
+        for path in videos
+        for question in ("Which digit?", "Sure?")
+    ]
+    chat, how = VideoChat(module), ["temperature=2", "top_k=50", "top_p=0.9", "seed=3"]
+    wanted = chat.generate(talks, 6, 2.0, 3, top_k=50, top_p=0.9, samples=3)
+    assert all(len(set(answers)) > 1 for answers in wanted)
+    asked = [listed(videos), 'question=["Which digit?","Sure?"]', *how]
+    for more in ([], ["batch_frames=4"]):
+        found = run(*asked, "samples=3", *more)["answers"]
+        assert [each["answers"] for each in found] == wanted
+        assert [(Path(each["video"]).name, each["question"]) for each in found[:2]] == [
+            ("a", "Which digit?"),
+            ("a", "Sure?"),
+        ]
+    for more in ([], ["stream=true"]):
+        assert [each["answer"] for each in run(*asked, *more)["answers"]] == [answers[0] for answers in wanted]
+    file = videos[0].parent / "talks.jsonl"
+    file.write_text("\n".join(map(json.dumps, talks)))
+    found = run(f"conversations={file}", *how, "samples=3")["answers"]
+    assert found == [{"conversation": n, "answers": answers} for n, answers in enumerate(wanted, 1)]
+    streamed = run(f"conversations={file}", *how, "stream=true")["answers"]
+    assert [each["answer"] for each in streamed] == [answers[0] for answers in wanted]
+
+
 def test_conversations_that_cannot_be_read_are_named_and_the_others_answered(run: Run, videos: list[Path]) -> None:
     broken = videos[0].parent / "broken.mp4"
     broken.write_bytes(b"no video")
@@ -295,6 +339,14 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
         run("video=[none.mp4,nothing.mp4]", "question=Sure?")
     with pytest.raises(ValueError, match="holds 64 answers at most, not 66"):
         run(listed(videos), f"question=[{','.join('Sure?' for _ in range(22))}]", "figure=x.png")
+    with pytest.raises(ValueError, match=r"samples=2: stream=True shows one answer to each question"):
+        run(listed(videos), "question=Sure?", "temperature=1", "samples=2", "stream=true")
+    with pytest.raises(ValueError, match=r"samples=2: figure=x\.png shows one answer to each question"):
+        run(listed(videos), "question=Sure?", "temperature=1", "samples=2", "figure=x.png")
+    with pytest.raises(ValueError, match="samples=2: at temperature=0 all answers"):
+        run(listed(videos), "question=Sure?", "samples=2")
+    with pytest.raises(ValueError, match=r"top_p=0\.5 has no effect at temperature=0"):
+        run(listed(videos), "question=Sure?", "top_p=0.5")
     for asked in (["video=[]", "question=Sure?"], [listed(videos), "question=null"]):
         with pytest.raises(ValueError, match="at least one of each"):
             run(*asked)

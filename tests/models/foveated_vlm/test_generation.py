@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from keygrip.models.foveated_vlm.conversations import EncodedText
 from keygrip.models.foveated_vlm.generation import answer_scores, generate
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
+from keygrip.models.foveated_vlm.sampling import Sampling
 
 Build = Callable[..., FoveatedVLM]
 COUNTS = [3, 0, 1]
@@ -62,12 +64,14 @@ def test_a_batch_of_prompts_of_all_lengths_gives_what_each_gives_alone_without_a
 def test_drawn_answers_do_not_depend_on_what_else_is_asked(build: Build) -> None:
     network, frames = build(), frames_of(COUNTS)
     prompts = [prompt(9, 4, 0), prompt(5, 0, 1), prompt(6, 6, 2), prompt(4, 2, 3)]
-    how = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    how: dict[str, Any] = {"max_new_tokens": 6, "sampling": Sampling(1.0, seed=3)}
     together = generate(network, Letters(), frames, COUNTS, prompts, [0, 1, 2, 0], **how).ids
     for own, video, ids in zip(prompts, [0, 1, 2, 0], together, strict=True):
         count = COUNTS[video]
         assert generate(network, Letters(), frames[video : video + 1, :count], [count], [own], [0], **how).ids == [ids]
-    other = generate(network, Letters(), frames, COUNTS, prompts, [0, 1, 2, 0], **{**how, "seed": 4}).ids
+    other = generate(
+        network, Letters(), frames, COUNTS, prompts, [0, 1, 2, 0], **{**how, "sampling": Sampling(1.0, seed=4)}
+    ).ids
     assert other != together
 
 
@@ -92,9 +96,10 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_said(build: Build) ->
     class Few(Letters):
         size, stop_tokens = 10, frozenset([2])
 
-    answers = generate(network, Few(), frames_of([1]), [1], [prompt(4, 1, 0)], [0], temperature=5.0, max_new_tokens=40)
+    how: dict[str, Any] = {"sampling": Sampling(5.0), "max_new_tokens": 40}
+    answers = generate(network, Few(), frames_of([1]), [1], [prompt(4, 1, 0)], [0], **how)
     assert max(answers.ids[0], default=0) < 10
-    again = generate(network, Few(), frames_of([1]), [1], [prompt(4, 1, 0)], [0], temperature=5.0, max_new_tokens=40)
+    again = generate(network, Few(), frames_of([1]), [1], [prompt(4, 1, 0)], [0], **how)
     assert again.ids == answers.ids
 
 

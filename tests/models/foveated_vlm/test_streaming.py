@@ -120,7 +120,7 @@ def test_impossible_answers_are_refused_in_a_sentence(tmp_path: Path) -> None:
     module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
     stream = module.stream(QUESTION)
     stream.push(np.zeros((28, 28, 3), np.uint8))
-    for bad in ({"temperature": "0.5"}, {"temperature": None}, {"seed": 2**70}, {"seed": 1.5}):
+    for bad in ({"temperature": "0.5"}, {"temperature": None}, {"temperature": 1e39}, {"seed": 2**70}, {"seed": 1.5}):
         with pytest.raises(ValueError, match=r"is no seed|give 0"):
             stream.answer(4, **bad)  # type: ignore[arg-type]
     for count in ("4", 2.5, 0):
@@ -164,8 +164,6 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
         module.stream(" ")
     with pytest.raises(ValueError, match="half a surrogate pair"):
         module.stream("a\ud83d")
-    with pytest.raises(ValueError, match=r"temperature=1e\+39: .* at most 10000"):
-        next(iter(StreamingSession(module.network, module.tokenizer).tokens([5], temperature=1e39)))
     stream = module.stream("?")
     stream.push(np.zeros((28, 28, 3), np.uint8))
     with pytest.raises(ValueError, match="max_new_tokens=0: it must be at least 1"):

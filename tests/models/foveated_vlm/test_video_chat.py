@@ -383,6 +383,62 @@ def test_save_pretrained_writes_the_weights_that_the_model_has(
     assert not (tmp_path / "broken").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_is_loaded_in_the_type_that_it_was_saved_in(
+    dtype: torch.dtype, configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
+) -> None:
+    """And answers as before: of videos alone, together, in a stream and by the command."""
+    from keygrip import generate as command
+    from keygrip.inference.processor import KeygripConfig
+
+    module, header = configured
+    content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
+    torch.manual_seed(2)
+    with torch.no_grad():  # so that roundings change answers
+        for parameter in module.network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    module.on_save_checkpoint(content)
+    source = write_export(tmp_path / "source", content, module.state_dict(), "card")
+    whole = VideoChat.from_pretrained(source, "cpu")
+    assert {weight.dtype for weight in whole.module.parameters()} == {torch.float32}
+    talks = [[user(video(pixels(3, seed)), "Which digit?")] for seed in range(2)]
+    drawn: dict[str, Any] = {"temperature": 1.0, "samples": 32}
+    chat = VideoChat.from_pretrained(source, "cpu")
+    chat.module.to(dtype)
+    before = chat.generate(talks, 24, **drawn)
+    assert before != whole.generate(talks, 24, **drawn)
+    name = str(dtype).removeprefix("torch.")
+    folder = chat.save_pretrained(tmp_path / "saved")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == name
+    assert KeygripConfig.from_pretrained(folder).dtype == dtype
+    assert f"of the last step, as {name}." in (folder / "README.md").read_text()
+    again = VideoChat.from_pretrained(folder, "cpu")
+    assert {weight.dtype for weight in again.module.parameters()} == {dtype}
+    assert again.generate(talks, 24, **drawn) == before
+    assert ["".join(again.stream(talk, 12)) for talk in talks] == ["".join(chat.stream(talk, 12)) for talk in talks]
+    for asked in (dtype, name):
+        assert VideoChat.from_pretrained(source, "cpu", dtype=asked).generate(talks, 24, **drawn) == before
+    for asked in (torch.float32, "float32"):
+        wide = VideoChat.from_pretrained(folder, "cpu", dtype=asked)
+        assert {weight.dtype for weight in wide.module.parameters()} == {torch.float32}
+    (tmp_path / "talks.jsonl").write_text(json.dumps([user("Which digit?")]))
+    for checkpoint, more in ((folder, []), (source, [f"dtype={name}"])):
+        found = command.run(
+            compose(
+                "generate",
+                [f"checkpoint={checkpoint}", f"conversations={tmp_path / 'talks.jsonl'}", "max_new_tokens=12", *more],
+            )
+        )
+        assert found["answers"] == [{"conversation": 1, "answer": chat.generate([user("Which digit?")], 12)}]
+    for none in ("int8", torch.int8, "half"):
+        with pytest.raises(ValueError, match=rf"dtype={none}: give auto .* or one of float32, bfloat16, float16"):
+            VideoChat.from_pretrained(folder, "cpu", dtype=none)
+    chat.module.network.connector.float()
+    with pytest.raises(ValueError, match=rf"of torch\.{name} and torch\.float32, .* loaded in one type"):
+        chat.save_pretrained(tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_a_model_without_a_source_is_saved_with_the_configuration_of_its_run_or_not_at_all(
     configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
 ) -> None:
@@ -550,6 +606,47 @@ def test_the_processor_takes_what_transformers_processors_are_given_or_says_what
     ):
         with pytest.raises(ValueError, match=r"return_tensors='(np|tf)': inputs are PyTorch's tensors"):
             refused()
+
+
+def test_the_processor_takes_transformers_batch_call(chat: VideoChat, tmp_path: Path) -> None:
+    """Arguments that ask for what is done anyway are taken; others are refused with what there is."""
+    from keygrip.inference.processor import KeygripProcessor
+
+    files, facts = chat.module.export_files()
+    weights = chat.module.state_dict()
+    folder = write_export(tmp_path / "out", {"keygrip": {}}, weights, "card", files=files, facts=facts)
+    processor = KeygripProcessor.from_pretrained(folder)
+    talks = [[user(video(pixels(2)), "Which digit?")], [user("Sure?")]]
+    wanted = processor(talks)
+    usual: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    for given in (
+        processor(talks, padding=True),
+        processor(talks, padding="longest", padding_side="right", truncation=False, return_tensors="pt"),
+        processor.apply_chat_template(talks, **usual, return_tensors="pt", padding=True),
+        processor.apply_chat_template(talks, **usual, continue_final_message=False, padding=None, tools=None),
+        processor.apply_chat_template(talks, **usual, processor_kwargs={"padding": True}),
+    ):
+        assert given.keys() == wanted.keys()
+        assert all(torch.equal(given[name], wanted[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
+    for others, words in (
+        ({"padding": False}, "padding=False is not taken .rows are padded on the right to the longest"),
+        ({"padding": 1}, "padding=1 is not taken"),
+        ({"padding": "max_length"}, "padding=max_length is not taken"),
+        ({"padding_side": "left"}, "padding_side=left is not taken"),
+        ({"truncation": True}, "truncation=True is not taken .no conversation is cut off"),
+        ({"max_length": 64}, "max_length=64 is not taken"),
+        ({"continue_final_message": True}, "continue_final_message=True is not taken .an answer begins anew"),
+        ({"num_frames": 4}, "num_frames=4 is not taken"),
+        ({"tools": [{"name": "x"}]}, "tools=.* is not taken"),
+    ):
+        for refused, there in (
+            (lambda: processor(talks, **others), "return_tensors"),  # noqa: B023
+            (lambda: processor.apply_chat_template(talks, **usual, **others), "tokenize, add_generation_prompt"),  # noqa: B023
+            (lambda: processor.apply_chat_template(talks[1], **others), "tokenize, add_generation_prompt"),  # noqa: B023
+            (lambda: processor.apply_chat_template(talks, **usual, processor_kwargs=others), "tokenize"),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=rf"{words}.*; there are {there}.* anyway: padding=True"):
+                refused()
 
 
 def test_images_and_videos_are_given_by_url_as_to_transformers_and_nothing_is_fetched(

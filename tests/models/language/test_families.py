@@ -75,6 +75,27 @@ def test_rows_of_text_are_those_of_transformers_and_weights_come_from_a_folder(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_those_of_transformers_in_every_type(
+    dtype: torch.dtype, language: LanguageModel, tmp_path: Path
+) -> None:
+    """Which loads weights in fewer bits and keeps the frequencies in float32; and back again."""
+    import transformers
+
+    whole_model(language).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    whole = language.model.rotary_emb.inv_freq.clone()
+    language.to(dtype)
+    assert language.model.norm.weight.dtype == dtype
+    assert torch.equal(language.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
+    ids = torch.randint(3, 299, (2, 120))
+    torch.testing.assert_close(language.logits(language(language.embed(ids))), theirs(input_ids=ids).logits)
+    language.to(torch.float32)
+    assert torch.equal(language.model.rotary_emb.inv_freq, whole)
+    assert language.to("meta").model.rotary_emb.inv_freq.is_meta
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_cached_generation_is_that_of_whole_rows(language: LanguageModel, mode: str) -> None:
     network = FoveatedVLM(small_backbone(), language).eval()

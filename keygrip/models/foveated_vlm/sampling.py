@@ -1,0 +1,113 @@
+"""How the tokens of an answer are chosen: the most probable ones, or drawn ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+MOST_TEMPERATURE = 1e4  # nearly uniform
+LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
+SEEDS = 2**63  # torch takes whole numbers below it
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, with transformers' names.
+
+    Args:
+        temperature: 0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature).
+        seed: of the draws.
+        top_k: only the k most probable tokens are drawn from, and those that are as probable as the k-th. None or 0:
+            all.
+        top_p: of these only the most probable ones whose shares reach `top_p` together, at least one. None or 1: all.
+
+    Raises:
+        ValueError: a value that cannot be, or `top_k` or `top_p` where nothing is drawn.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            isinstance(self.temperature, Real)
+            and math.isfinite(self.temperature)
+            and (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE)
+        ):
+            raise ValueError(
+                f"temperature={self.temperature}: give 0 (the most probable token) or a number of at least "
+                f"{LEAST_TEMPERATURE} and at most {MOST_TEMPERATURE:g} (tokens are drawn)"
+            )
+        if not isinstance(self.seed, Integral) or not -SEEDS <= self.seed < SEEDS:
+            raise ValueError(f"seed={self.seed} is no seed: give a whole number of at most 18 digits")
+        if self.top_k is not None and (
+            not isinstance(self.top_k, Integral) or isinstance(self.top_k, bool) or self.top_k < 0
+        ):
+            raise ValueError(f"top_k={self.top_k}: give a whole number from 1 on, or None (all tokens)")
+        if self.top_p is not None and (
+            not isinstance(self.top_p, Real) or isinstance(self.top_p, bool) or not 0 < self.top_p <= 1
+        ):
+            raise ValueError(f"top_p={self.top_p}: give a share above 0 and at most 1, or None (all tokens)")
+        for name, value, whole in (("top_k", self.top_k, (None, 0)), ("top_p", self.top_p, (None, 1))):
+            if not self.temperature and value not in whole:
+                raise ValueError(
+                    f"{name}={value} has no effect at temperature=0, which takes the most probable token: give a "
+                    "temperature too (1: the model's own shares), or leave it out"
+                )
+
+    def of(self, sample: int) -> Sampling:
+        """For one of several answers to the same conversation, counted from 0: with `seed` + `sample`, so that each of
+        them can be had again alone. Raises ValueError: there is no such seed."""
+        return replace(self, seed=int(self.seed) + sample) if sample else self
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Of an answer's draws."""
+        return torch.Generator(device).manual_seed(int(self.seed))
+
+    def next(self, logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """The next token of each row, [B, W] -> int64 [B]; each row draws with its own generator."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        shares = self.kept(logits / self.temperature).softmax(-1)
+        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, generators, strict=True)]
+        return torch.cat(drawn)
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """Logits [..., W], already divided by the temperature, with -inf for the tokens that are not drawn from."""
+        if self.top_k:
+            least = logits.topk(min(int(self.top_k), logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, token = logits.sort(-1, descending=True)
+            shares = ordered.softmax(-1)
+            # A token is left out where those before it reach the share already; before the first there is none.
+            before = shares.cumsum(-1) - shares
+            out = before >= self.top_p
+            out[..., 0] = False
+            logits = logits.masked_fill(out.scatter(-1, token, out), -torch.inf)
+        return logits
+
+
+GREEDY = Sampling()
+# The settings of an answer that users give, and those of transformers' generation that say the same in other words.
+INSTEAD = {
+    "do_sample": "temperature says it: 0 takes the most probable token, above it tokens are drawn",
+    "num_return_sequences": "samples=n gives n answers to each conversation",
+    "generator": "seed=n says what is drawn",
+}
+
+
+def refuse_settings(others: Collection[str], known: Collection[str], what: str) -> None:
+    """Raises TypeError: settings that a function does not have, with those that it has and, of transformers', what is
+    given instead."""
+    if not others:
+        return
+    instead = [f"; in place of {name}: {INSTEAD[name]}" for name in others if name in INSTEAD]
+    raise TypeError(f"{what} has no {', '.join(others)}: its settings are {', '.join(known)}{''.join(instead)}")
