@@ -18,9 +18,6 @@ log = logging.getLogger(__name__)
 
 # Metres around the box of the training positions, in all directions or along x, y and z; None: no limit.
 Margin = float | tuple[float | None, float | None, float | None] | None
-# Height alone: below may be the table. Along x and y a limit of 1 cm took away objects that lie beyond the
-# demonstrations and changed nothing else (benchmarks/volume_query_margins.json).
-USUAL_MARGIN: Margin = (None, None, 0.01)
 
 
 def check_margin(margin_m: Margin) -> None:

@@ -32,7 +32,7 @@ from keygrip.models.policy import (
     views_of,
 )
 from keygrip.models.policy_tensors import plans_of, stacked_poses, stacked_views
-from keygrip.models.training_box import USUAL_MARGIN, HeldBackWarning, Margin, check_margin, kept_in_box
+from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
 from keygrip.training.compilation import missing_compiler
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class GeometryVLAPolicy:
     Args:
         module: trained, with its statistics.
         margin_m: planned positions are kept within this distance of the box of the positions seen in training, along
-            all axes or along x, y and z; None: no limit. Usually heights alone are: what lies below may be the table.
+            all axes or along x, y and z; None: no limit. What lies beyond was never demonstrated, and may be the table.
             Poses in metres are kept so, never normalised actions. Plans say in `held_back` how far they were moved; a
             warning says it once an episode.
         embodiment: which robot it drives, of a model that tells several apart; others take none.
@@ -76,7 +76,7 @@ class GeometryVLAPolicy:
     """
 
     module: GeometryVLAModule
-    margin_m: Margin = USUAL_MARGIN
+    margin_m: Margin = 0.01
     seed: int = 0
     temperature: float | None = None
     steps: int | None = None
