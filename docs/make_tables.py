@@ -348,7 +348,8 @@ def headline() -> str:
     rows.append(
         (
             "trained to pick on the left half, the arm never on the right, tested on the right; with plans kept within "
-            "1 cm of the box of the training positions",
+            "1 cm of the box of the training positions (served, plans more than `bounds.plan_m`, 10 cm, outside are "
+            "refused)",
             f"{picked['[null,null,0.01]']}; {picked['0.01']}",
         )
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig
 
 from keygrip.config import leaves_of
@@ -114,10 +115,21 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
         key
         for key in before.keys() | now.keys()
         if before.get(key) != now.get(key) and not _within(key, may_differ)
+        if key in before or not _is_default(key, now)
         if not key.startswith("callbacks") or _within(key, MUST_AGREE)
     )
     shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
     return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
+
+
+def _is_default(key: str, settings: dict[str, Any]) -> bool:
+    """Whether a setting is as it would be if nothing said it: a run from before there was one had the same."""
+    parent, _, name = key.rpartition(".")
+    target = settings.get(f"{parent}._target_")
+    if target is None:
+        return False
+    parameter = inspect.signature(get_object(target)).parameters.get(name)
+    return parameter is not None and parameter.default == settings[key]
 
 
 def _places(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:

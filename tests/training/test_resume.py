@@ -426,6 +426,22 @@ def test_stages_that_counted_batches_may_be_given_in_optimizer_steps() -> None:
     assert "data.curriculum" in differing_settings(settings(8, accumulated=1), settings(2, accumulated=1))
 
 
+def test_a_run_from_before_there_was_a_setting_goes_on_with_its_default() -> None:
+    network = {"_target_": "keygrip.models.foveated_vlm.network.FoveatedVLM", "query_std": 1.0}
+    earlier = {"model": {"network": network}}
+
+    def differing(**added: object) -> str:
+        return differing_settings(earlier, {"model": {"network": network | added}})
+
+    assert differing(published_projections=False, query_bias=False) == ""
+    assert differing(published_projections=True).startswith("model.network.published_projections")
+    assert differing(no_such_setting=False).startswith("model.network.no_such_setting")
+    later = {"model": {"network": network | {"published_projections": True}}}
+    assert differing_settings(later, earlier).startswith("model.network.published_projections")
+    plain = {"model": {"depth": 1}}, {"model": {"depth": 1, "width": 3}}
+    assert differing_settings(*plain).startswith("model.width"), "no class says its default"
+
+
 def test_a_longer_run_goes_on_from_a_finished_one_along_its_own_cosine(
     toy_overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
