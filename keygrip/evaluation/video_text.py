@@ -296,6 +296,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         datamodule.collator = module.collator  # with the tokenizer of the checkpoint
         if "fit" not in changed and hasattr(datamodule, "given_fit"):
             datamodule.given_fit = module.image_options["fit"]  # as in training, whatever a set says that was not
+        if hasattr(datamodule, "asked_by"):
+            datamodule.asked_by(module)  # as training does: rows beyond the context are left out of both
         datamodule.prepare_data()
         datamodule.setup("validate")
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()

@@ -65,16 +65,17 @@ def _tried(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tupl
     return tried, cut
 
 
-def usable_parts(split: str, parts: Sequence[Part], questions: Questions) -> list[Part]:
+def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fitting: bool = True) -> list[Part]:
     """The parts without samples that are too long to be used, as far as that is known beforehand.
 
     Args:
-        questions: chosen of each sample.
+        questions: chosen of each sample. fitting: whether training is going to begin.
 
     Raises:
         ValueError: nothing of a source is left to train on.
     """
     found = []
+    trained = fitting and split == "train"
     for part in parts:
         texts, kept = part.within_max_tokens(), part.usable()
         told = "by estimate " if isinstance(part.lengths, TokenLengths) else ""
@@ -83,7 +84,7 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions) -> lis
                 "%s: %d of %d samples of %s are left out: %stheir first answer ends beyond collator.max_tokens=%s",
                 *(split, len(part) - len(texts), len(part), part.name, told, part.lengths.max_tokens),
             )
-        if not len(texts) and split == "train":
+        if not len(texts) and trained:
             raise ValueError(
                 f"no sample of the source {part.name!r} has an answer that ends within collator.max_tokens; raise it"
             )
@@ -94,7 +95,7 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions) -> lis
                 *(split, len(texts) - len(kept), len(part), part.name, told),
                 *(part.context.positions, part.context.advice),
             )
-        if split == "train":
+        if trained:
             _refuse_too_long(part, kept, questions)
         if len(kept):
             found.append(kept)

@@ -197,7 +197,7 @@ class VideoTexts(ResumableData):
         if isinstance(self.collator, PreparedCollator):  # on every rank: what was made once is loaded here
             self._prepare_collator(self.collator, opened["train"])
         opened = self._measured(opened, fitting)
-        opened = {split: usable_parts(split, parts, self.questions) for split, parts in opened.items()}
+        opened = {each: usable_parts(each, parts, self.questions, fitting) for each, parts in opened.items()}
         if fitting:
             check_clips(opened["train"], self.questions)
             self.mixture = self._mixture(opened["train"])

@@ -283,6 +283,30 @@ def test_rows_that_the_context_does_not_hold_are_said_before_training(
     assert not list((tmp_path / "none").rglob("*.ckpt"))
 
 
+def test_training_and_evaluation_leave_the_same_rows_out(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation ended with the first row longer than the context."""
+    scored: list[tuple[str, str]] = []
+    score = FoveatedVLMModule.score
+
+    def watched(self: FoveatedVLMModule, output: Any, batch: VideoTextBatch) -> Any:
+        scored.extend(zip(batch.key, batch.kind, strict=True))
+        return score(self, output, batch)
+
+    monkeypatch.setattr(FoveatedVLMModule, "score", watched)
+    train.run(compose("train", overrides("run", "language.model.context=36", "max_steps=1")))
+    trained = {row for row in scored if row[0].startswith("v")}
+    assert trained == {("v0", "mark"), ("v0", "caption"), ("v1", "mark"), ("v2", "mark"), ("v2", "caption")}
+    scored.clear()
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)  # Java takes seconds to start
+    options = ["split=val", "max_new_tokens=3", "mode=coarse_only"]
+    result = evaluate.run(compose("evaluate", [f"checkpoint={tmp_path / 'run'}", *options]))
+    assert set(scored) == trained
+    assert result["val"]["coarse_only"]["questions_mark"] == 3
+    assert result["val"]["coarse_only"]["questions_caption"] == 2
+
+
 def test_shares_of_rows_are_those_of_all_batches_since_the_last(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
