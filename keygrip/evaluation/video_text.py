@@ -72,7 +72,8 @@ def evaluate_modes(
     all questions of a video, at the batches' size; no generation, no batches of text alone, and of several with frames
     without the first). Beside the modes, `too_long`: captions and VQA questions for which nothing is generated, since
     with their frames and an answer they do not fit into the language model's context, and `unanswered`: those that end
-    with the user's turn, so that it is not known what the annotators answered.
+    with the user's turn, so that it is not known what the annotators answered, and `left_out_rows`: conversations of
+    these videos that are not scored, since they are too long or cannot be rows.
 
     Raises:
         ValueError: a mode that the network does not have, or no batch.
@@ -91,9 +92,10 @@ def evaluate_modes(
     looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
     frames_seen, too_long, unanswered = 0, list[str](), list[str]()
-    with_frames = 0
+    with_frames = left_out = 0
     for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
+        left_out += batch.left_out
         frames = int(batch.frame_mask.sum())
         with_frames += bool(frames)
         if frames and with_frames == 2:  # the first such batch warmed everything up, in the encoder and the first mode
@@ -154,6 +156,7 @@ def evaluate_modes(
         **dict(sorted(videos.items())),
         "too_long": len(too_long),
         "unanswered": len(unanswered),
+        "left_out_rows": left_out,
         **{mode: _rounded(values) for mode, values in figures.items()},
         **_rounded(comparisons(figures)),
     }
@@ -303,6 +306,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
         batches = itertools.islice(iter(loader), cfg.limit_batches)
         result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
+        if hasattr(datamodule, "unusable"):
+            result[cfg.split]["left_out_samples"] = datamodule.unusable.count
     answers: list[dict[str, Any]] = []
     for name, benchmark in benchmarks.items():
         record: list[dict[str, Any]] = []

@@ -308,7 +308,9 @@ class MultiViewSamples(DemoSamples):
         self.cameras, self.depth = tuple(cameras), depth
         self._masked: list[BadSample] = []  # samples of the batch at hand that lack views that could not be read
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[PolicyTargets, list[BadSample]]] | list[BadSample]:
+    def __getitems__(
+        self, keys: Sequence[SampleKey]
+    ) -> list[tuple[PolicyTargets | None, list[BadSample]]] | list[BadSample]:
         """As of all `SubstitutingSamples`; samples that lack views that could not be read are among what is told of the
         first sample."""
         self._masked = []

@@ -22,7 +22,16 @@ class UnusableSample(BadSample):
 
 
 class SubstitutingSamples(Dataset[Sample], ABC):
-    """A data set that gives another sample for one that cannot be read or used; indexed by `SampleKey`."""
+    """A data set that gives another sample for one that cannot be read or used; indexed by `SampleKey`.
+
+    Attributes:
+        leaves_out: samples that cannot be used are left out: in evaluation a replacement would count twice.
+        never_empty: but where nothing of a batch would be left, one is replaced, since every process of a distributed
+            run needs as many batches as the others.
+    """
+
+    leaves_out: bool = False
+    never_empty: bool = False
 
     @abstractmethod
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
@@ -34,32 +43,44 @@ class SubstitutingSamples(Dataset[Sample], ABC):
         similar samples are likely to be unusable too."""
         return itertools.islice(self.candidates(key), 1, None)
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample, list[BadSample]]] | list[BadSample]:
-        """A batch's samples, each with the bad samples that it replaces; or a single error where neither a sample nor
-        any of its replacements could be used."""
-        found = []
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample | None, list[BadSample]]] | list[BadSample]:
+        """A batch's samples, each with the bad samples that it replaces (None: left out, see `leaves_out`); or a single
+        error where neither a sample nor any of its replacements could be used."""
+        found: list[tuple[Sample | None, list[BadSample]]] = []
         for key in keys:
-            skipped: list[BadSample] = []
-            waiting = self.candidates(key)
-            while (candidate := next(waiting, None)) is not None:
-                try:
-                    found.append((self[candidate], skipped))
-                    break
-                except UnusableSample as error:
-                    if not any(isinstance(earlier, UnusableSample) for earlier in skipped):
-                        waiting = self.usable_candidates(candidate)
-                    skipped.append(error)
-                except BadSample as error:
-                    skipped.append(error)
-            else:
-                verb = "used" if isinstance(skipped[0], UnusableSample) else "read"
-                return [BadSample(f"{len(skipped)} samples in a row cannot be {verb}; the first: {skipped[0]}")]
+            one = self._found(key, self.leaves_out)
+            if isinstance(one, BadSample):
+                return [one]
+            found.append(one)
+        if self.never_empty and all(sample is None for sample, _ in found):
+            one = self._found(keys[0], leaves_out=False)
+            if isinstance(one, BadSample):
+                return [one]
+            found[0] = one
         return found
+
+    def _found(self, key: SampleKey, leaves_out: bool) -> tuple[Sample | None, list[BadSample]] | BadSample:
+        skipped: list[BadSample] = []
+        waiting = self.candidates(key)
+        while (candidate := next(waiting, None)) is not None:
+            try:
+                return self[candidate], skipped
+            except UnusableSample as error:
+                if leaves_out:
+                    return None, [*skipped, error]
+                if not any(isinstance(earlier, UnusableSample) for earlier in skipped):
+                    waiting = self.usable_candidates(candidate)
+                skipped.append(error)
+            except BadSample as error:
+                skipped.append(error)
+        verb = "used" if isinstance(skipped[0], UnusableSample) else "read"
+        return BadSample(f"{len(skipped)} samples in a row cannot be {verb}; the first: {skipped[0]}")
 
 
 @dataclass(frozen=True)
 class Collate:
-    """The loader's collate function: the batch, of how many samples it is, and what was skipped for it.
+    """The loader's collate function: the batch (None: nothing is left of it), of how many samples it is, and what was
+    skipped for it.
 
     Args:
         collator: makes a batch of samples.
@@ -73,8 +94,9 @@ class Collate:
         first = samples[0]
         if isinstance(first, BadSample):
             return first
-        batch = self.collator([sample for sample, _ in samples])  # type: ignore[misc]
-        return batch, len(samples), [error for _, skipped in samples for error in skipped]  # type: ignore[misc]
+        kept = [sample for sample, _ in samples if sample is not None]  # type: ignore[misc]
+        errors = [error for _, skipped in samples for error in skipped]  # type: ignore[misc]
+        return self.collator(kept) if kept else None, len(samples), errors
 
 
 class CountingLoader(ResumableLoader):
@@ -89,4 +111,5 @@ class CountingLoader(ResumableLoader):
             for counted, sort in ((self.skipped, False), (self.unusable, True)):
                 if counted is not None:
                     counted.add(samples, [str(e) for e in errors if isinstance(e, UnusableSample) == sort])
-            yield batch
+            if batch is not None:
+                yield batch

@@ -17,6 +17,7 @@ from keygrip.data.video_text.samples import Part
 log = logging.getLogger(__name__)
 
 TRIED = 64  # videos of a source, whether they can be cut
+LARGE_SHARE = 0.2  # of the tried samples: if more are too long, it is a warning
 
 
 def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
@@ -93,7 +94,7 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fittin
                 "%s: %d of %d samples of %s are left out: %stheir rows are longer than the language model's context of "
                 "%d; to use them, %s",
                 *(split, len(texts) - len(kept), len(part), part.name, told),
-                *(part.context.positions, part.context.advice),
+                *(part.context.positions, part.context.advice(_has_frames(part))),
             )
         if trained:
             _refuse_too_long(part, kept, questions)
@@ -103,7 +104,8 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fittin
 
 
 def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
-    """Raises ValueError: no row of a source, or of the samples that are tried, is within the language model's context.
+    """Raises ValueError: no row of a source, or of the samples that are tried, is within the language model's context;
+    logs how many of these have none.
 
     Args:
         part: the source's samples. kept: those of them that are not left out.
@@ -115,22 +117,34 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
         raise ValueError(
             f"every sample of the source {part.name!r} (of {min(frames, part.context.max_frames)} frames or more, "
             f"{part.context.collator.tokens_per_frame} positions each) has rows longer than the language model's "
-            f"context of {part.context.positions}: {part.context.advice}"
+            f"context of {part.context.positions}: {part.context.advice(_has_frames(part))}"
         )
     if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
         return  # clips are shorter; counted lengths need no trial
-    problems = []
+    problems, tried = [], 0
     for sample in spread(kept.shards, kept.chosen).tolist():
         with contextlib.suppress(BadSample):  # counted when they are read
             told, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
             frames = min(int(kept.shards.columns["frames"][sample]), part.context.max_frames)
             asked = [each for each in told if is_asked(each.kind, part.kinds, questions)]
             found = [part.context.problem(each, frames, seconds if frames else ()) for each in asked]
-            if None in found or not found:
-                return
-            problems.append(f"{kept.shards.where(sample)}: {found[0]}")
-    if problems:
+            tried += 1
+            if found and None not in found:
+                problems.append(f"{kept.shards.where(sample)}: {found[0]}")
+    if not problems:
+        return
+    if len(problems) == tried:
         raise ValueError(
             f"every sample of the source {part.name!r} that was tried ({len(problems)}) is too long; the first: "
             f"{problems[0]}"
         )
+    log.log(
+        logging.WARNING if len(problems) > LARGE_SHARE * tried else logging.INFO,
+        "train: %d of %d samples of %s that were tried are too long, and others take the place of such ones; the "
+        "first: %s",
+        *(len(problems), tried, part.name, problems[0]),
+    )
+
+
+def _has_frames(part: Part) -> bool:
+    return bool(part.column("frames").any())

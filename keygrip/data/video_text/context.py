@@ -45,14 +45,17 @@ class Context:
             return None
         return (
             f"a row of it has {frames * each + tokens} positions ({frames} frames of {each} and {tokens} tokens of "
-            f"text), more than the language model's context of {self.positions}; {self.advice}"
+            f"text), more than the language model's context of {self.positions}; "
+            f"{self.advice(frames > 0)}"
         )
 
-    @property
-    def advice(self) -> str:
-        """What makes rows shorter."""
-        text = "null" if self.collator.max_tokens is None else str(self.collator.max_tokens)
-        return (
-            f"lower data.max_frames={self.max_frames} or collator.max_tokens={text} (language.model.context can be "
-            "raised where the weights are random)"
-        )
+    def advice(self, frames: bool = True) -> str:
+        """What makes rows shorter.
+
+        Args:
+            frames: whether they are of samples with frames.
+        """
+        most = self.collator.max_tokens
+        ways = [f"lower data.max_frames={self.max_frames}"] if frames else []
+        ways.append("set collator.max_tokens" if most is None else f"lower collator.max_tokens={most}")
+        return f"{' or '.join(ways)} (language.model.context can be raised where the weights are random)"

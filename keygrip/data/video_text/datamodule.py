@@ -30,7 +30,7 @@ from keygrip.data.shards.mixing import (
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
-from keygrip.data.shards.substitution import Collate, CountingLoader
+from keygrip.data.shards.substitution import Collate
 from keygrip.data.video_text.batching import (
     Collator,
     MeasuringCollator,
@@ -51,7 +51,7 @@ from keygrip.data.video_text.conversations import (
 )
 from keygrip.data.video_text.exact_lengths import counted
 from keygrip.data.video_text.lengths import TextLengths, measured
-from keygrip.data.video_text.samples import Part, VideoTextSamples
+from keygrip.data.video_text.samples import Part, TellingLoader, VideoTextSamples
 from keygrip.data.video_text.shard_source import AUTO, ShardSource, common_fit
 from keygrip.training.parts import data_part
 
@@ -80,7 +80,7 @@ class VideoTexts(ResumableData):
         cache_dir, cache_gb: for remote shards.
         max_skipped_share: more unreadable samples than this stop the run. Those that the collator cannot use (too
             long, of themselves or for the language model's context) are left out beforehand where the index tells,
-            else replaced by shorter ones; they are counted apart.
+            else in training replaced by shorter ones; they are counted apart.
         num_workers: loader processes; None: one for each core but one, 4 at most.
         prefetch_batches: batches that each worker keeps ready.
         memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
@@ -262,7 +262,10 @@ class VideoTexts(ResumableData):
             return
         if self.curriculum:
             begins = np.cumsum([0, *(stage.steps for stage in self.curriculum if stage.steps is not None)])
-            log.info("stages of the curriculum begin at optimizer steps %s", ", ".join(map(str, begins.tolist())))
+            per_step, batches = self.batches_per_step, self.mixture.batches
+            later = f" (or up to a step later for each epoch before: {batches} batches do not divide by {per_step})"
+            told = ", ".join(map(str, begins.tolist())) + (later if batches % per_step else "")
+            log.info("stages of the curriculum begin at optimizer steps %s", told)
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         exact = self.budget is not None and self.budget.exact_lengths
         log.info(
@@ -375,11 +378,13 @@ class VideoTexts(ResumableData):
         questions: Questions,
         memory_gb: float = 0.0,
         collator: Collator | None = None,
+        split: str = "train",
     ) -> DataLoader[Any]:
         samples = self._samples(parts, questions, memory_gb)
+        samples.leaves_out, samples.never_empty = split != "train", self.ranks[1] > 1
         collate = Collate(collator or self.collator)
-        loader = CountingLoader(collate_fn=collate, **self.loader_options(samples, sampler))
-        loader.skipped, loader.unusable = self.skipped, self.unusable
+        loader = TellingLoader(collate_fn=collate, **self.loader_options(samples, sampler))
+        loader.skipped, loader.unusable, loader.split = self.skipped, self.unusable, split
         return loader
 
     @property
@@ -455,7 +460,7 @@ class VideoTexts(ResumableData):
             parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
         components = self._components(parts, self.val_questions)
         sampler = BucketedSampler(components, self.batch_size, *self.ranks, budget=self.budget)
-        return self._loader(parts, sampler, self.val_questions)
+        return self._loader(parts, sampler, self.val_questions, split=split)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._held_out_loader("val")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +14,15 @@ from keygrip.data.shards.index import MOST_FRAMES
 from keygrip.data.shards.mixing import Component
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey, sample_generator
-from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples, UnusableSample
+from keygrip.data.shards.substitution import SUBSTITUTES, CountingLoader, SubstitutingSamples, UnusableSample
 from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, is_asked, rows_of
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
 from keygrip.data.video_text.sample_types import Conversation, kinds_of
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
 TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
@@ -212,3 +216,24 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
             component = self.parts[number].component(self.max_frames)
             alike = self._alike[number] = np.lexsort((component.length, component.bucket))
         return start, alike, int(np.flatnonzero(alike == key.sample - start)[0])
+
+
+class TellingLoader(CountingLoader):
+    """A loader that says once, after a whole pass over a held-out split, what was left out of it as it was read."""
+
+    split: str = "train"
+    told: bool = False
+
+    def __iter__(self) -> Any:
+        before = 0 if self.unusable is None else self.unusable.count
+        rows = 0
+        for batch in super().__iter__():
+            rows += getattr(batch, "left_out", 0)
+            yield batch
+        samples = 0 if self.unusable is None else self.unusable.count - before
+        if self.split != "train" and (samples or rows) and not self.told:
+            self.told = True
+            log.warning(
+                "%s: %d samples are left out whole, and %d rows of others, since they are too long or cannot be rows",
+                *(self.split, samples, rows),
+            )

@@ -20,6 +20,7 @@ from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.shards.substitution import UnusableSample
 from keygrip.data.video_text import exact_lengths
+from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import answer, iterate_texts, read_sample
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, counted
@@ -262,6 +263,27 @@ def positions_of_frames(batch: VideoTextBatch, tokens_per_frame: int) -> torch.T
     return tokens_per_frame * batch.frame_mask.sum(1)[batch.video_index] + batch.attention_mask.sum(1)
 
 
+def test_held_out_samples_that_turn_out_too_long_are_left_out_and_none_counts_twice(
+    tours: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = module(tours, tokens_per_frame=16, longest_row=110, batch_size=4)
+    data.parts["val"] = data.parts["train"]  # by estimate they fit
+    (part,) = data.parts["val"]
+    fitting = {f"v{n}" for n in part.chosen.tolist() if min(rows_in(data, n)) <= 110}
+    assert 0 < len(fitting) < len(part)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            loader = data.val_dataloader()
+            batches = list(loader)
+            taken = [key for b in batches for key in dict.fromkeys(b.key, 0)]
+            assert sorted(taken) == sorted(fitting)
+            assert list(loader)
+    assert data.unusable.count == 4 * (len(part) - len(fitting))
+    assert caplog.text.count(f"val: {len(part) - len(fitting)} samples are left out whole, and") == 2  # by loader
+    data.processes = 2  # each needs as many batches as the other
+    assert len(list(data.val_dataloader())) == len(data.val_dataloader())
+
+
 def test_a_sample_that_turns_out_too_long_is_named_with_what_to_change(tours: Path) -> None:
     data = module(tours, tokens_per_frame=16, longest_row=110)
     samples = data._samples(data.parts["train"], None)
@@ -271,7 +293,7 @@ def test_a_sample_that_turns_out_too_long_is_named_with_what_to_change(tours: Pa
         UnusableSample, match=r"v\d+.*: a row of it has \d+ positions \(\d frames of 16 and \d+ tokens"
     ) as error:
         samples[SampleKey(long, 0)]
-    assert "lower data.max_frames=64 or collator.max_tokens=256" in str(error.value)
+    assert "lower data.max_frames=64 or lower collator.max_tokens=256" in str(error.value)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -289,6 +311,34 @@ def test_a_source_of_which_every_row_is_longer_than_the_context_is_refused(tmp_p
         module(tmp_path, longest_row=limit, **options)
     with pytest.raises(ValueError, match=every):
         module(tmp_path, longest_row=4 * 8, **options)
+
+
+def test_how_many_of_the_tried_samples_are_too_long_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By estimate nearly all are shorter, since some have few tokens for their characters."""
+    for long, level in ((30, "WARNING"), (4, "INFO")):
+        texts = [digits(60) if n < long else words(60) for n in range(40)]
+        root = tmp_path / level
+        write_conversations(root / "videos", [(4, [answer("Which?", each, "text")]) for each in texts], "v")
+        options: dict[str, Any] = {"tokens_per_frame": 8}
+        data = module(root, **options)
+        limit = min(rows_in(data, number)[0] for number in range(long)) - 1
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            module(root, longest_row=limit, **options)
+        (told,) = [record for record in caplog.records if "that were tried are too long" in record.getMessage()]
+        assert told.levelname == level
+        assert told.getMessage().startswith(f"train: {long} of 40 samples of videos that were tried")
+
+
+def test_advice_names_the_settings_that_help(tours: Path) -> None:
+    collator = module(tours, tokens_per_frame=16).collator
+    assert isinstance(collator, ConversationCollator)
+    context = Context(110, collator, 64)
+    assert context.advice().startswith("lower data.max_frames=64 or lower collator.max_tokens=256 (")
+    assert context.advice(frames=False).startswith("lower collator.max_tokens=256 (")
+    collator.max_tokens = None
+    assert context.advice().startswith("lower data.max_frames=64 or set collator.max_tokens (")
+    assert context.advice(frames=False).startswith("set collator.max_tokens (")
 
 
 def test_nothing_is_asked_of_samples_that_fit_whatever_their_text_is(tours: Path) -> None:

@@ -111,6 +111,14 @@ def test_stages_count_optimizer_steps_also_where_an_earlier_run_goes_on(
     with caplog.at_level(logging.INFO):
         data = of(2, 3)
     assert "stages of the curriculum begin at optimizer steps 0, 2" in caplog.text
+    assert data.mixture is not None
+    assert data.mixture.batches % 3
+    told = f"{data.mixture.batches} batches do not divide by 3"
+    assert told in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        of(2, 1)
+    assert "begin at optimizer steps 0, 2\n" in caplog.text
     data.load_state_dict(of(6, 1).state_dict())  # in which 6 batches were counted
     with pytest.raises(ValueError, match="divide their steps by accumulate_grad_batches=3"):
         data.load_state_dict(of(2, 1).state_dict())

@@ -277,7 +277,7 @@ def test_rows_that_the_context_does_not_hold_are_said_before_training(
     """The first such batch ended the training with "a row has 50 positions and language.model.context=46"."""
     more = ["max_steps=1", "limit_val_batches=0"]
     with pytest.raises(
-        ValueError, match=r"every sample of the source 'tours' .* lower data\.max_frames=64 or collator"
+        ValueError, match=r"every sample of the source 'tours' .* lower data\.max_frames=64 or lower collator"
     ):
         train.run(compose("train", overrides("none", "language.model.context=6", *more)))
     assert not list((tmp_path / "none").rglob("*.ckpt"))
@@ -305,6 +305,7 @@ def test_training_and_evaluation_leave_the_same_rows_out(
     assert set(scored) == trained
     assert result["val"]["coarse_only"]["questions_mark"] == 3
     assert result["val"]["coarse_only"]["questions_caption"] == 2
+    assert (result["val"]["left_out_rows"], result["val"]["left_out_samples"]) == (1, 0)
 
 
 def test_shares_of_rows_are_those_of_all_batches_since_the_last(
@@ -347,10 +348,8 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     )
     modes = {"coarse_fine", "coarse_only", "coarse_fine_refined"}
     videos = {"videos_of_2": 1, "videos_of_4": 1}
-    assert (
-        modes | {"fine_over_coarse", "tokens_per_frame", "too_long", "unanswered"} | videos.keys()
-        == result["test"].keys()
-    )
+    counted = {"too_long", "unanswered", "left_out_rows", "left_out_samples"}
+    assert modes | {"fine_over_coarse", "tokens_per_frame"} | counted | videos.keys() == result["test"].keys()
     assert videos.items() <= result["test"].items()
     assert {"loss_mark", "accuracy_caption", "perplexity", "bleu_4", "ms_per_frame"} <= result["test"][
         "coarse_fine"
