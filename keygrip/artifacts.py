@@ -185,7 +185,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         DiskFullError: the disk or the quota is full.
     """
     target = Path(path)
-    _refuse_existing(target)
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target) as temporary:
         yield temporary
@@ -193,7 +193,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             temporary.rename(target)  # an empty folder of that name is replaced
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                _refuse_existing(target)
+                refuse_existing(target)
             raise
         _flush_folder(target.parent)
 
@@ -445,7 +445,9 @@ def _is_full_disk(error: OSError | RuntimeError) -> bool:
     return "inline_container" in text or "PytorchStreamWriter" in text or "unexpected pos" in text
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(path: str | Path) -> None:
+    """Raises FileExistsError: a folder that is to be written is there with something in it, or as something else."""
+    target = Path(path)
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():

@@ -181,6 +181,7 @@ def model_card(
     result: Mapping[str, Any],
     module: Any = None,
     closed_loop: Mapping[str, Any] | None = None,
+    converted_from: str | None = None,
 ) -> str:
     """A short model card in Markdown.
 
@@ -191,6 +192,7 @@ def model_card(
         module: the model, which says what it is and how it is used (`keygrip.training.system.System`); None: nothing.
         closed_loop: `closed_loop/result.json` of the run, or empty. Success is told with the counts that are in there,
             and not at all without.
+        converted_from: whose weights they are, where another program trained them.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
@@ -199,12 +201,16 @@ def model_card(
     usage = getattr(module, "usage", None) or USAGES.get(kind or "", USAGE)
     commands = [f"keygrip {command}" for command in COMMANDS.get(kind or "", ())]
     parameters = sum(value.numel() for value in weights.values() if value.is_floating_point())
+    keygrip = "[keygrip](https://github.com/keygrip/keygrip)"
+    if converted_from is None:
+        made = f"It was trained with {keygrip}, step {content.get('global_step', 0)}"
+    else:
+        made = f"{keygrip} did not train it: its weights are those of {converted_from}, in keygrip's form"
     lines = [
         f"# {name}",
         "",
         f"The model is {about}." if about else f"The model is a `{target}`.",
-        f"It was trained with [keygrip](https://github.com/keygrip/keygrip), step {content.get('global_step', 0)}: "
-        f"{parameters / 1e6:.2f} M parameters in `{WEIGHTS}`, {which}.",
+        f"{made}: {parameters / 1e6:.2f} M parameters in `{WEIGHTS}`, {which}.",
         "",
         "```python",
         usage.replace("{name}", name),
@@ -224,7 +230,8 @@ def model_card(
     if overrides:
         command = shlex.join(["python", "-m", f"keygrip.{result.get('command') or 'train'}", *map(str, overrides)])
         lines += ["Trained by", "", "```", command, "```", ""]
-    lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
+    if converted_from is None:
+        lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
     return "\n".join(lines)
 
 

@@ -1,12 +1,8 @@
-"""Where the backbone's weights come from, and the file formats they come in.
+"""Where the backbone's weights come from, and how they are loaded.
 
-`find_weights` turns `weights` and the environment into one source; `read_state` recognises what the file is and
-renames its tensors to timm's names; `load_weights` checks that they fit and loads them strictly. There is no fallback
-anywhere: what cannot be found, recognised or fitted is an error that says what to do.
-
-Formats: Meta's released `.pth`; training files of Meta's repositories (`teacher.backbone.*`); Hugging Face
-`Dinov2Model`, `Dinov2WithRegistersModel` and `DINOv3ViTModel`, whole or in shards; timm's own; checkpoints of keygrip
-models (`...backbone.net.*`).
+`find_weights` turns `weights` and the environment into one source; `read_file` reads it, whole or in shards;
+`load_weights` has its format recognised (`weight_formats.py`), checks that the weights fit and loads them strictly.
+There is no fallback anywhere: what cannot be found, recognised or fitted is an error that says what to do.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +21,7 @@ from torch import Tensor, nn
 
 from keygrip.hub_network import kept_without_network
 from keygrip.models.backbone.architectures import VARIANTS, Variant
+from keygrip.models.backbone.weight_formats import State, read_state
 from keygrip.training.checkpoints import refuse_other_format
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import load_tensors
@@ -33,16 +29,11 @@ from keygrip.training.torch_files import TorchFileError
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, Tensor]
-
 # Of Hugging Face folders, in the order in which transformers looks for them.
 _HUGGING_FACE_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_KEYGRIP_KEY = re.compile(r"^((?:.*\.)?backbone\.)?net\.(?:blocks|patch_embed|cls_token)")
-# Meta's training code: blocks.<chunk>.<index>., index counts over all chunks
-_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -225,145 +216,8 @@ def _flatten(content: dict[Any, Any], prefix: str, into: State) -> None:
             _flatten(value, f"{prefix}{key}.", into)
 
 
-def read_state(raw: State, origin: str, prefix: str | None = None) -> tuple[State, Tensor | None, str]:
-    """Recognises a file by its keys: (tensors under Meta's or timm's names, rotary periods or None, name of the
-    format).
-
-    Args:
-        raw: what `read_file` gives.
-        origin: the file, for messages.
-        prefix: which backbone of a keygrip checkpoint is meant where it holds several.
-
-    Raises:
-        ValueError: no known format; the message lists the first keys.
-    """
-    keygrip_prefixes = sorted({match.group(1) or "" for key in raw if (match := _KEYGRIP_KEY.match(key))})
-    if keygrip_prefixes:
-        state = _keygrip_part(raw, keygrip_prefixes, origin, prefix)
-        return state, state.get("rope.periods"), "keygrip checkpoint"
-    if prefix is not None:
-        raise ValueError(f"backbone.weights_prefix={prefix} is for keygrip checkpoints, and {origin} is not one")
-
-    state = raw
-    for start in ("teacher.backbone.", "model.teacher.backbone.", "teacher.module.backbone."):
-        if any(key.startswith(start) for key in raw):
-            state = {_CHUNKED_BLOCK.sub(r"blocks.\1.", key): value for key, value in _strip(raw, start).items()}
-            _, periods, kind = _meta_state(state, origin)
-            return state, periods, f"{kind} training file (teacher)"
-    if any(key.startswith("module.") for key in raw):
-        state = _strip(raw, "module.")
-    if "embeddings.position_embeddings" in state:
-        return _from_hugging_face_v2(state), None, "Hugging Face Dinov2Model"
-    if "embeddings.cls_token" in state and "embeddings.patch_embeddings.weight" in state:
-        return _from_hugging_face_v3(state), None, "Hugging Face DINOv3ViTModel"
-    return _meta_state(state, origin)
-
-
-def _meta_state(state: State, origin: str) -> tuple[State, Tensor | None, str]:
-    if "storage_tokens" in state:
-        return state, state.get("rope_embed.periods"), "DINOv3, Meta"
-    if "pos_embed" in state and "mask_token" in state and "blocks.0.ls1.gamma" in state:
-        return state, None, "DINOv2, Meta"
-    if "reg_token" in state and "blocks.0.gamma_1" in state and "pos_embed" not in state:
-        return state, state.get("rope.periods"), "DINOv3, timm"
-    if "pos_embed" in state and "blocks.0.ls1.gamma" in state:
-        return state, None, "DINOv2, timm"
-    first = ", ".join(list(state)[:5]) or "none"
-    raise ValueError(
-        f"{origin} is no known DINO weights file; its first tensors are: {first}. Known are Meta's .pth, "
-        "teacher.backbone.* training "
-        "files, Hugging Face Dinov2Model and DINOv3ViTModel, timm's own, and keygrip checkpoints"
-    )
-
-
-def _keygrip_part(raw: State, prefixes: list[str], origin: str, wanted: str | None) -> State:
-    parts = {prefix: _strip(raw, f"{prefix}net.") for prefix in prefixes}
-    if wanted is not None:
-        if wanted not in parts:
-            raise ValueError(
-                f"{origin} has no backbone under backbone.weights_prefix={wanted}; it has {', '.join(prefixes)}"
-            )
-        return parts[wanted]
-    first = parts[prefixes[0]]
-    for other in list(parts.values())[1:]:
-        same = first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
-        if not same:
-            raise ValueError(
-                f"{origin} holds several backbones that differ: {', '.join(prefixes)}; name one with "
-                "backbone.weights_prefix"
-            )
-    return first
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _strip(state: State, start: str) -> State:
-    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-
-
-def _rename(key: str, table: Iterable[tuple[str, str]]) -> str:
-    for old, new in table:
-        key = key.replace(old, new)
-    return key
-
-
-def _from_hugging_face_v2(state: State) -> State:
-    """`Dinov2Model` -> Meta's names. Query, key and value have two spellings, by the transformers release that
-    wrote the file."""
-    table = (
-        ("embeddings.position_embeddings", "pos_embed"),
-        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-        ("embeddings.", ""),
-        ("encoder.layer.", "blocks."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attn.proj"),
-        ("attention.o_proj", "attn.proj"),
-        ("layer_scale1.lambda1", "ls1.gamma"),
-        ("layer_scale2.lambda1", "ls2.gamma"),
-        ("layernorm.", "norm."),
-    )
-    return _join_qkv({_rename(key, table): value for key, value in state.items()}, "attention.")
-
-
-def _from_hugging_face_v3(state: State) -> State:
-    """`DINOv3ViTModel` -> Meta's names, without rotary periods, which that format does not carry."""
-    gated = any(".mlp.gate_proj." in key for key in state)
-    table = (
-        ("embeddings.patch_embeddings.", "patch_embed.proj."),
-        ("embeddings.register_tokens", "storage_tokens"),
-        ("embeddings.", ""),
-        ("model.layer.", "layer."),
-        ("layer.", "blocks."),
-        ("attention.o_proj", "attn.proj"),
-        ("layer_scale1.lambda1", "ls1.gamma"),
-        ("layer_scale2.lambda1", "ls2.gamma"),
-        ("mlp.gate_proj", "mlp.w1"),
-        ("mlp.up_proj", "mlp.w2" if gated else "mlp.fc1"),
-        ("mlp.down_proj", "mlp.w3" if gated else "mlp.fc2"),
-    )
-    return _join_qkv({_rename(key, table): value for key, value in state.items()}, "attention.")
-
-
-def _join_qkv(state: State, attention: str) -> State:
-    """Separate projections -> one `attn.qkv`; a bias that the file does not have (DINOv3 keys) is zero."""
-    joined = {key: value for key, value in state.items() if f".{attention}" not in key}
-    starts = sorted({key.split(attention)[0] for key in state if f".{attention}" in key})
-    for start in starts:
-        weights = [state[f"{start}{attention}{part}_proj.weight"] for part in "qkv"]
-        joined[f"{start}attn.qkv.weight"] = torch.cat(weights)
-        biases = [state.get(f"{start}{attention}{part}_proj.bias") for part in "qkv"]
-        if any(bias is not None for bias in biases):
-            joined[f"{start}attn.qkv.bias"] = torch.cat(
-                [
-                    weight.new_zeros(weight.shape[0]) if bias is None else bias
-                    for weight, bias in zip(weights, biases, strict=True)
-                ]
-            )
-    return joined
 
 
 # ---------------------------------------------------------------------- loading
@@ -385,6 +239,17 @@ def load_weights(network: nn.Module, variant: Variant, source: WeightSource, pre
     else:
         origin = str(source.path)
         raw = read_file(source.path)
+    loaded = load_state(network, variant, raw, origin, prefix)
+    logger.info("backbone %s: weights of %s, found by %s", variant.name, loaded, source.why)
+    return loaded
+
+
+def load_state(network: nn.Module, variant: Variant, raw: State, origin: str, prefix: str | None = None) -> str:
+    """As `load_weights`, of tensors that are read already, of any known format.
+
+    Args:
+        origin: where they are from, for messages.
+    """
     state, periods, kind = read_state(raw, origin, prefix)
     if kind == "keygrip checkpoint":
         adopt_position_table(network, state.get("pos_embed"))
@@ -395,9 +260,7 @@ def load_weights(network: nn.Module, variant: Variant, source: WeightSource, pre
         state["rope.periods"] = own if periods is None else periods.float()
     _check_fit(state, network.state_dict(), variant, origin, kind)
     network.load_state_dict(state, strict=True)
-    loaded = f"{origin} ({kind})"
-    logger.info("backbone %s: weights of %s, found by %s", variant.name, loaded, source.why)
-    return loaded
+    return f"{origin} ({kind})"
 
 
 def adopt_position_table(network: nn.Module, table: Tensor | None) -> None:

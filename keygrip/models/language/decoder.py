@@ -182,8 +182,13 @@ class LanguageModel(KeptBuffers):
                 "text; only with random weights a larger context may be set"
             )
 
-    def _load(self, source: str, whole: Any, sizes: Mapping[str, str]) -> None:
-        found, own = read_config(source), self.model.config
+    def refuse_other(self, found: Any, source: str, sizes: Mapping[str, str] = SIZES) -> None:
+        """Raises ValueError: weights that belong to a configuration would be of other sizes, or computed otherwise.
+
+        Args:
+            found: of transformers. source: where it is from. sizes: as in the constructor.
+        """
+        own = self.model.config
         different = [
             f"{ours} is {getattr(found, theirs, None)}, config says {getattr(own, theirs)}"
             for theirs, ours in sizes.items()
@@ -206,6 +211,9 @@ class LanguageModel(KeptBuffers):
             different.insert(0, f"it is a {kind or 'model without a type'}, not a {own.model_type}")
         if different:
             raise ValueError(f"language.model.weights={source} does not fit language.model: {'; '.join(different[:4])}")
+
+    def _load(self, source: str, whole: Any, sizes: Mapping[str, str]) -> None:
+        self.refuse_other(read_config(source), source, sizes)
         model = read_weights(whole, source, "language model")
         self.model.load_state_dict(model.model.state_dict(), strict=True)
         if self.head is not None:

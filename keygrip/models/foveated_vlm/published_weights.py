@@ -1,0 +1,207 @@
+"""Weights of the published model, fVLM, under the names that `FoveatedVLM` has for them.
+
+Source of the names: code github.com/spsanps/nanoSmol (fVLM/model.py, encoder.py and checkpoint.py), weights
+huggingface.co/sanps/fVLM-135M. A file holds the encoder as transformers' `Dinov2Model`, the language model as its
+`LlamaForCausalLM`, two learned queries and four linear maps; a checkpoint of its training holds them beside the
+optimizer's state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from keygrip.models.backbone.weights import State, load_state, read_file
+from keygrip.models.foveated_vlm.network import FoveatedVLM
+from keygrip.models.language.hub import file_of
+from keygrip.training.integrity import refuse_unfit_weights
+
+WEIGHTS = "model.safetensors"  # in the repository of the weights
+OF_TRAINING = "model_state_dict."  # where a checkpoint of the published training keeps them
+ENCODER, LANGUAGE, OUTPUT_LAYER = "encoder.dino.", "llm.model.", "llm.lm_head.weight"
+EMBEDDINGS = "llm.model.embed_tokens.weight"
+TABLE = f"{ENCODER}embeddings.position_embeddings"
+NAMES = {
+    "q_static": "static_query",
+    "q_init": "first_query",
+    "llm_to_query": "query_projection",
+    "encoder.query_input_proj": "query_input",
+    "encoder.output_proj": "embedding_output",
+    "dino_to_llm": "connector.linear",
+}
+HEAD_WIDTH = 64  # of every DINOv2
+
+
+def read_published(source: str) -> State:
+    """The published model's tensors by their own names.
+
+    Args:
+        source: a file (.safetensors, or .pt of its training), a folder with model.safetensors, or a name on the
+            Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: not there. ValueError: damaged, or of another model.
+    """
+    raw = read_file(_file(source))
+    if any(name.startswith(OF_TRAINING) for name in raw):
+        raw = {name.removeprefix(OF_TRAINING): value for name, value in raw.items() if name.startswith(OF_TRAINING)}
+    state = {name.replace("_orig_mod.", ""): value for name, value in raw.items()}  # of a compiled model
+    known = (ENCODER, LANGUAGE, OUTPUT_LAYER, *NAMES)
+    strange = sorted(name for name in state if not name.startswith(known))
+    missing = sorted(
+        {name for name in (*NAMES, TABLE) if not any(each.startswith(name) for each in state)}
+        | ({EMBEDDINGS} - {EMBEDDINGS if name == OUTPUT_LAYER else name for name in state})
+    )
+    if strange or missing:
+        what = [f"it has {', '.join(strange[:3])}"] if strange else []
+        what += [f"it lacks {', '.join(missing[:3])}"] if missing else []
+        raise ValueError(
+            f"{source} holds no weights of fVLM ({'; '.join(what)}): give model.safetensors of "
+            "https://huggingface.co/sanps/fVLM-135M, or a checkpoint that its code wrote; a model that keygrip trained "
+            "needs no conversion"
+        )
+    return state
+
+
+def encoder_sizes(state: State, source: str) -> dict[str, int]:
+    """Width, depth and heads of the encoder.
+
+    Raises:
+        ValueError: its position table or the queries have another form than the published ones, or it is no DINOv2.
+    """
+    table, queries = state[TABLE], (state["q_static"], state["q_init"])
+    places = table.shape[1] - 1 if table.ndim == 3 else 0
+    width = int(table.shape[-1]) if table.ndim else 0
+    if places < 1 or table.shape[0] != 1 or round(places**0.5) ** 2 != places:
+        raise ValueError(f"{source}: {TABLE} is {list(table.shape)}, no table [1, 1 + M * M, D] of a square image")
+    if any(list(query.shape) != [1, width] for query in queries):
+        raise ValueError(
+            f"{source} has queries {' and '.join(str(list(query.shape)) for query in queries)} and an encoder of "
+            f"{width} channels: here a query has as many, [1, {width}], as in the published models"
+        )
+    depth = layers_of(state, f"{ENCODER}encoder.layer.")
+    if depth == 0 or width % HEAD_WIDTH:
+        raise ValueError(f"{source}: an encoder of {depth} blocks and {width} channels is no DINOv2")
+    return {"width": width, "depth": depth, "heads": width // HEAD_WIDTH}
+
+
+def refuse_other_language(state: State, sizes: Mapping[str, Any], source: str, language: str) -> None:
+    """Raises ValueError: the language model that the weights are from has other sizes than one that is named.
+
+    Args:
+        sizes: of that one, by their names in conf/language.
+    """
+    table = state.get(EMBEDDINGS, state.get(OUTPUT_LAYER))
+    assert table is not None
+    rows, width = [*table.shape, 0, 0][:2]
+    held = {"vocabulary": rows, "width": width, "layers": layers_of(state, f"{LANGUAGE}layers.")}
+    if other := [f"{name} {held[name]} in place of {sizes[name]}" for name in held if held[name] != sizes[name]]:
+        raise ValueError(
+            f"{source} is not from the language model {language}: {', '.join(other)}. The published models of 135M and "
+            "1.7B are from HuggingFaceTB/SmolLM2-135M-Instruct and HuggingFaceTB/SmolLM2-1.7B-Instruct: set "
+            "language_model to the right one, or to a folder with its files"
+        )
+
+
+def layers_of(state: State, prefix: str) -> int:
+    """How many layers there are below a prefix that ends before their numbers."""
+    found = (re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name) for name in state)
+    return len({int(match[1]) for match in found if match})
+
+
+def load_published(network: FoveatedVLM, state: State, source: str) -> None:
+    """Gives a network with `published_projections` the published weights, strictly and in the network's precision.
+
+    The encoder's position table is resampled to the network's image size as transformers does it, whose encoder the
+    published model was trained with; for other sizes it is resampled from there.
+
+    Args:
+        state: of `read_published`. source: where it is from, for messages.
+
+    Raises:
+        ValueError: weights that do not fit, are not finite, or an output layer that is not the embedding table.
+    """
+    refuse_unfit_weights(state, {}, source)
+    backbone, language = network.backbone, network.language
+    encoder = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
+    encoder["embeddings.position_embeddings"] = _resampled(state[TABLE], backbone.image_size // backbone.patch_size)
+    load_state(backbone.net, backbone.variant, encoder, source)
+    table = state.get(EMBEDDINGS, state.get(OUTPUT_LAYER))
+    assert table is not None
+    words = {name.removeprefix(LANGUAGE): value for name, value in state.items() if name.startswith(LANGUAGE)}
+    words["embed_tokens.weight"] = table
+    _load(language.model, words, f"{source}, language model")
+    output = state.get(OUTPUT_LAYER, table)
+    if language.head is not None:
+        _load(language.head, {"weight": output}, f"{source}, output layer")
+    elif not torch.equal(output, table):
+        raise ValueError(
+            f"{source} has an output layer of its own, and its language model's config.json says that it is the "
+            "embedding table (tie_word_embeddings): give the language model that it was trained from"
+        )
+    own = {name: value for name, value in network.named_parameters() if name.startswith(tuple(NAMES.values()))}
+    given: State = {}
+    for theirs, ours in NAMES.items():
+        for name, value in state.items():
+            if name == theirs or name.startswith(f"{theirs}."):
+                given[ours + name.removeprefix(theirs)] = value[None] if name == theirs else value  # queries [1, D]
+    _check(given, own, source)
+    with torch.no_grad():
+        for name, value in given.items():
+            own[name].copy_(value)
+
+
+def _file(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
+        raise FileNotFoundError(f"{source} holds no {WEIGHTS}: name the file with the weights")
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source}: there is no such file or folder")
+    found = file_of(source, WEIGHTS)
+    if found is None:
+        raise FileNotFoundError(
+            f"{source} is neither a file, nor a folder, nor to be had from the hub: download {WEIGHTS} from "
+            f"https://huggingface.co/{source} and give that file"
+        )
+    return found
+
+
+def _resampled(table: Tensor, side: int) -> Tensor:
+    """A position table [1, 1 + M * M, D] for side x side patches, as transformers' `Dinov2Embeddings` makes it."""
+    before = round((table.shape[1] - 1) ** 0.5)
+    image = table[:, 1:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    if before != side:
+        image = interpolate(image, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1].float(), image.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def _load(module: Any, state: State, where: str) -> None:
+    own = module.state_dict()
+    state = {name: value for name, value in state.items() if name in own or not name.endswith("rotary_emb.inv_freq")}
+    _check(state, own, where)
+    module.load_state_dict(state)
+
+
+def _check(state: State, own: dict[str, Any], where: str) -> None:
+    """Raises ValueError: other names or shapes than a module's own, or numbers that are not finite."""
+    other = sorted(own.keys() ^ state.keys())
+    shapes = [
+        f"{name} is {list(state[name].shape)} in place of {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if other or shapes:
+        raise ValueError(
+            f"{where}: the weights do not fit: {'; '.join([*other[:3], *shapes[:3]])}; does the language model belong "
+            "to it?"
+        )
