@@ -352,7 +352,7 @@ class VideoTextStatistics:
 
     Args:
         folder: where something derived from their text (a tokenizer) may be kept. fingerprint: of the training shards.
-        image_size, fit, max_frames: how images were prepared.
+        image_size, fit, max_frames, image_frames: how images were prepared.
         texts: goes through the text of every training turn.
         clips_keep_times: some training clips begin at a later second than 0, in words too.
         kinds: of the conversations that are trained on; empty: not known.
@@ -368,6 +368,7 @@ class VideoTextStatistics:
     clips_keep_times: bool = False
     kinds: frozenset[str] = frozenset()
     partial_kinds: frozenset[str] = frozenset()
+    image_frames: int = 1
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:

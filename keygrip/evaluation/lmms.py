@@ -25,6 +25,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.conversations import shown_image
 from keygrip.data.video_text.placeholders import Placeholders
+from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate, room
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -93,8 +94,8 @@ class KeygripModel(lmms):
         fails.
 
         A task's `max_new_tokens` (32768 in some) that the language model's context has no room for means as many as
-        there is room for. Where tokens are drawn (`temperature`, unless `do_sample` is false) they are drawn from all,
-        with seed 0, and of a request that is made several times (`repeats`) with 1, 2, ... after that. What has no
+        there is room for. Where tokens are drawn (`temperature`, unless `do_sample` is false; `top_k` and `top_p`) it
+        is with seed 0, and of a request that is made several times (`repeats`) with 1, 2, ... after that. What has no
         effect is said in the log.
 
         Raises:
@@ -156,8 +157,8 @@ class KeygripModel(lmms):
         prompt = self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])
         left = room(network, len(prompt.ids), counts[0])
         most = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-        temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
-        for name, value in _without_effect(settings, temperature).items():
+        sampling = _sampling(settings, seed)
+        for name, value in _without_effect(settings, sampling.temperature).items():
             self._say_once(f"{task}: {name}={value} has no effect")
         said = generate(
             network,
@@ -168,7 +169,7 @@ class KeygripModel(lmms):
             [0],
             self.mode,
             max(1, min(most, left)),
-            Sampling(temperature, seed),
+            sampling,
             kv=kv,
             seconds=seconds,
         )
@@ -228,7 +229,9 @@ class KeygripModel(lmms):
             found = [(np.zeros((0, size, size, 3), np.uint8), ())]
         together, times = _joined(found)
         keep = evenly(len(together), self.max_frames)
-        return self.module.as_input(together[keep]), [len(keep)], [times and tuple(times[n] for n in keep)]
+        seconds = times and tuple(times[n] for n in keep)
+        frames, seconds = image_repeated(together[keep], seconds, images.get("image_frames", 1))
+        return self.module.as_input(frames), [len(frames)], [seconds]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:
         """uint8 [F, S, S, 3] of what lmms-eval calls a visual, and its seconds: a path, an image, a list of either, or
@@ -260,14 +263,22 @@ def _question(text: str) -> str:
     return Placeholders().without(text).strip()
 
 
+def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
+    """How a task wants tokens chosen: a `top_p` of 0 leaves the most probable one, a `top_k` of 0 or -1 leaves all."""
+    temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
+    top_k, top_p = settings.get("top_k"), settings.get("top_p")
+    if not temperature or (top_p is not None and float(top_p) == 0):
+        return Sampling(seed=seed)
+    k = None if top_k is None or int(top_k) < 1 else int(top_k)
+    return Sampling(temperature, seed, k, None if top_p is None else float(top_p))
+
+
 def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """What a task sets beside the temperature, and would answer otherwise with."""
-    found = {name: settings.get(name) for name in ("top_p", "top_k", "num_beams", "repetition_penalty")}
-    drawing = {"top_p": (None, 1), "top_k": (None, 0, -1)} if temperature > 0 else {}
-    neutral = drawing | {"num_beams": (None, 1), "repetition_penalty": (None, 1)}
-    idle = {name: found[name] for name, values in neutral.items() if found[name] not in values}
+    idle = {name: settings[name] for name in ("num_beams", "repetition_penalty") if settings.get(name) not in (None, 1)}
     if not temperature and settings.get("temperature"):
-        idle["temperature"] = f"{settings['temperature']} with do_sample=False"
+        why = "do_sample=False" if settings.get("do_sample") is False else "top_p=0"
+        idle["temperature"] = f"{settings['temperature']} with {why}"
     elif not temperature and settings.get("do_sample"):
         idle["do_sample"] = "True without a temperature"
     return idle

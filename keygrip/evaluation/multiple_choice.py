@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.chosen_options import chosen_option
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
@@ -175,9 +176,10 @@ def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.nda
     images, clip = module.image_options, question.clip
     if clip is None and question.middles and not question.video.is_dir():  # of a folder a second has few images
         clip = WHOLE
-    return read_timed_frames(
+    found = read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], clip, FOLDER_FPS
     )
+    return image_repeated(*found, images.get("image_frames", 1))
 
 
 def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str) -> list[int]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from keygrip.artifacts import atomic_write, refuse_unwritable
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.conversation_files import read_conversations
 from keygrip.inference.given_texts import texts_of
@@ -239,7 +240,8 @@ def _batches(
         video = Video(None, np.zeros((0, size, size, 3), np.uint8), ())
         if path is not None:
             try:
-                video = Video(str(path), *read_timed_frames(str(path), size, images["fit"], images["max_frames"]))
+                found = read_timed_frames(str(path), size, images["fit"], images["max_frames"])
+                video = Video(str(path), *image_repeated(*found, images.get("image_frames", 1)))
             except (ValueError, OSError) as error:
                 failed.append(error)
                 unreadable[str(path)] = str(error)

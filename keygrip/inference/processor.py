@@ -55,7 +55,7 @@ class KeygripProcessor(ProcessorMixin):
     """Conversations with images and videos as inputs of a network.
 
     Args:
-        tokenizer: with a chat template. image_size, fit, max_frames: see `PromptReader`.
+        tokenizer: with a chat template. image_size, fit, max_frames, image_frames: see `PromptReader`.
         image_mean, image_std: [3], of pixels in 0-1.
         prompt_order, system, timestamps: see `ConversationCollator`.
         chat_template: transformers hands over the tokenizer's own; kept for `save_pretrained`.
@@ -76,8 +76,9 @@ class KeygripProcessor(ProcessorMixin):
         system: str | None = None,
         timestamps: bool = False,
         chat_template: str | None = None,
+        image_frames: int = 1,
     ) -> None:
-        frame_settings(image_size, fit, max_frames)
+        frame_settings(image_size, fit, max_frames, image_frames)
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
             if not numbers or len(values) != 3 or (name == "image_std" and not all(value > 0 for value in values)):
@@ -86,6 +87,7 @@ class KeygripProcessor(ProcessorMixin):
             raise ValueError(f"timestamps={timestamps!r}: must be true or false")
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+        self.image_frames = image_frames
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.prompt_order, self.system, self.timestamps = prompt_order, system, timestamps
 
@@ -149,7 +151,7 @@ class KeygripProcessor(ProcessorMixin):
         talks: Any = conversations if several else [conversations]
         for talk in talks:
             check(talk)
-        reader = PromptReader(self.image_size, self.fit, self.max_frames)
+        reader = PromptReader(self.image_size, self.fit, self.max_frames, self.image_frames)
         prompts = [reader.read(talk) for talk in talks]
         if not all(prompt.at_its_place for prompt in prompts):
             raise ValueError(

@@ -21,6 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
+from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
@@ -97,10 +98,12 @@ class PromptReader:
 
     Args:
         image_size: S, of square frames. fit: see `fit_image`. max_frames: of a longer video, so many evenly spaced.
+        image_frames: a single image, with no other and no video beside it, is shown as so many frames.
     """
 
-    def __init__(self, image_size: int, fit: str, max_frames: int) -> None:
+    def __init__(self, image_size: int, fit: str, max_frames: int, image_frames: int = 1) -> None:
         self.image_size, self.fit, self.max_frames = image_size, fit, max_frames
+        self.image_frames = image_frames
 
     def read(self, messages: Sequence[Message]) -> Prompt:
         """A conversation with its images and videos decoded.
@@ -110,6 +113,8 @@ class PromptReader:
         """
         turns, shown = marked(messages)
         found = [self._frames(content, kind) for kind, content in shown]
+        if len(found) == 1:
+            found = [image_repeated(*found[0], self.image_frames)]
         return Prompt(turns, tuple(frames for frames, _ in found), tuple(seconds for _, seconds in found))
 
     def together(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[int]]:

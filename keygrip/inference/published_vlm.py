@@ -32,7 +32,7 @@ OVERRIDES = ("experiment=vlm_stage3_published", "model.init_from=null", "backbon
 
 
 def export_published(
-    weights: str, language_model: str, to: str, image_size: int = 224, max_frames: int = 64
+    weights: str, language_model: str, to: str, image_size: int = 224, max_frames: int = 64, image_frames: int = 8
 ) -> dict[str, Any]:
     """Writes the published model as `keygrip export` would: `keygrip generate`, `keygrip evaluate`,
     `VideoChat.from_pretrained` and `model.init_from` take the folder.
@@ -42,7 +42,7 @@ def export_published(
         language_model: the one that it was trained from, a folder or a name on the hub: its config.json says the
             sizes, and its tokenizer is kept.
         to: a new folder. image_size: edge of the square frames in pixels, into which images are stretched.
-        max_frames: of longer videos so many, evenly.
+        max_frames: of longer videos so many, evenly. image_frames: a single image is shown as so many, as in training.
 
     Returns:
         What was written: folder, weights, parameters.
@@ -65,7 +65,7 @@ def export_published(
     module.network.language.refuse_other(found, language_model)
     load_published(module.network, state, weights)
     module.collator.prepare(Path(to), lambda: iter(()))
-    module.image_options = frame_settings(image_size, "stretch", max_frames)
+    module.image_options = frame_settings(image_size, "stretch", max_frames, image_frames)
     content: dict[str, Any] = {"global_step": 0, WEIGHTS_ARE: f"of {weights}"}
     content[HEADER] = {
         "format": FORMAT,

@@ -64,7 +64,9 @@ class VideoChat:
         self.module, self.source = module.eval(), source
         self._given = _layout(module)
         images = module.image_options
-        self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"])
+        self.reader = PromptReader(
+            images["image_size"], images["fit"], images["max_frames"], images.get("image_frames", 1)
+        )
 
     @classmethod
     def from_pretrained(

@@ -128,8 +128,27 @@ def test_settings_without_effect_are_said(model: Any, caplog: pytest.LogCaptureF
     model.generate_until([answering(max_new_tokens=2, temperature=0, do_sample=False, num_beams=1, top_p=0.1, top_k=5)])
     assert "has no effect" not in caplog.text
     model.generate_until([answering(max_new_tokens=2, temperature=0.7, top_p=0.95, num_beams=5)] * 2)
-    for words in ("mini: top_p=0.95 has no effect", "mini: num_beams=5 has no effect"):
-        assert caplog.text.count(words) == 1
+    assert caplog.text.count("mini: num_beams=5 has no effect") == 1
+    assert caplog.text.count("has no effect") == 1
+
+
+def test_tokens_are_drawn_from_the_most_probable_ones_alone_where_a_task_says_so(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (greedy,) = model.generate_until([answering(max_new_tokens=12)])
+    drawn = {"max_new_tokens": 12, "temperature": 1.0}
+    free = model.generate_until([answering(**drawn)] * 4)
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 1, "top_p": 0.9, "do_sample": True}):
+        assert model.generate_until([answering(**drawn, **cut)] * 4) == [greedy] * 4
+    assert not caplog.text
+    for whole in ({"top_k": -1}, {"top_k": 0, "top_p": 1}, {"top_p": 1.0, "top_k": None}):
+        assert model.generate_until([answering(**drawn, **whole)] * 4) == free
+    few = model.generate_until([answering(**drawn, top_k=2)] * 4)
+    assert len(set(few)) > 1
+    assert few != free
+    assert not caplog.text
+    assert model.generate_until([answering(**drawn, top_p=0)]) == [greedy]
+    assert "mini: temperature=1.0 with top_p=0 has no effect" in caplog.text
 
 
 def test_do_sample_says_whether_tokens_are_drawn(model: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -113,7 +113,7 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
     if part.context is None:
         return
     if not len(kept):
-        frames = int(part.column("frames").min())
+        frames = int(part.frames().min())
         raise ValueError(
             f"every sample of the source {part.name!r} (of {min(frames, part.context.max_frames)} frames or more, "
             f"{part.context.collator.tokens_per_frame} positions each) has rows longer than the language model's "
@@ -125,7 +125,8 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
     for sample in spread(kept.shards, kept.chosen).tolist():
         with contextlib.suppress(BadSample):  # counted when they are read
             told, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
-            frames = min(int(kept.shards.columns["frames"][sample]), part.context.max_frames)
+            held = int(kept.shards.columns["frames"][sample])
+            frames = part.image_frames if held == 1 else min(held, part.context.max_frames)
             asked = [each for each in told if is_asked(each.kind, part.kinds, questions)]
             found = [part.context.problem(each, frames, seconds if frames else ()) for each in asked]
             tried += 1

@@ -69,8 +69,9 @@ IMAGE_CAPTION_REQUEST = "Describe the image."  # where a sample is one image, an
 DECODING = 3
 
 
-def frame_settings(image_size: Any, fit: Any, max_frames: Any) -> dict[str, Any]:
-    """How frames are prepared, by name: their size, one of `FITS`, and how many of longer videos.
+def frame_settings(image_size: Any, fit: Any, max_frames: Any, image_frames: Any = 1) -> dict[str, Any]:
+    """How frames are prepared, by name: their size, one of `FITS`, how many of longer videos, and how many that show
+    a single image.
 
     Raises:
         ValueError: they cannot be.
@@ -83,14 +84,17 @@ def frame_settings(image_size: Any, fit: Any, max_frames: Any) -> dict[str, Any]
         raise ValueError(f"image_size={image_size!r}: a frame's sides have 1 to {LARGEST} pixels")
     if not fits(max_frames, MOST_FRAMES):
         raise ValueError(f"max_frames={max_frames!r}: a sample has 1 to {MOST_FRAMES}")
+    if not fits(image_frames, max_frames):
+        raise ValueError(f"image_frames={image_frames!r}: an image has 1 to max_frames={max_frames}")
     if fit not in FITS:
         raise ValueError(f"fit={fit!r}: must be one of {', '.join(FITS)}")
-    return {"image_size": image_size, "fit": fit, "max_frames": max_frames}
+    return {"image_size": image_size, "fit": fit, "max_frames": max_frames, "image_frames": image_frames}
 
 
 def shard_frame_settings(image_size: int, fit: str, max_frames: int) -> dict[str, Any]:
-    """As `frame_settings`, for the settings of a set; `max_frames` is none where it is the usual one."""
+    """Of `frame_settings` those of a set; `max_frames` is none where it is the usual one."""
     settings = frame_settings(image_size, fit, max_frames)
+    del settings["image_frames"]
     return {name: value for name, value in settings.items() if name != "max_frames" or value != MAX_FRAMES}
 
 

@@ -72,6 +72,8 @@ class VideoTexts(ResumableData):
         batch_size: videos, global over all ranks.
         seed: of order and choice.
         max_frames: of longer samples, so many evenly spaced frames.
+        image_frames: a sample of one image is shown as so many equal frames, also whenever the model is asked: queries
+            then learn from images too where the frames come first. Not with time stamps.
         questions: conversations per video in training: all (null), so many at random, or by kind ({mark: 4}: 4 of
             these and all of other kinds).
         val_questions: the same at validation, where the choice never changes.
@@ -119,6 +121,7 @@ class VideoTexts(ResumableData):
         curriculum: Sequence[Stage] | None = None,
         budget: Budget | None = None,
         clips: SubClips | None = None,
+        image_frames: int = 1,
     ) -> None:
         super().__init__()
         self.budget, self.clips = budget, clips
@@ -129,6 +132,13 @@ class VideoTexts(ResumableData):
             raise ValueError(f"data.fit must be one of {', '.join((*FITS, AUTO))}, not {fit!r}")
         if not 1 <= max_frames <= MOST_FRAMES:
             raise ValueError(f"data.max_frames must be 1 to {MOST_FRAMES}, not {max_frames}")
+        if not 1 <= image_frames <= max_frames:
+            raise ValueError(f"data.image_frames={image_frames}: 1 to data.max_frames={max_frames}")
+        if image_frames > 1 and getattr(collator, "timestamps", False):
+            raise ValueError(
+                f"data.image_frames={image_frames} and collator.timestamps=true: the frames of an image have one time; "
+                "set image_frames=1"
+            )
         for name, chosen in (("questions", questions), ("val_questions", val_questions)):
             if isinstance(chosen, int) and chosen < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {chosen}; null takes all")
@@ -140,6 +150,7 @@ class VideoTexts(ResumableData):
             if size < 0:
                 raise ValueError(f"data.{name} must not be negative, not {size}")
         self.collator, self.image_size, self.max_frames = collator, image_size, max_frames
+        self.image_frames = image_frames
         self.given_fit, self.fit = fit, FITS[0] if fit == AUTO else fit  # as prepared from `setup` on
         self.batch_size, self.seed = batch_size, seed
         self.questions, self.val_questions = questions, val_questions
@@ -233,7 +244,7 @@ class VideoTexts(ResumableData):
             found = source.open(split, self.cache_dir, self.cache_gb, self.spares_copies)
             if found is not None and len(found[1]):
                 clips = (source.clips or self.clips) if split == "train" else None
-                part = Part(name, *found, source.share, source.kinds, clips=clips)
+                part = Part(name, *found, source.share, source.kinds, clips=clips, image_frames=self.image_frames)
                 parts.append(replace(part, context=self._context_of(part)))
             elif split == "train":
                 raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
@@ -244,7 +255,7 @@ class VideoTexts(ResumableData):
         if self.longest_row is None or not isinstance(self.collator, MeasuringCollator):
             return None
         context = Context(self.longest_row, self.collator, self.max_frames)
-        return context if context.may_be_exceeded(part.column("frames")) else None
+        return context if context.may_be_exceeded(part.frames()) else None
 
     def _mixture(self, parts: Sequence[Part]) -> Mixture:
         how = (self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget, self.batches_per_step)
@@ -328,6 +339,7 @@ class VideoTexts(ResumableData):
             image_size=self.image_size,
             fit=self.fit,
             max_frames=self.max_frames,
+            image_frames=self.image_frames,
             texts=self.texts,
             clips_keep_times=any(part.clips is not None and not part.clips.rebased for part in parts),
             kinds=frozenset(k for p in parts for k in p.kinds_there() if is_asked(k, p.kinds, self.questions)),

@@ -130,6 +130,16 @@ def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
     return replace(sample, frames=sample.frames[taken], conversations=told, seconds=seconds)
 
 
+def image_repeated(
+    frames: np.ndarray, seconds: tuple[float, ...], image_frames: int
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """A single image [1, S, S, 3] as so many equal frames of one moment, with their seconds (() where there is none);
+    more frames, or none, as they are."""
+    if len(frames) != 1 or image_frames == 1:
+        return frames, seconds
+    return np.repeat(frames, image_frames, axis=0), seconds * image_frames
+
+
 def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
     """When images were taken at `fps`, a number or its text; () where they have no common time (null).
 

@@ -20,7 +20,7 @@ from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
-from keygrip.data.video_text.sample_types import Conversation, kinds_of
+from keygrip.data.video_text.sample_types import Conversation, image_repeated, kinds_of
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Part:
         lengths: of the texts, in tokens; None: a token for every four characters.
         clips: cut out of its videos; None: they stay whole.
         context: of the language model, where rows may be longer than it; None: none can be.
+        image_frames: a sample of one image is shown as so many frames.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Part:
     lengths: TextLengths | None = None
     clips: SubClips | None = None
     context: Context | None = None
+    image_frames: int = 1
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -55,6 +57,11 @@ class Part:
     def column(self, name: str) -> np.ndarray:
         """A column of the index for the samples of this part, [N]."""
         return self.shards.columns[name][self.chosen]
+
+    def frames(self, max_frames: int = MOST_FRAMES) -> np.ndarray:
+        """Of its samples as they are shown, int64 [N]: of longer videos so many."""
+        held = self.column("frames").astype(np.int64)
+        return np.where(held == 1, self.image_frames, np.minimum(held, max_frames))
 
     def kinds_there(self) -> set[str]:
         """Of the samples' conversations, those that are not used too."""
@@ -67,7 +74,7 @@ class Part:
         Args:
             questions: chosen of each sample.
         """
-        frames = np.minimum(self.column("frames"), max_frames).astype(np.int64)
+        frames = self.frames(max_frames)
         tokens = TokenLengths().tokens(self.shards, self.chosen)
         which, rows = (self.shards, self.chosen), None
         if "conversations" in self.shards.columns:
@@ -94,7 +101,7 @@ class Part:
         as far as that is known (see `TextLengths`)."""
         if self.context is None:
             return self.within_max_tokens()
-        frames = self.column("frames")
+        frames = self.frames()
         if self.clips is not None:  # of a clip no more are certain
             frames = np.minimum(frames, self.clips.frames[0])
         room = self.context.room(frames)
@@ -157,6 +164,9 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         asked = tuple(c for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
         # before a clip is cut: one about which nothing that is used is asked is none
         sample = clipped(replace(whole, conversations=asked), part.clips, self.max_frames, self.seed, key)
+        if len(whole.frames) == 1:
+            frames, times = image_repeated(sample.frames, sample.seconds or (), part.image_frames)
+            sample = replace(sample, frames=frames, seconds=None if sample.seconds is None else times)
         conversations = choose(sample.conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
@@ -199,7 +209,7 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         """With shorter and shorter text and as many frames, down to the shortest; then with fewer frames."""
         start, alike, place = self._neighbours(key)
         part = self.parts[int(np.searchsorted(self.starts, key.sample, side="right")) - 1]
-        frames = np.minimum(part.column("frames"), self.max_frames)[alike]
+        frames = part.frames(self.max_frames)[alike]
         first = int(np.searchsorted(frames, frames[place]))
         shorter = np.linspace(place, first, SUBSTITUTES + 1)[1:].round().astype(int).tolist()
         others = [(first - step) % len(alike) for step in range(1, SUBSTITUTES + 1)]

@@ -68,6 +68,7 @@ def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "image_size": images["image_size"],
             "fit": images["fit"],
             "max_frames": images["max_frames"],
+            "image_frames": images.get("image_frames", 1),
             "image_mean": list(network.backbone.mean),
             "image_std": list(network.backbone.std),
             "prompt_order": module.collator.prompt_order,

@@ -156,7 +156,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
         self.health = RangeChecks(RANGES, monitor_from_step)
-        self.image_options: dict[str, Any] = {}  # how frames were prepared: image_size, fit, max_frames
+        self.image_options: dict[str, Any] = {}  # how frames were prepared: see `frame_settings`
         self._scores: dict[str, Scores] = {}
         self._on_targets: dict[str, list[float]] = {}
 
@@ -195,7 +195,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._check_tokenizer()
         if self.init_from is not None and not self.resumed:
             self._start_from(self.init_from)
-        self.image_options = frame_settings(statistics.image_size, statistics.fit, statistics.max_frames)
+        how = (statistics.image_size, statistics.fit, statistics.max_frames, statistics.image_frames)
+        self.image_options = frame_settings(*how)
 
     def _start_from(self, path: str) -> None:
         before = self.take_weights(path, "a video-language model")

@@ -188,7 +188,7 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
     assert report["parameters"] == sum(each.numel() for each in theirs.parameters()) - left_out
     chat = VideoChat.from_pretrained(tmp_path / "chat")
     module = chat.module
-    assert module.image_options == {"image_size": 56, "fit": "stretch", "max_frames": 64}
+    assert module.image_options == {"image_size": 56, "fit": "stretch", "max_frames": 64, "image_frames": 8}
     video = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
     question = "Which digit is on the cube?"
     said = module.tokenizer.render([("system", "You are a helpful AI assistant."), ("user", question)], answering=True)
