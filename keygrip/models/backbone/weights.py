@@ -191,17 +191,27 @@ def read_file(path: Path) -> State:
     return flat
 
 
-def _read_shards(index: Path) -> State:
+def shard_names(index: Path) -> list[str]:
+    """The files that an `.index.json` of Hugging Face names, which lie beside it.
+
+    Raises:
+        ValueError: it is damaged, or names something else.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names:
             raise ValueError("its weight_map is empty")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights ({_first_line(error)}); download it again") from error
-    state: State = {}
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", str(name)):  # beside the index, and no index itself
             raise ValueError(f"{index} names {str(name)[:200]!r}, which is no weights file of its own folder")
+    return names
+
+
+def _read_shards(index: Path) -> State:
+    state: State = {}
+    for name in shard_names(index):
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index} names {name}, which does not lie beside it; download it too")
         state |= read_file(index.parent / name)

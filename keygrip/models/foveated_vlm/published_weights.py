@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from keygrip.models.backbone.weights import State, load_state, read_file
+from keygrip.models.backbone.weights import State, load_state, read_file, shard_names
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.hub import file_of
 from keygrip.training.integrity import refuse_unfit_weights
 
-WEIGHTS = "model.safetensors"  # in the repository of the weights
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # in the repository of the weights
 OF_TRAINING = "model_state_dict."  # where a checkpoint of the published training keeps them
 ENCODER, LANGUAGE, OUTPUT_LAYER = "encoder.dino.", "llm.model.", "llm.lm_head.weight"
 EMBEDDINGS = "llm.model.embed_tokens.weight"
@@ -42,8 +42,8 @@ def read_published(source: str) -> State:
     """The published model's tensors by their own names.
 
     Args:
-        source: a file (.safetensors, or .pt of its training), a folder with model.safetensors, or a name on the
-            Hugging Face hub.
+        source: a file (.safetensors, or .pt of its training), a folder with model.safetensors, whole or in shards, or
+            a name on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: not there. ValueError: damaged, or of another model.
@@ -162,12 +162,15 @@ def _file(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / WEIGHTS).is_file():
-            return path / WEIGHTS
+        for name in (WEIGHTS, INDEX):
+            if (path / name).is_file():
+                return path / name
         raise FileNotFoundError(f"{source} holds no {WEIGHTS}: name the file with the weights")
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source}: there is no such file or folder")
-    found = file_of(source, WEIGHTS)
+    found = file_of(source, WEIGHTS) or file_of(source, INDEX)
+    if found is not None and found.name == INDEX:
+        found = found if all(file_of(source, name) for name in shard_names(found)) else None
     if found is None:
         raise FileNotFoundError(
             f"{source} is neither a file, nor a folder, nor to be had from the hub: download {WEIGHTS} from "

@@ -231,6 +231,13 @@ def test_all_forms_of_a_file_give_the_same_model(published: tuple[Published, Pat
         found = load(converted(tmp_path / name, language, tmp_path / f"of_{name}")).state_dict()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+    parts = [dict(list(state.items())[start::2]) for start in (0, 1)]
+    (tmp_path / "shards").mkdir()
+    for number, part in enumerate(parts):
+        save_file(part, tmp_path / "shards" / f"model-{number}.safetensors")
+    where = {name: f"model-{number}.safetensors" for number, part in enumerate(parts) for name in part}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert read_published(str(tmp_path / "shards")).keys() == state.keys()
     save_file({k: v.bfloat16() for k, v in state.items()}, tmp_path / "half.safetensors")
     half = load(converted(tmp_path / "half.safetensors", language, tmp_path / "half")).state_dict()
     words = "network.language.model.layers.0.mlp.up_proj.weight"
@@ -295,6 +302,33 @@ def test_what_is_not_the_published_model_is_refused_and_nothing_is_written(
     (tmp_path / "used" / "mine.txt").write_text("x")
     with pytest.raises(FileExistsError):
         converted(weights, language, tmp_path / "used")
+
+
+@pytest.mark.parametrize("lacking", [None, "model-2.safetensors"])
+def test_all_parts_of_sharded_weights_are_fetched_from_the_hub(
+    lacking: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files come into one folder, each when it is asked for."""
+    state = Published(tied=True).tensors()
+    there = {f"model-{n}.safetensors": dict(list(state.items())[n::3]) for n in range(3)}
+    where = {key: name for name, part in there.items() for key in part}
+
+    def fetch(source: str, name: str) -> Path | None:
+        assert source == "maker/fvlm"
+        if name == "model.safetensors.index.json":
+            (tmp_path / name).write_text(json.dumps({"weight_map": where}))
+        elif name in there and name != lacking:
+            save_file(there[name], tmp_path / name)
+        else:
+            return None
+        return tmp_path / name
+
+    monkeypatch.setattr("keygrip.models.foveated_vlm.published_weights.file_of", fetch)
+    if lacking is None:
+        assert read_published("maker/fvlm").keys() == state.keys()
+    else:
+        with pytest.raises(FileNotFoundError, match="maker/fvlm is neither a file, nor a folder, nor to be had"):
+            read_published("maker/fvlm")
 
 
 @pytest.mark.parametrize("source", ["nowhere.safetensors", "./nowhere", "empty", "nobody/nothing-of-this-name"])
