@@ -42,17 +42,10 @@ class EMA(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = _trainable(pl_module)
-        if not self._loaded:
-            self._ema = {name: local(p.detach()).float().clone() for name, p in parameters.items()}
-        elif self._loaded.keys() != parameters.keys():
-            changed = sorted(self._loaded.keys() ^ parameters.keys())
-            raise ValueError(
-                f"the checkpoint's EMA weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
-            )
+        if self._loaded:
+            self._take_loaded(pl_module)
         else:
-            self._ema = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
-            self._loaded = {}
+            self._ema = {name: local(p.detach()).float().clone() for name, p in _trainable(pl_module).items()}
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -67,6 +60,8 @@ class EMA(Callback):
         torch._foreach_lerp_(list(self._ema.values()), own, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded:  # no step was left to train
+            self._take_loaded(pl_module)
         self._put_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +92,16 @@ class EMA(Callback):
             )
         self.updates = saved["updates"]
         self._loaded = saved["parameters"]
+
+    def _take_loaded(self, module: LightningModule) -> None:
+        parameters = _trainable(module)
+        if self._loaded.keys() != parameters.keys():
+            changed = sorted(self._loaded.keys() ^ parameters.keys())
+            raise ValueError(
+                f"the checkpoint's EMA weights do not fit this model's trainable ones: {', '.join(changed[:5])}"
+            )
+        self._ema = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
+        self._loaded = {}
 
     def _gathered(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         """The whole EMA on the first process; the others take part in gathering it."""

@@ -94,8 +94,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     module = _build_module(cfg, resolved, resumed=resume is not None)
     run_folder.begin(folder)
     trained = _trained_before(folder, resumed_step) if resume else {}
-    if resume is not None and resumed_step == cfg.max_steps and not trained and not no_validation(cfg):
-        log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
+    # no step is left, after which the validation that was cut off would come again
+    validation_is_left = bool(resume) and resumed_step == cfg.max_steps and not trained and not no_validation(cfg)
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, metadata_file, resume)
@@ -123,6 +123,11 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         _advise(cfg)
         _announce(cfg, module, resume, resumed_step)
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+        if validation_is_left and strategy.kind == "fsdp":  # whose parts are no longer together
+            log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
+        elif validation_is_left:
+            log.info("no step is left, and the last validation was cut off: it is done now")
+            trainer.validate(module, datamodule=datamodule, verbose=False)
         ended = True
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
