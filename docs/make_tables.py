@@ -1217,7 +1217,7 @@ def vlm_memory() -> str:
             " and ",
         ),
         (
-            "1.7B and DINOv2-B, stage 2 (`vlm_stage2_1700m` and `vlm_stage2_published_1700m`)",
+            "1.7B, stage 2 (`vlm_stage2_1700m` with DINOv2-B and `vlm_stage2_published_1700m` with DINOv2-S)",
             ("stage2_1700m", "stage2_1700m_published"),
             " and ",
         ),

@@ -23,7 +23,7 @@ from lmms_eval.api.model import lmms
 from keygrip.data.bad_samples import HOSTILE, BadSamples
 from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
-from keygrip.data.video_text.conversations import shown_image
+from keygrip.data.video_text.conversations import image_frames_of, shown_image
 from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import read_timed_frames
@@ -230,7 +230,7 @@ class KeygripModel(lmms):
         together, times = _joined(found)
         keep = evenly(len(together), self.max_frames)
         seconds = times and tuple(times[n] for n in keep)
-        frames, seconds = image_repeated(together[keep], seconds, images.get("image_frames", 1))
+        frames, seconds = image_repeated(together[keep], seconds, min(image_frames_of(images), self.max_frames))
         return self.module.as_input(frames), [len(frames)], [seconds]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import image_frames_of
 from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.chosen_options import chosen_option
@@ -179,7 +180,7 @@ def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.nda
     found = read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], clip, FOLDER_FPS
     )
-    return image_repeated(*found, images.get("image_frames", 1))
+    return image_repeated(*found, image_frames_of(images))
 
 
 def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keygrip.artifacts import refuse_unwritable, write_text
 from keygrip.data.batches import VideoTextBatch
+from keygrip.data.video_text.conversations import image_frames_of
 from keygrip.evaluation.kinds import Evaluated, plain
 from keygrip.evaluation.multiple_choice import evaluate_choices, timed
 from keygrip.evaluation.text_metrics import caption_metrics, vqa_accuracy
@@ -93,6 +94,7 @@ def evaluate_modes(
     videos: Counter[str] = Counter()
     frames_seen, too_long, unanswered = 0, list[str](), list[str]()
     with_frames = left_out = 0
+    image_frames = image_frames_of(module.image_options) if module.image_options else 1
     for batch in Progress(batches, desc="evaluate", unit="batch"):
         batch = batch.to(module.device)
         left_out += batch.left_out
@@ -103,7 +105,8 @@ def evaluate_modes(
             frames_seen = 0
         frames_seen += frames
         clock = seconds if frames else defaultdict[str, float](float)  # text alone has no frame to share its time
-        videos.update(f"videos_of_{length}" for length in _octaves(batch))
+        lengths = _octaves(batch, image_frames)
+        videos.update(f"videos_of_{length}" for length in lengths)
         asked = _asked(module, batch, max_new_tokens)
         too_long += asked.too_long
         unanswered += asked.unanswered
@@ -115,7 +118,7 @@ def evaluate_modes(
                 output = module.network(inputs, rows, of_network, refinement, kv)
                 scored = module.score(output, batch)
                 scores[mode].add(scored, batch.kind)
-                by_length[mode].add(scored, _kinds_and_lengths(batch))
+                by_length[mode].add(scored, _kinds_and_lengths(batch, lengths))
             if output.passes is not None:
                 for kind, where in attention_on_targets(module.network, output, rows, batch):
                     looked[mode][kind].append(where)
@@ -162,14 +165,19 @@ def evaluate_modes(
     }
 
 
-def _octaves(batch: VideoTextBatch) -> list[int]:
-    """The number of frames of each video, rounded up to a power of two; 0 of text alone."""
-    return [1 << (count - 1).bit_length() if count else 0 for count in batch.frame_mask.sum(1).tolist()]
+def _octaves(batch: VideoTextBatch, image_frames: int) -> list[int]:
+    """The number of frames of each video, rounded up to a power of two; 0 of text alone, 1 of an image that is shown as
+    `image_frames` equal ones."""
+    counts = batch.frame_mask.sum(1).tolist()
+    if image_frames > 1:
+        alike = (batch.frames == batch.frames[:, :1]).flatten(2).all(2) | ~batch.frame_mask
+        single = alike.all(1).tolist()
+        counts = [1 if one and count == image_frames else count for one, count in zip(single, counts, strict=True)]
+    return [1 << (count - 1).bit_length() if count else 0 for count in counts]
 
 
-def _kinds_and_lengths(batch: VideoTextBatch) -> list[str]:
+def _kinds_and_lengths(batch: VideoTextBatch, lengths: Sequence[int]) -> list[str]:
     """The kind of each row and the octave of its video, as one label."""
-    lengths = _octaves(batch)
     return [f"{kind}_of_{lengths[at]}" for kind, at in zip(batch.kind, batch.video_index.tolist(), strict=True)]
 
 
@@ -274,8 +282,12 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
-    if cfg.max_frames is not None:
-        module.image_options = {**module.image_options, "max_frames": cfg.max_frames}
+    changed = plain(cfg.data) or {}
+    frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
+    images = {"image_frames": changed["image_frames"]} if "image_frames" in changed else {}
+    module.image_options = {**module.image_options, **frames, **images}  # benchmarks are read like the split
+    if module.image_options.get("image_frames", 1) != 1:
+        frames["image_frames"] = image_frames_of(module.image_options)
     # before anything that takes hours
     named = {name: root for name, root in (plain(cfg.vqa_benchmarks) or {}).items() if root is not None}
     benchmarks = {name: read_benchmark(name, root) for name, root in named.items()}
@@ -286,8 +298,6 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.vqa_answers is not None:
         refuse_unwritable(cfg.vqa_answers, "vqa_answers")
     if cfg.split != "none":
-        changed = plain(cfg.data) or {}
-        frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
         if "collator" in changed:
             raise ValueError("data.collator has no effect: text is prepared as the checkpoint's was")
         size = module.image_options["image_size"]

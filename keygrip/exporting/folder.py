@@ -30,6 +30,9 @@ from keygrip.artifacts import atomic_folder, sha256_bytes, sha256_file, write_js
 
 WEIGHTS, PROCESSOR, CONFIG, CARD = "model.safetensors", "processor.safetensors", "config.json", "README.md"
 SCHEMA = "keygrip.export/1"
+CONVERTED_FROM = (
+    "converted_from"  # in a checkpoint's header: whose weights they are, where another program trained them
+)
 TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} stands for a tensor in config.json
 TUPLE = "__tuple__"
 LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
@@ -181,7 +184,6 @@ def model_card(
     result: Mapping[str, Any],
     module: Any = None,
     closed_loop: Mapping[str, Any] | None = None,
-    converted_from: str | None = None,
 ) -> str:
     """A short model card in Markdown.
 
@@ -192,7 +194,6 @@ def model_card(
         module: the model, which says what it is and how it is used (`keygrip.training.system.System`); None: nothing.
         closed_loop: `closed_loop/result.json` of the run, or empty. Success is told with the counts that are in there,
             and not at all without.
-        converted_from: whose weights they are, where another program trained them.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
@@ -201,7 +202,7 @@ def model_card(
     usage = getattr(module, "usage", None) or USAGES.get(kind or "", USAGE)
     commands = [f"keygrip {command}" for command in COMMANDS.get(kind or "", ())]
     parameters = sum(value.numel() for value in weights.values() if value.is_floating_point())
-    keygrip = "[keygrip](https://github.com/keygrip/keygrip)"
+    keygrip, converted_from = "[keygrip](https://github.com/keygrip/keygrip)", header.get(CONVERTED_FROM)
     if converted_from is None:
         made = f"It was trained with {keygrip}, step {content.get('global_step', 0)}"
     else:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from keygrip.artifacts import atomic_write, refuse_unwritable
 from keygrip.data.batches import Turn
+from keygrip.data.video_text.conversations import image_frames_of
 from keygrip.data.video_text.sample_types import image_repeated
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.conversation_files import read_conversations
@@ -241,7 +242,7 @@ def _batches(
         if path is not None:
             try:
                 found = read_timed_frames(str(path), size, images["fit"], images["max_frames"])
-                video = Video(str(path), *image_repeated(*found, images.get("image_frames", 1)))
+                video = Video(str(path), *image_repeated(*found, image_frames_of(images)))
             except (ValueError, OSError) as error:
                 failed.append(error)
                 unreadable[str(path)] = str(error)

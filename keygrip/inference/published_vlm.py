@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from keygrip.artifacts import refuse_existing, without_passwords
 from keygrip.config import compose
 from keygrip.data.video_text.conversations import frame_settings
-from keygrip.exporting.folder import model_card, write_export
+from keygrip.exporting.folder import CONVERTED_FROM, model_card, write_export
 from keygrip.models.backbone.architectures import VARIANTS
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.published_weights import (
@@ -27,12 +27,19 @@ from keygrip.training.metadata import run_metadata
 
 log = logging.getLogger(__name__)
 
+LEAST_TEXT = 64  # positions of a question and its answer
 VISUAL_SCALE = 0.14  # of the published model, whatever the language model's embeddings have
 OVERRIDES = ("experiment=vlm_stage3_published", "model.init_from=null", "backbone.weights=random")
 
 
 def export_published(
-    weights: str, language_model: str, to: str, image_size: int = 224, max_frames: int = 64, image_frames: int = 8
+    weights: str,
+    language_model: str,
+    to: str,
+    image_size: int = 224,
+    fit: str = "crop",
+    max_frames: int = 64,
+    image_frames: int = 8,
 ) -> dict[str, Any]:
     """Writes the published model as `keygrip export` would: `keygrip generate`, `keygrip evaluate`,
     `VideoChat.from_pretrained` and `model.init_from` take the folder.
@@ -41,7 +48,9 @@ def export_published(
         weights: a file, a folder with model.safetensors, or a name on the Hugging Face hub (sanps/fVLM-135M).
         language_model: the one that it was trained from, a folder or a name on the hub: its config.json says the
             sizes, and its tokenizer is kept.
-        to: a new folder. image_size: edge of the square frames in pixels, into which images are stretched.
+        to: a new folder. image_size: edge of the square frames in pixels.
+        fit: how frames become square (see `fit_image`): the published training saw the middle square of videos and
+            images (its download scripts), and its card's example stretches them.
         max_frames: of longer videos so many, evenly. image_frames: a single image is shown as so many, as in training.
 
     Returns:
@@ -52,52 +61,64 @@ def export_published(
         ValueError: they are damaged, of another model, or do not belong together.
     """
     refuse_existing(to)
+    how = frame_settings(image_size, fit, max_frames, image_frames)
     state, found = read_published(weights), read_config(language_model)
     if (kind := getattr(found, "model_type", None)) != "llama":
         raise ValueError(
             f"{language_model} is a {kind or 'model without a type'}; the published model has a llama (SmolLM2)"
         )
-    config = _configuration(found, encoder_sizes(state, weights), language_model, image_size)
-    refuse_other_language(state, config.language.model, weights, language_model)
+    sizes = {ours: getattr(found, theirs, None) for theirs, ours in SIZES.items()}
+    refuse_other_language(state, sizes, weights, language_model)
+    if found.max_position_embeddings < max_frames + LEAST_TEXT:
+        raise ValueError(
+            f"{language_model} has a context of {found.max_position_embeddings} positions, too few for "
+            f"max_frames={max_frames} and a question"
+        )
+    config = _configuration(found, sizes, encoder_sizes(state, weights), language_model, how)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     module = build_module(resolved)
     assert isinstance(module, FoveatedVLMModule)
     module.network.language.refuse_other(found, language_model)
     load_published(module.network, state, weights)
     module.collator.prepare(Path(to), lambda: iter(()))
-    module.image_options = frame_settings(image_size, "stretch", max_frames, image_frames)
+    module.image_options = how
     content: dict[str, Any] = {"global_step": 0, WEIGHTS_ARE: f"of {weights}"}
     content[HEADER] = {
         "format": FORMAT,
         "config": resolved,
         **run_metadata(),
         "evaluation_kind": module.evaluation_kind,
+        CONVERTED_FROM: weights,
     }
     module.on_save_checkpoint(content)
     content = without_passwords(content)
     own = module.state_dict()
-    card = model_card(Path(to).name, content, own, "in float32", {}, module, converted_from=without_passwords(weights))
+    card = model_card(Path(to).name, content, own, "in float32", {}, module)
     files, facts = module.export_files()
     write_export(to, content, own, card, files=files, facts=facts)
     log.info("wrote %s: the published weights of %s, with the tokenizer of %s", to, weights, language_model)
     return {"folder": str(to), "weights": weights, "parameters": sum(each.numel() for each in module.parameters())}
 
 
-def _configuration(found: Any, encoder: dict[str, int], language_model: str, image_size: int) -> DictConfig:
+def _configuration(
+    found: Any, sizes: dict[str, Any], encoder: dict[str, int], language_model: str, how: dict[str, Any]
+) -> DictConfig:
     """The recipe of the published model's last stage, with the sizes of what is there.
 
     Args:
-        found: configuration of the language model, of transformers. encoder: sizes of the encoder.
+        found: configuration of the language model, of transformers. sizes: its, by their names in conf/language.
+            encoder: sizes of the encoder. how: frames are prepared, see `frame_settings`.
     """
     config = compose("train", OVERRIDES)
     model = config.language.model
-    for theirs, ours in SIZES.items():
-        model[ours] = getattr(found, theirs)
+    model.update(sizes)
     model.context, model.weights = found.max_position_embeddings, "random"
-    model.rope_theta = float((found.rope_parameters or {}).get("rope_theta", model.rope_theta))
+    model.rope_theta = float((getattr(found, "rope_parameters", None) or {}).get("rope_theta", model.rope_theta))
     config.language.tokenizer.source = language_model
     config.model.network.visual_scale = VISUAL_SCALE
-    config.backbone.image_size = image_size
+    config.backbone.image_size = how["image_size"]
+    for name in ("fit", "max_frames", "image_frames"):
+        config.data[name] = how[name]
     named = [row for row in VARIANTS.values() if row.family == "dinov2" and not row.registers]
     variant = next((row for row in named if row.width == encoder["width"]), named[0])
     config.backbone.variant = variant.name

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keygrip.data.video_text.conversations import image_frames_of
 from keygrip.exporting.folder import model_card, write_export
 from keygrip.inference.prompts import (
     MARK,
@@ -64,9 +65,7 @@ class VideoChat:
         self.module, self.source = module.eval(), source
         self._given = _layout(module)
         images = module.image_options
-        self.reader = PromptReader(
-            images["image_size"], images["fit"], images["max_frames"], images.get("image_frames", 1)
-        )
+        self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"], image_frames_of(images))
 
     @classmethod
     def from_pretrained(

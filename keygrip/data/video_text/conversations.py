@@ -91,6 +91,11 @@ def frame_settings(image_size: Any, fit: Any, max_frames: Any, image_frames: Any
     return {"image_size": image_size, "fit": fit, "max_frames": max_frames, "image_frames": image_frames}
 
 
+def image_frames_of(settings: Mapping[str, Any]) -> int:
+    """How many frames show a single image, of `frame_settings` whose `max_frames` may be lower than in training."""
+    return int(min(settings.get("image_frames", 1), settings["max_frames"]))
+
+
 def shard_frame_settings(image_size: int, fit: str, max_frames: int) -> dict[str, Any]:
     """Of `frame_settings` those of a set; `max_frames` is none where it is the usual one."""
     settings = frame_settings(image_size, fit, max_frames)

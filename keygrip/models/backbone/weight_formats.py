@@ -144,7 +144,10 @@ def _join_qkv(state: State, attention: str) -> State:
     joined = {key: value for key, value in state.items() if f".{attention}" not in key}
     starts = sorted({key.split(attention)[0] for key in state if f".{attention}" in key})
     for start in starts:
-        weights = [state[f"{start}{attention}{part}_proj.weight"] for part in "qkv"]
+        named = [f"{start}{attention}{part}_proj.weight" for part in "qkv"]
+        if not all(name in state for name in named):
+            continue  # what is missing is told where the weights are loaded
+        weights = [state[name] for name in named]
         joined[f"{start}attn.qkv.weight"] = torch.cat(weights)
         biases = [state.get(f"{start}{attention}{part}_proj.bias") for part in "qkv"]
         if any(bias is not None for bias in biases):

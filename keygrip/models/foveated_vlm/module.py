@@ -200,12 +200,14 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def _start_from(self, path: str) -> None:
         before = self.take_weights(path, "a video-language model")
-        if not before.tokenizer.same_words(self.tokenizer):
+        if not before.tokenizer.same_words(self.tokenizer, template=False):
             raise ValueError(
                 f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "
                 "language.tokenizer.init_from=${model.init_from}"
             )
+        if not before.tokenizer.same_words(self.tokenizer):  # an export's, which has the system turn of training
+            log.warning("conversations are laid out by another chat template than that of %s, which it replaces", path)
 
     @property
     def longest_row(self) -> int:

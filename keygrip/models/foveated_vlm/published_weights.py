@@ -27,14 +27,20 @@ OF_TRAINING = "model_state_dict."  # where a checkpoint of the published trainin
 ENCODER, LANGUAGE, OUTPUT_LAYER = "encoder.dino.", "llm.model.", "llm.lm_head.weight"
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 TABLE = f"{ENCODER}embeddings.position_embeddings"
+PATCHES = f"{ENCODER}embeddings.patch_embeddings.projection.weight"
 NAMES = {
     "q_static": "static_query",
     "q_init": "first_query",
-    "llm_to_query": "query_projection",
-    "encoder.query_input_proj": "query_input",
-    "encoder.output_proj": "embedding_output",
-    "dino_to_llm": "connector.linear",
+    "llm_to_query.weight": "query_projection.weight",
+    "llm_to_query.bias": "query_projection.bias",
+    "encoder.query_input_proj.weight": "query_input.weight",
+    "encoder.output_proj.weight": "embedding_output.weight",
+    "encoder.output_proj.bias": "embedding_output.bias",
+    "dino_to_llm.weight": "connector.linear.weight",
+    "dino_to_llm.bias": "connector.linear.bias",
 }
+QUERIES = ("q_static", "q_init")
+PATCH_SIZE = 14  # of every DINOv2
 HEAD_WIDTH = 64  # of every DINOv2
 
 
@@ -48,16 +54,15 @@ def read_published(source: str) -> State:
     Raises:
         FileNotFoundError: not there. ValueError: damaged, or of another model.
     """
-    raw = read_file(_file(source))
+    raw = read_file(_file(str(source)))
     if any(name.startswith(OF_TRAINING) for name in raw):
         raw = {name.removeprefix(OF_TRAINING): value for name, value in raw.items() if name.startswith(OF_TRAINING)}
     state = {name.replace("_orig_mod.", ""): value for name, value in raw.items()}  # of a compiled model
-    known = (ENCODER, LANGUAGE, OUTPUT_LAYER, *NAMES)
-    strange = sorted(name for name in state if not name.startswith(known))
-    missing = sorted(
-        {name for name in (*NAMES, TABLE) if not any(each.startswith(name) for each in state)}
-        | ({EMBEDDINGS} - {EMBEDDINGS if name == OUTPUT_LAYER else name for name in state})
+    strange = sorted(
+        name for name in state if not name.startswith((ENCODER, LANGUAGE)) and name not in (OUTPUT_LAYER, *NAMES)
     )
+    wanted = {*NAMES, TABLE, PATCHES, *({EMBEDDINGS} if OUTPUT_LAYER not in state else ())}
+    missing = sorted(wanted - state.keys())
     if strange or missing:
         what = [f"it has {', '.join(strange[:3])}"] if strange else []
         what += [f"it lacks {', '.join(missing[:3])}"] if missing else []
@@ -66,6 +71,8 @@ def read_published(source: str) -> State:
             "https://huggingface.co/sanps/fVLM-135M, or a checkpoint that its code wrote; a model that keygrip trained "
             "needs no conversion"
         )
+    if odd := sorted(name for name, value in state.items() if not value.is_floating_point()):
+        raise ValueError(f"{source}: {odd[0]} is of {state[odd[0]].dtype}, and weights are floating-point numbers")
     return state
 
 
@@ -75,7 +82,7 @@ def encoder_sizes(state: State, source: str) -> dict[str, int]:
     Raises:
         ValueError: its position table or the queries have another form than the published ones, or it is no DINOv2.
     """
-    table, queries = state[TABLE], (state["q_static"], state["q_init"])
+    table, queries = state[TABLE], [state[name] for name in QUERIES]
     places = table.shape[1] - 1 if table.ndim == 3 else 0
     width = int(table.shape[-1]) if table.ndim else 0
     if places < 1 or table.shape[0] != 1 or round(places**0.5) ** 2 != places:
@@ -85,9 +92,9 @@ def encoder_sizes(state: State, source: str) -> dict[str, int]:
             f"{source} has queries {' and '.join(str(list(query.shape)) for query in queries)} and an encoder of "
             f"{width} channels: here a query has as many, [1, {width}], as in the published models"
         )
-    depth = layers_of(state, f"{ENCODER}encoder.layer.")
-    if depth == 0 or width % HEAD_WIDTH:
-        raise ValueError(f"{source}: an encoder of {depth} blocks and {width} channels is no DINOv2")
+    depth, patches = layers_of(state, f"{ENCODER}encoder.layer."), list(state[PATCHES].shape)
+    if depth == 0 or width % HEAD_WIDTH or patches != [width, 3, PATCH_SIZE, PATCH_SIZE]:
+        raise ValueError(f"{source}: an encoder of {depth} blocks, {width} channels and patches {patches} is no DINOv2")
     return {"width": width, "depth": depth, "heads": width // HEAD_WIDTH}
 
 
@@ -101,6 +108,18 @@ def refuse_other_language(state: State, sizes: Mapping[str, Any], source: str, l
     assert table is not None
     rows, width = [*table.shape, 0, 0][:2]
     held = {"vocabulary": rows, "width": width, "layers": layers_of(state, f"{LANGUAGE}layers.")}
+    first, heads = f"{LANGUAGE}layers.0.", sizes["heads"]
+    if isinstance(heads, int) and heads > 0:
+        told = {
+            "mlp_width": "mlp.up_proj.weight",
+            "heads": "self_attn.q_proj.weight",
+            "kv_heads": "self_attn.k_proj.weight",
+        }
+        lengths = {name: [*state[first + of].shape, 0][0] for name, of in told.items() if first + of in state}
+        held["mlp_width"] = lengths.get("mlp_width", 0)
+        held |= {name: lengths.get(name, 0) * heads // width if width else 0 for name in ("heads", "kv_heads")}
+    else:
+        held["heads"] = 0
     if other := [f"{name} {held[name]} in place of {sizes[name]}" for name in held if held[name] != sizes[name]]:
         raise ValueError(
             f"{source} is not from the language model {language}: {', '.join(other)}. The published models of 135M and "
@@ -145,12 +164,8 @@ def load_published(network: FoveatedVLM, state: State, source: str) -> None:
             f"{source} has an output layer of its own, and its language model's config.json says that it is the "
             "embedding table (tie_word_embeddings): give the language model that it was trained from"
         )
-    own = {name: value for name, value in network.named_parameters() if name.startswith(tuple(NAMES.values()))}
-    given: State = {}
-    for theirs, ours in NAMES.items():
-        for name, value in state.items():
-            if name == theirs or name.startswith(f"{theirs}."):
-                given[ours + name.removeprefix(theirs)] = value[None] if name == theirs else value  # queries [1, D]
+    own = {name: value for name, value in network.named_parameters() if name in NAMES.values()}
+    given = {ours: state[theirs][None] if theirs in QUERIES else state[theirs] for theirs, ours in NAMES.items()}
     _check(given, own, source)
     with torch.no_grad():
         for name, value in given.items():

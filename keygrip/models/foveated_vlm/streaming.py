@@ -312,7 +312,8 @@ class VideoStream:
         return rooms
 
     def push(self, frame: np.ndarray | Image.Image, second: float | None = None) -> None:
-        """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training.
+        """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training. It is
+        one frame of a video: where a single image was shown as several frames (`data.image_frames`), push it as often.
 
         Args:
             second: when it was taken; None: as the stream was told (`seconds`), or else a second after the last frame,

@@ -36,13 +36,18 @@ def read_config(source: str) -> Any:
         source: a local folder or a name on the hub.
 
     Raises:
-        FileNotFoundError: not there, or a folder without config.json.
+        FileNotFoundError: not there, or a folder without config.json. ValueError: values in it that cannot be.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: give the folder of a language model as the hub ships it")
-    return from_pretrained(AutoConfig, source)
+    try:
+        return from_pretrained(AutoConfig, source)
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{source}: its config.json has values that cannot be ({said}): download it again") from error
 
 
 def with_fused_attention(config: Any) -> Any:

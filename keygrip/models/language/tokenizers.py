@@ -32,6 +32,7 @@ BEHIND = ("\n", ".", "0")  # what a piece of text is put behind to be encoded as
 SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
 # Which chat templates may name, if the tokenizer has them: in a state, and as transformers calls them.
 NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
+TEMPLATE = "chat_template"  # in a state
 STOP = "stop"  # in a state: further ids at which generation stops
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # ChatML, as SmolLM2 has it but without a system turn of its own.
@@ -162,7 +163,7 @@ class ChatTokenizer:
         named = {name: getattr(self._tokenizer, token) for name, token in NAMED_TOKENS.items()}
         return {
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
-            "chat_template": template,
+            TEMPLATE: template,
             **{name: str(token) for name, token in named.items() if token is not None},
             **({STOP: json.dumps(self._further_stops)} if self._further_stops else {}),
         }
@@ -171,9 +172,11 @@ class ChatTokenizer:
         """The state but for where it stops: all that ids, and so the lengths of texts, depend on."""
         return {name: text for name, text in self.state().items() if name != STOP}
 
-    def same_words(self, other: ChatTokenizer) -> bool:
-        """Whether ids and templates mean the same in another tokenizer, wherever the two stop."""
-        return self.words() == other.words()
+    def same_words(self, other: ChatTokenizer, template: bool = True) -> bool:
+        """Whether ids mean the same in another tokenizer, and with `template` its chat template is the same, wherever
+        the two stop."""
+        own, others = self.words(), other.words()
+        return all(own.get(name) == others.get(name) for name in own.keys() | others if template or name != TEMPLATE)
 
     @classmethod
     def from_state(cls, state: dict[str, str], vocabulary: int | None = None) -> ChatTokenizer:

@@ -19,6 +19,7 @@ from keygrip.data.video_text.conversations import answer, frame_settings
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.evaluation.multiple_choice import _frames
+from keygrip.evaluation.video_text import _octaves
 from keygrip.inference.answers import _batches
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
@@ -134,6 +135,32 @@ def test_an_image_is_answered_as_in_training(chat: VideoChat, tmp_path: Path) ->
     frames, seconds = _frames(chat.module, question)
     assert len(frames) == len(seconds) == 4
     assert not unreadable
+
+
+def test_fewer_frames_than_in_training_show_an_image_as_fewer(chat: VideoChat, tmp_path: Path) -> None:
+    """Of a longer video a single frame remains single, and is not shown several times as an image."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(5):
+        (pictures / f"{number}.png").write_bytes(picture(number, 28))
+    for most in (1, 3):
+        chat.module.image_options["max_frames"] = most
+        batches = list(_batches(chat.module, [pictures / "0.png", pictures], 64, {}))
+        assert [len(video.frames) for batch in batches for video in batch] == [most, most]
+        for path in (pictures / "0.png", pictures):
+            question: Any = SimpleNamespace(video=path, clip=None, middles=False)
+            assert len(_frames(chat.module, question)[0]) == most
+
+
+def test_figures_by_length_count_an_image_as_one_frame(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", [1, 3, 0, 4, 1, 6])
+    (batch,) = module(root, image_frames=4).train_dataloader()
+    numbers = [int(key[1:]) for key in dict(zip(batch.video_index.tolist(), batch.key, strict=True)).values()]
+    assert dict(zip(numbers, _octaves(batch, 1), strict=True)) == {0: 4, 1: 4, 2: 0, 3: 4, 4: 4, 5: 8}
+    moving = batch.frames.clone()
+    moving[numbers.index(3), 1] += 1  # a video of as many frames
+    batch.frames = moving
+    assert dict(zip(numbers, _octaves(batch, 4), strict=True)) == {0: 1, 1: 4, 2: 0, 3: 4, 4: 1, 5: 8}
 
 
 def test_a_checkpoint_keeps_it_and_older_ones_have_single_frames(chat: VideoChat) -> None:

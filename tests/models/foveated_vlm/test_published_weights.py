@@ -19,7 +19,13 @@ from keygrip.inference.published_vlm import export_published
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.published_weights import read_published
 from keygrip.models.foveated_vlm.rows import TextRows
-from keygrip.models.language.tokenizers import END_OF_TEXT, TINY_TEMPLATE, TURN_END, TrainedTokenizer
+from keygrip.models.language.tokenizers import (
+    END_OF_TEXT,
+    TINY_TEMPLATE,
+    TURN_END,
+    PretrainedTokenizer,
+    TrainedTokenizer,
+)
 from keygrip.prepare import run
 
 SENTENCES = ["You are a helpful AI assistant.", "Which digit is on the red cube in frame 2?", "The 3rd cube."]
@@ -170,7 +176,7 @@ def test_hidden_states_are_those_of_the_published_passes(
 def test_the_step_makes_a_model_that_answers_as_the_published_one(
     published: tuple[Published, Path, Path], tmp_path: Path
 ) -> None:
-    """Images are stretched, frames come before all text, and the system turn is the published one."""
+    """Frames are cropped, they come before all text, and the system turn is the published one."""
     theirs, weights, language = published
     cfg = compose(
         "prepare",
@@ -188,7 +194,7 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
     assert report["parameters"] == sum(each.numel() for each in theirs.parameters()) - left_out
     chat = VideoChat.from_pretrained(tmp_path / "chat")
     module = chat.module
-    assert module.image_options == {"image_size": 56, "fit": "stretch", "max_frames": 64, "image_frames": 8}
+    assert module.image_options == {"image_size": 56, "fit": "crop", "max_frames": 64, "image_frames": 8}
     video = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
     question = "Which digit is on the cube?"
     said = module.tokenizer.render([("system", "You are a helpful AI assistant."), ("user", question)], answering=True)
@@ -208,6 +214,16 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
     card = (tmp_path / "chat" / "README.md").read_text()
     assert f"did not train it: its weights are those of {weights}" in card
     assert "trained with" not in card
+    own = PretrainedTokenizer(str(tmp_path / "chat")).load(tmp_path)  # for a training that begins with the model
+    assert own.same_words(module.tokenizer, template=False)
+    assert not own.same_words(module.tokenizer)  # the system turn is in its template
+    assert own.render([("user", question)]) == module.tokenizer.render(
+        [("system", "You are a helpful AI assistant."), ("user", question)]
+    )
+    again = chat.save_pretrained(tmp_path / "again")
+    assert f"did not train it: its weights are those of {weights}" in (again / "README.md").read_text()
+    stored = json.loads((again / "config.json").read_text())["checkpoint"]["keygrip"]["config"]["data"]
+    assert [stored[name] for name in ("fit", "max_frames", "image_frames")] == ["crop", 64, 8]
 
 
 def test_all_forms_of_a_file_give_the_same_model(published: tuple[Published, Path, Path], tmp_path: Path) -> None:
@@ -276,15 +292,31 @@ def test_what_is_not_the_published_model_is_refused_and_nothing_is_written(
         return {name: value for name, value in state.items() if name not in names}
 
     refused("holds no weights of fVLM .it has other.weight", state | {"other.weight": torch.zeros(2)})
-    refused("it lacks encoder.query_input_proj", without("encoder.query_input_proj.weight"))
+    refused(
+        "holds no weights of fVLM .it has dino_to_llm_more.weight", state | {"dino_to_llm_more.weight": torch.zeros(2)}
+    )
+    refused("it lacks q_static", without("q_static"))
+    refused("q_init is of torch.int64", state | {"q_init": torch.zeros(1, DIM, dtype=torch.int64)})
+    refused("it lacks dino_to_llm.bias", without("dino_to_llm.bias"))
+    refused("it lacks encoder.query_input_proj.weight", without("encoder.query_input_proj.weight"))
     refused("it lacks llm.model.embed_tokens.weight", without("llm.lm_head.weight", "llm.model.embed_tokens.weight"))
     refused(r"queries \[1, 64\] and \[1, 128\] and an encoder of 128", state | {"q_static": torch.zeros(1, 64)})
     table = "encoder.dino.embeddings.position_embeddings"
+    refused("it lacks encoder.dino.embeddings.position_embeddings", without(table))
     refused(r"\[1, 7, 128\], no table", state | {table: torch.zeros(1, 7, DIM)})
     refused(r"\[26, 128\], no table", state | {table: state[table][0].clone()})
     refused("does not fit backbone.variant", without("encoder.dino.encoder.layer.1.norm1.weight"))
-    refused("llm_to_query|query_projection.weight is", state | {"llm_to_query.weight": torch.zeros(DIM, 9)})
-    refused("query_projection.bias|connector.linear.bias", without("dino_to_llm.bias"))
+    refused(
+        "missing blocks.1.attn.qkv.bias, blocks.1.attn.qkv.weight",
+        without("encoder.dino.encoder.layer.1.attention.attention.query.weight"),
+    )
+    patches = "encoder.dino.embeddings.patch_embeddings.projection.weight"
+    refused(r"patches \[128, 3, 16, 16\] is no DINOv2", state | {patches: torch.zeros(DIM, 3, 16, 16)})
+    wide = {table: torch.zeros(1, 2, 10**6 * 64)} | {
+        name: torch.zeros(1, 10**6 * 64) for name in ("q_static", "q_init")
+    }
+    refused("is no DINOv2", state | wide)  # before a network of that width is built
+    refused("query_projection.weight is", state | {"llm_to_query.weight": torch.zeros(DIM, 9)})
     refused("mlp.up_proj.weight", without("llm.model.layers.1.mlp.up_proj.weight"))
     for name in ("q_init", "encoder.dino.layernorm.bias", "llm.model.norm.weight"):
         refused(f"{name} holds NaN", state | {name: torch.full_like(state[name], torch.nan)})
@@ -292,6 +324,11 @@ def test_what_is_not_the_published_model_is_refused_and_nothing_is_written(
     told = json.loads((language / "config.json").read_text())
     for changes, said in (
         ({"vocab_size": WORDS + 1}, f"vocabulary {WORDS} in place of {WORDS + 1}"),
+        ({"intermediate_size": 10**12}, f"mlp_width 96 in place of {10**12}"),
+        ({"num_attention_heads": 8, "head_dim": 6, "num_key_value_heads": 2}, "kv_heads 4 in place of 2"),
+        ({"num_attention_heads": 0}, "config.json has values that cannot be"),
+        ({"max_position_embeddings": 100}, "a context of 100 positions, too few for max_frames=64"),
+        ({"rope_parameters": 3}, "config.json has values that cannot be"),
         ({"model_type": "bert"}, "is a bert"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu, here it is silu"),
     ):
