@@ -282,7 +282,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
-    changed = plain(cfg.data) or {}
+    changed = plain(cfg.get("data")) or {}
     frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
     images = {"image_frames": changed["image_frames"]} if "image_frames" in changed else {}
     module.image_options = {**module.image_options, **frames, **images}  # benchmarks are read like the split
