@@ -22,7 +22,7 @@ from keygrip.models.foveated_vlm.published_weights import (
 )
 from keygrip.models.language.decoder import SIZES
 from keygrip.models.language.hub import read_config
-from keygrip.training.checkpoints import FORMAT, HEADER, WEIGHTS_ARE, build_module
+from keygrip.training.checkpoints import HEADER, WEIGHTS_ARE, Header, build_module
 from keygrip.training.metadata import run_metadata
 
 log = logging.getLogger(__name__)
@@ -83,13 +83,7 @@ def export_published(
     module.collator.prepare(Path(to), lambda: iter(()))
     module.image_options = how
     content: dict[str, Any] = {"global_step": 0, WEIGHTS_ARE: f"of {weights}"}
-    content[HEADER] = {
-        "format": FORMAT,
-        "config": resolved,
-        **run_metadata(),
-        "evaluation_kind": module.evaluation_kind,
-        CONVERTED_FROM: weights,
-    }
+    content[HEADER] = Header(resolved, {**run_metadata(), CONVERTED_FROM: weights}).of(module)
     module.on_save_checkpoint(content)
     content = without_passwords(content)
     own = module.state_dict()

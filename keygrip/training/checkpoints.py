@@ -46,8 +46,12 @@ class Header(Callback):
         self.header = {"format": FORMAT, "config": config, **origin}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kind = getattr(pl_module, "evaluation_kind", None)  # what `keygrip evaluate` measures; None: nothing
-        checkpoint[HEADER] = {**self.header, "evaluation_kind": kind}
+        checkpoint[HEADER] = self.of(pl_module)
+
+    def of(self, module: LightningModule) -> dict[str, Any]:
+        """The header of a module's checkpoint."""
+        kind = getattr(module, "evaluation_kind", None)  # what `keygrip evaluate` measures; None: nothing
+        return {**self.header, "evaluation_kind": kind}
 
 
 def run_config(trainer: Trainer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.spacing import evenly
@@ -122,11 +123,10 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
     if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
         return  # clips are shorter; counted lengths need no trial
     problems, tried = [], 0
-    for sample in spread(kept.shards, kept.chosen).tolist():
+    some = replace(kept, chosen=spread(kept.shards, kept.chosen))
+    for sample, frames in zip(some.chosen.tolist(), some.frames(part.context.max_frames).tolist(), strict=True):
         with contextlib.suppress(BadSample):  # counted when they are read
             told, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
-            held = int(kept.shards.columns["frames"][sample])
-            frames = part.image_frames if held == 1 else min(held, part.context.max_frames)
             asked = [each for each in told if is_asked(each.kind, part.kinds, questions)]
             found = [part.context.problem(each, frames, seconds if frames else ()) for each in asked]
             tried += 1

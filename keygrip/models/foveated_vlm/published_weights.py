@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
 
+from keygrip.models.backbone.architectures import resample_positions
 from keygrip.models.backbone.weights import State, load_state, read_file, shard_names
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.language.hub import file_of
@@ -149,7 +148,10 @@ def load_published(network: FoveatedVLM, state: State, source: str) -> None:
     refuse_unfit_weights(state, {}, source)
     backbone, language = network.backbone, network.language
     encoder = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
-    encoder["embeddings.position_embeddings"] = _resampled(state[TABLE], backbone.image_size // backbone.patch_size)
+    side = backbone.image_size // backbone.patch_size
+    cls, places = state[TABLE].float().split([1, state[TABLE].shape[1] - 1], dim=1)
+    places = resample_positions(places, (side, side), offset=0.0, antialias=False)
+    encoder["embeddings.position_embeddings"] = torch.cat([cls, places], dim=1)
     load_state(backbone.net, backbone.variant, encoder, source)
     table = state.get(EMBEDDINGS, state.get(OUTPUT_LAYER))
     assert table is not None
@@ -194,15 +196,6 @@ def _file(source: str) -> Path:
     return found
 
 
-def _resampled(table: Tensor, side: int) -> Tensor:
-    """A position table [1, 1 + M * M, D] for side x side patches, as transformers' `Dinov2Embeddings` makes it."""
-    before = round((table.shape[1] - 1) ** 0.5)
-    image = table[:, 1:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
-    if before != side:
-        image = interpolate(image, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1].float(), image.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
 def _load(module: Any, state: State, where: str) -> None:
     own = module.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.endswith("rotary_emb.inv_freq")}
@@ -211,7 +204,7 @@ def _load(module: Any, state: State, where: str) -> None:
 
 
 def _check(state: State, own: dict[str, Any], where: str) -> None:
-    """Raises ValueError: other names or shapes than a module's own, or numbers that are not finite."""
+    """Raises ValueError: other names or shapes than a module's own."""
     other = sorted(own.keys() ^ state.keys())
     shapes = [
         f"{name} is {list(state[name].shape)} in place of {list(own[name].shape)}"
