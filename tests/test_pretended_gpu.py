@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pretended_gpu import MixedDevices, pretended_gpu
+from pretended_gpu import MixedDevices, pretended_gpu, waits
 from torch import Tensor, nn
 
 
@@ -52,6 +52,33 @@ def test_what_cuda_allows_is_allowed() -> None:
         assert float(x.sum()) == 7
     assert not torch.cuda.is_available()
     assert torch.Generator().device.type == "cpu"
+
+
+WAITING: dict[str, Callable[[], object]] = {
+    "a number": lambda: float(there(1)),
+    "a condition": lambda: bool((there(3) > 0).all()),
+    "a list": lambda: there(3).tolist(),
+    "a copy": lambda: there(3).cpu(),
+    "where a mask is true": lambda: there(3).nonzero(),
+    "what is under a mask": lambda: there(3)[there(3) > 0],
+    "repetitions": lambda: there(2).repeat_interleave(torch.tensor([1, 2], device="cuda")),
+}
+
+
+@pytest.mark.parametrize("what", list(WAITING))
+def test_reading_from_the_gpu_waits_for_it(what: str) -> None:
+    with pretended_gpu():
+        WAITING[what]()
+        assert len(waits) == 1
+        assert __file__ in waits[0]
+
+
+def test_computing_on_the_gpu_waits_for_nothing() -> None:
+    with pretended_gpu():
+        x = there(3)
+        x[torch.tensor([0, 2], device="cuda")] = x.where(x > 0, -x)[:2]
+        torch.ones(3).to("cuda").masked_fill_(x > 0, 0).sum()
+        assert not waits
 
 
 def test_training_computes_what_it_does_on_the_cpu() -> None:

@@ -249,8 +249,8 @@ class _Step:
     def __call__(self) -> None:
         output = self.network(self.frames, self.rows, self.mode)
         mask = torch.ones_like(self.rows.input_ids, dtype=torch.bool)
-        hidden, mask = output.predicting(mask)
-        losses, _ = token_cross_entropy(hidden, self.network.language.head_weight, self.rows.input_ids[mask])
+        hidden, predicted = output.predicting(mask)
+        losses, _ = token_cross_entropy(hidden, self.network.language.head_weight, self.rows.input_ids[predicted])
         losses.mean().backward()
         self.network.zero_grad(set_to_none=True)  # not before: the gradients are part of this step's peak memory
 

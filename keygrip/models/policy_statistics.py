@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from keygrip.data.robot.augmentation import ImageGeometry
+from keygrip.training.host_copy import HostCopy
 
 if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
@@ -30,6 +31,7 @@ class PolicyStatistics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._known = HostCopy()
         self.register_buffer("known", torch.tensor(False))
         self.register_buffer("_height_range", torch.tensor([0.0, 1.0]))
         self.register_buffer("_position_range", torch.tensor([[0.0] * 3, [1.0] * 3]))
@@ -75,7 +77,7 @@ class PolicyStatistics(nn.Module):
         self.known.fill_(True)
 
     def _read(self, name: str) -> Tensor:
-        if not bool(self.known):
+        if not self._known(self.known):
             raise ValueError(
                 "The policy has no statistics of its training data (height range, image preparation): train it, or "
                 "load a checkpoint written by keygrip.train."

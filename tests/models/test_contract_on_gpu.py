@@ -6,6 +6,7 @@ and so does a type that does not fit another one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from contract_parts import EVALUATE, OPTIONS, QUICK, observation
 from hydra.utils import get_class
 from PIL import Image
-from pretended_gpu import pretended_gpu
+from pretended_gpu import pretended_gpu, waits
 
 import keygrip
 from keygrip import generate, sample
@@ -52,6 +53,14 @@ ANSWERED = (
     ("video=null", "question=hello"),
     ("video=a.png", "question=what", "figure=figure.png", "mode=coarse_fine"),
 )
+# By file, where a training step waits for the GPU: which rows have how many frames and tokens decides what is computed.
+# In qwen_vl.py transformers' vision tower reads the sizes of images.
+WAITS: dict[str, dict[str, int]] = {
+    "volume_query": {},
+    "foveated_vlm": {"rows.py": 1, "video_language.py": 1},
+    "patch_dit": {},
+    "geometry_vla": {"pointing.py": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,29 @@ def test_images_are_evaluated_on_the_gpu(home: Path, tmp_path: Path, monkeypatch
     with pretended_gpu(bf16=False):
         keygrip.evaluate(run, EVALUATE["image_text"])
     assert set(seen) == {"cuda"}
+
+
+@pytest.mark.parametrize("name", list(WAITS))
+def test_a_training_step_seldom_waits_for_the_gpu(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind: Any = get_class(compose("train", [f"model={name}", "run_dir=x"]).model._target_)
+    step, found = kind.training_step, []
+
+    def counted(self: Any, *args: Any) -> Any:
+        before = len(waits)
+        loss = step(self, *args)
+        found.append(Counter(Path(each).name.split(":")[0] for each in waits[before:]))
+        return loss
+
+    monkeypatch.setattr(kind, "training_step", counted)
+    overrides = [f"model={name}", *QUICK, *kind.toy_overrides, "max_steps=2", "limit_val_batches=0"]
+    overrides += ["strategy=gpu", "strategy.precision=32-true", "log_every_n_steps=100", f"run_dir={tmp_path / 'run'}"]
+    with pretended_gpu():
+        keygrip.train(overrides)
+    assert len(found) == 2
+    del found[1]["qwen_vl.py"]
+    assert dict(found[1]) == WAITS[name]  # the first step reads the statistics of the data, once
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -5,12 +5,16 @@ raises `MixedDevices` on any machine, with the rules of CUDA: scalars of the CPU
 read and write a tensor of the GPU, a copy may cross, numpy reads nothing from the GPU. The random numbers are those of
 the CPU, so that a run computes the same as there.
 
+It also notes each place at which the CPU would wait until the GPU is done: where Python reads a value, and where the
+size of a result depends on one.
+
 Speed, memory, kernels and streams of CUDA are not pretended. Autocast follows the rules of the CPU: what it computes in
 bf16 it does on a GPU too, but for norms and softmax, which return float32 there.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,9 +35,16 @@ WRITE = {
     *(aten.index_put.default, aten.index_put_.default),
     *(aten._index_put_impl_.default, aten._unsafe_index_put.default),
 }
+SIZED_BY_VALUES = {
+    *(aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default),
+    *(aten.repeat_interleave.Tensor, aten._local_scalar_dense.default, aten.equal.default),
+}
 autocast, inference_mode = torch.autocast, torch.inference_mode
 is_autocast_enabled, get_autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 Generator = torch.Generator
+
+
+waits: list[str] = []  # file and line of each, since the pretended GPU was there
 
 
 class MixedDevices(RuntimeError):
@@ -77,6 +88,21 @@ class OnGPU(Tensor):
         return _compute(operation, args, kwargs or {})
 
 
+def _wait() -> None:
+    """Notes the innermost line of the package; of other callers the innermost one outside torch."""
+    frame, found = sys._getframe(1), None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/keygrip/" in name:
+            found = frame
+            break
+        if found is None and "/torch/" not in name and name != __file__:
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    assert found is not None
+    waits.append(f"{found.f_code.co_filename}:{found.f_lineno}")
+
+
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, OnGPU) else value
 
@@ -108,6 +134,12 @@ def _checked(operation: Any, args: Any, kwargs: Any) -> Any:
     if mixed:
         places = ", ".join(f"{'cuda' if isinstance(each, OnGPU) else 'cpu'} {list(each.shape)}" for each in tensors)
         raise MixedDevices(f"{operation} is given tensors of two devices: {places}")
+    if operation in SIZED_BY_VALUES and kwargs.get("output_size") is None:
+        _wait()
+    if operation in READ | WRITE and any(
+        isinstance(each, OnGPU) and each.dtype == torch.bool for each in tree_leaves(args[1])
+    ):
+        _wait()
     found = operation(*tree_map(_held, args), **tree_map(_held, kwargs))
     if operation is aten.copy_.default:
         return args[0]
@@ -141,6 +173,8 @@ def moved(x: Tensor, device: Any) -> Tensor:
     kind = x.device.type if device is None else torch.device(device).type
     if kind == x.device.type or kind == "meta":
         return x
+    if kind != "cuda":
+        _wait()
     return (_Up if kind == "cuda" else _Down).apply(x)
 
 
@@ -189,6 +223,7 @@ class _Calls(TorchFunctionMode):
                 made = torch.tensor(args[1], dtype=kwargs.get("dtype", first.dtype))
                 return moved(made, kwargs.get("device", first.device))
             if isinstance(first, OnGPU) and name == "tolist":
+                _wait()
                 return _held(first.detach()).tolist()
             if isinstance(first, OnGPU) and name in ("numpy", "__array__"):
                 raise MixedDevices("numpy cannot read a tensor of the GPU: copy it to the CPU first")
@@ -279,6 +314,7 @@ def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.
 def pretended_gpu(bf16: bool = False) -> Iterator[None]:
     """Within it torch has one GPU, which knows bf16 or does not."""
     load, save = torch.load, torch.save
+    waits.clear()
 
     def load_there(file: Any, map_location: Any = None, **options: Any) -> Any:
         there = map_location is not None and torch.device(map_location).type == "cuda"

@@ -300,14 +300,11 @@ class Streams:
 
 def text_rows(batch: VideoTextBatch) -> TextRows:
     """A batch's rows as the network takes them."""
-    return TextRows(
-        batch.input_ids,
-        batch.attention_mask.sum(1).tolist(),
-        batch.visual_at,
-        batch.video_index.tolist(),
-        batch.frame_mask.sum(1).tolist(),
-        batch.seconds or None,
-    )
+    rows = len(batch)
+    # together, since each read waits for the GPU
+    numbers = torch.cat([batch.attention_mask.sum(1), batch.video_index, batch.frame_mask.sum(1)]).tolist()
+    lengths, videos, frames = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows :]
+    return TextRows(batch.input_ids, lengths, batch.visual_at, videos, frames, batch.seconds or None)
 
 
 def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:

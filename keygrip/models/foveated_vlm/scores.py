@@ -54,14 +54,13 @@ def score(
     Without gradients the loss is computed in chunks whatever the kernel, so that any machine can evaluate. In training
     the kernel `liger` seeks the most probable token among all rows.
     """
-    hidden, predicted = output.predicting(batch.loss_mask | batch.answer_mask)
-    targets = batch.input_ids[predicted]
+    hidden, (row, token) = output.predicting(batch.loss_mask | batch.answer_mask)
+    targets = batch.input_ids[row, token]
     if kernel == "liger" and torch.is_grad_enabled():
         losses, right = fused_cross_entropy(hidden, weight, targets)
     else:
         losses, right = token_cross_entropy(hidden, weight, targets, chunk, tokens)
-    carries, answers = batch.loss_mask[predicted].float(), batch.answer_mask[predicted]
-    row = predicted.nonzero(as_tuple=True)[0]
+    carries, answers = batch.loss_mask[row, token].float(), batch.answer_mask[row, token]
     zeros = torch.zeros(len(batch), device=losses.device)
     wrong = zeros.index_add(0, row, (answers & ~right).float())
     said = zeros.index_add(0, row, answers.float())

@@ -54,15 +54,15 @@ class VLMOutput:
     visual: Tensor
     passes: Passes | None
 
-    def predicting(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [n, C] that predict the text tokens under a mask [B, L], and which: bool [B, L], n True.
+    def predicting(self, mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states [n, C] that predict the text tokens under a mask [B, L], and which: their rows [n] and their
+        places in the text [n], with which to index other [B, L]. Indices, since each use of a mask waits for the GPU.
 
         A token with nothing before it (the first of a row without frames) cannot be predicted and is left out.
         """
         at = self.layout.text_at - 1
-        mask = mask & (at >= 0)
-        row, token = mask.nonzero(as_tuple=True)
-        return self.hidden[row, at[row, token]], mask
+        row, token = (mask & (at >= 0)).nonzero(as_tuple=True)
+        return self.hidden[row, at[row, token]], (row, token)
 
 
 class Connector(nn.Module):

@@ -32,6 +32,7 @@ from keygrip.models.geometry.rotations import (
     rotation_exp,
     rotation_log,
 )
+from keygrip.training.host_copy import HostCopy
 from keygrip.training.integrity import ChangedFileError, load_tensors
 from keygrip.training.parts import model_part
 
@@ -59,6 +60,7 @@ class RotationCodec(nn.Module):
                 f"A rotation codec needs at least 2 classes, got {classes}: set rotation.classes to 32, say."
             )
         self.classes = classes
+        self._fitted = HostCopy()
         self.register_buffer("fitted", torch.tensor(False))
 
     def fit(self, quaternions: Tensor) -> dict[str, float]:
@@ -95,7 +97,7 @@ class RotationCodec(nn.Module):
         return errors | {"rotations": float(len(degrees)), "rotations_over_45_deg": float((degrees > FAR_DEG).sum())}
 
     def _require_fit(self) -> None:
-        if not bool(self.fitted):
+        if not self._fitted(self.fitted):
             raise ValueError(
                 "The rotation codec has no basis yet: training fits it on first use; for inference load it from "
                 "a checkpoint."
@@ -159,6 +161,7 @@ class PCARotation(RotationCodec):
         if not 0 <= outlier_share < 0.5:
             raise ValueError(f"rotation.outlier_share={outlier_share} is a share of the rotations, 0 to 0.5.")
         self.min_explained, self.outlier_share = min_explained, outlier_share
+        self._ends = HostCopy()
         self.register_buffer("mean", torch.tensor([1.0, 0.0, 0.0, 0.0]))  # [4] rotation around which the logs are taken
         self.register_buffer("offset", torch.zeros(3))  # [3] mean tangent vector, rad
         self.register_buffer("axis", torch.tensor([0.0, 0.0, 1.0]))  # [3] unit direction of PC1
@@ -212,7 +215,7 @@ class PCARotation(RotationCodec):
         return self._position(quaternions).clamp(0, self.classes)
 
     def _position(self, quaternions: Tensor) -> Tensor:
-        low, high = self.score_range.tolist()
+        low, high = self._ends(self.score_range)
         return (self.scores(quaternions) - low) / (high - low) * self.classes
 
     def covers(self, quaternions: Tensor, like: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from keygrip.models.geometry_vla.action_spaces import (
     pose_numbers,
 )
 from keygrip.models.nn.precision import without_autocast
+from keygrip.training.host_copy import HostCopy
 from keygrip.training.parts import ReadWhere, model_part
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class PoseActions(nn.Module):
         if self.embodiments and kind == "joint":
             raise ValueError("model.actions.embodiments and kind=joint: joints are of one model of an arm.")
         several = (len(self.embodiments),) if self.embodiments else ()
+        self._known = HostCopy()
         self.register_buffer("known", torch.tensor(False))
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros(*several, self.size))
@@ -182,7 +184,7 @@ class PoseActions(nn.Module):
         return values[self._embodiment(embodiment)] if self.embodiments else values
 
     def _check(self) -> None:
-        if not bool(self.known):
+        if not self._known(self.known):
             raise ValueError(
                 "The policy has no statistics of its training actions: train it, or load a checkpoint written by "
                 "keygrip.train."

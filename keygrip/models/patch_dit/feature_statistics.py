@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from keygrip.artifacts import sha256_of
 from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.patch_dit.context import Conditions
+from keygrip.training.host_copy import HostCopy
 
 STATE = "patch_dit"  # where a checkpoint keeps what is no tensor, among what the module stores beside its weights
 UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
@@ -32,6 +33,7 @@ class FeatureStatistics(nn.Module):
 
     def __init__(self, latent_channels: int, dino_dim: int) -> None:
         super().__init__()
+        self._known = HostCopy()
         self.register_buffer("known", torch.tensor(False))
         for name, size in zip(NORMALISED, (latent_channels, dino_dim, dino_dim), strict=True):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
@@ -150,7 +152,7 @@ class FeatureStatistics(nn.Module):
         )
 
     def _of(self, name: str) -> tuple[Tensor, Tensor]:
-        if not bool(self.known):
+        if not self._known(self.known):
             raise ValueError(
                 "The model has no statistics of its training images (normalisation of latents and features): train it, "
                 "or load a checkpoint written by keygrip.train."

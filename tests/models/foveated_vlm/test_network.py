@@ -185,8 +185,8 @@ def test_the_same_tokens_are_predicted_in_every_mode_and_the_first_one_too(build
     with torch.no_grad():
         for mode in MODES:
             hidden, predicted = network(frames, rows, mode).predicting(mask)
-            assert len(hidden) == predicted.sum()
-            masks.append(predicted)
+            assert len(hidden) == len(predicted[0])
+            masks.append(torch.zeros_like(mask).index_put(predicted, torch.tensor(True)))
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
     # the last visual token predicts the first text token; without frames nothing does
@@ -199,8 +199,9 @@ def test_the_hidden_state_that_predicts_a_token_is_the_one_before_it(build: Buil
     frames, rows = frames_of([2]), rows_of([(0, 5, 2)], [2])
     with torch.no_grad():
         output = network(frames, rows, "coarse_only")
-    hidden, mask = output.predicting(torch.ones(1, 5, dtype=torch.bool))
-    assert mask.tolist() == [[False, True, True, True, True]]
+    hidden, (row, token) = output.predicting(torch.ones(1, 5, dtype=torch.bool))
+    assert row.tolist() == [0, 0, 0, 0]
+    assert token.tolist() == [1, 2, 3, 4]
     # positions: text 0, text 1, frame 0, frame 1, text 2, ...
     torch.testing.assert_close(hidden, output.hidden[0, [0, 3, 4, 5]])
 
