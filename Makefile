@@ -20,7 +20,7 @@ EPISODES ?= 20
 METAWORLD_DATA ?= data/metaworld-mt10-$(DEMOS)
 METAWORLD_RUN ?= runs/metaworld-mt10-$(DEMOS)-$(STEPS)
 
-.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all openpi lmms charuco mapanything lint bench notebooks doctor lerobot clean
+.PHONY: help install gl metaworld metaworld-install metaworld-test demo test test-all oldest openpi lmms charuco mapanything lint bench notebooks doctor lerobot clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -83,6 +83,14 @@ mapanything: install ## our geometry tokens against the real MapAnything, instal
 		'$(MAPANYTHING)' uniception==0.1.7 einops jaxtyping wadler-lindig opencv-python-headless
 	PYTHONPATH=.venv-mapanything/only $(PYTEST) -m mapanything tests/models/geometry_vla/test_real_mapanything.py
 
+# Resolved by uv, since pip has no such choice.
+OLDEST := .venv-oldest
+oldest: gl ## the quick tests with the oldest packages that pyproject.toml allows, in .venv-oldest
+	test -x $(OLDEST)/bin/python || $(PYTHON3) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q uv
+	$(OLDEST)/bin/python -m uv pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev,vlm]'
+	$(subst $(VENV)/,$(OLDEST)/,$(PYTEST)) -n $(WORKERS) --dist worksteal -m "not slow and not gpu and $(HERE)"
+
 lint: install ## style, types and layers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -132,5 +140,5 @@ lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of 
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest -m lerobot tests/lerobot
 
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-openpi .venv-lmms .venv-opencv .venv-mapanything $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) .venv-openpi .venv-lmms .venv-opencv .venv-mapanything $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import io
 import itertools
 import math
@@ -71,7 +72,7 @@ def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
     except (av.FFmpegError, OSError) as error:
         if is_of_the_machine(error):
             raise
-        refused = isinstance(error, av.ArgumentError)  # by the white list, before anything that it names is read
+        refused = error.errno == errno.EINVAL  # by the white list, before anything that it names is read
         why = f"it is none of the kinds of video that are read: {', '.join(CONTAINERS)}" if refused else str(error)
         raise OSError(f"the video cannot be opened ({why}); it is cut off or not a video") from error
     stream: Any = container.streams.best("video")  # which players show: not a cover image or a preview before it

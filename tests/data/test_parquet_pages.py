@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -361,11 +362,16 @@ def test_the_older_lz4_counts_as_the_worst(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", [3, 8, 100])
 def test_a_codec_that_arrow_does_not_know_does_not_end_the_process(tmp_path: Path, codec: int) -> None:
-    """Arrow does, where it is asked for the name of one."""
+    """Arrow does, where it is asked for the name of one. Before 26 it reads such pages as if they were not packed."""
     content = page(20, blocks(20, 128, 4) * 2, DELTA_BYTE_ARRAY)
     path = table(tmp_path / "a.parquet", content, 20, BYTE_ARRAY, codec, encoding=DELTA_BYTE_ARRAY)
-    with pytest.raises(BadSample, match=r"a\.parquet: .*(codec|LZO)"):
-        read_table(path)
+    try:
+        found = read_table(path)
+    except BadSample as error:
+        assert re.search(r"a\.parquet: .*(codec|LZO)", str(error))
+    else:
+        assert len(found) == 20
+        assert int(arrow.__version__.split(".")[0]) < 26
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": {"a": "zstd", "b.list.element": "gzip", "c": "none"}}])

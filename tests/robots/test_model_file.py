@@ -123,7 +123,7 @@ def test_points_lie_on_their_shapes():
             {},
             "mesh 'x' not found",
         ),
-        (MJCF.replace("<worldbody>", '<worldbody><include file="b.xml"/>'), None, {}, "opening file 'b.xml'"),
+        (MJCF.replace("<worldbody>", '<worldbody><include file="b.xml"/>'), None, {}, r"opening file '.*b\.xml'"),
         (MJCF, "hand", {}, "no body, link or site 'hand'; it has fore, jaw, tip, upper"),
         (MJCF, None, {"thumb": [0, 1]}, "no joint 'thumb'; it has pan, tilt, jaw"),
         (MJCF, None, {"jaw": [0.05]}, "needs two numbers"),

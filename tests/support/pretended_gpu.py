@@ -344,7 +344,8 @@ def pretended_gpu(bf16: bool = False) -> Iterator[None]:
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.accelerator, "current_accelerator", lambda **_: CUDA)
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
-        patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # torch 2.10: cuda
+            patch.setattr(torch.optim.Optimizer, name, lambda _: None, raising=False)
         patch.setattr(nn.Module, "_apply", _apply_to({}))
         patch.setattr(torch, "Generator", _AnyGenerator)
         patch.setattr(torch, "autocast", _Autocast)
