@@ -3,9 +3,9 @@ long the texts are that they name."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -365,13 +365,10 @@ def test_a_codec_that_arrow_does_not_know_does_not_end_the_process(tmp_path: Pat
     """Arrow does, where it is asked for the name of one. Before 26 it reads such pages as if they were not packed."""
     content = page(20, blocks(20, 128, 4) * 2, DELTA_BYTE_ARRAY)
     path = table(tmp_path / "a.parquet", content, 20, BYTE_ARRAY, codec, encoding=DELTA_BYTE_ARRAY)
-    try:
-        found = read_table(path)
-    except BadSample as error:
-        assert re.search(r"a\.parquet: .*(codec|LZO)", str(error))
-    else:
-        assert len(found) == 20
-        assert int(arrow.__version__.split(".")[0]) < 26
+    refused = pytest.raises(BadSample, match=r"a\.parquet: .*(codec|LZO)")
+    old = codec != 3 and int(arrow.__version__.split(".")[0]) < 26
+    with contextlib.nullcontext() if old else refused:
+        assert len(read_table(path)) == 20
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": {"a": "zstd", "b.list.element": "gzip", "c": "none"}}])
