@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def test_notebooks_define_nothing(path: Path) -> None:
     for source in cells:
         defined = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
         assert not defined, f"{path.name} defines {[node.name for node in defined]}: that belongs in the package"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_notebooks_import_is_there(path: Path) -> None:
+    """Running them is slow, and what they import moves."""
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    imported = [node for source in cells for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    of_the_package = [node for node in imported if node.module and node.module.split(".")[0] == "keygrip"]
+    assert of_the_package
+    for node in of_the_package:
+        module = importlib.import_module(node.module or "")
+        missing = [each.name for each in node.names if not hasattr(module, each.name)]
+        assert not missing, f"{path.name} imports {missing} from {node.module}, which has no such names"
 
 
 @pytest.mark.parametrize(
