@@ -170,7 +170,7 @@ def test_hidden_states_are_those_of_the_published_passes(
     with torch.no_grad():
         wanted = theirs(frames, ids, mode)
         found = chat.module.network(frames[None], rows, mode).hidden[0]
-    torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)  # 3.4e-5 with torch 2.10
 
 
 def test_the_step_makes_a_model_that_answers_as_the_published_one(
