@@ -1,4 +1,4 @@
-"""Which arm and gripper a recording names: `source.models`, by i2rt's names of YAMs."""
+"""The arm and gripper models that a recording names in `source.models`, with i2rt's names of YAM arms."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from keygrip.robots.kinematics import arm_chain
 
 
 def named_models(demo: Demo, arm: str) -> tuple[str, str] | None:
-    """Arm and gripper of one of a recording's arms by i2rt's names, as `source.models` gives them; None: it names none.
+    """Return i2rt's names of the arm and gripper of one of a recording's arms; None if `source.models` has none.
 
     Raises:
-        DemoError: it names none that there is.
+        DemoError: the names are invalid or unknown.
     """
     models = demo.source.get("models")
     found = models.get(arm) if isinstance(models, dict) else None
     if found is None:
         return None
-    # identifiers: they become names of files
+    # identifiers, because file names contain them
     if not (
         isinstance(found, list)
         and len(found) == 2

@@ -1,9 +1,9 @@
-"""From a camera's image to the network's: crop, resize, normalise, and the intrinsics that follow the pixels.
+"""Crops, resizes and normalises camera images for the network, and adapts the intrinsics to the new pixels.
 
 Every step is an affine map A of pixels (corner convention), so that the new intrinsics are exactly ``A K``: Pillow's
-resize takes a box with fractional edges, and its affine transform samples at pixel centres. `ImageGeometry` is the
-fixed map of validation and inference, kept with a checkpoint; `Augmentation` draws a random one for training, and a
-change of colours.
+resize accepts a box with fractional edges, and its affine transform samples at pixel centres. `ImageGeometry` is the
+fixed map for validation and inference, stored in the checkpoint; `Augmentation` samples a random map and a random
+change of colours for training.
 
 Legend of shapes: H, W the image's height and width, S the network's image size.
 """
@@ -22,12 +22,12 @@ from torch import Tensor
 from keygrip.training.parts import data_part
 
 FITS = ("crop", "stretch")
-GREY = np.array([0.299, 0.587, 0.114])  # luma weights of ITU-R BT.601, what saturation and contrast are relative to
+GREY = np.array([0.299, 0.587, 0.114])  # luma weights of ITU-R BT.601, the grey for saturation and contrast
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of the source image in pixels (corner convention, fractional), turned by `angle` radians about its
+    """A rectangle of the source image in pixels (corner convention, fractional), rotated by `angle` radians about its
     centre."""
 
     left: float
@@ -37,7 +37,7 @@ class Box:
     angle: float = 0.0
 
     def to_image(self, size: int) -> np.ndarray:
-        """The 3x3 map from source pixels to the pixels of the S x S image that is cut from this box."""
+        """Return the 3x3 map from source pixels to the pixels of the S x S image that is cropped from this box."""
         width, height = self.right - self.left, self.bottom - self.top
         centre_x, centre_y = (self.left + self.right) / 2, (self.top + self.bottom) / 2
         cos, sin = math.cos(self.angle), math.sin(self.angle)
@@ -48,15 +48,15 @@ class Box:
 
 
 def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """The box of an H x W x 3 uint8 image, resampled (with anti-aliasing) to S x S x 3 uint8.
+    """Crop the box from an H x W x 3 uint8 image and resample it (with anti-aliasing) to S x S x 3 uint8.
 
-    What a turned box shows beyond the image's edge is black.
+    Parts of a rotated box outside the image are black.
     """
     whole = Image.fromarray(image)
     if box.angle == 0.0:
         corners = (box.left, box.top, box.right, box.bottom)
         return np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=corners))
-    # Pillow's affine transform does not anti-alias, so the image is first brought near its final scale.
+    # Pillow's affine transform does not anti-alias, so the image is first resized to about its final scale.
     ratio_x, ratio_y = size / (box.right - box.left), size / (box.bottom - box.top)
     width = max(1, round(whole.width * ratio_x)) if ratio_x < 1 else whole.width
     height = max(1, round(whole.height * ratio_y)) if ratio_y < 1 else whole.height
@@ -71,13 +71,13 @@ def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
 
 def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """The box of an H x W depth map, S x S of the same type, 0 beyond the edge.
+    """Crop the box from an H x W depth map. Return S x S of the same type, 0 outside the map.
 
-    Each value is that of the nearest pixel: a mean over an edge is a distance at which nothing is.
+    Each value is that of the nearest pixel: a mean over a depth edge is a distance at which there is no surface.
     """
     backward = np.linalg.inv(box.to_image(size))
     centres = np.arange(size) + 0.5
-    # One row of columns and one column of rows, which a turned box makes a whole grid of.
+    # x is one row and y one column; for a rotated box both are full grids.
     turned = box.angle != 0.0
     x = backward[0, 0] * centres[None, :] + backward[0, 1] * (centres[:, None] if turned else 0.0) + backward[0, 2]
     y = backward[1, 0] * (centres[None, :] if turned else 0.0) + backward[1, 1] * centres[:, None] + backward[1, 2]
@@ -91,11 +91,11 @@ def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
 def follow_pixels(
     to_image: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Intrinsics and camera pose of an image whose pixels were mapped by the affine `to_image`.
+    """Return the intrinsics and camera pose of an image whose pixels were mapped by the affine `to_image`.
 
-    ``A K`` alone would carry an in-plane turn inside K; it is split into an upper triangular K' and a roll of the
-    camera about its optical axis, ``A K = K' R``, so that K' stays what every reader of intrinsics expects. Without a
-    turn, R is the identity.
+    ``A K`` alone would put an in-plane rotation into K. It is split into an upper triangular K' and a roll of the
+    camera about its optical axis, ``A K = K' R``, so that K' has the usual form of intrinsics. Without rotation, R is
+    the identity.
 
     Args:
         to_image: 3x3. intrinsics: 3x3. world_to_camera: 4x4.
@@ -116,7 +116,7 @@ def follow_pixels(
 
 @dataclass(frozen=True)
 class Colours:
-    """A linear change of colours: ``matrix @ rgb + offset`` on values 0 to 255, then the clipping that a sensor does.
+    """A linear change of colours: ``matrix @ rgb + offset`` on values 0 to 255, then clipping as in a sensor.
 
     Args:
         matrix: 3x3. offset: [3].
@@ -127,8 +127,8 @@ class Colours:
 
 
 def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float], colours: Colours | None = None) -> Tensor:
-    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` a channel, of the image in other colours
-    if given."""
+    """S x S x 3 uint8 -> float32 [3, S, S], ``(value / 255 - mean) / std`` per channel, after the change of colours
+    if one is given."""
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)[:, None]
     offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None]
     size = image.shape[:2]
@@ -137,7 +137,7 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float], co
         flat *= scale
         flat += offset
     else:
-        # one product for colours and scale; clipping at black and white moves behind it, to where these end up
+        # one product for colours and scale; clipping at black and white comes after it, at their normalised values
         matrix = (scale * colours.matrix).astype(np.float32)
         flat = matrix @ image.reshape(-1, 3).astype(np.float32).T
         flat += scale * colours.offset.astype(np.float32)[:, None] + offset
@@ -146,7 +146,7 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float], co
 
 
 def recolour(image: np.ndarray, colours: Colours) -> np.ndarray:
-    """The image (H x W x 3 uint8) in other colours, uint8."""
+    """Return the image (H x W x 3 uint8) after a change of colours, uint8."""
     changed = image.reshape(-1, 3).astype(np.float32) @ colours.matrix.T.astype(np.float32)
     changed += colours.offset.astype(np.float32)
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8).reshape(image.shape)
@@ -154,12 +154,12 @@ def recolour(image: np.ndarray, colours: Colours) -> np.ndarray:
 
 @dataclass(frozen=True)
 class View:
-    """One camera's image as the network takes it, before it is normalised.
+    """One camera's image as the network reads it, before normalisation.
 
     Args:
         image: S x S x 3 uint8 RGB. intrinsics: 3x3 and world_to_camera: 4x4 of that image.
-        depth: S x S float32 metres along the optical axis, 0 where unknown; None where there was none.
-        detail: Q x Q x 3 uint8 RGB, the same view at a higher resolution; None where none was asked for.
+        depth: S x S float32 metres along the optical axis, 0 where unknown; None if there is no depth.
+        detail: Q x Q x 3 uint8 RGB, the same view at a higher resolution; None if not requested.
     """
 
     image: np.ndarray
@@ -171,15 +171,15 @@ class View:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """What is done to every image at validation and inference. Lives in the checkpoint.
+    """The preprocessing of every image at validation and inference. Stored in the checkpoint.
 
     Args:
         image_size: S, side of the network's image.
-        mean, std: the backbone's, a channel.
-        field: share of the image's shorter side that the network sees; what is left is the room for training crops to
-            shift in.
-        fit: "crop" takes the central square (pixels stay square); "stretch" takes the whole aspect ratio and squeezes
-            it into a square, for wide cameras whose edges matter. The intrinsics follow exactly either way.
+        mean, std: those of the backbone, per channel.
+        field: share of the image's shorter side that the network sees; training crops can shift into the remaining
+            part.
+        fit: "crop" uses the central square (pixels stay square); "stretch" uses the whole aspect ratio and squeezes it
+            into a square, for wide cameras whose edges matter. The intrinsics are adapted exactly in both cases.
     """
 
     image_size: int
@@ -201,14 +201,14 @@ class ImageGeometry:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
 
     def box(self, width: int, height: int) -> Box:
-        """The part of a `width` x `height` image that the network sees."""
+        """Return the part of a `width` x `height` image that the network sees."""
         shorter = min(width, height)
         box_width, box_height = (shorter, shorter) if self.fit == "crop" else (width, height)
         half_width, half_height = self.field * box_width / 2, self.field * box_height / 2
         return Box(width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height)
 
     def apply(self, image: np.ndarray, intrinsics: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """One camera image as the network takes it.
+        """Return one camera image as the network reads it.
 
         Args:
             image: H x W x 3 uint8 RGB. intrinsics: 3x3 of that image.
@@ -223,12 +223,12 @@ class ImageGeometry:
         return seen, torch.from_numpy(moved.astype(np.float32))
 
     def detail(self, image: np.ndarray, size: int) -> Tensor:
-        """The same cut of a camera image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
+        """Return the same crop of an image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
         _check_image(image)
         return channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
 
     def absent_view(self, depth: bool = False) -> View:
-        """What stands for a camera that is not there, to be masked: black, at the origin; `depth`: unknown."""
+        """Return a placeholder for a missing camera, which is masked: black, at the origin; with `depth`, unknown."""
         size = self.image_size
         metres = np.zeros((size, size), dtype=np.float32) if depth else None
         return View(np.zeros((size, size, 3), dtype=np.uint8), np.eye(3), np.eye(4), metres)
@@ -241,8 +241,8 @@ class ImageGeometry:
         depth: np.ndarray | None = None,
         detail_size: int | None = None,
     ) -> View:
-        """One of several cameras' images, still in bytes; `depth` H x W uint16 millimetres; `detail_size`: side of a
-        sharper cut that the view holds too. As `apply` otherwise."""
+        """Return the view of one of several cameras, with uint8 pixels; `depth` H x W uint16 millimetres;
+        `detail_size`: side of an additional crop at a higher resolution. Otherwise as `apply`."""
         _check_image(image)
         box = self.box(image.shape[1], image.shape[0])
         return _cut_view(box, self.image_size, image, intrinsics, world_to_camera, depth, detail_size)
@@ -251,12 +251,12 @@ class ImageGeometry:
 @data_part
 @dataclass(frozen=True)
 class Augmentation:
-    """Random views and colours for training, each a function of the generator alone.
+    """Random crops and colours for training, which depend on the generator only.
 
     Args:
-        scale: the crop's side relative to the nominal one, uniform between these.
-        shift: the crop's centre moves by up to this share of the nominal side, each way, as far as the image reaches.
-        rotate_degrees: the crop turns by up to this much, each way (costs a second resampling; 0 leaves it out).
+        scale: the crop's side relative to the nominal one, uniform between these two values.
+        shift: the crop's centre moves by up to this share of the nominal side in each direction, within the image.
+        rotate_degrees: largest rotation of the crop in each direction (costs a second resampling; 0 leaves it out).
         brightness, contrast, saturation: factors 1 +- this.
         channel_gain: a factor 1 +- this for each of red, green and blue (white balance).
     """
@@ -280,13 +280,13 @@ class Augmentation:
                 raise ValueError(f"augmentation {name} must be at least 0 and below {limit}, not {value}")
 
     def box(self, generator: np.random.Generator, geometry: ImageGeometry, width: int, height: int) -> Box:
-        """A random box near the nominal one, inside the image wherever it fits."""
+        """Return a random box near the nominal one, inside the image if it fits."""
         nominal = geometry.box(width, height)
         side_x, side_y = nominal.right - nominal.left, nominal.bottom - nominal.top
         factor = generator.uniform(*self.scale)
         shift_x, shift_y = generator.uniform(-self.shift, self.shift, size=2)
         angle = math.radians(generator.uniform(-self.rotate_degrees, self.rotate_degrees))
-        # a crop larger than the image would show what no camera saw
+        # a crop larger than the image would contain areas that the camera did not record
         factor = min(factor, width / side_x, height / side_y)
         crop_x, crop_y = factor * side_x, factor * side_y
         cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
@@ -294,14 +294,14 @@ class Augmentation:
         centre_y = _inside(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
         left, right = centre_x - crop_x / 2, centre_x + crop_x / 2
         top, bottom = centre_y - crop_y / 2, centre_y + crop_y / 2
-        if angle == 0.0:  # to the last bit: Pillow refuses an edge that rounding puts 1e-14 outside
+        if angle == 0.0:  # exactly: Pillow refuses an edge that rounding puts 1e-14 outside
             left, right = max(left, 0.0), min(right, float(width))
             top, bottom = max(top, 0.0), min(bottom, float(height))
         return Box(left, top, right, bottom, angle)
 
     def colours(self, generator: np.random.Generator, image: np.ndarray) -> Colours:
-        """A random change of the colours of an image (S x S x 3 uint8): its mean grey is what contrast is relative
-        to."""
+        """Return a random change of the colours of an image (S x S x 3 uint8); contrast is relative to its mean
+        grey."""
         brightness = 1 + generator.uniform(-self.brightness, self.brightness)
         contrast = 1 + generator.uniform(-self.contrast, self.contrast)
         saturation = 1 + generator.uniform(-self.saturation, self.saturation)
@@ -321,17 +321,18 @@ class Augmentation:
         world_to_camera: np.ndarray,
         detail_size: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """A random view of one camera image.
+        """Return a random view of one camera image.
 
         Args:
-            generator: the only source of chance.
+            generator: the only source of randomness.
             geometry: the nominal map that the random one varies.
             image: H x W x 3 uint8 RGB. intrinsics: 3x3. world_to_camera: 4x4.
             detail_size: Q, side of the same view at a higher resolution, pixels; None: none is made.
 
         Returns:
-            float32 [3, S, S] normalised, intrinsics [3, 3] and world_to_camera [4, 4] of the result (the camera rolls
-            with a turn), and the sharper view uint8 [3, Q, Q], not normalised, or None.
+            float32 [3, S, S] normalised, intrinsics [3, 3] and world_to_camera [4, 4] of the result (a rotated
+            crop is a roll of the camera), and the view at the higher resolution uint8 [3, Q, Q], not normalised, or
+            None.
         """
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         size = geometry.image_size
@@ -356,8 +357,8 @@ class Augmentation:
         depth: np.ndarray | None = None,
         detail_size: int | None = None,
     ) -> View:
-        """A random view of one of several cameras' images, still in bytes: the other arguments are those of
-        `ImageGeometry.view`. As `apply` otherwise."""
+        """Return a random view of one of several cameras, with uint8 pixels. The other arguments are those of
+        `ImageGeometry.view`. Otherwise as `apply`."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         seen = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth, detail_size)
         colours = self.colours(generator, seen.image)
@@ -366,7 +367,7 @@ class Augmentation:
 
 
 def channels_first(image: np.ndarray) -> Tensor:
-    """[C, H, W] of an image [H, W, C], contiguous."""
+    """Return an image [H, W, C] as [C, H, W], contiguous."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
@@ -395,5 +396,5 @@ def _cut_view(
 
 
 def _inside(centre: float, half: float, length: float) -> float:
-    """`centre` moved so that [centre - half, centre + half] lies in [0, length]; the middle where it cannot."""
+    """`centre` moved so that [centre - half, centre + half] lies in [0, length]; length / 2 if it does not fit."""
     return length / 2 if 2 * half > length else min(max(centre, half), length - half)

@@ -1,4 +1,4 @@
-"""The calibration file: what a recording without cameras or poses needs from the user. YAML or JSON.
+"""The calibration file (YAML or JSON), which a user writes for recordings without camera poses or arm poses.
 
 ```yaml
 schema: keygrip.calibration/1
@@ -58,7 +58,7 @@ _ARM_KEYS = {"world_from_base", "arm", "gripper", "model", "tool", "joints"}
 
 @dataclass(frozen=True)
 class CameraCalibration:
-    """One camera: K [3, 3] in the corner convention for `width` x `height`, and where it is.
+    """One camera: K [3, 3] in the corner convention for `width` x `height`, and its pose.
 
     Either `world_to_camera` [4, 4] is set (fixed in the world), or `mounted_on` and `camera_to_gripper` [4, 4].
     """
@@ -73,7 +73,7 @@ class CameraCalibration:
     rotate: int
 
     def intrinsics_for(self, width: int, height: int) -> np.ndarray:
-        """K for frames of another resolution. Raises ValueError where the shape of the image differs (a crop)."""
+        """Return K for frames of another resolution. Raise ValueError if the aspect ratio differs (a crop)."""
         across, down = width / self.width, height / self.height
         if abs(across / down - 1) > 0.01:
             raise ValueError(
@@ -83,9 +83,9 @@ class CameraCalibration:
         return np.diag([across, down, 1.0]) @ self.intrinsics
 
     def poses(self, gripper_poses: dict[str, np.ndarray], frames: int) -> np.ndarray:
-        """`world_to_camera` of every frame, [N, 4, 4]; `gripper_poses` are world_from_gripper [N, 4, 4] by arm.
+        """Return `world_to_camera` of every frame, [N, 4, 4]; `gripper_poses` are world_from_gripper [N, 4, 4] by arm.
 
-        Raises ValueError where the camera is mounted on an arm that was not recorded.
+        Raise ValueError if the camera is mounted on an arm that was not recorded.
         """
         if self.world_to_camera is not None:
             return np.broadcast_to(self.world_to_camera, (frames, 4, 4))
@@ -100,9 +100,9 @@ class CameraCalibration:
 
 @dataclass(frozen=True)
 class ArmCalibration:
-    """Where an arm stands, world_from_base [4, 4], and which models its forward kinematics uses: those of a YAM, or the
-    `tool` and `joints` of a `model` file (not read yet); `named`: the file names a YAM's, else they are the usual
-    ones."""
+    """Pose of an arm's base, world_from_base [4, 4], and the models for its forward kinematics: `arm` and `gripper` of
+    a YAM, or the `tool` and `joints` of a `model` file (not loaded yet). `named`: the calibration file names the YAM's
+    models; otherwise they are the defaults."""
 
     world_from_base: np.ndarray = field(default_factory=lambda: np.eye(4))
     arm: str = "yam"
@@ -115,7 +115,7 @@ class ArmCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A read calibration file. `pixel_shift` turns its pixels into the corner convention (0.5 or 0)."""
+    """The content of a calibration file. `pixel_shift` (0.5 or 0) converts its pixels to the corner convention."""
 
     path: Path
     cameras: dict[str, CameraCalibration]
@@ -125,10 +125,10 @@ class Calibration:
     left_out: tuple[str, ...] = ()  # cameras given as null
 
     def arm(self, name: str, only: bool, yam: bool = True) -> ArmCalibration:
-        """The entry of an arm; where it is missing and this is the only arm, its base is the world.
+        """Return the entry of an arm. If the file has none and this is the only arm (`only`), its base is the world.
 
         Args:
-            yam: it must be a YAM. Raises ValueError: it is not; there is no entry.
+            yam: the arm must be a YAM. Raises ValueError: it is not a YAM, or there is no entry.
         """
         if name in self.arms:
             if yam and self.arms[name].model is not None:
@@ -141,7 +141,7 @@ class Calibration:
         raise ValueError(f"{self.path} has no arms.{name}.world_from_base: where that arm's base stands in the world")
 
     def camera(self, name: str) -> CameraCalibration:
-        """The entry of a camera. Raises ValueError: there is none."""
+        """Return the entry of a camera. Raise ValueError if there is none."""
         if name not in self.cameras:
             raise ValueError(
                 f"{self.path} has no camera {name!r}; it has {', '.join(self.cameras) or 'none'}. Add it, or leave it "
@@ -151,13 +151,13 @@ class Calibration:
 
 
 def find_calibration(root: Path, given: Path | None, format_name: str, needs: str = "") -> Path:
-    """The file that the user named, else `calibration.yaml` (or .json) in the data folder.
+    """Return the file that the user named, otherwise `calibration.yaml` (or .yml, .json) in the data folder.
 
     Args:
-        needs: what recordings of the format lack, where it is more than cameras.
+        needs: what recordings of the format lack, if they lack more than cameras.
 
     Raises:
-        FileNotFoundError: neither is there; the message shows what the file must hold.
+        FileNotFoundError: neither exists; the message describes what the file must hold.
     """
     if given is not None:
         if not given.is_file():
@@ -178,15 +178,15 @@ def find_calibration(root: Path, given: Path | None, format_name: str, needs: st
 
 
 def setting(name: str, value: str = "PATH") -> str:
-    """How a setting of the data is given, for messages that training and `keygrip prepare` share."""
+    """Return how a data setting is written on the command line, for messages of both training and `keygrip prepare`."""
     return f"data.{name}={value} (of keygrip prepare: {name}={value})"
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Reads and checks a calibration file.
+    """Read and check a calibration file.
 
     Raises:
-        ValueError: another schema, a convention or an entry missing, misspelt or impossible.
+        ValueError: the schema is another one, or a convention or an entry is missing, misspelt or impossible.
     """
     content = read_mapping(path)
     with guard(path):
@@ -221,7 +221,7 @@ def _checked(path: Path, content: dict[str, Any]) -> Calibration:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file with a mapping at its top. Raises ValueError where it is not one."""
+    """Return the content of a YAML or JSON file. Raise ValueError if it is not a mapping."""
     if path.suffix == ".json":
         content = read_json(path, MAX_CALIBRATION_BYTES)
     else:
@@ -235,8 +235,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _of_yaml(text: str) -> Any:
-    """Plain values without merge keys, which copy what they name: some lines of them fill any memory."""
-    import yaml  # which the environment of Meta-World's workers does not have
+    """Parse YAML into plain values. Merge keys are refused: they copy values, so a few lines can fill the memory."""
+    import yaml  # not installed in the environment of the Meta-World workers
 
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -253,7 +253,7 @@ def _of_yaml(text: str) -> Any:
 
 
 def _refuse_too_many(content: Any) -> None:
-    """Raises ValueError: aliases of YAML, which cost nothing to write, stand for more values than a file could hold."""
+    """Raise ValueError if YAML aliases, which are short, expand to more values than a file may hold."""
     left, open_values = MAX_CALIBRATION_BYTES, [content]
     while open_values:
         value = open_values.pop()
@@ -265,7 +265,7 @@ def _refuse_too_many(content: Any) -> None:
 
 
 def refuse_unknown_keys(path: Path, where: str, entry: dict[str, Any], known: Collection[str]) -> None:
-    """Raises ValueError: an entry of a calibration file is no mapping, or has a key that is not known."""
+    """Raise ValueError if an entry of a calibration file is not a mapping or has an unknown key."""
     import difflib
 
     if not isinstance(entry, dict):
@@ -347,7 +347,7 @@ def _arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
 
 
 def _of_model(base: np.ndarray, path: Path, where: str, entry: dict[str, Any]) -> ArmCalibration:
-    """An arm with a model file."""
+    """Return the calibration of an arm with a model file."""
     absent = [key for key in ("model", "tool", "joints") if key not in entry]
     if absent or entry.keys() & {"arm", "gripper"}:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Calibrates cameras with a ChArUco board, by OpenCV: intrinsics, and the camera's place by hand-eye calibration.
+"""Calibrates cameras with a ChArUco board and OpenCV: the intrinsics, and the camera's pose by hand-eye calibration.
 
-The board lies still and the camera moves with the gripper (`mounted`), or the camera stands and the gripper holds the
-board. The recording's poses are those of the gripper in the world. Needs `pip install opencv-python-headless`.
+Either the board is fixed and the camera moves with the gripper (`mounted`), or the camera is fixed and the gripper
+holds the board. The recording's poses are gripper poses in the world. Needs `pip install opencv-python-headless`.
 Legend: N frames in which the board was found, M corners.
 """
 
@@ -30,16 +30,17 @@ log = logging.getLogger(__name__)
 
 LEAST_FRAMES, LEAST_CORNERS = 8, 6
 LARGEST_ERROR_PX = 2.0
-NOTICED_PX = 0.5  # a lens that displaces no pixel by more is as good as one without distortion
-SMALLEST_TURN_DEG = 15.0  # of the gripper about each of two axes: one leaves a shift along it and a turn about it open
-LARGEST_SPREAD_M, LARGEST_SPREAD_DEG = 0.02, 5.0  # of a board that lies still; more is no noise of an arm
-# An image is left out whose board is so many times the median, and so far, away, or turned.
+NOTICED_PX = 0.5  # smaller displacements by the lens count as no distortion
+SMALLEST_TURN_DEG = 15.0  # gripper rotation about each of two axes; one axis leaves the pose along and about it open
+LARGEST_SPREAD_M, LARGEST_SPREAD_DEG = 0.02, 5.0  # of a fixed board's pose; larger values are not arm noise
+# An image is left out if its board pose deviates by more than this multiple of the median and by more than this shift,
+# or by the same multiple and more than this rotation.
 OUTLYING, OUTLYING_M, OUTLYING_DEG = 5.0, 0.002, 1.0
 
 
 @dataclass(frozen=True)
 class Board:
-    """A ChArUco board: squares across and down, edges of a square and of a marker (m), OpenCV's dictionary."""
+    """A ChArUco board: numbers of squares, edge lengths of a square and of a marker (m), OpenCV's dictionary."""
 
     across: int = 7
     down: int = 5
@@ -55,8 +56,8 @@ class CameraResult:
     Args:
         intrinsics: [3, 3], pixels, corner convention (0, 0 is the first pixel's corner). distortion: [5] of OpenCV.
         pose: [4, 4], gripper_from_camera of a mounted camera, else world_from_camera.
-        error_px: root mean square of the reprojection. spread_m, spread_deg: of the board's place over the frames.
-        frames: from which the place was found; left_out: further ones, whose poses do not fit the others'.
+        error_px: root mean square reprojection error. spread_m, spread_deg: of the board's pose over the frames.
+        frames: number of frames used for the pose; left_out: number of frames whose poses do not fit the others.
     """
 
     intrinsics: np.ndarray
@@ -70,7 +71,7 @@ class CameraResult:
 
 
 def opencv() -> ModuleType:
-    """OpenCV; ModuleNotFoundError says how to install it."""
+    """Return OpenCV. If it is missing, raise ModuleNotFoundError with the command that installs it."""
     try:
         import cv2
     except ModuleNotFoundError as error:
@@ -81,7 +82,7 @@ def opencv() -> ModuleType:
 
 
 def charuco_board(board: Board) -> Any:
-    """OpenCV's board. Raises ValueError for an unknown dictionary."""
+    """Return OpenCV's board. Raise ValueError for an unknown dictionary or impossible sizes."""
     cv2 = opencv()
     number = getattr(cv2.aruco, board.dictionary, None)
     if not board.dictionary.startswith("DICT_") or number is None:
@@ -99,11 +100,11 @@ def calibrate_camera(
     mounted: bool,
     intrinsics: np.ndarray | None = None,
 ) -> CameraResult:
-    """Intrinsics (unless given) and the camera's place, from images [H, W, 3] and world_from_gripper [N, 4, 4].
+    """Return intrinsics (unless given) and the camera's pose from images [H, W, 3] and world_from_gripper [N, 4, 4].
 
     Raises:
-        ValueError: the board is seen too seldom, the gripper turns too little or about one axis alone, or the poses do
-            not fit the images.
+        ValueError: the board is found in too few images, the gripper rotates too little or about one axis only, or the
+            poses do not fit the images.
     """
     cv2 = opencv()
     model = charuco_board(board)
@@ -154,7 +155,7 @@ def calibrate_camera(
 
 
 def largest_displacement(found: CameraResult, width: int, height: int) -> float:
-    """Pixels by which the lens displaces a point of the image from where a camera without distortion shows it, at most.
+    """Return the largest displacement of an image point by the lens, in pixels, compared with no distortion.
 
     Args:
         found: with OpenCV's distortion k1, k2, p1, p2, k3. width, height: of the image, pixels.
@@ -174,19 +175,19 @@ def largest_displacement(found: CameraResult, width: int, height: int) -> float:
 
 
 def camera_place(poses: np.ndarray, board: np.ndarray, mounted: bool) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Where a camera is: as `hand_eye`, without the frames that do not fit, since least squares follow each wrong pose.
+    """Return a camera's pose by `hand_eye` without frames that do not fit: each wrong pose shifts a least-squares fit.
 
     Args:
         poses: world_from_gripper [N, 4, 4]. board: camera_from_board [N, 4, 4]. mounted: the camera is on the gripper.
 
     Returns:
-        The place [4, 4] (see `CameraResult.pose`), the indices of the frames that it is from, and the spread of the
-        board's place over them (m, the median; degrees).
+        The pose [4, 4] (see `CameraResult.pose`), the indices of the frames used for it, and the spread of the board's
+        pose over them (m, the median; degrees).
 
     Raises:
         ValueError: poses and images do not belong together.
     """
-    # a camera that stands is, seen from the gripper with the board, the one that moves
+    # in the frame of the gripper that holds the board, a fixed camera is the moving one
     arm = poses if mounted else invert(poses)
     pose, used, spread_m, spread_deg = _consistent_place(arm, board)
     if spread_m > LARGEST_SPREAD_M or spread_deg > LARGEST_SPREAD_DEG:
@@ -212,7 +213,7 @@ def camera_place(poses: np.ndarray, board: np.ndarray, mounted: bool) -> tuple[n
 
 
 def refuse_turns_about_one_axis(poses: np.ndarray) -> None:
-    """Raises ValueError: poses [N, 4, 4] turn too little, or about one axis, and leave the camera's place open."""
+    """Raise ValueError if poses [N, 4, 4] rotate too little or about one axis only to determine the camera's pose."""
     first, second = np.triu_indices(len(poses), 1)
     between = poses[second, :3, :3].transpose(0, 2, 1) @ poses[first, :3, :3]
     turns = Rotation.from_matrix(between).as_rotvec()
@@ -226,9 +227,9 @@ def refuse_turns_about_one_axis(poses: np.ndarray) -> None:
 
 
 def hand_eye(arm: np.ndarray, board: np.ndarray) -> np.ndarray:
-    """X [4, 4] for which arm[i] @ X @ board[i] is the same for all i; [N, 4, 4] each (Park and Martin, 1994).
+    """Return X [4, 4] such that arm[i] @ X @ board[i] is equal for all i; inputs [N, 4, 4] (Park and Martin, 1994).
 
-    The rotation aligns the axes of the motions between frames, the shift follows by least squares.
+    The rotation aligns the axes of the motions between frames; the translation follows by least squares.
     """
     first, second = np.triu_indices(len(arm), 1)
     of_arm, of_board = invert(arm[second]) @ arm[first], board[second] @ invert(board[first])
@@ -256,7 +257,7 @@ def _consistent_place(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, n
         worst = int(beyond.argmax())
         if beyond[worst] <= 1 or len(used) <= LEAST_FRAMES:
             return pose, used, middle, _widest_turn(boards) / 2
-        used = np.delete(used, worst)  # one at a time: each moves the place that the others are measured from
+        used = np.delete(used, worst)  # one at a time: each removal changes the pose that the others are compared with
 
 
 def _widest_turn(poses: np.ndarray) -> float:
@@ -292,22 +293,22 @@ def charuco(
     board: Board,
     max_images: int,
 ) -> dict[str, Any]:
-    """The step `charuco`: calibrates one camera of a recording of a board and writes a calibration file.
+    """Run the step `charuco`: calibrate one camera from a recording of a board and write a calibration file.
 
     Args:
         root, format, calibration: as for `find_demos`. output: the file to write.
-        camera, arm: names in the recording. mounted: the camera moves with this arm and the board lies still.
-        keep_intrinsics: take the recording's K, where it has one; false: fit it too.
-        max_images: evenly spread over all demos.
+        camera, arm: names in the recording. mounted: the camera moves with this arm and the board is fixed.
+        keep_intrinsics: use the recording's K; false: fit K too.
+        max_images: number of images to use, evenly spread over all demos.
 
     Raises:
-        ValueError: no such camera or arm, no K to keep, or see `calibrate_camera`. FileExistsError: `output` is there.
+        ValueError: no such camera or arm, no K to keep, or see `calibrate_camera`. FileExistsError: `output` exists.
     """
     target = Path(output)
     if target.exists():
         raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
     references = find_demos(root, format, calibration)
-    # a camera that is to be calibrated need not have been so far
+    # the camera to calibrate may be uncalibrated in the recording
     demos = [reference.read(cameras=(camera,), uncalibrated=True) for reference in references]
     demos = [demo for demo in demos if camera in demo.cameras and arm in demo.arms]
     if not demos:
@@ -356,7 +357,7 @@ def charuco(
 
 
 def _stands_in(track: CameraTrack) -> bool:
-    """Whether the intrinsics are made up: those of a camera of which nothing is known."""
+    """Return whether the intrinsics are placeholders, those of a camera without calibration."""
     unknown = CameraTrack.without_calibration(track.width, track.height, track.frames, 1, "")
     return bool(track.uncalibrated) and np.array_equal(track.intrinsics[0], unknown.intrinsics[0])
 

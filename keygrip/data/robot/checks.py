@@ -16,22 +16,22 @@ from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoErro
 
 # |norm - 1| above this is a wrong order, a wrong unit or a broken sensor, not float32 rounding
 QUATERNION_TOLERANCE = 1e-2
-LARGEST_POSITION_M = 10.0  # farther is another unit or a broken reading: it would stretch the height bins over all
-FARTHEST_M = (0.07, 2.0)  # of an arm's positions on a table, in whatever unit these are likely to be
-FEW_READINGS = 0.3  # a smaller share of positions that are too far off is of single readings, not of a unit
+LARGEST_POSITION_M = 10.0  # more means another unit or a broken reading, and would stretch the height bins
+FARTHEST_M = (0.07, 2.0)  # plausible range of an arm's largest coordinate on a table; used to guess the unit
+FEW_READINGS = 0.3  # if the share of positions that are too far off is smaller, single readings are wrong, not the unit
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
-RATES_HZ = (0.01, 10_000.0)  # frame rates of recordings; others are another unit
-NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; they become names of files
+RATES_HZ = (0.01, 10_000.0)  # accepted frame rates of recordings; other values mean another unit
+NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; file names contain them
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
 # The opening may overshoot [0, 1] by this much (encoder noise); more means a wrong calibration, unit or polarity.
 GRIPPER_TOLERANCE = 1e-3
 BY_ITS_RANGE = "subtract what it reads when closed, and divide by its range"
-FULL_SHARE = 0.85  # of its range that an opening in percent or bytes is likely to reach
-OVERSHOOT = 0.2  # an opening whose ends are no farther from 0 and 1 is likely to be in its unit
+FULL_SHARE = 0.85  # share of the range of percent or bytes that openings in this unit probably reach
+OVERSHOOT = 0.2  # openings whose ends differ from 0 and 1 by at most this are probably in the right unit
 
 
 def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
-    """What is likely of a track some of whose positions are too far off, and what to do. far: [N] m, by frame."""
+    """Return the likely cause of positions that are too far off, and the remedy. far: [N] m, by frame."""
     if np.median(far) <= FARTHEST_M[1]:
         return "positions with wrong readings", "Cut the demo there or record it again"
     if (far > LARGEST_POSITION_M).mean() < FEW_READINGS:
@@ -53,7 +53,7 @@ def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
 
 
 def _cause_of_openings(low: float, high: float) -> tuple[str, str]:
-    """Why openings are likely to run from `low` to `high`, and what to do."""
+    """Return the likely cause of openings that run from `low` to `high`, and the remedy."""
     if low >= -OVERSHOOT and abs(high - 1) <= OVERSHOOT:
         return "gripper opening beyond its ends", "It overshoots: clip it, or calibrate what it reads closed and open"
     for unit, size in (("percent", 100), ("bytes", 255)):
@@ -192,11 +192,11 @@ def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> No
 
 
 def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
-    """Frames whose position leaves the path of their neighbours by far: single readings that are wrong.
+    """Return frames whose position is far from the path of their neighbours: single wrong readings.
 
     Returns:
-        int [M], rising: those farther from the middle of the frames around them than 10 cm and than 10 times the lower
-        quartile of that distance.
+        int [M], ascending: frames whose distance from the midpoint of the frames before and after them exceeds both
+        10 cm and 10 times the lower quartile of that distance.
     """
     if len(poses) < 5:
         return np.zeros(0, dtype=np.int64)
@@ -208,10 +208,10 @@ def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
 
 
 def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = None) -> None:
-    """Raises DemoError where the demo breaks a convention; every format's reader passes through here.
+    """Raise DemoError if the demo violates a convention; demos of all formats are checked here.
 
     Args:
-        demo: what was read.
+        demo: the demo that was read.
         images: also decode the first and last frame of each camera and count the frames of a video.
         cameras: cameras whose images are decoded; None: all.
     """
@@ -246,8 +246,8 @@ def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = 
 
 
 def tidied(poses: ArmTrajectory) -> ArmTrajectory:
-    """Poses that passed the checks, with what the tolerances let through put right: unit quaternions, openings in [0,
-    1]."""
+    """Return poses that passed the checks, with deviations within the tolerances corrected: unit quaternions, openings
+    in [0, 1]."""
     norm = np.linalg.norm(poses.quaternion, axis=-1, keepdims=True)
     quaternion = poses.quaternion if np.abs(norm - 1).max() < 1e-6 else poses.quaternion / norm
     commanded = None if poses.commanded is None else tidied(poses.commanded)

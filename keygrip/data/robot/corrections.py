@@ -1,7 +1,7 @@
-"""Corrections that `prepare step=calibrate` found: applied to recorded demos when they are read, files untouched, and
-to the cameras of a robot that is driven.
+"""Corrections that `prepare step=calibrate` found. They are applied to recorded demos on reading (files stay unchanged)
+and to the cameras of a robot on which a policy runs.
 
-They stand in a calibration file (`calibration.py`) under `corrections`, by camera:
+A calibration file (`calibration.py`) holds them under `corrections`, by camera:
 
 ```yaml
 corrections:
@@ -38,8 +38,8 @@ LARGEST_LAG = 1000
 
 @dataclass(frozen=True)
 class Correction:
-    """Of one camera: change [4, 4] left of world_to_camera, factor of the focal lengths, frames by which images are
-    late."""
+    """Correction of one camera: change [4, 4], multiplied with world_to_camera from the left; factor of the focal
+    lengths; number of frames by which images are late."""
 
     change: np.ndarray
     focal: float
@@ -48,7 +48,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class OffsetFrames:
-    """`count` images of a source from number `start` on."""
+    """`count` images of a source, beginning with index `start`."""
 
     source: FrameSource
     start: int
@@ -61,7 +61,7 @@ class OffsetFrames:
         return self.source.read(self.start + checked_index(index, self.count, "an offset camera"))
 
     def verify(self) -> None:
-        """Checks all of the source, see `verify_source`."""
+        """Check the whole source, see `verify_source`."""
         verify_source(self.source)
 
     def identity(self) -> str:
@@ -69,7 +69,7 @@ class OffsetFrames:
 
 
 def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
-    """The section `corrections` of a calibration file.
+    """Read the section `corrections` of a calibration file.
 
     Raises:
         ValueError: an entry is misspelt or impossible.
@@ -97,10 +97,10 @@ def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
 
 
 def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> Demo:
-    """A demo with corrected cameras; frames for which a late or early camera has no image are left out.
+    """Return a demo with corrected cameras. Frames for which a late or early camera has no image are left out.
 
     Raises:
-        DemoError: a camera is not in the demo, or lags leave fewer than two frames.
+        DemoError: a camera is not in the demo, or fewer than two frames remain after shifting by the lags.
     """
     unknown = [camera for camera in corrections if camera not in demo.cameras]
     if unknown:
@@ -137,14 +137,14 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
 
 
 def corrected_calibration(calibration: Calibration, read: Collection[str]) -> Calibration:
-    """A calibration whose cameras are as its own file corrects them, for the images of a robot; a lag cannot be taken
-    from those.
+    """Apply the corrections of a calibration file to its own cameras, for the images of a robot. A lag cannot be
+    corrected in live images.
 
     Args:
-        read: names of the robot's cameras; corrections of others are left.
+        read: names of the robot's cameras; corrections of other cameras are not applied.
 
     Raises:
-        ValueError: a correction is impossible, or of a camera that is not among the file's, not even as null.
+        ValueError: a correction is impossible, or the file does not list its camera, not even as null.
     """
     path = calibration.path
     corrections = read_corrections(path, read_mapping(path).get("corrections") or {})
@@ -195,14 +195,14 @@ def _read(reader: Callable[[], Demo], corrections: dict[str, Correction], path: 
 
 
 def with_corrections(reader: Callable[[], Demo], corrections: dict[str, Correction], path: Path) -> Callable[[], Demo]:
-    """A reader that corrects what another one reads; can be pickled if that one can."""
+    """Return a reader that corrects the demos of `reader`; picklable if `reader` is."""
     return partial(_read, reader, corrections, path)
 
 
 def entry(
     change: np.ndarray, focal: float, lag: int, uncertainty: Mapping[str, float], track: CameraTrack
 ) -> dict[str, Any]:
-    """A camera's entry as plain values."""
+    """Return the entry of a camera under `corrections` as plain values."""
     intrinsics = np.array(track.intrinsics[0])
     intrinsics[0, 0] *= focal
     intrinsics[1, 1] *= focal

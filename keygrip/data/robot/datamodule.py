@@ -1,4 +1,4 @@
-"""Robot demonstrations as a data module: found, checked, divided, augmented, batched."""
+"""Data module of robot demonstrations: finds, checks, splits, augments and batches them."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ from keygrip.training.parts import ReadWhere, data_part
 log = logging.getLogger(__name__)
 
 BALANCES = ("instruction", "task")
-CACHE_FOLDER = ".keygrip"  # hidden: what is derived from a data folder and may be removed at any time
+CACHE_FOLDER = ".keygrip"  # hidden folder for files derived from a data folder; may be removed at any time
 
 
 def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Divides demos into training and validation.
+    """Split demos into training and validation.
 
-    A demo's side depends on its name and the seed alone, so that demos added later do not move the others. With two
-    demos or more and a fraction above 0 each side gets at least one.
+    The split of a demo depends only on its name and the seed, so that demos added later do not move the others. With
+    at least two demos and a fraction above 0, each split gets at least one.
 
     Returns:
-        Indices of training and of validation demos, both rising.
+        Indices of training and of validation demos, both ascending.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
@@ -81,46 +81,46 @@ class RobotDemos(ResumableData):
     """Demonstrations of one robot and task, from folders of any known format.
 
     Args:
-        root: the data folder, `hub:OWNER/NAME` for a data set of the Hugging Face hub, or None: the folder of
-            `record`, which is recorded first where demos are missing. Several: demos of all of them, named after their
-            folder too.
-        weights: with several roots, the share of each in every training epoch; None: each frame counts alike.
-        record: how the embedded demonstrations are made; unused where `root` is given.
+        root: the data folder; `hub:OWNER/NAME` for a data set of the Hugging Face hub; or None: the folder of `record`,
+            where missing demos are recorded first. A list: demos of all, their names prefixed with their folder's.
+        weights: with several roots, the share of each in every training epoch; None: each frame counts the same.
+        record: how the embedded demonstrations are recorded; unused if `root` is given.
         format: "auto", "native", or a foreign format's name.
-        calibration: calibration file for foreign formats that need one; with several roots one of each, or one of all.
-        camera_names: by the name of a root's folder, what its cameras are called here by their own names.
-        camera: which camera the policy sees. arms: which arms it moves, in the order of the batch's arm dimension.
+        calibration: calibration file for foreign formats that need one; with several roots, one each or one for all.
+        camera_names: new camera names, as {name of a root's folder: {name in its recordings: new name}}.
+        camera: the camera that the policy receives. arms: the arms that it moves, in the order of the batch's arm
+            dimension.
         cameras: several cameras, `camera` first: batches are then `MultiViewPolicyBatch`es with these views. None: one
-            camera, `PolicyBatch`es. Of a model that masks views, demos may lack all but the first. depth: whether those
+            camera, `PolicyBatch`es. If the model masks views, demos may lack all but the first. depth: whether these
             views come with depth.
-        view_dropout: probability that a camera beside the first is masked in a training sample; 0: never.
-        image_size, mean, std: the backbone's.
-        detail_size: side in pixels of a sharper cut of the first camera's image that batches hold too; None: they hold
-            none.
+        view_dropout: probability that a camera other than the first is masked in a training sample; 0: never.
+        image_size, mean, std: those of the backbone.
+        detail_size: side in pixels of a second crop of the first camera's image, the same part at a higher resolution,
+            that batches include; None: none.
         field, fit: see `ImageGeometry`. fit "auto": crop or stretch, chosen so that the workspace of the training
             demos stays in view (see :mod:`keygrip.data.robot.workspace_view`).
-        augmentation: random views of training images; None: the nominal crop always.
-        horizon: T, future steps. frame_stride: frames from one to the next; with several roots one of each, where they
-            run at different rates, so that a step is as many seconds in all.
-        targets: "commanded" (what the arm was told) or "reached" (where it was). gripper_targets: the same of the
-            gripper's opening alone; None: as `targets`.
-        drop_idle_s: leave out training frames of pauses beyond this many seconds; None keeps all.
+        augmentation: random crops and colours of training images; None: always the nominal crop.
+        horizon: T, future steps. frame_stride: frames from one to the next; with several roots one number per root, if
+            their frame rates differ, so that a step has the same duration in all of them.
+        targets: "commanded" (the commanded poses) or "reached" (the measured poses). gripper_targets: the same for the
+            gripper's opening only; None: as `targets`.
+        drop_idle_s: training frames of a pause are left out after this many seconds; None keeps all.
         balance: "instruction" or "task": each instruction, or each task, gets the same share of every training epoch.
             None: each frame does.
-        intervention_weight: how often an epoch holds each training frame in which a person corrected a policy.
+        intervention_weight: how many times an epoch contains each training frame in which a person corrected a policy.
         batch_size: global, divided over the ranks.
-        val_fraction: share of demos held out. split_seed: which ones.
-        seed: order and augmentation.
-        max_demos: use the first so many (by name); None: all.
-        max_broken_share: more broken demos, or more unreadable frames among those that were asked for, stop the run.
-        max_off_screen_share: demos with more steps than this outside the nominal image are named.
-        cache_gb: size limit of decoded frames on disk; 0: decode every time. cache_dir: where; None: beside the data.
-        num_workers: loader processes; None: one for each core but one, 4 at most. 0: load in the main process.
+        val_fraction: share of demos held out. split_seed: seed of the split.
+        seed: seed of sample order and augmentation.
+        max_demos: number of demos to use, the first ones by name; None: all.
+        max_broken_share: a larger share of broken demos, or of unreadable frames among the requested ones, is an error.
+        max_off_screen_share: demos with a larger share of steps outside the nominal image are named in a warning.
+        cache_gb: size limit of decoded frames on disk; 0: decode every time. cache_dir: folder of the cache; None:
+            `.keygrip` in the data folder, or the user's cache folder if the data folder is read-only.
+        num_workers: loader processes; None: one per core except one, at most 4. 0: load in the main process.
         prefetch_batches: batches that each worker keeps ready.
         verify: check every file and frame when the set is first used (see :mod:`keygrip.data.robot.integrity`).
-        allow_changed: a run may be resumed on demonstrations that have changed since.
-        make_missing: False: a data set of the hub that is not there is an error (what a checkpoint says is never
-            downloaded).
+        allow_changed: allow a run to be resumed after its demonstrations have changed.
+        make_missing: False: a missing data set of the hub is an error (set for checkpoints: they download nothing).
     """
 
     read_where: ClassVar = {"record": ReadWhere("root", None), "view_dropout": ReadWhere("cameras")}
@@ -129,7 +129,7 @@ class RobotDemos(ResumableData):
 
     @staticmethod
     def batch_type(options: Mapping[str, Any]) -> type[PolicyTargets]:
-        """What batches the settings ``options`` give."""
+        """Return the type of the batches for the settings ``options``."""
         return PolicyBatch if options.get("cameras") is None else MultiViewPolicyBatch
 
     def __init__(
@@ -222,13 +222,13 @@ class RobotDemos(ResumableData):
         self.several, self.cameras = cameras is not None, tuple(cameras or (camera,))
         self.depth, self.balance, self.detail_size, self.view_dropout = depth, balance, detail_size, view_dropout
         self.fit_to_workspace = fit == "auto"
-        chosen = "stretch" if fit == "auto" else fit  # until `setup` knows the workspace
+        chosen = "stretch" if fit == "auto" else fit  # until `setup` has read the workspace
         self.geometry = ImageGeometry(image_size, tuple(mean), tuple(std), field, chosen)  # type: ignore[arg-type]
         self.augmentation = augmentation
         self.horizon, self.targets, self.drop_idle_s = horizon, targets, drop_idle_s
         self.gripper_targets, self.intervention_weight = gripper_targets, intervention_weight
         self.batch_size, self.val_fraction, self.split_seed, self.seed = batch_size, val_fraction, split_seed, seed
-        # a recording may hold more demos than this run asks for (an earlier one asked for more): its own are the first
+        # a recording may hold more demos than this run needs (made for an earlier run): this run uses the first ones
         self.max_demos = self.record.demos if max_demos is None and self.record is not None else max_demos
         self.max_broken_share, self.max_off_screen_share = max_broken_share, max_off_screen_share
         self.skipped = BadSamples(max_broken_share, setting="data.max_broken_share")
@@ -238,16 +238,16 @@ class RobotDemos(ResumableData):
         self.prefetch_batches = prefetch_batches
         self.verify, self.allow_changed = verify, allow_changed
         self.reads_calibration: bool | tuple[str, ...] = True  # of the model: which cameras must be calibrated
-        self.masks_views = False  # of the model; where it is True, demos may lack the cameras beside the first
-        self.extra_targets: tuple[str, ...] = ()  # of the model: what its actions are made of beside poses
-        self.embodiments: tuple[str, ...] = ()  # of the model: robots that it keeps apart
-        self.may_keep_apart = False  # of the model: whether it could keep robots apart
-        # the folder lies where every node sees it; one process of all records or not at all
+        self.masks_views = False  # of the model; if True, demos may lack cameras other than the first
+        self.extra_targets: tuple[str, ...] = ()  # of the model: what its actions contain besides poses
+        self.embodiments: tuple[str, ...] = ()  # of the model: robots with statistics of their own
+        self.may_keep_apart = False  # of the model: whether it supports such robots
+        # every node has access to the folder, so only one process of all nodes records
         self.prepare_data_per_node = False
         self.demos: list[Demo] = []
         self.broken: list[DemoError] = []
-        self.root_of: list[int] = []  # number of each demo's root
-        self.contents: dict[str, str] = {}  # hash of each demo's files, by name, where they were verified
+        self.root_of: list[int] = []  # index of each demo's root
+        self.contents: dict[str, str] = {}  # hash of each demo's files, by name, if they were verified
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
         self._statistics: DemoStatistics | None = None
@@ -258,25 +258,25 @@ class RobotDemos(ResumableData):
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def refuse_missing(self) -> None:
-        """Raises FileNotFoundError: a data set that nothing records is not there. Asked before anything slow."""
+        """Raise FileNotFoundError if a data set is missing that is not recorded here. Called before any slow work."""
         for part in self.roots if self.record is None else ():
             part.refuse_missing(self.make_missing)
 
     def prepare_data(self) -> None:
-        """Records missing demonstrations where the user named no folder; downloads a data set of the hub."""
+        """Record missing demonstrations if the user named no folder; download data sets of the hub."""
         for part in self.roots:
             part.download(self.make_missing)
         if self.record is None:
             return
-        refuse_unguarded_script()  # a recorder's worker would wait here for the lock of its own parent
+        refuse_unguarded_script()  # a recorder's worker would wait here for a lock that its parent holds
         self.record.complete()
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds, reads, checks and divides the demos; once.
+        """Find, read, check and split the demos; once.
 
         Raises:
             FileNotFoundError: no data. ValueError: too many demos are broken (they are listed), or they lack what the
-                options ask for.
+                options require.
         """
         if self.demos:
             return
@@ -307,20 +307,20 @@ class RobotDemos(ResumableData):
             len(self.train_indices),
             len(self.val_indices),
         )
-        if stage != "validate" and self.train_indices:  # what is evaluated on may be shorter
+        if stage != "validate" and self.train_indices:  # demos for evaluation may be shorter
             strides = [self.roots[self.root_of[index]].stride for index in self.train_indices]
             refuse_short(self.train_demos, self.horizon, strides)
         if self.fit_to_workspace:
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)
         report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
-        if "controller" not in self.extra_targets:  # whose inputs are recorded commands
+        if "controller" not in self.extra_targets:  # the controller's inputs are recorded commands
             report_half_shut(self.demos, self.arms, self.gripper_targets or self.targets)
         report_views(self.demos, self.cameras, self.geometry)
         self._report_detail()
 
     def _report_detail(self) -> None:
-        """Warns of a sharper image that is no sharper than what was recorded."""
+        """Warn if the detail image has a higher resolution than the recorded image."""
         track = self.demos[0].cameras[self.camera]
         seen = self.geometry.field * (min(track.width, track.height) if self.geometry.fit == "crop" else track.width)
         if self.detail_size is not None and self.detail_size > 1.1 * seen:
@@ -333,10 +333,10 @@ class RobotDemos(ResumableData):
             )
 
     def asked_by(self, module: Any) -> None:
-        """Takes over what a model reads of the demonstrations beside images and poses; before `setup`.
+        """Store what a model reads from the demonstrations besides images and poses; call it before `setup`.
 
         Raises:
-            ValueError: a setting that this model does not read.
+            ValueError: this model does not read one of the settings.
         """
         if self.detail_size is not None and not getattr(module, "reads_detail", False):
             raise ValueError(
@@ -360,7 +360,7 @@ class RobotDemos(ResumableData):
             )
 
     def off_screen_shares(self) -> dict[str, float]:
-        """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms."""
+        """Return, by demo, the share of target steps outside the nominal (unaugmented) image, over all arms."""
         steps = self._sample_options(None, drop_idle=False).steps
         return off_screen_shares(self.demos, self.camera, self.arms, self.geometry, steps, self.targets)
 
@@ -373,7 +373,7 @@ class RobotDemos(ResumableData):
 
     @property
     def statistics(self) -> DemoStatistics:
-        """Of the training split; needs `setup`."""
+        """Statistics of the training split; needs `setup`."""
         if self._statistics is None:
             if not self.train_indices:
                 raise ValueError("no statistics before setup('fit') has found training demos")
@@ -385,7 +385,7 @@ class RobotDemos(ResumableData):
 
     @property
     def frames(self) -> dict[str, FrameCache]:
-        """Decoded frames of all demos, training and validation, by camera: one size limit for all."""
+        """Decoded frames of all demos, training and validation, by camera. One size limit applies to all."""
         if self._frames is None:
             self._frames = {}
             left = int(self.cache_gb * 1e9)
@@ -464,12 +464,12 @@ class RobotDemos(ResumableData):
         return self._loader(self.train_samples, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation frames in one fixed shuffled order, unaugmented; no loader where no demo is held out."""
+        """Validation frames in one fixed shuffled order, unaugmented; no loader if no demo is held out."""
         return self._loader(self.val_samples, shuffle=False) if self.val_indices else []
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the run folder records of the data: version, number of demos, those left out, and damaged cameras."""
+        """What the run folder records about the data: version, number of demos, demos left out, damaged cameras."""
         return {
             "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
             "frame_stride": [part.stride for part in self.roots] if len(self.roots) > 1 else self.roots[0].stride,
@@ -480,19 +480,19 @@ class RobotDemos(ResumableData):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and which demonstrations the run is trained on."""
+        """Return the position in the data, and the hashes of the demonstrations on which the run is trained."""
         return super().state_dict() | {"demonstrations": fingerprints(self.demos), "recordings": dict(self.contents)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written.
+        """Restore the position at which the checkpoint was written.
 
         Raises:
-            ValueError: the demonstrations or the order of samples are not the checkpoint's.
+            ValueError: the demonstrations or the order of samples are not those of the checkpoint.
         """
         for key, now in (("demonstrations", fingerprints(self.demos)), ("recordings", self.contents)):
             before = state_dict.get(key)
-            if before and now:  # an older checkpoint, or one of data.verify=false, knows no recordings' hashes
+            if before and now:  # older checkpoints, and those with data.verify=false, hold no hashes of recordings
                 refuse_changed(before, now, self.allow_changed)
         super().load_state_dict(
             {"balance": None, "intervention_weight": 1.0, "weights": None} | state_dict
-        )  # which older checkpoints do not name
+        )  # older checkpoints lack these keys

@@ -1,4 +1,4 @@
-"""Demos that are folders: where they lie below a root, their names, and their JSON files."""
+"""Demos stored as one folder each: finds them below a root, names them, and reads their JSON files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SEARCH_DEPTH = 3  # folders below `root` that are searched: root/demo, root/task
 
 
 def demo_folders(root: Path, is_demo: Callable[[Path], bool], depth: int = SEARCH_DEPTH) -> list[Path]:
-    """Folders that are demos, complete or cut off, in the order of their names; `root` may be one itself. Hidden
-    folders (a writer's unfinished ones) are passed over."""
+    """Return the folders that are demos, complete or cut off, sorted by name; `root` itself may be one. Hidden folders
+    (unfinished demos of a writer) are skipped."""
     if is_demo(root):
         return [root]
     if depth == 0:
@@ -30,10 +30,10 @@ def demo_folders(root: Path, is_demo: Callable[[Path], bool], depth: int = SEARC
 def folder_references(
     root: Path, folders: Sequence[Path], format: str, read: Callable[[Path, str], Demo]
 ) -> list[DemoReference]:
-    """References to demos, unread, each named after its path below `root`.
+    """Return references to demos, which are not read yet, each named after its path below `root`.
 
     Args:
-        read: makes the demo of a folder and a name; picklable.
+        read: returns the demo of a folder and a name; picklable.
     """
     names = [folder.name if folder == root else folder.relative_to(root).as_posix() for folder in folders]
     return [
@@ -43,7 +43,7 @@ def folder_references(
 
 
 def read_object(path: Path, demo: str) -> dict[str, Any]:
-    """The object that a JSON file of a demo holds. Raises DemoError: it is not JSON, or no object."""
+    """Return the object in a JSON file of a demo. Raise DemoError if the file is not JSON or holds no object."""
     try:
         content = read_json(path)
     except BadSample as error:

@@ -1,4 +1,4 @@
-"""Finds the demonstrations under a folder, of whatever format."""
+"""Finds the demonstrations under a folder, in any known format."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FORMATS = ("native", *FOREIGN_FORMATS)
 
 
 def find_demos(root: Path | str, format: str = "auto", calibration: Path | str | None = None) -> list[DemoReference]:
-    """The demos under `root`, in the order of their names.
+    """Return the demos under `root`, sorted by name.
 
     Args:
         root: folder of a data set.
-        format: one of `FORMATS`, or "auto": the one whose traits the folder shows.
-        calibration: calibration file that some foreign formats need (cameras, base poses), and corrections of
-            `prepare step=calibrate` for any format; native demos carry their own cameras.
+        format: one of `FORMATS`, or "auto": the format whose files the folder holds.
+        calibration: calibration file. Some foreign formats need it (cameras, base poses); for any format it may hold
+            corrections from `prepare step=calibrate`. Native demos contain their own cameras.
 
     Raises:
         FileNotFoundError: the folder is missing or empty, or holds no demo.
@@ -52,7 +52,7 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
 
 
 def refuse_no_folder(root: Path) -> None:
-    """Raises FileNotFoundError: there is no folder of that name."""
+    """Raise FileNotFoundError if there is no folder of that name."""
     if not root.exists():
         raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {setting('root')}")
     if not root.is_dir():
@@ -73,7 +73,7 @@ def _broken_folder_is_named(root: Path) -> Iterator[None]:
 
 def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoReference]:
     if format == "auto" and native.detect(root):
-        # our own mark leaves no doubt; what else lies there is then reported as broken demos
+        # a native demo decides the format; anything else found there is then reported as a broken demo
         format = "native"
     if format == "auto":
         recognised = [name for name in FOREIGN_FORMATS if FOREIGN_FORMATS[name].detect(root)]

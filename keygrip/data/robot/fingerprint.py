@@ -1,4 +1,4 @@
-"""What a run trained on, demo by demo, so that a resumed run can say what has changed since."""
+"""Fingerprints of the demos that a run trained on, so that a resumed run can report which of them changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def demo_fingerprint(demo: Demo) -> str:
-    """A hash of a demo's poses, calibration and number of frames; not of its pixels or of where it lies."""
+    """Return a hash of a demo's poses, calibration, instruction and number of frames, not of its pixels or location."""
     digest = hashlib.sha256(str(len(demo)).encode())
     for name, values in numbers(demo):
         digest.update(name.encode())
@@ -26,7 +26,7 @@ def demo_fingerprint(demo: Demo) -> str:
 
 
 def numbers(demo: Demo) -> Iterator[tuple[str, np.ndarray | None]]:
-    """A demo's poses and calibration by name, [N, ...] each; None: what was not recorded."""
+    """Yield a demo's poses and calibration by name, [N, ...] each; None for values that were not recorded."""
     for name in sorted(demo.arms):
         yield from _poses(name, demo.arms[name])
     for name in sorted(demo.cameras):
@@ -45,19 +45,20 @@ def _poses(name: str, arm: ArmTrajectory) -> Iterator[tuple[str, np.ndarray | No
 
 
 def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:
-    """The fingerprint of each demo by its name."""
+    """Return the fingerprint of each demo by its name."""
     return {demo.name: demo_fingerprint(demo) for demo in demos}
 
 
 def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: bool = False) -> None:
-    """Stops where the demonstrations are not those that a checkpoint was trained on.
+    """Raise an error if the demonstrations are not those that a checkpoint was trained on.
 
     Args:
         before, now: a hash of each demonstration by its name, in the order in which samples are numbered.
-        allowed: changes are said and no error.
+        allowed: log a warning instead of raising an error.
 
     Raises:
-        ValueError: with the names that were removed, added or changed, or another order, in which samples follow.
+        ValueError: demonstrations were removed, added or changed (the message lists them), or their order, which is the
+            order of the samples, changed.
     """
     changed = named_changes(before, now) or ("they come in another order" if list(before) != list(now) else "")
     if not changed:

@@ -1,10 +1,10 @@
-"""Decoded frames kept on disk and shared, through the page cache, by all loader workers and ranks of a machine.
+"""Cache of decoded frames on disk, shared through the page cache by all loader workers and ranks of a machine.
 
-One file of raw pixels and one of marks for each data set and camera, named by a hash of what the frames are (paths,
-sizes, modification times), so a changed file is never served from an old cache. A slot is filled when its frame is
-first wanted: pixels first, then its mark, both by plain writes (a full disk is then an error that is caught, not a
-signal that kills the process). The mark is a checksum, and each process compares it the first time that it reads a
-slot: pixels that a crash kept from reaching the disk are decoded again.
+There is one file of raw pixels and one of marks per data set and camera. Their names contain a hash of the frames'
+sources (paths, sizes, modification times), so a changed file is never served from an old cache. A slot is filled when
+its frame is first requested: pixels first, then its mark, both by plain writes (a full disk is then an error that is
+caught, not a signal that kills the process). The mark is a checksum. Each process checks it when it first reads a
+slot; pixels that did not reach the disk because of a crash are decoded again.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from keygrip.data.robot.schema import FrameSource
 log = logging.getLogger(__name__)
 
 STALE_AFTER_S = 86400.0  # an unused cache of other content is removed when it is older than a day
-# Of another machine, whose locks may not be seen here. A container has a new name each time and never comes back.
+# For caches of another machine, whose locks may not be visible here. A container has a new machine name every time.
 STALE_ELSEWHERE_S = 7 * STALE_AFTER_S
-TOUCHED_EVERY_S = 3600.0  # a cache in use looks no older than that
-DISK_RESERVE = 1 << 30  # bytes left free on the disk beside the cache
+TOUCHED_EVERY_S = 3600.0  # the time stamp of a cache in use is never much older
+DISK_RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
 
 
 @dataclass(frozen=True)
 class FrameShape:
-    """Where a demo's frames lie in the cache: `frames` images of height x width x 3."""
+    """Size of a demo's frames in the cache: `frames` images of height x width x 3."""
 
     frames: int
     height: int
@@ -54,7 +54,7 @@ class FrameCache:
         shapes: their number and size.
         folder: where the cache files go.
         name: the camera's name, part of the file names.
-        limit_bytes: frames beyond it are decoded each time (said once); 0 keeps nothing.
+        limit_bytes: frames beyond it are decoded each time (logged once); 0 caches nothing.
 
     Picklable: a loader worker opens the files itself.
     """
@@ -82,8 +82,8 @@ class FrameCache:
         digest = hashlib.sha256()
         for source, shape in zip(self.sources, self.shapes, strict=True):
             digest.update(f"{shape}\n{source.identity()}\n".encode())
-        # the machine is part of the name: on a network disk another machine's writes may be seen in any order. Neither
-        # a camera's name nor a machine's holds the "@" between them: "top" is not the beginning of "top-left"
+        # the machine is part of the name: on a network disk another machine's writes may become visible in any order.
+        # Names of cameras and machines contain no "@", so the prefix of "top" does not match files of "top-left"
         machine = "".join(letter if letter.isalnum() else "-" for letter in platform.node()) or "host"
         stem = f"frames-{name}@{machine}@{digest.hexdigest()[:16]}"
         pixels, marks = folder / f"{stem}.pixels", folder / f"{stem}.marks"
@@ -106,10 +106,10 @@ class FrameCache:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
                 try:
                     if os.fstat(descriptor).st_size != size:
-                        os.ftruncate(descriptor, size)  # sparse: takes room only as slots are filled
+                        os.ftruncate(descriptor, size)  # sparse: uses disk space only for filled slots
                 finally:
                     os.close(descriptor)
-            os.utime(marks)  # before it is opened, and locked, another cache must not take it for a stale one
+            os.utime(marks)  # else another process could remove it as stale before it is opened and locked here
         except OSError as error:
             log.warning("no frame cache: %s cannot be written (%s); frames are decoded every time", folder, error)
             self.limit_bytes = 0
@@ -126,8 +126,8 @@ class FrameCache:
 
     @staticmethod
     def _remove_stale(folder: Path, prefix: str, machine: str, keep: str) -> None:
-        """Removes caches of other content that no process has open and that were not used for a day, or, of another
-        machine, for a week."""
+        """Remove caches of other content that no process has open and that were not used for a day (for caches of
+        another machine: a week)."""
         for marks in folder.glob(f"{prefix}*.marks"):
             limit = STALE_AFTER_S if marks.name.startswith(f"{prefix}{machine}@") else STALE_ELSEWHERE_S
             try:
@@ -136,13 +136,13 @@ class FrameCache:
                 descriptor = os.open(marks, os.O_RDWR)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if time.time() - marks.stat().st_mtime >= limit:  # not used, or made again, until it was locked
+                    if time.time() - marks.stat().st_mtime >= limit:  # neither used nor recreated before it was locked
                         marks.with_suffix(".pixels").unlink(missing_ok=True)
                         marks.unlink(missing_ok=True)
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                # in use, another user's, or removed by another process that starts: no matter of this cache
+                # in use, owned by another user, or removed by another starting process: no problem for this cache
                 if error.errno in NO_LOCKS:
                     _say_not_removed(folder)
 
@@ -151,8 +151,8 @@ class FrameCache:
         return {**{key: value for key, value in self.__dict__.items() if key not in dropped}, "_open_in": None}
 
     def _open(self) -> bool:
-        """Opens the files in this process; after a fork anew, so that no two processes share what has been compared.
-        False, and said once, where they cannot be opened."""
+        """Open the files in this process; after a fork they are opened again, so that no two processes share the record
+        of compared slots. If they cannot be opened, log it once and return False."""
         assert self.pixels_path is not None
         assert self.marks_path is not None
         try:
@@ -170,7 +170,7 @@ class FrameCache:
                 pixels = np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(self.total_bytes,))
                 marks = np.memmap(self.marks_path, dtype=np.uint32, mode="r", shape=(self.total_frames,))
                 opened.pop_all()
-        except (OSError, ValueError) as error:  # ValueError: a file is shorter than what is to be mapped
+        except (OSError, ValueError) as error:  # ValueError: a file is shorter than the mapping
             log.warning("no frame cache: it cannot be opened (%s); frames are decoded every time", error)
             self.limit_bytes = 0
             return False
@@ -184,7 +184,7 @@ class FrameCache:
         os.utime(self._marks_file)
 
     def close(self) -> None:
-        """Gives back this process's files."""
+        """Close this process's files."""
         if self._open_in == os.getpid():
             os.close(self._pixels_file)
             os.close(self._marks_file)
@@ -196,7 +196,7 @@ class FrameCache:
             self.close()
 
     def read(self, demo: int, frame: int) -> np.ndarray:
-        """Frame `frame` of demo number `demo`: H x W x 3 uint8 (do not write into it)."""
+        """Return frame `frame` of demo number `demo`: H x W x 3 uint8 (do not write into it)."""
         first = int(self._first_byte[demo] + frame * self._frame_bytes[demo])
         last = first + int(self._frame_bytes[demo])
         if last > self.limit_bytes:
@@ -204,7 +204,7 @@ class FrameCache:
         if self._open_in != os.getpid() and not self._open():
             return self.sources[demo].read(frame)
         if time.monotonic() - self._touched > TOUCHED_EVERY_S:
-            with contextlib.suppress(OSError):  # it may look older than it is, and be removed
+            with contextlib.suppress(OSError):  # then it may appear unused and be removed
                 self._touch()
         slot = int(self._first_slot[demo]) + frame
         shape = self.shapes[demo]
@@ -228,12 +228,12 @@ class FrameCache:
 
 @functools.cache
 def _say_not_removed(folder: Path) -> None:
-    """Once for each folder, not for each cache and camera."""
+    """Log a warning once per folder, not once per cache and camera."""
     log.warning("old frame caches in %s are not removed: they cannot be locked", folder)
 
 
 def _mark(pixels: np.ndarray) -> int:
-    """A checksum that is never 0 (0 marks an empty slot)."""
+    """Return a checksum that is never 0 (0 marks an empty slot)."""
     return zlib.adler32(pixels.data) or 1
 
 

@@ -1,5 +1,5 @@
-"""Frame rates of data sets: what their time stamps say, and how many frames of each one target step is, in all of them
-as many seconds."""
+"""Frame rates of data sets: the rate given by their time stamps, and strides that give target steps the same duration
+in all data sets."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from keygrip.data.robot.schema import Demo
 
 log = logging.getLogger(__name__)
 
-GAP = 2.5  # median steps; a longer time between two frames is a gap
-JUDGED_FROM = 10  # steps: of fewer a single late frame decides the rate
-SAME = 1.05  # steps whose seconds differ by a smaller factor are one step: recorders keep their rate to a few percent
-LARGEST_STRIDE = 30  # of the slowest data set, in what an error proposes
-PERCENT = 0.4  # a percent by which steps differ is as bad there as a step that is longer by a factor of 2 ** 0.4
+GAP = 2.5  # in median steps; a longer time between two frames is a gap
+JUDGED_FROM = 10  # steps; with fewer, a single late frame could decide the rate
+SAME = 1.05  # durations that differ by a smaller factor count as equal: recorders keep their rate to a few percent
+LARGEST_STRIDE = 30  # largest stride of the slowest data set that an error message proposes
+PERCENT = 0.4  # for the proposal, 1 % difference between steps counts as much as a step 2 ** 0.4 times as long
 
 
 def checked_strides(frame_stride: int | Sequence[int], roots: int) -> list[int]:
-    """Frames from one target step to the next, of each root.
+    """Return the number of frames from one target step to the next for each root.
 
     Args:
-        frame_stride: the setting, of all roots or one of each. roots: how many there are.
+        frame_stride: the setting, one value for all roots or one per root. roots: number of roots.
 
     Raises:
-        ValueError: another number of them than of roots, or one that is no whole number from 1.
+        ValueError: the number of strides is not that of the roots, or a stride is not a whole number of at least 1.
     """
     strides = list(frame_stride) if isinstance(frame_stride, Sequence) else [frame_stride] * roots
     if len(strides) != roots:
@@ -42,11 +42,11 @@ def checked_strides(frame_stride: int | Sequence[int], roots: int) -> list[int]:
 
 
 def measured_rate(demo: Demo) -> float:
-    """Frames per second that the time stamps say: by the median of the times between frames, by the mean of those that
-    are no gaps, or by all of them, whichever is nearest to `fps`.
+    """Return the frames per second given by the time stamps: from the median of the times between frames, from the mean
+    of those that are not gaps, or from the mean of all, whichever is nearest to `fps`.
 
-    Single dropped frames move the means, jitter that alternates moves the median, and frames that come in bursts all
-    but the whole duration; another rate moves them alike.
+    Single dropped frames change the means, alternating jitter changes the median, and frames that arrive in bursts
+    change everything except the mean of all. A different rate changes all three by the same factor.
     """
     steps = np.diff(demo.timestamps) * 1e-9
     median = float(np.median(steps))
@@ -55,25 +55,25 @@ def measured_rate(demo: Demo) -> float:
 
 
 def differs(measured: float, stated: float) -> bool:
-    """Whether a rate is another one than the stated, and not the same one with a recorder's inaccuracy (`SAME`)."""
+    """Return whether a rate differs from the stated one by more than the inaccuracy of recorders (`SAME`)."""
     return not 1 / SAME <= measured / stated <= SAME
 
 
 def longest_gap(demo: Demo) -> float:
-    """Seconds of the longest time between two frames that is a gap (`GAP`); 0 where there is none."""
+    """Return the longest time between two frames in seconds if it is a gap (`GAP`), otherwise 0."""
     steps = np.diff(demo.timestamps) * 1e-9
     return float(steps.max()) if steps.max() > GAP * np.median(steps) else 0.0
 
 
 def other_rates(demos: Sequence[Demo], root: object) -> dict[str, str]:
-    """What is wrong with each demo whose time stamps say another rate than its `fps`, at which the plans would run; of
-    those alone that have at least `JUDGED_FROM` steps.
+    """Describe, by demo, a difference between the rate of the time stamps and `fps`, at which the plans would run. Only
+    demos with at least `JUDGED_FROM` steps are checked.
 
     Args:
         root: for the message.
 
     Raises:
-        ValueError: with most of them it is so: the stated rate is wrong.
+        ValueError: the rates of most of these demos differ, so the stated rate is wrong.
     """
     rates = {demo.name: (measured_rate(demo), demo.fps) for demo in demos if len(demo) > JUDGED_FROM}
     wrong = {name: pair for name, pair in rates.items() if differs(*pair)}
@@ -94,7 +94,7 @@ def other_rates(demos: Sequence[Demo], root: object) -> dict[str, str]:
 
 
 def report_gaps(demos: Sequence[Demo], root: object) -> None:
-    """Warns of demos in which frames are missing: the step over a gap counts as one like the others."""
+    """Warn about demos in which frames are missing: a step over a gap counts like any other step."""
     gaps = {demo.name: gap for demo in demos if (gap := longest_gap(demo))}
     if gaps:
         log.warning(
@@ -109,10 +109,10 @@ def report_gaps(demos: Sequence[Demo], root: object) -> None:
 
 
 def step_seconds(demos: Sequence[Demo], strides: Sequence[int]) -> float:
-    """Seconds from one target step to the next.
+    """Return the seconds from one target step to the next.
 
     Args:
-        strides: frames of a step, of each demo.
+        strides: frames per step, for each demo.
     """
     return float(np.median([stride / demo.fps for demo, stride in zip(demos, strides, strict=True)]))
 
@@ -120,10 +120,10 @@ def step_seconds(demos: Sequence[Demo], strides: Sequence[int]) -> float:
 def refuse_unequal_steps(
     demos: Sequence[Demo], root_of: Sequence[int], roots: Sequence[str], strides: Sequence[int]
 ) -> None:
-    """Raises ValueError: a step means different times in some demos.
+    """Raise ValueError if a step has different durations in some demos.
 
     Args:
-        root_of: number of each demo's root. roots, strides: name, and frames of a step, of each root.
+        root_of: index of each demo's root. roots, strides: name and frames per step, for each root.
     """
     rates = np.array([demo.fps for demo in demos])
     owner = np.array(root_of)
@@ -155,12 +155,12 @@ def refuse_unequal_steps(
 
 
 def equal_strides(rates: Sequence[float], seconds: float) -> list[int]:
-    """Strides that make a step of (nearly) as many seconds at several rates, and of about `seconds`."""
+    """Return strides that make a step (nearly) equally long at several rates, and about `seconds` long."""
     found = []
     for slowest in range(1, LARGEST_STRIDE + 1):
         strides = [round(slowest * rate / min(rates)) for rate in rates]
         steps = [stride / rate for stride, rate in zip(strides, rates, strict=True)]
         unequal = max(steps) / min(steps)
-        if unequal <= SAME:  # at least the largest is: it is rounded by 2 % at most
+        if unequal <= SAME:  # true at least for LARGEST_STRIDE, where rounding changes steps by at most 2 %
             found.append((abs(math.log2(steps[0] / seconds)) + PERCENT * 100 * (unequal - 1), strides))
     return min(found)[1]

@@ -17,10 +17,10 @@ from keygrip.data.video import count_frames, file_identity, frame_times, read_fr
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of a camera's image.
+    """Return a camera's image as uint8 [H, W, 3].
 
     Raises:
-        ValueError: its numbers have more than 8 bits, of which a conversion would make white.
+        ValueError: its values have more than 8 bits; a conversion would turn them white.
     """
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(f"it has more than 8 bits per pixel (mode {image.mode}), as depth has: save images with 8")
@@ -38,7 +38,7 @@ def _checked_rotation(rotate: int) -> int:
 
 
 def checked_index(index: int, length: int, what: object) -> int:
-    """The index of a frame of so many. Raises IndexError: there is no such frame; `what` is for the message."""
+    """Return `index`. Raise IndexError if it is not an index of `length` frames; `what` is for the message."""
     if not 0 <= index < length:
         raise IndexError(f"{what}: frame {index} asked for, it holds frames 0 to {length - 1}")
     return index
@@ -50,10 +50,10 @@ class _Verifiable(Protocol):
 
 
 def verify_source(frames: FrameSource) -> None:
-    """Checks as a whole the video that frames are of, also a choice of them in another order.
+    """Check the whole video that the frames come from, also if they are a selection in another order.
 
     Raises:
-        OSError: its frames are not those of the recording's rows (see `VideoFrames.verify`).
+        OSError: its frames do not match the rows of the recording (see `VideoFrames.verify`).
     """
     if isinstance(frames, _Verifiable):
         frames.verify()
@@ -61,7 +61,7 @@ def verify_source(frames: FrameSource) -> None:
 
 @dataclass(frozen=True)
 class NoFrames:
-    """The frames of a camera that a demo lacks."""
+    """A frame source without frames, for a camera that a demo lacks."""
 
     def __len__(self) -> int:
         return 0
@@ -80,9 +80,9 @@ class NumberedFiles:
     Args:
         folder: where the files are.
         pattern: printf pattern of a file name.
-        frames: how many there are.
+        frames: number of files.
         start: number of the first file.
-        rotate: clockwise degrees by which each image is turned after decoding (0, 90, 180, 270).
+        rotate: clockwise degrees by which each image is rotated after decoding (0, 90, 180, 270).
     """
 
     folder: Path
@@ -98,7 +98,7 @@ class NumberedFiles:
         return self.frames
 
     def path(self, index: int) -> Path:
-        """The file of a frame. Raises IndexError."""
+        """Return the file of a frame. Raise IndexError if there is no such frame."""
         return self.folder / (self.pattern % (self.start + checked_index(index, self.frames, self.folder)))
 
     def identity(self) -> str:
@@ -116,7 +116,7 @@ class JpegFrames(NumberedFiles):
             return _rotated(rgb_pixels(image), self.rotate)
 
     def encoded(self, index: int) -> bytes | None:
-        """The file's bytes when they can be copied as they are (JPEG, not turned), else None."""
+        """Return the file's bytes if they can be copied unchanged (JPEG, not rotated), otherwise None."""
         path = self.path(index)
         return read_bytes(path) if not self.rotate and path.suffix.lower() in (".jpg", ".jpeg") else None
 
@@ -136,18 +136,18 @@ class DepthFrames(NumberedFiles):
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """Frames of a video file (anything that FFmpeg decodes), exact to the frame whatever the group-of-pictures
-    structure.
+    """Frames of a video file (anything that FFmpeg decodes). Any frame is read exactly, whatever the
+    group-of-pictures structure.
 
     Args:
         path: the video.
-        frames: how many this source holds, None: all from `start` on. A file that holds fewer is refused by `len`,
-            `read` and `verify`.
+        frames: number of frames of this source; None: all from `start` on. `read` and `verify` raise an error if the
+            file holds fewer.
         start: frame of the file that is frame 0 here (several episodes may share a file).
-        rotate: clockwise degrees by which each image is turned after decoding.
-        rate: frames per second of the rows that these frames belong to: a file that shows them at other times holds
-            other images for them and is refused by `verify`; None: not compared.
-        whole: a file that holds more frames is refused by `verify` too.
+        rotate: clockwise degrees by which each image is rotated after decoding.
+        rate: frames per second of the rows that these frames belong to. `verify` refuses a file whose frames have other
+            times, because rows would then get the wrong images; None: times are not compared.
+        whole: `verify` also refuses a file that holds more frames.
     """
 
     path: Path
@@ -168,8 +168,8 @@ class VideoFrames:
         return count_frames(self.path)
 
     def verify(self) -> None:
-        """Raises OSError where the file holds fewer frames than this source needs (counted from its packets), more, or
-        frames of another rate, where that matters."""
+        """Raise OSError if the file holds fewer frames than this source needs (counted from its packets), more frames
+        (if `whole`), or frames at other times (if `rate` is given)."""
         held, needed = self.frames_in_file(), self.start + (self.frames or 1)
         if self.start < 0:
             raise OSError(f"{self.path}: the stretch of video begins {-self.start} frames before the file")
@@ -196,7 +196,7 @@ class VideoFrames:
                 "would get others' images: encode it again at the data set's rate"
             )
         if self.whole and len(times) == len(used):
-            return  # a frame for each row, whatever the times say
+            return  # one frame per row, whatever their times
         first = int(np.argmax(away))
         raise OSError(
             f"{self.path}: frame {self.start + first} is shown {late[first]:+.3f} s away from its row, and so are "

@@ -18,10 +18,10 @@ _NAME = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
 
 
 def hub_name(root: str | Path | None) -> str | None:
-    """OWNER/NAME of a root given as `hub:OWNER/NAME`; None: it is a folder.
+    """Return OWNER/NAME of a root given as `hub:OWNER/NAME`; None: it is a folder.
 
     Raises:
-        ValueError: it begins with `hub:` and is no such name.
+        ValueError: it begins with `hub:`, but the rest is not such a name.
     """
     text = str(root)
     if not text.startswith(PREFIX):
@@ -33,18 +33,18 @@ def hub_name(root: str | Path | None) -> str | None:
 
 
 def folder_of(name: str) -> Path:
-    """Where a data set of the hub is kept."""
+    """Return the folder in which a data set of the hub is stored."""
     return FOLDER / name
 
 
 def refuse_missing(name: str, make_missing: bool = True) -> None:
-    """Refuses a data set of the hub that is neither there nor to be had, before anything slow; downloads nothing.
+    """Raise an error if a data set of the hub is missing and cannot be downloaded. Called before any slow work.
 
     Args:
-        make_missing: False: it is not to be downloaded.
+        make_missing: False: downloading is not allowed.
 
     Raises:
-        FileNotFoundError: as `download`.
+        FileNotFoundError: as for `download`.
     """
     folder = folder_of(name)
     if (folder / COMPLETE).is_file():
@@ -66,13 +66,13 @@ def _not_to_be_had(name: str, reason: str) -> str:
 
 
 def download(name: str, make_missing: bool = True) -> Path:
-    """The folder of a data set of the hub, downloaded where it is not complete.
+    """Download a data set of the hub if it is not complete. Return its folder.
 
     Args:
         make_missing: False: nothing is downloaded.
 
     Raises:
-        FileNotFoundError: it cannot be had; the message says what to download by hand.
+        FileNotFoundError: the data set is not available; the message says what to download by hand.
     """
     refuse_missing(name, make_missing)
     folder = folder_of(name)
@@ -83,7 +83,7 @@ def download(name: str, make_missing: bool = True) -> Path:
             from huggingface_hub import snapshot_download
 
             snapshot_download(repo_id=name, repo_type="dataset", local_dir=target)
-        except Exception as error:  # of the network, the hub's answer, or a missing package: all become one error
+        except Exception as error:  # network, response of the hub, missing package: one error for all
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise FileNotFoundError(_not_to_be_had(name, reason)) from error
         write_text(target / COMPLETE, name + "\n")

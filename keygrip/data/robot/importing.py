@@ -1,4 +1,4 @@
-"""Import of foreign recordings into native folders, demo by demo, so that it can be interrupted and continued."""
+"""Imports foreign recordings into native folders, demo by demo, so that it can be interrupted and continued."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from keygrip.progress import Progress
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".importing.lock"
-SAME = 1e-9  # by so much numbers may differ that were computed on another machine
+SAME = 1e-9  # tolerance for values that were computed on another machine
 
 
 @dataclass(frozen=True)
 class ImportSummary:
-    """What an import did.
+    """Result of an import.
 
     Attributes:
         written: demos written now. skipped: demos that were there already.
         broken: (name, reason) of demos that could not be read.
-        notes: what a reader did on its own account, once each.
+        notes: decisions that a reader made by itself, each listed once.
     """
 
     written: int
@@ -56,20 +56,20 @@ def import_demos(
     max_broken_share: float = 0.1,
     progress: bool = True,
 ) -> ImportSummary:
-    """Writes every demo under `source` as a native folder of the same name under `destination`.
+    """Write every demo under `source` as a native folder of the same name under `destination`.
 
-    A demo is written under a hidden name and renamed when it is whole; demos that are there are left alone, so a second
-    call continues where the first was stopped. All of these are read again before, there and in the source, and
-    compared: their numbers, calibration, cameras, instruction and `video`, not their images. One at a time: a second
-    import into a folder waits for the first.
+    A demo is written under a hidden name and renamed when it is complete. Existing demos are not changed, so a second
+    call continues where the first was stopped. Before anything is written, all existing demos are read in both folders
+    and compared: their values, calibration, cameras, instruction and `video`, not their images. A second import into
+    the same folder waits until the first has ended.
 
     Args:
-        source: folder of recordings. destination: folder of native demos; made where it is missing.
+        source: folder of recordings. destination: folder of native demos; created if it is missing.
         format, calibration: as for `find_demos`.
         cameras: cameras to keep; None: all.
-        video, jpeg_quality: how images are stored (JPEG files are copied byte by byte otherwise).
-        max_demos: stop after so many demos (by name), None: all.
-        max_broken_share: more unreadable demos than this raise, with the list; what was written stays.
+        video, jpeg_quality: how images are stored. Without `video`, JPEG files are copied byte by byte.
+        max_demos: number of demos to import, the first ones by name; None: all.
+        max_broken_share: a larger share of unreadable demos is an error, which lists them; demos written before stay.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -84,7 +84,7 @@ def import_demos(
     broken: list[tuple[str, str]] = []
     notes: dict[str, None] = {}
     with locked(destination / LOCK_FILE):  # another import would remove what this one is writing
-        # those that are there first: nothing is written beside a demo that is refused
+        # existing demos first: nothing is written if one of them is refused
         order = sorted(references, key=lambda reference: not _is_there(destination / reference.name))
         for reference in Progress(order, desc=f"importing {references[0].format}", unit="demo", shown=progress):
             folder = destination / reference.name
@@ -115,11 +115,11 @@ def _is_there(folder: Path) -> bool:
 
 
 def _refuse_another(reference: DemoReference, folder: Path) -> None:
-    """Raises ValueError where a native folder holds another recording than the one of its name."""
+    """Raise ValueError if a native folder holds another recording of the same name."""
     origin = _origin(folder)
     if origin is None or origin.resolve() == reference.path.resolve():
         return
-    if reference.format == "native" and _origin(reference.path) == origin:  # a copy keeps where it comes from
+    if reference.format == "native" and _origin(reference.path) == origin:  # a copy keeps its origin
         return
     raise ValueError(
         f"{folder} was imported from {origin}, and {reference.path} has a demo of the same name: import it into "
@@ -128,7 +128,7 @@ def _refuse_another(reference: DemoReference, folder: Path) -> None:
 
 
 def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool) -> None:
-    """Raises ValueError where a demo is not what an import would write now. DemoError: one of the two is broken."""
+    """Raise ValueError if a demo differs from what an import would write now, DemoError if one of the two is broken."""
     now = reference.read(images=False, uncalibrated=True)
     there = replace(reference, path=folder, format="native", reader=partial(read_native, folder, reference.name))
     try:
@@ -144,7 +144,7 @@ def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[st
 
 
 def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: bool) -> str:
-    """What is no longer as it was imported, in words; empty: nothing."""
+    """Describe the first difference between an imported demo and its source; empty if there is none."""
     kept = sorted(now.cameras if cameras is None else cameras)
     if sorted(held.cameras) != kept:
         return f"its cameras are {', '.join(kept)}; there they are {', '.join(sorted(held.cameras))}"
@@ -164,8 +164,8 @@ def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: boo
 
 
 def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
-    """The numbers of a demo that a native folder holds: of cameras those that are kept and calibrated, of commands the
-    poses."""
+    """Return the values of a demo that a native folder holds: for cameras those of the calibrated ones among `cameras`,
+    for commands only the poses."""
     known = {name: track for name, track in demo.cameras.items() if name in cameras and not track.uncalibrated}
     arms = {
         name: replace(arm, commanded=arm.commanded and replace(arm.commanded, joints=None, controller=None))
@@ -175,7 +175,7 @@ def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
 
 
 def _origin(folder: Path) -> Path | None:
-    """Where a native demo was imported from; None: its metadata do not say."""
+    """Return the path from which a native demo was imported; None if its metadata do not contain it."""
     try:
         origin = read_json(folder / "metadata.json")["source"]["imported_from"]
     except (BadSample, LookupError, TypeError):
@@ -190,7 +190,7 @@ def _import(
     try:
         write_demo(demo, folder, cameras, video, jpeg_quality)
     except (OSError, ValueError) as error:
-        if isinstance(error, DemoError) or is_of_the_machine(error):  # a full disk breaks no recording
+        if isinstance(error, DemoError) or is_of_the_machine(error):  # a full disk does not mean a broken recording
             raise
         raise DemoError(reference.name, f"{error}") from error
     return [str(note) for note in demo.source.get("notes", [])]

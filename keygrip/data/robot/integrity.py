@@ -1,12 +1,12 @@
 """Integrity of recordings: manifests of hashes, one check of every frame, the version of a data set.
 
-A native recording holds `manifest.json`, written with it: size and SHA-256 of each of its files. When a data set is
-first used, every file is compared with its manifest and every frame is decoded; what was found is kept beside the set
-(`verified.json` in its cache folder) under the files' names, sizes and modification times, so that only recordings that
-changed, or were found broken by an earlier start, are looked at again. Foreign recordings have no manifest: their
-frames and poses are hashed at that time.
+A native recording holds `manifest.json`, written together with it: size and SHA-256 of each of its files. When a data
+set is first used, every file is compared with its manifest and every frame is decoded. The results are stored in
+`verified.json` in the data set's cache folder, keyed by the files' names, sizes and modification times. Later starts
+check only recordings that changed or that an earlier start found broken. Foreign recordings have no manifest: their
+frames and poses are hashed during the check.
 
-Frames are checked by threads: decoders and hashes release Python's lock, and nothing has to be sent to a process.
+Threads check the frames: decoders and hashes release Python's lock, and no data have to be sent to another process.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "keygrip.manifest/1"
 VERIFIED = "verified.json"
 THREADS = 8  # more threads only wait for the disk
-KEPT_ENTRIES = 200_000  # entries kept in the file of checked recordings
-KEPT_EVERY_S = 60.0  # what was found so far is written so often: a first check may take hours
+KEPT_ENTRIES = 200_000  # largest number of entries in the file of checked recordings
+KEPT_EVERY_S = 60.0  # interval at which results so far are stored: a first check may take hours
 AGAIN = "restore the file, or, where it was changed on purpose, run prepare step=manifest again=true"
 
 
@@ -52,8 +52,8 @@ AGAIN = "restore the file, or, where it was changed on purpose, run prepare step
 
 
 def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """``{"bytes", "sha256"}`` of each file below a recording's folder, by its path there; hidden ones are passed
-    over."""
+    """Return ``{"bytes", "sha256"}`` of each file below a recording's folder, by its path relative to the folder.
+    Hidden files are skipped."""
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in sorted(name for name, _ in _files(folder) if name != MANIFEST)
@@ -61,12 +61,12 @@ def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a native recording, of the files as they are now."""
+    """Write the manifest of a native recording from its current files."""
     write_json(folder / MANIFEST, {"schema": MANIFEST_SCHEMA, "files": file_hashes(folder)})
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The files of a recording's manifest, as `file_hashes` gives them; None: there is no manifest.
+    """Return the files of a recording's manifest in the form of `file_hashes`; None if there is no manifest.
 
     Raises:
         BadSample: it is not a manifest.
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def compare_with_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises BadSample: a file of the manifest is missing, or is not the one that was recorded."""
+    """Raise BadSample if a file of the manifest is missing or is not the one that was recorded."""
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
@@ -100,11 +100,11 @@ def compare_with_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) 
 
 
 def make_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
-    """Writes the manifests of native recordings that have none, after decoding every frame.
+    """Write the manifests of native recordings that have none, after decoding every frame.
 
     Args:
-        root: folder of native recordings. again: also those that have one (their files were changed on purpose).
-        max_broken_share: more unreadable recordings than this are an error.
+        root: folder of native recordings. again: also write those that exist (files were changed on purpose).
+        max_broken_share: a larger share of unreadable recordings is an error.
 
     Raises:
         FileNotFoundError: there is no recording. ValueError: too many are broken.
@@ -136,9 +136,9 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check of one recording found. content: hash of all that it holds. problem: why it is left out. start: of
-    the processes that found it, as `name_of_start` says. views: why a camera beside the first cannot be used, by its
-    name."""
+    """Result of the check of one recording. content: hash of its whole content. problem: why it is left out. start:
+    `name_of_start` of the processes that found a problem. views: why a camera other than the first cannot be used, by
+    camera name."""
 
     name: str
     content: str
@@ -148,24 +148,24 @@ class Verdict:
 
 
 def data_version(contents: Mapping[str, str]) -> str:
-    """One hash of a data set, of the recordings' hashes by their names."""
+    """Return one hash of a data set, computed from the names and hashes of its recordings."""
     return hashlib.sha256(json.dumps(sorted(contents.items())).encode()).hexdigest()[:16]
 
 
 def verify(
     demos: Sequence[Demo], cameras: Sequence[str], depth: bool, cache_dir: Path, threads: int | None = None
 ) -> list[Verdict]:
-    """Checks every file and frame of recordings, those that were found sound before only by size and modification time.
+    """Check every file and frame of recordings. Recordings that passed before are compared by size and time only.
 
-    What was found is kept every minute, and where the check is interrupted. Processes that were started together leave
-    out the same recordings: what the first of them finds holds for all.
+    Results are stored every minute, and when the check is interrupted. Processes that were started together leave out
+    the same recordings: the results of the first process hold for all.
 
     Args:
-        demos: as read. cameras: whose frames are decoded. depth: also their depth. cache_dir: where the findings are
-            kept. threads: at once; None: one for each core, 8 at most.
+        demos: as read. cameras: cameras whose frames are decoded. depth: decode their depth too. cache_dir: folder for
+            the results. threads: number of threads; None: one per core, at most 8.
 
     Returns:
-        One verdict a recording, in their order. Errors of the machine (no file descriptors left) pass unchanged.
+        One verdict per recording, in their order. Errors of the machine (no file descriptors left) pass unchanged.
     """
     identities = [_identity(demo, cameras, depth) for demo in demos]
     with _writable_lock(cache_dir):
@@ -205,7 +205,7 @@ def _keep(known: Mapping[str, Verdict], cache_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _writable_lock(folder: Path) -> Iterator[None]:
-    """One process at a time, where the folder can be written; the others find its findings."""
+    """If the folder is writable, let one process check at a time; the others then read its results."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -219,10 +219,10 @@ def _writable_lock(folder: Path) -> Iterator[None]:
 
 
 def _known(path: Path) -> dict[str, Verdict]:
-    """What earlier checks found and still holds; nothing where the file is missing or damaged.
+    """Return results of earlier checks that are still valid; none if the file is missing or damaged.
 
-    A problem holds for the processes of one start alone: a file that is restored has its old size and time, and a disk
-    may have failed to read for a moment. Lightning starts its helpers after the first process has checked everything.
+    A problem is valid only for the processes of the same start: a restored file has its old size and time, and a disk
+    may have failed only for a moment. Lightning starts its helper processes after the first process checked everything.
     """
     helper, start = is_helper_process(), name_of_start()
     with contextlib.suppress(BadSample), guard(path):
@@ -236,7 +236,7 @@ def _known(path: Path) -> dict[str, Verdict]:
 
 
 def _identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
-    """A hash that changes when a recording's poses, or names, sizes or times of its files do."""
+    """Return a hash that changes with a recording's poses and with the names, sizes or times of its files."""
     digest = hashlib.sha256(f"{demo_fingerprint(demo)}\n{list(cameras)}\n{depth}\n".encode())
     if _is_native(demo):
         lines = sorted(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in _files(demo.path))
@@ -257,10 +257,10 @@ def _verdict(demo: Demo, cameras: Sequence[str], depth: bool) -> Verdict:
 
 
 def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool, views: dict[str, str]) -> str:
-    """The hash of all that a recording holds, after its files and frames were checked.
+    """Check a recording's files and frames, and return the hash of its whole content.
 
     Args:
-        views: what is wrong with a camera beside the first is put here, by its name.
+        views: receives, by camera name, what is wrong with a camera other than the first.
     """
     native = _is_native(demo)
     recorded = read_manifest(demo.path) if native else None
@@ -290,7 +290,7 @@ def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool, views: dic
 
 
 def _own_files(folder: Path, track: CameraTrack) -> set[str]:
-    """The files of a camera's images and depth, by their paths in the recording's folder."""
+    """Return the files of a camera's images and depth, as paths relative to the recording's folder."""
     found: set[Path] = set()
     for source in _sources(track, depth=True):
         if isinstance(source, NumberedFiles):
@@ -305,7 +305,7 @@ def _is_native(demo: Demo) -> bool:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Regular files below a folder, by their path there; hidden files and folders are passed over."""
+    """Yield regular files below a folder, by their path relative to it; hidden files and folders are skipped."""
     open_folders = [""]
     while open_folders:
         prefix = open_folders.pop()
@@ -333,13 +333,13 @@ def _sources(track: CameraTrack, depth: bool) -> list[FrameSource]:
 def _check_pixels(
     demo: Demo, cameras: Sequence[str], depth: bool, take: Callable[[Any], None] = lambda content: None
 ) -> None:
-    """Decodes every frame.
+    """Decode every frame.
 
     Args:
-        take: is given what was read: encoded bytes where a frame is a file, else its pixels.
+        take: called with what was read: the encoded bytes if a frame is a file, otherwise its pixels.
 
     Raises:
-        DemoError: with the camera and the first frame that cannot be used.
+        DemoError: a frame cannot be used; the message names the camera and the first such frame.
     """
     for name, track in _tracks(demo, cameras):
         for source in _sources(track, depth):
@@ -362,7 +362,7 @@ def _check_pixels(
 
 
 def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[int, ...]]:
-    """The shape of each frame, decoded one after the other; `take` is given what was read."""
+    """Yield the shape of each frame after decoding it; `take` is called with what was read."""
     if isinstance(source, JpegFrames):
         for index in range(len(source)):
             content = read_bytes(source.path(index))
@@ -383,8 +383,8 @@ def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[
 
 
 def _decoded_shape(content: bytes, where: str, turned: bool) -> tuple[int, int, int]:
-    """[H, W, 3] of an image file, after decoding all of its data; a JPEG's at an eighth of its size, which reads every
-    byte and takes a fraction of the time."""
+    """Return [H, W, 3] of an image file after decoding all of its data. A JPEG is decoded at an eighth of its size,
+    which reads every byte in a fraction of the time."""
     with open_image(content, where) as image:
         width, height = image.size
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))

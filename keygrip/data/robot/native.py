@@ -32,11 +32,11 @@ from keygrip.data.untrusted_files import inside, read_json, read_npz
 
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
-PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # one frame number in a file name; a wider one could fill memory
+PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # one frame number in a file name; a wider field could fill memory
 
 
 def _looks_native(folder: Path) -> bool:
-    """True for a folder that only a native recorder writes: its trajectory file, or metadata with our schema."""
+    """Return whether a folder holds files of a native recorder only: trajectory.npz, or metadata with our schema."""
     if (folder / "trajectory.npz").is_file():
         return True
     metadata = folder / "metadata.json"
@@ -50,22 +50,22 @@ def _looks_native(folder: Path) -> bool:
 
 
 def _is_demo(folder: Path) -> bool:
-    """Whether a folder has a part of a demo, of one that was cut off too."""
+    """Return whether a folder holds any part of a demo; this includes demos that were cut off."""
     return any((folder / part).exists() for part in ("metadata.json", "trajectory.npz", "cameras.npz", "rgb"))
 
 
 def find(root: Path) -> list[DemoReference]:
-    """References to the native demos under `root`, unread."""
+    """Return references to the native demos under `root`, without reading them."""
     return folder_references(root, demo_folders(root, _is_demo), "native", read_native)
 
 
 def detect(root: Path) -> bool:
-    """Whether a folder holds native demos."""
+    """Return whether a folder holds native demos."""
     return any(map(_looks_native, demo_folders(root, _is_demo)))
 
 
 def _archive(name: str, path: Path, wanted: Iterable[str]) -> Mapping[str, np.ndarray]:
-    """The wanted arrays of a file, as far as it has them; others are not read."""
+    """Return those of the wanted arrays that a file contains; other arrays are not read."""
     if not path.is_file():
         raise DemoError(name, f"{path.name} is missing")
     try:
@@ -171,10 +171,10 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_native(folder: Path | str, name: str | None = None) -> Demo:
-    """Reads one native demo folder. Conventions in its file are compared with ours; `check_demo` does the numbers.
+    """Read one native demo folder. The conventions in its metadata are checked here; `check_demo` checks the values.
 
     Raises:
-        DemoError: cut off, another schema or convention, a part missing.
+        DemoError: the demo was cut off, has another schema or convention, or lacks a part.
     """
     folder = Path(folder)
     name = folder.name if name is None else name

@@ -1,4 +1,4 @@
-"""Writer of native demonstrations, frame by frame, and of whole demos that another format's reader gave."""
+"""Writes native demonstrations, frame by frame or as whole demos that were read from another format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from keygrip.data.robot.integrity import write_manifest
 from keygrip.data.robot.schema import CONVENTIONS, SCHEMA, ArmTrajectory, Demo, DemoError
 from keygrip.data.video import VideoWriter
 
-# Arrays of an arm in trajectory.npz and the fields of `ArmPose` that they hold, of both tracks and of the reached one.
+# Arrays of an arm in trajectory.npz and the fields of `ArmPose` that they hold; the second group is for reached poses
+# only.
 POSE_ARRAYS = {"position_m": "position", "quaternion_wxyz": "quaternion", "gripper_opening": "gripper"}
 REACHED_ARRAYS = {"joint_positions_rad": "joints", "controller_action": "controller"}
 
@@ -27,7 +28,7 @@ REACHED_ARRAYS = {"joint_positions_rad": "joints", "controller_action": "control
 @dataclass(frozen=True)
 class ArmPose:
     """One arm at one frame: position [3] m, quaternion [4] w x y z, gripper opening 0..1, joints [J] rad or None, and
-    what its own controller was told [D] or None."""
+    the input of its own controller [D] or None."""
 
     position: np.ndarray
     quaternion: np.ndarray
@@ -47,23 +48,24 @@ class CameraPose:
 class DemoWriter:
     """Writes one native demo folder, frame by frame; a context manager.
 
-    Everything goes to a hidden folder beside the final one, which gets its name when the block ends well; after an
-    exception, `discard()` or a kill there is no folder of that name (a hidden remainder of a kill is passed over by the
-    reader, and removed by a later process that writes a demo beside it). Where its files are removed meanwhile, it
-    ends with FileNotFoundError.
+    Everything is written to a hidden folder in the same place, which gets the final name when the block ends without an
+    error. After an exception, `discard()` or a kill, no folder has the final name. (The reader skips the hidden folder
+    that a kill leaves; a later process that writes a demo next to it removes it.) If its files are removed during
+    writing, the block ends with FileNotFoundError.
 
     Args:
         folder: the demo's folder; must not exist.
-        robot, task, instruction: words for the metadata; `instruction`, `source` and `text` may be set until the block
+        robot, task, instruction: text for the metadata; `instruction`, `source` and `text` may be set until the block
             ends.
         fps: frames per second.
-        source: free, must be JSON (simulator: task, seed, options, success).
-        text: {"captions": [...], "questions": [...]}, optionally "camera": whose image they are about; or None.
-        video: one H.264 file per camera in place of JPEG files.
-        uncalibrated: by camera, why its pose is not known; its `CameraPose`s then stand for nothing.
-        jpeg_quality: 95 keeps the error of a pixel near that of the sensor; below 92 blocks show in heatmaps.
+        source: any JSON content (simulator: task, seed, options, success).
+        text: {"captions": [...], "questions": [...]}, optionally "camera": the camera whose image they describe; or
+            None.
+        video: one H.264 file per camera instead of JPEG files.
+        uncalibrated: by camera, why its pose is not known; its `CameraPose`s are then not stored.
+        jpeg_quality: 95 keeps the error of a pixel near that of the sensor; below 92 blocks are visible in heatmaps.
 
-    `add` takes a frame of every camera and arm; which cameras and arms there are is fixed by the first call.
+    `add` expects a frame of every camera and arm; the first call determines the cameras and arms.
     """
 
     def __init__(
@@ -112,12 +114,12 @@ class DemoWriter:
             for video in self._videos.values():
                 video.close()
             if error is not None:
-                raise error  # through the scratch folder, which names the place where a disk is full
+                raise error  # passed through the scratch folder, which adds the location if a disk is full
             if not self._discarded:
                 self._finish()
 
     def discard(self) -> None:
-        """The demo is not wanted (a failed episode): the block ends without a folder."""
+        """Discard the demo (a failed episode): the block ends without creating the folder."""
         self._discarded = True
 
     def __len__(self) -> int:
@@ -133,20 +135,21 @@ class DemoWriter:
         depth: Mapping[str, np.ndarray] | None = None,
         intervention: bool = False,
     ) -> None:
-        """Adds a frame.
+        """Add a frame.
 
         Args:
             timestamp_ns: increasing.
-            images: by camera, H x W x 3 uint8 RGB, or the bytes of a JPEG that are stored as they are.
-            cameras: pose and intrinsics by camera; where they never change one matrix is stored.
+            images: by camera, H x W x 3 uint8 RGB, or the bytes of a JPEG, which are stored unchanged.
+            cameras: pose and intrinsics by camera; if they never change, one matrix is stored.
             reached: measured pose by arm.
-            commanded: the command given at this frame by arm (where the arm is told to be at the next frame); in all
-                frames or in none.
+            commanded: the command given at this frame, by arm (the target pose for the next frame); in all frames or in
+                none.
             depth: by camera, H x W uint16 millimetres; in all frames or in none.
-            intervention: a person moved the arm here, in place of the policy.
+            intervention: a person moved the arm at this frame instead of the policy.
 
         Raises:
-            ValueError: cameras or arms differ from the first frame's, a size changes, depth or commands come and go.
+            ValueError: cameras or arms differ from those of the first frame, an image size changes, or depth or
+                commands are given in some frames only.
         """
         index = len(self._timestamps)
         commanded, depth = commanded or {}, depth or {}
@@ -206,12 +209,12 @@ class DemoWriter:
         if isinstance(image, bytes):
             path.write_bytes(image)
         else:
-            # 4:4:4: chroma at full resolution, since thin coloured edges are what the policy localises
+            # 4:4:4: chroma at full resolution, because the policy localises thin coloured edges
             Image.fromarray(image).save(path, quality=self.jpeg_quality, subsampling=0)
 
     def _new_file(self, *names: str) -> Path:
         path = self._temporary.joinpath(*names)
-        within = path.parents[: len(names) - 1]  # without the hidden folder: were it made again, files would be lost
+        within = path.parents[: len(names) - 1]  # not the hidden folder itself: recreating it would hide lost files
         try:
             for folder in reversed(within):
                 folder.mkdir(exist_ok=True)
@@ -281,8 +284,7 @@ def write_demo(
     video: bool = False,
     jpeg_quality: int = 95,
 ) -> Path:
-    """Writes `demo`, of whatever format it was read, as a native folder; JPEG files are copied byte by byte. Returns
-    the folder.
+    """Write `demo`, read from any format, as a native folder. JPEG files are copied byte by byte. Return the folder.
 
     Args:
         demo: what to write.

@@ -1,4 +1,4 @@
-"""Reads, checks and verifies the demonstrations that were found; broken ones are named, counted and left out."""
+"""Reads, checks and verifies the demonstrations that were found. Broken ones are named, counted and left out."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-NOTES_AT_MOST = 10  # readers' notes in the log, each once
+NOTES_AT_MOST = 10  # notes of the readers in the log, each logged once
 
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """What is asked of every demonstration.
+    """Requirements for every demonstration.
 
     Args:
-        cameras, arms: names that it must have. depth: whether its depth is read. max_demos: the first so many that can
-            be read; None: all.
-        masks_views: the model masks views, so that the first camera alone must be there, calibrated and sound.
-        max_broken_share: more broken ones than this are an error. verify: check every file and frame once.
-        calibrated: cameras whose pose is not known are left out; False for models that read no calibration, names of
-            cameras for those that read theirs alone.
+        cameras, arms: names that it must have. depth: whether its depth is read. max_demos: number of demonstrations to
+            use, the first ones that can be read; None: all.
+        masks_views: the model masks views, so only the first camera must be present, calibrated and undamaged.
+        max_broken_share: a larger share of broken demonstrations is an error. verify: check every file and frame once.
+        calibrated: True: cameras whose pose is not known are left out. False: for models that read no calibration.
+            Names of cameras: for models that read the calibration of these cameras only.
     """
 
     cameras: tuple[str, ...]
@@ -43,7 +43,7 @@ class ReadingOptions:
 
     @property
     def uncalibrated(self) -> bool | tuple[str, ...]:
-        """Which cameras may lack their pose, as `DemoReference.read` takes it."""
+        """Cameras whose pose may be unknown, in the form that `DemoReference.read` accepts."""
         if isinstance(self.calibrated, bool):
             return not self.calibrated
         return tuple(name for name in self.cameras if name not in self.calibrated)
@@ -54,8 +54,8 @@ class ReadDemos:
     """Demonstrations that can be used, in the order in which they were found.
 
     Attributes:
-        broken: those that were left out, with the reason. contents: hash of what each one holds, by name; empty where
-            nothing was verified.
+        broken: demonstrations that were left out, with the reason. contents: hash of each demonstration's content, by
+            name; empty if nothing was verified.
     """
 
     demos: list[Demo]
@@ -64,14 +64,15 @@ class ReadDemos:
 
 
 def read_demos(root: Path, references: Sequence[DemoReference], options: ReadingOptions, cache_dir: Path) -> ReadDemos:
-    """The usable demonstrations of a data set.
+    """Return the usable demonstrations of a data set.
 
     Args:
-        root: for messages. references: what was found. cache_dir: where what was verified is kept.
+        root: for messages. references: the demonstrations that were found. cache_dir: folder for the results of the
+            verification.
 
     Raises:
-        ValueError: too many are broken (they are listed), there are fewer than `max_demos`, or time stamps of most say
-            another rate than the metadata.
+        ValueError: too many are broken (they are listed), there are fewer than `max_demos`, or the time stamps of most
+            give another rate than the metadata.
     """
     read = ReadDemos([])
     looked_at = 0
@@ -123,8 +124,8 @@ def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
 
 
 def _verify(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
-    """Leaves out the demonstrations whose files or frames are damaged; of a model that masks views, a camera beside the
-    first where those are its own."""
+    """Leave out the demonstrations whose files or frames are damaged. If the model masks views, damage to the files of
+    a camera other than the first removes only that camera."""
     verdicts = verify(read.demos, options.cameras, options.depth, cache_dir)
     kept = []
     for demo, verdict in zip(read.demos, verdicts, strict=True):

@@ -1,4 +1,4 @@
-"""Embedded demonstrations: recorded in the simulator where they are missing."""
+"""Embedded demonstrations, which are recorded in the simulator if they are missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 @data_part(from_checkpoint={"make_missing": False}, makers=["recorder"])
 @dataclass(frozen=True)
 class Recording:
-    """The embedded demonstrations: what to record, and where it lies.
+    """The embedded demonstrations: what to record, and where to store it.
 
     Nothing is imported until demonstrations are missing: neither the simulator nor its graphics library is needed to
     train on a folder.
@@ -28,12 +28,13 @@ class Recording:
     Args:
         recorder: dotted name of the function that records; called with `task` built and the other arguments by name.
         task: configuration of the task (with its `_target_`).
-        folder: where recordings go; each has a folder of its own below it, named by its task and a hash of all that it
-            is made of, so that other options never mix with it.
+        folder: parent folder of recordings; each has its own folder below it, named after its task and a hash of all
+            its options, so that recordings with different options never mix.
         demos: how many. seed: of the first episode. image_size: edge of the recorded images. hz: frames per second.
         processes: None: one for each core. depth, video: as for `DemoWriter`.
-        cameras: names; None: the task's own one.
-        make_missing: False: recordings that are missing are an error (what a checkpoint says is never recorded).
+        cameras: names; None: the task's own camera.
+        make_missing: False: missing recordings are an error (set when the configuration comes from a checkpoint, so
+            that loading one never records).
     """
 
     recorder: str
@@ -51,7 +52,7 @@ class Recording:
 
     @property
     def root(self) -> Path:
-        """The recording's folder, named by what is recorded and not by where the code lies."""
+        """The recording's folder. Its name depends on what is recorded, not on the location of the code."""
         options = {key: value for key, value in self.task.items() if key != "_target_"}
         options |= {"seed": self.seed, "image_size": self.image_size, "hz": self.hz}
         options |= {"depth": self.depth, "video": self.video}
@@ -63,11 +64,11 @@ class Recording:
         return Path(self.folder) / f"{self.task['name']}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def held(self) -> int:
-        """Complete demos that are there."""
+        """Return the number of complete demos in the folder."""
         return sum(1 for _ in self.root.glob("[!.]*/metadata.json"))
 
     def complete(self) -> None:
-        """Records what is missing, in one process at a time; says so."""
+        """Record the missing demos, in one process at a time, and log it."""
         if not self.make_missing and not self._is_complete(self.root):
             raise FileNotFoundError(
                 f"{self.root} holds {self.held()} of {self.demos} demonstrations of the run: evaluate with "

@@ -19,8 +19,8 @@ class DemoReference:
         name: unique under the root, stable (the folder's path below the root): the train/validation split hashes it.
         path: its folder or file.
         format: one of `FORMATS`.
-        reader: makes the Demo; picklable (a `functools.partial` of a module's function). It may raise whatever
-            `keygrip.data.bad_samples.HOSTILE` lists.
+        reader: returns the Demo; picklable (a `functools.partial` of a module's function). It may raise any exception
+            listed in `keygrip.data.bad_samples.HOSTILE`.
     """
 
     name: str
@@ -34,14 +34,14 @@ class DemoReference:
         cameras: Iterable[str] | None = None,
         uncalibrated: bool | Collection[str] = False,
     ) -> Demo:
-        """The demo, checked (see `check_demo`), with unit quaternions.
+        """Read the demo and check it (see `check_demo`). Its quaternions are then unit quaternions.
 
         Args:
-            images, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known, all or those of
-                these names; they are left out otherwise, with a note in the demo's `source`.
+            images, cameras: as for `check_demo`. uncalibrated: keep cameras whose pose is not known, all of them (True)
+                or those with these names. The others are left out, with a note in the demo's `source`.
 
         Raises:
-            DemoError: whatever is wrong with it. Errors of the machine (no file descriptors left) pass unchanged.
+            DemoError: the demo cannot be used. Errors of the machine (no file descriptors left) pass unchanged.
         """
         try:
             demo = self.reader()
@@ -62,7 +62,7 @@ class DemoReference:
 
 
 def _calibrated(demo: Demo, kept: Collection[str]) -> Demo:
-    """The demo without the cameras whose pose is not known, but for some. Raises DemoError: there are no others."""
+    """Return the demo without cameras whose pose is not known, except `kept`. Raise DemoError if none is left."""
     unknown = {name: track.uncalibrated for name, track in demo.cameras.items() if track.uncalibrated}
     without = {name: reason for name, reason in unknown.items() if name not in kept}
     if not without:

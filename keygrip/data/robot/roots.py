@@ -20,10 +20,10 @@ class DataRoot:
     """A data set.
 
     Args:
-        folder: where it lies. label: what its demos' names begin with; empty where it is the only one.
-        calibration: its calibration file. hub_name: OWNER/NAME of a data set of the hub.
-        stride: frames from one target step to the next. camera_names: what its cameras are called here, by their own
-            names; others keep theirs.
+        folder: its location. label: prefix of its demos' names; empty if it is the only data set.
+        calibration: its calibration file. hub_name: OWNER/NAME of a data set on the hub.
+        stride: frames from one target step to the next. camera_names: {name in the recordings: new name}; other
+            cameras keep their names.
     """
 
     folder: Path
@@ -34,14 +34,14 @@ class DataRoot:
     camera_names: Mapping[str, str] = field(default_factory=dict)
 
     def refuse_missing(self, make_missing: bool = True) -> None:
-        """Raises FileNotFoundError: its folder is not there, or, of a data set of the hub, cannot be had."""
+        """Raise FileNotFoundError if the folder is missing and, for a data set of the hub, cannot be downloaded."""
         if self.hub_name is None:
             refuse_no_folder(self.folder)
         else:
             hub.refuse_missing(self.hub_name, make_missing)
 
     def download(self, make_missing: bool = True) -> None:
-        """Downloads a data set of the hub where it is not complete, or refuses that."""
+        """Download a data set of the hub if it is not complete; without `make_missing`, raise FileNotFoundError."""
         if self.hub_name is not None:
             hub.download(self.hub_name, make_missing)
 
@@ -52,15 +52,15 @@ def data_roots(
     frame_stride: int | Sequence[int] = 1,
     camera_names: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[DataRoot]:
-    """The data sets that the settings of these names under `data` describe.
+    """Return the data sets that the settings of the same names under `data` describe.
 
     Args:
-        frame_stride: of all, or one of each. camera_names: by the name of a root's folder, what its cameras are called
-            here by their own names.
+        frame_stride: one number for all roots, or one per root. camera_names: new camera names, as {name of a
+            root's folder: {name in its recordings: new name}}.
 
     Raises:
-        ValueError: none, two of one name, another number of calibration files or strides, or names of cameras of a root
-            that there is not, or the same one for two cameras.
+        ValueError: there is no root, two have the same name, the number of calibration files or strides is not that of
+            the roots, `camera_names` names a root that does not exist, or two cameras would have the same name.
     """
     found = _folders(root, calibration)
     strides = checked_strides(frame_stride, len(found))
@@ -107,10 +107,10 @@ def _data_root(root: str | Path, label: str, calibration: str | Path | None) -> 
 
 
 def checked_weights(weights: Sequence[float] | None, roots: int) -> list[float] | None:
-    """The weights of the roots as floats.
+    """Return the weights of the roots as floats.
 
     Raises:
-        ValueError: another number than there are roots, or one that is no weight.
+        ValueError: their number is not that of the roots, there is one root only, or one is not positive and finite.
     """
     if weights is None:
         return None
@@ -126,17 +126,17 @@ def checked_weights(weights: Sequence[float] | None, roots: int) -> list[float] 
 
 @dataclass
 class ReadRoots(ReadDemos):
-    """Demonstrations of several data sets; `root_of` is the number of each one's root."""
+    """Demonstrations of several data sets; `root_of` is the index of each demonstration's root."""
 
     root_of: list[int] = field(default_factory=list)
 
 
 def read_roots(roots: Sequence[DataRoot], format: str, options: ReadingOptions, cache_dir: Path) -> ReadRoots:
-    """The usable demonstrations of all data sets, in their order. `options` hold for each.
+    """Return the usable demonstrations of all data sets, in the order of `roots`. `options` apply to each data set.
 
     Raises:
-        FileNotFoundError: there is no data. ValueError: too many demos of a set are broken, a target step would mean
-            different times in some, or a camera is renamed that no demo has.
+        FileNotFoundError: there is no data. ValueError: too many demos of a set are broken, a target step would have
+            different durations in some, or no demo has a camera that is renamed.
     """
     everything = ReadRoots([], [], {}, [])
     for number, root in enumerate(roots):
@@ -158,7 +158,7 @@ def read_roots(roots: Sequence[DataRoot], format: str, options: ReadingOptions, 
 
 
 def _renamed(reader: Callable[[], Demo], names: Mapping[str, str]) -> Demo:
-    """A demo with other names of its cameras. Raises DemoError: two would have the same one."""
+    """Read a demo and rename its cameras. Raise DemoError if two would have the same name."""
     demo = reader()
     cameras = {names.get(name, name): track for name, track in demo.cameras.items()}
     if len(cameras) < len(demo.cameras):
@@ -169,7 +169,7 @@ def _renamed(reader: Callable[[], Demo], names: Mapping[str, str]) -> Demo:
 
 
 def _refuse_unmet(root: DataRoot, demos: Sequence[Demo]) -> None:
-    """Raises ValueError: a name of a camera that no demo has."""
+    """Raise ValueError if a camera to rename exists in no demo."""
     there = {name for demo in demos for name in (*demo.cameras, *demo.source.get("uncalibrated", {}))}
     for theirs, ours in root.camera_names.items():
         if ours not in there:

@@ -1,4 +1,4 @@
-"""Rotation bases of a data set, fitted as training would."""
+"""Rotation bases of a data set, fitted as in training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from keygrip.models.geometry.rotation_codecs import RotationCodec, fit_or_load
 
 
 def fit_rotation(data: RobotDemos, rotation: RotationCodec) -> dict[str, Any]:
-    """The step `rotation`: fits one basis per arm on the training split and keeps it beside the data set.
+    """Run the step `rotation`: fit one basis per arm on the training split and store it in the data set's cache folder.
 
     Returns:
-        the report of each arm's fit, and the folder.
+        The report of each arm's fit, and the folder.
     """
     data.prepare_data()
     data.setup("fit")

@@ -21,7 +21,7 @@ from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SubstitutingSamples
 
 TARGETS = ("commanded", "reached")
-SUBSTITUTES = 8  # frames to each side that may stand in for one that cannot be read
+SUBSTITUTES = 8  # frames on each side that may replace an unreadable frame
 IDLE_SPEED_MPS = 0.005  # slower counts as standing still: five times the tracking noise of a good arm at 10 Hz
 IDLE_TURN_RPS = 0.05  # and turns slower than 3 degrees per second
 IDLE_GRIPPER_PER_S = 0.05  # and a gripper that would need 20 s to close
@@ -33,11 +33,11 @@ def targets_of(
     """Target poses `steps` frames after `frame`: position [..., T, 3], quaternion [..., T, 4], gripper [..., T],
     is_pad [..., T].
 
-    "reached" takes the pose measured at the future frame. "commanded" takes what the arm was told to be at that frame,
-    which is the command given one frame earlier. Past the end of the demo the last pose is repeated.
+    "reached": the pose measured at the future frame. "commanded": the pose commanded for the future frame, which is the
+    command given one frame earlier. After the end of the demo the last pose is repeated.
 
     Args:
-        gripper_targets: the same of the opening alone; None: as `targets`.
+        gripper_targets: "reached" or "commanded" for the gripper's opening only; None: as `targets`.
     """
     future = np.asarray(frame)[..., None] + steps
     poses, rows = _goals(arm, future, targets)
@@ -46,7 +46,7 @@ def targets_of(
 
 
 def _goals(arm: ArmTrajectory, future: np.ndarray, targets: str) -> tuple[ArmTrajectory, np.ndarray]:
-    """A trajectory and its rows, int [...], that hold what the targets of some frames are."""
+    """Return a trajectory and its rows, int [...], that hold the targets for the frames `future`."""
     if targets == "commanded":
         assert arm.commanded is not None
         return arm.commanded, np.minimum(future - 1, len(arm) - 1)
@@ -58,14 +58,14 @@ def keyframe_of(
 ) -> np.ndarray:
     """Number of the next keyframe after `frame`, int [...]: the first later frame at which the target gripper has
     closed or opened, else the demo's last frame (which is its own keyframe)."""
-    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets, gripper_targets)  # of frames 1 and on
+    _, _, gripper, _ = targets_of(arm, 1, np.arange(len(arm) - 1), targets, gripper_targets)  # from frame 1 on
     shut = gripper < CLOSED
     events = np.append(np.flatnonzero(shut[1:] != shut[:-1]) + 2, len(arm) - 1)
     return events[np.minimum(np.searchsorted(events, frame, side="right"), len(events) - 1)]
 
 
 def moving_frames(demo: Demo, arms: Sequence[str], idle_s: float) -> np.ndarray:
-    """bool [N]: frames outside of pauses that last longer than `idle_s`. A pause's first `idle_s` seconds stay in."""
+    """bool [N]: frames outside of pauses longer than `idle_s`. The first `idle_s` seconds of a pause are kept."""
     still = np.ones(len(demo) - 1, dtype=bool)
     seconds = np.diff(demo.timestamps) / 1e9
     for name in arms:
@@ -89,11 +89,12 @@ def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> n
 
 
 def weighted_frames(frames: np.ndarray, intervention: np.ndarray | None, weight: float) -> np.ndarray:
-    """Frame numbers [M] with each corrected frame `weight` times, beside each other; fractions are spread evenly over
-    the corrected frames.
+    """Return frame numbers [M] in which each corrected frame occurs `weight` times in a row; fractions are spread
+    evenly over the corrected frames.
 
     Args:
-        frames: rising numbers of the frames that are samples. intervention: bool [N] of the demo's frames, None: none.
+        frames: ascending numbers of the frames that are samples. intervention: bool [N], which of the demo's frames a
+            person corrected; None: no frame.
     """
     if intervention is None or weight == 1.0:
         return frames
@@ -113,12 +114,12 @@ def poses_of(
     extra: Sequence[str] = (),
     gripper_targets: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `PolicyTargets` that are read from the arms, at one frame, or at M: then with a first dimension of
-    M.
+    """Return the tensors of `PolicyTargets` that are read from the arms, at one frame, or at M frames with a first
+    dimension of M.
 
     Args:
         targets, gripper_targets: see `targets_of`.
-        extra: "joints" and "controller", where the model reads them beside poses.
+        extra: "joints" and "controller", if the model reads them in addition to poses.
     """
     axis = np.asarray(frame).ndim
     trajectories, chosen = [demo.arms[name] for name in arms], (targets, gripper_targets)
@@ -151,23 +152,24 @@ def poses_of(
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is read of a demonstration for each sample.
+    """What is read from a demonstration for each sample.
 
     Args:
-        camera: the first camera. arms: which arms, in the order of the batch.
+        camera: the first camera. arms: names of the arms, in the order of the batch.
         targets, gripper_targets: see `targets_of`.
-        horizon: T. strides: frames from one target to the next, of each demo of the data module's list.
+        horizon: T. strides: frames from one target to the next, for each demo in the data module's list.
         geometry: the nominal crop.
         augmentation: None at validation.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
         drop_idle_s: see `moving_frames`; None keeps all.
-        intervention_weight: how often an epoch holds each frame in which a person corrected a policy.
-        detail_size: side of a sharper cut of the first camera's image, pixels; None: none.
-        extra: "joints" and "controller", where the model reads them beside poses.
-        embodiments: robots that it keeps apart.
-        view_dropout: probability that a camera beside the first is masked in a sample.
-        masks_views: of the model; a camera beside the first whose frame cannot be read is then masked in the sample,
-            which is replaced otherwise.
+        intervention_weight: how many times an epoch contains each frame in which a person corrected a policy.
+        detail_size: side in pixels of a second crop of the first camera's image, the same part at a higher resolution;
+            None: none.
+        extra: "joints" and "controller", if the model reads them in addition to poses.
+        embodiments: robots for which the model has statistics of their own.
+        view_dropout: probability that a camera other than the first is masked in a sample.
+        masks_views: the model masks views: if a frame of a camera other than the first cannot be read, the camera is
+            masked in the sample. Otherwise the sample is replaced.
     """
 
     camera: str
@@ -188,11 +190,11 @@ class SampleOptions:
     masks_views: bool = False
 
     def steps(self, demo: int) -> np.ndarray:
-        """[T] frames ahead of each target, of the demo with this number in the data module's list."""
+        """Return [T], how many frames each target lies ahead. `demo` is the index in the data module's list."""
         return np.arange(1, self.horizon + 1) * self.strides[demo]
 
     def poses(self, demo: Demo, number: int, frame: int | np.ndarray) -> dict[str, torch.Tensor]:
-        """`poses_of` a demo, which has this number in the data module's list."""
+        """Return `poses_of` for a demo. `number` is its index in the data module's list."""
         return poses_of(demo, self.arms, frame, self.steps(number), self.targets, self.extra, self.gripper_targets)
 
 
@@ -200,14 +202,14 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
     """One sample for each frame (or moving frame) of some demos. Indexed by `SampleKey`; samples are unbatched
     `PolicyBatch`es.
 
-    A sample whose frame cannot be read is replaced by that of the nearest frame of its demo, with that frame's own
-    targets.
+    A sample whose frame cannot be read is replaced by the sample of the nearest frame in its demo, with the targets of
+    that frame.
 
     Args:
-        demos: what is read.
-        demo_indices: number of each demo in the data module's list.
+        demos: the demos to sample from.
+        demo_indices: index of each demo in the data module's list.
         frames: decoded frames of all demos of that list, by camera.
-        options: what is read of each demo.
+        options: what is read from each demo.
     """
 
     def __init__(
@@ -233,12 +235,12 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         return len(self.sample_frame)
 
     def groups(self, by: str) -> np.ndarray:
-        """int64 [samples]: the group of each sample, by what its demo says under ``by``: "instruction" or "task"."""
+        """int64 [samples]: the group of each sample, by its demo's "instruction" or "task" (``by``)."""
         _, numbers = np.unique([str(getattr(demo, by)) for demo in self.demos], return_inverse=True)
         return numbers[self.sample_demo]
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The sample, then those of the same demo, nearest first."""
+        """Yield the sample, then other samples of the same demo, nearest first."""
         yield key
         demo = self.sample_demo[key.sample]
         for distance in range(1, SUBSTITUTES + 1):
@@ -266,7 +268,7 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
             return self.frames[camera].read(self.demo_indices[number], frame)
 
     def _with_images(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
-        """The sample: what is common to all batches, and the camera's image."""
+        """Return the sample: the fields that all batch types share, and the camera's image."""
         options = self.options
         camera, pixels = self.demos[number].cameras[options.camera], self._image(number, options.camera, frame)
         world_to_camera = camera.world_to_camera[frame]
@@ -286,11 +288,11 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
 class MultiViewSamples(DemoSamples):
     """`DemoSamples` of several cameras: samples are unbatched `MultiViewPolicyBatch`es.
 
-    Each view is cropped and coloured by itself, as cameras are mounted and balanced one by one; depth follows its
-    image. A camera beside the first that the demo lacks is black and masked; of a model that masks views so is one
-    whose frame cannot be read, which the loader counts.
+    Each view is cropped and recoloured independently, because each camera has its own mounting and white balance. The
+    depth map is cropped like its image. A camera other than the first is black and masked if the demo lacks it and, if
+    the model masks views, also if its frame cannot be read. The loader counts the unreadable frames.
 
-    Args (beside those of `DemoSamples`):
+    Args (in addition to those of `DemoSamples`):
         cameras: their names, in the order of the views; the first is `options.camera`.
         depth: whether the samples hold depth.
     """
@@ -306,13 +308,13 @@ class MultiViewSamples(DemoSamples):
     ) -> None:
         super().__init__(demos, demo_indices, frames, options)
         self.cameras, self.depth = tuple(cameras), depth
-        self._masked: list[BadSample] = []  # samples of the batch at hand that lack views that could not be read
+        self._masked: list[BadSample] = []  # samples of the current batch with unreadable views
 
     def __getitems__(
         self, keys: Sequence[SampleKey]
     ) -> list[tuple[PolicyTargets | None, list[BadSample]]] | list[BadSample]:
-        """As of all `SubstitutingSamples`; samples that lack views that could not be read are among what is told of the
-        first sample."""
+        """As for all `SubstitutingSamples`. The bad samples returned with the first sample also contain the samples
+        with unreadable views."""
         self._masked = []
         found = super().__getitems__(keys)
         if isinstance(first := found[0], tuple):
@@ -347,9 +349,9 @@ class MultiViewSamples(DemoSamples):
         )
 
     def _shown_views(self, number: int, generator: np.random.Generator) -> list[bool]:
-        """Which views a sample shows: of the cameras that the demo has, the first and those that are not dropped."""
+        """Return which views a sample shows: of the demo's cameras, the first and those that are not dropped."""
         there = [name in self.demos[number].cameras for name in self.cameras]
-        if self.options.view_dropout:  # without it nothing is drawn: samples are those of a run that has no such option
+        if self.options.view_dropout:  # no random number is used otherwise, as in a run without this option
             kept = generator.random(len(there) - 1) >= self.options.view_dropout
             there[1:] = [has and bool(keeps) for has, keeps in zip(there[1:], kept, strict=True)]
         return there
@@ -357,7 +359,7 @@ class MultiViewSamples(DemoSamples):
     def _read_view(
         self, number: int, name: str, frame: int, generator: np.random.Generator, unread: list[str]
     ) -> View | None:
-        """One camera's view; None: it cannot be read, and is one that may be masked: `unread` then gets the reason."""
+        """Return one camera's view, or None if it cannot be read and may be masked; `unread` then gets the reason."""
         try:
             return self._view(number, name, frame, generator)
         except DemoError as error:
@@ -367,7 +369,7 @@ class MultiViewSamples(DemoSamples):
             return None
 
     def _view(self, number: int, name: str, frame: int, generator: np.random.Generator) -> View:
-        """One camera's view, augmented where the samples are."""
+        """Return one camera's view, augmented if the samples are augmented."""
         options = self.options
         camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
         detail_size = options.detail_size if name == options.camera else None
@@ -378,7 +380,7 @@ class MultiViewSamples(DemoSamples):
         return options.augmentation.view(generator, options.geometry, *seen)
 
     def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
-        """H x W uint16 millimetres, where depth is wanted; unknown everywhere (0) where it was not recorded."""
+        """Return H x W uint16 millimetres, all 0 (unknown) if depth was not recorded; None if depth is not used."""
         track = self.demos[number].cameras[camera]
         if not self.depth:
             return None
@@ -389,7 +391,7 @@ class MultiViewSamples(DemoSamples):
 
 
 def collate(samples: list[PolicyTargets]) -> PolicyTargets:
-    """Stacks samples."""
+    """Stack samples into a batch."""
     return type(samples[0]).collate(samples)
 
 

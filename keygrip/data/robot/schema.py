@@ -1,6 +1,6 @@
-"""What a robot demonstration is.
+"""Data types of a robot demonstration.
 
-Conventions, named in every native file and compared on load: world frame z up, metres; OpenCV camera (x right, y down,
+Conventions, stored in every native file and checked on load: world frame z up, metres; OpenCV camera (x right, y down,
 z forward) with a 4x4 `world_to_camera`; pixels (x, y) with the corner convention (0, 0 is the top-left corner of the
 first pixel); unit quaternions w, x, y, z; gripper opening 0 closed .. 1 open; times in nanoseconds.
 
@@ -34,8 +34,8 @@ class DemoError(BadSample):
     """One demo cannot be used; the run goes on without it unless too many are broken.
 
     Args:
-        name: which. reason: why. cause: what is likely, in a few words, where that is known. remedy: what to do, the
-            sentence with which the reason then ends.
+        name: of the demo. reason: why it cannot be used. cause: the likely cause in a few words, if known. remedy: what
+            to do; the reason then ends with this sentence.
     """
 
     def __init__(self, name: str, reason: str, cause: str = "", remedy: str = "") -> None:
@@ -48,13 +48,13 @@ class DemoError(BadSample):
 
 @contextlib.contextmanager
 def demo_guard(name: str, what: str = "") -> Iterator[None]:
-    """Turns whatever broken data raise inside the block into an error of a demo.
+    """Convert errors that broken data cause inside the block into a DemoError.
 
     Args:
         name: of the demo. what: beginning of the reason.
 
     Raises:
-        DemoError: those of the block pass unchanged, and so do errors of the machine.
+        DemoError: the data are broken. A DemoError raised in the block and errors of the machine pass unchanged.
     """
     try:
         yield
@@ -67,10 +67,10 @@ def demo_guard(name: str, what: str = "") -> Iterator[None]:
 
 
 def words(value: Any) -> str:
-    """A sentence as files hold it: text, a list of its words, or null for none.
+    """Return a sentence as a string. Files hold it as text, as a list of its words, or as null for none.
 
     Raises:
-        ValueError: something else.
+        ValueError: `value` is something else.
     """
     if value is None:
         return ""
@@ -83,7 +83,7 @@ def words(value: Any) -> str:
 
 @runtime_checkable
 class FrameSource(Protocol):
-    """Images of one camera by frame index. Must be picklable (it travels to loader workers) and hold no open file."""
+    """Images of one camera by frame index. Must be picklable (it is sent to loader workers) and hold no open file."""
 
     def __len__(self) -> int: ...
 
@@ -93,8 +93,8 @@ class FrameSource(Protocol):
         ...
 
     def identity(self) -> str:
-        """Text that changes when the images on disk change (paths, sizes, modification times): names the frame
-        cache."""
+        """Text that changes when the images on disk change (paths, sizes, modification times); the frame cache is named
+        after its hash."""
         ...
 
 
@@ -107,10 +107,9 @@ class ArmTrajectory:
         quaternion: [N, 4] unit, w x y z.
         gripper: [N] opening, 0 closed .. 1 open.
         joints: [N, J] radians, or None.
-        commanded: what the arm was told to do, or None where it was not recorded. Row i is the command given at frame
-            i: where the arm is told to be at frame i + 1.
-        controller: [N, D] what the robot's own controller was told, in its own units, or None. Row i leads to frame
-            i + 1.
+        commanded: the commanded poses, or None if they were not recorded. Row i is the command given at frame i: the
+            target for frame i + 1.
+        controller: [N, D] input of the robot's own controller, in its own units, or None. Row i leads to frame i + 1.
     """
 
     position: np.ndarray
@@ -129,7 +128,7 @@ class CameraTrack:
     """One camera over a demo.
 
     Args:
-        width, height: of every frame, pixels.
+        width, height: size of every frame, pixels.
         intrinsics: [N, 3, 3], pixels; [3, 3] is broadcast by `CameraTrack.broadcast`.
         world_to_camera: [N, 4, 4] rigid.
         frames: the images.
@@ -158,15 +157,15 @@ class CameraTrack:
 
     @staticmethod
     def broadcast(matrix: np.ndarray, frames: int) -> np.ndarray:
-        """[R, C] -> [frames, R, C] without a copy; [frames, R, C] as it is."""
+        """[R, C] -> [frames, R, C] without a copy; [frames, R, C] unchanged."""
         matrix = np.asarray(matrix, dtype=np.float64)
         return np.broadcast_to(matrix, (frames, *matrix.shape)) if matrix.ndim == 2 else matrix
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration. `timestamps` is [N] int64 nanoseconds; `arms` and `cameras` are by name; `source` says where
-    it came from. `intervention` is bool [N]: frames in which a person corrected a policy; None: there were none."""
+    """One demonstration. `timestamps` is [N] int64 nanoseconds; `arms` and `cameras` are keyed by name; `source`
+    describes its origin. `intervention` is bool [N]: frames in which a person corrected a policy; None: no frame."""
 
     name: str
     path: Path

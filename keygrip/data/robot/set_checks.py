@@ -1,4 +1,4 @@
-"""Checks of a set of demonstrations against the settings: what is missing, off the path or off the image."""
+"""Checks of a set of demonstrations against the settings: missing data, outliers, targets outside the image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from keygrip.models.geometry.cameras import inside_image, project
 
 log = logging.getLogger(__name__)
 
-GRIP_BELOW = 0.4  # of an opening, below which plans shut the gripper (conf/execution/options.yaml)
-CLOSED_BY = 0.3  # of the gripper's whole way: less is no grasp
+GRIP_BELOW = 0.4  # opening below which plans close the gripper (conf/execution/options.yaml)
+CLOSED_BY = 0.3  # change of the opening; a smaller one is not a grasp
 
 
 def refuse_missing(
@@ -30,12 +30,12 @@ def refuse_missing(
     extra: Sequence[str],
     strides: Sequence[int],
 ) -> None:
-    """Raises ValueError: some demos do not hold what the targets are made of.
+    """Raise ValueError if some demos lack data from which the targets are computed.
 
     Args:
-        targets, gripper_targets: "commanded" or "reached"; the second None: as the first.
-        extra: "joints" and "controller", where the model reads them.
-        strides: frames from one target to the next, of each root.
+        targets, gripper_targets: "commanded" or "reached"; gripper_targets None: as `targets`.
+        extra: "joints" and "controller", if the model reads them.
+        strides: frames from one target to the next, for each root.
     """
     for setting, chosen in (("targets", targets), ("gripper_targets", gripper_targets)):
         without = [demo.name for demo in demos if any(demo.arms[arm].commanded is None for arm in arms)]
@@ -59,13 +59,13 @@ def refuse_missing(
 
 
 def check_robots(demos: Sequence[Demo], embodiments: Sequence[str], may_keep_apart: bool) -> None:
-    """Warns of demos of several robots, where the model could keep them apart and does not.
+    """Warn about demos of several robots if the model could use statistics per robot and does not.
 
     Args:
-        embodiments: robots that it keeps apart. may_keep_apart: whether it could.
+        embodiments: robots for which the model has statistics of their own. may_keep_apart: whether it supports that.
 
     Raises:
-        ValueError: there are demos of another robot than those that it keeps apart.
+        ValueError: there are demos of a robot that `embodiments` does not name.
     """
     robots = sorted({demo.robot for demo in demos})
     other = [name for name in robots if name not in embodiments]
@@ -83,10 +83,10 @@ def check_robots(demos: Sequence[Demo], embodiments: Sequence[str], may_keep_apa
 
 
 def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) -> None:
-    """Says which demonstrations end before their first target, and how many steps lie behind the end of all of them.
+    """Warn about demonstrations that end before their first target, and about steps after the end of all of them.
 
     Args:
-        demos: of the training split. horizon: T. strides: frames from one target to the next, of each demo.
+        demos: those of the training split. horizon: T. strides: frames from one target to the next, for each demo.
 
     Raises:
         ValueError: no demo reaches its first target.
@@ -115,10 +115,10 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
 
 
 def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
-    """Warns of demos that lack a camera, or its calibration, or whose frames of it are damaged: it is masked in them.
+    """Warn about demos in which a camera is masked: it, or its calibration, is missing, or its frames are damaged.
 
     Raises:
-        ValueError: no demo has it.
+        ValueError: no demo has the camera.
     """
     for camera in cameras:
         without = [demo for demo in demos if camera not in demo.cameras]
@@ -136,7 +136,7 @@ def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
 
 
 def report_uncalibrated(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
-    """Says which cameras are not calibrated, of a model that can do without."""
+    """Log which cameras are not calibrated, for a model that does not need the calibration."""
     for camera in cameras:
         without = [demo for demo in demos if camera in demo.cameras and demo.cameras[camera].uncalibrated]
         if without:
@@ -145,7 +145,7 @@ def report_uncalibrated(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
 
 
 def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
-    """Raises ValueError: no demo holds depth. Some that hold none are said: theirs counts as unknown."""
+    """Raise ValueError if no demo holds depth. Warn about demos without depth: theirs counts as unknown."""
     flat = [
         demo.name
         for demo in demos
@@ -167,7 +167,7 @@ def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
 
 
 def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
-    """Warns of single wrong readings: one of them stretches the height bins of all demos."""
+    """Warn about single wrong readings: one of them stretches the height bins of all demos."""
     found = []
     for demo in demos:
         for arm in arms:
@@ -185,12 +185,12 @@ def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) ->
 
 
 def report_half_shut(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
-    """Warns of demonstrations that close a gripper, but by their targets never so far that a plan of them shuts it.
+    """Warn about demonstrations that close a gripper, but whose target openings are too large for a plan to close it.
 
-    What is held keeps the fingers apart: reached openings stop there, commanded ones go on.
+    A held object keeps the fingers apart: reached openings stop there, commanded openings go on.
 
     Args:
-        targets: "commanded" or "reached", of the opening.
+        targets: "commanded" or "reached", for the opening.
     """
     least: dict[str, float] = {}
     for demo in demos:
@@ -217,11 +217,11 @@ def off_screen_shares(
     steps: Callable[[int], np.ndarray],
     targets: str,
 ) -> dict[str, float]:
-    """By demo: the share of target steps that project outside the nominal (unaugmented) image, over all arms; demos
-    whose camera is not calibrated are left out.
+    """Return, by demo, the share of target steps that project outside the nominal (unaugmented) image, over all arms.
+    Demos whose camera is not calibrated are left out.
 
     Args:
-        steps: [T] frames ahead of each target, of the demo with a number.
+        steps: returns [T], how many frames each target lies ahead, for the index of a demo.
     """
     shares = {}
     for number, demo in enumerate(demos):
@@ -243,10 +243,10 @@ def off_screen_shares(
 
 
 def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, count: int, root: Path) -> None:
-    """Warns of demos with more steps than `limit` outside the image.
+    """Warn about demos with a larger share of steps than `limit` outside the image.
 
     Args:
-        shares: of `off_screen_shares`. camera, count, root: for messages: the camera, and how many demos there are.
+        shares: from `off_screen_shares`. camera, count, root: for messages; `count` is the number of all demos.
 
     Raises:
         ValueError: the arm is outside in all demos.
@@ -274,7 +274,7 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
 
 
 def report_views(demos: Sequence[Demo], cameras: Sequence[str], geometry: ImageGeometry) -> None:
-    """Says which part of each camera's image the network sees."""
+    """Log which part of each camera's image the network sees."""
     for camera in cameras:
         track = next(demo.cameras[camera] for demo in demos if camera in demo.cameras)
         box = geometry.box(track.width, track.height)

@@ -1,4 +1,4 @@
-"""What a model must know of its training demonstrations.
+"""Statistics of the training demonstrations that a model needs.
 
 Legend of shapes: M frames of the training split.
 """
@@ -23,14 +23,14 @@ from keygrip.data.robot.samples import SampleOptions, kept_frames
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.models.geometry.cameras import camera_centre
 
-CHUNKS_AT_MOST = 20_000  # action chunks for statistics, of a robot: means and quantiles to half a percent, 10 MB
-FRAMES_OF_A_DEMO = 16  # about so many of each show where cameras stand
+CHUNKS_AT_MOST = 20_000  # action chunks per robot for statistics: means and quantiles to half a percent, 10 MB
+FRAMES_OF_A_DEMO = 16  # approximate number of frames per demo from which camera positions are read
 Range = tuple[tuple[float, float, float], tuple[float, float, float]]  # lowest and highest x, y, z, metres
 
 
 @dataclass(frozen=True)
 class Apart:
-    """How far two cameras stand from one another: medians over an even choice of frames of the training demonstrations.
+    """Distance between two cameras: medians over evenly chosen frames of the training demonstrations.
 
     Args:
         distance_m: between their centres, metres. angle_deg: between the rays from them to the middle of the workspace.
@@ -42,28 +42,28 @@ class Apart:
 
 @dataclass(frozen=True)
 class DemoStatistics:
-    """What a model must know of its training data; from the training split only.
+    """Statistics of the training data that a model needs; from the training split only.
 
     Args:
         height_range: lowest and highest world z, metres, of the targets that are trained on *and* of the reached poses,
             over all arms.
         position_range: the same for x, y, z: two rows of three, metres.
-        robot_ranges: the same of each robot that the model keeps apart, by name.
-        apart: of each two of the calibrated cameras, by their names.
-        quaternions: by arm, [M, 4] w x y z, the targets' rotations: what a rotation basis is fitted on.
+        robot_ranges: the same for each robot for which the model has its own statistics, by name.
+        apart: for each pair of calibrated cameras, by their names.
+        quaternions: by arm, [M, 4] w x y z, the rotations of the targets, on which a rotation basis is fitted.
         arms: names, in the order of a batch's arm dimension.
         targets: "commanded" or "reached".
         horizon: T, future steps. step_seconds: time from one to the next.
-        geometry: how an image of the camera becomes the network's at inference.
+        geometry: preprocessing of a camera image for the network at inference.
         demos, frames: how many.
-        fingerprint: hash of the poses behind the numbers above: a stored basis that carries another was fitted on
-            other data.
-        cache_dir: folder for what is derived from this data set.
+        fingerprint: hash of the poses from which these statistics were computed; a stored basis with another
+            fingerprint was fitted on other data.
+        cache_dir: folder for files derived from this data set.
         cameras: the views of a `MultiViewPolicyBatch`, in order, or the one camera.
-        calibrated: those of them that are calibrated in all demos, of both splits.
-        chunks: start poses and targets of training frames (all, or an even choice of 20 000 of each robot that the
-            model keeps apart), for what is normalised by the actions themselves.
-        instructions: the different sentences of the training split, sorted.
+        calibrated: those of `cameras` that are calibrated in all demos of both splits.
+        chunks: start poses and targets of training frames (all, or 20 000 evenly chosen ones per robot with its own
+            statistics), for normalisation based on the actions themselves.
+        instructions: the distinct sentences of the training split, sorted.
     """
 
     height_range: tuple[float, float]
@@ -93,11 +93,11 @@ def compute_statistics(
     cache_dir: Path,
     cameras: Sequence[str],
 ) -> DemoStatistics:
-    """Statistics of the training split.
+    """Compute the statistics of the training split.
 
     Args:
-        demos: all demos of the data module. train_indices: those of the training split.
-        options: what is read of each training sample.
+        demos: all demos of the data module. train_indices: indices of the training split.
+        options: what is read for each training sample.
         cache_dir, cameras: as in `DemoStatistics`.
     """
     train = [demos[index] for index in train_indices]
@@ -139,7 +139,7 @@ def _goals(demos: Sequence[Demo], arm: str, options: SampleOptions) -> list[ArmT
 
 
 def _positions(demos: Sequence[Demo], options: SampleOptions) -> np.ndarray:
-    """[P, 3] all that arms reached and targets name, metres."""
+    """Return all reached positions and all target positions, [P, 3] metres."""
     tracks = [track for arm in options.arms for track in (*(d.arms[arm] for d in demos), *_goals(demos, arm, options))]
     return np.concatenate([track.position for track in tracks])
 
@@ -150,7 +150,7 @@ def _range_of(positions: np.ndarray) -> Range:
 
 
 def _apart(demos: Sequence[Demo], cameras: Sequence[str], middle: np.ndarray) -> dict[tuple[str, str], Apart]:
-    """Of each two cameras; `middle` [3] of the workspace, metres."""
+    """Return the distance of each pair of cameras; `middle` [3]: middle of the workspace, metres."""
     centres: dict[str, np.ndarray] = {}
     for name in cameras:
         poses = [demo.cameras[name].world_to_camera[:: max(1, len(demo) // FRAMES_OF_A_DEMO)] for demo in demos]
@@ -160,7 +160,7 @@ def _apart(demos: Sequence[Demo], cameras: Sequence[str], middle: np.ndarray) ->
         first, second = (centres[name] for name in pair)
         rays = [at - middle for at in (first, second)]
         rays = [ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9) for ray in rays]
-        # by the chord, since the cosine of a small angle has lost it to rounding
+        # from the chord, because the cosine of a small angle loses the angle to rounding
         angles = 2 * np.arcsin(np.clip(np.linalg.norm(rays[0] - rays[1], axis=1) / 2, 0, 1))
         distance = np.median(np.linalg.norm(first - second, axis=1))
         found[pair] = Apart(float(distance), float(np.degrees(np.median(angles))))
@@ -172,8 +172,8 @@ def _is_calibrated(demo: Demo, camera: str) -> bool:
 
 
 def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: SampleOptions) -> PolicyTargets:
-    """Targets of training frames, without images: all frames that are samples, or an even choice of them; of each robot
-    that the model keeps apart by itself, so that a rare one beside a frequent one is not left out."""
+    """Return targets of training frames, without images: of all frames that are samples, or of evenly chosen ones.
+    Frames are chosen separately for each robot with its own statistics, so that a rare robot is not left out."""
     kept = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in train]
     robots = [demo.robot if options.embodiments else "" for demo in train]
     frames_of: dict[str, int] = defaultdict(int)
@@ -181,7 +181,7 @@ def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: Sample
         frames_of[robot] += len(frames)
     parts: list[dict[str, torch.Tensor]] = []
     instructions: list[str] = []
-    # frames to pass over at the beginning of a robot's next demo, so that the choice is even over all of them
+    # frames to skip at the beginning of a robot's next demo, so that the choice is even over all its demos
     skip: dict[str, int] = defaultdict(int)
     for index, demo, robot, frames in zip(train_indices, train, robots, kept, strict=True):
         every = max(1, math.ceil(frames_of[robot] / CHUNKS_AT_MOST))

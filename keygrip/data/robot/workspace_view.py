@@ -1,4 +1,4 @@
-"""Which part of a camera's image the network sees, chosen so that the arm's workspace stays in it."""
+"""Chooses the part of a camera's image that the network sees, so that the arm's workspace stays in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRAMES_AT_MOST = 8  # frames of each demo, for cameras that move
 
 
 def workspace_points(demos: Sequence[Demo], arms: Sequence[str]) -> np.ndarray:
-    """[M, 3] metres: a grid over the box of all positions that the arms reached or were told to reach."""
+    """Return [M, 3] metres: a grid over the bounding box of all reached and commanded positions of the arms."""
     positions = [
         poses.position
         for demo in demos
@@ -36,10 +36,10 @@ def workspace_points(demos: Sequence[Demo], arms: Sequence[str]) -> np.ndarray:
 
 
 def kept_share(geometry: ImageGeometry, tracks: Sequence[CameraTrack], points: np.ndarray) -> tuple[float, float]:
-    """How much of a workspace the network sees, and the camera itself.
+    """Return how much of a workspace the network sees, and how much the camera itself sees.
 
     Args:
-        geometry: what is cut from the camera's image. tracks: the camera in some demos. points: [M, 3] metres.
+        geometry: the crop of the camera's image. tracks: the camera in some demos. points: [M, 3] metres.
 
     Returns:
         The share of the points in the camera's image that the network sees, and the share of all points that the camera
@@ -49,7 +49,7 @@ def kept_share(geometry: ImageGeometry, tracks: Sequence[CameraTrack], points: n
     for track in tracks:
         frames = np.unique(np.linspace(0, len(track.intrinsics) - 1, FRAMES_AT_MOST).astype(int))
         if track.world_to_camera.strides[0] == 0 and track.intrinsics.strides[0] == 0:
-            frames = frames[:1]  # one matrix stands for all
+            frames = frames[:1]  # one matrix for all frames
         intrinsics = torch.from_numpy(np.ascontiguousarray(track.intrinsics[frames]))[:, None]
         pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera[frames]))[:, None]
         pixels, depth = project(torch.from_numpy(points)[None].expand(len(frames), -1, -1), intrinsics, pose)
@@ -64,13 +64,13 @@ def kept_share(geometry: ImageGeometry, tracks: Sequence[CameraTrack], points: n
 def choose_fit(
     geometry: ImageGeometry, cameras: Mapping[str, Sequence[CameraTrack]], points: np.ndarray
 ) -> tuple[ImageGeometry, dict[str, tuple[float, float]]]:
-    """The narrowest view that keeps 95 % of what each camera sees of the workspace.
+    """Return the narrowest view that keeps 95 % of the part of the workspace that each camera sees.
 
-    Tried are the central square and the whole image squeezed into a square, first with the field that is asked for and
-    then without a margin. The last keeps everything.
+    The central square is tried first, then the whole image squeezed into a square; each first with the requested field
+    and then without a margin. The last one keeps everything.
 
     Args:
-        geometry: size, colours and field. cameras: by name, each in some demos. points: [M, 3] metres, the workspace.
+        geometry: size, mean, std, field. cameras: by name, each in some demos. points: [M, 3] metres, the workspace.
 
     Returns:
         The chosen geometry, and `kept_share` of each camera with it.
@@ -87,9 +87,10 @@ def choose_fit(
 def fit_to_workspace(
     demos: Sequence[Demo], cameras: Sequence[str], arms: Sequence[str], geometry: ImageGeometry
 ) -> ImageGeometry:
-    """The geometry of `choose_fit` for the workspace and the cameras of the demos; says which.
+    """Return the geometry that `choose_fit` chooses for the workspace and the cameras of the demos, and log it.
 
-    Where the workspace lies in a camera that no demo has calibrated is not known: all see their whole images then.
+    If no demo holds the calibration of a camera, the workspace's place in its image is not known. Then the whole image
+    of every camera is used.
     """
     tracks = {camera: chosen_tracks(demos, camera) for camera in cameras}
     if unknown := [camera for camera, found in tracks.items() if not found]:
@@ -108,7 +109,7 @@ def fit_to_workspace(
 
 
 def chosen_tracks(demos: Sequence[Demo], camera: str) -> list[CameraTrack]:
-    """A camera in an even choice of the demos that have it, and its calibration."""
+    """Return the tracks of a camera in evenly chosen demos that hold the camera and its calibration."""
     tracks = [demo.cameras[camera] for demo in demos if camera in demo.cameras]
     tracks = [track for track in tracks if not track.uncalibrated]
     return tracks[:: max(1, len(tracks) // DEMOS_AT_MOST)]

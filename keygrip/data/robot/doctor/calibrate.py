@@ -1,6 +1,6 @@
-"""Self-calibration: what the robot's outline in the images says about a camera's place, focal length and clock.
+"""Self-calibration: estimates a camera's pose, focal length and clock from the robot's outline in the images.
 
-Writes a calibration file with corrections (`keygrip/data/robot/corrections.py`); recordings are left as they are.
+Writes a calibration file with corrections (`keygrip/data/robot/corrections.py`); recordings are not changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FINE_REACHES = (5, 4, 3, 3, 3, 3, 3, 3)
 LEAST_AGREEMENT = 0.3  # agreement after the fit; below it the images do not show this robot at these poses
-LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # once the place is found, images alone decide
+LAST_PRIOR = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 20.0])  # wide prior of the last fit: the images alone decide
 
 
 def calibrate(
@@ -46,18 +46,18 @@ def calibrate(
     frames_per_demo: int,
     model: RobotSurface | None = None,
 ) -> dict[str, Any]:
-    """The step `calibrate`: fits every camera that stands and writes the corrections.
+    """Run the step `calibrate`: fit every static camera and write the corrections.
 
     Args:
         root, format, calibration: as for `find_demos`.
-        output: the file to write; None: calibration_corrected.yaml beside the data folder.
-        cameras: which; None: all that stand through each demo.
-        max_demos, frames_per_demo: images that are used, evenly spread.
-        model: the arm's surface; None: a YAM's where the recording says so.
+        output: the file to write; None: FOLDER_calibration.yaml next to the data folder FOLDER.
+        cameras: names; None: all cameras that are static within each demo.
+        max_demos, frames_per_demo: numbers of demos and images to use, evenly spread.
+        model: the arm's surface; None: that of a YAM, if the recording names one.
 
     Raises:
-        ValueError: no camera stands, or none could be fitted; an unknown camera.
-        FileExistsError: the file to write is there already, or another one where a copy of an arm's model is to go.
+        ValueError: no camera is static, or none could be fitted; an unknown camera.
+        FileExistsError: the file to write exists, or another file exists at the place of an arm model's copy.
         FileNotFoundError: no demonstrations, or the model of an arm in the calibration file is missing.
     """
     root = Path(root)
@@ -89,7 +89,7 @@ def calibrate(
     content.setdefault("schema", SCHEMA)
     content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
     content["corrections"], report = {}, {}
-    left: dict[str, str] = {}  # why a camera is left as it is
+    left: dict[str, str] = {}  # why a camera gets no correction
     for camera in cameras or known:
         pairs = _pairs(demos, camera, frames_per_demo, model)
         if not pairs:
@@ -121,16 +121,16 @@ def calibrate(
 
 
 def move_models(content: dict[str, Any], source: Path, target: Path) -> dict[Path, Path]:
-    """Lets the arms' models, whose paths a calibration file gives from its own folder, be found from another one.
+    """Adapt the paths of the arms' models in a calibration file, which are relative to it, to another folder.
 
     Args:
-        content: of the file, changed in place. source: where it was read. target: where it is to be written.
+        content: of the file, changed in place. source: path from which it was read. target: path to be written.
 
     Returns:
-        Files to copy, and where to: those that lie neither beside `target` nor below, where alone models are read.
+        Files to copy, by their new path: models that lie neither next to `target` nor below; others are not read.
 
     Raises:
-        FileNotFoundError: a model is missing. FileExistsError: something else is where a copy is to go.
+        FileNotFoundError: a model is missing. FileExistsError: another file exists at the place of a copy.
     """
     copies: dict[Path, Path] = {}
     arms = [arm for arm in (content.get("arms") or {}).values() if isinstance(arm, dict) and "model" in arm]
@@ -158,7 +158,7 @@ def _matrix(found: Fit) -> np.ndarray:
 
 
 def summary(found: Fit) -> dict[str, float]:
-    """What is written and logged of a fit."""
+    """Return the values of a fit that are written and logged."""
     sigma = found.sigma
     return {
         "turn_deg": round(found.degrees, 3),
@@ -187,7 +187,7 @@ def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface 
 
 
 def _left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) -> str:
-    """Why no demo's images of a camera can be fitted, and what to do about it."""
+    """Return why a camera's images can be fitted in no demo, and what to do about it."""
     having = [demo for demo in demos if camera in demo.cameras]
     standing = [demo for demo in having if stands(demo, camera)]
     if not standing:
@@ -199,9 +199,9 @@ def _left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) ->
 
 
 def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
-    """The change of a camera that fits all images best, from wherever it starts.
+    """Return the change of a camera that fits all images best, from the best of several initial changes.
 
-    Some images and some points of the robot find the place, all of them the last fraction.
+    First, a coarse fit uses some images and some points of the robot; then a fine fit uses all of them.
     """
     few = [pairs[index] for index in evenly(len(pairs), 6)]
     own = agreement_of(few)

@@ -1,4 +1,4 @@
-"""Causes of a camera's fitted change: the simplest explanation that does nearly as well as the whole change."""
+"""Causes of a camera's fitted change: the simplest explanation that fits nearly as well as the whole change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FAMILIES: dict[str, tuple[int, ...]] = {
     "extrinsics": (*ROTATION_SET, *SHIFT_SET),
 }
 SIMPLEST_FIRST = (("lag",), ("focal",), ("rotation", "shift", "crop"), ("extrinsics",))
-# An explanation does as well as the full fit if it loses less agreement and raises the cost by a smaller factor.
+# An explanation is as good as the full fit if it loses less agreement and raises the cost by a smaller factor.
 AS_GOOD, COST_RATIO = 0.015, 1.12
 LONG = np.array([0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 8.0])
 SCALES = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 BETTER = 0.03
-OTHER_GAIN = 0.1  # gain in agreement from which a camera's images are taken for another one's
-# Relative distance of the principal point from the centre, above any lens's; largest difference of it across and down.
+OTHER_GAIN = 0.1  # gain in agreement from which a camera's images are attributed to another camera
+# Relative offset of the principal point from the centre that no lens has; largest difference between its x and y parts.
 OTHER_SIZE, SAME_SHARE = 0.06, 0.01
 
 
@@ -40,8 +40,8 @@ READINGS = {
 
 
 class Cause(NamedTuple):
-    """What a fit shows: the cause in a few words, what was measured, what to do, and the check whose finding it is:
-    `registration` of cameras and clocks, `pose_reading` where it is the recorded poses that are wrong."""
+    """Cause of a fitted change: in a few words, what was measured, what to do, and the check that reports it:
+    `registration` for cameras and clocks, `pose_reading` if the recorded poses are wrong."""
 
     cause: str
     what: str
@@ -50,7 +50,7 @@ class Cause(NamedTuple):
 
 
 class Compared(Protocol):
-    """One camera and arm that are compared."""
+    """One camera and arm that are compared with each other."""
 
     camera: str
     arm: str
@@ -61,7 +61,7 @@ class Compared(Protocol):
 def family_fit(
     pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
 ) -> Fit:
-    """The best change in some numbers alone, begun at what a full fit found for them."""
+    """Return the best change of only some of the numbers, starting from their values in a full fit."""
     base = np.zeros(NUMBERS) if centre is None else centre
     start = base.copy()
     start[list(free)] = found.change[list(free)]
@@ -71,7 +71,7 @@ def family_fit(
 def explained(
     pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
 ) -> bool:
-    """Whether these numbers alone do as well as the full fit."""
+    """Return whether a change of these numbers alone is as good as the full fit."""
     return _as_good(family_fit(pairs, found, free, centre), found)
 
 
@@ -80,7 +80,7 @@ def _as_good(alone: Fit, full: Fit) -> bool:
 
 
 def other_poses(view: View, arm: str, words: str) -> np.ndarray:
-    """[N, 4, 4] of the tool if the recorded poses mean something else."""
+    """Return the tool's poses [N, 4, 4] under another interpretation of the recorded poses."""
     trajectory = view.demo.arms[arm]
     position, quaternion = trajectory.position, trajectory.quaternion
     conjugated = quaternion * [1, -1, -1, -1]
@@ -94,13 +94,13 @@ def other_poses(view: View, arm: str, words: str) -> np.ndarray:
 
 
 def place_with(seen: Compared, name: str, words: str) -> Placement:
-    """The robot's places in a demo if its poses mean something else."""
+    """Return the robot's placement in a demo under another interpretation of its poses."""
     view, _ = seen.pairs[name]
     return place(view.demo, seen.arm, seen.model, other_poses(view, seen.arm, words))
 
 
 def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> Cause | None:
-    """Another reading of the poses that does as well as changes of the camera [8], by demo; None: there is none."""
+    """Return another interpretation of the poses that is as good as changes of the camera [8], by demo, or None."""
     names = list(names)[:4]
     pairs = [seen.pairs[name] for name in names]
     own = agreement_of(pairs)
@@ -132,7 +132,7 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
 
 
 def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> Cause | None:
-    """Recorded positions that lie elsewhere than joints and images put the gripper."""
+    """Return the cause if joints and images agree on a gripper position other than the recorded one, or None."""
     base = pairs[0][1].base
     off = float(np.linalg.norm(base[:3, 3])) * 100
     turn = float(np.degrees(np.arccos(np.clip((np.trace(base[:3, :3]) - 1) / 2, -1, 1))))
@@ -151,7 +151,7 @@ def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float
 
 
 def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: float) -> float:
-    """Where a parabola through the best scale and its neighbours has its top."""
+    """Return the maximum of a parabola through the best scale and its neighbours."""
     known = dict(zip(scales, scores, strict=True)) | {1.0: own}
     order = sorted(known)
     at = order.index(best)
@@ -163,8 +163,8 @@ def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: fl
 
 
 def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None:
-    """The camera of the same demos whose calibration goes with these images as well as the best change of their own
-    one, and clearly better than that does as it is; None: there is none."""
+    """Return the camera of the same demos whose calibration fits these images as well as the best change of their own
+    camera, and clearly better than their own unchanged camera; None: there is none."""
     views = [seen.pairs[name] for name in names]
     shared = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {seen.camera})
     scored = {}
@@ -178,8 +178,8 @@ def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None
 
 
 def _through(view: View, camera: str) -> View | None:
-    """A view's images with the calibration of another camera of its demo; None: it moves, or its images have another
-    size."""
+    """Return a view's images with the calibration of another camera of its demo; None: that camera moves, or its images
+    have another size."""
     own, track = view.demo.cameras[view.camera], view.demo.cameras[camera]
     if not stands(view.demo, camera) or (track.width, track.height) != (own.width, own.height):
         return None
@@ -189,8 +189,8 @@ def _through(view: View, camera: str) -> View | None:
 
 
 def other_image_size(view: View) -> tuple[int, int] | None:
-    """The width and height of the images that a camera matrix belongs to, by its principal point, where it is off the
-    centre of the stored ones by the same share both ways; None: it is not."""
+    """Return the width and height of the images to which a camera matrix belongs, estimated from its principal point if
+    this is off the centre of the stored images by the same share in x and y; None: it is not."""
     track = view.demo.cameras[view.camera]
     matrix = np.asarray(track.intrinsics[0])
     size = 2 * matrix[0, 2], 2 * matrix[1, 2]
@@ -201,7 +201,7 @@ def other_image_size(view: View) -> tuple[int, int] | None:
 
 
 def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
-    """Why a fit had to change a camera in all demos."""
+    """Return the cause for which a fit had to change a camera in all demos."""
     pairs = [seen.pairs[name] for name in names]
     calibrate = "Calibrate again, or let `prepare step=calibrate` write the corrected calibration"
     measured = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
@@ -209,7 +209,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
     for group in SIMPLEST_FIRST:
         fits = {name: family_fit(pairs, found, FAMILIES[name]) for name in group}
         good = {name: alone for name, alone in fits.items() if _as_good(alone, found)}
-        if good:  # a turn, a shift and a crop look much alike: the one that fits best
+        if good:  # a rotation, a shift and a crop look similar: choose the one that fits best
             family, found = min(good.items(), key=lambda entry: entry[1].cost)
             break
     if family != "lag" and (size := other_image_size(pairs[0][0])) is not None:

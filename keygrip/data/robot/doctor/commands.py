@@ -1,4 +1,4 @@
-"""The commanded track against the reached one."""
+"""Compares the commanded track with the reached one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, best_del
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import forward_kinematics
 
-# Row i of the commanded track is where the arm is told to be at frame i + 1; a controller needs a little longer.
+# Row i of the commanded track is the target for frame i + 1; a controller needs slightly longer to reach it.
 EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.2
-ODD_FRAMES = 0.9  # frames; a demo whose delay differs by more from the others' is reported
+ODD_FRAMES = 0.9  # frames; a demo whose delay differs from that of the others by more is reported
 OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
-SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # smallest scale error, and the share of an offset's residual that it may leave
-STILL = 0.01  # share of the reached track's way that a commanded track goes at least
-READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference, and the share of it that another reading may leave
-# What is not compared with a reached track that is known to be wrong, by the finding that says so; openings always are.
-# A delay is measured by positions, so that none is known where these are scaled or misread; of a late track it is.
+SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # smallest scale error; largest share of an offset's residual that it may leave
+STILL = 0.01  # a commanded track that moves less than this share of the reached track's motion does not follow it
+READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference; share of it that may remain with another convention
+# What is not compared if the reached track is known to be wrong, by the finding; openings are always compared.
+# A delay is measured from positions, so it is unknown if these are scaled or misread, but known for a late track.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "base_offset": ("places",),
     "pose_direction": ("delay", "direction", "places", "turns"),
@@ -33,17 +33,17 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "quaternion_order": ("turns",),
     "site_offset": ("places",),
 }
-# Findings of a demo in which joints do not show the reached track's clock, rotation and scale right.
+# Findings of a demo after which joints are no evidence that clock, rotation and scale of the reached track are right.
 NOT_SHOWN = ("kinematics", "pose_direction", "pose_lag", "position_scale", "quaternion_order")
 IF_RIGHT = "Where the contact sheet marks the grasp site, the reached track is right:"
 
 
 def check_commands(exam: Examination) -> None:
-    """Where both tracks were recorded: their clock, place, scale, rotation and gripper.
+    """Compare clock, place, scale, rotation and gripper of both tracks, if both were recorded.
 
-    A difference alone does not say which of both is wrong, so that this comes after the checks of the reached one. What
-    is known to be wrong of that is not compared; the commanded one is blamed where joints show the reached one right,
-    and both are named elsewhere.
+    A difference alone does not show which track is wrong, so this check runs after the checks of the reached track.
+    Parts of the reached track that are known to be wrong are not compared. If joints confirm the reached track, the
+    finding names the commanded track, otherwise both.
     """
     exchanged = exam.named("exchanged_commands")
     for arm in exam.arms:
@@ -72,15 +72,15 @@ def check_commands(exam: Examination) -> None:
 
 
 def _comparable(exam: Examination, arm: str, told: dict[str, ArmTrajectory], what: str) -> dict[str, ArmTrajectory]:
-    """The demos in which the reached track is not known to be wrong in what is compared."""
+    """Return the demos in which `what` of the reached track is not known to be wrong."""
     wrong = [check for check, parts in LEFT_OUT.items() if what in parts]
     out = exam.named(*wrong, arm=arm, severity="error")
     return {name: reached for name, reached in told.items() if name not in out}
 
 
 def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Positions [N, 3] of the gripper in the arm's base by its joints, of those of some demos whose joints and reached
-    poses go together, wherever the base and the grasp site stand."""
+    """Return gripper positions [N, 3] in the arm's base, computed from joints, for the named demos whose joints and
+    reached poses agree up to the poses of the base and of the grasp site."""
     out = exam.named(*NOT_SHOWN, arm=arm)
     return {
         demo.name: forward_kinematics(joints, *model)[0]
@@ -90,7 +90,7 @@ def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str,
 
 
 def _check_lag(exam: Examination, arm: str, delays: dict[str, float], usual: float, by_joints: Collection[str]) -> None:
-    """Delays (frames) of the reached track after the commanded one that no controller has, or no other demo."""
+    """Report delays (frames) of the reached track after the commanded one that no controller or no other demo has."""
     rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
     bounds = {name: SLOWEST_S * rates[name] + 1 for name in delays}
     wrong = {
@@ -139,8 +139,8 @@ def _report(
     commanded: tuple[str, str],
     either: tuple[str, str],
 ) -> None:
-    """Notes that two tracks differ, with cause and advice: `commanded` of the demos whose reached track is shown to be
-    right (`shown`: by joints), `either` of the others."""
+    """Add a finding that two tracks differ. Its cause and advice are `commanded` for demos whose reached track is
+    confirmed by joints (`shown`), and `either` for the others."""
     known = [name for name in names if name in shown]
     for demos, (cause, advice) in ((known, commanded), ([name for name in names if name not in shown], either)):
         if demos:
@@ -148,7 +148,7 @@ def _report(
 
 
 def _inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_joints: Collection[str]) -> list[str]:
-    """Names the demos in which one of both tracks is not gripper-to-world."""
+    """Return the names of demos in which one of the two tracks is not gripper-to-world, and report them."""
     inverted = []
     for name, reached in told.items():
         assert reached.commanded is not None
@@ -193,7 +193,7 @@ def _check_places(
             scales[name] = float((centred * moved).sum() / (centred**2).sum())
         offsets[name] = np.median(command - place, axis=0)
     usual = float(np.median(list(scales.values()))) if scales else 1.0
-    most = ODD_SCALE if abs(usual - 1) > ODD_SCALE else 3 * ODD_SCALE  # a short move of one demo says little
+    most = ODD_SCALE if abs(usual - 1) > ODD_SCALE else 3 * ODD_SCALE  # a short motion of one demo is weak evidence
     odd = {name: scale for name, scale in scales.items() if abs(scale - 1) > most}
     off = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
     scale = float(np.median(list(odd.values()))) if odd else 1.0
@@ -244,8 +244,8 @@ def _report_offsets(
     offsets: dict[str, np.ndarray],
     by_joints: dict[str, np.ndarray],
 ) -> None:
-    """Offsets of one track from the other. Joints say which is right only where the arm's base is the world: else
-    nothing says where the base stands but the reached track."""
+    """Report offsets of one track from the other. Joints show which track is right only if the arm's base is the world:
+    otherwise the base's pose is known only from the reached track."""
     at_base, told_at_base = [], []
     for name in offsets:
         if name in by_joints:
@@ -279,7 +279,7 @@ def _report_offsets(
 
 
 def _scale_about_origin(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """The factor between commanded and reached positions [N, 3], where it explains them better than an offset does."""
+    """Return the factor between commanded and reached positions [N, 3] if it explains them better than an offset."""
     if not pairs:
         return None
     command, place = (np.concatenate(side) for side in zip(*pairs, strict=True))
@@ -311,8 +311,8 @@ def _check_turns(
         own = angles_of(command)
         read = {words: angles_of(change(command)) for words, change in readings.items()}
         best = min(read, key=lambda words: float(read[words].mean()))
-        # a gripper that points straight down is turned by half a turn, which is its own inverse: where that is so most
-        # of the time the median says nothing about a conjugate, and the mean does
+        # a gripper that points straight down is rotated by 180 degrees, which is its own inverse: if it does so most of
+        # the time, the median does not show a conjugate, but the mean does
         clearly = own.mean() > READ_TURN_DEG and read[best].mean() < READ_GAIN * own.mean()
         stated = float(own.mean() if clearly else np.median(own))
         if not clearly and stated <= TURN_DEG:
@@ -362,7 +362,7 @@ def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory],
         "command_gripper",
         arm,
         inverted,
-        [name for name in inverted if begins(told[name]) < 0],  # as openings that are right begin
+        [name for name in inverted if begins(told[name]) < 0],  # as in openings with the right polarity
         "the commanded gripper closes where the reached one opens",
         commanded=("commanded gripper inverted", advice),
         either=(

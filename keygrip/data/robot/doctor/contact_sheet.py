@@ -14,14 +14,14 @@ from keygrip.models.geometry.cameras import project
 from keygrip.robots.kinematics import matrix_from_quaternion
 
 _TILE_WIDTH, _HEADER, _ROWS, _COLUMNS = 280, 18, 6, 6
-_FONT = 12  # pixels: in smaller letters blanks are lost between words
+_FONT = 12  # pixels: in a smaller font the spaces between words disappear
 _ARM_COLOURS = {"right": (255, 210, 0), "left": (0, 220, 255)}
 _AXIS_M = 0.05
 
 
 def contact_sheet(exam: Examination, camera: str) -> Image.Image:
-    """Rows of frames of a few demos with the projected gripper, its path, and its axes (x red, y green, z blue, 5
-    cm)."""
+    """Return rows of frames of a few demos with the projected gripper, its path, and its axes (x red, y green, z blue,
+    5 cm)."""
     demos = exam.with_camera(camera)
     demos = [demos[index] for index in evenly(len(demos), _ROWS)]
     rows = [_sheet_row(demo, camera) for demo in demos]
@@ -70,7 +70,7 @@ def _draw_arm(
     scale: float,
     colour: tuple[int, int, int],
 ) -> str:
-    """Draws path, axes and marker of one arm, where the camera is calibrated; returns its caption."""
+    """Draw path, axes and marker of one arm, if the camera is calibrated; return its caption."""
     height = f"z {trajectory.position[index, 2]:.3f} m, open {trajectory.gripper[index]:.2f}"
     if track.uncalibrated:
         return f"not calibrated, {height}"

@@ -15,40 +15,40 @@ from keygrip.data.robot.schema import Demo
 
 Severity = Literal["error", "warning", "note"]
 
-# Findings that say what was not looked at: they are no faults.
+# Findings about what was not examined: they are not faults.
 NO_FAULTS = ("not_compared", "uncalibrated_camera")
 MOVED_M = 0.02  # a gripper that moves this far must change the image
 
 
 def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
-    """Arm and gripper of a recorded YAM by i2rt's names, for its kinematics and shape; None: another robot.
+    """Return i2rt's names of a recorded YAM's arm and gripper, for its kinematics and shape; None: another robot.
 
-    Readers that compute poses from joints say which they took, whatever the robot is called (`bi_yam_follower`); other
-    recordings of a robot with the word yam in its name are of the usual one.
+    Readers that compute poses from joints store the models they used, whatever the robot's name (`bi_yam_follower`).
+    For other recordings of a robot with the word yam in its name, the default models are assumed.
 
     Raises:
-        DemoError: the recording names none that there is.
+        DemoError: the recording names unknown models.
     """
     usual = ("yam", "linear_4310") if named_yam(demo.robot) else None
     return named_models(demo, arm) or usual
 
 
 def named_yam(robot: str) -> bool:
-    """Whether a robot's name has the word yam: `yam`, `i2rt_yam`, `bimanual_yam_follower`."""
+    """Return whether a robot's name contains the word yam: `yam`, `i2rt_yam`, `bimanual_yam_follower`."""
     return re.search(r"(?<![a-z])yam(?![a-z])", robot.lower()) is not None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a data set.
+    """A fault of a data set.
 
     Attributes:
-        check: which check found it, a short name. severity: `error` spoils training, `warning` costs quality, a
-            `note` says what was not looked at and is no fault.
+        check: short name of the check that found it. severity: an `error` spoils training, a `warning` costs quality, a
+            `note` states what was not examined and is not a fault.
         where: camera, arm and demos in words. what: what was measured. advice: what to do.
         cause: the likely cause in a few words, with its size.
-        demos: names of those that are affected. camera, arm: their names, or empty.
-        frames: of the first of these demos, where single frames are meant.
+        demos: names of the affected demos. camera, arm: their names, or empty.
+        frames: affected frames of the first of these demos, if the finding is about single frames.
     """
 
     check: str
@@ -94,7 +94,7 @@ class Examination:
         arm: str = "",
         frames: Iterable[int] = (),
     ) -> None:
-        """Adds to `findings`, or to `notes` what is no fault; arguments as the attributes of `Finding`."""
+        """Add a finding to `findings`, or to `notes` if its severity is `note`; arguments as in `Finding`."""
         names = tuple(demos)
         known = {demo.name for demo in self.demos}
         everywhere = len(known) > 1 and known <= set(names)
@@ -108,11 +108,11 @@ class Examination:
         (self.notes if severity == "note" else self.findings).append(found)
 
     def found(self, *checks: str) -> bool:
-        """Whether one of these checks has found something."""
+        """Return whether one of these checks has found something."""
         return any(finding.check in checks for finding in self.findings)
 
     def named(self, *checks: str, arm: str | None = None, severity: str | None = None) -> set[str]:
-        """Names of the demos that findings of these checks name; `arm`, `severity`: those of this one alone."""
+        """Return names of the demos in findings of these checks; `arm`, `severity`: only findings with this value."""
         found = [
             f for f in self.findings if f.check in checks and arm in (None, f.arm) and severity in (None, f.severity)
         ]
@@ -138,11 +138,11 @@ class Examination:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first five names, and how many more there are."""
+    """Return the first five names, and the number of further ones."""
     listed = list(names)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def tensor(values: np.ndarray) -> torch.Tensor:
-    """A float64 copy."""
+    """Return a float64 copy as a tensor."""
     return torch.from_numpy(np.array(values, dtype=np.float64))

@@ -1,5 +1,5 @@
-"""Arms under each other's names: commanded tracks that go with another arm's reached ones, and single demos in which
-two arms stand where they stand in each other's place elsewhere."""
+"""Arms with exchanged names: commanded tracks that match another arm's reached track, and single demos in which each
+of two arms begins where the other one begins in the other demos."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, track_distance
 from keygrip.data.robot.schema import Demo
 
-APART_M = 0.1  # least distance of an arm's start from its usual one for which it may be another arm's
+APART_M = 0.1  # least distance of an arm's start from its usual start for which the track may belong to another arm
 
 
 def check_exchanged_arms(exam: Examination) -> None:
-    """For each two arms that several demos have: the demos in which one explains the other better than itself."""
+    """For each pair of arms, report the demos in which each arm matches the other arm better than itself."""
     for first, second in itertools.combinations(exam.arms, 2):
         demos = [demo for demo in exam.demos if {first, second} <= demo.arms.keys()]
         told = [demo for demo in demos if all(demo.arms[arm].commanded is not None for arm in (first, second))]
@@ -44,7 +44,7 @@ def check_exchanged_arms(exam: Examination) -> None:
 
 
 def _crossed(distance: Callable[[str, str], float], first: str, second: str, least: float) -> bool:
-    """Whether both arms are far from themselves, and near each other, by some distance (m) of two names."""
+    """Return whether both arms are far from themselves and near each other; `distance` (m) is of two arms by name."""
     return all(
         distance(arm, arm) > least and distance(arm, other) < INVERTED_GAIN * distance(arm, arm)
         for arm, other in ((first, second), (second, first))
@@ -52,7 +52,7 @@ def _crossed(distance: Callable[[str, str], float], first: str, second: str, lea
 
 
 def _command_distance(demo: Demo) -> Callable[[str, str], float]:
-    """Of one arm's commanded positions from another one's reached ones."""
+    """Return the distance of one arm's commanded positions from another arm's reached ones, as a function of names."""
 
     def distance(told: str, reached: str) -> float:
         commanded = demo.arms[told].commanded
@@ -63,7 +63,8 @@ def _command_distance(demo: Demo) -> Callable[[str, str], float]:
 
 
 def _start_distance(demo: Demo, demos: list[Demo]) -> Callable[[str, str], float]:
-    """Of the place where one arm begins in a demo from where another one usually begins in the other demos."""
+    """Return the distance of one arm's start in a demo from another arm's usual start in the other demos, as a
+    function of names."""
 
     def distance(arm: str, usual: str) -> float:
         starts = [other.arms[usual].position[0] for other in demos if other is not demo]

@@ -1,4 +1,4 @@
-"""Turned and mirrored images, by the robot's silhouette or, of an arm without a model, by its gripper's own motion."""
+"""Finds rotated and mirrored images, by the robot's silhouette or, for an arm without a model, its gripper's motion."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from keygrip.data.robot.doctor.seen import Seen
 from keygrip.data.robot.doctor.silhouettes import agreement
 from keygrip.data.robot.doctor.views import Placement, View, make_view
 
-POOR, FLIP_MARGIN = 0.3, 0.12  # agreement below which other readings are tried, and the gain that one of them needs
-# Of the gripper alone, which is a small part of what moves: images of each demo, demos, the share of them that must say
-# the same, and the mean agreement that a flip needs, over the mean agreement as recorded. In clean recordings no flip
-# has more than the images as they are.
+POOR, FLIP_MARGIN = 0.3, 0.12  # agreement below which flips are tried, and the gain that a flip needs
+# For the gripper alone, a small part of what moves: images per demo, least number of demos, share of demos that must
+# agree, mean agreement that a flip needs, and its margin over the mean agreement as recorded. In clean recordings
+# no flip agrees better than the images as recorded.
 OWN_FRAMES, OWN_DEMOS, OWN_SHARE, OWN_AGREEMENT, OWN_MARGIN = 24, 3, 0.8, 0.14, 0.08
 
 FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -30,7 +30,7 @@ FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _tried(view: View, robot: Placement) -> dict[str, float]:
-    """Agreement of a view's images with the robot once they are turned or mirrored; "": as they are."""
+    """Return the agreement of a view's images with the robot after each rotation or mirroring; "": unchanged."""
     square = view.size[0] == view.size[1]
     expected, shown = silhouette(view, robot, np.zeros(NUMBERS)), halved(view.foreground)
     flips = {
@@ -42,7 +42,7 @@ def _tried(view: View, robot: Placement) -> dict[str, float]:
 
 
 def check_flips(exam: Examination, seen: Seen) -> set[str]:
-    """Names the demos whose images agree with the poses only when they are turned or mirrored."""
+    """Report demos whose images agree with the poses only after a rotation or mirroring. Return their names."""
     names: dict[str, list[str]] = {}
     usual = float(np.median(list(seen.scores.values())))
     for name, (view, robot) in seen.pairs.items():
@@ -57,7 +57,7 @@ def check_flips(exam: Examination, seen: Seen) -> set[str]:
     flipped: set[str] = set()
     for flip, demos in sorted(names.items(), key=lambda entry: -len(entry[1])):
         if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual < POOR:
-            continue  # where all agree poorly, a few do so by chance
+            continue  # if all demos agree poorly, a few flips agree by chance
         flipped |= set(demos)
         own = float(np.mean([seen.scores[name] for name in demos]))
         _add(exam, seen, flip, demos, "the robot in the images moves as the poses say", own)
@@ -67,10 +67,10 @@ def check_flips(exam: Examination, seen: Seen) -> set[str]:
 def check_own_motion(
     exam: Examination, seen: Seen, small_images: Mapping[tuple[str, str], dict[int, np.ndarray]]
 ) -> None:
-    """Flips of all demos by the gripper's own motion, where nothing says what the arm looks like.
+    """Report flips of all demos from the gripper's motion alone, if the arm's shape is not known.
 
-    Most of what moves in the images is not the gripper: agreement is poor in sound recordings, too, and says nothing of
-    a single demo. Turned or mirrored images that agree clearly better in nearly all demos do.
+    Most of what moves in the images is not the gripper: agreement is poor in correct recordings, too, and is no
+    evidence about a single demo. Rotated or mirrored images that agree clearly better in nearly all demos are evidence.
     """
     if len(seen.pairs) < OWN_DEMOS:
         return

@@ -1,7 +1,7 @@
-"""Poses or joints that stand exactly still while something else says that the arm moves: a logger that hung.
+"""Poses or joints that do not change at all while other data show that the arm moves: a logger that hung.
 
-Pauses are no fault. What is recorded of an arm that stands is often exactly equal, too, so that equal rows alone say
-nothing: commands, joints, images or the jump at the end must show that the arm went on.
+Pauses are not faults. The rows of a resting arm are often exactly equal, too, so equal rows alone are no evidence:
+commands, joints, images or a jump at the end must show that the arm moved.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from keygrip.data.robot.doctor.tracks import in_degrees
 from keygrip.data.robot.frame_rates import GAP
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
-LEAST_FRAMES, LEAST_S = 5, 0.5  # shortest span: both
+LEAST_FRAMES, LEAST_S = 5, 0.5  # shortest span: both apply
 TOLD_M, TURNED_RAD, WENT_M = 0.03, 0.15, 0.03  # motion of commands, joints and poses that shows that the arm moved
-ANSWER_S = 0.3  # commands of the last moments of a span may not have been followed yet
-LEAST_SHARE = 0.1  # of the way of the whole demo: in millimetres noise alone is farther than the above
-JUMP_M, JUMP_RATIO = 0.02, 3.0  # step out of a span, and its ratio to the demo's largest usual steps
-MOVING_M = 0.003  # way between two frames that are read, from which the arm is moving
-# Share of the pixels that change from frame to frame: of the usual one while arms move, and where none is known. In
-# clean recordings it is 0.03 to 0.09 while the arm moves and 0.01 at most while it stands.
+ANSWER_S = 0.3  # the arm may not have followed the last commands of a span yet
+LEAST_SHARE = 0.1  # of the motion in the whole demo: with positions in millimetres, noise exceeds the above limits
+JUMP_M, JUMP_RATIO = 0.02, 3.0  # step at the end of a span, and its ratio to the demo's largest usual steps
+MOVING_M = 0.003  # motion between two frames that are read, from which the arm counts as moving
+# Share of changing pixels from frame to frame: relative to the usual one while arms move, and absolute if that is not
+# known. In clean recordings it is 0.03 to 0.09 while the arm moves and 0.01 at most while it rests.
 ACTIVE, ACTIVE_SHARE, LEAST_REFERENCE = 0.4, 0.02, 0.002
-RESTING, CLEAR = 0.1, 1.5  # quantile of the shares that shows the noise at rest, from which motion must stand out
+RESTING, CLEAR = 0.1, 1.5  # quantile of the shares that gives the noise at rest; factor by which motion must exceed it
 
 Span = tuple[int, int]  # first and last frame
 
 
 def spans(rows: np.ndarray, least: int) -> list[Span]:
-    """Spans of `least` frames or more in which rows [N, D] are exactly equal."""
+    """Return spans of `least` frames or more in which rows [N, D] are exactly equal."""
     equal = (np.diff(rows, axis=0) == 0).all(axis=1)
     bounds = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]]).astype(np.int8)))
     pairs = bounds.reshape(-1, 2).tolist()
@@ -38,15 +38,15 @@ def spans(rows: np.ndarray, least: int) -> list[Span]:
 
 
 def shortest(demo: Demo) -> int:
-    """Frames of the shortest span that is looked at."""
+    """Return the number of frames of the shortest span that is examined."""
     return max(LEAST_FRAMES, int(np.ceil(LEAST_S * demo.fps)))
 
 
 def check_frozen_poses(exam: Examination) -> None:
-    """Poses that stand still while commands or joints move or the arm is elsewhere right after, and joints that do so
+    """Report poses that do not change while commands or joints move or before a jump, and joints that do not change
     while poses move.
 
-    Commands alone give a warning, for something may hold the arm; so do joints, whose base may move.
+    Commands alone give a warning, because something may block the arm. So do frozen joints, because the base may move.
     """
     for arm in exam.arms:
         poses: dict[Severity, dict[str, tuple[Span, str]]] = {"error": {}, "warning": {}}
@@ -68,7 +68,7 @@ def check_frozen_poses(exam: Examination) -> None:
 
 
 def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, str] | None:
-    """What shows that an arm went on while its poses stood still; None: nothing does."""
+    """Return severity and text of the evidence that an arm moved while its poses did not change; None: no evidence."""
     first, last = span
     step = _jump(demo, track, last)
     if track.commanded is not None:
@@ -83,7 +83,7 @@ def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, st
 
 
 def _jump(demo: Demo, track: ArmTrajectory, last: int) -> float:
-    """Metres of the step out of a span that ends with frame `last`; 0: it is no larger than others, or time jumps."""
+    """Return the step (m) after a span that ends with frame `last`; 0: it is not larger than others, or time jumps."""
     seconds = np.diff(demo.timestamps)
     if last + 1 >= len(demo) or seconds[last] > GAP * np.median(seconds):
         return 0.0
@@ -98,10 +98,10 @@ def _way(positions: np.ndarray) -> float:
 
 
 def check_poses_of_moving_images(exam: Examination) -> None:
-    """Poses and openings of all arms that stand still while the images change as they do when an arm moves.
+    """Report poses and openings of all arms that do not change while the images change as when an arm moves.
 
-    Each camera whose images change when an arm moves must show it. Someone may walk by while an arm waits at the begin
-    or the end: there it is a warning, unless half the demo is like that.
+    Each camera whose images change when an arm moves must show it. Someone may walk by while an arm waits at the
+    beginning or the end: there it is a warning, unless the span is more than half of the demo.
     """
     known = exam.named("frozen_poses")
     usual = {camera: _usual_activity(exam, camera) for camera in exam.cameras}
@@ -126,8 +126,8 @@ def check_poses_of_moving_images(exam: Examination) -> None:
 
 
 def _usual_activity(exam: Examination, camera: str) -> tuple[float, float] | None:
-    """Shares of pixels that change from frame to frame, over all demos: at rest, and the median while an arm moves;
-    None: none moves."""
+    """Return shares of pixels that change from frame to frame, over all demos: at rest, and the median while an arm
+    moves; None: no arm moves in enough frames."""
     shares: list[float] = []
     every: list[float] = []
     for demo in exam.with_camera(camera):
@@ -140,7 +140,7 @@ def _usual_activity(exam: Examination, camera: str) -> tuple[float, float] | Non
 
 
 def _active(exam: Examination, demo: Demo, span: Span, usual: dict[str, tuple[float, float] | None]) -> bool:
-    """Whether every camera that shows when arms move shows it in a span."""
+    """Return whether all cameras whose images show arm motion show motion in a span."""
     said: list[bool] = []
     for camera in demo.cameras:
         index, changed = exam.activity[demo.name, camera]
@@ -171,6 +171,6 @@ def _report(
 
 
 def frozen(exam: Examination, arm: str, tracks: Sequence[str] = ("poses", "joints")) -> set[str]:
-    """Names of the demos in which poses or joints of an arm are known to hang."""
+    """Return names of the demos in which poses or joints of an arm are known to be frozen."""
     checks = [f"frozen_{track}" for track in tracks]
     return exam.named(*checks, arm=arm) | exam.named(*checks, arm="")

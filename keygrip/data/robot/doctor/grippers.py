@@ -1,4 +1,4 @@
-"""Checks of the gripper's opening: one that does not move, and one that is inverted."""
+"""Checks of the gripper's opening: an opening that does not change, and one that is inverted."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.frozen_poses import frozen
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
-STILL, MOVED, STROKE = 0.05, 0.3, 0.3  # change of an opening below which it stands, and from which it opens or closes
-LEAST_OTHERS = 2  # demos of a task that say how one of it usually goes
-USUAL_SHARE = 2 / 3  # share of a task's demos in which the opening moves, for the others to be odd
-USUAL_WAY = 0.5  # of the others' way: an arm that goes less may have nothing to grip in this demo
-LOWER = 0.25  # of the range of heights, by which a grasp is lower than the place where a gripper opened before it
+STILL, MOVED, STROKE = 0.05, 0.3, 0.3  # change below which an opening stands still, and from which it opens or closes
+LEAST_OTHERS = 2  # least number of demos that show how the opening usually moves in a task
+USUAL_SHARE = 2 / 3  # share of a task's demos in which the opening must change, so that the other demos are odd
+USUAL_WAY = 0.5  # share of the motion in the other demos: an arm that moves less may have nothing to grip
+LOWER = 0.25  # share of the height range by which a grasp is below the place where the gripper opened before
 
 
 def check_gripper(exam: Examination) -> None:
-    """Grippers that hardly move between open and closed, and openings that are inverted."""
+    """Report grippers that hardly move between open and closed, and openings that are inverted."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         ranges = {demo.name: float(np.ptp(demo.arms[arm].gripper)) for demo in demos}
@@ -29,7 +29,7 @@ def check_gripper(exam: Examination) -> None:
 
 
 def _check_still(exam: Examination, arm: str, demos: list[Demo], most: float) -> None:
-    """Openings that change in no demo."""
+    """Report openings that change in no demo."""
     means = [float(demo.arms[arm].gripper.mean()) for demo in demos]
     if max(min(mean, 1 - mean) for mean in means) < 0.02:
         return  # open or closed throughout: a task without grasping
@@ -47,8 +47,8 @@ def _check_still(exam: Examination, arm: str, demos: list[Demo], most: float) ->
 
 
 def _check_dead(exam: Examination, arm: str, demos: list[Demo], ranges: dict[str, float]) -> None:
-    """Openings that change in no frame of some demos, and in most demos of the same task. An arm that hardly moves in a
-    demo has nothing to grip there."""
+    """Report openings that never change in some demos, but do change in most demos of the same task. Demos in which the
+    arm hardly moves are not reported: there may be nothing to grip."""
     hung = frozen(exam, arm, ["poses"])
     dead: list[str] = []
     total = 0
@@ -79,7 +79,7 @@ def _way(demo: Demo, arm: str) -> float:
 
 
 def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
-    """Openings that are inverted: a grasp closes the gripper."""
+    """Report inverted openings: a grasp begins with closing the gripper."""
     first = {demo.name: begins(demo.arms[arm]) for demo in demos}
     opens = [name for name, change in first.items() if change > 0]
     opening, closing = len(opens), sum(change < 0 for change in first.values())
@@ -88,7 +88,7 @@ def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
     if opening <= closing:
         return
     again = sum(closes_again(demo.arms[arm]) is not None for demo in demos if demo.name in set(opens))
-    sure = again < opening / 2  # one that only opens may place an object, one that closes after may begin closed
+    sure = again < opening / 2  # a gripper that only opens may place an object; one that closes later may begin closed
     exam.add(
         "gripper_polarity",
         "error" if sure else "warning",
@@ -104,14 +104,14 @@ def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
 
 
 def first_change(opening: np.ndarray) -> tuple[int, int]:
-    """Direction of the first change by more than 0.3 of the stroke, -1 closing, 1 opening, 0 none, and its frame."""
+    """Return direction and frame of the first change by more than 0.3 of the stroke: -1 closing, 1 opening, 0 none."""
     change = opening - opening[0]
     large = np.flatnonzero(np.abs(change) > STROKE)
     return (0, 0) if len(large) == 0 else (int(np.sign(change[large[0]])), int(large[0]))
 
 
 def closes_again(track: ArmTrajectory) -> int | None:
-    """Frame in which a gripper that opened first closes; None: it does not."""
+    """Return the frame in which a gripper that opened first closes later; None: it does not."""
     _, opened = first_change(track.gripper)
     later = track.gripper[opened:]
     closed = np.flatnonzero(np.maximum.accumulate(later) - later > STROKE)
@@ -119,10 +119,10 @@ def closes_again(track: ArmTrajectory) -> int | None:
 
 
 def begins(track: ArmTrajectory) -> int:
-    """Whether a gripper begins a grasp by closing (-1), as it should, by opening (1), or does neither (0).
+    """Return whether a grasp begins with closing (-1), as it should, with opening (1), or with neither (0).
 
-    Some rigs begin closed: there the gripper opens on its way and closes at a lower place, where the object lies. Of an
-    inverted opening both are the other way round: it opens at the object, and closes where that is put down.
+    On some rigs the gripper begins closed: it opens on its way and closes at a lower place, at the object. With an
+    inverted opening both are reversed: it opens at the object, and closes where the object is put down.
     """
     change, opened = first_change(track.gripper)
     closed = closes_again(track) if change > 0 else None

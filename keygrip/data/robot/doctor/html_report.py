@@ -1,4 +1,4 @@
-"""The report as one HTML file without outside parts: findings, outlines over images, plots, contact sheets."""
+"""The report as one self-contained HTML file: findings, outlines over images, plots, contact sheets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ BAR, PLOT_HEIGHT, PLOT_WIDTH = 18, 120, 300
 
 
 def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
-    """The whole file.
+    """Return the whole file as text.
 
     Args:
-        exam: after all checks. sheets: contact sheet of each camera.
+        exam: the examination after all checks. sheets: contact sheet of each camera.
     """
     measures = exam.measures
     parts = [

@@ -1,4 +1,4 @@
-"""Checks of the images of a camera: dark, bright, frozen, out of place, with red and blue exchanged."""
+"""Checks of a camera's images: dark, bright or frozen images, outliers, and exchanged red and blue."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from keygrip.models.geometry.cameras import project
 
 DARK, BRIGHT = 8.0, 247.0  # mean grey level of an image
 CHANGED_PIXEL, CHANGED_SHARE = 8, 1e-4  # an image differs where this share of pixels changes by this many levels
-MOST_FRAMES = 400  # frames read of a demo; of longer demos every second, third, ...
+MOST_FRAMES = 400  # largest number of frames read per demo; of longer demos every second, third, ...
 BESIDE = 0.15  # share of the image's size by which a gripper may lie outside of it
-SPAN_PIXELS = 2.5  # pixels of the small images by which the gripper must move meanwhile
-SPAN = 3  # frames in a row that stand still while the gripper moves: a stream that hung, not a repeated frame
-# Grey levels by which an image differs from both neighbours, and their ratio to the neighbours' own difference.
+SPAN_PIXELS = 2.5  # pixels of the small images by which the gripper must move during a frozen span
+SPAN = 3  # identical frames in a row while the gripper moves: a stream that hung, not a repeated frame
+# Grey levels by which an image differs from both neighbours, and the ratio to the difference between the neighbours.
 OUTLIER_LEVELS, OUTLIER_RATIO = 6.0, 3.0
-# Grey levels by which a demo's images differ from the others', and the share left with red and blue exchanged.
+# Grey levels by which a demo's images differ from other demos, and the share left with red and blue exchanged.
 EXCHANGED_LEVELS, EXCHANGED_RATIO = 6.0, 0.4
 # Hues (degrees) of colour words that change when red and blue are exchanged.
 HUES = {"red": 0, "orange": 30, "gold": 48, "yellow": 50, "teal": 182, "cyan": 185, "blue": 230}
 HUE_WIDTH = 25.0
-# What follows is where the gripped thing lies or goes, not that thing.
+# Text after these words describes where the gripped object lies or goes, not the object.
 PLACE_WORDS = (
     r"\b(?:into|onto|inside|in|on|to|towards?|next|near|beside|behind|under|over|above|at|from|with|by|off|and)\b"
 )
@@ -36,21 +36,21 @@ PATCH_M = 0.035  # half edge of the patch around the gripped object
 
 @dataclass(frozen=True)
 class Stream:
-    """Small images of a camera over a demo, in order: [F] frame numbers, [F, h, w, 3] uint8."""
+    """Small images of a camera in a demo, in order: [F] frame numbers, [F, h, w, 3] uint8."""
 
     index: np.ndarray
     images: np.ndarray
 
 
 def read_stream(demo: Demo, camera: str) -> Stream:
-    """Reads all frames of a demo's camera, small; of a long demo every n-th."""
+    """Read all frames of a demo's camera as small images; of a long demo every n-th frame."""
     index = np.arange(0, len(demo), -(-len(demo) // MOST_FRAMES))
     frames = demo.cameras[camera].frames
     return Stream(index, np.stack([shrunk(frames.read(int(i))) for i in index]))
 
 
 def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
-    """All checks of one camera's images; returns what was read, for the comparison with poses."""
+    """Run all checks of one camera's images; return the images that were read, for the comparison with poses."""
     dark, bright = [], []
     frozen: dict[str, list[int]] = {}
     odd: dict[str, list[int]] = {}
@@ -113,7 +113,7 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
 
 
 def changed_shares(images: np.ndarray) -> np.ndarray:
-    """[F - 1] share of pixels that change from each image [F, h, w, 3] to the next."""
+    """Return the share of pixels that change from each image [F, h, w, 3] to the next, [F - 1]."""
     shares = np.empty(len(images) - 1)
     for i in range(len(shares)):
         difference = np.abs(images[i + 1].astype(np.int16) - images[i]).max(axis=-1)
@@ -122,8 +122,8 @@ def changed_shares(images: np.ndarray) -> np.ndarray:
 
 
 def _still_frames(demo: Demo, camera: str, stream: Stream, changed: np.ndarray) -> list[int]:
-    """Frames of spans in which nothing in the image changes while a gripper in it, or the camera, moves; of a camera
-    that is not calibrated neither can be said."""
+    """Return frames of spans in which nothing in the image changes while a gripper in it, or the camera, moves. For an
+    uncalibrated camera neither motion is known, and no frames are returned."""
     track, index = demo.cameras[camera], stream.index
     if track.uncalibrated:
         return []
@@ -135,17 +135,17 @@ def _still_frames(demo: Demo, camera: str, stream: Stream, changed: np.ndarray) 
         )
         place = pixels.numpy() * scale
         size = np.array([stream.images.shape[2], stream.images.shape[1]])
-        inside = ((place > -BESIDE * size) & (place < (1 + BESIDE) * size)).all(axis=1)  # its arm is seen beside it
+        inside = ((place > -BESIDE * size) & (place < (1 + BESIDE) * size)).all(axis=1)  # its arm is still visible
         step = np.linalg.norm(np.diff(place, axis=0), axis=1)
         way = np.maximum(way, np.where(inside[1:] & inside[:-1], np.nan_to_num(step), 0))
     pose = np.asarray(track.world_to_camera)[index]
     own = np.linalg.norm(np.diff(-(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0], axis=0), axis=1)
-    way = np.maximum(way, own * 200)  # a camera that moves by a centimetre: two pixels
+    way = np.maximum(way, own * 200)  # one centimetre of camera motion counts as two pixels
     moved = max(float(np.linalg.norm(np.ptp(arm.position, axis=0))) for arm in demo.arms.values())
     if moved < MOVED_M:
         return []
     if not stands(demo, camera):
-        # a camera on the hand may look at an even table: only an image that is exactly the same was repeated
+        # a wrist camera may see only a uniform table: only an exactly equal image counts as repeated
         pairs = pairwise(stream.images)
         changed = np.array([float(not np.array_equal(one, following)) for one, following in pairs])
     still = changed < CHANGED_SHARE
@@ -165,7 +165,7 @@ def _still_frames(demo: Demo, camera: str, stream: Stream, changed: np.ndarray) 
 
 
 def _outlier_frames(stream: Stream) -> list[int]:
-    """Frames whose image differs from both neighbours while those agree."""
+    """Return frames whose image differs from both neighbours while the neighbours agree."""
     if len(stream.images) < 5:
         return []
     small = stream.images[:, ::2, ::2].astype(np.float32)
@@ -177,7 +177,7 @@ def _outlier_frames(stream: Stream) -> list[int]:
 
 
 def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Stream]) -> None:
-    """Red and blue exchanged in some demos, against the others, or in all, against the words of the instructions."""
+    """Report exchanged red and blue: in some demos compared with the others, or in all compared with instructions."""
     middles = {name: np.median(stream.images[::2], axis=0)[::2, ::2] for name, stream in streams.items()}
     shapes = {middle.shape for middle in middles.values()}
     exchanged: list[str] = []
@@ -195,7 +195,7 @@ def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Strea
     everywhere = against >= 2 and against >= 0.8 * len(said)
     names = list(streams) if everywhere else exchanged
     if names:
-        # things of several colours that all contradict their words are no matter of one wrong word
+        # if objects of several colours contradict their instructions, the reason is not one wrong word
         contradicted = {_colour_of_object(d.instruction) for d in exam.demos if votes.get(d.name, 0) < 0}
         sure = not everywhere or len(contradicted) > 1
         exam.add(
@@ -216,16 +216,16 @@ def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Strea
 
 
 def _colour_of_object(instruction: str) -> str | None:
-    """The colour word of the thing that an instruction says to grip; None: there is none before the place to which it
-    goes, whose colour is another one, or there are several."""
+    """Return the colour word of the object that an instruction names for gripping; None: there is none, or several,
+    before the words for the target place (which has a colour of its own)."""
     before = re.split(PLACE_WORDS, instruction.lower())[0]
     words = {word for word in re.findall(r"[a-z]+", before) if word in HUES}
     return words.pop() if len(words) == 1 else None
 
 
 def _vote(demo: Demo, camera: str, stream: Stream) -> int:
-    """1 where the thing first gripped has the colour that the instruction gives it, -1 where it has that colour with
-    red and blue exchanged, 0 where neither can be said."""
+    """Return 1 if the object gripped first has the colour stated in the instruction, -1 if it has that colour with red
+    and blue exchanged, 0 if neither is certain."""
     word = _colour_of_object(demo.instruction)
     if word is None or not demo.arms or demo.cameras[camera].uncalibrated:
         return 0
@@ -250,7 +250,7 @@ def _vote(demo: Demo, camera: str, stream: Stream) -> int:
 
 
 def _near(pixels: np.ndarray, hue: float) -> int:
-    """How many saturated pixels [M, 3] have a hue (degrees)."""
+    """Return the number of saturated pixels among `pixels` [M, 3] that have a hue (degrees)."""
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     chroma = np.maximum(high - low, 1e-6)
     r, g, b = pixels.T

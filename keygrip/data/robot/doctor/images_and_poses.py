@@ -1,7 +1,7 @@
-"""Images against poses: flips, lags, wrong demos, moved and wrongly calibrated cameras.
+"""Compares images with poses: flips, lags, wrong demos, moved and wrongly calibrated cameras.
 
-The robot's silhouette at the recorded poses is compared with what moves in the images of a camera that stands; then
-its outline is fitted to the images. What the fit has to change names the fault.
+The robot's silhouette at the recorded poses is compared with what moves in the images of a static camera; then its
+outline is fitted to the images. The change that the fit needs identifies the fault.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from keygrip.data.spacing import evenly
 from keygrip.robots.surface import RobotSurface
 
 FITTED, FRAMES = 5, 8  # demos of a joint fit, and images of each
-LEAST_MOTION = 25.0  # pixels (of the small images) that change, on average: with less nothing can be compared
-# What clean recordings of the simulator stay below, times two and more: degrees, metres, factor, frames.
+LEAST_MOTION = 25.0  # pixels (of the small images) that change, on average: below, nothing can be compared
+# At least twice the values in clean recordings of the simulator: degrees, metres, factor, frames.
 TURN_DEG, SHIFT_M, FOCAL_SHARE, LAG_FRAMES = 1.3, 0.02, 0.05, 0.5
 CLEAR_GAIN = 0.04  # gain in agreement that no clean data set shows
-GAIN = 0.015  # least gain in agreement for which a fault is named
-DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # the same limits for one demo against the others
+GAIN = 0.015  # least gain in agreement for which a fault is reported
+DEMO_TURN_DEG, DEMO_SHIFT_M, DEMO_LAG = 1.6, 0.02, 0.4  # the same limits for one demo compared with the others
 DEMO_GAIN = 0.02
 LAGS = (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6)  # lags in frames that are tried before a fit
-# A turn up and down, left and right, about the axis (rad), and frames, that are tried before a demo is fitted.
+# Rotation up and down, left and right, about the axis (rad), and frames, that are tried before a demo is fitted.
 FAR_DEG = 15.0
 STEPS, STEP_GAIN = ((0, 0.015), (1, 0.015), (2, 0.03), (LAG, 0.7)), 0.005
 
@@ -64,17 +64,17 @@ def check_images_and_poses(
     model: RobotSurface | None = None,
     small_images: dict[tuple[str, str], dict[int, np.ndarray]] | None = None,
 ) -> NotCompared:
-    """Compares each camera that stands with the arms, all together: all of them move in its images.
+    """Compare each static camera with all arms together, because all of them move in its images.
 
     Args:
-        model: the arms' surface; None: a YAM's where the recording says so.
+        model: the arms' surface; None: that of a YAM, if the recording names one.
         small_images: small images that were read already, by (demo, camera) and frame.
 
     Returns:
         What was not compared, and why.
     """
     out = NotCompared()
-    # Poses that joints show to be misread or scaled, or that hung; of poses without joints, images may say it.
+    # Poses that are frozen, or misread or scaled according to joints; poses without joints are compared with images.
     explained = {
         arm: exam.named("position_scale", arm=arm, severity="error")  # found from joints alone
         | exam.named("quaternion_order", arm=arm, severity="error") & shown_by_joints(exam, arm)
@@ -85,7 +85,7 @@ def check_images_and_poses(
         standing = []
         for demo in exam.with_camera(camera):
             if demo.cameras[camera].uncalibrated:
-                continue  # a finding of its own
+                continue  # reported by another check
             reason = cannot_compare(demo, camera)
             if reason is None:
                 standing.append(demo)
@@ -121,8 +121,8 @@ def check_images_and_poses(
 
 
 def _explained(exam: Examination, camera: str) -> bool:
-    """Whether a finding explains any disagreement of a camera's images with the poses: poses in the wrong direction, or
-    those of the camera that mean something else."""
+    """Return whether a finding explains any disagreement of a camera's images with the poses: inverted poses, wrong
+    intrinsics, or a camera pose in another convention."""
     return exam.found("pose_direction", "intrinsics") or any(
         found.check == "off_screen" and found.camera == camera and found.cause != AIMED_ELSEWHERE
         for found in exam.findings
@@ -130,23 +130,23 @@ def _explained(exam: Examination, camera: str) -> bool:
 
 
 def _usable(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
-    """A track without what has been reported of it, which must not be taken for a moved camera: joints in degrees (the
-    poses alone say where the robot is) or that hung, and an inverted opening."""
+    """Return a track without reported faults, which could appear as a moved camera: joints in degrees or frozen joints
+    are removed (the poses then give the robot's place), and an inverted opening is corrected."""
     track = demo.arms[arm]
     if in_degrees(track) or demo.name in frozen(exam, arm, ["joints"]):
         track = replace(track, joints=None)
-    inverted = exam.named("gripper_polarity", arm=arm, severity="error")  # a warning is too weak for it
+    inverted = exam.named("gripper_polarity", arm=arm, severity="error")  # a warning is not certain enough
     return replace(track, gripper=1 - track.gripper) if inverted else track
 
 
 def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], dict[int, np.ndarray]]) -> bool:
-    """False: of an arm whose links are not known, so that little was compared."""
+    """Compare one camera with its arms. Return False if the arm's links are not known, so that little was compared."""
     seen.scores = {name: agreement_of([pair]) for name, pair in seen.pairs.items()}
     key = f"camera/{seen.camera}/arm/{seen.arm}"
     exam.measures[f"{key}/agreement"] = {name: round(score, 3) for name, score in seen.scores.items()}
     sources = sorted({robot.source for _, robot in seen.pairs.values()})
     exam.measures[f"{key}/robot"] = sources
-    if sources == ["poses"]:  # no joints, and no pose that the arm could have
+    if sources == ["poses"]:  # no joints, and poses that the arm cannot reach
         if not _check_readings(exam, seen):
             check_own_motion(exam, seen, small_images)
             return False
@@ -157,7 +157,7 @@ def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], 
         return True
     seen.pairs = rest
     found = _fit_camera(exam, seen)
-    far = seen.change if seen.change.any() else None  # of a camera that is too wrong for the checks of single demos
+    far = seen.change if seen.change.any() else None  # of a camera that is too far off to check single demos
     add_overlays(exam, seen.camera, seen.arm, seen.pairs, far if found is None else found.change)
     if found is not None:
         _check_demos(exam, seen)
@@ -165,7 +165,7 @@ def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], 
 
 
 def _check_readings(exam: Examination, seen: Seen) -> bool:
-    """Poses that a YAM cannot have: whether it can, and is seen there, if they mean something else."""
+    """For poses that a YAM cannot reach, report another convention in which it reaches them and images agree."""
     names = [name for name, (view, _) in seen.pairs.items() if yam_model(view.demo, seen.arm) is not None][:3]
     if not names or seen.model is not None:
         return False
@@ -176,7 +176,7 @@ def _check_readings(exam: Examination, seen: Seen) -> bool:
             scored[words] = agreement_of(placed)
     best = max(scored, key=lambda words: scored[words], default="")
     if scored.get(best, 0.0) < POOR:
-        return False  # the world need not be the arm's base
+        return False  # the arm's base may be elsewhere than the world's origin
     cause = READINGS.get(best, f"positions scaled by {best}")
     exam.add(
         "pose_reading",
@@ -192,14 +192,14 @@ def _check_readings(exam: Examination, seen: Seen) -> bool:
 
 
 def _good(seen: Seen) -> list[str]:
-    """Demos of the joint fit: those whose agreement is not far below the others'."""
+    """Return the demos for the joint fit: those whose agreement is not far below that of the others."""
     usual = float(np.median([seen.scores[name] for name in seen.pairs]))
     names = [name for name in seen.pairs if seen.scores[name] >= 0.6 * usual] or list(seen.pairs)
     return [names[index] for index in evenly(len(names), FITTED)]
 
 
 def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
-    """Fits one change to the camera in all demos; None where nothing can be said of single demos or the fit fails."""
+    """Fit one change to the camera in all demos; None if single demos cannot be checked after it or the fit fails."""
     names = _good(seen)
     pairs = [seen.pairs[name] for name in names]
     found = fit(pairs)
@@ -224,7 +224,7 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
         )
         return None
     gain = found.after - found.before
-    # turn, shift and zoom can replace each other: the single numbers are uncertain, a clear gain of all is not
+    # rotation, shift and zoom can replace each other: each number is uncertain, but a clear gain of all is not
     sigma = found.sigma * (3 if gain < CLEAR_GAIN else 0)
     turned = found.degrees > max(TURN_DEG, np.degrees(float(np.linalg.norm(sigma[:3]))))
     shifted = found.metres > max(SHIFT_M, float(np.linalg.norm(sigma[3:6])))
@@ -233,17 +233,17 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     if not ((turned or shifted or zoomed or late) and gain > GAIN):
         return found
     helped = [n for n, pair in seen.pairs.items() if agreement_of([pair], found.change) > seen.scores[n]]
-    # One demo with a fault of its own pulls a joint fit, too.
+    # One demo with a fault of its own also shifts a joint fit.
     if len(set(helped) & set(names)) > 0.6 * len(names):
         _add_registration(exam, seen, helped, camera_cause(seen, names, found))
         seen.change = found.change
         if found.degrees > FAR_DEG:
-            return None  # too far for a fit of one demo to say anything
+            return None  # too far for a meaningful fit of one demo
     return found
 
 
 def described(found: Fit) -> dict[str, object]:
-    """Plain values of a fit, for the report."""
+    """Return plain values of a fit, for the report."""
     return {
         "turn_deg": [round(float(v), 2) for v in np.degrees(found.change[:3])],
         "shift_mm": [round(float(v) * 1e3, 1) for v in found.change[3:6]],
@@ -256,14 +256,14 @@ def described(found: Fit) -> dict[str, object]:
 
 
 def _check_demos(exam: Examination, seen: Seen) -> None:
-    """Finds demos whose camera, clock or poses differ from the others'."""
+    """Report demos whose camera, clock or poses differ from those of the others."""
     free = (0, 1, 2, 3, 4, 5, LAG)
     prior = PRIOR.copy()
     fits: dict[str, Fit] = {}
     bases = {name: agreement_of([pair], seen.change) for name, pair in seen.pairs.items()}
     usual = float(np.median(list(bases.values())))
     for name, pair in seen.pairs.items():
-        # where nothing goes together, no small step helps: that is no reason to pass a demo over
+        # if images and poses do not match at all, no small step helps: that is no reason to skip a demo
         if bases[name] >= 0.6 * usual and not _improvable(pair, seen.change, bases[name]):
             continue
         fits[name] = fit(
@@ -279,7 +279,7 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         name: described(found) | {"agreement_before": round(bases[name], 3)} for name, found in fits.items()
     }
     others: dict[str, list[str]] = {}
-    odd: dict[str, Callable[[], None]] = {}  # what is said of a demo that a change of clock or camera explains
+    odd: dict[str, Callable[[], None]] = {}  # report of each demo whose fault is a change of clock or camera
     for name, found in fits.items():
         if bases[name] < 0.45 * usual and found.after < 0.7 * usual:
             found = fits[name] = wide_fit([seen.pairs[name]])
@@ -301,7 +301,7 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
             others.setdefault("", []).append(name)
     changes = {name: fits[name].change for name in odd}
     cause = pose_cause(seen, list(odd), changes) if len(odd) > max(1, len(seen.pairs) / 2) else None
-    if cause is not None:  # one fault of all demos in place of another one in each
+    if cause is not None:  # one fault of all demos instead of a different one in each
         _add_registration(exam, seen, list(seen.pairs), cause)
     else:
         for say in odd.values():
@@ -321,8 +321,8 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
 
 
 def lag_start(pair: tuple[View, Placement], change: np.ndarray) -> np.ndarray:
-    """A change whose lag is the whole number of frames at which silhouettes and images agree best: from too far off, a
-    fit of outlines turns the camera in place of the clock."""
+    """Return a change whose lag is the whole number of frames at which silhouettes and images agree best. From a lag
+    that is too far off, a fit of outlines would rotate the camera instead of shifting the clock."""
 
     def at(lag: int) -> np.ndarray:
         other = change.copy()
@@ -333,7 +333,7 @@ def lag_start(pair: tuple[View, Placement], change: np.ndarray) -> np.ndarray:
 
 
 def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) -> bool:
-    """Whether a small turn of the camera or a small lag raises the agreement: at the right ones it falls every way."""
+    """Return whether a small rotation of the camera or a small lag raises the agreement: at the optimum, none does."""
     for number, step in STEPS:
         for sign in (1, -1):
             other = change.copy()
@@ -344,7 +344,7 @@ def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) ->
 
 
 def _other_demo(seen: Seen, name: str, own: float) -> str | None:
-    """The demo whose poses go with this one's images best, if clearly better than its own."""
+    """Return the demo whose poses match this demo's images best, if clearly better than its own poses, or None."""
     view = seen.pairs[name][0]
     tried = {
         other: agreement_of([(view, robot)], seen.change) for other, (_, robot) in seen.pairs.items() if other != name

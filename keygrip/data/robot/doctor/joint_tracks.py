@@ -1,4 +1,5 @@
-"""Recorded positions against the kinematics of recorded joints: scale, clock, and demos that differ from the others."""
+"""Compares recorded positions with the kinematics of recorded joints: scale, clock, and demos that differ from the
+others."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ SCALE, DELAY_FRAMES, SPREAD_M, ODD_M = 0.02, 0.4, 0.006, 0.008
 
 
 def check_joint_tracks(exam: Examination) -> None:
-    """Where a YAM's joints were recorded: they say where the gripper was, whatever frame its positions are in."""
+    """Check positions against a YAM's recorded joints, which give the gripper's position whatever the frame of the
+    recorded positions."""
     for arm in exam.arms:
         scales, delays, bases = {}, {}, {}
         recorded = with_joints(exam, arm)
         apart = exam.named("kinematics", arm=arm)
         if apart >= {demo.name for demo, *_ in recorded}:
-            apart = set()  # no demo is known to have joints of its own
+            apart = set()  # all demos disagree with their joints: no single demo is odd
         for demo, joints, model in recorded:
             track = demo.arms[arm]
             own, quaternion = forward_kinematics(joints, *model)
@@ -51,8 +53,8 @@ def check_joint_tracks(exam: Examination) -> None:
 
 
 def _explains(delay: float, own: np.ndarray, recorded: np.ndarray) -> bool:
-    """Whether tracks [N, 3] go together, but for an offset, once one is shifted by so many frames: where rotations are
-    misread or joints have another zero position, no shift does that."""
+    """Return whether tracks [N, 3] agree up to an offset after one is shifted by `delay` frames. If rotations are in
+    another convention or joints have another zero position, no shift achieves that."""
     frames = np.arange(len(own))
     shifted = np.stack([np.interp(frames - delay, frames, axis) for axis in own.T], axis=1)
     left = recorded - shifted

@@ -1,4 +1,4 @@
-"""Check of recorded poses against forward kinematics, where a YAM's joints were recorded."""
+"""Compares recorded poses with forward kinematics, if a YAM's joints were recorded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 SITE_OFFSET_M = 0.01  # distance from the recorded position to the grasp site
 KINEMATICS_SPREAD_M = 0.01  # spread of the difference between recorded poses and forward kinematics
-SCATTER_DEG = 5.0  # the same of rotations
+SCATTER_DEG = 5.0  # the same for rotations
 
 
 def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tuple[str, str]]]:
-    """Demos whose joints say where the gripper of an arm was, with its joints [N, 6] and its model: a YAM's, in rad,
-    under the arm's own name."""
+    """Return demos whose joints give the gripper's position of an arm, with the joints [N, 6] and the arm's model:
+    joints of a YAM, in rad, stored under the right arm's name."""
     if exam.named("joint_unit", arm=arm):
-        return []  # smaller angles in degrees are not told from radians
+        return []  # small angles in degrees cannot be distinguished from radians
     left_out = exam.named("exchanged_arms") | frozen(exam, arm)
     found = []
     for demo in exam.with_arm(arm):
@@ -34,28 +34,28 @@ def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tup
 
 
 def shown_by_joints(exam: Examination, arm: str) -> set[str]:
-    """Names of demos whose own joints show how an arm's poses are meant."""
+    """Return names of demos whose joints show the convention of an arm's poses."""
     return {demo.name for demo, *_ in with_joints(exam, arm)} - exam.named("kinematics", arm=arm)
 
 
 class Compared(NamedTuple):
-    """Some frames of a demo: its positions [N, 3] and rotations [N, 3, 3] as recorded, and by its joints."""
+    """Some frames of a demo: positions [N, 3] and rotations [N, 3, 3] as recorded, and as computed from joints."""
 
     name: str
     position: np.ndarray
     rotation: np.ndarray
     own_position: np.ndarray
     own_rotation: np.ndarray
-    misread: np.ndarray  # rotations as recorded, were their quaternions x, y, z, w
+    misread: np.ndarray  # recorded rotations if their quaternions were x, y, z, w
 
     def turns(self, rotation: np.ndarray) -> np.ndarray:
-        """Turns [N, 3, 3] from the joints' rotations to others."""
+        """Return the rotations [N, 3, 3] from those of the joints to `rotation`."""
         return rotation @ self.own_rotation.transpose(0, 2, 1)
 
 
 class Apart(NamedTuple):
-    """How far recorded poses and joints are apart: rotations (degrees), positions (m) along the axes of the world and
-    of the tool, and the mean of the latter [3]."""
+    """Differences between recorded poses and joints: rotations (degrees), spread of positions (m) along the axes of the
+    world and of the tool, and the mean along the tool's axes [3]."""
 
     scatter: float
     in_world: float
@@ -64,7 +64,7 @@ class Apart(NamedTuple):
 
     @property
     def together(self) -> bool:
-        """Whether a base and a grasp site elsewhere explain it."""
+        """Whether a different base or grasp site explains the differences."""
         return min(self.in_world, self.in_tool) <= KINEMATICS_SPREAD_M and self.scatter <= SCATTER_DEG
 
 
@@ -76,7 +76,7 @@ def _apart(demos: Sequence[Compared]) -> Apart:
 
 
 def check_kinematics(exam: Examination) -> None:
-    """Recorded poses against forward kinematics, where a YAM's joints were recorded."""
+    """Compare recorded poses with forward kinematics, if a YAM's joints were recorded."""
     for arm in exam.arms:
         demos = []
         for demo, joints, model in with_joints(exam, arm):
@@ -135,7 +135,7 @@ def check_kinematics(exam: Examination) -> None:
         offset = apart.offset
         exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
         if not apart.together:
-            odd = [demo for demo in demos if not _apart([demo]).together] or demos  # all: by bases that differ
+            odd = [demo for demo in demos if not _apart([demo]).together] or demos  # all, if their bases differ
             worst = _apart(odd)
             exam.add(
                 "kinematics",
@@ -148,7 +148,7 @@ def check_kinematics(exam: Examination) -> None:
                 demos=[demo.name for demo in odd],
                 arm=arm,
             )
-        # along the approach a shifted base and a shifted site look alike as long as the gripper points down
+        # while the gripper points down, a shift of the base and of the site along the approach look the same
         elif np.linalg.norm(offset) > SITE_OFFSET_M and (
             apart.in_tool < apart.in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset)
         ):
@@ -167,7 +167,7 @@ def check_kinematics(exam: Examination) -> None:
 
 
 def _mean_turn(turns: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean of rotations [N, 3, 3] and the largest angle to it in degrees."""
+    """Return the mean of rotations [N, 3, 3] and the largest angle to it in degrees."""
     rotations = Rotation.from_matrix(turns)
     mean = rotations.mean()
     return mean.as_matrix(), float(np.degrees((mean.inv() * rotations).magnitude().max()))

@@ -1,4 +1,4 @@
-"""What was not compared with poses, why, and what to do: no fault found there does not mean that there is none."""
+"""Images that were not compared with poses, why, and what to do: in these images faults may remain unnoticed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from keygrip.data.robot.doctor.views import stands
 from keygrip.data.robot.schema import Demo
 from keygrip.robots.surface import RobotSurface
 
-LEAST_SIDE, LEAST_FRAMES = 96, 6  # pixels of an image's longer side, frames of a demo: with less nothing is compared
+LEAST_SIDE, LEAST_FRAMES = 96, 6  # pixels of an image's longer side, frames of a demo: below, nothing is compared
 
 
 class Reason(NamedTuple):
-    """Why a camera's images were not compared with the poses: in words, what to do, and a `warning` where it can be
-    helped, a `note` where it is no fault."""
+    """Why a camera's images were not compared with the poses: severity (`warning` if the user can change it, `note` if
+    it is not a fault), the reason in words, and what to do."""
 
     severity: Severity
     why: str
@@ -44,7 +44,7 @@ OUT_OF_REACH = Reason(
 
 
 def too_small(width: int, height: int) -> Reason:
-    """Images of less than `LEAST_SIDE` pixels."""
+    """Return the reason for images smaller than `LEAST_SIDE` pixels."""
     return Reason(
         "warning",
         f"images of {width} x {height} pixels are too small for it (the longer side needs {LEAST_SIDE})",
@@ -53,7 +53,7 @@ def too_small(width: int, height: int) -> Reason:
 
 
 def no_model(robot: str) -> Reason:
-    """An arm whose shape is not known."""
+    """Return the reason for an arm whose shape is not known."""
     return Reason(
         "warning",
         f"nothing says what robot {robot!r} looks like",
@@ -62,19 +62,19 @@ def no_model(robot: str) -> Reason:
 
 
 def lacking(demo: Demo, model: RobotSurface | None) -> Reason:
-    """Why the links of a demo's arms are not known, where they are not."""
+    """Return why the links of a demo's arms are not known; call it only if they are not known."""
     yam = all(yam_model(demo, arm) is not None for arm in demo.arms)
     if model is None and not yam:
         return no_model(demo.robot)
     if all(track.joints is not None for track in demo.arms.values()):
-        return EXPLAINED  # joints that are there were left out for a finding of their own
+        return EXPLAINED  # recorded joints were left out because of another finding
     if len(demo.arms) > 1:
         return SEVERAL
     return OUT_OF_REACH if model is None else NO_JOINTS
 
 
 def cannot_compare(demo: Demo, camera: str) -> Reason | None:
-    """Why a calibrated camera's images in a demo cannot be compared, whatever the arm; None: they can."""
+    """Return why a calibrated camera's images in a demo cannot be compared with any arm; None: they can."""
     track = demo.cameras[camera]
     if not stands(demo, camera):
         return MOVES
@@ -90,12 +90,12 @@ class NotCompared:
         self.demos: dict[tuple[str, Reason], list[str]] = {}
 
     def add(self, camera: str, reason: Reason, names: Iterable[str]) -> None:
-        """Notes demos whose images of a camera were not compared."""
+        """Add demos whose images of a camera were not compared."""
         known = self.demos.setdefault((camera, reason), [])
         known += [name for name in names if name not in known]
 
     def report(self, exam: Examination) -> None:
-        """Adds a finding `not_compared` for each camera and reason: of warnings to the findings, else to the notes."""
+        """Add a finding `not_compared` for each camera and reason: warnings to the findings, others to the notes."""
         for (camera, reason), names in self.demos.items():
             if names:
                 exam.add(

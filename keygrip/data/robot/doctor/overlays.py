@@ -1,4 +1,4 @@
-"""What the report shows of a camera: the robot's outline over images, and the agreement by lag."""
+"""Figures of the report for a camera: the robot's outline over images, and the agreement by lag."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from keygrip.data.robot.doctor.views import Placement, View
 from keygrip.data.spacing import evenly
 
 RECORDED, FITTED = (235, 40, 40), (40, 210, 80)
-SHOWN, SIZE = 3, 360  # demos that are shown; pixels of an image's longer side
+SHOWN, SIZE = 3, 360  # number of demos shown; pixels of an image's longer side
 LAGS = range(-5, 6)
 
 
 def overlay(view: View, placement: Placement, change: np.ndarray | None, frame: int) -> np.ndarray:
-    """Image `frame` of a view with the outline as recorded and, where there is a change, as fitted, uint8 [H, W, 3]."""
+    """Return image `frame` of a view with the recorded outline and, if there is a change, the fitted one, uint8
+    [H, W, 3]."""
     scale = max(1, round(SIZE / max(view.size)))
     image = Image.fromarray(view.images[frame]).resize((view.size[1] * scale, view.size[0] * scale))
     drawn = np.array(image)
@@ -35,8 +36,8 @@ def overlay(view: View, placement: Placement, change: np.ndarray | None, frame: 
 def add_overlays(
     exam: Examination, camera: str, arm: str, pairs: dict[str, tuple[View, Placement]], change: np.ndarray | None
 ) -> None:
-    """Notes images and the curve of agreement by lag for the report; `change` is the fitted one, None where no fit was
-    found."""
+    """Add images and the curve of agreement by lag to the report; `change` is the fitted change, None if there is no
+    fit."""
     names = list(pairs)
     for index in evenly(len(names), SHOWN):
         view, robot = pairs[names[index]]

@@ -1,4 +1,4 @@
-"""Checks of cameras: whether the gripper projects into the image, and how well a point can be localised there."""
+"""Checks of cameras: whether the gripper projects into the image, and how accurately points can be localised in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AIMED_ELSEWHERE = "a camera that looks elsewhere, or a wrong calibration"
 
 
 def check_projection(exam: Examination) -> None:
-    """Whether the gripper projects into each image, and how well a point on the table can be localised there."""
+    """Check whether the gripper projects into each image, and how accurately points on the table can be localised."""
     for camera in exam.cameras:
         unknown = {demo.name: demo.cameras[camera].uncalibrated for demo in exam.with_camera(camera)}
         unknown = {name: reason for name, reason in unknown.items() if reason}
@@ -51,15 +51,15 @@ def check_projection(exam: Examination) -> None:
                 camera=camera,
                 demos=[demo.name for demo in demos],
             )
-            continue  # this explains whatever the projection shows
+            continue  # this explains any result of the projection
         if carrier is not None:
-            continue  # a camera on the hand sees its gripper at one place or not at all, which says nothing
+            continue  # a wrist camera sees its gripper always at the same place or never, which is no evidence
         for arm in sorted({arm for demo in demos for arm in demo.arms}):
             _check_view(exam, camera, arm, [demo for demo in demos if arm in demo.arms])
 
 
 def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
-    """The arm that carries a camera: the one on whose gripper it is rigid while it moves."""
+    """Return the arm on which a camera is mounted: a moving camera is rigid on that arm's gripper. None: no arm."""
     for demo in demos:
         pose = np.linalg.inv(np.asarray(demo.cameras[camera].world_to_camera))
         if np.ptp(pose[:, :3, 3], axis=0).max() < MOVED_M:
@@ -73,13 +73,13 @@ def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
 
 
 def _inside(track: CameraTrack, position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
-    """[N] bool: which positions [N, 3] are in the image."""
+    """Return bool [N]: which positions [N, 3] are in the image."""
     pixels, _ = project(tensor(position), tensor(track.intrinsics), tensor(world_to_camera))
     return inside_image(pixels, track.width, track.height).numpy()
 
 
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
-# Cause, what to do, and what a stored pose then means.
+# Cause, what to do, and the conversion of a stored pose to the right one.
 _ALTERNATIVES: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
     ("camera_to_world stored as world_to_camera", "store its inverse", np.linalg.inv),
     (

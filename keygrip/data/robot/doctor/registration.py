@@ -1,8 +1,8 @@
-"""Fits a camera to images: the robot's outline is drawn where the poses put it and drawn to where the images show
-it.
+"""Fits a camera to images: the robot's outline is projected with the recorded poses, then moved to where the images
+show it.
 
 A change has 8 numbers: rotation vector about the camera's own axes (3, rad), shift in the camera's axes (3, m), the
-logarithm of the focal length's factor, and by how many frames the images are late. Shape legend: F frames, P points.
+logarithm of the focal length's factor, and the frames by which the images are early. Shape legend: F frames, P points.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ROTATION, SHIFT, FOCAL, LAG = slice(0, 3), slice(3, 6), 6, 7
 NUMBERS = 8
 # Prior standard deviations: 8 degrees about each axis, 5 cm along each axis, 12 % of focal length, 3 frames.
 PRIOR = np.array([0.14, 0.14, 0.14, 0.05, 0.05, 0.05, 0.12, 3.0])
-REACHES = (12, 9, 6, 5, 4, 3)  # search distance around the outline in pixels, one for each fit
+REACHES = (12, 9, 6, 5, 4, 3)  # search distance around the outline in pixels, one for each pass
 OUTLINE = 160  # points on the outline of a frame
 LEAST_POINTS = 60  # outline points on all frames together; fewer give no fit
-EVERY = 3  # every n-th surface point for coarse fits; outlines of few points lie too far inside
+EVERY = 3  # every n-th surface point for coarse fits; the outline of few points lies too far inside
 PIXEL_SIGMA = 1.0  # standard deviation of an outline's position
 LEAST_CONTRAST = 20.0  # grey levels (of 255); weaker edges are not measured at half contrast
 CORRELATED = 12.0  # neighbouring outline points have correlated errors: this many count as one
@@ -31,13 +31,13 @@ CORRELATED = 12.0  # neighbouring outline points have correlated errors: this ma
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit found.
+    """Result of a fit.
 
     Args:
         change: [8], see above. sigma: [8] one standard deviation. before, after: agreement of silhouettes and images
         (-1..1) without and with the change. residual: median distance of the outline in pixels of the small images,
-        after the fit. points: on outlines that were found. cost: mean robust cost of all outline points after the fit,
-        0 for a perfect one, 1 where no outline is found.
+        after the fit. points: number of outline points that were found in the images. cost: mean robust cost of all
+        outline points after the fit, 0 for a perfect fit, 1 if no outline is found.
     """
 
     change: np.ndarray
@@ -60,7 +60,7 @@ class Fit:
 
     @property
     def focal(self) -> float:
-        """Factor of the focal length."""
+        """Factor by which the focal length changes."""
         return float(np.exp(self.change[FOCAL]))
 
     @property
@@ -78,7 +78,7 @@ def camera_with(view: View, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def silhouette(view: View, placement: Placement, change: np.ndarray, half: bool = True, every: int = 4) -> np.ndarray:
-    """[F, h, w] bool: where the robot should be seen; `half`: at half the resolution."""
+    """Return [F, h, w] bool: where the robot should be visible; `half`: at half the resolution."""
     intrinsics, pose = camera_with(view, change)
     pixels, _ = seen(placement.at(view.index + change[LAG], every), intrinsics, pose)
     height, width = view.size
@@ -93,14 +93,14 @@ def halved(changed: np.ndarray) -> np.ndarray:
 
 
 def agreement_of(pairs: Sequence[tuple[View, Placement]], change: np.ndarray | None = None) -> float:
-    """Mean agreement of the views with their robots, -1..1."""
+    """Return the mean agreement of the views with their robots, -1..1."""
     change = np.zeros(NUMBERS) if change is None else change
     scores = [agreement(silhouette(view, robot, change), halved(view.foreground)) for view, robot in pairs]
     return float(np.mean(scores))
 
 
 def uncovered_background(images: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Median [h, w, 3] over the frames in which a pixel is not covered, and bool [h, w] where there are enough."""
+    """Return the median [h, w, 3] over frames in which a pixel is not covered, and bool [h, w]: enough such frames."""
     counts = (~covered).sum(axis=0)
     values = np.where(covered[..., None], np.float32(1e6), images.astype(np.float32))
     values.sort(axis=0)
@@ -116,8 +116,8 @@ def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) ->
 
 
 def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> tuple[np.ndarray, np.ndarray]:
-    """Foreground [F, h, w] against a background without the robot, as far as it is known where the robot is; 0.5 where
-    the background never shows. And what the images add to that background, [F, h, w, 3], 0 where it is not known."""
+    """Return the foreground [F, h, w] against a background without the robot (at its estimated place), 0.5 where the
+    background is never visible; and the difference of the images from it, [F, h, w, 3], 0 where it is not known."""
     background, known = uncovered_background(view.images, _cover(view, placement, change, margin))
     found = foreground(view.images, np.where(known[..., None], background, 0))
     found[:, ~known] = 0.5
@@ -127,8 +127,8 @@ def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) 
 def _outline(
     changed: np.ndarray, pixels: np.ndarray, rng: np.random.Generator, reach: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Outline points of one view: frame [M], point [M], normal [M, 2], distance to the image's outline [M], weight
-    [M]."""
+    """Return outline points of one view: frame [M], point [M], normal [M, 2], distance to the outline in the image [M],
+    weight [M]."""
     height, width = changed.shape[1:]
     mask, which = splat(pixels, height, width)
     edge = boundary(mask) & (which >= 0)
@@ -157,7 +157,7 @@ def _outline(
     best = split.argmax(axis=1)
     count = len(steps)
     share = split[np.arange(len(best)), best] / (0.5 * count)
-    # near an end of the profile one side is not seen: no step was found
+    # near an end of the profile one side is not visible: no step was found
     good = (best > 1) & (best < count - 3) & (share > 0.6) & (length > 0.02)
     out = (at[:, 0] < 1) | (at[:, 1] < 1) | (at[:, 0] > width - 2) | (at[:, 1] > height - 2)
     weight = np.where(good & ~out, share, 0.0)
@@ -167,11 +167,11 @@ def _outline(
 def at_half_contrast(
     added: np.ndarray, frames: np.ndarray, at: np.ndarray, normal: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where along their normals outline points [M] lie between robot and background by half, in pixels from `at`
-    [M, 2], and bool [M] whether they do within a pixel.
+    """Return where along the normals of outline points [M] the image is halfway between robot and background, in pixels
+    from `at` [M, 2], and bool [M]: whether this place is within a pixel.
 
-    A threshold on the foreground puts edges of high contrast further out than others, and blurred ones (of JPEG's
-    colours) further still; half the contrast of each is where it was.
+    With a threshold on the foreground, edges of high contrast lie further out than others, and blurred ones (as of
+    JPEG's colours) even further. At half of its own contrast, an edge is at its true place.
 
     Args:
         added: [F, h, w, 3], see `evidence`. frames: [M]. normal: [M, 2], outwards.
@@ -181,7 +181,7 @@ def at_half_contrast(
     y = at[:, 1:] + steps * normal[:, 1:] - 0.5
     where = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
     profile = np.stack([map_coordinates(added[..., c], where, order=1, mode="nearest") for c in range(3)], axis=-1)
-    own = profile[:, steps <= -1.0].mean(axis=1)  # the robot's colour there, against the background's
+    own = profile[:, steps <= -1.0].mean(axis=1)  # the robot's colour there, relative to the background
     share = np.einsum("msc,mc->ms", profile, own) / np.maximum((own**2).sum(axis=1), 1.0)[:, None]
     near = np.flatnonzero(steps >= -1.0)
     below = share[:, near] < 0.5
@@ -202,19 +202,19 @@ def fit(
     centre: np.ndarray | None = None,
     fine: bool = False,
 ) -> Fit:
-    """Fits one change to all views of a camera by weighted least squares on the distances of outlines.
+    """Fit one change to all views of a camera by weighted least squares on the distances of outlines.
 
     Args:
-        pairs: views with the robot's places in them. start: where to begin; None: no change.
-        free: which of the 8 numbers may change. reaches: pixels that the outline is looked for in each pass.
-        prior: one sigma of each number around `centre` (None: no change), which holds back what images do not tell.
-        fine: for the last fraction of a pixel: all points of the robot's surface, edges at half their contrast.
+        pairs: views with the robot's placement in them. start: initial change; None: no change.
+        free: which of the 8 numbers may change. reaches: search distance for the outline in each pass, pixels.
+        prior: one sigma of each number around `centre` (None: no change); it limits numbers that images leave open.
+        fine: for subpixel accuracy: use all points of the robot's surface, and edges at half their contrast.
     """
     change = np.zeros(NUMBERS) if start is None else start.astype(float).copy()
     centre = np.zeros(NUMBERS) if centre is None else centre
     rng = np.random.default_rng(0)
     before = agreement_of(pairs)
-    numbers = [*free, NUMBERS]  # one more number: by how much images show everything wider than the points do
+    numbers = [*free, NUMBERS]  # one more number: by how much outlines in images are wider than those of the points
     inverse_prior = np.concatenate([1 / prior**2, [1.0]])[numbers]
     information, residual, count, cost = np.diag(inverse_prior), 0.0, 0, 1.0
     wider = 0.0
@@ -248,7 +248,7 @@ def fit(
         if count < LEAST_POINTS:
             break
         spread = 1.5 + float(np.median(np.abs(distance[used])))
-        weight = weight / (1 + (distance / spread) ** 2)  # Cauchy weights: outlines of other things hardly count
+        weight = weight / (1 + (distance / spread) ** 2)  # Cauchy weights: outlines of other objects hardly count
         weight = weight / CORRELATED / PIXEL_SIGMA**2
         information = matrix.T @ (matrix * weight[:, None]) + np.diag(inverse_prior)
         away = np.concatenate([change - centre, [wider]])[numbers]
@@ -266,13 +266,13 @@ def fit(
 def _jacobian(
     camera: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray, change: np.ndarray, speed: np.ndarray
 ) -> np.ndarray:
-    """[M, 2, 8] of pixels by the numbers of a change, at points [M, 3] in the camera's axes."""
+    """Return the derivatives [M, 2, 8] of pixels with respect to a change, at points [M, 3] in the camera's axes."""
     x, y, z = camera.T.astype(float)
     fx, fy = intrinsics[0, 0], intrinsics[1, 1]
     by_point = np.zeros((len(x), 2, 3))
     by_point[:, 0, 0], by_point[:, 0, 2] = fx / z, -fx * x / z**2
     by_point[:, 1, 1], by_point[:, 1, 2] = fy / z, -fy * y / z**2
-    turned = camera - change[SHIFT]  # the shift comes after the turn
+    turned = camera - change[SHIFT]  # the shift comes after the rotation
     cross = np.zeros((len(x), 3, 3))
     cross[:, 0, 1], cross[:, 0, 2] = turned[:, 2], -turned[:, 1]
     cross[:, 1, 0], cross[:, 1, 2] = -turned[:, 2], turned[:, 0]

@@ -1,4 +1,4 @@
-"""Runs every check over a folder of demonstrations and writes the report and the contact sheets."""
+"""Runs all checks on a folder of demonstrations and writes the report and the contact sheets."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def examine(
     compare_images: bool,
     robot_model: RobotSurface | None = None,
 ) -> dict[str, Any]:
-    """The step `doctor`: logs every finding with its advice; returns counts and the folder of the contact sheets."""
+    """Run the step `doctor`: log every finding with its advice; return counts and the folder of the contact sheets."""
     folder = Path(output) if output is not None else Path("runs/doctor") / Path(root).resolve().name
     exam = doctor(
         root,
@@ -85,7 +85,7 @@ def examine(
 
 
 def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
-    """The last line where no fault was found: it says what was not compared."""
+    """Return the last line of the log if no fault was found. It states what was not compared."""
     if not compare_images:
         return f"no fault found in the numbers of {root}; images were not compared with poses (compare_images=false)"
     left = [found for found in (*exam.findings, *exam.notes) if found.check in NO_FAULTS]
@@ -96,8 +96,8 @@ def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
 
 
 def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError], list[DemoError]]:
-    """The demos, the errors of those that cannot be read, and of those that can without cameras whose pose is not
-    known."""
+    """Return the demos, the errors of demos that cannot be read, and the errors of demos that can be read only without
+    their uncalibrated cameras."""
     demos: list[Demo] = []
     broken: list[DemoError] = []
     without: list[DemoError] = []
@@ -105,7 +105,7 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
         try:
             demo, lacking = _whole_or_calibrated(reference)
             for arm in demo.arms:
-                yam_model(demo, arm)  # the checks are of all demos: one that says nothing sensible would end them
+                yam_model(demo, arm)  # raises here: in the checks, one invalid demo would stop them for all demos
         except DemoError as error:
             broken.append(error)
             continue
@@ -115,7 +115,8 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
 
 
 def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | None]:
-    """A demo with all its cameras, or, with the error, those whose pose is known. Raises DemoError: both are broken."""
+    """Return a demo with all cameras or, if that fails, with calibrated ones and the error. Raises DemoError: both
+    fail."""
     try:
         return reference.read(uncalibrated=True), None  # some models need no calibration
     except DemoError as error:
@@ -125,7 +126,7 @@ def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | No
             raise error from None
 
 
-# Of poses, times and cameras, in the order of the report; those of images follow, and then that of commands.
+# Checks of poses, times and cameras, in the order of the report. The checks of images follow, then that of commands.
 CHECKS: tuple[Callable[[Examination], None], ...] = (
     check_times,
     check_frozen_poses,
@@ -157,21 +158,21 @@ def doctor(
     progress: bool = True,
     robot_model: RobotSurface | None = None,
 ) -> Examination:
-    """Runs every check on the demonstrations under `root` and writes the report. Without `findings` no fault was found
-    in what was compared: `notes` say what was not.
+    """Run every check on the demonstrations under `root` and write the report. If `findings` is empty, no fault was
+    found in what was compared; `notes` list what was not compared.
 
     Args:
         root, format, calibration: as for `find_demos`.
         output: folder for `contact_sheet_<camera>.png`, `report.html` and `report.json` (findings and all measures).
-        max_demos: look at so many, evenly spread over the folder; None: all.
-        frames_per_demo: images that are decoded of each demo and camera, evenly spread.
-        height_bins, pred_size: of the policy, for what a bin and a cell are worth.
+        max_demos: number of demos to examine, evenly spread over the folder; None: all.
+        frames_per_demo: number of images to decode per demo and camera, evenly spread.
+        height_bins, pred_size: those of the policy, to compute the size of a bin and of a cell.
         compare_images: compare pixels with poses: the robot's silhouette with what moves in the images.
         progress: show a progress bar on standard error.
-        robot_model: the arms' surface; None: a YAM's where the recording says so.
+        robot_model: the arms' surface; None: that of a YAM, if the recording names one.
 
     Raises:
-        FileNotFoundError, ValueError: no data, or a format that is not known (see `find_demos`).
+        FileNotFoundError, ValueError: no data, or an unknown format (see `find_demos`).
     """
     output = Path(output)
     references = find_demos(root, format, calibration)

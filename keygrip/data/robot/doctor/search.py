@@ -1,4 +1,4 @@
-"""Initial values of a fit for a camera that is far off: silhouettes tried at every place, size and turn.
+"""Initial values of a fit for a camera that is far off: silhouettes are tried at all places, sizes and rotations.
 
 Shape legend: F frames, P points, h and w of the small images.
 """
@@ -30,17 +30,17 @@ def _boxes(changed: np.ndarray) -> np.ndarray:
 
 
 def _thinned(view: View) -> View:
-    """Every other frame of a view."""
+    """Return a view with every other frame."""
     return replace(view, index=view.index[::2], images=view.images[::2], foreground=view.foreground[::2])
 
 
 def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[float, np.ndarray]]:
-    """The best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
+    """Return the best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
     found: list[tuple[float, np.ndarray]] = []
     pairs = [(_thinned(view), robot) for view, robot in pairs]
     shown = [_boxes(view.foreground) for view, _ in pairs]
     height, width = shown[0].shape[1:]
-    top, left = height // 2, width // 2  # what lies beside the image may come into it
+    top, left = height // 2, width // 2  # margin: points outside the image may move into it
     canvas = (height + 2 * top, width + 2 * left)
     spectra, power = [], 0.0
     for boxes in shown:
@@ -91,7 +91,8 @@ def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[flo
 
 
 def wide_fit(pairs: Sequence[tuple[View, Placement]]) -> Fit:
-    """The better of a fit that begins at no change and fits that begin where a search over the whole image says."""
+    """Return the best of a fit that begins without a change and fits that begin at results of a search over the image.
+    The first one is returned unless another one is clearly better."""
     near = fit(pairs)
     fits = [near]
     for _, change in starts(pairs, best=2):

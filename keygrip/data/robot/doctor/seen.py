@@ -1,4 +1,4 @@
-"""One camera and the arms that it is compared with."""
+"""One camera and the arms with which its images are compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keygrip.robots.surface import RobotSurface
 
 @dataclass
 class Seen:
-    """One camera and its arms: views with the robot's places, by demo. `arm`: its name, or those of several."""
+    """One camera and its arms: views with the robot's placement, by demo. `arm`: name of the arm, or of several."""
 
     camera: str
     arm: str

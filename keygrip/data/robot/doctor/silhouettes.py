@@ -1,4 +1,4 @@
-"""Silhouettes of points, and how well they agree with what moves in the images.
+"""Silhouettes of points, and their agreement with what moves in the images.
 
 Shape legend: F frames, P points, h and w of the images.
 """
@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 
 def moved(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """A camera [4, 4] turned by the rotation vector change[:3] (rad) about its own axes and shifted by change[3:6]."""
+    """Rotate a camera [4, 4] by the rotation vector change[:3] (rad) about its own axes and shift it by change[3:6]."""
     turn = Rotation.from_rotvec(change[:3]).as_matrix()
     pose = np.eye(4)
     pose[:3, :3] = turn @ world_to_camera[:3, :3]
@@ -19,7 +19,7 @@ def moved(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
 
 
 def seen(points: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [F, P, 2] (NaN behind the camera) and camera coordinates [F, P, 3] of world points [F, P, 3]."""
+    """Return pixels [F, P, 2] (NaN behind the camera) and camera coordinates [F, P, 3] of world points [F, P, 3]."""
     pose = world_to_camera.astype(np.float32)
     camera = points @ pose[:3, :3].T + pose[:3, 3]
     depth = np.where(camera[..., 2] > 0.02, camera[..., 2], np.nan)
@@ -29,7 +29,7 @@ def seen(points: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
 
 
 def _shifted(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
-    """3 x 3 maximum or minimum of masks [F, h, w]; the border counts as its neighbours."""
+    """Return the 3 x 3 maximum or minimum of masks [F, h, w]; pixels beyond the border are ignored."""
     out = mask.copy()
     join(out[:, 1:], mask[:, :-1], out=out[:, 1:])
     join(out[:, :-1], mask[:, 1:], out=out[:, :-1])
@@ -40,7 +40,7 @@ def _shifted(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
 
 
 def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Masks bool [F, h, w] of pixels [F, P, 2], and for each hit pixel the number of one point there (else -1)."""
+    """Return bool masks [F, h, w] of pixels [F, P, 2], and for each pixel the index of one point there (-1: none)."""
     frames = len(pixels)
     with np.errstate(invalid="ignore"):
         x, y = np.floor(pixels[..., 0]), np.floor(pixels[..., 1])
@@ -57,17 +57,18 @@ def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tu
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of masks [F, h, w] beside one that is not in the mask, 2 pixels off the image's border and more."""
+    """Return pixels of masks [F, h, w] next to a pixel outside the mask, at least 2 pixels from the image's border."""
     edge = mask & ~_shifted(mask, np.logical_and)
     edge[:, :2], edge[:, -2:], edge[:, :, :2], edge[:, :, -2:] = False, False, False, False
     return edge
 
 
 def agreement(silhouettes: np.ndarray, changed: np.ndarray) -> float:
-    """Correlation in -1..1 of silhouettes and foreground [F, h, w] in how they change over the frames.
+    """Return the correlation, -1..1, of silhouettes and foreground [F, h, w] in their changes over the frames.
 
-    What never moves (the base, the table) says nothing either way. Where the robot stands in most frames, it is the
-    background (the median), and its leaving is what changes: silhouettes are taken likewise. 0 where nothing moves.
+    What never moves (the base, the table) has no effect. Where the robot is in most frames, it belongs to the
+    background (the median), and the foreground shows when it leaves: there, silhouettes are inverted. The result is 0
+    if nothing moves.
     """
     share = silhouettes.mean(axis=0, dtype=np.float32)
     own = (silhouettes ^ (share > 0.5)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Tracks in time, units of grippers and joints, outlier poses, and instructions."""
+"""Delays between tracks, and checks of the units of grippers and joints, outlier poses and instructions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keygrip.data.robot.checks import pose_outliers
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.schema import ArmTrajectory
 
-# Least distance from the reached poses, and the share of it that inverse poses may leave.
+# Least distance from the reached poses, and the share of it that may remain with inverted poses.
 INVERTED_M, INVERTED_GAIN = 0.015, 0.35
 FAST_M = 0.003  # motion per frame from which a frame is used to measure the delay
 UNITS = {1000.0: "millimetres", 100.0: "centimetres", 39.37: "inches", 3.2808: "feet"}
@@ -17,12 +17,12 @@ NO_INSTRUCTION = {"", "none", "null", "todo", "tbd", "n/a", "na", "nan", "unknow
 
 
 def unit_of(scale: float) -> str | None:
-    """The unit in which lengths are `scale` times what they are in metres, None: no usual one."""
+    """Return the unit in which lengths are `scale` times their value in metres; None: no usual unit."""
     return next((name for size, name in UNITS.items() if abs(scale / size - 1) < 0.03), None)
 
 
 def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
-    """Frames (fractional) by which `second` [N, D] follows `first`, between -most and most; nan where nothing moves."""
+    """Return the frames (fractional) by which `second` [N, D] follows `first`, -most to most; nan if nothing moves."""
     moves = np.linalg.norm(np.diff(first, axis=0), axis=1)
     if (moves > FAST_M).sum() < 3:
         return float("nan")
@@ -32,7 +32,7 @@ def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
     for delay in delays.tolist():
         own = np.arange(max(0, -delay), min(len(first), len(first) - delay))
         apart = first[own] - second[own + delay]
-        costs.append(float(np.abs(apart - np.median(apart, axis=0)).mean()))  # without an offset, which may be a fault
+        costs.append(float(np.abs(apart - np.median(apart, axis=0)).mean()))  # the offset is removed: it may be a fault
     best = int(np.argmin(costs))
     if best in (0, len(delays) - 1):
         return float(delays[best])
@@ -42,20 +42,20 @@ def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
 
 
 def paired(reached: np.ndarray, told: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the commanded track [M, D] and of the reached one that follows it by `shift` frames."""
+    """Return rows [M, D] of the commanded track and of the reached one, which follows it by `shift` frames."""
     own = np.arange(max(0, -shift), min(len(told), len(told) - shift))
     return told[own], reached[own + shift]
 
 
 def track_distance(reached: np.ndarray, told: np.ndarray) -> float:
-    """Median distance (m) of two tracks [N, 3] at the delay that suits them."""
+    """Return the median distance (m) of two tracks [N, 3] at their best delay."""
     delay = best_delay(told, reached, 12)
     command, place = paired(reached, told, round(delay) if np.isfinite(delay) else 0)
     return float(np.median(np.linalg.norm(command - place, axis=1)))
 
 
 def check_opening_unit(exam: Examination) -> None:
-    """Openings that stay below a gripper's width in metres were not brought to 0..1."""
+    """Report openings that stay below a gripper's width in metres: they were not converted to 0..1."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         highest = {demo.name: float(demo.arms[arm].gripper.max()) for demo in demos}
@@ -74,12 +74,12 @@ def check_opening_unit(exam: Examination) -> None:
 
 
 def in_degrees(arm: ArmTrajectory) -> bool:
-    """Whether joints turn farther than any joint does in radians."""
+    """Return whether joint angles are larger than any joint reaches in radians."""
     return arm.joints is not None and arm.joints.size > 0 and bool(np.abs(arm.joints).max() > 7.0)
 
 
 def check_joint_unit(exam: Examination) -> None:
-    """Joints that turn farther than any joint does are in degrees."""
+    """Report joint angles that are larger than any joint reaches in radians: they are in degrees."""
     for arm in exam.arms:
         found = [demo.name for demo in exam.with_arm(arm) if in_degrees(demo.arms[arm])]
         if found:
@@ -95,7 +95,7 @@ def check_joint_unit(exam: Examination) -> None:
 
 
 def check_outlier_poses(exam: Examination) -> None:
-    """Single frames whose pose leaves the path of their neighbours, in either track."""
+    """Report single frames whose pose is off the path of their neighbours, in either track."""
     for arm in exam.arms:
         for track in ("reached", "commanded"):
             found: dict[str, list[int]] = {}
@@ -119,7 +119,7 @@ def check_outlier_poses(exam: Examination) -> None:
 
 
 def _outliers(poses: ArmTrajectory) -> np.ndarray:
-    """Frames whose position or rotation is far from both neighbours, which agree with each other."""
+    """Return frames whose position or rotation is far from both neighbours, which agree with each other."""
     found = set(pose_outliers(poses).tolist())
     path = poses.position
     if len(path) < 5:
@@ -138,7 +138,7 @@ def _outliers(poses: ArmTrajectory) -> np.ndarray:
 
 
 def check_instructions(exam: Examination) -> None:
-    """Demos without words for what they show."""
+    """Report demos without an instruction."""
     empty = [demo.name for demo in exam.demos if demo.instruction.strip().lower() in NO_INSTRUCTION]
     if empty:
         exam.add(

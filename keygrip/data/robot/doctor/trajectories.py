@@ -1,4 +1,4 @@
-"""Checks of the recorded poses and time stamps alone."""
+"""Checks that use only the recorded poses and time stamps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_r
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import matrix_from_quaternion
 
-LARGEST_BIN_MM = 20.0  # a height bin worth more cannot tell a grasp from a miss
+LARGEST_BIN_MM = 20.0  # larger height bins cannot distinguish a grasp from a miss
 SMALLEST_RANGE_M = 0.02  # range of heights; with less, the height bins carry no information
 LARGEST_RANGE_M = 1.5  # range of heights that an arm on a table does not reach
-OUTLIER_RATIO = 1.5  # full height range over that of all but 2 % of the frames
-RATE_TOLERANCE = 0.1  # relative difference between the rate of time stamps in another unit and that unit's
+OUTLIER_RATIO = 1.5  # full height range divided by the range without 2 % of the frames
+RATE_TOLERANCE = 0.1  # relative tolerance of the rate ratio by which the unit of time stamps is recognised
 JUMP_SPEED_M_S = 5.0  # speed that no arm reaches
-ORDER_MARGIN = 0.5  # difference in the mean cosine of the approach against straight down that another order must make
+ORDER_MARGIN = 0.5  # least gain by another order in the mean cosine between the approach and straight down
 
 
 def check_heights(exam: Examination) -> None:
-    """Range of the heights: too small, too large, or stretched by a few frames; the size of a height bin."""
+    """Check the range of heights (too small, too large, or stretched by a few frames) and the size of a height bin."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         heights = np.concatenate([demo.arms[arm].position[:, 2] for demo in demos])
@@ -86,7 +86,7 @@ def check_heights(exam: Examination) -> None:
 
 
 def check_jumps(exam: Examination) -> None:
-    """Speeds between neighbouring frames that no arm reaches."""
+    """Report speeds between neighbouring frames that no arm reaches."""
     for arm in exam.arms:
         jumping: dict[str, tuple[float, int]] = {}  # by demo: m/s, and the frame from which it jumps
         fastest = 0.0
@@ -100,7 +100,7 @@ def check_jumps(exam: Examination) -> None:
             speed = float(speeds[at])
             fastest = max(fastest, speed)
             if demo.name in frozen(exam, arm, ["poses"]):
-                continue  # it jumps to where the arm went meanwhile
+                continue  # after a frozen span, the pose jumps to the arm's current place
             if speed > JUMP_SPEED_M_S and way[near].max() > MOVED_M:
                 jumping[demo.name] = speed, at
         exam.measures[f"arm/{arm}/fastest_m_s"] = fastest
@@ -119,7 +119,7 @@ def check_jumps(exam: Examination) -> None:
 
 
 def check_quaternions(exam: Examination) -> None:
-    """Sign flips of the quaternions, and quaternions in another order than wxyz."""
+    """Report sign flips of the quaternions, and quaternions in another order than wxyz."""
     for arm in exam.arms:
         demos = exam.with_arm(arm)
         flips: dict[str, list[int]] = {}
@@ -168,8 +168,9 @@ def check_quaternions(exam: Examination) -> None:
 
 
 def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-    """How a reading of the quaternions looks: mean cosine of the approach (tool z) against straight down in the lowest
-    quarter of each demo, and the share of all turning that is about the world's vertical (0.5 where nothing turns)."""
+    """Return two values for an interpretation of the quaternions: the mean cosine between the approach (tool z) and
+    straight down in the lowest quarter of each demo, and the share of all rotation that is about the world's vertical
+    (0.5 if nothing rotates)."""
     down: list[np.ndarray] = []
     turning = np.zeros(3)
     for trajectory in trajectories:
@@ -183,7 +184,7 @@ def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray],
 
 
 def check_times(exam: Examination) -> None:
-    """Gaps in the time stamps, and rates that differ from the stated one or between demos."""
+    """Report gaps in the time stamps, and rates that differ from the stated rate."""
     gaps = {demo.name: gap for demo in exam.demos if (gap := longest_gap(demo))}
     stated = {demo.name: demo.fps for demo in exam.demos}
     rates = {demo.name: measured_rate(demo) for demo in exam.demos}
@@ -228,6 +229,6 @@ def check_times(exam: Examination) -> None:
 
 
 def _clock_unit(ratio: float) -> str | None:
-    """The unit of time stamps whose rate is `ratio` times the stated one when they are read as nanoseconds."""
+    """Return the unit of time stamps whose rate, read as nanoseconds, is `ratio` times the stated rate."""
     units = {1e3: "microseconds", 1e6: "milliseconds", 1e9: "seconds"}
     return next((name for size, name in units.items() if abs(ratio / size - 1) < RATE_TOLERANCE), None)

@@ -1,4 +1,4 @@
-"""Small images of a demo's camera, their foreground, and the robot's poses: what images and poses are compared on.
+"""Small images of a demo's camera, their foreground, and the robot's poses: inputs of comparing images with poses.
 
 Shape legend: F frames that are compared, N frames of the demo, P points, h and w of the small images.
 """
@@ -19,19 +19,19 @@ from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternio
 from keygrip.robots.model_file import yam_surface
 from keygrip.robots.surface import RobotSurface, gripper_blob
 
-SIDE = 160  # pixels of the longer side on which images and poses are compared
+SIDE = 160  # pixels of the longer side of images that are compared with poses
 STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less than this within a demo is static
 IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
 
 
 @dataclass(frozen=True)
 class View:
-    """A camera over a demo, small.
+    """Small images of a static camera in a demo.
 
     Args:
-        index: [F] frames. images: [F, h, w, 3] uint8. scale: of the small images to the large ones.
-        intrinsics: [3, 3] for the small images. world_to_camera: [4, 4], of a camera that stands.
-        foreground: [F, h, w] float32 in 0..1, how surely a pixel differs from the demo's background.
+        index: [F] frames. images: [F, h, w, 3] uint8. scale: size of the small images relative to the large ones.
+        intrinsics: [3, 3] for the small images. world_to_camera: [4, 4], of a static camera.
+        foreground: [F, h, w] float32 in 0..1, certainty that a pixel differs from the demo's background.
     """
 
     demo: Demo
@@ -49,12 +49,12 @@ class View:
         return self.images.shape[1], self.images.shape[2]
 
     def with_images(self, images: np.ndarray) -> View:
-        """The same view of other images: turned or mirrored ones."""
+        """Return the same view with other images, such as rotated or mirrored ones."""
         return replace(self, images=images, foreground=foreground(images))
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
-    """An image [H, W, 3] whose longer side has at most `SIDE` pixels."""
+    """Shrink an image [H, W, 3] so that its longer side has at most `SIDE` pixels."""
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
     if scale >= 1:
@@ -64,7 +64,7 @@ def shrunk(image: np.ndarray) -> np.ndarray:
 
 
 def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.ndarray:
-    """[F, h, w] in 0..1: how much each pixel differs from the median of all frames (or a given background)."""
+    """Return [F, h, w] in 0..1: how much each pixel differs from the median of all frames (or a given background)."""
     if background is None:
         background = np.median(images, axis=0)
     change = np.abs(images.astype(np.float32) - background.astype(np.float32)).max(axis=-1)
@@ -73,7 +73,7 @@ def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.n
 
 
 def stands(demo: Demo, camera: str) -> bool:
-    """Whether a calibrated camera is static through a demo."""
+    """Return whether a camera is calibrated and static throughout a demo."""
     if demo.cameras[camera].uncalibrated:
         return False
     pose = np.asarray(demo.cameras[camera].world_to_camera)
@@ -83,7 +83,7 @@ def stands(demo: Demo, camera: str) -> bool:
 
 
 def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.ndarray] | None = None) -> View:
-    """Reads `frames` images of a camera that stands, evenly spread over it (`held_images`: small already)."""
+    """Read `frames` images of a static camera, evenly spread over the demo (`held_images`: small ones read before)."""
     track = demo.cameras[camera]
     held = held_images or {}
     index = np.array(evenly(len(demo), frames))
@@ -105,10 +105,10 @@ def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.nd
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the robot is in each frame of a demo, by its joints (or by the tool's poses, for `gripper_blob`).
+    """Placement of the robot in each frame of a demo, given by its joints (for `gripper_blob` by the tool's poses).
 
     Args:
-        surface: which robot. joints: [N, J]. opening: [N]. base: [4, 4] world_from_base.
+        surface: the robot's. joints: [N, J]. opening: [N]. base: [4, 4] world_from_base.
         source: "joints" (recorded), "inverse kinematics" (of the recorded poses), or "poses" (the gripper alone).
         others: the demo's other arms, whose points follow its own.
     """
@@ -121,12 +121,12 @@ class Placement:
     others: tuple[Placement, ...] = ()
 
     def at(self, when: np.ndarray, every: int = 1) -> np.ndarray:
-        """[F, P, 3] points in the world at (fractional) frame numbers [F], held at the demo's ends."""
+        """Return points [F, P, 3] in the world at (fractional) frame numbers [F], constant beyond the demo's ends."""
         own = self.surface.at(*self._interpolated(when), every, self.base)
         return np.concatenate([own, *(other.at(when, every) for other in self.others)], axis=1) if self.others else own
 
     def speed(self, when: np.ndarray, which: np.ndarray, every: int = 1) -> np.ndarray:
-        """[M, 3] metres per frame, of points number `which` [M] of those of `at`, at frame numbers `when` [M]."""
+        """Return speeds [M, 3], metres per frame, of the points `which` [M] of `at` at frame numbers `when` [M]."""
         found = np.zeros((len(which), 3))
         first = 0
         for robot in (self, *self.others):
@@ -152,16 +152,16 @@ class Placement:
 
 
 def tool_poses(position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
-    """[N, 4, 4] world_from_tool."""
+    """Return world_from_tool [N, 4, 4]."""
     return transform(position, matrix_from_quaternion(quaternion))
 
 
 def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.ndarray | None = None) -> Placement:
-    """Where an arm is in each frame: by recorded joints, else by inverse kinematics of a YAM, else its gripper alone.
+    """Place an arm in each frame: by recorded joints, else by inverse kinematics of a YAM, else only its gripper.
 
     Args:
-        model: the arm's surface; None: a YAM's where the recording says so, else the gripper alone.
-        poses: [N, 4, 4] of the tool in place of the recorded ones (and of the joints).
+        model: the arm's surface; None: that of a YAM if the recording names one, else only the gripper.
+        poses: tool poses [N, 4, 4] instead of the recorded poses and joints.
     """
     trajectory = demo.arms[arm]
     opening = np.asarray(trajectory.gripper)
@@ -180,8 +180,8 @@ def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.nda
 
 
 def place_all(demo: Demo, model: RobotSurface | None = None) -> Placement | None:
-    """Where all arms of a demo are, as one: what moves in its images is all of them. None: of several arms one has no
-    joints, and nothing says where its base stands, which for a single one is the world."""
+    """Place all arms of a demo as one robot, because all of them move in its images. None: one of several arms has no
+    joints, so the pose of its base is not known (for a single arm it is the world)."""
     first, *others = (place(demo, arm, model) for arm in sorted(demo.arms))
     if others and any(robot.source != "joints" for robot in (first, *others)):
         return None
@@ -189,7 +189,7 @@ def place_all(demo: Demo, model: RobotSurface | None = None) -> Placement | None
 
 
 def _inverse(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
-    """Joints [N, 6] of a YAM whose base is the world; None where it cannot reach a tenth of the poses."""
+    """Return joints [N, 6] of a YAM whose base is the world; None if it cannot reach more than a tenth of the poses."""
     guess, missed = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0]), 0
     joints: list[np.ndarray] = []
     for pose in tool:
@@ -204,7 +204,7 @@ def _inverse(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
 
 
 def base_of(model: RobotSurface, joints: np.ndarray, tool: np.ndarray) -> np.ndarray:
-    """world_from_base [4, 4] that brings the kinematics' tool poses to the recorded ones; identity where they agree."""
+    """Return world_from_base [4, 4]: maps tool poses of the kinematics to the recorded ones; identity if they agree."""
     if model.tool is None:
         return np.eye(4)
     own = model.tool(joints)

@@ -1,5 +1,5 @@
-"""Frame sources that foreign formats need beside those of `keygrip.data.robot.frames`. All hold no open file and can be
-pickled."""
+"""Frame sources for foreign formats, in addition to those of `keygrip.data.robot.frames`. All hold no open file and can
+be pickled."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
 from keygrip.data.video import file_identity
 
-GROUPS_KEPT = 64  # row groups that a thread keeps at most: each is looked for among them
-SMALL_BYTES = 1 << 24  # arrays of a demo that HDF5 may give whatever it stores: 87 000 rows of LIBERO's 24 numbers
-KEPT_BYTES = 1 << 26  # of them together in a thread, the one read last aside
+GROUPS_KEPT = 64  # largest number of row groups that a thread caches: each read searches them
+SMALL_BYTES = 1 << 24  # arrays up to this size are read however little is stored: 87 000 rows of LIBERO's 24 numbers
+KEPT_BYTES = 1 << 26  # limit of a thread's cached row groups together, not counting the one read last
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SelectedFrames:
         return self.source.read(self.indices[checked_index(index, len(self), "selected frames")])
 
     def verify(self) -> None:
-        """Checks all of the source, see `verify_source`."""
+        """Check the whole source, see `verify_source`."""
         verify_source(self.source)
 
     def identity(self) -> str:
@@ -48,7 +48,7 @@ class SelectedFrames:
 
 @contextlib.contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
-    """An HDF5 file to read from. Raises BadSample: it is a named pipe or a device. OSError: it is not HDF5."""
+    """Open an HDF5 file for reading. Raises BadSample: it is a named pipe or a device. OSError: it is not HDF5."""
     import h5py
 
     regular_file(path)
@@ -57,16 +57,16 @@ def open_hdf5(path: Path) -> Iterator[Any]:
 
 
 def own_object(group: Any, name: str) -> Any:
-    """What `name` stands for in an HDF5 file or group, found in this file alone: no link is followed, also none to
-    another place of the file, where the next one may lead out of it.
+    """Return the object `name` of an HDF5 file or group, from this file only. No link is followed, not even one to
+    another place in the file, because a further link there may lead out of the file.
 
     Raises:
-        KeyError: there is nothing of that name. ValueError: it is behind a link.
+        KeyError: there is no such object. ValueError: it is behind a link.
     """
     import h5py
 
     for part in name.split("/"):
-        if not isinstance(group, h5py.Group):  # a data set would be read in search of it
+        if not isinstance(group, h5py.Group):  # h5py would read a data set to find the name in it
             raise ValueError(f"what should hold {name} is no group")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink | None):
             raise ValueError(f"{name} is a link to another place or file, which is not followed: copy what it names")
@@ -75,7 +75,7 @@ def own_object(group: Any, name: str) -> Any:
 
 
 def own_group(group: Any, name: str) -> Any:
-    """As `own_object`, of a group. Raises ValueError: it is none, or behind a link."""
+    """As `own_object`, for a group. Raises ValueError: the object is not a group, or is behind a link."""
     import h5py
 
     found = own_object(group, name)
@@ -85,10 +85,10 @@ def own_group(group: Any, name: str) -> Any:
 
 
 def own_dataset(group: Any, name: str) -> Any:
-    """The data set `name` of an HDF5 file or group, read from this file alone.
+    """Return the data set `name` of an HDF5 file or group, stored in this file only.
 
     Raises:
-        ValueError: it is behind a link, its numbers lie in another file, or an entry or a chunk of it is too large.
+        ValueError: it is behind a link, its values lie in another file, or an entry or a chunk of it is too large.
     """
     import h5py
 
@@ -98,7 +98,7 @@ def own_dataset(group: Any, name: str) -> Any:
     entry_bytes = math.prod(dataset.shape[1:] or dataset.shape) * dataset.dtype.itemsize
     if entry_bytes > 3 * MAX_PIXELS:
         raise ValueError(f"{name} has shape {dataset.shape}, more than can be read")
-    # a chunk is unpacked whole, whatever is read of it, and may be larger than the data set
+    # a chunk is always unpacked as a whole, and may be larger than the data set
     if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > 3 * MAX_PIXELS:
         raise ValueError(
             f"{name} is stored in chunks of shape {dataset.chunks}, more than can be read: h5repack stores it in others"
@@ -107,7 +107,7 @@ def own_dataset(group: Any, name: str) -> Any:
 
 
 def own_array(group: Any, name: str) -> np.ndarray:
-    """All numbers of a data set, as float64; see :func:`own_dataset`. Raises ValueError: they are too many."""
+    """Return all values of a data set as float64; see :func:`own_dataset`. Raise ValueError if they are too many."""
     dataset = own_dataset(group, name)
     if math.prod(dataset.shape) * 8 > MAX_ARRAY_BYTES:
         raise ValueError(f"{name} has shape {dataset.shape}, more than can be read")
@@ -115,16 +115,17 @@ def own_array(group: Any, name: str) -> np.ndarray:
 
 
 def refuse_unstored(group: Any, names: Collection[str]) -> None:
-    """Data sets that are read together must be stored in the file, in little space perhaps. HDF5 gives zeros for what
-    was never written, and may pack what repeats a thousandfold, so that a few kilobytes may stand for gigabytes.
+    """Check that data sets which are read together are stored in the file; they may be compressed. HDF5 returns zeros
+    for values that were never written and compresses repeated values a thousandfold, so that a few kilobytes may expand
+    to gigabytes.
 
     Raises:
-        ValueError: as float64 they take more than `SMALL_BYTES` and more than `EXPANSION` times their bytes in the
-            file; see also :func:`own_dataset`.
+        ValueError: as float64 the data sets take more than `SMALL_BYTES` and more than `EXPANSION` times their bytes in
+            the file; see also :func:`own_dataset`.
     """
     datasets = [own_dataset(group, name) for name in names]
     size = sum(math.prod(dataset.shape) * 8 for dataset in datasets)
-    # what the file says of its chunks may be more than it has
+    # the size that the file states for its chunks may exceed the file's size
     stored = min(sum(dataset.id.get_storage_size() for dataset in datasets), group.file.id.get_filesize())
     if size > max(SMALL_BYTES, EXPANSION * stored):
         raise ValueError(
@@ -162,15 +163,15 @@ class HDF5Frames:
 
 
 class _RowGroups(threading.local):
-    """The row groups of image columns that a thread read last: Parquet gives no single row, and whoever reads the
-    frames of an episode, of all cameras in turn, would read each group once for every row. By thread, so that none
-    waits for or displaces another, and a process that is forked meets no lock."""
+    """Cache of the row groups of image columns that a thread read last. Parquet cannot read single rows: without the
+    cache, reading an episode frame by frame, with all cameras in turn, would read each group once per row. There is one
+    cache per thread, so that threads neither wait for nor displace each other and a forked process meets no lock."""
 
     def __init__(self) -> None:
-        self.held: list[_RowGroup] = []  # the one used last at the end
+        self.held: list[_RowGroup] = []  # ordered by use, the last used at the end
 
     def value(self, path: Path, column: str, row: int) -> Any:
-        """What a row of a file's column holds. Raises OSError: the file has no such row."""
+        """Return the value of a row in a file's column. Raise OSError if the file has no such row."""
         key = (file_identity(path), column)
         for place, group in enumerate(self.held):
             if group.key == key and 0 <= row - group.first < len(group.values):
@@ -186,7 +187,7 @@ class _RowGroups(threading.local):
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """One column of a row group: `values` are those of the rows from `first` on, encoded images in a dictionary."""
+    """One column of a row group: `values` of the rows from `first` on, each a dictionary with an encoded image."""
 
     key: tuple[str, str]
     first: int
@@ -194,7 +195,7 @@ class _RowGroup:
 
     @classmethod
     def read(cls, path: Path, column: str, row: int, key: tuple[str, str]) -> _RowGroup:
-        """The group that holds a row. Raises OSError: there is none. BadSample: it cannot be read, or is too large."""
+        """Read the group with a row. Raises OSError: there is none. BadSample: it cannot be read, or is too large."""
         first = 0
         with open_parquet(path) as file:
             for number in range(file.metadata.num_row_groups):
@@ -214,8 +215,8 @@ class ParquetFrames:
     """Images stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
 
     Args:
-        path: the file. column: its column of {bytes, path}. rows: row of the file of each frame. root: where relative
-            image paths start.
+        path: the file. column: its column of {bytes, path}. rows: the file's row for each frame. root: folder of
+            relative image paths.
     """
 
     path: Path

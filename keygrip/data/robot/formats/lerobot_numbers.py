@@ -1,4 +1,4 @@
-"""Numbers of a LeRobot data set: those that an entry of the calibration file points at, and the frame rate."""
+"""Values of a LeRobot data set: those that an entry of the calibration file refers to, and the frame rate."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from keygrip.data.robot.calibration import refuse_unknown_keys
 
 
 def stated_rate(info: dict[str, Any], root: Path) -> float:
-    """Frames per second of the data set.
+    """Return the frames per second of the data set.
 
     Raises:
-        ValueError: `meta/info.json` states none above 0.
+        ValueError: `meta/info.json` states no rate above 0.
     """
     try:
         rate = float(info.get("fps"))  # type: ignore[arg-type]
@@ -33,15 +33,15 @@ def stated_rate(info: dict[str, Any], root: Path) -> float:
 def numbers(
     table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, path: Path, also: Collection[str] = ()
 ) -> np.ndarray:
-    """[N, n] the numbers of an episode's N rows that an entry of the calibration file points at.
+    """Return the values [N, n] of an episode's N rows that an entry of the calibration file refers to.
 
     Args:
         table: columns of the rows. where: the entry's place in the file. path: the file, for messages.
-        also: keys of the entry that its caller reads.
+        also: further keys of the entry, which the caller reads.
 
     Raises:
-        ValueError: the entry has another key, or is incomplete; the data set has no such feature or numbers, or rows
-            without them.
+        ValueError: the entry has an unknown key or is incomplete; the data set lacks the feature or the values, or some
+            rows lack them.
     """
     refuse_unknown_keys(path, where, entry, {"feature", "index", "names", *also})
     if "feature" not in entry or len({"index", "names"} & entry.keys()) != 1:
@@ -70,7 +70,7 @@ def numbers(
 
 
 def _values(column: list[Any], feature: str, where: str, path: Path) -> np.ndarray:
-    """A column as [N, n], whatever its feature's shape."""
+    """Return a column as [N, n], whatever its feature's shape."""
     sizes = [0 if row is None else np.size(row) for row in column]
     usual = max(sizes, default=0)
     if short := [number for number, size in enumerate(sizes) if size != usual]:
@@ -83,7 +83,7 @@ def _values(column: list[Any], feature: str, where: str, path: Path) -> np.ndarr
 
 
 def flat_names(names: Any) -> list[str]:
-    """LeRobot stores names as a list, or as a mapping from a group to a list."""
+    """Return names as one list. LeRobot stores them as a list, or as a mapping from a group to a list."""
     if isinstance(names, dict):
         return [str(item) for group in names.values() for item in (group if isinstance(group, list) else [group])]
     return [str(item) for item in names or []]

@@ -1,4 +1,4 @@
-"""Poses of the arms of a LeRobot data set, from the numbers that its calibration file names (see `lerobot_v3`)."""
+"""Poses of the arms of a LeRobot data set, from the values that its calibration file names (see `lerobot_v3`)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from keygrip.robots.xml_text import LARGEST_XML_BYTES
 if TYPE_CHECKING:
     from keygrip.robots.model_kinematics import ToolKinematics
 
-_TRACK = ("position", "rotation", "joints", "gripper")  # what an arm's entry and its `commanded` may name
+_TRACK = ("position", "rotation", "joints", "gripper")  # keys of an arm's entry and of its `commanded`
 _ROTATIONS = {"quaternion_wxyz": 4, "quaternion_xyzw": 4, "rotation_vector": 3, "matrix": 9, "euler_xyz": 3}
-_JOINTS = ("units", "signs", "zeros")  # what an entry of joints may say beside its numbers
-BEYOND = 0.5  # rad or m by which joints may pass a model's limits: more is another unit, sign or zero
-MOST_TURNS = 2  # of a joint without limits
+_JOINTS = ("units", "signs", "zeros")  # further keys of an entry of joints
+BEYOND = 0.5  # rad or m by which joints may exceed a model's limits: more means another unit, sign or zero
+MOST_TURNS = 2  # largest number of turns of a joint without limits
 
 
 def arm_of(
     table: dict[str, Any], info: dict[str, Any], arm: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, ArmTrajectory]:
-    """world_from_gripper [N, 4, 4] and the trajectory of one arm over the N rows of an episode.
+    """Return world_from_gripper [N, 4, 4] and the trajectory of one arm over the N rows of an episode.
 
     Args:
         table: columns of the rows. info: meta/info.json. entry: `lerobot.arms.<arm>` of the calibration file.
-        base: the arm's own entry there. path: that file.
+        base: the arm's own entry in that file. path: that file.
 
     Raises:
-        ValueError: the entry is incomplete, or its numbers cannot be what it says.
+        ValueError: the entry is incomplete, or the data set's values do not fit it.
     """
     where = f"lerobot.arms.{arm}"
     refuse_unknown_keys(path, where, entry, {*_TRACK, "commanded", "controller"})
@@ -80,7 +80,7 @@ def _opening(table: dict[str, Any], info: dict[str, Any], where: str, entry: dic
 def _poses(
     table: dict[str, Any], info: dict[str, Any], where: str, entry: dict[str, Any], base: ArmCalibration, path: Path
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """world_from_gripper [N, 4, 4], and the joints [N, J] where the file names them."""
+    """Return world_from_gripper [N, 4, 4], and the joints [N, J] if the file names them."""
     kinematics = None if base.model is None else kinematics_of(base)
     joints = _joints(table, info, f"{where}.joints", entry["joints"], kinematics, path) if "joints" in entry else None
     if "position" in entry and "rotation" in entry:
@@ -116,10 +116,10 @@ def _poses(
 
 
 def kinematics_of(base: ArmCalibration) -> ToolKinematics:
-    """Those of the model file that an arm's entry names.
+    """Return the kinematics of the model file that an arm's entry names.
 
     Raises:
-        BadSample: the file cannot be read. ValueError: it is no MJCF or URDF, or lacks the tool or a joint.
+        BadSample: the file cannot be read. ValueError: it is not MJCF or URDF, or lacks the tool or a joint.
     """
     assert base.model is not None
     if not base.model.is_file():
@@ -129,7 +129,7 @@ def kinematics_of(base: ArmCalibration) -> ToolKinematics:
 
 @functools.lru_cache(maxsize=8)
 def _kinematics(model: Path, identity: str, tool: str, joints: tuple[str, ...]) -> ToolKinematics:
-    from keygrip.robots.model_kinematics import ToolKinematics  # MuJoCo, which most data sets do not need
+    from keygrip.robots.model_kinematics import ToolKinematics  # imports MuJoCo, which most data sets do not need
 
     return ToolKinematics(read_bytes(model, LARGEST_XML_BYTES), str(model), tool, joints)
 
@@ -137,9 +137,9 @@ def _kinematics(model: Path, identity: str, tool: str, joints: tuple[str, ...]) 
 def _joints(
     table: dict[str, Any], info: dict[str, Any], where: str, entry: Any, kinematics: ToolKinematics | None, path: Path
 ) -> np.ndarray:
-    """[N, J] recorded joints, rad (of slides m), in the directions and from the zeros of the arm's model."""
+    """Return the recorded joints [N, J], rad (slides: m), with the directions and zero positions of the arm's model."""
     values = numbers(table, info, where, entry, path, also=_JOINTS)
-    units = entry.get("units", "radians" if kinematics is None else None)  # of a YAM always rad so far
+    units = entry.get("units", "radians" if kinematics is None else None)  # for a YAM the default is rad
     if units not in ("degrees", "radians"):
         raise ValueError(
             f"{path}: {where}.units is {units!r}: say degrees or radians. Shares of a joint's range (from -100 to 100, "
@@ -176,7 +176,7 @@ def _list(given: Any, count: int, default: float, where: str) -> np.ndarray:
 
 
 def _refuse_beyond(joints: np.ndarray, kinematics: ToolKinematics, where: str) -> None:
-    """Raises ValueError: joints [N, J] that the arm cannot have."""
+    """Raise ValueError if joints [N, J] have values that the arm cannot have."""
     free = np.where(kinematics.hinges, 2 * np.pi * MOST_TURNS, np.inf)
     low = np.where(np.isfinite(kinematics.limits[:, 0]), kinematics.limits[:, 0] - BEYOND, -free)
     high = np.where(np.isfinite(kinematics.limits[:, 1]), kinematics.limits[:, 1] + BEYOND, free)

@@ -1,8 +1,8 @@
-"""Reader of LeRobot data sets, codebase versions 2.0 and 2.1, as they lie on most of the hub.
+"""Reader of LeRobot data sets, codebase versions 2.0 and 2.1, the versions of most data sets on the hub.
 
 Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.jsonl`, `meta/episodes.jsonl` (one line per
 episode), `data/chunk-*/episode_*.parquet` and `videos/chunk-*/<key>/episode_*.mp4` (one episode per file). The
-calibration file, and all that is read, are those of `lerobot_v3.py`.
+calibration file and the values that are read are the same as in `lerobot_v3.py`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from keygrip.data.robot.schema import words
 from keygrip.data.untrusted_files import parse_json, read_json, read_text
 
 MAX_LISTING_BYTES = 1 << 28  # limit for meta/episodes.jsonl: about a million episodes
-CHUNK = 1000  # episodes per folder, where info.json does not say
+CHUNK = 1000  # episodes per folder, if info.json does not state it
 
 
-LAYOUT = "meta/info.json of version 2"  # what a folder of this format shows
+LAYOUT = "meta/info.json of version 2"  # files by which a folder of this format is recognised
 
 
 def detect(root: Path) -> bool:
-    """True for a folder with LeRobot's `meta/info.json` of version 2."""
+    """Return whether a folder holds LeRobot's `meta/info.json` of version 2."""
     return lerobot_v3.stated_version(root).startswith("v2.")
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
-    """The episodes of the data set.
+    """Return references to the episodes of the data set.
 
     Raises:
         FileNotFoundError: a part of the data set or the calibration file is missing.
@@ -57,10 +57,10 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line."""
+    """Return the objects of a file with one JSON object per line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set is incomplete")
-    # not `splitlines`: a task's words may hold other characters that end a line
+    # not `splitlines`: a task's text may contain other line separators
     lines = [line for line in read_text(path, MAX_LISTING_BYTES).split("\n") if line.strip()]
     rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
     for number, row in enumerate(rows, start=1):

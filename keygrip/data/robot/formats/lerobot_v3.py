@@ -1,12 +1,12 @@
 """Reader of LeRobot data sets, codebase version 3.
 
 Layout: `meta/info.json` (fps, features, path templates), `meta/tasks.parquet`, `meta/episodes/chunk-*/file-*.parquet`
-(one row per episode: where its rows and its stretch of each video are), `data/chunk-*/file-*.parquet` (many episodes a
+(one row per episode: where its rows and its part of each video are), `data/chunk-*/file-*.parquet` (many episodes per
 file), `videos/<key>/chunk-*/file-*.mp4` (many episodes per file, found by `from_timestamp`); images may be in the
 Parquet files instead.
 
-What the format does not say, the calibration file does (`calibration.py`): the cameras, named as the feature behind
-`observation.images.`, and which numbers are whose pose:
+The calibration file (`calibration.py`) adds what the format lacks: the cameras, named as the feature after
+`observation.images.`, and which values are the poses of which arm:
 
 ```yaml
 lerobot:
@@ -21,15 +21,15 @@ lerobot:
       controller: {feature: controller.right, index: [0, 1, 2, 3, 4, 5, 6]}     # its own inputs; may be left out
 ```
 
-`units` of joints are degrees or radians (a YAM's may be left out: radians; slides are metres), their angle is sign x
-(number - zero), the zero in these units; the order is that of `arms.right.joints`.
+`units` of joints are degrees or radians (may be left out for a YAM: radians; slides are in metres). A joint's angle is
+sign x (value - zero), with the zero in these units; the order is that of `arms.right.joints`.
 
 `as`: quaternion_wxyz, quaternion_xyzw, rotation_vector, matrix (9 numbers, row-major) or euler_xyz (extrinsic, rad). An
-entry may name its numbers (`names: [x, y, z]`) in place of `index`.
+entry may name its values (`names: [x, y, z]`) instead of `index`.
 
-Where the data set itself holds the cameras frame by frame (as `keygrip.data.robot.lerobot_export` writes them),
-`lerobot.cameras` names them, in the conventions of the file, and `cameras` needs no entry; `lerobot.time` names seconds
-that are more exact than `timestamp`, `lerobot.intervention` a number that is not 0 where a person corrected a policy:
+If the data set itself holds the cameras frame by frame (as `keygrip.data.robot.lerobot_export` writes them),
+`lerobot.cameras` names them, in the conventions of the file, and `cameras` needs no entry. `lerobot.time` names seconds
+that are more exact than `timestamp`, `lerobot.intervention` a value that is not 0 where a person corrected a policy:
 
 ```yaml
 lerobot:
@@ -68,27 +68,27 @@ from keygrip.data.untrusted_files import inside, read_json
 from keygrip.data.video import file_identity
 
 IMAGES = "observation.images."
-PLACE = "keygrip/place"  # of an episode's files: what the templates of version 2 are filled in with
-MOST_MISSING = 1_000_000  # episodes that info.json counts and nothing lists
+PLACE = "keygrip/place"  # of an episode's files: values for the path templates of version 2
+MOST_MISSING = 1_000_000  # limit for episodes that info.json counts and that are not listed
 DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
-ROUNDED = 0.01  # of a rate, at most
+ROUNDED = 0.01  # largest relative change of a rate by rounding
 
 
 NEEDS = (
     "LeRobot data sets do not say which of their numbers are whose pose or joints (lerobot.arms) nor, for models that "
     "read it, where their cameras stand (cameras): docs/data.md, 'Other formats', shows both"
 )
-LAYOUT = "meta/info.json of version 3"  # what a folder of this format shows
+LAYOUT = "meta/info.json of version 3"  # files by which a folder of this format is recognised
 
 
 def detect(root: Path) -> bool:
-    """True for a folder with LeRobot's `meta/info.json` of any version but 2 (a still older one is refused by name when
-    it is read)."""
+    """Return whether a folder holds LeRobot's `meta/info.json` of any version except 2 (reading an older one raises an
+    error that names the version)."""
     return (root / "meta" / "info.json").is_file() and not stated_version(root).startswith("v2.")
 
 
 def stated_version(root: Path) -> str:
-    """The version that `meta/info.json` states; empty where there is none."""
+    """Return the version that `meta/info.json` states; empty if there is none."""
     path = root / "meta" / "info.json"
     if not path.is_file():
         return ""
@@ -100,7 +100,7 @@ def stated_version(root: Path) -> str:
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
-    """The episodes of the data set.
+    """Return references to the episodes of the data set.
 
     Raises:
         FileNotFoundError: a part of the data set or the calibration file is missing.
@@ -121,11 +121,11 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 def references(
     root: Path, info: dict[str, Any], episodes: list[dict[str, Any]], calibration: Path | None, format: str
 ) -> list[DemoReference]:
-    """The demos of a data set's episodes. Those that `total_episodes` of info.json counts and nothing lists, and those
-    that are listed twice, are broken demos, so that none is missed without a word.
+    """Return references to the demos of a data set's episodes. Episodes that `total_episodes` of info.json counts but
+    that are not listed, and those that are listed twice, become broken demos, so that each of them is reported.
 
     Raises:
-        FileNotFoundError, ValueError: the calibration file is missing, or does not say whose poses there are.
+        FileNotFoundError, ValueError: the calibration file is missing, or does not describe the poses of any arm.
     """
     cameras = read_calibration(find_calibration(root, calibration, "LeRobot", NEEDS))
     refuse_unknown_keys(cameras.path, "lerobot", cameras.lerobot, {"arms", "cameras", "time", "intervention"})
@@ -133,7 +133,7 @@ def references(
         raise ValueError(f"{cameras.path} has no lerobot.arms: {NEEDS}")
     for arm in cameras.arms.values():
         if arm.model is not None:
-            kinematics_of(arm)  # what is wrong with it is wrong with every episode
+            kinematics_of(arm)  # raise here, because an error in it affects every episode
     found: dict[str, Callable[[], Demo]] = {}
     for row in episodes:
         name = f"episode_{int(row['episode_index']):06d}"
@@ -149,10 +149,10 @@ def references(
 
 
 def _unlisted(total: Any, found: Collection[str], root: Path) -> list[str]:
-    """Names for the episodes that a data set has beside those found: the first free numbers.
+    """Return names for the episodes that info.json counts in addition to those found: the first free numbers.
 
     Raises:
-        ValueError: more than any data set has.
+        ValueError: there are more of them than any data set has.
     """
     missing = total - len(found) if type(total) is int else 0
     if missing > MOST_MISSING:
@@ -184,7 +184,7 @@ def _episodes(root: Path) -> list[dict[str, Any]]:
 
 
 def _tasks(root: Path) -> dict[int, str]:
-    """Task sentences by number; pandas wrote them as the index of the table."""
+    """Return the task sentences by number; pandas wrote them as the index of the table."""
     path = root / "meta" / "tasks.parquet"
     if not path.is_file():
         return {}
@@ -194,15 +194,15 @@ def _tasks(root: Path) -> dict[int, str]:
 
 
 def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration: Calibration) -> Demo:
-    """Reads one episode.
+    """Read one episode.
 
     Raises:
-        DemoError: rows or a stretch of video missing, or a feature that the calibration file names and the data set
-            lacks.
+        DemoError: rows or a part of a video are missing, or the data set lacks a feature that the calibration file
+            names.
     """
     number, rate = int(episode["episode_index"]), stated_rate(info, root)
     name = f"episode_{number:06d}"
-    place = episode.get(PLACE)  # of version 2, where each episode has its files
+    place = episode.get(PLACE)  # version 2, where each episode has its own files
     if place is None:
         place = {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])}
     file = _path(root, info, "data_path", place)
@@ -219,7 +219,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         base = calibration.arm(arm, only=len(sidecar) == 1, yam=False)
         gripper_poses[arm], arms[arm] = arm_of(table, info, arm, entry, base, calibration.path)
         if base.model is None and (base.named or not {"position", "rotation"} <= entry.keys()):
-            models[arm] = [base.arm, base.gripper]  # recorded poses may be any robot's
+            models[arm] = [base.arm, base.gripper]  # recorded poses may come from any robot
     recorded = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
@@ -280,25 +280,25 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
 
 
 def _task_of(episode: dict[str, Any], table: dict[str, Any], root: Path) -> tuple[str, str, list[str]]:
-    """Name of an episode's task, its instruction, and what was left out."""
+    """Return the name of an episode's task, its instruction, and notes about what was left out."""
     tasks = episode.get("tasks") or [_tasks(root).get(int(table["task_index"][0]), "")]
     instruction = tasks if isinstance(tasks, str) else words(tasks[0])
     several = not isinstance(tasks, str) and len(set(tasks)) > 1
     task = episode.get("keygrip/task")
     named_task = task if task and isinstance(task, str) else instruction.replace(" ", "_").lower() or root.name
     if episode.get("keygrip/instruction") == "" and instruction == task:
-        instruction = ""  # there was none: LeRobot's sentence is the task's name
+        instruction = ""  # the demo had no instruction: LeRobot's sentence is the task's name
     return named_task, instruction, ["episodes with several tasks count as their first one"] * several
 
 
 def _exact_rate(episode: dict[str, Any], rate: float) -> float:
-    """The rate at which the frames were taken: LeRobot rounds it to a whole number."""
+    """Return the exact frame rate of the recording, which LeRobot rounds to a whole number."""
     exact = episode.get("keygrip/fps")
     return float(exact) if isinstance(exact, float) and abs(exact - rate) <= ROUNDED * exact else rate
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:
-    """Whether LeRobot marks a video as a depth map, which is no camera's image."""
+    """Return whether LeRobot marks a video as a depth map, which is not a camera image."""
     described = feature.get("info")
     return isinstance(described, dict) and any(described.get(key) is True for key in DEPTH_MARKS)
 
@@ -306,7 +306,7 @@ def _is_depth(feature: dict[str, Any]) -> bool:
 def _recorded(
     table: dict[str, Any], info: dict[str, Any], camera: str, entry: Any, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] that the data set holds itself."""
+    """Return intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] from the data set itself."""
     where, found = f"lerobot.cameras.{camera}", []
     refuse_unknown_keys(calibration.path, where, entry, ("intrinsics", "world_to_camera"))
     for part, side in (("intrinsics", 3), ("world_to_camera", 4)):
@@ -323,7 +323,7 @@ def _recorded(
 
 
 def _path(root: Path, info: dict[str, Any], template: str, values: dict[str, Any]) -> Path:
-    """A file of the data set. The template is the data set's own: only `{name}` and `{name:03d}` are filled in."""
+    """Return a file of the data set. In its path template, only `{name}` and `{name:03d}` are filled in."""
     if not isinstance(info.get(template), str):
         raise ValueError(
             f"{root}/meta/info.json: {template} is {info.get(template)}; the pattern by which "
@@ -338,8 +338,8 @@ def _path(root: Path, info: dict[str, Any], template: str, values: dict[str, Any
 
 
 def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
-    """Columns without images of the episode's rows in the order of `frame_index`, and which rows of the file they
-    are."""
+    """Return the columns without images for the episode's rows, in the order of `frame_index`, and the numbers of these
+    rows in the file."""
     import pyarrow.compute as compute
 
     if not file.is_file():
@@ -355,15 +355,15 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
     return {key: part[key].to_pylist() for key in part.column_names}, [int(row) for row in own[order]]
 
 
-@functools.lru_cache(maxsize=1)  # episodes are read in order, and those of a file one after the other
+@functools.lru_cache(maxsize=1)  # episodes are read in order, so those of one file follow each other
 def _without_images(file: Path, identity: str) -> Any:
-    """The table of a Parquet file without its columns of images; `identity` says whether it is the same file still."""
+    """Return a Parquet file's table without image columns; `identity` is for the cache: it changes with the file."""
     columns = [name for name, kind in column_types(file).items() if not kind.startswith("struct")]
     return read_table(file, columns).combine_chunks()
 
 
 def _size(feature: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) of an image feature, whose shape is height, width, channels or channels first."""
+    """Return (height, width) of an image feature, whose shape is height, width, channels or channels first."""
     shape = [int(side) for side in feature["shape"]]
     names = flat_names(feature.get("names"))
     first = bool(names) and names[0].startswith("c")
@@ -387,7 +387,7 @@ def _frames(
             raise DemoError(name, f"{key} is stored as images; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
     stated = _video_rate(feature)
-    if stated is not None and abs(stated - rate) >= 1:  # LeRobot writes it without its decimals
+    if stated is not None and abs(stated - rate) >= 1:  # LeRobot writes it without decimals
         raise DemoError(
             name,
             f"{key}: info.json states {stated:g} frames per second of the video and {rate:g} of the data set, so that "
@@ -410,7 +410,7 @@ def _frames(
 
 
 def _video_rate(feature: dict[str, Any]) -> float | None:
-    """Frames per second that info.json states of a video (`video_info` in version 2.0); None where it states none."""
+    """Return the frames per second that info.json states for a video (`video_info` in version 2.0), or None."""
     for described in (feature.get("info"), feature.get("video_info")):
         stated = described.get("video.fps") if isinstance(described, dict) else None
         if isinstance(stated, int | float):

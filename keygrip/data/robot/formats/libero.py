@@ -1,22 +1,23 @@
 """Reader of LIBERO's HDF5 demonstrations (`*_demo.hdf5`, Liu et al. 2023, arXiv 2306.03310).
 
 `data/demo_i/obs` holds `agentview_rgb` and `eye_in_hand_rgb` [N, H, W, 3], `ee_pos` [N, 3] m, `ee_ori` [N, 3] rotation
-vectors, `gripper_states` [N, 2] finger positions, `joint_states` [N, 7]; attributes of `data` carry the instruction.
+vectors, `gripper_states` [N, 2] finger positions, `joint_states` [N, 7]; attributes of `data` hold the instruction.
 robosuite's conventions:
 
-- Images are as OpenGL reads them, bottom row first, unless the attribute `macros_image_convention` says `opencv`;
-  they are turned upright here (rows reversed; a rotation by 180 degrees, which some code uses, would mirror the scene).
+- Images are stored as OpenGL reads them, bottom row first, unless the attribute `macros_image_convention` is `opencv`;
+  they are flipped upright here (rows reversed; a rotation by 180 degrees, which some code uses, would mirror the
+  scene).
 - The world is MuJoCo's, z up, metres. Fingers are 0.04 m from the middle when open.
 - Observations were written after the step of the same row, so `actions[i + 1]` was given at row i. Files without
-  `env_args` are those of OpenVLA's `regenerate_libero_dataset.py`, which writes the observation before the step and no
-  attributes: there `actions[i]` was given at row i. Actions are scaled offsets of an operational-space controller,
-  whose goal depends on its state; they are not turned into commanded poses, but kept as they are for
+  `env_args` come from OpenVLA's `regenerate_libero_dataset.py`, which writes the observation before the step and writes
+  no attributes: there `actions[i]` was given at row i. Actions are scaled offsets of an operational-space controller,
+  whose goal depends on its state. They are not converted to commanded poses, but stored unchanged for
   model.actions.kind=osc.
-- Without `problem_info` the instruction is the file's name, less the scene, as LIBERO's own sentences are.
+- Without `problem_info`, the instruction is the file's name without the scene, like LIBERO's own sentences.
 
-Cameras: `agentview` is read from the MuJoCo model stored with each demo (fixed to the world), any other from a
-calibration file (`calibration.py`, cameras `agentview` and `eye_in_hand`; the hand's is `mounted_on: right`). Without
-one, `eye_in_hand` is of use only to models that read no calibration.
+Cameras: `agentview` is read from the MuJoCo model stored with each demo (fixed to the world), any other camera from a
+calibration file (`calibration.py`, cameras `agentview` and `eye_in_hand`; the latter is `mounted_on: right`). Without
+such a file, only models that read no calibration can use `eye_in_hand`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from keygrip.robots.xml_text import parse_xml
 logger = logging.getLogger(__name__)
 
 FINGER_STROKE_M = 0.04  # stroke of each of the Panda's two fingers
-CONTROL_HZ = 20.0  # LIBERO's control_freq; used where the file does not say
-SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")  # begins the names of LIBERO-90's and LIBERO-10's tasks
+CONTROL_HZ = 20.0  # LIBERO's control_freq; used if the file does not state it
+SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")  # prefix of task names in LIBERO-90 and LIBERO-10
 CAMERAS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y up
 
@@ -55,13 +56,13 @@ def _files(root: Path) -> list[Path]:
     return files_in(root, ".hdf5", ".h5", below=True)
 
 
-LAYOUT = "*.hdf5"  # what a folder of this format shows
+LAYOUT = "*.hdf5"  # files by which a folder of this format is recognised
 
 
 def detect(root: Path) -> bool:
-    """True where a file below the folder has `data/demo_*/obs/agentview_rgb`."""
+    """Return whether a file below the folder has `data/demo_*/obs/agentview_rgb`."""
     for path in _files(root):
-        # what cannot be opened is another kind of file, or cut off: `find` reports it where the format is named
+        # a file that cannot be opened is of another kind or cut off: `find` reports it if the user names the format
         with contextlib.suppress(BadSample), guard(path), open_hdf5(path) as file:
             demos = own_group(file, "data")
             for key in demos:
@@ -72,7 +73,7 @@ def detect(root: Path) -> bool:
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
-    """The demos of every file below `root`, `<file>/demo_<i>`; a file that cannot be opened is one broken demo."""
+    """Return the demos of every file below `root`, `<file>/demo_<i>`; an unreadable file counts as one broken demo."""
     if calibration is not None and not calibration.is_file():
         raise FileNotFoundError(f"calibration file {calibration} does not exist")
     path = calibration or next((root / name for name in NAMES if (root / name).is_file()), None)
@@ -100,7 +101,7 @@ def _unreadable(name: str, reason: str) -> Demo:
 
 
 def read(path: Path, key: str, name: str, calibration: Calibration | None) -> Demo:
-    """Reads one demo of a file. Raises DemoError where a part is missing or no camera is known."""
+    """Read one demo of a file. Raise DemoError if a part is missing or data sets differ in length."""
     with open_hdf5(path) as file:
         data = own_group(file, "data")
         demo, observed = own_group(data, key), own_group(data, f"{key}/obs")
@@ -166,8 +167,8 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
 
 
 def _check_lengths(demo: Any, observed: Any, name: str) -> None:
-    """Raises DemoError: data sets of the demo differ in their number of rows. None is read for this: a large one costs
-    a few bytes in a file."""
+    """Raise DemoError if the demo's data sets differ in their number of rows. No data set is read for this, because a
+    few bytes in a file can describe a large one."""
     frames = len(own_dataset(observed, "ee_pos"))
     for part in ("ee_ori", "gripper_states", "joint_states", *CAMERAS.values()):
         if part in observed and (held := len(own_dataset(observed, part))) != frames:
@@ -189,7 +190,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _task(data: Any, path: Path) -> tuple[str, float, str]:
-    """Instruction, control rate and task name from the attributes of `data`, else from the file's name."""
+    """Return instruction, control rate and task name from the attributes of `data`, otherwise from the file's name."""
     task = path.stem.removesuffix("_demo")
     instruction, rate = SCENE.sub("", task).replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
@@ -211,7 +212,7 @@ def _camera(
     gripper_poses: dict[str, np.ndarray],
     name: str,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Intrinsics and world_to_camera [N, ...] of a camera, from the calibration file or the stored model; None:
+    """Return intrinsics and world_to_camera [N, ...] of a camera, from the calibration file or the stored model; None:
     unknown."""
     if calibration is not None and camera in calibration.cameras:
         entry = calibration.cameras[camera]
@@ -229,7 +230,8 @@ def _camera(
 def _from_model(
     model: str, camera: str, width: int, height: int, frames: int, name: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A camera of the MuJoCo model that is fixed to the world: position, wxyz quaternion and vertical field of view."""
+    """Read a camera of the MuJoCo model that is fixed to the world: position, wxyz quaternion, vertical field of view.
+    Return its intrinsics and world_to_camera [N, ...]; None: the model has no such camera."""
     try:
         world = parse_xml(model).find("worldbody")
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Small conversions that the foreign readers share. Legend: N frames.
 
-Every function here names what it refuses; the readers turn that into an error of the demo.
+Errors of these functions name what was wrong; the readers convert them to a DemoError.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 RIGID_TOLERANCE = 1e-2  # float32 products and hand-eye solutions stay far below; another layout or a scale is far above
-OPENING_OVERSHOOT = 0.1  # drivers normalise by a measured stroke, and encoders pass its ends by a few per cent
+OPENING_OVERSHOOT = 0.1  # drivers normalise by a measured stroke, and encoders exceed its ends by a few per cent
 
 
 def rigid(matrix: np.ndarray, what: str) -> np.ndarray:
-    """[..., 4, 4] transforms with their rotations made exactly orthonormal.
+    """Return transforms [..., 4, 4] with exactly orthonormal rotations.
 
     Raises:
         ValueError: not 4 x 4, not finite, mirrored, scaled, or stored transposed.
@@ -31,7 +31,7 @@ def rigid(matrix: np.ndarray, what: str) -> np.ndarray:
 
 
 def rotations(matrix: np.ndarray, what: str) -> np.ndarray:
-    """[..., 3, 3] nearest rotation matrices. Raises ValueError where the input is not one but for rounding."""
+    """Return the nearest rotation matrices [..., 3, 3]. Raise ValueError if the input is not one up to rounding."""
     matrix = np.asarray(matrix, dtype=np.float64)
     defect = np.abs(matrix @ np.swapaxes(matrix, -1, -2) - np.eye(3)).max()
     if not defect < RIGID_TOLERANCE:
@@ -44,7 +44,7 @@ def rotations(matrix: np.ndarray, what: str) -> np.ndarray:
 
 
 def invert(matrix: np.ndarray) -> np.ndarray:
-    """Inverse of rigid transforms [..., 4, 4]."""
+    """Return the inverse of rigid transforms [..., 4, 4]."""
     rotation = np.swapaxes(matrix[..., :3, :3], -1, -2)
     inverse = np.zeros_like(matrix)
     inverse[..., :3, :3] = rotation
@@ -66,7 +66,7 @@ def quaternions(rotation: np.ndarray) -> np.ndarray:
 
 
 def continuous(quaternion: np.ndarray) -> np.ndarray:
-    """[N, 4]: q and -q are the same rotation; each row gets the sign that is nearer to the row before."""
+    """[N, 4]: q and -q are the same rotation; each row gets the sign that is nearer to the previous row."""
     quaternion = np.array(quaternion, dtype=np.float64)
     signs = np.where((quaternion[1:] * quaternion[:-1]).sum(axis=1) < 0, -1.0, 1.0)
     quaternion[1:] *= np.cumprod(signs)[:, None]
@@ -74,10 +74,10 @@ def continuous(quaternion: np.ndarray) -> np.ndarray:
 
 
 def opening(values: np.ndarray, what: str, closed: float = 0.0, opened: float = 1.0) -> np.ndarray:
-    """Raw gripper readings [N] -> opening in [0, 1]; small overshoot at the ends of the stroke is cut off.
+    """Raw gripper readings [N] -> opening in [0, 1]; small overshoot at the ends of the stroke is clipped.
 
     Raises:
-        ValueError: readings far outside the stroke: another unit, or the ends are swapped or wrong.
+        ValueError: readings lie far outside the stroke: another unit, or its ends are swapped or wrong.
     """
     values = np.asarray(values, dtype=np.float64).reshape(-1)
     if closed == opened:
@@ -93,10 +93,10 @@ def opening(values: np.ndarray, what: str, closed: float = 0.0, opened: float = 
 
 
 def increasing(times: np.ndarray, fallback_step: int) -> np.ndarray:
-    """Time stamps [N] int64 ns with repeats spread out.
+    """Return time stamps [N] int64 ns in which repeated stamps are spread out.
 
-    Recorders that tick faster than a camera store a frame twice with the same stamp. The ticks themselves are even, so
-    repeats get the times between their neighbours; stamps that go back are left for the checks to find.
+    Recorders that run faster than a camera store a frame twice with the same stamp. Their ticks are evenly spaced, so
+    repeated stamps get the times between their neighbours. Stamps that decrease are kept, so that the checks find them.
     """
     times = np.asarray(times).astype(np.int64)
     fresh = np.flatnonzero(np.concatenate([[True], np.diff(times) != 0]))

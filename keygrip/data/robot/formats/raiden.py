@@ -1,21 +1,21 @@
 """Reader of raiden's converted recordings (TRI's data-collection toolkit for YAM arms), `<task>/0000/`.
 
-What the files hold, as raiden's converter writes them (its `metadata.json` claims otherwise in places; the files are
-trusted):
+Content of the files, as raiden's converter writes them (its `metadata.json` differs in places; this reader relies on
+the files):
 
-- `rgb/<camera>/%010d.jpg` (or .png), already turned upright where a camera hangs upside down (the right wrist's), with
-  intrinsics and extrinsics corrected to fit; `rgb/<camera>/timestamps.npy`, int64 ns.
+- `rgb/<camera>/%010d.jpg` (or .png), already rotated upright if a camera is mounted upside down (the right wrist's),
+  with intrinsics and extrinsics corrected accordingly; `rgb/<camera>/timestamps.npy`, int64 ns.
 - `depth/<camera>/%010d.npz`, `depth`: uint16 mm.
 - `lowdim/%010d.pkl`: `intrinsics` {camera: K in OpenCV's pixel-centre convention}, `extrinsics` {camera: 4 x 4, camera
   to left-arm base}, `joints` [7 per arm], `action` and `actual_poses` [13 per arm: position 3, rotation 9 row-major,
   gripper 1], commanded and reached. The left arm's base is the world. **The right arm's pose is in its own base.**
-- `T_left_from_right` in newer pickles takes it over; else `calibration_results.json` has `bimanual_transform.
-  right_base_to_left_base`, which, its name notwithstanding, raiden computes as the map from left-base to right-base
-  coordinates and inverts before use. Since forks differ, the direction is checked: in the right one the right wrist
-  camera is rigid on its gripper.
-- One arm alone counts as raiden's left; here the arm of a one-armed robot is called "right".
+- `T_left_from_right` in newer pickles converts it to the left base. Otherwise `calibration_results.json` has
+  `bimanual_transform.right_base_to_left_base`. Despite this name, raiden computes it as the map from left-base to
+  right-base coordinates and inverts it before use. Since forks differ, the direction is checked: with the correct
+  direction, the right wrist camera is rigid on its gripper.
+- Raiden calls the arm of a one-armed robot left; here it is called "right".
 
-The pickles are read with an unpickler that knows numpy arrays and builtin containers and nothing else.
+The pickles are read with an unpickler that accepts only numpy arrays and builtin containers.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from keygrip.data.untrusted_files import open_image, read_bytes, read_npy, read_
 from keygrip.training.nested_values import size_of
 
 ROWS = "[!.]*.pkl"  # without hidden files
-MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's numbers
-MOST_SHARED = 1_000_000  # values by which containers that a pickle names twice may hold more than it has bytes
+MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's values
+MOST_SHARED = 1_000_000  # a pickle with shared containers may expand to its number of bytes plus this many values
 RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 
 
 class _Array:
-    """Stands for `numpy.ndarray` in a pickle, where it is only an argument: called, it could ask for any size."""
+    """Replaces `numpy.ndarray` in a pickle, where it is only an argument: a call of it could request any size."""
 
 
 def _empty(kind: type, shape: object, code: object) -> np.ndarray:
-    """numpy's `_reconstruct`: an empty array; the pickle then sets its size, type and numbers from its own bytes."""
+    """numpy's `_reconstruct`: an empty array; the pickle then sets its size, type and values from its own bytes."""
     return np.ndarray((0,), "b")
 
 
@@ -95,7 +95,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The allowed object of a name. Raises pickle.UnpicklingError: it is not allowed."""
+        """Return the allowed object of a name. Raise pickle.UnpicklingError if it is not allowed."""
         if (module, name) not in _SAFE:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
@@ -104,7 +104,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def safe_load(path: Path) -> Any:
-    """Content of a pickle of arrays and containers. Raises ValueError for anything else, and for a damaged file."""
+    """Return the content of a pickle of arrays and containers. Raise ValueError for other objects and damaged files."""
     content = read_bytes(path, MAX_PICKLE_BYTES)
     with guard(f"{path.parent.name}/{path.name}"):
         try:
@@ -131,23 +131,23 @@ class NpzDepth(NumberedFiles):
 
 
 def _is_episode(folder: Path) -> bool:
-    """One that was cut off has one of its two parts, and is named when it is read."""
+    """Return whether a folder is an episode; one that was cut off has one of the two parts and fails on reading."""
     native = (folder / "trajectory.npz").is_file()
     return (folder / "lowdim").is_dir() or ((folder / "rgb").is_dir() and not native)
 
 
-LAYOUT = "<task>/0000/lowdim"  # what a folder of this format shows
+LAYOUT = "<task>/0000/lowdim"  # files by which a folder of this format is recognised
 
 
 def detect(root: Path) -> bool:
-    """True where the folder holds `<...>/lowdim/*.pkl` beside `rgb/`."""
+    """Return whether the folder holds `<...>/lowdim/*.pkl`."""
     episodes = demo_folders(root, _is_episode)
     return any(next((episode / "lowdim").glob(ROWS), None) is not None for episode in episodes)
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
-    """The episodes under `root` by name; `calibration`: a `calibration_results.json` to use in place of the folder's
-    own."""
+    """Return references to the episodes under `root`, sorted by name; `calibration`: a `calibration_results.json` to
+    use instead of the folder's own."""
     if calibration is not None and not calibration.is_file():
         raise FileNotFoundError(f"calibration file {calibration} does not exist")
     return folder_references(root, demo_folders(root, _is_episode), "raiden", partial(read, calibration=calibration))
@@ -157,11 +157,11 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
 
 
 def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
-    """Reads one episode.
+    """Read one episode.
 
     Raises:
         DemoError: the conversion was cut off, frames are missing, or a two-armed recording lacks the transform between
-            bases.
+            the bases.
     """
     metadata = _metadata(episode, name)
     rows = _lowdim(episode, name)
@@ -310,7 +310,7 @@ def _left_from_right(
 
 
 def _wrist_spread(rows: list[dict[str, Any]], values: np.ndarray, to_left: np.ndarray) -> float | None:
-    """How far the right wrist camera wanders on its gripper, m; None without such a camera or without movement."""
+    """Return how far the right wrist camera moves relative to its gripper, m; None without such a camera or motion."""
     camera = next((key for key in rows[0]["extrinsics"] if "right" in key and "wrist" in key), None)
     if camera is None:
         return None
@@ -356,7 +356,7 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
 
 
 def _times(episode: Path, name: str, cameras: list[str], frames: int, rate: float) -> np.ndarray:
-    """int64 ns of the first camera that is not on a wrist (the converter's reference), else of the first one."""
+    """Return int64 ns of the first camera that is not on a wrist (the converter's reference), else of the first one."""
     for camera in sorted(cameras, key=lambda key: ("wrist" in key, key)):
         path = episode / "rgb" / camera / "timestamps.npy"
         if not path.is_file():

@@ -1,14 +1,14 @@
 """Reader of yam-abc episodes (I2RT's YAM-ABC recorder), `<slug>/<date>_<time>_<id>/`.
 
-What an episode holds: `metadata.json`; `<arm>-joint_pos.npy` (N, 6) rad and `<arm>-gripper_pos.npy` (N, 1), 0 closed to
+An episode holds `metadata.json`; `<arm>-joint_pos.npy` (N, 6) rad and `<arm>-gripper_pos.npy` (N, 1), 0 closed to
 1 open; `action-<arm>-joint.npy` and `action-<arm>-gripper.npy`, the command given at that tick;
 `<role>-images-<key>.mp4` and `<role>-timestamp.npy` (ms) for each camera; `write_complete.flag`, written last. It holds
 no poses and no calibration: poses come from the forward kinematics of the YAM model, cameras and bases from the user's
-calibration file (`calibration.py`). There, a camera is named by its role, with the key behind it where a role has
+calibration file (`calibration.py`). In that file, a camera is named by its role, followed by the key if a role has
 several (`top`, `top_left`).
 
-The arm of a one-armed recording is called "right" here, whatever it is called there; a camera is mounted on it by
-either name.
+The arm of a one-armed recording is called "right" here, whatever its name in the recording; `mounted_on` of a camera
+may use either name.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ FLAG = "write_complete.flag"
 
 
 def _is_episode(folder: Path) -> bool:
-    """One that was cut off has one of its two parts, and is named when it is read."""
+    """Return whether a folder is an episode; one that was cut off has one of the two parts and fails on reading."""
     return next(folder.glob("[!.]*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file()
 
 
-LAYOUT = "<slug>/<stamp>_<id>/*-joint_pos.npy"  # what a folder of this format shows
+LAYOUT = "<slug>/<stamp>_<id>/*-joint_pos.npy"  # files by which a folder of this format is recognised
 
 
 def detect(root: Path) -> bool:
-    """True where the folder holds episodes with `<arm>-joint_pos.npy`."""
+    """Return whether the folder holds episodes with `<arm>-joint_pos.npy`."""
     return bool(demo_folders(root, _is_episode))
 
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
-    """The episodes under `root` by name.
+    """Return references to the episodes under `root`, sorted by name.
 
     Raises:
-        FileNotFoundError: no calibration file. ValueError: one that cannot be used.
+        FileNotFoundError: there is no calibration file. ValueError: it cannot be used.
     """
     cameras = read_calibration(find_calibration(root, calibration, "yam-abc"))
     return folder_references(root, demo_folders(root, _is_episode), "yam_abc", partial(read, calibration=cameras))
 
 
 def read(episode: Path, name: str, calibration: Calibration) -> Demo:
-    """Reads one episode.
+    """Read one episode.
 
     Raises:
-        DemoError: cut off, arrays of different lengths, or a camera that neither the file nor the calibration has.
+        DemoError: the episode was cut off, arrays differ in length, or it names no camera.
     """
     if not (episode / FLAG).is_file():
         raise DemoError(name, f"no completion mark ({FLAG} is written last): the recording was cut off")
@@ -76,8 +76,8 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
         arm = "right" if len(recorded) == 1 else source
         arms[arm], models[arm] = trajectory, [base.arm, base.gripper]
         gripper_poses[source] = poses
-        if arm not in calibration.arms:  # else the file has another arm of that name
-            gripper_poses[arm] = poses  # step=charuco knows it by this name
+        if arm not in calibration.arms:  # else the calibration file has another arm of that name
+            gripper_poses[arm] = poses  # step=charuco uses this name
     frames = len(next(iter(arms.values())))
     if any(len(trajectory) != frames for trajectory in arms.values()):
         raise DemoError(name, f"the arms have different lengths: {[len(t) for t in arms.values()]}")
@@ -101,7 +101,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                 try:
                     source, width, height = _track(video, entry, stamps, times)
                 except OSError:
-                    continue  # of a camera that is not listed
+                    continue  # ignored for a camera that the calibration file does not list
                 cameras[camera] = CameraTrack.without_calibration(width, height, source, len(times), reason)
                 continue
             video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
@@ -141,7 +141,7 @@ def _array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
 
 
 def _arm(episode: Path, name: str, source: str, base: ArmCalibration) -> tuple[np.ndarray, ArmTrajectory]:
-    """world_from_gripper [N, 4, 4] and the trajectory."""
+    """Return world_from_gripper [N, 4, 4] and the trajectory."""
     joints = _array(episode, name, f"{source}-joint_pos", 6)
     gripper = _array(episode, name, f"{source}-gripper_pos", 1)
     poses = _forward(joints, base)
@@ -201,8 +201,8 @@ def _camera(
 def _track(
     video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, times: np.ndarray
 ) -> tuple[FrameSource, int, int]:
-    """Frames of which number i is the image nearest in time to tick i (cameras of other lengths drop or repeat
-    frames), and their width and height."""
+    """Return frames of which frame i is the image nearest in time to tick i (if a camera has another number of frames,
+    frames are dropped or repeated), and their width and height."""
     held = video.frames_in_file()
     if held != len(stamps):
         raise OSError(f"{video.path.name} holds {held} frames, its time stamps are {len(stamps)}: the video is cut off")

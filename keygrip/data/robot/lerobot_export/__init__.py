@@ -1,1 +1,1 @@
-"""Writer of LeRobot v3 data sets from demonstrations of any format that is read."""
+"""Writer of LeRobot v3 data sets from demonstrations of any readable format."""

@@ -1,4 +1,4 @@
-"""Exports demonstrations as one LeRobot v3 data set (see `layout` for what it holds)."""
+"""Exports demonstrations as one LeRobot v3 data set (see `layout` for its content)."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export wrote.
+    """Result of an export.
 
     Attributes:
         root: the data set. episodes, frames, tasks: how many.
         broken: (name, reason) of demos that could not be read and were left out.
-        left_out: what the format has no place for, by name.
+        left_out: names of the data for which the format has no place.
     """
 
     root: str
@@ -64,18 +64,18 @@ def export_lerobot(
     max_broken_share: float = 0.1,
     progress: bool = True,
 ) -> ExportSummary:
-    """Writes the demos under `root` as one LeRobot v3 data set, whole or not at all.
+    """Write the demos under `root` as one LeRobot v3 data set, completely or not at all.
 
     Args:
         root: folder of demos. to: folder of the data set; must be missing or empty.
         format, calibration: as for `find_demos`.
         cameras: cameras to keep; None: all.
-        max_demos: stop after so many demos (by name), None: all.
-        max_broken_share: more unreadable demos than this raise, with the list, and nothing is written.
+        max_demos: number of demos to export, the first ones by name; None: all.
+        max_broken_share: a larger share of unreadable demos is an error, which lists them, and nothing is written.
         progress: show a progress bar on standard error.
 
     Raises:
-        FileNotFoundError: no data. FileExistsError: `to` holds something.
+        FileNotFoundError: no data. FileExistsError: `to` is not empty.
         ValueError: demos differ in arms, their models, cameras, sizes or rate; a rate that is not whole; an odd image
             size; too many broken demos.
     """
@@ -122,7 +122,7 @@ def export_lerobot(
 
 
 class DatasetWriter:
-    """Writes episodes one by one into an empty folder, then `finish`. `close` gives files back, after failures too."""
+    """Writes episodes one by one into an empty folder, then `finish`. `close` closes its files, also after failures."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout, self.features = folder, layout, layout.features()
@@ -136,10 +136,10 @@ class DatasetWriter:
         }
 
     def add(self, demo: Demo, layout: Layout) -> None:
-        """Appends an episode.
+        """Append an episode.
 
         Raises:
-            ValueError: it differs from the first one. DemoError: a frame cannot be read; the episode is not there then.
+            ValueError: it differs from the first one. DemoError: a frame cannot be read; the episode is then left out.
         """
         if layout != self.layout:
             for name in (each.name for each in fields(Layout)):
@@ -170,7 +170,7 @@ class DatasetWriter:
                 "tasks": [task],
                 "length": len(demo),
                 "keygrip/task": demo.task,
-                "keygrip/instruction": demo.instruction,  # "" where the task's name stands in for it
+                "keygrip/instruction": demo.instruction,  # "" if the task's name replaces it
                 "keygrip/fps": float(demo.fps),
                 "keygrip/name": demo.name,
                 "data/chunk_index": chunk,
@@ -191,13 +191,13 @@ class DatasetWriter:
         self.episodes, self.frames = self.episodes + 1, self.frames + len(demo)
 
     def close(self) -> None:
-        """Ends the files that are open. May be called again."""
+        """Close the open files. May be called again."""
         self._data.close()
         for files in self._videos.values():
             files.close()
 
     def finish(self) -> None:
-        """Writes what describes the episodes."""
+        """Write the metadata of the data set."""
         import yaml
 
         self.close()
@@ -239,7 +239,7 @@ class DatasetWriter:
 
 
 def _task_table(tasks: dict[str, int]) -> pa.Table:
-    """Task numbers with the sentences as their index, in the form in which pandas stores and restores one."""
+    """Return the task numbers with the sentences as index, in the form in which pandas stores and restores an index."""
     table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks, pa.string())})
 
     def column(name: str, kind: str, stored: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 FILES_PER_CHUNK = 1000
 DATA_FILE_MB, VIDEO_FILE_MB = 100, 200  # LeRobot's defaults
-VIDEO_FILE_S = 1000.0  # LeRobot looks frames up by float32 seconds to 1e-4 s, which a longer file would miss
+VIDEO_FILE_S = 1000.0  # LeRobot finds frames by float32 seconds to 1e-4 s; in a longer file that would fail
 
 
 @dataclass
@@ -31,7 +31,7 @@ class DataFiles:
     _path: Path | None = field(default=None, init=False)
 
     def write(self, values: dict[str, np.ndarray], features: dict[str, dict[str, Any]]) -> tuple[int, int]:
-        """Appends an episode's numbers, each [N] or [N, F]; returns the chunk's and the file's number."""
+        """Append an episode's values, each [N] or [N, F]; return the numbers of the chunk and of the file."""
         if self._path is not None and self._path.stat().st_size > DATA_FILE_MB * 2**20:
             self.close()
             self.number += 1
@@ -58,7 +58,7 @@ class DataFiles:
 
 @dataclass
 class VideoFiles:
-    """The videos of one camera, several episodes per file. Those of episodes that broke off stay unused in between."""
+    """The videos of one camera, several episodes per file. Frames of failed episodes stay in the file, unused."""
 
     folder: Path
     key: str
@@ -70,7 +70,7 @@ class VideoFiles:
     _frames: int = field(default=0, init=False)
 
     def write(self, demo: Demo, camera: str) -> tuple[dict[str, Any], Statistics]:
-        """Appends an episode; returns where it lies, and the statistics of its images.
+        """Append an episode; return its place in the files, and the statistics of its images.
 
         Raises:
             DemoError: a frame cannot be read, or has another size.

@@ -1,14 +1,15 @@
-"""The numbers of a LeRobot data set that keygrip writes: their names, and those of a demonstration.
+"""The values of a LeRobot data set that keygrip writes: their names, and how they are read from a demonstration.
 
 LeRobot's own policies read `observation.images.<camera>`, `observation.state` and `action`: for each arm x, y, z
 (metres, world), qw, qx, qy, qz (sign continuous) and the gripper's opening, float32. The action of frame i is the
-command given there or, where a demo has none, the pose reached at frame i + 1.
+command given at frame i or, if a demo has no commands, the pose reached at frame i + 1.
 
-Beside them stand, under names that LeRobot gives to no policy, the exact numbers: `pose.<arm>`, `commanded.<arm>`,
-`joints.<arm>`, `calibration.<camera>.intrinsics` (3 x 3, row-major), `calibration.<camera>.world_to_camera` (4 x 4,
-row-major), `controller.<arm>` (what the robot's own controller was told) and `time_s` from the demo's start, float64,
-frame by frame, so that cameras may move, and `intervention`, 1 where a person corrected a policy. A `calibration.yaml`
-tells our reader which is which: the data set is read back as it is. Depth, captions and questions are left out.
+The data set also holds the exact values, under names that LeRobot passes to no policy: `pose.<arm>`,
+`commanded.<arm>`, `joints.<arm>`, `calibration.<camera>.intrinsics` (3 x 3, row-major),
+`calibration.<camera>.world_to_camera` (4 x 4, row-major), `controller.<arm>` (the input of the robot's own controller)
+and `time_s` from the demo's start, float64, frame by frame, so that cameras may move, and `intervention`, 1 where a
+person corrected a policy. A `calibration.yaml` assigns these features for our reader, so that the data set is read back
+unchanged. Depth, captions and questions are left out.
 
 Legend of shapes: N frames, J joints, D inputs of a controller, H and W the height and width of an image.
 """
@@ -27,7 +28,7 @@ from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
-USUAL_MODELS = (ArmCalibration().arm, ArmCalibration().gripper)  # of a demo or a calibration file that names none
+USUAL_MODELS = (ArmCalibration().arm, ArmCalibration().gripper)  # used if a demo or a calibration file names none
 RATE_TOLERANCE = 0.01  # frames per second; LeRobot stores whole rates
 
 
@@ -36,10 +37,10 @@ class Layout:
     """What all demos of a data set have in common.
 
     Attributes:
-        fps: whole. robot: its name. joints: J by arm, 0 where there are none. controllers: D by arm, likewise.
-            commanded: whether commands were recorded. sizes: (H, W) by camera. uncalibrated: cameras whose pose is not
-            known. models: arm and gripper of each arm by i2rt's names, by which a YAM's joints are read; where a demo
-            names none, those that a calibration file without them means. named: arms of which it names them.
+        fps: a whole number. robot: its name. joints: J by arm, 0 if there are none. controllers: D by arm, 0 if there
+            are none. commanded: whether commands were recorded. sizes: (H, W) by camera. uncalibrated: cameras whose
+            pose is not known. models: i2rt's names of each arm and its gripper, for the kinematics of a YAM's joints;
+            if a demo names none, the defaults of a calibration file. named: arms whose models the demo names.
     """
 
     fps: int
@@ -54,7 +55,7 @@ class Layout:
 
     @classmethod
     def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
-        """That of one demo. Raises ValueError: LeRobot cannot hold it. DemoError: it names no models that there are."""
+        """Return a demo's layout. Raises ValueError: LeRobot cannot hold it. DemoError: its arm models are unknown."""
         fps = max(1, round(demo.fps))
         if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
             raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames per second; LeRobot takes whole rates")
@@ -86,7 +87,7 @@ class Layout:
         return [name for name in self.sizes if name not in self.uncalibrated]
 
     def features(self) -> dict[str, dict[str, Any]]:
-        """The numbers and videos of a frame, as `meta/info.json` describes them."""
+        """Return the values and videos of a frame, as `meta/info.json` describes them."""
         names = [f"{arm}.{part}" for arm in self.joints for part in POSE]
         found = {
             f"{IMAGES}{name}": {"dtype": "video", "shape": [*size, 3], "names": ["height", "width", "channels"]}
@@ -111,7 +112,7 @@ class Layout:
         return found | {key: _feature("int64", None) for key in whole}
 
     def sidecar(self) -> dict[str, Any]:
-        """`calibration.yaml`: which features our reader takes what from."""
+        """Return the content of `calibration.yaml`, which assigns the features for our reader."""
 
         def pose(feature: str) -> dict[str, Any]:
             return {
@@ -164,7 +165,7 @@ def _entries(letter: str, size: int) -> list[str]:
 
 
 def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
-    """All numbers of a demo's frames, each [N] or [N, F], without those that depend on its place in the data set."""
+    """Return all values of a demo's frames, each [N] or [N, F], except those that depend on its place in the data."""
     frames = len(demo)
     states, actions = [], []
     found: dict[str, np.ndarray] = {}
@@ -180,7 +181,7 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
             found[f"controller.{name}"] = np.asarray(arm.controller, dtype=np.float64)
         state = _continuous(reached)
         target = found[f"commanded.{name}"] if layout.commanded else np.concatenate([reached[1:], reached[-1:]])
-        # the sign of each target's quaternion is that of the state beside it
+        # each target's quaternion gets the sign of the state in the same row
         sign = np.where((target[:, 3:7] * state[:, 3:7]).sum(axis=1) < 0, -1.0, 1.0)
         actions.append(np.concatenate([target[:, :3], target[:, 3:7] * sign[:, None], target[:, 7:]], axis=1))
         states.append(state)
@@ -201,12 +202,12 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
 
 
 def _poses(arm: ArmTrajectory) -> np.ndarray:
-    """[N, 8] position, quaternion w x y z, gripper."""
+    """Return [N, 8]: position, quaternion w x y z, gripper."""
     return np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1).astype(np.float64)
 
 
 def _continuous(poses: np.ndarray) -> np.ndarray:
-    """[N, 8] the same poses; w of the first quaternion is not negative, and no sign flips from frame to frame."""
+    """Return the same poses [N, 8], with w >= 0 in the first quaternion and without sign flips between frames."""
     poses = poses.copy()
     turns = poses[:, 3:7]
     flips = np.where((turns[1:] * turns[:-1]).sum(axis=1) < 0, -1.0, 1.0)

@@ -1,11 +1,12 @@
-"""Statistics of LeRobot data sets, as LeRobot 0.6 defines them: an episode's, and those of several episodes together.
+"""Statistics of LeRobot data sets, as LeRobot 0.6 defines them: of one episode, and of several episodes together.
 
-Mean and standard deviation are the population's. A quantile is read from a histogram of 5000 bins over the episode's
-range, linear within the bin; over several episodes it is the mean of theirs, weighted by their counts. Images are
-counted at some frames (all of up to 100, length^0.75 of more) and pixels (every n-th of large ones), in 0 to 1.
-LeRobot 0.4.4 squares images as bytes, which overflow: its standard deviation of images is wrong, and not followed.
+Mean and standard deviation are those of the population. A quantile is read from a histogram of 5000 bins over the
+episode's range, linear within the bin. Over several episodes, it is the mean of their quantiles, weighted by their
+counts. Images are counted at some frames (all of up to 100, length^0.75 of more) and pixels (every n-th of large
+images), in 0 to 1. LeRobot 0.4.4 squares images as bytes, which overflow: its standard deviation of images is wrong
+and is not reproduced.
 
-Legend of shapes: N frames, F numbers per frame.
+Legend of shapes: N frames, F values per frame.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Statistics = dict[str, np.ndarray]
 
 
 def of_numbers(values: np.ndarray) -> Statistics:
-    """Statistics over the frames of [N, F]: each [F]; `count` is [1]."""
+    """Return statistics over the frames of [N, F]: each [F]; `count` is [1]."""
     columns = [_of_counted(column, np.ones(len(column))) for column in np.asarray(values, dtype=np.float64).T]
     return {key: np.array([column[key] for column in columns]) for key in columns[0]} | {
         "count": np.array([len(values)])
@@ -30,7 +31,7 @@ def of_numbers(values: np.ndarray) -> Statistics:
 
 
 def sampled_frames(frames: int) -> list[int]:
-    """Which of an episode's frames image statistics are counted at."""
+    """Return the frames of an episode that are used for its image statistics."""
     wanted = max(min(100, frames), min(int(frames**0.75), 10_000))
     return evenly(frames, wanted)
 
@@ -43,7 +44,7 @@ class ImageCounter:
         self._counts = np.zeros((3, 256), dtype=np.int64)
 
     def add(self, image: np.ndarray) -> None:
-        """`image`: H x W x 3 uint8."""
+        """Count the pixels of `image`, H x W x 3 uint8."""
         height, width = image.shape[:2]
         if max(height, width) >= 300:
             step = int((width if width > height else height) / 150)
@@ -53,14 +54,14 @@ class ImageCounter:
         self.frames += 1
 
     def statistics(self) -> Statistics:
-        """Each [3, 1, 1], in 0 to 1; `count` is [1], frames."""
+        """Return the statistics, each [3, 1, 1], in 0 to 1; `count` is [1], frames."""
         channels = [_of_counted(np.arange(256.0), counts) for counts in self._counts]
         found = {key: np.array([channel[key] for channel in channels]).reshape(3, 1, 1) / 255 for key in channels[0]}
         return found | {"count": np.array([self.frames])}
 
 
 def _of_counted(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """Statistics of numbers that occur `counts` times, both [N]."""
+    """Return statistics of `values` that occur `counts` times, both [N]."""
     values, counts = values[counts > 0], counts[counts > 0]
     low, high, total = float(values.min()), float(values.max()), float(counts.sum())
     mean = float(values @ counts) / total
@@ -80,7 +81,7 @@ def _of_counted(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 
 
 def of_episodes(episodes: Sequence[Statistics]) -> Statistics:
-    """Statistics of one feature over several episodes, from theirs."""
+    """Return the statistics of one feature over several episodes, computed from those of each episode."""
     counts = np.concatenate([each["count"] for each in episodes]).astype(np.float64)
     stacked = {key: np.stack([each[key] for each in episodes]) for key in episodes[0] if key != "count"}
 
