@@ -1,1 +1,1 @@
-"""The baseline that the volume-query policy is measured against: poses regressed from a pooled vector."""
+"""The baseline for the volume-query policy: poses regressed from a pooled vector."""

@@ -39,22 +39,22 @@ HEADLINE = ("pix_argmax", "gripper_open_acc", "height_m", "position_cm", "rotati
 
 
 BAR = ("total", "position_cm")  # metrics in the progress line
-STATE = "coordinate_regression"  # key in a checkpoint of what is not in the weights
+STATE = "coordinate_regression"  # checkpoint key of the state that is not in the weights
 
 
 @model_part(from_checkpoint={"init_from": None})
 class CoordinateRegressionModule(System):
-    """L1 on normalised positions and rotation columns, cross-entropy on the gripper's opening.
+    """L1 loss on normalised positions and rotation columns, cross-entropy on the gripper's opening.
 
-    Steps that project outside the image count too: a regressor can predict them, and leaving them out would be a
-    handicap.
+    Steps that project outside the image also count in the loss: a regressor can predict them, and leaving them out
+    would put it at a disadvantage.
 
     Args:
-        network: the plain network. optimizer: the recipe.
-        position_weight, rotation_weight, gripper_weight: of the three losses.
-        mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss.
-        init_from: run folder or checkpoint of such a policy whose weights are the start; positions are normalised over
-            the range of the new data. None: the network as it was built.
+        network: the plain network. optimizer: its settings.
+        position_weight, rotation_weight, gripper_weight: weights of the three losses.
+        mask_padded_steps: leave steps past the end of a demo, which repeat its last pose, out of the loss.
+        init_from: run folder or checkpoint of a regression policy from whose weights training starts; positions are
+            normalised over the range of the new data. None: start from the network as built.
     """
 
     batch_type = PolicyBatch
@@ -82,12 +82,12 @@ class CoordinateRegressionModule(System):
         self.network, self.init_from = network, init_from
         self.mask_padded_steps = mask_padded_steps
         self.statistics = PolicyStatistics()
-        self.camera: str | None = None  # name of the camera that it sees
+        self.camera: str | None = None  # name of the camera that the policy reads
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
         check_weights({f"model.{name}_weight": weight for name, weight in self.weights.items()})
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
-        """Take over the training split's ranges."""
+        """Store the training split's ranges."""
         self.statistics.take(statistics, self.network.horizon)
         if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "a regression policy")
@@ -101,7 +101,7 @@ class CoordinateRegressionModule(System):
         return {}
 
     def check_start(self, before: CoordinateRegressionModule) -> None:
-        """Refuses a run with the same arms in another order; warns of others."""
+        """Refuse a run with the same arms in another order; warn about different arms."""
         check_names(f"model.init_from={self.init_from}", arms=(before.network.arms, self.network.arms))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -112,11 +112,11 @@ class CoordinateRegressionModule(System):
         self.camera = None if name is None else str(name)
 
     def policy(self) -> CoordinateRegressionPolicy:
-        """The module as something that plans from observations."""
+        """The module as a policy that plans from observations."""
         return CoordinateRegressionPolicy(self)
 
     def export_graph(self) -> ExportGraph:
-        """The network as `keygrip export` writes it: a normalised image and the arms' state in, poses out."""
+        """The graph that `keygrip export` writes: a normalised image and the arms' state in, poses out."""
         network, generator = self.network, torch.Generator().manual_seed(0)
         inputs = {
             "image": torch.randn(2, 3, network.image_size, network.image_size, generator=generator),
@@ -125,7 +125,7 @@ class CoordinateRegressionModule(System):
         return ExportGraph(CoordinateRegressionGraph(network).eval(), inputs, ("position", "rotation", "gripper"))
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
+        """Blocks that are only called through their `forward`, which FSDP may shard one by one."""
         return self.network.backbone.sharded_parts()
 
     def normalise(self, position: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class CoordinateRegressionModule(System):
         return self.network(batch.image, self.state(batch.start_position, batch.start_quaternion, batch.start_gripper))
 
     def _counted(self, batch: PolicyBatch) -> Tensor:
-        """Bool ``[B, A, T]``: the steps that carry loss."""
+        """Bool ``[B, A, T]``: the steps that count in the loss."""
         return ~batch.action_is_pad if self.mask_padded_steps else torch.ones_like(batch.action_is_pad)
 
     def losses(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
@@ -163,18 +163,18 @@ class CoordinateRegressionModule(System):
 
     @torch.no_grad()
     def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
-        """Errors in the units in which the volume-query policy reports its own.
+        """Errors in the same units as those of the volume-query policy.
 
-        Each is a mean over all steps, past a demo's end too, whatever `mask_padded_steps` says; `pix_argmax` over those
-        inside the image. (The volume-query policy's are means over the steps inside the image that carry loss.)
-        `gripper_open_acc` is the share of steps where open or closed is right: there are no bins of the opening, whose
-        exact one is `gripper_acc` of the volume-query policy.
+        Each is a mean over all steps, including steps past a demo's end, whatever `mask_padded_steps` is; `pix_argmax`
+        is a mean over the steps inside the image. (The volume-query policy's errors are means over the steps inside the
+        image that count in its loss.) `gripper_open_acc` is the share of steps where open or closed is right. There is
+        no `gripper_acc`, which in the volume-query policy requires the exact bin: here the opening has no bins.
         """
         return self._counted_metrics(output, batch)[0]
 
     @torch.no_grad()
     def _counted_metrics(self, output: RegressionOutput, batch: PolicyBatch) -> tuple[dict[str, Tensor], Tensor]:
-        """`metrics`, and over how many targets inside the image `pix_argmax` is a mean."""
+        """`metrics`, and the number of targets inside the image over which `pix_argmax` is a mean."""
         position = self.denormalise(output.position)
         intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
         true_pixels, _ = project(batch.position, intrinsics, extrinsics)
@@ -212,7 +212,7 @@ class CoordinateRegressionModule(System):
 
 @dataclass
 class CoordinateRegressionPolicy:
-    """Plans with a trained baseline."""
+    """Plan with a trained baseline."""
 
     module: CoordinateRegressionModule
 
@@ -222,7 +222,7 @@ class CoordinateRegressionPolicy:
 
     @property
     def needs(self) -> Needs:
-        """What it reads of an observation."""
+        """What the policy reads from an observation."""
         module = self.module
         return Needs(tuple(module.network.arms), calibration=module.reads_calibration, camera=module.camera)
 
@@ -235,14 +235,14 @@ class CoordinateRegressionPolicy:
         """Poses of the next T steps.
 
         Raises:
-            ValueError: the observation lacks what it reads, or cannot be right.
+            ValueError: the observation is incomplete or invalid.
         """
         refuse_incomplete(observation, self.needs)
         return self.plan_batch([observation], [self])[0]
 
     @torch.inference_mode()
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        """The plans for several observations, in one pass of the network."""
+        """Plan for several observations in one pass of the network."""
         module = self.module
         images = [self._geometry.apply(image_of(seen), np.eye(3))[0].to(module.device) for seen in observations]
         state = module.state(*stacked_poses(observations, len(module.network.arms), module.device))

@@ -1,6 +1,6 @@
-"""CLS and state -> MLP -> poses: no pixel of the output is tied to a pixel of the input.
+"""CLS and state -> MLP -> poses: the outputs have no spatial correspondence to pixels of the image.
 
-The loss and the pooled input are those of the regression policies in common use (L1 on normalised poses, as in Zhao et
+The loss and the pooled input are those of commonly used regression policies (L1 on normalised poses, as in Zhao et
 al., "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", 2023), without their generative part.
 
 Shape legend: B batch, A arms, T steps, S image side.
@@ -41,7 +41,7 @@ class CoordinateRegressionNetwork(nn.Module):
 
     Args:
         backbone: the shared DINO module. image_size: S. arms: in the order of the batch's arm axis. horizon: T.
-        width: of the hidden layers. layers: number of them.
+        width: of the hidden layers. layers: number of hidden layers.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Pinhole cameras: from metric points to pixels and, with a known height, back again.
+"""Pinhole cameras: project metric points to pixels and, with a known height, recover points from pixels.
 
 Conventions (the same everywhere in keygrip): world frame z up, metres; camera frame OpenCV (x right, y down, z
 forward); ``world_to_camera`` is the 4x4 rigid transform into the camera frame; pixels are (x, y) with (0, 0) at the
@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A ray whose direction (unit length) changes height by less than this a metre meets the plane z = h so far away that a
-# pixel's width moves the point by metres: about 0.6 degrees from parallel.
+# Smallest usable vertical component of a ray's unit direction, about 0.6 degrees from parallel. Below it, the ray meets
+# the plane z = h so far away that a pixel's width moves the point by metres.
 MIN_VERTICAL_SLOPE = 0.01
-# Pull of the world's origin on the point that several rays meet in, where a ray's own is 1. It settles what rays leave
-# open, and moves a point a metre away by a millimetre where two rays are 8 degrees apart.
+# Weight of the world's origin in the least-squares point of several rays; each ray has weight 1. It determines the
+# directions that the rays leave open. With two rays 8 degrees apart it moves a point one metre away by a millimetre.
 ORIGIN_PULL = 1e-5
 
 
@@ -27,8 +27,8 @@ class ParallelRayError(ValueError):
 def transform(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Matrix times vector, ``[..., 3]`` from ``[..., 3, 3]`` and ``[..., 3]``, broadcast.
 
-    Written as products and sums, which autocast leaves in the precision that they have: a matrix product in bfloat16
-    would move a pixel by half a pixel and a point by millimetres, without a word.
+    Written as products and sums, whose precision autocast does not change: a matrix product in bfloat16 would move a
+    pixel by half a pixel and a point by millimetres, without a warning.
     """
     x, y, z = vectors.unbind(dim=-1)
     rows = matrix.unbind(dim=-2)  # row by row: the nine products of many vectors are never held at once
@@ -45,7 +45,7 @@ def project(points: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tupl
 
     Returns:
         Pixels ``[..., 2]`` (x, y) and depth along the optical axis ``[...]`` in metres. Points at or behind the camera
-        (depth <= 0) have no image: their pixels are NaN, so that no comparison takes them for visible.
+        (depth <= 0) have no projection: their pixels are NaN, so that no comparison counts them as visible.
     """
     rotation, translation = world_to_camera[..., :3, :3], world_to_camera[..., :3, 3]
     camera = transform(rotation, points) + translation
@@ -77,10 +77,10 @@ def pixel_rays(pixels: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> T
 
 
 def nearest_to_rays(centres: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The points nearest to V rays each, by least squares, and their root mean square distance from them.
+    """Find the points nearest to V rays each, by least squares, and their root mean square distances from the rays.
 
-    What the rays leave open (of one ray, or of parallel ones, the place along them) is taken as near the world's
-    origin as it can be.
+    If the rays do not determine the point (for one ray or parallel rays: the position along them), the solution nearest
+    to the world's origin is used.
 
     Args:
         centres: ``[..., V, 3]`` metres, of the cameras. directions: ``[..., V, 3]``, of unit length.
@@ -89,7 +89,7 @@ def nearest_to_rays(centres: Tensor, directions: Tensor) -> tuple[Tensor, Tensor
         ``[..., 3]`` and ``[...]`` metres.
     """
     identity = torch.eye(3, dtype=directions.dtype, device=directions.device)
-    across = identity - directions[..., :, None] * directions[..., None, :]  # what of a vector is off the ray
+    across = identity - directions[..., :, None] * directions[..., None, :]  # removes the part along the ray
     held = transform(across, centres)
     system = across.sum(dim=-3) + ORIGIN_PULL * identity
     points = torch.linalg.solve(system, held.sum(dim=-2)[..., None])[..., 0]
@@ -98,7 +98,7 @@ def nearest_to_rays(centres: Tensor, directions: Tensor) -> tuple[Tensor, Tensor
 
 
 def _distance_to_plane(origin_z: Tensor, direction_z: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance along a unit ray to z = height and whether the meeting is well conditioned and in front of the
+    """Distance along a unit ray to z = height, and whether the intersection is well conditioned and in front of the
     camera."""
     distance = (height - origin_z) / direction_z
     return distance, (direction_z.abs() >= MIN_VERTICAL_SLOPE) & (distance > 0)

@@ -1,8 +1,8 @@
 """Discrete codes for rotations: bins along the first principal component, or K-means prototypes.
 
-A codec is fitted on the training split's rotations, turns a rotation into a class index and a class index back into a
-rotation. It is an ``nn.Module`` whose fitted state lies in buffers, so that it travels in checkpoints and moves with
-the model; an unfitted codec refuses to work. Quaternions are (w, x, y, z).
+A codec is fitted on the training split's rotations. It converts rotations to class indices and class indices to
+rotations. It is an ``nn.Module`` with its fitted state in buffers, which are stored in checkpoints and move with the
+model; an unfitted codec raises an error. Quaternions are (w, x, y, z).
 
 Shape legend: N rotations, R classes, ``...`` any batch shape.
 """
@@ -38,20 +38,20 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-COVERED_RAD = math.radians(15.0)  # farther from every prototype, or from PC1's axis, is not seen in training
-# Warned about: more than this share of the rotations is stored with more than this error, which no grip tolerates.
-# Sound demonstrations have up to 2 %, where the gripper tips on its way: the demo's, from which its policy learns.
+COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype, or from PC1's axis, are not covered
+# A warning is logged if more than this share of rotations has a decode error above FAR_DEG, which no grip tolerates.
+# Sound demonstrations have up to 2 % (the gripper tips on its way), such as the demo's, from which its policy learns.
 FAR_DEG, FAR_SHARE = 45.0, 0.05
-# Bins this much wider than 98 % of the rotations need are warned about, unless they are this narrow all the same.
+# A warning is logged if bins are WIDENED times wider than 98 % of the rotations need, and wider than NARROW_BIN_DEG.
 WIDENED, NARROW_BIN_DEG = 2.0, 2.0
 
 
 class RotationCodec(nn.Module):
-    """Between rotations and class indices; see the subclasses for the two modes of the Hydra group ``rotation``."""
+    """Convert between rotations and class indices; the subclasses are the modes of the Hydra group ``rotation``."""
 
     advice: ClassVar[str]  # what to do where many rotations are far from their codes
     classes: int
-    fitted: Tensor  # bool [], a buffer so that a checkpoint says whether the basis in it means anything
+    fitted: Tensor  # bool [], a buffer: checkpoints record whether their basis has been fitted
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class RotationCodec(nn.Module):
         self.register_buffer("fitted", torch.tensor(False))
 
     def fit(self, quaternions: Tensor) -> dict[str, float]:
-        """Fit on the training split's rotations ``[N, 4]``; returns the report: decode errors in degrees, and more.
+        """Fit on the training split's rotations ``[N, 4]``; return the report: decode errors in degrees, and more.
 
         Raises:
             ValueError: there are no rotations, or they contain NaN.
@@ -81,7 +81,7 @@ class RotationCodec(nn.Module):
         return self.report(unit)
 
     def report(self, quaternions: Tensor) -> dict[str, float]:
-        """What a fit on unit quaternions ``[N, 4]`` has to report: its errors, and what the subclass knows."""
+        """Report of a fit on unit quaternions ``[N, 4]``: its errors, and values that the subclass adds."""
         return self.quantisation(quaternions)
 
     def settings(self) -> dict[str, float]:
@@ -89,8 +89,8 @@ class RotationCodec(nn.Module):
         return {"classes": self.classes}
 
     def quantisation(self, quaternions: Tensor) -> dict[str, float]:
-        """The floor under every rotation error: angle in degrees between rotations ``[N, 4]`` and their decoded
-        codes, and how many of them are more than `FAR_DEG` off."""
+        """Quantisation floor of rotation errors: angles in degrees between rotations ``[N, 4]`` and their decoded
+        codes, and how many angles are above `FAR_DEG`."""
         decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
         degrees = torch.rad2deg(geodesic_angle(normalise(quaternions), decoded))
         errors = {"decode_error_deg": float(degrees.mean()), "decode_error_max_deg": float(degrees.max())}
@@ -111,10 +111,10 @@ class RotationCodec(nn.Module):
         """Class indices ``[...]`` (int64) of rotations ``[..., 4]``."""
 
     def covers(self, quaternions: Tensor, like: Tensor | None = None) -> Tensor:
-        """Whether rotations ``[..., 4]`` are among those that training showed: near their code, bool ``[...]``.
+        """Whether rotations ``[..., 4]`` are covered by the training data, that is, near their code: bool ``[...]``.
 
-        ``like``: rotations ``[..., 4]`` that it did show, which may lie off the axis of a codec that has one: others
-        may then lie as far off, and what is near beyond it.
+        ``like``: rotations ``[..., 4]`` that the training data cover. For a codec with an axis, they may lie off this
+        axis: the allowed distance from the axis is then larger by that of ``like``.
         """
         del like
         decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
@@ -125,7 +125,7 @@ class RotationCodec(nn.Module):
         """Rotations ``[..., 4]`` of class indices ``[...]``."""
 
     def expectation(self, logits: Tensor, window: int = 2) -> Tensor:
-        """Rotations ``[..., 4]`` from logits ``[..., R]``: the best class by default, refined where classes are
+        """Rotations ``[..., 4]`` from logits ``[..., R]``: the best class by default, refined if classes are
         ordered."""
         del window
         return self.decode(logits.argmax(dim=-1))
@@ -135,15 +135,16 @@ class RotationCodec(nn.Module):
 class PCARotation(RotationCodec):
     """Bins along the first principal component of the rotations' tangent vectors around their mean.
 
-    Many manipulation data sets turn the gripper mostly about one axis; then one number says nearly everything about the
+    In many manipulation data sets the gripper rotates mostly about one axis; then one value describes nearly all of the
     rotation. The share of variance that PC1 explains is reported; below ``min_explained`` a warning names the other
-    mode.
+    mode, ``rotation=kmeans``.
 
     Args:
-        classes: number of bins; 32 are 5.6 degrees each over a half turn.
+        classes: number of bins; 32 bins over a half turn are 5.6 degrees wide each.
         min_explained: share of variance below which the first component loses too much of the rotation.
         outlier_share: share of the training rotations, half of it at each end, that may lie outside of the bins and
-            count to the outermost: a single wrong reading must not make all bins wide. 0: the bins span them all.
+            are then put in the outermost bins: a single wrong reading must not make all bins wide. 0: the bins span
+            all rotations.
     """
 
     advice = (
@@ -172,7 +173,7 @@ class PCARotation(RotationCodec):
         mean = mean_rotation(quaternions)
         tangents = rotation_log(quaternion_multiply(quaternion_conjugate(mean), quaternions))  # [N, 3]
         if float(tangents.std(dim=0, correction=0).max()) < 1e-6:
-            # Every rotation is the same (a gripper that never turns): any axis serves, one bin is enough.
+            # Every rotation is the same (the gripper never rotates): any axis works, one bin is enough.
             axis, offset, explained = tangents.new_tensor([0.0, 0.0, 1.0]), tangents.mean(dim=0), 1.0
         else:
             pca = PCA(n_components=min(3, *tangents.shape)).fit(tangents.numpy())
@@ -183,7 +184,7 @@ class PCARotation(RotationCodec):
         ends = [self.outlier_share / 2, 1 - self.outlier_share / 2]
         low, high = np.quantile(scores.numpy(), ends).tolist() if self.outlier_share else (scores.min(), scores.max())
         low, high = float(low), float(high)
-        if high - low < 1e-3:  # a width for the bins even where nothing varies
+        if high - low < 1e-3:  # the bins need a width even if nothing varies
             low, high = low - 5e-4, high + 5e-4
         self.mean.copy_(mean)
         self.offset.copy_(offset)
@@ -192,7 +193,7 @@ class PCARotation(RotationCodec):
         self.explained.fill_(explained)
 
     def report(self, quaternions: Tensor) -> dict[str, float]:
-        """Also the share of PC1, the range of the bins, and that of 98 % of the rotations, degrees."""
+        """Add PC1's share of the variance, the range of the bins, and the range of 98 % of the rotations, degrees."""
         inner = np.quantile(self.scores(quaternions).numpy(), [0.01, 0.99])
         ranges = np.rad2deg([float(self.score_range.diff()), float(np.diff(inner)[0])]).tolist()
         found = {"pc1_explained": float(self.explained), "range_deg": ranges[0], "inner_range_deg": ranges[1]}
@@ -206,7 +207,7 @@ class PCARotation(RotationCodec):
         self._require_fit()
         mean = self.mean.to(quaternions.dtype)
         tangents = rotation_log(quaternion_multiply(quaternion_conjugate(mean), quaternions))
-        # Products and sums stay as precise as they are under autocast; a matrix product would not.
+        # Products and sums keep their precision under autocast; a matrix product would not.
         return ((tangents - self.offset.to(tangents.dtype)) * self.axis.to(tangents.dtype)).sum(dim=-1)
 
     def bin_position(self, quaternions: Tensor) -> Tensor:
@@ -221,12 +222,12 @@ class PCARotation(RotationCodec):
     def covers(self, quaternions: Tensor, like: Tensor | None = None) -> Tensor:
         scores = self.scores(quaternions)
         within = (scores >= self.score_range[0]) & (scores <= self.score_range[1])
-        # a turn about another axis leaves the score as it is: its place on the axis is then far away, in any bin
+        # a turn about another axis does not change the score: the rotation is then far from its place on the axis
         allowed = COVERED_RAD if like is None else COVERED_RAD + self._off_axis(like)
         return within & (self._off_axis(quaternions) <= allowed)
 
     def _off_axis(self, quaternions: Tensor) -> Tensor:
-        """Radians ``[...]`` from rotations ``[..., 4]`` to their places on PC1's axis, beyond the bins too."""
+        """Radians ``[...]`` from rotations ``[..., 4]`` to their places on PC1's axis, also beyond the bins."""
         on_axis = self._from_position(self._position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
         return geodesic_angle(normalise(quaternions), on_axis)
 
@@ -259,10 +260,10 @@ class KMeansRotation(RotationCodec):
 
     K-means (scikit-learn) runs in the space of 4 x 4 quaternion outer products: q and -q have the same product, and the
     squared distance there, 2 (1 - cos^2(angle / 2)), grows with the geodesic angle, so the nearest centre is the
-    nearest rotation. A centre is brought back to a rotation as its principal eigenvector.
+    nearest rotation. A centre is converted to a rotation by its principal eigenvector.
 
     Args:
-        classes: K, the number of prototypes; at most the number of different rotations is used.
+        classes: K, the number of prototypes; at most as many as there are different rotations are used.
         seed: of the K-means initialisation.
     """
 
@@ -286,7 +287,7 @@ class KMeansRotation(RotationCodec):
         self.prototypes.copy_(normalise(padded))
 
     def report(self, quaternions: Tensor) -> dict[str, float]:
-        """Also how many prototypes differ."""
+        """Add the number of different prototypes."""
         return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))} | super().report(quaternions)
 
     def settings(self) -> dict[str, float]:
@@ -294,8 +295,8 @@ class KMeansRotation(RotationCodec):
 
     def encode(self, quaternions: Tensor) -> Tensor:
         self._require_fit()
-        # |cos(angle / 2)| is largest for the geodesically nearest prototype.
-        cosines = (quaternions[..., None, :] * self.prototypes.to(quaternions.dtype)).sum(dim=-1)  # also under autocast
+        # |cos(angle / 2)| is largest for the geodesically nearest prototype. No matrix product, because of autocast.
+        cosines = (quaternions[..., None, :] * self.prototypes.to(quaternions.dtype)).sum(dim=-1)
         return cosines.abs().argmax(dim=-1)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -304,13 +305,13 @@ class KMeansRotation(RotationCodec):
 
 
 def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fingerprint: str) -> dict[str, float]:
-    """Fit a codec, or take its basis from the file beside the dataset that was fitted on exactly the same rotations.
+    """Fit a codec, or load its basis from a file next to the dataset that was fitted on exactly the same rotations.
 
-    The file's name carries a hash of the codec's settings, of ``fingerprint`` (which says what the dataset was when its
-    statistics were computed) and of the rotations themselves, so a stale basis is never read.
+    The file's name contains a hash of the codec's settings, of ``fingerprint`` (which identifies the dataset's state
+    when its statistics were computed) and of the rotations themselves, so a stale basis is never read.
 
     Args:
-        quaternions: ``[N, 4]`` of the training split. cache_dir: folder beside the dataset, made where absent.
+        quaternions: ``[N, 4]`` of the training split. cache_dir: folder next to the dataset, created if missing.
 
     Returns:
         The fit's report, see :meth:`RotationCodec.fit`.
@@ -333,7 +334,7 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
 
 
 def _stored(path: Path) -> dict[str, Tensor] | None:
-    """A basis that was kept; None where there is none, or it is damaged and must be fitted again."""
+    """Load a cached basis; None if there is none, or if it is damaged and must be fitted again."""
     try:
         found: dict[str, Tensor] | None = load_tensors(path) if path.is_file() else None
         return found

@@ -16,7 +16,7 @@ def normalise(quaternion: Tensor) -> Tensor:
 
 
 def canonical(quaternion: Tensor) -> Tensor:
-    """The one of q and -q whose w is not negative, ``[..., 4]``."""
+    """Whichever of q and -q has w >= 0, ``[..., 4]``."""
     return torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
 
 
@@ -54,8 +54,8 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     """Unit quaternions ``[..., 4]`` (w >= 0) of rotation matrices ``[..., 3, 3]``.
 
-    Each of the four components can serve as divisor; the largest is taken, so that the result is accurate for every
-    rotation (half turns included).
+    Each of the four components can serve as divisor; the largest is used, so the result is accurate for every rotation
+    (half turns included).
     """
     m = matrix
     trace = m[..., 0, 0] + m[..., 1, 1] + m[..., 2, 2]
@@ -79,13 +79,13 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
 
 
 def quaternion_to_columns(quaternion: Tensor) -> Tensor:
-    """The first two columns of the rotation matrix, ``[..., 3, 2]``: a continuous representation with six numbers
+    """The first two columns of the rotation matrix, ``[..., 3, 2]``: a continuous representation with six values
     (Zhou et al., "On the Continuity of Rotation Representations in Neural Networks", 2019)."""
     return quaternion_to_matrix(quaternion)[..., :2]
 
 
 def columns_to_quaternion(columns: Tensor) -> Tensor:
-    """Rotations ``[..., 4]`` from two raw columns ``[..., 3, 2]`` by Gram-Schmidt: of any length, not orthogonal."""
+    """Rotations ``[..., 4]`` by Gram-Schmidt from two raw columns ``[..., 3, 2]`` (any length, not orthogonal)."""
     first = F.normalize(columns[..., 0], dim=-1)
     second = F.normalize(columns[..., 1] - (first * columns[..., 1]).sum(-1, keepdim=True) * first, dim=-1)
     third = torch.linalg.cross(first, second)
@@ -120,8 +120,8 @@ def geodesic_angle(first: Tensor, second: Tensor) -> Tensor:
 def mean_rotation(quaternions: Tensor) -> Tensor:
     """Mean ``[4]`` of rotations ``[N, 4]`` that minimises the summed squared chordal distance.
 
-    The principal eigenvector of the quaternions' scatter matrix, which is blind to signs (Markley et al., "Averaging
-    Quaternions", 2007).
+    The principal eigenvector of the quaternions' scatter matrix, which does not depend on their signs (Markley et al.,
+    "Averaging Quaternions", 2007).
     """
     scatter = quaternions.double().T @ quaternions.double()
     mean = torch.linalg.eigh(scatter).eigenvectors[:, -1]

@@ -2,17 +2,17 @@
 
     [state | future tokens | noisy actions] -> block 0 .. N - 1 -> velocity of the actions
 
-Block i reads its own context, the hidden states of one layer of the vision-language model and the geometry tokens::
+Block i reads its own context: the hidden states of one layer of the vision-language model, and the geometry tokens::
 
     x + cross_attention(AdaLN(x), context_i)    then    x + MLP(LayerNorm(x))
 
-The tokens see the context there, and nothing of each other: between these blocks stand blocks of the same form that
-attend to the tokens themselves. Without any the state would reach no action, whatever it is.
+In these blocks the tokens attend to the context and not to each other. Between them stand blocks of the same form with
+self-attention over the tokens. Without self-attention the state would have no effect on the actions.
 
 Sources: Bjorck et al., "GR00T N1: An Open Foundation Model for Generalist Humanoid Robots" (2025) for tokens and
 conditioning; Black et al., "pi0: A Vision-Language-Action Flow Model for General Robot Control" (2024) for the times.
 
-Shape legend: B samples, R draws of noise for each, T action steps, Da numbers of an action step, Ds of a state, n
+Shape legend: B samples, R noise samples for each, T action steps, Da values of an action step, Ds values of a state, n
 tokens of the head, M tokens of a context, H width.
 """
 
@@ -32,9 +32,9 @@ from keygrip.models.nn.sinusoids import LevelEmbedding, level_features
 
 @dataclass
 class BlockContext:
-    """What one block reads of B samples; its keys and values are computed once, when they are first asked for.
+    """Context of one block for B samples; its keys and values are computed once, on first use.
 
-    They are kept only where no gradient is recorded (that is, over the steps of a sampler).
+    They are cached only if no gradients are recorded (that is, over the steps of a sampler).
 
     Attributes:
         tokens: ``[B, M, H]``. mask: bool ``[B, M]``, False for padding; None: no padding.
@@ -67,14 +67,14 @@ class HeadBlock(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, context: BlockContext | None = None, record: AttentionRecord | None = None
     ) -> Tensor:
-        """``[B R, n, H]`` from the same; ``condition`` ``[B R, d_cond]``; without a context the tokens see each
-        other."""
+        """Map tokens ``[B R, n, H]`` to new ones, given ``condition`` ``[B R, d_cond]``; without a context the tokens
+        attend to each other."""
         shift, scale = self.modulation(condition[:, None])
         normed = modulate(self.norm(x), shift, scale)
         if context is None:
             read = self.attention(normed)
         else:
-            # The draws of a sample stand side by side as queries: its keys and values are never copied for them.
+            # The R noise samples of a sample are queries of one sequence, so its keys and values are not copied.
             queries = normed.unflatten(0, (len(context.tokens), -1)).flatten(1, 2)  # [B, R n, H]
             keys_values = context.keys_values(self.attention)
             read = self.attention(queries, keys_values, context.mask).reshape(x.shape)
@@ -85,7 +85,7 @@ class HeadBlock(nn.Module):
 
 
 class ActionEncoder(nn.Module):
-    """Noisy actions and their noise level to tokens, ``[B R, T, Da]`` and ``[B R]`` to ``[B R, T, H]``."""
+    """Encode noisy actions ``[B R, T, Da]`` and their noise levels ``[B R]`` as tokens ``[B R, T, H]``."""
 
     def __init__(self, action_size: int, width: int, horizon: int) -> None:
         super().__init__()
@@ -101,15 +101,15 @@ class ActionEncoder(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """The whole head. Computes in float32 whatever the precision around it: four Euler steps add their errors up.
+    """The whole head. It always computes in float32, because the errors of four Euler steps add up.
 
     Args:
-        width: H, that of the vision-language model. blocks: N, each with a context of its own.
+        width: H, that of the vision-language model. blocks: N, each with its own context.
         state_size: Ds. action_size: Da. horizon: T.
-        future_tokens: learned tokens without an input, where blocks can keep what several actions need.
+        future_tokens: learned tokens without an input, in which blocks can store what several actions need.
         head_size: width of an attention head. expansion: of the MLPs.
-        self_attention_every: a block of self-attention stands behind every so many of the N blocks (and behind the
-            last one of them only if it is its turn).
+        self_attention_every: a self-attention block follows every `self_attention_every` of the N blocks (after the
+            last block only if this number divides N).
 
     Raises:
         ValueError: sizes that do not fit, or no self-attention at all.
@@ -166,7 +166,7 @@ class ActionHead(nn.Module):
         """The velocity of noisy actions, ``[B R, T, Da]`` float32 (noise minus data, see `nn.flow_matching`).
 
         Args:
-            actions: ``[B R, T, Da]``, the R draws of a sample in a row. level: ``[B R]``, 0 data .. 1 noise.
+            actions: ``[B R, T, Da]``, the R noise samples of a sample in a row. level: ``[B R]``, 0 data .. 1 noise.
             state: ``[B, Ds]``.
             contexts: one for each of the N blocks, of B samples.
             action_bias: ``[B, T, H]``, added to the actions' tokens; None: nothing.

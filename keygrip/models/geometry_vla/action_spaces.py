@@ -1,7 +1,7 @@
-"""What the numbers of an action are: poses, ways from the present pose, joint angles, or a controller's own inputs.
+"""Action spaces: poses, displacements from the present pose, joint angles, or the inputs of a controller.
 
-Each space turns the targets of a batch into numbers and numbers back into poses, which is what metrics, limits and
-robots take. None of them normalises.
+Each space converts the targets of a batch to the numbers of an action, and these numbers back to poses, which metrics,
+limits and robots use. No space normalises.
 
 Shape legend: B samples, A arms, T steps, C numbers of an arm's action, J joints.
 """
@@ -31,10 +31,10 @@ from keygrip.robots.kinematics import ARM_JOINTS, arm_chain
 
 ActionKind = Literal["absolute", "delta", "joint", "osc"]
 COLUMNS: dict[str, int] = {"absolute": 10, "delta": 10, "joint": ARM_JOINTS + 1, "osc": 7}  # C of each kind
-LARGEST_RESIDUAL_M = 0.02  # largest distance between recorded positions and those of the recorded joints
-LEAST_INPUT = 1e-9  # sum of squares of what a controller is asked for, from which on a share of it can be fitted
-LARGEST_SHARE = 1.5  # of what a controller is asked for in a step; 1 is all of it
-LEAST_CORRELATION = 0.1  # between what is asked for and done, below which neither says anything about the other
+LARGEST_RESIDUAL_M = 0.02  # largest allowed distance of recorded positions from those computed from the joints
+LEAST_INPUT = 1e-9  # smallest sum of squared controller inputs to which a share can be fitted
+LARGEST_SHARE = 1.5  # largest share of the requested motion that an arm makes in a step; 1: all of it
+LEAST_CORRELATION = 0.1  # between requested and actual motion; below it one does not predict the other
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def pose_numbers(position: Tensor, quaternion: Tensor, gripper: Tensor) -> Tenso
 
 
 class PoseSpace(nn.Module):
-    """Poses in the world, or the way to them from the present pose (positions in the world's axes, rotations in the
-    gripper's); the opening is absolute in both."""
+    """Poses in the world, or their displacements from the present pose (positions along the world's axes, rotations in
+    the gripper's frame); the opening is absolute in both."""
 
     reads: str | None = None
 
@@ -84,11 +84,11 @@ class PoseSpace(nn.Module):
 
 
 class JointSpace(nn.Module):
-    """Joint angles, radians, and the gripper's opening. Poses are those of the arm's model, standing where the
-    training data say that its base is.
+    """Joint angles, radians, and the gripper's opening. Poses are computed with the arm's kinematic model, whose base
+    pose is estimated from the training data.
 
     Args:
-        arms: their names. arm, gripper: models of `keygrip.robots.kinematics`, of every arm.
+        arms: their names. arm, gripper: models in `keygrip.robots.kinematics`, the same for every arm.
     """
 
     reads: str | None = "joints"
@@ -120,10 +120,10 @@ class JointSpace(nn.Module):
         return torch.cat([joints, targets.gripper[..., None]], dim=-1)
 
     def take(self, targets: PolicyTargets) -> None:
-        """Finds where each arm's base stands, from recorded poses and joints.
+        """Estimate the pose of each arm's base from recorded poses and joints.
 
         Raises:
-            ValueError: the recorded positions are not those of the arm's model at the recorded joints.
+            ValueError: the recorded positions differ from those of the arm's model at the recorded joints.
         """
         joints = _present(targets.start_joints, "joints")
         position, rotation = self._in_base(joints[..., :ARM_JOINTS])  # [B, A, 3] and [B, A, 3, 3]
@@ -161,19 +161,19 @@ class JointSpace(nn.Module):
 
 
 class ControllerSpace(nn.Module):
-    """Inputs of an operational-space controller at every step (robosuite's OSC_POSE, LIBERO's actions): a way and a
-    turn (rotation vector, both in the world's axes) in shares of the largest ones, and the gripper, -1 open to 1
-    closed.
+    """Inputs of an operational-space controller at every step (robosuite's OSC_POSE, LIBERO's actions): a translation
+    and a rotation (rotation vector; both along the world's axes) as shares of the largest ones, and the gripper, -1
+    open to 1 closed.
 
-    Each input sets a goal from the pose that the arm has reached, not from the goal before, and the arm comes only part
-    of the way to it within a step. Poses are therefore an estimate: from step to step the arm moves by one share of
-    what the inputs ask for, and turns by another, both fitted to the recordings.
+    Each input sets a goal relative to the pose that the arm has reached, not to the previous goal, and the arm covers
+    only part of the way within a step. Poses are therefore an estimate: in each step the arm makes one share of the
+    requested translation and another share of the requested rotation. Both shares are fitted to the recordings.
 
     Args:
-        position_m, rotation_rad: the controller's largest way and turn a step (its `output_max`).
+        position_m, rotation_rad: the controller's largest translation and rotation per step (its `output_max`).
 
     Attributes:
-        shares: of the way and of the turn that is asked for, what the arm does in a step; ``[2]``.
+        shares: ``[2]``, the shares of the requested translation and rotation that the arm makes in a step.
     """
 
     reads: str | None = "controller"
@@ -195,10 +195,10 @@ class ControllerSpace(nn.Module):
         return controller
 
     def take(self, targets: PolicyTargets) -> None:
-        """Fits the shares by least squares to what the arms did in each recorded step.
+        """Fit the shares by least squares to the motion of the arms in each recorded step.
 
         Raises:
-            ValueError: the arms do not move as the inputs say: other axes, or another row of the recording.
+            ValueError: the arms do not follow the inputs: the axes, or the row of the recording, are others.
         """
         inputs, real = self.numbers(targets), ~targets.action_is_pad
         before = torch.cat([targets.start_position[:, :, None], targets.position[:, :, :-1]], dim=2)
@@ -212,7 +212,7 @@ class ControllerSpace(nn.Module):
             wish, did = wish[real].double(), did[real].double()
             size = wish.square().sum()
             if size < LEAST_INPUT:
-                continue  # never asked for: nothing will be either
+                continue  # never requested in training, so not in plans either
             share = float((wish * did).sum() / size)
             together = float((wish * did).sum() / (size * did.square().sum()).sqrt().clamp_min(1e-12))
             if abs(together) < LEAST_CORRELATION:
@@ -245,7 +245,7 @@ def _present(values: Tensor | None, what: str) -> Tensor:
 def action_space(
     kind: str, arms: Sequence[str], arm: str, gripper: str, osc_position_m: float, osc_rotation_rad: float
 ) -> PoseSpace | JointSpace | ControllerSpace:
-    """The space of a kind of action.
+    """Build the space of a kind of action.
 
     Raises:
         ValueError: there is no such kind, arm or gripper.

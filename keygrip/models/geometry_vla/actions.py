@@ -1,5 +1,5 @@
-"""Actions as vectors that a flow-matching head can learn, and back: how they are normalised. What their numbers are is
-said by `action_spaces.py`.
+"""Normalisation of actions to vectors that a flow-matching head can learn, and back. The numbers of an action are
+defined in `action_spaces.py`.
 
 Shape legend: B samples, A arms, T steps, C numbers of an arm's action.
 """
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIZE = 10  # numbers of an arm's pose: position 3, rotation columns 6, opening 1
-FARTHEST = 20.0  # normalised value in training from which on its error outweighs those of hundreds of others
-LEAST_RANGE = 0.01  # smallest range used as a scale (metres, or entries of a rotation matrix): less is standing still
+FARTHEST = 20.0  # beyond this normalised value, the error of one number outweighs those of hundreds of others
+LEAST_RANGE = 0.01  # smallest range used as a scale (metres, or entries of a rotation matrix): less is no motion
 
 
 @model_part
 class PoseActions(nn.Module):
-    """Actions of all arms as normalised vectors ``[..., C A]``, and the statistics that this takes.
+    """Actions of all arms as normalised vectors ``[..., C A]``, and the statistics for it.
 
     A pose is its position, two columns of its rotation matrix (continuous, unlike angles or quaternions) and the
-    gripper's opening (C = 10). The state is one whatever the actions are. Each number is scaled so that almost all of
-    the training split lies in -1 .. 1; what lies beyond stays beyond, both ways: nothing is clipped. The statistics are
-    buffers: they lie in every checkpoint, training and inference read the same ones, and reading them before they are
-    there raises.
+    gripper's opening (C = 10). The state is a pose, whatever the actions are. Each number is scaled so that almost
+    all of the training split lies in -1 .. 1; values outside stay outside in both directions: nothing is clipped. The
+    statistics are buffers: every checkpoint contains them, training and inference use the same ones, and an error is
+    raised if they are used before they are set.
 
     Args:
         arms: their names, in the order of the batch's arm axis.
-        kind: ``absolute`` poses in the world, or ``delta``: the way from the present pose (positions in the world's
-            axes, rotations in the gripper's); the opening is absolute in both. ``joint``: reached joint angles and the
-            opening. ``osc``: the recorded inputs of an operational-space controller, as LIBERO has them.
-        tail: share of the values at either end that may lie beyond -1 .. 1.
+        kind: ``absolute`` poses in the world, or ``delta``: displacements from the present pose (positions along the
+            world's axes, rotations in the gripper's frame); the opening is absolute in both. ``joint``: reached joint
+            angles and the opening. ``osc``: the recorded inputs of an operational-space controller, as in LIBERO.
+        tail: share of the values at each end that may lie outside -1 .. 1.
         arm, gripper: models of `keygrip.robots.kinematics`, for ``joint``.
-        osc_position_m, osc_rotation_rad: the controller's largest way and turn a step, for ``osc``.
-        embodiments: names of robots (of the demonstrations) that have statistics of their own; none: one for all.
+        osc_position_m, osc_rotation_rad: the controller's largest translation and rotation per step, for ``osc``.
+        embodiments: names of robots (in the demonstrations) that have their own statistics; none: one set for all.
     """
 
     read_where: ClassVar = {
@@ -106,14 +106,14 @@ class PoseActions(nn.Module):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What of the arms' recordings it is made of beside the poses: "joints" or "controller"."""
+        """Recordings that actions are computed from, other than poses: "joints" or "controller"."""
         return () if self.space.reads is None else (self.space.reads,)
 
     def take(self, chunks: PolicyTargets, robot_ranges: Mapping[str, Range] | None = None) -> None:
-        """Computes the statistics from action chunks of the training split; padded steps do not count.
+        """Compute the statistics from action chunks of the training split; padded steps do not count.
 
         Args:
-            robot_ranges: with `embodiments` the lowest and highest position of each, metres.
+            robot_ranges: with `embodiments`, the lowest and highest position of each robot, metres.
         """
         if chunks.position.shape[1] != len(self.arms):
             raise ValueError(
@@ -163,7 +163,7 @@ class PoseActions(nn.Module):
         return f"number {column % columns + 1} of the {self.arms[column // columns]} arm's {what}"
 
     def _take(self, values: Tensor, low: Tensor, high: Tensor, column: int) -> float:
-        """Puts in one number's bounds; returns how far its normalised values reach."""
+        """Store the bounds of one number; return the largest absolute value of its normalised values."""
         if not len(values):
             raise ValueError("The training split holds no action that is not padding: give longer demonstrations.")
         bounds = torch.tensor([self.tail, 1 - self.tail], dtype=torch.float64)
@@ -179,7 +179,7 @@ class PoseActions(nn.Module):
         return embodiment
 
     def _of(self, name: str, embodiment: Tensor | None) -> Tensor:
-        """A statistic as it is subtracted: ``[Da]``, or with several robots ``[B, Da]`` of each sample's own."""
+        """A statistic by name: ``[Da]``, or with several robots that of each sample's robot, ``[B, Da]``."""
         values: Tensor = getattr(self, name)
         return values[self._embodiment(embodiment)] if self.embodiments else values
 
@@ -192,20 +192,20 @@ class PoseActions(nn.Module):
 
     def state(self, position: Tensor, quaternion: Tensor, gripper: Tensor, embodiment: Tensor | None = None) -> Tensor:
         """The arms' present poses, normalised: ``[B, 10 A]`` from ``[B, A, 3]``, ``[B, A, 4]`` and ``[B, A]``; with
-        several robots ``embodiment`` ``[B]`` says which."""
+        several robots ``embodiment`` ``[B]`` gives each sample's robot."""
         self._check()
         numbers = pose_numbers(position, quaternion, gripper).flatten(-2)
         return _scaled(numbers, self._of("state_low", embodiment), self._of("state_high", embodiment))
 
     def places(self, points: Tensor, embodiment: Tensor | None = None) -> Tensor:
-        """Points in the world ``[B, A, M, 3]``, metres, as the state's positions are normalised."""
+        """Normalise world points ``[B, A, M, 3]``, metres, in the same way as the state's positions."""
         self._check()
         shape = (-1, len(self.arms), 1, SIZE)
         low, high = (self._of(name, embodiment).reshape(shape)[..., :3] for name in ("state_low", "state_high"))
         return _scaled(points, low, high)
 
     def encode(self, targets: PolicyTargets) -> Tensor:
-        """The targets of a batch as normalised actions, ``[B, T, C A]``."""
+        """Convert the targets of a batch to normalised actions, ``[B, T, C A]``."""
         self._check()
         return self._normalised(self._raw(targets), targets.embodiment)
 
@@ -218,7 +218,7 @@ class PoseActions(nn.Module):
         start_quaternion: Tensor,
         embodiment: Tensor | None = None,
     ) -> Tensor:
-        """Poses as normalised actions ``[B, T, 10 A]``, the inverse of `decode`.
+        """Convert poses to normalised actions ``[B, T, 10 A]``, the inverse of `decode`.
 
         Args:
             position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper: ``[B, A, T]``.
@@ -226,7 +226,7 @@ class PoseActions(nn.Module):
             embodiment: ``[B]``, with several robots.
 
         Raises:
-            ValueError: actions are no poses.
+            ValueError: actions are not poses.
         """
         self._check()
         if not isinstance(self.space, PoseSpace):
@@ -235,7 +235,7 @@ class PoseActions(nn.Module):
         return self.encode_numbers(numbers, embodiment)
 
     def encode_numbers(self, numbers: Tensor, embodiment: Tensor | None = None) -> Tensor:
-        """Actions in their own units ``[B, A, T, C]`` as normalised ones ``[B, T, C A]``, the inverse of `numbers`."""
+        """Normalise actions in their own units ``[B, A, T, C]`` to ``[B, T, C A]``, the inverse of `numbers`."""
         self._check()
         return self._normalised(numbers.transpose(1, 2).flatten(-2), embodiment)
 
@@ -246,8 +246,8 @@ class PoseActions(nn.Module):
         return _scaled(raw, low, high)
 
     def numbers(self, actions: Tensor, embodiment: Tensor | None = None) -> Tensor:
-        """Actions in their own units, ``[B, A, T, C]``, of normalised ones ``[B, T, C A]``; those beyond -1 .. 1 are as
-        good as others."""
+        """Convert normalised actions ``[B, T, C A]`` to their own units, ``[B, A, T, C]``; values outside -1 .. 1 are
+        valid."""
         self._check()
         low, high = self._of("low", embodiment), self._of("high", embodiment)
         if self.embodiments:
@@ -268,7 +268,7 @@ class PoseActions(nn.Module):
             return self.space.poses(self.numbers(actions, embodiment), position, quaternion)
 
     def mask(self, targets: PolicyTargets) -> Tensor:
-        """bool ``[B, T, C A]``: False where the step is padding behind the end of a demonstration."""
+        """bool ``[B, T, C A]``: False where the step is padding after the end of a demonstration."""
         return (~targets.action_is_pad).transpose(1, 2).repeat_interleave(self.columns, dim=-1)
 
     def _raw(self, targets: PolicyTargets) -> Tensor:

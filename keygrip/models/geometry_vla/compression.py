@@ -1,6 +1,6 @@
-"""From the tokens of a geometry model to the few that the action head reads, for each of its blocks.
+"""Compress the tokens of a geometry model to the few tokens that each block of the action head reads.
 
-Averaging all of them would leave nothing of the 3D layout; a few dozen keep it and cost the head little.
+Averaging all tokens into one would lose the 3D layout; a few dozen tokens keep it and cost the head little.
 
 Shape legend: B batch, G geometry tokens, Dg their width, K compressed tokens, H width of the action head.
 """
@@ -21,10 +21,10 @@ TYPES: tuple[CompressionType, ...] = ("pool", "per_layer", "qformer")
 
 
 class GeometryCompressor(nn.Module, ABC):
-    """What the three kinds have in common: K tokens for each of the action head's blocks.
+    """Base class of the three kinds: K tokens for each of the action head's blocks.
 
     Args:
-        geom_dim: Dg. width: H. blocks: that read geometry. tokens: K.
+        geom_dim: Dg. width: H. blocks: number of blocks that read geometry. tokens: K.
     """
 
     def __init__(self, geom_dim: int, width: int, blocks: int, tokens: int) -> None:
@@ -61,12 +61,12 @@ class PoolCompressor(GeometryCompressor):
         self.projection = nn.Linear(geom_dim, width)
 
     def _compress(self, geometry: Tensor) -> list[Tensor]:
-        # A mean's weights add up to 1, so that pooling before the linear layer is pooling after it, for K / G the work.
+        # A mean's weights add up to 1, so pooling before the linear layer equals pooling after it, for K / G the work.
         return [self.projection(pooled(geometry, self.tokens))] * self.blocks
 
 
 class PerLayerCompressor(GeometryCompressor):
-    """A linear layer for each block and the same pooling: tokens that differ by block."""
+    """A linear layer for each block after the same pooling: the tokens differ by block."""
 
     def __init__(self, geom_dim: int, width: int, blocks: int, tokens: int) -> None:
         super().__init__(geom_dim, width, blocks, tokens)
@@ -81,7 +81,7 @@ class QFormerCompressor(GeometryCompressor):
     """Learned queries that attend to all projected tokens (after Li et al., "BLIP-2", 2023, with one attention layer):
     the same K tokens at every block; which tokens they come from depends on the input.
 
-    Args (beside those of `GeometryCompressor`):
+    Args (in addition to those of `GeometryCompressor`):
         heads: of the attention.
     """
 
@@ -90,7 +90,7 @@ class QFormerCompressor(GeometryCompressor):
         if heads < 1 or width % heads:
             raise ValueError(f"model.network.geom_qformer_heads={heads} must divide the head's width, {width}.")
         self.projection = nn.Linear(geom_dim, width)
-        # Queries of unit size: much smaller ones would all attend to everything alike, and stay equal to each other.
+        # Queries of unit size: much smaller queries would all attend to everything equally, and stay equal.
         self.queries = nn.Parameter(torch.randn(tokens, width))
         self.attention = Attention(width, heads, qk_norm=False)
 
@@ -102,7 +102,7 @@ class QFormerCompressor(GeometryCompressor):
 def pooled(tokens: Tensor, count: int) -> Tensor:
     """Means over ``count`` runs of consecutive tokens, ``[B, G, D]`` to ``[B, count, D]``.
 
-    Where G does not divide, neighbouring runs share a token, so that each has its due length and none is left out.
+    If ``count`` does not divide G, neighbouring runs share a token, so no token is left out.
     """
     if tokens.shape[1] % count == 0:
         return tokens.unflatten(1, (count, -1)).mean(dim=2)
@@ -112,14 +112,14 @@ def pooled(tokens: Tensor, count: int) -> Tensor:
 def build_geom_compressor(
     type: str, geom_dim: int, width: int, blocks: int, tokens: int = 16, heads: int = 8
 ) -> GeometryCompressor:
-    """The compressor of a kind.
+    """Build the compressor of a kind.
 
     Args:
         type: ``pool``, ``per_layer`` or ``qformer``. geom_dim: width of a geometry token. width: of the action head.
-        blocks: of the action head that read geometry. tokens: K. heads: of the qformer.
+        blocks: number of action head blocks that read geometry. tokens: K. heads: of the qformer.
 
     Raises:
-        ValueError: an unknown kind, or sizes that it cannot have.
+        ValueError: an unknown kind, or invalid sizes.
     """
     if type not in TYPES:
         raise ValueError(f"model.network.geom_compression_type is one of {', '.join(TYPES)}, not {type!r}.")

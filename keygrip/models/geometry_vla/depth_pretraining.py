@@ -1,9 +1,9 @@
 """Depth pretraining of the geometry encoder, on images of many scenes and cameras.
 
-MapAnything brings what it learned from very many scenes. A small encoder that starts from nothing beside the actions
-sees the demonstrations alone, a camera pose for each of them; so it may first be trained on stills of the simulator,
-where scenes and cameras cost next to nothing and depth is known. `geometry.init_from` names such a run, and
-`geometry.frozen` then keeps it as it is, as MapAnything is kept.
+MapAnything was trained on very many scenes. A small encoder that is trained from random weights together with the
+actions sees only the demonstrations, with one camera pose per demonstration. It can therefore first be trained on still
+images of the simulator, where scenes and cameras cost next to nothing and depth is known. `geometry.init_from` names
+such a run, and `geometry.frozen` then keeps its weights fixed, as those of MapAnything are.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ BAR = ("loss", "point_cm")  # metrics in the progress line
 
 @model_part
 class DepthReaderModule(System):
-    """Trains a `DinoMultiView` on depth alone.
+    """Train a `DinoMultiView` on depth alone.
 
     Args:
-        network: the encoder; its own weights of the two losses apply.
-        optimizer: the recipe.
+        network: the encoder, which also sets the weights of the two losses.
+        optimizer: its settings.
         log_images: show depth maps in TensorBoard at every validation.
 
     Raises:
@@ -59,7 +59,7 @@ class DepthReaderModule(System):
         self.network, self.log_images = network, log_images
 
     def set_statistics(self, statistics: DemoStatistics) -> None:
-        """Nothing of the data is kept; a run to start from is taken over, if there is one."""
+        """Load the weights of the run to start from, if there is one; no statistics are stored."""
         self.network.take_start(self.own_packages, self.own_files)
 
     def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
@@ -67,7 +67,7 @@ class DepthReaderModule(System):
         return self.network(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
 
     def losses(self, features: GeometryFeatures, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
-        """Those of the encoder and their sum, `loss`."""
+        """The encoder's losses, and `loss`, the sum of `points` and `depth`."""
         if batch.depth is None:
             raise ValueError("model=depth_reader learns from depth and the batches hold none: set data.depth=true.")
         losses = self.network.losses(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)

@@ -26,16 +26,17 @@ GROUPS = ("prompt", "geometry", "pointed")
 
 @torch.no_grad()
 def context_figures(scene: Scene, record: AttentionRecord) -> dict[str, Tensor]:
-    """What the head's cross-attention does with each group of a context's tokens, means over blocks and samples.
+    """How the head's cross-attention uses each group of a context's tokens, as means over blocks and samples.
 
-    ``<group>_share`` of the attention; ``<group>_even``, what even attention would give it; ``<group>_read``, its share
-    by size of what attention adds to the head's tokens; ``<group>_rms`` of its tokens as the head reads them (with
-    `context_norm` 1 before positions are added). Of geometry tokens also ``geometry_alike``, the mean cosine between
-    tokens of a sample: 1 where they all say the same, as one mean would; and ``geometry_slot``, the share of their
-    variance that lies between the K tokens and is the same in all samples: where a token lies, not what is there.
+    ``<group>_share``: its share of the attention. ``<group>_even``: its share under uniform attention.
+    ``<group>_read``: its share, by size, of what attention adds to the head's tokens. ``<group>_rms``: root mean square
+    of its tokens as the head reads them (with `context_norm` 1 before positions are added). For geometry tokens also
+    ``geometry_alike``, the mean cosine between tokens of a sample (1 if they are all equal, like a single mean), and
+    ``geometry_slot``, the share of their variance that lies between the K tokens and is the same in all samples: it
+    depends on where a token lies, not on what is there.
 
     Args:
-        record: of a pass of the head with the scene's groups. Nothing is said of groups without tokens.
+        record: of a pass of the head with the scene's groups. Groups without tokens are left out.
     """
     shares = torch.stack([share.mean(dim=0) for share in record.shares]).mean(dim=0)
     reads = torch.stack([read.mean(dim=0) for read in record.reads]).mean(dim=0)
@@ -68,8 +69,8 @@ def alike(tokens: Tensor) -> Tensor:
 
 
 def slot_share(tokens: Tensor) -> Tensor:
-    """The share of the variance of tokens ``[B, K, H]`` that tells which of the K it is, whatever the sample: variance
-    components of a one-way analysis. Not a number of one sample."""
+    """The share of the variance of tokens ``[B, K, H]`` that depends on which of the K tokens it is and not on the
+    sample: variance components of a one-way analysis. NaN for one sample."""
     if len(tokens) < 2:
         return tokens.new_tensor(torch.nan)
     within = tokens.var(dim=0).mean()  # around each slot's mean over the samples
@@ -82,22 +83,22 @@ def slot_share(tokens: Tensor) -> Tensor:
 def exchanged_geometry(
     module: GeometryVLAModule, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor
 ) -> dict[str, Tensor]:
-    """Effect of geometry on plans: the same plans with the geometry features of another demonstration.
+    """Effect of geometry on plans: plan again with the geometry features of another demonstration.
 
-    ``geometry_moves_cm``: how far planned positions move; 0 where nothing that acts reads geometry.
-    ``geometry_worth_cm``: how much larger their error is then; about 0 where plans move and are none the worse.
+    ``geometry_moves_cm``: how far planned positions move; 0 if the policy does not read geometry.
+    ``geometry_worth_cm``: by how much their error grows; about 0 if plans move and do not get worse.
 
     Args:
         sampled: actions ``[B, T, Da]`` of the batch, from the noise that `module.sample` draws for it.
 
     Returns:
-        Both, nothing without geometry. In a batch of one demonstration another frame of it takes the place of another.
+        Both; empty without geometry. In a batch of one demonstration, another frame replaces the other demonstration.
     """
     if scene.geometry is None:
         return {}
     valid = ~batch.action_is_pad
     others = (batch.demo_index != batch.demo_index.roll(1))[:, None, None] & valid
-    # Decided by tensors, not by branches: where parameters are sharded every process must encode.
+    # No branch on the data: with sharded parameters every process must run the encoders.
     other = torch.where(others.any(), others, valid).float()  # [B, A, T]
     changed = module.network.encode(
         batch.images,
@@ -116,6 +117,6 @@ def exchanged_geometry(
 
 
 def _of_the_one_before(features: GeometryFeatures) -> GeometryFeatures:
-    """Each sample's features replaced by those of the one before it, the first's by the last's."""
+    """Replace each sample's features by those of the previous sample, the first's by the last's."""
     parts = {field.name: getattr(features, field.name) for field in fields(features)}
     return replace(features, **{name: part.roll(1, dims=0) for name, part in parts.items() if part is not None})

@@ -1,7 +1,8 @@
-"""Features of a frozen encoder, kept on disk by the content of the images that they are of.
+"""Disk cache for the features of a frozen encoder, keyed by the content of the images.
 
-A file a feature, named by a hash of the encoder and the images' bytes. Any number of processes may share the folder:
-files appear whole, what another process removes is computed again, and the size is counted under a lock.
+There is one file per feature, named by a hash of the encoder and the images' bytes. Any number of processes may share
+the folder: files are written atomically, features that another process has removed are computed again, and the total
+size is counted under a lock.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from keygrip.artifacts import locked, write_bytes, write_text
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.9  # share of the limit that is kept when files are removed, so that not every new file removes one
+KEPT_SHARE = 0.9  # share of the limit that is left when files are removed, so not every new file causes a removal
 LARGEST_HALF = 6e4  # beyond it a float16 is infinite
 CHECKSUM = "crc32"  # of a feature's bytes, in its file's metadata
-SURPRISING = 20_000  # after this many images without a hit, a warning
+SURPRISING = 20_000  # number of images without a hit after which a warning is logged
 
 
 class FeatureCache:
-    """A folder of features with a size limit; those that were not asked for the longest go first.
+    """A folder of features with a size limit; the least recently used features are removed first.
 
     Args:
-        folder: made where missing. limit_gb: of all files together.
+        folder: created if missing. limit_gb: of all files together.
 
     Raises:
-        ValueError: a limit that keeps nothing.
+        ValueError: the limit is not above 0.
     """
 
     def __init__(self, folder: str | Path, limit_gb: float) -> None:
@@ -49,16 +50,16 @@ class FeatureCache:
     def features(
         self, images: Tensor, maker: str, compute: Callable[..., Tensor], conditions: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Features of images: those that are kept, and the others computed and kept.
+        """Features of images: cached ones are read, the others are computed and cached.
 
         Args:
-            images: uint8 ``[B, ...]``. maker: which encoder, with which weights and settings.
-            compute: features ``[b, ...]`` of some of the images ``[b, ...]`` and their conditions.
-            conditions: what the features depend on beside the images, ``[B, ...]`` each (cameras).
+            images: uint8 ``[B, ...]``. maker: identifies the encoder, its weights and its settings.
+            compute: computes features ``[b, ...]`` of some of the images ``[b, ...]`` and their conditions.
+            conditions: other inputs that the features depend on, ``[B, ...]`` each (cameras).
 
         Returns:
-            ``[B, ...]`` float32 on the device of the images. They went through float16 (float32 where they do not fit
-            in), also when they have just been computed: the same images always give the same features.
+            ``[B, ...]`` float32 on the device of the images. They are rounded to float16 (float32 if they exceed its
+            range), also when they have just been computed: the same images always give the same features.
         """
         if images.dtype != torch.uint8:
             raise ValueError(
@@ -78,7 +79,7 @@ class FeatureCache:
         return torch.stack([feature.float() for feature in found if feature is not None]).to(images.device)
 
     def _watch(self, asked: int, found: int) -> None:
-        """Says so, once, where the cache has no effect."""
+        """Warn once if the cache has no effect."""
         before = self._asked
         self._asked, self._found = before + asked, self._found + found
         if before < SURPRISING <= self._asked and not self._found:
@@ -89,7 +90,7 @@ class FeatureCache:
             )
 
     def size(self) -> int:
-        """Bytes in use, by the count that all processes share."""
+        """Bytes in use, from the counter that all processes share."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return int((self.folder / ".size").read_text())
         return 0
@@ -104,7 +105,7 @@ class FeatureCache:
         try:
             content = path.read_bytes()
             feature, checksum = load(content)["feature"], _metadata(content).get(CHECKSUM)
-            if checksum is None:  # nothing says that it is whole: as good as not there
+            if checksum is None:  # cannot be checked: treated as missing
                 return None
             if checksum != _checksum(feature):
                 raise ValueError("its checksum differs")
@@ -114,7 +115,7 @@ class FeatureCache:
             log.warning("%s cannot be read (%s): computed again", path, error)
             return None
         with contextlib.suppress(FileNotFoundError):
-            os.utime(path)  # what is used stays
+            os.utime(path)  # marks it as recently used
         return feature
 
     def _write(self, key: str, feature: Tensor) -> None:
@@ -132,7 +133,7 @@ class FeatureCache:
             ) from error
 
     def _shrunk(self) -> int:
-        """Removes the files that were not used the longest until the rest fits; returns its size."""
+        """Remove the least recently used files until the rest fits; return the size of the rest."""
         files = []
         for path in self.folder.glob("*/*.safetensors"):
             with contextlib.suppress(FileNotFoundError):
@@ -158,7 +159,7 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 
 def _key(row: Sequence[Tensor], maker: str) -> str:
-    """Of an image and its conditions."""
+    """Key of an image and its conditions."""
     digest = hashlib.sha256(f"{maker}:{tuple(row[0].shape)}:".encode())
     for part in row:
         digest.update(part.contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""A scene as the policy sees it: planned and demonstrated path in each view, true and predicted depth."""
+"""Figure of a scene: planned and demonstrated path in each view, true and predicted depth."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def scene_figure(
     sample: int = 0,
     pointing: Tensor | None = None,
 ) -> np.ndarray:
-    """One sample, a column per view: the image with both paths (where its camera is calibrated) and keyframes, below it
-    depth maps where there are any.
+    """Draw one sample, one column per view: the image with both paths (if its camera is calibrated) and keyframes, and
+    below it the depth maps, if any.
 
     Args:
         batch: with the demonstrated targets.
-        planned: positions ``[B, A, T, 3]``; None: no paths, for what learns no actions.
-        geometry: what the encoder predicts. sample: which one.
+        planned: positions ``[B, A, T, 3]``; None: no paths, for models that learn no actions.
+        geometry: the encoder's predictions. sample: index in the batch.
         pointing: logits ``[B, V, A, M, g, g]`` of `Pointing`; the keyframe's map is drawn.
 
     Returns:
@@ -72,14 +72,14 @@ def scene_figure(
             top.imshow(pointed.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
         top.set(title=batch.cameras[view] + ("" if placed else " (not calibrated)"), xlim=(0, size), ylim=(size, 0))
         for row, (title, depth) in enumerate(shown, start=1):
-            # The scale ends before the walls; with them the table would have one colour.
+            # The colour scale excludes the walls; with them the table would have a single colour.
             low, high = (None, None) if known is None or not len(known) else known.quantile(SHOWN_SHARES).tolist()
             drawn = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
             axes[row, view].set_title(title, fontsize=8)
             figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
     if planned is not None:
         drawn_paths = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*drawn_paths, loc="outside lower center", ncols=4, fontsize=7, facecolor="0.65")  # white shows
+        figure.legend(*drawn_paths, loc="outside lower center", ncols=4, fontsize=7, facecolor="0.65")  # shows white
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -1,5 +1,5 @@
-"""Geometry for the action head: what it needs of an encoder, and a small multi-view transformer that learns depth as it
-goes. MapAnything, frozen, is in `mapanything.py`.
+"""Geometry encoders for the action head: their interface, and a small multi-view transformer that learns depth together
+with the actions. The frozen MapAnything is in `mapanything.py`.
 
 Shape legend: B samples, V views, S side of an image, N patches of a view, G = V N tokens, D their width, c cells along
 a side of a patch, g = c S / patch cells along a side of an image.
@@ -36,9 +36,9 @@ class GeometryFeatures:
 
     Attributes:
         tokens: ``[B, G, D]``, view after view.
-        points: world points ``[B, V, g, g, 3]`` metres and log_depth ``[B, V, g, g]`` of log metres that it predicts;
-            None where it has no head for them.
-        scale: ``[B, D]``, a token that holds the scene's metric scale; None where the encoder has none.
+        points: predicted world points ``[B, V, g, g, 3]``, metres, and log_depth: predicted log of the depth in metres,
+            ``[B, V, g, g]``; None if the encoder has no head for them.
+        scale: ``[B, D]``, a token that contains the scene's metric scale; None if the encoder has no such token.
     """
 
     tokens: Tensor
@@ -53,12 +53,12 @@ class GeometryFeatures:
 
 
 class GeometryEncoder(nn.Module, ABC):
-    """What the action head needs of a geometry encoder: ``dim``, the width D of its tokens, and ``forward``.
+    """Interface of a geometry encoder for the action head: ``dim``, the width D of its tokens, and ``forward``.
 
     Attributes:
         one_graph: whether torch can compile its ``forward`` as a whole.
-        action_gradient: whether the loss of the actions trains it; false: what acts reads its features without
-            gradients.
+        action_gradient: whether the action loss trains the encoder; false: its features are detached before the policy
+            reads them.
     """
 
     dim: int
@@ -72,14 +72,14 @@ class GeometryEncoder(nn.Module, ABC):
     def losses(
         self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
     ) -> dict[str, Tensor]:
-        """Losses by name of what it learns from depth ``[B, V, S, S]`` (metres, 0 unknown); none if it learns
-        nothing."""
+        """Losses by name, from depth ``[B, V, S, S]`` (metres, 0: unknown); empty if the encoder does not learn from
+        depth."""
         return {}
 
     def counts(
         self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
     ) -> dict[str, Tensor]:
-        """Over how many cells each of `losses` is a mean, by the same names."""
+        """Number of cells over which each of `losses` is a mean, by the same names."""
         return {}
 
     @property
@@ -94,12 +94,12 @@ class GeometryEncoder(nn.Module, ABC):
 
     @property
     def reads_cameras(self) -> bool | tuple[str, ...]:
-        """Whether its features depend on intrinsics and camera poses, or on those of which cameras alone."""
+        """Whether features depend on intrinsics and camera poses; names: only on those of these cameras."""
         return False
 
     def take_calibrated(self, cameras: Sequence[str]) -> None:
-        """Called with the names of the cameras that are calibrated in all demonstrations, before training and with
-        those of the checkpoint that is loaded: an encoder that reads what there is decides here."""
+        """Called with the names of the cameras that are calibrated in all demonstrations, before training and (with the
+        checkpoint's names) on loading a checkpoint. An encoder that uses the available calibrations decides here."""
 
     @property
     def gives_scale(self) -> bool:
@@ -107,24 +107,26 @@ class GeometryEncoder(nn.Module, ABC):
         return False
 
     def grid_side(self, image_size: int | None = None) -> int | None:
-        """Patches along a side of a view whose images have a side of ``image_size`` pixels (None: it is not known yet);
-        None: not known."""
+        """Patches along a side of a view whose images have sides of ``image_size`` pixels (None: not known yet).
+
+        Returns None if the number is not known.
+        """
         return None
 
     def take_start(self, trust: Sequence[str] = (), offered: Mapping[str, Any] | None = None) -> None:
-        """Called once at the start of training: an encoder that begins with another run's weights takes them over.
+        """Called once at the start of training: an encoder that starts from another run's weights loads them.
 
         Args:
-            trust: packages whose parts that run may name. offered: files that it may need, by their setting.
+            trust: packages whose parts that run may use. offered: files that it may need, by the name of their setting.
         """
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
+        """Blocks that are only called through their `forward`, which FSDP may shard one by one."""
         return []
 
     def outside_modules(self) -> list[nn.Module]:
-        """Modules that it computes with and that are no submodules: not trained, not saved and on every process whole,
-        but counted where memory and parameters are (`keygrip.training.memory`)."""
+        """Modules that it uses without having them as submodules: not trained, not saved and not sharded, but included
+        in the counts of memory and parameters (`keygrip.training.memory`)."""
         return []
 
 
@@ -148,21 +150,22 @@ class ViewBlock(nn.Module):
 
 @model_part(from_checkpoint={"init_from": None})
 class DinoMultiView(GeometryEncoder):
-    """The shared backbone on each view, then blocks that look within each view and over all views in turn, as in
-    Wang et al., "VGGT: Visual Geometry Grounded Transformer" (2025); a head predicts, for cells of each patch, the
-    point of the world that is seen there and its depth.
+    """The shared backbone on each view, then blocks that attend within each view and over all views in turn, as in
+    Wang et al., "VGGT: Visual Geometry Grounded Transformer" (2025). For each cell of a patch, a head predicts the
+    world point that is visible there and its depth.
 
-    It learns from depth maps beside the actions, so that no pretrained geometry is needed where the simulator knows it.
+    It learns from depth maps together with the actions, so no pretrained geometry is needed if a simulator gives depth.
 
     Args:
         backbone: the shared DINO module. views: V at most. dim: D. layers: blocks, those within a view first.
         heads: of attention. cells: c, along a side of a patch.
-        camera_rays: tell it each patch's viewing ray (that is, the calibration), not the images alone.
-        action_gradient: the loss of the actions trains it too; false: depth alone does.
-        point_weight, depth_weight: of the two losses: mean absolute error in decimetres, and of the log depth.
-        max_depth_m: what is farther is not learned: walls and floor would outweigh the table.
-        init_from: a run of `model=depth_reader` whose encoder this one begins with; made where it is missing.
-        frozen: nothing trains it, as nothing trains MapAnything.
+        camera_rays: the encoder also reads each patch's viewing ray (that is, the calibration), not only the images.
+        action_gradient: the action loss also trains it; false: only depth does.
+        point_weight, depth_weight: weights of the two losses: mean absolute error of points in decimetres, and of the
+            log depth.
+        max_depth_m: farther cells are left out of the losses: walls and floor would outweigh the table.
+        init_from: a run of `model=depth_reader` whose encoder this one starts from; it is trained if missing.
+        frozen: the encoder is not trained, like MapAnything.
     """
 
     one_graph = True
@@ -232,13 +235,13 @@ class DinoMultiView(GeometryEncoder):
         return None if image_size is None else image_size // self.backbone.patch_size
 
     def take_start(self, trust: Sequence[str] = (), offered: Mapping[str, Any] | None = None) -> None:
-        """Takes over the encoder of the run to start from, if there is one.
+        """Load the encoder of the run to start from, if there is one.
 
         Args:
-            trust, offered: as `keygrip.training.checkpoints.load_module` takes them.
+            trust, offered: as in `keygrip.training.checkpoints.load_module`.
 
         Raises:
-            ValueError: it is another kind of run, or its encoder has other sizes.
+            ValueError: the run is of another kind, or its encoder has other sizes.
         """
         if self.init_from is None:
             if self.frozen and self.backbone.loaded_weights == "random":
@@ -281,7 +284,7 @@ class DinoMultiView(GeometryEncoder):
         if self.rays is not None:
             tokens = tokens + self.rays(self._plucker(intrinsics, world_to_camera, images.shape[-1], height))
         for index, block in enumerate(self.blocks):
-            # Within each view, then over all of them; with one block, over all.
+            # Within each view, then over all views; a single block attends over all views.
             alone = index % 2 == 0 and len(self.blocks) > 1
             shape = tokens.shape
             tokens = block(tokens.flatten(0, 1) if alone else tokens.flatten(1, 2)).reshape(shape)
@@ -293,7 +296,7 @@ class DinoMultiView(GeometryEncoder):
         return GeometryFeatures(tokens.flatten(1, 2), cells[..., :3], cells[..., 3])
 
     def _places(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Where a patch lies in its image, ``[N, D]``."""
+        """Features of each patch's position in its image, ``[N, D]``."""
         half = self.dim // 4 * 2
         rows, columns = sinusoidal_features(height, half), sinusoidal_features(width, half)
         both = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
@@ -337,7 +340,7 @@ class DinoMultiView(GeometryEncoder):
     def _targets(
         self, features: GeometryFeatures, depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`depth_targets` of the cells that the features say something of."""
+        """`depth_targets` of the cells for which the features contain predictions."""
         assert features.points is not None
         cells = features.points.shape[2]
         return depth_targets(depth, intrinsics, world_to_camera, cells=cells, limit=self.max_depth_m)
@@ -360,7 +363,7 @@ def depth_targets(
     """
     size = depth.shape[-1]
     pixels = cell_centres(cells, size, device=depth.device)  # [g, g, 2]
-    # The value of the pixel that a centre lies in, and the point through that pixel's own centre.
+    # Depth of the pixel that contains a cell's centre, and the point on the ray through that pixel's centre.
     index = pixels.floor().long().clamp(max=size - 1)
     metres = depth[..., index[..., 1], index[..., 0]].float()
     known = (metres > 0) & (metres < limit)

@@ -1,6 +1,6 @@
 """MapAnything as geometry encoder: frozen, loaded from its own package and weights.
 
-Shape legend: B samples, V views, S side of an image, P side at which MapAnything looks at it, N patches of a view,
+Shape legend: B samples, V views, S side of an image, P side of the image that MapAnything reads, N patches of a view,
 G = V N tokens, D their width.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What this file was compared with and `make mapanything` tests: tag v1.1.1, 23 March 2026.
+# The version that this file was compared with and that `make mapanything` tests: tag v1.1.1, 23 March 2026.
 COMMIT = "f7ebafb4d8349776705aaa686cf928988d1bd7f4"
 INSTALL = (
     f"pip install 'mapanything @ git+https://github.com/facebookresearch/map-anything.git@{COMMIT}' (its weights: "
@@ -41,7 +41,7 @@ INSTALL = (
 )
 FILES = ("config.json", "model.safetensors")  # of a folder of weights
 
-# The probabilities with which its training gave it optional inputs, by its own names: here all or none of them.
+# Probabilities of MapAnything's optional inputs, under its own names: in its training random, here all or none.
 ALL_CAMERAS = {"overall_prob": 1.0, "dropout_prob": 0.0, "ray_dirs_prob": 1.0, "cam_prob": 1.0}
 NO_CAMERAS = {"overall_prob": 0.0, "dropout_prob": 1.0, "ray_dirs_prob": 0.0, "cam_prob": 0.0}
 NO_DEPTH = {
@@ -54,27 +54,27 @@ NO_DEPTH = {
 
 @model_part(from_checkpoint={"cache": None}, external=["weights"])
 class MapAnythingGeometry(GeometryEncoder):
-    """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen: the
-    tokens of its multi-view transformer, of the images and, if wanted, of the cameras. Compared with its source at
-    `COMMIT`, with uniception 0.1.7: tokens are those of its own `infer` (`make mapanything` tests it).
+    """MapAnything (Keetha et al., "MapAnything: Universal Feed-Forward Metric 3D Reconstruction", 2025), frozen. It
+    gives the tokens of its multi-view transformer for the images and, optionally, the cameras. Compared with its source
+    at `COMMIT`, with uniception 0.1.7: tokens equal those of its own `infer` (`make mapanything` tests it).
 
-    Its weights are not part of this module or of a checkpoint: they are loaded from where they were loaded in training,
-    and must be the same ones. It draws random numbers in its forward pass; the run's generators stay as they were.
+    Its weights are not part of this module or of a checkpoint: they are loaded from the same place as in training, and
+    must be the same. Its forward pass draws random numbers; the state of the run's generators is preserved.
 
     Args:
         weights: a local folder or a name on the Hugging Face hub.
         image_size: P; a multiple of its patch size.
-        cache: keeps features by image; useful where images come again, that is without random augmentation.
-        calibration: give it the viewing rays of every pixel and the cameras' poses, in metres, as its optional inputs.
-            Its tokens then stand in the first camera's frame and at the true scale. Names of cameras: those of these
-            cameras alone, the first one among them, for views of which some are not calibrated. "auto": those of the
-            cameras that `take_calibrated` names, of none where the first one is not among them.
-        scale_token: hand on its token of the metric scale too.
+        cache: stores features by image; useful if images occur again, that is without random augmentation.
+        calibration: true: it reads the viewing rays of every pixel and the cameras' poses, in metres, as its optional
+            inputs. Its tokens are then in the first camera's frame and at the true scale. Names of cameras, if only
+            some views are calibrated: it reads the calibration of these cameras, which must include the first one.
+            "auto": that of the cameras that `take_calibrated` names, or of none if the first one is not among them.
+        scale_token: also output its token of the metric scale.
         cameras: names of the views in their order, to which `calibration` refers; None: not known.
 
     Raises:
-        ModuleNotFoundError: the package is not there. FileNotFoundError: the weights are not there.
-        ValueError: a size that its patches do not divide; `calibration` names a camera that there is not, or not the
+        ModuleNotFoundError: the package is not installed. FileNotFoundError: the weights are missing.
+        ValueError: its patch size does not divide `image_size`; `calibration` names an unknown camera or lacks the
             first one, or is "auto" without `cameras`.
     """
 
@@ -93,9 +93,9 @@ class MapAnythingGeometry(GeometryEncoder):
         chosen = _checked(calibration, cameras)
         model = _load_mapanything(weights)
         model.eval().requires_grad_(False)
-        self._model = [model]  # in a list, it is no submodule
+        self._model = [model]  # in a list, so it is not a submodule
         self.weights, self.image_size, self.cache = weights, image_size, cache
-        self.decided_by_data, self.calibration = chosen is None, chosen  # None: until `take_calibrated`
+        self.decided_by_data, self.calibration = chosen is None, chosen  # None until `take_calibrated`
         self.scale_token, self.cameras = scale_token, tuple(cameras or ())
         self.dim = int(model.info_sharing.dim)
         self.patch_size = int(model.encoder.patch_size)
@@ -113,13 +113,13 @@ class MapAnythingGeometry(GeometryEncoder):
 
     @property
     def reads_cameras(self) -> bool | tuple[str, ...]:
-        return () if self.calibration is None else self.calibration  # undecided, it asks for none
+        return () if self.calibration is None else self.calibration  # undecided: none
 
     def take_calibrated(self, cameras: Sequence[str]) -> None:
-        """With calibration="auto": the cameras whose calibration it reads from now on.
+        """With calibration="auto", set the cameras whose calibration it reads from now on.
 
         Raises:
-            ValueError: others were decided before (a run that is resumed on other demonstrations).
+            ValueError: other cameras were set before (by a run that is resumed on other demonstrations).
         """
         if not self.decided_by_data:
             return
@@ -144,7 +144,7 @@ class MapAnythingGeometry(GeometryEncoder):
         self.calibration = decided
 
     def grid_side(self, image_size: int | None = None) -> int | None:
-        return self.image_size // self.patch_size  # to which it brings images of any size
+        return self.image_size // self.patch_size  # images of any size are resized to it
 
     def outside_modules(self) -> list[nn.Module]:
         return list(self._model)
@@ -162,7 +162,7 @@ class MapAnythingGeometry(GeometryEncoder):
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
         given = self._calibrated_views(images.shape[1])
         cameras = (intrinsics[:, given], world_to_camera[:, given]) if given else ()
-        if self.cache is None or is_counting():  # images without content are in no cache
+        if self.cache is None or is_counting():  # counting uses images without content
             found = self.compute(images, *cameras)
         else:
             which = "".join(f"-{number}" for number in given) if len(given) < images.shape[1] else ""
@@ -177,14 +177,14 @@ class MapAnythingGeometry(GeometryEncoder):
         """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images; with `scale_token` one more, the last.
 
         Args:
-            cameras: nothing, or intrinsics ``[B, C, 3, 3]`` and world_to_camera ``[B, C, 4, 4]`` of the C views
+            cameras: empty, or intrinsics ``[B, C, 3, 3]`` and world_to_camera ``[B, C, 4, 4]`` of the C views
                 whose calibration it reads.
 
         Raises:
-            ValueError: `scale_token` with a MapAnything that has none.
+            ValueError: `scale_token` with a MapAnything that has no scale token.
         """
         model = self._model[0]
-        if next(model.parameters()).device != images.device:  # where a step is counted, nothing can be moved
+        if next(model.parameters()).device != images.device:  # nothing can be moved while a step is counted
             model.to(images.device)
         seen = normalised(images, self.mean, self.std)
         if seen.shape[-1] != self.image_size:
@@ -222,7 +222,7 @@ class MapAnythingGeometry(GeometryEncoder):
         return torch.cat(tokens, dim=1).float()
 
     def _calibrated_views(self, views: int) -> list[int]:
-        """Numbers of the views whose calibration it reads; it masks its optional inputs view by view."""
+        """Indices of the views whose calibration is read; MapAnything masks its optional inputs view by view."""
         if self.cameras and views != len(self.cameras):
             raise ValueError(f"geometry.cameras names {len(self.cameras)} views, and the batch has {views}.")
         if self.calibration is None:
@@ -252,7 +252,7 @@ class MapAnythingGeometry(GeometryEncoder):
 
 
 class _FoundError(Exception):
-    """Ends MapAnything's forward pass where its tokens are known: the heads after them are not needed."""
+    """Ends MapAnything's forward pass as soon as its tokens are computed: the heads after them are not needed."""
 
 
 def _stop(found: list[Any], output: Any) -> None:
@@ -262,7 +262,7 @@ def _stop(found: list[Any], output: Any) -> None:
 
 @contextlib.contextmanager
 def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
-    """MapAnything with settings that leave nothing to chance; its own ones stand again afterwards."""
+    """Make MapAnything's optional inputs deterministic; its own settings are restored afterwards."""
     settings = model.geometric_input_config
     before = dict(settings)
     settings.update(chances | NO_DEPTH)
@@ -276,7 +276,7 @@ def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
 def _checked(
     calibration: bool | Literal["auto"] | Sequence[str], cameras: Sequence[str] | None
 ) -> bool | tuple[str, ...] | None:
-    """The cameras whose calibration it reads; None: not decided yet. Raises ValueError: one is no view, or the
+    """The cameras whose calibration is read; None: not decided yet. Raises ValueError if one is not a view, or if the
     first view is not among them."""
     if isinstance(calibration, bool):
         return calibration
@@ -316,7 +316,7 @@ def _load_mapanything(weights: str) -> Any:
             raise
         raise ModuleNotFoundError(f"geometry=mapanything needs the package mapanything: {INSTALL}") from error
     finally:
-        torch.set_float32_matmul_precision(precision)  # importing it turns TF32 on for the whole process
+        torch.set_float32_matmul_precision(precision)  # importing it enables TF32 for the whole process
     folder = Path(weights)
     if weights.startswith((".", "/", "~")) and not folder.is_dir():
         raise FileNotFoundError(f"geometry.weights: there is no folder {weights}")
@@ -351,7 +351,7 @@ def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of names, shapes and a few numbers of every parameter: quick, and other weights have another one."""
+    """Fingerprint of names, shapes and a few values of every parameter: fast, and different for other weights."""
 
     def parts() -> Iterator[bytes]:
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Training of the geometry-injected policy: flow matching on action chunks, and depth for the geometry encoder."""
+"""Training of the policy with geometry tokens: flow matching on action chunks, and depth for the geometry encoder."""
 
 from __future__ import annotations
 
@@ -60,27 +60,28 @@ HEADLINE = (
     "geometry_moves_cm",
     "geometry_worth_cm",
 )
-DIAGNOSED = 4  # validation batches for which the use of geometry is measured
+DIAGNOSED = 4  # number of validation batches on which the use of geometry is measured
 SEED_STRIDE = 1_000_003  # more frames than any demonstration has
 
 
 BAR = ("total", "position_cm")  # metrics in the progress line
-MASKED = ("action", "position_cm", "height_m", "rotation_deg", "gripper_acc")  # over the steps that are no padding
+MASKED = ("action", "position_cm", "height_m", "rotation_deg", "gripper_acc")  # over steps that are not padding
 
 
 @model_part(from_checkpoint={"init_from": None})
 class GeometryVLAModule(System):
-    """Squared error of the velocity over the steps that are no padding, plus the geometry encoder's own losses.
+    """Squared error of the velocity over the steps that are not padding, plus the geometry encoder's own losses.
 
     Args:
-        network: the plain network. actions: what an action is, and its statistics.
-        optimizer: the recipe. timesteps: draws those of training, 0 (data) to 1 (noise).
-        draws: of noise for each sample, all read from one pass of the encoders.
-        sampling: of actions, in validation and in control.
+        network: the plain network. actions: the kind of the actions, and their statistics.
+        optimizer: its settings. timesteps: samples the timesteps of training, 0 (data) to 1 (noise).
+        draws: number of noise samples for each sample, all from one pass of the encoders.
+        sampling: how actions are sampled, in validation and in control.
         log_images: show a plan and depth maps in TensorBoard at every validation.
-        pointing_weight: of the loss of where the gripper will be in the images (`model.network.pointing_cells`).
-        init_from: run folder or checkpoint of such a policy whose weights are the start, geometry encoder included;
-            actions are normalised by the new data. None: the network as it was built.
+        pointing_weight: weight of the loss on the gripper's future pixels in the images
+            (`model.network.pointing_cells`).
+        init_from: run folder or checkpoint of such a policy from whose weights training starts, geometry encoder
+            included; actions are normalised by the new data. None: start from the network as built.
     """
 
     read_where: ClassVar = {
@@ -130,12 +131,12 @@ class GeometryVLAModule(System):
         self.log_images = log_images
         self.pointing_weight, self.init_from = pointing_weight, init_from
         self.views: tuple[str, ...] = ()
-        self.calibrated: tuple[str, ...] = ()  # of the views, in all demonstrations
+        self.calibrated: tuple[str, ...] = ()  # those of the views that are calibrated in all demonstrations
         self._grips: dict[str, list[Tensor]] = {}
 
     @property
     def reads_calibration(self) -> bool | tuple[str, ...]:
-        """Whether intrinsics and camera poses change its weights or its plans, or those of which cameras alone."""
+        """Whether intrinsics and camera poses change its weights or plans; names: only those of these cameras do."""
         geometry = self.network.geometry
         if self.network.pointing is not None or (geometry is not None and geometry.learns_depth):
             return True  # targets in every view
@@ -143,12 +144,12 @@ class GeometryVLAModule(System):
 
     @property
     def extra_targets(self) -> tuple[str, ...]:
-        """What its actions are made of beside poses: "joints" or "controller"."""
+        """Recordings that its actions are computed from, other than poses: "joints" or "controller"."""
         return self.actions.reads
 
     @property
     def embodiments(self) -> tuple[str, ...]:
-        """Robots whose actions are normalised each by their own."""
+        """Robots that each have their own statistics of actions."""
         return self.actions.embodiments
 
     @property
@@ -159,7 +160,7 @@ class GeometryVLAModule(System):
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def check_run(self, max_steps: int, begins: bool) -> None:
-        """Raises ValueError: parts of the vision-language model would keep random weights."""
+        """Raise ValueError if parts of the vision-language model would keep random weights."""
         vlm = self.network.vlm
         if begins and vlm.trainable != "all" and vlm.loaded_weights == "random" and self.init_from is None:
             raise ValueError(
@@ -168,7 +169,7 @@ class GeometryVLAModule(System):
             )
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
-        """Take over ranges, cameras and action statistics of the training split, and prepare the tokenizer on its
+        """Store ranges, cameras and action statistics of the training split, and prepare the tokenizer on its
         instructions."""
         if statistics.chunks is None or not statistics.cameras:
             raise ValueError(
@@ -190,12 +191,12 @@ class GeometryVLAModule(System):
         elif not self.resumed:
             before = self.take_weights(self.init_from, "a vision-language-action policy")
             assert before.network.vlm.tokenizer is not None
-            self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights mean the words of this one
+            self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights belong to this tokenizer
         return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
 
     def check_start(self, before: GeometryVLAModule) -> None:
-        """Refuses a run with actions of another kind, or with the same cameras or arms in another order; warns of other
-        cameras, arms and step lengths, whose weights may still be a start."""
+        """Refuse a run with actions of another kind, or with the same cameras or arms in another order; warn about
+        other cameras, arms and step lengths, whose weights may still be a useful start."""
         where = f"model.init_from={self.init_from}"
         if before.actions.kind != self.actions.kind:
             raise ValueError(
@@ -234,11 +235,11 @@ class GeometryVLAModule(System):
         return None if vlm.lora is None else Adapter(vlm.model.language_model, vlm.lora, "model.language_model.")
 
     def policy(self) -> GeometryVLAPolicy:
-        """The module as something that plans from observations."""
+        """The module as a policy that plans from observations."""
         return GeometryVLAPolicy(self)
 
     def on_train_start(self) -> None:
-        """Sizes, for the tables of sweeps."""
+        """Log the sizes of the parts, for the tables of sweeps."""
         parts = {"all": self.network, "head": self.network.head, "compressor": self.network.compressor}
         for name, part in parts.items():
             count = 0 if part is None else sum(parameter.numel() for parameter in part.parameters())
@@ -252,7 +253,7 @@ class GeometryVLAModule(System):
         return self.with_places(self.network.encode(*seen), batch.embodiment)
 
     def with_places(self, scene: Scene, embodiment: Tensor | None = None) -> Scene:
-        """A scene with the points where rays meet, as the head reads them; ``embodiment`` ``[B]`` of several robots."""
+        """Add the rays' meeting points, normalised for the head, to a scene; ``embodiment`` ``[B]``: the robots."""
         if scene.met is None:
             return scene
         return replace(scene, places=self.actions.places(scene.met, embodiment))
@@ -266,7 +267,7 @@ class GeometryVLAModule(System):
         return self.actions.decode(actions, batch.start_position, batch.start_quaternion, batch.embodiment)
 
     def losses(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
-        """`action` (flow matching), those of the geometry encoder, and their `total`; also figures without gradient."""
+        """`action` (flow matching), the geometry encoder's losses, and their `total`; also metrics without gradient."""
         clean = self.actions.encode(batch).repeat_interleave(self.draws, dim=0)  # [B R, T, Da]
         noise = torch.randn_like(clean)
         level = self.timesteps(len(clean), clean.device)
@@ -300,26 +301,26 @@ class GeometryVLAModule(System):
         return losses | {"total": total}
 
     def counts(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
-        """Over how many steps, maps or cells a value of a batch's validation is a mean; of others: over samples."""
+        """Number of steps, maps or cells over which a validation value is a mean; other values: mean over samples."""
         counts = dict.fromkeys(MASKED, (~batch.action_is_pad).sum())
         geometry, seen = self.network.geometry, scene.geometry
         if geometry is not None and seen is not None and seen.points is not None and batch.depth is not None:
             counts |= geometry.counts(seen, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
         if scene.pointing is not None:
             counts |= pointing_counts(scene.pointing, batch)
-        # of one sample it is not a number
+        # NaN for one sample
         counts["geometry_slot"] = torch.tensor(len(batch) if len(batch) > 1 else 0)
         return counts
 
     def sample(self, scene: Scene, batch: MultiViewPolicyBatch) -> Tensor:
-        """Actions ``[B, T, Da]``, each from noise that is a function of its demonstration and frame."""
+        """Sample actions ``[B, T, Da]``; the noise of each depends only on its demonstration and frame."""
         seeds = (batch.demo_index * SEED_STRIDE + batch.frame_index).tolist()
         noise = seeded_noise(seeds, (self.network.head.horizon, self.actions.size), self.device)
         return self.network.sample(scene, noise, self.state(batch), self.sampling)
 
     @torch.no_grad()
     def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
-        """Errors of sampled actions over the steps that are no padding, and where the head looks."""
+        """Errors of sampled actions over the steps that are not padding, and the head's shares of attention."""
         position, quaternion, gripper = self.decode(sampled, batch)
         valid = ~batch.action_is_pad
         values = {
@@ -351,8 +352,8 @@ class GeometryVLAModule(System):
 
     @torch.no_grad()
     def grip_errors(self, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
-        """Position errors at the step where a gripper closes, ``[G]`` of the G such steps in the batch: to the side
-        and in height, cm. A grasp succeeds by these; the mean over all steps is of approaches in free air."""
+        """Position errors, horizontal and in height, cm, at the G steps of the batch where a gripper closes: ``[G]``
+        each. They decide whether a grasp succeeds; the mean over all steps is mostly over approaches in free space."""
         position, _, _ = self.decode(sampled, batch)
         shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
         closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.action_is_pad
@@ -361,7 +362,7 @@ class GeometryVLAModule(System):
 
     @torch.no_grad()
     def figure(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:
-        """One sample's plan and depth beside what was recorded, ``[H, W, 3]`` uint8."""
+        """Draw one sample's plan and depth together with the recorded ones, ``[H, W, 3]`` uint8."""
         actions = self.sample(scene, batch)
         planned, _, _ = self.decode(actions, batch)
         return scene_figure(batch, planned, scene.geometry, sample, scene.pointing)
@@ -370,8 +371,8 @@ class GeometryVLAModule(System):
         return self.losses(self(batch), batch)["total"]
 
     def dry_run(self, batch: MultiViewPolicyBatch) -> dict[str, Any]:
-        """One batch forwards: shapes, tokens that a block reads, parameters by part (millions; all and trained) and
-        losses."""
+        """Forward pass of one batch: shapes, numbers of tokens that a block reads, parameters by part (millions; all
+        and trained) and losses."""
         with torch.no_grad():
             scene = self(batch)
             losses = self.losses(scene, batch)
@@ -387,7 +388,7 @@ class GeometryVLAModule(System):
     def _show(self, scene: Scene, batch: MultiViewPolicyBatch) -> None:
         if not self.loggers:
             return
-        image = self.figure(scene, batch)  # on every process: where parameters are sharded, all must take part
+        image = self.figure(scene, batch)  # on every process: with sharded parameters, all must take part
         self.show_image("val/scene", image)
 
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
@@ -413,7 +414,7 @@ class GeometryVLAModule(System):
 
     def on_validation_epoch_end(self) -> None:
         for name, errors in self._grips.items():
-            # Over all processes, of which one may have seen none; not a number where no gripper closes at all.
+            # Over all processes, since one process may have no such step; NaN if no gripper closes at all.
             found = torch.cat(errors)
             mean = global_sum(found.sum()) / global_sum(found.new_tensor(float(len(found))))
             self.log(f"val/{name}", mean, sync_dist=True)

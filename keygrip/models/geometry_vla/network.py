@@ -1,14 +1,14 @@
-"""The whole policy: images and an instruction in, the velocity of an action chunk out.
+"""The whole network: images and an instruction in, the velocity of an action chunk out.
 
     images, instruction -> vision-language model -> hidden states of its last N layers ---------+
     images -> geometry encoder -> G tokens -> compressor -> K tokens ---------------------------+-> N contexts
     state, noisy actions -> action head, block i reads context i -> velocity
 
-The geometry goes past the language model, straight into the action head's cross-attention. For comparison it can also
-go through the language model, as further tokens of its prompt.
+The geometry tokens bypass the language model and go directly into the action head's cross-attention. For comparison
+they can also go through the language model, as further tokens of its prompt.
 
-Shape legend: B samples, V views, S side of an image, L tokens of a prompt, K geometry tokens, R draws, T steps, Da
-numbers of an action step, H width of language model and head.
+Shape legend: B samples, V views, S side of an image, L tokens of a prompt, K geometry tokens, R noise samples, T steps,
+Da values of an action step, H width of language model and head.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ log = logging.getLogger(__name__)
 @model_part
 @dataclass(frozen=True)
 class ActionSampling:
-    """How action chunks are drawn.
+    """How action chunks are sampled.
 
     Args:
         steps, solver: see `keygrip.models.nn.flow_matching.integrate`.
-        temperature: what the noise that a chunk starts from is multiplied by. 1: chunks are spread as the model takes
-            the demonstrated ones to be, its own uncertainty included. 0: one chunk, close to their mean, which misses
-            by less where there is one way to do a thing, and may lie between the ways where there are several.
+        temperature: factor on the noise that a chunk starts from. 1: chunks follow the distribution that the model has
+            learned from the demonstrations, its own uncertainty included. 0: one chunk, close to their mean: its error
+            is smaller if there is one way to do a task, and it may lie between the ways if there are several.
 
     Raises:
         ValueError: no steps, an unknown solver, or a negative temperature.
@@ -80,14 +80,14 @@ class ActionSampling:
 
 @dataclass(frozen=True)
 class Scene:
-    """The encoders' output for a batch: computed once for all draws of noise and all steps of a sampler.
+    """The encoders' output for a batch: computed once for all noise samples and all steps of a sampler.
 
     Attributes:
-        contexts: of the head's blocks. groups: tokens of the prompt, of geometry, and pointed ones, in each of them.
-        geometry: what the geometry encoder gave, None without injection.
-        pointing: logits of where the gripper will be in the images (see `Pointing`), None where they are not asked for.
-        met: where the views' rays through the peaks of these maps meet, ``[B, A, M, 3]`` in metres; None where nothing
-            reads it. places: the same, normalised as the state's positions (`GeometryVLAModule.with_places`).
+        contexts: of the head's blocks. groups: numbers of prompt, geometry and pointed tokens in each context.
+        geometry: the geometry encoder's output, None without injection.
+        pointing: logits of the gripper's future pixels in the images (see `Pointing`), None if not requested.
+        met: where the views' rays through the peaks of these maps meet, ``[B, A, M, 3]`` in metres; None if nothing
+            reads them. places: the same, normalised as the state's positions (`GeometryVLAModule.with_places`).
     """
 
     contexts: list[BlockContext]
@@ -103,43 +103,43 @@ class GeometryVLA(nn.Module):
     """Vision-language model, geometry encoder, compressor and action head.
 
     Args:
-        vlm: gives hidden states; its width is the head's. geometry: gives geometry tokens.
+        vlm: outputs hidden states; its width is also the head's. geometry: outputs geometry tokens.
         arms: which arms, in the order of the batch's arm axis. horizon: T.
-        blocks: N, of the head; as many of the vision-language model's last layers are read.
-        geom_inject_to_dit: false gives the head no geometry: the policy on the vision-language model alone.
-        geom_dit_tokens: K; 0: geometry reaches the head at the pointed places alone. geom_compression_type: pool,
-            per_layer or qformer. geom_qformer_heads: of the last.
+        blocks: N, of the head; the last N layers of the vision-language model are read.
+        geom_inject_to_dit: false: the head reads no geometry; the policy depends on the vision-language model alone.
+        geom_dit_tokens: K; 0: the head reads geometry only at the pointed places. geom_compression_type: pool,
+            per_layer or qformer. geom_qformer_heads: of the qformer.
         future_tokens, head_size, expansion, self_attention_every: see `ActionHead`.
         context_norm: scale each context token to unit variance: layers of a pretrained language model differ by orders
             of magnitude, among each other and from geometry tokens.
-
-        context_places: add to each token of an image in the contexts where it lies. A large language model's hidden
-            states tell; those of a small one, which knows positions as rotations inside its attention alone, do not.
-        pointing_cells: cells along a side of an image token in which the vision-language model says where the gripper
-            will be (see `Pointing`); 0 disables the maps and their loss.
-        pointing_keyframe: one map more, of where the gripper closes or opens next: through the whole of an approach the
-            model so learns what it is being sent to.
-        pointing_patch_cells: cells along a side of a geometry token's patch in which the maps are read from it too (see
-            `PatchPointing`); their grid must be that of the maps. 0: the language model's states alone, as without an
-            encoder.
-        pointed_tokens: give the head what those maps say, and what the geometry encoder makes of the places (see
-            `PointedTokens`).
-        pointed_triangulated: those tokens also hold where the views' rays through the places meet. That asks for
-            calibrated cameras, and says more the further these stand apart.
-        pointed_actions: each action token of the head is told directly where the rays meet of its own step and of the
-            keyframe (see `PointedActions`). As `pointed_triangulated` it asks for calibrated cameras.
-        action_kind: `model.actions.kind`, which says how many numbers an action has.
-        geom_places: add to each geometry token, before compression, where in which image it lies.
-        geom_blank: of the geometry encoder nothing reaches the actions: zeros take the place of its tokens, of the
-            world points and of the token of the scale. A control for further tokens, parameters and a loss of depth.
-        geom_standardised: each number of each of the K tokens is standardised over the samples seen in training, in the
+        context_places: add an embedding of its place to each image token in the contexts. The hidden states of a large
+            language model contain the place; those of a small one, which encodes positions only as rotations inside
+            its attention, do not.
+        pointing_cells: cells along a side of an image token, for which the vision-language model predicts where the
+            gripper will be (see `Pointing`); 0 disables the maps and their loss.
+        pointing_keyframe: one more map, of where the gripper closes or opens next: the model then learns its target
+            during the whole approach.
+        pointing_patch_cells: cells along a side of a geometry token's patch, for which the maps are also predicted from
+            that token (see `PatchPointing`); their grid must be that of the maps. 0: only from the language model's
+            states, as without an encoder.
+        pointed_tokens: give the head the content of those maps, and the geometry encoder's output at the places that
+            they show (see `PointedTokens`).
+        pointed_triangulated: those tokens also contain where the views' rays through the places meet. This requires
+            calibrated cameras, and is more exact the further apart they stand.
+        pointed_actions: each action token of the head is given directly where the rays meet for its own step and for
+            the keyframe (see `PointedActions`). Like `pointed_triangulated` it requires calibrated cameras.
+        action_kind: `model.actions.kind`, which determines how many numbers an action has.
+        geom_places: add to each geometry token, before compression, an embedding of its image and its place in it.
+        geom_blank: the actions depend on nothing from the geometry encoder: its tokens, world points and scale token
+            are replaced by zeros. A control for the effect of further tokens, parameters and a depth loss.
+        geom_standardised: each number of each of the K tokens is standardised over the samples seen in training, in
             place of `context_norm`. Pooled tokens differ mostly by which of the K they are, and little by the scene.
-        geom_inject_to_vlm: K compressed tokens stand in the language model's prompt, before the images, and reach the
-            head through it.
+        geom_inject_to_vlm: K compressed tokens are inserted in the language model's prompt, before the images, and
+            reach the head through it.
 
     Raises:
         ValueError: sizes that do not fit, injection without a geometry encoder, or a token of the metric scale
-            (`GeometryEncoder.gives_scale`) that would reach nobody.
+            (`GeometryEncoder.gives_scale`) that nothing would read.
     """
 
     read_where: ClassVar = {
@@ -204,7 +204,7 @@ class GeometryVLA(nn.Module):
                 f"model.network.blocks={blocks}, but the vision-language model has {vlm.layers} layers: each block "
                 "reads one of them."
             )
-        # Modules are built in this order for the weights that they draw: a seed then gives the same ones.
+        # The order of construction is fixed, because it determines the initial weights that a seed gives.
         self.vlm, self.compiled = vlm, False
         self.context_norm, self.blank = context_norm, geom_blank
         self.places = PlaceEmbedding(vlm.width) if context_places else None
@@ -257,8 +257,7 @@ class GeometryVLA(nn.Module):
         self.vlm_gain = nn.LayerNorm(vlm.width) if self.vlm_compressor is not None else None
 
     def check_grids(self, image_size: int | None = None) -> None:
-        """Refuses maps whose cells would not be those that the geometry encoder's patches give, where its patches are
-        known.
+        """Refuse maps whose cells differ from those that the geometry encoder's patches give, if its patches are known.
 
         Args:
             image_size: side of the images, pixels; None: not known yet.
@@ -273,7 +272,7 @@ class GeometryVLA(nn.Module):
 
     @property
     def triangulates(self) -> bool:
-        """Whether it reads where the views' rays through pointed places meet."""
+        """Whether it reads the points where the views' rays through pointed places meet."""
         pointed = self.pointed is not None and self.pointed.meeting is not None
         return pointed or self.pointed_actions is not None
 
@@ -293,7 +292,7 @@ class GeometryVLA(nn.Module):
             geometry: features in place of those of the geometry encoder.
         """
         blocks, views = len(self.head.blocks), images.shape[1]
-        found = geometry  # its depth is what the depth loss looks at, `features` what the actions are made of
+        found = geometry  # read by the depth loss; `features` is read by the policy
         if self.geometry is not None and found is None:
             found = self.geometry(images, intrinsics, world_to_camera)
         features = found
@@ -305,7 +304,7 @@ class GeometryVLA(nn.Module):
         pointing, met, pointed = None, None, None
         if self.pointing is not None:
             pointing = self._maps(semantics.layers[-1].float(), semantics.places, views, features)
-        # From here on in float32: what the head reads and the head itself.
+        # From here on in float32: the head's inputs and the head itself.
         with without_autocast(images):
             geometry_tokens = self._geometry_tokens(features, views)
             if self.triangulates:
@@ -318,7 +317,7 @@ class GeometryVLA(nn.Module):
         return Scene(contexts, groups, found, pointing, None if met is None else met[0])
 
     def _prompt_prefix(self, features: GeometryFeatures | None, views: int) -> Tensor | None:
-        """Geometry tokens ``[B, K, H]`` for the language model's prompt; None where it gets none."""
+        """Geometry tokens ``[B, K, H]`` for the language model's prompt; None if it gets none."""
         if self.vlm_compressor is None or self.vlm_gain is None:
             return None
         assert features is not None
@@ -328,7 +327,7 @@ class GeometryVLA(nn.Module):
 
     def _geometry_tokens(self, features: GeometryFeatures | None, views: int) -> list[Tensor] | None:
         """Geometry tokens ``[B, K, H]`` for each of the head's blocks, K + 1 with the token of the metric scale; None
-        where it reads none."""
+        if the head reads none."""
         if features is None or self.compressor is None:
             return None
         tokens = self.compressor(self._placed(features.tokens, views))
@@ -345,8 +344,8 @@ class GeometryVLA(nn.Module):
     def _contexts(
         self, semantics: Semantics, geometry: list[Tensor] | None, pointed: Tensor | None
     ) -> tuple[list[BlockContext], tuple[int, int, int]]:
-        """What each block of the head reads, hidden states of its layer, geometry and pointed tokens; and how many
-        tokens each of the three groups has."""
+        """The context of each block of the head (hidden states of its layer, geometry and pointed tokens), and the
+        number of tokens in each of the three groups."""
         groups = (
             semantics.places.shape[1],
             0 if geometry is None else geometry[0].shape[1],
@@ -366,7 +365,7 @@ class GeometryVLA(nn.Module):
         return contexts, groups
 
     def _maps(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
-        """Logits of where the gripper will be, from all that they are read from."""
+        """Logits of where the gripper will be, summed over all sources of them."""
         assert self.pointing is not None
         logits = self.pointing(hidden, places, views)
         if self.patch_pointing is None:
@@ -378,10 +377,10 @@ class GeometryVLA(nn.Module):
         return logits + finer
 
     def _placed(self, tokens: Tensor, views: int) -> Tensor:
-        """Geometry tokens ``[B, G, D]`` float32 as they are compressed: with `geom_places` each with where it lies.
+        """Geometry tokens ``[B, G, D]`` float32 before compression: with `geom_places`, each with its place.
 
         Raises:
-            ValueError: they do not lie on a square grid in each view.
+            ValueError: the tokens do not lie on a square grid in each view.
         """
         tokens = tokens.float()
         if self.geometry_places is None:
@@ -396,7 +395,7 @@ class GeometryVLA(nn.Module):
 
     @staticmethod
     def _blanked(features: GeometryFeatures) -> GeometryFeatures:
-        """Zeros; the encoder's parameters stay in the graph, which DDP asks for."""
+        """Features of zeros; the encoder's parameters stay in the graph, which DDP requires."""
         points, scale = (None if each is None else 0 * each for each in (features.points, features.scale))
         return replace(features, tokens=0 * features.tokens, points=points, scale=scale)
 
@@ -417,8 +416,8 @@ class GeometryVLA(nn.Module):
 
     @torch.no_grad()
     def sample(self, scene: Scene, noise: Tensor, state: Tensor, sampling: ActionSampling | None = None) -> Tensor:
-        """Actions ``[B, T, Da]`` from standard normal noise of that shape; keys and values of the scene are computed in
-        the first step and kept."""
+        """Sample actions ``[B, T, Da]`` from standard normal noise of that shape; the scene's keys and values are
+        computed in the first step and cached."""
         chosen = sampling or ActionSampling()
         call = partial(self._at, scene, state)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
@@ -433,13 +432,13 @@ class GeometryVLA(nn.Module):
         weight: Tensor,
         sampling: ActionSampling | None = None,
     ) -> Tensor:
-        """As `sample`, led to `known` actions ``[B, T, Da]`` where ``weight`` ``[T]`` says so (see `nn.inpainting`)."""
+        """As `sample`, guided to `known` actions ``[B, T, Da]`` by ``weight`` ``[T]`` (see `nn.inpainting`)."""
         chosen = sampling or ActionSampling()
         # with few steps the paper's bound of 5 would correct an error more than once
         strongest = min(5.0, float(chosen.steps))
         with without_autocast(noise):  # as the head computes
             for block, context in zip(self.head.blocks, scene.contexts, strict=True):
-                # kept from here on: guidance records gradients, and keeps none
+                # cached here, because nothing is cached while guidance records gradients
                 context.keys_values(cast(HeadBlock, block).attention)
         call = guided_velocity(partial(self._at, scene, state), known, weight, strongest)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
@@ -448,13 +447,15 @@ class GeometryVLA(nn.Module):
         return self.velocity(scene, x, torch.full((len(x),), level, device=x.device), state)
 
     def compile_parts(self, backend: Backend = "inductor") -> None:
-        """Has torch compile the action head and a geometry encoder that is one graph, in place, when they are next
-        called; who has called them sets `compiled`. A large language model's own kernels gain nothing by it."""
+        """Let torch compile, in place and at their next call, the action head and a geometry encoder that is one graph.
+
+        The caller sets `compiled` after calling them. A large language model's own kernels gain nothing from it.
+        """
         self.head.compile(backend=backend)
         if self.geometry is not None and self.geometry.one_graph:
             self.geometry.compile(backend=backend)
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
+        """Blocks that are only called through their `forward`, which FSDP may shard one by one."""
         geometry = [] if self.geometry is None else self.geometry.sharded_parts()
         return [*self.vlm.sharded_parts(), *geometry, *self.head.blocks, *self.head.mixers]

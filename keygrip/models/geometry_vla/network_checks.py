@@ -1,4 +1,4 @@
-"""Refuses settings of the network that ask for what has no effect or is not there, and says what to set."""
+"""Checks that reject network settings without effect or with missing parts; errors name the setting to change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Between the rays to the middle of the workspace. How far away a point is comes out less exact than where it is across
-# the view by one over the sine: 29 times at 2 degrees, 6 times at 10.
+# Angle between two cameras' rays to the middle of the workspace. A point's distance is less exact than its position
+# across the view by a factor of one over the sine: 29 times at 2 degrees, 6 times at 10.
 SAME_VIEW_DEG = 2.0
 NARROW_DEG = 10.0
 
@@ -32,7 +32,7 @@ def check_geometry(
     blank: bool,
     standardised: bool,
 ) -> None:
-    """Raises ValueError where geometry is asked for and nothing would read it, or there is none."""
+    """Raise ValueError if geometry is requested but nothing would read it, or if there is no encoder for it."""
     if geometry is None and (to_head or to_vlm):
         name = "geom_inject_to_dit" if to_head else "geom_inject_to_vlm"
         raise ValueError(
@@ -73,7 +73,7 @@ def check_geometry(
 def check_pointing(
     *, cells: int, patch_cells: int, keyframe: bool, tokens: bool, triangulated: bool, actions: bool
 ) -> None:
-    """Raises ValueError where something is to read maps, and there are none, or reads a part of what there is not."""
+    """Raise ValueError if a setting reads maps or pointed tokens that are not enabled."""
     read_from_maps = {"pointed_tokens": tokens, "pointing_keyframe": keyframe, "pointed_actions": actions}
     for name, wanted in read_from_maps.items():
         if wanted and not cells:
@@ -88,14 +88,14 @@ def check_pointing(
 
 
 def check_views_apart(setting: str, cameras: Sequence[str], apart: Mapping[tuple[str, str], Apart]) -> None:
-    """Refuses cameras whose rays meet nowhere, and warns of those that say little about where they meet.
+    """Reject cameras whose rays have no meeting point, and warn if the meeting points would be inexact.
 
     Args:
-        setting: that has the rays meet, for messages. cameras: names of the views. apart: of each two that are
-            calibrated; empty: not known.
+        setting: name of the setting that needs meeting points, for messages. cameras: names of the views. apart: how
+            far apart each pair of calibrated cameras is; empty: not known.
 
     Raises:
-        ValueError: there is one camera, or all stand at the same place as seen from the workspace.
+        ValueError: there is one camera, or all cameras see the workspace from the same direction.
     """
     if len(cameras) < 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the tokens of images lie: number of the view, row and column, as an embedding.
+"""Embedding of the places of image tokens: number of the view, row and column.
 
 Shape legend: B samples, V views, L tokens, P tokens along a side of an image, H width.
 """
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from keygrip.models.nn.sinusoids import level_features
 
-MOST_VIEWS = 16  # views that have an embedding of their number
+MOST_VIEWS = 16  # largest number of views
 
 
 class PlaceEmbedding(nn.Module):
-    """From places ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`) to ``[B, L, H]``: zeros for words,
-    and zeros for all tokens at first."""
+    """Embed places ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`) as ``[B, L, H]``: zeros for words,
+    and initially zeros for all tokens."""
 
     def __init__(self, width: int, features: int = 32) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class PlaceEmbedding(nn.Module):
 
 def grid_places(views: int, side: int, device: torch.device) -> Tensor:
     """Places ``[V P P, 3]`` of tokens on a square grid in each view: number of the view from 1, row and column as
-    shares of the image."""
+    fractions of the image."""
     shares = (torch.arange(side, device=device) + 0.5) / side
     numbers = torch.arange(views, device=device) + 1.0
     return torch.stack(torch.meshgrid(numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)

@@ -1,9 +1,9 @@
-"""Pointing: the vision-language model says where in each image the gripper will be.
+"""Pointing: the vision-language model predicts where in each image the gripper will be.
 
-A pretrained vision-language model can point. One that starts from random weights learns where to look only through the
-action head, and needs very many demonstrations' worth of steps for that. So its image tokens are also asked for a
-map of pixels for each step of the action chunk, as the volume-query policy is, and for the next keyframe (where the
-gripper closes or opens next): the demonstrations hold the answers.
+A pretrained vision-language model can point. A model with random initial weights learns to attend to the target only
+through the loss of the action head, which takes very many steps. Its image tokens are therefore also trained to predict
+a map of pixels for each step of the action chunk, as in the volume-query policy, and for the next keyframe (where the
+gripper closes or opens next). The targets of these maps are computed from the demonstrations.
 
 Shape legend: B samples, V views, A arms, T steps, M maps of an arm in a view (T, or T + 1 with the keyframe's, which is
 the last), P tokens along a side of an image, c cells along a side of a token, g = c P cells along a side of an image,
@@ -24,10 +24,10 @@ from keygrip.models.nn.sinusoids import level_features
 from keygrip.training.distributed import global_mean
 
 PLACE_FEATURES = 32  # sines and cosines of each coordinate
-OFFSET_FEATURES = 16  # likewise, of coordinates in shares of the workspace
-FINENESS = 30.0  # their highest frequency is 1000 / 30: a twentieth of the workspace's half turns it by 90 degrees
-FARTHEST = 3.0  # of a meeting point, in halves of the workspace from its middle
-PEAK_REACH = 3  # cells around a map's highest one that count as its peak: its target is spread over two
+OFFSET_FEATURES = 16  # the same, for coordinates as shares of the workspace
+FINENESS = 30.0  # highest frequency 1000 / 30: a twentieth of half the workspace changes its phase by 90 degrees
+FARTHEST = 3.0  # limit of a meeting point's distance from the workspace's middle, in halves of the workspace
+PEAK_REACH = 3  # cells to each side of a map's highest cell that count as its peak; targets cover two cells
 
 
 class Pointing(nn.Module):
@@ -51,7 +51,7 @@ class Pointing(nn.Module):
         """Logits ``[B, V, A, M, g, g]`` of a layer's hidden states ``[B, L, H]``.
 
         Args:
-            places: ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`): which tokens are whose.
+            places: ``[B, L, 3]`` (see `keygrip.models.language.qwen_vl.Semantics`): view, row and column of tokens.
         """
         cells = (self.arms, self.maps, self.cells, self.cells)
         logits = self.read(image_tokens(hidden, places, views)).unflatten(-1, cells)  # [B, V, P, P, A, M, c, c]
@@ -61,13 +61,14 @@ class Pointing(nn.Module):
 class PatchPointing(nn.Module):
     """Logits of the same maps from the geometry encoder's patches, to be added to those of `Pointing`.
 
-    An image token of the language model asks, and the patches that it covers answer, cell by cell: language says what
-    is looked for, the encoder's backbone where in a patch it is, which a vision tower that reads a patch through one
-    matrix learns slowly (`benchmarks/vla_metaworld.json`: 8.1 px without, 4.8 with it). No difference at first.
+    Queries come from the image tokens of the language model, keys from the patches that each token covers, cell by
+    cell. Language determines what is searched for; the encoder's backbone determines where in a patch it is. A vision
+    tower that reads a patch through one matrix learns the latter slowly (`benchmarks/vla_metaworld.json`: 8.1 px
+    without this module, 4.8 with it). Its logits are initially zero.
 
     Args:
         width: H. dim: D, of a geometry token. arms: A. maps: M. cells: along a side of a patch.
-        features: of a question.
+        features: of a query.
     """
 
     def __init__(self, width: int, dim: int, arms: int, maps: int, cells: int, features: int = 16) -> None:
@@ -87,7 +88,7 @@ class PatchPointing(nn.Module):
             places: as for `Pointing`.
 
         Raises:
-            ValueError: patches that do not lie on a square grid, or not a whole number of them under a token.
+            ValueError: the patches do not lie on a square grid, or a token does not cover a whole number of them.
         """
         questions = self.ask(image_tokens(hidden, places, views)).unflatten(-1, (self.arms, self.maps, self.features))
         side, tokens = round((patches.shape[1] / views) ** 0.5), questions.shape[2]
@@ -100,19 +101,19 @@ class PatchPointing(nn.Module):
         under = side // tokens
         answers = self.answer(patches).unflatten(-1, (self.cells, self.cells, self.features))
         answers = answers.unflatten(1, (views, tokens, under, tokens, under))
-        # token's row and column, patch's in it (i, j), cell's in that (c, d): to rows and columns of the whole image
+        # rows and columns of token (p, q), patch in the token (i, j), cell in the patch (c, d): to those of the image
         logits = torch.einsum("bvpqamf,bvpiqjcdf->bvampicqjd", questions, answers) * self.features**-0.5
         return logits.flatten(7, 9).flatten(4, 6)
 
 
 def refuse_other_grid(patches: int, tokens: int, patch_cells: int, cells: int) -> None:
-    """Refuses maps read from patches of the geometry encoder that have other cells than those of image tokens.
+    """Refuse maps from the geometry encoder's patches if their cells differ from those of the image tokens.
 
     Args:
         patches, tokens: along a side of a view. patch_cells, cells: along a side of a patch, of a token.
 
     Raises:
-        ValueError: another number of cells, or a token that covers no whole number of patches.
+        ValueError: the numbers of cells differ, or a token does not cover a whole number of patches.
     """
     setting = f"model.network.pointing_patch_cells={patch_cells}"
     if patches % tokens:
@@ -136,17 +137,17 @@ def image_tokens(hidden: Tensor, places: Tensor, views: int) -> Tensor:
 
 
 class PointedTokens(nn.Module):
-    """What the maps of `Pointing` say, as context tokens of the action head: one for every view, arm and map.
+    """The content of the maps of `Pointing` as context tokens of the action head: one for every view, arm and map.
 
-    Each holds the mean of its map and, with a geometry encoder, what that encoder makes of the place: its tokens and,
-    where it predicts them, its world points, averaged with the map as weights. Language selects the image location;
-    geometry supplies its 3D position. With `triangulated` each also holds where the views' rays through the peaks of
-    that map meet, and how far they miss each other. The maps learn from where the gripper went alone: the actions'
-    gradient through them made them worse at it.
+    Each token contains the mean of its map and, with a geometry encoder, that encoder's output there: its tokens and,
+    if it predicts them, its world points, averaged with the map as weights. Language selects the image location;
+    geometry supplies its 3D position. With `triangulated` each token also contains where the views' rays through the
+    peaks of that map meet, and how far the rays are from that point. The maps are trained only on where the gripper
+    went: with the action loss's gradient they predicted it less well.
 
     Args:
         width: H. arms: A. maps: M. views: V at most.
-        geom_dim: width of a geometry token; None: images' places alone. points: whether there are world points too.
+        geom_dim: width of a geometry token; None: only places in images. points: whether there are also world points.
         triangulated: whether there are meeting points.
     """
 
@@ -174,10 +175,10 @@ class PointedTokens(nn.Module):
         geometry: GeometryFeatures | None = None,
         met: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """``[B, V A M, H]`` float32 of logits ``[B, V, A, M, g, g]`` and what was made of the same images.
+        """``[B, V A M, H]`` float32 from logits ``[B, V, A, M, g, g]`` and other features of the same images.
 
         Args:
-            logits: of `Pointing`. geometry: of the images, None without an encoder.
+            logits: of `Pointing`. geometry: features of the images, None without an encoder.
             met: `meeting_points` of the logits, with `triangulated`.
 
         Raises:
@@ -208,11 +209,11 @@ class PointedTokens(nn.Module):
 
 
 class PointedActions(nn.Module):
-    """What is added to each action token of the head: where the rays meet, of the maps of its own step and of the
-    keyframe, from the world and from where the gripper is. Zeros at first.
+    """Term added to each action token of the head: where the rays meet for the maps of its own step and of the
+    keyframe, relative to the world and to the gripper's present position. Initially zero.
 
-    Pointed tokens say the same, among a hundred others; a head that found its target there followed it in part only,
-    and drew its plans to the middle of the positions that it was trained on (`benchmarks/vla_metaworld.json`).
+    Pointed tokens contain the same points, among a hundred other tokens. A head that read its target from them followed
+    it only in part: its plans tended to the middle of the training positions (`benchmarks/vla_metaworld.json`).
 
     Args:
         width: H. arms: A. steps: T. keyframe: whether there is a map for it.
@@ -228,8 +229,8 @@ class PointedActions(nn.Module):
         nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
 
     def forward(self, met: Tensor, present: Tensor) -> Tensor:
-        """``[B, T, H]`` of meeting points ``[B, A, M, 3]`` and present positions ``[B, A, 3]``, normalised alike."""
-        met = met.clamp(-FARTHEST, FARTHEST)  # rays that are nearly parallel meet anywhere
+        """``[B, T, H]`` of meeting points ``[B, A, M, 3]`` and present positions ``[B, A, 3]``, both normalised."""
+        met = met.clamp(-FARTHEST, FARTHEST)  # rays that are nearly parallel may meet anywhere
         points = [met[:, :, : self.steps]]
         if self.keyframe:
             points.append(met[:, :, self.steps :].expand_as(points[0]))
@@ -251,7 +252,7 @@ def map_means(maps: Tensor) -> Tensor:
 
 
 def peak_means(maps: Tensor) -> Tensor:
-    """As `map_means`, over the cells around the highest one alone: a little weight far away does not move it."""
+    """As `map_means`, over the cells around the highest cell only: small weights far away do not move the mean."""
     side = maps.shape[-1]
     highest = maps.flatten(-2).argmax(dim=-1)
     cells = torch.arange(side, device=maps.device)
@@ -262,7 +263,7 @@ def peak_means(maps: Tensor) -> Tensor:
 
 
 def meeting_points(logits: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the views' rays through the peaks of maps meet, and how far from them that is. Without gradient.
+    """Where the views' rays through the peaks of maps meet, and how far the rays are from there. Without gradient.
 
     Args:
         logits: of the maps, ``[B, V, A, M, g, g]``.
@@ -281,18 +282,18 @@ def meeting_points(logits: Tensor, intrinsics: Tensor, world_to_camera: Tensor) 
 
 
 def resampled(maps: Tensor, side: int) -> Tensor:
-    """Maps ``[..., g, g]`` that each add up to 1, on a grid of ``side`` x ``side`` cells that do too."""
+    """Maps ``[..., g, g]`` that each add up to 1, resampled to ``side`` x ``side`` cells that add up to 1."""
     if maps.shape[-1] == side:
         return maps
     means = F.interpolate(maps.flatten(0, -3)[:, None], (side, side), mode="area")
-    # Cells that do not divide are shared by neighbours, and count twice.
+    # If ``side`` does not divide g, neighbouring new cells share old ones, which then count twice.
     return (means / means.sum(dim=(-2, -1), keepdim=True)).reshape(*maps.shape[:-2], side, side)
 
 
 def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
     """Cross-entropy against the four cells around the pixel where the gripper will be: `pointing` over the steps, and
-    `keyframe` where there is a map for that; and how far the maps' means are from it, `pointing_px` and `keyframe_px`,
-    without gradient.
+    `keyframe` if there is a map for it. Also the distances of the maps' means from that pixel, `pointing_px` and
+    `keyframe_px`, without gradient.
 
     Steps that are padding or outside of an image do not count.
 
@@ -306,13 +307,13 @@ def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
 
 
 def pointing_counts(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
-    """Over how many maps each of `pointing_losses` is a mean, by the same names."""
+    """Number of maps over which each of `pointing_losses` is a mean, by the same names."""
     targets = _targets(logits, batch)
     return {each: counted.sum() for name, *_, counted in targets for each in (name, f"{name}_px")}
 
 
 def _targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """By name, maps ``[B, V, A, M, g, g]``, the pixels ``[B, V, A, M, 2]`` that they are to show, and which count."""
+    """By name: maps ``[B, V, A, M, g, g]``, their target pixels ``[B, V, A, M, 2]``, and which of them count."""
     steps, size = batch.position.shape[2], batch.images.shape[-1]
     asked = [("pointing", logits[:, :, :, :steps], batch.position, ~batch.action_is_pad)]
     if logits.shape[3] > steps:
@@ -327,7 +328,7 @@ def _targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Ten
 
 
 def _map_losses(logits: Tensor, pixels: Tensor, counts: Tensor, size: int, name: str) -> dict[str, Tensor]:
-    """Of maps ``[B, V, A, M, g, g]`` of images of ``size`` pixels a side, as `_targets` gives them."""
+    """Losses of maps ``[B, V, A, M, g, g]`` from `_targets`, for images of ``size`` pixels a side."""
     cells = logits.shape[-1]
     around, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, M, 4]
     logs = logits.float().flatten(-2).log_softmax(dim=-1).unflatten(-1, (cells, cells))

@@ -45,7 +45,7 @@ ROUNDING_S = 1e-6
 
 @dataclass(frozen=True)
 class _Seen:
-    """What B plans are made from: `noise` [B, T, Da], `state` [B, Da], `position` [B, A, 3], `turn` [B, A, 4]."""
+    """Inputs of B plans: `noise` [B, T, Da], `state` [B, Da], `position` [B, A, 3], `turn` [B, A, 4]."""
 
     scene: Scene
     noise: torch.Tensor
@@ -56,23 +56,23 @@ class _Seen:
 
 @dataclass
 class GeometryVLAPolicy:
-    """Plans with a trained module; everything that it needs lies in the module's checkpoint.
+    """Plan with a trained module, whose checkpoint contains everything that the policy needs.
 
-    The encoders run once a plan, the action head once a step of the sampler.
+    The encoders run once per plan, the action head once per step of the sampler.
 
     Args:
         module: trained, with its statistics.
-        margin_m: planned positions are kept within this distance of the box of the positions seen in training, along
-            all axes or along x, y and z; None: no limit. What lies beyond was never demonstrated, and may be the table.
-            Poses in metres are kept so, never normalised actions. Plans say in `held_back` how far they were moved; a
-            warning says it once an episode.
-        embodiment: which robot it drives, of a model that tells several apart; others take none.
-        seed: of the noise. temperature, steps, solver: of the sampler; None takes the module's own.
+        margin_m: planned positions are kept within this distance of the bounding box of the training positions, along
+            all axes or along x, y and z; None: no limit. Positions beyond were never demonstrated, and may be in the
+            table. The limit applies to poses in metres, never to normalised actions. `held_back` of a plan gives how
+            far it was moved; a warning reports this once per episode.
+        embodiment: which robot is controlled, for a model with several robots; None for other models.
+        seed: of the noise. temperature, steps, solver: of the sampler; None: the module's own.
         vlm_precision: of the vision-language model's weights: float32 as trained, bfloat16, or int8 (a quarter of the
             memory); in place, for all policies on this module.
-        compiled: torch compiles the action head and a small geometry encoder: about a minute before the first plan, and
-            shorter plans of one observation. Those of several at once run as without, and so do all where torch's
-            settings (threads, determinism, precision of products) change after it. In place, as above.
+        compiled: torch compiles the action head and a small geometry encoder: about a minute before the first plan,
+            then faster plans for one observation. Plans for several observations at once run uncompiled, and so do all
+            plans if torch's settings (threads, determinism, precision of products) change later. In place, as above.
     """
 
     module: GeometryVLAModule
@@ -87,7 +87,7 @@ class GeometryVLAPolicy:
 
     def __post_init__(self) -> None:
         check_margin(self.margin_m)
-        if self.embodiment is not None:  # one that is missing may be given later, by `replace`
+        if self.embodiment is not None:  # a missing one may be set later, by `replace`
             robot_number(self.module.embodiments, self.embodiment)
         if not self.module.views:
             raise ValueError("The policy does not know its cameras: train it, or load a checkpoint of keygrip.train.")
@@ -103,7 +103,7 @@ class GeometryVLAPolicy:
 
     @property
     def needs(self) -> Needs:
-        """What it reads of an observation."""
+        """What the policy reads from an observation."""
         return Needs(
             arms=self.module.actions.arms,
             cameras=self.module.views,
@@ -113,15 +113,15 @@ class GeometryVLAPolicy:
         )
 
     def reset(self, seed: int) -> None:
-        """Starts an episode: the noise is from here on a function of the seeds."""
+        """Start an episode; from here on the noise depends only on the seeds."""
         self._warning.begin()
         self._generator.manual_seed(self.seed + seed)
 
     def make_ready(self) -> None:
-        """Compiles what `compiled` asks for, by planning from images of nothing; where that is done, nothing.
+        """With `compiled`, compile by planning from black images; do nothing if that is already done.
 
         Raises:
-            ValueError: there is no compiler on this machine.
+            ValueError: this machine has no compiler.
         """
         module = self.module
         if not self.compiled or module.network.compiled:
@@ -130,9 +130,9 @@ class GeometryVLAPolicy:
             raise ValueError(f"policy.compiled=true needs {missing}; or plan without, policy.compiled=false")
         log.info("the policy's action head and geometry encoder are being compiled, for about a minute")
         module.network.compile_parts()
-        # Instructions of two lengths: the second makes torch take the length as variable.
+        # Instructions of two lengths: after the second, torch treats the length as variable.
         for words in ("go", "go to the other place"):
-            own = self.session()  # with a generator of its own: the noise of this policy's plans stays as it is
+            own = self.session()  # with its own generator, so that the noise of this policy's plans does not change
             own._plans([own._nothing(words)], [own])
         module.network.compiled = True
 
@@ -149,7 +149,7 @@ class GeometryVLAPolicy:
         }
 
     def session(self) -> Self:
-        """Another policy on the same network, with a generator of its own."""
+        """Another policy on the same network, with its own random generator."""
         return replace(self)
 
     @property
@@ -166,7 +166,7 @@ class GeometryVLAPolicy:
 
     @property
     def _number(self) -> int:
-        """Of its robot among the model's."""
+        """Index of its robot among the model's robots."""
         return robot_number(self.module.embodiments, self.embodiment)
 
     def _robots(self, count: int) -> torch.Tensor | None:
@@ -178,20 +178,20 @@ class GeometryVLAPolicy:
         """Poses of the next T steps.
 
         Raises:
-            ValueError: a camera, the instruction or an arm's pose is missing or cannot be right, or the plan is not
+            ValueError: a camera, the instruction or an arm's pose is missing or invalid, or the plan is not
                 finite.
         """
         refuse_incomplete(observation, self.needs)
         return self.plan_batch([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        """The plans of several sessions in one pass; the noise of each is drawn by its own generator. As `plan`."""
+        """Plan for several sessions in one pass; each session's own generator samples its noise. See `plan`."""
         self.make_ready()
         with self._compiled_alone():
             return self._plans(observations, sessions)
 
     def _compiled_alone(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing more is compiled within: what was not foreseen runs as without, and holds up no robot."""
+        """Context without further compilation: new shapes run uncompiled, so that no robot has to wait."""
         ready = self.module.network.compiled
         return torch.compiler.set_stance("eager_on_recompile") if ready else contextlib.nullcontext()
 
@@ -204,16 +204,16 @@ class GeometryVLAPolicy:
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
 
-        Joints and a controller's inputs are continued as such. Where the plan under way holds no joints, since its
-        poses were moved into the training box, the new one begins anew, as behind its end.
+        Joints and a controller's inputs are continued as such. If the plan under way has no joints, because its poses
+        were moved into the training box, the new plan does not continue it, as after its end.
 
         Args:
             observation: with `time_s`. executing: a plan with its `time_s`, of the same clock.
-            delay_s: until the new plan arrives; so long the one under way is executed in any case.
+            delay_s: time until the new plan arrives; for this time the plan under way is executed in any case.
 
         Raises:
             ValueError: a camera or the instruction is missing; a time is missing or not finite; the plan under way is
-                not finite, or not one of this policy's: it has other steps, joints or inputs; the new one is not
+                not finite, or not a plan of this policy (other steps, joints or inputs); the new plan is not
                 finite.
         """
         if executing.time_s is None or "time_s" not in observation:
@@ -236,7 +236,7 @@ class GeometryVLAPolicy:
                 "continues its own plans"
             )
         seen = self._seen([observation], [self])
-        # where the steps of the new plan lie in the one under way, in its steps, counted from 0
+        # positions of the new plan's steps in the plan under way, in its steps, counted from 0
         places = (float(observation["time_s"]) - began_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
         known = int((places <= steps - 1 + 1e-6).sum())
@@ -250,14 +250,14 @@ class GeometryVLAPolicy:
         return self._planned(sampled, seen, [self])[0]
 
     def _under_way(self, executing: Plan, rows: np.ndarray, seen: _Seen) -> torch.Tensor | None:
-        """A plan as normalised actions ``[1, T, Da]`` at places in it, in its steps ``[T]`` from 0; None where it is
-        not known in terms of the actions."""
+        """A plan as normalised actions ``[1, T, Da]`` at the positions ``rows`` ``[T]``, in its steps from 0; None if
+        the plan does not contain the quantities that the actions consist of."""
         actions, device = self.module.actions, self.module.device
         low = np.floor(rows).astype(int)
         high, share = np.minimum(low + 1, executing.gripper.shape[1] - 1), (rows - low)[None, :, None]
 
         def between(values: np.ndarray) -> torch.Tensor:
-            # Of a controller's inputs too: each holds for a step, so a step that lies across two takes of both.
+            # Also for a controller's inputs: each applies for one step, so a step across two steps mixes both.
             mixed = values[:, low] * (1 - share) + values[:, high] * share
             return torch.as_tensor(mixed, dtype=torch.float32, device=device)[None]
 
@@ -317,10 +317,10 @@ class GeometryVLAPolicy:
         return [replace(plan, **own) for plan, own in zip(plans, terms, strict=True)]
 
     def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, Any]]:
-        """The plans as joints or inputs of a controller, where these are the actions.
+        """The plans as joints or controller inputs, if these are the actions.
 
-        A plan whose poses were moved into the workspace has no joints: what was planned is not what may be done. Of
-        inputs the poses are an estimate alone, so these stay, within what the controller takes.
+        A plan whose poses were moved into the workspace has no joints, because the planned joints must not be executed.
+        Controller inputs stay, clipped to the controller's range, since their poses are only an estimate.
         """
         actions = self.module.actions
         if not actions.reads:

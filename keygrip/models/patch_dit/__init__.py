@@ -1,1 +1,1 @@
-"""System 3: a latent diffusion transformer steered by text and by the DINO features of a reference image."""
+"""System 3: a latent diffusion transformer conditioned on text and on the DINO features of a reference image."""

@@ -1,7 +1,7 @@
-"""Representation alignment: a middle block is pulled towards the DINO patches of the clean image (REPA).
+"""Representation alignment (REPA): a loss aligns a middle block with the DINO patches of the clean image.
 
 Paper: Yu et al., "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think"
-(2025). Here the features are also a condition; samples whose DINO features are dropped must find them by themselves.
+(2025). Here the features are also a condition; samples without these features must predict them unseen.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from keygrip.training.parts import model_part
 
 @model_part
 class FeatureAlignment(nn.Module):
-    """1 - cosine between projected tokens of a block and the DINO features at their places.
+    """Loss: 1 - cosine between projected tokens of a block and the DINO features at their places.
 
     Args:
         width, depth: of the network. dino_dim: of the features.
         block: number of blocks after which tokens are compared; None: half of them. hidden: width of the projector;
             None: twice the network's.
-        weight: of the loss at the start. decay_share: share of the run at which the weight has fallen to zero, in a
-            straight line; None: it stays. Late in training the alignment holds back detail.
-        only_without_patches: the loss is that of the samples whose patches are dropped; the others are told the very
-            features that they are compared with. False: that of all samples.
+        weight: of the loss at the start. decay_share: share of the run after which the weight has decreased linearly
+            to zero; None: it is constant. Late in training the alignment impairs detail.
+        only_without_patches: compute the loss only on samples whose patches are dropped; the other samples receive
+            as a condition the features that they are compared with. False: on all samples.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FeatureAlignment(nn.Module):
         return self.weight if self.decay_share is None else self.weight * max(0.0, 1 - progress / self.decay_share)
 
     def check(self, dropout: ConditionDropout, use_dino_patches: bool) -> None:
-        """Raises ValueError: `only_without_patches` has no effect in a training with these settings, or leaves no
+        """Raise ValueError if `only_without_patches` has no effect in a training with these settings, or leaves no
         sample."""
         if not self.only_without_patches:
             return
@@ -74,7 +74,7 @@ class FeatureAlignment(nn.Module):
             )
 
     def counted(self, has_patches: Tensor) -> Tensor:
-        """Which samples the loss is of, bool ``[B]``. has_patches: bool ``[B]``, whether the network is told them."""
+        """Which samples count in the loss, bool ``[B]``. has_patches: bool ``[B]``, which of them keep patches."""
         return ~has_patches if self.only_without_patches else torch.ones_like(has_patches)
 
     def forward(
@@ -84,8 +84,8 @@ class FeatureAlignment(nn.Module):
 
         Args:
             tapped: tokens of the block. token_grid: (rows, columns) of all latent tokens.
-            patches: ``[B, P, Dd]``, normalised. patch_grid: (gh, gw); features are brought to the tokens' grid by area
-                (bilinearly where that is finer): both grids lie over the same image.
+            patches: ``[B, P, Dd]``, normalised. patch_grid: (gh, gw); features are resampled to the tokens' grid by
+                area (bilinearly if that grid is finer): both grids cover the same image.
         """
         maps = patches.transpose(1, 2).unflatten(2, patch_grid)
         finer = token_grid[0] > patch_grid[0] or token_grid[1] > patch_grid[1]

@@ -1,4 +1,4 @@
-"""Training of an autoencoder of our own, on the images that shards with exact pixels hold (`encoders=tiny`)."""
+"""Training of keygrip's own autoencoder on the images of shards that contain exact pixels (`encoders=tiny`)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from keygrip.training.system import System
 
 @model_part(from_checkpoint={"init_from": None})
 class AutoencoderModule(System):
-    """Mean absolute error of pixels and of their differences to neighbours, and a little pull of the posterior towards
-    a standard normal distribution.
+    """Loss: mean absolute error of pixels and of their differences to neighbours, and a small KL divergence of the
+    posterior from a standard normal distribution.
 
-    The error of differences is what sees grain and blurred edges: both leave the error of pixels small.
+    The error of differences penalises grain and blurred edges, which change the error of pixels little.
 
     Args:
-        network: the autoencoder. encoders: of the shards, which hold pixels exactly. optimizer: the recipe.
-        difference_weight: of the error of differences. kl_weight: of the mean divergence per number of a latent.
-        shown: images that validation shows. init_from: run folder or checkpoint of such an autoencoder whose weights
-            are the start. decoder_only: the encoder stays as `init_from` has it, and with it latents; a
-            model that was trained on them goes on drawing with the decoder of then. latent_noise: largest standard
-            deviation of the noise on what the decoder is given in training, in standard deviations of a latent's
-            channel; drawn for each image from 0 on. What a diffusion model draws is never quite a latent of an image.
+        network: the autoencoder. encoders: of the shards, which contain exact pixels. optimizer: its settings.
+        difference_weight: of the error of differences. kl_weight: of the mean divergence per value of a latent.
+        shown: number of images that validation shows. init_from: run folder or checkpoint of such an autoencoder from
+            whose weights training starts. decoder_only: keep the encoder of `init_from`, and therefore its latents, and
+            train the decoder only; models already trained on these latents keep the decoder stored with them.
+            latent_noise: largest standard deviation of noise added to the decoder's inputs in training, in standard
+            deviations of a latent's channel; sampled per image from 0 to this value. A diffusion model's samples are
+            never exactly latents of images.
 
     Raises:
         ValueError: negative weights, encoders whose latents are not pixels, or `decoder_only` without `init_from`.
@@ -76,11 +77,11 @@ class AutoencoderModule(System):
         network.encoder.requires_grad_(not decoder_only)
 
     def sharded_parts(self) -> list[Any]:
-        """Residual blocks, which are used through their `forward` alone."""
+        """Residual blocks, which are only called through their `forward`, and which FSDP may shard one by one."""
         return [part for part in self.network.modules() if isinstance(part, ResidualBlock)]
 
     def set_statistics(self, statistics: ImageTextStatistics) -> None:
-        """Raises ValueError: the shards hold something else than packed pixels, or of sizes that do not divide."""
+        """Raise ValueError if the shards contain anything but packed pixels, or images of sizes that do not divide."""
         if len(statistics.latent_mean) != self.packing.channels:
             raise ValueError(
                 f"the shards' latents have {len(statistics.latent_mean)} channels, packed pixels "
@@ -102,10 +103,10 @@ class AutoencoderModule(System):
         return self.packing.decode(batch.latents) * 2 - 1
 
     def losses(self, pixels: Tensor, sampled: bool) -> dict[str, Tensor]:
-        """Of each image, [B] each: `pixels`, `differences`, `kl` and their weighted sum `total`.
+        """Losses of each image, [B] each: `pixels`, `differences`, `kl` and their weighted sum `total`.
 
         Args:
-            sampled: latents are drawn from the posterior, with `latent_noise`; otherwise its mean.
+            sampled: sample latents from the posterior and add `latent_noise`; otherwise use the posterior's mean.
         """
         mean, log_variance = self.network.posterior(pixels)
         latents = mean

@@ -1,4 +1,4 @@
-"""Images to latents and back: exact pixel packing, or the 16-channel autoencoder of FLUX.1.
+"""Autoencoders of images: exact pixel packing, or the 16-channel autoencoder of FLUX.1.
 
 Images are uint8 [B, 3, H, W] RGB in 0..255 on the way in and float32 [B, 3, H, W] in 0..1 on the way out.
 Legend: B images, C h w channels and size of a latent.
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class Autoencoder(Protocol):
-    """Images to latents and back. `stride` x `stride` pixels make a latent cell of `channels` numbers; `exact`: every
-    image comes back as it was."""
+    """Encodes images as latents and decodes them. `stride` x `stride` pixels become a latent cell of `channels` values;
+    `exact`: decoding restores every image exactly."""
 
     channels: int
     stride: int
@@ -38,7 +38,7 @@ class Autoencoder(Protocol):
     def to(self, device: torch.device | str) -> Self: ...
 
     def description(self) -> dict[str, Any]:
-        """Plain values from which the part can be told apart from others."""
+        """Plain values that distinguish this part from others."""
         ...
 
 
@@ -71,12 +71,12 @@ class PixelPacking:
 
 @model_part(external=["source"])
 class FluxAutoencoder:
-    """diffusers' AutoencoderKL with 16 channels, as FLUX.1 has it. Latents are (mean - shift) * scale of its config.
+    """diffusers' AutoencoderKL with 16 channels, as in FLUX.1. Latents are (mean - shift) * scale by its config.
 
     Args:
         source: a local folder with its config.json, or a name on the Hugging Face hub.
-        subfolder: where a larger model keeps it; unused where `source` is the part's own folder.
-        dtype: of its weights. channels, stride: what it is expected to have.
+        subfolder: the autoencoder's folder within a larger model; unused if `source` is the autoencoder's own folder.
+        dtype: of its weights. channels, stride: expected values.
     """
 
     exact = False
@@ -96,10 +96,10 @@ class FluxAutoencoder:
 
     @property
     def model(self) -> Any:
-        """Loaded when it is first asked for.
+        """The model, loaded on first use.
 
         Raises:
-            ImportError: diffusers is not installed. FileNotFoundError: not there. ValueError: another kind of model.
+            ImportError: diffusers is not installed. FileNotFoundError: not found. ValueError: another kind of model.
         """
         if self._model is None:
             try:
@@ -125,7 +125,7 @@ class FluxAutoencoder:
         return self
 
     def encode(self, images: Tensor) -> Tensor:
-        """The mean of the posterior: the same image always gives the same latent."""
+        """Encode by the mean of the posterior: the same image always gives the same latent."""
         model = self.model
         pixels = (images.float() / 127.5 - 1).to(self.device, self.dtype)
         mean = model.encode(pixels).latent_dist.mode().float()

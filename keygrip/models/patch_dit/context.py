@@ -1,6 +1,6 @@
-"""What the blocks of the DiT read: text, CLS and patch tokens, with null embeddings in place of what is dropped.
+"""Context of the DiT's blocks: text, CLS and patch tokens, with null embeddings in place of dropped conditions.
 
-One builder makes the context in training and in sampling, so that there is one mask and one set of rules.
+The same builder makes the context in training and in sampling, so the mask and the rules are the same.
 
 Shape legend: B samples, L text tokens, Dt width of a text state, Dd width of a DINO feature, P = gh * gw patches, D
 width of the network, M = L + 1 + P context tokens.
@@ -23,11 +23,11 @@ class Conditions:
     """Conditions of images: normalised features. Text or DINO features may be missing.
 
     Args:
-        text: ``[B, L, Dt]``, or None. text_mask: bool ``[B, L]``, True for real tokens; a row without any counts as no
-            text.
+        text: ``[B, L, Dt]``, or None. text_mask: bool ``[B, L]``, True for real tokens; a row without real tokens
+            counts as no text.
         cls: ``[B, Dd]``, or None. patches: ``[B, P, Dd]``, or None; row after row of patch_grid.
-        patch_grid: (gh, gw); also needed without patches: it says how many null patches stand in their place.
-        patch_mask: bool ``[B, P]``: where False, the null embedding stands in the place of a patch. None: nowhere.
+        patch_grid: (gh, gw); also needed without patches: it determines the number of null patches in their place.
+        patch_mask: bool ``[B, P]``; False: the null embedding replaces the patch. None: all patches count.
     """
 
     text: Tensor | None
@@ -61,11 +61,11 @@ class Conditions:
         return self.cls is not None
 
     def repeated(self, times: int) -> Conditions:
-        """All samples ``times`` times, one whole batch after the other."""
+        """Repeat the whole batch ``times`` times."""
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
     def interleaved(self, times: int) -> Conditions:
-        """Each sample ``times`` times in a row."""
+        """Repeat each sample ``times`` times in a row."""
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def first(self, count: int) -> Conditions:
@@ -73,16 +73,16 @@ class Conditions:
         return self._map(lambda tensor: tensor[:count])
 
     def with_dino_of(self, index: Tensor) -> Conditions:
-        """Each sample's own text with the DINO features of another: ``index`` ``[B]`` says whose."""
+        """Combine each sample's own text with the DINO features of sample ``index`` ``[B]``."""
         other = self._map(lambda tensor: tensor[index.to(tensor.device)])
         return replace(self, cls=other.cls, patches=other.patches, patch_mask=other.patch_mask)
 
     def without_dino(self) -> Conditions:
-        """Text alone."""
+        """Keep only the text."""
         return replace(self, cls=None, patches=None, patch_mask=None)
 
     def to(self, device: torch.device | str) -> Conditions:
-        """On a device."""
+        """Move to a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
@@ -93,11 +93,11 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens that a batch reads, but for the CLS token, which becomes one when the noise level is added.
+    """The context tokens of a batch; the CLS vector becomes a token when the noise level is added to it.
 
     Args:
-        text: ``[B, L, D]``. text_mask: bool ``[B, L]``, or None where every text token counts.
-        cls: ``[B, D]``, without the noise level. patches: ``[B, P, D]``, or None where the network has none.
+        text: ``[B, L, D]``. text_mask: bool ``[B, L]``, or None if every text token counts.
+        cls: ``[B, D]``, without the noise level. patches: ``[B, P, D]``, or None if the network has none.
     """
 
     text: Tensor
@@ -111,20 +111,20 @@ class Context:
         return self.text.shape[1], 1, 0 if self.patches is None else self.patches.shape[1]
 
     def tokens(self, cls_token: Tensor) -> Tensor:
-        """``[B, M, D]``: text, CLS with the noise level in it ``[B, D]``, patches."""
+        """``[B, M, D]``: text, the given CLS token ``[B, D]``, which includes the noise level, and patches."""
         parts = [self.text, cls_token[:, None].to(self.text.dtype)]
         return torch.cat(parts if self.patches is None else [*parts, self.patches], dim=1)
 
     @property
     def mask(self) -> Tensor | None:
-        """Bool ``[B, M]``, True = attend; None where every token counts. DINO tokens always do."""
+        """Bool ``[B, M]``, True = attend; None if every token counts. DINO tokens always count."""
         if self.text_mask is None:
             return None
         _, one, patches = self.groups
         return torch.cat([self.text_mask, self.text_mask.new_ones(len(self.text_mask), one + patches)], dim=1)
 
     def trimmed(self) -> Context:
-        """Without the text tokens that count in no row of the batch: what is cut off was masked everywhere."""
+        """Remove the text tokens that are masked in all rows of the batch."""
         if self.text_mask is None:
             return self
         used = self.text_mask.any(dim=0)
@@ -133,13 +133,13 @@ class Context:
 
 
 class ContextBuilder(nn.Module):
-    """From features to context tokens, the same way for training and for every branch of sampling.
+    """Converts features to context tokens, in the same way for training and for every branch of sampling.
 
     Args:
         width: D. text_dim: Dt. dino_dim: Dd.
         use_dino_patches: False: text and CLS only, the baseline.
-        patch_positions: False: patches without a position, which an attention cannot tell from shuffled ones (for
-            comparison).
+        patch_positions: False: patches without positions, which attention cannot distinguish from shuffled patches
+            (for comparison).
         position_cells: see `position_features`.
     """
 
@@ -157,11 +157,11 @@ class ContextBuilder(nn.Module):
         self.patch_positions = patch_positions
         self.text_proj = nn.Linear(text_dim, width)
         self.dino_proj = nn.Linear(dino_dim, width)
-        # One token stands for "no text": what an absent caption looks like must not depend on how long it was.
+        # One token stands for "no text": the embedding of a dropped caption must not depend on its length.
         self.null_text = nn.Parameter(torch.randn(width) * 0.02)
         self.null_dino = nn.Parameter(torch.randn(width) * 0.02)
         self.dino_patch_proj = nn.Linear(dino_dim, width) if use_dino_patches else None
-        # Zero at first: null patches then carry their positions alone; one vector for every patch count.
+        # Initially zero: null patches then contain only their positions. One vector for any number of patches.
         self.null_dino_patches = nn.Parameter(torch.zeros(width)) if use_dino_patches else None
 
     def forward(
@@ -175,10 +175,10 @@ class ContextBuilder(nn.Module):
         """The context of a batch.
 
         Args:
-            conditions: see there. keep_text, keep_dino: bool ``[B]``; False puts the null embedding in place.
+            conditions: of the batch. keep_text, keep_dino: bool ``[B]``; False: use the null embedding instead.
             aspect: width over height of the images.
-            keep_patches: bool ``[B]``, of the patches; None: they are kept and dropped with the CLS vector, by
-                keep_dino.
+            keep_patches: bool ``[B]``, for the patches; None: as keep_dino, which then applies to CLS vector and
+                patches.
         """
         text, text_mask = self._text(conditions, keep_text)
         cls = self.null_dino.expand(len(keep_dino), -1)
@@ -193,7 +193,7 @@ class ContextBuilder(nn.Module):
         if conditions.text is None or conditions.text_mask is None:
             return null, torch.ones(len(keep), 1, dtype=torch.bool, device=keep.device)
         known, mask = self.text_proj(conditions.text), conditions.text_mask
-        keep = (keep & mask.any(dim=1))[:, None]  # an empty caption is no caption
+        keep = (keep & mask.any(dim=1))[:, None]  # an empty caption counts as no caption
         first = torch.zeros_like(mask)
         first[:, 0] = True
         return torch.where(keep[..., None], known, null.to(known.dtype)), torch.where(keep, mask, first)
@@ -224,11 +224,11 @@ class ConditionDropout:
 
     Args:
         none, text, dino, both: shares of the categories.
-        cls_alone, patches_alone: of the samples that keep DINO features, shares that keep the CLS vector without
-            patches and patches without the CLS vector. Guidance with a scale for each
+        cls_alone, patches_alone: of the samples that keep DINO features, the shares that keep the CLS vector without
+            patches, and patches without the CLS vector. Guidance with separate scales for the two
             (`Sampling.cls_scale`) needs cls_alone above 0.
-        masked_patches: share of all samples of whose patches only those inside or only those outside of a random
-            rectangle count, as the masks of `keygrip sample image_mask=` have it.
+        masked_patches: share of all samples in which only the patches inside, or only those outside, a random rectangle
+            count, as with the masks of `keygrip sample image_mask=`.
     """
 
     none: float = 0.10
@@ -255,13 +255,13 @@ class ConditionDropout:
         return self.none, self.text, self.dino, self.both
 
     def draw(self, count: int, device: torch.device | str | None = None) -> Tensor:
-        """Categories ``[count]`` int64, indices into ``CATEGORIES``, from torch's global generator."""
+        """Sample categories ``[count]`` int64, indices into ``CATEGORIES``, with torch's global generator."""
         edges = torch.tensor(self.shares, device=device).cumsum(0)[:-1]
         return torch.bucketize(torch.rand(count, device=device), edges, right=True)
 
     def kept(self, category: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whether samples of these categories keep their text, their CLS vector and their patches: bool ``[B]`` each,
-        from torch's global generator where CLS and patches are dropped apart."""
+        sampled with torch's global generator if CLS and patches are dropped separately."""
         text, dino = kept(category)
         if not self.cls_alone and not self.patches_alone:
             return text, dino, dino
@@ -271,8 +271,8 @@ class ConditionDropout:
         return text, dino & ~without_cls, dino & ~without_patches
 
     def masked(self, conditions: Conditions) -> Conditions:
-        """Conditions whose patches count in a part of some images alone, from torch's global generator; as they are
-        where `masked_patches` is 0."""
+        """Mask patches outside a random part of some images, with torch's global generator; unchanged if
+        `masked_patches` is 0."""
         if not self.masked_patches or conditions.patches is None:
             return conditions
         count, device = len(conditions.patches), conditions.patches.device

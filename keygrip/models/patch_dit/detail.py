@@ -1,10 +1,10 @@
-"""The last layer with a view across tokens: convolutions over what the transformer drew, pixel beside pixel.
+"""Last layer across tokens: convolutions over the transformer's output in pixel order.
 
-A linear layer draws each token's square of pixels by itself, so that edges break where two squares meet. This head sees
-the noisy image and the transformer's draft of all squares together, and adds a correction.
+A linear layer outputs each token's square of pixels separately, so edges break where two squares meet. This head reads
+the noisy image and the transformer's output (the draft) for all squares together, and adds a correction.
 
-Legend: B samples, C h w a latent, p the transformer's patch size, D its width, N = h w / p^2 tokens; an image of c
-channels, H = h * cell by W = w * cell, is what the latent was packed from.
+Legend: B samples, C h w a latent, p the transformer's patch size, D its width, N = h w / p^2 tokens; the latent
+was packed from an image of c channels, H = h * cell by W = w * cell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GROUPS = 4
 
 
 class ModulatedBlock(nn.Module):
-    """Two convolutions behind group norms that the condition shifts and scales, added to their input."""
+    """Two convolutions after group norms that the condition shifts and scales, with a residual connection."""
 
     def __init__(self, width: int, condition: int) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class ModulatedBlock(nn.Module):
 
 @model_part
 class DetailHead(nn.Module):
-    """Corrects the latent that the transformer drew; at first by nothing.
+    """Corrects the latent that the transformer outputs; the correction is initially zero.
 
     Args:
         latent_channels: C. token_width: D. patch_size: p.
-        cell: side in pixels of what a latent cell was packed from by `PixelPacking` (its `edge`); 1: latents of an
-            autoencoder, which stand beside each other as they are.
+        cell: side in pixels of the square that `PixelPacking` packed into a latent cell (its `edge`); 1: latents of an
+            autoencoder, whose cells are used as pixels.
         width: E, of the convolutions, a multiple of 4. blocks: of two convolutions each.
-        stride: a convolution's cell, in pixels: 2 sees twice as far at a quarter of the cost.
+        stride: a convolution's cell, in pixels: 2 doubles the receptive field at a quarter of the cost.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -91,8 +91,8 @@ class DetailHead(nn.Module):
         """The corrected draft [B, C, h, w].
 
         Args:
-            noisy: x_s [B, C, h, w]. draft: of the transformer, the same shape. tokens: its last, [B, N, D], row after
-                row. condition: [B, D].
+            noisy: x_s [B, C, h, w]. draft: of the transformer, the same shape. tokens: its last tokens, [B, N, D], in
+                row order. condition: [B, D].
         """
         x = self.image_in(torch.cat([self._unpacked(noisy), self._unpacked(draft)], dim=1))
         rows = draft.shape[2] // self.patch_size

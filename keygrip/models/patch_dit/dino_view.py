@@ -1,4 +1,4 @@
-"""The DINO view of an image: CLS and patch features by a frozen backbone.
+"""The DINO view of an image: CLS and patch features from a frozen backbone.
 
 Legend: B images, D width of a DINO feature, gh gw the grid of patches.
 """
@@ -26,19 +26,19 @@ GAMMA = 2.2
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709, of linear light
 
 
-# That weights are fetched is, like which file they are read from, for whoever opens a checkpoint to say.
+# Whether weights are downloaded, and from which file they are read, is set by whoever opens a checkpoint.
 @model_part(from_checkpoint={"download": None}, external=["init_from", "weights_path", "download"])
 class DinoView:
     """Features of a small image of the whole crop, by a frozen DINO.
 
     Args:
         variant, weights, init_from, weights_path, width, depth, heads: of the backbone, as in :class:`DinoBackbone`.
-            Random weights are always the same ones.
+            Random weights are always the same.
         size: edge in pixels of a square view.
         shape: "square" stretches every crop to the square view (a fixed number of patches); "aspect" keeps its shape,
             with about as many patches.
-        download: pretrained weights that are not on this machine are fetched from the hub; never on the word of a
-            checkpoint alone.
+        download: fetch pretrained weights that are not on this machine from the hub; a checkpoint alone never causes a
+            download.
 
     Raises:
         ValueError: an option out of range.
@@ -86,10 +86,10 @@ class DinoView:
 
     @property
     def backbone(self) -> DinoBackbone:
-        """Built when it is first asked for.
+        """The backbone, built on first use.
 
         Raises:
-            FileNotFoundError: its weights are not there, or would have to be downloaded and may not.
+            FileNotFoundError: its weights are missing, or a download is needed and not allowed.
         """
         if self._backbone is None:
             found = self._on_this_machine() if not self.download else {}
@@ -99,7 +99,7 @@ class DinoView:
         return self._backbone
 
     def _on_this_machine(self) -> dict[str, str]:
-        """What to add to the options, that weights of the hub are read from where an earlier download left them."""
+        """Options to add so that weights of the hub are read from the cache of an earlier download."""
         variant = VARIANTS[self.options["variant"]]
         source = find_weights(variant, *(self.options[name] for name in ("weights", "weights_path", "init_from")))
         if source is None or source.path is not None:
@@ -140,7 +140,7 @@ class DinoView:
     def description(self) -> dict[str, Any]:
         said = {**self.options, "shape": self.shape}
         del said["weights_path"], said["init_from"]
-        if self._stored:  # known by their content
+        if self._stored:  # identified by their content
             said["weights"] = weights_digest(self.backbone)
         else:
             said |= sample_of(self.backbone)
@@ -148,18 +148,18 @@ class DinoView:
 
     @property
     def _stored(self) -> bool:
-        """Whether the weights are small enough to travel in a checkpoint: decided without loading them."""
+        """Whether the weights are small enough to be stored in a checkpoint: decided without loading them."""
         reduced = any(self.options[name] is not None for name in ("width", "depth", "heads"))
         return self.options["variant"] == "tiny" or reduced
 
     def state(self) -> dict[str, Tensor] | None:
-        """The weights where they are small, to be stored with a model; None where they are known by name."""
+        """The weights if they are small, to be stored with a model; None if they are known by name."""
         if not self._stored:
             return None
         return {name: value.cpu().clone() for name, value in self.backbone.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor] | None) -> None:
-        """Takes weights back, wherever they first came from: that place may be gone."""
+        """Load stored weights, independent of their original source, which may no longer exist."""
         if state is None and self._stored:
             raise ValueError("the checkpoint holds no weights of its view")
         if state is not None:
@@ -169,9 +169,9 @@ class DinoView:
             self.backbone.load_state_dict(state)
 
     def _refuse_more_than(self, stored: int) -> None:
-        """Raises ValueError: the options ask for more blocks than so many stored numbers can fill."""
+        """Raise ValueError if the options need more weights than are stored."""
         depth = self.options["depth"] or VARIANTS[self.options["variant"]].depth
-        if 8 * depth * self.width**2 > stored:  # a block of a vision transformer has 12 width^2 numbers
+        if 8 * depth * self.width**2 > stored:  # a block of a vision transformer has 12 width^2 weights
             raise ValueError(
                 f"encoders.view: depth={depth} and width={self.width} are more than the {stored} numbers stored of it"
             )
@@ -180,7 +180,7 @@ class DinoView:
 def grey(pixels: Tensor) -> Tensor:
     """Luminance of linear light as a grey image: [B, 3, H, W] in 0..1 -> the same shape.
 
-    Colours of one luminance under one light become one grey; the usual grey of encoded values would tell them apart.
+    Colours of equal luminance under the same light become the same grey; the usual grey of encoded values would differ.
     """
     weights = torch.tensor(LUMINANCE, device=pixels.device).view(3, 1, 1)
     light = (pixels.clamp(0, 1) ** GAMMA * weights).sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
-"""The frozen encoders of the patch-conditioned DiT, joined: autoencoder, text encoder and DINO view.
+"""The frozen encoders of the patch-conditioned DiT: autoencoder, text encoder and DINO view.
 
-`Encoders` is the only thing that the rest of the package sees. Parts load their weights when they are first used: of a
-training run on finished shards only the samples in validation need one, the autoencoder.
+`Encoders` is the interface to the rest of the package. Parts load their weights on first use: a training run on
+finished shards needs only the autoencoder, for the samples in validation.
 
 Images are uint8 [B, 3, H, W] RGB in 0..255 on the way in and float32 [B, 3, H, W] in 0..1 on the way out.
 """
@@ -33,8 +33,8 @@ class Encoders:
 
     Args:
         autoencoder, text, view: the parts.
-        dino_view: "colour", or "grey": DINO is shown the luminance of linear light alone, and colour is left to the
-            words.
+        dino_view: "colour", or "grey": DINO receives only the luminance of linear light, and colour is specified by
+            the text.
 
     Attributes:
         latent_channels, latent_stride, text_dim, text_length, dino_dim: sizes, known without loading anything.
@@ -50,7 +50,7 @@ class Encoders:
         self.device: torch.device | str = "cpu"
 
     def to(self, device: torch.device | str) -> Self:
-        """Where the parts run: what goes in may lie anywhere, what comes out lies there."""
+        """Set the device of the parts: inputs may be on any device, outputs are on this one."""
         self.device = device
         for part in (self.autoencoder, self.text, self.view):
             part.to(device)
@@ -76,8 +76,8 @@ class Encoders:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """float32 [B, C, h, w] -> images, float32 [B, 3, H, W] in 0..1.
 
-        In the autoencoder's own type, also under autocast: rounding to bfloat16 is grain, and large autoencoders exceed
-        what float16 holds.
+        Computed in the autoencoder's own dtype, also under autocast: rounding to bfloat16 causes grain, and large
+        autoencoders exceed the range of float16.
         """
         latents = latents.to(self.device).float()
         with torch.no_grad(), without_autocast(latents):
@@ -86,7 +86,7 @@ class Encoders:
     def encode_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States float32 [B, L, Dt], zeros at padding, and mask bool [B, L].
 
-        A blank caption is none: its row has no token, also where the text encoder ends every text with one.
+        A blank caption counts as none: its row has no token, even if the text encoder ends every text with a token.
         """
         with torch.no_grad():
             states, mask = self.text.encode(captions)
@@ -96,7 +96,7 @@ class Encoders:
 
     @property
     def captions_cut(self) -> int:
-        """How many captions so far were longer than the text encoder takes, and were cut off."""
+        """Number of captions so far that exceeded the text encoder's length and were cut off."""
         return self.text.cut
 
     def encode_view(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,17 +108,17 @@ class Encoders:
             return self.view.encode(grey(pixels) if self.dino_view == GREY else pixels)
 
     def view_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in pixels of the DINO view of an image of that size: the whole of it, resized."""
+        """(width, height) in pixels of the DINO view of an image of that size: the whole image, resized."""
         return self.view.size_of(width, height)
 
     def dino_grid(self, width: int, height: int) -> tuple[int, int]:
-        """(gh, gw) of an image of that size."""
+        """The grid of patches (gh, gw) for an image of that size."""
         view_width, view_height = self.view_size(width, height)
         return view_height // self.view.patch, view_width // self.view.patch
 
     @property
     def description(self) -> dict[str, Any]:
-        """Plain values that identify these encoders. Loads the weights that it needs for that."""
+        """Plain values that identify these encoders. Loads the weights that are needed for it."""
         seen = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
         return {
             **seen,
@@ -129,30 +129,30 @@ class Encoders:
 
     @property
     def fingerprint(self) -> str:
-        """Of the description: shards and checkpoints name the encoders that they were made with."""
+        """Hash of the description: shards and checkpoints store that of the encoders that they were made with."""
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def quick_fingerprint(self) -> str | None:
-        """The fingerprint where it is known without loading large weights."""
+        """The fingerprint if it is known without loading large weights, otherwise None."""
         small = isinstance(self.autoencoder, PixelPacking | TrainedAutoencoder)
         small = small and isinstance(self.text, RandomWordVectors)
         return self.fingerprint if small and self.view.state() is not None else None
 
     @property
     def exact(self) -> bool:
-        """Whether latents hold every pixel."""
+        """Whether latents contain every pixel exactly."""
         return self.autoencoder.exact
 
     def weights(self) -> dict[str, dict[str, Tensor] | None]:
-        """Weights of the small parts, which travel with a model: of the DINO and of an autoencoder of our own; None of
-        parts that are known by name or have none."""
+        """Weights of the small parts, which are stored with a model: DINO and keygrip's own autoencoder; None for parts
+        that are known by name or have no weights."""
         autoencoder = self.autoencoder
         own = autoencoder.state() if isinstance(autoencoder, TrainedAutoencoder) else None
         return {"view": self.view.state(), "autoencoder": own}
 
     def load_weights(self, weights: dict[str, Any]) -> None:
-        """Takes back what :meth:`weights` gave. Raises ValueError: weights of another autoencoder."""
+        """Load what :meth:`weights` returned. Raise ValueError for weights of another autoencoder."""
         self.view.load_state(weights["view"])
         if isinstance(self.autoencoder, TrainedAutoencoder):
             own = weights.get("autoencoder")
@@ -165,10 +165,10 @@ class Encoders:
         return {"fingerprint": self.fingerprint, **self.weights()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state` gave.
+        """Load what :meth:`state` returned.
 
         Raises:
-            ValueError: these are other encoders, and the result would be wrong images.
+            ValueError: the state is of other encoders; images would be wrong.
         """
         self.load_weights(state)
         if self.fingerprint != state["fingerprint"]:

@@ -1,4 +1,4 @@
-"""What a model keeps of its image shards: how features are normalised, and which shapes they have."""
+"""What a model stores about its image shards: normalisation and shapes of the features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keygrip.data.batches import ImageTextBatch, ImageTextStatistics
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.training.host_copy import HostCopy
 
-STATE = "patch_dit"  # where a checkpoint keeps what is no tensor, among what the module stores beside its weights
+STATE = "patch_dit"  # checkpoint key of the module's state that is not in the weights
 UNKNOWN = "unknown"  # fingerprint of shards that do not name their encoders
 NORMALISED = ("latent", "cls", "patch")
 LONGEST_SIDE = 4096  # of latents and of grids of patches, in cells
@@ -22,8 +22,8 @@ LONGEST_SIDE = 4096  # of latents and of grids of patches, in cells
 class FeatureStatistics(nn.Module):
     """Mean and standard deviation by channel of latents, CLS vectors and patches, in buffers; shapes as plain values.
 
-    A sampler without them would decode noise, so that using them before they are set raises. Channels that do not vary
-    are shifted and not scaled.
+    A sampler without them would decode noise, so using them before they are set raises ValueError. Channels that do not
+    vary are shifted and not scaled.
 
     Args:
         latent_channels, dino_dim: sizes of the features.
@@ -45,10 +45,10 @@ class FeatureStatistics(nn.Module):
         self.encoders = ""
 
     def take(self, statistics: ImageTextStatistics) -> None:
-        """Fill in what a data module found in its training split.
+        """Store the statistics that a data module computed on its training split.
 
         Raises:
-            ValueError: features of other widths than the network's.
+            ValueError: the features have other widths than the network's.
         """
         for name in NORMALISED:
             for part in ("mean", "std"):
@@ -67,14 +67,14 @@ class FeatureStatistics(nn.Module):
         self.known.fill_(True)
 
     def take_normalisation(self, buffers: Mapping[str, Tensor], where: str) -> list[str]:
-        """Takes means and standard deviations of another model's buffers, for the kinds of features that have the same
-        width there; returns the other kinds.
+        """Copy means and standard deviations from another model's buffers, for the kinds of features that have the same
+        width there; return the other kinds.
 
         Args:
-            buffers: such as ``latent_mean``, by name. where: they come from, for messages.
+            buffers: such as ``latent_mean``, by name. where: their source, for messages.
 
         Raises:
-            ValueError: they are missing, or no means and standard deviations.
+            ValueError: buffers are missing, or are not valid means and standard deviations.
         """
         other = []
         for kind in NORMALISED:
@@ -90,7 +90,7 @@ class FeatureStatistics(nn.Module):
         return other
 
     def leave_as_they_are(self) -> None:
-        """Features are neither shifted nor scaled."""
+        """Set the identity: features are neither shifted nor scaled."""
         for kind in NORMALISED:
             getattr(self, f"{kind}_mean").zero_()
             getattr(self, f"{kind}_std").fill_(1.0)
@@ -102,7 +102,7 @@ class FeatureStatistics(nn.Module):
         return sha256_of(buffer.float().cpu().numpy().tobytes() for buffer in buffers)[:16]
 
     def plain(self) -> dict[str, Any]:
-        """What is no tensor, for a checkpoint."""
+        """The plain values (no tensors), for a checkpoint."""
         return {
             "text_length": self.text_length,
             "latent_sizes": [list(size) for size in self.latent_sizes],
@@ -112,14 +112,14 @@ class FeatureStatistics(nn.Module):
         }
 
     def take_plain(self, plain: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Takes back what `plain` gave.
+        """Load what `plain` returned.
 
         Args:
-            weights: of the checkpoint, where the means and standard deviations are loaded from; sharded training
-                resumes without them here.
+            weights: of the checkpoint, from which the means and standard deviations are loaded; when sharded training
+                resumes they are not passed here.
 
         Raises:
-            ValueError: sizes that no image has, or standard deviations that none can have.
+            ValueError: sizes that no image has, or standard deviations that are not positive.
         """
         self.text_length = int(plain["text_length"])
         self.latent_sizes = _sizes(plain["latent_sizes"], "latent_sizes")
@@ -131,18 +131,18 @@ class FeatureStatistics(nn.Module):
                 raise ValueError(f"its {kind} features have a standard deviation that is not above 0")
 
     def normalised(self, name: str, features: Tensor) -> Tensor:
-        """Features of the kind "latent" ``[B, C, h, w]``, "cls" ``[B, D]`` or "patch" ``[B, P, D]`` as a network takes
-        them."""
+        """Features of the kind "latent" ``[B, C, h, w]``, "cls" ``[B, D]`` or "patch" ``[B, P, D]`` normalised for
+        a network."""
         mean, std = self._of(name)
         return (features - mean) / std
 
     def restored(self, latents: Tensor) -> Tensor:
-        """Normalised latents ``[B, C, h, w]`` as an autoencoder takes them."""
+        """Undo the normalisation of latents ``[B, C, h, w]``, for an autoencoder."""
         mean, std = self._of("latent")
         return latents * std + mean
 
     def conditions(self, batch: ImageTextBatch) -> Conditions:
-        """What a batch of shards says of its images, as a network takes it."""
+        """The conditions of a batch, normalised for a network."""
         return Conditions(
             batch.text_states,
             batch.text_mask,
@@ -163,7 +163,7 @@ class FeatureStatistics(nn.Module):
 
 
 def _sizes(given: Any, name: str) -> list[tuple[int, int]]:
-    """Stored (height, width) pairs. Raises ValueError: none, or numbers that are no sizes."""
+    """Stored (height, width) pairs. Raise ValueError if there are none, or if numbers are not sizes."""
     sizes = [tuple(size) for size in given]
     if not sizes or not all(
         len(size) == 2 and all(type(side) is int and 1 <= side <= LONGEST_SIDE for side in size) for size in sizes

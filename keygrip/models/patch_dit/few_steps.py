@@ -1,8 +1,8 @@
 """Sampling in few steps: a student learns straight paths through windows of noise levels from its guided teacher.
 
-The noise levels from 1 to 0 are cut into windows. In each, the teacher's sampler leads a noised image from the upper
-level to the lower one; the student learns the constant velocity of the straight line between the two ends, at every
-level in between. Sampled with one Euler step a window, it needs neither small steps nor the branches of guidance.
+The noise levels from 1 to 0 are divided into windows. In each window, the teacher's sampler takes a noised image from
+the upper level to the lower one; the student learns the constant velocity of the straight line between the two ends, at
+every level in between. It is sampled with one Euler step per window, without small steps and without guidance branches.
 
 Source: Yan et al., "PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator" (2024); straightening by
 Liu et al., "Flow Straight and Fast" (2023).
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 @model_part
 class FewSteps:
-    """The loss of a student that is drawn in one step a window.
+    """The loss of a student that is sampled in one step per window.
 
     Args:
-        windows: of noise levels. teacher_steps: of the teacher's sampler in each. teacher: how the teacher is sampled,
-            with guidance; its steps and its shift are said by `teacher_steps` and `timestep_shift`.
-        timestep_shift: of the windows, see `noise_levels`; that of the student's and of the teacher's sampling.
+        windows: number of windows of noise levels. teacher_steps: steps of the teacher's sampler in each. teacher: how
+            the teacher is sampled, with guidance; `teacher_steps` and `timestep_shift` set its steps and its shift.
+        timestep_shift: of the windows, see `noise_levels`; it applies to the student's and the teacher's sampling.
 
     Raises:
         ValueError: numbers below 1, or settings of the teacher's sampling without effect.
@@ -53,7 +53,7 @@ class FewSteps:
             raise ValueError(f"model.few_steps: windows={windows} and teacher_steps={teacher_steps} must be at least 1")
         self.windows, self.teacher_steps, self.teacher = windows, teacher_steps, teacher
         self.timestep_shift = timestep_shift
-        noise_levels(windows, timestep_shift)  # refuses what it cannot divide
+        noise_levels(windows, timestep_shift)  # raises ValueError for impossible values
         for name, instead in (("steps", "teacher_steps"), ("timestep_shift", "timestep_shift")):
             if getattr(teacher, name) != getattr(Sampling, name):
                 raise ValueError(
@@ -73,12 +73,12 @@ class FewSteps:
                 f"model.few_steps.teacher.interval={list(teacher.interval)} has none of the teacher's steps in it: it "
                 "would be drawn without guidance, which is guidance=none"
             )
-        self._network: PatchDiT | None = None  # of the teacher: neither trained nor stored
-        self._guide: PatchDiT | None = None  # what the teacher is guided away from
-        self.teacher_digest: str | None = None  # of its weights
+        self._network: PatchDiT | None = None  # the teacher's network: neither trained nor stored
+        self._guide: PatchDiT | None = None  # the network that the teacher is guided away from
+        self.teacher_digest: str | None = None  # hash of the teacher's weights
 
     def check(self, sampling: Sampling) -> None:
-        """Raises ValueError: the student would be drawn in another way than it is trained for."""
+        """Raise ValueError if the student would be sampled in another way than it is trained for."""
         asked = (sampling.steps, sampling.guidance, sampling.solver, sampling.timestep_shift)
         if asked != (self.windows, "none", "euler", self.timestep_shift):
             raise ValueError(
@@ -88,16 +88,16 @@ class FewSteps:
             )
 
     def take_teacher(self, network: PatchDiT, source: InitSource) -> None:
-        """Keeps a copy of a trained network as the teacher, and its guide where `teacher.guide_scale` asks for it.
+        """Store a copy of a trained network as the teacher, and its guide if `teacher.guide_scale` requires one.
 
         Args:
-            source: that the network is from.
+            source: of the network.
 
         Raises:
-            ValueError: there is no guide, or that of another network.
+            ValueError: the guide is missing, or is of another network.
         """
         teacher = copy.deepcopy(network)
-        merge(teacher)  # a student of low-rank differences: at its beginning they are none
+        merge(teacher)  # for a LoRA student: its low-rank differences are zero at the start
         self._network = teacher.eval().requires_grad_(False)
         self.teacher_digest = weights_digest(self._network)
         self._warn_of_other_guidance(source)
@@ -116,7 +116,7 @@ class FewSteps:
         self.teacher_digest = sha256_of([self.teacher_digest.encode(), weights_digest(self._guide).encode()])[:16]
 
     def _warn_of_other_guidance(self, source: InitSource) -> None:
-        """Says where `teacher` is guided in another way than the images of the run that it is from."""
+        """Warn if `teacher` is guided in another way than the samples of its own run."""
         run = source.model.get("sampling")
         if not isinstance(run, Mapping):
             return
@@ -125,7 +125,7 @@ class FewSteps:
             for way in (run, vars(self.teacher))
         ]
         other = [name for name in ways[0] if ways[0][name] != ways[1][name]]
-        if not other or ways[0]["guidance"] == ways[1]["guidance"] == "none":  # all else is without effect then
+        if not other or ways[0]["guidance"] == ways[1]["guidance"] == "none":  # then nothing else has an effect
             return
         theirs, ours = (", ".join(f"{name}={way[name]}" for name in other) for way in ways)
         log.warning(
@@ -135,7 +135,7 @@ class FewSteps:
         )
 
     def refuse_other_teacher(self, digest: str | None) -> None:
-        """Raises ValueError: training would go on with another teacher than that of these weights."""
+        """Raise ValueError if training would continue with another teacher than that of the checkpoint."""
         if None not in (digest, self.teacher_digest) and digest != self.teacher_digest:
             raise ValueError(
                 "model.init_from holds other weights than the teacher that this student began with (a run that was "
@@ -143,7 +143,7 @@ class FewSteps:
             )
 
     def levels(self, shift: float = 1.0) -> list[float]:
-        """The ends of the windows, from 1 to 0. shift: of the resolution, see `resolution_shift`."""
+        """The ends of the windows, from 1 to 0. shift: for the resolution, see `resolution_shift`."""
         return noise_levels(self.windows, self.timestep_shift * shift)
 
     def loss(
@@ -154,12 +154,12 @@ class FewSteps:
         dropout: ConditionDropout,
         shift: float = 1.0,
     ) -> Tensor:
-        """Mean squared error of the velocity along the teacher's chord through one window, drawn anew for each batch.
+        """Mean squared error of the velocity along the teacher's chord through one window, sampled for each batch.
 
         Args:
             data: normalised latents ``[B, C, h, w]``. conditions: of these. dropout: shares of the conditions that a
                 batch keeps; `none` counts as both, since a student without guidance does not need it.
-            shift: of the windows, for the resolution, beside their own.
+            shift: of the windows, for the resolution, in addition to their own shift.
         """
         count = len(data)
         category = CATEGORIES[int(dropout.draw(1))]
@@ -181,7 +181,7 @@ class FewSteps:
         generator: torch.Generator,
         shift: float = 1.0,
     ) -> Tensor:
-        """The mean of `chord_loss` over all windows, with everything given. generator: of the CPU, for the noise."""
+        """The mean of `chord_loss` over all windows, with all conditions. generator: on the CPU, for the noise."""
         losses = []
         for window in range(self.windows):
             noise = torch.randn(data.shape, generator=generator).to(data)
@@ -203,9 +203,9 @@ class FewSteps:
         """Mean squared error of the velocity along the teacher's chord through one window.
 
         Args:
-            data, noise: ``[B, C, h, w]``. share: ``[B]`` in 0..1, how far up the chord the student is asked. shift: see
-                `levels`. kept: those of the conditions that are used; None: all. The others pass through the student
-                and are dropped there, so that the same parameters have gradients in all processes.
+            data, noise: ``[B, C, h, w]``. share: ``[B]`` in 0..1, the position on the chord, from its lower end.
+                shift: see `levels`. kept: the conditions that are used; None: all. The others are passed to the student
+                and dropped there, so that the same parameters have gradients in all processes.
         """
         kept = conditions if kept is None else kept
         count, device, aspect = len(data), data.device, data.shape[3] / data.shape[2]
@@ -217,7 +217,7 @@ class FewSteps:
         x, level = interpolate(end, start, share), low + (high - low) * share
         found = student(x, level, context, floor=FLOOR).velocity
         error = found.float() - ((start - end) / (high - low)).float()
-        if student.prediction == "x":  # near the data a velocity is an error of the image divided by next to nothing
+        if student.prediction == "x":  # near the data, an image error is divided by almost zero
             error = error * (level / student.timestep_floor).clamp(max=1.0)[:, None, None, None]
         return error.pow(2).mean()
 
@@ -241,7 +241,7 @@ class FewSteps:
 
 
 def _plainly(value: Any) -> str:
-    """A part of a way of drawing as the command line takes it, equal for equal ones: 2 and 2.0, a list and a tuple."""
+    """A sampling setting in the form of the command line; equal settings (2 and 2.0, list and tuple) become equal."""
     if value is None:
         return "null"
     if isinstance(value, Sequence) and not isinstance(value, str):

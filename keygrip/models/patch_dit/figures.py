@@ -1,4 +1,4 @@
-"""Samples as a grid: a row for each way of steering, a column for each image."""
+"""Samples as a grid: a row for each set of conditions, a column for each image."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 96  # pixels: smaller images are shown larger, pixel by pixel
-TITLE, FONT = 18, 12  # pixels above a row and of its letters: in smaller ones blanks are lost between words
+SMALLEST = 96  # pixels: smaller images are enlarged by whole factors
+TITLE, FONT = 18, 12  # pixels: height of a title and of its letters; smaller letters lose the blanks between words
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:

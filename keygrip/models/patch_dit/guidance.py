@@ -1,20 +1,20 @@
-"""Guidance by two conditions: branches with and without text and image, and the velocity that they give together.
+"""Guidance by two conditions: branches with and without text and image, and the combined velocity.
 
     v = v_none + text_scale (v_text - v_none) + dino_scale (v_dino - v_none) + full_scale (v_full - v_none)
 
-or one after the other, so that the branch with both conditions, which is trained most, takes part in every step
+or sequentially, so that the branch with both conditions, which is trained most, is part of every step
 (``guidance="dino_then_text"``; the other order likewise)::
 
     v = v_none + dino_scale (v_dino - v_none) + text_scale (v_full - v_dino)
 
-and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches. ``guide_scale`` goes
-on from there, away from what a worse version of the network predicts from everything given
+and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches. ``guide_scale``
+adds guidance away from what a worse version of the network predicts from all given conditions
 (`keygrip.models.patch_dit.guide`)::
 
     v = ... + guide_scale (v_full - v_guide)
 
 Every branch has null embeddings in place of the conditions that it lacks. A branch whose weight is zero is not
-computed, so that the usual pair of scales costs three evaluations per step.
+computed, so the usual pair of scales costs three evaluations per step.
 """
 
 from __future__ import annotations
@@ -37,56 +37,56 @@ BRANCHES = {
     "dino": (False, True, True),
     "full": (True, True, True),
 }
-GUIDE = "guide"  # the branch of another network, on everything given
+GUIDE = "guide"  # the branch of another network, with all given conditions
 Order = Literal["independent", "dino_then_text", "text_then_dino", "none"]
 ORDERS: tuple[Order, ...] = ("independent", "dino_then_text", "text_then_dino", "none")
 NEGLIGIBLE = 1e-9  # guidance weights that differ from zero by rounding only
 SAME_LEVEL = 1e-6  # noise levels that differ by rounding only: those of diffusers' schedulers are float32
 SCALES = ("text_scale", "dino_scale", "full_scale", "guide_scale")
-# Each with the scales of the terms that it brings back.
+# Each rescale with the scales of the terms that it applies to.
 RESCALED = {
     "text_rescale": ("text_scale",),
     "dino_rescale": ("dino_scale", "cls_scale"),
     "full_rescale": ("full_scale",),
 }
 RESCALES = tuple(RESCALED)
-GUIDED = (*SCALES, "cls_scale", "interval", *RESCALES)  # what guidance=none leaves without effect
-MOST_SCALE = 1000.0  # far above any that is of use, and far below what overflows
+GUIDED = (*SCALES, "cls_scale", "interval", *RESCALES)  # settings without effect with guidance=none
+MOST_SCALE = 1000.0  # far above useful scales, and far below an overflow
 
 
 class Term(NamedTuple):
-    """A step of guidance: scale (v_positive - v_negative), of the velocities of two branches."""
+    """A term of guidance: scale (v_positive - v_negative), from the velocities of two branches."""
 
-    name: str  # of the condition, by which the rescale is chosen, or GUIDE
+    name: str  # of the condition, which selects the rescale, or GUIDE
     scale: float
     positive: str
     negative: str
 
 
 def check_finite(name: str, value: float) -> None:
-    """Raises ValueError: a scale or shift that is not finite, or far too large to be meant."""
+    """Raise ValueError if a scale or shift is not finite, or far too large to be intended."""
     if not abs(value) <= MOST_SCALE:  # NaN too
         raise ValueError(f"{name}={value}: must be a finite number up to {MOST_SCALE:g}.")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far samples are drawn towards their conditions.
+    """Settings of guidance: how strongly samples follow their conditions.
 
     Args:
         text_scale, dino_scale: guidance by each condition alone. full_scale: by both together, a fourth branch.
-        text_rescale, dino_rescale, full_rescale: in 0..1, how far the guided prediction of a branch is brought back to
-            the spread of the unguided one, against burnt-out images at high scales (Lin et al., "Common Diffusion
+        text_rescale, dino_rescale, full_rescale: in 0..1, how far the guided prediction of a branch is rescaled to the
+            spread of the unguided one, against over-saturated images at high scales (Lin et al., "Common Diffusion
             Noise Schedules and Sample Steps are Flawed", 2024; here on the predicted clean latent).
-        interval: lowest and highest noise level at which there is guidance; outside one evaluation on everything given.
+        interval: lowest and highest noise level with guidance; outside, one evaluation with all given conditions.
         guidance: how text and DINO are guided together, see the module's description; unused where only one is given.
-            "none": each step is one evaluation on everything given, whatever the scales, for distilled models.
-        cls_scale: of the CLS vector; dino_scale is then that of the patches. None: both together by dino_scale. Wants
-            a model that was trained with the CLS vector alone too (model.dropout.cls_alone above 0).
-        guide_scale: of autoguidance, beside the others; 0: none. Wants a model that keeps a guide (model.guide).
+            "none": each step is one evaluation with all given conditions, whatever the scales, for distilled models.
+        cls_scale: of the CLS vector; dino_scale is then that of the patches. None: both together by dino_scale.
+            Requires a model that was also trained with the CLS vector alone (model.dropout.cls_alone above 0).
+        guide_scale: of autoguidance, in addition to the others; 0: none. Requires a model with a guide (model.guide).
 
     Raises:
-        ValueError: impossible values, or some that have no effect with the others.
+        ValueError: invalid values, or values that have no effect with the others.
     """
 
     text_scale: float = 3.0
@@ -125,7 +125,7 @@ class Guidance:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie in 0..1.")
 
     def terms(self, conditions: Conditions) -> list[Term]:
-        """The steps of guidance that these conditions allow, without those of scale zero."""
+        """The terms of guidance that these conditions allow, without those of scale zero."""
         text, dino = conditions.has_text, conditions.has_dino
         chained = text and dino and self.guidance != "independent"
         text_first = chained and self.guidance == "text_then_dino"
@@ -159,7 +159,7 @@ class Guidance:
         return found
 
     def branches(self, conditions: Conditions, level: float) -> tuple[str, ...]:
-        """The branches to compute at a noise level, `none` first where it counts."""
+        """The branches to compute at a noise level, `none` first if it is needed."""
         if self.guidance == "none" or not self._within_interval(level):
             return (everything_given(conditions),)
         weights = self.weights(conditions)
@@ -167,7 +167,7 @@ class Guidance:
         return tuple(name for name, weight in weights.items() if rescaled or abs(weight) > NEGLIGIBLE)
 
     def combine(self, velocities: dict[str, Tensor], x: Tensor, level: float, conditions: Conditions) -> Tensor:
-        """The velocity to follow, from those of `branches`."""
+        """The guided velocity, from those of `branches`."""
         if len(velocities) == 1:
             return next(iter(velocities.values()))
         terms, weights = self.terms(conditions), self.weights(conditions)
@@ -194,7 +194,7 @@ class Guidance:
 
 
 def everything_given(conditions: Conditions) -> str:
-    """The branch with all conditions."""
+    """The branch with all given conditions."""
     if conditions.has_text and conditions.has_dino:
         return "full"
     return "text" if conditions.has_text else "dino" if conditions.has_dino else "none"

@@ -1,8 +1,8 @@
-"""Autoguidance: a worse version of the network, away from whose predictions the sampler goes.
+"""Autoguidance: guide samples away from the predictions of a worse version of the network.
 
-What a network has not learned, it gets wrong early in training too, and more so. So the difference between its
-prediction and that of its own early weights points away from such errors: bent edges, melted objects. A text scale
-sharpens what the words say; this sharpens what the training images have in common, without less variety.
+Errors that a trained network still makes are larger early in its training. So the difference between its prediction
+and that of its own early weights points away from such errors: bent edges, melted objects. A text scale strengthens
+what the text describes; this strengthens what the training images have in common, without reducing variety.
 
 Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself" (2024).
 """
@@ -25,14 +25,14 @@ from keygrip.training.sharding import local, reshard
 class EarlyGuide(nn.Module):
     """The network as it was after ``at_step`` steps of its own training (the EMA of its weights, where one is kept).
 
-    It is stored with the network and twice as large with it; training takes no longer.
+    It is stored with the network, which doubles the stored weights; training takes no longer.
 
     Args:
-        network: a network like the one that is trained; its weights are put aside until they are taken.
-        at_step: a sixth of the run is a good value where there is no other; at least 1.
+        network: a network like the one that is trained; its weights are unused until `take` replaces them.
+        at_step: a sixth of the run is a good value if no other is known; at least 1.
 
     Attributes:
-        taken: whether ``at_step`` has come.
+        taken: whether ``at_step`` has been reached.
 
     Raises:
         ValueError: at_step below 1.
@@ -50,7 +50,7 @@ class EarlyGuide(nn.Module):
         self.register_buffer("taken", torch.tensor(False))
 
     def check(self, max_steps: int) -> None:
-        """Raises ValueError: the run is over before the weights are taken."""
+        """Raise ValueError if the run ends before the weights are taken."""
         if 0 <= max_steps <= self.at_step:
             raise ValueError(
                 f"model.guide.at_step={self.at_step} is not reached in max_steps={max_steps}: give less, a sixth of "
@@ -59,8 +59,8 @@ class EarlyGuide(nn.Module):
 
     @torch.no_grad()
     def take(self, network: nn.Module, module: LightningModule) -> None:
-        """Takes the network's weights if their step has come; before a step, so that a run that resumes there takes the
-        same ones.
+        """Copy the network's weights if ``at_step`` is reached; called before a step, so that a run that resumes there
+        copies the same weights.
 
         Args:
             network: that of `module`, which is being trained.

@@ -1,6 +1,6 @@
-"""Settings of guidance that have no effect on what is drawn: refused by `keygrip sample`, `evaluate` and in Python.
+"""Rejection of guidance settings without effect on samples: in `keygrip sample`, in `evaluate` and in Python.
 
-And warnings of conditions that a model was not trained on, for those who give them: an evaluation gives its own.
+Also warnings about conditions that a model was not trained on, for callers who choose them; an evaluation uses its own.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ OF_WORDS, OF_IMAGES = ("text_scale", "text_rescale"), ("dino_scale", "dino_resca
 OF_BOTH = ("full_scale", "full_rescale")
 OF_ONE = ("independent", "none")  # kinds of guidance that need no second condition
 OF_TWO = (*OF_BOTH, "guidance")
-NOT_OF_WORDS = (*OF_IMAGES, *OF_TWO)  # what drawing from words alone does not read
+NOT_OF_WORDS = (*OF_IMAGES, *OF_TWO)  # not read when sampling from text alone
 
 
 @dataclass(frozen=True)
 class GivenConditions:
-    """What any of the images is drawn from.
+    """The conditions of all images to be sampled.
 
     Args:
-        words, images: whether there are any. both: whether one drawing has both. masks: of images.
+        words, images: whether there are any. both: whether one sample has both. masks: whether images have masks.
         strength: of an image to start from; None: there is none. redraws_a_part: whether a part of it stays.
     """
 
@@ -39,20 +39,20 @@ class GivenConditions:
 
 
 def asks_nothing(name: str, value: object) -> bool:
-    """Whether a part of `Sampling` that is given changes nothing where there is one condition alone."""
+    """Whether the given part of `Sampling` changes nothing if there is only one condition."""
     return value is None or (name in OF_TWO and value in (0, *OF_ONE))
 
 
 def refuse_idle_guidance(
     module: PatchDiTModule, given: Collection[str], sampling: Sampling, conditions: GivenConditions
 ) -> None:
-    """Refuses settings without effect, and warns of one that the model was not trained for.
+    """Refuse settings without effect, and warn about one that the model was not trained for.
 
     Args:
-        given: names of the parts of `Sampling` that the caller gives. sampling: with them.
+        given: names of the parts of `Sampling` that the caller gives. sampling: with these parts.
 
     Raises:
-        ValueError: names the first of them.
+        ValueError: a setting has no effect; the message names the first one.
     """
     for names, has, condition in ((OF_WORDS, conditions.words, "prompt"), (OF_IMAGES, conditions.images, "image")):
         idle = [name for name in names if name in given and not has]
@@ -81,7 +81,7 @@ def refuse_idle_guidance(
 
 
 def warn_of_untrained(module: PatchDiTModule, conditions: GivenConditions) -> None:
-    """Warns of conditions that count for less than they say, or that the model never saw in training."""
+    """Warn about conditions that have less effect than expected, or that the model never received in training."""
     if conditions.images and not module.network.use_dino_patches:
         log.warning("this model was trained without patches: of the image only its overall look counts")
     if conditions.masks and not module.dropout.masked_patches:

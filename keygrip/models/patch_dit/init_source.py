@@ -1,7 +1,7 @@
-"""Weights to start from: read from a file of any known kind, with what a keygrip checkpoint says of their meaning.
+"""Weights to start from: read from a file of any known kind, with the settings that a keygrip checkpoint contains.
 
-A file of weights alone fits by names and shapes. What else they mean stands in a keygrip checkpoint: whether the output
-is a velocity or an image, where positions are, how features were normalised.
+A file of weights alone can only be matched by names and shapes. A keygrip checkpoint also contains how the weights are
+used: whether the output is a velocity or an image, where positions are used, how features were normalised.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ STATISTICS = "statistics."  # a module's normalisation of features, in its state
 
 @dataclass(frozen=True)
 class InitSource:
-    """What a file to start from holds.
+    """Content of a file to start from.
 
     Args:
-        path: as the setting gives it. weights: of the network, by name; the EMA where there is one, with differences of
-            LoRA added.
-        network: stored settings of the network; None: the file is no keygrip checkpoint of such a model.
+        path: as given in the setting. weights: of the network, by name; those of the EMA if there is one, with LoRA
+            differences merged.
+        network: stored settings of the network; None: the file is not a keygrip checkpoint of such a model.
         model: stored settings of the whole model. latent_sizes: (h, w) of its training images' latents.
         statistics: buffers of its `FeatureStatistics` by name; empty: the file has none.
-        encoders: fingerprint of what its training images were encoded by; "": not known.
-        guide: weights of the network that it is guided away from, by name; empty: there is none, or its step had not
-            come.
+        encoders: fingerprint of the encoders of its training images; "": not known.
+        guide: weights of the network that it is guided away from, by name; empty: there is none, or its step was not
+            reached.
     """
 
     path: str
@@ -57,10 +57,10 @@ class InitSource:
     guide: dict[str, Tensor] = field(default_factory=dict)
 
     def refuse_other_meaning(self, network: PatchDiT) -> None:
-        """Refuses weights that fit by name and shape and would compute something else in this network.
+        """Refuse weights that fit by name and shape but would compute something else in this network.
 
         Raises:
-            ValueError: settings that no weight shows differ; with their values in the source.
+            ValueError: settings that no weight shows differ; the message gives their values in the source.
         """
         if self.network is None:
             return
@@ -76,15 +76,15 @@ class InitSource:
             )
 
     def refuse_other_shift(self, shift_tokens: int | None, patch_size: int, student: float | None = None) -> None:
-        """Refuses other noise levels for images of the sizes that the weights were trained on.
+        """Refuse other noise levels than in the source, for images of the sizes that the weights were trained on.
 
         Args:
             shift_tokens: of the module, see there; patch_size: of its network.
-            student: `timestep_shift` of the windows of a student of few steps, which are cut from its teacher's
-                sampling; None: there is no student.
+            student: `timestep_shift` of the windows of a few-steps student, which divide its teacher's sampling; None:
+                there is no student.
 
         Raises:
-            ValueError: the timesteps are shifted in another way than in the run that the weights come from.
+            ValueError: the timesteps are shifted in another way than in the run of the weights.
         """
         if self.network is None:
             return
@@ -115,7 +115,7 @@ class InitSource:
 
 
 def read_source(path: str | Path) -> InitSource:
-    """A checkpoint, run folder or export of keygrip, a file of torch.save or a .safetensors file, on the CPU.
+    """Read a checkpoint, run folder or export of keygrip, a torch.save file or a .safetensors file, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it cannot be read as weights.
@@ -139,7 +139,7 @@ def read_source(path: str | Path) -> InitSource:
         raise ValueError(f"init_from={file} holds a {type(content).__name__}, not weights by name")
     refuse_other_format(content, file)
     if isinstance(content.get(HEADER), Mapping):
-        return _keygrip_source(str(path), read_checkpoint(file))  # refuses it: it has lost its hash
+        return _keygrip_source(str(path), read_checkpoint(file))  # raises an error: its hash is missing
     key, weights = _by_name(content)
     if key:
         log.info("init_from=%s: its weights are those under %r, of %s", file, key, ", ".join(map(str, content)))
@@ -147,7 +147,7 @@ def read_source(path: str | Path) -> InitSource:
 
 
 def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:
-    """Weights mean what they meant only on features that are normalised as they were there."""
+    """Set the normalisation of features that the weights were trained with, as far as it is known or asked for."""
     known = bool(source.statistics)
     if asked == "source" and not known:
         raise ValueError(
@@ -178,8 +178,8 @@ def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: Stati
 
 
 def _by_name(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Where a file of somebody else's has its weights, and these; "": they stand there themselves. The EMA goes first,
-    with which such models are drawn, if it is one of all the weights and under their names."""
+    """The key of the weights in a foreign file, and the weights; "": they are at the top level. The EMA is preferred,
+    since such models are sampled with it, if it contains all weights under the same names."""
     sets = {key: value for key, value in content.items() if isinstance(value, Mapping) and _tensors(value)}
     trained = next((key for key in ("state_dict", "model") if key in sets), "")
     for key in ("ema", "ema_state_dict", "model_ema"):
@@ -191,7 +191,7 @@ def _by_name(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _tensors(weights: Mapping[str, Any]) -> set[str]:
-    """Names of tensors without what wrappers put before them."""
+    """Names of tensors without the prefixes of wrappers."""
     names = {str(name) for name, value in weights.items() if isinstance(value, Tensor)}
     return {re.sub(r"^((module|_orig_mod|model|network)\.)+", "", name) for name in names}
 
@@ -224,6 +224,6 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
 
 
 def _of_network(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Without a module's statistics and parts beside its network, which are no weights of the network."""
+    """The weights of the network only, without a module's statistics and other parts."""
     inside = {name: value for name, value in weights.items() if name.startswith("network.")}
     return {name: value for name, value in (inside or weights).items() if isinstance(value, torch.Tensor)}

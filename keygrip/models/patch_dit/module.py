@@ -1,4 +1,4 @@
-"""Training of the patch-conditioned DiT: flow matching with dropped conditions, monitoring, samples on fixed seeds."""
+"""Training of the patch-conditioned DiT: flow matching with dropped conditions, monitoring, samples of fixed seeds."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ VALIDATED = {"both": (True, True), "text": (True, False), "dino": (False, True),
 
 @model_part(from_checkpoint={"init_from": None})
 class PatchDiTModule(System):
-    """Mean squared error of the velocity.
+    """Loss: mean squared error of the velocity.
 
     Args:
-        network: makes the network from latent_channels, text_dim and dino_dim, which the encoders know.
-        encoders: frozen; what shards were made with. They are not trained and their large weights not stored.
-        optimizer: the recipe. timesteps: draws those of training. dropout: shares of the categories.
-        sampling: how images are drawn in training, and the default of `keygrip.sample`.
-        alignment: makes the alignment of a block with the DINO features, from width, dino_dim and depth; None: there is
-            none.
+        network: makes the network from latent_channels, text_dim and dino_dim, which come from the encoders.
+        encoders: those that the shards were made with. They are frozen, and their large weights are not stored.
+        optimizer: its settings. timesteps: samples those of training. dropout: shares of the categories.
+        sampling: how images are sampled in training, and the default of `keygrip.sample`.
+        alignment: makes the alignment of a block with the DINO features, from width, dino_dim and depth; None: no
+            alignment.
         init_from: a run folder, checkpoint or file of weights to start from; read when training is set up.
-        init_from_min_share: of the network's numbers that must come from there. init_from_renames: regular expressions
-            and their replacements, for names of other implementations. init_from_statistics: how features are
-            normalised: "source", as in that run; "data", by the training shards; "identity", not at all; "auto": source
-            of a keygrip run, data of other files.
-        few_steps: distils the network of `init_from` into one that is drawn in few steps; None: plain training.
-        shift_tokens: images of more latent tokens than this are trained and drawn at noise levels nearer to noise, by
-            sqrt(tokens / shift_tokens), see `resolution_shift`; None: all at the same levels.
-        lora: low-rank differences are trained, and the network stays as `init_from` has it; None: all is trained.
-        guide: makes the worse version of the network that `sampling.guide_scale` goes away from, from a copy of the
-            network; None: none is kept.
-        monitor_every_n_steps: steps between checks of norms and attention; 0: none. monitor_from_step: warnings begin.
-        log_images_every_n_steps: validations at least so many steps apart draw samples; 0: none. shown: per row.
+        init_from_min_share: share of the network's weights that must come from there. init_from_renames: regular
+            expressions and their replacements, for names of other implementations. init_from_statistics: how features
+            are normalised: "source", as in that run; "data", by the training shards; "identity", not at all; "auto":
+            source for a keygrip run, data for other files.
+        few_steps: distils the network of `init_from` into one that is sampled in few steps; None: plain training.
+        shift_tokens: images with more latent tokens than this are trained and sampled at noise levels shifted towards
+            noise, by sqrt(tokens / shift_tokens), see `resolution_shift`; None: the same levels for all images.
+        lora: trains low-rank differences to the fixed network of `init_from`; None: all weights are trained.
+        guide: makes, from a copy of the network, the worse version of it that `sampling.guide_scale` guides away from;
+            None: no guide.
+        monitor_every_n_steps: steps between checks of norms and attention; 0: none. monitor_from_step: for warnings.
+        log_images_every_n_steps: minimum steps between samples in validation; 0: none. shown: samples per row.
     """
 
     read_where: ClassVar = {
@@ -166,16 +166,16 @@ class PatchDiTModule(System):
         self._encoder_weights: dict[str, Any] = {"view": None, "autoencoder": None}
         self._encoders_ready = False
         self._drawn_at = -1
-        self._to_show: list[ImageTextBatch] = []  # the first validation batches, as many as fill a row of samples
+        self._to_show: list[ImageTextBatch] = []  # the first validation batches, enough for a row of samples
         self._can_decode = True
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def set_statistics(self, statistics: ImageTextStatistics) -> None:
-        """Take over the shards' normalisation; and the weights to start from, where there are any.
+        """Store the shards' normalisation, and load the weights to start from, if there are any.
 
         Raises:
-            ValueError: shards of other widths, or a warm start from which nothing fits. FileNotFoundError: no such
+            ValueError: shards of other widths, or a warm start with no matching weights. FileNotFoundError: no such
                 file.
         """
         if statistics.text_dim != self.network.text_dim:
@@ -183,7 +183,7 @@ class PatchDiTModule(System):
                 f"The shards' text states have {statistics.text_dim} numbers and the encoders' "
                 f"{self.network.text_dim}: choose the encoders= that the shards were made with."
             )
-        own = self.encoders.quick_fingerprint  # of large encoders: checked when they are used
+        own = self.encoders.quick_fingerprint  # large encoders are checked when they are used
         if own is not None and statistics.encoders not in (UNKNOWN, own):
             raise ValueError(
                 f"The shards were made with the encoders {statistics.encoders} and these are {own}: choose the "
@@ -203,7 +203,7 @@ class PatchDiTModule(System):
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
             whole = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
             warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, whole)
-            if whole is None:  # the recipes of these two have rates of their own
+            if whole is None:  # the configs of these two set their own rates
                 log.info(
                     "training goes on from there at optimizer.lr=%g: half the rate of random weights is a start",
                     self.optimizer_recipe.lr,
@@ -216,7 +216,7 @@ class PatchDiTModule(System):
 
     @property
     def adapter(self) -> Adapter | None:
-        """What LoRA trains; None without it."""
+        """The part that LoRA trains; None without LoRA."""
         return None if self.lora is None else Adapter(self.network, self.lora, inputs=self.statistics.normalisation)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -235,7 +235,7 @@ class PatchDiTModule(System):
         """The encoders on this module's device, with the stored weights of their small parts.
 
         Raises:
-            ValueError: they are not those that the training shards were made with: features would mean other things.
+            ValueError: the training shards were made with other encoders, whose features differ.
         """
         if not self._encoders_ready:
             made_with = self.statistics.encoders
@@ -248,7 +248,7 @@ class PatchDiTModule(System):
         return self.encoders.to(self.device)
 
     def trained_part(self) -> nn.Module:
-        return self  # the alignment's projection is trained too
+        return self  # includes the alignment's projection, which is also trained
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -258,11 +258,11 @@ class PatchDiTModule(System):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def sharded_parts(self) -> list[Any]:
-        """Blocks, which are used through their `forward` alone."""
+        """Blocks, which are only called through their `forward`, and which FSDP may shard one by one."""
         return [*self.network.blocks, *([] if self.guide is None else self.guide.network.blocks)]
 
     def check_run(self, max_steps: int, begins: bool) -> None:
-        """Raises ValueError: the guide's step is not reached."""
+        """Raise ValueError if the run ends before the guide's step."""
         if self.guide is not None:
             self.guide.check(max_steps)
 
@@ -290,7 +290,7 @@ class PatchDiTModule(System):
         return self.noised(data, noise, level, context)[1].mean()
 
     def dry_run(self, batch: ImageTextBatch) -> dict[str, Any]:
-        """As of the base, and the tokens of a latent."""
+        """As in the base class, with the number of tokens of a latent."""
         return {"latent_tokens": int(np.prod(self.network.grid(batch.latents)))} | super().dry_run(batch)
 
     def shift_of(self, latents: Tensor) -> float:
@@ -304,7 +304,7 @@ class PatchDiTModule(System):
         """The module's own sampling with some parts changed, see `Sampling.changed`.
 
         Raises:
-            ValueError: also where a student of few steps would be drawn in another way than it is trained for.
+            ValueError: also if a few-steps student would be sampled in another way than it is trained for.
         """
         found = self.sampling.changed(changes)
         if found.guide_scale and self.guide_network is None:
@@ -320,11 +320,11 @@ class PatchDiTModule(System):
 
     @property
     def guide_network(self) -> PatchDiT | None:
-        """What `guide_scale` goes away from; None: no guide is kept, or its step has not come."""
+        """The network that `guide_scale` guides away from; None: there is no guide, or its step is not reached."""
         return self.guide.network if self.guide is not None and self.guide.taken else None
 
     def sampling_at(self, size: tuple[int, int], sampling: Sampling | None = None) -> Sampling:
-        """How latents of (h, w) are drawn: the module's own sampling or another, shifted for the resolution."""
+        """Sampling of latents of size (h, w): the module's own or the given one, shifted for the resolution."""
         usual = sampling or self.sampling
         shift = self.shift_of(torch.empty(0, self.network.latent_channels, *size))
         return replace(usual, timestep_shift=usual.timestep_shift * shift)
@@ -358,8 +358,8 @@ class PatchDiTModule(System):
 
     @torch.no_grad()
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
-        """The loss on fixed noise and levels, under each combination of conditions and with shuffled patches; of a
-        student that of its windows."""
+        """The loss on fixed noise and levels, under each combination of conditions and with shuffled patches; for a
+        student, the loss of its windows."""
         data = self.statistics.normalised("latent", batch.latents)
         conditions, aspect, count = self.statistics.conditions(batch), aspect_of(data), len(data)
         generator = torch.Generator().manual_seed(batch_idx * 1009 + self.global_rank)
@@ -395,7 +395,7 @@ class PatchDiTModule(System):
 
     def on_validation_epoch_end(self) -> None:
         if self._to_show:
-            with self.trainer.precision_plugin.forward_context():  # Lightning's own is about steps alone
+            with self.trainer.precision_plugin.forward_context():  # Lightning's own covers only steps
                 self._show(ImageTextBatch.joined(self._to_show))
         logged = self.trainer.callback_metrics
         if "val/loss_shuffled" in logged:
@@ -416,7 +416,7 @@ class PatchDiTModule(System):
         return loss * self.alignment.weight_at(self.progress())
 
     def _report(self, figures: dict[str, Tensor]) -> None:
-        """Straight to the loggers, whatever their own interval, and compared with the healthy ranges."""
+        """Log directly, whatever the loggers' interval, and compare with the healthy ranges."""
         values = {name: float(value) for name, value in figures.items()}
         for logger in self.loggers:
             logger.log_metrics({f"health/{name}": value for name, value in values.items()}, step=self.global_step)
@@ -446,8 +446,8 @@ class PatchDiTModule(System):
 
     @torch.no_grad()
     def _show(self, batch: ImageTextBatch) -> None:
-        """Samples of the first validation images, always the same ones and of the same seeds; of nothing but whether
-        the autoencoder is at hand in the check before the first step."""
+        """Log samples for the first validation images, always the same images and seeds. In the check before the first
+        step, only test whether the autoencoder is available."""
         due = self._drawn_at < 0 or self.global_step - self._drawn_at >= self.log_images_every_n_steps
         if not self.log_images_every_n_steps or not due or not takes_images(self.loggers):
             return
@@ -466,7 +466,7 @@ class PatchDiTModule(System):
         if count > 1:
             ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
         rows = [("real", real)]
-        # without a guide, or not yet, there is nothing to go away from
+        # without a guide, or before its step, there is no guidance by it
         way = self.sampling if self.guide_network is not None else replace(self.sampling, guide_scale=0.0)
         rows += [(title, self.draw(conditions, size, seeds, way)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
@@ -475,8 +475,8 @@ class PatchDiTModule(System):
             self.show_text("val/captions", captions)
 
     def _decoded(self, latents: Tensor) -> Tensor | None:
-        """Images of latents ``[B, C, h, w]``; None where the autoencoder is not at hand, which is said once: training
-        does not need it, since its shards hold latents."""
+        """Images of latents ``[B, C, h, w]``; None if the autoencoder is not available, with one warning: training
+        does not need it, since its shards contain latents."""
         if not self._can_decode:
             return None
         try:

@@ -1,5 +1,5 @@
-"""Monitored values beside the loss: shares of the dropout categories, losses by timestep and by category, norms,
-where the cross-attention looks; each with the range in which it is healthy."""
+"""Monitored values other than the loss: shares of the dropout categories, losses by timestep and by category, norms,
+and shares of cross-attention; some with the range in which they are healthy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from keygrip.models.patch_dit.network import PatchDiT
 
 GROUPS = ("text", "cls", "patches")
-ATTENDED = 4  # samples whose attention is monitored
+ATTENDED = 4  # number of samples whose attention is monitored
 
 RANGES = {
     "velocity_norm": Range(
@@ -59,9 +59,9 @@ class LossTable:
         self._sums.index_add_(1, category + self.bins, values)
 
     def report(self) -> dict[str, float]:
-        """``loss_level_<from>_<to>``, ``loss_<category>`` and ``share_<category>`` over all processes; begins anew.
+        """``loss_level_<from>_<to>``, ``loss_<category>`` and ``share_<category>`` over all processes, and reset.
 
-        What no sample fell into is left out. Every process must call it at the same step.
+        Bins without samples are left out. Every process must call this method at the same step.
         """
         if self._sums is None:
             return {}
@@ -81,10 +81,10 @@ def velocity_norm(velocity: Tensor) -> Tensor:
 
 
 def gradient_figures(network: PatchDiT, adapted: bool) -> dict[str, Tensor]:
-    """Norms of the gradients of the whole network and of the projection of its patches.
+    """Gradient norms of the whole network and of its patch projection.
 
     Args:
-        adapted: LoRA is trained alone; the projection has no gradient then and is left out.
+        adapted: only LoRA is trained; the projection then has no gradient and is left out.
     """
     figures = {"grad_norm": gradient_norm(network.parameters())}
     projection = network.context_builder.dino_patch_proj
@@ -97,10 +97,10 @@ def gradient_figures(network: PatchDiT, adapted: bool) -> dict[str, Tensor]:
 def attention_at_half_noise(
     network: PatchDiT, data: Tensor, conditions: Conditions, aspect: float
 ) -> dict[str, Tensor]:
-    """Where the cross-attention looks with both conditions, half-way between data and noise that is always the same.
+    """Shares of cross-attention with both conditions, half-way between data and a fixed noise.
 
     Args:
-        data: latents ``[B, C, h, w]``, normalised, of which the first few count. conditions: theirs, normalised.
+        data: latents ``[B, C, h, w]``, normalised, of which the first few are used. conditions: theirs, normalised.
         aspect: width over height of the images.
     """
     data, conditions = data[:ATTENDED], conditions.first(ATTENDED)
@@ -112,9 +112,9 @@ def attention_at_half_noise(
 
 
 def attention_figures(shares: Tensor) -> dict[str, Tensor]:
-    """From attention shares ``[depth, B, 3]`` to one figure for each group and block, and each group's mean.
+    """Convert attention shares ``[depth, B, 3]`` to one value for each group and block, and each group's mean.
 
-    The patches' are left out where there are none.
+    The values of patches are left out if there are none.
     """
     by_block = shares.mean(dim=1)  # [depth, 3]
     found: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""The patch-conditioned diffusion transformer: noisy latents in, velocities out, conditioned on one context of tokens.
+"""The patch-conditioned diffusion transformer: noisy latents in, velocities out, conditioned on context tokens.
 
     latent -> patches -> + 2D position -> 18 x [self-attention, cross-attention over the context, MLP] -> velocity
-    context = [text, CLS + noise level, DINO patches at their places]; CLS + noise level also drives every adaLN
+    context = [text, CLS + noise level, DINO patches at their places]; every adaLN also reads CLS + noise level
 
 Shape legend: B samples, C h w a latent, p the latent's patch size, N = h w / p^2 latent tokens, D width, M context
 tokens (see context.py), H heads.
@@ -35,7 +35,7 @@ Prediction = Literal["v", "x"]
 PatchAttention = Literal["joint", "separate"]
 LatentPositions = Literal["frame", "cells"]
 LevelFrequencies = Literal["inclusive", "exclusive"]
-# Settings whose value says how weights are used, and those that each may have.
+# Settings whose value determines how weights are used, and their possible values.
 CHOICES: dict[str, tuple[str, ...]] = {
     "adaln": get_args(AdaLN),
     "prediction": get_args(Prediction),
@@ -50,8 +50,8 @@ class BlockCache:
     """Keys and values of a context at one block, None before the first pass.
 
     Attributes:
-        cls_place: where the CLS token stands in the context. context, patches: of the two cross-attentions; the second
-            only of networks that attend to patches separately.
+        cls_place: index of the CLS token in the context. context, patches: of the two cross-attentions; the second only
+            in networks that attend to patches separately.
     """
 
     cls_place: int
@@ -63,8 +63,8 @@ class BlockCache:
 class ContextCache:
     """Keys and values of a context at every block, filled by the first pass that is given it.
 
-    From the second pass on, only the CLS token's are computed, written in their place: it alone depends on the noise
-    level. For sampling, without gradients, and one context only.
+    From the second pass on, only the keys and values of the CLS token are computed and replaced, since no other token
+    depends on the noise level. For sampling, without gradients, and for one context only.
     """
 
     blocks: list[BlockCache] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Tapped:
 
 @dataclass(frozen=True)
 class DiTOutput:
-    """``velocity``: ``[B, C, h, w]``. ``tapped``: where a block was asked for."""
+    """``velocity``: ``[B, C, h, w]``. ``tapped``: if tokens of a block were requested."""
 
     velocity: Tensor
     tapped: Tapped | None = None
@@ -98,8 +98,8 @@ class DiTBlock(nn.Module):
     the block starts as the identity.
 
     Args:
-        separate_patches: patches have a cross-attention of their own beside that over text and CLS, whose output layer
-            starts at zero: a network that was trained without patches gives the same output until it is trained (Ye et
+        separate_patches: patches have their own cross-attention in addition to that over text and CLS. Its output layer
+            starts at zero: a network trained without patches keeps its output until it is trained further (Ye et
             al., "IP-Adapter", 2023).
     """
 
@@ -136,9 +136,9 @@ class DiTBlock(nn.Module):
         Args:
             x: ``[B, N, D]``. condition: ``[B, D]``. tokens: ``[B, M, D]``; with a filled ``cache`` the CLS token alone,
                 ``[B, 1, D]``. mask: bool ``[B, M]`` or None.
-            patches: ``[B, P, D]``, for the attention of their own, where there is one.
+            patches: ``[B, P, D]``, for their own attention, if there is one.
             angles: rotary positions of x, ``[N, d / 2]`` or ``[B, N, d / 2]``, for the self-attention.
-            cache: filled or read. record: takes this block's cross-attention to text, CLS and patches.
+            cache: filled or read. record: stores this block's cross-attention to text, CLS and patches.
         """
         parts = [part[:, None] for part in self.modulation(condition)]
         shifts, scales, gates = parts[:3], parts[3:6], parts[6:]
@@ -175,7 +175,7 @@ class DiTBlock(nn.Module):
             return new
         if cache.context is None:
             cache.context = new
-        else:  # of the CLS token alone
+        else:  # only of the CLS token
             cache.context.keys[:, :, cache.cls_place : cache.cls_place + 1] = new.keys
             cache.context.values[:, :, cache.cls_place : cache.cls_place + 1] = new.values
         return cache.context
@@ -192,30 +192,31 @@ class PatchDiT(nn.Module):
         adaln: see `DiTBlock`.
         prediction: "v", the velocity; or "x", the clean latent, from which the velocity follows (no grain in small
             images).
-        timestep_floor: only with "x", the timestep below which the prediction's error weighs no more in the loss
-            (None: 0.05): a velocity loss weighs it by 1 / s^2, which near the data is all weight on the finest detail.
+        timestep_floor: only with "x", the timestep below which the weight of the prediction's error in the loss stops
+            increasing (None: 0.05): a velocity loss weighs the error by 1 / s^2, which near the data would put all
+            weight on the finest detail.
         use_dino_patches, patch_positions, position_cells: see `ContextBuilder`.
-        patch_attention: "joint": patches stand in one context with text and CLS; "separate": each block has a
+        patch_attention: "joint": patches are in one context with text and CLS; "separate": each block has a
             cross-attention for them, see `DiTBlock`.
-        final_modulation: the last norm is shifted and scaled by the condition and the noise level, as in DiT; starts
-            as nothing.
-        rotary: the self-attention also has rotary positions in two dimensions, beside the sinusoids that latent tokens
-            and patches share.
+        final_modulation: the last norm is shifted and scaled by the condition and the noise level, as in DiT;
+            initially without effect.
+        rotary: the self-attention also has rotary positions in two dimensions, in addition to the sinusoids that
+            latent tokens and patches share.
         qk_norm: normalise queries and keys.
         level_hidden: hidden width of the noise level's MLP.
         level_frequencies: of the noise level's sinusoids, from 1000 to 0.1 in equal ratios; "exclusive": 0.1 itself is
             left out.
         latent_positions: "frame": latent tokens have their places in the image's own frame, which patches share (see
             `grid_positions`); "cells": row and column of their cell, see `cell_features`.
-        output_convolution: a 3 x 3 convolution of the output is added to it; starts as nothing.
+        output_convolution: a 3 x 3 convolution of the output is added to it; initially zero.
         detail: makes a `DetailHead` from latent_channels, token_width and patch_size: convolutions over the whole
-            image correct what the last layer drew token by token; None: none.
-        routing: in training, a share of the tokens passes by the middle blocks; None: all go through all.
+            image correct the output of the last layer, which is computed per token; None: none.
+        routing: in training, a share of the tokens skips the middle blocks; None: no token skips a block.
         gradient_checkpointing: recompute activations in the backward pass; about a third more time, far less memory.
 
     Attributes:
-        meaning: the settings that change what the same weights compute, for weights of another network: most of them
-            are shown by no name or shape of a weight.
+        meaning: the settings that change what the same weights compute, to check weights of another network; most of
+            them cannot be inferred from the names or shapes of weights.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown option.
@@ -277,7 +278,7 @@ class PatchDiT(nn.Module):
         if width % 4:
             raise ValueError(f"model.network.width={width}: must be a multiple of 4, for positions in two dimensions.")
         if patch_positions and not use_dino_patches:
-            patch_positions = False  # there is nothing to place
+            patch_positions = False  # there are no patches to place
         self.routed = (-1, -1)
         if routing is not None:
             routing.check(depth)
@@ -340,11 +341,11 @@ class PatchDiT(nn.Module):
         Args:
             x: ``[B, C, h, w]``, noisy normalised latents. level: ``[B]``, noise levels s.
             context: of the B samples, from ``context_builder``.
-            cache: keys and values of this very context, kept between passes; without gradients.
-            tap: number of blocks after which tokens are given out as well.
-            floor: with ``prediction="x"``, the least level to divide by; None: ``timestep_floor``, as the loss wants it
-                (see `target`). Sampling gives a smaller one.
-            record: takes every block's cross-attention to ``context.groups``.
+            cache: keys and values of exactly this context, reused between passes; without gradients.
+            tap: number of blocks after which tokens are also returned.
+            floor: with ``prediction="x"``, the smallest level to divide by; None: ``timestep_floor``, as in the loss
+                (see `target`). Sampling passes a smaller value.
+            record: stores every block's cross-attention to ``context.groups``.
         """
         rows, columns = self.grid(x)
         condition = context.cls + self.level_embedding(level)  # [B, D], used twice: here and as the CLS token
@@ -364,7 +365,7 @@ class PatchDiT(nn.Module):
         hidden = hidden + places.to(hidden.dtype)
         angles = rotary_angles(where, self.d_head, self.position_cells) if self.rotary else None
         routing = self.routing if self.training else None
-        whole, index = hidden, None  # index: of the tokens that go through the block; None: all do
+        whole, index = hidden, None  # index: of the tokens that go through the block; None: all tokens
         block_angles = angles
         mask = context.mask
         tapped: Tapped | None = None
@@ -399,15 +400,15 @@ class PatchDiT(nn.Module):
         return part(*inputs)
 
     def target(self, x: Tensor, data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        """What the velocity of `forward` is compared with in training: noise - data, and with ``prediction="x"`` below
-        ``timestep_floor`` that much of it as a perfect prediction would give there."""
+        """The target of the velocity of `forward` in training: noise - data. With ``prediction="x"``, below
+        ``timestep_floor``, the smaller velocity that a perfect prediction would give there."""
         if self.prediction == "x":
             return velocity_from_data(x, data, level, self.timestep_floor)
         return velocity(data, noise)
 
     @torch.no_grad()
     def attention_shares(self, x: Tensor, level: Tensor, context: Context) -> Tensor:
-        """Shares of cross-attention on text, CLS and patches by block, ``[depth, B, 3]``; arguments as of `forward`."""
+        """Shares of cross-attention on text, CLS and patches by block, ``[depth, B, 3]``; arguments as in `forward`."""
         joint = replace(context, patches=None) if self.separate_patches else context
         record = AttentionRecord(joint.groups)
         training = self.training

@@ -14,8 +14,8 @@ CELL_BASE = 10000.0  # the same for whole-number cells, as in Vaswani et al., "A
 def grid_positions(grid: tuple[int, int], aspect: float, device: torch.device | str | None = None) -> Tensor:
     """Centres (y, x) of the cells of a grid over an image, row after row, ``[rows * columns, 2]`` float32.
 
-    The frame is the image's own: its centre is the origin and its area 1, so that the sides are 1 / sqrt(aspect) high
-    and sqrt(aspect) wide. A point of the image has the same coordinates in every grid laid over it, however fine, and
+    The frame is that of the image: its centre is the origin and its area is 1, so the sides are 1 / sqrt(aspect) high
+    and sqrt(aspect) wide. A point of the image has the same coordinates in every grid over the image, however fine, and
     a square grid over a wide image has wide cells.
 
     Args:
@@ -33,8 +33,8 @@ def position_features(positions: Tensor, width: int, cells: int) -> Tensor:
     Args:
         positions: ``[N, 2]``, from `grid_positions`.
         width: a multiple of 4: a quarter each for sine and cosine of y and of x.
-        cells: of the finest grid, along a side, whose neighbours are to be told apart by sign: the shortest period is
-            two of its cells. The longest is four sides, so that the whole image lies on one slope.
+        cells: along a side of the finest grid in which neighbours must differ in sign: the shortest period is two of
+            its cells. The longest period is four sides, so its sine is monotonic over the whole image.
     """
     if width % 4:
         raise ValueError(f"Positions in two dimensions need a width that divides by 4, got {width}.")
@@ -47,8 +47,8 @@ def cell_features(grid: tuple[int, int], width: int, device: torch.device | str 
     """Sines and cosines of the row and the column of each cell of a grid, counted from 0, ``[rows * columns, width]``
     float32: a quarter each for sine and cosine of the row and of the column.
 
-    A place in the image has other features in a finer grid and in another bucket; networks that were trained so need
-    them, such as that of model=patch_dit_source. The fixed tables of DiT and PixArt have the column's half first.
+    A place in the image has other features in a finer grid and in another bucket. Networks that were trained with them
+    need them, such as that of model=patch_dit_source. The fixed tables of DiT and PixArt have the column's half first.
 
     Args:
         grid: (rows, columns). width: a multiple of 4.
@@ -68,8 +68,8 @@ def rotary_angles(positions: Tensor, head: int, cells: int) -> Tensor:
     Args:
         positions: ``[N, 2]``, from `grid_positions`.
         head: width of an attention head, a multiple of 4.
-        cells: of the finest grid, along a side: the fastest angle turns by one radian per cell of it, the slowest by
-            nearly a hundredth of that (`ROTARY_BASE`), so that the whole image lies on one slope.
+        cells: along a side of the finest grid: the fastest angle changes by one radian per cell, the slowest by nearly
+            a hundredth of that (`ROTARY_BASE`), so the slowest sine is monotonic over the whole image.
 
     Raises:
         ValueError: a width that does not divide by 4.

@@ -1,7 +1,7 @@
 """Loading of frozen encoders of other projects (diffusers, transformers), from a folder or the hub.
 
-Their packages are optional and imported when an encoder is first used. Beside `keygrip.models.language` the encoders
-here are the only users of transformers: a frozen T5 is a fixed part of the data, not a language model that is trained.
+Their packages are optional and imported when an encoder is first used. Apart from `keygrip.models.language`, only the
+encoders here use transformers: a frozen T5 is a fixed part of the data, not a language model that is trained.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ INSTALL = "pip install 'keygrip[dit]'"
 
 
 def subfolder_of(source: str, subfolder: str | None) -> str | None:
-    """None where the source is a folder without that subfolder: it is then the part's own folder."""
+    """The subfolder to load from; None if the source is a folder without it, and thus the part's own folder."""
     if subfolder and Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
         return None
     return subfolder
 
 
 def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) -> Any:
-    """`loader.from_pretrained(source)`, with one line that says what to do where it is not to be had.
+    """`loader.from_pretrained(source)`, with a one-line error that states what to do if the source is not available.
 
     Args:
-        loader: a class. what: it loads, for messages. arguments: for `from_pretrained`; of a class of transformers with
-            trust_remote_code=False, of weights with weights_only=True: of a file that is a pickle, tensors alone are
-            read (diffusers does so without being told).
+        loader: a class. what: name of what it loads, for messages. arguments: for `from_pretrained`; for classes of
+            transformers with trust_remote_code=False, for weights with weights_only=True: only tensors are read from a
+            pickle file (the default in diffusers).
 
     Raises:
-        FileNotFoundError: the folder lacks the files, or the hub cannot be reached and holds no copy here.
-        ForeignCodeError: it needs Python code of its own.
+        FileNotFoundError: the folder lacks the files, or the hub cannot be reached and there is no cached copy.
+        ForeignCodeError: the source needs its own Python code.
     """
     told = cache_only_without_network(source, arguments)
     try:
@@ -55,7 +55,7 @@ def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) 
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """Raises ValueError: not a floating-point type."""
+    """The dtype of a name. Raise ValueError if it is not a known floating-point type."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise ValueError(f"dtype {name!r} is not known; choose one of {', '.join(known)}")
@@ -63,7 +63,7 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def sample_of(module: nn.Module) -> dict[str, Any]:
-    """A few numbers of a large model's weights: enough to tell two trainings apart without reading all of it."""
+    """Hash of a few values of a large model's weights: distinguishes two trainings without reading all weights."""
     parameters = dict(module.named_parameters())
     few = sorted(parameters)[:: max(1, len(parameters) // 16)]
     digest = sha256_of(

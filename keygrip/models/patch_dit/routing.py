@@ -1,4 +1,4 @@
-"""Token routing: in training, some tokens pass by the middle blocks (Krause et al., "TREAD", 2025)."""
+"""Token routing: in training, some tokens skip the middle blocks (Krause et al., "TREAD", 2025)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from keygrip.training.parts import model_part
 @model_part
 @dataclass(frozen=True)
 class TokenRouting:
-    """A share of the latent tokens, drawn anew for every sample, skips blocks ``start`` to ``stop`` and comes back
-    behind them as it was. The loss is on all tokens; sampling routes nothing.
+    """A share of the latent tokens, chosen at random for every sample, skips blocks ``start`` to ``stop`` - 1 and
+    is inserted unchanged after them. The loss is on all tokens; in sampling no token is skipped.
 
     Args:
-        share: of the tokens that pass by, in (0, 1).
-        start, stop: numbers of the first block passed by and of the first one after; negative ones count from the end.
+        share: of the tokens that skip blocks, in (0, 1).
+        start, stop: numbers of the first skipped block and of the first block after; negative ones count from the end.
     """
 
     share: float = 0.5
@@ -26,7 +26,7 @@ class TokenRouting:
     stop: int = -2
 
     def check(self, depth: int) -> None:
-        """Raises ValueError where a network of this depth has no such blocks."""
+        """Raise ValueError if a network of this depth has no such blocks."""
         if not 0 < self.share < 1:
             raise ValueError(
                 f"model.network.routing.share={self.share}: must lie between 0 and 1; null switches it off."
@@ -43,23 +43,23 @@ class TokenRouting:
         return self.start % depth, self.stop % depth
 
     def choose(self, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """Indices ``[B, K]`` of the tokens that go through, in order, from torch's global generator."""
+        """Indices ``[B, K]`` of the tokens that do not skip, in order, sampled with torch's global generator."""
         through = max(1, round(tokens * (1 - self.share)))
         return torch.rand(batch, tokens, device=device).topk(through, dim=1).indices.sort(dim=1).values
 
     @staticmethod
     def take(whole: Tensor, index: Tensor) -> Tensor:
-        """Tokens ``[B, K, D]`` of ``[B, N, D]``."""
+        """Select tokens ``[B, K, D]`` from ``[B, N, D]``."""
         return whole.flatten(0, 1)[_places(whole, index)]
 
     @staticmethod
     def put_back(whole: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        """``whole`` ``[B, N, D]`` with the tokens ``[B, K, D]`` in their places."""
+        """Put the tokens ``[B, K, D]`` back in their places in ``whole`` ``[B, N, D]``."""
         flat = whole.to(tokens.dtype).flatten(0, 1)
         return flat.index_copy(0, _places(whole, index).flatten(), tokens.flatten(0, 1)).view(whole.shape)
 
 
 def _places(whole: Tensor, index: Tensor) -> Tensor:
-    """``[B, K]``, of tokens among all of ``whole`` ``[B, N, D]``: moved whole, since `gather` and `scatter` are sorted
-    number by number in deterministic mode on a GPU."""
+    """Indices ``[B, K]`` of tokens in the flattened ``whole`` ``[B, N, D]``. Tokens are moved as rows, since `gather`
+    and `scatter` sort single values in deterministic mode on a GPU."""
     return torch.arange(len(whole), device=index.device)[:, None] * whole.shape[1] + index

@@ -1,11 +1,11 @@
 """Sampling under two conditions: the solver's steps, each with the branches of `guidance.py` run as one batch.
 
-Without any change of the result, branches of a step run as one batch, keys and values of text and patches are computed
-once per sample (only the CLS token depends on the noise level), and text padding is cut off instead of masked. On a CPU
-large images run a branch at a time: three of them as one batch exceed its caches and must share one mask, which costs
-more than it saves. Approximations are optional: an interval of noise levels outside of which one evaluation with all
-conditions replaces the branches (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024), and solvers of
-second order, which need fewer steps.
+Three optimisations do not change the result: branches of a step run as one batch, keys and values of text and patches
+are computed once per sample (only the CLS token depends on the noise level), and text padding is cut off instead of
+masked. On a CPU, large images run one branch at a time: three branches in one batch exceed its caches and must share
+one mask, which costs more than it saves. Approximations are optional: an interval of noise levels outside of which one
+evaluation with all conditions replaces the branches (Kynkäänniemi et al., "Applying Guidance in a Limited Interval",
+2024), and solvers of second order, which need fewer steps.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from keygrip.models.patch_dit.guidance import (
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
 from keygrip.training.parts import ReadWhere, model_part
 
-CPU_BATCH = 2**18  # numbers in one branch's tokens up to which a CPU is faster with all branches in one batch
+CPU_BATCH = 2**18  # largest number of values in one branch's tokens for which a CPU is faster with one batch
 NOT_FINITE = "what was drawn is not finite: give smaller scales of guidance, or another timestep_shift or solver"
-FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that nothing is cut off
+FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that it never applies
 
 
 def _interval(given: Any) -> tuple[float, float]:
@@ -49,7 +49,7 @@ def _interval(given: Any) -> tuple[float, float]:
 @model_part
 @dataclass(frozen=True)
 class Sampling(Guidance):
-    """How images are drawn.
+    """Settings of sampling.
 
     Args:
         text_scale, dino_scale, full_scale, text_rescale, dino_rescale, full_rescale, interval, guidance, cls_scale,
@@ -57,7 +57,7 @@ class Sampling(Guidance):
         steps, solver, timestep_shift: see `keygrip.models.nn.flow_matching.integrate` and `noise_levels`.
 
     Raises:
-        ValueError: as `Guidance`, or an unknown solver, or steps that cannot be divided.
+        ValueError: as `Guidance`, an unknown solver, or impossible `steps` or `timestep_shift`.
     """
 
     read_where: ClassVar = dict.fromkeys(  # full_scale and guide_scale are refused where they have no effect
@@ -73,10 +73,10 @@ class Sampling(Guidance):
         check_finite("timestep_shift", self.timestep_shift)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: must be one of {', '.join(SOLVERS)}.")
-        noise_levels(self.steps, self.timestep_shift)  # refuses what it cannot divide
+        noise_levels(self.steps, self.timestep_shift)  # raises ValueError for impossible values
 
     def replaced(self, **parts: Any) -> Sampling:
-        """With these parts in place of its own; a term that they leave out takes its rescale with it."""
+        """Copy with these parts replaced; a term that becomes zero also loses its rescale."""
         for name, scales in RESCALED.items():
             if not any(parts.get(scale, getattr(self, scale)) for scale in scales):
                 parts.setdefault(name, 0.0)
@@ -86,20 +86,20 @@ class Sampling(Guidance):
         """The noise levels of the steps, falling to 0.
 
         Args:
-            strength: that of an `Edit`, from which they fall, in so many fewer steps.
+            strength: that of an `Edit`, the first noise level; the number of steps is reduced by this factor.
         """
         steps = max(1, round(self.steps * strength))
         return [strength * level for level in noise_levels(steps, self.timestep_shift)]
 
     def is_guided(self, strength: float = 1.0) -> bool:
-        """Whether a step has a noise level within `interval`. strength: as of `levels`."""
+        """Whether a step has a noise level within `interval`. strength: as in `levels`."""
         return any(self._within_interval(level) for level in self.levels(strength)[:-1])
 
     def changed(self, changes: Mapping[str, Any]) -> Sampling:
-        """This way of drawing with some parts changed, by name; None leaves a part as it is.
+        """Copy with some parts changed, by name; None leaves a part unchanged.
 
         Raises:
-            ValueError: there is no such part, its value is impossible, or it has no effect.
+            ValueError: a part is unknown, its value is impossible, or it has no effect.
         """
         parts = [part.name for part in fields(Sampling)]
         unknown = sorted(set(changes) - set(parts))
@@ -108,7 +108,7 @@ class Sampling(Guidance):
         given = {name: value for name, value in changes.items() if value is not None}
         if "interval" in given:
             given["interval"] = _interval(given["interval"])
-        if given.get("guidance") == "none":  # what the model itself has beside other guidance falls away with it
+        if given.get("guidance") == "none":  # these settings of the model itself are then dropped
             given = {"full_scale": 0.0, "guide_scale": 0.0} | given
         found = self.replaced(**given)
         given = {name: value for name, value in given.items() if changes.get(name) is not None}
@@ -120,7 +120,7 @@ class Sampling(Guidance):
         return found
 
     def evaluations(self, conditions: Conditions) -> int:
-        """How often the network is evaluated for one sample."""
+        """Number of network evaluations for one sample."""
         levels = noise_levels(self.steps, self.timestep_shift)
         visited = levels[:-1] + (levels[1:-1] if self.solver == "heun" else [])
         return sum(len(self.branches(conditions, level)) for level in visited)
@@ -132,9 +132,9 @@ class Velocities:
     Args:
         network: in eval mode. conditions: normalised. batch: number of samples. aspect: width over height.
         guide: the network of the branch `GUIDE`, in eval mode; None: that branch is refused.
-        together: the branches of a step as one batch; None: as is faster. cached: keep keys and values of the context
-            from step to step. trimmed: cut off text padding. All three change the time and not the result; off, they
-            are the plain sampler that tests and benchmarks compare with.
+        together: the branches of a step as one batch; None: whichever is faster. cached: reuse keys and values of the
+            context in all steps. trimmed: cut off text padding. All three change the time and not the result; without
+            them this is the plain sampler that tests and benchmarks compare with.
     """
 
     def __init__(
@@ -196,13 +196,13 @@ class Velocities:
 
 
 def refuse_idle_interval(ways: Sequence[Sampling], strength: float = 1.0) -> None:
-    """Refuses an interval of guidance that no step reaches.
+    """Refuse a guidance interval that no step reaches.
 
     Args:
-        ways: one for each size of latents, of one number of steps. strength: of an `Edit`.
+        ways: sampling settings for each size of latents, all with the same number of steps. strength: of an `Edit`.
 
     Raises:
-        ValueError: in none of these ways a step has a noise level in it.
+        ValueError: with none of these settings a step has a noise level in the interval.
     """
     if ways and not any(way.is_guided(strength) for way in ways):
         raise ValueError(
@@ -216,8 +216,8 @@ class Edit:
     """Normalised latents ``[B, C, h, w]`` of images to edit: inpainting by a mask, or sampling from partial noise.
 
     Args:
-        strength: in (0, 1]: noise level from which they are drawn; 1: nothing of them is left but what `mask` keeps.
-        mask: float or bool ``[B, 1, h, w]``: 1 where they are drawn anew, 0 where they stay. None: everywhere.
+        strength: in (0, 1]: noise level from which sampling starts; 1: only what `mask` preserves is left of the image.
+        mask: float or bool ``[B, 1, h, w]``: 1 where the image is sampled again, 0 where it stays. None: 1 everywhere.
     """
 
     latents: Tensor
@@ -247,12 +247,12 @@ def sample(
     """Normalised latents ``[B, C, h, w]`` float32.
 
     Args:
-        network: put in eval mode meanwhile. conditions: of len(seeds) samples, on the network's device.
-        size: (h, w) of the latents. seeds: one a sample; a sample depends on no other one.
+        network: temporarily put in eval mode. conditions: of len(seeds) samples, on the network's device.
+        size: (h, w) of the latents. seeds: one per sample; samples do not depend on each other.
         on_step: called with the number of steps done and the latents after each.
-        noise: in place of the seeds' own, ``[B, C, h, w]``.
+        noise: used instead of that of the seeds, ``[B, C, h, w]``.
         together, cached, trimmed: see `Velocities`.
-        edit: images to start from, and the part of them that stays; None: from noise alone.
+        edit: images to start from, and the part of them that stays; None: start from noise alone.
         guide: a worse version of the network, for `guide_scale`; in eval mode.
 
     Raises:
@@ -268,7 +268,7 @@ def sample(
     if edit is not None:
         latents = edit.latents.to(noise)
         start = (1 - edit.strength) * latents + edit.strength * noise
-        # Along this velocity the straight path leads from the noise exactly to the latents, with every solver.
+        # With this velocity, every solver goes from the noise exactly to the latents on a straight path.
         kept = None if edit.mask is None else (edit.mask.to(noise), noise - latents)
 
     def velocity_at(x: Tensor, level: float) -> Tensor:

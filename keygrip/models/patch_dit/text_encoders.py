@@ -1,4 +1,4 @@
-"""Captions to text states: frozen random vectors of words, or the encoder of a T5.
+"""Encoders of captions as text states: frozen random vectors of words, or the encoder of a T5.
 
 Legend: B captions, L text tokens, Dt width of a text state.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class TextEncoder(Protocol):
-    """Captions to states of `length` tokens and `width` numbers each. `cut`: captions so far that were longer."""
+    """Encodes captions as `length` states of `width` values each. `cut`: number of longer captions so far."""
 
     length: int
     width: int
@@ -44,12 +44,12 @@ class TextEncoder(Protocol):
 class RandomWordVectors:
     """A frozen text encoder without training: every word has a fixed random vector, and so has every position.
 
-    A word's vector is drawn from a generator seeded by the word itself, so that there is no vocabulary and no unknown
-    word. State i is word vector + 0.5 * place vector i. Words are runs of letters or digits, in lower case; other signs
-    count as words of their own.
+    A word's vector is sampled from a generator seeded by the word itself, so there is no vocabulary and no unknown
+    word. State i is word vector + 0.5 * place vector i. Words are runs of letters or digits, in lower case; each other
+    sign is a separate word.
 
     Args:
-        length: tokens; longer captions are cut off there, which is said once.
+        length: tokens; longer captions are cut off there, with one warning.
         width: of a state.
     """
 
@@ -59,7 +59,7 @@ class RandomWordVectors:
         self.length, self.width, self.cut = length, width, 0
 
     def tokens(self, caption: str) -> list[str]:
-        """The words of a caption, as many as fit."""
+        """The words of a caption, at most `length`."""
         words = re.findall(r"[^\W\d_]+|\d+|[^\w\s]|_", caption.lower())
         if len(words) > self.length:
             if not self.cut:
@@ -81,14 +81,14 @@ class RandomWordVectors:
         return self
 
     def description(self) -> dict[str, Any]:
-        # one drawn number: another random generator would be another encoder
+        # one random value: another random generator would make another encoder
         probe = round(float(random_vector("word cube", self.width)[0]), 6)
         return {"kind": "random word vectors", "length": self.length, "width": self.width, "probe": probe}
 
 
 @lru_cache(maxsize=65536)
 def random_vector(name: str, width: int) -> np.ndarray:
-    """float32 [width] of standard normal numbers, a function of the name."""
+    """float32 [width] of standard normal values that depend only on the name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     vector = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
     vector.setflags(write=False)
@@ -101,9 +101,9 @@ class T5Text:
 
     Args:
         source: a local folder with config.json and the tokenizer's files, or a name on the Hugging Face hub.
-        length: tokens; captions are cut off there, and padded up to there.
+        length: tokens; captions are cut off or padded to it.
         width: of a state (the model's d_model). dtype: of its weights.
-        subfolder, tokenizer_subfolder: where a larger model keeps them ("text_encoder_2", "tokenizer_2" in FLUX.1's
+        subfolder, tokenizer_subfolder: their folders within a larger model ("text_encoder_2", "tokenizer_2" in FLUX.1's
             folder).
     """
 
@@ -124,11 +124,11 @@ class T5Text:
 
     @property
     def parts(self) -> tuple[Any, Any]:
-        """Tokenizer and model, loaded when first asked for.
+        """Tokenizer and model, loaded on first use.
 
         Raises:
-            ImportError: transformers is not installed. FileNotFoundError: not there. ValueError: another width, Python
-                code of its own, or as `checked_tokenizer`.
+            ImportError: transformers is not installed. FileNotFoundError: not found. ValueError: another width, the
+                source needs its own Python code, or as `checked_tokenizer`.
         """
         if self._parts is None:
             try:
@@ -171,7 +171,7 @@ class T5Text:
         ids, mask = (found[name].to(self.device) for name in ("input_ids", "attention_mask"))
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         mask = mask.bool()
-        missing = self.length - ids.shape[1]  # what stands behind the longest caption is never computed
+        missing = self.length - ids.shape[1]  # states after the longest caption are not computed
         states = functional.pad(states * mask[..., None], (0, 0, 0, missing))
         return states, functional.pad(mask, (0, missing))
 

@@ -1,4 +1,4 @@
-"""An autoencoder of our own: convolutions that are trained on the images themselves (`model=image_autoencoder`).
+"""keygrip's own autoencoder: convolutions that are trained on the images themselves (`model=image_autoencoder`).
 
     images [B, 3, H, W] -> mean and log variance [B, C, H / stride, W / stride] -> images
 
@@ -24,7 +24,7 @@ LOG_VARIANCE = (-20.0, 4.0)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions behind group norms, added to their input."""
+    """Two convolutions after group norms, with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class ConvAutoencoder(nn.Module):
     Args:
         channels: C of a latent. stride: H / h, a power of two. width: of the first layer, a multiple of 4; doubled with
             every halving, up to four times as much. blocks: residual blocks at each resolution.
-        packing: pixels of a cell of the first layer along a side, a power of two below `stride`, which counts them; 1:
-            each by itself.
+        packing: side in pixels of the squares that the first layer reads as one cell, a power of two below `stride`,
+            which includes it; 1: single pixels.
 
     Raises:
         ValueError: sizes out of range.
@@ -74,7 +74,7 @@ class ConvAutoencoder(nn.Module):
         up: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1)]
         up += [ResidualBlock(widths[-1]) for _ in range(blocks)]
         for wide, narrow in pairwise(widths[::-1]):
-            # Nearest neighbours and a convolution: transposed convolutions leave a chequered pattern.
+            # Nearest-neighbour upsampling and a convolution: transposed convolutions cause a chequered pattern.
             up += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, narrow, 3, padding=1)]
             up += [ResidualBlock(narrow) for _ in range(blocks)]
         up += _last(width, 3 * packing**2)
@@ -91,7 +91,7 @@ class ConvAutoencoder(nn.Module):
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Images as they come back, [B, 3, H, W]."""
+        """Reconstruct images, [B, 3, H, W]."""
         return self.decode(self.posterior(pixels)[0])
 
 
@@ -101,15 +101,15 @@ def _last(width: int, channels: int) -> list[nn.Module]:
 
 @model_part(from_checkpoint={"init_from": None})
 class TrainedAutoencoder:
-    """The autoencoder of a run of `model=image_autoencoder`, frozen; small enough that its weights travel in the
+    """The autoencoder of a run of `model=image_autoencoder`, frozen. It is small, so its weights are stored in the
     checkpoints of the models that use it. Latents are the posterior's means.
 
     Args:
-        init_from: the run, its checkpoint or a file of weights. channels, stride, width, blocks, packing: as of
+        init_from: the run, its checkpoint or a file of weights. channels, stride, width, blocks, packing: as in
             the run's network.
 
     Raises:
-        ValueError: it names no run, or sizes out of range.
+        ValueError: `init_from` is not a run, or sizes are out of range.
     """
 
     exact = False  # lossy: decoded images differ from the encoded ones
@@ -123,7 +123,7 @@ class TrainedAutoencoder:
         blocks: int = 1,
         packing: int = 1,
     ) -> None:
-        if not isinstance(init_from, str | None):  # a stage that keygrip.train would have completed
+        if not isinstance(init_from, str | None):  # a pretraining stage, which keygrip.train would have run
             raise ValueError(
                 "encoders.autoencoder.init_from is no run: train one on such images with `keygrip train "
                 "experiment=image_autoencoder` and name its folder"
@@ -134,10 +134,10 @@ class TrainedAutoencoder:
 
     @property
     def network(self) -> ConvAutoencoder:
-        """With its weights, read when it is first asked for.
+        """The network with its weights, which are read on first use.
 
         Raises:
-            FileNotFoundError, ValueError: no such run, or of another size.
+            FileNotFoundError, ValueError: there is no such run, or its network has another size.
         """
         if not self._ready:
             if self.init_from is None:
@@ -176,9 +176,9 @@ class TrainedAutoencoder:
         return {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes weights back, wherever they first came from. Raises ValueError: of another network."""
+        """Load stored weights, independent of their original source. Raise ValueError for another network's weights."""
         self._load(state, "the stored autoencoder")
 
     def description(self) -> dict[str, Any]:
-        """Plain values that tell it from others."""
+        """Plain values that distinguish it from other autoencoders."""
         return {"kind": "trained", "stride": self.stride, "weights": weights_digest(self.network)}

@@ -1,18 +1,19 @@
-"""Warm start: a partial load of another checkpoint; what does not fit is listed, and too little that fits is an error.
+"""Warm start: a partial load of another checkpoint. Unmatched weights are listed; too few matches are an error.
 
-Names of other implementations are translated: by rules of one's own, then by the usual ones below. What lies otherwise
-there is brought into our order, for a layer of the right name and shape with its rows in another order would be taken
-without a word. A rule of one's own that leads to a usual name (``^head\\.`` to ``final_proj.``) says that rows stand as
-usual there, and they are brought into our order; one that leads to our name (``latent_out.``) says that they stand as
-here, and they are taken as they are:
+Names of other implementations are translated: by the user's rules, then by the usual rules below. Weights in another
+order are reordered, because a layer of the right name and shape with its rows in another order would be loaded without
+an error. If a user's rule leads to a usual name (``^head\\.`` to ``final_proj.``), the rows are assumed to be in the
+usual order of that name and are reordered. If it leads to our name (``latent_out.``), the rows are assumed to be in our
+order and are not changed. In detail:
 
 - ``qkv`` is split into query and key_value, separate keys and values are joined;
-- ``adaLN_modulation.1`` gives shift and scale (and gate) of one branch after the other, ours all shifts, then all
-  scales; six vectors are three shifts and scales in the source's own transformer alone, elsewhere shift, scale and gate
+- ``adaLN_modulation.1`` contains shift and scale (and gate) of one branch after the other, ours all shifts, then all
+  scales; six vectors are three shifts and scales only in the source's own transformer, elsewhere shift, scale and gate
   of two branches, and are left out with a warning;
-- ``final_proj`` and ``final_layer.linear`` give a token's numbers by (row, column, channel), ours by channel first;
+- ``final_proj`` and ``final_layer.linear`` order a token's values by (row, column, channel), ours by channel first;
 - null embeddings in the features' own space, before the projection, are projected;
-- a layer that has no bias there gets one of zeros here, and parameters that differ by axes of length 1 are taken.
+- a layer without a bias in the file gets a bias of zeros here; parameters that differ only by axes of length 1 are
+  loaded.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from keygrip.models.patch_dit.network import PatchDiT
 
 log = logging.getLogger(__name__)
 
-# What wrappers put before a network's own names; taken off where a name does not fit as it is.
+# Prefixes that wrappers add to a network's own names; removed if a name does not fit with them.
 PREFIXES = ("network.", "model.", "module.", "ema.", "_orig_mod.")
 SHOWN = 12
-# Usual names of diffusion transformers, as regular expressions, and ours. Each is applied once, in this order.
+# Usual names of diffusion transformers, as regular expressions, and ours. Each rule is applied once, in this order.
 USUAL = {
     r"\.(attn|self_attn|attn1)\.": ".self_attention.",
     r"\.(cross_attn|attn2)\.": ".cross_attention.",
@@ -68,7 +69,7 @@ USUAL = {
 BUILDER = "context_builder."
 PROJECTED = {"null_text": "text_proj", "null_dino": "dino_proj", "null_dino_patches": "dino_patch_proj"}
 PARTS = (6, 9)  # vectors of a block's modulation: shift and scale of three branches, with or without gates
-KEYS, VALUES = ("to_k", "k_proj", "k"), ("to_v", "v_proj", "v")  # of attention, where they are layers of their own
+KEYS, VALUES = ("to_k", "k_proj", "k"), ("to_v", "v_proj", "v")  # of attention, if they are separate layers
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class WarmStart:
     """Result of a partial state-dict load.
 
     Args:
-        loaded: taken over. unexpected: in the file and not of the network. missing: of the network and not in the file.
-            reshaped: in both, with other shapes, as "name (file -> network)". zeroed: biases of layers that have none
-            in the file, among the missing too. What else is missing or reshaped stays as initialised.
+        loaded: loaded parameters. unexpected: in the file and not in the network. missing: in the network and not in
+            the file. reshaped: in both, with different shapes, as "name (file -> network)". zeroed: biases of layers
+            without a bias in the file, also listed as missing. Other missing or reshaped ones stay as initialised.
     """
 
     loaded: list[str]
@@ -88,7 +89,7 @@ class WarmStart:
     zeroed: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """One line for each list, long ones cut."""
+        """One line for each list; long lists are cut off."""
         lines = [f"{len(self.loaded)} parameters taken over"]
         for title, names in (
             ("new, initialised afresh", [name for name in self.missing if name not in self.zeroed]),
@@ -102,14 +103,14 @@ class WarmStart:
         return lines
 
     def refuse_partial(self, setting: str, source: InitSource, network: nn.Module) -> None:
-        """Refuses a start from another network than this one.
+        """Refuse a start from another network than this one.
 
         Args:
-            setting: which wants the whole network. network: this one; what else a file of somebody else's holds (fixed
-                positions, a text encoder) is no part of it.
+            setting: the setting that requires the whole network. network: this one; other content of a foreign file
+                (fixed positions, a text encoder) is not part of it.
 
         Raises:
-            ValueError: parameters that are missing, left over or of another shape.
+            ValueError: parameters are missing, left over or of another shape.
         """
         parts = {name for name, _ in network.named_children()}
         left = [name for name in self.unexpected if source.network is not None or name.split(".")[0] in parts]
@@ -133,16 +134,16 @@ def warm_start(
     min_share: float = 0.0,
     whole_for: str | None = None,
 ) -> WarmStart:
-    """Copies what fits into the network and logs what does not.
+    """Copy matching weights into the network and log those that do not match.
 
     Args:
-        renames: regular expressions and their replacements, for names that are not the network's; before the usual
-            ones. min_share: of the network's numbers that must be taken over.
-        whole_for: a setting that wants the whole network from there, and no other.
+        renames: regular expressions and their replacements, for names that are not the network's; applied before the
+            usual ones. min_share: share of the network's weights that must be loaded.
+        whole_for: a setting that requires exactly this network in the source.
 
     Raises:
-        ValueError: the source's weights mean something else (see `refuse_other_function`), nothing fits or too little,
-            or a rule is no regular expression.
+        ValueError: the source's weights compute something else (see `refuse_other_function`), nothing or too little
+            matches, or a rule is not a regular expression.
     """
     source.refuse_other_meaning(network)
     report = take(network, source.weights, source.path, renames, min_share)
@@ -171,7 +172,7 @@ def take(
     """As `warm_start`, from weights by name."""
     own = {plain_name(name): parameter for name, parameter in network.named_parameters()}
     found = translated(weights, own, renames or {}, int(getattr(network, "patch_size", 1)))
-    for name, value in found.items():  # such as a null embedding of shape [1, 1, D]
+    for name, value in found.items():  # for example a null embedding of shape [1, 1, D]
         if name in own and value.shape != own[name].shape and _squeezed(value) == _squeezed(own[name]):
             found[name] = value.reshape(own[name].shape)
     if isinstance(network, PatchDiT):
@@ -188,7 +189,7 @@ def take(
             f"(it has {', '.join(list(weights)[:3]) or 'none'}; the network {', '.join(list(own)[:3])}). "
             "Translate names with model.init_from_renames=[[PATTERN,NAME]]"
         )
-    # Low-rank differences are new by nature, and their layers are counted without them.
+    # Low-rank differences are always new, so they are left out of the share.
     counted = {name: value.numel() for name, value in own.items() if not is_difference(name)}
     share = sum(counted.get(name, 0) for name in loaded) / sum(counted.values())
     missing = [name for name in own if name not in found]
@@ -214,16 +215,16 @@ def take(
 def refuse_other_function(
     network: PatchDiT, weights: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str
 ) -> None:
-    """Refuses weights of the source's own transformer in a network that computes something else with them, and warns of
-    others of which that shows by names and shapes.
+    """Refuse weights of the source's own transformer if this network computes something else with them; for other
+    files, warn if names and shapes show such a difference.
 
-    Patches without positions are a shortcoming of the source's: a network that gives them some is warned of alone.
+    Patches without positions are a shortcoming of the source: a network that adds positions causes only a warning.
 
     Args:
-        weights: under the file's names. found: under ours. source: of messages.
+        weights: under the file's names. found: under ours. source: for messages.
 
     Raises:
-        ValueError: the settings under which the network computes the same.
+        ValueError: the message gives the settings with which the network computes the same.
     """
     theirs = foreign_settings(weights, found)
     has_patches = f"{BUILDER}dino_patch_proj.weight" in found
@@ -250,10 +251,11 @@ def refuse_other_function(
 
 
 def rename_rules(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> dict[str, str]:
-    """Rules of `model.init_from_renames`, pairs in their order or a mapping.
+    """Rules of `model.init_from_renames`, given as ordered pairs or as a mapping.
 
     Raises:
-        ValueError: no pair of texts, no regular expression, or a name that refers to a group which it does not have.
+        ValueError: a rule is not a pair of strings, its pattern is not a regular expression, or its name refers to a
+            group that the pattern does not have.
     """
     pairs: list[Sequence[str]] = list(given.items() if isinstance(given, Mapping) else given or ())
     for pair in pairs:
@@ -264,7 +266,7 @@ def rename_rules(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> d
         except re.error as error:
             raise ValueError(f"model.init_from_renames: {pair[0]!r} is no regular expression ({error})") from error
         try:
-            pattern.sub(pair[1], "")  # reads the name, whether or not the pattern is found
+            pattern.sub(pair[1], "")  # checks the name, whether or not the pattern matches
         except (re.error, IndexError) as error:
             raise ValueError(
                 f"model.init_from_renames: in {list(pair)!r} the name cannot be put in place of the pattern ({error}): "
@@ -276,14 +278,14 @@ def rename_rules(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> d
 def translated(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor], renames: Mapping[str, str], patch_size: int = 1
 ) -> dict[str, Tensor]:
-    """Weights under the network's names and in its order where rules lead to one; others under their own, without a
-    wrapper's prefix.
+    """Weights under the network's names and in its order, if rules lead to such a name; other weights keep their names,
+    without a wrapper's prefix.
 
     Args:
-        patch_size: of the network, by which the output layer's rows are put in order.
+        patch_size: of the network, used to reorder the output layer's rows.
 
     Raises:
-        ValueError: a rule is none (see `rename_rules`) or changes no name, or two tensors come to have one name.
+        ValueError: a rule is invalid (see `rename_rules`) or changes no name, or two tensors get the same name.
     """
     renames = rename_rules(renames)
     entries: list[_Entry] = []
@@ -293,7 +295,7 @@ def translated(
         plain = start = _own_name(name.removeprefix(wrapper), own)
         for pattern, replacement in renames.items():
             renamed = plain if plain in own else re.sub(pattern, replacement, plain)
-            if wrapper and renamed == plain and plain not in own:  # the rule may be for the names of the file
+            if wrapper and renamed == plain and plain not in own:  # the rule may be written for the file's own names
                 whole = re.sub(pattern, replacement, wrapper + plain)
                 idle -= {pattern} if whole != wrapper + plain else set()
                 renamed = whole.removeprefix(wrapper)
@@ -336,7 +338,7 @@ def translated(
 
 
 def _refuse_unfit_numbers(weights: Mapping[str, Tensor], source: str) -> None:
-    """Raises ValueError: weights that are quantised, whose scales are not known here, or not finite."""
+    """Raise ValueError if weights are quantised (their scales are not known here) or not finite."""
     for name, value in weights.items():
         if not value.is_floating_point() or value.element_size() < 2:
             kind = str(value.dtype).removeprefix("torch.")
@@ -346,7 +348,7 @@ def _refuse_unfit_numbers(weights: Mapping[str, Tensor], source: str) -> None:
 
 
 def _in_our_order(name: str, value: Tensor, own: Mapping[str, Tensor], patch_size: int) -> Tensor:
-    """A parameter of another implementation, by our name for it, with its rows as they stand here."""
+    """A parameter of another implementation, under our name, with its rows in our order."""
     cells = patch_size**2
     if name.startswith("latent_out.") and not value.shape[0] % cells:
         return value.unflatten(0, (cells, -1)).transpose(0, 1).flatten(0, 1)
@@ -355,7 +357,7 @@ def _in_our_order(name: str, value: Tensor, own: Mapping[str, Tensor], patch_siz
 
 
 def _vectors(name: str, value: Tensor, own: Mapping[str, Tensor]) -> int:
-    """Of how many vectors of the network's width a block's modulation consists; 0: it is none."""
+    """Number of vectors of the network's width in a block's modulation; 0: the parameter is not a modulation."""
     if not name.startswith("blocks.") or ".modulation.linear." not in name:
         return 0
     count, rest = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
@@ -363,7 +365,7 @@ def _vectors(name: str, value: Tensor, own: Mapping[str, Tensor]) -> int:
 
 
 def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With null embeddings that lie in the features' space brought through their projection, as features are."""
+    """Project null embeddings that are in the features' space, in the same way as features."""
     for null, projection in PROJECTED.items():
         weight = found.get(f"{BUILDER}{projection}.weight")
         value, bias = found.get(BUILDER + null), found.get(f"{BUILDER}{projection}.bias")
@@ -376,7 +378,7 @@ def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
 
 
 def _split(name: str, value: Tensor) -> dict[str, Tensor]:
-    """A fused layer of queries, keys and values as the two that our attention has."""
+    """Split a fused layer of queries, keys and values into the two layers of our attention."""
     stem, fused, part = name.rpartition(".qkv.")
     if not fused or value.shape[0] % 3:
         return {name: value}
@@ -386,8 +388,8 @@ def _split(name: str, value: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter of a file: its name there, what rules of one's own made of it, and whether they changed what it is
-    called in its block."""
+    """A parameter of a file: its name there, the name after the user's rules, and whether these rules changed its name
+    within its block."""
 
     name: str
     plain: str
@@ -396,7 +398,7 @@ class _Entry:
 
 
 def _in_block(name: str) -> str:
-    """A parameter's name behind that of its block; whole where it is of none."""
+    """A parameter's name within its block; the whole name if it is not in a block."""
     return re.sub(r"^(.*\.)?blocks\.\d+\.", "", name)
 
 
@@ -408,7 +410,7 @@ def _refuse_two(first: str, second: str, ours: str) -> NoReturn:
 
 
 def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry]:
-    """With keys and values that are layers of their own as one layer, ``kv``."""
+    """Join separate layers of keys and values into one layer, ``kv``."""
     by_name: dict[str, _Entry] = {}
     for entry in entries:
         if entry.plain not in own:
@@ -428,13 +430,13 @@ def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry
 
 
 def _squeezed(value: Tensor) -> list[int]:
-    """The lengths of its axes but for those of 1; of kernels over patches [D, C, p, p] the last three as one."""
+    """The lengths of its axes without those of 1; for kernels over patches [D, C, p, p] the last three are joined."""
     shape = [size for size in value.shape if size != 1]
     return [shape[0], shape[1] * shape[2] * shape[3]] if len(shape) == 4 else shape
 
 
 def _wrapper(weights: Mapping[str, Tensor]) -> str:
-    """What wrappers put before all of the names; empty: nothing."""
+    """The prefix that wrappers added to all names; may be empty."""
     found = ""
     while prefix := next((p for p in PREFIXES if weights and all(n.startswith(found + p) for n in weights)), ""):
         found += prefix
@@ -442,7 +444,7 @@ def _wrapper(weights: Mapping[str, Tensor]) -> str:
 
 
 def _own_name(name: str, own: Mapping[str, Tensor]) -> str:
-    """A name as the network has it, without what wrappers put before."""
+    """A name as in the network, without the prefixes of wrappers."""
     shorter = name
     while shorter not in own:
         prefix = next((prefix for prefix in PREFIXES if shorter.startswith(prefix)), None)

@@ -1,6 +1,7 @@
-"""Arms that plan together: each one's query sees the others' queries, and its steps attend to the others' steps.
+"""Coupling of arms: each arm's query receives the other arms' queries, and its steps attend to the other arms' steps.
 
-Both additions start at zero and are built after everything else: at first, and without them, every arm plans by itself.
+Both additions are initialised to zero, so at first every arm plans independently, as without them. They are built after
+all other modules, whose initial weights they do not change.
 
 Shape legend: B batch, T steps, D width of a step (the query's parts together), W width of the trunk.
 """
@@ -16,10 +17,10 @@ from keygrip.models.nn.attention import Attention
 
 
 class CoupledArms(nn.Module):
-    """Exchange between arms: of their states before the trunk, of their plans after it.
+    """Exchange information between arms: their states before the trunk, their plans after it.
 
     Args:
-        arms: names, two or more. trunk: W. d_model: D. heads: of the attention to the others' steps; divides D.
+        arms: names, two or more. trunk: W. d_model: D. heads: of the attention to the other arms' steps; must divide D.
     """
 
     def __init__(self, arms: Sequence[str], trunk: int, d_model: int, heads: int = 4) -> None:
@@ -33,14 +34,17 @@ class CoupledArms(nn.Module):
         self.read = nn.ModuleDict({arm: Attention(d_model, heads, zero_output=True) for arm in arms})
 
     def queries(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every arm's query ``[B, W]``, with the mean of the others' added. A query holds the arm's state."""
+        """Add to every arm's query ``[B, W]`` a projection of the mean of the other arms' queries.
+
+        A query contains the arm's state.
+        """
         return {
             arm: query + self.heard[arm](torch.stack([own[other] for other in own if other != arm]).mean(0))
             for arm, query in own.items()
         }
 
     def steps(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every arm's steps ``[B, T, D]`` after cross-attention to all steps of the others."""
+        """Return every arm's steps ``[B, T, D]`` after cross-attention to all steps of the other arms."""
         normed = {arm: self.norm(steps) for arm, steps in own.items()}
         found = {}
         for arm, steps in own.items():

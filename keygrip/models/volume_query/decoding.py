@@ -1,4 +1,4 @@
-"""From logits to metric end-effector poses.
+"""Decode logits into metric end-effector poses.
 
 Shape legend: ``*`` leading shape ``[B, A, T]`` (batch, arms, steps), K candidate cells.
 """
@@ -48,18 +48,18 @@ class DecodedSteps:
 @model_part
 @dataclass(frozen=True)
 class Decoder:
-    """How a distribution becomes one trajectory.
+    """Decoder that turns the predicted distribution into one trajectory.
 
-    Voxels that are no points (the cell's ray does not meet the height plane in front of the camera, as above the
-    horizon) are never chosen: see `decode`.
+    A voxel without a world point is never chosen: the ray of its cell does not meet its height plane in front of the
+    camera, for example above the horizon (see `decode`).
 
     Args:
         name: "argmax": the most probable voxel, quantised. "soft_argmax": the mean in a window around it, finer than a
-            cell. "sample": one draw a step. "viterbi": the most probable *path* through each step's best cells under a
-            motion prior, then refined as soft_argmax; independent argmaxes are known to jitter and to skip points in
-            free space.
+            cell. "sample": one sample per step. "viterbi": the most probable *path* through each step's best cells
+            under a motion prior, then refined as in soft_argmax; independent argmaxes are known to jitter and to skip
+            points in free space.
         window: cells (and bins) to each side that soft_argmax averages.
-        candidates: cells a step that viterbi considers.
+        candidates: cells per step that viterbi considers.
         motion_std_m: spread of the distance between consecutive steps in viterbi's prior, metres.
     """
 
@@ -93,17 +93,17 @@ class Decoder:
         generator: torch.Generator | None = None,
         strict: bool = True,
     ) -> DecodedSteps:
-        """Poses from the network's output, of the voxels that are points in the world.
+        """Decode poses from the network's output, using only voxels that have a world point.
 
-        A ray that falls meets the heights below the camera, one that rises those above it. Each step is decoded among
-        the voxels of that side of the camera's height where the most probable one lies. Steps whose gripper and
-        rotation were read at places that were decoded before (`VolumeQueryOutput.places`) are there, and nothing is
-        chosen anew.
+        A downward ray meets height planes below the camera, an upward ray those above it. Each step is decoded among
+        the voxels on one side of the camera's height: the side that contains the most probable voxel. If the network
+        has read gripper and rotation at places decoded earlier (`VolumeQueryOutput.places`), the positions are those
+        places, and no voxel is chosen again.
 
         Args:
-            output: leading shape ``[B, A, T]``. codecs: one an arm. intrinsics: ``[B, 3, 3]`` of the input image.
+            output: leading shape ``[B, A, T]``. codecs: one per arm. intrinsics: ``[B, 3, 3]`` of the input image.
             world_to_camera: ``[B, 4, 4]``. height_range: ``[2]`` metres.
-            strict: raise where no voxel is a point; otherwise the positions of those steps are NaN.
+            strict: raise an error if a step has no voxel with a world point; otherwise its position is NaN.
 
         Raises:
             ParallelRayError: the camera sees none of the height planes.
@@ -145,9 +145,9 @@ class Decoder:
         image_size: int,
         generator: torch.Generator | None = None,
     ) -> StepPlaces:
-        """Where each step is, from the volume alone; arguments as of `decode`.
+        """Decode the place of each step from the volume alone; arguments as in `decode`.
 
-        Given to a network as ``step_pixels``, it makes gripper and rotation those of the very places of the plan.
+        If a network is given this method as ``step_pixels``, it reads gripper and rotation at the places of the plan.
         """
         whole = volume.float()
         to_metres = _HeightScale(height_range, whole.height.shape[-1])
@@ -195,7 +195,7 @@ class Decoder:
         points = recover_3d(
             pixels, to_metres(bins + 0.5), intrinsics[..., None, :, :], world_to_camera[..., None, :, :], strict=False
         )  # [B, A, T, K, 3]
-        points = points.nan_to_num(0.0)  # of cells that are none, and have no probability
+        points = points.nan_to_num(0.0)  # cells without a world point, whose probability is zero
         steps = index.shape[2]
         score, back = emission[:, :, 0], []
         for t in range(1, steps):
@@ -216,7 +216,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class _HeightScale:
-    """Metres of positions on the height bins' scale."""
+    """Convert positions on the height bins' scale to metres."""
 
     height_range: Tensor
     bins: int
@@ -229,10 +229,10 @@ class _HeightScale:
 def _of_points(
     logits: VolumeLogits, to_metres: _HeightScale, intrinsics: Tensor, world_to_camera: Tensor, image_size: int
 ) -> VolumeLogits:
-    """The logits with no probability on voxels that are no points, each step's on one side of the camera's height.
+    """Mask the voxels that have no world point, and for each step all voxels on one side of the camera's height.
 
-    Every choice among a side's cells and heights, and every mean of some, is a point again. Steps without any point
-    keep their logits.
+    Every combination of a remaining cell and a remaining height, and every mean of such combinations, has a world
+    point. Steps without any voxel that has one keep their logits.
     """
     cameras = intrinsics[..., None, None, :, :], world_to_camera[..., None, None, :, :]
     centres = cell_centres(logits.pixel.shape[-1], image_size, dtype=intrinsics.dtype, device=intrinsics.device)
@@ -240,8 +240,8 @@ def _of_points(
     above = heights - camera_centre(world_to_camera)[..., 2:]  # [B, 1, 1, Z]
     below = above < 0
     corners = pixel_rays(centres[[0, -1]][:, [0, -1]], *cameras)[..., 2]
-    if bool((corners <= -MIN_VERTICAL_SLOPE).all() & below.all()):  # the camera sees the table alone, as most do:
-        return logits  # rays between rays that fall, fall
+    if bool((corners <= -MIN_VERTICAL_SLOPE).all() & below.all()):  # usual case: the camera only looks down
+        return logits  # rays between downward rays are downward
     slope = pixel_rays(centres, *cameras)[..., 2]  # [B, 1, 1, P, P]
     falling = slope <= -MIN_VERTICAL_SLOPE
     rising, over = slope >= MIN_VERTICAL_SLOPE, above > 0
@@ -259,7 +259,7 @@ def _of_points(
 
 
 def _best_logit(logits: VolumeLogits) -> Tensor:
-    """Of the most probable voxel, ``[*]``, without the constant."""
+    """Return the logit ``[*]`` of the most probable voxel, without the constant term."""
     cells, bins = argmax_voxel(logits)
     at_cells = gather_pixels(logits.pixel, cells[..., None, :]) + logits.height_given_pixel(cells)  # [*, Z]
     return at_cells.gather(-1, bins[..., None])[..., 0]

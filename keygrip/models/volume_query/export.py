@@ -1,9 +1,9 @@
 """The volume-query network as a graph of plain tensors, for torch.export and ONNX.
 
 Outputs, leading shape [B, A, T]: pixel logits [P, P], height logits [Z], gripper logits, rotation logits and, where the
-coupling is bilinear, pixel factors [r, P, P] and height factors [r, Z] (without leading shape). The exact decoding of
-the volume from them is :mod:`keygrip.models.volume_query.volume`'s. With `step_features` the graph reads gripper and
-rotation around the most probable voxel of a step, whatever decoder its reader uses.
+coupling is bilinear, pixel factors [r, P, P] and height factors [r, Z] (without leading shape). The module
+:mod:`keygrip.models.volume_query.volume` decodes the volume from them exactly. With `step_features` the graph reads
+gripper and rotation around the most probable voxel of a step, whichever decoder is then applied to its outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from keygrip.models.volume_query.volume import BilinearCoupling
 
 
 class VolumeQueryGraph(nn.Module):
-    """Image, start pixels and (where the network reads them) the arms' state and instruction tokens in; logits out."""
+    """Compute logits from image, start pixels and, if the network reads them, arm states and instruction tokens."""
 
     def __init__(self, network: VolumeQueryNetwork) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class VolumeQueryGraph(nn.Module):
         self, image: Tensor, start_pixel: Tensor, state: Tensor | None = None, instruction: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         if instruction is None and not self.network.state_parts:
-            state, instruction = None, state  # inputs come by place, without those that the network does not read
+            state, instruction = None, state  # inputs are positional, without those that the network does not read
         output = self.network(image, start_pixel, state, instruction=instruction)
         volume = output.volume
         logits = (volume.pixel, volume.height, output.gripper, output.rotation)
@@ -37,7 +37,10 @@ class VolumeQueryGraph(nn.Module):
 
 
 def volume_query_graph(network: VolumeQueryNetwork) -> ExportGraph:
-    """What to export of a network: a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n], tokens."""
+    """Build the export graph of a network.
+
+    Its inputs are a normalised image [B, 3, S, S], start pixels [B, A, 2], state [B, A, n] and tokens.
+    """
     if network.world_views:
         raise ValueError("a network of several cameras (model.network.world_views=true) has no exported graph yet")
     if network.second_look is not None:

@@ -1,5 +1,4 @@
-"""Figure of a prediction: heatmap, trajectories, height profile, gripper and rotation
-strips."""
+"""Figure of a prediction: heatmap, trajectories, height profile, gripper and rotation strips."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def prediction_figure(
     sample: int,
     arm: int,
 ) -> Figure:
-    """Draw one sample's prediction beside its target, as a matplotlib figure.
+    """Draw one sample's prediction together with its target, as a matplotlib figure.
 
     Args:
         image: ``[3, S, S]`` in 0 .. 1. volume: leading shape ``[B, A, T]``. gripper: ``[B, A, T, G]`` logits.
@@ -81,8 +80,8 @@ def prediction_figure(
 
 
 def _heatmap(axis, heatmaps: Tensor, start: Tensor, side: int) -> None:  # type: ignore[no-untyped-def]
-    """Probabilities of pixels by step, ``[T, P, P]``, over the image, and the start pixel ``[2]``."""
-    # The strongest step counts at each pixel: a sum over steps would hide the sharp ones behind the broad ones.
+    """Draw pixel probabilities per step ``[T, P, P]`` over the image, and the start pixel ``[2]``."""
+    # Maximum over steps at each pixel: a sum over steps would hide sharp heatmaps behind broad ones.
     strength = (heatmaps / heatmaps.amax((1, 2), keepdim=True)).amax(0).numpy()
     axis.imshow(
         strength, cmap="inferno", alpha=0.9 * np.sqrt(strength), extent=(0, side, side, 0), interpolation="bilinear"
@@ -92,8 +91,10 @@ def _heatmap(axis, heatmaps: Tensor, start: Tensor, side: int) -> None:  # type:
 
 
 def _paths(axis, predicted: Tensor, true: Tensor, valid: Tensor):  # type: ignore[no-untyped-def]
-    """Predicted and true pixels ``[T, 2]``, of the true ones those that are ``valid`` ``[T]``; returns the points by
-    step, for a colour bar."""
+    """Draw predicted pixels and those true pixels that are ``valid`` ``[T]``, both ``[T, 2]``.
+
+    Return the points coloured by step, for a colour bar.
+    """
     times = np.arange(1, len(predicted) + 1)
     axis.plot(true[valid, 0], true[valid, 1], color="white", linewidth=0.8, alpha=0.7)
     axis.plot(predicted[:, 0], predicted[:, 1], color="black", linewidth=0.8, alpha=0.7)
@@ -105,7 +106,7 @@ def _paths(axis, predicted: Tensor, true: Tensor, valid: Tensor):  # type: ignor
 
 
 def _strip(axis, probability: Tensor, target: Tensor, label: str, values: Tensor) -> None:  # type: ignore[no-untyped-def]
-    """Probabilities ``[T, C]`` as columns over time with the target bins ``[T]`` as circles."""
+    """Draw probabilities ``[T, C]`` as columns over time, and the target bins ``[T]`` as circles."""
     steps, _bins = probability.shape
     spread = float(values[1] - values[0]) / 2
     extent = (0.5, steps + 0.5, float(values[0]) - spread, float(values[-1]) + spread)

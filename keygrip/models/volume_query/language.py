@@ -1,8 +1,8 @@
-"""How an instruction reaches the volume query: feature-wise modulation of the map F, and three ways into every arm's
-query.
+"""Instruction conditioning of the volume query: feature-wise modulation of the map F, and three inputs to every arm's
+query and time condition.
 
-Everything here is added to a network that is complete without it, and is built after it: without an instruction the
-network has the same weights and the same results to the bit.
+These modules are optional and are built after the rest of the network. A network without an instruction therefore keeps
+the same weights and the same results, to the bit.
 
 Shape legend: B batch, T steps, C feature width, E width of the instruction's states, P' side of the backbone's map.
 """
@@ -20,34 +20,34 @@ from keygrip.models.nn.attention import Attention
 
 
 class InstructionEncoder(Protocol):
-    """Sentences to states; a module whose weights lie in the checkpoint."""
+    """Encoder of sentences as states; a module whose weights are stored in the checkpoint."""
 
     width: int
 
     def prepare(self, sentences: Sequence[str]) -> None:
-        """Records the words of the training split's sentences."""
+        """Record the words of the training split's sentences."""
         ...
 
     def unknown_words(self, sentence: str) -> list[str]:
-        """Words that training never held."""
+        """Return the words of a sentence that no training sentence contains."""
         ...
 
     def tokens(self, sentences: Sequence[str]) -> Tensor:
-        """int64 ``[B, ...]``, the form in which sentences enter the network."""
+        """Convert sentences to int64 tokens ``[B, ...]``, the network's input."""
         ...
 
     def __call__(self, tokens: Tensor) -> InstructionStates: ...
 
 
 class FeatureModulation(nn.Module):
-    """Scales and shifts the channels of a map ``[B, C, P', P']`` (FiLM: Perez et al., 2018); the identity at first."""
+    """Scales and shifts the channels of a map ``[B, C, P', P']`` (FiLM: Perez et al., 2018); initially the identity."""
 
     def __init__(self, width: int, d_feat: int) -> None:
         super().__init__()
         self.modulation = AdaLNModulation(width, d_feat, parts=2)
 
     def forward(self, features: Tensor, states: InstructionStates, views: int = 1) -> Tensor:
-        """``views``: maps in a row that belong to one sentence."""
+        """Modulate the features; ``views``: number of consecutive maps that belong to one sentence."""
         whole = states.whole if views == 1 else states.whole.repeat_interleave(views, dim=0)
         shift, scale = (part[..., None, None] for part in self.modulation(whole))
         return modulate(features, shift, scale)
@@ -56,8 +56,8 @@ class FeatureModulation(nn.Module):
 class QueryInstruction(nn.Module):
     """Adds an instruction to one arm's query and time condition.
 
-    The query gets the whole sentence and reads single words by attention; every trunk block is modulated by the
-    sentence beside the time.
+    The state of the whole sentence is added to the query, which also attends to single words. It is also added to the
+    time condition, which modulates every trunk block.
     """
 
     def __init__(self, width: int, trunk: int, d_cond: int, heads: int = 4) -> None:
@@ -67,15 +67,15 @@ class QueryInstruction(nn.Module):
         self.read = Attention(trunk, heads, d_context=width, zero_output=True)
 
     def forward(self, query: Tensor, condition: Tensor, states: InstructionStates) -> tuple[Tensor, Tensor]:
-        """The query ``[B, trunk]`` and the condition ``[B, T, d_cond]`` from those without an instruction."""
+        """Return the query ``[B, trunk]`` and the condition ``[B, T, d_cond]`` with the instruction added."""
         query = query + self.query(states.whole)
         read = self.read(query[:, None], self.read.keys_values(states.words), states.mask)[:, 0]
         return query + read, condition + self.condition(states.whole)[:, None]
 
 
 class InstructionConditioning(nn.Module):
-    """All that an instruction adds to a volume-query network: encoder, feature modulation, a `QueryInstruction` an
-    arm."""
+    """All modules that an instruction adds to a volume-query network: encoder, feature modulation and one
+    `QueryInstruction` per arm."""
 
     def __init__(self, encoder: nn.Module, arms: Sequence[str], d_feat: int, trunk: int, d_cond: int) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ from keygrip.training.task_metrics import MeansByTask
 
 log = logging.getLogger(__name__)
 
-STATE = "volume_query"  # key in a checkpoint of what is not in the weights
+STATE = "volume_query"  # checkpoint key of the state that is not in the weights
 # Metrics used to compare runs; the validation loss of a multimodal policy is noise.
 HEADLINE = (
     "pix_argmax",
@@ -62,28 +62,28 @@ HEADLINE = (
     "rotation_deg_floor",
 )
 
-BY_TASK = ("pix_argmax", "position_cm", "gripper_acc", "rotation_deg")  # validated for every instruction too
+BY_TASK = ("pix_argmax", "position_cm", "gripper_acc", "rotation_deg")  # also reported per instruction in validation
 BAR = ("total", "pix_argmax")  # metrics in the progress line
 
 
 @model_part(from_checkpoint={"init_from": None})
 class VolumeQueryModule(System):
-    """Volume cross-entropy + gripper and rotation cross-entropy, each averaged over the steps that count.
+    """Cross-entropy of the volume, of the gripper and of the rotation, each averaged over the valid steps.
 
     Args:
         network: the plain network. rotation: the codec, copied for each arm and fitted on the training split.
-        optimizer: the recipe. decoder: how predictions become poses, in validation and in control.
-        volume_weight, gripper_weight, rotation_weight: of the three losses.
+        optimizer: its settings. decoder: converts predictions to poses, in validation and in control.
+        volume_weight, gripper_weight, rotation_weight: weights of the three losses.
         target: "hard" puts the target's mass on one voxel; "bilinear" on the 4 cells and 2 heights around the point, in
-            proportion, which tells the network where inside the cell the point lies.
-        mask_padded_steps: steps past the end of a demo, which repeat its last pose, carry no loss. Without the mask
-            they teach the arm to rest there.
-        rotation_symmetry: so many equal turns of the open gripper about the vertical are the same grip (4 for a cube, 2
-            for a bar), for all plans or by a word of the instruction: see `keygrip.models.volume_query.symmetry`. 1:
-            none.
+            proportion, from which the network learns where in the cell the point lies.
+        mask_padded_steps: leave steps past the end of a demo, which repeat its last pose, out of the loss. Without the
+            mask the policy learns to rest there.
+        rotation_symmetry: number of equal turns of the open gripper about the vertical that are the same grip (4 for a
+            cube, 2 for a bar): one number for all plans, or one per word of the instruction (see
+            `keygrip.models.volume_query.symmetry`). 1: no symmetry.
         log_images_every_n_steps: training steps between images in TensorBoard; 0 switches them off.
-        init_from: run folder or checkpoint of such a policy whose weights are the start; heights, gripper and rotation
-            classes are those of the new data. None: the network as it was built.
+        init_from: run folder or checkpoint of a volume-query policy from whose weights training starts; heights,
+            gripper and rotation classes come from the new data. None: start from the network as built.
     """
 
     batch_type = PolicyBatch
@@ -131,12 +131,12 @@ class VolumeQueryModule(System):
         self.mask_padded_steps, self.symmetry = mask_padded_steps, GripSymmetry(rotation_symmetry)
         self.log_images_every_n_steps, self.init_from = log_images_every_n_steps, init_from
         self.by_task = MeansByTask(())
-        self.views: tuple[str, ...] = ()  # names of the cameras, of which a network without world_views sees the first
+        self.views: tuple[str, ...] = ()  # camera names; without world_views the network reads only the first
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
-        """Take over the training split's ranges and fit the rotation codecs on it; returns the codecs' reports."""
+        """Store the training split's ranges, fit the rotation codecs on it, and return the codecs' reports."""
         missing = [arm for arm in self.network.arms if arm not in statistics.quaternions]
         if missing:
             raise ValueError(
@@ -157,7 +157,7 @@ class VolumeQueryModule(System):
         if self.init_from is not None and not self.resumed:
             self.take_weights(self.init_from, "a volume-query policy")
         encoder = self.network.instruction_encoder
-        if encoder is not None:  # after the weights: with them came the words of the run before, and these come beside
+        if encoder is not None:  # after the weights, which bring the earlier run's words: these are added
             encoder.prepare(statistics.instructions)
             report["instructions"] = len(statistics.instructions)
         self.by_task = MeansByTask(statistics.instructions)
@@ -172,7 +172,7 @@ class VolumeQueryModule(System):
         return report
 
     def check_start(self, before: VolumeQueryModule) -> None:
-        """Refuses a run with the same arms, or the same cameras that it sees, in another order; warns of others."""
+        """Refuse a run with the same arms, or the same cameras read, in another order; warn if they differ."""
         where = f"model.init_from={self.init_from}"
         check_names(where, arms=(before.network.arms, self.network.arms))
         if self.network.world_views and before.network.world_views:
@@ -190,12 +190,12 @@ class VolumeQueryModule(System):
 
     @property
     def masks_views(self) -> bool:
-        """Whether cameras beside the first may be missing."""
+        """Whether cameras other than the first may be missing."""
         return self.network.world_views
 
     @property
     def reads_detail(self) -> bool:
-        """Whether it reads the sharper image of batches."""
+        """Whether the network reads the high-resolution image of a batch."""
         return self.network.second_look is not None
 
     def codec(self, arm: str) -> RotationCodec:
@@ -205,11 +205,11 @@ class VolumeQueryModule(System):
         return codec
 
     def policy(self) -> VolumeQueryPolicy:
-        """The module as something that plans from observations."""
+        """The module as a policy that plans from observations."""
         return VolumeQueryPolicy(self)
 
     def export_graph(self) -> ExportGraph:
-        """The network as `keygrip export` writes it: logits of pixels, heights, gripper and rotation."""
+        """The graph that `keygrip export` writes: it outputs logits of pixels, heights, gripper and rotation."""
         return volume_query_graph(self.network)
 
     # -- forward and loss ---------------------------------------------------------------------------------------------
@@ -227,8 +227,8 @@ class VolumeQueryModule(System):
         )
 
     def forward(self, batch: PolicyBatch, targets: StepTargets, *, teacher: bool) -> VolumeQueryOutput:
-        """The network's output; gripper and rotation are read at the targets' pixels with ``teacher``, as in training,
-        and without where the decoder places the steps, as in control."""
+        """Run the network. It reads gripper and rotation at the targets' pixels with ``teacher``, as in training;
+        without ``teacher`` it reads them where the decoder places the steps, as in control."""
         state = arm_state(
             self.network.state_parts,
             batch.start_position,
@@ -247,7 +247,7 @@ class VolumeQueryModule(System):
         )
 
     def _decoding(self, batch: PolicyBatch) -> dict[str, Any]:
-        """What a decoder needs beside the network's output."""
+        """Inputs of a decoder other than the network's output."""
         return {
             "intrinsics": batch.intrinsics,
             "world_to_camera": batch.world_to_camera,
@@ -256,9 +256,9 @@ class VolumeQueryModule(System):
         }
 
     def further_views(self, batch: PolicyBatch) -> FurtherViews | None:
-        """Views of the cameras beside the first, where the network reads them.
+        """Views of the cameras other than the first; None if there are none or the network does not read them.
 
-        A camera whose image shows nothing is masked.
+        A camera whose image shows nothing (one colour or sensor noise) is masked.
         """
         if not self.network.world_views or not isinstance(batch, MultiViewPolicyBatch) or batch.images.shape[1] < 2:
             return None
@@ -272,7 +272,7 @@ class VolumeQueryModule(System):
         )
 
     def sharp_image(self, batch: PolicyBatch) -> SharpImage | None:
-        """What the second look reads; None where the network has none."""
+        """Input of the second look; None if the network has no second look."""
         if self.network.second_look is None:
             return None
         if batch.detail is None:
@@ -282,7 +282,7 @@ class VolumeQueryModule(System):
         return SharpImage(batch.detail, geometry.mean, geometry.std)
 
     def instruction_tokens(self, sentences: Sequence[str]) -> Tensor | None:
-        """What the network reads of B sentences; None where it reads none."""
+        """Tokens of B sentences for the network; None if it reads no instruction."""
         encoder = self.network.instruction_encoder
         return None if encoder is None else encoder.tokens(sentences).to(self.device)
 
@@ -305,13 +305,13 @@ class VolumeQueryModule(System):
         return weighted_means(per_step, targets.valid, self.weights)
 
     def _choices(self, batch: PolicyBatch) -> list[tuple[int, Tensor]]:
-        """Numbers of equivalent grips, and bool ``[B, A, T]`` where there is that choice: the plan begins with an open
-        gripper."""
+        """Pairs of a number of equivalent grips and a bool ``[B, A, T]`` that marks the steps with that number of
+        grips, only in plans that begin with an open gripper."""
         free = (batch.start_gripper >= CLOSED)[..., None].expand(batch.gripper.shape)
         return self.symmetry.choices(batch.instruction, free)
 
     def _equivalent_classes(self, batch: PolicyBatch) -> Tensor:
-        """Bool ``[B, A, T, R]``."""
+        """Bool ``[B, A, T, R]``: the classes of the target rotations and of their equivalents."""
         classes = [
             torch.stack(
                 [
@@ -325,7 +325,7 @@ class VolumeQueryModule(System):
         return torch.stack(classes).any(dim=0)
 
     def _rotation_error(self, found: Tensor, batch: PolicyBatch) -> Tensor:
-        """Radians ``[B, A, T]`` between rotations and the targets, or the nearest of their equivalents."""
+        """Angles ``[B, A, T]`` in radians between rotations and their targets, or the nearest equivalents of these."""
         if not self.symmetry.several:
             return geodesic_angle(found, batch.quaternion)
         angles = [nearest_angle(found, batch.quaternion, free, order) for order, free in self._choices(batch)]
@@ -348,7 +348,7 @@ class VolumeQueryModule(System):
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         targets = self.targets(batch)
-        # Scored as the policy runs: nothing of the target reaches the network.
+        # Evaluated as in control: the network receives nothing from the targets.
         output = self(batch, targets, teacher=False)
         errors = self.step_errors(output, batch, targets)
         self.by_task.add(batch.instruction, {name: errors[name] for name in BY_TASK}, targets.valid)
@@ -372,11 +372,11 @@ class VolumeQueryModule(System):
 
     @torch.no_grad()
     def metrics(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
-        """Headline errors of the plain argmax, each beside its quantisation floor (``*_floor``).
+        """Headline errors of the plain argmax, each with its quantisation floor (``*_floor``).
 
-        Each is a mean over the steps that carry loss: those inside the image, and with `mask_padded_steps` before the
-        demo's end. `gripper_acc` is the share of them with exactly the right one of `gripper_bins`;
-        `gripper_open_acc`, as of the regression baseline, which of open and closed is right.
+        Each is a mean over the steps that count in the loss: steps inside the image and, with `mask_padded_steps`,
+        before the demo's end. `gripper_acc` is the share of steps with exactly the right bin of `gripper_bins`;
+        `gripper_open_acc`, as in the regression baseline, is the share where open or closed is right.
         """
         return {
             name: _mean_where(value, targets.valid) for name, value in self.step_errors(output, batch, targets).items()
@@ -413,7 +413,7 @@ class VolumeQueryModule(System):
             "height_m": (heights - true_height).abs(),
             "height_m_floor": (floor_heights - true_height).abs(),
             "position_cm": (points - batch.position).norm(dim=-1) * 100,
-            # What position_cm leaves out: the pixel lies above the horizon, say.
+            # Steps that position_cm leaves out, for example because the pixel lies above the horizon.
             "no_point_share": (~torch.isfinite(points).all(-1)).float(),
             "position_cm_floor": (floor_points - batch.position).norm(dim=-1) * 100,
             "gripper_acc": (output.gripper.argmax(-1) == targets.gripper).float(),
@@ -431,7 +431,7 @@ class VolumeQueryModule(System):
             output,
             [self.codec(arm) for arm in self.network.arms],
             **self._decoding(batch),
-            strict=False,  # a sample whose camera sees no height plane has no position, and no part in the mean
+            strict=False,  # a step without a usable height plane has no position and is left out of the mean
         )
         return {
             "pix_decoded": (decoded.pixels - targets.pixels).norm(dim=-1),
@@ -446,7 +446,7 @@ class VolumeQueryModule(System):
     def figure(
         self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets, *, sample: int, arm: int
     ) -> np.ndarray:
-        """One sample's prediction beside its target, ``[H, W, 3]`` uint8."""
+        """Draw one sample's prediction together with its target, ``[H, W, 3]`` uint8."""
         geometry = self.statistics.geometry
         mean, std = torch.tensor(geometry.mean)[:, None, None], torch.tensor(geometry.std)[:, None, None]
         output = output.detach()

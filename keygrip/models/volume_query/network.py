@@ -2,8 +2,8 @@
 rotation out.
 
     image -> DINO backbone -> patch map -> 1x1 conv, upsample, three 3x3 convs -> F
-    (F at the start pixel, CLS[, state]) -> query -> repeated T times -> 5 AdaLN-Zero blocks under sin(t) -> (q_F, q_z,
-    q_t) voxel logit(t, z, y, x) = q_F[t] . F[y, x] + q_z[t] . sin(z) + q_t[t] . sin(t)
+    (F at the start pixel, CLS[, state]) -> query, T times -> 5 AdaLN-Zero blocks under sin(t) -> (q_F, q_z, q_t)
+    voxel logit(t, z, y, x) = q_F[t] . F[y, x] + q_z[t] . sin(z) + q_t[t] . sin(t)
 
 Shape legend: B batch, A arms, T steps, S image side in pixels, P grid side in cells, C feature width (d_feat), Z height
 bins, G gripper bins, R rotation classes, r rank of the coupling.
@@ -33,7 +33,7 @@ from keygrip.models.volume_query.volume import BilinearCoupling, StepPlaces, Vol
 from keygrip.models.volume_query.world import FurtherViews, VoxelProjection, WorldScores
 from keygrip.training.parts import ReadWhere, model_part
 
-# Inputs of the arm's state and how many numbers each has: height in the bins' range, gripper opening, and two columns
+# Inputs of the arm's state and how many values each has: height in the bins' range, gripper opening, and two columns
 # of the rotation matrix (a continuous representation of rotations: Zhou et al., "On the Continuity of Rotation
 # Representations in Neural Networks", 2019).
 STATE_PARTS = {"height": 1, "gripper": 1, "rotation": 6}
@@ -53,7 +53,7 @@ class VolumeQueryOutput:
     Attributes:
         volume: leading shape ``[B, A, T]``, grid P x P, Z heights.
         gripper: ``[B, A, T, G]``. rotation: ``[B, A, T, R]``.
-        places: where the steps were decoded for them to be read there; None: they were not read at decoded places.
+        places: decoded places at which gripper and rotation were read; None: they were not read at decoded places.
     """
 
     volume: VolumeLogits
@@ -67,7 +67,7 @@ class VolumeQueryOutput:
 
 
 class FeatureRefiner(nn.Module):
-    """From the backbone's patch map to the map F that queries are matched against, ``[B, C, P, P]``."""
+    """Convert the backbone's patch map to the map F ``[B, C, P, P]`` that queries are matched against."""
 
     def __init__(self, embed_dim: int, d_feat: int, pred_size: int) -> None:
         super().__init__()
@@ -128,16 +128,16 @@ class ArmStream(nn.Module):
         self.gripper = _head(head_width, gripper_bins, deep=step_features)
         self.rotation = _head(head_width, rotation_classes, deep=step_features)
         self.direct_height = nn.Linear(d_model, height_bins) if height_head == "sinusoidal_and_linear" else None
-        # Logarithms of the factors on pixel and height logits. The start makes the initial logits' spread about 1 for
-        # unit-variance queries and features; training may sharpen it at its own speed.
+        # Logarithms of the factors on pixel and height logits. The initial values give logits a spread of about 1 for
+        # unit-variance queries and features; training can then change the spread separately.
         self.log_scales = nn.Parameter(torch.zeros(2)) if logit_scale == "learned" else None
         self.coupling = nn.Linear(d_model, coupling_rank * d_feat) if coupling_rank else None
         self.coupling_rank = coupling_rank
 
     def start(self, start_features: Tensor, cls: Tensor, state: Tensor | None, sin_t: Tensor) -> tuple[Tensor, Tensor]:
-        """The query ``[B, trunk]`` and the condition ``[1, T, d_cond]`` that the trunk begins with.
+        """Return the inputs of the trunk: the query ``[B, trunk]`` and the condition ``[1, T, d_cond]``.
 
-        From ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``.
+        The arguments are ``[B, C]``, ``[B, D]``, ``[B, state_size]`` and ``[T, d_sin_t]``.
         """
         parts = [start_features, cls]
         if self.state is not None:
@@ -146,7 +146,7 @@ class ArmStream(nn.Module):
         return self.query(torch.cat(parts, dim=-1)), self.lift_time(sin_t)[None]
 
     def forward(self, query: Tensor, condition: Tensor) -> Tensor:
-        """Trunk output ``[B, T, d_model]`` of a query ``[B, trunk]`` under a condition ``[1 | B, T, d_cond]``."""
+        """Trunk output ``[B, T, d_model]`` for a query ``[B, trunk]`` and a condition ``[1 | B, T, d_cond]``."""
         steps = query[:, None].expand(-1, condition.shape[1], -1)
         for block in self.blocks:
             steps = block(steps, condition)
@@ -165,7 +165,7 @@ class ArmStream(nn.Module):
 
         Args:
             sin_z: ``[Z, d_sin_z]``. sin_t: ``[T, d_sin_t]``. coupling_z: ``[r, d_sin_z]``, None without the coupling.
-            further: F of further views, ``[B, V, C, P, P]``, and where the voxels lie in them; None: there are none.
+            further: F of further views, ``[B, V, C, P, P]``, and the voxels' projections into them; None: one camera.
         """
         q_feat, q_z, q_t = trunk.split(self.widths, dim=-1)
         pixel_scale: Tensor | float = 1.0
@@ -198,9 +198,9 @@ def _head(width: int, classes: int, deep: bool) -> nn.Module:
 class VolumeQueryNetwork(nn.Module):
     """The whole network.
 
-    With every option at its default this is the source design: ``q_t`` enters only a term that is constant over the
-    volume, cancels in the softmax and gets no gradient from the loss; it stays because the layout of the query is
-    fixed. (The gripper and rotation heads do read it.)
+    With every option at its default this is the source design. In it, ``q_t`` enters only a term that is constant over
+    the volume, cancels in the softmax and gets no gradient from the volume loss; it stays because the layout of the
+    query is fixed. (The gripper and rotation heads do read it.)
 
     Args:
         backbone: the shared DINO module.
@@ -213,25 +213,25 @@ class VolumeQueryNetwork(nn.Module):
         d_feat, d_sin_z, d_sin_t: widths of the three parts of a step's query. d_cond: width of the time condition.
         blocks: AdaLN-Zero blocks in the trunk.
         trunk_width: width of the trunk; None is the query's own width (the source design).
-        state: inputs of the query beside the gripper's pixel: any of height, gripper, rotation. With the rotation
-            the network tends to repeat it (the arm is aligned already in most frames just before a grip)
-            instead of reading the image.
+        state: inputs of the query in addition to the gripper's pixel: any of height, gripper, rotation. A network that
+            reads the rotation tends to repeat it instead of reading the image: in most frames just before a grip the
+            arm is already aligned.
         logit_scale: "none" (the source design) or a learned temperature for pixel and for height logits.
         height_head: "sinusoidal" (the source design), or plus a linear term from the trunk.
-        step_features: gripper and rotation heads also see F at the step's own pixel (the target's in training, the
-            decoded one at inference), through one hidden layer.
+        step_features: gripper and rotation heads also read F at the step's own pixel (the target pixel in training,
+            the decoded pixel at inference), through one hidden layer.
         coupling: "additive" (factorises), or "bilinear": height depends on the pixel through ``coupling_rank`` factors.
-        instruction: encoder of the sentence that says what to do (`keygrip.models.language.instructions`); None: the
-            network reads none.
-        world_views: further calibrated cameras score the voxels too, with the same weights, any number of them. Off:
-            the first camera alone.
-        couple_arms: every arm sees the others' state and planned steps (`keygrip.models.volume_query.arms`).
-        second_look: side in pixels of a sharper cut of the first camera's image, of which a window around each step's
-            pixel (as `step_features`) corrects gripper and rotation (`keygrip.models.volume_query.second_look`); None:
-            none.
-        look_size: side of that window, in pixels of the sharper image.
-        look_backbone: "shared": windows go through the image's backbone; "own": through a copy with weights of its own,
-            which begins as the image's where `init_from` names a run without it.
+        instruction: encoder of the instruction sentence (`keygrip.models.language.instructions`); None: the network
+            reads no instruction.
+        world_views: any number of further calibrated cameras also score the voxels, with the same weights. Off: only
+            the first camera is used.
+        couple_arms: every arm receives the other arms' states and planned steps (`keygrip.models.volume_query.arms`).
+        second_look: side in pixels of a high-resolution version of the first camera's image. A window of it around each
+            step's pixel (chosen as for `step_features`) corrects gripper and rotation
+            (`keygrip.models.volume_query.second_look`). None: off.
+        look_size: side of that window, in pixels of the high-resolution image.
+        look_backbone: "shared": windows go through the image's backbone; "own": through a copy with its own weights,
+            which starts from the image backbone's weights if `init_from` names a run without such a copy.
     """
 
     read_where: ClassVar = {"coupling_rank": ReadWhere("coupling", "bilinear")}
@@ -319,7 +319,7 @@ class VolumeQueryNetwork(nn.Module):
             }
         )
         self.coupling_z = nn.Parameter(torch.randn(rank, d_sin_z) / math.sqrt(d_sin_z)) if rank else None
-        # Built last: what comes before draws the same initial weights with and without it.
+        # Built last: the modules above get the same initial weights with and without these.
         trunk = trunk_width or d_feat + d_sin_z + d_sin_t
         self.instruction = (
             None if instruction is None else InstructionConditioning(instruction, self.arms, d_feat, trunk, d_cond)
@@ -350,7 +350,7 @@ class VolumeQueryNetwork(nn.Module):
 
     @property
     def instruction_encoder(self) -> InstructionEncoder | None:
-        """What makes tokens of sentences; None where the network reads none."""
+        """The encoder, which converts sentences to tokens; None if the network reads no instruction."""
         return None if self.instruction is None else self.instruction.encoder  # type: ignore[return-value]
 
     def forward(
@@ -367,20 +367,20 @@ class VolumeQueryNetwork(nn.Module):
 
         Args:
             image: ``[B, 3, S, S]``, normalised by the loader with the backbone's mean and std.
-            start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the border's features
-                count.
-            state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; needed where there are any.
-            step_pixels: ``[B, A, T, 2]`` where ``step_features`` and the second look are taken, or what decodes the
-                volume (`Decoder.places`); None: around the most probable voxel.
-            instruction: int64 ``[B, ...]``, the encoder's tokens; needed where there is one.
-            views: what further cameras see (`world_views`); None: one camera.
-            sharp: what the second look reads; needed where there is one.
+            start_pixel: ``[B, A, 2]`` projection of the gripper, input pixels; outside the image the features at the
+                border are used.
+            state: ``[B, A, state_size]``, the parts in the order of ``state_parts``; required if there are any.
+            step_pixels: ``[B, A, T, 2]`` at which ``step_features`` and the second look are read, or a function that
+                decodes them from the volume (`Decoder.places`); None: around the most probable voxel.
+            instruction: int64 ``[B, ...]``, the encoder's tokens; required if there is an encoder.
+            views: views of further cameras (`world_views`); None: one camera.
+            sharp: input of the second look; required if there is one.
         """
         self._check_inputs(image, state, instruction, views, sharp)
         states = None if self.instruction is None else self.instruction.encoder(instruction)
         feature_map, cls, further = self._image_features(image, views, states)
         trunks = self._trunks(feature_map, cls, start_pixel, state, states)
-        # a first image that shows nothing corrects nothing
+        # if the first image shows nothing, it makes no corrections
         usable = None if views is None else views.first.to(feature_map.dtype)[:, None, None]
         fixed = (feature_map, self.sin_z, self.sin_t, self.coupling_z, further)
         volume = VolumeLogits.stack([self._stream(arm).volume(trunks[arm], *fixed) for arm in self.arms])
@@ -409,7 +409,7 @@ class VolumeQueryNetwork(nn.Module):
         views: FurtherViews | None,
         sharp: SharpImage | None,
     ) -> None:
-        """Raises ValueError: an image of another size, or an input too many or too few; see `forward`."""
+        """Raise ValueError if the image has another size or an input is missing or unexpected; see `forward`."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"The network was built for {self.image_size} x {self.image_size} images, got {image.shape[-1]} x "
@@ -435,8 +435,8 @@ class VolumeQueryNetwork(nn.Module):
     def _image_features(
         self, image: Tensor, views: FurtherViews | None, states: InstructionStates | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, VoxelProjection] | None]:
-        """F ``[B, C, P, P]`` and CLS ``[B, D]`` of the image; of further views F ``[B, V, C, P, P]``, and where the
-        voxels lie in them."""
+        """F ``[B, C, P, P]`` and CLS ``[B, D]`` of the image; for further views their F ``[B, V, C, P, P]`` and the
+        voxels' projections into them."""
         modulation = None
         if self.instruction is not None:
             count = 1 if views is None else 1 + views.images.shape[1]
@@ -459,7 +459,7 @@ class VolumeQueryNetwork(nn.Module):
         state: Tensor | None,
         states: InstructionStates | None,
     ) -> dict[str, Tensor]:
-        """Every arm's trunk output ``[B, T, d_model]``; arguments as of `forward`, and the instruction's states."""
+        """Every arm's trunk output ``[B, T, d_model]``; arguments as in `forward`, and the instruction's states."""
         start_features = sample_features(feature_map, start_pixel, self.image_size)  # [B, A, C]
         queries: dict[str, Tensor] = {}
         conditions: dict[str, Tensor] = {}
@@ -480,7 +480,7 @@ class VolumeQueryNetwork(nn.Module):
         return stream
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their `forward` alone."""
+        """Blocks that are only called through their `forward`, which FSDP may shard one by one."""
         blocks = [block for stream in self.streams.values() for block in stream.blocks]  # type: ignore[union-attr]
         return [*self.backbone.sharded_parts(), *blocks]
 
@@ -488,7 +488,7 @@ class VolumeQueryNetwork(nn.Module):
     def _step_pixels(
         self, volume: VolumeLogits, given: Tensor | Callable[[VolumeLogits], StepPlaces] | None
     ) -> tuple[StepPlaces | None, Tensor]:
-        """Places that were decoded for it, and pixels ``[B, A, T, 2]``, where the heads look; empty if they do not."""
+        """Places decoded by `given`, if any, and the pixels ``[B, A, T, 2]`` where heads read; empty if they do not."""
         if not self.looks:
             return None, volume.pixel.new_empty(0)
         if isinstance(given, Tensor):

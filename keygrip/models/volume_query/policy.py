@@ -40,25 +40,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Height alone: below may be the table. Along x and y a limit of 1 cm took away objects that lie beyond the
-# demonstrations and changed nothing else (benchmarks/volume_query_margins.json).
+# Limits the height only, because the table may be below. Along x and y a limit of 1 cm put objects beyond the
+# demonstrated region out of reach and changed nothing else (benchmarks/volume_query_margins.json).
 USUAL_MARGIN: Margin = (None, None, 0.01)
-SENTENCES_KEPT = 1000  # sentences remembered, of any number that clients send; a forgotten one is warned about again
+SENTENCES_KEPT = 1000  # sentences remembered, since clients may send any number; forgotten ones cause a new warning
 
 
 @dataclass
 class VolumeQueryPolicy:
-    """Plans with a trained module; everything that it needs lies in the module's checkpoint.
+    """Plan with a trained module, whose checkpoint contains everything that the policy needs.
 
     Args:
         module: trained, with its statistics.
-        decoder: how a distribution becomes a trajectory; a name: the module's own settings otherwise; None: its own.
-        margin_m: planned positions are kept within this distance of the box of the positions seen in training, along
-            all axes or along x, y and z; None: no limit. Usually heights alone are: what lies below may be the table.
-            Plans say in `held_back` how far they were moved; a warning says it once an episode.
+        decoder: converts distributions to trajectories. A name: this decoder, with the module's other decoder settings.
+            None: the module's own decoder.
+        margin_m: planned positions are kept within this distance of the bounding box of the training positions, along
+            all axes or along x, y and z; None: no limit. By default only heights are limited, because the table may be
+            below. `held_back` of a plan gives how far it was moved; a warning reports this once per episode.
         seed: of the "sample" decoder.
-        steady_turns: of a module with `rotation_symmetry`: each step of a plan takes the equivalent grip nearest to the
-            step before it (`keygrip.models.volume_query.symmetry`); False: each the most probable by itself.
+        steady_turns: for a module with `rotation_symmetry`: each step of a plan uses the equivalent grip nearest to the
+            previous step (`keygrip.models.volume_query.symmetry`); False: each step uses its own most probable grip.
     """
 
     module: VolumeQueryModule
@@ -70,7 +71,7 @@ class VolumeQueryPolicy:
     def __post_init__(self) -> None:
         check_margin(self.margin_m)
         self.module.eval()
-        self.chosen_decoder()  # refuses a name that does not exist
+        self.chosen_decoder()  # raises ValueError for an unknown name
         self._geometry = self.module.statistics.geometry
         self._read: set[str] = set()  # sentences whose words were checked
         self._generator = torch.Generator(device=self.module.device).manual_seed(self.seed)
@@ -79,7 +80,7 @@ class VolumeQueryPolicy:
 
     @property
     def needs(self) -> Needs:
-        """What it reads of an observation."""
+        """What the policy reads from an observation."""
         network, views = self.module.network, self.module.views
         return Needs(
             arms=tuple(network.arms),
@@ -98,20 +99,20 @@ class VolumeQueryPolicy:
         return self.module.network.world_views and len(self.module.views) > 1
 
     def chosen_decoder(self) -> Decoder:
-        """The decoder that plans are made with."""
+        """The decoder used for plans."""
         if isinstance(self.decoder, str):
             return replace(self.module.decoder, name=self.decoder)
         return self.decoder or self.module.decoder
 
     def reset(self, seed: int) -> None:
-        """Starts an episode: what the "sample" decoder draws is from here on a function of the seeds."""
+        """Start an episode; from here on the samples of the "sample" decoder depend only on the seeds."""
         self._warning.begin()
         self._generator.manual_seed(self.seed + seed)
 
     def session(self) -> Self:
-        """Another policy on the same network, with a generator of its own."""
+        """Another policy on the same network, with its own random generator."""
         session = replace(self)
-        session._projections = self._projections  # sessions mostly see the same cameras
+        session._projections = self._projections  # sessions usually have the same cameras
         return session
 
     @property
@@ -139,14 +140,14 @@ class VolumeQueryPolicy:
         """Poses of the next T steps.
 
         Raises:
-            ParallelRayError: the camera sees none of the planes of the heights.
-            ValueError: the instruction, a camera or an arm's pose is missing or cannot be right.
+            ParallelRayError: the camera sees none of the height planes.
+            ValueError: the instruction, a camera or an arm's pose is missing or invalid.
         """
         refuse_incomplete(observation, self.needs)
         return self._plans([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        """The plans of several sessions in one pass of the network; one by one where they draw by chance. As `plan`."""
+        """Plan for several sessions in one pass of the network, or one by one with the "sample" decoder; see `plan`."""
         if self.chosen_decoder().name == "sample":
             return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
         return self._plans(observations, sessions)
@@ -161,9 +162,10 @@ class VolumeQueryPolicy:
         return views
 
     def _view(self, view: Mapping[str, Any] | None, camera: str) -> View:
-        """One camera's image as the network takes it; black, which is masked, where it shows nothing.
+        """Convert one camera's view to the network's input; an image that shows nothing becomes black, which is masked.
 
-        The whole image decides, as at the server: what it lets through is left out whatever the cut shows of it.
+        The criterion is applied to the whole image, as in the server, not to the crop: an image that shows nothing and
+        that the server lets through is masked whatever its crop shows.
         """
         if view is None:
             return self._geometry.absent_view()
@@ -175,7 +177,7 @@ class VolumeQueryPolicy:
     def _all_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
-        """The first camera's image, intrinsics and pose, and what the others see."""
+        """The first camera's image, intrinsics and pose, and the views of the other cameras."""
         module = self.module
         seen = [
             [self._view(view, name) for name, view in zip(module.views, self._views(observation), strict=True)]
@@ -194,8 +196,8 @@ class VolumeQueryPolicy:
         return normalised(images[:, 0], mean, std), k[:, 0], camera[:, 0], further
 
     def _first_view(self, observation: Observation) -> tuple[Mapping[str, Any], str]:
-        """What the first camera sees, and what messages call it: of a network of one camera, the observation's own
-        image."""
+        """The first camera's view and its name for messages; for a network of one camera, the observation itself, which
+        contains the image."""
         if not self.module.network.world_views:
             return observation, ""
         first = self.module.views[:1]
@@ -212,7 +214,10 @@ class VolumeQueryPolicy:
     def _turns(
         self, planned: torch.Tensor, start: torch.Tensor, gripper: torch.Tensor, observations: Sequence[Observation]
     ) -> torch.Tensor:
-        """Rotations ``[B, A, T, 4]`` of plans that begin at ``[B, A, 4]`` with the opening ``[B, A]``."""
+        """Rotations ``[B, A, T, 4]`` of plans after `steady_turns`.
+
+        The plans begin at the rotations ``start`` ``[B, A, 4]`` with the openings ``gripper`` ``[B, A]``.
+        """
         module = self.module
         if not module.symmetry.several or not self.steady_turns:
             return planned

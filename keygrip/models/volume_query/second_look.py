@@ -1,13 +1,13 @@
-"""A second look: gripper and rotation are read from a sharp crop around each step's pixel.
+"""Second look: correct gripper and rotation from a high-resolution window around each step's pixel.
 
-At the network's own resolution a small object is a few pixels wide, too few to tell how it is turned. The same cut of
-the camera's image is therefore also kept at a higher resolution; a window of it around the pixel where a step will be
-goes through the same backbone once more, and corrects the logits of gripper and rotation (as RVT-2 looks again where it
-will act: Goyal et al., "RVT-2: Learning Precise Manipulation from Few Demonstrations", 2024). Where a step will be is
-the target's pixel in training and the decoded one at inference.
+At the network's own resolution a small object is a few pixels wide, too few to see its rotation. The same crop of the
+camera's image is therefore also kept at a higher resolution (the sharp image). A window of it around the pixel of each
+step goes through the same backbone once more, and the result corrects the logits of gripper and rotation (similar to
+the second stage of RVT-2, which zooms in where it will act: Goyal et al., "RVT-2: Learning Precise Manipulation from
+Few Demonstrations", 2024). The pixel of a step is the target's pixel in training and the decoded pixel at inference.
 
 Shape legend: B batch, A arms, T steps, N = B * T windows, S side of the network's image, Q side of the sharp image, L
-side of a window, in pixels; D width of the backbone, W width of the look.
+side of a window, in pixels; D width of the backbone, W width of the second look's features.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FREQUENCIES = 3  # frequencies of the encoding of a window's position
 
 @dataclass(frozen=True)
 class SharpImage:
-    """What the second look reads.
+    """Input of the second look.
 
     Attributes:
-        pixels: uint8 ``[B, 3, Q, Q]``, the same cut as the network's image. mean, std: the backbone's.
+        pixels: uint8 ``[B, 3, Q, Q]``, the same crop as the network's image. mean, std: the backbone's.
     """
 
     pixels: Tensor
@@ -41,7 +41,7 @@ class SharpImage:
 
 
 def windows(image: Tensor, centres: Tensor, side: int) -> Tensor:
-    """Windows ``[B, T, 3, L, L]`` of images ``[B, 3, Q, Q]`` around pixels ``[B, T, 2]`` of them.
+    """Cut windows ``[B, T, 3, L, L]`` from images ``[B, 3, Q, Q]`` around their pixels ``[B, T, 2]``.
 
     A window lies on whole pixels: its middle is the corner between pixels that is nearest to the centre. What lies
     beyond the image's edge is 0; a centre that is not finite, or far outside, gives a window of zeros.
@@ -57,19 +57,19 @@ def windows(image: Tensor, centres: Tensor, side: int) -> Tensor:
 
 
 def place_code(places: Tensor) -> Tensor:
-    """Sines and cosines ``[..., 2 + 4 * FREQUENCIES]`` of places ``[..., 2]`` in -1 .. 1, and the places themselves."""
+    """Places ``[..., 2]`` in -1 .. 1 with their sines and cosines, ``[..., 2 + 4 * FREQUENCIES]``."""
     angles = places[..., None] * (math.pi / 2 * 2.0 ** torch.arange(FREQUENCIES, device=places.device))
     return torch.cat([places, angles.sin().flatten(-2), angles.cos().flatten(-2)], dim=-1)
 
 
 class SecondLook(nn.Module):
-    """Corrections of the gripper's and rotation's logits; zero at first.
+    """Compute corrections of the gripper and rotation logits; initially zero.
 
     Args:
-        arms: names. backbone: gives width and patch size; is not kept. image_size: S. sharp_size: Q. side: L, a
+        arms: names. backbone: read for its width and patch size; not stored. image_size: S. sharp_size: Q. side: L, a
             multiple of the patch. trunk: width of a step. gripper_bins, rotation_classes: of the heads. width: W.
-        own_backbone: windows go through a copy of the backbone with weights of its own. In shared weights Adam's steps
-            follow the loss of the volume, whose gradient is larger, and a small object's turn is learned late.
+        own_backbone: windows go through a copy of the backbone with its own weights. With shared weights Adam's updates
+            follow the volume loss, whose gradient is larger, and a small object's rotation is learned late.
 
     Raises:
         ValueError: the window does not fit the patches or the sharp image.
@@ -109,7 +109,7 @@ class SecondLook(nn.Module):
     def forward(
         self, arm: str, backbone: DinoBackbone, image: SharpImage, pixels: Tensor, trunk: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What is added to the logits of the gripper ``[B, T, G]`` and of the rotation ``[B, T, R]``.
+        """Corrections to be added to the gripper logits ``[B, T, G]`` and the rotation logits ``[B, T, R]``.
 
         Args:
             backbone: the network's. pixels: ``[B, T, 2]`` of the network's image. trunk: ``[B, T, trunk]``.
@@ -130,7 +130,7 @@ class SecondLook(nn.Module):
 
 
 def begin_as_shared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a network whose second look shares its backbone, for one whose look has its own: a copy of it."""
+    """Add a copy of the backbone's weights for a second look with its own backbone, if the weights have none."""
     shared, own = "backbone.", "second_look.backbone."
     if any(name.startswith(own) for name in weights):
         return weights

@@ -1,11 +1,11 @@
 """Equivalent grips: turns of the gripper about the vertical under which the object is symmetric.
 
-A cube is gripped as well after a quarter turn, a bar after a half turn; a policy that moves both tells them apart by a
-word of the instruction. A policy that plans another of these grips than the demonstration makes no error: the loss is
-on the summed probability of their classes, and errors are measured to the nearest of them. Once the object is held
-there is nothing to choose, so this holds only for plans that begin with an open gripper. Steps are decoded one by one
-and may come out as different equivalents: each is turned to the equivalent nearest to the step before it, so that the
-gripper does not turn from grip to grip.
+A cube can be gripped equally well after a quarter turn, a bar after a half turn; a policy that moves both kinds
+distinguishes them by a word of the instruction. Planning another of these grips than the demonstration is not an error:
+the loss uses the summed probability of their classes, and errors are measured to the nearest of them. Once the object
+is held there is no choice, so all this applies only to plans that begin with an open gripper. Steps are decoded one by
+one and may come out as different equivalents. Each is therefore replaced by the equivalent nearest to the previous
+step, so that the gripper does not turn from one grip to another.
 
 Shape legend: ``*`` leading shape, T steps, R rotation classes, N the order of the symmetry.
 """
@@ -28,11 +28,11 @@ MOST_TURNS = 8
 
 @dataclass(frozen=True)
 class GripSymmetry:
-    """How many equal turns are the same grip.
+    """Number of equal turns about the vertical that give the same grip.
 
     Args:
-        orders: one number for every plan, 1 (none) to 8; or numbers from 2 to 8 by a word of the instruction, e.g.
-            {"cube": 4, "bar": 2}: plans whose instruction has no such word have one grip.
+        orders: one number for every plan, 1 (none) to 8; or one number from 2 to 8 per word of the instruction, e.g.
+            {"cube": 4, "bar": 2}. Plans whose instruction contains none of these words have one grip.
 
     Raises:
         ValueError: a number out of range, or no words.
@@ -52,7 +52,7 @@ class GripSymmetry:
 
     @property
     def by_word(self) -> bool:
-        """Whether it depends on the instruction."""
+        """Whether the number depends on the instruction."""
         return isinstance(self.orders, Mapping)
 
     @property
@@ -68,7 +68,7 @@ class GripSymmetry:
         """The number of equal turns for an instruction.
 
         Raises:
-            ValueError: it has words with different numbers.
+            ValueError: the instruction contains words with different numbers.
         """
         if not isinstance(self.orders, Mapping):
             return self.orders
@@ -81,7 +81,7 @@ class GripSymmetry:
         return self.orders[words[0]] if words else 1
 
     def refuse_unfit(self, instructions: Sequence[str]) -> None:
-        """Raises ValueError: a word that no instruction of the training data has, or an instruction with several."""
+        """Raise ValueError if a word is in no training instruction, or an instruction's words have unequal numbers."""
         said = {word for sentence in instructions for word in re.findall(r"\w+", sentence.lower())}
         unknown = sorted(set(self.orders) - said) if isinstance(self.orders, Mapping) else []
         if unknown:
@@ -92,7 +92,7 @@ class GripSymmetry:
             self.order_of(sentence)
 
     def choices(self, instructions: Sequence[str], free: Tensor) -> list[tuple[int, Tensor]]:
-        """Each number of turns, and which plans have so many: bool, of ``free`` ``[B, *]`` those of the instruction."""
+        """Each number of turns with the plans that have it: ``free`` ``[B, *]``, False for other instructions."""
         if not self.by_word:
             return [(self._numbers[0], free)]
         orders = torch.tensor([self.order_of(sentence) for sentence in instructions], device=free.device)
@@ -100,7 +100,7 @@ class GripSymmetry:
 
 
 def equivalent_turns(quaternion: Tensor, order: int) -> Tensor:
-    """``[*, N, 4]``: rotations ``[*, 4]`` after each of N equal turns about the world's vertical, the first of none."""
+    """Apply N equal turns about the world's vertical to rotations ``[*, 4]``: ``[*, N, 4]``; the first turn is zero."""
     half = math.pi / order * torch.arange(order, device=quaternion.device, dtype=quaternion.dtype)
     turn = torch.stack([half.cos(), torch.zeros_like(half), torch.zeros_like(half), half.sin()], dim=-1)  # [N, 4]
     return quaternion_multiply(turn.expand(*quaternion.shape[:-1], order, 4), quaternion[..., None, :])
@@ -109,7 +109,7 @@ def equivalent_turns(quaternion: Tensor, order: int) -> Tensor:
 def equivalent_classes(codec: RotationCodec, quaternion: Tensor, free: Tensor, order: int) -> Tensor:
     """Bool ``[*, R]``: the classes of the rotations ``[*, 4]`` and, where ``free`` ``[*]``, of their equivalents.
 
-    An equivalent that the codec cannot represent (training never turned so far) has no class.
+    An equivalent that the codec cannot represent (no training rotation is near it) has no class.
     """
     turned = equivalent_turns(quaternion, order)
     codes = codec.encode(turned)  # [*, N]
@@ -120,17 +120,17 @@ def equivalent_classes(codec: RotationCodec, quaternion: Tensor, free: Tensor, o
 
 
 def shared_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Minus the logarithm of the probability ``[*]`` of the classes, bool ``[*, R]``, under logits ``[*, R]``."""
+    """Negative log of the summed probability ``[*]`` of the classes, bool ``[*, R]``, under logits ``[*, R]``."""
     logits = logits.float()
     return logits.logsumexp(-1) - logits.masked_fill(~classes, -torch.inf).logsumexp(-1)
 
 
 def steady_turns(quaternion: Tensor, start: Tensor, free: Tensor, codec: RotationCodec, order: int) -> Tensor:
-    """Rotations ``[*, T, 4]`` of a plan's steps, each the equivalent that is nearest to the step before it.
+    """Rotations ``[*, T, 4]`` of a plan's steps; each is the equivalent nearest to the previous step.
 
     Args:
-        quaternion: ``[*, T, 4]`` as decoded. start: ``[*, 4]``, where the gripper is; the first step is nearest to it.
-        free: ``[*]``, whether there is a choice. codec: equivalents that it does not cover are left out.
+        quaternion: ``[*, T, 4]`` as decoded. start: ``[*, 4]``, the gripper's present rotation, before the first step.
+        free: ``[*]``, whether equivalents may be chosen. codec: equivalents that it does not cover are left out.
     """
     turned = equivalent_turns(quaternion, order)  # [*, T, N, 4]
     allowed = codec.covers(turned, like=turned[..., :1, :]) & free[..., None, None]
@@ -147,6 +147,6 @@ def steady_turns(quaternion: Tensor, start: Tensor, free: Tensor, codec: Rotatio
 
 
 def nearest_angle(found: Tensor, true: Tensor, free: Tensor, order: int) -> Tensor:
-    """Radians ``[*]`` between rotations ``[*, 4]`` and the nearest equivalent of the true ones, where ``free``."""
+    """Angles ``[*]`` in radians between rotations ``[*, 4]`` and the true ones (nearest equivalent where ``free``)."""
     angles = geodesic_angle(found[..., None, :], equivalent_turns(true, order))  # [*, N]
     return torch.where(free, angles.amin(-1), angles[..., 0])

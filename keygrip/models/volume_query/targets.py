@@ -1,4 +1,4 @@
-"""From metric poses to what the network is trained on, and the floors that quantisation puts under every error.
+"""Convert metric poses to training targets; the quantised targets also give the quantisation floor of every error.
 
 Shape legend: B batch, A arms, T steps, P grid side in cells, S image side in pixels, Z height bins.
 """
@@ -28,7 +28,7 @@ class StepTargets:
 
     Attributes:
         pixels: ``[B, A, T, 2]`` input pixels. inside: bool ``[B, A, T]``, the step projects inside the image.
-        valid: bool ``[B, A, T]``, the step counts in losses and metrics: inside, and not padded where those are masked.
+        valid: bool ``[B, A, T]``, the step counts in losses and metrics: inside and, if padding is masked, not padded.
         cells: ``[B, A, T, 2]`` (row, column). heights: ``[B, A, T]`` bin indices.
         grid_position: ``[B, A, T, 2]`` (x, y) in cells; height_position: ``[B, A, T]`` in bins: the unquantised
             targets.
@@ -63,8 +63,8 @@ def step_targets(
 ) -> StepTargets:
     """Project and bin the poses of a batch; ``height_range`` ``[2]`` metres is the training split's.
 
-    The cell is ``floor(pixel * P / S)``. Heights beyond the range count to the outer bins. Steps outside the image get
-    an arbitrary cell and ``valid`` False; so do steps past the end of the demo with ``mask_padded``.
+    The cell is ``floor(pixel * P / S)``. Heights beyond the range are put in the outermost bins. Steps outside the
+    image get an arbitrary cell and ``valid`` False. With ``mask_padded``, ``valid`` is also False past the demo's end.
     """
     intrinsics, extrinsics = batch.intrinsics[:, None], batch.world_to_camera[:, None]
     pixels, _ = project(batch.position, intrinsics[:, None], extrinsics[:, None])
@@ -88,7 +88,7 @@ def step_targets(
 
 
 def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
-    """Metres ``[Z]`` at the bins' centres."""
+    """Heights ``[Z]`` of the bins' centres, metres."""
     low, high = height_range.unbind()
     return low + (torch.arange(height_bins, device=height_range.device) + 0.5) * (high - low) / height_bins
 
@@ -96,7 +96,7 @@ def height_centres(height_range: Tensor, height_bins: int) -> Tensor:
 def arm_state(
     parts: Sequence[str], position: Tensor, quaternion: Tensor, gripper: Tensor, height_range: Tensor
 ) -> Tensor | None:
-    """The parts of the arm's state that a network reads, ``[..., state_size]``; None where it reads none.
+    """The parts of the arm's state that a network reads, ``[..., state_size]``; None if it reads no part.
 
     height and gripper are scaled to -1 .. 1; rotation is two columns of the matrix.
     """
@@ -118,15 +118,15 @@ def views_of_images(
     there: Tensor | None = None,
     project_voxels: Callable[..., VoxelProjection] = project_voxels,
 ) -> FurtherViews:
-    """The views beside the first, and where its voxels lie in them.
+    """The views of all cameras but the first, with the projections of the first camera's voxels into them.
 
-    An image that shows nothing (`keygrip.models.dark_images`) counts as missing, and so does a calibration that is not
-    finite (a demonstration or an observation with such a one is refused before it comes here).
+    A view counts as missing if its image shows nothing (`keygrip.models.dark_images`) or its calibration is not finite
+    (demonstrations and observations with such a calibration are rejected before this function is called).
 
     Args:
         images: uint8 ``[B, 1 + V, 3, S, S]``. intrinsics: ``[B, 1 + V, 3, 3]``. world_to_camera: ``[B, 1 + V, 4, 4]``.
-        there: bool ``[B, 1 + V]``, False for views that are masked whatever they show; None: none is.
-        project_voxels: the function of this name, or one that keeps what it made (`KnownProjections`).
+        there: bool ``[B, 1 + V]``, False for views that are masked whatever their image shows; None: no such view.
+        project_voxels: the function of this name, or its caching version (`KnownProjections`).
     """
     shown = ~shows_nothing(images)  # [B, 1 + V]
     if there is not None:

@@ -33,7 +33,7 @@ from keygrip.models.nn.precision import without_autocast
 
 @dataclass(frozen=True)
 class VolumeTarget:
-    """Where the mass of the target lies: voxels with weights, a product of pixel and height weights.
+    """Target distribution: voxels whose weights are products of pixel weights and height weights.
 
     Attributes:
         cells: ``[*, C, 2]`` int64 (row, column) and cell_weights: ``[*, C]`` that sum to one.
@@ -48,7 +48,7 @@ class VolumeTarget:
 
 @dataclass(frozen=True)
 class StepPlaces:
-    """Where in the volume each step is decoded.
+    """Decoded place of each step in the volume.
 
     Attributes:
         grid: ``[*, 2]`` (x, y) in cells and height: ``[*]`` in bins, both fractional, corner convention.
@@ -63,12 +63,12 @@ class VoxelScores(ABC):
 
     @abstractmethod
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """``change`` applied to every tensor."""
+        """Apply ``change`` to every tensor."""
 
     @classmethod
     @abstractmethod
     def stack(cls, scores: Sequence[Self]) -> Self:
-        """Scores ``[B, T, ...]`` of A arms as ``[B, A, T, ...]``; what does not depend on the step is the first's."""
+        """Stack scores ``[B, T, ...]`` of A arms: ``[B, A, T, ...]``; tensors without steps come from the first arm."""
 
     @abstractmethod
     def slice(self, z: int) -> Tensor:
@@ -84,7 +84,7 @@ class VoxelScores(ABC):
 
     @abstractmethod
     def expectation(self, target: VolumeTarget) -> Tensor:
-        """The mean ``[*]`` over a target's voxels."""
+        """The mean score ``[*]`` over a target's voxels, by the target's weights."""
 
     @abstractmethod
     def log_normaliser(self, pixel: Tensor, height: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class VoxelScores(ABC):
 class BilinearCoupling(VoxelScores):
     """``sum_r pixel_factor[r, y, x] * height_factor[r, z]``.
 
-    It is computed in float32 under autocast too: the normaliser and its gradient must be of the same logits.
+    It is computed in float32 under autocast too: the normaliser and its gradient must use the same logits.
 
     Attributes:
         pixel_factor: ``[*, R, H, W]``. height_factor: ``[R, Z]``.
@@ -143,12 +143,12 @@ class BilinearCoupling(VoxelScores):
 
 @dataclass(frozen=True)
 class VolumeLogits:
-    """Logits of the volume in parts.
+    """Logits of the volume as separate terms.
 
     Attributes:
         pixel: ``[*, H, W]``. height: ``[*, Z]``.
         constant: ``[*]`` the same for every voxel. It cancels in the softmax and gets no gradient from the loss.
-        voxel: what depends on pixel and height together; None: the softmax factorises.
+        voxel: term that depends on pixel and height together; None: the softmax factorises.
     """
 
     pixel: Tensor
@@ -162,12 +162,12 @@ class VolumeLogits:
         return volume if self.voxel is None else volume + self.voxel.dense(self.height.shape[-1])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> VolumeLogits:
-        """``change`` applied to every part."""
+        """Apply ``change`` to every part."""
         voxel = None if self.voxel is None else self.voxel.map(change)
         return VolumeLogits(change(self.pixel), change(self.height), change(self.constant), voxel)
 
     def float(self) -> VolumeLogits:
-        """In float32, where softmax and log-sum-exp are computed also under reduced-precision autocast."""
+        """Convert to float32: softmax and log-sum-exp are computed in it also under reduced-precision autocast."""
         return self.map(Tensor.float)
 
     def detach(self) -> VolumeLogits:
@@ -176,7 +176,7 @@ class VolumeLogits:
 
     @staticmethod
     def stack(volumes: Sequence[VolumeLogits]) -> VolumeLogits:
-        """Logits ``[B, T, ...]`` of A arms as ``[B, A, T, ...]``."""
+        """Stack logits ``[B, T, ...]`` of A arms: ``[B, A, T, ...]``."""
         voxels = [volume.voxel for volume in volumes if volume.voxel is not None]
         return VolumeLogits(
             torch.stack([volume.pixel for volume in volumes], dim=1),
@@ -238,8 +238,8 @@ def volume_cross_entropy(logits: VolumeLogits, target: VolumeTarget) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of logits ``[*, N]`` against a few weighted classes ``[*, C]``, one value ``[*]``.
 
-    Backward makes the gradient in one buffer, ``softmax - target``; autograd's own would hold four of the logits'
-    size, which are all that the factorised loss costs.
+    Backward computes the gradient ``softmax - target`` in one buffer. Autograd would hold four buffers of the logits'
+    size, and the factorised loss needs no other memory.
     """
 
     @staticmethod
@@ -259,8 +259,8 @@ class _CrossEntropy(torch.autograd.Function):
 class _StreamedLogSumExp(torch.autograd.Function):
     """log sum over the coupled volume, streamed over z: O(HW) memory forward and backward.
 
-    Forward keeps, for every z, only the log-sum over pixels. Backward recomputes each slice's probabilities and adds
-    its share to the gradients; no slice outlives its turn.
+    Forward stores only the log-sum over pixels for every z. Backward recomputes each slice's probabilities and adds
+    its contribution to the gradients; one slice exists at a time.
     """
 
     @staticmethod
@@ -317,7 +317,7 @@ def argmax_voxel(logits: VolumeLogits) -> tuple[Tensor, Tensor]:
 
 
 def sample_voxel(logits: VolumeLogits, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw one voxel a step from the joint distribution: the pixel from its marginal, then the height given the
+    """Sample one voxel per step from the joint distribution: the pixel from its marginal, then the height given the
     pixel."""
     width = logits.pixel.shape[-1]
     marginal = logits.pixel_marginal().flatten(-2)

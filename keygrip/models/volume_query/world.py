@@ -3,7 +3,7 @@
 The volume stays that of the first camera: a cell's ray and a height plane meet in a voxel centre, a point in the world.
 Every further camera scores that point by its own features where the point projects: ``q_F . F_v(project(point))``.
 Interpolating a map of features and then taking the inner product equals interpolating the map of inner products, so
-that one map per step and view is sampled, never a feature vector per voxel.
+only one map per step and view is sampled, not a feature vector per voxel.
 
 These scores differ from voxel to voxel and do not factorise: sums over the volume are streamed over z.
 
@@ -28,7 +28,7 @@ from keygrip.models.volume_query.volume import VolumeTarget, VoxelScores
 
 @dataclass(frozen=True)
 class VoxelProjection:
-    """Where voxel centres lie in the further views.
+    """Projections of voxel centres into the further views.
 
     Attributes:
         grid: ``[B, V, Z, P, P, 2]`` in -1 .. 1, as ``grid_sample`` reads positions. seen: ``[B, V, Z, P, P]``, 1 where
@@ -39,7 +39,7 @@ class VoxelProjection:
     seen: Tensor
 
     def of_usable(self, usable: Tensor) -> VoxelProjection:
-        """The same with nothing seen by views that are not usable, bool ``[B, V]``."""
+        """Return a copy in which views that are not usable, bool ``[B, V]``, see no voxel."""
         shown = usable[:, :, None, None, None]
         grid = self.grid.masked_fill(~shown[..., None], 0.0)
         return VoxelProjection(grid, self.seen * shown.to(self.seen.dtype))
@@ -47,10 +47,10 @@ class VoxelProjection:
 
 @dataclass(frozen=True)
 class FurtherViews:
-    """Views of cameras beside the first.
+    """Views of cameras other than the first.
 
     Attributes:
-        images: ``[B, V, 3, S, S]``, normalised as the first's. where: of the first camera's voxels in them.
+        images: ``[B, V, 3, S, S]``, normalised as the first's. where: projections of the first camera's voxels.
         first: bool ``[B]``, whether the first camera's own image is usable; its calibration always is.
     """
 
@@ -68,7 +68,7 @@ def project_voxels(
     image_size: int,
     usable: Tensor | None = None,
 ) -> VoxelProjection:
-    """Projects the first camera's voxel centres into the others; cameras may move from sample to sample.
+    """Project the first camera's voxel centres into the others; cameras may move from sample to sample.
 
     Args:
         intrinsics: ``[B, 1 + V, 3, 3]``, the first camera first. world_to_camera: ``[B, 1 + V, 4, 4]``.
@@ -84,12 +84,12 @@ def project_voxels(
 
 
 class KnownProjections:
-    """`project_voxels` that keeps what it made: cameras that stand still are projected once.
+    """`project_voxels` with a cache: for cameras that do not move, voxels are projected once.
 
-    Kept is every pair of the first camera and a further one, so that a camera that moves leaves the others known.
+    Each pair of the first camera and a further one is cached separately: if one camera moves, the others stay cached.
 
     Args:
-        keep: pairs of cameras, of which the one that was used longest ago makes room.
+        keep: number of cached pairs; the least recently used pair is removed first.
     """
 
     def __init__(self, keep: int = 16) -> None:
@@ -127,7 +127,7 @@ class KnownProjections:
         found = self._known.pop(key, None)
         if found is None:
             found = project_voxels(intrinsics[None], world_to_camera[None], heights, pred_size, image_size)
-        self._known[key] = found  # last: the newest
+        self._known[key] = found  # at the end: the most recently used
         while len(self._known) > self.keep:
             self._known.popitem(last=False)
         return found
@@ -138,7 +138,7 @@ class WorldScores(VoxelScores):
     """Logits that further views add to every voxel; the leading shape ``*`` of `VoxelScores` is here ``[B, *]``.
 
     Attributes:
-        maps: ``[B, *, V, P', P']``, each step's score of each place of each view. where: of the voxels in those views.
+        maps: ``[B, *, V, P', P']``, scores per step, view and place. where: the voxels' projections into those views.
     """
 
     maps: Tensor
@@ -196,7 +196,7 @@ class WorldScores(VoxelScores):
         def over_pixels(pixel: Tensor, maps: Tensor, z: int) -> Tensor:
             return (pixel + WorldScores(maps, self.where).slice(z)).flatten(-2).logsumexp(-1)
 
-        slices = [  # computed again in backward, none is kept
+        slices = [  # recomputed in the backward pass, not stored
             checkpoint(over_pixels, pixel, self.maps, z, use_reentrant=False, preserve_rng_state=False)
             for z in range(height.shape[-1])
         ]
