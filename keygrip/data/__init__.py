@@ -1,1 +1,1 @@
-"""From files to typed batches: robot demonstrations, and shards of videos and images with text."""
+"""Turn files into typed batches: robot demonstrations, and shards of videos and images with text."""

@@ -1,9 +1,9 @@
-"""Bad samples: what broken or hostile frames, videos, images and texts can raise, and how it is handled.
+"""Bad samples: the errors that broken or hostile frames, videos, images and texts raise, and how they are handled.
 
 Readers of frames, videos, images and texts open files with :mod:`keygrip.data.untrusted_files`, which checks sizes
-before it allocates or decodes, and run under :func:`guard`, so that whatever a broken file raises becomes one
-:class:`BadSample` that says what is wrong and where. :class:`BadSamples` counts those that were left out, keeps their
-names, and ends a run in which they are too many.
+before it allocates or decodes. They run under :func:`guard`, which converts every error that a broken file raises into
+one :class:`BadSample` with the reason and the place. :class:`BadSamples` counts the samples that were left out, stores
+their names, and stops a run that leaves out too many.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ HOSTILE: tuple[type[BaseException], ...] = (
     ArithmeticError,  # OverflowError, ZeroDivisionError
     OSError,
     EOFError,
-    MemoryError,  # an absurd size that passed every check
+    MemoryError,  # an absurdly large size that passed every check
     RuntimeError,  # RecursionError, NotImplementedError, encrypted zip members
     SyntaxError,  # headers of .npy files, broken PNG
-    AssertionError,  # Pillow's own, for broken chunks
+    AssertionError,  # raised by Pillow for broken chunks
     struct.error,
     zlib.error,
     lzma.LZMAError,
@@ -51,7 +51,7 @@ HOSTILE: tuple[type[BaseException], ...] = (
     Image.DecompressionBombError,
     av.FFmpegError,
 )
-"""What broken or hostile data can raise in the readers of this project and the packages that they use."""
+"""The exceptions that broken or hostile data can raise in the readers of this project and in their packages."""
 
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.ESTALE)
 
@@ -60,7 +60,7 @@ class BadSample(ValueError):
     """A sample that cannot be used.
 
     Args:
-        where: its name and place. what: what is wrong with it.
+        where: name and place of the sample. what: what is wrong with it.
     """
 
     def __init__(self, where: object, what: str = "") -> None:
@@ -72,7 +72,7 @@ class BadSample(ValueError):
 
 
 def reason_of(error: BaseException) -> str:
-    """One line that says what an error means for a sample."""
+    """Return the reason, in one line, why a sample with this error cannot be used."""
     text = " ".join(str(error).split())[:REASON_CHARACTERS]
     if isinstance(error, MemoryError):
         return "it asks for more memory than there is"
@@ -86,30 +86,31 @@ def reason_of(error: BaseException) -> str:
 
 
 def first_of(reasons: Sequence[str], most: int = NAMED_AT_MOST, between: str = "; ") -> str:
-    """The first ``most`` reasons and the number of the others, for one message."""
+    """Join the first ``most`` reasons and the number of the remaining ones into one message."""
     more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
     return between.join([*reasons[:most], *more])
 
 
 def first_names(names: Sequence[str]) -> str:
-    """As `first_of`, of the names of demos or frames: twenty of them."""
+    """Join the first twenty names of demos or frames, as `first_of` joins reasons."""
     return first_of(names, 20, ", ")
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error is the machine's (full disk, too few file descriptors) and not the sample's."""
+    """Whether the machine (full disk, too few file descriptors) caused an error, and not the sample."""
     return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
 
 
 @contextlib.contextmanager
 def guard(where: object, error: Callable[[str, str], Exception] = BadSample) -> Iterator[None]:
-    """Turns whatever a broken sample raises inside the block into one error.
+    """Convert every exception that a broken sample raises inside the block into one error.
 
     Args:
-        where: name and place of the sample, for the message. error: makes the exception of (where, what).
+        where: name and place of the sample, for the message. error: constructs the exception from (where, what).
 
     Raises:
-        BadSample: or what `error` makes. Errors of the machine (no space, no file descriptors) pass unchanged.
+        BadSample: or the exception that `error` constructs. Errors of the machine (no space, no file descriptors) pass
+            unchanged.
     """
     place = str(where)
     try:
@@ -125,10 +126,10 @@ def guard(where: object, error: Callable[[str, str], Exception] = BadSample) -> 
 
 
 class BadSamples:
-    """Counts the samples that were left out, and ends a run in which they are too many.
+    """Count the samples that were left out, and stop a run that leaves out too many.
 
     Args:
-        max_share: more than this share of the samples seen is an error; inf: none is.
+        max_share: the largest share of bad samples among those seen; a larger share is an error. inf: never an error.
         setting: name of the setting that holds `max_share`, for the message.
         checked_after: samples seen before the share is checked.
     """
@@ -138,7 +139,7 @@ class BadSamples:
             raise ValueError(f"{setting}={max_share}: it is a share, from 0 to 1")
         self.max_share, self.setting, self.checked_after = max_share, setting, checked_after
         self.seen = 0
-        self.reasons: dict[str, int] = {}  # how often each was met
+        self.reasons: dict[str, int] = {}  # how often each reason occurred
 
     @property
     def count(self) -> int:
@@ -146,10 +147,10 @@ class BadSamples:
         return sum(self.reasons.values())
 
     def add(self, seen: int, reasons: Sequence[str] = ()) -> None:
-        """Counts `seen` more samples, and the bad ones among or before them.
+        """Add `seen` samples to the count, and the reasons of bad samples that are among them or came before them.
 
         Raises:
-            ValueError: too many are bad.
+            ValueError: too many samples are bad.
         """
         self.seen += seen
         for reason in reasons:
@@ -160,7 +161,7 @@ class BadSamples:
             self.check()
 
     def check(self) -> None:
-        """Raises ValueError: too many of the samples seen so far are bad."""
+        """Raise ValueError if too many of the samples seen so far are bad."""
         if self.count > self.max_share * self.seen:
             raise ValueError(
                 f"{self.count} of {self.seen} samples could not be read in full, more than "
@@ -169,7 +170,7 @@ class BadSamples:
 
     @property
     def summary(self) -> str:
-        """One line; empty where nothing was left out."""
+        """Summary in one line; empty if no sample was left out."""
         if not self.count:
             return ""
         names = list(self.reasons)[:NAMED_AT_MOST]

@@ -1,8 +1,8 @@
-"""Typed batches: what a data module hands to a training module.
+"""Typed batches, which data modules pass to training modules.
 
-Legend of shapes: B samples, A arms, T future steps, V views, S image size; of videos with text: V videos, F frames, L
-tokens; of images with text: C, h, w channels and size of a latent, D width of a DINO feature, Dt of a text state, g
-grid edges.
+Legend of shapes: B samples, A arms, T future steps, V views, S image size. For videos with text: V videos, F frames, L
+tokens. For images with text: C, h, w channels and size of a latent, D width of a DINO feature, Dt width of a text
+state, gh and gw rows and columns of the patch grid.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from keygrip.data.video_text.sample_types import Conversation as Conversation
 from keygrip.data.video_text.sample_types import Turn as Turn
 from keygrip.data.video_text.sample_types import VideoTextSample as VideoTextSample
 
-CLOSED = 0.5  # a gripper whose opening is less is closed
+CLOSED = 0.5  # a gripper with a smaller opening counts as closed
 
 
 class Movable:
-    """What batches have in common: their tensors move together. Mixed into dataclasses."""
+    """Mixin for dataclasses: moves or changes all tensors of a batch together."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """With each tensor changed."""
+        """Return a copy with `change` applied to each tensor."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
         return type(self)(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> Self:
-        """Moved to a device. Only floats change to `dtype` (indices stay integers, masks stay bool).
+        """Move to a device. Only floats change to `dtype` (indices stay integers, masks stay bool).
 
-        What lies in page-locked memory is copied beside the computation in any case: Lightning asks for that with plain
-        tensors alone."""
+        Tensors in page-locked memory are always copied to a GPU asynchronously: Lightning passes `non_blocking` for
+        plain tensors only."""
 
         def move(tensor: Tensor) -> Tensor:
             beside = non_blocking or (device is not None and torch.device(device).type == "cuda" and tensor.is_pinned())
@@ -49,26 +49,26 @@ class Movable:
         return self.map(move)
 
     def pin_memory(self) -> Self:
-        """In page-locked memory, from which copies to a GPU run beside the computation."""
+        """Return a copy in page-locked memory, from which copies to a GPU run in parallel to the computation."""
         return self.map(Tensor.pin_memory)
 
 
 @dataclass
 class PolicyTargets(Movable, ABC):
-    """Where arms are and where they are to go: what all batches for policies share.
+    """The current poses and the target poses of the arms, which all batches for policies contain.
 
     Args:
-        start_position: float32 [B, A, 3] metres, start_quaternion [B, A, 4] w x y z, start_gripper [B, A]: the pose
-            reached now.
+        start_position: float32 [B, A, 3] metres, start_quaternion [B, A, 4] w x y z, start_gripper [B, A]: the measured
+            pose at the current frame.
         position: float32 [B, A, T, 3], quaternion [B, A, T, 4], gripper [B, A, T]: the targets.
-        action_is_pad: bool [B, A, T], the step lies past the end of the demo and repeats the last pose.
+        action_is_pad: bool [B, A, T], True where the step lies past the end of the demo and repeats the last pose.
         keyframe: float32 [B, A, 3] metres: the target at the next frame in which the gripper closes or opens, or at the
             demo's last frame (keyframes of James and Davison, 2022, arXiv:2105.14829).
-        start_joints: float32 [B, A, J] radians, joints: float32 [B, A, T, J]: joint angles reached, now and at the
-            targets; None where the model does not read them.
-        controller: float32 [B, A, T, D]: what the robot's own controller was told on the way to each target; None where
-            the model does not read it.
-        embodiment: int64 [B], which of the model's robots; None where it keeps none apart.
+        start_joints: float32 [B, A, J] radians, joints: float32 [B, A, T, J]: measured joint angles, now and at the
+            targets; None if the model does not read them.
+        controller: float32 [B, A, T, D]: the commands that the robot's own controller received on the way to each
+            target; None if the model does not read them.
+        embodiment: int64 [B], index of the robot among the model's robots; None if the model does not distinguish them.
         demo_index: int64 [B], into the data module's list of demos. frame_index: int64 [B].
         instruction: B sentences.
     """
@@ -94,10 +94,10 @@ class PolicyTargets(Movable, ABC):
 
     @classmethod
     def collate(cls, samples: Sequence[Self]) -> Self:
-        """Stacks samples, in a loader worker straight into shared memory.
+        """Stack samples into a batch; in a loader worker, directly into shared memory.
 
-        Each sample has the batch's tensors without the first dimension, and one sentence as `instruction`. What is
-        neither tensor nor sentence is the same in all samples.
+        Each sample has the batch's tensors without the first dimension, and one sentence as `instruction`. Fields that
+        are neither tensors nor sentences are the same in all samples.
         """
         values: dict[str, Any] = {}
         for part in fields(cls):
@@ -111,15 +111,15 @@ class PolicyTargets(Movable, ABC):
 
 @dataclass
 class PolicyBatch(PolicyTargets):
-    """Samples for a policy with one camera. Holds metres and quaternions only: the module projects and bins them on its
-    device.
+    """Samples for a policy with one camera. The poses are in metres and quaternions only: the training module projects
+    and bins them on its device.
 
-    Args (beside those of `PolicyTargets`):
+    Args (in addition to those of `PolicyTargets`):
         image: float32 [B, 3, S, S], normalised with the backbone's mean and std (here and nowhere else).
-        intrinsics: float32 [B, 3, 3], of that image (augmented and resized).
+        intrinsics: float32 [B, 3, 3], of that (augmented and resized) image.
         world_to_camera: float32 [B, 4, 4].
-        detail: uint8 [B, 3, Q, Q], the same cut at a higher resolution, in the same colours and not normalised; None
-            where none was asked for.
+        detail: uint8 [B, 3, Q, Q], the same crop at a higher resolution, in the same colours and not normalised; None
+            if it was not requested.
     """
 
     image: Tensor
@@ -132,20 +132,20 @@ class PolicyBatch(PolicyTargets):
 class MultiViewPolicyBatch(PolicyTargets):
     """Samples for a policy with V cameras.
 
-    `image`, `intrinsics` and `world_to_camera` are the first camera's, as in a `PolicyBatch`: a policy of one camera
-    trains on either.
+    `image`, `intrinsics` and `world_to_camera` belong to the first camera, as in a `PolicyBatch`: a policy with one
+    camera can train on both types.
 
-    Args (beside those of `PolicyTargets`):
+    Args (in addition to those of `PolicyTargets`):
         images: uint8 [B, V, 3, S, S] RGB, augmented, not normalised: encoders differ in their mean and std (see
-            `normalised`), and what is cached by content needs bytes.
+            `normalised`), and caches with the content as key need bytes.
         view_intrinsics: float32 [B, V, 3, 3], of those images.
         view_world_to_camera: float32 [B, V, 4, 4].
-        depth: float32 [B, V, S, S] metres along the optical axis, 0 where unknown; None where none was asked for.
+        depth: float32 [B, V, S, S] metres along the optical axis, 0 where unknown; None if it was not requested.
         cameras: V names, in the order of the views.
-        mean, std: the backbone's, for `image`.
-        detail: uint8 [B, 3, Q, Q], the first camera's, as in a `PolicyBatch`; None where none was asked for.
-        view_mask: bool [B, V], True for views that are there, False for black ones in the place of cameras that a demo
-            lacks or that were left out at random; None: all are there.
+        mean, std: of the backbone, for `image`.
+        detail: uint8 [B, 3, Q, Q], of the first camera, as in a `PolicyBatch`; None if it was not requested.
+        view_mask: bool [B, V], True for existing views, False for black images in place of cameras that a demo lacks or
+            that were dropped at random; None: all views exist.
     """
 
     images: Tensor
@@ -159,7 +159,7 @@ class MultiViewPolicyBatch(PolicyTargets):
     view_mask: Tensor | None = None
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """float32 [B, V, 3, S, S] as an encoder with this mean and std wants them."""
+        """Return the images normalised for an encoder with this mean and std, float32 [B, V, 3, S, S]."""
         return normalised(self.images, mean, std)
 
     @property
@@ -178,12 +178,12 @@ class MultiViewPolicyBatch(PolicyTargets):
         return self.view_world_to_camera[:, 0]
 
 
-PolicyBatch.register(MultiViewPolicyBatch)  # it has all that a PolicyBatch has: goes wherever one is asked for
+PolicyBatch.register(MultiViewPolicyBatch)  # it has every attribute of a PolicyBatch and can replace one
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """float32 [..., 3, S, S] from uint8, a channel at a time, on the device of the images: bytes travel faster."""
-    # not made on the device: that would wait for all that it has to do
+    """Normalise uint8 images per channel to float32 [..., 3, S, S], on their device: bytes transfer faster."""
+    # not created on the device: that would wait for all work queued there
     scale, shift = (torch.tensor(v).view(3, 1, 1).to(images.device, non_blocking=True) for v in (std, mean))
     return (images.float() / 255 - shift) / scale
 
@@ -193,20 +193,22 @@ class VideoTextBatch(Movable):
     """B rows of text about V videos: a row is a conversation, and several rows may share a video.
 
     Args:
-        frames: uint8 [V, F, 3, S, S] as they come from the disk (see `normalised`); F may be 0.
-        frame_mask: bool [V, F], True for real frames; padding frames (zeros) stand behind them.
+        frames: uint8 [V, F, 3, S, S] as read from the disk (see `normalised`); F may be 0.
+        frame_mask: bool [V, F], True for real frames; padding frames (zeros) come after them.
         video_index: int64 [B], the video of each row; 0 <= video_index < V.
         input_ids: int64 [B, L], without the visual tokens, padded on the right.
-        attention_mask: bool [B, L], True for real tokens; padding is known by its place, never by an id.
-        loss_mask: bool [B, L], True where the token is to be predicted.
-        answer_mask: bool [B, L], True for the assistant's words and the token that ends its turn, whatever the loss is.
-        visual_at: B positions in the text before which the visual tokens stand.
-        truncated: rows whose last turns were left out, since they do not fit.
+        attention_mask: bool [B, L], True for real tokens; padding is identified by its position, never by a token id.
+        loss_mask: bool [B, L], True where the loss includes the token.
+        answer_mask: bool [B, L], True for the assistant's words and the token that ends its turn, independent of
+            `loss_mask`.
+        visual_at: B positions in the text before which the visual tokens are inserted.
+        truncated: rows whose last turns were left out because they do not fit.
         kind, source, key: B strings. texts: the B conversations, for tables and images.
-        left_out: conversations of the samples that are no row: none of their answers fits, or carries loss.
-        seconds: V, when each frame of a video was taken, () of images that have no common time, None where it is not
-            known; [] where they were not read.
-        clips: how many of the videos are cut out of longer ones.
+        left_out: conversations of the samples that became no row: none of their answers fits or contributes to the
+            loss.
+        seconds: for each of the V videos the times at which its frames were taken; () for images without a common time,
+            None if the times are unknown; [] instead of the list if they were not read.
+        clips: number of videos that are clips of longer videos.
     """
 
     frames: Tensor
@@ -227,7 +229,7 @@ class VideoTextBatch(Movable):
     clips: int = 0
 
     def sizes(self) -> dict[str, int]:
-        """How large it is, for reports."""
+        """Return the numbers of videos, frames, rows and text tokens, for reports."""
         frames, tokens = int(self.frame_mask.sum()), int(self.attention_mask.sum())
         return {"videos": len(self.frame_mask), "frames": frames, "rows": len(self), "text_tokens": tokens}
 
@@ -235,15 +237,15 @@ class VideoTextBatch(Movable):
         return len(self.input_ids)
 
     def seconds_of(self, row: int) -> tuple[float, ...] | None:
-        """When the frames of a row's video were taken; None where that is not known."""
+        """Return the times at which the frames of a row's video were taken; None if they are unknown."""
         return self.seconds[int(self.video_index[row])] if self.seconds else None
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """float32 [V, F, 3, S, S] as the backbone wants them."""
+        """Return the frames normalised for the backbone, float32 [V, F, 3, S, S]."""
         return normalised(self.frames, mean, std)
 
     def first_videos(self, frames: int) -> Self:
-        """The first videos that have at most so many frames together (at least one), and their rows."""
+        """Return the first videos with at most `frames` frames in total (at least one video), and their rows."""
         count = max(1, int((self.frame_mask.sum(1).cumsum(0) <= frames).sum()))
         longest = int(self.frame_mask[:count].sum(1).max()) if len(self.frame_mask) else 0
         rows = (self.video_index < count).nonzero()[:, 0]
@@ -257,29 +259,29 @@ class VideoTextBatch(Movable):
         return replace(self, video_index=self.video_index[rows], seconds=self.seconds[:count], **values)
 
     def answering(self, kinds: Collection[str]) -> Self:
-        """The same rows, of which only those of some kinds have answers and carry a loss."""
+        """Return the same rows; only rows of the given kinds keep their answer mask and their loss mask."""
         kept = torch.tensor([kind in kinds for kind in self.kind], device=self.loss_mask.device)[:, None]
         return replace(self, loss_mask=self.loss_mask & kept, answer_mask=self.answer_mask & kept)
 
 
 @dataclass
 class ImageTextBatch(Movable):
-    """B images of one aspect bucket with their text, as a frozen set of encoders left them: nothing is normalised here.
+    """B images of one aspect bucket with their text, as features of frozen encoders: nothing is normalised here.
 
-    The rectangle that the latent shows and the one that the DINO view shows are the same crop of the same image:
-    in coordinates that run from 0 to 1 over that crop, latent cell (i, j) has its centre at ((i + 0.5) / h,
-    (j + 0.5) / w) and patch (i, j) at ((i + 0.5) / gh, (j + 0.5) / gw), whatever the bucket.
+    The latent and the DINO view show the same crop of the same image. In coordinates that run from 0 to 1 over that
+    crop, latent cell (i, j) has its centre at ((i + 0.5) / h, (j + 0.5) / w) and patch (i, j) at ((i + 0.5) / gh,
+    (j + 0.5) / gw), in every bucket.
 
     Args:
-        latents: float32 [B, C, h, w], as `encoders.encode_images` gives them and `decode_latents` takes them.
+        latents: float32 [B, C, h, w], as `encoders.encode_images` returns them and `decode_latents` accepts them.
         text_states: float32 [B, L, Dt], zeros where `text_mask` is False.
-        text_mask: bool [B, L], True for real tokens, which come first.
-        dino_cls: float32 [B, D]. dino_patches: float32 [B, gh * gw, D], row after row.
+        text_mask: bool [B, L], True for real tokens, which come before the padding.
+        dino_cls: float32 [B, D]. dino_patches: float32 [B, gh * gw, D], in row-major order.
         patch_grid: (gh, gw), of every image of the batch.
         captions, keys: B strings.
-        records: B dicts, what else the shards say of an image: "caption", "size" and "crop" (of the source image,
-            pixels), and perhaps "evidence".
-        images: uint8 [B, 3, H, W], the images themselves, where they were asked for and the shards keep them.
+        records: B dicts with the metadata of an image in the shards: "caption", "size" and "crop" (of the source image,
+            pixels), and optionally "evidence".
+        images: uint8 [B, 3, H, W], the pixels of the images, if they were requested and the shards contain them.
     """
 
     latents: Tensor
@@ -298,7 +300,7 @@ class ImageTextBatch(Movable):
 
     @classmethod
     def joined(cls, batches: Sequence[ImageTextBatch]) -> ImageTextBatch:
-        """Batches of one bucket as one, without images' own pixels; shorter texts are padded to the longest."""
+        """Join batches of one bucket into one, without the images' pixels; texts are padded to the longest one."""
         length = max(batch.text_mask.shape[1] for batch in batches)
         missing = [length - batch.text_mask.shape[1] for batch in batches]
         pairs = list(zip(batches, missing, strict=True))
@@ -317,18 +319,19 @@ class ImageTextBatch(Movable):
 
 @dataclass(frozen=True)
 class ImageTextStatistics:
-    """What a model keeps of its image shards beside the weights; over the training split.
+    """Statistics of the training split of image shards, which a model stores next to its weights.
 
-    Features enter a network as (x - mean) / std, channel by channel: the one normalisation of latents and DINO
-    features. `latent_mean + latent_std * x` leads back to what `encoders.decode_latents` takes.
+    Features enter a network as (x - mean) / std per channel: the only normalisation of latents and DINO features.
+    `latent_mean + latent_std * x` converts back to the values that `encoders.decode_latents` accepts.
 
     Args:
         latent_mean, latent_std: float32 [C].
         cls_mean, cls_std: float32 [D], of the CLS vector. patch_mean, patch_std: float32 [D], over all patches.
         text_length, text_dim: L and Dt of the text states.
-        latent_sizes: (h, w) of each bucket, the fullest first. patch_grids: (gh, gw) of each.
-        fingerprint: of the shards. encoders: fingerprint of what made them; sampling refuses encoders with another.
-        folder: where something derived from the shards (an attribute classifier) may be kept.
+        latent_sizes: (h, w) by bucket, the bucket with the most images first. patch_grids: (gh, gw) by bucket.
+        fingerprint: of the shards. encoders: fingerprint of the encoders that computed the features; sampling refuses
+            encoders with a different fingerprint.
+        folder: where files derived from the shards (an attribute classifier) may be stored.
     """
 
     latent_mean: Tensor
@@ -348,15 +351,16 @@ class ImageTextStatistics:
 
 @dataclass(frozen=True)
 class VideoTextStatistics:
-    """What a model keeps of its data beside the weights.
+    """Statistics of video-text data, which a model stores next to its weights.
 
     Args:
-        folder: where something derived from their text (a tokenizer) may be kept. fingerprint: of the training shards.
+        folder: where files derived from the text (a tokenizer) may be stored. fingerprint: of the training shards.
         image_size, fit, max_frames, image_frames: how images were prepared.
-        texts: goes through the text of every training turn.
-        clips_keep_times: some training clips begin at a later second than 0, in words too.
-        kinds: of the conversations that are trained on; empty: not known.
-        partial_kinds: those of which a video's conversations are not all read, in training or validation.
+        texts: returns an iterator over the text of every training turn.
+        clips_keep_times: whether some training clips begin later than at second 0, also in the times that their
+            conversations name.
+        kinds: kinds of the conversations used in training; empty: unknown.
+        partial_kinds: kinds for which not all conversations of a video are read, in training or validation.
     """
 
     folder: Path
@@ -372,7 +376,7 @@ class VideoTextStatistics:
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:
-    """frames uint8 [V, F, 3, S, S] and frame_mask [V, F] of some samples, padded to the longest."""
+    """Stack the frames of samples, padded to the longest: frames uint8 [V, F, 3, S, S] and frame_mask [V, F]."""
     longest = max(len(sample.frames) for sample in samples)
     size = next((sample.frames.shape[1] for sample in samples if len(sample.frames)), 0)
     frames = torch.zeros(len(samples), longest, 3, size, size, dtype=torch.uint8)

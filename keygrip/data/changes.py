@@ -1,15 +1,15 @@
-"""What has changed between data that were read before and now, in words. Needs no torch: recorders import it."""
+"""Describe in words what changed between two readings of the same data. Needs no torch, since recorders import it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-SHOWN = 3  # names of each kind of change
+SHOWN = 3  # names listed per kind of change
 
 
 def named_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs between two sets of hashes by name, in words: "1 removed (a), 2 changed (b, c)"; "" where nothing
-    does."""
+    """Describe the difference between two sets of hashes by name, for example "1 removed (a), 2 changed (b, c)"; "" if
+    there is none."""
     removed = sorted(before.keys() - now.keys())
     added = sorted(now.keys() - before.keys())
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])

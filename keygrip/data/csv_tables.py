@@ -1,4 +1,4 @@
-"""Tables of comma-separated values: read strictly, so that no text is cut off or swallowed."""
+"""Read tables of comma-separated values strictly, so that no text is cut off or lost."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TOO_MANY = "it has more fields than the table has columns: put text that holds a
 def table_rows(
     text: str, needed: Sequence[str] = (), kind: str = "the right table"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number of the last line and values of each row by column, None where the row is too short. Spaces around the
-    names of columns do not count.
+    """Yield for each row the number of its last line and its values by column, None where the row is too short. Spaces
+    around column names are ignored.
 
     Args:
-        needed: columns without which it is another table. kind: what it should be, for the message.
+        needed: required columns. kind: the expected kind of table, for the message.
 
     Raises:
-        ValueError: a needed column is missing, one stands there twice, or a row has more fields than there are columns.
-            csv.Error: quotes that are not closed or that more text follows.
+        ValueError: a required column is missing, a column occurs twice, or a row has more fields than the header.
+            csv.Error: quotes are not closed, or text follows a closing quote.
     """
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     table.fieldnames = names = [name.strip() for name in table.fieldnames or ()]

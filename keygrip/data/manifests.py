@@ -1,4 +1,4 @@
-"""``prepare step=manifest``: what a data set holds, with hashes, whatever kind of data set it is."""
+"""``prepare step=manifest``: list the contents of a data set of any kind, with hashes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def make_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
-    """Writes the manifests of native recordings, or of shards, that have none.
+    """Write the manifests of native recordings or of shards that have none.
 
     Args:
-        root: folder of a data set. again: also those that have one.
-        max_broken_share: more broken recordings or shards than this are an error.
+        root: folder of a data set. again: also rewrite existing manifests.
+        max_broken_share: a larger share of broken recordings or shards is an error.
 
     Raises:
-        ValueError: too many are broken. FileNotFoundError: there is nothing.
+        ValueError: too many recordings or shards are broken. FileNotFoundError: there are none.
     """
     if "://" not in str(root) and Path(root).is_dir() and native.detect(Path(root)):
         return integrity.make_manifests(root, again, max_broken_share)
@@ -34,17 +34,18 @@ def make_manifests(root: Path | str, again: bool = False, max_broken_share: floa
 
 
 def describe(parts: Parts) -> Row:
-    """Columns of a sample of either kind, known by its parts."""
+    """Return the columns of an image-text or video-text sample; its parts determine which of the two it is."""
     parts = lower_case(parts)
     return describe_image_text(parts) if is_image_text(parts) else describe_video_text(parts)
 
 
 def split_folders(root: Path | str) -> list[str]:
-    """The shard sets at a root: itself, or its splits.
+    """Return the folders of the shard sets at a root: the root itself or its splits, or the buckets in these.
 
     Raises:
-        FileNotFoundError: none. ValueError: the root is a URL, or has shards both beside its splits (or buckets) and in
-            them, of which training would read the ones or the others; or those of a bucket that is named as none.
+        FileNotFoundError: there are no shards. ValueError: the root is a URL; or it has shards both inside and outside
+            its splits (or buckets), and training would read only one of the two; or the name of a bucket's folder is
+            not a valid bucket name.
     """
     if is_remote(root):
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
@@ -61,7 +62,11 @@ def split_folders(root: Path | str) -> list[str]:
 
 
 def _sets_in(place: Path) -> list[str]:
-    """The shard sets of a split: its folder, or the buckets in it. Raises ValueError: both, or no bucket's name."""
+    """Return the shard sets of a split: its folder, or the buckets in it.
+
+    Raises:
+        ValueError: both have shards, or a folder's name is not a valid bucket name.
+    """
     found = [
         folder
         for folder in (place, *sorted(place.glob("bucket_*")))
@@ -83,16 +88,17 @@ def _sets_in(place: Path) -> list[str]:
 
 
 def tar_files_below(root: Path | str) -> list[Path]:
-    """Tar files anywhere below a folder, compressed ones too."""
+    """Return all tar files at any depth below a folder, including compressed ones."""
     folders = [Path(root), *(path for path in sorted(Path(root).rglob("*")) if path.is_dir())]
     return [path for folder in folders for path in (*tar_files(folder), *compressed_shards(folder))]
 
 
 def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share: float = 0.1) -> dict[str, Any]:
-    """Indexes the shards of a set (or of its splits) that have no index, and writes the manifests.
+    """Index the shards of a set (or of its splits) that have no index, and write the manifests.
 
     Args:
-        root: folder of shards. again: index all anew. max_broken_share: more broken shards than this are an error.
+        root: folder of shards. again: index all shards again.
+        max_broken_share: a larger share of broken shards is an error.
     """
     report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0, "bad_samples": 0}
     folders = split_folders(root)

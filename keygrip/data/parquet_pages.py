@@ -1,8 +1,8 @@
-"""The pages of a Parquet file, described without decoding their values.
+"""Read the page headers of a Parquet file without decoding the values.
 
-A file's footer says how many values and bytes each of its columns has, but Arrow unpacks and decodes what the header
-in front of each page says; the two need not agree. The headers are structures of Thrift's compact protocol, as
-parquet.thrift of the Apache Parquet format describes them.
+A file's footer states how many values and bytes each column has, but Arrow decompresses and decodes according to the
+header in front of each page. The two need not agree. The headers are structures of Thrift's compact protocol, defined
+in parquet.thrift of the Apache Parquet format.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-# numbers of the format: types of pages, encodings, types of Thrift's compact protocol
+# constants of the format: types of pages, encodings, types of Thrift's compact protocol
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3
-# by type of page: which field of its header has more of it, and which fields of that are always there
+# by type of page: the field of its header that holds the header of this type, and the required fields of the latter
 HEADERS = {DATA: (5, (1, 2, 3, 4)), DICTIONARY: (7, (1, 2)), DATA_V2: (8, (1, 4, 5, 6))}
 PLAIN_DICTIONARY, RLE, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 2, 3, 7, 8
 STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, STRUCT = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12
-# codecs by the format's number, as Arrow calls them; what unpacks 5, the LZ4 of Hadoop, may not be what Arrow does
+# Arrow's names of the codecs by their number in the format. Number 5, Hadoop's LZ4, is left out: a decompressor used
+# here may not agree with Arrow's.
 CODECS = {0: None, 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
-# where a footer has its codecs: row groups, columns in them, what is said of each column
+# field numbers that lead to a codec in the footer: row groups, their columns, metadata of a column, its codec
 ROW_GROUPS, COLUMNS, COLUMN, CODEC = 4, 1, 3, 4
-LARGEST_FOOTER = 1 << 22  # bytes of one whose codecs are looked for
-MOST_FIELDS = 64  # of a header, those of its structures included, and the largest number of one; Parquet has 25 and 9
+LARGEST_FOOTER = 1 << 22  # bytes; codecs are not read from larger footers
+MOST_FIELDS = 64  # fields in a header, nested ones included; also the largest field number. Parquet has 25 and 9
 MARGIN = 100  # bytes that Arrow reads beyond a column: old writers did not count the header of its dictionary
-LARGEST_BLOCK = 4096  # numbers of a block of DELTA_BINARY_PACKED that are decoded here; writers use 128 and 256
-MOST_ENTRIES = 1 << 20  # of a dictionary whose texts are told apart
-MOST_RUNS = 1 << 20  # of a page's numbers of a dictionary that are followed here
-STEP_BYTES = 128  # what each of them counts as, and each text of a dictionary: many would take long, for no space
-BATCH = 1 << 16  # numbers that are decoded at once
+LARGEST_BLOCK = 4096  # values in a DELTA_BINARY_PACKED block that is decoded here; writers use 128 and 256
+MOST_ENTRIES = 1 << 20  # entries of a dictionary whose texts are measured one by one
+MOST_RUNS = 1 << 20  # runs of dictionary indices in a page that are decoded here
+STEP_BYTES = 128  # counted for each run and each dictionary text: many of them take long, though no memory
+BATCH = 1 << 16  # values that are decoded at once
 
 
 @dataclass(frozen=True)
 class Page:
-    """One page. `start`: of its content in the file. `stored`: bytes of the content there. `size`: bytes unpacked.
-    `values`: their number, with those that are missing. `fields`: of the header of its kind, by number."""
+    """One page. `start`: offset of its content in the file. `stored`: bytes of the content in the file. `size`: bytes
+    after decompression. `values`: number of values, nulls included. `fields`: of the type-specific header, by number.
+    """
 
     kind: int
     start: int
@@ -53,24 +55,24 @@ class Page:
 
     @property
     def encoding(self) -> int:
-        """How the values of a page with data are encoded, by the format's number."""
+        """Encoding of the values of a data page, as the format's number."""
         return int(self.fields[4 if self.kind == DATA_V2 else 2])
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a dictionary. `longest`: bytes of the longest one, at most. `lengths`: bytes of each [N] int64; None
-    if only `longest` is known."""
+    """The lengths of a dictionary's texts. `longest`: an upper bound for the bytes of the longest text. `lengths`:
+    bytes of each text [N] int64; None if only `longest` is known."""
 
     longest: int
     lengths: np.ndarray | None = None
 
 
 def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator[Page]:
-    """The pages of a part of a column that Arrow reads: until they have as many values as the footer says.
+    """Yield the pages of a column chunk that Arrow reads, until they have as many values as the footer states.
 
     Raises:
-        ValueError: a header is none, or the file or the column's part of it ends before that.
+        ValueError: a header is invalid, or the file or the column chunk ends too early.
     """
     position, seen, dictionaries = leaf.data_page_offset, 0, 0
     if leaf.has_dictionary_page and 0 < (leaf.dictionary_page_offset or 0) < position:
@@ -80,16 +82,16 @@ def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator
         file.seek(position)
         header = _structure(file)
         kind, size, stored = (header.get(number, -1) for number in (1, 2, 3))
-        place, needed = HEADERS.get(kind, (0, ()))  # pages of other kinds have no values, and Arrow passes over them
+        place, needed = HEADERS.get(kind, (0, ()))  # pages of other kinds have no values, and Arrow skips them
         fields = header.get(place, {})
         if any(type(each) is not int or each < 0 for each in (kind, size, stored, *(fields.get(n) for n in needed))):
             raise ValueError(f"the header of a page at byte {position} is damaged")
         page = Page(kind, file.tell(), stored, size, fields.get(1, 0), fields)
         dictionaries += kind == DICTIONARY
-        if dictionaries > 1:  # Arrow reads none
+        if dictionaries > 1:  # Arrow does not read a second dictionary
             raise ValueError(f"the page at byte {position} is a second dictionary of its column")
         position = page.start + page.stored
-        if position > end:  # where Arrow would not read
+        if position > end:  # Arrow would not read there
             raise ValueError(f"the page at byte {page.start} is not within what the footer says of its column")
         seen += 0 if kind == DICTIONARY else page.values
         yield page
@@ -102,18 +104,19 @@ def text_bound(
     column: pyarrow.parquet.ColumnSchema,
     texts: Texts | None,
 ) -> int:
-    """Bytes that the texts of a data page may have beyond those of the page, because it names parts of them only.
+    """Return an upper bound for the bytes of a data page's texts beyond the page's own size. Texts can be larger than
+    their page because the page stores only dictionary indices or differences to the previous text.
 
-    The page is unpacked for this, and must have been allowed for.
+    The page is decompressed for this; its size must already have been counted against the allowance.
 
     Args:
-        codec: gives the number of the column's codec. texts: those of the dictionary, where they come one by one and
-            not as its numbers.
+        codec: returns the number of the column's codec. texts: those of the dictionary, if Arrow decodes the texts one
+            by one and not as dictionary indices.
     """
     if page.kind not in (DATA, DATA_V2):
         return 0
-    # How long the texts are stands in the page, in numbers; where those are not as writers make them, the worst is
-    # assumed. Those errors are also what Arrow raises of pages that it cannot unpack.
+    # The page contains the lengths of the texts as integers. If they are not encoded as writers do it, the worst case
+    # is assumed. Arrow raises the same errors for pages that it cannot decompress.
     if page.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY) and texts is not None:
         if texts.lengths is None:
             return page.values * texts.longest
@@ -123,14 +126,15 @@ def text_bound(
             return page.values * texts.longest
     if page.encoding != DELTA_BYTE_ARRAY:
         return 0
-    try:  # a text begins like the one before it, so that each may be as long as the page
+    try:  # a text may share a prefix with the previous text, so each text may be as long as the page
         return _sum_of_deltas(_values(file, page, codec(), column), page.values)
     except (ValueError, OSError, IndexError):
         return page.values * page.size
 
 
 def texts_of(file: BinaryIO, page: Page, codec: Callable[[], int]) -> Texts:
-    """The lengths of the texts of a page with a dictionary, which must have been allowed for. `codec`: see above."""
+    """Return the lengths of the texts in a dictionary page. Its size must already have been counted against the
+    allowance. `codec`: see `text_bound`."""
     if page.values > MOST_ENTRIES:
         return Texts(page.size)
     try:
@@ -140,7 +144,7 @@ def texts_of(file: BinaryIO, page: Page, codec: Callable[[], int]) -> Texts:
     number = struct.Struct("<I").unpack_from
     lengths, at = [], 0
     for _ in range(page.values):
-        if at + 4 > len(content):  # Arrow refuses it
+        if at + 4 > len(content):  # Arrow refuses such a dictionary
             break
         (length,) = number(content, at)
         lengths.append(length)
@@ -160,13 +164,13 @@ def _unpacked(file: BinaryIO, start: int, stored: int, size: int, codec: int) ->
     if codec not in CODECS:
         raise ValueError(f"pages packed by codec {codec} are not unpacked here")
     name = CODECS[codec]
-    # the numbers of a buffer of Arrow's are signed
+    # the bytes of an Arrow buffer are signed
     return memoryview(pyarrow.Codec(name).decompress(content, size)).cast("B") if name else memoryview(content)
 
 
 def _values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.ColumnSchema) -> memoryview:
-    """A data page's content, without the levels of nested and missing values that come first."""
-    if page.kind == DATA_V2:  # levels are not packed
+    """Return a data page's content without the repetition and definition levels at its beginning."""
+    if page.kind == DATA_V2:  # levels are not compressed
         levels = page.fields[5] + page.fields[6]
         if levels > min(page.stored, page.size):
             raise ValueError("the levels are larger than their page")
@@ -183,23 +187,23 @@ def _values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.Colu
 
 
 def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
-    """Bytes of the texts that a page names by their numbers in the dictionary, in the format's hybrid of runs and
-    packed bits, and STEP_BYTES for each run. Numbers that only fill up the last eight count too if values are missing.
+    """Sum the bytes of the texts that a page refers to by dictionary index (in the format's hybrid of runs and packed
+    bits), plus STEP_BYTES per run. If values are null, the padding of the last group of eight indices counts too.
 
     Args:
-        lengths: of the dictionary's texts [N] int64. most: how many texts there may be.
+        lengths: of the dictionary's texts [N] int64. most: largest number of texts.
 
     Raises:
-        ValueError or IndexError: they are not as writers make them, or not in the dictionary.
+        ValueError or IndexError: the indices are not encoded as writers do it, or are not in the dictionary.
     """
-    if not content:  # all are missing
+    if not content:  # all values are null
         return 0
     width, at, left, total, runs = content[0], 1, most, 0, 0
     if width > 32:
         raise ValueError("numbers have at most 32 bits")
     number_bytes = (width + 7) // 8
     packed = bytearray()
-    named: list[int] = []  # numbers that come in runs, and how often
+    named: list[int] = []  # the repeated index of each run; `counts` has the number of repetitions
     counts: list[int] = []
     while left > 0 and at < len(content):
         run, at = (content[at], at + 1) if content[at] < 128 else _varint(content, at)
@@ -216,7 +220,7 @@ def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
             counts.append(min(8 * (run >> 1), left))
             left -= 8 * (run >> 1)
         else:
-            end = min(at + (run >> 1) * width, len(content))  # eights of numbers, each number of `width` bits
+            end = min(at + (run >> 1) * width, len(content))  # groups of eight indices, each of `width` bits
             while left > 0 and at < end:
                 part = content[at : min(at + width * BATCH // 8, end)]
                 at += len(part)
@@ -231,7 +235,7 @@ def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
 
 
 def _unpacked_bits(packed: bytes, width: int) -> np.ndarray:
-    """Numbers of `width` bits, at most 32, from N bytes, the lowest bit first: [8 * N // width] int64."""
+    """Unpack integers of `width` bits, at most 32, from N bytes, the lowest bit first: [8 * N // width] int64."""
     if not width:
         return np.zeros(0, np.int64)
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
@@ -241,20 +245,20 @@ def _unpacked_bits(packed: bytes, width: int) -> np.ndarray:
 
 
 def _sum_of_deltas(content: memoryview, most: int) -> int:
-    """The sum of numbers of 32 bits, none below 0, in the encoding DELTA_BINARY_PACKED, at the beginning of a page.
+    """Sum non-negative 32-bit integers in the encoding DELTA_BINARY_PACKED at the beginning of a page.
 
     Args:
-        most: how many there may be.
+        most: the largest number of integers.
 
     Raises:
-        ValueError or IndexError: they are not as writers make them.
+        ValueError or IndexError: they are not encoded as writers do it.
     """
     block, at = _varint(content, 0)
     parts, at = _varint(content, at)
     count, at = _varint(content, at)
     last, at = _zigzag(content, at)
     length = block // parts if parts else 0
-    # Arrow too refuses other blocks than of 128 numbers each in parts of 32 each
+    # Arrow also requires that blocks have a multiple of 128 values, and their parts a multiple of 32
     if not 0 < block <= LARGEST_BLOCK or length * parts != block or block % 128 or length % 32:
         raise ValueError("blocks are not as writers make them")
     if count > most or not 0 <= last < 1 << 31:
@@ -280,7 +284,7 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
                 raise ValueError("the page ends within a block")
         deltas = _deltas(stored, np.array(starts), np.array(widths), length) + np.array(leasts)[:, None]
         numbers = last + np.cumsum(deltas.reshape(-1)[:left])
-        # Arrow's numbers have 32 bits and begin anew beyond them: one that does is not what a writer meant
+        # Arrow's 32-bit integers overflow beyond this range: such values do not come from a correct writer
         if numbers.min() < 0 or numbers.max() >= 1 << 31:
             raise ValueError("a length is out of range")
         total, last, left = total + int(numbers.sum()), int(numbers[-1]), left - len(numbers)
@@ -288,10 +292,10 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
 
 
 def _deltas(stored: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: int) -> np.ndarray:
-    """The numbers of parts of blocks: [P, length] int64, from the bytes of a page and each part's place and width [P].
+    """Decode the parts of blocks: [P, length] int64, from the bytes of a page and each part's offset and width [P].
 
     Raises:
-        ValueError: numbers have more than 32 bits.
+        ValueError: integers have more than 32 bits.
     """
     if widths.max() > 32:
         raise ValueError("numbers have more than 32 bits")
@@ -307,14 +311,14 @@ def _deltas(stored: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: 
 
 
 def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None) -> dict[int, Any]:
-    """The fields of a structure by number: those of 32 bits, those that are true or false, and structures in it; of
-    others there is None.
+    """Read the fields of a structure by number. The values are 32-bit integers, booleans and nested structures; fields
+    of other types have the value None.
 
     Args:
-        left: gives something for each field that the header may still have.
+        left: yields one item for each field that the header may still have.
 
     Raises:
-        ValueError: it is none that Parquet's headers of pages have.
+        ValueError: no page header of Parquet has such a structure.
     """
     fields: dict[int, Any] = {}
     left = iter(range(MOST_FIELDS)) if left is None else left
@@ -322,7 +326,8 @@ def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None
     while (start := _byte(file)) != STOP:
         kind = start & 15
         before, number = number, number + (start >> 4) if start >> 4 else _signed(_read_varint(file))
-        # Writers give fields in order. Arrow takes any, the last one of a number, and of a number its lowest 16 bits.
+        # Writers write fields in order. Arrow accepts any order, uses the last field with a number, and of the number
+        # its lowest 16 bits.
         if not before < number <= MOST_FIELDS or next(left, None) is None:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         value: Any = None
@@ -349,8 +354,8 @@ def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None
 
 
 def codecs(footer: bytes) -> list[list[int]]:
-    """The number of the codec of each column, by row group. Arrow ends the process where it is asked for one that it
-    does not know, and only raises where it reads by it.
+    """Read the codec number of each column, by row group. Arrow's own accessor aborts the process for an unknown codec;
+    Arrow's reader only raises an error.
 
     Raises:
         ValueError: the footer is not as writers make it, or too large.
@@ -366,10 +371,13 @@ def codecs(footer: bytes) -> list[list[int]]:
 
 
 def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: int = 0) -> Any:
-    """A number, a list, or a structure with the fields that are wanted, by number, each with what is wanted of it.
+    """Read an integer, a list or a structure, and skip the fields that are not in `wanted`.
+
+    Args:
+        wanted: the needed fields of a structure by number, each with the `wanted` of its own value; None: none.
 
     Raises:
-        ValueError: it is none that Parquet's footers have.
+        ValueError: no Parquet footer has such a value.
     """
     if kind == LIST and depth < 16:
         start = _byte(file)
@@ -392,7 +400,7 @@ def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: in
     if kind not in (TRUE, FALSE, BYTE, DOUBLE, BINARY):
         raise ValueError("the footer has fields that no writer makes")
     length = 8 if kind == DOUBLE else _read_varint(file) if kind == BINARY else 1
-    file.seek(min(length, LARGEST_FOOTER), 1)  # nothing is found behind its end
+    file.seek(min(length, LARGEST_FOOTER), 1)  # reading past the end returns nothing
     return None
 
 
@@ -416,7 +424,7 @@ def _read_varint(file: BinaryIO) -> int:
 
 
 def _varint(content: memoryview | bytes, at: int) -> tuple[int, int]:
-    """A number of at most 64 bits, and where the next one begins."""
+    """Read an integer of at most 64 bits; return it and the offset of the next one."""
     value = 0
     for shift in range(0, 64, 7):
         part, at = content[at], at + 1

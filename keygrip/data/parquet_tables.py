@@ -1,21 +1,21 @@
-"""Parquet tables that nobody vouches for.
+"""Read Parquet tables from untrusted sources.
 
-In Parquet a text that repeats is stored once and named by number, a number that repeats is a run, and pages are
-compressed, so that a file of a few kilobytes may stand for gigabytes. What a table takes is therefore counted first,
-against an :class:`Allowance`:
+Parquet stores a repeated text once in a dictionary and refers to it by index, stores a repeated number as a run, and
+compresses pages. A file of a few kilobytes can therefore expand to gigabytes. The memory that a table needs is counted
+first, against an :class:`Allowance`:
 
-- Before Arrow decodes a row group: the values and unpacked bytes in the headers of its pages, which are what Arrow
-  allocates and decodes by (:mod:`keygrip.data.parquet_pages`). The sizes in the file's footer may be any: they do not
-  count. Texts stored by what they have in common with the one before (DELTA_BYTE_ARRAY) count in full, by the lengths
-  in the page; where those are not as writers make them, or the page is packed by Hadoop's LZ4, each counts as long as
-  its page. Texts that a dictionary holds and Arrow gives one by one (JSON, columns with DELTA in another row group)
-  count as often as pages name them. Each page counts for some bytes more, so that very many take too much, not too
-  long.
-- After Arrow has decoded a batch and before its texts are written out: the texts that a dictionary names by number.
+- Before Arrow decodes a row group: the numbers of values and the decompressed bytes in the headers of its pages. Arrow
+  allocates and decodes according to these (:mod:`keygrip.data.parquet_pages`). The sizes in the file's footer can be
+  wrong and are ignored. Texts stored as differences to the previous text (DELTA_BYTE_ARRAY) count in full, with the
+  lengths in the page. If those lengths are not as writers make them, or the page is compressed with Hadoop's LZ4, each
+  text counts as long as its page. Texts of a dictionary that Arrow decodes one by one (JSON, columns with DELTA in
+  another row group) count as often as pages refer to them. Each page counts for some additional bytes, so that a file
+  with very many pages exceeds the allowance before it takes too long.
+- After Arrow has decoded a batch and before its texts are expanded: the texts that dictionary indices refer to.
 
-What is promised is that the bytes counted so, of all that is held at a time, are within the allowance. The process
-grows by at most about twice of that while Arrow decodes, and by four times where rows become Python's objects. What
-Arrow needs to read the footer itself is not counted.
+The guarantee: the counted bytes of everything that is in memory at one time are within the allowance. The process grows
+by at most about twice the counted bytes while Arrow decodes, and by four times when rows become Python objects. The
+memory that Arrow needs to read the footer itself is not counted.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-EXPANSION = 64  # a large file may become so many times its own size, a small one MAX_ARRAY_BYTES
-VALUE_BYTES = 32  # of a number or a reference in a list of Python's
-DICT_BYTES, LIST_BYTES = 256, 64  # of a dictionary of Python's with a field, and of a list
-PAGE_BYTES = 4096  # what a page counts as besides its values: the header of one that is empty takes its time too
-BATCH_ROWS = 4096  # decoded at once
-FOOTERS_KEPT = 8  # of the files read last: whoever reads row groups one by one opens the file for each
+EXPANSION = 64  # a large file may expand to this multiple of its own size, a small one to MAX_ARRAY_BYTES
+VALUE_BYTES = 32  # bytes of a number or a reference in a Python list
+DICT_BYTES, LIST_BYTES = 256, 64  # bytes of a Python dict with one field, and of a Python list
+PAGE_BYTES = 4096  # counted for each page in addition to its values: even an empty page takes time to read
+BATCH_ROWS = 4096  # rows decoded at once
+FOOTERS_KEPT = 8  # cached footers of the files read last: reading row groups one by one opens the file for each
 
 
 class TooLarge(ValueError):
-    """A table that would take more memory than is allowed. :func:`is_too_large` finds it behind other errors."""
+    """A table needs more memory than is allowed. :func:`is_too_large` finds it among the causes of other errors."""
 
 
 def is_too_large(error: BaseException | None) -> bool:
-    """Whether an error comes from a table that is too large, and not from one that is damaged."""
+    """Whether an error was caused by a table that is too large, and not by a damaged one."""
     return error is not None and (isinstance(error, TooLarge) or is_too_large(error.__cause__))
 
 
 class Allowance:
-    """The bytes that tables may still take in memory; one for all the files that are held together.
+    """The bytes that tables may still use in memory; shared by all files that are in memory at the same time.
 
     Args:
         paths: the files.
@@ -63,7 +63,7 @@ class Allowance:
         self.left = self.total
 
     def take(self, size: int) -> None:
-        """Raises TooLarge: it is more than is left."""
+        """Subtract `size` bytes. Raise TooLarge if more than the remaining bytes are needed."""
         self.left -= size
         if self.left < 0:
             raise TooLarge(
@@ -74,10 +74,10 @@ class Allowance:
 
 @contextlib.contextmanager
 def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A Parquet file to read from. Its texts come as dictionaries, so that one that repeats is held once.
+    """Open a Parquet file for reading. Texts are read as Arrow dictionaries, so that a repeated text is in memory once.
 
     Raises:
-        BadSample: it is no regular file or no Parquet file; also what the block raises of a broken one.
+        BadSample: it is not a regular file or not a Parquet file; or the block raises an error of a broken file.
     """
     import pyarrow.parquet as parquet
 
@@ -89,7 +89,7 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
 
 
 def _footer(path: Path) -> tuple[bytes, int]:
-    """The end of a file from its footer on, and the file's size in bytes. Raises ValueError: it has no footer."""
+    """Return a file's bytes from its footer on, and the file's size. Raise ValueError if it has no footer."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(size - 8, 0))
@@ -103,10 +103,10 @@ def _footer(path: Path) -> tuple[bytes, int]:
 
 @functools.lru_cache(FOOTERS_KEPT)
 def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, tuple[str, ...]]:
-    """What a file's footer says, and the columns whose texts come as dictionaries.
+    """Return the metadata in a file's footer, and the columns whose texts are read as dictionaries.
 
     Raises:
-        ValueError: its row groups share what is stored: each reads within its allowance, but there may be thousands.
+        ValueError: row groups share stored bytes: each one is within its allowance, but there may be thousands of them.
     """
     import pyarrow
     import pyarrow.parquet as parquet
@@ -120,7 +120,7 @@ def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, t
         metadata.schema.column(number).path
         for number in range(len(metadata.schema))
         if metadata.schema.column(number).physical_type == "BYTE_ARRAY"
-        # Arrow makes no dictionary of those
+        # Arrow does not read these as dictionaries
         and not any("DELTA" in encoding for group in groups for encoding in group.column(number).encodings)
     )
     return metadata, tuple(texts)
@@ -128,7 +128,7 @@ def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, t
 
 @functools.lru_cache(FOOTERS_KEPT)
 def _codecs(footer: bytes) -> list[list[int]]:
-    """See `codecs`; the footer as `_footer` gives it. None of one that is damaged, which so is gone through once."""
+    """Return the `codecs` of a footer from `_footer`; an empty list, which is cached too, if the footer is damaged."""
     try:
         return codecs(footer[:-8])
     except ValueError:
@@ -136,7 +136,7 @@ def _codecs(footer: bytes) -> list[list[int]]:
 
 
 def column_types(path: Path) -> dict[str, str]:
-    """Arrow's type of each column, by name and in order. Raises BadSample: it is no Parquet file."""
+    """Return Arrow's type of each column, by name and in order. Raise BadSample if it is not a Parquet file."""
     import pyarrow.parquet as parquet
 
     regular_file(path)
@@ -151,14 +151,14 @@ def refuse_large(
     columns: Collection[str] | None,
     allowance: Allowance,
 ) -> None:
-    """Counts what some row groups take once Arrow has decoded them, by the headers of their pages, which Arrow goes by;
-    what the footer says does not count. Texts that come as dictionaries are counted as they are stored, once each.
+    """Count the memory that row groups need once Arrow has decoded them, from their page headers, which Arrow uses. The
+    sizes in the footer are ignored. Texts that are read as dictionaries count once each, as they are stored.
 
     Args:
         path: of the file. columns: names; None: all.
 
     Raises:
-        TooLarge: they are more than is allowed. ValueError: the header of a page is damaged.
+        TooLarge: the row groups need more memory than is allowed. ValueError: the header of a page is damaged.
     """
     import pyarrow
 
@@ -174,7 +174,7 @@ def refuse_large(
                 chunk, column = group.column(each), schema.column(each)
                 if columns is not None and not _is_in(chunk.path_in_schema, columns):
                     continue
-                allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads it at once
+                allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads the whole column chunk at once
                 one_by_one = chunk.physical_type == "BYTE_ARRAY" and not pyarrow.types.is_dictionary(kind)
                 codec = functools.partial(_codec, path, number, each)
                 texts = None
@@ -188,13 +188,13 @@ def refuse_large(
 
 
 def _codec(path: Path, group: int, column: int) -> int:
-    """The number of a column's codec, which few columns are asked for. Raises IndexError: the footer hides it."""
+    """Return the number of a column's codec; few columns need it. Raise IndexError if the footer lacks it."""
     return _codecs(_footer(path)[0])[group][column]
 
 
 def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, int]]:
-    """The types in a type of Arrow's that Parquet keeps as columns, in order, and the bytes that each value takes as
-    Python's objects, texts aside. Values may be so few that each has structures and inner lists of its own."""
+    """Yield the leaf types of an Arrow type, which Parquet stores as columns, in order, with the bytes that each value
+    needs as Python objects, without its text. In the worst case each value has its own dicts and inner lists."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):  # such as JSON
@@ -208,19 +208,19 @@ def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, in
 
 
 def _is_in(leaf: str, columns: Collection[str]) -> bool:
-    """Whether a leaf, such as `images.list.element.bytes`, is part of a column; a column's name may have dots."""
+    """Whether a leaf such as `images.list.element.bytes` belongs to one of the columns. Column names may have dots."""
     parts = leaf.split(".")
     return any(".".join(parts[:length]) in columns for length in range(1, len(parts) + 1))
 
 
 def read_table(path: Path, columns: Collection[str] | None = None, allowance: Allowance | None = None) -> pyarrow.Table:
-    """A Parquet file's table, or some of its columns.
+    """Read a Parquet file's table, or some of its columns.
 
     Args:
-        allowance: shared by several files; None: of this one.
+        allowance: one that several files share; None: one for this file.
 
     Raises:
-        BadSample: it cannot be read, or would become too large.
+        BadSample: the file cannot be read, or the table is too large.
     """
     import pyarrow
 
@@ -229,7 +229,7 @@ def read_table(path: Path, columns: Collection[str] | None = None, allowance: Al
         refuse_large(path, file, range(file.num_row_groups), columns, allowance)
         schema = file.schema_arrow if columns is None else pyarrow.schema([file.schema_arrow.field(c) for c in columns])
         batches = []
-        for group in range(file.num_row_groups):  # each has dictionaries of its own, which Arrow does not join in lists
+        for group in range(file.num_row_groups):  # each has its own dictionaries; Arrow cannot join those in lists
             for batch in file.iter_batches(BATCH_ROWS, [group], None if columns is None else [*columns]):
                 allowance.take(text_bytes(batch))
                 batches.append(without_dictionaries(batch))
@@ -237,10 +237,10 @@ def read_table(path: Path, columns: Collection[str] | None = None, allowance: Al
 
 
 def text_bytes(batch: pyarrow.RecordBatch) -> int:
-    """Bytes of all texts of a batch of `open_parquet`, each counted as often as it stands there.
+    """Return the bytes of all texts in a batch of `open_parquet`; a repeated text counts each time it occurs.
 
     Raises:
-        ValueError: a column has a type whose texts are not known here.
+        ValueError: a column has a type that is not supported here.
     """
     return sum(_text_bytes(column) for column in batch.columns)
 
@@ -281,8 +281,8 @@ def _is_text(kind: Any) -> bool:
 
 
 def without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """The batch with its texts themselves in place of their numbers; `text_bytes` says how large that becomes. Those in
-    views of lists and in types that others define stay: Arrow does not write them out."""
+    """Return the batch with texts in place of dictionary indices; `text_bytes` gives the size of the result. Indices in
+    list views and in extension types stay: Arrow does not expand them."""
     import pyarrow
 
     fields = [_plain_field(field) for field in batch.schema]
@@ -298,7 +298,7 @@ def _plain_field(field: pyarrow.Field) -> pyarrow.Field:
 
 
 def _plain(kind: Any) -> Any:
-    """The type with values in place of dictionaries, at any depth."""
+    """Return the type with values in place of dictionaries, at any depth."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(kind):
@@ -315,13 +315,13 @@ def _plain(kind: Any) -> Any:
 
 
 def rows_of(path: Path, group: int, columns: Collection[str], batch_rows: int) -> Iterator[dict[str, Any]]:
-    """The rows of a row group, a few at a time.
+    """Yield the rows of a row group, decoded `batch_rows` at a time.
 
     Raises:
-        BadSample: it cannot be read, or a few rows would become too large.
+        BadSample: the row group cannot be read, or a batch of rows is too large.
     """
     with open_parquet(path) as file:
         refuse_large(path, file, [group], columns, Allowance([path]))
         for batch in file.iter_batches(batch_rows, [group], [*columns]):
-            Allowance([path]).take(text_bytes(batch))  # each batch is let go of before the next
+            Allowance([path]).take(text_bytes(batch))  # each batch is freed before the next one
             yield from without_dictionaries(batch).to_pylist()

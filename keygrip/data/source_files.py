@@ -1,7 +1,7 @@
-"""Which files of a folder are read: those of some endings in upper or lower case, without hidden ones.
+"""Select the files of a folder that are read: those with given endings in upper or lower case, without hidden files.
 
-macOS leaves notes beside files on disks and in archives that are not its own: `._a.jpg` beside `a.jpg`, or a folder
-`__MACOSX` of them. Such a note has the name of the file that it is about, and none of its content.
+macOS writes metadata files next to other files on foreign disks and in archives: `._a.jpg` next to `a.jpg`, or a folder
+`__MACOSX` of them. Such a file has the name of the file that it describes, but not its content.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ MACOS_NOTES = "__MACOSX"
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is hidden by its own name, or is macOS's folder of notes."""
+    """Whether a file or folder is hidden by its own name, or is the folder of macOS metadata."""
     return path.name.startswith(".") or path.name == MACOS_NOTES
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file name is UTF-8: Python hands out other bytes as halves of surrogate pairs."""
+    """Whether a file name is UTF-8: Python represents other bytes as halves of surrogate pairs."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -30,20 +30,21 @@ def is_utf8(name: str) -> bool:
 
 
 def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
-    """What has one of these endings in a folder, in the order of paths, without hidden files. Folders, links
-    and pipes of such a name are among them: readers refuse them by name.
+    """Return the entries of a folder with one of these endings, sorted by path, without hidden files. Folders, links
+    and pipes with such a name are included: readers refuse them and name them in the error.
 
     Args:
-        endings: in lower case; several dots may be in one (".tar.gz"). below: in all folders below it too.
+        endings: in lower case; one ending may contain several dots (".tar.gz"). below: also search all subfolders.
     """
     found = everything_below(folder) if below else folder.glob("*")
     return sorted(path for path in found if path.name.lower().endswith(endings) and not is_hidden(path))
 
 
 def everything_below(folder: Path) -> list[Path]:
-    """All files and folders below a folder, in the order of paths; linked folders too, what is in hidden ones not.
+    """Return all files and folders below a folder, sorted by path. Linked folders are followed, hidden ones are not
+    entered.
 
-    What several ways lead to is there once: a link to a folder that is read anyway is said in the log and not followed.
+    A folder that several paths lead to is listed once: a link to a folder that is read anyway is logged, not followed.
     """
     found: list[Path] = []
     read: set[str] = set()
@@ -65,19 +66,19 @@ def everything_below(folder: Path) -> list[Path]:
                 paths = [Path(place, name) for name in folders]
                 found += [*paths, *(Path(place, name) for name in files)]
                 paths = [path for path in paths if not is_hidden(path)]
-                folders[:] = [path.name for path in paths]  # into which os.walk goes on
+                folders[:] = [path.name for path in paths]  # os.walk continues into these
                 linked += [path for path in paths if path.is_symlink()]
-        waiting = sorted(linked)  # after everything that lies there by itself, so that a way without links comes first
+        waiting = sorted(linked)  # after everything that is reached without links, so that paths without links win
     if twice:
         log.warning("%d links lead to folders that are read anyway (%s, ...)", len(twice), twice[0])
     return sorted(found)
 
 
 def refuse_written_into_source(root: Path | str, source: Path | str, below: bool) -> None:
-    """Raises ValueError: a set is to be written where it would be read as a part of what it is made of.
+    """Raise ValueError if a set would be written to a place where it would be read as part of its own source.
 
     Args:
-        below: folders below `source` are read too.
+        below: whether folders below `source` are read too.
     """
     written, read = Path(os.path.realpath(root)), Path(os.path.realpath(source))
     if written == read or (below and written.is_relative_to(read)):
@@ -87,10 +88,10 @@ def refuse_written_into_source(root: Path | str, source: Path | str, below: bool
 
 
 def file_below(source: Path, folder: Path, name: str) -> Path:
-    """A file of a collection that a list of it names, relative to a folder there.
+    """Return the path of a file that a list in a collection names, relative to a folder in the collection.
 
     Raises:
-        ValueError: it lies outside the collection.
+        ValueError: the file lies outside the collection.
     """
     if "\0" in name:
         raise ValueError(f"it names the file {name[:200]!r}, which no file can be called")

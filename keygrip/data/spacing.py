@@ -1,4 +1,4 @@
-"""Choosing some of many, evenly spaced."""
+"""Choose evenly spaced indices."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import numpy as np
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers 0 .. count - 1, evenly spaced, the first and the last among them."""
+    """Return at most `most` of the indices 0 .. count - 1, evenly spaced, including the first and the last."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()

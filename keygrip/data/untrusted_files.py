@@ -1,7 +1,7 @@
-"""Readers of files that nobody vouches for: JSON, texts, images and arrays.
+"""Readers of untrusted files: JSON, texts, images and arrays.
 
-They check sizes before they allocate or decode, and what a broken file raises becomes one
-:class:`~keygrip.data.bad_samples.BadSample` that says what is wrong and where.
+They check sizes before they allocate or decode. Every error that a broken file raises is converted into one
+:class:`~keygrip.data.bad_samples.BadSample` with the reason and the place.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB as RGB
 MAX_IMAGE_BYTES = 1 << 28
 MAX_TEXT_BYTES = 1 << 26
 MAX_ARRAY_BYTES = 1 << 30
-MAX_DEPTH = 64  # nested lists and objects of JSON; deeper ones end in recursion errors where they are written again
+MAX_DEPTH = 64  # of nested JSON lists and objects; writing deeper ones again raises recursion errors
 MAX_INTEGER = 1 << 64
 MAX_DIMENSIONS = 32
-# Pillow decodes EPS by starting another program; formats that are not listed are not opened, whatever a file is called
+# Formats that are not listed are not opened, whatever a file's name is: Pillow decodes EPS by starting another program
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 
 
@@ -38,7 +38,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 
 
 def regular_file(path: Path | str) -> os.stat_result:
-    """Raises BadSample: there is no file, or it is a folder, a named pipe or a device, which would be read forever."""
+    """Return the status of a regular file. Raise BadSample if there is none, or if it is a folder, a named pipe or a
+    device: reading those might never end."""
     with guard(path):
         found = Path(path).stat()
     if not stat.S_ISREG(found.st_mode):
@@ -48,7 +49,7 @@ def regular_file(path: Path | str) -> os.stat_result:
 
 
 def read_bytes(path: Path | str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """The content of a regular file. Raises BadSample: it cannot be read or is larger than `max_bytes`."""
+    """Read the content of a regular file. Raise BadSample if it cannot be read or is larger than `max_bytes`."""
     size = regular_file(path).st_size
     if size > max_bytes:
         raise BadSample(path, f"it has {size} bytes, more than the {max_bytes} that such a file may have")
@@ -57,12 +58,12 @@ def read_bytes(path: Path | str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
 
 
 def read_text(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """UTF-8 text of a regular file, with or without a byte order mark. Raises BadSample: it cannot be read."""
+    """Read UTF-8 text from a regular file, with or without a byte order mark. Raise BadSample if it cannot be read."""
     return _decoded(read_bytes(path, max_bytes), path)
 
 
 def _decoded(content: bytes, where: object) -> str:
-    """UTF-8 text, with or without a byte order mark. Raises BadSample: it is none."""
+    """Decode UTF-8 text, with or without a byte order mark. Raise BadSample if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,7 +71,8 @@ def _decoded(content: bytes, where: object) -> str:
 
 
 def inside(folder: Path, relative: object) -> Path:
-    """The path of a file that data name, below `folder`. Raises BadSample: it is no relative path inside of it."""
+    """Return the path below `folder` of a file that data refer to. Raise BadSample if it is not a relative path inside
+    `folder`."""
     with guard(folder):
         path = Path(str(relative))
         if path.is_absolute() or ".." in path.parts or "\0" in str(path):
@@ -79,13 +81,13 @@ def inside(folder: Path, relative: object) -> Path:
 
 
 def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BYTES, unique_keys: bool = False) -> Any:
-    """JSON within limits: its size, its depth, finite numbers and text that can be written as UTF-8.
+    """Parse JSON with limits on its size and depth; numbers must be finite and text must be valid as UTF-8.
 
     Args:
-        unique_keys: an object that holds a key twice is refused; else the last one counts.
+        unique_keys: refuse an object that contains a key twice; otherwise the last value is used.
 
     Raises:
-        BadSample: it is not such JSON; `where` is for the message.
+        BadSample: the content is not such JSON; `where` is for the message.
     """
     _refuse_large(content, where, max_bytes)
     text = _decoded(content, where) if isinstance(content, bytes) else content
@@ -100,10 +102,11 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
 
 
 def parse_fields(content: bytes | str, where: object, names: Collection[str]) -> Any:
-    """JSON of which some fields count, or all where it is no object. See :func:`sound_fields`.
+    """Parse JSON of which only the fields `names` must be valid; if it is not an object, all of it must be. See
+    :func:`sound_fields`.
 
     Raises:
-        BadSample: it is no JSON, or too large, or one of these fields is none that :func:`parse_json` takes; `where` is
+        BadSample: it is not JSON, or too large, or :func:`parse_json` does not accept one of these fields; `where` is
             for the message.
     """
     try:
@@ -116,7 +119,11 @@ def parse_fields(content: bytes | str, where: object, names: Collection[str]) ->
 
 
 def parse_loosely(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BYTES) -> Any:
-    """JSON with NaN, numbers of any length (as floats) and halves of surrogate pairs. Raises BadSample: it is none."""
+    """Parse JSON and also accept NaN, numbers of any length (as floats) and halves of surrogate pairs.
+
+    Raises:
+        BadSample: it is not JSON.
+    """
     _refuse_large(content, where, max_bytes)
     with guard(where):
         text = _decoded(content, where) if isinstance(content, bytes) else content
@@ -124,16 +131,16 @@ def parse_loosely(content: bytes | str, where: object, max_bytes: int = MAX_TEXT
 
 
 def sound_fields(value: Mapping[str, Any], where: object, names: Collection[str]) -> dict[str, Any]:
-    """The fields of an object that :func:`parse_json` takes. Others are left out: downloaders write NaN, numbers of any
-    length and broken text beside what counts (LAION's `similarity`, EXIF).
+    """Return the fields of an object that :func:`parse_json` accepts. The others are left out: downloaders write NaN,
+    numbers of any length and broken text in addition to the needed fields (LAION's `similarity`, EXIF).
 
     Raises:
-        BadSample: one of these names is among those left out; `where` is for the message.
+        BadSample: one of `names` is among the fields left out; `where` is for the message.
     """
     kept: dict[str, Any] = {}
     for name, field in value.items():
         try:
-            with guard(where):  # of fields that are nested too deeply to be written
+            with guard(where):  # fields may be nested too deeply to be written
                 written = json.dumps({name: field})
             kept |= parse_json(written, where)
         except BadSample:
@@ -143,7 +150,7 @@ def sound_fields(value: Mapping[str, Any], where: object, names: Collection[str]
 
 
 def read_json(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> Any:
-    """A JSON file; see :func:`parse_json`. Raises BadSample: it cannot be read."""
+    """Read a JSON file; see :func:`parse_json`. Raise BadSample if it cannot be read."""
     return parse_json(read_bytes(path, max_bytes), path, max_bytes)
 
 
@@ -196,21 +203,21 @@ def _check_nesting(value: Any) -> None:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of `IMAGE_FORMATS` that the installed Pillow can open."""
+    """Return the formats of `IMAGE_FORMATS` that the installed Pillow can open."""
     Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
 @contextlib.contextmanager
 def open_image(source: Path | str | bytes, where: object = None, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """A PIL image whose size was checked from its header; decoding in the block is guarded too.
+    """Open a PIL image after checking the size in its header; decoding inside the block is guarded too.
 
     Args:
         source: a regular file, or its content. where: for messages; None: the path.
         max_pixels: larger images are refused before anything is decoded.
 
     Raises:
-        BadSample: it is not an image that can be decoded, or is too large. Also what the block raises of `HOSTILE`.
+        BadSample: it is not an image that can be decoded, or is too large; or the block raises an error of `HOSTILE`.
     """
     place = where if where is not None else ("the image" if isinstance(source, bytes) else source)
     if isinstance(source, bytes):
@@ -235,10 +242,10 @@ def open_image(source: Path | str | bytes, where: object = None, max_pixels: int
 
 
 def npy_header(content: bytes, where: object = "the array") -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, Fortran order, type and where the numbers begin of an .npy file.
+    """Read an .npy file's header: shape, Fortran order, dtype, and the offset at which the values begin.
 
     Raises:
-        BadSample: it is not an .npy file, or one of Python objects.
+        BadSample: it is not an .npy file, or it contains Python objects.
     """
     with guard(where):
         buffer = io.BytesIO(content)
@@ -255,10 +262,10 @@ def npy_header(content: bytes, where: object = "the array") -> tuple[tuple[int, 
 
 
 def parse_npy(content: bytes, where: object = "the array", max_bytes: int = MAX_ARRAY_BYTES) -> np.ndarray:
-    """An .npy file's array. The header is checked against the content before anything is allocated; no pickle.
+    """Parse the array of an .npy file. The header is checked against the content before memory is allocated; no pickle.
 
     Raises:
-        BadSample: it is not such a file, holds less than its header says, or is larger than `max_bytes`.
+        BadSample: it is not such a file, contains less than its header states, or is larger than `max_bytes`.
     """
     shape, fortran, kind, start = npy_header(content, where)
     size = math.prod(shape) * kind.itemsize
@@ -272,7 +279,7 @@ def parse_npy(content: bytes, where: object = "the array", max_bytes: int = MAX_
 
 
 def read_npy(path: Path | str) -> np.ndarray:
-    """The array of an .npy file; see :func:`parse_npy`. Raises BadSample: it cannot be read."""
+    """Read the array of an .npy file; see :func:`parse_npy`. Raise BadSample if it cannot be read."""
     return parse_npy(read_bytes(path, MAX_ARRAY_BYTES + (1 << 16)), path)
 
 
@@ -282,14 +289,14 @@ def read_npz(
     where: object = None,
     max_bytes: int = MAX_ARRAY_BYTES,
 ) -> Mapping[str, np.ndarray]:
-    """Arrays of an .npz file by name, their checksums verified; no pickle.
+    """Read arrays of an .npz file by name and verify their checksums; no pickle.
 
     Args:
-        source: a regular file, or its content. names: only these, where they are there; None: all.
-        where: for messages; None: the path. max_bytes: of all arrays that are read, together.
+        source: a regular file, or its content. names: read only these arrays, if they exist; None: all.
+        where: for messages; None: the path. max_bytes: limit for the total size of the arrays that are read.
 
     Raises:
-        BadSample: it is not such a file, is damaged, or larger than `max_bytes`.
+        BadSample: it is not such a file, is damaged, or is larger than `max_bytes`.
     """
     place = where if where is not None else ("the archive" if isinstance(source, bytes) else source)
     if not isinstance(source, bytes):

@@ -1,4 +1,4 @@
-"""Validation of shards: decodes and checks every sample before training."""
+"""Validation of shards: decode and check every sample before training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROBLEMS_FILE = "problems.txt"
 
 
 def examine_shard(place: str, number: int) -> ShardReport:
-    """Reads, decodes and checks everything in a shard of a set."""
+    """Read, decode and check everything in a shard of a set."""
     shards = ShardSet(place, quiet=True)
     entry = shards.shards[number]
     report = ShardReport(f"{place}/{entry['name']}")
@@ -40,7 +40,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
         fresh = index_shard(Path(place) / entry["name"], describe)
         report.known += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
         stored = shards.index(number)
-        apart = shards.left_out(number)  # what only the whole set shows, and the examination of this tar does not
+        apart = shards.left_out(number)  # found only in the whole set; examining this tar alone does not find it
         report.known += [f"{key} of {report.name}: {reason}" for key, reason in apart.items()]
         fresh, stored = fresh.without({*fresh.bad, *apart}), stored.without(fresh.bad)
         for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
@@ -71,23 +71,23 @@ def examine_shard(place: str, number: int) -> ShardReport:
 
 
 def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
-    """Looks at every sample of a set and of its splits.
+    """Examine every sample of a set and of its splits.
 
-    Checked: every shard is whole and agrees with its index and manifest; every sample has its text and images and
-    decodes; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is not
-    empty. The first problems are named in the log, those before the rest that the manifest does not know; all of them
-    are written into ``problems.txt`` of the root.
+    Checks: every shard is complete and agrees with its index and manifest; every sample has its text and images and can
+    be decoded; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is
+    not empty. The first problems are logged, beginning with those that the manifest does not list; all problems are
+    written into ``problems.txt`` of the root.
 
-    Of images with text: how many have latents, patches and text, in every bucket. Samples without patches are skipped
-    in training; a bucket in which all lack something is an error.
+    For images with text, the samples with latents, patches and text are counted in every bucket. Samples without
+    patches are skipped in training; a bucket in which every sample lacks something is an error.
 
-    Held-out images that are near copies of trained ones, or of a set without splits any near copies, are no errors:
-    they are counted and the first ones named in the log.
+    Near copies are not errors: they are counted, and the first ones are named in the log. Held-out images are compared
+    with training images; in a set without splits all images are compared with each other.
 
     Returns:
-        `errors` (how many), `problems` (the first ones), `problems_file` (with all, or None), `shards`, `samples`,
-        `kinds` and `frames` (how many of each); of images with text `images`, `near_copies` (how many images have one;
-        None where they were not compared), and `buckets` with the counts of each.
+        `errors` (number), `problems` (the first ones), `problems_file` (with all problems, or None), `shards`,
+        `samples`, `kinds` and `frames` (number of each); for images with text also `images`, `near_copies` (number of
+        images that have a near copy; None if they were not compared), and `buckets` with the counts of each bucket.
     """
     jobs = [
         (place, number) for place in split_folders(root) for number in range(len(ShardSet(place, quiet=True).shards))
@@ -135,7 +135,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
 
 
 def _repeated(reports: Sequence[ShardReport]) -> list[str]:
-    """A problem for each key and each content that an earlier sample of the set has."""
+    """Return a problem for each key and each content that an earlier sample of the set already has."""
     problems = []
     keys: dict[str, str] = {}
     contents: dict[str, str] = {}
@@ -153,14 +153,14 @@ def _repeated(reports: Sequence[ShardReport]) -> list[str]:
 
 
 def _listed_problems(root: Path | str) -> list[str]:
-    """What the manifests left out, and where they and `images.json` differ from the files that are there."""
+    """Return what the manifests left out, and where they and `images.json` differ from the existing files."""
     problems = []
     if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
         problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
     for place in split_folders(root):
         manifest = read_json(Path(place) / MANIFEST)
         problems += list(manifest["broken"].values())
-        empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # of which nothing was examined
+        empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # not examined: without samples
         for name in empty:
             found = manifest["bad_samples"].get(name, {}).items()
             problems += [f"{place}/{name}, {key}: {reason}" for key, reason in found]
@@ -171,10 +171,10 @@ def _listed_problems(root: Path | str) -> list[str]:
 
 
 def _write_problems(file: Path, problems: Sequence[str]) -> str | None:
-    """Writes a line for each problem; the file, or None where it cannot be written or there are none."""
+    """Write one line per problem. Return the file, or None if it cannot be written or there are no problems."""
     try:
         if not problems:
-            file.unlink(missing_ok=True)  # of an earlier validation
+            file.unlink(missing_ok=True)  # written by an earlier validation
             return None
         write_text(file, "".join(f"{' '.join(problem.split())}\n" for problem in problems))
     except OSError as error:

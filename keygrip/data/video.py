@@ -1,7 +1,7 @@
-"""Videos: frames by index or by time, and the one H.264 writer.
+"""Read frames of videos by index or by time, and write H.264 videos.
 
-Every video of the project is decoded and written here: cameras of robot demonstrations, videos of shards and of users,
-and rollout videos. Legend of shapes: N frames, H and W the height and width of an image.
+Every video of the project is decoded and written here: cameras of robot demonstrations, videos in shards and from
+users, and rollout videos. Legend of shapes: N frames, H and W the height and width of an image.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from keygrip.data.bad_samples import guard, is_of_the_machine
 from keygrip.data.untrusted_files import MAX_PIXELS, regular_file
 from keygrip.data.video_frames import stored_frame, untimed_order, upright_frame, yuv420p
 
-# Containers that hold their images themselves, by what is in a file, not by its ending. Lists and playlists (ffconcat,
-# m3u8, ...) in place of a video would have FFmpeg read the files that they name, from the disk or the network.
+# Containers that contain the images themselves; detected by a file's content, not by its ending. For lists and
+# playlists (ffconcat, m3u8, ...) FFmpeg would read the files that they name, from the disk or the network.
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "h264", "hevc")
 SAFELY = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
-SEEK_S = 8.0  # to a wanted frame further ahead; as long as key frames are usually apart
-FURTHEST_BACK_S = 60.0  # a key frame may lie before what was decoded already, but not so far
-CUT_OFF_S = 0.25  # packets that end so long before the file's own length: a part of it is missing
+SEEK_S = 8.0  # seek if the wanted frame is further ahead than this, the usual distance of key frames
+FURTHEST_BACK_S = 60.0  # a seek may land on a key frame before the frame decoded last, but not further back than this
+CUT_OFF_S = 0.25  # if the packets end this much before the file's stated length, a part of the file is missing
 TIME_TOLERANCE_S = 2e-3  # containers round time stamps to milliseconds, twice
 Converted = TypeVar("Converted")
 
@@ -42,15 +42,15 @@ Converted = TypeVar("Converted")
 
 
 def file_identity(path: Path) -> str:
-    """Text that changes when the file changes: its path, size and modification time."""
+    """Return a text that changes when the file changes: its path, size and modification time."""
     stat = path.stat()
     return f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
 class _VideoIndex:
-    """Presentation times of a video's frames in order, (presentation, decoding time) of its key frames, and seconds of
-    a unit of them."""
+    """Sorted presentation times of a video's frames, (presentation, decoding time) of its key frames, and the time unit
+    in seconds."""
 
     times: list[int]
     keys: list[tuple[int, int]]
@@ -58,13 +58,13 @@ class _VideoIndex:
 
 
 def _local(path: str | Path) -> str:
-    """A file's name as FFmpeg takes it: relative, what stands before a colon would be a protocol."""
+    """Return an absolute path: FFmpeg would interpret the text before a colon in a relative path as a protocol."""
     return str(Path(path).absolute())
 
 
 def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
-    """The container and its video stream, decoded by one thread: workers are the parallelism. Raises OSError: it cannot
-    be opened, is none of `CONTAINERS`, has no video stream, or frames that are too large."""
+    """Open the container and its video stream. One thread decodes: loader workers run in parallel. Raise OSError if the
+    file cannot be opened, is none of `CONTAINERS`, or has no video stream or too large frames."""
     if not isinstance(source, bytes):
         regular_file(source)
     try:
@@ -72,10 +72,10 @@ def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
     except (av.FFmpegError, OSError) as error:
         if is_of_the_machine(error):
             raise
-        refused = error.errno == errno.EINVAL  # by the white list, before anything that it names is read
+        refused = error.errno == errno.EINVAL  # by the whitelist, before any file that it names is read
         why = f"it is none of the kinds of video that are read: {', '.join(CONTAINERS)}" if refused else str(error)
         raise OSError(f"the video cannot be opened ({why}); it is cut off or not a video") from error
-    stream: Any = container.streams.best("video")  # which players show: not a cover image or a preview before it
+    stream: Any = container.streams.best("video")  # the stream that players show, not a cover image or a preview
     if stream is None:
         container.close()
         raise OSError("it has no video stream; it is cut off or not a video")
@@ -83,24 +83,24 @@ def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
         container.close()
         raise OSError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
     stream.thread_type = "NONE"
-    # each frame states its size anew; what is refused here is not decoded. Twice: decoders count their padding too
+    # each frame states its own size; larger ones are not decoded. Factor 2: decoders count their padding as pixels too
     stream.codec_context.options = {"max_pixels": str(2 * MAX_PIXELS)}
     return container, stream
 
 
 def _open_container(path: Path) -> tuple[Any, Any]:
-    """Raises OSError: as `_container_of`; names the file."""
+    """Open a container as `_container_of` does; OSError also names the file."""
     with guard(path, lambda where, what: OSError(f"{where}: {what}")):
         return _container_of(path)
 
 
 def _make_index(path: Path) -> _VideoIndex:
-    """Reads the packets, decoding none: their presentation times, sorted, are the frames."""
+    """Read the packets without decoding them. Their sorted presentation times are those of the frames."""
     container, stream = _open_container(path)
     shown: list[int] = []
     keys: list[tuple[int, int]] = []
     with container:
-        unit_s = float(stream.time_base)  # here: closing the container frees the stream's memory
+        unit_s = float(stream.time_base)  # read it here: closing the container frees the stream's memory
         for packet in container.demux(stream):
             if packet.pts is None or packet.is_discard:
                 continue
@@ -115,17 +115,16 @@ def _make_index(path: Path) -> _VideoIndex:
 
 
 class _OpenVideo:
-    """One open container; `read` decodes forward where it can and seeks where it must.
+    """One open container; `read` decodes forward if possible and seeks otherwise.
 
-    A seek goes to the last key frame that is not *shown* after the wanted frame and is checked by the first packet that
-    follows it: with B-frames decoding order differs from presentation order, and some demuxers land one group of
-    images too late.
+    A seek goes to the last key frame that is not *shown* after the wanted frame, and its first packet is checked: with
+    B-frames, decoding and presentation order differ, and some demuxers land one group of pictures too late.
     """
 
     def __init__(self, path: Path, index: _VideoIndex) -> None:
         self.container, self.stream = _open_container(path)
         self.path, self.times, self.keys = path, index.times, index.keys
-        self.position: int | None = None  # presentation time of the frame given last
+        self.position: int | None = None  # presentation time of the frame returned last
         self.decoder: Any = None
 
     def close(self) -> None:
@@ -133,8 +132,8 @@ class _OpenVideo:
         self.container.close()
 
     def _frames_from(self, key: int) -> Any:
-        """Decoded frames from key frame number `key` (-1: the start of the file) on; None where the seek landed behind
-        that key frame."""
+        """Return the decoded frames from key frame number `key` (-1: the start of the file) on; None if the seek landed
+        after that key frame."""
         if key >= 0:
             wanted, decoding_time = self.keys[key]
             self.container.seek(decoding_time, stream=self.stream, backward=True)
@@ -156,7 +155,7 @@ class _OpenVideo:
         return iter(decode())
 
     def _advance(self, target: int) -> Any:
-        """The frame shown at `target`, decoding forward; None where the decoder passes it or ends."""
+        """Decode forward to the frame shown at `target` and return it; None if the decoder passes it or ends."""
         for frame in self.decoder:
             if frame.pts is None:
                 continue
@@ -172,7 +171,7 @@ class _OpenVideo:
         nearest = bisect.bisect_right(self.keys, (target, math.inf)) - 1  # last key frame not shown after it; -1: none
         nearest_key = self.keys[nearest][0] if nearest >= 0 else self.times[0]
         try:
-            # forward from where the decoder stands, unless a key frame between here and there makes a seek cheaper
+            # decode forward from the current position, unless a key frame before the target makes a seek cheaper
             if self.decoder is not None and self.position is not None and nearest_key <= self.position < target:
                 frame = self._advance(target)
                 if frame is not None:
@@ -207,7 +206,7 @@ def _video_index(path: Path) -> _VideoIndex:
 
 
 def _open_video(path: Path) -> _OpenVideo:
-    """The process's open container for `path`; one inherited by fork is not used, as it shares its file offset."""
+    """Return this process's open container for `path`; one inherited by fork is not used: it shares its file offset."""
     key = (os.getpid(), file_identity(path))
     video = _OPEN_VIDEOS.get(key)
     if video is None:
@@ -221,15 +220,15 @@ def _open_video(path: Path) -> _OpenVideo:
 
 
 def count_frames(path: Path) -> int:
-    """Frames in a video file, counted from its packets without decoding. Raises OSError: it cannot be read."""
+    """Count the frames of a video file from its packets, without decoding. Raise OSError if it cannot be read."""
     return len(_video_index(path).times)
 
 
 def frame_times(path: Path) -> np.ndarray:
-    """[N] seconds at which a video's frames are shown, from the first one on, without decoding.
+    """Return the times [N] at which a video's frames are shown, in seconds from the first frame, without decoding.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     index = _video_index(path)
     times = np.asarray(index.times, np.int64)
@@ -237,26 +236,26 @@ def frame_times(path: Path) -> np.ndarray:
 
 
 def read_frame(path: Path, index: int) -> np.ndarray:
-    """Frame `index` of a video file, exact to the frame whatever the group-of-pictures structure.
+    """Read frame `index` of a video file; exact for every group-of-pictures structure.
 
-    Containers stay open in this process, so that neighbouring frames are decoded once.
+    Containers stay open in this process, so that neighbouring frames are decoded only once.
 
     Returns:
         H x W x 3 uint8 RGB.
 
     Raises:
-        OSError: it cannot be decoded. IndexError: the file has no such frame.
+        OSError: the frame cannot be decoded. IndexError: the file has no such frame.
     """
     return _open_video(path).read(index)
 
 
 def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Frames `start` to `stop` - 1 of a video file in order, each H x W x 3 uint8 RGB.
+    """Yield frames `start` to `stop` - 1 of a video file in order, each H x W x 3 uint8 RGB.
 
-    It opens the file for itself, so that several threads may read videos at once.
+    Each call opens the file again, so that several threads may read videos at the same time.
 
     Raises:
-        OSError: one cannot be decoded. IndexError: the file has no such frame.
+        OSError: a frame cannot be decoded. IndexError: the file has no such frame.
     """
     video = _OpenVideo(path, _video_index(path))
     try:
@@ -270,7 +269,7 @@ def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
 
 
 def duration_s(source: bytes | str | Path) -> float:
-    """Seconds of the images in a video file, or in its content as bytes. Raises ValueError: it cannot be read."""
+    """Return a video's duration in seconds, from a file or its content. Raise ValueError if it cannot be read."""
     with guard("the video cannot be decoded"), _opened(source) as (container, stream):
         return _length(source, container, stream)
 
@@ -280,18 +279,18 @@ def frames_at(
     times: Callable[[float], Sequence[float] | np.ndarray],
     convert: Callable[[Image.Image], Converted],
 ) -> list[Converted]:
-    """Frames of a video at some times: each the one that is shown at that time, the last that began before it; upright,
-    where the file says how its frames lie (those of phones), and with square pixels.
+    """Read the frames that are shown at given times: for each time the last frame that began before it. Frames are
+    rotated upright if the file states their orientation (videos from phones do), and have square pixels.
 
-    What lies between times that are far apart is skipped from key frame to key frame, where the file allows it.
+    Between times that are far apart, reading seeks from key frame to key frame if the file allows it.
 
     Args:
         source: the file, or its content as bytes.
-        times: from the video's length in seconds to the wanted times, rising, seconds from the first frame.
-        convert: applied to each frame, so that only what is kept is held in memory.
+        times: maps the video's length in seconds to the wanted times, ascending, in seconds from the first frame.
+        convert: applied to each frame at once, so that only the converted frames stay in memory.
 
     Raises:
-        ValueError: it cannot be decoded, or ends before the last time.
+        ValueError: the video cannot be decoded, or ends before the last time.
     """
     try:
         return _frames_at(source, times, convert, seek=True)
@@ -315,18 +314,18 @@ def _frames_at(
         wanted = times(duration)
         start: float | None = None
         shown: Any = None
-        begin = end = gap = 0.0  # when `shown` begins and ends; the longest time that a frame was shown so far
+        begin = end = gap = 0.0  # times at which `shown` begins and ends; longest display time of a frame so far
         sought, worth_it = -1, SEEK_S
         frames = container.decode(stream)
         untimed = untimed_order(container, stream)
         seek = seek and not untimed
         while (frame := next(frames, None)) is not None:
             if frame.is_corrupt:
-                if sought >= 0:  # perhaps for want of what lies before the key frame
+                if sought >= 0:  # perhaps because data before the key frame are missing after the seek
                     raise _CannotSeek
                 raise ValueError(f"its frame at {float(frame.time or 0.0):.1f} s is damaged")
             now = float(frame.time or 0.0) if not untimed else float((frame.dts or 0) * frame.time_base)
-            if untimed and frame.dts is None and shown is not None:  # the last ones
+            if untimed and frame.dts is None and shown is not None:  # the last frames
                 now = begin + (start or 0.0) + (gap or float((frame.duration or 0) * frame.time_base))
             start = now if start is None else start
             while (
@@ -339,9 +338,9 @@ def _frames_at(
             shown, begin = frame, now - start
             end = begin + max(gap, float((frame.duration or 0) * frame.time_base))
             if seek and sought < len(found) and wanted[len(found)] - begin > worth_it:
-                sought = len(found)  # once: the key frame before it may lie behind
+                sought = len(found)  # only once: the key frame may lie before the current frame
                 frames, landed = _from_key_frame(container, stream, start + float(wanted[len(found)]), now)
-                worth_it *= 2 if landed <= now else 1  # key frames are further apart than that
+                worth_it *= 2 if landed <= now else 1  # the distance between key frames is larger than that
                 shown = None
         while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
             found.append(convert(upright_frame(shown, stream.sample_aspect_ratio)))
@@ -351,11 +350,11 @@ def _frames_at(
 
 
 def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tuple[Iterator[Any], float]:
-    """The frames from the last key frame at or before a time on, and its time; `now` is that of the last frame that was
-    decoded.
+    """Seek to the last key frame at or before `time`; return the frames from there on, and the key frame's time. `now`
+    is the time of the frame decoded last.
 
     Raises:
-        _CannotSeek: they begin after that time, or far before `now`.
+        _CannotSeek: the frames begin after `time`, or long before `now`.
     """
     try:
         container.seek(int(time / stream.time_base), stream=stream)
@@ -376,17 +375,17 @@ def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
-    """Seconds of a video stream: as its header says, or as its packets show where they say more or the header nothing.
+    """Return a video stream's length in seconds from its header, or from its packets if longer or not in the header.
 
-    The header of an mp4 counts in decoding order, which with B-frames and uneven times may end long before the last
-    frame is shown. That of an AVI is as long as the file, of which a part may be missing; the number of frames is
-    whole. Matroska and WebM give only the length of the longest stream, sound included, counted from 0; ASF (WMV) too,
-    whose frames may begin later.
+    The length in an mp4 header is in decoding order: with B-frames and uneven times it may end long before the last
+    frame is shown. In an AVI it depends on the size of the file, which may be cut off; the number of frames stays that
+    of the whole video. Matroska, WebM and ASF (WMV) state only the length of the longest stream, including audio, from
+    time 0; the frames of an ASF may begin later.
 
     Raises:
-        ValueError: no frames, or the packets end before the time that the file says.
+        ValueError: there are no frames, or the packets end before the time that the file states.
     """
-    # libav may give a stream of Matroska the length of the whole all the same
+    # for Matroska, libav may report the length of the whole file as that of the stream
     if stream.duration is None or stream.time_base is None or "matroska" in container.format.name:
         return _length_of_packets(source)
     late = max(0, stream.start_time or 0) if container.format.name == "asf" else 0
@@ -401,18 +400,18 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
             again.seek(first + images.duration, stream=images)  # to the last key frame
             packets = again.demux(images)
             shown = sorted((p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard)
-        except av.FFmpegError:  # it cannot be sought in, or breaks off there: decoding says what is missing
+        except av.FFmpegError:  # seeking is impossible, or the file is cut off there: decoding reports what is missing
             return declared
         last, duration = shown[-1] if shown else (first, 0)
-        if len(shown) > 1:  # durations of packets are those of decoding order too
+        if len(shown) > 1:  # packet durations are in decoding order too
             duration = min(duration, last - shown[-2][0])
         return max(declared, float((last + duration - first) * images.time_base))
 
 
 def _length_of_packets(source: bytes | str | Path) -> float:
-    """Seconds of a video stream by its packets, for containers that say no more than the length of the whole."""
+    """Return a video stream's length in seconds from its packets, for containers that state only their own length."""
     shown: list[tuple[int, int]] = []
-    whole, untimed = 0.0, False  # when the packets of all streams end; whether some say no time
+    whole, untimed = 0.0, False  # end time of the packets of all streams; whether some packets have no time
     with _opened(source) as (container, images):
         for packet in container.demux():
             if packet.pts is None or packet.is_discard:
@@ -438,7 +437,7 @@ def _length_of_packets(source: bytes | str | Path) -> float:
 
 
 def read_video(path: str | Path, every: int = 1) -> np.ndarray:
-    """Every n-th frame of a video, [N, H, W, 3] uint8. Raises ValueError where it cannot be decoded."""
+    """Read every n-th frame of a video, [N, H, W, 3] uint8. Raise ValueError if it cannot be decoded."""
     with guard("the video cannot be decoded"), _opened(path) as (container, stream):
         decoded = enumerate(container.decode(stream))
         return np.stack([stored_frame(frame) for i, frame in decoded if i % every == 0])
@@ -446,20 +445,20 @@ def read_video(path: str | Path, every: int = 1) -> np.ndarray:
 
 @contextlib.contextmanager
 def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> Iterator[Iterator[np.ndarray]]:
-    """The frames [H, W, 3] uint8 of a device, file or stream, each as it arrives.
+    """Yield an iterator over the frames [H, W, 3] uint8 of a device, file or stream, as they arrive.
 
     Args:
-        source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: found out. options: of FFmpeg.
+        source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: detected. options: for FFmpeg.
 
     Raises:
-        OSError, ValueError: it cannot be opened, or breaks off.
+        OSError, ValueError: the source cannot be opened, or ends unexpectedly.
     """
     with av.open(source, format=format, options=dict(options)) as container:
         yield (stored_frame(frame) for frame in container.decode(video=0))
 
 
 class VideoWriter:
-    """H.264 in an mp4 container, with B-frames off and a key frame every half second, so that random access is cheap.
+    """H.264 in an mp4 container, without B-frames and with a key frame every half second, for fast random access.
 
     Args:
         path: the file to write. width, height: even numbers of pixels. fps: frames per second.
@@ -474,7 +473,7 @@ class VideoWriter:
         self.stream.options = {"crf": "18", "bf": "0", "g": str(max(1, round(fps / 2))), "preset": "veryfast"}
 
     def write(self, image: np.ndarray) -> None:
-        """Append an image, H x W x 3 uint8 RGB. Raises ValueError: it is of another size or type."""
+        """Append an image, H x W x 3 uint8 RGB. Raise ValueError if it has another size or type."""
         if image.shape != (self.stream.height, self.stream.width, 3) or image.dtype != np.uint8:
             raise ValueError(
                 f"the video takes {self.stream.height} x {self.stream.width} x 3 uint8, not {image.shape} {image.dtype}"
@@ -482,7 +481,7 @@ class VideoWriter:
         self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(yuv420p(image), format="yuv420p")))
 
     def close(self) -> None:
-        """Write what the encoder still holds and end the file."""
+        """Write the frames that are still in the encoder, and close the file."""
         self.container.mux(self.stream.encode())
         self.container.close()
 

@@ -1,4 +1,4 @@
-"""Frames of videos: as players show them, whether their times can be believed, and as the encoder takes them."""
+"""Convert frames of videos: to the orientation in which players show them, and to the pixel format of the encoder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 
 from keygrip.data.untrusted_files import MAX_PIXELS
 
-# What a player does to a stored frame, by the display matrix [[a, b], [c, d]], which takes the pixel (x, y) to
-# (ax + cy, bx + dy); PIL turns counterclockwise.
+# How a player transforms a stored frame, by the display matrix [[a, b], [c, d]], which maps the pixel (x, y) to
+# (ax + cy, bx + dy); PIL rotates counterclockwise.
 SHOWN_BY = {
     (1, 0, 0, 1): None,
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -23,32 +23,32 @@ SHOWN_BY = {
     (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
-ABOUT = 0.01  # of a matrix's entries: half a degree, as FFmpeg rounds
-REORDERED = ("h264", "hevc")  # codecs whose frames are usually stored in another order than they are shown in
+ABOUT = 0.01  # tolerance for the matrix entries: half a degree, as FFmpeg rounds
+REORDERED = ("h264", "hevc")  # codecs whose frames are usually stored in another order than they are shown
 
 
 def untimed_order(container: Any, stream: Any) -> bool:
-    """Whether a file says when its frames are decoded and not when they are shown: an AVI of a codec with B-frames, of
-    which libav counts the stored frames. Its frames come in the right order, and their times of decoding rise evenly.
-    """
+    """Whether a file contains decoding times of its frames and no presentation times: an AVI with a codec that uses
+    B-frames, where libav counts the stored frames. Frames are decoded in the right order, and their decoding times
+    increase evenly."""
     return container.format.name == "avi" and stream.codec_context.name in REORDERED
 
 
 def upright_frame(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
-    """A decoded frame as players show it: stretched where its pixels are not square, and turned by quarters and
-    mirrored as its display matrix says.
+    """Convert a decoded frame to the image that players show: stretched if its pixels are not square, and rotated by
+    multiples of 90 degrees and mirrored according to its display matrix.
 
     Args:
-        pixel_shape: width of a pixel over its height; None: square.
+        pixel_shape: width of a pixel divided by its height; None: square.
 
     Raises:
-        ValueError: it has more pixels than an image may have, or more when it is stretched; or its display matrix turns
-            by another angle or skews.
+        ValueError: the frame has too many pixels for an image, as stored or after stretching; or its display matrix
+            rotates by another angle or skews.
     """
     _refuse_large(frame)
     shown_by = _shown_by(frame.side_data.get("DISPLAYMATRIX"))
     image: Image.Image = frame.to_image()
-    if pixel_shape and pixel_shape != 1:  # the shorter side grows: no pixel is lost
+    if pixel_shape and pixel_shape != 1:  # one side is enlarged, none is reduced: no pixel is lost
         width, height = image.width * max(pixel_shape, Fraction(1)), image.height / min(pixel_shape, Fraction(1))
         if width * height > MAX_PIXELS:
             raise ValueError(f"shown with pixels of {pixel_shape}, its frames have more than {MAX_PIXELS} pixels")
@@ -57,28 +57,28 @@ def upright_frame(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
 
 
 def stored_frame(frame: Any) -> np.ndarray:
-    """A decoded frame as it is stored, H x W x 3 uint8 RGB. Raises ValueError: more pixels than an image may have."""
+    """Return a decoded frame as it is stored, H x W x 3 uint8 RGB. Raise ValueError if it has too many pixels."""
     _refuse_large(frame)
     pixels: np.ndarray = frame.to_ndarray(format="rgb24")
     return pixels
 
 
 def _refuse_large(frame: Any) -> None:
-    """Raises ValueError: it has more pixels than an image may have. Every frame of a video states its own size, of
-    which the file's header says nothing."""
+    """Raise ValueError if a frame has more pixels than an image may have. Every frame of a video states its own size,
+    which the file's header does not contain."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(f"a frame has more than the {MAX_PIXELS} pixels that an image may have")
 
 
 def _shown_by(display_matrix: Any) -> Image.Transpose | None:
-    """How a frame is turned and mirrored. One whose matrix is without a width or a height is shown as it is stored,
-    which is what FFmpeg does.
+    """Return how a frame must be rotated and mirrored. A frame whose matrix has a zero width or height is shown as
+    stored, as FFmpeg does.
 
     Args:
-        display_matrix: of FFmpeg, 9 int32 by rows; None: there is none.
+        display_matrix: from FFmpeg, 9 int32 in row-major order; None: there is no matrix.
 
     Raises:
-        ValueError: by no quarter turn.
+        ValueError: the rotation is not a multiple of 90 degrees.
     """
     if display_matrix is None:
         return None
@@ -96,9 +96,9 @@ def _shown_by(display_matrix: Any) -> Image.Transpose | None:
     return SHOWN_BY[nearest]
 
 
-# FFmpeg's conversions from RGB to YUV and back cut fractions off, which darkens every image by 1 to 2 of 255. Written
-# values are therefore rounded, and raised by what reading takes away: measured with FFmpeg's default reader, the mean
-# error of uniform and of textured colours is within 0.5 of 255 for every channel.
+# FFmpeg's conversions from RGB to YUV and back truncate fractions, which darkens every image by 1 to 2 of 255. Written
+# values are therefore rounded, and increased by the amount that reading removes: measured with FFmpeg's default reader,
+# the mean error of uniform and of textured colours is within 0.5 of 255 for every channel.
 LUMA_LIFT, CHROMA_LIFT = 0.75, -0.1
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32) * np.float32(219 / 255)  # BT.601, limited range
 _CHROMA = np.array(
@@ -107,8 +107,8 @@ _CHROMA = np.array(
 
 
 def yuv420p(image: np.ndarray) -> np.ndarray:
-    """The planes [H * 3 / 2, W] uint8 of an image, H x W x 3 uint8 RGB of even sides, as the encoder takes them:
-    BT.601, limited range, chroma halved."""
+    """Convert an image, H x W x 3 uint8 RGB with even sides, to the planes [H * 3 / 2, W] uint8 that the encoder
+    expects: BT.601, limited range, chroma at half resolution."""
     height, width = image.shape[:2]
     rgb = image.astype(np.float32)
     luma = rgb @ _LUMA + (16 + LUMA_LIFT)

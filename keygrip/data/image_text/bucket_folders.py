@@ -1,7 +1,7 @@
-"""Folders of image shards in aspect buckets, and `images.json`, which names their buckets and encoders.
+"""Folders of image shards in aspect buckets, and `images.json`, which lists their buckets and encoders.
 
-A root holds `bucket_<width>x<height>/` folders, each a shard set, or `train/`, `val/` and perhaps `test/` with such
-folders.
+A root contains `bucket_<width>x<height>/` folders, each a shard set; or `train/`, `val/` and optionally `test/` with
+such folders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INFO = "images.json"
 
 
 def write_info(root: Path | str, encoders: dict[str, Any] | None) -> dict[str, Any]:
-    """Writes `images.json`: the buckets of every split, and the encoders ({"fingerprint", "description"})."""
+    """Write `images.json`: the buckets of every split, and the encoders ({"fingerprint", "description"})."""
     root = Path(root)
     info = {"schema": SCHEMA, "splits": buckets_there(root), "encoders": encoders}
     write_json(root / INFO, info)
@@ -31,27 +31,28 @@ def write_info(root: Path | str, encoders: dict[str, Any] | None) -> dict[str, A
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Folders with buckets by split; "" for a root without splits."""
+    """Return the folders with buckets by split; the split of a root without splits is ""."""
     found = {split: root / split for split in SPLITS if buckets_in(root / split)}
     return found or ({"": root} if buckets_in(root) else {})
 
 
 def buckets_there(root: Path) -> dict[str, list[str]]:
-    """The buckets of every split that have a manifest."""
+    """Return the names of the buckets with a manifest, by split."""
     return {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in split_folders(root).items()}
 
 
 def buckets_in(folder: Path) -> list[Bucket]:
-    """The buckets of a local folder that have a manifest."""
+    """Return the buckets of a local folder that have a manifest."""
     names = [path.parent.name for path in folder.glob(f"bucket_*/{MANIFEST}")]
     return sorted(Bucket.from_name(name) for name in names if BUCKET_NAME.match(name))
 
 
 def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """What `images.json` says; of a local folder without one, what lies there.
+    """Read `images.json`; for a local folder without this file, return the same information from the existing buckets.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing in it. ValueError: a file of another kind.
+        FileNotFoundError: there is no such folder, or no bucket in it. ValueError: the file is damaged or of another
+            kind.
     """
     if is_remote(root):
         content = read_json(cache_of(root, cache_dir).fetch(INFO, fresh=True))
@@ -75,8 +76,8 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
 @data_part(from_checkpoint={"make_missing": False}, plain=["options"], makers=["maker"])
 @dataclass(frozen=True)
 class MadeImages(MadeShards):
-    """Image shards that the program makes itself where they are missing; `images.json`, written last, says that they
-    are whole."""
+    """Image shards that the program generates if they are missing; they are complete if `images.json`, which is written
+    last, exists."""
 
     def is_whole(self, root: Path) -> bool:
         return (root / INFO).is_file()

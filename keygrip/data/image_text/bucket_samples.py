@@ -1,4 +1,4 @@
-"""Samples of image shards by aspect bucket: their order, their reading and their batches, one bucket per batch."""
+"""Order, read and batch the samples of image shards by aspect bucket; each batch is from one bucket."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class BucketPart:
 
 
 class BucketBatchSampler(GlobalBatchSampler):
-    """Global batches of one bucket each; otherwise as :class:`GlobalBatchSampler`.
+    """Yield global batches from one bucket each; otherwise the same as :class:`GlobalBatchSampler`.
 
-    In training, what does not fill a batch of its bucket is left out of the epoch, other samples in each. In
-    validation (`shuffle=False`, `drop_last=False`) every sample comes once, and a bucket's last batch may be smaller,
-    or larger by fewer samples than there are ranks.
+    In training, samples that do not fill a batch of their bucket are left out of the epoch; these are different samples
+    in every epoch. In validation (`shuffle=False`, `drop_last=False`) every sample occurs once. The last batch of a
+    bucket may then be smaller, or larger by fewer samples than there are ranks.
 
     Args:
-        bucket: [N] int, of each sample.
+        bucket: [N] int, bucket of each sample.
 
     Raises:
-        ValueError: no bucket fills a batch, or as the parent class.
+        ValueError: no bucket fills a batch, or an error of the parent class.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class BucketBatchSampler(GlobalBatchSampler):
         return int(whole.sum())
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """All ranks' batches of an epoch, in order."""
+        """Return the global batches (for all ranks together) of an epoch, in order."""
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch if self.shuffle else 0))))
         found = []
         for bucket in np.unique(self.bucket):
@@ -80,23 +80,24 @@ class BucketBatchSampler(GlobalBatchSampler):
             stop = len(members) // self.batch_size * self.batch_size if self.drop_last else len(members)
             parts = [members[start : start + self.batch_size] for start in range(0, stop, self.batch_size)]
             if len(parts) > 1 and len(parts[-1]) < self.ranks:
-                # an empty batch keeps the place in the order, which is then that of one process
+                # an empty batch keeps the position, so that the order is the same as with one process
                 parts[-2:] = [np.concatenate(parts[-2:]), members[:0]]
             found += parts
         return [found[place] for place in rng.permutation(len(found)) if len(found[place])]
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         for batch in self.batches(epoch)[first:]:
-            # a bucket of fewer samples than there are ranks repeats them, so that no rank waits forever
+            # a bucket with fewer samples than ranks repeats its samples, so that no rank waits forever
             yield np.array_split(np.resize(batch, max(len(batch), self.ranks)), self.ranks)
 
 
 class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
-    """The samples of some buckets, numbered one behind the other; indexed by `SampleKey`.
+    """The samples of some buckets, numbered consecutively; indexed by `SampleKey`.
 
     Args:
-        vary_captions: an image with several captions has another one in each epoch, in turn; otherwise the first.
-        with_images: images' own pixels too, where the shards keep them.
+        vary_captions: use the captions of an image with several captions in turn, one per epoch; otherwise always the
+            first caption.
+        with_images: also return the images' pixels, if the shards contain them.
     """
 
     def __init__(
@@ -115,11 +116,11 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
 
     @property
     def bucket(self) -> np.ndarray:
-        """[N], number of each sample's bucket."""
+        """[N], index of each sample's bucket."""
         return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
 
     def __getitem__(self, key: SampleKey) -> ImageTextSample:
-        """Raises BadSample: it cannot be read, or has other sizes than the rest of its bucket."""
+        """Read a sample. Raise BadSample if it cannot be read or its sizes differ from the rest of its bucket."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         place = int(part.chosen[key.sample - int(self.starts[number])])
@@ -146,7 +147,7 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         return sample
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The next ones of its bucket."""
+        """Yield the sample itself and then the following samples of its bucket."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         start, count = int(self.starts[number]), len(self.parts[number])
         for step in range(min(SUBSTITUTES + 1, count)):
@@ -154,10 +155,10 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
 
 
 def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> ImageTextBatch:
-    """Samples of one bucket as a batch.
+    """Stack samples of one bucket into a batch.
 
     Args:
-        trim_text: cut off the padding behind the longest caption: 512 states of T5-XXL are 8 MB per image.
+        trim_text: cut off the padding after the longest caption: 512 states of T5-XXL are 8 MB per image.
     """
     length = max(1, *(int(sample.text_mask.sum()) for sample in samples)) if trim_text else None
 

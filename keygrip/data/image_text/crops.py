@@ -1,7 +1,7 @@
 """Aspect buckets, and the crop of an image that its latent and its DINO view share.
 
-A crop is a box (left, top, right, bottom) in pixels of the source image, with fractions: the latent's image and the
-view are both resized from that very box, so that they show the same rectangle whatever their sizes.
+A crop is a box (left, top, right, bottom) in pixels of the source image; the edges may be fractions. The image for the
+latent and the DINO view are both resized from this box, so that they show the same rectangle at any size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A size that images are brought to, pixels."""
+    """A size in pixels to which images are cropped and resized."""
 
     width: int
     height: int
@@ -35,7 +35,7 @@ class Bucket:
 
     @classmethod
     def from_name(cls, name: str) -> Bucket:
-        """Raises ValueError: not a bucket's name."""
+        """Parse a bucket's name. Raise ValueError if it is not valid."""
         found = BUCKET_NAME.match(name)
         if found is None:
             raise ValueError(f"{name!r} does not name a bucket: bucket_<width>x<height>, in pixels")
@@ -43,12 +43,13 @@ class Bucket:
 
 
 def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
-    """Sizes of about `size` x `size` pixels in all, whose sides divide by `step`, up to `max_aspect` : 1 both ways.
+    """Return sizes with an area of about `size` x `size` pixels, with sides that are multiples of `step` and aspect
+    ratios up to `max_aspect` : 1 in both directions.
 
-    For every width the height that comes nearest to that area; the square is always among them.
+    Each width gets the height that comes nearest to that area; the square is always included.
 
     Raises:
-        ValueError: sizes that do not divide, or an aspect below 1.
+        ValueError: `size` is not a multiple of `step`, or `max_aspect` is below 1.
     """
     if step < 1 or size < step or size % step:
         raise ValueError(f"size={size} must be a multiple of step={step}")
@@ -63,20 +64,20 @@ def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest; of several the first."""
+    """Return the bucket with the nearest aspect ratio; among equally near ones the first."""
     return min(buckets, key=lambda b: abs(math.log(width / height) - math.log(b.width / b.height)))
 
 
 def shared_crop(width: int, height: int, bucket: Bucket) -> Box:
-    """The largest box of the bucket's shape in the middle of an image."""
+    """Return the largest centred box with the bucket's aspect ratio in an image."""
     scale = min(width / bucket.width, height / bucket.height)
-    wide, high = min(bucket.width * scale, width), min(bucket.height * scale, height)  # above by rounding alone
+    wide, high = min(bucket.width * scale, width), min(bucket.height * scale, height)  # clips rounding errors only
     left, top = (width - wide) / 2, (height - high) / 2
     return left, top, min(left + wide, width), min(top + high, height)
 
 
 def cut_out(image: Image, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, 3]: what the box shows, at `size` (width, height)."""
+    """Crop a box from an image and resize it to `size` (width, height): uint8 [height, width, 3]."""
     from PIL import Image
 
     if image.mode != "RGB":

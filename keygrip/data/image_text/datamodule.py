@@ -1,7 +1,7 @@
-"""The data module of images with text in aspect buckets: one bucket per batch, resumable in mid-epoch.
+"""The data module for images with text in aspect buckets: one bucket per batch, resumable in mid-epoch.
 
-A sample that lacks its patches (or another member) is skipped, counted and reported; a set in which all are skipped is
-an error.
+A sample without its patches (or another required member) is skipped, counted and reported; a set in which all samples
+are skipped is an error.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class ImageShards(ResumableData):
     """Images with text from shards in aspect buckets.
 
     Args:
-        root: folder or URL, see `keygrip.data.image_text.bucket_folders`. None: `make`.
-        make: how the shards are made where they are missing.
-        batch_size: images, global over all ranks; every batch is of one bucket.
-        seed: of the order.
-        val_fraction: of a set without splits, by a hash of the keys: always the same samples.
-        max_val_samples: validation sees at most so many, spread evenly over each bucket; None: all.
-        max_skipped_share: more samples without a needed part, or unreadable ones, stop the run.
+        root: folder or URL, see `keygrip.data.image_text.bucket_folders`. None: use the shards of `make`.
+        make: how missing shards are generated.
+        batch_size: images in a global batch, over all ranks; every batch is from one bucket.
+        seed: of the order of samples.
+        val_fraction: validation share of a set without splits; chosen by a hash of the keys: always the same samples.
+        max_val_samples: the largest number of validation samples, spread evenly over each bucket; None: all.
+        max_skipped_share: a larger share of samples without a needed part, or of unreadable ones, stops the run.
         cache_dir, cache_gb: for remote shards.
-        num_workers: loader processes; None: one for each core but one, 4 at most.
-        prefetch_batches: batches that each worker keeps ready.
-        trim_text: batches end with their longest caption; False: every batch has the encoder's whole length.
+        num_workers: loader processes; None: the number of cores minus one, at most 4.
+        prefetch_batches: batches that each worker prepares in advance.
+        trim_text: pad texts to the longest caption of the batch; False: to the encoder's full length.
     """
 
     read_where: ClassVar = {"make": ReadWhere("root", None)}
@@ -90,15 +90,15 @@ class ImageShards(ResumableData):
         self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches, self.trim_text = prefetch_batches, trim_text
         self.skipped = BadSamples(max_skipped_share)
-        self.prepare_data_per_node = False  # shards lie where every node sees them
+        self.prepare_data_per_node = False  # every node can read the shards in the same place
         self.parts: dict[str, list[BucketPart]] = {}
         self.encoders = UNKNOWN
         self.sizes: dict[str, int] = {}
-        self.divided_by_keys = False  # the set has no splits of its own
+        self.divided_by_keys = False  # True: the set has no splits of its own
 
     @property
     def place(self) -> str:
-        """The root, or where `make` puts it. Raises ValueError: neither is given."""
+        """The root, or the folder of `make`. Raises ValueError if neither is given."""
         if self.root is not None:
             return str(self.root)
         if self.make is None:
@@ -106,16 +106,16 @@ class ImageShards(ResumableData):
         return str(self.make.root)
 
     def prepare_data(self) -> None:
-        """Makes the shards where they are missing and no other place was named."""
+        """Generate the shards if they are missing and no `root` is given."""
         if self.root is None and self.make is not None:
             self.make.complete()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens all splits; once.
+        """Open all splits; later calls do nothing.
 
         Raises:
-            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: all samples are skipped, or
-                more than `max_skipped_share` of them.
+            FileNotFoundError, ShardError: shards are missing or broken (the message names them). ValueError: all
+                samples are skipped, or more than `max_skipped_share` of them.
         """
         if self.parts:
             return
@@ -141,7 +141,7 @@ class ImageShards(ResumableData):
         self._report()
 
     def _usable(self, shards: ShardSet, folder: str) -> np.ndarray:
-        """bool [N]: samples that have everything. What is missing is counted and said."""
+        """Return bool [N], True for samples that have all parts. Missing parts are counted and logged."""
         names = list(shards.columns)
         rows = zip(*(shards.columns[name].tolist() for name in names), strict=True)
         lacks = [missing_parts(dict(zip(names, row, strict=True))) for row in rows]
@@ -168,7 +168,7 @@ class ImageShards(ResumableData):
         return [("train", np.flatnonzero(usable & ~val)), ("val", np.flatnonzero(usable & val))]
 
     def _common_sizes(self, opened: dict[str, list[BucketPart]]) -> dict[str, int]:
-        """Sizes that all samples have in common. Raises ValueError: they differ between buckets."""
+        """Return the sizes that are the same for all samples. Raise ValueError if they differ between buckets."""
         sizes: dict[str, int] = {}
         for parts in opened.values():
             for part in parts:
@@ -198,7 +198,7 @@ class ImageShards(ResumableData):
 
     @property
     def folder(self) -> Path:
-        """Where something derived from the data may be kept (`folder_beside`)."""
+        """Where files derived from the data may be stored (`folder_beside`)."""
         return folder_beside(self.place)
 
     def shard_hashes(self) -> dict[str, str]:
@@ -207,11 +207,11 @@ class ImageShards(ResumableData):
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that the order of training samples depends on."""
+        """Hash of everything that the order of training samples depends on."""
         return self.fingerprint_of("train")
 
     def fingerprint_of(self, split: str) -> str:
-        """Of the samples of a split and their order; needs `setup`."""
+        """Return a hash of the samples of a split and their order; requires `setup`."""
         digest = hashlib.sha256()
         for part in self.parts[split]:
             digest.update(f"{part.bucket.name}:{part.shards.fingerprint}:".encode())
@@ -220,7 +220,7 @@ class ImageShards(ResumableData):
 
     @property
     def statistics(self) -> ImageTextStatistics:
-        """Of the training split, computed once and kept beside the shards; needs `setup`."""
+        """Statistics of the training split, computed once and stored next to the shards; requires `setup`."""
         parts = self.parts["train"]
         measured = {name: torch.from_numpy(values) for name, values in self._measured().items()}
         return ImageTextStatistics(
@@ -236,7 +236,7 @@ class ImageShards(ResumableData):
 
     def _measured(self) -> dict[str, np.ndarray]:
         file = self.folder / f"statistics-{self.fingerprint}.npz"
-        make_once(file, Path.is_file, self._measure, together_without=True)  # one computes, the others wait for it
+        make_once(file, Path.is_file, self._measure, together_without=True)  # one process computes, the others wait
         return dict(read_npz(file))
 
     def _measure(self, file: Path) -> None:
@@ -249,7 +249,7 @@ class ImageShards(ResumableData):
     def samples(
         self, split: str, limit: int | None = None, vary_captions: bool = False, with_images: bool = False
     ) -> ImageTextSamples:
-        """The samples of a split, or so many of them, spread evenly over each bucket."""
+        """Return the samples of a split, or `limit` of them, spread evenly over each bucket."""
         parts = self.parts[split]
         total = sum(len(part) for part in parts)
         if limit is not None and limit < total:
@@ -279,10 +279,10 @@ class ImageShards(ResumableData):
     def held_out(
         self, split: str, limit: int | None = None, with_images: bool = False, batch_size: int | None = None
     ) -> DataLoader[Any] | list[Any]:
-        """A split's samples, each once and always in the same order; empty where there is no such split.
+        """Return a loader of a split's samples, each once and always in the same order; [] if the split is empty.
 
         Args:
-            with_images: images' own pixels too, where the shards keep them. batch_size: None: that of training.
+            with_images: also load the images' pixels, if the shards contain them. batch_size: None: as in training.
         """
         samples = self.samples(split, limit, with_images=with_images)
         if not len(samples):

@@ -1,17 +1,17 @@
-"""Image files of any kind as 8-bit RGB pixels: one way for shards, sampling and the images of conversations.
+"""Decode image files of any kind to 8-bit RGB; used for shards, for sampling and for the images of conversations.
 
-| what a file holds | how it is decoded |
+| content of a file | decoding |
 | --- | --- |
-| EXIF orientation | turned |
-| transparency (alpha, a palette's or a single transparent value) | laid over white |
-| 16-bit grey, TIFFs of 12 bits | scaled to 8 bits by the whole range of so many bits |
-| signed integers in TIFFs | 16-bit: 0 is black and 32767 white, numbers below 0 are refused; 8-bit are refused |
+| EXIF orientation | rotated or mirrored accordingly |
+| transparency (alpha channel, transparent palette entries or a single transparent value) | composited over white |
+| 16-bit grey, 12-bit TIFFs | scaled to 8 bits from the full range of that bit depth |
+| signed integers in TIFFs | 16-bit: 0 is black and 32767 white, values below 0 are refused; 8-bit are refused |
 | floating point | 0..1 is black to white; other ranges are refused |
-| 32-bit integers | within 0..65535 as 16-bit; others are refused |
-| CMYK, YCbCr, Lab, palettes, 1 bit, grey | converted; by its ICC profile where there is one |
-| RGB | converted by its ICC profile where that shows colours otherwise than sRGB, whatever it is called |
-| PNG with a gamma (gAMA) and neither profile nor sRGB | brought to the gamma of a screen |
-| several frames or pages | refused, but for the second frames of a camera's multi-picture JPEG |
+| 32-bit integers | values within 0..65535 as 16-bit; others are refused |
+| CMYK, YCbCr, Lab, palettes, 1 bit, grey | converted; with the ICC profile if there is one |
+| RGB | converted with the ICC profile if its colours differ from sRGB, whatever the profile's name is |
+| PNG with a gamma (gAMA) and neither profile nor sRGB | converted to the gamma of a screen |
+| several frames or pages | refused, except the second frames of a camera's multi-picture JPEG |
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from keygrip.data.bad_samples import HOSTILE
 from keygrip.data.untrusted_files import open_image
 
 EXIF_ORIENTATION = 0x0112
-ORIENTATIONS = range(2, 9)  # that turn or mirror
-TURNED_BY_A_QUARTER = range(5, 9)  # of EXIF's orientations 1..8; any other number is no orientation and turns nothing
+ORIENTATIONS = range(2, 9)  # EXIF orientations that rotate or mirror
+TURNED_BY_A_QUARTER = range(5, 9)  # rotated by 90 degrees; values outside EXIF's 1..8 are ignored
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 256, 257, 258, 262, 0
-TIFF_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # of numbers
+TIFF_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # sample format
 DEEPEST = 65535  # white of 16-bit grey
 DEEPEST_SIGNED = 32767
 MATTE = (255, 255, 255)
 SCREEN_GAMMA = 2.2
-NEARLY = 0.05  # relative tolerance of gamma; the usual gAMA of 0.45455 is that of a screen
+NEARLY = 0.05  # relative tolerance of gamma; the usual gAMA value 0.45455 is the gamma of a screen
 # Colour spaces of ICC profiles by the modes of images that they can describe.
 PROFILED = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "L": "GRAY"}
 
 
 def size_of(path: Path | str) -> tuple[int, int]:
-    """Width and height of an image after its EXIF turn, from its header.
+    """Return the width and height of an image after its EXIF rotation, from its header.
 
     Raises:
-        BadSample: it cannot be read, is too large, or has several frames.
+        BadSample: the image cannot be read, is too large, or has several frames.
     """
     with open_image(path) as image:
         refuse_frames(image)
-        # Pillow turns a TIFF by itself when it decodes it, and some versions say the turned size before.
+        # Pillow rotates a TIFF when it decodes it, and some versions report the rotated size before decoding.
         stored = (image.width, image.height)
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
@@ -59,10 +59,10 @@ def size_of(path: Path | str) -> tuple[int, int]:
 
 
 def decode_image(path: Path | str) -> Image.Image:
-    """An RGB image; see the table above.
+    """Decode an image file to RGB; see the table above.
 
     Raises:
-        BadSample: it cannot be decoded, is too large, has several frames, or its numbers have no known white.
+        BadSample: the image cannot be decoded, is too large, has several frames, or it is unknown which value is white.
     """
     with open_image(path) as image:
         refuse_frames(image)
@@ -70,15 +70,15 @@ def decode_image(path: Path | str) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an opened image of any mode, turned as its EXIF says; see the table above.
+    """Convert an opened image of any mode to 8-bit RGB, rotated according to its EXIF data; see the table above.
 
     Raises:
-        ValueError: its numbers have no known white, or cannot be converted.
+        ValueError: it is unknown which value is white, or the values cannot be converted.
     """
-    tags = getattr(image, "tag_v2", None) or {}  # of a TIFF; a turned image has lost them
+    tags = getattr(image, "tag_v2", None) or {}  # of a TIFF; rotating the image loses them
     bits, kind = tags.get(TIFF_BITS, (0,))[0], tags.get(TIFF_FORMAT, (UNSIGNED,))[0]
     white = 2**bits - 1 if image.mode == "I;16" and bits else DEEPEST
-    if kind == SIGNED and bits == 8:  # Pillow takes them for unsigned ones
+    if kind == SIGNED and bits == 8:  # Pillow reads them as unsigned
         raise ValueError("its numbers are signed 8-bit integers: save it with unsigned ones")
     if kind == SIGNED and bits == 16:
         white = DEEPEST_SIGNED
@@ -87,7 +87,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says. Notes that are damaged do not make the image a bad one."""
+    """Rotate and mirror an image according to its EXIF data. Damaged EXIF data are ignored and do not make the image a
+    bad sample."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except HOSTILE:
@@ -96,14 +97,14 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def refuse_frames(image: Image.Image) -> None:
-    """Raises ValueError: the image has several frames or pages, and which one is meant is not known."""
+    """Raise ValueError if the image has several frames or pages: it is unknown which one to use."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews or a stereo pair: the first is the photo
         raise ValueError(f"it has {frames} frames or pages: save the one that is meant as a file of its own")
 
 
 def refuse_transparency(image: Image.Image) -> None:
-    """Raises ValueError: parts of a mask are transparent; whether these count as black or as white is not known."""
+    """Raise ValueError if parts of a mask are transparent: it is unknown whether they count as black or white."""
     if _may_be_transparent(image) and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
         raise ValueError("parts of it are transparent, and a mask is black and white: save it without transparency")
 
@@ -113,16 +114,17 @@ def _may_be_transparent(image: Image.Image) -> bool:
 
 
 def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST, unsigned: bool = False) -> Image.Image:
-    """8-bit RGB of an image of any mode.
+    """Convert an image of any mode to 8-bit RGB.
 
     Args:
-        white_is_zero: of 16-bit, 32-bit and floating-point grey: the lowest number is white. Pillow inverts 8 bits.
-        white: of 16-bit and 32-bit grey: the number that is white; 4095 in a TIFF of 12 bits, which Pillow opens as
-            16-bit without scaling it.
-        unsigned: of 32-bit grey, which Pillow always opens as signed.
+        white_is_zero: for 16-bit, 32-bit and floating-point grey: the lowest value is white. Pillow inverts 8-bit grey
+            itself.
+        white: for 16-bit and 32-bit grey: the value of white; 4095 for a 12-bit TIFF, which Pillow opens as 16-bit
+            without scaling it.
+        unsigned: for 32-bit grey: the values are unsigned; Pillow always opens them as signed.
 
     Raises:
-        ValueError: its numbers have no known white, or cannot be converted.
+        ValueError: it is unknown which value is white, or the values cannot be converted.
     """
     exponent = _gamma_exponent(image)
     profile = image.info.get("icc_profile")
@@ -130,7 +132,7 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST, u
         grey = Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent, unsigned))
         return (_without_profile(grey, profile) if profile else grey).convert("RGB")
     transparent = _may_be_transparent(image)
-    if transparent and profile and image.mode in ("L", "LA"):  # a grey profile says nothing of RGBA
+    if transparent and profile and image.mode in ("L", "LA"):  # a grey profile does not apply to RGBA
         alpha = image.convert("RGBA").getchannel("A")
         image = _without_profile(image.convert("L"), profile).convert("RGB")
         image.putalpha(alpha)
@@ -147,10 +149,11 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST, u
 
 
 def _gamma_exponent(image: Image.Image) -> float:
-    """What shares of white are raised to for a screen: 1 but for a PNG with a gamma and neither profile nor sRGB.
+    """Return the exponent that converts values (as shares of white) to the gamma of a screen. It is 1 except for a PNG
+    with a gamma and neither profile nor sRGB.
 
     Raises:
-        ValueError: a gamma that no image has.
+        ValueError: the gamma is not plausible for an image.
     """
     gamma = image.info.get("gamma")
     if image.format not in ("PNG", None) or gamma is None or {"icc_profile", "srgb"} & set(image.info):
@@ -162,13 +165,13 @@ def _gamma_exponent(image: Image.Image) -> float:
 
 
 def _with_exponent(image: Image.Image, exponent: float) -> Image.Image:
-    """RGB or RGBA with each colour as a share of white raised to a power; transparency stays."""
+    """Raise each colour of an RGB or RGBA image, as a share of white, to a power; alpha is unchanged."""
     table = [round(255 * (value / 255) ** exponent) for value in range(256)]
     return image.point(table * 3 + list(range(256)) * (image.mode == "RGBA"))
 
 
 def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: float, unsigned: bool) -> np.ndarray:
-    """uint8 [H, W] of an image whose pixels are 16-bit or 32-bit numbers, as shares of white raised to the exponent."""
+    """Convert an image with 16-bit or 32-bit pixels to uint8 [H, W]: shares of white, raised to the exponent."""
     values = np.asarray(image)
     values = values.view(np.uint32) if unsigned else values
     if values.dtype.kind == "f":
@@ -191,7 +194,7 @@ def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: f
 
 
 def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image in sRGB. A profile of another colour space than the pixels' says nothing about them."""
+    """Convert the image to sRGB. A profile for another colour space than that of the pixels is ignored."""
     from PIL import ImageCms
 
     try:
@@ -207,10 +210,10 @@ def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
     return found
 
 
-@functools.lru_cache(maxsize=32)  # most images of a set have one of a few profiles
+@functools.lru_cache(maxsize=32)  # most images of a set share a few profiles
 def _shows_as_srgb(profile: bytes) -> bool:
-    """Whether a profile of RGB changes no channel of any colour by more than 1 of 255. Its name does not count: linear
-    profiles are called sRGB too. Raises PyCMSError, OSError: it cannot be used."""
+    """Whether an RGB profile changes no channel of any colour by more than 1 of 255. Its name is ignored: some linear
+    profiles are called sRGB too. Raise PyCMSError or OSError if it cannot be used."""
     from PIL import ImageCms
 
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)

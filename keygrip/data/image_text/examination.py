@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def examine_image_text(shards: ShardSet, sample: int, parts: Parts, report: ShardReport) -> None:
-    """Counts what an image has, and reads it where it is complete.
+    """Count which parts an image sample has, and read the sample if it is complete.
 
-    A sample that lacks a part is skipped in training: it is counted and no problem.
+    A sample that lacks a part is skipped in training: it is counted and is not a problem.
 
     Raises:
         BadSample: a part cannot be read, or parts do not belong together.
@@ -52,13 +52,14 @@ def examine_image_text(shards: ShardSet, sample: int, parts: Parts, report: Shar
     unknown = [name for name in parts if name not in (*NEEDED, IMAGE) and not MORE_TEXT.match(name)]
     if unknown:
         report.problems.append(unknown_member(shards.where(sample), unknown[0], ", ".join(NEEDED)))
-    # The image alone: with another caption or in another file it must not stand on both sides of a split either.
+    # The digest is of the image alone: with another caption or in another file it must not be in two splits either.
     report.contents.append((digest_of({LATENT: parts[LATENT]} if LATENT in parts else parts), name))
 
 
 def report_near_copies(root: Path | str, reports: Sequence[ShardReport]) -> int | None:
-    """Warns of images that look as good as the same: held-out ones beside those of train/, or any of a set without
-    splits, which is divided by keys. How many there are; None where fewer than two images have a thumbnail."""
+    """Warn about images that look nearly the same: held-out images compared with those of train/, or all images of a
+    set without splits, which is divided by keys. Return their number; None if fewer than two images have a thumbnail.
+    """
     thumbnails: dict[str, dict[str, bytes]] = {}
     for report in reports:
         place = Path(report.name).relative_to(root).parts[0]
@@ -91,7 +92,7 @@ def report_near_copies(root: Path | str, reports: Sequence[ShardReport]) -> int 
 
 
 def image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:
-    """How many images of each folder have what; empty for other shards."""
+    """Return for each folder how many images have which parts; empty for other kinds of shards."""
     counts: dict[str, dict[str, int]] = {}
     for report in reports:
         if report.has:

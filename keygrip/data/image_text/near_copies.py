@@ -1,6 +1,7 @@
-"""Near copies among images, as another format, quality or size of one file makes them: by thumbnails in their records.
+"""Find near copies among images by the thumbnails in their records: copies in another format, quality or size.
 
-Files of one content are one sample, and copies without loss have one latent; what this finds has neither.
+Files with the same content are already one sample, and lossless copies have the same latent. The near copies found here
+differ in both.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ from scipy.spatial import cKDTree
 
 THUMBNAIL = "thumbnail"
 EDGE = 8  # rows and columns of a thumbnail
-TOLERANCE = 5  # of 255, in every number: each is a mean over many pixels, which compression and scaling hardly change
+TOLERANCE = 5  # of 255, for every value: each is a mean over many pixels, which compression and scaling hardly change
 HEX = re.compile(rf"[0-9a-f]{{{2 * 3 * EDGE**2}}}")
 
 
 def thumbnail_of(pixels: np.ndarray) -> str:
-    """Mean colours over 8 x 8 fields of an image uint8 [H, W, 3], in hexadecimal digits."""
+    """Return the mean colours of an 8 x 8 grid over an image uint8 [H, W, 3], in hexadecimal digits."""
     return Image.fromarray(pixels).resize((EDGE, EDGE), Image.Resampling.BOX).tobytes().hex()
 
 
 def thumbnail_in(record: Mapping[str, Any]) -> bytes | None:
-    """The thumbnail of a sample's record; None where it has none."""
+    """Return the thumbnail in a sample's record; None if it has none."""
     value = record.get(THUMBNAIL)
     return bytes.fromhex(value) if isinstance(value, str) and HEX.fullmatch(value) else None
 
 
 def near_copies(thumbnails: Sequence[bytes], others: Sequence[bytes] | None = None) -> list[tuple[int, int]]:
-    """Numbers of those that have a near copy, each with that of the nearest.
+    """Return the indices of the thumbnails that have a near copy, each with the index of the nearest copy.
 
     Args:
-        others: among which copies are looked for; None: among the thumbnails themselves.
+        others: thumbnails among which copies are searched; None: `thumbnails` itself.
     """
     pool = thumbnails if others is None else others
     if not thumbnails or not pool:

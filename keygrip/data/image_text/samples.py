@@ -1,14 +1,14 @@
-"""The contents of shards of images with text, as the patch-conditioned DiT trains on them.
+"""The contents of shards of images with text, the training data of the patch-conditioned DiT.
 
 Parts of a sample: "dinov3.npy" [D], "dinov3_patches.npy" [gh * gw, D], "vae.npy" [C, h, w], "t5h.npy" [L, Dt],
-"t5m.npy" [L] and "json" with `caption`, `size` (width and height of the source image), `crop` (the box of it that
-latent and view both show), `patch_grid` [gh, gw] and perhaps `evidence`. Half precision is enough for all of them. Text
-states may end with the last token (fewer than L rows); what is missing is padding. An image with several captions has
-them all as `captions` in its json, and the states and masks of the second and further ones as "t5h_1.npy", "t5m_1.npy",
-"t5h_2.npy" and so on. "image.png", where it is there, holds the image's own pixels, for evaluation: an autoencoder does
-not bring them back exactly.
+"t5m.npy" [L] and "json" with `caption`, `size` (width and height of the source image), `crop` (the box in the source
+image that latent and DINO view both show), `patch_grid` [gh, gw] and optionally `evidence`. Half precision is enough
+for all arrays. Text states may end with the last token (fewer than L rows); the missing rows are padding. An image with
+several captions has all of them as `captions` in its json, and the states and masks of the second and further captions
+as "t5h_1.npy", "t5m_1.npy", "t5h_2.npy" and so on. The optional "image.png" contains the image's pixels for evaluation:
+an autoencoder does not reconstruct them exactly.
 
-Columns: sizes of all parts, 0 where one is missing, so that what a set holds and lacks is known without opening it.
+Columns: sizes of all parts, 0 for a missing part, so that missing parts are known without opening the shards.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ MORE_TEXT = re.compile(r"^t5[hm]_[1-9]\d*\.npy$")
 
 @dataclass(frozen=True)
 class ImageTextSample:
-    """One image with its text; see :class:`keygrip.data.batches.ImageTextBatch` for the shapes without B; `image` is
-    uint8 [H, W, 3], where it was asked for and is there."""
+    """One image with its text; see :class:`keygrip.data.batches.ImageTextBatch` for the shapes, here without B. `image`
+    is uint8 [H, W, 3], if it was requested and the shard contains it."""
 
     latent: np.ndarray
     text_states: np.ndarray
@@ -59,12 +59,12 @@ class ImageTextSample:
 
 
 def text_names(number: int) -> tuple[str, str]:
-    """Names of the states and the mask of a sample's caption with that number, from 0."""
+    """Return the part names of the text states and the mask of a caption by its number, counted from 0."""
     return (TEXT, TEXT_MASK) if number == 0 else (f"t5h_{number}.npy", f"t5m_{number}.npy")
 
 
 def is_image_text(names: Any) -> bool:
-    """Whether parts of these names are of an image with text."""
+    """Whether parts with these names belong to an image with text."""
     return bool({CLS, PATCHES, LATENT, TEXT, TEXT_MASK} & set(names))
 
 
@@ -82,15 +82,15 @@ def image_text_parts(
     more_text: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     image: np.ndarray | None = None,
 ) -> tuple[Parts, Row]:
-    """Parts and columns of a sample.
+    """Create the parts and columns of a sample.
 
     Args:
-        record: what goes into "json"; needs `caption` and `patch_grid`, and `captions` where there are several.
+        record: content of "json"; requires `caption` and `patch_grid`, and `captions` if there are several.
         trim_text: leave out the text states of padding.
-        more_text: states and masks of the second and further captions. image: uint8 [H, W, 3], to be kept too.
+        more_text: states and masks of the second and further captions. image: uint8 [H, W, 3], stored too if given.
 
     Raises:
-        ValueError: numbers that are not finite in half precision, or shapes that do not belong together.
+        ValueError: values are not finite in half precision, or shapes do not belong together.
     """
     arrays = {CLS: dino_cls, PATCHES: dino_patches, LATENT: latent}
     masks = {}
@@ -117,17 +117,17 @@ def image_text_parts(
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
-    """An array as an .npy file."""
+    """Return the content of an .npy file with this array."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
     return buffer.getvalue()
 
 
 def describe_image_text(parts: Parts) -> Row:
-    """Columns of a sample: sizes, 0 for what is missing.
+    """Return the columns of a sample: sizes of its parts, 0 for missing parts.
 
     Raises:
-        ValueError: something there has another number of dimensions than it must have.
+        ValueError: a part has the wrong number of dimensions.
     """
     dimensions = {LATENT: 3, CLS: 1, PATCHES: 2, TEXT: 2, TEXT_MASK: 1}
     shapes = {
@@ -156,7 +156,7 @@ def describe_image_text(parts: Parts) -> Row:
 
 
 def read_record(parts: Parts) -> dict[str, Any]:
-    """The sample's json. Raises BadSample: it is not an object, or its captions are not text."""
+    """Parse the sample's json. Raise BadSample if it is not an object, or its captions are not text."""
     record = parse_json(parts[RECORD], RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("caption", ""), str):
         raise BadSample(RECORD, "it is not an object, or its caption is not text")
@@ -167,10 +167,10 @@ def read_record(parts: Parts) -> dict[str, Any]:
 
 
 def grid_of(record: Mapping[str, Any], patches: int) -> tuple[int, int]:
-    """(gh, gw) of a sample: as its record says, else a square.
+    """Return the patch grid (gh, gw) of a sample: from its record, or a square if the record has none.
 
     Raises:
-        ValueError: the number of patches is another one.
+        ValueError: the grid does not fit the number of patches.
     """
     if "patch_grid" in record:
         rows, columns = record["patch_grid"]
@@ -187,25 +187,25 @@ def grid_of(record: Mapping[str, Any], patches: int) -> tuple[int, int]:
 
 
 def missing_parts(row: Mapping[str, Any]) -> list[str]:
-    """Which needed parts a sample lacks, from its columns."""
+    """Return the needed parts that a sample lacks, from its columns."""
     sizes = {LATENT: "latent_channels", CLS: "dino", PATCHES: "patches", TEXT: "text_dim", TEXT_MASK: "text_length"}
     return [name for name, column in sizes.items() if not row[column]]
 
 
 def captions_of(record: Mapping[str, Any]) -> list[str]:
-    """All captions of a sample's record, one at least; empty where it has none."""
+    """Return all captions in a sample's record, at least one; an empty text if it has none."""
     return list(record.get("captions") or [record.get("caption", "")])
 
 
 def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image: bool = False) -> ImageTextSample:
-    """A sample, in float32.
+    """Read a sample, in float32.
 
     Args:
-        caption: which one, counted round where there are fewer; it is then `caption` in the record.
-        with_image: also the image's own pixels, where they were kept.
+        caption: index of the caption, modulo the number of captions; this caption becomes `caption` in the record.
+        with_image: also read the image's pixels, if the shard contains them.
 
     Raises:
-        BadSample: a part is missing, cannot be read, holds numbers that are not finite or has a shape that does not
+        BadSample: a part is missing, cannot be read, contains values that are not finite or has a shape that does not
             fit the others.
     """
     where = shards.where(sample)
@@ -217,7 +217,7 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
     with guard(where):
         record = read_record(parts)
         several = captions_of(record)
-        called = {name: name for name in NEEDED}  # parts of a further caption stand in the places of the first one's
+        called = {name: name for name in NEEDED}  # parts of a further caption replace those of the first caption
         if caption % len(several):
             names = text_names(caption % len(several))
             other = lower_case(shards.read(sample, names))
@@ -254,9 +254,9 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
     if IMAGE in parts:
         with open_image(parts[IMAGE], where) as opened:
             image = np.asarray(opened.convert("RGB"))
-    if not record.get("caption", "unknown").strip():  # a blank caption is none, though its encoder ends it with a token
+    if not record.get("caption", "unknown").strip():  # a blank caption counts as none, despite the encoder's end token
         mask, tokens = np.zeros_like(mask), 0
     whole = np.zeros((len(mask), states.shape[1]), np.float32)
-    whole[:tokens] = states[:tokens]  # zeros at padding, whatever the encoder left there
+    whole[:tokens] = states[:tokens]  # zeros for padding, whatever values the encoder wrote there
     features = (values[LATENT], whole, mask, values[CLS], values[PATCHES])
     return ImageTextSample(*features, grid, record, shards.key(sample), image)

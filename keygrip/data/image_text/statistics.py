@@ -1,4 +1,4 @@
-"""Means and standard deviations of the features in image shards, channel by channel."""
+"""Compute means and standard deviations of the features in image shards, per channel."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from keygrip.progress import Progress
 
 MEASURED = 2048  # samples from which the statistics are computed
 SMALLEST_STD = 1e-4  # of a channel that varies
-# Shards hold float16: numbers that differ by their rounding alone, one step at most, have half a step for a standard
-# deviation.
+# Shards store float16: values that differ only by rounding (by at most one step) have a standard deviation of at most
+# half a step.
 ROUNDING, SMALLEST_STEP = 2.0**-11, 2.0**-24
 
 
 class Moments:
-    """Mean and standard deviation of many rows of numbers."""
+    """Accumulate the mean and the standard deviation of many rows of values."""
 
     def __init__(self) -> None:
         self.count, self.sum, self.squares = 0, np.zeros(1), np.zeros(1)
 
     def add(self, rows: np.ndarray) -> None:
-        """rows: [n, D]."""
+        """Add rows [n, D]."""
         values = rows.astype(np.float64)
         self.count += len(values)
         self.sum, self.squares = self.sum + values.sum(axis=0), self.squares + (values**2).sum(axis=0)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [D] each. The standard deviation is 1 for channels that do not vary by more than float16 rounds,
-        which normalisation would blow up in every other image, and at least 1e-4 for the others."""
+        """Return mean and standard deviation, float32 [D] each. The standard deviation is 1 for channels that vary by
+        no more than float16 rounding, since normalisation would magnify them in other images, and at least 1e-4 for all
+        other channels."""
         mean = self.sum / self.count
         std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
         varies = std > np.maximum(np.abs(mean) * ROUNDING, SMALLEST_STEP)
@@ -39,7 +40,7 @@ class Moments:
 
 
 def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.ndarray]:
-    """Means and standard deviations of latents, CLS vectors and patches, channel by channel, over evenly chosen
+    """Compute means and standard deviations of latents, CLS vectors and patches, per channel, over evenly spaced
     samples."""
     latent, cls, patches = Moments(), Moments(), Moments()
     chosen = evenly(len(samples), MEASURED)
@@ -47,7 +48,7 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
         try:
             sample = samples[SampleKey(number, 0)]
         except BadSample:
-            continue  # counted when it is trained on
+            continue  # counted when training reads it
         latent.add(sample.latent.reshape(len(sample.latent), -1).T)
         cls.add(sample.dino_cls[None])
         patches.add(sample.dino_patches)

@@ -1,7 +1,7 @@
-"""Batches by a budget of frames and positions in place of a number of samples, so that every batch fits the memory.
+"""Form batches within a budget of frames and positions, not with a fixed number of samples, so that they fit in memory.
 
-As everything about the order of samples, a pure function of (seed, epoch): batches hold like samples, each as many as
-the budget allows.
+A batch holds similar samples, as many as the budget allows. Like everything about the order of samples, the batches are
+a pure function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ import numpy as np
 from keygrip.training.parts import data_part
 
 POOL = 128  # batches among which a bucket's samples are sorted by length
-BLUR = 0.03  # of each length, at random: who shares a batch changes from epoch to epoch in small buckets too
-# One batch in so many is kept free: epochs differ a little in how many they fill, and all have equally many.
+BLUR = 0.03  # random relative change of each length, so that batches change between epochs in small buckets too
+# One spare batch is planned per this many: the number of filled batches varies a little, and all epochs must have the
+# same number.
 SLACK = 100
 
 
 @data_part
 @dataclass(frozen=True)
 class Budget:
-    """What a batch may hold, over all processes together.
+    """Upper limits for a batch, over all processes together.
 
     Args:
-        frames: of all its videos. positions: of the language model, of all its rows: their number times the longest,
-            visual and text tokens together.
-        exact_lengths: every text is encoded once before training begins, so that batches are planned by the tokens
-            that rows really have. False: planned from characters at the rate of a few texts, with much more padding;
-            for remote shards that are too large to be read once beforehand.
+        frames: total number of frames of its videos. positions: positions of the language model for all rows of the
+            batch: the number of rows times the length of the longest row, visual and text tokens together.
+        exact_lengths: True: encode every text once before training begins, and plan batches with the exact numbers of
+            tokens. False: estimate tokens from characters, at a rate measured on a few texts; this causes much more
+            padding and is meant for remote shards that are too large to be read once beforehand.
 
     Raises:
-        ValueError: nothing fits.
+        ValueError: a limit is below 1.
     """
 
     frames: int
     positions: int
-    # not in the fingerprint of an order, which the lengths themselves are
+    # repr=False: not part of the fingerprint of an order, which contains the lengths themselves
     exact_lengths: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What samples take of a budget, [N] each: frames, positions of the longest row, and rows."""
+    """The parts of a budget that samples use, [N] each: frames, positions of the longest row, and rows."""
 
     frames: np.ndarray
     positions: np.ndarray
@@ -59,16 +60,16 @@ class Sizes:
 def pack_batches(
     samples: np.ndarray, sizes: Sizes, budget: Budget, most: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Samples in batches of similar size, each within the budget and of at most `most`; in random order.
+    """Pack samples of similar size into batches within the budget, of at most `most` samples; in random order.
 
-    A sample that is larger than the budget is a batch of its own.
+    A sample that is larger than the budget becomes a batch of its own.
 
     Args:
-        samples: [n], in random order, numbers into the sizes.
+        samples: [n], in random order, indices into `sizes`.
     """
     frames, positions = sizes.frames[samples], sizes.positions[samples]
     length = positions * rng.uniform(1 - BLUR, 1 + BLUR, len(samples))
-    # videos of about one length together (text alone by itself), and of these, rows of about one length
+    # group videos of similar length (samples without frames separately), and within these, rows of similar length
     kind = np.where(frames > 0, 1 + np.round(2 * np.log2(np.maximum(frames, 1))), 0)
     by_kind = np.argsort(kind, kind="stable")
     order: list[np.ndarray] = []
@@ -83,7 +84,7 @@ def pack_batches(
 
 
 def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: Budget, most: int) -> list[int]:
-    """Where batches end, when samples are taken in order for as long as the budget allows."""
+    """Return where batches end if each batch takes the next samples in order as long as the budget allows."""
     cuts, count, held, taken, longest = [], 0, 0, 0, 0.0
     for place, (more, long, own) in enumerate(zip(frames.tolist(), positions.tolist(), rows.tolist(), strict=True)):
         longest_now = max(longest, long)
@@ -96,13 +97,13 @@ def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: B
 
 
 def with_count(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """As many batches as wanted: the largest are halved, or the last left out. In random order these are any; the
-    smallest would always be those of the longest samples.
+    """Return exactly `count` batches: halve the largest ones, or leave out the last ones. The batches are in random
+    order, so the last ones are arbitrary; leaving out the smallest would always omit the longest samples.
 
     Raises:
         ValueError: there are not enough samples.
     """
-    # by size, and of equal ones the first: places are paths of halves below a batch, and sort as these lie in order
+    # a heap by size, then by position: the position of a part is the path of halves from its batch, and sorts in order
     found: list[tuple[int, tuple[int, ...], np.ndarray]] = [(-len(b), (n,), b) for n, b in enumerate(batches)]
     heapq.heapify(found)
     while len(found) < count:
@@ -116,10 +117,10 @@ def with_count(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
 
 
 def split_over_ranks(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:
-    """The parts of a batch for each of the ranks: one sample in turn, those with the most rows first.
+    """Split a batch over the ranks: samples are dealt out in turn, those with the most rows first.
 
-    So a rank has at most its share of the rows and the rows of one sample more, and at most one sample more than
-    another. Samples are repeated where a batch holds fewer than there are ranks: no rank waits forever.
+    A rank therefore has at most its share of the rows plus the rows of one sample, and at most one sample more than
+    another rank. If a batch has fewer samples than there are ranks, samples are repeated so that no rank waits forever.
     """
     if ranks == 1:
         return [batch]
@@ -129,8 +130,8 @@ def split_over_ranks(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.nda
 
 
 def group_by_rank(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.ndarray]]:
-    """Batches of one rank each, so many of them next to each other, so that every sample comes once. The largest are
-    halved to make them go up; samples are repeated only where there are too few."""
+    """Group batches that are each for a single rank into groups of `ranks`, so that every sample occurs once. The
+    largest are halved until their number is a multiple of `ranks`; samples are repeated only if there are too few."""
     wanted = -(-len(batches) // ranks) * ranks
     if sum(map(len, batches)) < wanted:
         own = np.split(np.resize(np.concatenate(batches), wanted), wanted)
@@ -140,13 +141,14 @@ def group_by_rank(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.nda
 
 
 def cost(batch: np.ndarray, sizes: Sizes) -> tuple[float, float]:
-    """What a batch takes of a budget: frames, and rows times the longest one's positions."""
+    """Return what a batch uses of a budget: frames, and the number of rows times the positions of the longest row."""
     return float(sizes.frames[batch].sum()), float(sizes.rows[batch].sum() * sizes.positions[batch].max())
 
 
 def queries(frames: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray) -> float:
-    """At most so often frames of a batch are looked at, where each row looks at the frames of its video by itself:
-    those of all videos times the most rows of one, since all are given equal room.
+    """Return an upper bound for the number of (row, frame) pairs in a batch, for models in which each row attends to
+    the frames of its video separately: the frames of all videos times the most rows of one video, since rows are padded
+    to the same number for every video.
 
     Args:
         frames, rows: of each video.
@@ -157,14 +159,15 @@ def queries(frames: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class Load:
-    """What may take memory in a batch: shares of a budget's `frames` and `positions`, and `queries`."""
+    """The quantities of a batch that need memory: shares of a budget's `frames` and `positions`, and `queries`."""
 
     frames: float
     positions: float
     queries: float
 
 
-# What may take most memory: frames and positions together, each by itself, and queries, which no budget limits.
+# Measures by which a batch may need the most memory: frames and positions together, each of the two alone, and queries,
+# which no budget limits.
 MEASURES: tuple[Callable[[Load], float], ...] = (
     lambda load: load.frames + load.positions,
     lambda load: load.frames,
@@ -174,7 +177,7 @@ MEASURES: tuple[Callable[[Load], float], ...] = (
 
 
 def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget, count: int) -> list[np.ndarray]:
-    """The batches, or parts of batches, that take most by some of `MEASURES`: so many by each."""
+    """Return the batches (or parts of batches) that are largest by one of `MEASURES`: `count` for each measure."""
 
     def load(batch: np.ndarray) -> Load:
         frames, positions = cost(batch, sizes)

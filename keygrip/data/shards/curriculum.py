@@ -1,4 +1,4 @@
-"""Stages of a run in which the sources of a mixture have other proportions, as a pure function of the epoch."""
+"""Curriculum: stages of a run with different proportions of the sources of a mixture, a pure function of the epoch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from keygrip.training.parts import data_part
 @data_part
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run in which the lead sources have their own proportions (a curriculum: easy ones first).
+    """A part of the run with its own proportions of the lead sources (a curriculum: easy ones first).
 
     Args:
-        weights: by name of the lead source; one that is not named takes no part.
-        steps: how many optimiser steps it lasts, each of `accumulate_grad_batches` batches; None: to the end. Where an
-            epoch does not divide by these, its last step takes fewer batches, and a stage ends up to one step later for
-            each epoch.
+        weights: by name of the lead source; sources that are not named are not used in this stage.
+        steps: length of the stage in optimiser steps, each of `accumulate_grad_batches` batches; None: to the end. If
+            the batches of an epoch are not a multiple of that, its last step has fewer batches, and a stage ends up to
+            one step later for each epoch.
 
     Raises:
-        ValueError: weights that are negative or all zero, or no steps.
+        ValueError: weights are negative or all zero, or `steps` is below 1.
     """
 
     weights: Mapping[str, float]
@@ -35,24 +35,24 @@ class Stage:
             raise ValueError(f"a stage of the curriculum lasts at least one step, not {self.steps}")
 
     def batches(self, per_step: int) -> int | None:
-        """How many batches it lasts, where a step takes so many; None: to the end."""
+        """Return the length of the stage in batches, with `per_step` batches per step; None: to the end."""
         return None if self.steps is None else self.steps * per_step
 
     def counts(self, names: Sequence[str], samples: int) -> list[int]:
-        """So many samples by the weights: of each source of `names`."""
+        """Divide `samples` by the weights: return the number of samples of each source of `names`."""
         weights = np.array([self.weights.get(name, 0.0) for name in names])
         borders = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
         return np.diff(np.round(borders * samples).astype(int)).tolist()
 
 
 def check_stages(stages: Sequence[Stage], names: Collection[str]) -> None:
-    """Checks the stages of a curriculum.
+    """Check the stages of a curriculum.
 
     Args:
         names: of the lead sources.
 
     Raises:
-        ValueError: a stage names another source, or it is not the last stage alone that has no end.
+        ValueError: a stage names another source, the last stage has an end, or an earlier stage has none.
     """
     if other := sorted({name for stage in stages for name in stage.weights} - set(names)):
         raise ValueError(
@@ -65,14 +65,14 @@ def check_stages(stages: Sequence[Stage], names: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Stages one after the other, over epochs of equally many batches.
+    """Consecutive stages over epochs with equal numbers of batches.
 
     Args:
-        stages: the last without an end, see :func:`check_stages`.
-        batches: of an epoch.
-        batch_size: samples of a batch.
-        filling: with a budget, how many samples fill a batch on average, in place of batch_size; by stage.
-        batches_per_step: of an optimiser step, in which stages count.
+        stages: the last one has no end, see :func:`check_stages`.
+        batches: per epoch.
+        batch_size: samples per batch.
+        filling: with a budget, the mean number of samples in a batch, by stage; used in place of batch_size.
+        batches_per_step: batches per optimiser step; the length of a stage is given in steps.
     """
 
     stages: Sequence[Stage]
@@ -82,8 +82,8 @@ class Curriculum:
     batches_per_step: int = 1
 
     def epochs(self) -> list[int]:
-        """Epochs that together hold batches of every stage: the first one, and the one in which each stage begins,
-        with the next where it goes on there."""
+        """Return epochs that together contain batches of every stage: the first epoch, each epoch in which a stage
+        begins, and the next epoch if the stage continues there."""
         found, start = {0}, 0
         for stage in self.stages:
             epoch = start // self.batches
@@ -95,7 +95,7 @@ class Curriculum:
         return sorted(found)
 
     def stages_of(self, epoch: int) -> list[tuple[int, int]]:
-        """The numbers of the stages that an epoch's batches belong to, each with how many of them."""
+        """Return the indices of the stages of an epoch's batches, each with its number of batches."""
         found, start = [], 0
         first, last = epoch * self.batches, (epoch + 1) * self.batches
         for number, stage in enumerate(self.stages):
@@ -108,14 +108,15 @@ class Curriculum:
         return found
 
     def totals(self, epoch: int) -> list[int]:
-        """Samples of each of the epoch's stages, mixed-in ones with them."""
+        """Return the number of samples in each of the epoch's stages, including mixed-in samples."""
         if self.filling is None:
             return [self.batch_size * batches for _, batches in self.stages_of(epoch)]
-        # rounding takes a sample away here and there, and no batch may be empty
+        # two more samples than batches: rounding can remove a sample, and no batch may be empty
         return [max(round(self.filling[n] * batches), batches + 2) for n, batches in self.stages_of(epoch)]
 
     def counts(self, epoch: int, names: Sequence[str], lead: int) -> list[list[int]]:
-        """For each of the epoch's stages, samples of each source of `names` (zero for those that are mixed in).
+        """Return for each of the epoch's stages the number of samples of each source of `names` (0 for sources that are
+        mixed in).
 
         Args:
             lead: samples of all lead sources in the epoch.

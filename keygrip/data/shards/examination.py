@@ -1,4 +1,4 @@
-"""What the examination of a shard found; each kind of data adds what it finds in its samples."""
+"""The report of examining a shard; each kind of data adds the findings in its samples."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class ShardReport:
 
     name: str
     problems: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)  # that its index names, and the manifest
+    known: list[str] = field(default_factory=list)  # problems that the shard's index or the manifest already lists
     keys: list[str] = field(default_factory=list)
-    contents: list[tuple[str, str]] = field(default_factory=list)  # digests of images and text, and whose
-    media: list[str] = field(default_factory=list)  # of images and videos alone, of samples with text
+    contents: list[tuple[str, str]] = field(default_factory=list)  # (digest of images and text, name of the sample)
+    media: list[str] = field(default_factory=list)  # digests of images and videos alone, for samples with text
     kinds: Counter[str] = field(default_factory=Counter)
     frames: Counter[int] = field(default_factory=Counter)
-    has: Counter[str] = field(default_factory=Counter)  # of images with text: how many samples have what
-    thumbnails: dict[str, bytes] = field(default_factory=dict)  # of images with text that have one, by name
+    has: Counter[str] = field(default_factory=Counter)  # for images with text: number of samples with each part
+    thumbnails: dict[str, bytes] = field(default_factory=dict)  # for images with text: thumbnails by name
 
 
 def unknown_member(where: str, name: str, known: str) -> str:
-    """The problem of a sample that has a member which nothing reads; `where` names the sample."""
+    """Return the problem of a sample with a member that nothing reads; `where` names the sample."""
     return f"{where}: unknown member {name!r} (known: {known}); remove it or add a decoder"
 
 
 def digest_of(parts: Parts) -> str:
-    """SHA-256 of parts with their names, whatever their order."""
+    """Return the SHA-256 of parts with their names, independent of their order."""
     return sha256_of(name.encode() + b"\0" + parts[name] for name in sorted(parts))

@@ -1,11 +1,11 @@
-"""The index of a shard: where every member of a tar file lies, and a row of columns per sample.
+"""The index of a shard: the position of every member in a tar file, and a row of columns per sample.
 
-A shard set is a folder (or a URL) of ``*.tar`` files in webdataset's layout, an index ``<shard>.index.npz`` for each,
-and ``manifest.json``, written last. A sample is all files of a tar, wherever they lie in it, that share the part of
-their name before the first dot; what follows the dot names the member ("json", "00.jpg", "01.jpg", ...). The index
-holds where each member lies and one row of columns per sample (frames, text length, width, ...), from which the order
-of samples, buckets and mixtures are computed without opening a tar. What members and columns mean is defined by
-`keygrip.data.video_text.conversations` and `keygrip.data.image_text.samples`.
+A shard set is a folder (or a URL) with ``*.tar`` files in webdataset's layout, an index ``<shard>.index.npz`` for each,
+and ``manifest.json``, written last. A sample consists of all files of a tar, at any position, that share the part of
+their name before the first dot; the text after the dot names the member ("json", "00.jpg", "01.jpg", ...). The index
+contains the position of each member and one row of columns per sample (frames, text length, width, ...). The order of
+samples, buckets and mixtures are computed from these without opening a tar. The meaning of members and columns is
+defined by `keygrip.data.video_text.conversations` and `keygrip.data.image_text.samples`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from keygrip.data.untrusted_files import read_npz, regular_file
 
 SCHEMA = "keygrip.shards/1"
 MANIFEST = "manifest.json"
-SPLITS = ("train", "val", "test")  # folders of a set that is divided
+SPLITS = ("train", "val", "test")  # folders of a set that is divided into splits
 INDEX_SUFFIX = ".index.npz"
 OWN = ("keys", "first_part", "part_names", "part_offsets", "part_sizes", "part_crcs")  # arrays of an index file
 END_OF_TAR = 1024  # bytes of zeros
 COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 COMPRESSED = "and samples are read at random: unpack it to a plain .tar first"
 MAX_SAMPLE_BYTES = 1 << 31
-MOST_FRAMES = 4096  # of any sample; memory decides before that
-MOST_PARTS = MOST_FRAMES + 64  # of a sample: its images and what is said about them
-# Of a tar's global pax headers, which count for every member. Tools write one or two, such as a commit's number.
+MOST_FRAMES = 4096  # of any sample; in practice memory is the limit before that
+MOST_PARTS = MOST_FRAMES + 64  # of a sample: its images and the texts about them
+# Limits for a tar's global pax headers, which apply to every member. Tools write one or two, such as a commit hash.
 MOST_PAX_HEADERS, LONGEST_PAX_HEADERS = 100, 1 << 16
-# Characters. The arrays of an index are as wide as their longest entry, so that a single one would be paid for by all.
+# Characters. The arrays of an index are as wide as their longest entry, so that one long entry enlarges all the others.
 LONGEST_KEY, LONGEST_PART, LONGEST_TEXT = 256, 128, 1024
 Parts = dict[str, bytes]
 Row = Mapping[str, int | float | str]
@@ -49,21 +49,22 @@ Describe = Callable[[Parts], Row]
 
 
 class ShardError(ValueError):
-    """A shard that is cut off, not a tar file, or does not agree with its index. The message names it."""
+    """A shard is cut off, is not a tar file, or does not agree with its index. The message names the shard."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything in a shard lies: N samples, M parts.
+    """The positions of everything in a shard: N samples, M parts.
 
     Args:
-        keys: [N] str. first_part: [N + 1] int64, sample i owns the parts first_part[i] to first_part[i + 1].
+        keys: [N] str. first_part: [N + 1] int64, sample i has the parts first_part[i] to first_part[i + 1] - 1.
         part_names: [M] str. part_offsets, part_sizes: [M] int64 bytes. part_crcs: [M] int64, CRC-32 of their bytes.
         columns: by name, [N] int64, float64 or str.
-        size: of the tar, bytes. bad: samples of the tar that are left out, by key with the reason; what the tar alone
-            shows. Of samples that are divided between tars the manifest says it, and they stand here as they are.
-        textless: those of `bad` that have images or videos and no text, by key with the names of these; None: not
-            known, in an index that an earlier version made.
+        size: of the tar, bytes. bad: samples that are left out, by key with the reason; only those that this tar alone
+            shows to be bad. Samples that are divided between tars are left out by the manifest; the index contains them
+            like other samples.
+        textless: the samples in `bad` with images or videos but no text, by key with the names of these members; None:
+            unknown, in an index made by an earlier version.
     """
 
     keys: np.ndarray
@@ -81,7 +82,7 @@ class ShardIndex:
         return len(self.keys)
 
     def to_bytes(self) -> bytes:
-        """As a file; the same index gives the same bytes."""
+        """Return the content of an index file; the same index always gives the same bytes."""
         arrays = {
             "keys": self.keys,
             "first_part": self.first_part,
@@ -107,7 +108,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> ShardIndex:
-        """Raises ShardError: not an index; `name` is for the message."""
+        """Parse the content of an index file. Raise ShardError if it is not an index; `name` is for the message."""
         try:
             arrays = read_npz(content, where=name)
             with guard(name):
@@ -124,7 +125,7 @@ class ShardIndex:
             ) from error
 
     def _check(self) -> None:
-        """Raises ValueError: its arrays do not belong together, or point outside of the tar."""
+        """Raise ValueError if the arrays do not belong together or refer to positions outside the tar."""
         samples, members = len(self.keys), len(self.part_names)
         numbers = (self.first_part, self.part_offsets, self.part_sizes, self.part_crcs)
         if any(values.ndim != 1 for values in (self.keys, self.part_names, *numbers, *self.columns.values())):
@@ -149,7 +150,7 @@ class ShardIndex:
             raise ValueError("its arrays do not belong together")
 
     def without(self, keys: Collection[str]) -> ShardIndex:
-        """The index without some samples."""
+        """Return the index without the samples with these keys."""
         keep = np.array([key not in keys for key in self.keys.tolist()], dtype=bool)
         counts = np.diff(self.first_part)
         members = np.repeat(keep, counts)
@@ -166,8 +167,8 @@ class ShardIndex:
 
 
 def _textless(arrays: Mapping[str, np.ndarray], bad: Mapping[str, str]) -> dict[str, tuple[str, ...]] | None:
-    """See `ShardIndex.textless`, of the arrays of an index file. Raises ValueError, KeyError: they are damaged."""
-    if "textless_names" not in arrays:  # nothing is bad, or an earlier version made it
+    """Read `ShardIndex.textless` from the arrays of an index file. Raise ValueError or KeyError if they are damaged."""
+    if "textless_names" not in arrays:  # no sample is bad, or an earlier version made the index
         return None if bad else {}
     names, counts = arrays["textless_names"].tolist(), arrays["textless_counts"].tolist()
     if sum(counts) != len(names) or min(counts, default=0) < 0:
@@ -184,7 +185,7 @@ def make_index(
     size: int,
     bad: Mapping[str, str] | None = None,
 ) -> ShardIndex:
-    """The index of samples whose parts are (name, offset, bytes, CRC-32)."""
+    """Create the index of samples whose parts are given as (name, offset, bytes, CRC-32)."""
     flat = [part for sample in parts for part in sample]
     names, offsets, sizes, crcs = zip(*flat, strict=True) if flat else ((), (), (), ())
     columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
@@ -202,14 +203,14 @@ def make_index(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and part of a file in a tar: "a/b.00.jpg" is ("a/b", "00.jpg")."""
+    """Split the name of a file in a tar into key and part: "a/b.00.jpg" gives ("a/b", "00.jpg")."""
     folder, _, file = name.rpartition("/")
     stem, _, part = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), part
 
 
 def lower_case(parts: Mapping[str, bytes]) -> Parts:
-    """The parts with their names in lower case. Raises ValueError: two then have one name."""
+    """Return the parts with their names in lower case. Raise ValueError if two parts then have the same name."""
     lower = {name.lower(): content for name, content in parts.items()}
     if len(lower) < len(parts):
         raise ValueError(f"two of its members differ by upper and lower case alone: {', '.join(sorted(parts))}")
@@ -217,11 +218,11 @@ def lower_case(parts: Mapping[str, bytes]) -> Parts:
 
 
 def index_shard(path: Path, describe: Describe) -> ShardIndex:
-    """Reads a whole shard's headers, and of its samples what `describe` needs. Samples that cannot be described are
+    """Read all headers of a shard and the samples' content, and create the index. Samples that `describe` refuses are
     left out, with the reason in `bad`.
 
     Raises:
-        ShardError: it is cut off (also between two files), is no tar, or is compressed.
+        ShardError: the shard is cut off (also between two files), is not a tar, or is compressed.
     """
     try:
         with guard(path):
@@ -245,7 +246,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
             if key in bad:
                 continue
             try:
-                if len(parts) > MOST_PARTS:  # with images of keys of their own
+                if len(parts) > MOST_PARTS:  # including images that have their own keys
                     raise BadSample(
                         key, f"it has {len(parts)} parts, more than the {MOST_PARTS} that a sample may have"
                     )
@@ -267,14 +268,14 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
 
 @dataclass(frozen=True)
 class TarMembers:
-    """The files of a tar file by sample, as far as it is whole.
+    """The files of a tar file by sample; of a damaged tar, those before the damage.
 
     Args:
         size: of the tar, bytes.
-        parts: by key, (name, offset, bytes) of its files, wherever in the tar they lie.
-        bad: keys that cannot be samples, with the reason; they stand in `parts` too. Bytes that are not UTF-8 are
+        parts: by key, (name, offset, bytes) of the sample's files, at any position in the tar.
+        bad: keys that cannot be samples, with the reason; they are in `parts` too. Bytes that are not UTF-8 are
             written as escapes, and a key that is too long is shortened to its end and a hash.
-        fault: why the tar is not whole; None where it is. The sample within which it is cut off is left out.
+        fault: why the tar is not complete; None if it is. The sample in which the tar is cut off is left out.
     """
 
     size: int = 0
@@ -284,7 +285,7 @@ class TarMembers:
 
 
 def members_of(path: Path) -> TarMembers:
-    """Reads the headers of a tar file. Hidden files in it, such as a file system's notes about others, are no parts."""
+    """Read the headers of a tar file. Hidden files, such as metadata that a file system adds, are ignored."""
     found = TarMembers()
     try:
         found = replace(found, size=regular_file(path).st_size)
@@ -301,24 +302,24 @@ def members_of(path: Path) -> TarMembers:
 
 
 def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[bytes]) -> None:
-    """Adds what the headers say to `found`.
+    """Add the members from the headers to `found`.
 
     Raises:
-        ShardError: the tar is cut off, or goes on after its end, or has more global headers than any tool writes.
+        ShardError: the tar is cut off, or continues after its end, or has more global headers than any tool writes.
     """
     end, seen = 0, set[tuple[str, str]]()
     _refuse_global_headers(path, tar)
     for member in tar:
-        # it keeps all members and their headers otherwise
+        # otherwise `tarfile` keeps all members and their headers in memory
         tar.members.clear()  # type: ignore[attr-defined]
         _refuse_global_headers(path, tar)
-        key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents apart
+        key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents separately
         hidden = not key.rpartition("/")[2]
         key, length = _written(key)
         name = f"{key}.{_written(part)[0][:LONGEST_PART]}"
         if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
             raise ShardError(f"{path} is not a whole tar file: the size of {name} is wrong")
-        # a sparse file says its size with the holes, a hard link that of the other file: neither is in the tar
+        # a sparse file states its size including holes, a hard link that of its target: the tar does not contain these
         end = (
             tar.offset
             if member.issparse() or not member.isfile()
@@ -366,7 +367,7 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
 
 
 def _refuse_global_headers(path: Path, tar: tarfile.TarFile) -> None:
-    """Raises ShardError: they are too many, and `tarfile` copies them into every member."""
+    """Raise ShardError if there are too many global headers: `tarfile` copies them into every member."""
     count = len(tar.pax_headers)
     length = sum(len(name) + len(value) for name, value in tar.pax_headers.items())
     if count > MOST_PAX_HEADERS or length > LONGEST_PAX_HEADERS:
@@ -382,14 +383,14 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _written(key: str) -> tuple[str, int]:
-    """A key as it can be written, with escapes for bytes that are not UTF-8, shortened where it is too long; and how
-    many characters it had."""
+    """Return a key in a form that can be written (escapes for bytes that are not UTF-8, shortened if it is too long),
+    and its original number of characters."""
     text = key.encode("utf-8", "backslashreplace").decode()
     return (text if len(text) <= LONGEST_KEY else sample_key(text)), len(text)
 
 
 def _checked(row: Row) -> Row:
-    """Raises ValueError: a number or a text that no column of an index can hold."""
+    """Return the row. Raise ValueError if an index column cannot store one of its numbers or texts."""
     for name, value in row.items():
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ValueError(
@@ -401,5 +402,5 @@ def _checked(row: Row) -> Row:
 
 
 def index_path(shard: Path) -> Path:
-    """The index file of a shard, beside it."""
+    """Return the path of a shard's index file, which is next to the shard."""
     return shard.with_name(shard.name + INDEX_SUFFIX)

@@ -1,4 +1,4 @@
-"""Keys of samples from the names that other programs gave them."""
+"""Create keys of samples from file names of other programs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from keygrip.artifacts import sha256_bytes
 
-MOST_BYTES = 90  # of a key: with its part it stays below the 100 of a name in a tar file
-NUMBER_BYTES = len("-00000000")  # which sources put behind the name of a file
+MOST_BYTES = 90  # of a key: together with its part it stays below the 100 bytes of a name in a tar file
+NUMBER_BYTES = len("-00000000")  # which sources append to the name of a file
 
 
 def sample_key(name: str, most: int = MOST_BYTES) -> str:
-    """A key of 1 to `most` bytes for a name of one or more: the name itself where it has neither a point nor a slash
-    and is short enough; otherwise its end with "-" for these, and a hash of the whole name, so that two names do not
-    become one key."""
+    """Return a key of 1 to `most` bytes for a non-empty name: the name itself if it has no dot or slash and is short
+    enough. Otherwise the key is the end of the name, with "-" for dots and slashes, and a hash of the whole name, so
+    that different names get different keys."""
     name = unicodedata.normalize("NFC", name)
-    key = re.sub(r"[./]", "-", name).encode(errors="replace")  # bytes that are no UTF-8 come as surrogates
+    key = re.sub(r"[./]", "-", name).encode(errors="replace")  # bytes that are not UTF-8 are surrogates in `name`
     if key.decode() == name and len(key) <= most:
         return name
     mark = f"-{sha256_bytes(name.encode(errors='backslashreplace'))[:8]}"
@@ -27,9 +27,9 @@ def sample_key(name: str, most: int = MOST_BYTES) -> str:
 
 
 def file_keys(root: Path, paths: Sequence[Path]) -> list[str]:
-    """What the keys of the samples of each file begin with, before "-" and a number of eight digits: its path below
-    `root` without its ending, "-" for a point or a slash; a `sample_key` of the path where that is too long, or where
-    two files would have the same."""
+    """Return the beginning of the sample keys of each file, to which "-" and a number of eight digits are appended. It
+    is the path below `root` without its ending, with "-" for dots and slashes; or a `sample_key` of the path if that is
+    too long or two files would have the same beginning."""
     plain = [re.sub(r"[./]", "-", str(path.relative_to(root).with_suffix(""))) for path in paths]
     times, most = Counter(plain), MOST_BYTES - NUMBER_BYTES
     return [

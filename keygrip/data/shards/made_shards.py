@@ -1,4 +1,4 @@
-"""Shards that the program makes itself, and which samples of a set are held out."""
+"""Shards that the program generates, and the choice of held-out samples."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 @data_part(from_checkpoint={"make_missing": False}, plain=["options"], makers=["maker"])
 @dataclass(frozen=True)
 class MadeShards:
-    """Shards that the program makes itself where they are missing.
+    """Shards that the program generates if they are missing.
 
-    Nothing is imported until something is missing.
+    The maker is imported only if shards are missing.
 
     Args:
-        maker: dotted name of a function that is called with `root` and `options`, and makes a complete set there.
-        options: plain values of the maker.
-        folder: where sets go; each has a folder of its own below it, named by a hash of all that it is made of.
-        name: beginning of that folder's name.
-        make_missing: False: shards that are missing are an error (what a checkpoint says is never made).
+        maker: dotted name of a function that is called with `root` and `options`, and generates a complete set there.
+        options: plain values for the maker.
+        folder: parent folder of the sets; each set has its own subfolder, named by a hash of the maker and its options.
+        name: beginning of the subfolder's name.
+        make_missing: False: missing shards are an error (nothing in a checkpoint starts generating shards).
     """
 
     maker: str
@@ -44,18 +44,18 @@ class MadeShards:
 
     @property
     def root(self) -> Path:
-        """The set's folder. The number of processes does not count."""
+        """The set's folder. The hash in its name does not depend on the number of processes."""
         counted = {key: value for key, value in self.options.items() if key != "processes"}
         content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
         return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def is_whole(self, root: Path) -> bool:
-        """Whether every split that the options ask for is there; a manifest is written last."""
+        """Whether every split that the options request is complete, that is, has a manifest, which is written last."""
         asked = {"train", *(split for split in ("val", "test") if self.options.get(split))}
         return all((root / split / MANIFEST).is_file() for split in asked)
 
     def complete(self) -> None:
-        """Makes what is missing and logs it. Several processes may call it: one makes the set, the others wait."""
+        """Generate missing shards and log this. Several processes may call it: one generates, the others wait."""
         if not self.make_missing and not self.is_whole(self.root):
             raise FileNotFoundError(
                 f"{self.root} has no complete shards of the run: train with the same settings again, which makes them"
@@ -68,7 +68,7 @@ class MadeShards:
 
 
 def held_out(shards: ShardSet, fraction: float) -> np.ndarray:
-    """bool [N]: which samples of a set without splits are for validation. A function of each key alone."""
+    """Return bool [N], True for the validation samples of a set without splits; depends on each sample's key alone."""
     threshold = int(fraction * 2**32)
     keys = (key for shard in range(len(shards.shards)) for key in shards.index(shard).keys.tolist())
     draws = (hashlib.sha256(key.encode()).digest()[:4] for key in keys)

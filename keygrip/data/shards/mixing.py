@@ -1,9 +1,10 @@
-"""Which samples make a batch: mixtures of sources and buckets of alike samples, as a pure function of (seed, epoch).
+"""Choose the samples of each batch: mixtures of sources and buckets of similar samples, a pure function of (seed,
+epoch).
 
-An epoch goes once through the *lead* sources; the others give a fixed share of all samples each, exactly in
-expectation, drawn from an endless sequence of permutations. Then samples of like shape (a bucket) are put together into
-global batches, so that little is padded, and the batches are shuffled. Nothing is streamed: the order of an epoch is
-computed, so that resuming is a number and neither workers nor ranks change it.
+An epoch is one pass through the *lead* sources. Each of the other sources contributes a fixed share of all samples
+(exact in expectation), sampled from an endless sequence of permutations. Samples of similar shape (a bucket) are then
+grouped into global batches, which reduces padding, and the batches are shuffled. Nothing is streamed: the order of an
+epoch is computed. Resuming therefore needs one number, and the order does not depend on workers or ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from keygrip.data.shards.packing import positions_of, ranges
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.spacing import evenly
 
-PACKED = 512  # batches whose rows are packed to say how much of an epoch is padding: each takes milliseconds
+PACKED = 512  # batches that are packed to estimate the padding of an epoch; each takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Component:
 
     Args:
         name: of the source.
-        bucket: [N] int64, samples of one number are batched together.
-        length: [N] float, in tokens; within a bucket batches are made of samples of like length.
-        shard: [N] int32, where samples lie; only for shuffling in windows of shards.
-        share: of all samples, in (0, 1); None: a lead source, every sample once an epoch.
-        positions, rows: [N] float and int, of a sample's longest row in the language model, and how many rows it gives:
-            what it takes of a budget. None: a position for each frame (`bucket`) and token, and one row.
-        row_tokens: float [sum of rows], tokens of each row, sample after sample; None: all of a sample as `length`.
+        bucket: [N] int64, samples with the same number are batched together.
+        length: [N] float, in tokens; within a bucket, batches consist of samples of similar length.
+        shard: [N] int32, shard of each sample; used only for shuffling in windows of shards.
+        share: of all samples, in (0, 1); None: a lead source, with every sample once per epoch.
+        positions, rows: [N] float and int, what a sample uses of a budget: the positions of its longest row in the
+            language model, and its number of rows. None: one position per frame (`bucket`) and token, and one row.
+        row_tokens: float [sum of rows], tokens of each row, sample after sample; None: `length` for all rows of a
+            sample.
     """
 
     name: str
@@ -63,26 +65,26 @@ class Component:
 
 
 class Mixture:
-    """Sources one behind the other: sample i of component c has the number `starts[c] + i`.
+    """A mixture of consecutively numbered sources: sample i of component c has the number `starts[c] + i`.
 
     Args:
         components: at least one lead source.
         batch_size: global.
         seed: of the order.
-        window_shards: shuffle the lead samples within windows of so many shards, in random order; for remote shards, of
-            which the disk holds only some at a time. None: over everything.
-        curriculum: stages one after the other, the last without an end; each lead source is gone through again and
-            again, and an epoch is as many batches as one pass through all of them would be. Empty: one pass through all
-            of them in each epoch. With a budget a batch of a stage of short samples holds more of them.
-        budget: of frames and positions per batch; None: `batch_size` samples, whatever they hold.
-        batches_per_step: of an optimiser step, in which the stages count (`accumulate_grad_batches`).
+        window_shards: shuffle the lead samples within windows of this many shards, with the windows in random order;
+            for remote shards, of which only some fit on the disk at a time. None: shuffle over everything.
+        curriculum: consecutive stages, the last without an end; each lead source is repeated as often as needed, and an
+            epoch has as many batches as one pass through all lead sources. Empty: each epoch is one pass through all
+            lead sources. With a budget, a batch in a stage of short samples has more of them.
+        budget: of frames and positions per batch; None: `batch_size` samples of any size.
+        batches_per_step: batches per optimiser step (`accumulate_grad_batches`); stages are counted in steps.
 
     Raises:
-        ValueError: no lead source, shares of 1 or more together, an empty source, too few samples for a batch, or a
-            curriculum that ends, names other sources, or meets window_shards.
+        ValueError: there is no lead source; the shares add up to 1 or more; a source is empty; there are too few
+            samples for a batch; or a curriculum ends, names other sources, or is combined with window_shards.
 
-    With a budget the batches hold as many samples as it allows, `batch_size` at most; every epoch has equally many
-    batches, and what does not fit into them is left out of that epoch.
+    With a budget, a batch has as many samples as the budget allows, at most `batch_size`. Every epoch has the same
+    number of batches; samples that do not fit into them are left out of that epoch.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Mixture:
     ) -> None:
         self.budget, self.batches_per_step = budget, batches_per_step
         self.components, self.batch_size, self.seed = list(components), batch_size, seed
-        self.curriculum: Curriculum | None = None  # until it is known of how many batches an epoch is
+        self.curriculum: Curriculum | None = None  # set below, once the number of batches per epoch is known
         self.window_shards = window_shards
         for part in self.components:
             if not len(part):
@@ -131,7 +133,7 @@ class Mixture:
                 f"the training split holds {leading} samples beside the mixed-in ones, fewer than one batch of "
                 f"{batch_size}; lower data.batch_size"
             )
-        self.samples = self.batches * batch_size  # of an epoch; of one pass with a budget
+        self.samples = self.batches * batch_size  # per epoch; with a budget, in one pass through the lead sources
         filling: list[float] | None = None
         if budget is not None:
             self.samples = math.floor(leading / (1 - shares))
@@ -142,8 +144,9 @@ class Mixture:
             self.curriculum = Curriculum(curriculum, self.batches, batch_size, filling, batches_per_step)
 
     def counts(self, epoch: int) -> list[int]:
-        """Samples of each component in an epoch: shares hold exactly in expectation over seeds, and within one sample
-        over all epochs so far; the lead sources (counted together, in the first lead's place) fill what remains."""
+        """Return the number of samples of each component in an epoch. Shares are exact in expectation over seeds, and
+        within one sample over all epochs so far. The lead sources (counted together, at the first lead source's index)
+        provide the rest."""
         counts = [0] * len(self.components)
         for number, part in enumerate(self.components):
             if part.share is not None:
@@ -152,25 +155,27 @@ class Mixture:
         return counts
 
     def _total(self, epoch: int) -> int:
-        """Samples of an epoch: with a curriculum as many as its stages take."""
+        """Return the number of samples in an epoch; with a curriculum, the total of its stages."""
         return sum(self.curriculum.totals(epoch)) if self.curriculum else self.samples
 
     def _drawn(self, number: int, share: float, epoch: int) -> int:
-        """Samples drawn from a component before an epoch: their mean over all offsets is its share of all samples."""
+        """Return how many samples of a component were used before an epoch; the mean over all random offsets is exactly
+        its share of all samples."""
         offset = np.random.default_rng([self.seed, number, 1]).random()
-        if self.curriculum and self.budget is not None:  # epochs differ in how many samples they hold
+        if self.curriculum and self.budget is not None:  # epochs have different numbers of samples
             return math.floor(share * sum(self._total(past) for past in range(epoch)) + offset)
         return math.floor(share * self.samples * epoch + offset)
 
     def _samples_per_batch(self, stage: Stage) -> float:
-        """How many samples of a stage fill a batch of the budget on average; of a few samples fewer are alike."""
+        """Return the mean number of samples in a batch of a stage within the budget. A short stage is measured on fewer
+        samples, since fewer samples contain fewer similar ones."""
         ratio = self._filling(stage, self.samples)
         lasts = stage.batches(self.batches_per_step)
         wanted = math.inf if lasts is None else lasts * ratio
         return ratio if wanted >= self.samples else self._filling(stage, math.ceil(wanted))
 
     def _filling(self, stage: Stage, samples: int) -> float:
-        """So many samples of a stage, those that are mixed in with them, over the batches that they fill."""
+        """Return the ratio of `samples` samples of a stage, including mixed-in ones, to the batches that they fill."""
         assert self.budget is not None
         counts = [0 if part.share is None else round(part.share * samples) for part in self.components]
         counts = np.add(counts, stage.counts(self.names, samples - sum(counts))).tolist()
@@ -182,20 +187,20 @@ class Mixture:
 
     def _lead_samples(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         order = rng.permutation(np.concatenate([np.arange(*self.starts[n : n + 2]) for n in self.lead]))
-        # with several mixed-in sources, rounding may ask for a lead sample more than there are: one comes again
+        # with several mixed-in sources, rounding may require one lead sample more than exist: one is repeated
         return np.resize(order, self.counts(epoch)[self.lead[0]])
 
     def epochs_of_stages(self) -> list[int]:
-        """Epochs that together hold batches of every stage; the first one without a curriculum."""
+        """Return epochs that together contain batches of every stage; without a curriculum, the first epoch."""
         return self.curriculum.epochs() if self.curriculum else [0]
 
     def _staged_counts(self, epoch: int) -> list[list[int]]:
-        """For each of the epoch's stages, samples of each component (zero for those that are mixed in)."""
+        """Return for each of the epoch's stages the number of samples of each component (0 for mixed-in components)."""
         assert self.curriculum is not None
         return self.curriculum.counts(epoch, self.names, self.counts(epoch)[self.lead[0]])
 
     def _staged_samples(self, epoch: int, rng: np.random.Generator) -> list[np.ndarray]:
-        """The lead samples of an epoch, by stage; every component goes on where it stood."""
+        """Return the lead samples of an epoch, by stage; every component continues where the last epoch stopped."""
         taken = [0] * len(self.components)
         for past in range(epoch):
             for counts in self._staged_counts(past):
@@ -219,7 +224,7 @@ class Mixture:
         return np.concatenate(parts)
 
     def _endless(self, number: int, size: int, first: int, count: int) -> np.ndarray:
-        """Elements `first` to `first + count` of a component's endless sequence of permutations."""
+        """Return elements `first` to `first + count` - 1 of a component's endless sequence of permutations."""
         if not count:
             return np.zeros(0, dtype=np.int64)
         rounds = range(first // size, (first + count - 1) // size + 1)
@@ -227,7 +232,7 @@ class Mixture:
         return np.concatenate(orders)[first - rounds[0] * size :][:count]
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's samples, batch after batch: int64 [batches * batch_size]."""
+        """Return the epoch's samples, batch after batch: int64 [batches * batch_size]."""
         pools, extra, rng = self._pools(epoch)
         left, batches = np.zeros(0, dtype=np.int64), []
         for part, more in zip(pools, extra, strict=True):
@@ -239,8 +244,8 @@ class Mixture:
         return np.concatenate(batches)
 
     def _pools(self, epoch: int) -> tuple[list[np.ndarray], list[np.ndarray], np.random.Generator]:
-        """The epoch's lead samples in the parts that are gone through one after the other, the mixed-in samples of
-        each, and the generator of what follows."""
+        """Return the epoch's lead samples in consecutive pools (stages or windows), the mixed-in samples of each pool,
+        and the random generator for the next steps."""
         rng = np.random.default_rng([self.seed, epoch, 2])
         mixed_in = self._mixed_in_samples(epoch)
         if self.curriculum:
@@ -248,13 +253,13 @@ class Mixture:
         else:
             lead = self._lead_samples(epoch, rng)
             pools = self._in_windows(lead, rng) if self.window_shards else [lead]
-        # Mixed-in samples are spread evenly over the pools; what does not fill a batch goes on to the next one.
+        # Mixed-in samples are spread evenly over the pools; samples that do not fill a batch move to the next pool.
         ends = np.cumsum([len(pool) for pool in pools])
         extra = np.split(rng.permutation(mixed_in), np.round(ends[:-1] / ends[-1] * len(mixed_in)).astype(int))
         return pools, extra, rng
 
     def _filled(self, epoch: int) -> list[list[np.ndarray]]:
-        """The epoch's batches as the budget fills them, by pool."""
+        """Return the epoch's batches, packed within the budget, by pool."""
         assert self.budget is not None
         pools, extra, rng = self._pools(epoch)
         found = []
@@ -264,7 +269,7 @@ class Mixture:
         return found
 
     def batches_of(self, epoch: int) -> list[np.ndarray]:
-        """The samples of each of the epoch's batches; every epoch has `batches`."""
+        """Return the samples of each of the epoch's batches; every epoch has `self.batches` batches."""
         if self.budget is None:
             return list(self.order(epoch).reshape(self.batches, self.batch_size))
         found = self._filled(epoch)
@@ -274,17 +279,17 @@ class Mixture:
         return list(chain.from_iterable(with_count(pool, count) for pool, count in zip(found, wanted, strict=True)))
 
     def parts(self, batch: np.ndarray, ranks: int) -> list[np.ndarray]:
-        """What each of the ranks has of a batch; batches themselves do not depend on how many there are, so that runs
-        go on with other ones."""
+        """Divide a batch over the ranks. The batches themselves do not depend on the number of ranks, so that a run can
+        continue with a different number."""
         return np.array_split(batch, ranks) if self.budget is None else split_over_ranks(batch, self.sizes, ranks)
 
     def padding(self, epoch: int, ranks: int = 1, tokens_per_frame: int = 1, packed: bool = False) -> float:
-        """Share of the positions of an epoch that are padding, where each of the ranks pads all rows of its part of a
-        batch to the longest of them.
+        """Return the share of an epoch's positions that are padding, if each rank pads all rows of its part of a batch
+        to the longest of them.
 
         Args:
-            tokens_per_frame: positions that a frame takes. packed: rows are put into bins (`bins_of`); counted then of
-                512 batches, evenly spaced.
+            tokens_per_frame: positions of a frame. packed: rows are packed into bins (`bins_of`); the share is then
+                computed from 512 evenly spaced batches.
         """
         rows, tokens = self.sizes.rows, row_tokens_of(self.components)
         first = np.cumsum(rows) - rows
@@ -300,7 +305,7 @@ class Mixture:
         return float(1 - held / places) if places else 0.0
 
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """The same samples, those of each window of shards together."""
+        """Group the samples by window of shards."""
         assert self.window_shards is not None
         component = np.searchsorted(self.starts, order, side="right") - 1
         own = np.concatenate([part.shard for part in self.components])[order].astype(np.int64)
@@ -311,14 +316,14 @@ class Mixture:
 
 
 def sizes_of(components: Sequence[Component]) -> Sizes:
-    """What samples of components one behind the other take of a budget."""
+    """Return what the samples of consecutive components use of a budget."""
     longest = [part.bucket + part.length if part.positions is None else part.positions for part in components]
     rows = [np.ones(len(part), np.int64) if part.rows is None else part.rows for part in components]
     return Sizes(*(np.concatenate(each) for each in ([part.bucket for part in components], longest, rows)))
 
 
 def row_tokens_of(components: Sequence[Component]) -> np.ndarray:
-    """Tokens of each row of components one behind the other, sample after sample: float [rows of all]."""
+    """Return the tokens of each row of consecutive components, sample after sample: float [total number of rows]."""
     alike = [np.repeat(part.length, 1 if part.rows is None else part.rows) for part in components]
     told = [part.row_tokens for part in components]
     return np.concatenate([same if own is None else own for same, own in zip(alike, told, strict=True)])
@@ -327,12 +332,12 @@ def row_tokens_of(components: Sequence[Component]) -> np.ndarray:
 def bucketed(
     samples: np.ndarray, bucket: np.ndarray, length: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Samples in batches of similar size, the batches in random order; an incomplete batch comes last.
+    """Order samples into batches of similar size, with the batches in random order; an incomplete batch comes last.
 
     Args:
         samples: [n], in random order. bucket, length: [n].
 
-    What does not fill a batch of its bucket is batched with the leftovers of the neighbouring buckets.
+    Samples that do not fill a batch of their bucket are batched with the remaining samples of neighbouring buckets.
     """
     length = length * rng.uniform(1 - BLUR, 1 + BLUR, len(length))
     batches, left = [], []
@@ -352,10 +357,10 @@ def bucketed(
 
 
 class MixedBatchSampler(GlobalBatchSampler):
-    """This rank's part of each global batch of a mixture; everything else as in :class:`GlobalBatchSampler`.
+    """Yield this rank's part of each global batch of a mixture; otherwise the same as :class:`GlobalBatchSampler`.
 
     Args:
-        mixture: of the training sources. rank, ranks: this process and how many there are.
+        mixture: of the training sources. rank, ranks: this process and the number of processes.
     """
 
     def __init__(self, mixture: Mixture, rank: int = 0, ranks: int = 1) -> None:
@@ -371,10 +376,10 @@ class MixedBatchSampler(GlobalBatchSampler):
 
 
 class BucketedSampler(GlobalBatchSampler):
-    """Every sample once, in bucketed batches of one fixed order (validation).
+    """Yield every sample once, in bucketed batches in a fixed order (validation).
 
     Args:
-        components: one behind the other. limit: only the first so many of a fixed permutation.
+        components: consecutively numbered. limit: use only this many samples, the first of a fixed permutation.
         budget: of a batch; None: `batch_size` samples.
     """
 
@@ -410,7 +415,7 @@ class BucketedSampler(GlobalBatchSampler):
         return rng.permutation(len(self.bucket))[: self.samples], rng
 
     def _planned(self) -> list[list[np.ndarray]]:
-        """Batches in which every rank has its share of the budget for itself: none of the samples comes twice."""
+        """Return batches in which every rank fills its own share of the budget; no sample occurs twice."""
         assert self.budget is not None
         chosen, rng = self._chosen()
         frames, positions = (max(1, whole // self.ranks) for whole in (self.budget.frames, self.budget.positions))
@@ -420,15 +425,15 @@ class BucketedSampler(GlobalBatchSampler):
 
 
 def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:
-    """As `padding_of`, of the whole batches of an order: [n] samples, batch after batch."""
+    """Return `padding_of` the complete batches of an order: [n] samples, batch after batch."""
     return padding_of(order[: len(order) // batch_size * batch_size].reshape(-1, batch_size), *sizes)
 
 
 def padding_of(batches: Iterable[np.ndarray], *sizes: np.ndarray) -> float:
-    """Share of padding in batches, when each sample has `size` places of each kind and a batch as many as its largest.
+    """Return the share of padding in batches if each sample is padded to the largest size in its batch.
 
     Args:
-        batches: numbers of samples. sizes: [N] each, for example frames and tokens.
+        batches: indices of samples. sizes: [N] each, for example frames and tokens.
     """
     used = places = 0.0
     for batch in batches:

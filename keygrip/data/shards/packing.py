@@ -1,4 +1,4 @@
-"""Rows of different lengths one behind the other in bins, so that little is padding."""
+"""Pack rows of different lengths into bins, to reduce padding."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Positions up to which bins may be longer than the longest row. Where no two rows fit into one as long as that, nothing
-# is saved; but attention is computed over whole bins, with a mask as wide as they are.
+# Bins may be longer than the longest row, up to this many positions: if no two rows fit into a bin as long as the
+# longest row, packing saves nothing. Larger bins cost more: attention is computed over whole bins, with a mask of their
+# width.
 BIN = 256
 
 
 def bins_of(lengths: Sequence[float]) -> tuple[list[list[int]], float]:
-    """Rows in bins, and how long all these are: as long as the longest row, twice, four times as long and so on up to
-    `BIN`, or `BIN`, whichever takes the fewest positions, cut to the fullest. No row is divided."""
+    """Pack rows into bins; return the bins and their common length. Tried lengths are the longest row, twice and four
+    times that and so on up to `BIN`, and `BIN` itself. The length with the fewest positions in total is used, shortened
+    to the fullest bin. No row is divided."""
     longest = max(lengths, default=0)
     rooms, room = [longest], 2 * longest
     while longest and room < BIN:
@@ -22,11 +24,11 @@ def bins_of(lengths: Sequence[float]) -> tuple[list[list[int]], float]:
     if longest < BIN:
         rooms.append(BIN)
     found = [_filled(lengths, room) for room in rooms]
-    return min(found, key=lambda each: len(each[0]) * each[1])  # of equal ones the shortest
+    return min(found, key=lambda each: len(each[0]) * each[1])  # among equal ones the shortest bins
 
 
 def _filled(lengths: Sequence[float], room: float) -> tuple[list[list[int]], float]:
-    """The longest row first, each into the first bin with room; and what is in the fullest."""
+    """Put each row, the longest first, into the first bin with room; return the bins and the fullest bin's length."""
     bins: list[list[int]] = []
     left: list[float] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -40,12 +42,12 @@ def _filled(lengths: Sequence[float], room: float) -> tuple[list[list[int]], flo
 
 
 def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """`count` numbers from `first` on, of each pair one behind the other, int64 [sum of `count`]."""
+    """Concatenate the ranges first[i] .. first[i] + count[i] - 1, int64 [sum of `count`]."""
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
 
 def positions_of(lengths: Sequence[float], packed: bool) -> float:
-    """How many positions rows take: each as long as the longest, or in bins."""
+    """Return the number of positions that rows need: packed into bins, or each padded to the longest."""
     if packed:
         bins, room = bins_of(lengths)
         return len(bins) * room

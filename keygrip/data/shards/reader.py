@@ -1,4 +1,4 @@
-"""Reading samples of a shard set at random, by the offsets of its indices."""
+"""Random access to the samples of a shard set, by the offsets in its indices."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ OPEN_FILES = 64  # per process
 
 
 class ShardSet:
-    """The samples of a shard set, numbered through all its shards in order. Picklable; opens files when it reads.
+    """The samples of a shard set, numbered consecutively over all its shards. Picklable; opens files when it reads.
 
     Args:
         root: folder or URL with a manifest.
-        cache_dir: for remote sets, where copies lie. cache_gb: their limit. spares_copies: see `ShardCache`.
+        cache_dir: for remote sets, the folder of local copies. cache_gb: their limit. spares_copies: see `ShardCache`.
         quiet: do not log what the manifest leaves out.
 
     Attributes:
-        columns: by name, [N]. shard: [N] int32, the number of each sample's shard. fingerprint: of all indices and of
-        what is left out of them; the same set in another place has the same.
+        columns: by name, [N]. shard: [N] int32, the index of each sample's shard. fingerprint: hash of all indices and
+        of the samples left out of them; a copy of the set in another place has the same fingerprint.
 
     Raises:
         FileNotFoundError: no manifest. ShardError: a shard differs from the manifest.
@@ -83,7 +83,8 @@ class ShardSet:
         return int(self._starts[-1])
 
     def hashes(self, name: str) -> dict[str, str]:
-        """16 hex digits of a hash of each index, less what the manifest leaves out of it, by NAME/SHARD."""
+        """Return 16 hex digits of a hash of each index and of the samples that the manifest leaves out of it, by
+        NAME/SHARD."""
         digests = zip(self.shards, self._digests, strict=True)
         return {f"{name}/{shard['name']}": digest[:16] for shard, digest in digests}
 
@@ -106,15 +107,15 @@ class ShardSet:
         return ShardIndex.from_bytes(content, str(path))
 
     def _without_left_out(self, shard: Mapping[str, Any], bad: Mapping[str, Mapping[str, str]]) -> ShardIndex:
-        """The index of a shard without the samples that the manifest leaves out and the index, of its tar alone, does
-        not: those that are divided between tars."""
+        """Return the index of a shard without the samples that only the manifest leaves out: those that are divided
+        between tars, which the index of a single tar cannot show."""
         index = self._read_index(shard)
         left = {key: why for key, why in bad.get(shard["name"], {}).items() if key not in index.bad}
         self._left_out.append(left)
         return index.without(left) if left else index
 
     def _check_sizes(self) -> None:
-        """A shard that was cut off after indexing is found before training and not in the middle of it."""
+        """Raise ShardError if a shard is missing or was cut off after indexing, so that training does not start."""
         if self._cache is not None:
             return
         for shard in self.shards:
@@ -130,37 +131,37 @@ class ShardSet:
                 )
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Number of the shard, and of the sample in it."""
+        """Return the index of a sample's shard, and the index of the sample in it."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard, of the samples that are read."""
+        """Return the index of a shard, with the samples that are used."""
         return self._indices[shard]
 
     def left_out(self, shard: int) -> dict[str, str]:
-        """Samples of a shard that are left out for what the other shards hold: by key, the reason."""
+        """Return the samples of a shard that are left out because of other shards' contents: by key, the reason."""
         return self._left_out[shard]
 
     def first_sample(self, shard: int) -> int:
-        """Number in the set of a shard's first sample."""
+        """Return the index in the set of a shard's first sample."""
         return int(self._starts[shard])
 
     def key(self, sample: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         shard, row = self.locate(sample)
         return str(self._indices[shard].keys[row])
 
     def where(self, sample: int) -> str:
-        """Key and shard of a sample, for messages."""
+        """Return the key and the shard of a sample, for messages."""
         return f"{self.key(sample)} of {self.root}/{self.shards[self.locate(sample)[0]]['name']}"
 
     def read(self, sample: int, names: Collection[str] | None = None) -> Parts:
-        """All parts of a sample, or those named that it has, whether they are written in upper or lower case there; by
-        their names as they are written.
+        """Read all parts of a sample, or those of `names` that it has. Upper and lower case are the same in `names`; in
+        the result, the parts have the names that the shard contains.
 
         Raises:
-            BadSample: they cannot be read.
+            BadSample: the parts cannot be read.
         """
         shard, row = self.locate(sample)
         index = self._indices[shard]
@@ -194,7 +195,7 @@ class ShardSet:
         return self._files[shard]
 
     def close(self) -> None:
-        """Closes the tar files; reading opens them again."""
+        """Close the tar files; reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -204,21 +205,21 @@ class ShardSet:
 
 
 def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:
-    """Every sample of some sets, in order."""
+    """Yield every sample of several sets, in order."""
     for shards in sets:
         for sample in range(len(shards)):
             yield shards, sample
 
 
 def _digest(index_sha256: str, left_out: Collection[str]) -> str:
-    """Of what is read of a shard: the hash of its index, and where samples of it are left out, of these too."""
+    """Return a hash of a shard's used samples: the hash of its index, combined with the left-out samples if any."""
     if not left_out:
         return index_sha256
     return hashlib.sha256("\0".join([index_sha256, *sorted(left_out)]).encode()).hexdigest()
 
 
 def _warn_of_left_out(root: str, manifest: Mapping[str, Any]) -> None:
-    """A line for shards and one for samples: a large set has bad samples in each of its thousands of shards."""
+    """Log one line for shards and one for samples: a large set may have bad samples in thousands of shards."""
     broken, bad = manifest["broken"], manifest["bad_samples"]
     if broken:
         name, reason = next(iter(broken.items()))
@@ -231,7 +232,7 @@ def _warn_of_left_out(root: str, manifest: Mapping[str, Any]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ShardError: it is damaged, or of another kind."""
+    """Read a manifest. Raise ShardError if it is damaged, or of another kind."""
     try:
         manifest = read_json(path)
         with guard(path):

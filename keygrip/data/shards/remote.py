@@ -1,4 +1,4 @@
-"""Remote shard sets: local copies of their files, up to a limit of disk space."""
+"""Local copies of the files of remote shard sets, up to a limit of disk space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keygrip.data.source_files import files_in
 log = logging.getLogger(__name__)
 
 SHARD = ".tar"
-RETRY_S = 0.2  # before a file is asked for again, and four times as long before the third time
+RETRY_S = 0.2  # waiting time before the second attempt; four times as long before the third
 
 
 def is_remote(root: str | Path) -> bool:
@@ -25,8 +25,8 @@ def is_remote(root: str | Path) -> bool:
 
 
 def folder_beside(place: str) -> Path:
-    """Where something derived from shards may be kept: beside them, or in the cache where they are remote or cannot be
-    written."""
+    """Return the folder for files derived from shards: inside the shards' folder, or in the user's cache if the shards
+    are remote or their folder is not writable."""
     if not is_remote(place) and Path(place).is_dir() and os.access(place, os.W_OK):
         return Path(place) / ".keygrip"
     return Path.home() / ".cache" / "keygrip" / hashlib.sha256(place.encode()).hexdigest()[:16]
@@ -35,15 +35,15 @@ def folder_beside(place: str) -> Path:
 def cache_of(
     url: str | Path, cache_dir: str | Path | None, cache_gb: float = 1.0, spares_copies: bool = False
 ) -> ShardCache:
-    """The cache of a remote folder, below `cache_dir` (None: the user's)."""
+    """Return the cache of a remote folder, below `cache_dir` (None: the user's cache folder)."""
     folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards")
     own = folder / hashlib.sha256(str(url).encode()).hexdigest()[:16]
     return ShardCache(str(url), own, int(cache_gb * 1e9), spares_copies)
 
 
 def _says_absent(error: Exception) -> bool:
-    """Whether a transport says that a file is not there. fsspec raises FileNotFoundError for whatever goes wrong over
-    HTTP, and names the reason as its cause."""
+    """Whether a transport error means that a file does not exist. fsspec raises FileNotFoundError for every HTTP error,
+    with the actual reason as its cause."""
     if not isinstance(error, FileNotFoundError):
         return False
     cause = error.__cause__
@@ -58,9 +58,9 @@ class ShardCache:
     Args:
         url: of the shard set; anything fsspec opens (https, s3 and gs with their packages, file).
         folder: of the copies.
-        limit: bytes of shards; the least recently used copies go first. The one just asked for always stays.
-        spares_copies: to stay within the limit, remove only what this cache copied itself, and nothing that other
-            processes did, whose limit may be higher.
+        limit: bytes of shards; the least recently used copies are removed first. The requested copy always stays.
+        spares_copies: to stay within the limit, remove only copies that this cache object made, and none from other
+            processes, whose limit may be higher.
     """
 
     def __init__(self, url: str, folder: Path, limit: int, spares_copies: bool = False) -> None:
@@ -70,15 +70,15 @@ class ShardCache:
         self._said_removal = False
 
     def fetch(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
-        """The local copy of a file, copied now if it is not there, or of another size.
+        """Return the local copy of a file; copy it now if it is missing or has another size.
 
         Args:
-            size: that it must have, bytes; None: any. fresh: copy it again, so that a set that has changed there is
-                read as it is now; where it cannot be reached, the copy is used and a warning logged.
+            size: expected size, bytes; None: any. fresh: copy the file again, so that changes of the remote set are
+                read; if the remote file cannot be reached, the old copy is used and a warning is logged.
 
         Raises:
-            FileNotFoundError: there is no such file. ConnectionError: whether there is cannot be said, or it cannot be
-            read. ShardError: it has another size than `size`.
+            FileNotFoundError: there is no such file. ConnectionError: it cannot be read, or it is unknown whether it
+            exists. ShardError: it has another size than `size`.
         """
         target = self.folder / name
         # one process copies, the others wait for it
@@ -91,15 +91,15 @@ class ShardCache:
                 except (FileNotFoundError, ConnectionError) as error:
                     log.warning("%s is read as it was when it was copied: %s", self.url, error)
             os.utime(target)
-        if target.suffix.lower() == SHARD:  # no other file counts
+        if target.suffix.lower() == SHARD:  # other files do not count towards the limit
             self._evict(keep=target)
         return target
 
     def fetch_optional(self, name: str) -> Path | None:
-        """As `fetch` with `fresh`; None where there is no such file and no copy of one.
+        """Return the result of `fetch` with `fresh=True`; None if there is no such file and no copy of it.
 
         Raises:
-            ConnectionError: whether there is one cannot be said now, and was not said before.
+            ConnectionError: it is unknown whether the file exists, now and from earlier calls.
         """
         absent = self.folder / f".{name}.absent"
         try:
@@ -116,7 +116,7 @@ class ShardCache:
         return copy
 
     def drop(self, name: str) -> None:
-        """Removes the copy of a file that has changed."""
+        """Remove the copy of a file that has changed."""
         with locked(self.folder / f".{name}.lock", together_without=True):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -136,7 +136,7 @@ class ShardCache:
                             copy.write(block)
                         said = getattr(source, "size", None)
                     came, wanted = temporary.stat().st_size, size if said is None else said
-                    if wanted is not None and came != wanted:  # fsspec takes "no such range" for the end of a file
+                    if wanted is not None and came != wanted:  # fsspec treats "no such range" as the end of a file
                         raise OSError(f"{came} bytes came of {wanted}")
                     break
                 except DiskFullError:
@@ -163,13 +163,13 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
-        """Open files live on until they are closed: unlinking takes nothing from a reader."""
+        """Remove the least recently used copies. Readers are not affected: open files stay readable until closed."""
         copies = []
         for path in files_in(self.folder, SHARD):
             try:
                 status = path.stat()
             except FileNotFoundError:
-                continue  # another process was quicker
+                continue  # another process has already removed it
             copies.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in copies)
         removed, freed = 0, 0
@@ -180,7 +180,7 @@ class ShardCache:
                 path.unlink(missing_ok=True)
                 self._copied.discard(path.name)
                 removed, freed = removed + 1, freed + size
-        if removed and not self._said_removal:  # later ones make room for one shard each
+        if removed and not self._said_removal:  # log only once: later removals make room for one shard each
             self._said_removal = True
             log.info(
                 "%d of %d copies of the shards of %s, %.3g of %.3g GB, are removed from %s, the least recently used "

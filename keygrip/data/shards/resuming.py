@@ -1,4 +1,4 @@
-"""What every data module of keygrip has in common: an order of samples that a checkpoint can continue."""
+"""The base class of keygrip's data modules: an order of samples that can be resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from keygrip.cores import allow_many_files
 from keygrip.data.changes import named_changes
 from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
 
-FILES_OF_A_WORKER = 40  # pipes, shared memory and queues of a worker, and the files that it reads
+FILES_OF_A_WORKER = 40  # a worker's pipes, shared memory, queues and input files
 FILES_OF_A_RUN = 60
 
 
 def ensure_enough_files(workers: int) -> None:
-    """Raises this process's limit of open files to what the system gives, where it has loader workers: without enough
-    file descriptors they would wait forever.
+    """Raise this process's limit of open files to the system's maximum if there are loader workers: without enough file
+    descriptors they would wait forever.
 
     Raises:
-        OSError: that is too few for so many workers; with the limit and the number needed.
+        OSError: the limit is too low for this number of workers; the message has the limit and the number needed.
     """
     if not workers:
         return
-    allow_many_files()  # whoever trains from Python has no command that does
+    allow_many_files()  # keygrip's commands do this too; training started from Python needs it here
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES_OF_A_RUN + FILES_OF_A_WORKER * workers
     if limit != resource.RLIM_INFINITY and limit < needed:
@@ -37,17 +37,17 @@ def ensure_enough_files(workers: int) -> None:
 
 
 class ResumableData(LightningDataModule):
-    """A data module whose position is one number: the batches that were trained on.
+    """A data module whose position is one number: the count of finished training batches.
 
-    A subclass has the attributes named in ``order_depends_on`` (a checkpoint made with others cannot be continued),
+    A subclass has the attributes named in ``order_depends_on`` (a checkpoint with other values cannot be continued),
     ``num_workers`` and ``prefetch_batches``.
 
     Attributes:
-        compares_contents: whether checkpoints hold hashes of all that is trained on, so that a resumed run may find it
-            in another place (`data.root`).
-        spares_copies: whether, of copies of remote shards, none goes that others made (`ShardCache`).
-        processes: over which batches are divided where no trainer says it (a dry run).
-        accumulated: batches of an optimiser step where no trainer says it.
+        compares_contents: whether checkpoints contain hashes of all training data, so that a resumed run may read the
+            data from another place (`data.root`).
+        spares_copies: whether copies of remote shards made by other processes are never removed (`ShardCache`).
+        processes: number of processes over which batches are divided, if there is no trainer (a dry run).
+        accumulated: batches per optimiser step, if there is no trainer.
     """
 
     order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
@@ -63,19 +63,19 @@ class ResumableData(LightningDataModule):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
+        """This process's rank, and the number of ranks."""
         return (0, self.processes) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def batches_per_step(self) -> int:
-        """Batches whose gradients make an optimiser step."""
+        """Number of batches whose gradients are accumulated for one optimiser step."""
         return self.accumulated if self.trainer is None else int(self.trainer.accumulate_grad_batches)
 
     def loader_options(self, samples: Dataset[Any], sampler: GlobalBatchSampler) -> dict[str, Any]:
-        """What all loaders are built with, beside what makes a batch of samples.
+        """Return the DataLoader options that all loaders share, without the collate function.
 
         Raises:
-            OSError: the process may not open enough files for so many workers. ValueError: numbers that cannot be.
+            OSError: the process may not open enough files for this number of workers. ValueError: invalid numbers.
         """
         if self.num_workers < 0 or self.prefetch_batches < 1:
             raise ValueError(
@@ -94,25 +94,25 @@ class ResumableData(LightningDataModule):
         }
 
     def shard_hashes(self) -> dict[str, str]:
-        """A hash of each training shard by its name. Checkpoints store it, to name shards that have changed since."""
+        """Return a hash of each training shard by name. Checkpoints store them to find shards that changed later."""
         return {}
 
     def batches_done(self) -> int:
-        """The position in the order of samples: batches whose step was done, counted from the start of training.
+        """Return the position in the order of samples: finished batches, counted from the start of training.
 
-        The trainer's count, since a loader cannot know how much of what it handed out was used.
+        This is the trainer's count, since the loader has no information on how many of its batches were used.
         """
         if self.trainer is None:
             return self._batches_done
         return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what the order of samples depends on."""
+        """Return the position, and what the order of samples depends on."""
         order = {name: getattr(self, name) for name in self.order_depends_on}
         return {"batches_done": self.batches_done(), "shards": self.shard_hashes(), **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written.
+        """Continue from the position of the checkpoint.
 
         Raises:
             ValueError: the order of samples cannot be continued.

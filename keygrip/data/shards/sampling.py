@@ -1,8 +1,8 @@
-"""The order of samples: a pure function of (seed, epoch, step), whatever the number of ranks and workers.
+"""The order of samples: a pure function of (seed, epoch, step), independent of the number of ranks and workers.
 
-An epoch is one permutation of the data set, cut into global batches; a rank takes its consecutive part of each. Each
-sample travels as a `SampleKey` with its epoch, from which the data set derives the augmentation, so that nothing
-depends on who loads it. Resuming needs one number, the count of batches done.
+An epoch is one permutation of the data set, cut into global batches; each rank uses a consecutive part of each batch. A
+sample is identified by a `SampleKey` with its epoch, from which the data set derives the augmentation, so that nothing
+depends on which process loads it. Resuming needs one number, the count of finished batches.
 """
 
 from __future__ import annotations
@@ -19,41 +19,42 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class SampleKey(NamedTuple):
-    """A sample and an epoch: beside the seed, all that a sample's random augmentation depends on."""
+    """A sample and an epoch; together with the seed they determine a sample's random augmentation."""
 
     sample: int
     epoch: int
 
 
 def sample_generator(seed: int, key: SampleKey) -> np.random.Generator:
-    """The generator of one sample's augmentation."""
+    """Return the random generator for one sample's augmentation."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key.epoch, key.sample))))
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
-    """Yields this rank's part of each global batch.
+    """Yield this rank's part of each global batch.
 
-    With `drop_last` (training) the incomplete batch at the end of an epoch is left out: every step then averages over
-    the same number of samples on every rank, and shuffling leaves out others each epoch. Without it (validation) the
-    last batch is divided as evenly as it goes, and what is left for fewer samples than there are ranks is added to the
-    batch before it: every sample counts once, whatever the number of ranks. Only a data set of fewer samples than ranks
-    repeats its first ones, so that no rank waits forever.
+    With `drop_last` (training), the incomplete batch at the end of an epoch is left out. Every step then averages over
+    the same number of samples on every rank, and shuffling leaves out different samples in each epoch. Without
+    `drop_last` (validation), the last batch is divided as evenly as possible; if it has fewer samples than there are
+    ranks, they are added to the previous batch. Every sample then counts once, for any number of ranks. Only a data set
+    with fewer samples than ranks repeats its first samples, so that no rank waits forever.
 
     Args:
-        samples: how many the data set holds.
+        samples: number of samples in the data set.
         batch_size: over all ranks together.
-        rank, ranks: this process and how many there are.
+        rank, ranks: this process and the number of processes.
         seed: of the order.
-        shuffle: a new permutation each epoch; otherwise one fixed permutation (validation: a limited number of batches
-            then still sees every demo).
+        shuffle: True: a new permutation in each epoch; False: one fixed permutation (validation: a limited number of
+            batches then still includes samples of every demo).
         drop_last: see above.
-        groups: int [samples], the group of each sample: every epoch holds equally many of each group, so that samples
-            of small groups come several times and those of large ones not all. None: every sample once.
-        weights: of the groups, in the order of their numbers: their shares of an epoch in place of equal ones.
+        groups: int [samples], the group of each sample: every epoch has the same number of samples from each group, so
+            that samples of small groups occur several times and some samples of large groups not at all. None: every
+            sample once.
+        weights: of the groups, sorted by group number: their shares of an epoch, in place of equal shares.
 
     Raises:
-        ValueError: another number of weights than of groups, the batch does not divide over the ranks, or the data set
-            is smaller than one batch with `drop_last`.
+        ValueError: the number of weights differs from the number of groups, the batch size is not a multiple of the
+            number of ranks, or the data set is smaller than one batch with `drop_last`.
     """
 
     def __init__(
@@ -90,28 +91,28 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
     @property
     def sampler(self) -> GlobalBatchSampler:
-        """Lightning looks here for `set_epoch`."""
+        """Lightning calls `set_epoch` on this attribute."""
         return self
 
     def __len__(self) -> int:
-        """Batches of a full epoch, also while one is being resumed."""
+        """Return the number of batches of a full epoch, also in a resumed epoch."""
         whole, rest = divmod(self.samples, self.batch_size)
         return whole if self.drop_last or not rest or (whole and rest < self.ranks) else whole + 1
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration starts this epoch, unless a `position` is followed."""
+        """Set the epoch of the next iteration; has no effect after `follow`."""
         self.epoch = epoch
 
     def follow(self, position: Callable[[], int]) -> None:
-        """Each iteration begins after `position()` batches, counted from the start of training.
+        """Begin each iteration after `position()` batches, counted from the start of training.
 
-        The trainer's own epoch number is not used: when training resumes, its first iterator is made before the epoch
-        is named, and a checkpoint written at the end of an epoch makes it count that epoch's end twice.
+        The trainer's own epoch number is not used: when training resumes, the trainer creates its first iterator before
+        it sets the epoch, and after a checkpoint at the end of an epoch it counts the end of that epoch twice.
         """
         self.position = position
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation, [samples] int64; with groups an even draw from each, or one by their weights."""
+        """Return the epoch's permutation, [samples] int64; with groups, sampled evenly or by the groups' weights."""
         seed = (self.seed, epoch) if self.shuffle else (self.seed,)
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
         if self.groups is None:
@@ -130,13 +131,13 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return generator.permutation(np.concatenate(drawn))
 
     def global_batch(self, order: np.ndarray, step: int) -> np.ndarray:
-        """All ranks' sample indices of one step."""
+        """Return the sample indices of one step, for all ranks together."""
         stop = None if not self.drop_last and step + 1 == len(self) else (step + 1) * self.batch_size
         batch = order[step * self.batch_size : stop]
         return np.concatenate([batch, np.resize(order, self.ranks - len(batch))]) if len(batch) < self.ranks else batch
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
-        """The sample indices of each global batch of an epoch, from the batch `first` on: an array for each rank."""
+        """Yield the sample indices of each global batch of an epoch, from batch `first` on: an array for each rank."""
         order = self.order(epoch)
         for step in range(first, len(self)):
             yield np.array_split(self.global_batch(order, step), self.ranks)
@@ -148,10 +149,11 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that raises the errors which workers hand over, and tells Lightning that it can resume in mid-epoch.
+    """A DataLoader that raises the errors passed on by workers, and indicates to Lightning that it can resume in
+    mid-epoch.
 
-    The position itself travels in the data module's state, which reads it from the trainer's count of finished batches:
-    a loader cannot know how much of what it handed out was used.
+    The position itself is in the data module's state, which reads it from the trainer's count of finished batches: the
+    loader has no information on how many of its batches were used.
     """
 
     def __iter__(self) -> Any:
@@ -165,10 +167,10 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def _shared_memory_is_named(batches: Any) -> Iterator[Any]:
-    """Passes batches on; replaces torch's errors about too little shared memory by one that says what to do.
+    """Pass batches on; replace torch's errors about too little shared memory by an error with the remedy.
 
     Raises:
-        OSError: workers could not hand over a batch.
+        OSError: workers could not pass on a batch.
     """
     try:
         yield from batches
@@ -189,14 +191,14 @@ def _batch_or_raise(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """Prepares a loader worker: one thread for torch, and none of the signals that are meant for the trainer, which
-    needs its workers until it has saved, ends it.
+    """Prepare a loader worker: torch uses one thread, and signals for the trainer do not end the worker, since the
+    trainer needs its workers until it has saved a checkpoint.
 
-    Ctrl-C and `timeout` signal the trainer's process group, so a worker gets a group of its own. Slurm and systemd
-    signal every process, so a worker obeys SIGTERM from the trainer alone and ignores SIGHUP and the warning SIGUSR1.
+    Ctrl-C and `timeout` signal the trainer's process group, so a worker gets its own process group. Slurm and systemd
+    signal every process, so a worker obeys SIGTERM only from the trainer, and ignores SIGHUP and the warning SIGUSR1.
 
     Args:
-        worker: its number, which torch passes.
+        worker: the worker's number, which torch passes.
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)
@@ -208,7 +210,7 @@ def start_worker(worker: int) -> None:
 
 
 def _obey_trainer(trainer: int) -> None:
-    """Ends this process when the process `trainer` sends SIGTERM."""
+    """End this process when the process `trainer` sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

@@ -1,8 +1,9 @@
-"""Images that stand in a tar under keys of their own, beside the text that is about them.
+"""Images in a tar that have other keys than the text about them.
 
-A sample is all files of one key. Some programs give every frame a key: KEY_000.jpg, KEY_001.jpg, ... beside KEY.json.
-Those are brought together here, as the parts 000.jpg, 001.jpg, ... of KEY. Of other layouts (images/a.jpg beside
-texts/a.json, a folder for each sample) the texts are refused: alone, each would be learned as text about nothing.
+A sample consists of all files with one key. Some programs give every frame its own key: KEY_000.jpg, KEY_001.jpg, ...
+together with KEY.json. These frames are joined here, as the parts 000.jpg, 001.jpg, ... of KEY. In other layouts
+(images/a.jpg with texts/a.json, a folder for each sample) the texts are refused: without its images, each would be
+learned as text about nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 Member = tuple[str, int, int]
-Tie = tuple[str, str]  # of an image and a text: its kind, and what both have
+Tie = tuple[str, str]  # a possible relation of an image and a text: its kind, and the name that both have in common
 TEXT = ("json", "txt")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MEDIA = re.compile(
@@ -25,26 +26,26 @@ HOW = (
     "read are KEY.00.jpg KEY.01.jpg ..., KEY_000.jpg KEY_001.jpg ... or one KEY.jpg or KEY.mp4 beside KEY.json in one "
     "tar, where KEY is folder and name: pack them so, or take out of the tar what belongs to no text"
 )
-ELSEWHERE = "not all of its images are in its tar:"  # how the reason of a sample begins that only a whole set shows
+ELSEWHERE = "not all of its images are in its tar:"  # beginning of a reason that only the whole set can show
 
 
 def gathered(
     parts: Mapping[str, Sequence[Member]], bad: Collection[str]
 ) -> tuple[dict[str, list[Member]], dict[str, str]]:
-    """The members of a tar by sample, and the texts that are refused.
+    """Group the members of a tar by sample, and find the texts that must be refused.
 
     Args:
         parts: by key, (name, offset, bytes). bad: keys that cannot be samples.
 
     Returns:
-        By key, the members, with those of the keys KEY_<digits> at KEY where KEY has text and no image or video, and
-        each of them is one JPEG, PNG or WebP file and nothing else; by key, the reason of each text without an image
-        or a video that may be about one which has a key of its own and is not read with it.
+        First, the members by key. Members of the keys KEY_<digits> are moved to KEY if KEY has text and no image or
+        video, and each of these keys has exactly one JPEG, PNG or WebP file and nothing else. Second, the refused texts
+        by key with the reason: texts without an image or a video that may be about one with a different key.
     """
     members = {key: list(each) for key, each in parts.items()}
     texts = {key for key, each in parts.items() if _has_text(each)}
     shown = {key for key, each in parts.items() if _has_media(each)}
-    alone = {key: None for key in parts if key in texts and key not in shown and key not in bad}  # in their order
+    alone = {key: None for key in parts if key in texts and key not in shown and key not in bad}  # keeps the order
     if not alone or not shown - texts:
         return members, {}
     frames: dict[str, list[str]] = {}
@@ -52,7 +53,7 @@ def gathered(
         if (match := NUMBERED.fullmatch(key)) and match[1] in alone:
             frames.setdefault(match[1], []).append(key)
     for stem, keys in frames.items():
-        # where some cannot be read or are samples themselves, the others alone would be a part of a video
+        # if some of them are unreadable or are samples themselves, the others would be an incomplete video
         if all(key not in bad and _is_image(parts[key]) for key in keys):
             numbered = sorted((int(key[len(stem) + 1 :]), key) for key in keys)
             for _, key in numbered:
@@ -65,7 +66,7 @@ def gathered(
 
 
 def textless(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]]:
-    """By key, the names of images and videos that have no text, of the members that `gathered` gives."""
+    """Return by key the names of images and videos without text, from the members that `gathered` returns."""
     return {
         key: tuple(name for name, _, _ in each if MEDIA.search(name))
         for key, each in parts.items()
@@ -74,20 +75,20 @@ def textless(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]
 
 
 class TextlessImages:
-    """The images and videos without text of all tars of a set, which show the samples that are divided between tars:
-    every tar is first given to `add`, then `divided` answers."""
+    """The images and videos without text in all tars of a set, used to find samples that are divided between tars.
+    First call `add` for every tar, then `divided`."""
 
     def __init__(self) -> None:
-        self._numbered: dict[str, list[tuple[str, str]]] = {}  # by what stands before the number, (key, tar)
+        self._numbered: dict[str, list[tuple[str, str]]] = {}  # by the text before the number, (key, tar)
         self._named: dict[str, list[tuple[str, str]]] = {}  # by name, the first (key, tar) of every tar
         self._own: dict[str, list[tuple[Sequence[str], str]]] = {}  # by key, the names of its images, and the tar
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any images or videos without text."""
         return bool(self._named)
 
     def add(self, tar: str, images: Mapping[str, Sequence[str]]) -> None:
-        """Takes the images and videos without text of a tar, whose name is `tar`: their names by key."""
+        """Add the images and videos without text of the tar named `tar`: their names by key."""
         for key, names in images.items():
             self._own.setdefault(key, []).append((names, tar))
             if (stem := _without_number(key)) != key:
@@ -99,14 +100,15 @@ class TextlessImages:
                     known.append((key, tar))
 
     def divided(self, samples: Mapping[str, Sequence[str]], tar: str) -> dict[str, str]:
-        """By key, the reasons of the samples of a tar whose images stand in another one, all or some.
+        """Return the samples of a tar whose images are all or partly in another tar: by key, the reason.
 
-        Keys that begin anew in every tar are no exception: whether an image has lost its text, or its sample goes on in
-        the next tar, cannot be told apart, and the second would be learned as a part of a video. An image of this
-        sample's key and number in another tar is another sample's, which has lost its text.
+        This includes sets whose keys start again in every tar. An image in another tar may have lost its text, or this
+        sample may continue there. The two cases cannot be distinguished, and in the second case an incomplete video
+        would be learned. An image with this sample's key and a number that the sample has itself belongs to another
+        sample, which has lost its text.
 
         Args:
-            samples: by key, the names of its members. tar: its name.
+            samples: by key, the names of the sample's members. tar: name of the tar.
         """
         found = {}
         for key, members in samples.items():
@@ -115,7 +117,7 @@ class TextlessImages:
             own = self._own.get(key, ())
             places = set(map(_place, shown)) if own else set()
             images = [(f"{key}.{name}", place) for names, place in own for name in names if _place(name) not in places]
-            if known or not shown:  # otherwise it is one image or one video, and KEY_1 no part of it
+            if known or not shown:  # otherwise the sample is one image or one video, and KEY_1 is not part of it
                 images += [each for each in self._numbered.get(key, ()) if int(each[0].rpartition("_")[2]) not in known]
             if not shown:
                 images += self._named.get(_last(key)[1], ())
@@ -131,11 +133,11 @@ class TextlessImages:
 def _refused(
     alone: Collection[str], images: Sequence[str], whole: Collection[str], parts: Mapping[str, Sequence[Member]]
 ) -> dict[str, str]:
-    """By key, why a text is refused.
+    """Return the texts that are refused: by key, the reason.
 
     Args:
         alone: keys of texts without an image or a video. images: keys of images and videos without text. whole: keys
-            with both. parts: the members of all.
+            with both. parts: the members of all keys.
     """
     keys = {image.lower(): image for image in reversed(images)}
     asked = {text.lower() for text in alone}
@@ -153,9 +155,9 @@ def _refused(
             tied.setdefault(tie, image)
         if not own and image.lower() not in explained:
             unexplained[_without_number(image)] = image
-    # Of folders, what no name ties to a text: with fewer of these than whole samples, they are samples that lost their
-    # texts; with more, they lie beside texts in a layout of which nothing is known, such as a folder for each sample or
-    # many questions about each image.
+    # Images in a folder that are related to no text by their names: if they are at most as many as complete samples,
+    # they are samples that lost their texts. If they are more, images and texts are in an unknown layout, such as a
+    # folder for each sample or many questions about each image.
     left_in = Counter(_last(image)[0] for image in unexplained)
     whole_in = Counter(_last(key)[0] for key in whole)
     layouts = {folder: image for image in unexplained.values() if left_in[folder := _last(image)[0]] > whole_in[folder]}
@@ -172,10 +174,10 @@ def _refused(
 
 
 def _begins(beginnings: Iterable[str], keys: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a beginning and a key that goes on after it with a character that is no letter and no digit.
+    """Yield pairs of a beginning and a key that continues after it with a character that is no letter and no digit.
 
-    In sorted order all that begins alike stands together, so that the beginnings of one key are kept and not, of every
-    key, all that it may begin with: those of a long key are hundreds.
+    In sorted order, keys with the same beginning are adjacent. So only the beginnings that match the current key are
+    stored, and not all possible beginnings of every key: a long key has hundreds.
     """
     open_ones: list[str] = []
     for key, goes_on in sorted({*((each, False) for each in beginnings), *((each, True) for each in keys)}):
@@ -188,8 +190,8 @@ def _begins(beginnings: Iterable[str], keys: Iterable[str]) -> Iterator[tuple[st
 
 
 def _ties_of_image(key: str) -> Iterator[Tie]:
-    """What an image has in common with texts that may be about it, beside what their keys begin with: its name and its
-    folder may be called as a text, and its name as the folder of one."""
+    """Yield the names by which an image can be related to a text, in addition to equal beginnings of their keys: the
+    image's name or folder may be the name of a text, and the image's name may be the folder of a text."""
     folder, name = _last(key)
     yield from (("name", each) for each in dict.fromkeys((name, _without_number(name), *([folder] if folder else []))))
     yield ("folder", name)
@@ -214,7 +216,8 @@ def _is_image(members: Sequence[Member]) -> bool:
 
 
 def _place(name: str) -> int | str:
-    """Of an image in its sample, as its name says it: one without a number is the first. A video has its name."""
+    """Return the position of an image in its sample, from its name (without a number: the first); for a video, the
+    name itself."""
     number, _, ending = name.lower().rpartition(".")
     if ending not in IMAGES:
         return name.lower()
@@ -222,7 +225,7 @@ def _place(name: str) -> int | str:
 
 
 def _last(key: str) -> tuple[str, str]:
-    """The name of a key's folder ("": none) and the key in it, in lower case."""
+    """Return the name of a key's last folder ("": none) and the key inside that folder, in lower case."""
     folder, _, name = key.lower().rpartition("/")
     return folder.rpartition("/")[2], name
 

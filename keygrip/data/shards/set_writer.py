@@ -1,4 +1,4 @@
-"""Writing a shard set in parallel and resumably, for every source of shards."""
+"""Write a shard set in parallel and resumably, for every source of shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class MadeSample:
-    """A sample ready to be written."""
+    """A sample that is ready to be written."""
 
     key: str
     parts: Parts
@@ -48,9 +48,10 @@ class Broken:
 
 
 class Maker(Protocol):
-    """Makes the samples of one item; picklable, and called in a process of its own.
+    """Creates the samples of one item; picklable, and called in a separate process.
 
-    What is broken is yielded as `Broken`, or raised where the whole item is: it is counted, named and left out.
+    Broken parts of an item are yielded as `Broken`; if the whole item is broken, an exception is raised. Both are
+    counted, named in the log and left out.
     """
 
     def __call__(self, item: Any, /) -> Iterable[MadeSample | Broken]: ...
@@ -58,18 +59,18 @@ class Maker(Protocol):
 
 @dataclass
 class Written:
-    """What `write_shards` left."""
+    """The result of `write_shards`."""
 
     root: str
     shards: int = 0
     samples: int = 0
-    written: int = 0  # samples, by this call
+    written: int = 0  # samples written by this call
     failed: int = 0  # items, or parts of them
     reasons: list[str] = field(default_factory=list)
     wall_s: float = 0.0
 
     def report(self) -> dict[str, Any]:
-        """As `python -m keygrip.prepare` prints it."""
+        """Return the report that `python -m keygrip.prepare` prints."""
         names = ("root", "shards", "samples", "written", "failed")
         return {name: getattr(self, name) for name in names} | {"wall_s": round(self.wall_s, 1)}
 
@@ -87,21 +88,21 @@ def write_shards(
     *,
     describe: Describe,
 ) -> Written:
-    """Writes a shard set, a shard for every `items_per_shard` items; shards that are complete are kept, unless their
-    items have changed since, or the size of the files that items name (also of one that was missing).
+    """Write a shard set, one shard for every `items_per_shard` items. Complete shards are kept unless their items
+    changed, or the size of the files that the items name (also if such a file was missing before).
 
-    The same items and settings give the same bytes, whatever the number of processes and interruptions.
+    The same items and settings give the same bytes, independent of the number of processes and interruptions.
 
     Args:
-        root: folder of the set. items: what samples are made of, in order. make: see :class:`Maker`.
-        settings: what the set is made with; another set in the folder is refused.
-        items_per_shard: see above. name: beginning of the files' names.
-        processes: None: one for each core; 1: here.
-        max_failed_share: more broken items than this share are an error.
-        describe: the columns of a sample, as for `write_manifest`.
+        root: folder of the set. items: the input of the maker, in order. make: see :class:`Maker`.
+        settings: settings of the set; if the folder has a set with other settings, this is an error.
+        items_per_shard: see above. name: beginning of the file names.
+        processes: None: one per core; 1: write in this process.
+        max_failed_share: a larger share of broken items is an error.
+        describe: returns the columns of a sample, as for `write_manifest`.
 
     Raises:
-        ValueError: nothing to write, the folder holds a set with other settings, or too many items are broken.
+        ValueError: there is nothing to write, the folder has a set with other settings, or too many items are broken.
         ChildProcessError: a worker process died.
     """
     started = time.monotonic()
@@ -156,7 +157,7 @@ def write_shards(
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Holds a set for this process; waits for another one that writes it, and says so."""
+    """Lock a set for this process; wait for another process that writes it, and log this."""
     lock = root / ".write_shards.lock"
     with contextlib.ExitStack() as held:
         try:
@@ -168,19 +169,20 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def failures_path(shard: Path) -> Path:
-    """Beside each shard: the reasons of the items that were left out of it, and what it was made of."""
+    """Return the path of a shard's log, next to the shard: reasons of left-out items, and the items' fingerprint."""
     return shard.with_suffix(".failed.json")
 
 
 def _read_log(shard: Path) -> dict[str, Any]:
-    """`items`: fingerprint of what a shard was made of; `failed`: reasons. Empty where there is none of this kind."""
+    """Read a shard's log: `items`: the items' fingerprint; `failed`: reasons. Empty if there is no such log."""
     path = failures_path(shard)
     stored = read_json(path) if path.is_file() else None
     return stored if isinstance(stored, dict) and isinstance(stored.get("failed"), list) else {}
 
 
 def fingerprint(items: Sequence[Any]) -> str:
-    """Of items' values; files that they name count by name and size, so that a set can move with them."""
+    """Return a hash of the items' values. Files that they name are hashed by name and size, so that a set and its files
+    can be moved."""
     return sha256_bytes(json.dumps([_values(item) for item in items]).encode())
 
 
@@ -200,11 +202,11 @@ def _values(item: Any) -> Any:
         return [_values(item.func), _values(item.args), _values(item.keywords)]
     if item is None or isinstance(item, (bool, int, float, str)):
         return item
-    return getattr(item, "__qualname__", type(item).__qualname__)  # a repr may hold an address
+    return getattr(item, "__qualname__", type(item).__qualname__)  # a repr may contain a memory address
 
 
 def remove_stale(root: Path) -> None:
-    """Removes what a killed process left half written; young files may belong to another machine on a shared disk."""
+    """Remove unfinished files of killed processes; recent files may belong to another machine on a shared disk."""
     for path in root.glob(".*.writing"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE_AFTER_S:
@@ -212,13 +214,13 @@ def remove_stale(root: Path) -> None:
 
 
 def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -> None:
-    """Refuses to mix two sets in a folder; notes the settings of a new one.
+    """Refuse to mix two sets in a folder; store the settings of a new set.
 
     Args:
-        new: nothing has been written to the folder, whatever settings are noted there.
+        new: nothing has been written to the folder yet; settings stored there are replaced.
 
     Raises:
-        ValueError: other settings.
+        ValueError: the folder has a set with other settings.
     """
     path = root / SETTINGS_FILE
     now = json_values(settings)
@@ -233,10 +235,10 @@ def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -
 
 
 def settings_of(place: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """What the shard set of a folder or URL was made with; empty where that is not said (shards of other programs).
+    """Read the settings of the shard set at a folder or URL; empty if there are none (shards of other programs).
 
     Raises:
-        ValueError: it is said and cannot be read. ConnectionError: whether it is said cannot be found out.
+        ValueError: the settings cannot be read. ConnectionError: it is unknown whether there are settings.
     """
     path = cache_of(place, cache_dir).fetch_optional(SETTINGS_FILE) if is_remote(place) else Path(place) / SETTINGS_FILE
     stored = read_json(path) if path is not None and path.is_file() else {}
@@ -249,9 +251,9 @@ Job = tuple[Path, Sequence[Any], str]  # a shard, its items and their fingerprin
 
 
 def _write_one(job: Job, make: Maker) -> tuple[int, int]:
-    """Writes a shard; items and samples in it."""
+    """Write a shard; return its numbers of items and samples."""
     path, items, made_of = job
-    failures_path(path).unlink(missing_ok=True)  # the shard that is there is of other items, or half written
+    failures_path(path).unlink(missing_ok=True)  # an existing shard is from other items, or unfinished
     reasons: list[str] = []
     with ShardWriter(path) as writer:
         for item in items:
@@ -264,13 +266,13 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
                 except ValueError as error:
                     reasons.append(f"{_short(item)}: {error}")
         count = len(writer)
-    # after the tar and its index: what is killed before has no log, and is made anew
+    # written after the tar and its index: a shard that was interrupted earlier has no log, and is written again
     write_json(failures_path(path), {"items": made_of, "failed": reasons})
     return len(items), count
 
 
 def _made(make: Maker, item: Any) -> Iterator[MadeSample | Broken]:
-    """The samples of an item; what ends the item becomes the last, as `Broken`."""
+    """Yield the samples of an item; an error that ends the item is yielded last, as `Broken`."""
     try:
         with guard(_short(item)):
             samples = iter(make(item))
@@ -309,7 +311,7 @@ def _run(jobs: Sequence[Job], make: Maker, processes: int) -> Iterator[tuple[int
             raise
 
 
-_make: Maker | None = None  # one per process, with what it keeps open
+_make: Maker | None = None  # one per process, with its open files
 
 
 def _start_process(make: Maker, parent: int) -> None:

@@ -1,4 +1,4 @@
-"""Bad samples in a batch: each is replaced by another sample, so that batches keep their size, and counted."""
+"""Replace each bad sample in a batch by another sample, so that batches keep their size, and count it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Sample = TypeVar("Sample", covariant=True)
 
 
 class UnusableSample(BadSample):
-    """A sample that is sound, but of which this run can use nothing: its text is too long, for example."""
+    """A valid sample from which this run can use nothing: for example, its text is too long."""
 
 
 class SubstitutingSamples(Dataset[Sample], ABC):
-    """A data set that gives another sample for one that cannot be read or used; indexed by `SampleKey`.
+    """A data set that replaces samples that cannot be read or used by others; indexed by `SampleKey`.
 
     Attributes:
-        leaves_out: samples that cannot be used are left out: in evaluation a replacement would count twice.
-        never_empty: but where nothing of a batch would be left, one is replaced, since every process of a distributed
-            run needs as many batches as the others.
+        leaves_out: leave out samples that cannot be used: in evaluation a replacement would count twice.
+        never_empty: if a batch would be empty, one sample is replaced all the same, since all processes of a
+            distributed run need the same number of batches.
     """
 
     leaves_out: bool = False
@@ -35,17 +35,17 @@ class SubstitutingSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The sample itself, then similar ones that may replace it, so that batches keep their size and the
-        order stays a function of (seed, epoch, step)."""
+        """Yield the sample itself, then similar samples that may replace it. Batches keep their size, and the order
+        remains a function of (seed, epoch, step)."""
 
     def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """Samples that may replace one of which nothing can be used. A subclass gives others than `candidates` where
-        similar samples are likely to be unusable too."""
+        """Yield samples that may replace an unusable one. A subclass returns others than `candidates` if similar
+        samples are likely to be unusable too."""
         return itertools.islice(self.candidates(key), 1, None)
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample | None, list[BadSample]]] | list[BadSample]:
-        """A batch's samples, each with the bad samples that it replaces (None: left out, see `leaves_out`); or a single
-        error where neither a sample nor any of its replacements could be used."""
+        """Return a batch's samples, each with the bad samples that it replaces (None: left out, see `leaves_out`). If
+        neither a sample nor any of its replacements can be used, return a single error."""
         found: list[tuple[Sample | None, list[BadSample]]] = []
         for key in keys:
             one = self._found(key, self.leaves_out)
@@ -79,11 +79,11 @@ class SubstitutingSamples(Dataset[Sample], ABC):
 
 @dataclass(frozen=True)
 class Collate:
-    """The loader's collate function: the batch (None: nothing is left of it), of how many samples it is, and what was
-    skipped for it.
+    """The loader's collate function. It returns the batch (None: no sample is left), its number of samples, and the
+    errors of skipped samples.
 
     Args:
-        collator: makes a batch of samples.
+        collator: makes a batch from samples.
     """
 
     collator: Callable[[list[Any]], Any]
@@ -100,8 +100,8 @@ class Collate:
 
 
 class CountingLoader(ResumableLoader):
-    """A loader that hands out the batches alone and counts the samples that were skipped for them: those that could not
-    be read, and, apart from them, those that could not be used."""
+    """A loader that yields only the batches and counts the skipped samples: those that could not be read, and
+    separately those that could not be used."""
 
     skipped: BadSamples | None = None
     unusable: BadSamples | None = None

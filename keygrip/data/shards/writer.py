@@ -1,4 +1,4 @@
-"""Writing shards: one tar file with its index, and the manifest of a folder."""
+"""Write shards: one tar file with its index, and the manifest of a folder."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 
 
 class ShardWriter:
-    """Writes one shard; the tar appears when it is complete, its index after it. The same samples give the same bytes.
+    """Write one shard; the tar appears when it is complete, its index after it. The same samples give the same bytes.
 
-    A context manager: an exception inside leaves nothing behind.
+    A context manager: after an exception inside, no file remains.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -60,18 +60,18 @@ class ShardWriter:
         return len(self._keys)
 
     def add(self, key: str, parts: Mapping[str, bytes], row: Row) -> None:
-        """Adds a sample.
+        """Add a sample.
 
         Args:
-            key: unique in the set; no dots, since webdataset ends a key there.
+            key: unique in the set; without dots, since in webdataset a key ends at the first dot.
             parts: by extension without the leading dot.
-            row: its columns; every sample of a set has the same.
+            row: values by column; every sample of a set has the same columns.
 
         Raises:
-            ValueError: a key with a dot or with characters that tar files cannot hold, or that was there before, or
-                other columns.
+            ValueError: the key has a dot or characters that tar files cannot store, is empty, too long or already used,
+                or the columns differ from those of the other samples.
         """
-        key = unicodedata.normalize("NFC", key)  # as a reader of the tar file has it
+        key = unicodedata.normalize("NFC", key)  # readers of the tar file normalise keys the same way
         if "." in key.rpartition("/")[2] or not key or len(key.encode()) > MOST_BYTES:
             raise ValueError(f"the key {key!r} cannot name a sample: 1 to {MOST_BYTES} bytes without a dot")
         if key in self._known:
@@ -102,7 +102,7 @@ class ShardWriter:
         try:
             self._tar.close()
             index = make_index(self._keys, self._parts, self._rows, self._file.tell())
-            index_path(self.path).unlink(missing_ok=True)  # never an old index beside a new tar
+            index_path(self.path).unlink(missing_ok=True)  # never an old index next to a new tar
         except BaseException as failed:
             self._target.__exit__(type(failed), failed, failed.__traceback__)
             raise
@@ -113,24 +113,24 @@ class ShardWriter:
 def write_manifest(
     root: Path | str, describe: Describe, max_broken_share: float = 0.1, again: bool = False, progress: bool = True
 ) -> dict[str, Any]:
-    """Indexes the shards of a folder that have no index yet (all with `again`) and writes its manifest.
+    """Index the shards of a folder that have no index yet (with `again`, all shards) and write the folder's manifest.
 
-    An index says what its tar alone shows. What the folder as a whole shows, samples that are divided between tars,
-    is found anew every time and stands in the manifest. Where it is refused, the manifest and the indices that were
-    there are as they were; the index of a tar that had none is kept, since it does not depend on the others.
+    An index depends on its tar alone. Samples that are divided between tars are visible only in the whole folder; they
+    are searched every time and listed in the manifest. If an error is raised, the manifest and the existing indices
+    stay unchanged; a new index of a tar without one is kept, since it does not depend on the other tars.
 
     Args:
         root: folder with ``*.tar``.
-        describe: the columns of a sample, from its parts.
-        max_broken_share: a larger share of broken shards, or of bad samples in the others, is an error; up to it they
-            are named and left out.
+        describe: returns the columns of a sample from its parts.
+        max_broken_share: a larger share of broken shards, or of bad samples in the others, is an error; up to this
+            share they are named in the log and left out.
 
     Returns:
         The manifest: `shards` (name, bytes, samples, index_sha256), `samples`, `columns`, `broken` (shard: reason),
         `bad_samples` (shard: {key: reason}).
 
     Raises:
-        FileNotFoundError: no shards. ValueError: too many are broken, or the name of one is not UTF-8.
+        FileNotFoundError: there are no shards. ValueError: too many are broken, or a shard's name is not UTF-8.
     """
     root = Path(root)
     paths = tar_files(root)
@@ -145,7 +145,7 @@ def write_manifest(
     bad: dict[str, dict[str, str]] = {}
     columns: dict[str, str] = {}
     textless = TextlessImages()
-    renewed: dict[Path, bytes] = {}  # indices in place of others
+    renewed: dict[Path, bytes] = {}  # indices that replace existing ones
     for path in Progress(paths, desc=f"index {root}", unit="shard", shown=progress):
         try:
             index, content = _indexed(path, describe, again)
@@ -205,10 +205,10 @@ def write_manifest(
 
 
 def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, bytes]:
-    """The index of a shard, made where there is none (anew with `again`), and its file.
+    """Return the index of a shard and the content of its file; create it if there is none or with `again`.
 
     Raises:
-        ShardError: the shard is broken, or is not the one that was indexed.
+        ShardError: the shard is broken, or is not the shard that was indexed.
     """
     if not again and index_path(path).is_file():
         content = index_path(path).read_bytes()
@@ -218,8 +218,8 @@ def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, b
                 f"{path} has {path.stat().st_size} bytes, its index was made of {index.size}: it is cut off, "
                 "or replaced (again=true indexes it anew)"
             )
-        # earlier versions left divided samples out of the index itself, where they stayed when the other tar was gone,
-        # or did not say which images have no text
+        # indices of earlier versions are made again: they left out divided samples (even after the other tar was gone),
+        # or did not contain which images have no text
         if index.textless is not None and not any(reason.startswith(ELSEWHERE) for reason in index.bad.values()):
             return index, content
     index = index_shard(path, describe)
@@ -233,7 +233,7 @@ def _leave_out_divided(
     textless: TextlessImages,
     renewed: Mapping[Path, bytes],
 ) -> None:
-    """Takes the samples whose images stand in part or all in another shard out of `shards`, and names them in `bad`.
+    """Subtract the samples whose images are partly or all in another shard from `shards`, and list them in `bad`.
 
     Args:
         renewed: indices that are not written yet.
@@ -247,18 +247,18 @@ def _leave_out_divided(
 
 
 def _samples(index: ShardIndex) -> dict[str, list[str]]:
-    """By key, the names of the members of the samples of an index."""
+    """Return the members' names of each sample in an index, by key."""
     names = np.split(index.part_names, index.first_part[1:-1])
     return {key: each.tolist() for key, each in zip(index.keys.tolist(), names[: len(index)], strict=True)}
 
 
 def tar_files(root: Path) -> list[Path]:
-    """Tar files of a folder; without hidden ones."""
+    """Return the tar files of a folder, without hidden files."""
     return files_in(root, ".tar")
 
 
 def compressed_shards(root: Path) -> list[Path]:
-    """Compressed tar files of a folder; without hidden ones."""
+    """Return the compressed tar files of a folder, without hidden files."""
     endings = ["gz", "bz2", "xz", "zst", "lz4", "lzma", "z", "br"]
     names = [*(f".tar.{ending}" for ending in endings), ".tgz", ".tbz2", ".tbz", ".txz", ".tzst"]
     return [path for path in files_in(root, *names) if path.is_file()]

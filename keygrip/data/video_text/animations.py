@@ -1,4 +1,4 @@
-"""Animations as PIL opens them (GIF, APNG, animated WebP): a frame per second, as of videos."""
+"""Read animations that PIL opens (GIF, APNG, animated WebP), one frame per second, as for videos."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from keygrip.data.bad_samples import guard
 from keygrip.data.video import TIME_TOLERANCE_S
 from keygrip.data.video_text.conversations import shown_image
 
-MOST_FRAMES = 10_000  # all are decoded, for what a frame changes lies in those before it
-UNTIMED_MS = 100.0  # of a frame that says 0: what browsers show
+MOST_FRAMES = 10_000  # all frames are decoded, since each one only stores changes to the earlier ones
+UNTIMED_MS = 100.0  # duration of a frame that states 0, as in browsers
 
 
 def frame_count(image: Image.Image) -> int:
-    """Frames or pages of a PIL image; a camera's JPEG with previews or a stereo pair has one.
+    """Return the number of frames or pages of a PIL image; 1 for a camera's JPEG with previews or a stereo pair.
 
     Raises:
-        ValueError: it is damaged or closed.
+        ValueError: the image is damaged or closed.
     """
     with guard("an image that is given"):
         return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
@@ -28,20 +28,20 @@ def frame_count(image: Image.Image) -> int:
 def animation_frames(
     image: Image.Image, size: int, fit: str, times: Callable[[float], Sequence[float] | np.ndarray]
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """uint8 [F, S, S, 3] and the second of each; pages without durations come one per second.
+    """Return frames uint8 [F, S, S, 3] and the second of each; pages without durations are shown for one second each.
 
     Args:
         size, fit: see `fit_image`. times: see `keygrip.data.video.frames_at`.
 
     Raises:
-        ValueError: a frame cannot be decoded, there are more than `MOST_FRAMES`, or what `times` raises.
+        ValueError: a frame cannot be decoded, there are more than `MOST_FRAMES` frames, or `times` raises it.
     """
     count = frame_count(image)
     if count > MOST_FRAMES:
         raise ValueError(f"an animation of {count} frames, more than {MOST_FRAMES}: give the frames that are meant")
     before = image.tell()
     with guard("an animation that is given"):
-        # WebP says only when it is loaded how long a frame is shown.
+        # the duration of a WebP frame is known only after it is loaded
         durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _loaded(image, count)]
         ends = np.cumsum(durations) / 1000
         seconds = times(float(ends[-1]))
@@ -53,7 +53,7 @@ def animation_frames(
 
 
 def _loaded(image: Image.Image, count: int) -> Iterator[Image.Image]:
-    """The image at each of its frames in turn: one that is jumped over is missing in those behind it."""
+    """Yield the image at each of its frames in turn: if a frame were skipped, its content would be missing later."""
     for number in range(count):
         image.seek(number)
         image.load()

@@ -1,4 +1,4 @@
-"""What makes a batch of videos with text: the collators that data modules call, and which conversations of a video."""
+"""Make batches of videos with text: interfaces of the collators, and the choice of a video's conversations."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 from keygrip.data.video_text.sample_types import Conversation, VideoTextSample, kinds_of
 
 Questions = int | Mapping[str, int] | None
-MANY = 1 << 30  # conversations of a kind of which all are taken
+MANY = 1 << 30  # number of conversations for kinds whose conversations are all used
 
 
 class Collator(Protocol):
-    """Makes a batch of samples, in a loader worker: what the model takes."""
+    """Makes a batch for the model from samples, in a loader worker."""
 
     def __call__(self, samples: list[VideoTextSample]) -> Any: ...
 
 
 @runtime_checkable
 class PreparedCollator(Protocol):
-    """A collator that needs something made of the data's text before the first batch (a tokenizer).
+    """A collator that needs files derived from the data's text before the first batch (a tokenizer).
 
-    `prepare` is called by every process, one after the other, when the shards are there: the first makes what is
-    missing in `folder`, all load it. `texts()` goes through the text of every training turn.
+    Every process calls `prepare`, one after the other, when the shards exist: the first process creates the missing
+    files in `folder`, and all processes load them. `texts()` returns an iterator over the text of every training turn.
     """
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None: ...
@@ -35,39 +35,39 @@ class PreparedCollator(Protocol):
 
 @runtime_checkable
 class CheckingCollator(Protocol):
-    """A collator that cannot use every conversation. A sample of which it can use none is a bad sample."""
+    """A collator that cannot use every conversation. If it can use none of a sample's, the sample is a bad sample."""
 
     def problem(self, conversation: Conversation, seconds: Sequence[float] | None = ()) -> str | None:
-        """Why a conversation cannot be a row; None where it can.
+        """Return why a conversation cannot be a row; None if it can.
 
         Args:
-            seconds: when the frames were taken, for rows that tell it; empty for text alone.
+            seconds: times of the frames, for rows that contain them; empty for text alone.
         """
         ...
 
 
 @runtime_checkable
 class MeasuringCollator(Protocol):
-    """A collator that knows what rows take of the language model.
+    """A collator that computes the positions of rows in the language model.
 
     Attributes:
-        tokens_per_frame: visual tokens of an image. max_tokens: where texts are cut; None: nowhere.
+        tokens_per_frame: visual tokens of an image. max_tokens: length at which texts are cut; None: they are not cut.
     """
 
     tokens_per_frame: int
     max_tokens: int | None
 
     def lengths_depend_on(self) -> str:
-        """A hash of everything that `text_tokens` depends on beside the text: tokenizer, template, settings."""
+        """Return a hash of everything except the text that `text_tokens` depends on: tokenizer, template, settings."""
         ...
 
     def text_tokens(
         self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False
     ) -> int:
-        """Tokens of a conversation's row without its frames; 0 where it cannot be one. whole: before it is cut.
+        """Return the tokens of a conversation's row without its frames; 0 if the conversation cannot be a row.
 
         Args:
-            seconds: when the frames were taken, for rows that tell it.
+            seconds: times of the frames, for rows that contain them. whole: count the tokens before the text is cut.
         """
         ...
 
@@ -76,10 +76,10 @@ class MeasuringCollator(Protocol):
 
 @runtime_checkable
 class PackingCollator(Protocol):
-    """A collator that knows whether the language model reads the rows of a batch one behind the other.
+    """A collator with a setting for packing the rows of a batch.
 
     Attributes:
-        pack_rows: rows are put into bins (`keygrip.data.shards.packing.bins_of`) in place of being padded.
+        pack_rows: rows are packed into bins (`keygrip.data.shards.packing.bins_of`) instead of being padded.
     """
 
     pack_rows: bool
@@ -87,15 +87,16 @@ class PackingCollator(Protocol):
 
 @dataclass(frozen=True)
 class WithinBudget:
-    """A collator whose batches keep within a budget by the lengths that their rows really have.
+    """A collator that keeps batches within a budget by the actual lengths of their rows.
 
-    Batches are planned before their samples are read: from characters, or from counted tokens where another sample may
-    take the place of a broken one. In one that turns out too large the samples with the longest rows are left out, at
-    most all but one; their rows are counted in the batch's `left_out`. Samples do not always divide by the processes:
-    each may have those of one sample more than its share (see `keygrip.data.shards.budget.split_over_ranks`).
+    Batches are planned before their samples are read: from characters, or from counted tokens; and a broken sample may
+    be replaced by another one. If a batch is too large, the samples with the longest rows are left out, but at least
+    one sample stays; the rows left out are counted in the batch's `left_out`. The number of samples is not always a
+    multiple of the number of processes: each process may exceed its share by one sample (see
+    `keygrip.data.shards.budget.split_over_ranks`).
 
     Args:
-        positions: of a batch over all processes. ranks: how many these are: each has its part of the samples.
+        positions: of a batch over all processes. ranks: number of processes, each with its part of the samples.
         frames: of a batch over all processes; None: any number.
     """
 
@@ -110,11 +111,13 @@ class WithinBudget:
         kept: set[int] = set()
         taken = held = most_rows = 0
         most = math.inf if self.frames is None else float(self.frames)
-        if self.ranks > 1:  # one process may have a video more than another; in a planned batch all are about as long
+        if (
+            self.ranks > 1
+        ):  # a process may have one video more than another; in a planned batch all have similar lengths
             most += 2 * self.ranks * min((len(sample.frames) for sample in samples if len(sample.frames)), default=0)
         for number in sorted(range(len(samples)), key=longest.__getitem__):
             own, frames = len(rows[number]), held + len(samples[number].frames)
-            more = max(most_rows, own) if self.ranks > 1 else 0  # rows of one sample more
+            more = max(most_rows, own) if self.ranks > 1 else 0  # the rows of one additional sample
             if kept and (taken + own - more) * longest[number] * self.ranks > self.positions:
                 break
             if kept and frames * self.ranks > most:
@@ -126,28 +129,29 @@ class WithinBudget:
         return replace(batch, left_out=batch.left_out + dropped) if dropped else batch
 
     def _rows(self, sample: VideoTextSample) -> list[int]:
-        """Positions of each of a sample's rows."""
+        """Return the positions of each of a sample's rows."""
         frames = len(sample.frames)
         found = (self.collator.text_tokens(c, sample.seconds if frames else ()) for c in sample.conversations)
         return [frames * self.collator.tokens_per_frame + tokens for tokens in found if tokens]
 
 
 def is_asked(kind: str, kinds: Sequence[str] | None, questions: Questions) -> bool:
-    """Whether conversations of a kind are used: a source's `kinds` name it (None: all), and `questions` does not leave
-    it out ({kind: 0})."""
+    """Whether conversations of a kind are used: a source's `kinds` contain it (None: all), and `questions` does not
+    exclude it ({kind: 0})."""
     return (kinds is None or kind in kinds) and not (isinstance(questions, Mapping) and questions.get(kind) == 0)
 
 
 def all_asked(kind: str, kinds: Sequence[str] | None, *questions: Questions) -> bool:
-    """Whether a video's conversations of a kind are all used, whatever else is: as `is_asked`, and none of `questions`
-    draws some of them."""
+    """Whether all of a video's conversations of a kind are used: a source's `kinds` contain it (None: all), and none of
+    `questions` selects only some of them."""
     return (kinds is None or kind in kinds) and all(
         each is None or (isinstance(each, Mapping) and kind not in each) for each in questions
     )
 
 
 def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
-    """Some of a video's conversations: all (None), so many at random, or so many of each named kind (of others all)."""
+    """Choose some of a video's conversations: all (None), a number at random, or a number of each named kind and all of
+    the other kinds."""
     if questions is None:
         return list(conversations)
     order = rng.permutation(len(conversations))
@@ -163,10 +167,11 @@ def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.
 
 
 def rows_of(questions: Questions, conversations: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
-    """Rows of text that samples give at most, [N] int.
+    """Return the largest number of text rows of each sample, [N] int.
 
     Args:
-        questions: chosen of each. conversations: [N] int, how many each holds. kinds: N strings, which ("cue mark").
+        questions: which conversations are chosen. conversations: [N] int, number in each sample. kinds: N strings, the
+            kinds in each sample ("cue mark").
     """
     if questions is None:
         return conversations

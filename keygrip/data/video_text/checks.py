@@ -1,4 +1,4 @@
-"""What is checked of the samples of all sources before training begins, and what of them is left out."""
+"""Check the samples of all sources before training begins, and leave out those that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from keygrip.data.video_text.samples import Part
 
 log = logging.getLogger(__name__)
 
-TRIED = 64  # videos of a source, whether they can be cut
-LARGE_SHARE = 0.2  # of the tried samples: if more are too long, it is a warning
+TRIED = 64  # videos of a source that are tested whether clips can be cut out of them
+LARGE_SHARE = 0.2  # of the tested samples: if more are too long, the log message is a warning
 
 
 def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
-    """Raises ValueError: so many questions of a kind are asked for, and no source holds any of it.
+    """Raise ValueError if a setting requests questions of a kind that no source has.
 
     Args:
-        parts: of all splits. chosen: by the name of the setting.
+        parts: of all splits. chosen: the chosen questions, by the name of the setting.
     """
     known = {kind for part in parts for kind in part.kinds_there()}
     for name, questions in chosen.items():
@@ -39,7 +39,8 @@ def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
 
 
 def check_clips(parts: Sequence[Part], questions: Questions) -> None:
-    """Raises ValueError: a lookback of a kind that no source holds, or no longer video that is tried can be cut."""
+    """Raise ValueError if a lookback names a kind that no source has, or if none of the tested longer videos can be
+    cut into clips."""
     known = {kind for part in parts for kind in part.kinds_there()}
     for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
         if unknown := sorted(set(clips.lookback) - known):
@@ -55,7 +56,7 @@ def check_clips(parts: Sequence[Part], questions: Questions) -> None:
 
 
 def _tried(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int]:
-    """How many longer training videos were looked at, and how many of them can be cut."""
+    """Return how many longer training videos were tested, and how many of them can be cut."""
     tried = cut = 0
     for part in parts:
         longer = part.chosen[part.column("frames") > clips.frames[0]]
@@ -68,13 +69,13 @@ def _tried(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tupl
 
 
 def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fitting: bool = True) -> list[Part]:
-    """The parts without samples that are too long to be used, as far as that is known beforehand.
+    """Return the parts without samples that are too long to be used, as far as this is known beforehand.
 
     Args:
-        questions: chosen of each sample. fitting: whether training is going to begin.
+        questions: chosen conversations of each sample. fitting: whether training will begin.
 
     Raises:
-        ValueError: nothing of a source is left to train on.
+        ValueError: no sample of a source is left for training.
     """
     found = []
     trained = fitting and split == "train"
@@ -105,11 +106,11 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fittin
 
 
 def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
-    """Raises ValueError: no row of a source, or of the samples that are tried, is within the language model's context;
-    logs how many of these have none.
+    """Raise ValueError if no row of a source, or none of the tested samples, fits into the language model's context;
+    log how many of the tested samples have no row that fits.
 
     Args:
-        part: the source's samples. kept: those of them that are not left out.
+        part: the source's samples. kept: those that are not left out.
     """
     if part.context is None:
         return
@@ -121,7 +122,7 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
             f"context of {part.context.positions}: {part.context.advice(_has_frames(part))}"
         )
     if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
-        return  # clips are shorter; counted lengths need no trial
+        return  # clips are shorter; counted lengths need no test
     problems, tried = [], 0
     some = replace(kept, chosen=spread(kept.shards, kept.chosen))
     for sample, frames in zip(some.chosen.tolist(), some.frames(part.context.max_frames).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Sub-clips of longer videos for training: their time begins at 0 again, in frames, metadata and words, or is kept."""
+"""Cut clips out of longer training videos; their times (of frames, in metadata and in words) restart at 0 or stay."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from keygrip.data.video_text.sample_types import Conversation, Turn, VideoTextSa
 from keygrip.training.parts import data_part
 
 SECOND = re.compile(r"\b(seconds?\s+)(\d+)\b", re.IGNORECASE)  # "At second 12, ..."
-# The one form that is rewritten. "seconds 12" begins a range, or a sentence of 12 people within seconds.
+# The only form that is rewritten. "seconds 12" may begin a range, or be in "within seconds 12 people came".
 ONE_SECOND = re.compile(r"\bsecond\s+\d+\b(?![.,:]\d)", re.IGNORECASE)
-TAKEN_OUT = "\0"  # stands for such a second while other times are looked for
+TAKEN_OUT = "\0"  # replaces such a second while the text is searched for other forms of times
 NUMBER = (
     r"(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|dozen|half\s+an?|few|several|couple\s+of)"
@@ -25,11 +25,11 @@ ORDINAL = (
     r"opening|closing|next|previous)"
 )
 UNIT = r"(?:ms|(?:milli)?sec(?:ond)?s?|mins?|minutes?|hours?|hrs?|frames?)"
-COUNTED = rf"(?:{UNIT}|time\s?(?:stamps?|codes?)?|moment)"  # what a number stands behind
+COUNTED = rf"(?:{UNIT}|time\s?(?:stamps?|codes?)?|moment)"  # words that a number may follow
 JOINED = r"(?:to|and|or|until|till|through|thru|vs|versus)\b"
 RANGE = r"(?:[/&~+\u2013\u2014\u2026-]|\.{2,})"
 VIDEO = r"(?:video|clip|recording|footage|film|movie|sequence)"
-SCENE = rf"(?:{VIDEO}|scene)"  # a scene has a middle and halves in space
+SCENE = rf"(?:{VIDEO}|scene)"  # the middle or half of a scene may be spatial, so these are matched with VIDEO only
 OTHER_TIMES = re.compile(
     "|".join(
         (
@@ -51,34 +51,37 @@ OTHER_TIMES = re.compile(
     ),
     re.IGNORECASE,
 )
-# A time that is asked for and answered by a number alone.
+# A question about a time that is answered by a number alone.
 ASKED_TIME = re.compile(
     rf"\b(?:when\s+(?:is|are|was|were|do|does|did|has|have|will)|(?:which|what)\s+{COUNTED})\b.*\n\W*{NUMBER}\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
-STREAM = 1  # of random numbers, apart from that of the choice of questions
+STREAM = 1  # random stream for clips, separate from that for the choice of questions
 
 
 @data_part
 @dataclass(frozen=True)
 class SubClips:
-    """How clips are cut out of training videos of one frame per second.
+    """Settings for cutting clips out of training videos with one frame per second.
 
-    A clip keeps the conversations whose evidence names a frame of it; those about the whole video (captions) tell of
-    more than it shows and are left out. Seconds in words are known in the form "second 12"; conversations that say
-    times in another form ("00:12", "after 12 seconds", "seconds 12 to 15", "frame 12", "the end of the video") are left
-    out of a clip whose time begins anew. A video in which nothing is asked about the clip, or whose frames are not a
-    second apart, stays whole. Training refuses clips where no video that was tried can be cut (`may_be_cut`).
+    A clip keeps the conversations whose evidence names one of its frames. Conversations about the whole video
+    (captions) describe more than the clip shows and are left out. Times in words are recognised only in the form
+    "second 12". If the clip's time restarts at 0, conversations with times in another form ("00:12", "after 12
+    seconds", "seconds 12 to 15", "frame 12", "the end of the video") are left out. A video stays whole if no question
+    is about the clip or its frames are not one second apart. Training refuses clips if none of the tested videos can be
+    cut (`may_be_cut`).
 
     Args:
         frames: [fewest, most] of a clip; shorter videos stay whole.
-        share: of the longer videos, at random, cut in each epoch; the others stay whole.
-        lookback: by kind, how many frames before its own a question speaks of: these too must lie in the clip.
-        rebased: times of a clip begin at second 0. False: frames and words keep the video's, for a model whose frames
-            say their second (`frame_clock=seconds`): it learns late seconds from few frames.
+        share: share of the longer videos, chosen at random, that are cut in each epoch; the others stay whole.
+        lookback: by kind, the number of frames before its own that a question refers to; the clip must contain these
+            frames too.
+        rebased: True: times in a clip restart at second 0. False: frames and words keep the times of the video, for a
+            model that receives the second of each frame (`frame_clock=seconds`): it learns late seconds from few
+            frames.
 
     Raises:
-        ValueError: a range that is none, a share outside of 0..1, or a lookback that is no number of frames.
+        ValueError: the range is invalid, the share is outside of 0..1, or a lookback is not a number of frames.
     """
 
     frames: Sequence[int]
@@ -96,11 +99,11 @@ class SubClips:
                 raise ValueError(f"data.clips.lookback.{kind}={frames!r}: a number of frames, from 0 on")
 
     def may_be_cut(self, conversations: Sequence[Conversation]) -> bool:
-        """Whether some conversation says of which frame it speaks."""
+        """Whether some conversation's evidence names the frame that it is about."""
         return any(isinstance(each.evidence.get("frame"), int) for each in conversations)
 
     def of(self, sample: VideoTextSample, seed: int, key: SampleKey) -> VideoTextSample:
-        """The sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
+        """Return the sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
         fewest, most = self.frames
         count = len(sample.frames)
         if count <= fewest or sample.seconds != tuple(float(n) for n in range(count)):
@@ -114,7 +117,7 @@ class SubClips:
         return self.cut(sample, start, start + length) or sample
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
-        """Frames `start` to `stop` (exclusive) with the questions about them; None where there are none."""
+        """Return frames `start` to `stop` (exclusive) with the questions about them; None if there are no questions."""
         kept = [self._of_clip(each, start, stop) for each in sample.conversations]
         conversations = tuple(each for each in kept if each is not None)
         if not conversations:
@@ -123,7 +126,7 @@ class SubClips:
             sample,
             frames=sample.frames[start:stop],
             conversations=conversations,
-            key=f"{sample.key}[{start}:{stop}]",  # other frames: a name of their own wherever something is kept by name
+            key=f"{sample.key}[{start}:{stop}]",  # different frames need a different key where caches use the key
             cut=True,
             seconds=tuple(float(n) for n in (range(stop - start) if self.rebased else range(start, stop))),
         )
@@ -147,7 +150,7 @@ class SubClips:
 
 
 def _says_other_times(turns: Sequence[Turn]) -> bool:
-    """Whether a conversation says a time in another form than "second 12"."""
+    """Whether a conversation contains a time in another form than "second 12"."""
     rest = [ONE_SECOND.sub(TAKEN_OUT, turn.text) for turn in turns]
     return any(map(OTHER_TIMES.search, rest)) or ASKED_TIME.search("\n".join(rest)) is not None
 
@@ -155,5 +158,5 @@ def _says_other_times(turns: Sequence[Turn]) -> bool:
 def clipped(
     sample: VideoTextSample, clips: SubClips | None, max_frames: int, seed: int, key: SampleKey
 ) -> VideoTextSample:
-    """A clip of a sample where there are any, then at most so many frames, evenly."""
+    """Return a clip of a sample (if `clips` are given), reduced to at most `max_frames` evenly spaced frames."""
     return thinned(sample if clips is None else clips.of(sample, seed, key), max_frames)

@@ -1,4 +1,4 @@
-"""Rows that are longer than the language model's context: which samples and conversations are left out for it."""
+"""Find rows that are longer than the language model's context; their samples or conversations are left out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from keygrip.data.video_text.sample_types import Conversation
 
 @dataclass(frozen=True)
 class Context:
-    """The positions of the language model's longest row.
+    """The context length of the language model.
 
     Args:
-        positions: at most, visual and text tokens together. collator: says how many tokens images and texts take.
-        max_frames: taken of a sample.
+        positions: largest number of positions, visual and text tokens together. collator: computes the tokens of images
+            and texts. max_frames: largest number of frames used from a sample.
     """
 
     positions: int
@@ -25,17 +25,17 @@ class Context:
     max_frames: int
 
     def may_be_exceeded(self, frames: np.ndarray) -> bool:
-        """Whether a row of samples with so many frames, int [n], might be too long, whatever its text is."""
+        """Whether a row of samples with these numbers of frames, int [n], might be too long, for the longest text."""
         text = self.collator.max_tokens
         return text is None or bool((self.room(frames) < text).any())
 
     def room(self, frames: np.ndarray) -> np.ndarray:
-        """Tokens of text for which samples with so many frames leave room, int [n] -> int [n]; below 0: for none."""
+        """Return how many text tokens fit besides these numbers of frames, int [n] -> int [n]; 0 or less: none."""
         return self.positions - self.collator.tokens_per_frame * np.minimum(frames, self.max_frames)
 
     def problem(self, conversation: Conversation, frames: int, seconds: Sequence[float] | None = None) -> str | None:
-        """Why a conversation about so many frames is too long to be a row; None where it is not, or cannot be a row for
-        another reason.
+        """Return why a conversation about `frames` frames is too long to be a row; None if it is not too long or cannot
+        be a row for another reason.
 
         Args:
             seconds: see `MeasuringCollator`.
@@ -50,10 +50,10 @@ class Context:
         )
 
     def advice(self, frames: bool = True) -> str:
-        """What makes rows shorter.
+        """Return advice on how to make rows shorter.
 
         Args:
-            frames: whether they are of samples with frames.
+            frames: whether the rows belong to samples with frames.
         """
         most = self.collator.max_tokens
         ways = [f"lower data.max_frames={self.max_frames}"] if frames else []

@@ -1,14 +1,14 @@
-"""The contents of shards of videos with text: what their parts mean, how they are written, read and shown whole.
+"""The contents of shards of videos with text: the meaning of their parts, and how they are written, read and decoded.
 
 Members of a sample: "json" with `source`, `fps`, `frames` and `conversations` ([{"kind", "turns": [{"role", "text"}],
-"evidence"}]), and the images, either "00.jpg", "01.jpg", ... (from 0 or 1; PNG and WebP too; also from keys of their
-own: `keygrip.data.shards.separate_images`), one "jpg", or one "mp4", from which one frame per second is taken. Text in
-other forms: see `foreign_text`. Upper case counts as lower. Columns: `frames`, `text_length` (characters of the longest
-conversation; see there), `first_answer` (characters to the end of the first answer, of the conversation in which it
-ends soonest), `conversations` (how many) and `kinds` ("cue mark"; `kinds_column`).
+"evidence"}]), and the images: "00.jpg", "01.jpg", ... (from 0 or 1; also PNG and WebP; also under separate keys, see
+`keygrip.data.shards.separate_images`), one "jpg", or one "mp4", from which one frame per second is read. For other
+forms of text see `foreign_text`. Upper case counts as lower. Columns: `frames`, `text_length` (characters of the
+longest conversation; see there), `first_answer` (smallest number of characters to the end of a conversation's first
+answer), `conversations` (their number) and `kinds` ("cue mark"; `kinds_column`).
 
-Text of a sample with both "json" and "txt" is that of the json where it has turns or a caption, and the txt is not
-read; of a json of metadata alone that of the txt, asked for by the json's `source` as its own caption would be.
+For a sample with both "json" and "txt", the json is used if it has turns or a caption, and the txt is not read. If the
+json has only metadata, the txt is the caption, and the request depends on the json's `source` as for its own caption.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ ROLES = ("system", "user", "assistant")
 IMAGE = re.compile(r"^(?:(\d{1,6})\.)?(jpg|jpeg|png|webp)$", re.IGNORECASE)
 VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 KNOWN_MEMBERS = "json or txt, 00.jpg 01.jpg ... or one jpg (jpeg, png, webp), or one mp4 (webm, mkv, mov, avi, m4v)"
-MAX_FRAMES = 64  # of a sample as preparations write it, and in training where nothing else is said
+MAX_FRAMES = 64  # frames of a sample that preparations write, and the default in training
 LARGEST = 16384  # pixels of a frame's side
 FITS = ("stretch", "crop", "pad")
 CAPTION_REQUEST = "Describe what happens in the video."
-IMAGE_CAPTION_REQUEST = "Describe the image."  # where a sample is one image, and its json names no video
+IMAGE_CAPTION_REQUEST = "Describe the image."  # for a sample with one image whose json names no video
 
 
-# Of images: shards of another number hold other pixels of transparent, turned and deep ones. A setting of a set.
+# Version of image decoding, a setting of a set: other versions decode transparent, rotated and deep images differently.
 DECODING = 3
 
 
 def frame_settings(image_size: Any, fit: Any, max_frames: Any, image_frames: Any = 1) -> dict[str, Any]:
-    """How frames are prepared, by name: their size, one of `FITS`, how many of longer videos, and how many that show
-    a single image.
+    """Return the settings of frame preparation by name: size, one of `FITS`, the largest number of frames of a video,
+    and the number of frames that show a single image.
 
     Raises:
-        ValueError: they cannot be.
+        ValueError: a setting is invalid.
     """
 
     def fits(value: Any, most: int) -> bool:
@@ -92,24 +92,24 @@ def frame_settings(image_size: Any, fit: Any, max_frames: Any, image_frames: Any
 
 
 def image_frames_of(settings: Mapping[str, Any]) -> int:
-    """How many frames show a single image, of `frame_settings` whose `max_frames` may be lower than in training."""
+    """Return how many frames show a single image, from `frame_settings` with a possibly lower `max_frames`."""
     return int(min(settings.get("image_frames", 1), settings["max_frames"]))
 
 
 def shard_frame_settings(image_size: int, fit: str, max_frames: int) -> dict[str, Any]:
-    """Of `frame_settings` those of a set; `max_frames` is none where it is the usual one."""
+    """Return the `frame_settings` that are stored with a set; without `max_frames` if it has the default value."""
     settings = frame_settings(image_size, fit, max_frames)
     del settings["image_frames"]
     return {name: value for name, value in settings.items() if name != "max_frames" or value != MAX_FRAMES}
 
 
 def caption(text: str, evidence: Mapping[str, Any] | None = None, request: str = CAPTION_REQUEST) -> Conversation:
-    """A request for a caption and the caption."""
+    """Return a conversation of a request for a caption and the caption."""
     return Conversation((Turn("user", request), Turn("assistant", text)), "caption", dict(evidence or {}))
 
 
 def answer(question: str, text: str, kind: str, evidence: Mapping[str, Any] | None = None) -> Conversation:
-    """A question and its answer."""
+    """Return a conversation of a question and its answer."""
     return Conversation((Turn("user", question), Turn("assistant", text)), kind, dict(evidence or {}))
 
 
@@ -123,13 +123,13 @@ def video_text_parts(
     fps: float | None = 1.0,
     extension: str = "jpg",
 ) -> tuple[Parts, dict[str, int | float | str]]:
-    """Parts and columns of a sample, from encoded images.
+    """Create the parts and columns of a sample from encoded images.
 
     Args:
         fps: of the frames; None: they have no common time.
 
     Raises:
-        ValueError: no conversation, an empty one, or more than 4096 frames.
+        ValueError: there is no conversation, one is empty, or there are more than 4096 frames.
     """
     if len(frames) > MOST_FRAMES:
         raise ValueError(f"{len(frames)} frames are more than the {MOST_FRAMES} that a sample may have")
@@ -158,8 +158,8 @@ def video_text_parts(
 
 
 def text_length(conversations: Sequence[Conversation]) -> int:
-    """Characters of the longest conversation, by which batches are made: a token is taken for four of them. Those
-    beyond ASCII (Chinese, Greek, ...) are a token each, or more, and count for four."""
+    """Return the characters of the longest conversation, from which batches are planned with four characters per token.
+    Characters beyond ASCII (Chinese, Greek, ...) are at least one token each and count as four."""
     return max((_turns_length(c.turns) for c in conversations), default=0)
 
 
@@ -183,7 +183,7 @@ def _text_columns(conversations: Sequence[Conversation]) -> dict[str, int | floa
 
 
 def conversation_problem(conversation: Conversation) -> str | None:
-    """What is wrong with a conversation; None where nothing is."""
+    """Return what is wrong with a conversation; None if it is valid."""
     unknown = [turn.role for turn in conversation.turns if turn.role not in ROLES]
     if unknown:
         return f"a conversation has a turn of {unknown[0]!r}; roles are {', '.join(ROLES)}"
@@ -198,7 +198,7 @@ def conversation_problem(conversation: Conversation) -> str | None:
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
-    """A JPEG file of a uint8 [H, W, 3] image."""
+    """Return the content of a JPEG file of an image uint8 [H, W, 3]."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
@@ -208,13 +208,13 @@ def encode_jpeg(frame: np.ndarray, quality: int = 92) -> bytes:
 
 
 def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The sample's text as its json holds it; as its txt does where the json has no turns and no caption.
+    """Return the sample's text from its json, or from its txt if the json has no turns and no caption.
 
     Args:
-        names: of all parts of the sample. None: these are all.
+        names: of all parts of the sample. None: `parts` contains all of them.
 
     Raises:
-        ValueError: it is missing or malformed.
+        ValueError: the text is missing or malformed.
     """
     names = [*parts] if names is None else names
     parts = lower_case(parts)
@@ -222,18 +222,18 @@ def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, An
     counted = told if "txt" in parts else (*told, *COUNTS, "fps", "system", ANSWERS)
     content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
     request = IMAGE_CAPTION_REQUEST if _is_one_image(names, content) else CAPTION_REQUEST
-    if "txt" in parts and not holds_text(content):  # video downloaders: the caption in txt, metadata in json
+    if "txt" in parts and not holds_text(content):  # video downloaders write the caption to txt, metadata to json
         return caption_text(parts["txt"].decode("utf-8-sig"), caption_request(content, request))
     if "json" in parts:
         return own_text(content, request, _has_media(names))
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
-    only = first_of(sorted(parts), 5, ", ") or "nothing"  # a reason is cut off, and the hint stands behind them
+    only = first_of(sorted(parts), 5, ", ") or "nothing"  # few names: long reasons are cut off, and the hint comes last
     raise ValueError(f"it has no json or txt part, only {only}{hint}")
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
-    """Raises BadSample: malformed."""
+    """Parse the conversations of a sample's text. Raise BadSample if they are malformed."""
     with guard("its conversations"):
         return tuple(_conversation(conversation) for conversation in content["conversations"])
 
@@ -252,8 +252,8 @@ def _conversation(content: Mapping[str, Any]) -> Conversation:
 
 
 def annotators_answers(given: Any) -> tuple[str, ...]:
-    """The answers that annotators gave: a list of texts, or as VQAv2, OK-VQA and TextVQA have them [{"answer", ...}];
-    None and an empty list are none. Raises ValueError: they have another form."""
+    """Return the annotators' answers from a list of texts, or of objects {"answer", ...} as in VQAv2, OK-VQA and
+    TextVQA; None and an empty list give no answers. Raise ValueError if they have another form."""
     listed = given if isinstance(given, list) else [] if given is None else [None]
     answers: list[Any] = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
     if not all(isinstance(answer, str) for answer in answers):
@@ -262,7 +262,7 @@ def annotators_answers(given: Any) -> tuple[str, ...]:
 
 
 def _is_one_image(names: Sequence[str], content: Any) -> bool:
-    """Whether a sample is an image, and no frame of a video that its json names."""
+    """Whether a sample is one image, and not a frame of a video that its json names."""
     if any(name.lower() in VIDEO for name in names) or sum(IMAGE.match(name) is not None for name in names) != 1:
         return False
     return not isinstance(content, Mapping) or "video" not in kinds_named(content)
@@ -273,15 +273,15 @@ def _has_media(names: Iterable[str]) -> bool:
 
 
 def unknown_members(parts: Parts) -> list[str]:
-    """Names of what is neither text nor image nor video."""
+    """Return the names of members that are neither text nor image nor video."""
     return [name for name in parts if name not in (*TEXT, *VIDEO) and not IMAGE.match(name)]
 
 
 def media_of(parts: Parts) -> tuple[str | None, list[str]]:
-    """Name of the video, or names of the images, in order; of `lower_case` parts.
+    """Return the name of the video, or the names of the images in order, from `lower_case` parts.
 
     Raises:
-        ValueError: an image is missing in between, it holds both or several videos, or media that nothing here decodes.
+        ValueError: an image in between is missing, there are several videos, a video and images, or unsupported media.
     """
     found = sorted((int(match[1] or 0), name) for name in parts if (match := IMAGE.match(name)))
     numbers = [number for number, _ in found]
@@ -298,7 +298,7 @@ def media_of(parts: Parts) -> tuple[str | None, list[str]]:
 
 
 def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
-    """The columns of a sample, as :func:`video_text_parts` gives them. Raises BadSample or ValueError: malformed."""
+    """Return the columns of a sample, as :func:`video_text_parts`. Raise BadSample or ValueError if it is malformed."""
     parts = lower_case(parts)
     content = parse_text(parts)
     conversations = parse_conversations(content)
@@ -329,7 +329,7 @@ def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
 
 
 def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] of a PIL image: squeezed, its middle square, or whole with black bars."""
+    """Convert a PIL image to a square uint8 [S, S, 3]: stretched, centre-cropped, or padded with black bars."""
     if image.size != (size, size):
         if fit == "crop":
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -341,7 +341,7 @@ def fit_image(image: Any, size: int, fit: str) -> np.ndarray:
 
 
 def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] RGB of an encoded image. Raises BadSample: broken, cut off, too large, several frames."""
+    """Decode an image to uint8 [S, S, 3] RGB. Raise BadSample if it is broken, too large or has several frames."""
     with open_image(content) as opened:
         refuse_frames(opened)
         if fit == "stretch":
@@ -350,31 +350,31 @@ def decode_image(content: bytes, size: int, fit: str) -> np.ndarray:
 
 
 def shown_image(image: Image.Image, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] RGB of a PIL image of any mode, as viewers show it (`keygrip.data.image_text.decoding`).
+    """Convert a PIL image of any mode to uint8 [S, S, 3] RGB, as viewers show it (`keygrip.data.image_text.decoding`).
 
     Raises:
-        ValueError: its numbers have no known white.
+        ValueError: it is unknown which value is white.
     """
     return fit_image(upright(image), size, fit)
 
 
 def whole_seconds(duration: float) -> int:
-    """Frames of a video of so many seconds when one is taken per second, at least one."""
+    """Return the number of frames in a video of this duration in seconds, at one frame per second; at least 1."""
     return max(1, int(duration + TIME_TOLERANCE_S))
 
 
 def _seconds(duration: float, most: int) -> np.ndarray:
-    """Times at which frames are taken: one per second, at most so many, evenly."""
+    """Return the times of frames: one per second, or `most` evenly spaced times if there would be more."""
     count = whole_seconds(duration)
     return np.arange(count) if count <= most else np.linspace(0, duration - 1, most)
 
 
 def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [F, S, S, 3] of a video file or its bytes, a frame per second, at most `most`, evenly; and the second of
-    each, float [F].
+    """Decode a video file or its bytes to uint8 [F, S, S, 3], at one frame per second (of longer videos, `most` evenly
+    spaced frames), and return the second of each frame, float [F].
 
     Raises:
-        ValueError: it cannot be decoded, or ends long before its length.
+        ValueError: the video cannot be decoded, or ends long before its stated length.
     """
     times = np.zeros(0)
 
@@ -388,17 +388,17 @@ def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[
 
 
 def rate_of(times: np.ndarray) -> float:
-    """Frames per second of evenly spaced times; 1 of a single one."""
+    """Return the frames per second of evenly spaced times; 1 for a single time."""
     return 1.0 if len(times) < 2 else float((len(times) - 1) / (times[-1] - times[0]))
 
 
 def read_sample(
     shards: ShardSet, sample: int, size: int, fit: str = "stretch", max_frames: int = MAX_FRAMES
 ) -> VideoTextSample:
-    """A decoded sample with all its conversations; of more frames than `max_frames`, evenly spaced ones.
+    """Read and decode a sample with all its conversations; of more than `max_frames` frames, use evenly spaced ones.
 
     Raises:
-        BadSample: something in it is broken; names the sample and its shard.
+        BadSample: something in the sample is broken; the message names the sample and its shard.
     """
     stored = shards.read(sample)
     with guard(shards.where(sample)):
@@ -427,7 +427,7 @@ def read_sample(
 
 
 def _frame_sizes(parts: Parts, video: str | None, frames: Sequence[Any]) -> list[tuple[int, int]]:
-    """(width, height) of frames as they are stored: images by name, or as many frames of a video."""
+    """Return the stored (width, height) of each frame: `frames` are the names of images, or the frames of a video."""
     if video is not None:
         return frames_at(parts[video], lambda _: [0.0], lambda image: image.size) * len(frames)
     found = []
@@ -438,14 +438,14 @@ def _frame_sizes(parts: Parts, video: str | None, frames: Sequence[Any]) -> list
 
 
 def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...]:
-    """The conversations of a sample; its images are not read. Raises BadSample: its text is broken."""
+    """Read the conversations of a sample without its images. Raise BadSample if its text is broken."""
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
         return parse_conversations(parse_text(parts, _names(shards, sample)))
 
 
 def _names(shards: ShardSet, sample: int) -> list[str]:
-    """Of all parts of a sample, none of which is read."""
+    """Return the names of all parts of a sample, without reading the parts."""
     number, row = shards.locate(sample)
     index = shards.index(number)
     return index.part_names[index.first_part[row] : index.first_part[row + 1]].tolist()
@@ -454,11 +454,11 @@ def _names(shards: ShardSet, sample: int) -> list[str]:
 def read_timed_conversations(
     shards: ShardSet, sample: int, max_frames: int
 ) -> tuple[tuple[Conversation, ...], tuple[float, ...] | None]:
-    """As `read_conversations`, and the `seconds` that `read_sample` gives; of a video file of more seconds than frames
-    that are taken, less than a second off: its length is not read.
+    """Return the result of `read_conversations` and the `seconds` that `read_sample` returns. For a video file of more
+    seconds than used frames, these are off by less than a second, since the exact length is not read.
 
     Raises:
-        BadSample: its text is broken.
+        BadSample: the sample's text is broken.
     """
     names, count = _names(shards, sample), int(shards.columns["frames"][sample])
     parts = shards.read(sample, TEXT)
@@ -472,7 +472,7 @@ def read_timed_conversations(
 
 
 def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:
-    """The text of every turn of some shard sets, in order (to train a tokenizer on); leaves out unreadable samples."""
+    """Yield the text of every turn of some shard sets, in order (to train a tokenizer); skips unreadable samples."""
     for shards, sample in all_samples(sets):
         try:
             conversations = read_conversations(shards, sample)

@@ -1,4 +1,4 @@
-"""The data module of videos with text, from shard sets: mixed, bucketed, decoded in workers, resumable in mid-epoch."""
+"""The data module for videos with text from shards: mixed, bucketed, decoded in workers, resumable in mid-epoch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
 
-COSTLY = 4  # batches, by estimate the largest, among which the largest one is sought by what it really holds
+COSTLY = 4  # number of batches with the largest estimates, among which the actually largest one is searched
 
 
 @data_part(from_checkpoint={"cache_dir": None}, external=["cache_dir"])
@@ -65,34 +65,34 @@ class VideoTexts(ResumableData):
     """Videos, images and text from shard sets.
 
     Args:
-        sources: by name; None leaves a source of the config out.
-        collator: makes batches of samples (the language model's part); picklable.
-        image_size: edge of the square frames. fit: "stretch" | "crop" | "pad", of frames that are not square, in
-            training and whenever the model is asked; "auto": as the sources were prepared, "stretch" where none says.
-        batch_size: videos, global over all ranks.
-        seed: of order and choice.
-        max_frames: of longer samples, so many evenly spaced frames.
-        image_frames: a sample of one image is shown as so many equal frames, also whenever the model is asked: queries
-            then learn from images too where the frames come first. Not with time stamps.
-        questions: conversations per video in training: all (null), so many at random, or by kind ({mark: 4}: 4 of
-            these and all of other kinds).
-        val_questions: the same at validation, where the choice never changes.
-        max_val_samples: the frozen validation set is cut to so many, always the same; None: all.
-        window_shards: shuffle within windows of so many shards (remote shards); None: over everything.
+        sources: by name; None removes a source of the config.
+        collator: makes batches from samples (specific to the language model); picklable.
+        image_size: edge of the square frames. fit: "stretch" | "crop" | "pad" for frames that are not square, in
+            training and inference; "auto": as the sources were prepared, or "stretch" if no source states it.
+        batch_size: videos in a global batch, over all ranks.
+        seed: of the order and the choice of questions.
+        max_frames: number of evenly spaced frames used of longer samples.
+        image_frames: a sample with one image is shown as this number of equal frames, also in inference: queries then
+            learn from images too if the frames come first. Not with time stamps.
+        questions: conversations per video in training: all (null), this number at random, or numbers by kind
+            ({mark: 4}: 4 of this kind and all of other kinds).
+        val_questions: the same for validation, where the choice never changes.
+        max_val_samples: size limit of the validation set, which always has the same samples; None: no limit.
+        window_shards: shuffle within windows of this many shards (remote shards); None: over everything.
         cache_dir, cache_gb: for remote shards.
-        max_skipped_share: more unreadable samples than this stop the run. Those that the collator cannot use (too
-            long, of themselves or for the language model's context) are left out beforehand where the index tells,
-            else in training replaced by shorter ones; they are counted apart.
-        num_workers: loader processes; None: one for each core but one, 4 at most.
-        prefetch_batches: batches that each worker keeps ready.
-        memory_gb: each process that reads keeps so much of the decoded training samples; 0: decode every time.
-        curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; of the lead sources, by name.
-        budget: of frames and positions per batch, over all ranks; `batch_size` is then the most videos. None: always so
-            many. Batches are planned by the tokens of all texts, which are counted once (`exact_lengths`), or by the
-            lengths that nearly all stay below (`lengths`), and kept within the positions by the lengths that their rows
-            have: what is too much is left out of the batch and counted.
-        clips: cut out of longer training videos; batches and a budget count whole ones. Refused where none can be
-            cut. None: they stay whole.
+        max_skipped_share: a larger share of unreadable samples stops the run. Samples that the collator cannot use (too
+            long by themselves or for the language model's context) are left out beforehand if the index shows it;
+            otherwise training replaces them by shorter ones. They are counted separately.
+        num_workers: loader processes; None: the number of cores minus one, at most 4.
+        prefetch_batches: batches that each worker prepares in advance.
+        memory_gb: memory per reading process for caching decoded training samples; 0: decode every time.
+        curriculum: see :class:`keygrip.data.shards.mixing.Mixture`; for the lead sources, by name.
+        budget: of frames and positions per batch, over all ranks; `batch_size` is then the largest number of videos.
+            None: always `batch_size` videos. Batches are planned with the tokens of all texts, counted once
+            (`exact_lengths`), or with lengths that nearly all texts stay below (`lengths`). Each batch is then kept
+            within the positions by its actual row lengths: excess samples are left out and counted.
+        clips: cut out of longer training videos; batches and a budget count whole videos. An error if none can be cut.
+            None: videos stay whole.
     """
 
     batch_type = VideoTextBatch
@@ -151,7 +151,7 @@ class VideoTexts(ResumableData):
                 raise ValueError(f"data.{name} must not be negative, not {size}")
         self.collator, self.image_size, self.max_frames = collator, image_size, max_frames
         self.image_frames = image_frames
-        self.given_fit, self.fit = fit, FITS[0] if fit == AUTO else fit  # as prepared from `setup` on
+        self.given_fit, self.fit = fit, FITS[0] if fit == AUTO else fit  # `setup` replaces "auto" by the sources' fit
         self.batch_size, self.seed = batch_size, seed
         self.questions, self.val_questions = questions, val_questions
         self.max_val_samples, self.window_shards = max_val_samples, window_shards
@@ -160,30 +160,30 @@ class VideoTexts(ResumableData):
         self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches = prefetch_batches
         self.skipped = BadSamples(max_skipped_share)
-        self.unusable = BadSamples(math.inf)  # nothing is wrong with them: they are counted and end no run
-        self.prepare_data_per_node = False  # shards lie where every node sees them
+        self.unusable = BadSamples(math.inf)  # valid samples: they are counted and never stop a run
+        self.prepare_data_per_node = False  # every node can read the shards in the same place
         self.parts: dict[str, list[Part]] = {}
         self.mixture: Mixture | None = None
-        self.longest_row: int | None = None  # positions of the language model's context; None: it is not known
+        self.longest_row: int | None = None  # positions of the language model's context; None: unknown
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def asked_by(self, module: Any) -> None:
-        """Takes over how many positions a row of the model may have (its `longest_row`); before `setup`."""
+        """Store how many positions a row of the model may have (its `longest_row`); call it before `setup`."""
         self.longest_row = getattr(module, "longest_row", None)
 
     def refuse_missing(self) -> None:
-        """Raises FileNotFoundError: a source that nothing makes is not there. Asked before weights are fetched."""
+        """Raise FileNotFoundError if a source that cannot be generated is missing. Called before fetching weights."""
         for source in self.sources.values():
             if source.root is not None or source.make is None:
                 source.refuse_missing()
 
     def prepare_data(self) -> None:
-        """Makes the sources that can be made, and lets the collator prepare itself."""
+        """Generate the missing sources that have a maker, and prepare the collator."""
         for source in self.sources.values():
             if source.root is None and source.make is not None:
                 source.make.complete()
-            source.prepared_fit(self.cache_dir)  # no lock is made beside what is no shard set
+            source.prepared_fit(self.cache_dir)  # raises if there are no shards, before a lock file is created there
         if isinstance(self.collator, PreparedCollator):
             self._prepare_collator(self.collator, self._open("train"))
 
@@ -192,11 +192,11 @@ class VideoTexts(ResumableData):
             collator.prepare(self._folder_of(train), partial(iterate_texts, [part.shards for part in train]))
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens all splits and, but for stage "validate", computes the mixture; once.
+        """Open all splits and, except for stage "validate", compute the mixture; later calls do nothing.
 
         Raises:
-            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: nothing to train on, kinds
-                of questions that no source holds, or sources whose frames were prepared in different ways.
+            FileNotFoundError, ShardError: shards are missing or broken (named). ValueError: there is nothing to train
+                on, no source has a requested kind of questions, or frames of sources were prepared in different ways.
         """
         fitting = stage != "validate"
         if self.parts and (self.mixture is not None or not fitting):
@@ -205,7 +205,7 @@ class VideoTexts(ResumableData):
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
         chosen = {"questions": self.questions, "val_questions": self.val_questions}
         check_kinds([part for parts in opened.values() for part in parts], chosen)
-        if isinstance(self.collator, PreparedCollator):  # on every rank: what was made once is loaded here
+        if isinstance(self.collator, PreparedCollator):  # on every rank: loads the files that the first process created
             self._prepare_collator(self.collator, opened["train"])
         opened = self._measured(opened, fitting)
         opened = {each: usable_parts(each, parts, self.questions, fitting) for each, parts in opened.items()}
@@ -216,8 +216,8 @@ class VideoTexts(ResumableData):
         self._report()
 
     def _measured(self, opened: Mapping[str, Sequence[Part]], fitting: bool) -> dict[str, list[Part]]:
-        """The parts with the lengths of their texts, where a budget counts them or some may be too long to be used.
-        Those of training are counted only where it is going to begin. Raises ValueError: they cannot be counted."""
+        """Return the parts with the lengths of their texts, if a budget needs them or some may be too long to be used.
+        Training texts are counted only if training will begin. Raise ValueError if they cannot be counted."""
         collator, exact = self.collator, self.budget is not None and self.budget.exact_lengths
         if not isinstance(collator, MeasuringCollator):
             if exact:
@@ -233,7 +233,7 @@ class VideoTexts(ResumableData):
                 how = (folder, part.kinds, self.max_frames, self.num_workers)
                 lengths[split, part.name] = counted(part.shards, part.chosen, collator, *how)
             wanted = self.budget is not None or part.may_be_too_long(collator.max_tokens) or part.context is not None
-            if not exact and split == "train" and wanted:  # the rate of these counts for all splits
+            if not exact and split == "train" and wanted:  # the rate of the training texts is used for all splits
                 rate = measured(part.shards, part.chosen, collator, part.kinds)
                 lengths |= dict.fromkeys(((each, part.name) for each in SPLITS), rate)
         return {s: [replace(p, lengths=lengths.get((s, p.name))) for p in parts] for s, parts in opened.items()}
@@ -251,7 +251,7 @@ class VideoTexts(ResumableData):
         return parts
 
     def _context_of(self, part: Part) -> Context | None:
-        """The language model's context, where some row of a part may be longer."""
+        """Return the language model's context if some row of a part may be longer; otherwise None."""
         if self.longest_row is None or not isinstance(self.collator, MeasuringCollator):
             return None
         context = Context(self.longest_row, self.collator, self.max_frames)
@@ -299,10 +299,9 @@ class VideoTexts(ResumableData):
             )
 
     def padding_share(self, epoch: int = 0) -> float:
-        """Share of the language model's positions that are padding in an epoch, over all rows and processes, as
-        `train/padding_share` but for samples that are cut into clips or replaced; needs `setup`. Where some of a
-        sample's questions are drawn, of other ones; without counted tokens by the estimated length of its longest row.
-        """
+        """Return the share of the language model's positions that are padding in an epoch, over all rows and processes;
+        requires `setup`. It differs from `train/padding_share` for samples that are cut into clips or replaced. If
+        questions are chosen at random, it uses other ones; without counted tokens, estimates of the longest rows."""
         assert self.mixture is not None
         packed = isinstance(self.collator, PackingCollator) and self.collator.pack_rows
         return self.mixture.padding(epoch, self.ranks[1], self._tokens_per_frame, packed)
@@ -313,8 +312,8 @@ class VideoTexts(ResumableData):
 
     @property
     def folder(self) -> Path:
-        """Where something derived from the training text of all sources may be kept: beside the first one
-        (`folder_beside`), by a hash of all, since runs with other sources share that place. Needs `setup`."""
+        """Where files derived from the training text of all sources may be stored; requires `setup`. It is next to the
+        first source (`folder_beside`), named by a hash of all sources: runs with other sources share that place."""
         return self._folder_of(self.parts["train"])
 
     def _folder_of(self, train: Sequence[Part]) -> Path:
@@ -326,12 +325,12 @@ class VideoTexts(ResumableData):
         return folder_beside(next(iter(self.sources.values())).place)
 
     def texts(self) -> Iterator[str]:
-        """The text of every training turn of all sources; needs `setup`."""
+        """Return an iterator over the text of every training turn of all sources; requires `setup`."""
         return iterate_texts([part.shards for part in self.parts["train"]])
 
     @property
     def statistics(self) -> VideoTextStatistics:
-        """Needs `setup`."""
+        """Statistics of the training data; requires `setup`."""
         parts, asked = self.parts["train"], (self.questions, self.val_questions)
         return VideoTextStatistics(
             folder=self.folder,
@@ -351,11 +350,11 @@ class VideoTexts(ResumableData):
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that the order of training samples depends on."""
+        """Hash of everything that the order of training samples depends on."""
         return self._fingerprint(self.batches_per_step)
 
     def _fingerprint(self, per_step: int) -> str:
-        """Where stages count steps of so many batches."""
+        """Return the fingerprint if a step of a curriculum's stage has `per_step` batches."""
         digest = hashlib.sha256()
         for part in self.parts["train"]:
             digest.update(f"{part.name}:{part.shards.fingerprint}:{part.share}:".encode())
@@ -369,7 +368,7 @@ class VideoTexts(ResumableData):
         return digest.hexdigest()[:16]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `ResumableData`; says where a run is of a version in which the stages of a curriculum counted batches."""
+        """See `ResumableData`; checkpoints of a version whose curriculum stages counted batches get their own error."""
         if self.curriculum and state_dict["fingerprint"] == self._fingerprint(1) != self.fingerprint:
             raise ValueError(
                 "the stages of data.curriculum count optimizer steps now, and batches in the run of the checkpoint: "
@@ -414,9 +413,9 @@ class VideoTexts(ResumableData):
         return self._loader(self.parts["train"], sampler, self.questions, self.memory_gb, collator)
 
     def worst_batches(self) -> list[Any]:
-        """Those parts of batches, of any process, of which one takes most memory: with the most of each of `MEASURES`,
-        as they really are; needs `setup`. Sought in the first epoch, and with a curriculum in those with which its
-        stages begin."""
+        """Return the parts of batches, of any process, one of which needs the most memory: the largest by each of
+        `MEASURES`, measured on the loaded batches; requires `setup`. They are searched in the first epoch and, with a
+        curriculum, in the epochs in which its stages begin."""
         assert self.mixture is not None
         sizes, ranks = self.mixture.sizes, self.ranks[1]
         parts = [
@@ -441,7 +440,7 @@ class VideoTexts(ResumableData):
         return [found[number] for number in dict.fromkeys(worst)]
 
     def _load_of(self, batch: Any, budget: Budget) -> Load:
-        """What a batch takes; of one that an encoder alone is trained on, its frames."""
+        """Return the load of a batch; if the batch trains only an encoder, its frames."""
         if not isinstance(batch, VideoTextBatch):
             return Load(float(len(batch.frames)), 0.0, 0.0)
         frames, rows = batch.frame_mask.sum(1), np.bincount(batch.video_index.numpy(), minlength=len(batch.frame_mask))
@@ -450,7 +449,7 @@ class VideoTexts(ResumableData):
         return Load(float(frames.sum()) / budget.frames, positions, queries(frames.numpy(), rows))
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
-        """The lead sources' samples of a split, and as many of the others as their share asks for; always the same."""
+        """Return a loader of a split's lead samples, and samples of the other sources by share; always the same."""
         parts = list(self.parts[split])
         lead = sum(len(part) for part in parts if part.share is None)
         if not lead:

@@ -1,8 +1,8 @@
-"""How many of the language model's positions samples take, counted: every text is encoded once and the counts are kept.
+"""Count the positions that samples need in the language model: encode every text once and store the counts.
 
-The counts of a shard set lie in one file beside its shards (or in the cache, see `VideoTexts`), whose name is a hash of
-everything that they depend on: the set, the tokenizer with its chat template and the collator's settings. What is not
-there yet is counted and added, so that training and validation, and runs of fewer samples, share a file.
+The counts of a shard set are in one file next to its shards (or in the cache, see `VideoTexts`). The file's name is a
+hash of everything that the counts depend on: the set, the tokenizer with its chat template and the collator's settings.
+Missing counts are computed and added, so that training, validation, and runs with fewer samples share a file.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.progress import Progress
 
-FORMAT = 6  # of a file of counts, and of how they are made
-NOT_COUNTED, UNREADABLE = -1, -2  # in place of a sample's tokens
+FORMAT = 6  # version of the file of counts, and of how they are computed
+NOT_COUNTED, UNREADABLE = -1, -2  # values in place of a sample's tokens
 BLOCK = 256  # samples that a worker counts at a time
-KEPT_EVERY = 200_000  # samples after which the counts so far are written: a run that is killed goes on from there
+KEPT_EVERY = 200_000  # samples after which the counts are written: a killed run continues from there
 
 
 @dataclass(frozen=True, eq=False)
 class ExactLengths:
-    """What the texts of a shard set of N samples take, of which some were counted.
+    """The text lengths of a shard set with N samples, some of which were counted.
 
     Args:
-        fingerprint: of the longest rows and the numbers of rows, by which batches are planned.
-        longest: int32 [N], tokens of each sample's longest row without its frames, 0 where none of its conversations
-            can be a row, else NOT_COUNTED or UNREADABLE. row_counts: int32 [N], conversations that can be rows.
+        fingerprint: of the longest rows and the numbers of rows, from which batches are planned.
+        longest: int32 [N], tokens of each sample's longest row without its frames, 0 if none of its conversations can
+            be a row; or NOT_COUNTED or UNREADABLE. row_counts: int32 [N], number of conversations that can be rows.
         row_tokens: int32 [R], tokens of each row without its frames, sample after sample (`places_of`).
-        tokens_per_frame: of an image. max_tokens: where texts are cut.
+        tokens_per_frame: of an image. max_tokens: length at which texts are cut.
     """
 
     fingerprint: str
@@ -58,7 +58,7 @@ class ExactLengths:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
         found = self.longest[chosen]
         assert (found != NOT_COUNTED).all(), "samples whose tokens were not counted"
-        # what cannot be read is replaced, and counted as such, when it is its turn
+        # unreadable samples get an estimate here; they are replaced and counted as bad samples when they are read
         return np.where(found == UNREADABLE, TokenLengths().tokens(shards, chosen), found).astype(float)
 
     def rows(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ class ExactLengths:
         first, count = places_of(self.longest, self.row_counts)
         count = count[chosen]
         places, owner = ranges(first[chosen], count), np.repeat(np.arange(len(chosen)), count)
-        if (rows < count).any():  # the rows of each sample in random order, of which the first are taken
+        if (rows < count).any():  # shuffle the rows of each sample and use the first ones
             places = places[np.lexsort((np.random.default_rng(0).random(len(owner)), owner))]
             taken = ranges(np.zeros_like(count), count) < rows[owner]
             places, owner = places[taken], owner[taken]
@@ -83,14 +83,14 @@ class ExactLengths:
         if room is None or not len(chosen):
             return np.asarray(kept)
         first, count = (each[chosen] for each in places_of(self.longest, self.row_counts))
-        starts = np.cumsum(count) - count  # of each sample's rows among those of the chosen ones
+        starts = np.cumsum(count) - count  # start of each sample's rows among the rows of all chosen samples
         shortest = np.minimum.reduceat(self.row_tokens[ranges(first, count)], starts)
         return np.asarray(kept & ((shortest <= room) | (self.longest[chosen] == UNREADABLE)))
 
 
 def places_of(longest: np.ndarray, row_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each sample's row lengths begin in the array of all, and how many it has there: int64 [N] each. A sample
-    without a row, and one that cannot be read, has one of 0 tokens."""
+    """Return where each sample's row lengths begin in the array of all rows, and their number: int64 [N] each. A sample
+    that has no row or cannot be read has one entry of 0 tokens."""
     counts = np.where(longest == NOT_COUNTED, 0, np.maximum(row_counts, 1)).astype(np.int64)
     return np.cumsum(counts) - counts, counts
 
@@ -104,11 +104,11 @@ def counted(
     max_frames: int = 64,
     workers: int = 0,
 ) -> ExactLengths:
-    """The lengths of the chosen samples; those that `folder` does not hold yet are counted, by one process at a time.
+    """Return the lengths of the chosen samples; count those missing in `folder`, by one process at a time.
 
     Args:
-        chosen: int64 [n], samples of `shards`. kinds: of their conversations; None: all. max_frames: of longer samples,
-            so many, whose times may be told in words. workers: loader processes that count; 0: this one.
+        chosen: int64 [n], samples of `shards`. kinds: of their conversations; None: all. max_frames: frames used of
+            longer samples; the text of a row may contain their times. workers: loader processes; 0: this process.
 
     Raises:
         ValueError: the file of counts is damaged.
@@ -117,7 +117,7 @@ def counted(
     how = (FORMAT, shards.fingerprint, collator.lengths_depend_on(), these, max_frames)
     file = folder / f"lengths-{sha256_bytes(repr(how).encode())[:16]}.npz"
     longest, rows, tokens = _stored(file, len(shards))
-    if (longest[chosen] == NOT_COUNTED).any():  # a whole file is not locked: it may lie where nothing can be written
+    if (longest[chosen] == NOT_COUNTED).any():  # a complete file is not locked: its folder may be read-only
         with locked(file.with_name(f".{file.name}.lock"), together_without=True):
             longest, rows, tokens = _stored(file, len(shards))
             known = [(np.flatnonzero(longest != NOT_COUNTED), tokens)]  # samples, and the lengths of their rows
@@ -142,7 +142,7 @@ def counted(
 
 
 def _together(longest: np.ndarray, rows: np.ndarray, known: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The row lengths of several groups of samples, none twice, sample after sample (`places_of`): int32 [R]."""
+    """Join the row lengths of disjoint groups of samples, sample after sample (`places_of`): int32 [R]."""
     first, counts = places_of(longest, rows)
     found = np.zeros(int(counts.sum()), np.int32)
     for samples, tokens in known:
@@ -154,7 +154,7 @@ Counted = tuple[np.ndarray, np.ndarray, np.ndarray]  # longest, row_counts and r
 
 
 class Counting(Dataset[Counted]):
-    """Blocks of samples, each as what `ExactLengths` keeps of them: int32 [n], [n] and [R]."""
+    """Blocks of samples, each as the arrays that `ExactLengths` stores: int32 [n], [n] and [R]."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Counting(Dataset[Counted]):
         return np.array(longest, np.int32), np.array(counts, np.int32), np.array(tokens, np.int32)
 
     def _count(self, sample: int) -> list[int] | None:
-        """Tokens of each row that a sample gives; None: it cannot be read."""
+        """Return the tokens of each row of a sample; None if it cannot be read."""
         try:
             found, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
             with guard(self.shards.where(sample)):
@@ -192,9 +192,9 @@ class Counting(Dataset[Counted]):
 
 def _loader(source: Counting, workers: int) -> DataLoader[Counted]:
     ensure_enough_files(workers)
-    # a generator of its own: whether there is something to count must not change the run's random numbers
+    # a separate generator: counting must not change the run's random numbers
     options: dict[str, Any] = {"worker_init_fn": start_worker, "generator": torch.Generator()}
-    options["collate_fn"] = _unchanged  # torch knows only collators of lists
+    options["collate_fn"] = _unchanged  # torch's types assume collate functions of lists
     return DataLoader(source, batch_size=None, num_workers=workers, **options)
 
 
@@ -203,7 +203,7 @@ def _unchanged(block: Counted) -> Counted:
 
 
 def _stored(file: Path, samples: int) -> Counted:
-    """Counts of a set of N samples, NOT_COUNTED where the file has none. Raises ValueError: it is damaged."""
+    """Read the counts of a set with N samples; NOT_COUNTED if there is no file. Raise ValueError if it is damaged."""
     if not file.is_file():
         return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros(0, np.int32)
     try:

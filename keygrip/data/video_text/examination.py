@@ -22,14 +22,14 @@ from keygrip.data.video_text.conversations import (
 
 log = logging.getLogger(__name__)
 
-PROBE_SIZE = 32  # images are decoded whole and made small, since only whether they decode matters
+PROBE_SIZE = 32  # images are decoded completely and then reduced; only whether they can be decoded matters
 
 
 def examine_video_text(shards: ShardSet, sample: int, parts: Parts, report: ShardReport) -> None:
-    """Decodes a sample and checks that its conversations can be trained on.
+    """Decode a sample and check that its conversations can be used in training.
 
     Raises:
-        BadSample: its text, images or video cannot be read.
+        BadSample: the text, images or video of the sample cannot be read.
     """
     read_sample(shards, sample, PROBE_SIZE)
     conversations = parse_conversations(parse_text(parts))
@@ -46,8 +46,8 @@ def examine_video_text(shards: ShardSet, sample: int, parts: Parts, report: Shar
 
 
 def report_shared(reports: Sequence[ShardReport]) -> None:
-    """Warns of images and videos that are asked about in several splits: what was trained on is no held-out question's.
-    Of a set without splits each sample is held out by its key, so that copies can come to lie on both sides."""
+    """Warn about images and videos that occur in several splits: held-out questions should not be about training media.
+    In a set without splits, samples are held out by their keys, so that copies may be in training and validation."""
     splits: dict[str, set[str]] = {}
     counts: Counter[str] = Counter()
     for report in reports:

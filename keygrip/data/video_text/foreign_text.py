@@ -1,11 +1,11 @@
-"""Text of shards that other programs wrote, brought into the form of this project's own `json` member.
+"""Convert text of shards from other programs to the form of this project's own `json` member.
 
-Read are: a caption in `txt`, or under `caption` or `text` of `json`; and turns under `conversations`, `messages` or
-`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}; content is text or a list of
-{"type": "text" | "image" | "video"} items. Or, as the published model's own shards have it, one question at the top of
-the json, {"user", "assistant", "source", "frame_count"}, whose `user` may be empty: then its `source` says what is
-asked (`REQUESTS`), as it does of a caption. Each may say of how many images it is (`COUNTS`), and one question may have
-`answers` of annotators beside it. Anything else is refused by what it has.
+Supported forms: a caption in `txt`, or under `caption` or `text` of `json`; turns under `conversations`, `messages` or
+`texts`, each {"from", "value"}, {"role", "content"} or {"user", "assistant"}, where content is text or a list of
+{"type": "text" | "image" | "video"} items. Shards of the published model have one question at the top level of the
+json, {"user", "assistant", "source", "frame_count"}; if `user` is empty, the request depends on `source` (`REQUESTS`),
+as for captions. Each form may state its number of images (`COUNTS`), and a single question may have `answers` of
+annotators. Anything else is refused with a message that lists its fields.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 from keygrip.data.video_text.placeholders import BARE, Placeholders, standing_kinds
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SHOWN = "shown"  # of text in this project's form: whether it is about an image or a video, so that frames belong to it
-PLACES = "places"  # of text in another form: for how many images or videos it has placeholders
-# Keys of a json that name images and videos whatever they hold: image, videos, media, video_path, image_urls, ...
+SHOWN = "shown"  # key in this project's form: whether the text is about an image or a video and so requires frames
+PLACES = "places"  # key for converted text: its number of placeholders for images or videos
+# Keys of a json that name images and videos, whatever their values are: image, videos, media, video_path, ...
 MEDIA = re.compile(r"(image|video|media)s?(_?(path|file|filename|file_name|name|url|uri)s?)?", re.IGNORECASE)
-# ... and those that do where they hold a name with such an ending.
+# ... and keys that name media if their value is a name with the ending of an image or a video.
 MAY_NAME = re.compile(r"clip|file|frame|image|img|media|path|photo|picture|url|video", re.IGNORECASE)
 ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 OF_VIDEO = re.compile(r"\.(gif|mp4|webm|mkv|mov|avi|m4v)$", re.IGNORECASE)
 CAPTIONS, TURNS = ("caption", "text"), ("conversations", "messages", "texts")
 PAIR = ("user", "assistant")
-ANSWERS = "answers"  # of annotators: in a json, beside one question, and in the evidence
-COUNTS = ("frame_count", "num_frames")  # keys of a json that say how many images belong to a text
-# What the published model was asked for captions, by the `source` of a sample, and where that is another one.
+ANSWERS = "answers"  # key for annotators' answers, in a json with one question and in the evidence
+COUNTS = ("frame_count", "num_frames")  # keys of a json for the number of images that belong to a text
+# The published model's requests for captions, by the `source` of a sample, and the request for other sources.
 REQUESTS = {
     "openvid": "Write a brief caption for this video.",
     "webvid": "What would be the WebVid caption for this video?",
@@ -41,32 +41,33 @@ UNNAMED_REQUEST = "Describe this."
 
 
 def holds_text(content: Any) -> bool:
-    """Whether a sample's json has turns, well-formed or not, or a caption of words."""
+    """Whether a sample's json has turns, well-formed or not, or a caption that is not blank."""
     if not isinstance(content, Mapping):
         return isinstance(content, list)
     return any(map(content.get, TURNS)) or _caption(content) is not None or is_pair(content)
 
 
 def _caption(content: Mapping[str, Any]) -> str | None:
-    """The key of a json's caption: the first that holds words."""
+    """Return the key of a json's caption: the first key whose text is not blank."""
     return next((name for name in CAPTIONS if isinstance(content.get(name), str) and content[name].strip()), None)
 
 
 def is_pair(content: Mapping[str, Any]) -> bool:
-    """Whether a json has one question and its answer at its top, well-formed or not, and no turns or caption: either
-    key alone, or beside a caption, is what downloaders note of an uploader or of a model."""
+    """Whether a json has one question and its answer at the top level, well-formed or not, and no turns or caption. One
+    of the two keys alone, or together with a caption, is metadata that downloaders write about an uploader or a model.
+    """
     told = any(map(content.get, TURNS)) or _caption(content) is not None
     return "user" in content and bool(content.get("assistant")) and not told
 
 
 def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]:
-    """The json of a sample in this project's own form.
+    """Convert the json of a sample to this project's own form.
 
     Args:
-        content: as parsed. request: the user's turn before a caption. packed: an image or a video lies beside it.
+        content: the parsed json. request: the user's turn before a caption. packed: the sample has an image or a video.
 
     Raises:
-        ValueError: it holds neither turns nor a caption.
+        ValueError: the json has neither turns nor a caption, or they are malformed.
     """
     if isinstance(content, list):
         content = {"conversations": content}
@@ -84,7 +85,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         said = [turn for each in turns for turn in turns_of(each)]
         said = with_system(said, content.get("system"))
         named, asked = media_key(content) is not None, asked_in(said)
-        # a sample has media of one kind, which the text may say where no key does
+        # a sample has media of one kind; if no key shows which kind, the placeholders in the text may
         kinds = kinds_named(content) or standing_kinds(asked) or BARE
         places = Placeholders.of(asked, kinds if packed or named else ())
         count, images = places.count(asked), _named_images(content)
@@ -110,8 +111,8 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
 
 
 def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
-    """A sample's one question and answer at the top of its json, in this project's own form. Raises ValueError: nothing
-    is asked of nothing, or a turn is no text."""
+    """Convert one question and its answer at the top level of a json to this project's own form. Raise ValueError if
+    there is neither a question nor a frame, or a turn is not text."""
     count, user = frames_told(content).get("frames"), content["user"]
     captioned = user is None or (isinstance(user, str) and not user.strip())
     if captioned and not (packed or count):
@@ -124,35 +125,35 @@ def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
 
 
 def frames_told(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Of how many images a json in another form says that it is, as `frames`: a number, a list of those that differ (no
-    number of images is right then), or nothing."""
+    """Return the number of images that a json in another form states, as `frames`: a number, a list if several numbers
+    differ (then no number of images is accepted), or nothing."""
     told = [content[name] for name in COUNTS if content.get(name) is not None]
     different = told[:1] + [count for count in told[1:] if count != told[0]]
     return {"frames": different if len(different) > 1 else told[0]} if told else {}
 
 
 def caption_request(content: Any, otherwise: str) -> str:
-    """What is asked for a caption of a sample, by the `source` that its json names."""
+    """Return the request for a sample's caption, by the `source` in its json."""
     source = content.get("source") if isinstance(content, Mapping) else None
     return REQUESTS.get(source, otherwise) if isinstance(source, str) else otherwise
 
 
 def _timed(own: dict[str, Any], images: int, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A text of so many images, which have no common time unless its json names a rate, or a video whose frames they
-    are."""
+    """Return the text with fps=None if it is about several images: they have no common time, unless the json has a rate
+    or names a video whose frames they are."""
     return own if images < 2 or _names_video(content) else {"fps": None, **own}
 
 
 def caption_text(text: str, request: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A caption in this project's own form. Raises ValueError: it is empty."""
+    """Convert a caption to this project's own form. Raise ValueError if it is empty."""
     if not text.strip():
         raise ValueError("its caption is empty")
     return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
 
 
 def media_key(content: Mapping[str, Any]) -> str | None:
-    """The key of a json that names an image or a video: alone without it, its text would be learned as text about
-    nothing. None: there is none."""
+    """Return the key of a json that names an image or a video; None if there is none. Without this image or video, the
+    text would be learned as text about nothing."""
     for name, value in content.items():
         if value and MEDIA.fullmatch(name):
             return name
@@ -163,8 +164,8 @@ def media_key(content: Mapping[str, Any]) -> str | None:
 
 
 def kinds_named(content: Mapping[str, Any]) -> set[str]:
-    """Of which kinds ("image", "video") a json names media, by their keys; none where a key says nothing of it, or
-    "image" of a video."""
+    """Return the kinds of media ("image", "video") that a json names, from the keys; none if a key does not show the
+    kind, or an "image" key names a video."""
     names = [name for name, value in content.items() if media_key({name: value}) is not None]
     files = [content[name] for name in names]
     kinds = {kind for name in names for kind in BARE if name.lower().startswith(kind)}
@@ -188,8 +189,8 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
 
 
 def _answered(own: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's text with the answers of annotators that its json has, in the evidence; their form is checked where
-    that is read. Raises ValueError: they are of one of several questions, and which one is not said."""
+    """Add the annotators' answers in a sample's json to the evidence; their form is checked when the evidence is read.
+    Raise ValueError if there are several questions: it is unknown which of them the answers belong to."""
     given = content.get(ANSWERS)
     if given is None or given == []:
         return own
@@ -204,7 +205,7 @@ def _answered(own: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]
 
 
 def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
-    """(role, text with its placeholders) of an entry of any of the known forms. Raises ValueError: it has another."""
+    """Yield (role, text with its placeholders) from an entry in any known form. Raise ValueError for other forms."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"a turn is no object but {str(entry)[:60]!r}")
     if "user" in entry and "assistant" in entry:
@@ -223,7 +224,7 @@ def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
 
 
 def files_of_items(entry: Mapping[str, Any]) -> list[str]:
-    """The files that the items of a turn name themselves, in their order."""
+    """Return the files that the items of a turn name, in order."""
     content = entry.get("value", entry.get("content"))
     found = []
     for item in content if isinstance(content, list) else []:
@@ -235,25 +236,26 @@ def files_of_items(entry: Mapping[str, Any]) -> list[str]:
 
 
 def with_system(turns: Sequence[tuple[str, str]], system: object) -> list[tuple[str, str]]:
-    """(role, text) of turns behind the system turn that stands beside them, where they begin with none of their own."""
+    """Return (role, text) turns, preceded by the separate system text if they do not begin with a system turn."""
     if not isinstance(system, str) or not system.strip() or (turns and turns[0][0].lower() == "system"):
         return list(turns)
     return [("system", system), *turns]
 
 
 def asked_in(turns: Sequence[tuple[str, str]]) -> list[str]:
-    """The texts of (role, text) turns in which placeholders stand: those of users and of the system."""
+    """Return the texts of (role, text) turns that may contain placeholders: those of users and of the system."""
     return [text for role, text in turns if role != "assistant"]
 
 
 def without_placeholders(turns: Sequence[tuple[str, str]], places: Placeholders) -> list[tuple[str, str]]:
-    """(role, text) of turns, those of users and of the system without placeholders.
+    """Remove the placeholders from (role, text) turns of users and of the system.
 
     Raises:
-        ValueError: what an answer follows has no words then; no model is asked so (`keygrip.inference.prompts`).
+        ValueError: the user's turns before an answer then have no words; inference does not accept such requests either
+            (`keygrip.inference.prompts`).
     """
     said = [(role, text if role == "assistant" else places.without(text)) for role, text in turns]
-    before: list[str] = []  # the answer
+    before: list[str] = []  # the user's texts before the next answer
     for role, text in said:
         if role == "assistant" and before and not any(map(str.strip, before)):
             raise ValueError("an answer follows a user's turn without words: say what is asked beside the placeholder")
@@ -262,8 +264,8 @@ def without_placeholders(turns: Sequence[tuple[str, str]], places: Placeholders)
 
 
 def places_problem(places: int, shown: Collection[int]) -> str | None:
-    """What is wrong with a text that has so many placeholders where so many images or videos are shown (any of the
-    numbers); None: nothing, or it has no placeholder."""
+    """Return what is wrong with a text with `places` placeholders if the numbers `shown` of images or videos are valid;
+    None if it has a valid number or no placeholder."""
     if not places or places in shown:
         return None
     known = " or ".join(map(str, sorted(shown)))
@@ -274,7 +276,7 @@ def places_problem(places: int, shown: Collection[int]) -> str | None:
 
 
 def _named_images(content: Mapping[str, Any]) -> int:
-    """How many images a json names beside no video, of which they may be frames; 0: none."""
+    """Return how many images a json names; 0 if it also names a video, whose frames they may be."""
     if _names_video(content):
         return 0
     named: Any = next((content[name] for name in ("image", "images") if content.get(name)), [])
@@ -290,14 +292,14 @@ def _is_text(item: Any) -> bool:
 
 
 def _joined(items: list[Any]) -> str:
-    """The text of a turn that is a list of items. Raises ValueError: an item is none of the known."""
+    """Return the text of a turn that is a list of items. Raise ValueError if an item is of an unknown type."""
     words = []
     for item in items:
         kind = item.get("type") if isinstance(item, Mapping) else None
         if _is_text(item):
             words.append(item["text"])
         elif kind in ("image", "video"):
-            words.append(f"<|{kind}|>")  # no word of the text beside it can be taken for it
+            words.append(f"<|{kind}|>")  # cannot be confused with a word of the text
         else:
             raise ValueError(f"an item of a turn is {str(item)[:60]!r}; known are text, image and video")
     return "\n".join(words)

@@ -1,5 +1,5 @@
-"""How many of the language model's positions samples take: from the characters that an index holds, at the rate at
-which the tokenizer makes tokens of some of them."""
+"""Estimate the positions that samples need in the language model, from the characters in an index and the tokens per
+character measured on some of the texts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from keygrip.data.video_text.batching import MeasuringCollator
 from keygrip.data.video_text.conversations import read_conversations, text_length
 from keygrip.data.video_text.sample_types import Conversation, Turn
 
-CHARACTERS_A_TOKEN = 4.0  # for English, roughly: where nothing is measured
-MEASURED, MEASURED_SHARDS = 256, 8  # samples of a source, and of how many shards: remote ones are fetched whole
-NEARLY_ALL = 0.99  # of the measured texts have no more tokens per character than `most`, and no fewer than `least`
+CHARACTERS_A_TOKEN = 4.0  # roughly, for English; used if nothing is measured
+# Measured samples of a source, and from how many shards: remote shards are fetched as a whole.
+MEASURED, MEASURED_SHARDS = 256, 8
+NEARLY_ALL = 0.99  # share of measured texts with at most `most` tokens per character, and share with at least `least`
 SHORTEST = Conversation((Turn("user", "a"), Turn("assistant", "a")), "text", {})
 FIRST_ANSWER = "first_answer"  # column; see `keygrip.data.video_text.conversations`
 
 
 class TextLengths(Protocol):
-    """What the texts of a source take of the language model: estimated (`TokenLengths`), or counted
-    (`keygrip.data.video_text.exact_lengths.ExactLengths`). Samples are numbers in a shard set, `chosen` int64 [n].
+    """The lengths of a source's texts in the language model: estimated (`TokenLengths`), or counted
+    (`keygrip.data.video_text.exact_lengths.ExactLengths`). `chosen`, int64 [n], are indices of samples in a shard set.
     """
 
     @property
@@ -35,20 +36,21 @@ class TextLengths(Protocol):
 
     @property
     def max_tokens(self) -> int | None:
-        """Where texts are cut; None: nowhere."""
+        """Length at which texts are cut; None: they are not cut."""
         ...
 
     def tokens(self, shards: ShardSet, chosen: np.ndarray, most: bool = False) -> np.ndarray:
-        """Tokens of each sample's longest row without its frames, float [n]; `most`: what nearly all stay below."""
+        """Return the tokens of each sample's longest row without its frames, float [n]. With `most`: values that nearly
+        all samples stay below."""
         ...
 
     def rows(self, shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
-        """Conversations of each sample that may be rows, int64 [n]. Raises ValueError: the index does not say."""
+        """Return how many conversations of each sample may be rows, int64 [n]. Raise ValueError if not in the index."""
         ...
 
     def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Tokens of so many rows of each sample without its frames, sample after sample, float [sum of `rows`]; of a
-        sample that has more, some at random, always the same.
+        """Return the tokens of `rows` rows of each sample without its frames, sample after sample, float [sum of
+        `rows`]. Of a sample with more rows, some are chosen at random, always the same ones.
 
         Args:
             rows: int64 [n], at least 1 and at most `self.rows`.
@@ -56,22 +58,22 @@ class TextLengths(Protocol):
         ...
 
     def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
-        """bool [n], False for samples of which no conversation can be a row, as far as that is known.
+        """Return bool [n], False for samples without a conversation that can be a row, as far as this is known.
 
         Args:
-            room: tokens of text that a row of each sample may have beside its frames, int [n]; None: any number.
+            room: text tokens that a row of each sample may have in addition to its frames, int [n]; None: any number.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TokenLengths:
-    """What texts of a source take, estimated from characters.
+    """The lengths of a source's texts, estimated from characters.
 
     Args:
-        template: tokens of a conversation beside its words. typical, most, least: tokens per character, of all measured
-            texts together, and which nearly all stay below and above. tokens_per_frame: of an image. max_tokens: where
-            texts are cut.
+        template: tokens of a conversation in addition to its words. typical: tokens per character of all measured texts
+            together; most, least: rates that nearly all texts stay below and above. tokens_per_frame: of an image.
+            max_tokens: length at which texts are cut.
     """
 
     template: float = 0.0
@@ -82,7 +84,7 @@ class TokenLengths:
     max_tokens: int | None = None
 
     def tokens(self, shards: ShardSet, chosen: np.ndarray, most: bool = False) -> np.ndarray:
-        """See `TextLengths`: about, or at `most` in nearly all."""
+        """See `TextLengths`; computed with the rate `typical`, or `most`."""
         rate = self.most if most else self.typical
         found = self.template + shards.columns["text_length"][chosen].astype(float) * rate
         return found if self.max_tokens is None else np.minimum(found, self.max_tokens)
@@ -97,12 +99,12 @@ class TokenLengths:
         return np.asarray(shards.columns["conversations"][chosen])
 
     def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """See `TextLengths`: all rows of a sample are taken to be as long as its longest."""
+        """See `TextLengths`; all rows of a sample are assumed to be as long as its longest row."""
         return np.repeat(self.tokens(shards, chosen), rows)
 
     def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
-        """See `TextLengths`: False for first answers that are too long at the lowest rate; the others that are too long
-        are found when they are read."""
+        """See `TextLengths`; False if the first answer is too long even at the lowest rate. Other samples that are too
+        long are found when they are read."""
         if FIRST_ANSWER not in shards.columns:
             return np.ones(len(chosen), bool)
         shortest = self.template + shards.columns[FIRST_ANSWER][chosen].astype(float) * self.least
@@ -113,13 +115,13 @@ class TokenLengths:
 def measured(
     shards: ShardSet, chosen: np.ndarray, collator: MeasuringCollator, kinds: Sequence[str] | None = None
 ) -> TokenLengths:
-    """The lengths of a source's texts, of which some are read: always the same.
+    """Measure the lengths of a source's texts on some samples, always the same ones.
 
     Args:
         chosen: int64 [N], samples of `shards`. kinds: of their conversations; None: all.
 
     Raises:
-        ValueError: none of those that are read has a text that can be encoded.
+        ValueError: none of the samples that are read has a text that can be encoded.
     """
     template = collator.text_tokens(SHORTEST, (0.0, 1.0), whole=True) - 2
     characters, tokens, problem = [], [], "no conversation"
@@ -144,7 +146,7 @@ def measured(
 
 
 def spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
-    """Some of the chosen samples, evenly of some of their shards."""
+    """Return some of the chosen samples, evenly spaced in some of their shards."""
     shard = shards.shard[chosen]
     names = np.unique(shard)
     picked = names[evenly(len(names), MEASURED_SHARDS)]

@@ -1,7 +1,7 @@
-"""Marks in the text of other programs' conversations of where an image or a video goes; here the model decides that.
+"""Placeholders for images and videos in conversations of other programs; here the model decides where these go.
 
-They are looked for in the turns of users and of the system: what an assistant says is learned as it is, code and HTML
-with it.
+Placeholders are searched in the turns of users and of the system. An assistant's text is learned unchanged, including
+code and HTML.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Also the tags of HTML: what `Placeholders.of` decides.
+# <image> and <video> may also be words or HTML tags: `Placeholders.of` decides.
 BARE = ("image", "video")
-# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: no words of any text. <img>a.jpg</img> is of
-# Qwen-VL, <IMG_CONTEXT> of InternVL (one for each token of an image), <start_of_image> of Gemma.
+# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: never words of a text. <img>a.jpg</img> is used by
+# Qwen-VL, <IMG_CONTEXT> by InternVL (one for each token of an image), <start_of_image> by Gemma.
 MARKS = (
     r"<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)+<\|vision_end\|>|<\|vision_(?:start|end)\|>|"
     r"<\|?(?:image|video)(?:_?\d+|_pad)\|?>|<\|(?:image|video)\|?>|<(?:image|video)\|>|"
     r"<img>(?:<IMG_CONTEXT>|[^<>])*</img>|(?:<IMG_CONTEXT>)+|<start_of_image>"
 )
-NO_PLACE = re.compile(r"<\|vision_(?:start|end)\|>", re.IGNORECASE)  # alone it stands beside the one that counts
+NO_PLACE = re.compile(r"<\|vision_(?:start|end)\|>", re.IGNORECASE)  # alone, it accompanies another mark that counts
 NUMBERED = re.compile(r"<\|?(?:image|video)_?(\d+)\|?>", re.IGNORECASE)
 LINE_ENDS = re.compile(r"^[ \t]*<(?:image|video)>|<(?:image|video)>[ \t]*$", re.IGNORECASE | re.MULTILINE)
 
@@ -30,19 +30,22 @@ class Placeholders:
     """The placeholders of a conversation.
 
     Args:
-        bare: those of <image> and <video> that are placeholders in it, and no words.
+        bare: which of <image> and <video> are placeholders in this conversation, and not words.
     """
 
     bare: tuple[str, ...] = BARE
 
     @classmethod
     def of(cls, asked: Sequence[str], shown: Collection[str]) -> Placeholders:
-        """What counts in the turns of a user and a system, beside images and videos of which kinds ("image", "video").
+        """Decide which bare marks are placeholders in the turns of a user and a system.
 
-        "How does the <video> tag work?" has none: without media, <image> and <video> count only where one of them
-        begins or ends a line; so does <video> where images alone are shown, and not at all beside an <image> that
-        stands so, and the other way round. They never count beside </image> and </video>, nor beside the <|image|> and
-        <|video|> that items of a chat become.
+        "How does the <video> tag work?" has no placeholder: without media, <image> and <video> count only if one of
+        them begins or ends a line. If only images are shown, <video> counts only if it begins or ends a line and no
+        <image> does; the same holds for <image> if only videos are shown. A mark never counts if its closing tag
+        (</image>, </video>) occurs, nor if the text has <|image|> or <|video|>, which replace items of a chat.
+
+        Args:
+            asked: texts of the turns. shown: kinds of the shown media ("image", "video").
         """
         if any(item in text for text in asked for item in ("<|image|>", "<|video|>")):
             return cls(())
@@ -54,16 +57,16 @@ class Placeholders:
         return cls(kinds if shown or standing & set(kinds) else ())
 
     def count(self, asked: Sequence[str]) -> int:
-        """How many images and videos the turns have a place for; <image_1> said twice is one."""
+        """Return the number of placeholders in the turns; a repeated <image_1> counts once."""
         return len(self._places(asked))
 
     def of_one_video(self, asked: Sequence[str]) -> bool:
-        """Whether the turns have one place, and that is a video's: what is shown may be its frames."""
+        """Whether the turns have exactly one placeholder, for a video: the shown images may be its frames."""
         return [_kind(mark) for mark in self._places(asked)] == ["video"]
 
     def split(self, asked: Sequence[str]) -> list[list[tuple[str, str]]]:
-        """Each turn as ("", words) and ("image" | "video", mark) in their order. A number that was said before, in
-        whichever turn, is no further place: what `without` leaves of a mark is left of it.
+        """Split each turn into ("", words) and ("image" | "video", mark) in order. If a mark's number occurred before,
+        in any turn, the mark is not a new placeholder: it is replaced by white space, as in `without`.
         """
         seen: set[tuple[str, int]] = set()
         return [self._split(self._said_once(text, seen)) for text in asked]
@@ -93,11 +96,11 @@ class Placeholders:
         return _spaced(self.bare).sub(repeated, text)
 
     def _places(self, asked: Sequence[str]) -> list[str]:
-        """The mark of each place."""
+        """Return the mark of each placeholder."""
         return [mark for parts in self.split(asked) for kind, mark in parts if kind]
 
     def without(self, text: str) -> str:
-        """A turn without them. Words on both sides of one stay apart, by a line break where one stood beside it."""
+        """Remove the placeholders from a turn. Words on both sides stay separated, by a line break if there was one."""
         run = _run(self.bare)
         if not run.search(text):
             return text
@@ -105,12 +108,12 @@ class Placeholders:
 
 
 def standing_kinds(asked: Sequence[str]) -> set[str]:
-    """Of which kinds a bare mark begins or ends a line."""
+    """Return the kinds of bare marks that begin or end a line."""
     return {_kind(match.group()) for text in asked for match in LINE_ENDS.finditer(text)}
 
 
 def number_of(mark: str) -> int | None:
-    """The number in a mark; None: it has none."""
+    """Return the number in a mark; None if it has none."""
     numbered = NUMBERED.fullmatch(mark)
     return int(numbered.group(1)) if numbered else None
 
@@ -120,7 +123,7 @@ def _left_of(match: re.Match[str]) -> str:
 
 
 def _kind(mark: str) -> str:
-    # <img> may hold the path of an image in a folder of videos
+    # <img> may contain the path of an image in a folder of videos
     return "video" if "video" in mark.lower() and not mark.lower().startswith("<img") else "image"
 
 
@@ -131,7 +134,7 @@ def _one(bare: tuple[str, ...]) -> re.Pattern[str]:
 
 @lru_cache
 def _spaced(bare: tuple[str, ...]) -> re.Pattern[str]:
-    # a run of white space is begun once, at its start: text with long ones would take the square of their length
+    # the lookbehind matches white space only from its start: otherwise the time is quadratic in its length
     return re.compile(rf"(?:(?<!\s)\s+)?({_one(bare).pattern})\s*", re.IGNORECASE)
 
 

@@ -1,4 +1,4 @@
-"""A video with its conversations, and which of its frames are taken."""
+"""Types for a video with its conversations, and functions to select frames of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Text about a video, which belongs to the first user turn; where its tokens go is the model's affair.
+    """Text about a video. The video belongs to the first user turn; the model decides where its tokens are inserted.
 
     Args:
-        turns: in order; at least one is the assistant's.
-        kind: what is asked ("caption", "mark", "cue", "glance", "text", ...); every report keeps kinds apart.
-        evidence: the ground truth from which the answer follows, plain JSON values; {} where there is none.
+        turns: in order; at least one is from the assistant.
+        kind: kind of question ("caption", "mark", "cue", "glance", "text", ...); every report lists kinds separately.
+        evidence: the ground truth that determines the answer, plain JSON values; {} if there is none.
     """
 
     turns: tuple[Turn, ...]
@@ -37,8 +37,8 @@ class Conversation:
     evidence: dict[str, Any]
 
     def among(self, taken: Sequence[int]) -> Conversation:
-        """The same about some frames of the video: its evidence counts the frame that it names (`frame`) among those
-        taken, and names none where that was left out."""
+        """Return the conversation for a selection of the video's frames: `frame` in the evidence becomes an index into
+        the selected frames, and is removed if that frame was not selected."""
         frame, places = self.evidence.get("frame"), list(taken)
         if not isinstance(frame, int) or (frame < len(places) and places[frame] == frame):
             return self
@@ -47,15 +47,15 @@ class Conversation:
 
     @property
     def has_place(self) -> bool:
-        """Whether its evidence says where in a frame its thing is: `frame`, `pixel` (x, y), `pixels_seen`."""
+        """Whether the evidence has the position of its object in a frame: `frame`, `pixel` (x, y), `pixels_seen`."""
         return {"frame", "pixel", "pixels_seen"} <= self.evidence.keys()
 
     def in_square(self, sizes: Sequence[tuple[int, int]], size: int, fit: str) -> Conversation:
-        """The same about frames that were brought into a square: the place in its evidence in pixels of the square, and
-        none where it was cut off.
+        """Return the conversation for frames that were fitted into a square: the position in the evidence is converted
+        to pixels of the square, and removed if it was cut off.
 
         Args:
-            sizes: (width, height) of each frame before. size: edge of the square. fit: how, one of `FITS`.
+            sizes: (width, height) of each frame before. size: edge of the square. fit: one of `FITS`.
         """
         number = self.evidence.get("frame")
         if not self.has_place or not isinstance(number, int) or not 0 <= number < len(sizes):
@@ -65,7 +65,7 @@ class Conversation:
         width, height = sizes[number]
         by = {"crop": (size / min(width, height),) * 2, "pad": (size / max(width, height),) * 2}
         across, down = by.get(fit, (size / width, size / height))
-        x, y = self.evidence["pixel"]  # the middle stays the middle
+        x, y = self.evidence["pixel"]  # the centre of the frame is the centre of the square
         place = {
             "pixel": [size / 2 + (x - width / 2) * across, size / 2 + (y - height / 2) * down],
             "pixels_seen": self.evidence["pixels_seen"] * across * down,
@@ -81,11 +81,11 @@ class VideoTextSample:
     Args:
         frames: uint8 [F, S, S, 3] RGB; F = 0 for text alone, 1 for an image.
         conversations: one or more.
-        source: the collection that it is from ("robot_videos", "smoltalk", ...).
+        source: the collection that the sample is from ("robot_videos", "smoltalk", ...).
         key: unique in its collection.
-        seconds: F, when each frame was taken; () of images that have no common time; None where it is not known.
-        cut: it is a clip of a longer one (`keygrip.data.video_text.clips`).
-        left_out: conversations that are missing since their rows are too long (`keygrip.data.video_text.context`).
+        seconds: the times of the F frames; () for images without a common time; None if the times are unknown.
+        cut: whether it is a clip of a longer video (`keygrip.data.video_text.clips`).
+        left_out: number of conversations left out because their rows are too long (`keygrip.data.video_text.context`).
     """
 
     frames: np.ndarray
@@ -98,8 +98,7 @@ class VideoTextSample:
 
 
 def kind_problem(kind: str) -> str | None:
-    """What is wrong with the name of a kind; None where nothing is. It is chosen by in settings, and metrics are named
-    after it."""
+    """Return what is wrong with the name of a kind; None if it is valid. Settings and the names of metrics use it."""
     if len(kind) > LONGEST_KIND:
         return f"the kind {kind[:20]!r}... has {len(kind)} characters, more than the {LONGEST_KIND} that one may have"
     if not kind.isprintable() or kind != kind.strip() or not kind:
@@ -111,17 +110,17 @@ def kind_problem(kind: str) -> str | None:
 
 
 def kinds_column(kinds: Iterable[str]) -> str:
-    """Kinds as an index holds them: sorted, with a blank between two, and %20 for one within a name."""
+    """Join kinds for a column of the index: sorted, separated by blanks, with %20 for a blank inside a name."""
     return " ".join(sorted({kind.replace("%", "%25").replace(" ", "%20") for kind in kinds}))
 
 
 def kinds_of(column: str) -> list[str]:
-    """The kinds of a `kinds_column`."""
+    """Split the text of a `kinds_column` into kinds."""
     return [kind.replace("%20", " ").replace("%25", "%") for kind in column.split()]
 
 
 def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
-    """The sample with at most so many of its frames, evenly spaced."""
+    """Return the sample with at most `max_frames` evenly spaced frames."""
     if len(sample.frames) <= max_frames:
         return sample
     taken = evenly(len(sample.frames), max_frames)
@@ -133,18 +132,18 @@ def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
 def image_repeated(
     frames: np.ndarray, seconds: tuple[float, ...], image_frames: int
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A single image [1, S, S, 3] as so many equal frames of one moment, with their seconds (() where there is none);
-    more frames, or none, as they are."""
+    """Repeat a single image [1, S, S, 3] as `image_frames` equal frames with the same second (() if there is none);
+    return several frames, or none, unchanged."""
     if len(frames) != 1 or image_frames == 1:
         return frames, seconds
     return np.repeat(frames, image_frames, axis=0), seconds * image_frames
 
 
 def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
-    """When images were taken at `fps`, a number or its text; () where they have no common time (null).
+    """Return the times of images at `fps`, a number or its text; () if they have no common time (null).
 
     Raises:
-        ValueError: it is no rate, and there are several images: one is of second 0 at any rate.
+        ValueError: `fps` is not a valid rate and there are several images; a single image is at second 0 for any rate.
     """
     if fps is None:
         return ()
@@ -163,5 +162,5 @@ def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
 
 
 def seconds_of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:
-    """Seconds of the frames that were taken; None where a video gave fewer frames than its length promises."""
+    """Return the seconds of the selected frames; None if a video has fewer frames than its length implies."""
     return tuple(float(seconds[n]) for n in taken) if not taken or taken[-1] < len(seconds) else None

@@ -24,8 +24,8 @@ from keygrip.data.video_text.sample_types import Conversation, image_repeated, k
 
 log = logging.getLogger(__name__)
 
-TEMPLATE = 128  # tokens that a conversation takes beside its words, at most
-TEXT_BYTES = 2048  # of a conversation and its metadata as Python objects, roughly
+TEMPLATE = 128  # upper bound for the tokens of a conversation in addition to its words
+TEXT_BYTES = 2048  # approximate size of a conversation and its metadata as Python objects
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Part:
     """A source's samples of one split.
 
     Args:
-        name: of the source. shards: where the samples lie. chosen: int64 [N], their numbers in `shards`.
+        name: of the source. shards: contain the samples. chosen: int64 [N], indices of the samples in `shards`.
         share, kinds: see `keygrip.data.video_text.shard_source.ShardSource`.
-        lengths: of the texts, in tokens; None: a token for every four characters.
-        clips: cut out of its videos; None: they stay whole.
-        context: of the language model, where rows may be longer than it; None: none can be.
-        image_frames: a sample of one image is shown as so many frames.
+        lengths: of the texts, in tokens; None: one token per four characters.
+        clips: settings for clips cut out of the videos; None: videos stay whole.
+        context: of the language model, if rows may be longer than it; None: no row can be longer.
+        image_frames: number of frames as which a sample with one image is shown.
     """
 
     name: str
@@ -55,24 +55,24 @@ class Part:
         return len(self.chosen)
 
     def column(self, name: str) -> np.ndarray:
-        """A column of the index for the samples of this part, [N]."""
+        """Return a column of the index for the samples of this part, [N]."""
         return self.shards.columns[name][self.chosen]
 
     def frames(self, max_frames: int = MOST_FRAMES) -> np.ndarray:
-        """Of its samples as they are shown, int64 [N]: of longer videos so many."""
+        """Return the numbers of frames of the samples as they are shown, int64 [N]; at most `max_frames`."""
         held = self.column("frames").astype(np.int64)
         return np.where(held == 1, self.image_frames, np.minimum(held, max_frames))
 
     def kinds_there(self) -> set[str]:
-        """Of the samples' conversations, those that are not used too."""
+        """Return the kinds of the samples' conversations, including those that are not used."""
         return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds_of(kinds)}
 
     def component(self, max_frames: int, questions: Questions = None) -> Component:
-        """For a mixture without a budget: buckets by number of frames, batches of like text length, estimated; of each
-        sample one row where the index does not say how many conversations it holds.
+        """Return the component for a mixture without a budget: buckets by number of frames, and estimated text lengths.
+        If the index does not contain the numbers of conversations, each sample counts as one row.
 
         Args:
-            questions: chosen of each sample.
+            questions: which conversations of each sample are chosen.
         """
         frames = self.frames(max_frames)
         tokens = TokenLengths().tokens(self.shards, self.chosen)
@@ -82,13 +82,13 @@ class Part:
         return Component(self.name, frames, tokens, self.shards.shard[self.chosen], self.share, rows=rows)
 
     def within_budget(self, max_frames: int, questions: Questions) -> Component:
-        """For a mixture with a budget: what samples take of it too.
+        """Return the component for a mixture with a budget: it also contains what samples use of the budget.
 
         Args:
-            questions: chosen of each sample.
+            questions: which conversations of each sample are chosen.
 
         Raises:
-            ValueError: the index does not say how many conversations a sample holds.
+            ValueError: the index does not contain the numbers of conversations.
         """
         part, lengths, which = self.component(max_frames), self.lengths or TokenLengths(), (self.shards, self.chosen)
         rows = rows_of(questions, lengths.rows(*which), self.column("kinds").tolist())
@@ -97,12 +97,12 @@ class Part:
         return replace(part, length=lengths.tokens(*which), positions=positions, rows=rows, row_tokens=tokens)
 
     def usable(self) -> Part:
-        """The part without samples of which no conversation can be a row, so that nothing could be learned from them,
-        as far as that is known (see `TextLengths`)."""
+        """Return the part without samples that have no conversation that can be a row, as far as this is known (see
+        `TextLengths`): nothing could be learned from them."""
         if self.context is None:
             return self.within_max_tokens()
         frames = self.frames()
-        if self.clips is not None:  # of a clip no more are certain
+        if self.clips is not None:  # a clip may have as few frames as this
             frames = np.minimum(frames, self.clips.frames[0])
         room = self.context.room(frames)
         kept = room > 0
@@ -111,26 +111,26 @@ class Part:
         return replace(self, chosen=self.chosen[kept])
 
     def within_max_tokens(self) -> Part:
-        """As `usable`, by the length of texts alone."""
+        """Return the same as `usable`, but by the length of texts alone."""
         if self.lengths is None:
             return self
         return replace(self, chosen=self.chosen[self.lengths.usable(self.shards, self.chosen)])
 
     def may_be_too_long(self, max_tokens: int | None) -> bool:
-        """Whether some first answer might end beyond so many tokens, if every character were one."""
+        """Whether some first answer might end after `max_tokens` tokens, if every character were one token."""
         if max_tokens is None or FIRST_ANSWER not in self.shards.columns:
             return False
         return bool((self.column(FIRST_ANSWER) > max_tokens - TEMPLATE).any())
 
 
 class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
-    """Samples of several parts, numbered one behind the other; indexed by `SampleKey`.
+    """Samples of several parts, numbered consecutively; indexed by `SampleKey`.
 
     Args:
-        parts: where samples come from. image_size, fit, max_frames: see `VideoTexts`.
-        questions: how many conversations per video; None: all. seed: of that choice.
-        memory_gb: decoded frames and text of so much are kept, in each process that reads.
-        collator: says which conversations can be used, where it can.
+        parts: the parts. image_size, fit, max_frames: see `VideoTexts`.
+        questions: number of conversations per video; None: all. seed: of that choice.
+        memory_gb: memory for caching decoded frames and text, in each process that reads.
+        collator: decides which conversations can be used, if it is a `CheckingCollator`.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         return int(self.starts[-1])
 
     def __getitem__(self, key: SampleKey) -> VideoTextSample:
-        """Raises BadSample: it cannot be read."""
+        """Read a sample. Raise BadSample if it cannot be read, UnusableSample if nothing of it can be used."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         part = self.parts[number]
         position = key.sample - int(self.starts[number])
         whole = self._read(part, key.sample, position)
         asked = tuple(c for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
-        # before a clip is cut: one about which nothing that is used is asked is none
+        # filter before cutting: a clip must have at least one conversation that is used
         sample = clipped(replace(whole, conversations=asked), part.clips, self.max_frames, self.seed, key)
         if len(whole.frames) == 1:
             frames, times = image_repeated(sample.frames, sample.seconds or (), part.image_frames)
@@ -187,10 +187,10 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         return None if part.context is None else part.context.problem(conversation, frames, seconds)
 
     def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
-        """A sample with all its text, from memory where it is kept."""
+        """Return a sample with all its text, from the cache if it is there."""
         found = self._kept.get(number)
         if found is None:
-            most = self.max_frames if part.clips is None else MOST_FRAMES  # clips are cut out of the whole video
+            most = self.max_frames if part.clips is None else MOST_FRAMES  # clips are cut out of whole videos
             found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
             size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
             if size <= self._room:
@@ -199,14 +199,14 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         return found
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """The ones most like it: of its source, in length."""
+        """Yield the sample and then the most similar ones of its source, by number of frames and length of text."""
         yield key
         start, alike, place = self._neighbours(key)
         for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
             yield SampleKey(int(start + alike[(place + step) % len(alike)]), key.epoch)
 
     def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """With shorter and shorter text and as many frames, down to the shortest; then with fewer frames."""
+        """Yield samples with as many frames and shorter text, down to the shortest text; then with fewer frames."""
         start, alike, place = self._neighbours(key)
         part = self.parts[int(np.searchsorted(self.starts, key.sample, side="right")) - 1]
         frames = part.frames(self.max_frames)[alike]
@@ -218,18 +218,18 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
                 yield SampleKey(int(start + alike[each]), key.epoch)
 
     def _neighbours(self, key: SampleKey) -> tuple[int, np.ndarray, int]:
-        """Number of the first sample of a sample's part, the part's samples sorted by frames and then length of text,
-        int64 [n], and the sample's place in that order."""
+        """Return the index of the first sample in a sample's part; the part's samples sorted by frames and then length
+        of text, int64 [n]; and the sample's position in that order."""
         number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
         start, alike = int(self.starts[number]), self._alike[number]
-        if alike is None:  # only where something is broken
+        if alike is None:  # computed only when a sample must be replaced
             component = self.parts[number].component(self.max_frames)
             alike = self._alike[number] = np.lexsort((component.length, component.bucket))
         return start, alike, int(np.flatnonzero(alike == key.sample - start)[0])
 
 
 class TellingLoader(CountingLoader):
-    """A loader that says once, after a whole pass over a held-out split, what was left out of it as it was read."""
+    """A loader that logs once, after a complete pass over a held-out split, what was left out while reading it."""
 
     split: str = "train"
     told: bool = False

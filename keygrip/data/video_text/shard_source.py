@@ -1,4 +1,4 @@
-"""A source of a mixture: one shard set with its splits, and which of its samples are read."""
+"""A source of a mixture: one shard set with its splits, and the selection of its samples."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class ShardSource:
     """One source of a mixture.
 
     Args:
-        root: folder or URL with `train/`, `val/` and perhaps `test/`, each a shard set; or one shard set, alone or as
-            `train/` without `val/`, of which `val_fraction` of the samples (by a hash of their keys: always the same)
-            is for validation. None: `make`.
-        make: how the set is made where it is missing.
-        share: of all training samples; None: a lead source, each sample once an epoch.
+        root: folder or URL with `train/`, `val/` and optionally `test/`, each a shard set; or one shard set, directly
+            or as `train/` without `val/`, in which a share `val_fraction` of the samples is used for validation (chosen
+            by a hash of the keys: always the same samples). None: use the set of `make`.
+        make: how a missing set is generated.
+        share: of all training samples; None: a lead source, with each sample once per epoch.
         kinds: only conversations of these kinds; None: all.
-        max_samples: at most so many for training, spread evenly; None: all.
-        frames: only samples of so many frames, [fewest, most], for a curriculum over lengths; None: all.
-        clips: of this source, in place of `data.clips`; two sources of one set may be cut differently.
+        max_samples: largest number of training samples, spread evenly; None: all.
+        frames: only samples whose number of frames is within [fewest, most], for a curriculum over lengths; None: all.
+        clips: of this source, in place of `data.clips`; two sources with the same set may use different clips.
         train_only: the set is not read for validation and test: another source reads its held-out samples.
 
     Raises:
-        ValueError: a setting that cannot be, by its name.
+        ValueError: a setting is invalid; the message names it.
     """
 
     read_where: ClassVar = {"make": ReadWhere("root", None)}
@@ -69,7 +69,7 @@ class ShardSource:
 
     @property
     def place(self) -> str:
-        """The root, or where `make` puts it. Raises ValueError: neither is given."""
+        """The root, or the folder of `make`. Raises ValueError if neither is given."""
         if self.root is not None:
             return str(self.root)
         if self.make is None:
@@ -77,7 +77,7 @@ class ShardSource:
         return str(self.make.root)
 
     def refuse_missing(self) -> None:
-        """Raises FileNotFoundError: the shards are to lie in a folder that is not there."""
+        """Raise FileNotFoundError if the local folder of the shards does not exist."""
         place = self.place
         if not is_remote(place) and not Path(place).is_dir():
             raise FileNotFoundError(
@@ -88,7 +88,7 @@ class ShardSource:
     def open(
         self, split: str, cache_dir: str | Path | None, cache_gb: float, spares_copies: bool = False
     ) -> tuple[ShardSet, np.ndarray] | None:
-        """The shard set of a split and the numbers of its samples that belong to it; None where it has no such split.
+        """Open a split: return its shard set and the indices of the split's samples; None if there is no such split.
 
         Raises:
             FileNotFoundError: there are no shards.
@@ -127,11 +127,11 @@ class ShardSource:
         return shards, chosen
 
     def prepared_fit(self, cache_dir: str | Path | None = None) -> str | None:
-        """How the frames of the set were brought into a square when it was prepared; None: that is not said (shards of
+        """Return how the frames of the set were fitted into a square when it was prepared; None if unknown (shards of
         other programs, text alone).
 
         Raises:
-            FileNotFoundError: there are no shards. ValueError: in a way that is none of `FITS`.
+            FileNotFoundError: there are no shards. ValueError: the stored value is none of `FITS`.
         """
         self.refuse_missing()
         folder, _ = self._folder_of(self.place, "train", cache_dir)
@@ -141,10 +141,11 @@ class ShardSource:
         return fit
 
     def _folder_of(self, place: str, split: str, cache_dir: str | Path | None) -> tuple[str | None, bool]:
-        """The shard set that holds a split, and whether training and validation divide it; None where there is none.
+        """Return the shard set that contains a split (None if there is none), and whether training and validation
+        divide that set.
 
         Raises:
-            FileNotFoundError: there are no shards. ValueError: the place and a folder of a split in it are both sets.
+            FileNotFoundError: there are no shards. ValueError: the folder and a split's subfolder are both shard sets.
         """
         if _is_set(place, cache_dir):
             if not is_remote(place) and (other := next((s for s in SPLITS if _is_set(f"{place}/{s}", None)), None)):
@@ -160,20 +161,20 @@ class ShardSource:
                 f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
                 f"step=manifest root={'FOLDER` where the set lies' if is_remote(place) else f'{place}`'}"
             )
-        # of a set that is made without val/, another source has the held-out samples
+        # for a set that is generated without val/, another source has the held-out samples
         if self.root is not None and split != "test" and not _is_set(f"{place.rstrip('/')}/val", cache_dir):
             return train, True
         return (part if _is_set(part, cache_dir) else None), False
 
 
 def common_fit(sources: Mapping[str, ShardSource], given: str, cache_dir: str | Path | None = None) -> str:
-    """How frames are brought into a square: what the model is asked about must look like what it was trained on.
+    """Return how frames are fitted into a square; it must be the same in inference as in training.
 
     Args:
         given: one of `FITS`, or `AUTO`: as the sources were prepared.
 
     Raises:
-        ValueError: it is to be as the sources were prepared, and they differ.
+        ValueError: `AUTO` is given, and the sources were prepared in different ways.
     """
     found = {name: source.prepared_fit(cache_dir) for name, source in sources.items()}
     told = {name: fit for name, fit in found.items() if fit is not None}

@@ -1,4 +1,4 @@
-"""Videos from a user's disk: a video file, a folder of images, or one image."""
+"""Read videos from a user's disk: a video file, a folder of images, or one image."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def read_timed_frames(
     clip: tuple[float, float] | None = None,
     folder_fps: float | None = None,
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """uint8 [F, S, S, 3]: one frame per second of a video or an animation, every image of a folder in the order of its
-    names (2.jpg before 10.jpg); and the second of each, counted from the first (of the clip).
+    """Read frames uint8 [F, S, S, 3]: one frame per second of a video or an animation, or every image of a folder,
+    sorted by the numbers in the names (2.jpg before 10.jpg). Also return the second of each frame, from the first frame
+    (of the clip).
 
-    Of more than `max_frames`, so many evenly spaced ones are kept.
+    If there are more than `max_frames` frames, `max_frames` evenly spaced ones are used.
 
     Args:
-        clip: only these seconds of it, at least one frame; of more than `max_frames` seconds, the frames in the middle
-            of `max_frames` equal parts. folder_fps: images of a folder per second, for clips; of more than `max_frames`
-            seconds the images are those of MVBench's script (`numbers_of_clip`), of shorter ones one per second. None:
-            the images are of second 0, 1, 2, ...
+        clip: read only these seconds (start, end), at least one frame; if they are more than `max_frames` seconds, read
+            the frames in the middle of `max_frames` equal parts. folder_fps: images per second of a folder, for clips;
+            a clip of more than `max_frames` seconds has the same images as in MVBench's script (`numbers_of_clip`), a
+            shorter clip has one image per second. None: the images are at seconds 0, 1, 2, ...
 
     Raises:
-        FileNotFoundError: nothing there, or a folder without images. ValueError: it cannot be decoded, or ends before
-            the clip begins.
+        FileNotFoundError: the path does not exist, or the folder has no images. ValueError: the file cannot be decoded,
+            or ends before the clip begins.
     """
     path = Path(path)
     if path.is_dir():
@@ -87,8 +88,8 @@ def _from_first(times: np.ndarray) -> tuple[float, ...]:
 
 
 def clip_times(duration: float, clip: tuple[float, float] | None, max_frames: int, path: Path) -> np.ndarray:
-    """Seconds at which frames of a clip are taken; one of a clip that is a moment; without one, of the whole. Raises
-    ValueError: the video ends before it begins."""
+    """Return the seconds of a clip's frames, at least one; without a clip, those of the whole video. Raise ValueError
+    if the video ends before the clip begins."""
     if clip is None:
         return np.array(evenly(whole_seconds(duration), max_frames), float)
     start, end = clip[0], min(clip[1], duration)
@@ -101,10 +102,10 @@ def clip_times(duration: float, clip: tuple[float, float] | None, max_frames: in
 
 
 def numbers_of_clip(count: int, clip: tuple[float, float], fps: float, max_frames: int) -> np.ndarray:
-    """Which of a folder's `count` images, from 0, are of a clip (see `clip_times`). As in MVBench's script
-    (`get_index` with first_idx=1), image n counted from 1 is of second n / fps, and of a clip of more seconds than
-    `max_frames` the middles are rounded. A shorter one has one image per second, where the script takes as many images
-    of every clip."""
+    """Return which of a folder's `count` images, counted from 0, belong to a clip (see `clip_times`). As in MVBench's
+    script (`get_index` with first_idx=1), image n, counted from 1, is at second n / fps, and for a clip of more than
+    `max_frames` seconds the middles are rounded. A shorter clip has one image per second; the script uses the same
+    number of images for every clip."""
     first, last = max(1, round(clip[0] * fps)), min(round(clip[1] * fps), count)
     seconds = whole_seconds(min(clip[1], count / fps) - clip[0])
     if seconds <= max_frames:
@@ -118,7 +119,7 @@ def numbers_of_clip(count: int, clip: tuple[float, float], fps: float, max_frame
 def read_animation(
     file: Path, size: int, fit: str, max_frames: int, clip: tuple[float, float] | None = None
 ) -> tuple[np.ndarray, tuple[float, ...]] | None:
-    """As `read_timed_frames`; None of a file that holds one image."""
+    """Read an animation as `read_timed_frames` does; return None if the file has only one image."""
     try:
         with open_image(file) as opened:
             if frame_count(opened) == 1:
@@ -131,7 +132,7 @@ def read_animation(
 
 
 def is_animation(file: Path) -> bool:
-    """Whether an image file holds several frames. Raises ValueError: it cannot be opened."""
+    """Whether an image file has several frames. Raise ValueError if it cannot be opened."""
     try:
         with open_image(file) as opened:
             return frame_count(opened) > 1
@@ -140,7 +141,7 @@ def is_animation(file: Path) -> bool:
 
 
 def read_image(file: Path, size: int, fit: str) -> np.ndarray:
-    """uint8 [S, S, 3] of a file that holds one image. Raises ValueError: it cannot be decoded, or is an animation."""
+    """Read a file with one image as uint8 [S, S, 3]. Raise ValueError if it cannot be decoded or is an animation."""
     try:
         return decode_image(read_bytes(file), size, fit)
     except BadSample as error:
@@ -148,6 +149,6 @@ def read_image(file: Path, size: int, fit: str) -> np.ndarray:
 
 
 def _by_number(file: Path) -> list[tuple[int, str]]:
-    """A key that sorts names by the numbers in them."""
+    """Return a sort key that orders names by the numbers in them."""
     parts = re.split(r"([0-9]+)", file.name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Captions of image files: from lists of a folder, and from files beside an image."""
+"""Read captions of image files: from lists in a folder, and from files next to an image."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ MAX_LIST_BYTES = 1 << 33
 
 
 def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file name from a folder's lists (metadata.jsonl, captions.csv, ...); empty without one.
+    """Read captions by file name from a folder's lists (metadata.jsonl, captions.csv, ...); empty without a list.
 
-    A file has all captions that any list, row and column has for it; a caption may be a list of texts.
+    An image file gets all captions that any list, row and column has for it; a caption may be a list of texts.
 
     Returns:
-        an empty tuple for a file whose caption is missing or is not text.
+        The captions of each listed file; an empty tuple for a file whose caption is missing or is not text.
 
     Raises:
-        ValueError: a list that cannot be read, or without the columns of file and caption.
+        ValueError: a list cannot be read, or lacks the columns of file and caption.
     """
     found: dict[str, tuple[str, ...]] = {}
     lists = [path for path in folder.iterdir() if path.name.lower() in CAPTION_FILES]
@@ -35,7 +35,7 @@ def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """File name and captions of each row of a list. Raises ValueError as `find_captions`."""
+    """Return the file name and the captions of each row of a list. Raise ValueError as `find_captions` does."""
     try:
         text = read_text(path, MAX_LIST_BYTES)
         with guard(path):
@@ -61,7 +61,7 @@ def _json_of(text: str, where: object) -> Any:
 
 
 def _file_of(number: int, row: Any) -> str:
-    """The file that the row of this line is about. Raises ValueError: it names none."""
+    """Return the file name in the row at this line. Raise ValueError if there is none."""
     names = [row[name] for name in FILE_NAMES if isinstance(row, Mapping) and name in row]
     if not names:
         raise ValueError(f"line {number} has none of the columns {', '.join(FILE_NAMES)}")
@@ -71,7 +71,7 @@ def _file_of(number: int, row: Any) -> str:
 
 
 def texts_of(value: Any) -> tuple[str, ...] | None:
-    """The captions of a field: a text, or a list of texts and nulls, which are empty ones; None where it is neither."""
+    """Return the captions in a field: a text, or a list of texts and nulls (empty captions); None if it is neither."""
     if value is None:
         return ()
     listed = value if isinstance(value, list) else [value]
@@ -81,15 +81,15 @@ def texts_of(value: Any) -> tuple[str, ...] | None:
 
 
 def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path] | None = None) -> tuple[str, ...]:
-    """The captions of an image from `<name>.txt` and `<name>.caption` (one each) and `<name>.json` ("caption", "text"
-    and "captions", all of them; or a list of captions in place of an object).
+    """Read the captions of an image from `<name>.txt` and `<name>.caption` (one caption each) and `<name>.json` (all of
+    "caption", "text" and "captions"; or a list of captions in place of an object).
 
     Args:
-        wrapped: takes the names of text files of several lines, which are one caption.
-        capitals: files whose ending is in capitals, by their path with the ending in lower case.
+        wrapped: receives the names of text files with several lines, which are joined to one caption.
+        capitals: files with an ending in upper case, by their path with the ending in lower case.
 
     Raises:
-        BadSample: they cannot be read, or are not text.
+        BadSample: the captions cannot be read, or are not text.
     """
     found: list[str] = []
     usual = [path.with_suffix(suffix) for suffix in (".txt", ".caption", ".json")]

@@ -1,4 +1,4 @@
-"""One image on its way into a shard: cropped for its bucket, encoded, and stored."""
+"""Prepare images for a shard: crop them for their bucket, encode them and create the parts to store."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from keygrip.data.shards.index import Parts, Row
 
 
 class ViewShapes(Protocol):
-    """Of an image's DINO view: its size (width, height) in pixels and its grid (rows, columns) of patches."""
+    """Provides the shapes of an image's DINO view: size (width, height) in pixels and patch grid (rows, columns)."""
 
     def view_size(self, width: int, height: int) -> tuple[int, int]: ...
     def dino_grid(self, width: int, height: int) -> tuple[int, int]: ...
 
 
 class ImageEncoders(ViewShapes, Protocol):
-    """What turns images and captions into features; see :class:`keygrip.models.patch_dit.encoders.Encoders`."""
+    """Converts images and captions into features; see :class:`keygrip.models.patch_dit.encoders.Encoders`."""
 
     latent_stride: int
 
@@ -41,10 +41,10 @@ class ImageEncoders(ViewShapes, Protocol):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image ready to be encoded: both images show `record["crop"]` of the source.
+    """An image that is ready to be encoded; `pixels` and `view` both show `record["crop"]` of the source image.
 
     Args:
-        pixels: uint8 [H, W, 3], of the bucket's size. view: uint8 [vh, vw, 3], for DINO.
+        pixels: uint8 [H, W, 3], in the bucket's size. view: uint8 [vh, vw, 3], for DINO.
     """
 
     key: str
@@ -57,10 +57,10 @@ class PreparedImage:
 def prepare_image(
     image: Any, caption: str, bucket: Bucket, shapes: ViewShapes, key: str, more: Mapping[str, Any] | None = None
 ) -> PreparedImage:
-    """Cuts the shared crop out of a PIL image twice, once for the latent and once for DINO.
+    """Resize the shared crop of a PIL image twice, once for the latent and once for DINO.
 
     Args:
-        more: further entries of the record, for example `evidence`, or `captions` where there are several.
+        more: further entries of the record, for example `evidence`, or `captions` if there are several.
     """
     box: Box = shared_crop(image.width, image.height, bucket)
     view_size = shapes.view_size(bucket.width, bucket.height)
@@ -78,10 +78,10 @@ def prepare_image(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of some prepared images, on the CPU, as numpy arrays with a first dimension for the images.
+    """Features of prepared images, on the CPU, as numpy arrays; the first dimension is the image.
 
     Args:
-        more_text: states [L, Dt] and masks [L] of the second and further captions, by the image's number.
+        more_text: states [L, Dt] and masks [L] of the second and further captions, by the image's index.
     """
 
     latents: np.ndarray
@@ -94,10 +94,10 @@ class Encoded:
     def sample(
         self, number: int, record: Mapping[str, Any], trim_text: bool, image: np.ndarray | None = None
     ) -> tuple[Parts, Row]:
-        """Parts and columns of one of them, with its own pixels uint8 [H, W, 3] where they are given.
+        """Create the parts and columns of one image, including its pixels uint8 [H, W, 3] if they are given.
 
         Raises:
-            ValueError: numbers that cannot be stored.
+            ValueError: values cannot be stored.
         """
         n = number
         return image_text_parts(
@@ -114,10 +114,10 @@ def encode_images(
     captions: Sequence[str],
     more_captions: Mapping[int, Sequence[str]] | None = None,
 ) -> Encoded:
-    """Encodes images of one bucket: uint8 [B, 3, H, W] and [B, 3, vh, vw].
+    """Encode images of one bucket: pixels uint8 [B, 3, H, W] and views [B, 3, vh, vw].
 
     Args:
-        captions: the first of each image. more_captions: the others of some, by the image's number.
+        captions: the first caption of each image. more_captions: the further captions, by the image's index.
     """
     latents = encoders.encode_images(pixels)
     cls, patches = encoders.encode_view(views)
@@ -134,5 +134,5 @@ def encode_images(
 
 
 def as_tensor(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [B, 3, H, W] of images [H, W, 3]."""
+    """Stack images [H, W, 3] into uint8 [B, 3, H, W]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

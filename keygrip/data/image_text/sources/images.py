@@ -1,8 +1,8 @@
-"""A folder of images with captions as shards in aspect buckets: latents, DINO features and text states.
+"""Encode a folder of images with captions into shards in aspect buckets: latents, DINO features and text states.
 
-Loader processes decode and crop, one process per device encodes, a thread writes. Every shard is claimed by a lock on a
-file beside it, so that the same command may run many times over: on all GPUs of a machine with torchrun, on many nodes
-with srun, or again after an interruption. Nothing that is complete is computed again.
+Loader processes decode and crop, one process per device encodes, and a thread writes. A process claims a shard with a
+lock on a file next to it. The same command may therefore run several times: on all GPUs of a machine with torchrun, on
+many nodes with srun, or again after an interruption. Complete shards are not computed again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-DECODING = 5  # version of decoding: shards of another version hold other pixels of unusual images
+DECODING = 5  # version of decoding: shards of another version have different pixels for unusual images
 FAILED_FILE = "failed.jsonl"
 LOOK_AGAIN_S = 2.0
 
@@ -58,14 +58,16 @@ def _only(batch: list[ReadyBatch]) -> ReadyBatch:
 
 @dataclass
 class Prepared:
-    """What `images` did, and where its time went.
+    """Report of `prepare step=images`: what it wrote, and how long its parts took.
 
     Args:
-        items: images that this call took on. data_wait_share: of the time from the first batch on, how much this
-            process waited for images; the encoders are saturated where it is near 0. encode_share: spent in encoders.
-        start_s: until the first batch was there: reading the list, loading the encoders, starting the loaders.
-        captions_cut: of this call's, longer than the text encoder takes.
-        failed: of the whole set, listed in failed.jsonl. duplicates: files with the content of another one, listed too.
+        items: images that this call processed. data_wait_share: share of the time since the first batch in which this
+            process waited for images; near 0 the encoders are saturated. encode_share: share of the time in the
+            encoders.
+        start_s: time until the first batch: reading the list, loading the encoders, starting the loaders.
+        captions_cut: captions of this call that are longer than the text encoder accepts.
+        failed: failed images of the whole set, listed in failed.jsonl. duplicates: files with the same content as
+            another file, listed there too.
     """
 
     root: str
@@ -84,7 +86,7 @@ class Prepared:
     rank: int = 0
 
     def take_times(self, clock: Clock, wall_s: float) -> None:
-        """Fills in rates and shares from the times of a clock; seconds."""
+        """Compute rates and shares from the times of a clock, in seconds."""
         spent = max(clock.spent, 1e-9)
         self.items_per_s, self.start_s = round(self.items / spent, 3), round(clock.start or 0.0, 2)
         self.data_wait_share, self.encode_share = round(clock.wait / spent, 4), round(clock.busy / spent, 4)
@@ -93,7 +95,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Rank:
-    """Which of several processes this is, as torchrun or SLURM say."""
+    """The rank of this process among several, from torchrun or SLURM."""
 
     rank: int
     ranks: int
@@ -101,7 +103,7 @@ class Rank:
 
     @classmethod
     def here(cls) -> Rank:
-        """From the environment variables of torchrun or SLURM; a single process without them."""
+        """Read the rank from the environment variables of torchrun or SLURM; without them, it is a single process."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
@@ -110,7 +112,7 @@ class Rank:
         return cls(0, 1, 0)
 
     def device(self, wanted: str) -> str:
-        """The device of this process; "auto" is its own GPU, or the CPU without one."""
+        """Return the device of this process; "auto" selects its own GPU, or the CPU if there is none."""
         if wanted != "auto":
             return wanted
         count = torch.cuda.device_count()
@@ -119,7 +121,7 @@ class Rank:
 
 @dataclass
 class Clock:
-    """Seconds from the first batch on: of all, waiting for data, and in the encoders."""
+    """Seconds since the first batch: in total, waiting for data, and in the encoders."""
 
     spent: float = 0.0
     wait: float = 0.0
@@ -144,33 +146,33 @@ def encode_folder(
     keep_images: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the shards of a folder of images; shards that are complete are kept, images added or repaired later get
-    their own.
+    """Write the shards of a folder of images. Complete shards are kept; images that are added or repaired later are
+    written to new shards.
 
     Args:
-        source: folder, looked through with all below it. Captions stand in metadata.jsonl or captions.csv (columns
-            file_name, relative to the folder of the list, and caption or text), there or in any folder below, or beside
-            each image as <name>.txt, .caption or .json. All captions of an image, wherever they stand, are kept, and
-            training takes them in turn.
-        root: receives bucket_<width>x<height>/shard-<number>.tar, failed.jsonl and, when all is there, images.json.
+        source: folder, searched with all subfolders. Captions are read from metadata.jsonl or captions.csv (columns
+            file_name, relative to the folder of the list, and caption or text) in the folder or any subfolder, or from
+            <name>.txt, .caption or .json next to each image. All captions of an image are stored, and training uses
+            them in turn.
+        root: receives bucket_<width>x<height>/shard-<number>.tar, failed.jsonl and, when the set is complete,
+            images.json.
         encoders: see :class:`ImageEncoders`.
         size, bucket_step, max_aspect: of the buckets, see :func:`keygrip.data.image_text.crops.aspect_buckets`.
-        images_per_shard: see above; a shard is also what an interruption loses at most. batch_size: images encoded at
-            once.
-        workers: loader processes; None: one for each core but one, 16 at most; 0: in this process.
+        images_per_shard: an interruption loses at most one unfinished shard. batch_size: images encoded at once.
+        workers: loader processes; None: the number of cores minus one, at most 16; 0: load in this process.
         device: "auto", or a device's name.
-        max_enlargement: images that would have to be enlarged more are left out.
-        max_failed_share: more broken images than this, a share in 0..1, are an error.
-        trim_text: do not store text states of padding: 512 x 4096 numbers are 4 MB per image.
-        keep_images: store the images too, as PNG: evaluation then compares with them, and not with what the autoencoder
-            makes of them.
+        max_enlargement: images that would have to be enlarged by a larger factor are left out.
+        max_failed_share: a larger share (0..1) of broken images is an error.
+        trim_text: do not store text states of padding: 512 x 4096 values are 4 MB per image.
+        keep_images: store the images too, as PNG: evaluation then compares with them instead of the autoencoder's
+            reconstructions.
 
     Returns:
-        the fields of :class:`Prepared`.
+        The fields of :class:`Prepared`.
 
     Raises:
-        FileNotFoundError, ValueError: no images, a root in its source, other settings than before, or too many are
-            broken.
+        FileNotFoundError, ValueError: there are no images, the root lies inside its source, the settings differ from
+            earlier ones, or too many images are broken.
     """
     started = time.perf_counter()
     rank, root, source = Rank.here(), Path(root), Path(source)
@@ -197,7 +199,7 @@ def encode_folder(
         "decoding": DECODING,
         "keep_images": keep_images,
     }
-    # a folder in which nothing was listed holds no shards, whatever was tried there
+    # a folder without a list of items has no shards, whatever settings earlier attempts used
     check_settings(root, settings, new=not (root / ITEMS_FILE).is_file())
 
     def unread_of(items: Sequence[Item]) -> dict[str, str] | None:
@@ -231,7 +233,7 @@ def encode_folder(
             if not taken:  # other processes hold all remaining shards
                 if rank.rank > 0:
                     break
-                time.sleep(LOOK_AGAIN_S)  # a process that dies frees its shards
+                time.sleep(LOOK_AGAIN_S)  # a process that dies releases its shards
     result.captions_cut = encoders.captions_cut - cut_before
     if result.captions_cut:
         log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
@@ -265,7 +267,7 @@ def _encode(
     bar: Progress,
     started: float,
 ) -> int:
-    """Goes once over the jobs; how many images were taken on."""
+    """Process all jobs that can be claimed, once; return the number of processed images."""
     loader = DataLoader(
         images,
         batch_sampler=claims,
@@ -284,7 +286,7 @@ def _encode(
             now = time.perf_counter()
             if batch is None:
                 break
-            if not taken:  # loaders had to start
+            if not taken:  # the loaders had to start before the first batch
                 begun = now
                 clock.start = clock.start or now - started
             else:
@@ -316,7 +318,7 @@ def _finish(
     progress: bool,
     result: Prepared,
 ) -> None:
-    """Manifests, the list of what failed, and images.json last."""
+    """Write the manifests, the list of failed images and, last, images.json."""
     last = last_entries(items)
     left = {path: item for path, item in last.items() if item.bucket is None}
     failed = [{"source": path, "reason": item.reason} for path, item in left.items() if not item.duplicate]

@@ -1,4 +1,4 @@
-"""Shards as jobs: claimed by one process each, read ahead in loader processes, and written by a thread."""
+"""Shards as jobs: one process claims each job, loader processes prepare its images, and a thread writes it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Job:
 
     @property
     def lock_path(self) -> Path:
-        """The file whose lock a process holds while it writes the shard."""
+        """The file that a process locks while it writes the shard."""
         return self.path.with_name(f".{self.path.stem}.lock")
 
 
 def jobs_of(root: Path, items: Sequence[Item], images_per_shard: int) -> list[Job]:
-    """The shards of all buckets, the fullest bucket first; images that were added later have shards of their own."""
+    """Return the shards of all buckets, the bucket with the most images first; images added later get new shards."""
     by_bucket: dict[str, dict[int, list[Item]]] = {}
     for item in items:
         if item.bucket is not None:
@@ -64,8 +64,8 @@ def jobs_of(root: Path, items: Sequence[Item], images_per_shard: int) -> list[Jo
 
 
 def unread_images(jobs: Sequence[Job]) -> dict[str, str]:
-    """Images that finished shards could not take, with the reasons. Of an image that was taken on again, since it had
-    been repaired, the last shard counts."""
+    """Return the images that finished shards could not include, with the reasons. If an image was repaired and tried
+    again, the result of the last shard is used."""
     found: dict[str, str] = {}
     for job in sorted(jobs, key=lambda job: job.items[0].generation):
         names = {item.path for item in job.items}
@@ -79,14 +79,14 @@ def unread_images(jobs: Sequence[Job]) -> dict[str, str]:
 
 
 class Claims(Sampler[list[tuple[int, int]]]):
-    """Batches of (job, item) of the jobs that this process could claim, each batch of one job.
+    """Yield batches of (job, item) from the jobs that this process can claim; each batch is from one job.
 
-    A job is claimed when its first batch is asked for, and released with `release`. The lock is the file system's: it
-    goes with the process that holds it.
+    A job is claimed when its first batch is requested, and released with `release`. The lock is a file lock of the
+    operating system, which disappears with the process that holds it.
 
     Args:
-        jobs: of all processes. batch_size: items. first: the job to begin with, so that processes do not all ask for
-            the same ones.
+        jobs: of all processes. batch_size: items. first: the job to begin with, so that processes do not all try to
+            claim the same jobs.
     """
 
     def __init__(self, jobs: Sequence[Job], batch_size: int, first: int = 0) -> None:
@@ -102,7 +102,7 @@ class Claims(Sampler[list[tuple[int, int]]]):
                     yield [(number, item) for item in range(start, min(start + self.batch_size, count))]
 
     def claim(self, number: int) -> bool:
-        """Whether the job is open and now ours."""
+        """Claim a job; return whether it was open and is now claimed by this process."""
         job = self.jobs[number]
         if job.done:
             return False
@@ -118,21 +118,21 @@ class Claims(Sampler[list[tuple[int, int]]]):
         return True
 
     def release(self, number: int) -> None:
-        """Gives a job back. The file of the lock goes only with a finished job: of an open one, two processes could
-        come to hold locks on two files of that name."""
+        """Release a job. The lock file is removed only for a finished job: for an open job, two processes could then
+        hold locks on two different files with the same name."""
         if self.jobs[number].done:
             self.jobs[number].lock_path.unlink(missing_ok=True)
         self.held.pop(number).close()
 
     def release_all(self) -> None:
-        """Gives back every job that is held."""
+        """Release all claimed jobs."""
         for number in list(self.held):
             self.release(number)
 
 
 @dataclass(frozen=True)
 class ReadyBatch:
-    """Prepared images of one job; `failed` names what could not be read."""
+    """Prepared images of one job; `failed` lists the images that could not be read."""
 
     job: int
     keys: list[str]
@@ -145,7 +145,7 @@ class ReadyBatch:
 
 
 class SourceImages(Dataset[PreparedImage]):
-    """Decoded and cropped in loader processes; indexed by whole batches of `Claims`."""
+    """Images of the source, decoded and cropped in loader processes; indexed by whole batches of `Claims`."""
 
     def __init__(self, jobs: Sequence[Job], source: Path, sizes: ViewSizes) -> None:
         self.jobs, self.source, self.sizes = list(jobs), source, sizes
@@ -186,7 +186,7 @@ class SourceImages(Dataset[PreparedImage]):
 
 @dataclass(frozen=True)
 class ViewSizes:
-    """Sizes of DINO views by bucket: what loader processes need to know of the encoders."""
+    """Sizes of DINO views by bucket: all that loader processes need of the encoders."""
 
     views: dict[tuple[int, int], tuple[int, int]]
     grids: dict[tuple[int, int], tuple[int, int]]
@@ -204,7 +204,7 @@ class ViewSizes:
 
 
 class ShardThread:
-    """Writes shards in the order of batches, in a thread of its own; at most a few batches wait."""
+    """Write shards in the order of the batches, in a separate thread; at most a few batches wait."""
 
     def __init__(self, claims: Claims, trim_text: bool, keep_images: bool = False) -> None:
         self.claims, self.trim_text, self.keep_images = claims, trim_text, keep_images
@@ -215,7 +215,7 @@ class ShardThread:
         self._broken = False
 
     def add(self, batch: ReadyBatch, encoded: Encoded | None) -> None:
-        """Raises what went wrong in writing an earlier batch."""
+        """Queue a batch for writing. Raise the error of an earlier batch if writing it failed."""
         self._pending.append(self._pool.submit(self._write, batch, encoded))
         while self._pending and (len(self._pending) > PENDING_WRITES or self._pending[0].done()):
             self._pending.pop(0).result()
@@ -250,7 +250,7 @@ class ShardThread:
             self.claims.release(batch.job)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Writes what waits, and with an error leaves no shard half written."""
+        """Write the queued batches. With an error, discard the unfinished shard."""
         self._pool.shutdown(wait=True)
         if self._writer is not None:
             stopped = error or RuntimeError("the shard was not finished")

@@ -1,4 +1,4 @@
-"""The images of a folder with their captions and buckets, and those that are left out with the reason."""
+"""List the images of a folder with their captions and buckets, and the images left out with the reasons."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm")
-# Images of types that are not decoded: named one by one. Files of any other ending are images where their content is.
+# Image types that are not decoded; such files are reported one by one. A file with any other ending is an image if its
+# content is one.
 OTHER_SUFFIXES = (
     *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr"),
     *(".svg", ".tga", ".psd", ".xcf", ".ico", ".icns"),
     *(".exr", ".hdr", ".dds", ".pcx", ".pam", ".qoi", ".eps", ".wmf", ".emf", ".fits"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 )
-BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes: no images
+BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes, not images
 ITEMS_FILE = ".items.jsonl"
 KEY_BYTES = 80
 
@@ -42,12 +43,12 @@ class Item:
     """An image of the source.
 
     Args:
-        captions: one or several. bucket: None where it cannot be used, and `reason` says why.
-        duplicate: of another image, which keeps its captions: left out and no failure.
-        generation: how many times the list had been extended when it was added; shards hold one generation each.
-        content: SHA-256 of a file that is taken on again after a shard could not take it; else empty.
-        sha256: of the file when it was listed; empty: not known, or it cannot be used.
-        stamp: of the file when it was listed, see `stamp_of`; empty: not known, or it cannot be used.
+        captions: one or several. bucket: None if the image cannot be used; `reason` then contains the reason.
+        duplicate: the file has the same content as another image, which gets its captions: left out, but not a failure.
+        generation: how often the list had been extended when the image was added; a shard has images of one generation.
+        content: SHA-256 of a file that is tried again after a shard could not include it; otherwise empty.
+        sha256: hash of the file when it was listed; empty: unknown, or the file cannot be used.
+        stamp: stamp of the file when it was listed, see `stamp_of`; empty: unknown, or the file cannot be used.
     """
 
     key: str
@@ -63,13 +64,13 @@ class Item:
 
 
 def stamp_of(path: Path) -> str:
-    """Text that changes when a file is written again: its size and modification time."""
+    """Return a text that changes when a file is written again: its size and modification time."""
     found = path.stat()
     return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 def key_of(name: str, taken: set[str]) -> str:
-    """A key for a file: its path without dots, cut short where it is long; never one that is taken."""
+    """Return a key for a file that is not taken yet: its path without dots, or a hash if the path is too long."""
     stem, dot, suffix = name.rpartition(".")
     stem = stem if dot else name
     key = stem.replace(".", "-")
@@ -89,19 +90,19 @@ def list_items(
     known: Mapping[str, tuple[str, ...]] | None = None,
     before: Sequence[Item] = (),
 ) -> list[Item]:
-    """Every image below a folder with its bucket, in the order of names; those that cannot be used with a reason.
+    """List every image below a folder with its bucket, sorted by name; images that cannot be used have a reason.
 
-    Images of other types, links to nothing and named pipes are listed too, so that nothing is missed without a word.
-    A file of any other name is an image where its content is; those that are none are counted in the log. An image has
-    the captions of the lists, which may stand in any folder above it, and of the files beside it. Of files with the
-    same content the first is used, with the captions of all.
+    Images of unsupported types, broken links and named pipes are listed too, so that nothing is left out silently. A
+    file with any other ending is an image if its content is one; the other files are counted in the log. An image gets
+    the captions of the lists, which may be in any folder above it, and of the files next to it. Of several files with
+    the same content the first is used, with the captions of all.
 
     Args:
-        known: captions that were encoded, by path; among files of one content these are preferred.
-        before: of an earlier list, whose hashes hold for files that were not written since.
+        known: captions that were encoded, by path; of several files with the same content, these files are preferred.
+        before: items of an earlier list; their hashes are used for files that were not written since.
 
     Raises:
-        FileNotFoundError: no folder, or no images in it. ValueError: a list of captions that cannot be read.
+        FileNotFoundError: there is no such folder, or no image in it. ValueError: a list of captions cannot be read.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
@@ -129,7 +130,7 @@ def list_items(
                 raise BadSample(name, "its caption is empty" if told else "it has no caption")
             width, height = size_of(path)
         except BadSample as error:
-            broken = Path(error.where).name  # the image, or a file of captions beside it
+            broken = Path(error.where).name  # the image, or a caption file next to it
             return captions, None, error.what if broken == path.name else f"{broken}: {error.what}"
         bucket = nearest_bucket(width, height, buckets)
         enlargement = max(bucket.width / width, bucket.height / height)
@@ -164,8 +165,8 @@ def list_items(
 
 
 def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder, those that are not decoded too, and the files of captions and notes. Hidden files and
-    those of other kinds are counted in the log.
+    """Return the images below a folder, including unsupported types, and the files of captions and notes. Hidden files
+    and files of other kinds are counted in the log.
 
     Raises:
         FileNotFoundError: there are no images that can be decoded.
@@ -196,9 +197,9 @@ def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """Captions of the lists in some folders by the names of these files; names that mean none of them, or none inside
-    the folder of the list, are said in the log, and so are files of which lists of several folders say different
-    things.
+    """Read the captions of these files from the lists in some folders, by file name. The log reports names that refer
+    to none of the files or to a file outside the folder of the list. It also reports files for which the lists of
+    several folders have different captions.
 
     A list may write `./a.png` or `b\\a.png` for `a.png` and `b/a.png`; its names are relative to its own folder.
     """
@@ -211,7 +212,7 @@ def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path
         missing = []
         for name, captions in find_captions(folder).items():
             own = above + name
-            if own not in names:  # a path that leaves the folder is never in them
+            if own not in names:  # a path that leaves the folder is never in `names`
                 own = above + posixpath.normpath(name.replace("\\", "/"))
             if own in names:
                 here[own] = tuple(dict.fromkeys((*here.get(own, ()), *captions)))
@@ -231,7 +232,7 @@ def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file of any name is an image by its content."""
+    """Whether the content of a file, whatever its name is, is an image."""
     try:
         with open_image(path):
             return True
@@ -240,13 +241,13 @@ def is_image(path: Path) -> bool:
 
 
 def merge_duplicates(items: Sequence[Item], known: Mapping[str, tuple[str, ...]]) -> list[Item]:
-    """The items without files of the same content: one of them keeps the captions of all.
+    """Mark all but one of the files with the same content as duplicates; the remaining one gets the captions of all.
 
-    Two copies of one image would be two samples, of which one may be held out and the other trained on.
+    Two copies of one image would be two samples, one of which may be used for validation and the other for training.
 
     Args:
-        items: with the hashes of those that are used. known: captions that were encoded, by path; their samples stay as
-            they are.
+        items: items with hashes of the usable files. known: captions that were encoded, by path; their samples stay
+            unchanged.
     """
     by_content: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
@@ -275,15 +276,15 @@ def frozen_items(
     progress: bool,
     unread_of: Callable[[Sequence[Item]], Mapping[str, str] | None],
 ) -> list[Item]:
-    """The list of items of a root, made by the first process that asks and kept while shards are open.
+    """Return the list of items of a root. The first process writes it, and it stays unchanged while shards are open.
 
-    When none is open, whether the set is complete or too much of it was left out, the source is listed again: images
-    that came to it since, can be used now, or were repaired, are appended, and images.json is removed until their
-    shards are done too.
+    When no shard is open (whether the set is complete or too many images were left out), the source is listed again.
+    Images that were added since, are usable now, or were repaired are appended, and images.json is removed until their
+    shards are finished too.
 
     Args:
-        unread_of: of a list of items, those paths that the shards could not take, with the reasons; None: not all
-            shards are written.
+        unread_of: returns for a list of items the paths that the shards could not include, with the reasons; None: not
+            all shards are written.
     """
     file, info = root / ITEMS_FILE, root / INFO
     with locked(root / f"{ITEMS_FILE}.lock"):
@@ -300,10 +301,10 @@ def frozen_items(
 
 
 def with_hashes(items: Sequence[Item], source: Path, before: Sequence[Item], progress: bool) -> list[Item]:
-    """With the SHA-256 of each file that is used, by which an image is known when its file has another name.
+    """Add the SHA-256 of each usable file, which identifies an image when its file is renamed.
 
     Args:
-        before: of an earlier list, whose hashes hold for files that were not written since.
+        before: items of an earlier list; their hashes are used for files that were not written since.
     """
     known = {(item.path, item.stamp): item.sha256 for item in before if item.sha256 and item.stamp}
 
@@ -319,24 +320,25 @@ def with_hashes(items: Sequence[Item], source: Path, before: Sequence[Item], pro
 
 
 def read_item(line: str) -> Item:
-    """An item of a line of the list."""
+    """Parse an item from a line of the list."""
     told = json.loads(line)
     return Item(**{**told, "captions": tuple(told["captions"])})
 
 
 def last_entries(items: Sequence[Item]) -> dict[str, Item]:
-    """The entry that counts of each path: the last one. Earlier ones are those of shards that could not take it."""
+    """Return the last entry of each path, which is the valid one. Earlier entries belong to shards that could not
+    include the image."""
     return {item.path: item for item in items}
 
 
 def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread: Mapping[str, str]) -> list[Item]:
-    """A list of items with those that were found since: images that are new, can be used now, or were repaired.
+    """Extend a list of items with the images found since: images that are new, are usable now, or were repaired.
 
-    What was used stays as it is: its shards are written. Changed captions of it are said in the log.
+    Used items stay unchanged, since their shards are written. The log reports changes of their captions.
 
     Args:
-        unread: paths that the shards could not take. Their entries stay, since shards are cut from the list by place;
-            a second one stands at the end.
+        unread: paths that the shards could not include. Their entries stay, since shards are consecutive parts of the
+            list; a second entry is appended.
     """
     if not items:
         return list(found)
@@ -381,8 +383,8 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
 
 
 def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str, Item]:
-    """What is found by path, without images whose content is encoded from a file that is gone: renamed files, and
-    copies whose original was removed. Their samples are there."""
+    """Return the found items by path. Files whose content was already encoded from a file that is now missing (renamed
+    files, and copies of removed originals) become duplicates: their samples exist."""
     paths = {item.path for item in found}
     gone = {item.sha256: item.path for item in encoded if item.sha256 and item.path not in paths}
     own = {item.path for item in encoded}
@@ -397,10 +399,10 @@ def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str
 
 
 def _second_entry(source: Path, tried: Item, new: Item) -> Item | None:
-    """A second entry for an image that a shard could not take; None while nothing has changed.
+    """Return a second entry for an image that a shard could not include; None if nothing has changed.
 
-    It keeps its key, under which no sample was written. A file that can be decoded and was refused all the same (its
-    features were not finite) is tried once more, and then again when the file or its captions are others.
+    The entry keeps the image's key, since no sample was written under it. A file that can be decoded but was refused
+    (its features were not finite) is tried once more, and after that only if the file or its captions change.
     """
     if new.bucket is None:  # listed now as a copy, or without a caption
         return replace(new, key=tried.key)

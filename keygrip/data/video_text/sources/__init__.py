@@ -1,1 +1,1 @@
-"""Preparation of public video-text and image-text sets."""
+"""Preparation of public video-text and image-text data sets."""

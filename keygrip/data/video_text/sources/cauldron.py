@@ -1,4 +1,4 @@
-"""The Cauldron: instructions about images, fifty collections in one format. Reads its parquet files as shipped."""
+"""The Cauldron: instructions about images, fifty collections in one format. Reads the published parquet files."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.sample_types import Conversation, Turn
 from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 
-# Collections of short answers in words, which the VQA rule can score, yes and no among them; those whose answers are
-# letters of options ("Answer: B") are not: ai2d, iconqa, intergps, raven, scienceqa, tqa, visual7w.
+# Collections with short answers in words, also yes and no, which the VQA rule can score. Collections whose answers are
+# letters of options ("Answer: B") are not included: ai2d, iconqa, intergps, raven, scienceqa, tqa, visual7w.
 VQA = frozenset(
     {"vqav2", "okvqa", "textvqa", "st_vqa", "docvqa", "infographic_vqa", "ocrvqa", "vqarad", "tallyqa", "cocoqa"}
     | {"clevr", "chartqa", "figureqa", "dvqa", "plotqa", "vsr", "nlvr2", "hateful_memes"}
 )
-SCORED = 2  # version of that list: shards of another one have other `answers`. A setting of a set.
-# Collections whose questions go on from the answers before them.
+SCORED = 2  # version of that list, a setting of a set: shards of other versions have different `answers`
+# Collections whose questions continue from earlier answers.
 SEQUENTIAL = frozenset({"robut_sqa"})
 
 
 @dataclass(frozen=True)
 class CauldronMaker:
-    """Makes samples of the rows of a group: each image a frame, each question-answer pair a conversation, so that the
-    queries know each question and no answer stands before another question. Of `SEQUENTIAL` all pairs are one."""
+    """Makes samples from the rows of a group: each image is a frame, each question-answer pair a conversation, so that
+    the queries depend on one question and no answer precedes another question. In `SEQUENTIAL` collections all pairs of
+    a row are one conversation."""
 
     image_size: int
     fit: str
@@ -80,13 +81,13 @@ class CauldronMaker:
 
 
 def _evidence(collection: str, turns: Sequence[Turn]) -> dict[str, Any]:
-    """With the answer that the VQA rule compares with, of a collection that it can score."""
+    """Return the evidence; in collections that the VQA rule can score, it includes the reference answer."""
     answers = {"answers": [turns[-1].text]} if collection in VQA else {}
     return {"collection": collection, **answers}
 
 
 def _collection(group: RowGroup, source: Path) -> str:
-    """The folder of a collection below `source`, or `source` itself where its tables lie there."""
+    """Return the name of a collection: its folder below `source`, or `source` itself if the tables are there."""
     folders = group.path.relative_to(source).parent.parts
     return folders[0] if folders else source.absolute().name
 
@@ -101,16 +102,16 @@ def cauldron(
     processes: int | None = None,
     max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
-    """Writes the Cauldron as shards of 1-frame samples (several images: several frames), each with the conversations
-    of its image (`CauldronMaker`).
+    """Write the Cauldron as shards of 1-frame samples (one frame per image if there are several), each with the
+    conversations about its image (`CauldronMaker`).
 
     Args:
-        source: folder with a folder a collection, each with `train-*.parquet`, or the folder of one. root: of the set.
-        collections: names of folders; None: all that are there.
-        image_size, fit: of the images. max_frames: rows of more images are left out, by name.
+        source: folder with one subfolder per collection, each with `train-*.parquet`; or the folder of one collection.
+            root: of the set. collections: names of the subfolders; None: all.
+        image_size, fit: of the images. max_frames: rows with more images are left out and named in the log.
 
     Raises:
-        FileNotFoundError: no tables, or none of a collection that is named. ValueError: max_frames out of range.
+        FileNotFoundError: there are no tables, or none of a named collection. ValueError: max_frames is out of range.
     """
     what = "the Cauldron (HuggingFaceM4/the_cauldron)"
     source = Path(source)

@@ -1,4 +1,4 @@
-"""SmolTalk: conversations without images, for text retention. Reads the parquet files as they are shipped."""
+"""SmolTalk: conversations without images, to retain text ability. Reads the published parquet files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from keygrip.data.video_text.sources.tables import RowGroup, row_groups
 log = logging.getLogger(__name__)
 
 STAGES = 3
-WHOLE = "all"  # the folder that ships every conversation again, beside the folders of the subsets
+WHOLE = "all"  # the folder that contains every conversation again, next to the folders of the subsets
 
 
 @dataclass(frozen=True)
 class SmolTalkMaker:
-    """Makes samples of the rows of a group that belong to a stage."""
+    """Makes samples from the rows of a group that belong to a stage."""
 
     stage: int
     max_characters: int
@@ -43,17 +43,17 @@ class SmolTalkMaker:
                     yield sample
 
     def _sample(self, key: str, row: dict[str, Any]) -> MadeSample | None:
-        """None for one that is left out because of its length."""
+        """Return the sample of a row; None if it is left out because of its length."""
         turns = tuple(Turn(message["role"], message["content"]) for message in row["messages"] or ())
         if not turns or not all(isinstance(turn.text, str) for turn in turns):
             raise ValueError("it has no turns, or one without text")
         if sum(len(turn.text) for turn in turns) > self.max_characters:
-            return None  # longer than any context: a cut answer would teach not to stop
+            return None  # longer than any context: from a cut answer the model would learn not to stop
         return MadeSample(key, *video_text_parts([], [Conversation(turns, "text", {})], "smoltalk"))
 
 
 def stage_of(key: str) -> int:
-    """1, 2 or 3: stages share no conversation."""
+    """Return the stage of a conversation, 1, 2 or 3; stages have no conversation in common."""
     return 1 + int.from_bytes(hashlib.sha256(f"stage {key}".encode()).digest()[:4], "big") % STAGES
 
 
@@ -65,15 +65,15 @@ def smoltalk(
     groups_per_shard: int = 10,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the third of SmolTalk that belongs to a training stage as shards of 0-frame samples.
+    """Write the third of SmolTalk that belongs to a training stage as shards of 0-frame samples.
 
     Args:
-        source: folder with `train-*.parquet` somewhere below; of a download with the folder `all`, this alone is read,
-            since it repeats the subsets beside it. root: of the set. stage: 1, 2 or 3.
+        source: folder with `train-*.parquet` at any depth; if the download has the folder `all`, only this folder is
+            read, since it repeats the subsets next to it. root: of the set. stage: 1, 2 or 3.
         max_characters: longer conversations are left out. groups_per_shard: parquet row groups (of about 1000).
 
     Raises:
-        ValueError: no such stage. FileNotFoundError: no tables.
+        ValueError: there is no such stage. FileNotFoundError: there are no tables.
     """
     if not 1 <= stage <= STAGES:
         raise ValueError(f"stage={stage}: training has the stages 1 to {STAGES}")
@@ -94,8 +94,8 @@ def smoltalk(
 
 
 def _once(groups: list[RowGroup], source: Path) -> list[RowGroup]:
-    """Those of the folder `all` where there is one, otherwise all of them: no conversation twice, and so none in two
-    stages or on both sides of a split."""
+    """Return the row groups of the folder `all` if there is one, otherwise all row groups. No conversation then occurs
+    twice, and none is in two stages or in two splits."""
     whole = [group for group in groups if WHOLE in group.path.relative_to(source).parent.parts]
     if not whole or len(whole) == len(groups):
         return groups

@@ -1,4 +1,4 @@
-"""Parquet tables as data sets ship them: found, checked, and read a row group at a time."""
+"""Find, check and read the parquet tables of published data sets, one row group at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from keygrip.data.parquet_tables import is_too_large, rows_of
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.untrusted_files import regular_file
 
-BATCH_ROWS = 64  # read at once
+BATCH_ROWS = 64  # rows read at once
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A part of a parquet file. `name`, of the file, is unique in the data set and stays so when the folder is moved;
-    keys of samples begin with it (`keygrip.data.shards.keys.file_keys`)."""
+    """A row group of a parquet file. `name` identifies the file in the data set and does not change when the folder is
+    moved; keys of samples begin with it (`keygrip.data.shards.keys.file_keys`)."""
 
     path: Path
     group: int
@@ -27,14 +27,15 @@ class RowGroup:
     name: str
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number in the file and values of each row. Raises ValueError: the table is damaged, or too large unpacked."""
+        """Yield the number in the file and the values of each row. Raise ValueError if the table is damaged, or too
+        large when decompressed."""
         with _named(self.path):
             yield from enumerate(rows_of(self.path, self.group, columns, BATCH_ROWS), self.first_row)
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Raises ValueError in place of what a damaged table raises."""
+    """Convert the errors of a damaged table to ValueError."""
     import pyarrow as arrow
 
     try:
@@ -42,17 +43,18 @@ def _named(path: Path) -> Iterator[None]:
             yield
     except (BadSample, arrow.ArrowException) as error:
         reason = error.what if isinstance(error, BadSample) else reason_of(error)
-        # what is too large would be so again
+        # a table that is too large would be too large after another download
         raise ValueError(
             f"{path} cannot be read ({reason})" + ("" if is_too_large(error) else ": download it again")
         ) from error
 
 
 def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: str) -> list[RowGroup]:
-    """All row groups of the tables below a folder.
+    """Return all row groups of the tables below a folder.
 
     Raises:
-        FileNotFoundError: no tables. ValueError: one cannot be read or lacks a column; `what` names the data set.
+        FileNotFoundError: there are no tables. ValueError: a table cannot be read or lacks a column; `what` names the
+            data set for messages.
     """
     import pyarrow.parquet as parquet
 

@@ -1,8 +1,8 @@
-"""Instructions about videos and images in the format that most such collections ship: JSON or JSON lines with `id`,
+"""Instructions about videos and images in the most common format of such collections: JSON or JSON lines with `id`,
 `video` or `image` (or `videos`, `images`) and `conversations` [{"from": "human" | "gpt", "value"}] or `messages`
-[{"role", "content"}], beside the files that they name; perhaps `answers` of annotators to the last question, texts or
-[{"answer"}]. Content is text or a list of items, as Hugging Face's chat templates take it (`foreign_text`); an item may
-name its file itself ({"type": "image", "image": "a.jpg"}, under `path` or `url` too)."""
+[{"role", "content"}], next to the media files that they name. Optional: `answers` of annotators to the last question,
+texts or [{"answer"}]. Content is text or a list of items, as in Hugging Face's chat templates (`foreign_text`); an item
+may name its file itself ({"type": "image", "image": "a.jpg"}, also under `path` or `url`)."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ log = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 1 << 33
 TURNS, MEDIA = ("conversations", "messages"), ("video", "videos", "image", "images")
-COUNTED = (*TURNS, *MEDIA, "system", "answers", "start", "end")  # fields of an entry; others may be broken
+COUNTED = (*TURNS, *MEDIA, "system", "answers", "start", "end")  # used fields of an entry; others may be broken
 SHOWN = (*SUFFIXES, ".gif", *(f".{ending}" for ending in VIDEO))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a list."""
+    """An entry of a list."""
 
     key: str
     media: tuple[Path, ...]
     turns: tuple[tuple[str, str], ...]
     collection: str
-    problem: str = ""  # why it cannot be used
-    named: str = ""  # the key of MEDIA that named the files; none where items of its turns do
-    answers: tuple[str, ...] = ()  # of annotators, to the last question; for the VQA rule
+    problem: str = ""  # why the entry cannot be used
+    named: str = ""  # the key of MEDIA that names the files; empty if items of the turns name them
+    answers: tuple[str, ...] = ()  # annotators' answers to the last question, for the VQA rule
 
     def __str__(self) -> str:
         return self.key
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class VideoSFTMaker:
-    """Makes the sample of an entry."""
+    """Makes the sample from an entry."""
 
     image_size: int
     fit: str
@@ -108,12 +108,12 @@ class VideoSFTMaker:
         frames_of_one = stills and (entry.named in ("video", "videos") or places.of_one_video(asked))
         if frames_of_one:
             shown.add(1)
-        elif not stills:  # one for a video, or one for each frame
+        elif not stills:  # one placeholder for a video, or one for each frame
             shown.add(len(together))
         if problem := places_problem(count, shown):
             raise ValueError(problem)
         if len(entry.media) > 1 and not frames_of_one:
-            fps = None  # several have no common time
+            fps = None  # several media have no common time
         if len(together) > self.max_frames:
             raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
         turns = [Turn(role, text) for role, text in without_placeholders(entry.turns, places)]
@@ -126,15 +126,15 @@ class VideoSFTMaker:
 
 
 def _kinds(entry: Entry) -> Collection[str]:
-    """Of which kinds its media are, by their key: of both where this says nothing of them."""
+    """Return the kinds of an entry's media, from their key; both kinds if the key does not show it."""
     return (kinds_named({entry.named: [path.name for path in entry.media]}) or BARE) if entry.media else ()
 
 
 def entries(source: Path) -> list[Entry]:
-    """All entries of the lists below a folder.
+    """Return all entries of the lists below a folder.
 
     Raises:
-        FileNotFoundError: no lists. ValueError: one cannot be read.
+        FileNotFoundError: there are no lists. ValueError: a list cannot be read, or no entry can be used.
     """
     lists = files_in(source, ".json", ".jsonl", below=True)
     if not lists:
@@ -170,10 +170,10 @@ def _has_turns(entry: Any) -> bool:
 
 
 def _read_list(path: Path) -> list[Any]:
-    """The entries of a list; lines of a .jsonl file that cannot be read as the error that says why.
+    """Return the entries of a list; an unreadable line of a .jsonl file is represented by its error.
 
     Raises:
-        ValueError: it cannot be read, or is not a list.
+        ValueError: the file cannot be read, or is not a list.
     """
     text = read_text(path, MAX_LIST_BYTES)
     if path.suffix.lower() == ".jsonl":
@@ -181,7 +181,7 @@ def _read_list(path: Path) -> list[Any]:
     try:
         try:
             content = parse_json(text, path, MAX_LIST_BYTES)
-        except BadSample:  # of one entry, perhaps
+        except BadSample:  # perhaps only one entry is invalid
             content = parse_loosely(text, path, MAX_LIST_BYTES)
             if isinstance(content, list):
                 content = [_sound(entry, f"entry {number} of {path}") for number, entry in enumerate(content)]
@@ -207,8 +207,8 @@ def _sound(entry: Any, where: str) -> Any:
 
 
 def _medium(source: Path, beside: Path, name: str) -> Path:
-    """The file of a name, relative to the list's folder or to the whole one: both are usual. The first where neither
-    has it. Raises ValueError: it lies outside of the whole folder."""
+    """Return the file of a name that is relative to the list's folder or to `source`: both are common. If it exists in
+    neither, return the path in the list's folder. Raise ValueError if it lies outside `source`."""
     first = _below(source, beside, name)
     if first.is_file() or os.path.normpath(beside) == os.path.normpath(source):
         return first
@@ -240,7 +240,7 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     named = entry[names[0]] if names else in_items
     media = []
     for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
-        # relative to the list or to the whole folder: both are usual
+        # relative to the list or to the whole folder: both are common
         media.append(_medium(source, beside, name))
     return Entry(
         key,
@@ -253,8 +253,8 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
 
 
 def _unknown_medium(entry: Mapping[str, Any], source: Path, beside: Path) -> str | None:
-    """The key of an entry without known media that names a file with an image's or a video's ending: one that is there,
-    or one under a key that says so. None: there is none, it is text alone."""
+    """Return the key, in an entry without known media, whose value is a name with the ending of an image or a video, if
+    this file exists or the key's name suggests media. None: there is no such key, and the entry is text alone."""
     for key, value in entry.items():
         for name in value if isinstance(value, list) else [value]:
             if not isinstance(name, str) or len(name) > 500 or not name.lower().endswith(SHOWN):
@@ -273,7 +273,7 @@ def _listed(given: Any, name: str) -> list[Any]:
 
 
 def _below(source: Path, folder: Path, name: object) -> Path:
-    """A file that a list names. Raises ValueError: it lies outside the collection."""
+    """Return the path of a file that a list names. Raise ValueError if it lies outside the collection."""
     if not isinstance(name, str):
         raise ValueError(f"it names a file by {str(name)[:80]!r}, which is no text")
     return file_below(source, folder, name)
@@ -289,12 +289,12 @@ def video_sft(
     max_failed_share: float = 0.5,
     max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
-    """Writes a collection of video (and image) instructions as shards.
+    """Write a collection of video (and image) instructions as shards.
 
     Args:
         source: folder with lists and media. root: of the set. image_size, fit: of the frames.
-        workers: processes; None: one for each core. max_failed_share: more broken entries than this are an error.
-        max_frames: of videos of more seconds, so many evenly spaced ones.
+        workers: processes; None: one per core. max_failed_share: a larger share of broken entries is an error.
+        max_frames: number of evenly spaced frames for videos with more seconds.
     """
     refuse_written_into_source(root, source, below=True)
     settings = {"data": "video_sft", **shard_frame_settings(image_size, fit, max_frames)}

@@ -1,8 +1,8 @@
-"""WebVid: videos with a caption each. Reads the two usual layouts:
+"""WebVid: videos with one caption each. Reads the two common layouts:
 
-- the list of the data set (CSV with `videoid`, `page_dir`, `name`) beside `videos/<page_dir>/<videoid>.mp4`, or
-- tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`; where both are there, that
-  of the txt), as video downloaders write them; the parts of a key may lie anywhere in their tar file.
+- the list of the data set (CSV with `videoid`, `page_dir`, `name`) next to `videos/<page_dir>/<videoid>.mp4`, or
+- tar files with `<key>.mp4` (webm, mkv, ...) and `<key>.txt` (or `caption` in `<key>.json`; if both exist, the txt is
+  used), as video downloaders write them; the parts of a key may be anywhere in their tar file.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ log = logging.getLogger(__name__)
 
 REQUEST = REQUESTS["webvid"]
 MAX_LIST_BYTES = 1 << 33
-MAX_VIDEO_BYTES = 1 << 32  # with its text
+MAX_VIDEO_BYTES = 1 << 32  # including its text
 COLUMNS = ("videoid", "page_dir", "name")
 
 
 @dataclass(frozen=True)
 class WebVidRow:
-    """A line of the list."""
+    """A row of the list."""
 
     key: str
     video: Path
     text: str
-    problem: str = ""  # why it cannot be used
+    problem: str = ""  # why the row cannot be used
 
     def __str__(self) -> str:
         return self.key
@@ -59,7 +59,7 @@ class WebVidRow:
 
 @dataclass(frozen=True)
 class WebVidMaker:
-    """Makes samples of a line, or of all videos of a tar file: one frame per second, of longer ones `max_frames`."""
+    """Makes samples from a row, or from all videos of a tar file: one frame per second, at most `max_frames`."""
 
     image_size: int
     fit: str
@@ -96,14 +96,14 @@ class WebVidMaker:
 
 
 def _video_in(parts: Parts) -> str:
-    """Name of the only video. Raises ValueError: there are several."""
+    """Return the name of the only video. Raise ValueError if there are several."""
     video, _ = media_of({name: content for name, content in parts.items() if name in VIDEO})
     assert video is not None
     return video
 
 
 def _caption_in(parts: Parts) -> str:
-    """Raises ValueError: there is none."""
+    """Return the caption. Raise ValueError if there is none."""
     if "txt" in parts:
         return parts["txt"].decode("utf-8-sig")
     if "json" not in parts:
@@ -119,8 +119,8 @@ def _caption_in(parts: Parts) -> str:
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
-    """Key, video and text of every sample of a tar file, the names in lower case, and the reasons of those that cannot
-    be used. Of a tar file that is cut off, those before the cut."""
+    """Yield the key, video and text of every sample in a tar file, with part names in lower case, or the reason why the
+    sample cannot be used. For a tar file that is cut off, yield the samples before the cut."""
     found = members_of(path)
     yield from (Broken(f"{key} of {path}: {reason}") for key, reason in found.bad.items())
     for key, members in found.parts.items():
@@ -138,7 +138,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
 
 
 def _read(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
-    """The video and the text of a sample. Raises ValueError: there is no video, or it is too large."""
+    """Read the video and the text of a sample. Raise ValueError if there is no video, or it is too large."""
     wanted = [member for member in members if member[0].lower() in (*VIDEO, *TEXT)]
     if not any(name.lower() in VIDEO for name, _, _ in wanted):
         raise ValueError(f"it holds no video, only {', '.join(sorted(name for name, _, _ in members))}")
@@ -153,7 +153,7 @@ def _read(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
 
 
 def webvid_rows(source: Path) -> list[WebVidRow]:
-    """All lines of the lists in a folder, each video once, with its first caption; further ones are said in the log."""
+    """Return the rows of the lists in a folder, each video once with its first caption; further captions are logged."""
     rows: dict[str, WebVidRow] = {}
     again: list[str] = []
     for path in files_in(source, ".csv"):
@@ -167,7 +167,7 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                 key = line["videoid"].strip()
                 try:
                     video = file_below(source, source / "videos" / line["page_dir"].strip(), f"{key}.mp4")
-                    if "/" in key:  # it names the sample in its shard
+                    if "/" in key:  # the videoid becomes the sample's key in its shard
                         raise ValueError(f"its videoid {key[:200]!r} is a path")
                 except ValueError as error:
                     key = f"row {number} of {path.name}"
@@ -191,16 +191,17 @@ def webvid(
     max_failed_share: float = 0.5,
     max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
-    """Writes WebVid as shards of frames with captions.
+    """Write WebVid as shards of frames with captions.
 
     Args:
         source: see the module. root: of the set. image_size, fit: of the frames.
-        videos_per_shard: of lists; a tar file becomes a shard. workers: processes; None: one for each core.
-        max_failed_share: more missing or broken videos, or compressed tar files, than this are an error.
-        max_frames: of videos of more seconds, so many evenly spaced ones.
+        videos_per_shard: for lists; a tar file becomes one shard. workers: processes; None: one per core.
+        max_failed_share: a larger share of missing or broken videos, or of compressed tar files, is an error.
+        max_frames: number of evenly spaced frames for videos with more seconds.
 
     Raises:
-        FileNotFoundError: neither a list nor tar files. ValueError: max_frames out of range, or too many are broken.
+        FileNotFoundError: there is neither a list nor a tar file. ValueError: max_frames is out of range, or too many
+            videos are broken.
     """
     refuse_written_into_source(root, source, below=False)
     source = Path(source)
