@@ -1,6 +1,7 @@
-"""Writes the tables of README.md and docs/*.md from the figures in benchmarks/: ``python docs/make_tables.py``.
+"""Write the tables of README.md and docs/*.md from the records in benchmarks/: ``python docs/make_tables.py``.
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- /table -->``; NAME is a function of this file.
+A table is placed between ``<!-- table NAME -->`` and ``<!-- /table -->``. NAME is the name of a function in this file
+that returns the table; its docstring describes the table.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ TABLES: dict[str, Callable[..., str]] = {}
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 FIRST, FRESH = "first_seed_1000000", "first_seed_2000000"
 FIRST_MT50 = "volume query with language, 20 demonstrations"
-LAST_MT50 = "two cameras, eased scripts, from the one before"  # name of the run
-# Cases of the image suite, and their columns.
+LAST_MT50 = "two cameras, eased scripts, from the one before"  # name of the run of the last policy
+# Cases of the image evaluation suite, and the heads of their columns.
 IMAGE_CASES = {
     "real": "real images",
     "another_picture": "an unrelated real image",
-    "autoencoder": "through the autoencoder alone",
+    "autoencoder": "autoencoder alone",
     "reconstruction": "words and features",
     "text_only": "words alone",
     "changed_words": "features, changed words",
@@ -36,7 +37,7 @@ IMAGE_CASES = {
 
 
 def table(make: Callable[..., str]) -> Callable[..., str]:
-    """Registers a function, which makes the table of its name without arguments."""
+    """Register a function that returns the table of its name when it is called without arguments."""
     TABLES[make.__name__] = make
     return make
 
@@ -61,22 +62,22 @@ def rate(result: dict[str, Any] | None) -> str:
 
 
 def ablation(recorded: str) -> str:
-    """The present name of an ablation that a record names ``vlm_small_query`` and the like."""
+    """Return the current name of an ablation whose name in the record has an old prefix (``vlm_small_query``)."""
     system, _, name = recorded.partition("_")
     folders = {"vq": "volume_query", "vlm": "foveated_vlm", "dit": "patch_dit", "vla": "geometry_vla"}
-    return "the recipe as it is" if name == "none" else f"`ablation={folders[system]}/{name}`"
+    return "unchanged recipe" if name == "none" else f"`ablation={folders[system]}/{name}`"
 
 
 @table
 def seeds() -> str:
-    """Success of the demo's settings by task and training seed."""
+    """Success with the demo's settings, by task and training seed."""
     rows = [(r["task"], r["training_seed"], rate(r[FIRST]), rate(r[FRESH])) for r in read("volume_query_seeds")["runs"]]
     return markdown(["task", "training seed", "seeds from 1 000 000", "fresh seeds from 2 000 000"], rows)
 
 
 @table
 def errors() -> str:
-    """The demo's errors on held-out demonstrations beside what quantisation alone costs."""
+    """The demo's errors on held-out demonstrations, and the errors from quantisation alone."""
     figures = read("volume_query_seeds")["demo_after_float32_geometry"]["errors"]
     rows = [
         (name, f"{scale * figures[key]:.1f} {unit}", f"{scale * figures[floor]:.1f} {unit}")
@@ -87,12 +88,12 @@ def errors() -> str:
             ("rotation", "val/rotation_deg", "val/rotation_deg_floor", 1, "deg"),
         )
     ]
-    return markdown(["", "error", "floor"], rows)
+    return markdown(["", "error", "quantisation floor"], rows)
 
 
 @table
 def shifts() -> str:
-    """Volume query against coordinate regression."""
+    """Success of the volume query and of coordinate regression."""
     results = read("volume_query_shifts")["results"]
     keys = list(dict.fromkeys((r["trained_on"], r["training"], r["tested_on"]) for r in results))
     found = {(r["trained_on"], r["tested_on"], r["model"]): r for r in results}
@@ -110,7 +111,7 @@ def shifts() -> str:
 
 @table
 def margins() -> str:
-    """How far plans may lead out of the box of the training positions."""
+    """Success with limits on how far plans may leave the box of the training positions."""
     record = read("volume_query_margins")
     rows = []
     for seeds, runs in (("tuning", record["tuning"]), ("held out", record["held_out"])):
@@ -118,7 +119,7 @@ def margins() -> str:
         for trained, tested in dict.fromkeys((run["trained_on"], run["tested_on"]) for run in runs):
             results = [found.get((trained, tested, margin)) for margin in ("0.01", "[null,null,0.01]", "null")]
             rows.append((trained, tested, seeds, *(_held_back(result) for result in results)))
-    header = ["trained on", "tested on", "episodes", "1 cm along all axes", "heights alone (usual)", "no limit"]
+    header = ["trained on", "tested on", "episodes", "1 cm along all axes", "heights only (default)", "no limit"]
     return markdown(header, rows)
 
 
@@ -131,7 +132,7 @@ def _held_back(result: dict[str, Any] | None) -> str:
 
 @table
 def options() -> str:
-    """The ablation of the volume query's options."""
+    """Ablations of the volume query's options."""
     rows = []
     for job in read("volume_query_options")["jobs"]:
         m = job["metrics"]
@@ -146,7 +147,8 @@ def options() -> str:
                 f"{job['wall_s'] / 60:.1f} min",
             )
         )
-    return markdown(["switched off", "success, 50 episodes", "pixel", "height", "position", "rotation", "time"], rows)
+    header = ["option switched off", "success, 50 episodes", "pixel error", "height error", "position error"]
+    return markdown([*header, "rotation error", "wall time"], rows)
 
 
 def count(result: Mapping[str, Any] | None) -> str:
@@ -155,22 +157,22 @@ def count(result: Mapping[str, Any] | None) -> str:
 
 @table
 def rotation() -> str:
-    """The second look: success and yaw error at the grip, with both controllers."""
+    """Success and yaw error at the grip with the second look, with both controllers."""
     runs = {run["task"]: run for run in read("volume_query_rotation")["runs"]}
     cube, own = runs["pick a cube"], ", the windows' own backbone from the start"
     rows = []
     for words, controller, run in (
-        ("bar, own backbone, 1000 steps", "present", runs["pick a bar" + own]),
+        ("bar, separate backbone, 1000 steps", "present", runs["pick a bar" + own]),
         ("the same policy", "earlier", runs["pick a bar" + own]["grip_early"]),
         ("bar, shared backbone, 900 steps", "earlier", runs["pick a bar"]),
         ("bar, shared backbone, 360 steps", "earlier", runs["pick a bar, fewer steps"]),
-        ("cube, own backbone, 1000 steps", "present", runs["pick a cube" + own]),
+        ("cube, separate backbone, 1000 steps", "present", runs["pick a cube" + own]),
         ("the same policy", "earlier", runs["pick a cube" + own]["grip_early"]),
         ("cube, shared backbone, 412 steps", "earlier", {"tuning": cube["tuning_of_the_first_part"]}),
-        ("and 250 more with an own backbone", "earlier", cube),
+        ("the same, and 250 more steps with a separate backbone", "earlier", cube),
         ("cube, `pick_place`, shared backbone, the demo's 280 steps", "earlier", runs["pick_place of a cube"]),
         (
-            "the same, plans keep to one grip",
+            "the same, plans keep to one of the equivalent grips",
             "earlier",
             {"tuning": runs["pick_place of a cube"]["tuning_with_steady_turns"]},
         ),
@@ -189,12 +191,12 @@ def rotation() -> str:
             )
         )
     header = ("object and training", "controller", "held out", "yaw error at the grip (median)", "grips within 8 deg")
-    return markdown([*header, "tuning seeds", "yaw error there"], rows)
+    return markdown([*header, "tuning seeds", "yaw error on tuning seeds"], rows)
 
 
 @table
 def controllers() -> str:
-    """The same policies with the earlier controller and with the present one."""
+    """Success of the same policies with the earlier and with the present controller."""
     bar = _run("volume_query_rotation", "task", "pick a bar, the windows' own backbone from the start")
     handover = _run("volume_query_tasks", "task", "handover of a bar between two arms, more demonstrations")
     steps = read("metaworld_mt10")["controller"]
@@ -206,9 +208,9 @@ def controllers() -> str:
     )
     rows = []
     for words, earlier, present, record in (
-        ("a bar", bar["grip_early"]["held_out"], bar["held_out"], "volume_query_rotation"),
+        ("pick a bar", bar["grip_early"]["held_out"], bar["held_out"], "volume_query_rotation"),
         (
-            "a handed-over bar",
+            "handover of a bar",
             handover["held_out"],
             handover["openings_sent_when_the_pose_is_reached"]["held_out"],
             "volume_query_tasks",
@@ -224,18 +226,18 @@ def controllers() -> str:
         ("MT50, one camera", one["earlier_controller"]["all"], one["result"]["all"], "metaworld_mt50"),
     ):
         rows.append((words, count(earlier), count(present), f"[`{record}.json`](../benchmarks/{record}.json)"))
-    return markdown(["policy", "earlier", "present", "record"], rows)
+    return markdown(["policy", "earlier controller", "present controller", "record"], rows)
 
 
 def _run(record: str, key: str, name: str) -> dict[str, Any]:
-    """The run of a record whose `key` is `name`."""
+    """Return the run of a record whose `key` is `name`."""
     found: dict[str, Any] = next(run for run in read(record)["runs"] if run[key] == name)
     return found
 
 
 @table
 def grip_windows() -> str:
-    """The yaw of a grip, read from windows of the policy's own image and of a sharper one."""
+    """Error of the yaw predicted from windows of the policy's own image and of an image with higher resolution."""
     record = read("grip_yaw")
     rows = [
         (words, *(f"{record[images][f'yaw_error_deg_{kind}']:.1f} deg" for kind in ("median", "mean")))
@@ -244,12 +246,14 @@ def grip_windows() -> str:
             ("64 px of a 384 px image", "sharp"),
         )
     ]
-    return markdown(["window of 8 cm, 150 steps of 64, one training seed", "yaw error, median", "mean"], rows)
+    return markdown(
+        ["window of 8 cm, 150 steps of batch size 64, one training seed", "yaw error, median", "mean"], rows
+    )
 
 
 @table
 def further_tasks() -> str:
-    """Peg, pedestals and handover."""
+    """Success on peg, pedestals and handover."""
     runs = {run["task"]: run for run in read("volume_query_tasks")["runs"]}
     pedestals, handover = "pick off pedestals of 0 to 6 cm", "handover of a bar between two arms"
     two, one = runs[f"{pedestals}, two cameras"], runs[f"{pedestals}, one camera of the same recordings"]
@@ -259,14 +263,14 @@ def further_tasks() -> str:
     rows = []
     for words, controller, trained, run in (
         ("`peg`, second look", "present", runs["peg"], runs["peg"]),
-        ("another training with the same command", "earlier", runs["peg"], runs["peg"]["earlier"]),
+        ("`peg`, trained again with the same command", "earlier", runs["peg"], runs["peg"]["earlier"]),
         ("pedestals, two cameras", "present", two, two),
-        ("one of the two cameras", "present", one, one),
+        ("pedestals, one of the two cameras", "present", one, one),
         ("handover", "earlier", short, short),
         ("handover, second look", "earlier", runs[handover], runs[handover]),
-        ("the same", "earlier", more, more),
+        ("handover, second look, more demonstrations", "earlier", more, more),
         ("the same policy", "present", more, more[present]),
-        ("the same, an expert that stands still before it grips", "earlier", still, still),
+        ("handover, second look, expert stands still before it grips", "earlier", still, still),
         ("the same policy", "present", still, still[present]),
     ):
         demos = re.search(r"demos=(\d+)", trained["command"])
@@ -277,22 +281,22 @@ def further_tasks() -> str:
         by_height = [count(heights.get(height)) for height in ("0-2 cm", "2-4 cm", "4-6 cm")]
         rows.append((words, demos[1], steps[1], controller, count(run["held_out"]), *by_height, count(run["tuning"])))
     header = ["task", "demonstrations", "steps", "controller", "held out"]
-    return markdown([*header, "on 0-2 cm", "2-4 cm", "4-6 cm", "tuning seeds"], rows)
+    return markdown([*header, "pedestals of 0-2 cm", "2-4 cm", "4-6 cm", "tuning seeds"], rows)
 
 
 @table
 def speed() -> str:
-    """Loss, training, loading and inference of the volume query."""
+    """Speed and memory of the volume query: loss, training, data loading and inference."""
     loss, training, loader, inference = (read(name) for name in ("volume_loss", "training", "loader", "inference"))
     rows = [
         (
-            "exact loss against the dense volume, forward and backward, T = 50, batch 8, float32",
-            f"{loss['time_ratio']:.0f} times faster, {loss['memory_ratio']:.0f} times less extra memory",
+            "exact loss compared with the dense volume, forward and backward, T = 50, batch 8, float32",
+            f"{loss['time_ratio']:.0f} times faster, {loss['memory_ratio']:.0f} times less additional memory",
             "`keygrip.bench case=volume_loss`",
         ),
         ("the same at T = 8", f"{loss['time_ratio_t8']:.1f} and {loss['memory_ratio_t8']:.1f} times", ""),
         (
-            "training the demo, its earlier settings (batches of 32)",
+            "training with the demo's earlier settings (batch size 32)",
             f"{training['samples_per_s']:.0f} samples/s; "
             f"{100 * training['data_wait_share']:.1f} % of the time waiting for data",
             "`case=training`",
@@ -303,34 +307,35 @@ def speed() -> str:
             "`case=loader`",
         ),
         (
-            "a plan",
-            f"{inference['p50_ms']:.0f} ms (p95 {inference['p95_ms']:.0f}); "
-            f"one thread {inference['one_thread_p50_ms']:.0f} ms",
+            "computing a plan",
+            f"median {inference['p50_ms']:.0f} ms (p95 {inference['p95_ms']:.0f}); "
+            f"with one thread {inference['one_thread_p50_ms']:.0f} ms",
             "`case=inference`",
         ),
     ]
-    return markdown(["figure", "value", "command"], rows)
+    return markdown(["measurement", "value", "command"], rows)
 
 
 @table
 def headline() -> str:
-    """README: the policy in a few lines."""
+    """README: the main results of the volume query."""
     rows: list[tuple[str, str]] = []
     runs = read("volume_query_seeds")["runs"]
-    settings = {"pick_place": "the demo's earlier settings (700 steps of 32)", "pick": "the same settings"}
+    settings = {"pick_place": "the demo's earlier settings (700 steps of batch size 32)", "pick": "the same settings"}
     for task, trained in settings.items():
         counts = [r[FRESH] or r[FIRST] for r in runs if r["task"] == task]
         successes = ", ".join(str(c["successes"]) for c in counts)
         rows.append((f"{task}, {trained}, {len(counts)} training seeds", f"{successes} of {counts[0]['episodes']}"))
     found = {(r["trained_on"], r["tested_on"], r["model"]): r for r in read("volume_query_shifts")["results"]}
     for on, at, words in (
-        ("bar", "bar", "pick_place of a bar, whose yaw matters"),
+        ("bar", "bar", "pick_place of a bar, where yaw matters"),
         (
             "left_right",
             "left_to_right",
-            "trained with the object on the left half of the table, tested with it on the right; bowl and arm anywhere",
+            "trained with the object on the left half of the table, tested with it on the right half; bowl and arm "
+            "anywhere",
         ),
-        ("views", "views_64", "trained at one view, tested at 22 others up to 25 degrees off"),
+        ("views", "views_64", "trained with one camera view, tested with 22 others that are up to 25 degrees away"),
     ):
         ours, theirs = (found[on, at, model] for model in ("volume_query_tuned", "coordinate_regression"))
         rows.append(
@@ -347,19 +352,19 @@ def headline() -> str:
     }
     rows.append(
         (
-            "trained to pick on the left half, the arm never on the right, tested on the right; with plans kept within "
-            "1 cm of the box of the training positions (served, plans more than `bounds.plan_m`, 10 cm, outside are "
-            "refused)",
-            f"{picked['[null,null,0.01]']}; {picked['0.01']}",
+            "trained to pick on the left half, with the arm never on the right half; tested on the right half; for "
+            "comparison, with plans limited to within 1 cm of the box of the training positions (a policy server "
+            "refuses plans more than `bounds.plan_m`, 10 cm, outside the box)",
+            f"{picked['[null,null,0.01]']}; with the limit: {picked['0.01']}",
         )
     )
     for record, task, words in (
         ("rotation", "pick a bar, the windows' own backbone from the start", "pick a bar, 150 demonstrations"),
-        ("tasks", "peg", "a flat peg into a slot, 200 demonstrations"),
+        ("tasks", "peg", "insert a flat peg into a slot, 200 demonstrations"),
         (
             "tasks",
             "handover of a bar between two arms, an expert that stands still before it grips",
-            "a bar handed from one arm to the other, 200 demonstrations",
+            "hand a bar from one arm to the other, 200 demonstrations",
         ),
     ):
         result = next(run["held_out"] for run in read(f"volume_query_{record}")["runs"] if run["task"] == task)
@@ -371,11 +376,11 @@ def headline() -> str:
     )
     one, two = mt10["volume query with language"], mt10["the same policy, two cameras"]
     best = mt10["the script itself (best possible)"]
-    words = "Meta-World MT10, one policy told by a sentence, 50 demonstrations of each task, one training seed"
-    rows.append((words, f"two cameras {two}, one camera {one} of 200; the script that it imitates: {best}"))
-    words = "the same from two cameras, 20 demonstrations of each task: `make metaworld`, 50 minutes in all"
+    words = "Meta-World MT10, one policy, the task given as a sentence, 50 demonstrations per task, one training seed"
+    rows.append((words, f"two cameras {two}, one camera {one} of 200; the scripted policy that it imitates: {best}"))
+    words = "the same tasks, two cameras, 20 demonstrations per task: `make metaworld`, 50 minutes in total"
     rows.append((words, f"{mt10['make metaworld: two cameras from the start, 20 demonstrations']} of 200"))
-    words = "10 demonstrations of each task, 32 minutes of training on one core"
+    words = "the same tasks, two cameras, 10 demonstrations per task, 32 minutes of training on one core"
     rows.append((words, f"{mt10['two cameras from the start, 10 demonstrations']} of 200"))
     equal = {
         run["demos"]: run["result"]["all"]
@@ -383,53 +388,55 @@ def headline() -> str:
         if "LeRobot" not in run["name"]
     }
     few = equal[min(equal)]
-    words = f"from one camera, {min(equal)} demonstrations of each task, 20 minutes of training on one core"
+    words = f"the same tasks, one camera, {min(equal)} demonstrations per task, 20 minutes of training on one core"
     rows.append((words, f"{few['successes']} of {few['episodes']}"))
-    words = "Meta-World MT50, one policy for all fifty, 20 demonstrations of each and further ones of "
-    words += "eleven tasks with eased scripts, three hours of one core"
+    words = "Meta-World MT50, one policy for all fifty tasks, 20 demonstrations per task and additional ones for "
+    words += "eleven tasks from modified scripts, three hours on one core"
     first = mt50[FIRST_MT50]
     rows.append((words, f"two cameras {mt50[LAST_MT50]} of 500; after the first 65 minutes, one camera: {first}"))
-    return markdown(["task (simulator, 100 demonstrations if not said, held-out seeds)", "success"], rows)
+    return markdown(
+        ["task (in simulation, 100 demonstrations unless stated otherwise)", "success on held-out seeds"], rows
+    )
 
 
 def over_seeds(values: Sequence[float], digits: int, unit: str = "") -> str:
-    """Mean, and lowest to highest where there are several."""
+    """Return the mean of some values; for several values also the lowest and the highest."""
     mean = f"{sum(values) / len(values):.{digits}f}{unit}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def span(values: Iterable[float], digits: int = 2) -> str:
-    """Lowest to highest; one number where both are the same as written."""
+    """Return the lowest and the highest value, or one value if both are equal after rounding."""
     ordered = sorted(values)
     return " to ".join(dict.fromkeys(f"{end:.{digits}f}" for end in (ordered[0], ordered[-1])))
 
 
 @table
 def dit_claims() -> str:
-    """Patches against CLS alone and a DINO that sees colour, beside an unrelated real image."""
+    """Reference patches, CLS alone and a DINO that receives colour images, compared with an unrelated real image."""
     jobs = [job for job in read("dit_claims")["jobs"] if job["status"] == "finished"]
     kinds = [kind for kind in ("dit_none", "dit_cls_only", "dit_colour_view", "dit_no_position") if _of(jobs, kind)]
     names = {
         "dit_none": "with patches",
         "dit_cls_only": "CLS only",
-        "dit_colour_view": "patches that see colour",
+        "dit_colour_view": "patches of a colour image",
         "dit_no_position": "patches without positions",
     }
     lines = (
         ("SSIM of reconstructions", "reconstruction/ssim", 2, "", "1"),
         ("SSIM, words alone", "text_only/ssim", 2, "", ""),
-        ("PSNR of reconstructions", "reconstruction/psnr_db", 1, " dB", "5 dB more"),
+        ("PSNR of reconstructions", "reconstruction/psnr_db", 1, " dB", "5 dB above CLS only"),
         ("distance in DINO features", "reconstruction/dino_distance", 3, "", "0"),
         ("distance in DINO features, words alone", "text_only/dino_distance", 3, "", ""),
         ("distance in the attribute classifier's features", "reconstruction/judge_distance", 3, "", "0"),
-        ("cube within 4 of 64 px", "reconstruction/cube_within_4px", 2, "", "0.8 against at most 0.15"),
+        ("cube within 4 of 64 px", "reconstruction/cube_within_4px", 2, "", "0.8; CLS only at most 0.15"),
         ("the same with shuffled patches", "shuffled_patches/cube_within_4px", 2, "", "lost"),
         ("PSNR with shuffled patches", "shuffled_patches/psnr_db", 1, " dB", "lost"),
         ("layout of another image (`dino_swap`): cube within 4 px", "dino_swap/cube_within_4px", 2, "", ""),
-        ("colour of reconstructions, right words", "reconstruction/colour_as_asked", 2, "", "0.98"),
-        ("colour as changed words ask", "changed_words/colour_as_asked", 2, "", "0.9"),
-        ("words alone: colour", "text_only/colour_as_asked", 2, "", ""),
-        ("words alone: side", "text_only/side_as_asked", 2, "", ""),
+        ("reconstructions: requested colour", "reconstruction/colour_as_asked", 2, "", "0.98"),
+        ("changed words: requested colour", "changed_words/colour_as_asked", 2, "", "0.9"),
+        ("words alone: requested colour", "text_only/colour_as_asked", 2, "", ""),
+        ("words alone: requested side", "text_only/side_as_asked", 2, "", ""),
     )
     unrelated = jobs[0]["suite"]["cases"]["another_picture"]
     rows = []
@@ -442,7 +449,7 @@ def dit_claims() -> str:
         anchor = f"{unrelated[name]:.{digits}f}{unit}" if case == "reconstruction" else ""
         rows.append((title, *cells, anchor, wanted))
     header = [f"{names[kind]}, {len(_of(jobs, kind))} seed{'s' * (len(_of(jobs, kind)) > 1)}" for kind in kinds]
-    return markdown(["", *header, "an unrelated real image", "wanted"], rows)
+    return markdown(["", *header, "an unrelated real image", "target"], rows)
 
 
 def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
@@ -451,13 +458,13 @@ def _of(jobs: Sequence[dict[str, Any]], ablation: str) -> list[dict[str, Any]]:
 
 @table
 def dit_images(run: str = "run", pixels: int = 64) -> str:
-    """The small recipe's images beside real ones and an unrelated real one."""
+    """Images of the small recipe on pixels, compared with real images and with an unrelated real image."""
     cases = read("dit_images")[run]["cases"]
     return _image_figures([(title, cases[case]) for case, title in IMAGE_CASES.items() if case in cases], pixels)
 
 
 def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, Any]]]], pixels: int) -> str:
-    """A column for each set of images: its title and its figures, or those of each training seed."""
+    """Return a table with one column per set of images. columns: title and figures, or the figures of each seed."""
     columns_by_seed = [(title, found if isinstance(found, list) else [found]) for title, found in columns]
     lines = (
         ("Frechet distance to real training images", "frechet", 2),
@@ -470,8 +477,8 @@ def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, 
         ("distance in DINO features", "dino_distance", 3),
         (f"cube within {pixels // 16} of {pixels} px", "cube_within_4px", 2),
         (f"block within {pixels // 16} of {pixels} px", "block_within_4px", 2),
-        ("colour as asked", "colour_as_asked", 2),
-        ("side as asked (another image's features: as there)", "side_as_asked", 2),
+        ("requested colour", "colour_as_asked", 2),
+        ("requested side (another image's features: side in that image)", "side_as_asked", 2),
         ("exactly the named objects", "objects_as_named", 2),
     )
     rows = [
@@ -485,20 +492,20 @@ def _image_figures(columns: Iterable[tuple[str, dict[str, Any] | list[dict[str, 
 
 
 def _image_figure(found: list[dict[str, Any]], name: str, digits: int) -> str:
-    """One over training seeds; of another image's features the side is recorded as that of the reference."""
+    """Return one figure over training seeds. With another image's features, the side is that of the reference."""
     name = "side_of_reference" if name == "side_as_asked" and "side_of_reference" in found[0] else name
     return over_seeds([figures[name] for figures in found], digits) if name in found[0] else ""
 
 
 @table
 def dit_images_128px() -> str:
-    """The same at 128 px."""
+    """The table `dit_images` at 128 px."""
     return dit_images("run_128px", 128)
 
 
 @table
 def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
-    """The small model on latents of an autoencoder of its own; mean and range over training seeds."""
+    """Images of the small recipe on latents of the project's own autoencoder; mean and range over training seeds."""
     runs = read("dit_images")[run]["runs"]
     columns = []
     for case, title in IMAGE_CASES.items():
@@ -510,7 +517,7 @@ def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
 
 @table
 def dit_headline() -> str:
-    """README: what the small model draws when it is told words, features or both."""
+    """README: images of the small recipe from words alone, and from words and features."""
     record = read("dit_images")
     small, large = (record[name]["runs"] for name in ("run_latents", "run_latents_128px_6000"))
 
@@ -520,35 +527,36 @@ def dit_headline() -> str:
     def words(runs: Sequence[Mapping[str, Any]]) -> str:
         objects, distance = (of(runs, "text_only", name) for name in ("objects_as_named", "frechet"))
         real = of(runs[:1], "real", "frechet")
-        return f"exactly the named objects in {objects}, bent; Frechet distance {distance}, other real images {real}"
+        named = f"exactly the named objects in {objects} of images, bent"
+        return f"{named}; Frechet distance {distance}, other real images {real}"
 
     ssim, distance = (of(small, "reconstruction", name) for name in ("ssim", "frechet"))
     unrelated = of(small[:1], "another_picture", "ssim")
     colour, place = (of(small, "changed_words", name) for name in ("colour_as_asked", "cube_within_4px"))
     rows = (
-        ("**words alone**, the shortcoming", words(small)),
-        ("the same at 128 px, three training seeds", words(large)),
+        ("**words alone** (the shortcoming)", words(small)),
+        ("words alone at 128 px, three training seeds", words(large)),
         (
             "words and the reference's patches",
-            f"SSIM {ssim} (an unrelated real image {unrelated}), Frechet distance {distance}",
+            f"SSIM {ssim} (an unrelated real image: {unrelated}), Frechet distance {distance}",
         ),
         (
-            "the same patches, words with another colour",
-            f"the colour as asked in {colour}, the cube in place (within 4 of 64 px) in {place}",
+            "the reference's patches, words that name another colour",
+            f"requested colour in {colour} of images, cube in place (within 4 of 64 px) in {place}",
         ),
     )
-    return markdown(["told", "result"], rows)
+    return markdown(["condition", "result"], rows)
 
 
 @table
 def dit_latents_128px() -> str:
-    """The same at 128 px."""
+    """The table `dit_latents` at 128 px."""
     return dit_latents("run_latents_128px_6000", 128)
 
 
 @table
 def dit_switches_128px() -> str:
-    """Noise levels in training and a detail head at 128 px: errors by noise level, and what is drawn."""
+    """Training timesteps and a detail head at 128 px: errors by noise level, and figures of generated images."""
     record = read("dit_images")["switches_128px"]
     rows = []
     for row in record["rows"]:
@@ -570,17 +578,17 @@ def dit_switches_128px() -> str:
     rows.append(("real images", *[""] * 5, f"{real['frechet']:.2f}", f"{real['objects_as_named']:.2f}", "", "", ""))
     header = [
         "trained with",
-        *(f"error at a level of {level}" if level == "0.5" else f"at {level}" for level in ("0.5", "0.8", "0.95")),
-        *("words alone: at 0.8", "at 0.95"),
+        *(f"error at noise level {level}" if level == "0.5" else f"at {level}" for level in ("0.5", "0.8", "0.95")),
+        *("words alone: error at 0.8", "at 0.95"),
         *("words and features: Frechet distance", "exactly the named objects"),
-        *("words alone: Frechet distance", "exactly the named objects", "training"),
+        *("words alone: Frechet distance", "exactly the named objects", "training time"),
     ]
     return markdown(header, rows)
 
 
 @table
 def dit_trainings_128px() -> str:
-    """Trainings of the 128 px recipe on latents: steps, learning rate, share of words alone and decoder."""
+    """Training runs at 128 px on latents: steps, learning rate, share of samples with words alone, decoder steps."""
     record = read("dit_images")
     first, longer, recipe = (record[f"run_latents_128px{end}"] for end in ("_first", "", "_6000"))
     slow, fast = (run for run in record["learning_rates_128px"]["runs"] if run["steps"] == 4000)
@@ -609,8 +617,8 @@ def dit_trainings_128px() -> str:
     header = [
         "steps",
         "learning rate",
-        "words alone in",
-        "steps of the decoder",
+        "samples with words alone",
+        "decoder steps",
         "seeds",
         "words and features: Frechet distance",
     ]
@@ -620,7 +628,7 @@ def dit_trainings_128px() -> str:
 
 @table
 def dit_detail_head() -> str:
-    """The small recipe with and without convolutions behind the last layer."""
+    """The small recipe with and without convolutions after the last layer."""
     record = read("dit_images")
     plain, detail = record["run"]["cases"], record["run_detail_head"]["cases"]
     columns = (
@@ -635,13 +643,13 @@ def dit_detail_head() -> str:
 
 @table
 def dit_few_steps() -> str:
-    """A student of four steps beside its teacher of forty, on pixels at 64 px."""
+    """A student with four sampling steps and its teacher with forty, on pixels at 64 px."""
     return _student_and_teacher("few_steps")
 
 
 @table
 def dit_few_steps_latents_128px() -> str:
-    """The same on latents at 128 px."""
+    """A student with four sampling steps and its teacher with forty, on latents at 128 px."""
     return _student_and_teacher("few_steps_latents_128px")
 
 
@@ -655,13 +663,13 @@ def _student_and_teacher(name: str) -> str:
             found = record[run][case]
             figures = (f"{found[name]:.2f}" for name in ("frechet", "grain", "ssim", "objects_as_named"))
             rows.append((timed.replace("_", " "), side, *figures, f"{seconds[timed][run]:.3f} s"))
-    header = ["told", "drawn by", "Frechet distance", "grain", "SSIM", "exactly the named objects", "an image takes"]
-    return markdown(header, rows)
+    header = ["condition", "sampler", "Frechet distance", "grain", "SSIM", "exactly the named objects"]
+    return markdown([*header, "time per image"], rows)
 
 
 @table
 def dit_recipes() -> str:
-    """What led to the small recipe: a few settings in equal or more steps."""
+    """Settings that were tried on the way to the small recipe."""
     rows = []
     for run in read("dit_images")["explored"]:
         cases = run["cases"]
@@ -680,21 +688,22 @@ def dit_recipes() -> str:
     rows.append(
         ("real images", "", "1", f"{real['grain']:.2f}", frechet, frechet, f"{real['objects_as_named']:.2f}", "", "")
     )
-    header = ["settings", "steps", "SSIM", "grain", "Frechet distance", "the same, words alone"]
-    header += ["words alone: exactly the named objects", "changed words: colour", "changed words: cube within 4 px"]
+    header = ["settings", "steps", "SSIM", "grain", "Frechet distance", "words alone: Frechet distance"]
+    header += ["words alone: exactly the named objects", "changed words: requested colour"]
+    header += ["changed words: cube within 4 px"]
     return markdown(header, rows)
 
 
 @table
 def dit_decoders() -> str:
-    """One transformer at 128 px, drawn through its autoencoder's decoder as it was and trained on."""
+    """One transformer at 128 px with the decoder of its autoencoder as it was, and after further training."""
     record = read("dit_images")["decoders_128px"]
     columns = {
         "autoencoder alone: PSNR, dB": ("autoencoder", "psnr_db", 1),
-        "its Frechet distance": ("autoencoder", "frechet", 2),
+        "autoencoder alone: Frechet distance": ("autoencoder", "frechet", 2),
         "words and features: SSIM": ("reconstruction", "ssim", 3),
-        "their Frechet distance": ("reconstruction", "frechet", 2),
-        "grain": ("reconstruction", "grain", 3),
+        "words and features: Frechet distance": ("reconstruction", "frechet", 2),
+        "words and features: grain": ("reconstruction", "grain", 3),
         "words alone: Frechet distance": ("text_only", "frechet", 2),
         "exactly the named objects": ("text_only", "objects_as_named", 2),
     }
@@ -710,16 +719,16 @@ def dit_decoders() -> str:
 
 @table
 def dit_ablations() -> str:
-    """One switch of the small recipe changed at a time: mean over training seeds, lowest to highest."""
+    """One switch of the small recipe changed at a time: mean over training seeds, and lowest to highest value."""
     record = read("dit_ablations")
     columns = {
         "SSIM": ("reconstruction", "ssim"),
         "grain": ("reconstruction", "grain"),
         "Frechet distance": ("reconstruction", "frechet"),
-        "the same, words alone": ("text_only", "frechet"),
+        "words alone: Frechet distance": ("text_only", "frechet"),
         "words alone: exactly the named objects": ("text_only", "objects_as_named"),
-        "words alone: side": ("text_only", "side_as_asked"),
-        "changed words: colour": ("changed_words", "colour_as_asked"),
+        "words alone: requested side": ("text_only", "side_as_asked"),
+        "changed words: requested colour": ("changed_words", "colour_as_asked"),
         "changed words: cube within 4 px": ("changed_words", "cube_within_4px"),
     }
     by_name: dict[str, list[dict[str, Any]]] = {}
@@ -736,7 +745,7 @@ def dit_ablations() -> str:
 
     rows = []
     for name in [first, *sorted(by_name.keys() - {first}, key=words_alone)]:
-        title = "the recipe as it is" if name == first else f"`{name.removeprefix('patch_dit/')}`"
+        title = "unchanged recipe" if name == first else f"`{name.removeprefix('patch_dit/')}`"
         rows.append([title, len(by_name[name]), *(cell(by_name[name], place) for place in columns.values())])
     for title, anchor in (("an unrelated real image", "another_picture"), ("real images", "real")):
         found = record[anchor]
@@ -747,12 +756,12 @@ def dit_ablations() -> str:
 
 @table
 def dit_views() -> str:
-    """A grey reference against a colour one: means over training seeds."""
+    """A grey and a colour reference image compared: means over training seeds."""
     jobs = [job for job in read("dit_claims")["jobs"] if job["status"] == "finished"]
     rows = []
     for title, case, name, digits, unit in (
-        ("colour as changed words ask", "changed_words", "colour_as_asked", 2, ""),
-        ("colour of reconstructions, right words", "reconstruction", "colour_as_asked", 2, ""),
+        ("changed words: requested colour", "changed_words", "colour_as_asked", 2, ""),
+        ("reconstructions: requested colour", "reconstruction", "colour_as_asked", 2, ""),
         ("PSNR of reconstructions", "reconstruction", "psnr_db", 1, " dB"),
         ("cube within 4 of 64 px", "reconstruction", "cube_within_4px", 2, ""),
     ):
@@ -763,48 +772,49 @@ def dit_views() -> str:
 
 @table
 def dit_speed() -> str:
-    """Time and memory at the reference size."""
+    """Time and memory of the reference size."""
     sampler, step, image = read("dit_sampler"), read("dit_step"), read("gpu/dit_sample")["figures"]
     rows = [
         (
-            "a sampling step of three branches as one batch, with the context's keys and values kept and its padding "
+            "a sampling step with three branches in one batch, keys and values of the context cached and its padding "
             "cut off",
             f"{sampler['step_ms'] / 1000:.1f} s: {sampler['speedup_over_four']:.2f} times faster than four plain "
-            f"passes, {sampler['speedup_over_three']:.2f} times faster than three, results equal to "
-            f"{sampler['max_relative_difference']:.1e}",
+            f"passes, {sampler['speedup_over_three']:.2f} times faster than three, results equal within a relative "
+            f"difference of {sampler['max_relative_difference']:.1e}",
             "float32, one thread of an AMD EPYC; `bench case=dit_sampler cases.dit_sampler.threads=1`",
         ),
         (
             "a training step with patches",
-            f"{step['step_ms'] / 1000:.1f} s: {step['patches_over_cls_time']:.2f} times that with CLS alone, "
-            f"{step['patches_over_cls_memory']:.2f} times its memory ({gigabytes(step['peak_mb'])} GB beyond weights)",
+            f"{step['step_ms'] / 1000:.1f} s: {step['patches_over_cls_time']:.2f} times the time with CLS alone, "
+            f"{step['patches_over_cls_memory']:.2f} times its memory ({gigabytes(step['peak_mb'])} GB "
+            "without the weights)",
             "the same; `case=dit_step cases.dit_step.threads=1`",
         ),
         (
             "memory of a training step at 512 px, batch 1, bf16",
-            f"{step['estimated_512px_bf16_gb']:.1f} GB: {step['estimated_weights_and_states_gb']:.1f} of weights, "
-            f"their average and optimiser states, {step['estimated_step_gb']:.1f} of activations, gradients and copies "
-            "of the weights in bf16 at the step's peak",
+            f"{step['estimated_512px_bf16_gb']:.1f} GB: {step['estimated_weights_and_states_gb']:.1f} for weights, EMA "
+            f"and optimiser states, {step['estimated_step_gb']:.1f} for activations, gradients and copies of the "
+            "weights in bf16 at the peak of the step",
             "**counted**, not measured",
         ),
         (
             "an image at 512 px, 50 steps with guidance, bf16, without the autoencoder",
             f"{image['batch_1_image_ms'] / 1000:.1f} s for one image, {image['batch_8_image_ms'] / 1000:.2f} s per "
-            "image for eight at once",
+            "image in a batch of eight",
             "an H100; `bench suite=gpu part=dit_sample`, record `benchmarks/gpu/dit_sample.json`",
         ),
     ]
-    return markdown(["what", "figure", "on"], rows)
+    return markdown(["measurement", "value", "hardware and command"], rows)
 
 
 def gigabytes(mebibytes: float) -> str:
-    """GB of what benchmarks record in MiB."""
+    """Return GB for MiB, the unit of the records."""
     return f"{mebibytes * 2**20 / 1e9:.1f}"
 
 
 @table
 def vla_injection() -> str:
-    """The same policy with and without geometry, by training seed."""
+    """The VLA with and without geometry injection, by training seed."""
     runs = read("vla_injection")["runs"]
     seeds = sorted({run["seed"] for run in runs})
     found = {(run["model"], run["seed"]): run for run in runs}
@@ -817,18 +827,18 @@ def vla_injection() -> str:
         for model in models:
             parts = [found[model, seed]["closed_loop"]["by_height"][heights] for seed in seeds]
             cells.append(f"{sum(p['successes'] for p in parts)} of {sum(p['episodes'] for p in parts)}")
-        rows.append([f"success with the cube at {heights}, all seeds", *cells])
+        rows.append([f"success with the cube at a height of {heights}, all seeds", *cells])
     lines = (
         ("position error (val)", "val/position_cm", 2, " cm"),
-        ("at the grip: to the side (val)", "val/grip_side_cm", 2, " cm"),
-        ("at the grip: height (val)", "val/grip_height_cm", 2, " cm"),
+        ("horizontal error at the grip (val)", "val/grip_side_cm", 2, " cm"),
+        ("height error at the grip (val)", "val/grip_height_cm", 2, " cm"),
         ("pointing error, next steps (val), of 128 px", "val/pointing_px", 2, " px"),
         ("pointing error, keyframe (val)", "val/keyframe_px", 2, " px"),
         ("error of predicted world points (val)", "val/point_cm", 2, " cm"),
         ("share of the head's attention on compressed geometry tokens", "val/geometry_share", 2, ""),
-        ("share on pointed tokens", "val/pointed_share", 2, ""),
+        ("share of the head's attention on pointed tokens", "val/pointed_share", 2, ""),
         ("parameters", "parameters/all_m", 2, " M"),
-        ("a plan", "closed_loop/in_distribution/plan_ms_median", 0, " ms"),
+        ("time per plan", "closed_loop/in_distribution/plan_ms_median", 0, " ms"),
     )
     for title, figure, digits, unit in lines:
         cells = []
@@ -836,12 +846,12 @@ def vla_injection() -> str:
             values = [found[model, seed]["metrics"].get(figure) for seed in seeds]
             cells.append("" if values[0] is None else over_seeds(values, digits, unit))
         rows.append([title, *cells])
-    return markdown(["", "with injection", "without"], rows)
+    return markdown(["", "with injection", "without injection"], rows)
 
 
 @table
 def vla_comparison() -> str:
-    """Policies on the same demonstrations and images."""
+    """Policies trained on the same demonstrations and images."""
     rows = [
         (
             run["model"].replace("_tuned", ""),
@@ -853,20 +863,21 @@ def vla_comparison() -> str:
         )
         for run in read("vla_comparison")["runs"]
     ]
-    header = ["policy", "reads", "success", "position error (val)", "a plan", "training and 100 episodes, one core"]
+    header = ["policy", "input", "success", "position error (val)", "time per plan"]
+    header += ["training and 100 episodes, one core"]
     return markdown(header, rows)
 
 
 @table
 def vla_ablations() -> str:
-    """What the parts of the geometry-injected policy are worth."""
+    """Ablations of the geometry-injected policy: one part removed or changed at a time."""
     words = {
         "vla_none": "all parts",
         "vla_no_injection": "no geometry",
-        "vla_untrained_geometry": "the geometry encoder starts from random weights",
-        "vla_no_pointed_tokens": "the head is not told where the model points",
-        "vla_no_keyframe": "no map for the keyframe",
-        "vla_adamw": "AdamW on every parameter",
+        "vla_untrained_geometry": "geometry encoder initialised with random weights",
+        "vla_no_pointed_tokens": "no pointed tokens for the head",
+        "vla_no_keyframe": "no keyframe map",
+        "vla_adamw": "AdamW for all parameters",
     }
     rows = [
         (
@@ -877,13 +888,13 @@ def vla_ablations() -> str:
         )
         for job in read("vla_ablations")["jobs"]
     ]
-    header = ["", "success, tuning seeds", "position error (val)", "at the grip: to the side (val)"]
+    header = ["", "success, tuning seeds", "position error (val)", "horizontal error at the grip (val)"]
     return markdown(header, rows)
 
 
 @table
 def vla_recipe() -> str:
-    """What the parts of the small recipe are worth on named cubes, one after the other."""
+    """Parts of the small recipe, added one after the other, on named cubes."""
     rows = []
     for job in read("vla_recipe")["jobs"]:
         metrics, result = job["metrics"], job["closed_loop"]
@@ -897,13 +908,13 @@ def vla_recipe() -> str:
                 f"{result['successes']} of {result['episodes']}",
             )
         )
-    header = ["", "at the grip: to the side (val)", "height (val)", "keyframe pointing (val)", "success, tuning seeds"]
-    return markdown(header, rows)
+    header = ["", "horizontal error at the grip (val)", "height error (val)", "keyframe pointing error (val)"]
+    return markdown([*header, "success, tuning seeds"], rows)
 
 
 @table
 def vla_compression() -> str:
-    """How geometry reaches the action head."""
+    """Kinds of compression of the geometry tokens for the action head."""
     rows = []
     for job in read("vla_compression")["jobs"]:
         name, metrics = job["overrides"]["ablation"].removeprefix("vla_"), job["metrics"]
@@ -922,20 +933,21 @@ def vla_compression() -> str:
                 f"{metrics['samples_per_s']:.0f}",
             )
         )
-    header = ["kind", "K", "compressor", "policy", "success", "position error (val)", "attention on it", "a plan"]
+    header = ["kind", "K", "compressor parameters", "policy parameters", "success", "position error (val)"]
+    header += ["attention on the tokens", "time per plan"]
     return markdown([*header, "training samples/s (shared cores)"], rows)
 
 
 ARMS = {
-    "neither": "no pointed places, no geometry (the maps are learned and not read)",
+    "neither": "no pointed places, no geometry (the maps are learned, but the head does not read them)",
     "no_pointing": "no maps, no geometry",
     "pool_16_no_pointing": "no maps, 16 pooled tokens",
     "none": "pointed places",
     "pointed": "pointed places, geometry at them",
-    "pointed_blank": "pointed places, tokens at them without information about the geometry",
+    "pointed_blank": "pointed places, blank tokens in place of the geometry at them",
     "both": "pointed places, geometry at them, 16 pooled tokens",
-    "triangulated": "pointed places, where their rays meet",
-    "both_triangulated": "pointed places, where their rays meet, geometry at them, 16 pooled tokens",
+    "triangulated": "pointed places, points where their rays meet",
+    "both_triangulated": "pointed places, points where their rays meet, geometry at them, 16 pooled tokens",
     "both_standardised": "pointed places, geometry at them, 16 standardised tokens",
     "language": "16 pooled tokens in the language model's prompt, none for the head",
     "mean": "one mean-pooled vector",
@@ -946,13 +958,13 @@ ARMS = {
     "per_layer_4": "4 tokens, a linear layer per block",
     "per_layer_16": "16 tokens, a linear layer per block",
     "per_layer_64": "64 tokens, a linear layer per block",
-    "per_layer_16_fast": "the same at 16, its compressor at ten times the rate",
-    "per_layer_16_places": "the same at 16, with view, row and column",
-    "per_layer_16_no_norm": "the same at 16, tokens not scaled to unit variance",
-    "per_layer_16_long": "the same at 16, four times the steps",
-    "neither_long": "`neither`, four times the steps",
-    "none_long": "`none`, four times the steps",
-    "pointed_long": "`pointed`, four times the steps",
+    "per_layer_16_fast": "the same as `per_layer_16`, compressor with ten times the learning rate",
+    "per_layer_16_places": "the same as `per_layer_16`, with view, row and column of each token",
+    "per_layer_16_no_norm": "the same as `per_layer_16`, tokens not scaled to unit variance",
+    "per_layer_16_long": "the same as `per_layer_16`, four times the steps",
+    "neither_long": "the same as `neither`, four times the steps",
+    "none_long": "the same as `none`, four times the steps",
+    "pointed_long": "the same as `pointed`, four times the steps",
     "qformer_4": "4 learned queries",
     "qformer_16": "16 learned queries",
     "qformer_64": "64 learned queries",
@@ -962,7 +974,7 @@ ARMS = {
 
 @table
 def vla_arms() -> str:
-    """Arms of the controlled comparison: how geometry reaches the head, and what the head makes of it."""
+    """Arms of the controlled comparison: success, and validation metrics of the geometry tokens."""
     figures = (("position_cm", " cm"), ("geometry_share", ""), ("geometry_slot", ""), ("geometry_moves_cm", " cm"))
     arms = jobs_by_arm(None)
     rows = []
@@ -976,25 +988,25 @@ def vla_arms() -> str:
         won, tried = (sum(each[figure] for each in low) for figure in ("successes", "episodes"))
         own = [f"`{name}`: {ARMS[name]}", pooled_rate(jobs.values()), by_seed(jobs, arms), f"{won} of {tried}"]
         rows.append([*own, *cells, f"{metrics['parameters/all_m']:.2f} M"])
-    header = ["arm", "success", "of 200, by training seed from 0", "with the cube at 0-2 cm"]
-    header += ["mean of the seeds: position error (val)", "attention on the tokens", "explained by the slot"]
-    return markdown([*header, "plans move with another scene's geometry", "parameters"], rows)
+    header = ["arm", "success", "successes of 200, by training seed from 0", "success with the cube at 0-2 cm"]
+    header += ["mean over seeds: position error (val)", "attention on the tokens", "variance explained by token index"]
+    return markdown([*header, "change of plans with another scene's geometry", "parameters"], rows)
 
 
 @table
 def vla_arms_elsewhere() -> str:
-    """Arms of the controlled comparison on tasks beside the pedestals."""
+    """Arms of the controlled comparison that were also run on tasks other than pedestals."""
     pedestals, flat, hidden = (jobs_by_arm(shift) for shift in (None, "flat", "hidden"))
     rows = []
     for name in sorted({*flat, *hidden}, key=lambda arm: mean_success(pedestals[arm].values())):
         cells = [pooled_rate(arms[name].values()) if name in arms else "" for arms in (pedestals, flat, hidden)]
         rows.append([f"`{name}`: {ARMS[name]}", *cells])
-    header = ["arm", "pedestals, cameras elsewhere in every episode", "`shift=flat`: neither"]
+    header = ["arm", "pedestals, cameras moved in every episode", "`shift=flat`: no pedestals, fixed cameras"]
     return markdown([*header, "`shift=hidden`: one camera cannot see the object"], rows)
 
 
 def jobs_by_arm(shift: str | None) -> dict[str, dict[str, Any]]:
-    """Finished jobs of the controlled comparison by arm and training seed. shift: the option of that group, or none."""
+    """Return the finished jobs of the controlled comparison by arm and training seed. shift: that option, or None."""
     arms: dict[str, dict[str, Any]] = {}
     for job in read("vla_geometry_comparison")["jobs"]:
         overrides = job["overrides"]
@@ -1005,7 +1017,7 @@ def jobs_by_arm(shift: str | None) -> dict[str, dict[str, Any]]:
 
 
 def pooled_rate(jobs: Collection[Any]) -> str:
-    """Successes over all trainings of an arm, with their share."""
+    """Return the success rate over all trainings of an arm, with its interval."""
     won, tried = (sum(job["closed_loop"][figure] for job in jobs) for figure in ("successes", "episodes"))
     low, high = wilson_interval(won, tried)
     return rate(
@@ -1014,7 +1026,7 @@ def pooled_rate(jobs: Collection[Any]) -> str:
 
 
 def by_seed(jobs: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """Successes by training seed, of those that any arm has."""
+    """Return the successes of an arm by training seed, `-` for seeds that only other arms have."""
     seeds = sorted({seed for each in arms.values() for seed in each})
     while seeds[-1] not in jobs:
         seeds.pop()
@@ -1022,25 +1034,25 @@ def by_seed(jobs: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> s
 
 
 def mean_metric(jobs: Collection[Any], key: str) -> float | None:
-    """Mean of a metric over an arm's trainings; None where one of them lacks it."""
+    """Return the mean of a metric over the trainings of an arm; None if a training lacks the metric."""
     values = [job["metrics"].get(key) for job in jobs]
     return None if any(value is None for value in values) else sum(values) / len(values)
 
 
 def mean_success(jobs: Collection[Any]) -> float:
-    """Mean successes of an arm's trainings."""
+    """Return the mean number of successes over the trainings of an arm."""
     return sum(job["closed_loop"]["successes"] for job in jobs) / len(jobs)
 
 
 @table
 def vla_arms_compared() -> str:
-    """The same, paired by episode: the report that the sweep writes."""
+    """Arms of the controlled comparison, paired by episode, as in the report that the sweep writes."""
     return markdown(*paired_table(read("vla_geometry_comparison")["paired"]))
 
 
 @table
 def vla_metaworld() -> str:
-    """MT10 by sentences: what each addition to the small recipe gave."""
+    """The VLA on MT10 with task sentences: the effect of each addition to the small recipe."""
     hard = ("reach-v3", "peg-insert-side-v3", "push-v3", "pick-place-v3")
     rows = []
     for run in read("vla_metaworld")["runs"]:
@@ -1051,14 +1063,14 @@ def vla_metaworld() -> str:
             [run["name"], rate(run["held_out"]["all"]), rate(run["tuning"]["all"]), f"{others} of 120", *cells]
             + [f"{metrics['val/keyframe_px']:.1f} px", f"{metrics['val/position_cm']:.1f} cm"]
         )
-    header = ["the head is told", "held out", "tuning positions", "six easier tasks"]
+    header = ["run: input of the head", "held out", "tuning positions", "six easier tasks"]
     header += [f"`{name.removesuffix('-v3')}`, of 20" for name in hard]
-    return markdown([*header, "keyframe pointing (val)", "position error (val)"], rows)
+    return markdown([*header, "keyframe pointing error (val)", "position error (val)"], rows)
 
 
 @table
 def metaworld_same_recordings() -> str:
-    """MT10 by sentences: two of our systems from the same recordings, task by task."""
+    """MT10 with task sentences: the VLA and the volume query, trained on the same recordings, task by task."""
     record = read("vla_metaworld")
     vla, volume = record["runs"][-1], record["volume_query"]
     shown = {"VLA (`experiment=metaworld_vla`)": vla, "volume query (`experiment=metaworld_two_cameras`)": volume}
@@ -1066,20 +1078,20 @@ def metaworld_same_recordings() -> str:
     rows = [
         [
             title,
-            f"{run['training']['steps']} of {run['training']['batch']}",
+            f"{run['training']['steps']} of batch size {run['training']['batch']}",
             f"{run['training']['wall_s'] / 60:.0f} min",
             rate(run["held_out"]["all"]),
             *(str(run["held_out"]["tasks"][name]["successes"]) for name in names),
         ]
         for title, run in shown.items()
     ]
-    header = ["system", "steps", "training", "held out", *(f"`{name.removesuffix('-v3')}`, of 20" for name in names)]
-    return markdown(header, rows)
+    header = [f"`{name.removesuffix('-v3')}`, of 20" for name in names]
+    return markdown(["system", "steps", "training time", "held out", *header], rows)
 
 
 @table
 def vlm_summary() -> str:
-    """Accuracy by way of training, lowest to highest over training seeds."""
+    """Accuracy of the foveated model by kind of training, lowest to highest over training seeds."""
     record, named, claims = _vlm_runs()
     lengths, short = record["lengths"], record["lengths"]["short_tours"]["runs"]
 
@@ -1095,28 +1107,29 @@ def vlm_summary() -> str:
 
     labelled = "question first, **encoder pretrained with labels of the same videos** (`experiment=vlm_robot_videos`)"
     own = "question first, **self-supervised encoder**, six times the steps"
-    again = "the same, the encoder trained again on another machine, throughout in bf16"
+    again = "the same, encoder trained again on another machine, entirely in bf16"
     stalled = "two; a third learned nothing after the first stages"
-    long = "trained on 1 to 64 frames (`experiment=vlm_lengths`, self-supervised encoder), asked about 33 to 64"
-    few = "the same at 1 to 4 frames; 0.95 was wanted for *glance*, which one of the two **misses**"
-    pooled = "16 pooled tokens per frame, as many floating-point operations and thus fewer steps, at 33 to 64 frames"
-    order = "**published order, source and start of the queries** (`query_source=fine`, a random coarse query), "
+    long = "trained on 1 to 64 frames (`experiment=vlm_lengths`, self-supervised encoder), tested on 33 to 64"
+    few = "the same, tested on 1 to 4 frames; one of the two **misses** the target for *glance*, 0.95"
+    pooled = "16 pooled tokens per frame, trained with as many floating-point operations and thus fewer steps, "
+    pooled += "tested on 33 to 64 frames"
+    order = "**published order, query source and initial coarse query** (`query_source=fine`, random), "
     order += "self-supervised encoder"
-    parallel = "the same as parallel training sees it: it promises more than inference gives"
-    frames_first = "frames first, otherwise the recipe (`query_source=coarse`, the coarse pass started from CLS, "
-    frames_first += "label-taught encoder)"
+    parallel = "the same, evaluated in parallel as in training (coarse_fine): higher than at inference"
+    frames_first = "frames first, otherwise the recipe (`query_source=coarse`, initial coarse query from CLS, "
+    frames_first += "label-supervised encoder)"
     adamw = [named["self_supervised_0"], named["own_encoder_1_longer"]]
     rows = [
         row(labelled, "three", [named[f"final_{seed}"] for seed in range(3)]),
         row(own, "three, one encoder for all", [named[f"muon_{seed}"] for seed in range(3)]),
         row(again, "three", claims["recipe"]),
-        row("the same with AdamW, 7000 to 9000 steps", stalled, adamw),
+        row("question first, self-supervised encoder, AdamW, 7000 to 9000 steps", stalled, adamw),
         row(long, "three", lengths["runs"], ends=[64]),
-        row(few, "two were measured on enough tours", short, ends=[1, 2, 4]),
+        row(few, "two; the third was not tested on enough tours", short, ends=[1, 2, 4]),
         row(pooled, "one; longer training was not tried", lengths["pooled"]["runs"], "many_tokens", [64]),
         row(order, "three", claims["published_order"]),
         row(parallel, "three", claims["published_order"], "coarse_fine"),
-        row("the coarse pass alone in the published order", "three", claims["coarse_only_published"], "coarse_only"),
+        row("coarse pass alone, in the published order", "three", claims["coarse_only_published"], "coarse_only"),
         row(frames_first, "one", [named["visual_first_0"]]),
     ]
     return markdown(["training", "*mark*", "*cue*", "*glance*", "training seeds"], rows)
@@ -1124,7 +1137,7 @@ def vlm_summary() -> str:
 
 @table
 def vlm_headline() -> str:
-    """README: the digit on a cube of some colour, lowest to highest over training seeds."""
+    """README: accuracy for the digit on a cube of a given colour, lowest to highest over training seeds."""
     record, named, claims = _vlm_runs()
 
     def mark(runs: list[dict[str, Any]], mode: str = "autoregressive", end: str = "") -> str:
@@ -1140,27 +1153,27 @@ def vlm_headline() -> str:
             "",
         ),
         (
-            "the same, self-supervised encoder (trained twice), six times the steps",
+            "question before the frames, self-supervised encoder (trained twice), six times the steps",
             mark(own),
-            f"{coarse}, trained so: {mark(claims['coarse_only'], 'coarse_only')}",
+            f"trained with {coarse}: {mark(claims['coarse_only'], 'coarse_only')}",
         ),
         (
-            "trained on videos of 1 to 64 frames, asked about 33 to 64; self-supervised encoder",
+            "trained on videos of 1 to 64 frames, tested on 33 to 64; self-supervised encoder",
             mark(lengths["runs"], end="_of_64"),
             f"{pooled}: {mark(lengths['pooled']['runs'], 'many_tokens', '_of_64')} (one seed)",
         ),
         (
-            "**the published order**: frames before the question, a chosen query chooses the next one; self-supervised "
-            "encoder",
+            "**the published order**: frames before the question, each query computed from the chosen tokens of "
+            "earlier frames; self-supervised encoder",
             mark(claims["published_order"]),
-            f"{coarse}: {mark(claims['coarse_only_published'], 'coarse_only')}",
+            f"trained with {coarse}: {mark(claims['coarse_only_published'], 'coarse_only')}",
         ),
     ]
-    return markdown(["question and frames", "accuracy", "for comparison"], rows)
+    return markdown(["order and training", "accuracy", "for comparison"], rows)
 
 
 def _vlm_runs() -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """The record of the foveated model, its runs by name, and those of `sweep=vlm_claims` by job."""
+    """Return the record of the foveated model, its runs by name, and the runs of `sweep=vlm_claims` by job."""
     record = read("foveated_vlm")
     named = {run["run"]: run for run in [*record["runs"], *record["label_free"]["runs"]]}
     claims: dict[str, list[dict[str, Any]]] = {}
@@ -1171,32 +1184,32 @@ def _vlm_runs() -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, li
 
 @table
 def vlm_speed() -> str:
-    """Time and memory on one thread of a CPU."""
+    """Time and memory of the foveated model on one thread of a CPU."""
     step, decode, stream = read("vlm_step"), read("vlm_decode"), read("vlm_stream")
     steps = [
-        f"{step[f'{order}_step_ms'] / 1000:.1f} s, {step[f'{order}_fine_over_coarse_time']:.2f} times a coarse one"
+        f"{step[f'{order}_step_ms'] / 1000:.1f} s, {step[f'{order}_fine_over_coarse_time']:.2f} times a coarse step"
         for order in ("visual_first", "question_first")
     ]
     peaks = ", ".join(gigabytes(step[f"peak_{frames}_frames_mb"]) for frames in (1, 8, 16, 32))
     eighth, later, last = (f"{stream[f'push_ms_{frame}']:.0f}" for frame in (8, 64, 512))
     rows = [
         ("a coarse_fine training step in the published order", steps[0], "`bench case=vlm_step`"),
-        ("the same with the question first", steps[1], "the same"),
-        ("peak of memory beside the weights at 1, 8, 16, 32 frames", f"{peaks} GB", "the same"),
+        ("a coarse_fine training step with the question first", steps[1], "the same"),
+        ("peak memory in addition to the weights at 1, 8, 16, 32 frames", f"{peaks} GB", "the same"),
         (
             "an autoregressive frame without the encoder, at 8 and 64 frames",
             f"{decode['ms_per_frame_8']:.1f} and {decode['ms_per_frame_64']:.1f} ms",
             "`bench case=vlm_decode`",
         ),
         (
-            "a frame that a stream is given, encoder included, as the 8th, 64th and 512th",
-            f"{eighth}, {later} and {last} ms ({stream['frame_512_over_8_time']:.2f} times as long), and "
-            f"{span((stream[f'push_extra_mb_{frame}'] for frame in (8, 64, 512)), 1)} MiB beside what is kept of the "
-            "past at each",
+            "the 8th, 64th and 512th frame of a stream, including the encoder",
+            f"{eighth}, {later} and {last} ms (last to first: {stream['frame_512_over_8_time']:.2f} times), and "
+            f"{span((stream[f'push_extra_mb_{frame}'] for frame in (8, 64, 512)), 1)} MiB at each, in addition to the "
+            "cache of earlier frames",
             "`bench case=vlm_stream`, one thread of an Intel Xeon, 2.8 GHz; record `benchmarks/vlm_stream.json`",
         ),
     ]
-    return markdown(["what", "figure", "command"], rows)
+    return markdown(["measurement", "value", "command"], rows)
 
 
 @table
@@ -1207,7 +1220,7 @@ def vlm_memory() -> str:
     for words, recipes, between in (
         ("SmolLM2 135M and DINOv2-S, stage 1; stages 2 and 3", ("stage1_135m", "stage2_135m"), "; "),
         (
-            "`..._published`, stage 1; stages 2 and 3",
+            "published variants of these recipes (`..._published`), stage 1; stages 2 and 3",
             ("stage1_135m_published", "stage2_135m_published"),
             "; ",
         ),
@@ -1222,12 +1235,12 @@ def vlm_memory() -> str:
             " and ",
         ),
         (
-            "cells of `sweep=vlm_scaling` with DINOv2-S",
+            "jobs of `sweep=vlm_scaling` with DINOv2-S",
             ("scaling_135m_small", "scaling_360m_small"),
             " and ",
         ),
         (
-            "the same with DINOv2-B, which a GPU of 24 GB does not hold",
+            "the same jobs with DINOv2-B, which do not fit on a GPU of 24 GB",
             ("scaling_135m_base", "scaling_360m_base"),
             " and ",
         ),
@@ -1238,48 +1251,48 @@ def vlm_memory() -> str:
 
 @table
 def vlm_seeds() -> str:
-    """The foveated model's figures by training seed, with the label-taught encoder."""
+    """Figures of the foveated model with the label-supervised encoder, by training seed."""
     runs = [run for run in read("foveated_vlm")["runs"] if run["run"].startswith("final_")]
-    title = "training of the language side (seed 2: with the encoder)"
+    title = "training time of the language model (seed 2: including the encoder)"
     return _vlm_by_seed(runs, mark=0.95, cue=0.9, trained=title)
 
 
 @table
 def vlm_self_supervised() -> str:
-    """The same with the self-supervised encoder: runs of the recipe, and of an earlier one with AdamW."""
+    """Figures with the self-supervised encoder, by training seed: the recipe, and an earlier recipe with AdamW."""
     runs = [run for run in read("foveated_vlm")["label_free"]["runs"] if "shorter stage" not in run["settings"]]
-    runs = [run for run in runs if run["run"] != "self_supervised_1_longer"]  # continues one with a shorter stage
-    return _vlm_by_seed(runs, 0.9, 0.85, "training of the language side")
+    runs = [run for run in runs if run["run"] != "self_supervised_1_longer"]  # continues a run with a shorter stage
+    return _vlm_by_seed(runs, 0.9, 0.85, "training time of the language model")
 
 
 def _vlm_by_seed(runs: Sequence[dict[str, Any]], mark: float, cue: float, trained: str) -> str:
-    """Figures of some runs beside what was wanted of *mark* and *cue*."""
+    """Return a table of figures of some runs. mark, cue: targets. trained: label of the training time."""
     lines = (
         ("*mark*, coarse_fine", mark, lambda r: f"{r['coarse_fine']['accuracy_mark']:.3f}"),
         ("*mark*, autoregressive", mark, lambda r: f"{r['autoregressive']['accuracy_mark']:.3f}"),
-        ("*mark*, the same network's coarse_only", "at most 0.5", lambda r: f"{r['coarse_only']['accuracy_mark']:.3f}"),
+        ("*mark*, coarse_only, the same network", "at most 0.5", lambda r: f"{r['coarse_only']['accuracy_mark']:.3f}"),
         ("*cue*, autoregressive", cue, lambda r: f"{r['autoregressive']['accuracy_cue']:.3f}"),
         ("*glance*, autoregressive", "", lambda r: f"{r['autoregressive']['accuracy_glance']:.3f}"),
         (
-            "attention on the asked cube, last block, times uniform (*mark*)",
+            "attention on the cube asked about (*mark*), last block, in multiples of uniform",
             10,
             lambda r: f"{r['autoregressive']['attention_mark']:.1f}",
         ),
         (
-            "the same over all blocks but the first",
+            "the same, all blocks except the first",
             "",
             lambda r: f"{r['autoregressive']['attention_mark_all_blocks']:.1f}",
         ),
-        ("gap of coarse_fine against autoregressive", "below 0.6 %", lambda r: f"{100 * r['gap']:.2f} %"),
+        ("gap between coarse_fine and autoregressive", "below 0.6 %", lambda r: f"{100 * r['gap']:.2f} %"),
         (trained, "", lambda r: f"{r['train_wall_s'] / 60:.1f} min"),
     )
     rows = [(title, wanted, *(cell(run) for run in runs)) for title, wanted, cell in lines]
-    return markdown(["", "wanted", *(run["settings"].replace("=", " ") for run in runs)], rows)
+    return markdown(["", "target", *(run["settings"].replace("=", " ") for run in runs)], rows)
 
 
 @table
 def vlm_lengths() -> str:
-    """Accuracy by the number of frames of models that were trained on all lengths."""
+    """Accuracy by number of frames, for models that were trained on all lengths."""
     record = read("foveated_vlm")["lengths"]
     ends = [1, 2, 4, 8, 16, 32, 64]
     spans = [str(end) if end < 3 else f"{end // 2 + 1} to {end}" for end in ends]
@@ -1294,12 +1307,12 @@ def vlm_lengths() -> str:
                 found = [run[mode].get(f"accuracy_{kind}_of_{end}") for end in ends]
                 seed = "" if len(runs) == 1 else f", seed {run['seed']}"
                 rows.append([tokens, f"*{kind}*{seed}", *("" if share is None else f"{share:.2f}" for share in found)])
-    return markdown(["per frame", "frames", *spans], rows)
+    return markdown(["tokens per frame", "question, by number of frames", *spans], rows)
 
 
 @table
 def vlm_short_tours() -> str:
-    """Accuracy of two seeds on many tours of 1 to 4 frames, and how many questions it is of."""
+    """Accuracy of two seeds on many tours of 1 to 4 frames, and the number of questions."""
     record = read("foveated_vlm")["lengths"]["short_tours"]["runs"]
     rows: list[list[str]] = []
     for kind in ("mark", "cue", "glance"):
@@ -1309,8 +1322,8 @@ def vlm_short_tours() -> str:
                 [f"*{kind}*, seed {run['seed']}", *("" if share is None else f"{share:.2f}" for share in found)]
             )
         asked = [record[0]["autoregressive"].get(f"questions_{kind}_of_{end}") for end in (1, 2, 4)]
-        rows.append([f"questions about *{kind}*", *("" if number is None else f"{number:.0f}" for number in asked)])
-    return markdown(["frames", "1", "2", "3 to 4"], rows)
+        rows.append([f"number of *{kind}* questions", *("" if number is None else f"{number:.0f}" for number in asked)])
+    return markdown(["question, by number of frames", "1", "2", "3 to 4"], rows)
 
 
 @table
@@ -1325,7 +1338,7 @@ def vlm_claims() -> str:
     rows = []
     for (job, kind), runs in groups.items():
         row = [f"`{job.removeprefix('vlm_claims/')}`, {kind}", str(len(runs))]
-        # A job that trains the coarse pass alone answers by it.
+        # A job that trains the coarse pass alone is evaluated with that pass.
         modes = ["coarse_only"] if "coarse_only" in job else ["coarse_fine", "autoregressive"]
         for question in ("mark", "cue", "glance"):
             found = [[run[mode][f"accuracy_{question}"] for run in runs] for mode in modes]
@@ -1337,7 +1350,7 @@ def vlm_claims() -> str:
 
 
 def token_counts(record: str) -> str:
-    """One chosen token per frame and several pooled ones: means over seeds, in brackets the extremes."""
+    """Return a table of one chosen and several pooled tokens per frame: means over seeds, extremes in brackets."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in read("foveated_vlm")["claims"][record]["runs"]:
         groups.setdefault((run["experiment"], run["steps"]), []).append(run)
@@ -1356,36 +1369,36 @@ def token_counts(record: str) -> str:
 
 @table
 def vlm_token_counts() -> str:
-    """With the self-supervised encoder."""
+    """Token counts with the self-supervised encoder."""
     return token_counts("token_counts")
 
 
 @table
 def vlm_token_counts_label_taught() -> str:
-    """With the encoder that saw labels."""
+    """Token counts with the label-supervised encoder."""
     return token_counts("token_counts_label_taught")
 
 
 @table
 def vlm_gpu() -> str:
-    """Steps of stage 1 on a GPU, as they are written and compiled."""
+    """Training steps of stage 1 on a GPU, compiled and not compiled."""
     rows = []
     for name, record, key in (
-        ("as written, 64 videos", "train_vlm_135m", "frames_16_batch_64"),
-        ("as written, 128 videos", "train_vlm_135m", "frames_16_batch_128"),
+        ("not compiled, 64 videos", "train_vlm_135m", "frames_16_batch_64"),
+        ("not compiled, 128 videos", "train_vlm_135m", "frames_16_batch_128"),
         ("`compile=inductor`, 128 videos", "train_vlm_135m", "frames_16_compiled"),
-        ("as written, 64 videos, another run", "train_vlm_135m_64_videos", "frames_16_batch_64"),
+        ("not compiled, 64 videos, another run", "train_vlm_135m_64_videos", "frames_16_batch_64"),
         ("`compile=inductor`, 64 videos, another run", "train_vlm_135m_64_videos", "frames_16_compiled"),
     ):
         figures = read(f"gpu/{record}")["figures"]
         step, rate, peak, share = (figures[f"{key}_{each}"] for each in ("step_ms", "samples_per_s", "peak_gb", "mfu"))
         rows.append([name, f"{step:.0f} ms", f"{16 * rate:.0f}", f"{peak:.1f} GB", f"{share:.1%}"])
-    return markdown(["", "step", "frames per second", "peak memory", "share of the peak"], rows)
+    return markdown(["", "step", "frames per second", "peak memory", "share of peak FLOP/s"], rows)
 
 
 @table
 def vlm_others() -> str:
-    """Models that were trained otherwise."""
+    """Models with other training settings."""
     titles = {
         "coarse_only_0": ("`ablation=foveated_vlm/coarse_only`: the coarse pass alone", "coarse_only"),
         "visual_first_0": (
@@ -1408,7 +1421,7 @@ def vlm_others() -> str:
 
 @table
 def vlm_refinement() -> str:
-    """Runs with refinement, where chosen queries choose the next ones at inference."""
+    """Runs with refinement, where chosen queries choose the next queries at inference."""
     record = read("foveated_vlm")
     found = {run["run"]: run for run in [*record["earlier"]["runs"], *record["runs"]] if "settings" in run}
     starts = {"seed_0": "random", "seed_1_1200": "random", "seed_1": "random", "seed_2": "random", "full_0": "CLS"}
@@ -1419,13 +1432,13 @@ def vlm_refinement() -> str:
         figures = [f"{run[mode]['accuracy_cue']:.3f}" for mode in ("coarse_fine", "autoregressive")]
         mark = f"{run['autoregressive']['accuracy_mark']:.3f}"
         rows.append((f"{seed}, {run['steps']} steps, {start}", mark, *figures, f"{100 * run['gap']:.1f} %"))
-    header = ["seed, steps, start of the coarse query", "*mark*", "*cue*, coarse_fine", "*cue*, autoregressive", "gap"]
+    header = ["seed, steps, initial coarse query", "*mark*", "*cue*, coarse_fine", "*cue*, autoregressive", "gap"]
     return markdown(header, rows)
 
 
 @table
 def vlm_ablations() -> str:
-    """What single changes cost, on `val`."""
+    """Ablations of the foveated model, on `val`."""
     rows = []
     for job in read("foveated_vlm")["ablations"]:
         figures = job["metrics"]
@@ -1439,23 +1452,23 @@ def vlm_ablations() -> str:
                 f"{figures['val/attention_mark']:.1f}",
             )
         )
-    return markdown(["", "*mark*", "*cue*", "*glance*", "gap", "attention on the asked cube"], rows)
+    return markdown(["", "*mark*", "*cue*", "*glance*", "gap", "attention on the cube asked about"], rows)
 
 
 @table
 def vlm_label_free() -> str:
-    """What linear heads find in frozen encoders, on `val`: of random weights, and of the one that no label taught."""
+    """Linear probes of frozen encoders on `val`: random weights, and self-supervised training."""
     kinds = ("colour", "pointed", "digit", "asked", "frame_colour", "frame_digit")
     titles = {
         "untrained": "random weights",
-        "objects": "no label",
+        "objects": "self-supervised",
         "untrained_long_standardised": "random weights, videos of 24 to 32 s",
-        "crops_standardised": "no label, the best of the earlier losses, the same videos",
+        "crops_standardised": "self-supervised, the best of the earlier losses, the same videos",
     }
     records = read("foveated_vlm")
     probes = {
         probe["encoder"]: probe["metrics"]
-        for kept in ("label_free_earlier", "label_free")  # the later ones replace earlier ones of their name
+        for kept in ("label_free_earlier", "label_free")  # later probes replace earlier ones of the same name
         for probe in records[kept]["probes"]
     }
     rows = [(title, *(f"{probes[name][f'val/{kind}']:.3f}" for kind in kinds)) for name, title in titles.items()]
@@ -1464,7 +1477,7 @@ def vlm_label_free() -> str:
         "cube's colour",
         "pointed at",
         "digit",
-        "digit, by a query",
+        "digit, from a query",
         "CLS: colour",
         "CLS: digit",
     ]
@@ -1473,7 +1486,7 @@ def vlm_label_free() -> str:
 
 @table
 def metaworld_tasks() -> str:
-    """Success on MT10 by task: each policy of the record, and what it was trained and judged on."""
+    """Success of each policy of the record on MT10, by task."""
     runs = read("metaworld_mt10")["runs"]
     rows = _by_task(runs, runs[0]["result"]["tasks"])
     rows.append(("mean", *(rate(run["result"]["all"]) for run in runs)))
@@ -1481,13 +1494,13 @@ def metaworld_tasks() -> str:
 
 
 def _by_task(runs: Sequence[dict[str, Any]], tasks: Iterable[str]) -> list[tuple[str, ...]]:
-    """A row for each task: its name, and the success of each run."""
+    """Return a row for each task: its name, and the success of each run."""
     return [(task.removesuffix("-v3"), *(rate(run["result"]["tasks"][task]) for run in runs)) for task in tasks]
 
 
 @table
 def metaworld_groups() -> str:
-    """The same by difficulty group."""
+    """Success of each policy of the record on MT10, by difficulty group."""
     rows = [
         (run["name"], group, rate(figures))
         for run in read("metaworld_mt10")["runs"]
@@ -1498,7 +1511,7 @@ def metaworld_groups() -> str:
 
 @table
 def metaworld_mt50() -> str:
-    """MT50 by difficulty group: one policy for all fifty tasks, beside the script that it imitates."""
+    """Success on MT50 by difficulty group: one policy for all tasks, and the scripts that it imitates."""
     runs = read("metaworld_mt50")["runs"]
     groups = ("easy", "medium", "hard", "very_hard")
     rows = [
@@ -1514,7 +1527,7 @@ def metaworld_mt50() -> str:
 
 @table
 def metaworld_mt50_tasks() -> str:
-    """The same by task: all fifty, those first that the last policy solves least."""
+    """Success on MT50 by task, in ascending order of the success of the last policy."""
     runs = read("metaworld_mt50")["runs"]
     last = next(run for run in runs if run["name"] == LAST_MT50)["result"]["tasks"]
     tasks = sorted(last, key=lambda name: last[name]["success_rate"])
@@ -1523,17 +1536,17 @@ def metaworld_mt50_tasks() -> str:
 
 @table
 def metaworld_equal_time() -> str:
-    """MT10: policies that were trained on the same demonstrations for the same wall time."""
+    """Success on MT10 of policies that were trained on the same demonstrations for the same wall time."""
     rows = [
         (run["name"], run["demos"], run["steps"], run["batch"], rate(run["result"]["all"]))
         for run in read("metaworld_equal_time")["runs"]
     ]
-    return markdown(["policy", "demonstrations of each task", "steps", "batch", "success"], rows)
+    return markdown(["policy", "demonstrations per task", "steps", "batch", "success"], rows)
 
 
 @table
 def metaworld_equal_time_tasks() -> str:
-    """The same by task."""
+    """Success of the policies of `metaworld_equal_time`, by task."""
     runs = read("metaworld_equal_time")["runs"]
     header = ["task", *(f"{run['name']}, {run['demos']}" for run in runs)]
     return markdown(header, _by_task(runs, runs[0]["result"]["tasks"]))
