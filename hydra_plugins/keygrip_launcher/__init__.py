@@ -1,4 +1,4 @@
-"""A Hydra launcher that gives every job of a sweep a process of its own. Hydra looks for launchers here only."""
+"""A Hydra launcher that runs every job of a sweep in its own process. Hydra finds launchers only in this package."""
 
 from __future__ import annotations
 

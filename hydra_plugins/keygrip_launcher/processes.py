@@ -1,4 +1,4 @@
-"""``hydra/launcher=processes``: jobs as separate commands, a few at a time, which may use several devices each."""
+"""``hydra/launcher=processes``: run jobs as separate commands, a few at a time; each job may use several devices."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ class _Job:
 
 
 class ProcessLauncher(Launcher):
-    """Runs every job as ``python -m <this command> <its overrides>``; its output goes to ``output.log`` in its folder.
+    """Runs every job as ``python -m <this command> <its overrides>``. The output of a job goes to ``output.log`` in the
+    folder of the job.
 
-    A job that fails or dies does not stop the others. Ctrl-C and SIGTERM are passed on, so that every job saves. In a
-    sweep that goes on, jobs that finished before are left out, and the others resume what they have.
+    A job that fails or dies does not stop the others. Ctrl-C and SIGTERM are forwarded to all jobs, so that every job
+    saves. When a sweep is continued, finished jobs are not run again, and the other jobs resume from their checkpoints.
 
     Args:
-        jobs_at_once: how many run side by side.
-        gpus_per_job: each job sees this many GPUs of its own (``CUDA_VISIBLE_DEVICES``), out of those that the command
-            sees; 0 leaves visibility alone.
+        jobs_at_once: number of jobs that run at the same time.
+        gpus_per_job: number of GPUs assigned to each job (``CUDA_VISIBLE_DEVICES``), out of the GPUs visible to the
+            command; 0: every job sees all of them.
     """
 
     def __init__(self, jobs_at_once: int = 1, gpus_per_job: int = 0) -> None:
@@ -98,10 +99,11 @@ class ProcessLauncher(Launcher):
         return [returns[number] for number in sorted(returns)]
 
     def _shares(self, at_once: int) -> list[list[str]]:
-        """The GPUs of each of ``at_once`` jobs side by side, by the names that this process has for its own.
+        """Return the GPUs of each of ``at_once`` simultaneous jobs, with the names from this process's
+        ``CUDA_VISIBLE_DEVICES`` if it is set.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer GPUs.
         """
         if not self.gpus_per_job or not at_once:
             return [[] for _ in range(at_once)]
@@ -141,7 +143,7 @@ class ProcessLauncher(Launcher):
         fixed = [f'hydra.run.dir="{job.folder}"', "hydra.mode=RUN", f"hydra.job.num={job.number}"]
         command = [*_this_command(), *_forwarded(sys.argv[1:]), *job.overrides, *fixed]
         job.output = (job.folder / "output.log").open("ab")
-        # A session of its own: Ctrl-C reaches a job once, through us, and not a second time from the terminal.
+        # A separate session: Ctrl-C reaches a job once, from this process, and not a second time from the terminal.
         job.process = subprocess.Popen(
             command, env=environment, stdout=job.output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -162,7 +164,7 @@ class ProcessLauncher(Launcher):
 
 
 def _returned(job: _Job) -> JobReturn:
-    # A job's outcome is in its result.json; Hydra is told that every job succeeded, so that none stops the others.
+    # The outcome of a job is in its result.json. Hydra receives COMPLETED for every job, so that none stops the others.
     return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, working_dir=str(job.folder))
 
 
@@ -174,7 +176,8 @@ def _this_command() -> list[str]:
 
 
 def _forwarded(arguments: Sequence[str]) -> list[str]:
-    """Hydra's flags about where configs are, and its settings but for those of the sweep itself: it gives jobs none."""
+    """Return the arguments that Hydra does not pass on to jobs: flags for the location of configs, and `hydra.`
+    settings except those of the sweep itself."""
     kept = []
     for position, argument in enumerate(arguments):
         setting = argument.lstrip("+~").replace("/", ".")

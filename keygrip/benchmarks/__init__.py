@@ -1,7 +1,7 @@
-"""Cases of ``python -m keygrip.bench``: what keygrip costs, measured side by side in one run.
+"""Cases of ``python -m keygrip.bench``: the cost of keygrip, measured together in one run.
 
-A case is a frozen dataclass of options, built from ``conf/bench.yaml``, whose ``run(quick)`` returns figures by name; a
-figure's unit stands in its name. With ``quick`` it takes fewer repetitions or smaller sizes. A case with a
-``quick_limit_s`` takes no further repetition after so many seconds; others, and what a case prepares, are not limited
-in time. New cases need an entry in that file and nothing else.
+A case is a frozen dataclass of options, built from ``conf/bench.yaml``, whose ``run(quick)`` returns figures by name.
+The name of a figure contains its unit. With ``quick`` it uses fewer repetitions or smaller sizes. A case with a
+``quick_limit_s`` starts no further repetition after that many seconds; other cases, and preparation, have no time
+limit. A new case needs only an entry in that file.
 """

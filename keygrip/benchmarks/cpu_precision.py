@@ -1,5 +1,5 @@
-"""Products in bfloat16 against those in float32 on this processor: what ``strategy.precision=auto`` should take, and
-what attention should be computed in."""
+"""Compare bfloat16 with float32 on this processor: which precision ``strategy.precision=auto`` should choose, and in
+which precision attention should be computed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from keygrip.training.strategies import cpu_is_faster_in_bf16
 
 @dataclass(frozen=True)
 class CpuPrecision(Timed):
-    """Training steps of an MLP as the small models have it, under bf16 autocast and in float32, and those of attention
-    in bf16, by three ways; on one thread, in its processor time, which others on that processor do not lengthen.
+    """Training steps of an MLP like that of the small models, under bf16 autocast and in float32, and training steps of
+    attention in bf16, computed in three ways. Both run on one thread. The time is that thread's CPU time, which other
+    processes on the same processor do not lengthen.
 
-    Args (beside those of `Timed`, whose seconds are for each width and each number of positions):
-        widths: of the tokens; the MLP is four times as wide. tokens: of a step.
-        positions: of the rows that attend, causally, with 4 heads of 32 numbers. wide_positions: of those with heads of
-            64 numbers. uncausal_positions: of those of which every position attends to all.
-        rows: of a batch, at most. batch_positions: of all rows of a batch together, at most.
+    Args (in addition to those of `Timed`, whose limits in seconds apply to each width and each number of positions):
+        widths: token widths; the hidden layer of the MLP is four times as wide. tokens: tokens per step.
+        positions: row lengths for causal attention with 4 heads of width 32. wide_positions: row lengths for causal
+            attention with 4 heads of width 64. uncausal_positions: row lengths for attention without a causal mask.
+        rows: largest number of rows of a batch. batch_positions: largest number of positions of all rows of a batch.
     """
 
     widths: Sequence[int]
@@ -39,11 +40,12 @@ class CpuPrecision(Timed):
     batch_positions: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`bf16_over_float32_time` is the mean over widths; `chosen_bf16` is 1 where ``auto`` takes bf16 here.
+        """`bf16_over_float32_time` is the mean over widths; `chosen_bf16` is 1 if ``auto`` chooses bf16 here.
 
-        `attention_ms_<way>_<positions>`, and with ``_wide`` or ``_uncausal`` behind: of a forward and backward pass, by
-        torch's fused kernel in bf16 (``bf16``), by that kernel in float32 between casts (``float32``), as keygrip
-        trains rows that are no longer than `FLOAT32_KEYS`, and by products in bf16 (``plain``).
+        `attention_ms_<way>_<positions>`, some with the suffix ``_wide`` or ``_uncausal``, is the time of a forward and
+        backward pass. The way is torch's fused kernel in bf16 (``bf16``), the same kernel in float32 between casts
+        (``float32``; keygrip trains rows of up to `FLOAT32_KEYS` positions this way), or separate matrix products in
+        bf16 (``plain``).
         """
         with threads(1):
             times = {width: self._measure(width, quick) for width in self.widths}
@@ -64,7 +66,7 @@ class CpuPrecision(Timed):
         return figures
 
     def _attention(self, positions: int, kind: str, quick: bool) -> dict[str, float]:
-        """Median milliseconds by way; `kind` is "_wide", "_uncausal" or nothing."""
+        """Return the median milliseconds of each way; `kind` is "_wide", "_uncausal" or ""."""
         rows, width = max(1, min(self.rows, self.batch_positions // positions)), 64 if kind == "_wide" else 32
         operands = [torch.randn(rows, 4, positions, width, requires_grad=True) for _ in range(3)]
 
@@ -86,7 +88,7 @@ class CpuPrecision(Timed):
         return {f"attention_ms_{name}_{positions}{kind}": found[name] for name in ways}
 
     def _measure(self, width: int, quick: bool) -> tuple[float, float]:
-        """Median milliseconds of a step in bf16 and in float32."""
+        """Return the median milliseconds of an MLP step in bf16 and in float32."""
         network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         x = torch.randn(self.tokens, width)
 
@@ -99,7 +101,7 @@ class CpuPrecision(Timed):
         return found["bf16"], found["float32"]
 
     def _medians(self, sides: Mapping[str, Callable[[], None]], quick: bool) -> dict[str, float]:
-        """Median milliseconds of each."""
+        """Return the median milliseconds of each side."""
         repetitions, limit_s = self.effort(quick)
         device = torch.device("cpu")
         seconds = interleaved_seconds(sides, repetitions, device, limit_s, warm_up=3, clock=time.thread_time)

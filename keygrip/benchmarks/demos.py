@@ -1,4 +1,4 @@
-"""Demonstrations to measure with: a few from the simulator, repeated under other names to make an epoch long enough."""
+"""Demonstrations for benchmarks: a few from the simulator, copied under other names until an epoch is long enough."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from keygrip.data.robot.discovery import find_demos
 
 
 def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -> Path:
-    """A folder of native demos with at least so many frames: what a training config would record, but fewer.
+    """Return a folder of native demos with at least `samples` frames, recorded as a training config describes, but
+    fewer.
 
-    The copies share their files on the disk. An epoch that ends in the middle of a measurement would make loaders start
-    again, which they do once in a few hundred steps of a real run.
+    The copies share their files on the disk (hard links). The epoch must not end in the middle of a measurement: the
+    loaders would start again, which they do only once in a few hundred steps of a real run.
 
     Args:
-        config: composed from ``conf/train.yaml``; its ``data.record`` says what to record.
-        folder: receives ``recorded/`` and ``demos/``. demos: how many to record (at least 2).
-        samples: frames wanted, at least.
+        config: composed from ``conf/train.yaml``; its ``data.record`` describes the recording.
+        folder: receives ``recorded/`` and ``demos/``. demos: number of demos to record (at least 2).
+        samples: smallest number of frames.
     """
     from hydra.utils import instantiate
 
-    # Recorded in processes of their own: a graphics library leaves threads behind that disturb measurements.
+    # Recorded in separate processes: a graphics library leaves threads running, which would disturb the measurement.
     recording = replace(instantiate(config.data.record), folder=folder / "recorded", demos=max(demos, 2), processes=2)
     recording.complete()
     references = find_demos(recording.root, "native")

@@ -1,5 +1,5 @@
-"""What the foveated video-language model costs: a training step by mode, its memory, and a frame of autoregressive
-looking."""
+"""Time and memory of the foveated video-language model: of a training step in each mode, and of a frame of the
+autoregressive pass."""
 
 from __future__ import annotations
 
@@ -38,19 +38,21 @@ RANDOM_WEIGHTS = ("language.model.weights=random", "backbone.weights=random")
 
 @dataclass(frozen=True)
 class VLMStep(Timed):
-    """A training step (forward, loss, backward) in `coarse_fine` beside one in `coarse_only`, and its peak memory.
+    """A training step (forward, loss, backward) in `coarse_fine` compared with a step in `coarse_only`, and its peak
+    memory.
 
-    The headline is the published order, visual tokens first; the other one is measured too, without `quick`. Weights
-    are random.
+    The headline figures are for the published order, visual tokens first. Without `quick`, the order with the question
+    first is measured too. Weights are random.
 
     Args:
-        overrides: of ``keygrip.train``, which say what network.
-        frames, text_tokens, videos, questions: of the batch: so many videos of so many frames with so many rows each.
-        memory_frames: numbers of frames at which the peak memory of a step is reported.
-        threads: of the processor.
+        overrides: overrides of ``keygrip.train`` that select the network.
+        frames, text_tokens, videos, questions: size of the batch: frames per video, tokens per row, videos, and rows
+            per video.
+        memory_frames: numbers of frames for which the peak memory of a step is reported.
+        threads: number of CPU threads.
         quick_image_size, quick_layers: side of the frames in pixels and layers of the language model with `quick`: at
             full size a step takes 5 s on a core without bf16. Quick figures are therefore not those of the full size;
-            `image_size` and `layers` stand beside them.
+            `image_size` and `layers` are reported with them.
     """
 
     overrides: Sequence[str]
@@ -64,7 +66,7 @@ class VLMStep(Timed):
     quick_layers: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`step_ms` and `peak_mb` of coarse_fine, `fine_over_coarse_time` by order."""
+        """`step_ms` and `peak_mb` of coarse_fine, and `fine_over_coarse_time` of each order."""
         smaller = [f"backbone.image_size={self.quick_image_size}", f"language.model.layers={self.quick_layers}"]
         network, device = _network([*self.overrides, *(smaller if quick else [])])
         network.train()
@@ -86,7 +88,7 @@ class VLMStep(Timed):
                 frames, rows = self._batch(network, "visual_first", count, device)
                 work = _Step(network, frames, rows, "coarse_fine")
                 if count != self.frames:
-                    work()  # the first call also makes allocations that stay
+                    work()  # the first call also makes permanent allocations
                 figures[f"peak_{count}_frames_mb"] = round(peak_extra_bytes(work, device) / 2**20, 1)
         figures["step_ms"] = figures["visual_first_step_ms"]
         figures["fine_over_coarse_time"] = figures["visual_first_fine_over_coarse_time"]
@@ -107,12 +109,13 @@ class VLMStep(Timed):
 class VLMDecode(Timed):
     """Autoregressive passes with all caches: milliseconds per frame at the 8th and the 64th frame.
 
-    A frame is a query through the encoder's cached keys and values, and a step of the language model; encoding the
-    frame is not in it. The two are measured on a state of 7 and of 63 frames before, in turns.
+    The time of a frame is that of one query over the encoder's cached keys and values, and one step of the language
+    model; encoding the frame is not included. The two frames are measured alternately, after 7 and after 63 earlier
+    frames.
 
     Args:
-        overrides: of ``keygrip.train``, which say what network. prompt_tokens: before the frames.
-        threads: of the processor.
+        overrides: overrides of ``keygrip.train`` that select the network. prompt_tokens: tokens before the frames.
+        threads: number of CPU threads.
     """
 
     overrides: Sequence[str]
@@ -120,7 +123,7 @@ class VLMDecode(Timed):
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`ms_per_frame_8`, `ms_per_frame_64`, and their ratio."""
+        """`ms_per_frame_8`, `ms_per_frame_64` and their ratio."""
         network, device = _network(self.overrides)
         network.eval()
         repetitions, limit_s = self.effort(quick)
@@ -139,14 +142,14 @@ class VLMDecode(Timed):
 
 @dataclass(frozen=True)
 class VLMStream(Timed):
-    """A frame that a streaming session is given, the encoder with it: time and memory by how many were pushed before.
+    """Time and memory of pushing one frame into a streaming session, encoder included, by the number of earlier frames.
 
-    Both stay as they are but for the language model's cache, which the past is in. The frames before are random visual
-    tokens. Weights are random.
+    Neither grows with the number of earlier frames, except for the language model's cache, which holds them. The
+    earlier frames are random visual tokens. Weights are random.
 
     Args:
-        overrides: of ``keygrip.train``, which say what network. prompt_tokens: read before the frames.
-        frames: numbers of the frames that are measured, the first to compare with. threads: of the processor.
+        overrides: overrides of ``keygrip.train`` that select the network. prompt_tokens: tokens before the frames.
+        frames: numbers of the measured frames; the last is compared with the first. threads: number of CPU threads.
     """
 
     overrides: Sequence[str]
@@ -155,8 +158,8 @@ class VLMStream(Timed):
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`push_ms_<F>` and `push_extra_mb_<F>` (most that is alive during it, beyond what was before), and
-        `frame_<F>_over_<first>_time` of the last."""
+        """`push_ms_<F>` and `push_extra_mb_<F>` (peak memory during the push, beyond the memory in use before it), and
+        `frame_<last>_over_<first>_time`."""
         network, device = _network(self.overrides)
         network.eval()
         repetitions, limit_s = self.effort(quick)
@@ -175,10 +178,10 @@ class VLMStream(Timed):
 
 
 class _Push:
-    """A frame pushed as number `count` of a stream, which is then as it was."""
+    """Push a frame as number `count` of a stream, then restore the stream."""
 
     def __init__(self, network: FoveatedVLM, prompt_tokens: int, count: int, device: torch.device) -> None:
-        self.session = StreamingSession(network, None)  # type: ignore[arg-type]  # it says nothing
+        self.session = StreamingSession(network, None)  # type: ignore[arg-type]  # no tokenizer: it writes no text
         size = network.backbone.image_size
         self.frame = torch.randn(3, size, size, device=device)
         self.session.read_embedded(torch.randn(1, prompt_tokens + count - 1, network.language.width, device=device))
@@ -192,13 +195,13 @@ class _Push:
 
 @dataclass(frozen=True)
 class VLMTokens(Timed):
-    """Time that the language model takes to read a question with its visual tokens, at one token per frame and at many,
-    against the number of frames. Weights are random; the encoder is not in it.
+    """Time of a forward pass of the language model over a question with its visual tokens, for one and for several
+    tokens per frame and for several numbers of frames. Weights are random; the encoder is not included.
 
     Args:
-        overrides: of ``keygrip.train``, which say what network. text_tokens: of the question and the answer.
-        frames: counts of frames. tokens: visual tokens per frame; the first is the one to compare with.
-        threads: of the processor.
+        overrides: overrides of ``keygrip.train`` that select the network. text_tokens: tokens of question and answer.
+        frames: numbers of frames. tokens: numbers of visual tokens per frame; the others are compared with the first.
+        threads: number of CPU threads.
     """
 
     overrides: Sequence[str]
@@ -208,7 +211,8 @@ class VLMTokens(Timed):
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`frames_<F>_tokens_<K>_ms`, and for each K the time at the most frames over that of the first K."""
+        """`frames_<F>_tokens_<K>_ms`, and for each further K the time at the largest number of frames, divided by the
+        time with the first K."""
         network, device = _network(self.overrides)
         language = network.language.eval()
         repetitions, limit_s = self.effort(quick)
@@ -256,7 +260,7 @@ class _Step:
 
 
 class _Frame:
-    """One frame more on a cache of so many positions, which is then cut back to what it was."""
+    """Process one more frame with a cache of `past` positions, then cut the cache back to that length."""
 
     def __init__(self, network: FoveatedVLM, kv: Sequence[object], past: int, device: torch.device) -> None:
         self.network, self.kv, self.past = network, kv, past
@@ -274,17 +278,17 @@ class _Frame:
 
 @dataclass(frozen=True)
 class VLMMemory:
-    """Memory of a training step of a stage's recipe on the largest batches that its budget allows, counted without
-    computing (`keygrip.training.memory`), on a GPU measured.
+    """Memory of a training step of a stage's recipe on the largest batches that its budget allows. On a GPU it is
+    measured; otherwise it is counted without computing (`keygrip.training.memory`).
 
-    The batches are the fullest of videos of one length (`fullest`): where both limits of the budget are full, at all
-    lengths between 16 and 22 frames in the stages', memory is at its largest. Each video has one row: what several rows
-    with the question first add in queries is for `dry_run=true` to find in the data.
+    The batches are the largest ones with videos of one length (`fullest`). Memory is largest where both limits of the
+    budget are reached: in the budgets of the stages, at all lengths between 16 and 22 frames. Each video has one row.
+    Several rows per video with the question first need more queries; `dry_run=true` finds that memory in the data.
 
     Args:
-        recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text alone.
-            Those beyond a recipe's `data.max_frames` are left out.
-        quick_frames: with `quick`. ema: whether an EMA is kept.
+        recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text only.
+            Lengths above a recipe's `data.max_frames` are left out.
+        quick_frames: lengths with `quick`. ema: whether an EMA is kept.
     """
 
     recipes: Mapping[str, Sequence[str]]
@@ -293,7 +297,8 @@ class VLMMemory:
     ema: bool
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`worst_gib` of each recipe with where it is, and `weights_gib`: weights, optimizer and EMA."""
+        """For each recipe: `<frames>_frames_gib` of each length, `worst_gib`, the largest of them, and `weights_gib`:
+        weights, optimizer and EMA."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
             module, data, text, accumulated = _recipe(overrides)
@@ -315,13 +320,15 @@ class VLMMemory:
 
 
 def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> tuple[int, int]:
-    """The largest batch of a budget with videos of so many frames: how many, and the tokens of each text.
+    """Return the largest batch of a budget with videos of `frames` frames: the number of videos, and the tokens of each
+    text.
 
-    As many videos as their frames allow, with the text that is then left: both limits are full where it is at most
-    `text` long. Where no text is left, as many as fit with the longest.
+    The batch has as many videos as the frame limit allows, and the text fills the remaining positions, up to `text`
+    tokens; below `text` tokens both limits are reached. If fewer than `SHORTEST_TEXT` tokens remain, the batch has as
+    many videos as fit with texts of `text` tokens.
 
     Args:
-        most: videos of a batch. visual: tokens of a video. text: tokens of a text at most.
+        most: largest number of videos of a batch. visual: tokens of a video. text: largest number of tokens of a text.
     """
     many = min(most, budget.frames // frames) if frames else most
     left = min(text, budget.positions // many - visual)
@@ -331,17 +338,19 @@ def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> t
 
 
 def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int, bool]:
-    """The module with random weights, its data's settings, tokens of a text, and whether gradients are accumulated."""
+    """Return the module with random weights, its data settings, the largest number of tokens of a text, and whether
+    gradients are accumulated."""
     config = compose("train", [*overrides, *RANDOM_WEIGHTS])
     on_gpu = torch.cuda.is_available()
-    with torch.device("cuda" if on_gpu else "meta"):  # counting needs shapes alone
+    with torch.device("cuda" if on_gpu else "meta"):  # counting needs only shapes
         module = random_module(config, FoveatedVLMModule)
     module = module.to("cuda") if on_gpu else module
     return module, config.data, config.collator.max_tokens, config.accumulate_grad_batches > 1
 
 
 def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) -> VideoTextBatch:
-    """So many videos of so many frames, each with a row of so many tokens, all supervised; nothing but its shape."""
+    """Return a batch with the given numbers of videos, frames per video and tokens per row, one row per video, all
+    tokens supervised. Only its shapes are meaningful."""
     size, mask = module.network.backbone.image_size, torch.ones(videos, text, dtype=torch.bool)
     question = 0 if module.collator.prompt_order == "visual_first" else int(PROMPT_SHARE * text)
     return VideoTextBatch(

@@ -1,4 +1,4 @@
-"""What the geometry-injected policy costs: the parts of an action chunk, the parameters of its compressors, and the
+"""Cost of the geometry-injected policy: time of the parts of an action chunk, parameters of the compressors, and
 memory of a training step and of a plan at real size."""
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from keygrip.training.memory import GIB, count_forward
 from keygrip.training.system import parameters_m
 
 INSTRUCTION = "put the red cube into the bowl"
-CHUNK = ("p50_ms", "p95_ms", "vlm_ms", "geometry_ms", "head_ms")  # of the first policy, without its name too
+CHUNK = ("p50_ms", "p95_ms", "vlm_ms", "geometry_ms", "head_ms")  # the first policy's, also reported without its name
 
 
 @dataclass(frozen=True)
 class VLAParams:
-    """Parameters of the three compressors, in millions, at sizes that the config names.
+    """Parameters of the three compressors, in millions, at the sizes given in the config.
 
     Args:
-        geom_dim: width of a geometry token. width: of the action head. blocks: of it. tokens, heads: see
+        geom_dim: width of a geometry token. width, blocks: of the action head. tokens, heads: see
             `build_geom_compressor`.
     """
 
@@ -63,12 +63,12 @@ class VLAParams:
 
 @dataclass(frozen=True)
 class VLAChunk(Timed):
-    """Time from an observation to an action chunk, and of the three parts that it is made of. Weights are random.
+    """Time from an observation to an action chunk, and time of its three parts. Weights are random.
 
-    Args (beside those of `Timed`, whose repetitions are chunks of each policy):
-        policies: overrides of ``keygrip.train`` by name, which say what policies; they are timed in turns.
-        compiled: which of them are timed with `policy.compiled=true` too, but with `quick`.
-        warm_up: chunks before those. threads: of the processor.
+    Args (in addition to those of `Timed`, whose repetitions are chunks of each policy):
+        policies: overrides of ``keygrip.train`` for each policy, by name; the policies are timed alternately.
+        compiled: names of the policies that are also timed with `policy.compiled=true`; not with `quick`.
+        warm_up: chunks before the measured ones. threads: number of CPU threads.
     """
 
     policies: Mapping[str, Sequence[str]]
@@ -77,9 +77,10 @@ class VLAChunk(Timed):
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Of each policy `vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler), `p50_ms`
-        and `p95_ms` of the whole (`compiled_p50_ms` and `compiled_p95_ms` with the compiler), and its images' side in
-        pixels, on the GPU where there is one. The figures without a policy in their name are those of the first one."""
+        """For each policy: `vlm_ms`, `geometry_ms` (with its compressors), `head_ms` (all steps of the sampler),
+        `p50_ms` and `p95_ms` of the whole chunk (`compiled_p50_ms` and `compiled_p95_ms` if compiled), and `px`, the
+        side of its images in pixels. Measured on the GPU if there is one. Figures without a policy name are those of
+        the first policy."""
         with threads(self.threads):
             figures = self._figures(quick)
         first = next(iter(self.policies))
@@ -116,10 +117,10 @@ class VLAChunk(Timed):
 
 
 class GeometryStandIn(GeometryEncoder):
-    """Tokens in the number and width of a frozen encoder that is not at hand, with its scale token.
+    """Stand-in for a frozen encoder that is not available: zero tokens of its number and width, and its scale token.
 
     Args:
-        dim: of a token. tokens: of a view.
+        dim: width of a token. tokens: number of tokens per view.
     """
 
     def __init__(self, dim: int, tokens: int) -> None:
@@ -140,15 +141,16 @@ class GeometryStandIn(GeometryEncoder):
 class VLAMemory:
     """Memory of a training step of recipes at real size, counted without computing (`keygrip.training.memory`).
 
-    Without `weights` the geometry encoder is left out, weights and activations: a stand-in gives its tokens. With them
-    it is counted, on each GPU whole. Where weights are sharded over several GPUs, gradients are counted whole, which is
-    too much.
+    Without `weights`, the weights and activations of the geometry encoder are not counted: a stand-in outputs its
+    tokens. With `weights`, the whole encoder is counted on each GPU. Where weights are sharded over several GPUs, all
+    gradients are counted on each GPU, which overestimates the memory.
 
     Args:
-        recipes: overrides of ``keygrip.train`` by name. gpus: of each, over which weights, optimizer states, EMA and
-            the batch are divided.
-        geom_dim: width of a geometry token. geom_tokens: of a view. gpu_gib: of a GPU.
-        weights: of the recipes' MapAnything, which then says width and number of its tokens itself; None: not at hand.
+        recipes: overrides of ``keygrip.train`` by name. gpus: number of GPUs of each recipe, over which weights,
+            optimizer states, EMA and the batch are divided.
+        geom_dim: width of a geometry token. geom_tokens: tokens per view. gpu_gib: memory of a GPU.
+        weights: weights of the recipes' MapAnything, whose own token width and number are then used; None: not
+            available.
     """
 
     recipes: Mapping[str, Sequence[str]]
@@ -159,10 +161,10 @@ class VLAMemory:
     weights: str | None = None
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Of each recipe on each GPU `total_gib`, its parts `weights_gib`, `optimizer_gib`, `ema_gib` and `step_gib`
-        (activations, copies in bf16, gradients, also those of the batches before where the recipe accumulates them),
-        `spare_gib` for what an allocator loses and, without `weights`, for the encoder, the `batch`, and parameters in
-        millions: `parameters_m`, `trained_m`."""
+        """For each recipe, per GPU: `total_gib`; its parts `weights_gib`, `optimizer_gib`, `ema_gib` and `step_gib`
+        (activations, copies in bf16, and gradients, including accumulated gradients of earlier batches if the recipe
+        accumulates them); `spare_gib`, which remains for the allocator's losses and, without `weights`, for the
+        encoder; the `batch`; and parameters in millions: `parameters_m`, `trained_m`."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
             config, shards = compose("train", overrides), self.gpus[name]
@@ -181,12 +183,12 @@ class VLAMemory:
 
 @dataclass(frozen=True)
 class VLAPlanMemory:
-    """Memory of a plan at real size by the precision of the vision-language model's weights, counted as in `VLAMemory`,
-    without what an allocator loses.
+    """Memory of a plan at real size for several precisions of the vision-language model's weights, counted as in
+    `VLAMemory`, without the allocator's losses.
 
     Args:
-        overrides: of ``keygrip.train``. geom_dim, geom_tokens, weights: see `VLAMemory`.
-        precisions: see `keygrip.models.nn.low_precision`; with `quick` the first alone.
+        overrides: overrides of ``keygrip.train``. geom_dim, geom_tokens, weights: see `VLAMemory`.
+        precisions: see `keygrip.models.nn.low_precision`; with `quick` only the first.
     """
 
     overrides: Sequence[str]
@@ -196,8 +198,8 @@ class VLAPlanMemory:
     weights: str | None = None
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Of each precision `weights_gib` (all parts of the policy), `plan_gib` (activations, and with int8 the layer
-        whose weights are turned back) and `total_gib`."""
+        """For each precision: `weights_gib` (all parts of the policy), `plan_gib` (activations, and with int8 the layer
+        whose weights are dequantized) and `total_gib`."""
         figures: dict[str, float] = {}
         for precision in self.precisions[: 1 if quick else None]:
             config = compose("train", self.overrides)
@@ -225,8 +227,8 @@ def _plan(
 def _without_memory(
     config: DictConfig, geom_dim: int, geom_tokens: int, weights: str | None = None
 ) -> GeometryVLAModule:
-    """The module of a training config, its parameters on torch's device `meta`, with statistics, and with its
-    MapAnything of these weights, which are read, or a stand-in for the geometry encoder."""
+    """Return the module of a training config with statistics and its parameters on torch's device `meta`. Its geometry
+    encoder is MapAnything loaded from `weights`, or a stand-in if `weights` is None."""
     encoder = None
     if weights is not None:
         with open_dict(config):
@@ -249,7 +251,7 @@ def _without_memory(
 
 
 def _shapes(module: GeometryVLAModule, config: DictConfig, batch: int) -> MultiViewPolicyBatch:
-    """A batch of the recipe's size; nothing but its shape."""
+    """Return a batch of the recipe's sizes; only its shapes are meaningful."""
     views, size, arms, steps = len(module.views), config.data.image_size, len(config.data.arms), config.data.horizon
     return MultiViewPolicyBatch(
         start_position=torch.zeros(batch, arms, 3),
@@ -274,7 +276,7 @@ def _shapes(module: GeometryVLAModule, config: DictConfig, batch: int) -> MultiV
 
 
 class _Parts:
-    """The parts of a chunk, each on inputs that are there already."""
+    """The parts of a chunk, each run on inputs that were computed before."""
 
     def __init__(self, module: GeometryVLAModule, device: torch.device, size: int) -> None:
         self.module = module
@@ -300,18 +302,18 @@ class _Parts:
         assert network.geometry is not None
         tokens = network.geometry(self.images, *self.cameras).tokens
         for compressor in (network.compressor, network.vlm_compressor):
-            if compressor is not None:  # there is none where geometry is read at the pointed places alone
+            if compressor is not None:  # None if the action head reads geometry only at the pointed places
                 compressor(tokens)
 
     @torch.inference_mode()
     def head(self) -> None:
-        fresh = [type(context)(context.tokens, context.mask) for context in self.scene.contexts]  # nothing kept yet
+        fresh = [type(context)(context.tokens, context.mask) for context in self.scene.contexts]  # nothing cached yet
         self.module.network.sample(replace(self.scene, contexts=fresh), self.noise, self.state, self.module.sampling)
 
 
 def untrained(config: DictConfig) -> GeometryVLAModule:
-    """The module of a training config with random weights, and statistics of poses above a table; errors as
-    `random_module`."""
+    """Return the module of a training config with random weights and with statistics of random poses above a table;
+    raises the errors of `random_module`."""
     module = random_module(config, GeometryVLAModule)
     _take_statistics(module, config)
     return module.eval()
@@ -361,7 +363,7 @@ def _take_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
 
 
 def observation(module: GeometryVLAModule, size: int) -> dict[str, Any]:
-    """An observation for an untrained policy: every camera of the module looks down, the arms hold still."""
+    """Return an observation for an untrained policy: every camera of the module points down, the arms do not move."""
     arms = len(module.actions.arms)
     camera = looking_down(size)
     return {

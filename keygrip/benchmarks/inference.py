@@ -1,4 +1,4 @@
-"""Time from a camera's image to a plan, one image at a time, as the robot runs."""
+"""Time from a camera image to a plan, one image at a time, as on a robot."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ from keygrip.progress import Progress
 
 @dataclass(frozen=True)
 class Inference(Timed):
-    """``VolumeQueryPolicy.plan``, batch 1, with all threads (the headline), with one, and on a GPU where there is one.
+    """Time of ``VolumeQueryPolicy.plan``, batch 1: with all CPU threads (the headline), with one thread, and on a GPU
+    if there is one.
 
-    Weights are random: what they are does not change the time.
+    Weights are random: their values do not change the time.
 
-    Args (beside those of `Timed`, whose repetitions are plans of each setting):
-        overrides: of ``keygrip.train``, which say what policy. warm_up: plans before those.
+    Args (in addition to those of `Timed`, whose repetitions are plans of each setting):
+        overrides: overrides of ``keygrip.train`` that select the policy. warm_up: plans before the measured ones.
     """
 
     overrides: Sequence[str]
     warm_up: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Figures of all settings, of the network alone, and of the exported network (`graph_*`)."""
+        """Return the figures of all settings, for the policy, the network alone (`network_*`), and the exported network
+        (`graph_*`)."""
         config = compose("train", self.overrides)
         observation = looking_down(config.data.record.image_size)
         module = untrained(config)
@@ -54,7 +56,7 @@ class Inference(Timed):
         return figures | {"threads": all_threads}
 
     def _exported(self, module: VolumeQueryModule, quick: bool) -> dict[str, float]:
-        """The graph that `keygrip export` writes, run eagerly, as a torch.export program and under onnxruntime."""
+        """Time the graph that `keygrip export` writes: run eagerly, as a torch.export program, and in onnxruntime."""
         graph = module.export_graph()
         inputs = tuple(graph.inputs.values())
         program = export_program(graph).module()
@@ -100,8 +102,8 @@ class Inference(Timed):
 
 
 def untrained(config: DictConfig) -> VolumeQueryModule:
-    """The volume-query module of a training config, with random weights and a table's ranges as statistics; errors as
-    `random_module`."""
+    """Return the volume-query module of a training config with random weights, and with statistics of positions above a
+    table; raises the errors of `random_module`."""
     module = random_module(config, VolumeQueryModule)
     data = config.data
     half_yaw = np.linspace(-math.pi / 4, math.pi / 4, 64)
@@ -128,7 +130,7 @@ def untrained(config: DictConfig) -> VolumeQueryModule:
 
 
 def looking_down(image_size: int) -> dict[str, Any]:
-    """An observation of noise, from a camera 1 m above the table that sees 0.8 m of it."""
+    """Return an observation with a noise image, from a camera 1 m above the table whose image covers 0.8 m of it."""
     generator = np.random.default_rng(0)
     focal = image_size / 0.8
     intrinsics = np.array([[focal, 0, image_size / 2], [0, focal, image_size / 2], [0, 0, 1.0]])

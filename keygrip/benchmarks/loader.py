@@ -1,4 +1,4 @@
-"""The data loader alone, with nothing that consumes its batches."""
+"""The data loader without a consumer of its batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from keygrip.progress import Progress
 
 @dataclass(frozen=True)
 class Loader:
-    """Samples a second out of the training loader, augmented and batched, as the training config has it.
+    """Samples per second from the training loader, augmented and batched, with the settings of the training config.
 
     Args:
-        overrides: of ``keygrip.train``. demos, quick_demos: how many to record.
-        batches, quick_batches: counted batches. skip_batches: before those, in which workers start.
+        overrides: of ``keygrip.train``. demos, quick_demos: number of demos to record.
+        batches, quick_batches: measured batches. skip_batches: batches before those, during which workers start.
     """
 
     overrides: Sequence[str]
@@ -32,9 +32,10 @@ class Loader:
     skip_batches: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """``samples_per_s`` from frames that the cache holds decoded, ``uncached_samples_per_s`` decoding each.
+        """Measure ``samples_per_s`` with decoded frames in the cache, and ``uncached_samples_per_s`` with decoding of
+        every frame.
 
-        The same without workers (``one_process_...``), which is what one core loads.
+        ``one_process_...`` are the same figures without workers, which is the rate of one core.
         """
         config = compose("train", self.overrides)
         batches = self.quick_batches if quick else self.batches

@@ -1,4 +1,4 @@
-"""Time and memory of pieces of work that stand side by side."""
+"""Measure time and memory of several functions for comparison."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MEASURED = "keygrip: the measured run"  # in a profiler's trace
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for what was started on a GPU."""
+    """Wait until the GPU has finished all started work; on a CPU do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """A case that repeats what it measures.
+    """A case that repeats its measurement. A side is one of the variants that it compares.
 
     Args:
-        repetitions, quick_repetitions: of every side, after the warm-up; the latter with `quick`.
-        limit_s, quick_limit_s: seconds after which fewer are done.
+        repetitions, quick_repetitions: repetitions of every side after the warm-up; the latter with `quick`.
+        limit_s, quick_limit_s: seconds after which no further repetition is started.
     """
 
     repetitions: int
@@ -47,7 +47,7 @@ class Timed:
     quick_limit_s: float
 
     def effort(self, quick: bool) -> tuple[int, float]:
-        """Repetitions and seconds."""
+        """Return the number of repetitions and the limit in seconds."""
         return (self.quick_repetitions, self.quick_limit_s) if quick else (self.repetitions, self.limit_s)
 
 
@@ -59,12 +59,11 @@ def interleaved_seconds(
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
-    """Seconds of every repetition of every side, ``[repetitions]`` each.
+    """Return the seconds of every repetition of every side, ``[repetitions]`` each.
 
-    The sides take turns, so that whatever else slows the machine down for a while slows all of them. On a machine
-    that is too slow for all repetitions within ``limit_s`` fewer are done, but ``MIN_REPETITIONS`` at least. ``clock``
-    gives the seconds that are measured: those of the wall, or ``time.thread_time`` for work on one thread of a
-    processor that others use too.
+    The sides run alternately, so that other load on the machine slows all of them down equally. If the machine is too
+    slow for all repetitions within ``limit_s``, fewer are run, but at least ``MIN_REPETITIONS``. ``clock`` measures the
+    seconds: wall time, or ``time.thread_time`` for work on one thread of a processor that other processes use too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
@@ -85,10 +84,10 @@ def interleaved_seconds(
 
 
 def random_module(config: DictConfig, kind: type[Module]) -> Module:
-    """The module of a training config with random weights.
+    """Return the module of a training config with random weights.
 
     Raises:
-        ValueError: it is none of this kind.
+        ValueError: the module is not of the class `kind`.
     """
     OmegaConf.resolve(config)
     module = build_module({"model": OmegaConf.to_container(config.model)})
@@ -99,7 +98,7 @@ def random_module(config: DictConfig, kind: type[Module]) -> Module:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Computes with so many threads, then as before."""
+    """Use `count` CPU threads in torch within the context, and the previous number after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -109,12 +108,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def peak_extra_bytes(work: Work, device: torch.device) -> int:
-    """Most bytes of tensors that were alive at once during ``work``, beyond those that were alive before it.
+    """Return the peak bytes of tensors that were alive at once during ``work``, minus the bytes alive before it.
 
-    The work runs twice and the second time counts: what it allocates for good the first time is not its own, and what
-    it replaces (a cache that grows by copies) is then known to the profiler, which sees a tensor freed only where it
-    saw it made. On a GPU this is the caching allocator's own count. On the CPU it is added up from the allocator's
-    events in the profiler's trace, which has buffers inside of operators too.
+    The work runs twice and the second run is measured. This excludes permanent allocations of the first run. It also
+    lets the profiler record tensors that the work replaces (a cache that grows by copies): the profiler records the
+    end of a tensor only if it recorded its allocation. On a GPU this is the count of the caching allocator. On the CPU
+    it is the sum of the allocator's events in the profiler's trace, which includes buffers inside operators.
     """
     if device.type == "cuda":
         work()
@@ -124,7 +123,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # garbage from before that is freed meanwhile would be subtracted
+    gc.collect()  # earlier garbage that is freed during the measurement would be subtracted
     gc.disable()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -138,7 +137,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     began = next(e["ts"] for e in events if e["name"] == MEASURED)
-    # The order in the file is that of threads; time stamps have nanoseconds.
+    # Events in the file are ordered by thread; time stamps have a resolution of nanoseconds.
     changes = sorted(
         (e["ts"], number, e["args"]["Bytes"]) for number, e in enumerate(events) if e["name"] == "[memory]"
     )
@@ -147,5 +146,5 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
 
 
 def milliseconds(seconds: np.ndarray, percentile: float = 50) -> float:
-    """A percentile of seconds, in milliseconds rounded to microseconds."""
+    """Return a percentile of seconds in milliseconds, rounded to microseconds."""
     return round(float(np.percentile(seconds, percentile)) * 1e3, 3)

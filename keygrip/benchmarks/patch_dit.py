@@ -1,5 +1,5 @@
-"""What the patch-conditioned DiT costs: a sampling step against plain ones, solvers and guidance intervals, a training
-step against the CLS-only model."""
+"""Cost of the patch-conditioned DiT: a sampling step compared with plain steps, solvers and guidance intervals, and a
+training step compared with the CLS-only model."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ from keygrip.training.checkpoints import HEADER, load_module, read_checkpoint
 from keygrip.training.memory import count_step
 from keygrip.training.parts import build_stored
 
-STEPS = 50  # sampling steps that share what is computed once per sample
+STEPS = 50  # sampling steps of a sample, over which the computations done once per sample are divided
 FOUR = ("none", "text", "dino", "full")
 THREE = FOUR[:3]
-TOLERANCE = 1e-3  # relative: rounding in float32 over 18 blocks is a hundredth of it
+TOLERANCE = 1e-3  # relative; float32 rounding over 18 blocks is a hundredth of it
 
 
 @dataclass(frozen=True)
 class DiTWork(Timed):
     """A case that times the network on random images, captions and patches.
 
-    Args (beside those of `Timed`):
-        overrides: of ``keygrip.train``, which say what network. quick_depth: blocks with `quick`; all blocks are alike,
-            so that the ratios are nearly those of the whole network, and ``step_ms`` is not.
-        latent: side of the square latents. text_tokens: of the caption, out of the encoders' length. patch_grid: side.
-        batch: images. threads: of the processor.
+    Args (in addition to those of `Timed`):
+        overrides: overrides of ``keygrip.train`` that select the network. quick_depth: blocks with `quick`; all blocks
+            are alike, so the ratios are nearly those of the whole network, but ``step_ms`` is not.
+        latent: side of the square latents. text_tokens: tokens of the caption; the rest of the encoders' text length is
+            padding. patch_grid: side of the patch grid.
+        batch: number of images. threads: number of CPU threads.
     """
 
     overrides: Sequence[str]
@@ -63,14 +64,15 @@ class DiTWork(Timed):
 
 @dataclass(frozen=True)
 class DiTSampler(DiTWork):
-    """A step of the sampler beside plain steps: one pass a branch, one after the other, with the whole masked context.
+    """A step of the sampler compared with plain steps: one pass per branch, one after the other, with the whole masked
+    context.
 
-    Four passes are what the published sampler computes, though its formula needs three; both sides give the same
-    result, which is checked. Weights are random. What is computed once a sample counts for a fiftieth in a step.
+    The published sampler computes four passes, although its formula needs three. Both sides give the same result, which
+    is checked. Weights are random. A fiftieth of the computations done once per sample is added to the time of a step.
     """
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`speedup_over_four`, `speedup_over_three`, `step_ms`, the greatest relative difference of the results."""
+        """`speedup_over_four`, `speedup_over_three`, `step_ms`, the largest relative difference of the results."""
         depth = [f"model.network.depth={self.quick_depth}"] if quick else []
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with threads(self.threads), torch.inference_mode():
@@ -89,7 +91,7 @@ class DiTSampler(DiTWork):
                 "next": step.next,
             }
             repetitions, limit_s = self.effort(quick)
-            # The check above has warmed everything up.
+            # The check above was the warm-up.
             seconds = interleaved_seconds(sides, repetitions, device, limit_s, warm_up=0)
         mean_step = (seconds["first"] + (STEPS - 1) * seconds["next"]) / STEPS
         return {
@@ -108,7 +110,7 @@ class DiTSampler(DiTWork):
 
 
 class SamplingStep:
-    """One Euler step's velocity, in the sampler's way and plainly."""
+    """The velocity of one Euler step, computed by the sampler's method and by the plain method."""
 
     def __init__(self, network: PatchDiT, conditions: Conditions, latent: int) -> None:
         self.network, self.conditions = network, conditions
@@ -118,48 +120,49 @@ class SamplingStep:
         self.x = seeded_noise(range(batch), (network.latent_channels, latent, latent), device)
         self.plainly = self._velocities(together=False, cached=False, trimmed=False)
         self.kept = self._velocities()
-        self.kept(self.x, 1.0, THREE)  # the first step computes what the following ones keep
+        self.kept(self.x, 1.0, THREE)  # the first step computes what the later steps reuse
 
     def _velocities(self, **how: Any) -> Velocities:
         return Velocities(self.network, self.conditions, len(self.x), 1.0, **how)
 
     def plain(self, branches: Sequence[str], level: float = 0.6) -> Tensor:
-        """Every branch by itself; those that the formula does not need are computed all the same. The context's tokens
-        are given: even a plain sampler projects its features once."""
+        """Compute every branch in a separate pass, including branches that the formula does not need. The tokens of the
+        context are given: even a plain sampler projects its features once."""
         found = self.plainly(self.x, level, branches)
         return self.sampling.combine(found, self.x, level, self.conditions)
 
     def first(self) -> Tensor:
-        """As at the start of a sample: with all that is computed once."""
+        """Compute the first step of a sample, including the computations done once per sample."""
         return self.sampling.combine(self._velocities()(self.x, 0.6, THREE), self.x, 0.6, self.conditions)
 
     def next(self, level: float = 0.6) -> Tensor:
-        """As in the steps that follow."""
+        """Compute a later step of a sample."""
         return self.sampling.combine(self.kept(self.x, level, THREE), self.x, level, self.conditions)
 
     def difference(self, branches: Sequence[str]) -> float:
-        """Greatest difference between the two ways, relative to the plain one's root mean square."""
+        """Return the largest difference between the two methods, relative to the plain result's root mean square."""
         plain = self.plain(branches)
         return float((self.next() - plain).abs().max() / plain.pow(2).mean().sqrt())
 
     def context_tokens(self) -> int:
-        """The most tokens that a branch reads."""
+        """Return the largest number of context tokens of a branch."""
         return max(sum(context.groups) for context, _ in self.kept._contexts.values())
 
 
 @dataclass(frozen=True)
 class DiTCurve:
-    """What a sample costs and how far it is from the exact solution, by solver, steps and guidance interval.
+    """Cost of a sample and its distance from the exact solution, by solver, steps and guidance interval.
 
-    Distance is the root mean square over latents of unit variance, to many small steps of Heun's method with guidance
-    everywhere. The network is a checkpoint's, drawn by its own scales and shift from features and captions of its val
-    images, or a small one that learns for a moment to draw a blurred copy of its
-    patches in a colour that the words name: such a one has a smooth velocity, as a trained network has.
+    The exact solution is computed with many small steps of Heun's method and guidance at all noise levels. Distance is
+    the root mean square difference over latents of unit variance. The network is that of a checkpoint, sampled with its
+    own guidance scales and shift from features and captions of its val images. Without a checkpoint, a small network is
+    trained briefly to generate a blurred copy of its patches in the colour named by the words; its velocity is smooth,
+    like that of a fully trained network.
 
     Args:
-        checkpoint: a run of a patch-conditioned DiT; None: the small one. train_steps, quick_train_steps: of the small
-            one.
-        samples, quick_samples: images. exact_steps, quick_exact_steps: of the exact solution.
+        checkpoint: a run of a patch-conditioned DiT; None: the small network. train_steps, quick_train_steps: training
+            steps of the small network.
+        samples, quick_samples: number of images. exact_steps, quick_exact_steps: steps of the exact solution.
         settings: lists of [solver, steps, lowest level, highest level].
     """
 
@@ -174,7 +177,7 @@ class DiTCurve:
     threads: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """For each setting `distance`, `ms` per image and branch `evaluations`, under names such as `heun_10_...`."""
+        """For each setting: `distance`, `ms` per image and branch `evaluations`, with names such as `heun_10_...`."""
         count = self.quick_samples if quick else self.samples
         with threads(self.threads):
             network, conditions, size, usual, guide = self._trained(
@@ -198,7 +201,7 @@ class DiTCurve:
     def _trained(
         self, count: int, train_steps: int
     ) -> tuple[PatchDiT, Conditions, tuple[int, int], Sampling, PatchDiT | None]:
-        """Network, conditions, size of the latents, sampling, and the guide where the model has one."""
+        """Return the network, conditions, size of the latents, sampling, and the model's guide network or None."""
         if self.checkpoint is None:
             toy, usual = ToyImages(), Sampling(text_scale=3.0, dino_scale=2.0)
             return toy.trained(train_steps), toy.batch(count, 10**6)[1], toy.size, usual, None
@@ -212,10 +215,10 @@ class DiTCurve:
 
 
 def held_out_batch(checkpoint: str, count: int) -> ImageTextBatch:
-    """So many validation images of one size, of the data that a run was trained on.
+    """Return `count` validation images of one size, from the data of a training run.
 
     Raises:
-        FileNotFoundError: its shards are not there. ValueError: they hold fewer of each size.
+        FileNotFoundError: the shards do not exist. ValueError: the shards have fewer than `count` images of each size.
     """
     data = build_stored(read_checkpoint(checkpoint)[HEADER]["config"]["data"], "data")
     data.batch_size, data.num_workers = count, 0
@@ -237,8 +240,8 @@ def timed(
     repetitions: int,
     guide: PatchDiT | None = None,
 ) -> tuple[Tensor, float, int]:
-    """A sample, the median of the times it took in seconds, and evaluations of branches (the guide's is one) for each
-    image."""
+    """Return a sample, the median of its times in seconds, and the number of branch evaluations per image (an
+    evaluation of the guide network counts as one)."""
     rows: list[int] = []
     networks = [each for each in (network, guide) if each is not None]
     hooks = [each.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0]))) for each in networks]
@@ -257,7 +260,7 @@ def timed(
 
 
 class ToyImages:
-    """8 x 8 latents of 3 channels: a bump where the patches say, in the colour that the words say."""
+    """8 x 8 latents of 3 channels: a bump at the position given by the patches, in the colour given by the words."""
 
     size = (8, 8)
     colours = 4
@@ -268,7 +271,7 @@ class ToyImages:
         self.shades = torch.randn(self.colours, 3, generator=generator)
 
     def batch(self, count: int, seed: int) -> tuple[Tensor, Conditions]:
-        """Latents and their conditions."""
+        """Return latents and their conditions."""
         generator = torch.Generator().manual_seed(seed)
         centre = torch.rand(count, 2, generator=generator) * 1.6 - 0.8
         colour = torch.randint(self.colours, (count,), generator=generator)
@@ -284,7 +287,7 @@ class ToyImages:
         return latents, Conditions(text, mask, patches.mean(1), patches, (8, 8))
 
     def trained(self, steps: int) -> PatchDiT:
-        """A small network after so many steps."""
+        """Return a small network trained for `steps` steps."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = PatchDiT(3, 16, 8, width=96, depth=4, heads=3, patch_size=1, position_cells=8)
@@ -306,11 +309,11 @@ class ToyImages:
 
 @dataclass(frozen=True)
 class DiTStep(DiTWork):
-    """A training step (forward, loss, backward) beside one of the CLS-only model, and its memory.
+    """Time and memory of a training step (forward, loss, backward), compared with a step of the CLS-only model.
 
-    ``estimated_512px_bf16_gb`` is counted, not measured: what is there throughout (float32 weights, two Adam moments
-    and the weights' average: ``estimated_weights_and_states_gb``), and the most that activations, gradients and bf16
-    copies of the weights take together (``estimated_step_gb``), with attention by a fused kernel, as on a GPU.
+    ``estimated_512px_bf16_gb`` is counted, not measured. It is the sum of the permanent memory (float32 weights, two
+    Adam moments and the EMA: ``estimated_weights_and_states_gb``) and of the peak of activations, gradients and bf16
+    copies of the weights together (``estimated_step_gb``), with a fused attention kernel, as on a GPU.
     """
 
     def run(self, quick: bool) -> dict[str, float]:
@@ -325,7 +328,7 @@ class DiTStep(DiTWork):
                 sides[name] = self._step(options, device)
             repetitions, limit_s = self.effort(quick)
             seconds = interleaved_seconds(sides, repetitions, device, limit_s)
-            # On the CPU the events of every tensor are recorded: one step each.
+            # On the CPU the events of every tensor are recorded, so only one step of each side is measured.
             peaks = {name: peak_extra_bytes(work, device) for name, work in sides.items()}
             figures["patches_over_cls_time"] = round(float(np.median(seconds["patches"] / seconds["cls"])), 3)
             figures["step_ms"] = milliseconds(seconds["patches"])
@@ -344,7 +347,7 @@ class DiTStep(DiTWork):
         return TrainingStep(network.train(), conditions, self.latent)
 
     def _estimate(self) -> dict[str, float]:
-        """Memory of a step at the whole depth under bf16 autocast, counted (`keygrip.training.memory`)."""
+        """Count the memory of a step at full depth under bf16 autocast (`keygrip.training.memory`)."""
         meta = torch.device("meta")
         network, length = random_network(self.overrides, meta)
         cpu = torch.device("cpu")
@@ -361,14 +364,14 @@ class DiTStep(DiTWork):
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Forward, loss and backward of one batch at fixed noise and levels."""
+    """Forward, loss and backward of one batch with fixed noise and noise levels."""
 
     network: PatchDiT
     conditions: Conditions
     latent: int
 
     def loss(self, device: torch.device | None = None) -> Tensor:
-        """On a device; None: the network's."""
+        """Return the loss, computed on `device`; None: the network's device."""
         device = device or next(self.network.parameters()).device
         batch = len(self.conditions.text) if self.conditions.text is not None else 1
         data, noise = (
@@ -387,7 +390,8 @@ class TrainingStep:
 
 
 def random_network(overrides: Sequence[str], device: torch.device) -> tuple[PatchDiT, int]:
-    """The network of a training config with random weights, none of them zero; and the length of its text."""
+    """Return the network of a training config, with random weights in place of all-zero weight matrices, and the text
+    length of its encoders."""
     from hydra.utils import instantiate
 
     config = compose("train", overrides)
@@ -407,7 +411,7 @@ def random_network(overrides: Sequence[str], device: torch.device) -> tuple[Patc
 def random_conditions(
     network: PatchDiT, batch: int, length: int, tokens: int, grid: int, device: torch.device
 ) -> Conditions:
-    """Noise for features; so many of the text's tokens are real."""
+    """Return conditions with noise as features; the first `tokens` text tokens are valid, the rest is padding."""
     if tokens > length:
         raise ValueError(f"text_tokens={tokens} do not fit into the encoders' {length}")
     generator = torch.Generator().manual_seed(0)
@@ -419,5 +423,5 @@ def random_conditions(
 
 
 def blocks_of(overrides: Sequence[str]) -> int:
-    """Depth that a training config gives its network."""
+    """Return the depth of the network in a training config."""
     return int(compose("train", overrides).model.network.depth)

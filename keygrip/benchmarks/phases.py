@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, seen from inside a real training run."""
+"""Measure the time of each phase of a training step inside a real training run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from keygrip.benchmarks.training import PHASES
 
 
 class PhaseTimes(Callback):
-    """Takes the time at the joints of every step and writes the sums into a JSON file when training ends.
+    """Record the time between the phases of every step and write the sum of each phase to a JSON file when training
+    ends.
 
-    ``data_wait``: from the end of a step to the start of the next, which is waiting on the loader and moving the batch.
-    ``forward``: network, loss and metrics. ``backward``. ``optimizer``: clipping, step, weight averaging and what other
-    callbacks do after a step. On a GPU the joints are marked on its stream, so that nothing has to wait for a clock.
+    ``data_wait``: from the end of a step to the start of the next: waiting for the loader and moving the batch.
+    ``forward``: network, loss and metrics. ``backward``. ``optimizer``: clipping, step, EMA and the work of other
+    callbacks after a step. On a GPU, events on its stream mark the times, so that nothing needs to synchronise.
 
-    It belongs last in the list of callbacks. Validation in the middle of training would count as waiting: switch it
+    It must be the last in the list of callbacks. Validation during training would count as ``data_wait``: switch it
     off.
 
     Args:
-        path: the file, with ``seconds`` by phase, ``steps`` and ``samples``. skip_steps: at the start, in which workers
-            start and kernels are chosen.
+        path: the file, with ``seconds`` by phase, ``steps`` and ``samples``. skip_steps: steps at the start that are
+            not counted, while workers start and kernels are selected.
     """
 
     def __init__(self, path: str, skip_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Precomputing image shards: images per second, and the share of time that the encoders wait for data."""
+"""Precomputing image shards: images per second, and the fraction of time that the encoders wait for data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from keygrip.data.video_text.conversations import encode_jpeg
 
 @dataclass(frozen=True)
 class Precompute:
-    """`step=images` on images as a camera's, into a folder that is removed again.
+    """Run `step=images` on images of the size of a camera's, with the output in a temporary folder.
 
-    ``items_per_s`` and ``data_wait_share`` (from the first batch on), ``encode_share``, ``start_s`` (until the first
-    batch), ``mb_per_item`` on the disk.
+    ``items_per_s`` and ``data_wait_share`` (both from the first batch on), ``encode_share``, ``start_s`` (time until
+    the first batch), ``mb_per_item`` (size on disk).
 
     Args:
-        overrides: of ``keygrip.train``, which say what encoders; their weights are random unless they name others.
-        images, quick_images: how many JPEG files. width, height: of each.
+        overrides: overrides of ``keygrip.train`` that select the encoders; the encoders' weights are random unless the
+            overrides name others.
+        images, quick_images: number of JPEG files. width, height: size of each image.
         size, bucket_step: of the buckets.
         batch_size, workers, device: see :func:`keygrip.data.image_text.sources.images.encode_folder`.
     """
@@ -40,7 +41,7 @@ class Precompute:
     device: str
 
     def run(self, quick: bool) -> dict[str, float]:
-        """The figures."""
+        """Return the figures."""
         from hydra.utils import instantiate
 
         encoders: Any = instantiate(compose("train", self.overrides).encoders, _convert_="all")
@@ -65,7 +66,8 @@ class Precompute:
         return {**{name: report[name] for name in names}, "items": count, "mb_per_item": stored / count / 2**20}
 
     def write(self, folder: Path, count: int) -> int:
-        """Writes captioned JPEG files about as hard to decode as photographs, wide and upright; their number."""
+        """Write captioned JPEG files, half of them in portrait format, about as costly to decode as photographs; return
+        their number."""
 
         rng = np.random.default_rng(0)
         folder.mkdir(parents=True)
@@ -73,7 +75,7 @@ class Precompute:
         whole = [np.kron(frame, np.ones((8, 8, 1), np.uint8)) for frame in coarse]
         files = [encode_jpeg(frame if n % 2 else frame.transpose(1, 0, 2), 90) for n, frame in enumerate(whole)]
         for number in range(count):
-            # No two files have the same content: those would be one image. Decoders ignore what follows the image.
+            # All files must differ: files with equal content would count as one image. Decoders ignore trailing bytes.
             (folder / f"{number:06d}.jpg").write_bytes(files[number % len(files)] + number.to_bytes(4, "big"))
             (folder / f"{number:06d}.txt").write_text(f"noise number {number} in many colours")
         return count

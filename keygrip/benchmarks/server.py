@@ -1,4 +1,4 @@
-"""The policy server: time of a request over the machine's own network, and how many a second it answers."""
+"""The policy server: time of a request over the local network interface, and requests per second."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.server import PolicyServer
 from keygrip.runtime.service import Limits
 
-START_S = 300.0  # limit for the server's start on a busy machine
+START_S = 300.0  # time limit for the start of the server on a busy machine
 
 
 @dataclass(frozen=True)
 class Server:
-    """``RemotePolicy.plan`` against a server in a process of its own. Weights are random.
+    """Time of ``RemotePolicy.plan`` with a server in a separate process. Weights are random.
 
     Args:
-        overrides: of ``keygrip.train``, which say what volume-query policy.
-        clients: robots that ask at once, for `requests_per_s`; the server is told to let so many wait.
-        requests, quick_requests: of one robot alone, and as many of the crowd together; fewer where they take longer
-            than ``limit_s`` or ``quick_limit_s`` each. warm_up: before those.
-        device: that the server computes on.
+        overrides: overrides of ``keygrip.train`` that select the volume-query policy.
+        clients: robots that send requests at the same time, for `requests_per_s`; the server's queue holds that many.
+        requests, quick_requests: requests of one robot alone, and the same number of all robots together; fewer if the
+            requests of one robot take longer than ``limit_s`` or ``quick_limit_s``. warm_up: requests before them.
+        device: device of the server.
     """
 
     overrides: Sequence[str]
@@ -46,9 +46,9 @@ class Server:
     device: str = "cpu"
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`p50_ms` and `p95_ms` of one robot's requests, `plan_p50_ms` of the policy inside of them, `requests_per_s`
-        and `crowd_p95_ms` of `clients` robots, and `batched_requests_per_s` of as many whose plans are computed
-        together (`limits.batch`)."""
+        """`p50_ms` and `p95_ms` of one robot's requests, `plan_p50_ms` of the policy within these requests,
+        `requests_per_s` and `crowd_p95_ms` of `clients` robots, and `batched_requests_per_s` of `clients` robots whose
+        plans are computed as one batch (`limits.batch`)."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -64,7 +64,7 @@ class Server:
         except EOFError as error:
             raise ChildProcessError("the server's process has died") from error
         finally:
-            ours.close()  # tells it to stop
+            ours.close()  # this stops the server
             process.join(30)
             if process.is_alive():
                 process.kill()
@@ -74,7 +74,7 @@ class Server:
         observation = looking_down(compose("train", self.overrides).data.record.image_size)
 
         def ask(url: str, count: int) -> list[float]:
-            """Seconds of each of one robot's requests."""
+            """Return the seconds of each request of one robot."""
             seconds: list[float] = []
             with RemotePolicy(url, timeout_s=60) as policy:
                 for request in range(-self.warm_up, count):
@@ -87,7 +87,7 @@ class Server:
             return seconds
 
         def crowd_at(url: str) -> tuple[list[list[float]], float]:
-            """Seconds of each request of a crowd, by robot, and requests per second, warm-up included."""
+            """Return the seconds of each request of all robots, by robot, and requests per second with warm-up."""
             began = time.perf_counter()
             with ThreadPoolExecutor(self.clients) as crowd:
                 together = list(crowd.map(partial(ask, url), [requests // self.clients] * self.clients))
@@ -111,7 +111,8 @@ class Server:
 
 
 def closed(parent: Connection) -> asyncio.Event:
-    """Set once the other end of a connection that carries no messages to here is closed; called in an event loop."""
+    """Return an event that is set when the other end of a connection is closed. The other end must send no messages;
+    call this in an event loop."""
     event, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def wait() -> None:
@@ -123,7 +124,8 @@ def closed(parent: Connection) -> asyncio.Event:
 
 
 def _serve(overrides: list[str], device: str, clients: int, parent: Connection) -> None:
-    """Two servers of one policy until the other end of `parent` is closed: plans one by one, and in batches."""
+    """Run two servers of one policy until the other end of `parent` is closed: one computes plans one by one, the other
+    in batches."""
     policy = untrained(compose("train", overrides)).to(device).policy()
     about = {"model": type(policy.module).__name__}
 

@@ -1,4 +1,4 @@
-"""Clients of a policy server in a process of their own, without torch: robots of both protocols, a probe, attackers."""
+"""Clients of a policy server in a separate process, without torch: robots of both protocols, a probe and attackers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Answers = list[np.ndarray]  # one client's plans: [T, 8] position, quaternion w 
 def http_clients(
     url: str, observations: Sequence[dict[str, Any]], seeds: Sequence[int], requests: int
 ) -> list[Answers]:
-    """The plans of some robots of one arm, each with its seed, over HTTP; client i begins at observation i."""
+    """Return the plans of several robots with one arm over HTTP, one robot per seed; the robot with seed i starts at
+    observation i."""
 
     def robot(seed: int) -> Answers:
         plans = []
@@ -47,7 +48,7 @@ def http_clients(
 def openpi_clients(
     url: str, observations: Sequence[dict[str, Any]], seeds: Sequence[int], requests: int
 ) -> list[Answers]:
-    """As `http_clients`, over openpi's websocket protocol."""
+    """Like `http_clients`, over openpi's websocket protocol."""
     import aiohttp
 
     bodies = [pack({name: np.asarray(value) for name, value in seen.items()}) for seen in observations]
@@ -77,8 +78,8 @@ def openpi_clients(
 
 
 def probe(url: str, stop: Connection) -> tuple[list[float], list[float]]:
-    """Seconds of each ``GET /health`` until `stop` says so, and how late this process itself was woken before each:
-    what the machine's other processes cost, server or not."""
+    """Send ``GET /health`` repeatedly until `stop` receives a message. Return the seconds of each request, and how late
+    this process was woken before each request: the delay caused by all other processes, not only the server."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=PATIENCE_S)
@@ -95,8 +96,8 @@ def probe(url: str, stop: Connection) -> tuple[list[float], list[float]]:
 
 
 def attack(url: str, stop: Connection) -> int:
-    """Sends bodies of many names, deep headers and damaged messages until `stop` says so; how many were answered with
-    a plan."""
+    """Send bodies with many names, deeply nested headers and damaged messages until `stop` receives a message; return
+    how many were answered with a plan."""
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     headers = [
         json.dumps({f"{number:032x}": entry for number in range(FLOOD_NAMES)}).encode(),
@@ -123,7 +124,8 @@ ROLES = {"http": http_clients, "openpi": openpi_clients, "probe": probe, "attack
 
 
 def play(role: str, parent: Connection, url: str, arguments: tuple[Any, ...]) -> None:
-    """One role in a process: says that it is ready, begins when told, sends what it has found (or the error)."""
+    """Run one role in a process: report that it is ready, start when `parent` sends a message, send the result or the
+    error to `parent`."""
     parent.send(None)
     parent.recv()
     try:

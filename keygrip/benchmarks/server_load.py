@@ -1,4 +1,4 @@
-"""The policy server under load: every plan of many clients against the policy in process, and `/health` meanwhile."""
+"""The policy server under load: compare every plan of many clients with the policy's own, and time `/health`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ DONE_S = 3600.0
 
 @dataclass(frozen=True)
 class ServerLoad:
-    """Robots of both protocols at once, half of each, each with its own seed, while others attack. Weights are random;
-    the policy draws by chance, so that a session which another client disturbs gives other plans.
+    """Robots of both protocols at the same time, half of them per protocol, each with its own seed, during an attack.
+    Weights are random. The policy samples its plans, so a session that another client disturbs returns different plans.
 
     Args:
-        overrides: of ``keygrip.train``, which say what volume-query policy.
-        clients: robots, each of one process's threads or tasks a protocol. requests, quick_requests: of all together.
-        batch: of the server (`limits.batch`). observations: different ones, which the robots take in turn.
-        attackers: processes that send what must be refused.
+        overrides: overrides of ``keygrip.train`` that select the volume-query policy.
+        clients: number of robots; the robots of one protocol are threads or tasks of one process. requests,
+            quick_requests: number of requests of all robots together.
+        batch: batch size of the server (`limits.batch`). observations: number of different observations, which each
+            robot sends in turn.
+        attackers: number of processes that send requests which must be refused.
     """
 
     overrides: Sequence[str]
@@ -49,9 +51,9 @@ class ServerLoad:
     attackers: int = 1
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`different`: plans that are not the policy's own, bit for bit; `not_finite`; `largest_difference_m`;
-        `attacks_answered`; `health_p50_ms`, `health_p99_ms` and `health_max_ms`, and beside them `probe_late_*`, how
-        late the machine wakes a process that only sleeps; `requests_per_s`."""
+        """`different`: number of plans that are not bitwise equal to the policy's own; `not_finite`;
+        `largest_difference_m`; `attacks_answered`; `health_p50_ms`, `health_p99_ms` and `health_max_ms`, and for
+        comparison `probe_late_*`, how late the machine wakes a process that only sleeps; `requests_per_s`."""
         each = max(1, (self.quick_requests if quick else self.requests) // self.clients)
         context = multiprocessing.get_context("spawn")
         stop, theirs = context.Pipe()
@@ -84,7 +86,7 @@ class ServerLoad:
             answers = [each_answers for _, connection in players[:2] for each_answers in _heard(connection, DONE_S)]
             wall_s = time.perf_counter() - began
             for _, connection in players[2:]:
-                connection.send(None)  # enough
+                connection.send(None)  # stops it
             (health, late), *attacked = [_heard(connection, START_S) for _, connection in players[2:]]
         finally:
             stop.close()
@@ -106,7 +108,7 @@ class ServerLoad:
         }
 
     def _judged(self, answers: list[server_clients.Answers], seen: list[dict[str, Any]]) -> dict[str, float]:
-        """The plans of all clients against those of the policy in this process."""
+        """Compare the plans of all clients with the plans of the policy in this process."""
         policy, different, not_finite, largest = _policy(self.overrides), 0, 0, 0.0
         for seed, plans in enumerate(answers):
             own = seeded(policy, seed)
@@ -125,7 +127,7 @@ class ServerLoad:
 
 
 def _observations(overrides: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """Observations of noise, from arms at different places."""
+    """Return observations with noise images and different arm positions."""
     base, rng = looking_down(compose("train", overrides).data.record.image_size), np.random.default_rng(0)
     return [
         base
@@ -139,19 +141,19 @@ def _observations(overrides: Sequence[str], count: int) -> list[dict[str, Any]]:
 
 
 def _policy(overrides: Sequence[str]) -> Policy:
-    """The policy with random weights, equal in every process; it draws its plans by chance."""
+    """Return the policy with random weights, which are equal in every process; it samples its plans."""
     import torch
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    # what an untrained policy draws may lie anywhere: kept in the box, where the server refuses no plan
+    # an untrained policy may sample any position: kept inside the box, so that the server refuses no plan
     policy: Policy = replace(untrained(compose("train", overrides)).policy(), decoder="sample", margin_m=0.01)
     return policy
 
 
 def _heard(connection: Connection, seconds: float) -> Any:
-    """What a process says. Raises TimeoutError: nothing within that time; ChildProcessError: it died; RuntimeError: a
-    client failed, with what it raised."""
+    """Return the next message of a process. Raises TimeoutError: no message within that time; ChildProcessError: the
+    process died; RuntimeError: a client failed, with its error."""
     try:
         if not connection.poll(seconds):
             raise TimeoutError(f"a process of the measurement has said nothing for {seconds:g} s")
@@ -164,7 +166,7 @@ def _heard(connection: Connection, seconds: float) -> Any:
 
 
 def _serve(overrides: list[str], clients: int, batch: int, parent: Connection) -> None:
-    """A server until the other end of `parent` is closed."""
+    """Run a server until the other end of `parent` is closed."""
     policy: Any = _policy(overrides)
     limits = Limits(waiting=2 * clients, batch=batch, requests=4 * clients)
     server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, limits)

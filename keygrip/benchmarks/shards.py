@@ -1,4 +1,4 @@
-"""Shards of videos with text: padding, speed and the time to resume, with nothing that consumes the batches."""
+"""Shards of videos with text: padding, loading speed and time to resume, without a model that trains on the batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BATCHES = 300  # of an epoch that are packed: the packing is the slow part
 
 
 class Bytes:
-    """Stands for a language model's collator: a token for every four characters, and no tokenizer to wait for."""
+    """Stand-in for a language model's collator: one token per four characters, without a tokenizer."""
 
     def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
         frames, frame_mask = stack_frames(samples)
@@ -57,8 +57,8 @@ class Bytes:
 
 
 def web_videos(samples: int) -> list[Component]:
-    """So many samples as of a collection of web videos: most are short, captions and conversations vary widely; and
-    texts, of which 14 % of an epoch are."""
+    """Return two components like those of a collection of web videos: `samples` videos, most of them short, with
+    captions and conversations of widely varying length; and texts without videos, 14 % of an epoch."""
     rng = np.random.default_rng(0)
     frames = np.clip(np.exp(rng.normal(2.5, 0.8, samples)), 1, MAX_FRAMES).astype(np.int64)
     videos = np.clip(np.exp(rng.normal(4.8, 0.7, samples)), 20, 4000) / CHARACTERS_A_TOKEN
@@ -70,15 +70,18 @@ def web_videos(samples: int) -> list[Component]:
 
 @dataclass(frozen=True)
 class Shards:
-    """Three figures, and what is behind them.
+    """Padding, loading speed and time to resume.
 
-    ``padding_share``: of the language model's positions, over an epoch of videos of 1 to 64 frames with 14 % text (and
-    what it would be without buckets). ``samples_per_s``: decoded and batched by one process. ``resume_s``: opening the
-    shards, computing the order of such an epoch, and the first batch.
+    ``padding_share``: fraction of the language model's positions that are padding, over an epoch of videos of 1 to 64
+    frames with 14 % text (``unbucketed_padding_share``: without buckets). ``samples_per_s``: samples decoded and
+    batched by one process. ``resume_s``: time to open the shards, compute the order of such an epoch, and load the
+    first batch.
 
     Args:
-        epoch_samples: of the manifest from which the padding is computed. batch_size: of the epoch and of the loader.
-        videos, quick_videos: that are written and read, each of `frames` images of `image_size` pixels.
+        epoch_samples: samples of the manifest from which the padding is computed. batch_size: of the epoch and of the
+            loader (the loader uses at most 8).
+        videos, quick_videos: number of videos that are written and read, each of `frames` images of `image_size`
+            pixels.
     """
 
     epoch_samples: int
@@ -89,7 +92,7 @@ class Shards:
     image_size: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """The figures."""
+        """Return the figures."""
         mixture = self.mixture()
         started = time.perf_counter()
         order = mixture.order(1)
@@ -113,11 +116,11 @@ class Shards:
         return figures | {"order_s": order_s, "frames_a_sample": float(first.frame_mask.sum() / len(first))}
 
     def mixture(self) -> Mixture:
-        """The epoch's samples, in batches of so many."""
+        """Return the samples of the epoch in batches of `batch_size`."""
         return Mixture(web_videos(self.epoch_samples), self.batch_size)
 
     def write(self, root: Path, videos: int) -> Path:
-        """A shard set of noise that is about as hard to decode as images are."""
+        """Write a shard set of noise images that are about as costly to decode as real images; return its folder."""
         rng = np.random.default_rng(0)
         coarse = rng.integers(0, 256, (self.frames, self.image_size // 8, self.image_size // 8, 3), dtype=np.uint8)
         images = [encode_jpeg(np.kron(frame, np.ones((8, 8, 1), np.uint8)), 90) for frame in coarse]
@@ -130,7 +133,7 @@ class Shards:
         return root
 
     def module(self, root: Path) -> VideoTexts:
-        """The data module, in one process."""
+        """Return the data module, which loads in one process."""
         source = ShardSource(root, val_fraction=0.0)
         data = VideoTexts({"noise": source}, Bytes(), self.image_size, min(self.batch_size, 8), num_workers=0)
         data.setup("fit")
@@ -139,16 +142,16 @@ class Shards:
 
 @dataclass(frozen=True)
 class BudgetPadding:
-    """Padding of the batches that a stage's budget fills, counted from lengths; nothing is timed.
+    """Padding of the batches that a stage's budget allows, computed from lengths; nothing is timed.
 
-    An index knows characters; what a text takes in tokens differs from the usual share of them, here by a factor that
-    is log-normal with `spread`. Batches are planned by the tokens, as in training, and for comparison by the characters
-    (``data.budget.exact_lengths=false``: what nearly all texts stay below); both are kept within the budget by the
-    tokens.
+    An index contains the number of characters of a text. The number of tokens per character differs from text to text,
+    here by a log-normal factor with `spread`. Batches are planned by the number of tokens, as in training, and for
+    comparison by the number of characters (``data.budget.exact_lengths=false``, with an upper estimate that holds for
+    nearly all texts). In both cases the batches are then limited to the budget by the number of tokens.
 
     Args:
-        recipe: overrides of ``keygrip.train``. epoch_samples: of the videos of `web_videos`. spread: of the logarithm
-            of the tokens per character, from text to text.
+        recipe: overrides of ``keygrip.train``. epoch_samples, quick_samples: number of videos in `web_videos`. spread:
+            standard deviation of the logarithm of the tokens per character, over texts.
     """
 
     recipe: Sequence[str]
@@ -157,11 +160,11 @@ class BudgetPadding:
     spread: float
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`padding_share` of the positions; `packed_padding_share` with `model.network.pack_rows=true`; `filled_share`
-        of the budget's frames or positions, whichever is fuller; `left_out_share` of the samples;
-        `same_neighbours_share` of the samples beside a sample in its batch that are beside it in the next epoch too.
-        `estimated_*`: the same of batches planned by characters, and `known_padding_share`, if every character were the
-        same share of a token."""
+        """`padding_share` of the positions; `packed_padding_share` with `model.network.pack_rows=true`; `filled_share`:
+        used fraction of the budget's frames or positions, whichever is larger; `left_out_share` of the samples;
+        `same_neighbours_share`: fraction of the samples in the same batch as a sample that share its batch again in the
+        next epoch. `estimated_*`: the same figures of batches planned by characters. `known_padding_share`: padding
+        planned by characters if the number of tokens per character were constant."""
         samples = self.quick_samples if quick else self.epoch_samples
         estimated = self._figures(samples, self.spread, exact=False)
         return {
@@ -204,7 +207,7 @@ class BudgetPadding:
         }
 
     def _estimated(self, part: Component, cut: int, spread: float) -> Component:
-        """With the positions that nearly all samples stay below."""
+        """Return the component with an upper estimate of positions that holds for nearly all samples."""
         nearly_all = np.exp(spread * NormalDist().inv_cdf(NEARLY_ALL))
         return replace(
             part,
@@ -213,15 +216,15 @@ class BudgetPadding:
         )
 
     def _kept(self, batch: np.ndarray, taken: np.ndarray, budget: Budget) -> np.ndarray:
-        """As `keygrip.data.video_text.batching.WithinBudget`, of one row for each sample."""
+        """Limit a batch to the budget like `keygrip.data.video_text.batching.WithinBudget`, with one row per sample."""
         order = batch[np.argsort(taken[batch], kind="stable")]
         fits = np.arange(1, len(order) + 1) * taken[order] <= budget.positions
         return order[: max(1, int(fits.sum()))]
 
 
 def same_neighbours(batches: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    """Of the samples that share a batch with a sample in one epoch, the share that does in another; of the samples that
-    both epochs have, each counted once."""
+    """Return the fraction of sample pairs in the same batch in one epoch that are in the same batch in another epoch
+    too; only samples that occur in both epochs count."""
     place = {sample: number for number, batch in enumerate(others) for sample in batch.tolist()}
     pairs = same = 0
     for batch in batches:

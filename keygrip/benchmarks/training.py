@@ -1,4 +1,4 @@
-"""Samples a second of a real training run, and where its time goes."""
+"""Samples per second of a real training run, and the time of its phases."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PHASES = ("data_wait", "forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Training:
-    """``python -m keygrip.train`` as a user starts it, on frames that have not been decoded before.
+    """``python -m keygrip.train`` as a user starts it, on frames that were not decoded before.
 
     Args:
-        overrides: of ``keygrip.train``. demos, quick_demos: how many to record.
-        steps, quick_steps: counted steps. skip_steps: before those.
+        overrides: of ``keygrip.train``. demos, quick_demos: number of demos to record.
+        steps, quick_steps: measured steps. skip_steps: steps before those.
     """
 
     overrides: Sequence[str]
@@ -36,10 +36,11 @@ class Training:
     skip_steps: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """``samples_per_s`` and the shares of waiting on data, forward, backward and optimizer, which add up to 1.
+        """Measure ``samples_per_s`` and the fractions of waiting for data, forward, backward and optimizer, which add
+        up to 1.
 
         Raises:
-            ChildProcessError: the training run failed; what it says stands on standard error.
+            ChildProcessError: The training run failed; its output is on standard error.
         """
         config = compose("train", self.overrides)
         steps = self.skip_steps + (self.quick_steps if quick else self.steps)
@@ -60,7 +61,7 @@ class Training:
 
     def _train(self, config: DictConfig, folder: Path, root: Path, steps: int) -> dict[str, Any]:
         phases = folder / "phases.json"
-        # A process of its own: the run that is measured is the one that users start, with nothing of this one in it.
+        # A separate process, so that the measured run is the one that users start, without anything of this process.
         command = [
             *(sys.executable, "-m", "keygrip.train", *self.overrides),
             f"data.root={root}",

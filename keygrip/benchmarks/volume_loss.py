@@ -1,8 +1,10 @@
-"""The exact volume loss, factorised (one camera) or streamed over the heights (two), against the dense volume.
+"""The exact volume loss, factorised (one camera) or streamed over the heights (two cameras), compared with the loss on
+the dense volume.
 
-Both sides start from the same leaves (the queries' pixel and height parts and the feature map), build the volume's
-parts with the same products, and go back to the leaves' gradients; the one sums two small softmaxes, the other writes
-the volume out. Logits live as long as the backward pass needs them and no longer, as in a training step.
+Both sides start from the same leaf tensors (the pixel and height parts of the queries, and the feature map), compute
+the parts of the volume with the same products, and compute the gradients of the leaves. One side sums two small
+softmaxes, the other materialises the volume. As in a training step, logits are freed once the backward pass has used
+them.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ IMAGE_SIZE = 448  # side of both cameras' images, pixels
 
 @dataclass(frozen=True)
 class VolumeLoss(Timed):
-    """Forward and backward time and extra memory of both, in float32, on the CPU and on a GPU where there is one.
+    """Forward and backward time and extra memory of both sides, in float32, on the CPU and on a GPU if there is one.
 
-    The figures without a horizon in their name are those of the last horizon, of which those of two views are too.
+    Figures without a horizon in their name are those of the last horizon. Two views are measured only at the last
+    horizon.
 
-    Args (beside those of `Timed`, whose seconds are for each horizon):
-        horizons: T. batch_size: B. pred_size: P, cells along a side. height_bins: Z.
-        d_feat, d_sin_z: widths of the query's parts.
+    Args (in addition to those of `Timed`, whose limits in seconds apply to each horizon):
+        horizons: values of T. batch_size: B. pred_size: P, cells along a side. height_bins: Z.
+        d_feat, d_sin_z: widths of the pixel and height parts of a query.
     """
 
     horizons: Sequence[int]
@@ -43,10 +46,10 @@ class VolumeLoss(Timed):
     d_sin_z: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Figures of all horizons and devices.
+        """Return the figures of all horizons and devices.
 
         Raises:
-            RuntimeError: the two sides do not give the same gradients, so that comparing them means nothing.
+            RuntimeError: the two sides do not give the same gradients, so a comparison would be meaningless.
         """
         devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
         figures: dict[str, float] = {}
@@ -86,13 +89,13 @@ class VolumeLoss(Timed):
 
 @dataclass(frozen=True)
 class Problem:
-    """One loss to compute, with the leaves that it starts from.
+    """One loss to compute, with its leaf tensors.
 
     Attributes:
-        q_feat: ``[B, T, C]``. features: ``[B, C, P, P]``. q_z: ``[B, T, D]``; these three get gradients.
+        q_feat: ``[B, T, C]``. features: ``[B, C, P, P]``. q_z: ``[B, T, D]``; these three have gradients.
         sin_z: ``[Z, D]``. constant: ``[B, T]``. cells: ``[B, T, 2]`` (row, column). heights: ``[B, T]``.
-        further: a second camera's features ``[B, 1, C, P, P]``, with gradient, and where the first one's voxels lie in
-            them; None: one camera.
+        further: features of a second camera ``[B, 1, C, P, P]``, with gradient, and the projection of the first
+            camera's voxels into them; None: one camera.
     """
 
     q_feat: Tensor
@@ -106,7 +109,7 @@ class Problem:
 
     @classmethod
     def random(cls, sizes: VolumeLoss, horizon: int, device: torch.device, two_views: bool = False) -> Problem:
-        """Standard normal queries and features, uniform targets; the same on every device."""
+        """Return a problem with standard normal queries and features and uniform targets, the same on every device."""
         generator = torch.Generator().manual_seed(0)
         batch, side = sizes.batch_size, sizes.pred_size
 
@@ -133,7 +136,7 @@ class Problem:
         return replace(problem, further=(maps, where))
 
     def logits(self) -> VolumeLogits:
-        """The volume's parts, with leading shape ``[B, T]``."""
+        """Return the parts of the volume, with leading shape ``[B, T]``."""
         pixel = torch.einsum("btc,bchw->bthw", self.q_feat, self.features)
         world = None
         if self.further is not None:
@@ -141,11 +144,11 @@ class Problem:
         return VolumeLogits(pixel, self.q_z @ self.sin_z.T, self.constant, world)
 
     def factorised(self) -> tuple[Tensor, ...]:
-        """Gradients of the leaves by way of two small softmaxes, or of sums that are streamed over the heights."""
+        """Return the gradients of the leaves, computed with two small softmaxes, or with sums streamed over heights."""
         return self._gradients(volume_cross_entropy(self.logits(), hard_target(self.cells, self.heights)).mean())
 
     def dense(self) -> tuple[Tensor, ...]:
-        """Gradients of the leaves by way of the written-out volume."""
+        """Return the gradients of the leaves, computed with the materialised volume."""
         side = self.features.shape[-1]
         voxels = (self.heights * side + self.cells[..., 0]) * side + self.cells[..., 1]  # index into [Z, P, P]
         return self._gradients(F.cross_entropy(self.logits().dense().flatten(2).flatten(0, 1), voxels.flatten()))
@@ -156,8 +159,8 @@ class Problem:
 
 
 def _two_cameras(batch: int, height_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Intrinsics ``[B, 2, 3, 3]`` and poses ``[B, 2, 4, 4]`` of cameras above a table, 90 degrees apart, and heights
-    ``[Z]`` to 20 cm."""
+    """Return intrinsics ``[B, 2, 3, 3]`` and poses ``[B, 2, 4, 4]`` of two cameras above a table, 90 degrees apart, and
+    heights ``[Z]`` up to 20 cm."""
     poses = []
     for azimuth in (0.0, math.pi / 2):
         back = torch.tensor([math.cos(azimuth), math.sin(azimuth), 1.0]) / math.sqrt(2)  # towards the camera, 1 m away

@@ -1,1 +1,1 @@
-"""Networks and what they are made of; one folder a model."""
+"""Networks and their parts; one folder per model."""

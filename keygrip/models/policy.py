@@ -1,4 +1,4 @@
-"""The interface between policies and whatever runs them: what a policy is given, and the plan that it returns.
+"""The interface between policies and the code that runs them: the observation that a policy receives, and its plan.
 
 Imports neither torch nor Lightning: clients of a policy server use it too.
 
@@ -14,29 +14,29 @@ from typing import Any, Protocol
 import numpy as np
 
 LONGEST_INSTRUCTION = 1000  # bytes of UTF-8
-UNIT_SLACK = 0.02  # of unit quaternions and rotation matrices, after float32 and JSON
+UNIT_SLACK = 0.02  # tolerance of unit quaternions and rotation matrices, after float32 and JSON
 FOCAL_LENGTHS = (1.0, 1e6)  # pixels
-FARTHEST_M = 100.0  # of cameras and grippers from the world's origin
+FARTHEST_M = 100.0  # largest distance of cameras and grippers from the world's origin
 HELD_BACK_M = 1e-6  # less is rounding
 
 Observation = Mapping[str, Any]
-"""What the environment (or a robot's driver) gives: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
+"""Output of the environment or of a robot's driver: ``image`` [H, W, 3] uint8, ``intrinsics`` [3, 3],
 ``world_to_camera`` [4, 4], ``position`` [A, 3] metres, ``quaternion`` [A, 4] wxyz, ``gripper`` [A] 0 closed .. 1 open;
 with one arm the A axis may be left out. For policies that read them, ``instruction`` is a sentence, and ``cameras``
-holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name (None: it gives nothing now). Robots
-add ``time_s``: when it was taken, seconds on the robot's clock; arms that take joints, ``joints`` [A, J] radians, as
-reached."""
+holds ``image``, ``intrinsics`` and ``world_to_camera`` of several cameras by name (None: the camera has no image now).
+Robots add ``time_s``, the time of the observation in seconds on the robot's clock; arms that are controlled by joints
+add ``joints`` [A, J], the angles reached, in radians."""
 
 
 MATRICES = {"intrinsics": "3 x 3, pixels of that image", "world_to_camera": "4 x 4, metres"}  # of a camera
 
 
 def refuse_incomplete(observation: Any, needs: Needs) -> None:
-    """Refuses what is no observation, and names all that one lacks where that is more than one thing: a single one is
-    named where it is read.
+    """Refuse an input that is no observation, and an observation that lacks several entries; the message names all of
+    them. A single missing entry is reported where it is read.
 
     Args:
-        observation: what a policy was given. needs: of that policy.
+        observation: input of a policy. needs: what that policy needs.
 
     Raises:
         ValueError: it is no mapping, or lacks several of the entries that the policy reads.
@@ -53,7 +53,7 @@ def refuse_incomplete(observation: Any, needs: Needs) -> None:
             lacking.append(f"camera {name!r} in 'cameras'")
             continue
         view = views.get(name, observation)
-        if view is None or (not name and views):  # masked, or said by `image_of` with the names that there are
+        if view is None or (not name and views):  # masked, or reported by `image_of` with the known names
             continue
         within = f"cameras/{name}/" if name in views else ""
         lacking += [f"'{within}image' (H x W x 3 uint8, RGB)"] if view.get("image") is None else []
@@ -75,10 +75,10 @@ def refuse_incomplete(observation: Any, needs: Needs) -> None:
 
 
 def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Views of the named cameras, in this order: each with `image`, `intrinsics` and `world_to_camera`.
+    """Return the views of the named cameras, in this order: each with `image`, `intrinsics` and `world_to_camera`.
 
     Raises:
-        ValueError: a camera is missing, or gives nothing.
+        ValueError: a camera is missing, or has no image.
     """
     found = views_there(observation, cameras)
     blind = [name for name, view in zip(cameras, found, strict=True) if view is None]
@@ -90,7 +90,7 @@ def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[s
 
 
 def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any] | None]:
-    """As `views_of`, with None for a camera that the observation names and that gives nothing now.
+    """As `views_of`, with None for a camera that the observation names and that has no image now.
 
     Raises:
         ValueError: a camera is not named.
@@ -106,17 +106,17 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
 
 
 def called(observation: Observation, cameras: Sequence[str]) -> Sequence[str]:
-    """What messages call the views of `views_there` (see `image_of`): by name where the observation names its cameras,
-    and "" where its own image is that of the only camera."""
+    """Return the names of the views of `views_there` for messages (see `image_of`): the cameras' names if the
+    observation names its cameras, otherwise "" for the observation's own image."""
     return cameras if observation.get("cameras") else ("",)
 
 
 def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the arms are: position ``[A, 3]``, quaternion ``[A, 4]`` and gripper ``[A]`` of an observation, as it names
-    them; with one arm the A axis may be left out.
+    """Return the poses of the arms in an observation: position ``[A, 3]``, quaternion ``[A, 4]`` and gripper ``[A]``;
+    with one arm, the observation may leave out the A axis.
 
     Raises:
-        ValueError: one of them is missing, of another shape, not finite, or makes no sense.
+        ValueError: one of them is missing, of another shape, not finite, or implausible.
     """
     return (
         _numbers(observation, "position", (arms, 3), arms),
@@ -126,13 +126,13 @@ def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarra
 
 
 def image_of(view: Mapping[str, Any], camera: str = "") -> np.ndarray:
-    """The image ``[H, W, 3]`` uint8, RGB, of a camera.
+    """Return the image ``[H, W, 3]`` uint8, RGB, of a camera.
 
     Args:
         camera: its name in the observation's `cameras`, for messages; "": the view is the observation.
 
     Raises:
-        ValueError: it is missing, or something else.
+        ValueError: the image is missing, or of another shape or type.
     """
     if view.get("image") is None:
         others = view.get("cameras") or {}
@@ -146,10 +146,10 @@ def image_of(view: Mapping[str, Any], camera: str = "") -> np.ndarray:
 
 
 def instruction_of(observation: Observation) -> str:
-    """The sentence that says what to do.
+    """Return the observation's instruction.
 
     Raises:
-        ValueError: there is none, an empty one, or one beyond `LONGEST_INSTRUCTION`.
+        ValueError: the instruction is missing, empty, or longer than `LONGEST_INSTRUCTION`.
     """
     instruction = observation.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
@@ -162,7 +162,7 @@ def instruction_of(observation: Observation) -> str:
 
 
 def calibration_of(view: Mapping[str, Any], camera: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """The intrinsics ``[3, 3]`` and the pose ``[4, 4]``, world to camera, of a camera.
+    """Return the intrinsics ``[3, 3]`` and the pose ``[4, 4]``, world to camera, of a camera.
 
     Args:
         camera: as for `image_of`.
@@ -185,7 +185,7 @@ def _numbers(
     if name not in seen:
         raise ValueError(f"{whose} lacks {name!r}, which is {wanted} numbers")
     try:
-        value = np.array(seen[name], dtype=np.float64)  # a copy: torch warns of arrays that cannot be written
+        value = np.array(seen[name], dtype=np.float64)  # a copy: torch warns of read-only arrays
         value = arm_axis(value, len(shape) - 1) if arms == 1 else value
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name!r} of {whose} must be {wanted} numbers: {error}") from error
@@ -200,7 +200,7 @@ def _numbers(
 
 
 def implausible(name: str, value: np.ndarray) -> str | None:
-    """Why an entry of an observation, of the right shape and finite, cannot be what its name says; None: it can."""
+    """Return why an entry of an observation, of the right shape and finite, is implausible; None: it is plausible."""
     if name == "intrinsics":
         focal = (value[0, 0], value[1, 1])
         if min(focal) < FOCAL_LENGTHS[0] or not np.allclose(value[2], [0, 0, 1]):
@@ -234,12 +234,12 @@ class Plan:
         step_seconds: time between steps; step 1 is that far in the future.
         uncertainty: ``[A, T]`` 0 certain .. 1, or None where the policy has none.
         joints: ``[A, T, J]`` radians. controller: ``[A, T, D]`` inputs of the robot's controller. The same motion in
-            the terms in which the policy plans it, for robots that take them; None where it plans poses.
-        time_s: when the observation was taken that it is made from, seconds on the robot's clock; None where it is
-            not known. Step k is due at time_s + k step_seconds, k from 1.
-        held_back: ``[A, 3]`` metres along x, y and z: how far at most the policy moved the positions of an arm's steps
-            back towards those seen in training (see `margin_m` of the policy). Zeros: not at all; None: the policy
-            moves none.
+            the space in which the policy plans, for robots that accept these inputs; None if it plans poses.
+        time_s: time of the observation that the plan is computed from, seconds on the robot's clock; None if it is not
+            known. Step k is due at time_s + k step_seconds, k from 1.
+        held_back: ``[A, 3]`` metres along x, y and z: the largest distance by which the policy moved positions of an
+            arm's steps back towards those seen in training (see `margin_m` of the policy). Zeros: no position was
+            moved; None: the policy moves no positions.
     """
 
     position: np.ndarray
@@ -254,8 +254,8 @@ class Plan:
 
 
 def held_back_m(plan: Plan) -> float | None:
-    """The largest distance along an axis, metres, by which a plan was held back, 0 where it was not; None: its policy
-    holds none back."""
+    """Return the largest distance along an axis, metres, by which a plan was held back, 0 if it was not; None: its
+    policy holds no plan back."""
     if plan.held_back is None:
         return None
     most = float(np.max(plan.held_back, initial=0.0))
@@ -263,7 +263,7 @@ def held_back_m(plan: Plan) -> float | None:
 
 
 def refuse_not_finite(plan: Plan, what: str = "the policy's plan") -> None:
-    """Raises ValueError where a plan holds numbers that are not finite; `what` it is, for the message."""
+    """Raise ValueError if a plan contains numbers that are not finite; `what` names the plan in the message."""
     for part in fields(plan):
         value = getattr(plan, part.name)
         if value is not None and not np.isfinite(value).all():
@@ -278,8 +278,8 @@ class UnderWay:
     """A plan that is being executed, for policies that continue it (real-time chunking).
 
     Attributes:
-        plan: with its `time_s`, of the same clock as the observation's.
-        delay_s: until the next plan arrives; so long this one is executed in any case.
+        plan: the plan, with `time_s` on the same clock as the observation's.
+        delay_s: seconds until the next plan arrives; until then, this plan is executed in any case.
     """
 
     plan: Plan
@@ -288,17 +288,17 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Needs:
-    """What whoever runs a policy must know of it: what it reads of an observation, beside the poses of its arms, and
-    what its plans hold beside poses.
+    """What the code that runs a policy needs to know: which entries of an observation the policy reads, besides the
+    poses of its arms, and what its plans contain besides poses.
 
     Attributes:
         arms: names, in the order of the observation's A axis.
         cameras: names of the entries of `cameras`; none: the observation's own `image`, of one camera.
-        camera: without `cameras`, the name of the camera whose images it was trained on; None: it does not know.
+        camera: without `cameras`, the name of the camera whose images it was trained on; None: not known.
         instruction: whether it reads the instruction.
-        calibration: whether it reads `intrinsics` and `world_to_camera`, or the cameras of which it does; they may be
-            left out otherwise.
-        plans_joints: whether its plans hold joints (those whose poses it had to move may lack them).
+        calibration: whether it reads `intrinsics` and `world_to_camera`, or the cameras for which it reads them;
+            otherwise the observation may leave them out.
+        plans_joints: whether its plans contain joints (plans whose poses it had to move may lack them).
     """
 
     arms: tuple[str, ...]
@@ -316,30 +316,30 @@ class Needs:
 class Policy(Protocol):
     """Anything that plans from one observation.
 
-    A policy that draws by chance also has `reset(seed)`, called at the start of an episode, so that what it draws
-    depends on the episode and not on those before it, and `session()`, a policy on the same network with a generator of
-    its own.
+    A policy that samples at random also has `reset(seed)`, called at the start of an episode, so that its samples
+    depend on the episode and not on earlier ones, and `session()`, which returns a policy on the same network with its
+    own random generator.
 
-    A policy may have `plan_batch(observations, sessions)`, the plans of several sessions in one pass, and `workspace`
-    ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both.
+    A policy may have `plan_batch(observations, sessions)`, which plans for several sessions in one pass, and
+    `workspace` ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both.
 
-    A policy that continues the plan under way has `plan_continuing(observation, executing, delay_s)`; whether one does
-    is said by `continues`.
+    A policy that continues the plan being executed has `plan_continuing(observation, executing, delay_s)`; `continues`
+    returns whether a policy does.
     """
 
     def plan(self, observation: Observation) -> Plan: ...
 
 
 def continues(policy: Policy) -> bool:
-    """Whether a policy can continue the plan under way; a policy on a server says so by an attribute of this name."""
+    """Return whether a policy can continue the plan being executed; a policy on a server has this as an attribute."""
     return bool(getattr(policy, "continues", hasattr(policy, "plan_continuing")))
 
 
 def robot_number(known: Sequence[str], name: str | None) -> int:
-    """Which of the robots that a model tells apart a policy drives.
+    """Return the number of the robot that a policy drives, among the robots that the model distinguishes.
 
     Args:
-        known: the model's `embodiments`; none: it tells none apart. name: the policy's `embodiment`.
+        known: the model's `embodiments`; empty: it distinguishes none. name: the policy's `embodiment`.
 
     Raises:
         ValueError: the model does not know the robot, or knows several and none is named.
@@ -355,6 +355,6 @@ def robot_number(known: Sequence[str], name: str | None) -> int:
 
 
 def arm_axis(value: Any, trailing: int) -> np.ndarray:
-    """An observation's entry with its arm axis: ``[A, ...]`` from ``[A, ...]`` or, with one arm, ``[...]``."""
+    """Return an observation's entry with its arm axis: ``[A, ...]`` from ``[A, ...]`` or, with one arm, ``[...]``."""
     array = np.asarray(value, dtype=np.float64)
     return array[None] if array.ndim == trailing else array

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from keygrip.data.robot.statistics import DemoStatistics
 
 
-LEAST_HEIGHTS_M = 1e-3  # between the lowest and the highest gripper; less is rounding and noise
+LEAST_HEIGHTS_M = 1e-3  # between the lowest and the highest gripper position; less is rounding and noise
 
 
 class PolicyStatistics(nn.Module):
     """Ranges, timing and image preparation of the training split.
 
-    A policy without them would move a robot with made-up numbers, so that reading them before they are set raises.
+    A policy without them would move a robot by arbitrary numbers, so reading them before they are set is an error.
 
     Attributes (buffers):
         height_range: ``[2]`` metres, lowest and highest gripper height. position_range: ``[2, 3]`` metres, per axis.
-        step_seconds: time between predicted steps. geometry: how a camera's image becomes the network's.
+        step_seconds: time between predicted steps. geometry: how a camera's image is converted for the network.
     """
 
     known: Tensor
@@ -43,7 +43,7 @@ class PolicyStatistics(nn.Module):
         self.register_buffer("_image_std", torch.ones(3, dtype=torch.float64))
 
     def take(self, statistics: DemoStatistics, horizon: int) -> None:
-        """Fill in what a data module found in its training split.
+        """Store the statistics that a data module computed from its training split.
 
         Args:
             horizon: steps that the network predicts; must be those of the data.

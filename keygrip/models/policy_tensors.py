@@ -1,5 +1,5 @@
-"""Observations of several sessions as tensors, and planned tensors as plans: what lies between the interface of
-policies and their networks.
+"""Conversion between the interface of policies and their networks: observations of several sessions to tensors, and
+planned tensors to plans.
 
 Shape legend: B observations, V views, A arms, T planned steps, S side of an image.
 """
@@ -17,14 +17,14 @@ from keygrip.models.policy import Observation, Plan, poses_of, refuse_not_finite
 
 
 def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Arrays of one shape as one tensor ``[len(arrays), ...]``, float32."""
+    """Stack arrays of one shape to a tensor ``[len(arrays), ...]``, float32."""
     return torch.as_tensor(np.stack(arrays), dtype=torch.float32, device=device)
 
 
 def stacked_poses(
     observations: Sequence[Observation], arms: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Present poses, float32: position ``[B, A, 3]`` metres, quaternion ``[B, A, 4]`` wxyz, gripper ``[B, A]``.
+    """Return present poses, float32: position ``[B, A, 3]`` metres, quaternion ``[B, A, 4]`` wxyz, gripper ``[B, A]``.
 
     Raises:
         ValueError: as `keygrip.models.policy.poses_of`.
@@ -35,7 +35,8 @@ def stacked_poses(
 
 
 def stacked_views(views: Sequence[Sequence[View]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images uint8 ``[B, V, 3, S, S]``, intrinsics ``[B, V, 3, 3]`` and world_to_camera ``[B, V, 4, 4]``, float32."""
+    """Stack images uint8 ``[B, V, 3, S, S]``, and float32 intrinsics ``[B, V, 3, 3]`` and world_to_camera
+    ``[B, V, 4, 4]``."""
     images = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in seen]) for seen in views])
     intrinsics = [np.stack([view.intrinsics for view in seen]) for seen in views]
     world_to_camera = [np.stack([view.world_to_camera for view in seen]) for seen in views]
@@ -50,7 +51,7 @@ def plans_of(
     uncertainty: Tensor | None = None,
     held_back: Tensor | None = None,
 ) -> list[Plan]:
-    """A plan for each observation.
+    """Return a plan for each observation.
 
     Args:
         position: ``[B, A, T, 3]``. quaternion: ``[B, A, T, 4]``. gripper, uncertainty: ``[B, A, T]``.

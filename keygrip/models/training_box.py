@@ -1,4 +1,4 @@
-"""Plans are kept near the positions seen in training: the clamp, and what is said where it moves something.
+"""Clamps plans to the neighbourhood of the positions seen in training, and warns if that moves a position.
 
 Shape legend: B observations, A arms, T planned steps.
 """
@@ -29,14 +29,15 @@ def check_margin(margin_m: Margin) -> None:
 
 
 def kept_in_box(planned: Tensor, box: Tensor, margin_m: Margin) -> tuple[Tensor, Tensor]:
-    """Positions moved, axis by axis, to where they are within a margin of the box of the training positions.
+    """Clamp positions, axis by axis, to the box of the training positions plus a margin.
 
     Args:
-        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres, of each axis
-            or of all; None: they stay where they are.
+        planned: ``[B, A, T, 3]`` metres. box: ``[2, 3]``, its lowest and highest corner. margin_m: metres, per axis or
+            for all axes; None: positions are not changed.
 
     Returns:
-        The positions, and by how much the steps of each plan were moved at most, ``[B, A, 3]`` metres along x, y and z.
+        The positions, and the largest distance by which steps of each plan were moved, ``[B, A, 3]`` metres along x, y
+        and z.
     """
     margin = box.new_tensor([math.inf if each is None else each for each in _along_axes(margin_m)])
     low, high = box
@@ -49,26 +50,26 @@ def _along_axes(margin_m: Margin) -> Sequence[float | None]:
 
 
 def _written(margin_m: Margin) -> str:
-    """As on the command line: 0.01, [null,null,0.01]."""
+    """Format a margin as on the command line: 0.01, [null,null,0.01]."""
     words = ["null" if each is None else f"{each:g}" for each in _along_axes(margin_m)]
     return words[0] if isinstance(margin_m, int | float | None) else f"[{','.join(words)}]"
 
 
 class HeldBackWarning:
-    """Says once an episode that a plan was held back, and by how much. An object for each episode or session."""
+    """Warns once per episode that a plan was held back, and by how much; one object for each episode or session."""
 
     def __init__(self) -> None:
         self._said = False
 
     def begin(self) -> None:
-        """An episode starts."""
+        """Start an episode."""
         self._said = False
 
     def look_at(self, plan: Plan, arms: Sequence[str], margin_m: Margin) -> None:
-        """Warns of the plan where it was held back and none before it in the episode was.
+        """Warn if the plan was held back and no earlier plan of the episode was.
 
         Args:
-            plan: with its `held_back`. arms: names, in the order of its arms. margin_m: of the policy, metres.
+            plan: with its `held_back`. arms: names, in the order of its arms. margin_m: margin of the policy, metres.
         """
         if self._said or plan.held_back is None or not held_back_m(plan):
             return

@@ -1,8 +1,8 @@
-"""``python -m keygrip.bench suite=gpu``: what only a GPU can say, one part after the other.
+"""``python -m keygrip.bench suite=gpu``: measurements that need a GPU, one part after another.
 
-A part is a frozen dataclass of options, built from ``conf/bench.yaml`` (``gpu``), whose ``run(toy, figures)`` fills in
-figures as it finds them, so that those before a failure are kept. ``toy`` is for tests: the same code at a size that a
-CPU computes in seconds. All weights are random.
+A part is a frozen dataclass of options, built from ``conf/bench.yaml`` (``gpu``), whose ``run(toy, figures)`` adds
+figures when they are measured, so that those before a failure are kept. ``toy`` is for tests: the same code at a size
+that a CPU computes in seconds. All weights are random.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Figures = dict[str, float]
 
 
 class Part(Protocol):
-    """Something to measure on a GPU."""
+    """A measurement on a GPU."""
 
     def run(self, toy: bool, figures: Figures) -> None:
-        """Adds figures by name, with the unit in the name."""
+        """Add figures by name, with the unit in the name."""
         ...

@@ -1,4 +1,4 @@
-"""Parts that are not training steps: plans, samples, and the cases of ``keygrip.bench`` at GPU size."""
+"""Parts other than training steps: plans, image samples, and the cases of ``keygrip.bench`` at GPU size."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from keygrip.training.strategies import use_tf32
 
 @dataclass(frozen=True)
 class MeasuredCase:
-    """A case of ``keygrip.bench`` with other settings; its device is the GPU where there is one.
+    """A case of ``keygrip.bench`` with other settings; it runs on the GPU if there is one.
 
     Args:
-        case: its name. settings: what differs from ``conf/bench.yaml``; toy_settings: at toy size.
+        case: name of the case. settings: changes to its settings in ``conf/bench.yaml``; toy_settings: those at toy
+            size.
     """
 
     case: str
@@ -34,7 +35,7 @@ class MeasuredCase:
     toy_settings: Mapping[str, Any]
 
     def run(self, toy: bool, figures: Figures) -> None:
-        """The case's own figures."""
+        """Add the figures of the case."""
         recipe = compose("bench").cases[self.case]
         changed = OmegaConf.merge(recipe, dict(self.toy_settings if toy else self.settings))
         figures |= instantiate(changed, _convert_="all").run(quick=toy)
@@ -42,12 +43,13 @@ class MeasuredCase:
 
 @dataclass(frozen=True)
 class PlanLatency:
-    """From an observation to a plan on the GPU, batch 1: in float32, in TF32 and under bf16 autocast.
+    """Time from an observation to a plan on the GPU, batch 1: in float32, in TF32 and under bf16 autocast.
 
     Args:
-        system: which policy. overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
+        system: which policy. overrides: overrides of ``keygrip.train``. toy_overrides: their replacement at toy size.
         policy: changes to the policy, by the names of its fields.
-        repetitions: plans of each precision. warm_up: before those. limit_s: fewer where they take longer.
+        repetitions: measured plans of each precision. warm_up: plans before them. limit_s: seconds after which
+            repetitions are cut short.
     """
 
     system: Literal["volume_query", "geometry_vla"]
@@ -59,8 +61,8 @@ class PlanLatency:
     limit_s: float = 200.0
 
     def run(self, toy: bool, figures: Figures) -> None:
-        """`<precision>_p50_ms`, `<precision>_p95_ms`, `<precision>_peak_gb` of `float32`, `tf32` (on a GPU) and `bf16`;
-        the peak with the weights, which lie there throughout."""
+        """Add `<precision>_p50_ms`, `<precision>_p95_ms`, `<precision>_peak_gb` of `float32`, `tf32` (on a GPU) and
+        `bf16`; the peak includes the weights."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = self._plan(self.toy_overrides if toy else self.overrides, device)
 
@@ -101,12 +103,13 @@ class PlanLatency:
 
 @dataclass(frozen=True)
 class SampleLatency:
-    """Images of the diffusion transformer under bf16 autocast, without the autoencoder.
+    """Time of sampling images from the diffusion transformer under bf16 autocast, without the autoencoder.
 
     Args:
-        overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
-        latent, patch_grid: sides; toy_latent, toy_patch_grid. text_tokens: of the caption.
-        steps: of the solver. batches: images at once. repetitions: of each.
+        overrides: overrides of ``keygrip.train``. toy_overrides: their replacement at toy size.
+        latent, patch_grid: sides of the latents and of the patch grid; toy_latent, toy_patch_grid: those at toy size.
+        text_tokens: tokens of the caption.
+        steps: steps of the solver. batches: batch sizes. repetitions: of each batch size.
     """
 
     overrides: Sequence[str]
@@ -122,7 +125,7 @@ class SampleLatency:
     toy_patch_grid: int = 12
 
     def run(self, toy: bool, figures: Figures) -> None:
-        """`batch_<n>_image_ms` and `batch_<n>_peak_gb`."""
+        """Add `batch_<n>_image_ms` (per image) and `batch_<n>_peak_gb`."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         latent, grid, tokens = (
             (self.toy_latent, self.toy_patch_grid, 4) if toy else (self.latent, self.patch_grid, self.text_tokens)

@@ -1,8 +1,8 @@
-"""Runs the parts of a suite, each in a process of its own, and records them.
+"""Run the parts of a suite, each in a separate process, and record the results.
 
-A part's record holds its figures, the commit, the machine, the time it took and the command with all that changes the
-part; a part that failed has an ``error`` too. What is recorded for the present commit and command is not measured
-again, unless it failed.
+The record of a part contains its figures, the commit, the machine, the time it took, and the command with all
+arguments that change the part. The record of a part that failed also has an ``error``. A part that is already recorded
+for the current commit and command is not measured again, unless it failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PART_LIMIT_S = 480.0  # a part is killed after this; its own limits are lower
 
 
 def refuse_without_gpu(toy: bool) -> None:
-    """Raises ValueError: no GPU, and no toy sizes were asked for."""
+    """Raise ValueError if there is no GPU and `toy` is false."""
     if not toy and not torch.cuda.is_available():
         raise ValueError(
             "suite=gpu measures a GPU and this machine has none that torch can use (nvidia-smi shows what the driver "
@@ -43,9 +43,10 @@ def refuse_without_gpu(toy: bool) -> None:
 
 
 def commit_of(package: Path) -> str | None:
-    """Revision of the checkout around `package`, ``+changes`` where its code differs; None where git knows nothing.
+    """Return the git revision of the checkout that contains `package`, with ``+changes`` if its code is modified; None
+    if git fails or there is no checkout.
 
-    Changed records in ``benchmarks/`` do not count: the suite writes them itself.
+    Changed records in ``benchmarks/`` do not count as a modification: the suite writes them itself.
     """
     git = ["git", "-C", str(package)]
     try:
@@ -62,14 +63,15 @@ def _output(command: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Suite:
-    """Parts and where their records lie.
+    """Runs parts and keeps their records in a folder.
 
     Args:
-        folder: of the records, one file per part.
-        commit: what the records are made for; None: unknown, then nothing is skipped.
-        toy: whether parts run at toy size. arguments: of the command; those that change a part stand in its
+        folder: folder of the records, one file per part.
+        commit: revision that the records belong to; None: unknown, then no part is skipped.
+        toy: whether parts run at toy size. arguments: of the command; those that change a part are written to its
             record.
-        limit_s: after so many seconds a part's process is told to stop. grace_s: and after so many more it is killed.
+        limit_s: seconds after which the process of a part is interrupted. grace_s: further seconds after which it is
+            killed.
     """
 
     folder: Path
@@ -82,11 +84,11 @@ class Suite:
     def run(
         self, names: Sequence[str], command: Callable[[str], Sequence[str]], minutes: float | None = None
     ) -> dict[str, Any]:
-        """Measures what is not recorded yet; the records by part.
+        """Measure the parts that are not recorded yet; return the records by part.
 
         Args:
-            names: parts. command: of a part, starts a process that calls `measure`.
-            minutes: after so many no further part is begun.
+            names: parts. command: returns the command that measures a part in a new process by calling `measure`.
+            minutes: after this time no further part is started.
         """
         records: dict[str, Any] = {}
         started = time.monotonic()
@@ -99,7 +101,7 @@ class Suite:
                 records[name] = kept
                 continue
             log.info("part %d of %d: %s", number, len(names), name)
-            # A record that is there already would be taken for this run's if the process died.
+            # If the process died, an old record would be mistaken for the record of this run.
             self.file(name).unlink(missing_ok=True)
             ending = self._process(command(name))
             if not self.file(name).is_file():
@@ -112,7 +114,7 @@ class Suite:
         return records
 
     def kept(self, name: str) -> dict[str, Any] | None:
-        """The record of this very commit and machine, if there is one without an error."""
+        """Return the record of the same commit, machine and command if there is one without an error, else None."""
         if self.commit is None or self.commit.endswith("+changes") or not self.file(name).is_file():
             return None
         record = self._read(name)
@@ -121,7 +123,7 @@ class Suite:
         return record if same and "error" not in record else None
 
     def measure(self, name: str, part: Part) -> dict[str, Any]:
-        """Runs a part in this process and writes its record, also when it fails or is told to stop."""
+        """Run a part in this process and write its record, also if the part fails or is interrupted."""
         figures: Figures = {}
         started, error = time.perf_counter(), None
         try:
@@ -135,19 +137,20 @@ class Suite:
         return self._read(name)
 
     def file(self, name: str) -> Path:
-        """Where a part is recorded."""
+        """Return the path of the record of a part."""
         return self.folder / f"{name}.json"
 
     def _process(self, command: Sequence[str]) -> str | None:
-        """Runs a part's process, and kills it with its children at the limit; why it ended badly."""
+        """Run the process of a part; at the time limit interrupt it, then kill it with its children. Return why it
+        failed, or None if it succeeded."""
         process = subprocess.Popen(command, stdout=sys.stderr.fileno(), start_new_session=True)
         try:
             code = process.wait(self.limit_s)
         except subprocess.TimeoutExpired:
             return f"stopped after {self.limit_s:g} s"
         finally:
-            if process.poll() is None:  # timed out, or this process was told to stop
-                process.send_signal(signal.SIGINT)  # so that it records what it has
+            if process.poll() is None:  # timed out, or this process was interrupted
+                process.send_signal(signal.SIGINT)  # so that it records the figures it has
                 try:
                     process.wait(self.grace_s)
                 except subprocess.TimeoutExpired:

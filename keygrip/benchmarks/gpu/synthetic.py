@@ -1,4 +1,4 @@
-"""Random batches of the shapes that each system trains on, and modules with random weights that can train on them.
+"""Random batches with the shapes of each system's training data, and modules with random weights to train on them.
 
 Shape legend: B batch, A arms, T planned steps, V views, S image side in pixels, F frames, L text tokens.
 """
@@ -36,7 +36,7 @@ MakeBatch = Callable[[int], Any]
 
 
 def volume_query(overrides: Sequence[str]) -> tuple[LightningModule, MakeBatch]:
-    """A volume-query policy, and batches of one camera's images."""
+    """Return a volume-query policy and a function that makes batches of one camera's images."""
     config = compose("train", overrides)
     module, size = untrained_volume_query(config), config.data.image_size
 
@@ -51,10 +51,10 @@ def volume_query(overrides: Sequence[str]) -> tuple[LightningModule, MakeBatch]:
 
 
 def geometry_vla(overrides: Sequence[str]) -> tuple[LightningModule, MakeBatch]:
-    """A geometry-injected policy, and batches of several cameras' images.
+    """Return a geometry-injected policy and a function that makes batches of several cameras' images.
 
-    Its tokenizer is a small one trained on the instruction: the pretrained one would be a download, and a sentence of
-    nearly the same number of tokens is read in the same time.
+    The tokenizer is a small one trained on the instruction: the pretrained tokenizer would have to be downloaded. The
+    number of tokens is nearly the same, and so is the time.
     """
     config = compose("train", overrides)
     tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
@@ -81,7 +81,7 @@ def geometry_vla(overrides: Sequence[str]) -> tuple[LightningModule, MakeBatch]:
 
 
 def foveated_vlm(overrides: Sequence[str], frames: int, text_tokens: int) -> tuple[LightningModule, MakeBatch]:
-    """A video-language model, and batches of one video with one row of text each."""
+    """Return a video-language model and a function that makes batches of videos with one row of text per video."""
     config = compose("train", overrides)
     module = _built(config)
     size, vocabulary = config.backbone.image_size, config.language.model.vocabulary
@@ -111,7 +111,8 @@ def foveated_vlm(overrides: Sequence[str], frames: int, text_tokens: int) -> tup
 
 
 def patch_dit(overrides: Sequence[str], latent: int, patch_grid: int) -> tuple[LightningModule, MakeBatch]:
-    """A diffusion transformer, and batches of latents with the states of captions and DINO features."""
+    """Return a diffusion transformer and a function that makes batches of latents with caption states and DINO
+    features."""
     config = compose("train", overrides)
     module = _built(config)
     encoders: Any = module.encoders
@@ -172,7 +173,7 @@ def _bytes(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _targets(generator: torch.Generator, count: int, arms: int, steps: int) -> dict[str, Any]:
-    """The part that all batches for policies share: poses within reach under the camera of `looking_down`."""
+    """Return the fields that the batches of all policies share: poses within reach, in view of `looking_down`."""
 
     def near(*shape: int) -> Tensor:
         return torch.rand(*shape, 3, generator=generator) * 0.2 + torch.tensor([0.2, -0.1, 0.05])

@@ -1,4 +1,4 @@
-"""Training steps of a system at its real size: time, memory and use of the GPU, with and without compilation."""
+"""Training steps of a system at its real size: time, memory and GPU utilisation, with and without compilation."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 System = Literal["volume_query", "foveated_vlm", "patch_dit", "geometry_vla"]
 
-# Dense bf16 products with float32 sums, 10^12 operations per second, of the data sheets, by words of a GPU's name; the
-# first that fits.
+# Dense bf16 products with float32 accumulation, 10^12 operations per second, from data sheets, by words of a GPU's
+# name. The first match is used.
 PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -44,12 +44,13 @@ PEAK_TFLOPS = {
     "A10": 125.0,
     "L4": 121.0,
 }
-OTHERS = {"NVL", "MIG", "Laptop", "D"}  # words that name a slower GPU, or a part of one, that is not in the table
-WORTH = 1.03  # a larger batch must be this much faster per sample to be tried further
+# words in the name of a slower GPU, or of a part of one, that is not in the table
+OTHERS = {"NVL", "MIG", "Laptop", "D"}
+WORTH = 1.03  # a larger batch must be this much faster per sample for further doubling
 
 
 def peak_tflops() -> float | None:
-    """What the GPU's data sheet promises in bf16; None of a GPU that is not in the table, and of a CPU."""
+    """Return the bf16 peak from the GPU's data sheet; None for a GPU that is not in the table, and for a CPU."""
     if not torch.cuda.is_available():
         return None
     words = set(torch.cuda.get_device_name().replace("-", " ").split())
@@ -58,7 +59,7 @@ def peak_tflops() -> float | None:
 
 
 def matmul_tflops(size: int, repetitions: int = 10) -> float:
-    """10^12 operations a second of a product of two bf16 matrices of `size` x `size`: what can be reached here."""
+    """Measure the speed of a product of two bf16 `size` x `size` matrices, in 10^12 operations per second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     seconds = []
@@ -74,24 +75,24 @@ def matmul_tflops(size: int, repetitions: int = 10) -> float:
 @dataclass(frozen=True)
 class TrainingSteps:
     """Steps of the trainer that users start (bf16 autocast, clipping, EMA, deterministic kernels) on one random batch
-    that lies on the GPU.
+    on the GPU.
 
-    For every variant batches are doubled from the first one on until memory or time ends or samples per second no
-    longer grow; then the fastest one is measured with compiled blocks. ``mfu`` is the share of the data sheet's peak:
-    operations that torch counts in a step, over the step's time. With gradient checkpointing the operations that are
-    repeated count too.
+    For every variant, the batch size is doubled from `batch` on until memory or time is exhausted or samples per second
+    no longer increase. Then the fastest batch size is measured with compiled blocks. ``mfu`` is the fraction of the
+    data sheet's peak: the operations that torch counts in a step, divided by the step's time. With gradient
+    checkpointing the recomputed operations count too.
 
     Args:
-        system: which one.
-        overrides: of ``keygrip.train``. toy_overrides: in their place at toy size.
-        variants: further overrides by name, one after the other; at toy size the first one's name alone counts.
-        frames: of a video, by variant. text_tokens: of a conversation; both of ``foveated_vlm``.
-        latent, patch_grid: sides, of ``patch_dit``; toy_latent, toy_patch_grid.
-        batch: the first, the recipe's. max_batch: the last that is tried.
-        steps: counted. warm_up: before those.
-        compiled: whether compiled blocks are measured. toy_compiled: at toy size too, where `aot_eager` stands in
-            for inductor.
-        limit_s: no further batch is tried after so many seconds, over all variants together.
+        system: the system.
+        overrides: of ``keygrip.train``. toy_overrides: used instead of them at toy size.
+        variants: further overrides by name, measured one after another; at toy size only the first one's name is used.
+        frames: per video, by variant. text_tokens: per conversation; both for ``foveated_vlm``.
+        latent, patch_grid: sides, for ``patch_dit``; toy_latent, toy_patch_grid: at toy size.
+        batch: the first batch size, that of the recipe. max_batch: the largest batch size that is tried.
+        steps: measured steps. warm_up: steps before those.
+        compiled: whether compiled blocks are measured. toy_compiled: at toy size too, with `aot_eager` instead of
+            inductor.
+        limit_s: no further batch is tried after this time, for all variants together.
     """
 
     system: System
@@ -113,18 +114,18 @@ class TrainingSteps:
     toy_patch_grid: int = 12
 
     def run(self, toy: bool, figures: Figures) -> None:
-        """`<variant>_batch_<n>_step_ms`, `_samples_per_s`, `_peak_gb`, `_mfu` of all batches, and of the fastest one
-        under `<variant>_...`.
+        """Add `<variant>_batch_<n>_step_ms`, `_samples_per_s`, `_peak_gb`, `_mfu` of all batches, and of the fastest
+        one under `<variant>_...`.
 
         Raises:
-            RuntimeError: a variant failed; the figures of the others are there.
+            RuntimeError: A variant failed; the figures of the others are added.
         """
         started, failed = time.perf_counter(), []
         figures["matmul_tflops"] = round(matmul_tflops(256 if toy else 8192), 1)
         for variant in list(self.variants)[: 1 if toy else None]:
             try:
                 self._variant(variant, toy, figures, started)
-            except Exception as error:  # the other variants go on
+            except Exception as error:  # the other variants continue
                 log.debug("variant %s failed", variant, exc_info=True)
                 failed.append(f"{variant}: {type(error).__name__}: {error}")
             _free()
@@ -181,7 +182,7 @@ class TrainingSteps:
     def _steps(
         self, config: DictConfig, module: LightningModule, batch: Any, toy: bool, counted: bool = True
     ) -> dict[str, float]:
-        """Median seconds of a step, peak bytes, and the operations of one, in 10^12."""
+        """Return median seconds of a step, peak bytes, and the operations of a step, in 10^12."""
         on_gpu = torch.cuda.is_available()
         batch = batch.to("cuda" if on_gpu else "cpu")
         count, warm_up = (1, 2) if toy else (self.steps, self.warm_up)
@@ -231,10 +232,10 @@ class TrainingSteps:
 
 
 class StepTimes(Callback):
-    """Seconds from the end of a step to the end of the next, after the first `warm_up` ones."""
+    """Measure seconds from the end of a step to the end of the next, after the first `warm_up` steps."""
 
     def __init__(self, warm_up: int) -> None:
-        self.warm_up = max(warm_up, 1)  # the start of the first step is not known
+        self.warm_up = max(warm_up, 1)  # the start of the first step is unknown
         self.seconds: list[float] = []
         self._before = 0.0
 
@@ -260,7 +261,7 @@ def _wait() -> None:
 
 
 def _free(module: LightningModule | None = None) -> None:
-    """Frees the memory of gradients and of unreferenced tensors."""
+    """Free the memory of gradients and of unreferenced tensors."""
     if module is not None:
         module.zero_grad(set_to_none=True)
         module.trainer = None

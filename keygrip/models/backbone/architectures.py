@@ -2,7 +2,7 @@
 
 DINOv2 (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2023, arXiv 2309.16588) is timm's
 `VisionTransformer`, DINOv3 (Simeoni et al. 2025, arXiv 2508.10104) is timm's `Eva`. Of DINOv3 only the `_qkvb` models
-are used: the plain ones have no query and value biases and drop those of a checkpoint without a word.
+are used: the plain ones have no query and value biases and silently drop those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: what a variant is called elsewhere, and its sizes."""
+    """One row of the table: a variant's names elsewhere, and its sizes."""
 
     name: str
     family: Family
@@ -40,7 +40,7 @@ class Variant:
 
     @property
     def hub_name(self) -> str:
-        """Of timm's pretrained weights on the Hugging Face hub, where there are any."""
+        """Name of timm's pretrained weights on the Hugging Face hub, if there are any."""
         return f"timm/{self.timm_name}.{self.timm_tag}"
 
 
@@ -120,14 +120,14 @@ VARIANTS: dict[str, Variant] = {
 class ConvStem(nn.Module):
     """Light convolutional stem in place of the linear patch embedding: [B, 3, H, W] -> [B, D, H/16, W/16].
 
-    Convolutions see across patch borders and keep the position inside a patch, which a linear patch embedding trained
-    from scratch is slow to learn ("Early convolutions help transformers see better", Xiao et al. 2021, arXiv
-    2106.14881). GroupNorm, not BatchNorm: statistics of one image only, so that two processes give the weights that one
-    process gives.
+    Convolutions extend across patch borders and retain the position inside a patch, which a linear patch embedding
+    trained from scratch is slow to learn ("Early convolutions help transformers see better", Xiao et al. 2021, arXiv
+    2106.14881). GroupNorm, not BatchNorm: it uses statistics of one image only, so that two processes compute the same
+    weights as one process.
 
-    A 3 x 3 convolution of stride 2 that pads both sides is centred on the first of the two pixels that it stands for;
-    four of them in a row put a token's centre on its patch's corner, half a patch off. Padding the first three on the
-    far side alone brings it back to within half a pixel of the patch's centre.
+    A 3 x 3 convolution of stride 2 with padding on both sides is centred on the first of the two pixels that its output
+    represents; four such layers would put a token's centre on its patch's corner, half a patch off. With padding only
+    on the far side in the first three layers, it is within half a pixel of the patch's centre.
     """
 
     def __init__(self, width: int, channels: tuple[int, int, int] = (24, 48, 96)) -> None:
@@ -159,7 +159,8 @@ def build_network(
     heads: int,
     drop_path: float,
 ) -> nn.Module:
-    """The bare timm network with random weights; rotary periods already as in Meta's files (see `set_rope_periods`)."""
+    """Build the bare timm network with random weights and with the rotary periods of Meta's files
+    (see `set_rope_periods`)."""
     import timm
     from timm.layers import LayerNorm
     from timm.models.eva import Eva
@@ -179,7 +180,7 @@ def build_network(
             rope_type="dinov3",
             rope_temperature=100.0,
             rope_rotate_half=True,
-            # DINOv3's LayerScale starts at 1e-5, which would hold a network trained from scratch at nothing
+            # DINOv3's LayerScale starts at 1e-5: blocks trained from scratch would stay near the identity
             init_values=None,
             use_fc_norm=False,
             dynamic_img_size=True,
@@ -203,14 +204,14 @@ def build_network(
         )
     rope = getattr(network, "rope", None)
     if rope is not None:
-        # Meta computes the periods in bfloat16 and stores them so. Files of other makers do not carry them, hence
-        # this start.
+        # Meta computes and stores the periods in bfloat16. Files from other sources do not contain them, hence these
+        # initial values.
         set_rope_periods(network, rope.periods.to(torch.bfloat16))
     return network
 
 
 def set_rope_periods(network: nn.Module, periods: Tensor) -> None:
-    """Puts rotary periods [E / 4] into the network, as float32 and as part of its state dict (timm leaves them out)."""
+    """Set the network's rotary periods [E / 4], as float32 and as part of its state dict (timm leaves them out)."""
     rope = network.rope
     assert isinstance(rope, nn.Module)
     current = rope.get_buffer("periods")
@@ -218,11 +219,11 @@ def set_rope_periods(network: nn.Module, periods: Tensor) -> None:
 
 
 def resample_positions(table: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:
-    """DINOv2's position table [1, M * M, D] for another patch grid, [1, h * w, D], the way Meta's code does it.
+    """Resample DINOv2's position table [1, M * M, D] to another patch grid, [1, h * w, D], as in Meta's code.
 
-    Meta's plain models were trained with an offset of 0.1 added to the target size before the scale is taken, and
-    without antialiasing; its register models with neither offset nor that omission. timm antialiases always (features
-    off by 0.28).
+    Meta's plain models were trained with an offset of 0.1 added to the target size before the scale is computed, and
+    without antialiasing; its register models without the offset and with antialiasing. timm always uses antialiasing
+    (features off by 0.28).
     """
     side = round(table.shape[1] ** 0.5)
     assert side * side == table.shape[1], "position tables are square"

@@ -36,7 +36,7 @@ Trainable = Literal["frozen", "all"] | int
 
 @model_part(from_checkpoint={"weights": "random", "init_from": None, "weights_path": None, "weights_prefix": None})
 class DinoBackbone(KeptBuffers):
-    """A DINO vision transformer: images in, typed features out, and its keys and values by block for deep queries.
+    """A DINO vision transformer: images in, typed features out, and keys and values by block for deep queries.
 
     Images are float [B, 3, H, W], already normalised with `mean` and `std` (the data module does that, never the
     network); H and W may be any multiples of `patch_size` and need not be `image_size`, which is only the size the
@@ -45,11 +45,11 @@ class DinoBackbone(KeptBuffers):
     Args:
         variant: a key of `VARIANTS` (Meta's hub names, and `tiny`).
         image_size: side S in pixels of the images that this configuration works on; a multiple of the patch size.
-        weights: `random` (explicit, never a fallback) or `pretrained` (see `weights.py` for where it looks).
+        weights: `random` (explicit, never a fallback) or `pretrained` (`weights.py` lists the places searched).
         init_from: weights of another run or file, in place of random ones: a run folder or checkpoint of a keygrip
             model (its EMA weights, where it has them), or a file in any known format.
-        weights_path: local file for `weights=pretrained`; the environment's DINO_WEIGHTS_PATH does the same.
-        weights_prefix: which `...backbone.` of a keygrip checkpoint `init_from` takes where it holds several that
+        weights_path: local file for `weights=pretrained`; the environment variable DINO_WEIGHTS_PATH does the same.
+        weights_prefix: which `...backbone.` of the keygrip checkpoint in `init_from` to load if it holds several that
             differ.
         trainable: `frozen` (no gradients, always in eval mode), `all`, or n for the last n blocks and the final norm.
         gradient_checkpointing: recompute the activations of trained blocks in the backward pass.
@@ -59,8 +59,8 @@ class DinoBackbone(KeptBuffers):
         width, depth, heads: reduced sizes of the same architecture, for training from scratch and for tests.
 
     Raises:
-        ValueError: unknown variant or option, a size that does not divide by the patch, weights that do not fit.
-        FileNotFoundError: weights that are not there.
+        ValueError: unknown variant or option, a size that is no multiple of the patch size, weights that do not fit.
+        FileNotFoundError: weights that do not exist.
     """
 
     read_where: ClassVar = dict.fromkeys(
@@ -171,7 +171,7 @@ class DinoBackbone(KeptBuffers):
     # ------------------------------------------------------------------ forward
 
     def forward(self, images: Tensor) -> DinoFeatures:
-        """[B, 3, H, W] -> normed features. Raises ValueError where H or W does not divide by the patch."""
+        """[B, 3, H, W] -> normed features. Raises ValueError: H or W is no multiple of the patch size."""
         tokens, rope, grid = self._embed(images)
         for index, block in enumerate(self._blocks):
             with self._gradients(index):
@@ -182,7 +182,7 @@ class DinoBackbone(KeptBuffers):
         return self._finish(tokens, grid)
 
     def forward_with_kv(self, images: Tensor) -> tuple[DinoFeatures, list[BlockKV]]:
-        """As `forward`, and the keys and values of all tokens at every block, for `query`."""
+        """Return the features of `forward`, and the keys and values of all tokens at every block, for `query`."""
         tokens, rope, grid = self._embed(images)
         cache: list[BlockKV] = []
         for index in range(self.depth):
@@ -192,8 +192,8 @@ class DinoBackbone(KeptBuffers):
         return self._finish(tokens, grid), cache
 
     def keys_and_values(self, images: Tensor) -> list[BlockKV]:
-        """The second output of `forward_with_kv` alone, without what only the first one needs: the last block's
-        attention and MLP over all tokens."""
+        """Return only the second output of `forward_with_kv`. The last block's attention and MLP over all tokens, which
+        only the first output needs, are not computed."""
         tokens, rope, _ = self._embed(images)
         cache: list[BlockKV] = []
         for index in range(self.depth):
@@ -204,24 +204,24 @@ class DinoBackbone(KeptBuffers):
         return cache
 
     def query(self, tokens: Tensor, kv: Sequence[BlockKV], first_block: int = 0) -> Tensor:
-        """Sends query tokens through the blocks against cached keys and values: [B, Q, D] -> [B, Q, D], normed.
+        """Pass query tokens through the blocks with cached keys and values: [B, Q, D] -> [B, Q, D], normed.
 
-        Each query attends at each block to the cached tokens alone (not to other queries), through the block's own
-        norm, query and output projection, LayerScale and MLP; no cached token sees a query. A query has no place in
-        the image, so no rotary embedding. From `cls_input()` the result is DINO's own CLS output. Gradients reach
-        the queries in a frozen backbone too.
+        At each block, each query attends to the cached tokens alone (not to other queries), with the block's own
+        norm, query and output projection, LayerScale and MLP; no cached token attends to a query. A query has no
+        position in the image, so no rotary embedding. For `cls_input()` the result is DINO's own CLS output.
+        Gradients reach the queries in a frozen backbone too.
 
         Args:
             tokens: queries at the input of block `first_block`, [B, Q, D].
             kv: the second output of `forward_with_kv`, from block `first_block` on.
-            first_block: 0 for the deep query; depth - 1 for one that sees the last block only.
+            first_block: 0 for the deep query; depth - 1 for a query that uses the last block only.
         """
         return self._query(tokens, kv, first_block, None)
 
     def query_with_attention(
         self, tokens: Tensor, kv: Sequence[BlockKV], first_block: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `query`, and the attention of every block, a list of [B, H, Q, R + N] whose rows sum to 1 (slower)."""
+        """As `query`; also return the attention of every block, a list of [B, H, Q, R + N] with row sums 1 (slower)."""
         attention: list[Tensor] = []
         return self._query(tokens, kv, first_block, attention), attention
 
@@ -252,7 +252,7 @@ class DinoBackbone(KeptBuffers):
         return self.net.norm(tokens)
 
     def _call(self, run: Callable[..., Any], index: int, *inputs: Any) -> Any:
-        """`run` of the block of that index, its activations computed again in the backward pass where that is set."""
+        """Call `run` on the block of that index; its activations are recomputed in the backward pass if that is set."""
         called = self._compiled.get(run, run)
         block = self._blocks[index]
         return _recomputed(called, block, *inputs) if self._recompute(index) else called(block, *inputs)
@@ -293,7 +293,7 @@ class DinoBackbone(KeptBuffers):
         return DinoFeatures(cls=prefix[:, 0], prefix=prefix, patches=patches, grid=grid)
 
     def _gradients(self, index: int) -> contextlib.AbstractContextManager[Any]:
-        """No autograd through frozen parts on the image's way, even where other code has set requires_grad."""
+        """Return a context without autograd for frozen parts that images pass through, whatever their requires_grad."""
         if index < self._first_trained:
             return torch.no_grad()
         return contextlib.nullcontext()
@@ -306,14 +306,14 @@ class DinoBackbone(KeptBuffers):
     # ------------------------------------------------------------------ parts
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Its blocks, for models that use it through `forward` alone: the other ways take the blocks apart."""
+        """Return the blocks, for models that call `forward` only: the other methods call parts of the blocks."""
         return list(self._blocks)
 
     def compile_functions(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replaces what takes the blocks apart for their keys and values by what `compiled` makes of it.
+        """Compile, with `compiled`, the functions that compute blocks together with their keys and values.
 
-        Queries run as they are written: they are few, and of many shapes and strides, each of which torch would
-        compile for itself."""
+        Queries are not compiled: they are few and have many shapes and strides, each of which torch would compile
+        separately."""
         self._compiled = {run: compiled(run) for run in (_run_block_with_kv, _keys_and_values)}
 
     @property
@@ -339,7 +339,7 @@ class DinoBackbone(KeptBuffers):
                 )
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The rotary periods: timm computes them afresh, and not with the checkpoint's values."""
+        """Return the rotary periods: timm recomputes them, and not with the checkpoint's values."""
         rope = getattr(self.net, "rope", None)
         return {} if rope is None else {"periods": rope.periods}
 
@@ -351,8 +351,8 @@ class DinoBackbone(KeptBuffers):
     # ------------------------------------------------------------------ for optimisers
 
     def layer_of(self, name: str) -> int:
-        """Layer number of one of this module's parameters, for layer-wise learning rates: embeddings -1, block i
-        is i, norm depth."""
+        """Return the layer number of a parameter of this module, for layer-wise learning rates: embeddings are -1,
+        block i is i, the norm is depth."""
         parts = name.split(".")
         if parts[0] != "net" or len(parts) < 2:
             raise ValueError(f"{name!r} is not a parameter of the backbone")
@@ -370,7 +370,7 @@ def _adopt_position_table(module: nn.Module, state: dict[str, Any], prefix: str,
 
 
 def _recomputed(run: Callable[..., Any], *inputs: Any) -> Any:
-    """`run(*inputs)`, with its activations computed again in the backward pass instead of kept."""
+    """Call `run(*inputs)`; its activations are recomputed in the backward pass instead of stored."""
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=recompute_contexts)
 
 
@@ -379,8 +379,8 @@ def _run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
 
 
 def _run_block_with_kv(block: Any, tokens: Tensor, rope: Tensor | None, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The block taken apart so that its keys and values come out: tokens [B, R + N, D], key and value [B, H, R +
-    N, E]."""
+    """Run the parts of a block to get its keys and values too: tokens [B, R + N, D], key and value [B, H, R + N,
+    E]."""
     normed = block.norm1(tokens)
     weight, bias = _qkv(block.attn)
     query, key, value = _heads(functional.linear(normed, weight, bias), block.attn.num_heads, 3)
@@ -391,7 +391,7 @@ def _run_block_with_kv(block: Any, tokens: Tensor, rope: Tensor | None, prefix: 
 
 
 def _keys_and_values(block: Any, tokens: Tensor, rope: Tensor | None, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens as they are, and the block's keys and values of them."""
+    """Return the tokens unchanged, and the block's keys and values of them."""
     width = tokens.shape[-1]
     weight, bias = _qkv(block.attn)
     projected = functional.linear(block.norm1(tokens), weight[width:], None if bias is None else bias[width:])
@@ -410,13 +410,13 @@ def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
 
 
 def _query_block(block: Any, tokens: Tensor, kv: BlockKV) -> Tensor:
-    """Queries [B, Q, D] through a block, against its keys and values [B, H, R + N, E] alone."""
+    """Pass queries [B, Q, D] through a block; they attend only to its keys and values [B, H, R + N, E]."""
     mixed = functional.scaled_dot_product_attention(_queries(block, tokens), kv.key, kv.value)
     return _after_attention(block, tokens, mixed)
 
 
 def _query_block_with_attention(block: Any, tokens: Tensor, kv: BlockKV) -> tuple[Tensor, Tensor]:
-    """As `_query_block`, and the attention [B, H, Q, R + N]."""
+    """As `_query_block`; also return the attention [B, H, Q, R + N]."""
     query = _queries(block, tokens)
     weights = (query @ kv.key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
     return _after_attention(block, tokens, weights @ kv.value), weights
@@ -430,8 +430,8 @@ def _queries(block: Any, tokens: Tensor) -> Tensor:
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [3 D, D] and bias [3 D] of the fused projection; DINOv3 stores the biases apart and has none on the
-    keys."""
+    """Return weight [3 D, D] and bias [3 D] of the fused projection; DINOv3 stores the biases separately and has none
+    on the keys."""
     bias = attention.qkv.bias
     if bias is None and getattr(attention, "q_bias", None) is not None:
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])

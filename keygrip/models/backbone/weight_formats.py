@@ -1,6 +1,6 @@
-"""The formats that DINO weights come in, recognised by their keys and renamed to Meta's or timm's names.
+"""File formats of DINO weights, recognised by their keys; tensors are renamed to Meta's or timm's names.
 
-Known are Meta's released `.pth`; training files of Meta's repositories (`teacher.backbone.*`); Hugging Face
+Known formats: Meta's released `.pth`; training files of Meta's repositories (`teacher.backbone.*`); Hugging Face
 `Dinov2Model`, `Dinov2WithRegistersModel` and `DINOv3ViTModel`; timm's own; checkpoints of keygrip models
 (`...backbone.net.*`).
 """
@@ -21,13 +21,13 @@ _CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 def read_state(raw: State, origin: str, prefix: str | None = None) -> tuple[State, Tensor | None, str]:
-    """Recognises a file by its keys: (tensors under Meta's or timm's names, rotary periods or None, name of the
+    """Recognise a file by its keys; return (tensors under Meta's or timm's names, rotary periods or None, name of the
     format).
 
     Args:
-        raw: what `read_file` gives.
+        raw: result of `read_file`.
         origin: the file, for messages.
-        prefix: which backbone of a keygrip checkpoint is meant where it holds several.
+        prefix: which backbone of a keygrip checkpoint to use if it holds several.
 
     Raises:
         ValueError: no known format; the message lists the first keys.
@@ -101,8 +101,8 @@ def _rename(key: str, table: Iterable[tuple[str, str]]) -> str:
 
 
 def _from_hugging_face_v2(state: State) -> State:
-    """`Dinov2Model` -> Meta's names. Query, key and value have two spellings, by the transformers release that
-    wrote the file."""
+    """`Dinov2Model` -> Meta's names. Query, key and value have two spellings, depending on the transformers release
+    that wrote the file."""
     table = (
         ("embeddings.position_embeddings", "pos_embed"),
         ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
@@ -121,7 +121,7 @@ def _from_hugging_face_v2(state: State) -> State:
 
 
 def _from_hugging_face_v3(state: State) -> State:
-    """`DINOv3ViTModel` -> Meta's names, without rotary periods, which that format does not carry."""
+    """`DINOv3ViTModel` -> Meta's names, without rotary periods, which that format does not contain."""
     gated = any(".mlp.gate_proj." in key for key in state)
     table = (
         ("embeddings.patch_embeddings.", "patch_embed.proj."),
@@ -146,7 +146,7 @@ def _join_qkv(state: State, attention: str) -> State:
     for start in starts:
         named = [f"{start}{attention}{part}_proj.weight" for part in "qkv"]
         if not all(name in state for name in named):
-            continue  # what is missing is told where the weights are loaded
+            continue  # loading the weights reports what is missing
         weights = [state[name] for name in named]
         joined[f"{start}attn.qkv.weight"] = torch.cat(weights)
         biases = [state.get(f"{start}{attention}{part}_proj.bias") for part in "qkv"]

@@ -1,8 +1,8 @@
-"""Where the backbone's weights come from, and how they are loaded.
+"""Sources of the backbone's weights, and loading of the weights.
 
-`find_weights` turns `weights` and the environment into one source; `read_file` reads it, whole or in shards;
-`load_weights` has its format recognised (`weight_formats.py`), checks that the weights fit and loads them strictly.
-There is no fallback anywhere: what cannot be found, recognised or fitted is an error that says what to do.
+`find_weights` resolves `weights` and the environment to one source; `read_file` reads it, whole or in shards;
+`load_weights` recognises its format (`weight_formats.py`), checks that the weights fit and loads them strictly. There
+is no fallback: weights that cannot be found, recognised or fitted are an error with advice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from keygrip.training.torch_files import TorchFileError
 
 logger = logging.getLogger(__name__)
 
-# Of Hugging Face folders, in the order in which transformers looks for them.
+# Weights files of Hugging Face folders, in the order in which transformers searches for them.
 _HUGGING_FACE_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -38,10 +38,10 @@ _HUGGING_FACE_FILES = (
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A local file, or (path None) timm's weights of this name on the Hugging Face hub."""
+    """A local file, or (path None) timm's weights of the variant on the Hugging Face hub."""
 
     path: Path | None
-    why: str  # which setting led here, for messages
+    why: str  # the setting that names this source, for messages
 
 
 # ---------------------------------------------------------------------- sources
@@ -50,15 +50,15 @@ class WeightSource:
 def find_weights(
     variant: Variant, weights: str, weights_path: str | None, init_from: str | None = None
 ) -> WeightSource | None:
-    """Resolves the settings to a source; None stands for random weights.
+    """Resolve the settings to a source; None stands for random weights.
 
-    `init_from` is a file, checkpoint or run folder. `pretrained` takes the first of: `weights_path`, the environment's
-    DINO_WEIGHTS_PATH, `weights/<official file name>` under the environment's DINO_REPO_DIR, timm's hub weights. A
-    setting that names a missing file is an error, not a reason to go on.
+    `init_from` is a file, checkpoint or run folder. `pretrained` uses the first of: `weights_path`, the environment
+    variable DINO_WEIGHTS_PATH, `weights/<official file name>` under the environment variable DINO_REPO_DIR, timm's hub
+    weights. A setting that names a missing file is an error; the search does not continue.
 
     Raises:
-        ValueError: settings that contradict each other, or a folder of several checkpoints that is no run's.
-        FileNotFoundError: a named file or folder that is not there or holds no weights.
+        ValueError: settings that contradict each other, or a folder with several checkpoints that is no run folder.
+        FileNotFoundError: a named file or folder that does not exist or holds no weights.
     """
     if weights != "pretrained" and weights_path is not None:
         raise ValueError(
@@ -104,7 +104,7 @@ def find_weights(
 
 
 def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
-    """The file that a setting means: itself, or the one inside a run folder or a download folder."""
+    """Return the weights file of a setting: the path itself, or the file inside a run folder or a download folder."""
     path = path.expanduser()
     if path.is_file():
         return path
@@ -138,7 +138,7 @@ def _from_hub(variant: Variant) -> State:
     try:
         kept = kept_without_network(name, "model.safetensors")
         return dict(load_state_dict_from_hf(name, weights_only=True)) if kept is None else read_file(kept)
-    except Exception as error:  # the hub client raises what its HTTP library raises; all means: not available here
+    except Exception as error:  # the hub client raises its HTTP library's errors; all mean: not available
         raise FileNotFoundError(
             f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "
             f"{variant.official_file} from {variant.download_page} (or model.safetensors from https://huggingface.co/"
@@ -150,12 +150,12 @@ def _from_hub(variant: Variant) -> State:
 
 
 def read_file(path: Path) -> State:
-    """All tensors of a `.safetensors` or torch file, nested dictionaries flattened with dots, or of the files that an
-    `.index.json` of Hugging Face names. Never unpickles code.
+    """Read all tensors of a `.safetensors` or torch file, nested dictionaries flattened with dots, or of the files that
+    a Hugging Face `.index.json` names. Never unpickles code.
 
     Raises:
         ValueError: a file that is cut off, is not a weights file, or holds more than tensors and plain values.
-        FileNotFoundError: the index names a file that is not there.
+        FileNotFoundError: the index names a file that does not exist.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -192,7 +192,7 @@ def read_file(path: Path) -> State:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an `.index.json` of Hugging Face names, which lie beside it.
+    """Return the files that a Hugging Face `.index.json` names; they are in the same folder.
 
     Raises:
         ValueError: it is damaged, or names something else.
@@ -204,7 +204,7 @@ def shard_names(index: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights ({_first_line(error)}); download it again") from error
     for name in names:
-        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", str(name)):  # beside the index, and no index itself
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", str(name)):  # in the same folder, and no index itself
             raise ValueError(f"{index} names {str(name)[:200]!r}, which is no weights file of its own folder")
     return names
 
@@ -234,14 +234,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_weights(network: nn.Module, variant: Variant, source: WeightSource, prefix: str | None = None) -> str:
-    """Loads a source into timm's network, strictly, and returns what was loaded, in words.
+    """Load a source into timm's network, strictly, and return a description of what was loaded.
 
     DINOv3 files without rotary periods (Hugging Face, timm) get Meta's, so that the same weights give the same
-    features from whichever file; transformers and timm themselves use unrounded periods there, which is off by 6e-3.
+    features from every file; transformers and timm use unrounded periods for these files, which is off by 6e-3.
 
     Raises:
         ValueError: an unknown format, or weights of another architecture.
-        FileNotFoundError: hub weights without a network.
+        FileNotFoundError: hub weights without a network connection.
     """
     if source.path is None:
         origin = variant.hub_name
@@ -255,10 +255,10 @@ def load_weights(network: nn.Module, variant: Variant, source: WeightSource, pre
 
 
 def load_state(network: nn.Module, variant: Variant, raw: State, origin: str, prefix: str | None = None) -> str:
-    """As `load_weights`, of tensors that are read already, of any known format.
+    """Load tensors that are read already, of any known format; otherwise as `load_weights`.
 
     Args:
-        origin: where they are from, for messages.
+        origin: their source, for messages.
     """
     state, periods, kind = read_state(raw, origin, prefix)
     if kind == "keygrip checkpoint":
@@ -274,8 +274,8 @@ def load_state(network: nn.Module, variant: Variant, raw: State, origin: str, pr
 
 
 def adopt_position_table(network: nn.Module, table: Tensor | None) -> None:
-    """Gives a DINOv2 network a position table [1, L, D] of the checkpoint's size (Meta's have 37 x 37, others
-    others)."""
+    """Give a DINOv2 network a position table [1, L, D] of the checkpoint's size (37 x 37 for Meta's, other sizes for
+    other checkpoints)."""
     own = getattr(network, "pos_embed", None)
     if own is None or table is None or table.ndim != 3 or table.shape[1] == own.shape[1]:
         return
@@ -289,15 +289,15 @@ def adopt_position_table(network: nn.Module, table: Tensor | None) -> None:
 
 
 def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, kind: str) -> State:
-    """timm's own conversion of Meta's names, kept from changing anything but names."""
+    """Convert Meta's names with timm's own conversion, and prevent it from changing anything except names."""
     from timm.models import eva, vision_transformer
 
-    state = dict(state)  # the conversions take entries out of what they are given
+    state = dict(state)  # the conversions remove entries from their input
     patch = state.get("patch_embed.proj.weight")
     registers = any(key in state for key in ("register_tokens", "storage_tokens", "reg_token"))
     if (
         variant.family != ("dinov2" if "pos_embed" in state else "dinov3")
-        or patch is None  # the sizes of the patch are checked here because timm would resample them without a word
+        or patch is None  # the patch size is checked here because timm would silently resample the weights
         or patch.shape[2:] != (variant.patch_size, variant.patch_size)
         or registers != (variant.registers > 0)
     ):
@@ -312,7 +312,8 @@ def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, ki
 
 
 def _refuse_satellite(state: State, origin: str, kind: str) -> None:
-    """Of Meta's files for the variants here, those of satellite images alone have a norm for local crops."""
+    """Raise ValueError for weights of satellite images: of Meta's files for the variants here, only those have a norm
+    for local crops."""
     named = ", or rename what is called sat493m if these are others" if "sat493m" in origin.lower() else ""
     if named or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
         raise ValueError(
@@ -322,7 +323,8 @@ def _refuse_satellite(state: State, origin: str, kind: str) -> None:
 
 
 def _check_key_biases(state: State, origin: str) -> None:
-    """DINOv3 has no key biases: Meta's files mask them, timm leaves them out. One that counts would be lost."""
+    """Raise ValueError for key biases that have an effect: DINOv3 has none (Meta's files mask them, timm leaves them
+    out), so they would be lost."""
     for name, bias in state.items():
         if not name.endswith("attn.qkv.bias"):
             continue
@@ -353,7 +355,7 @@ def _check_fit(state: State, own: State, variant: Variant, origin: str, kind: st
 
 
 def _misfit(state: State, variant: Variant, origin: str, kind: str) -> str:
-    """One line: what the file holds, what was asked for, and which variant fits."""
+    """Return one line: the content of the file, the variant that was requested, and the variant that fits."""
     width = next((value.shape[-1] for key, value in state.items() if key.endswith("cls_token")), 0)
     depth = 1 + max((int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     patch = state.get("patch_embed.proj.weight")

@@ -1,4 +1,4 @@
-"""Where queries attend: maps over the patches of every frame, and the share that falls on the thing asked about."""
+"""Attention of queries: maps over the patches of every frame, and the share on the object that is asked about."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ Blocks = Literal["last", "all"]
 
 
 def target_frame(batch: VideoTextBatch, row: int) -> int:
-    """The frame that a row's evidence speaks of."""
+    """Return the number of the frame in a row's metadata (`evidence`)."""
     return int(batch.texts[row].evidence["frame"])
 
 
 def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: Blocks = "last") -> Tensor:
-    """Attention on the patches as images [S, F, h, w], a mean over heads.
+    """Return the attention on the patches as images [S, F, h, w], averaged over heads.
 
     Args:
-        blocks: `last`, from which the embedding comes; or `all` but the first, where queries know only the question.
+        blocks: `last`, which gives the embedding; or `all`, the mean over all blocks except the first, where queries
+            depend only on the question.
     """
     assert output.passes is not None
     attention = network.attention(output.passes, rows.streams)  # [S, F, blocks, H, R + N]
@@ -41,8 +42,8 @@ def patch_maps(network: FoveatedVLM, output: VLMOutput, rows: TextRows, blocks: 
 def attention_on_targets(
     network: VideoLanguageNetwork, output: VLMOutput, rows: TextRows, batch: VideoTextBatch, blocks: Blocks = "last"
 ) -> list[tuple[str, float]]:
-    """Attention on the thing asked about, relative to uniform, with the question's kind: for each row whose evidence
-    says where the thing is, in the frame that it is asked about; `blocks` as in `patch_maps`."""
+    """Return (kind of the question, attention on the object asked about relative to uniform attention) for each row
+    whose metadata (`evidence`) gives the object's frame and position; `blocks` as in `patch_maps`."""
     asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
     asked = [n for n in asked if target_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
     if not asked or not isinstance(network, FoveatedVLM):
@@ -64,15 +65,15 @@ def attention_on_targets(
 
 
 def attention_on_target(patches: Tensor, pixel: tuple[float, float], area: float, image_size: int) -> float:
-    """Attention on a thing relative to uniform attention.
+    """Return the attention on an object relative to uniform attention.
 
     Args:
-        patches: [h, w] attention on the patches, any scale. pixel: (x, y) of the thing's centre, corner convention.
-        area: pixels of the thing that are seen; a square of that area stands for it.
+        patches: [h, w] attention on the patches, any scale. pixel: (x, y) of the object's centre, corner convention.
+        area: visible pixels of the object; a square of that area represents it.
 
     Returns:
-        the share of the attention on patches that the square touches by a quarter or more (at least the one under its
-        centre), over the share of these patches among all.
+        the share of the attention on patches that the square covers by a quarter or more (at least the patch under its
+        centre), divided by the share of these patches among all patches.
     """
     height, width = patches.shape
     side = math.sqrt(max(area, 1.0))

@@ -1,4 +1,4 @@
-"""The usual connector: each frame's patches pooled to a fixed number of tokens, to compare with one per frame.
+"""Baseline with the usual connector: each frame's patches are pooled to K tokens, to compare with one per frame.
 
 Legend: M frames, N = h * w patches, K tokens per frame, D backbone width, C language width, B rows.
 """
@@ -21,7 +21,7 @@ from keygrip.training.parts import model_part
 
 @model_part
 class PooledVLM(VideoLanguageNetwork):
-    """Patch features averaged on a k x k grid, each cell a visual token, in row-major order.
+    """Average patch features on a k x k grid; each cell is a visual token, in row-major order.
 
     Args:
         backbone, language, visual_scale, frame_numbers, pack_rows, frame_clock: as in `FoveatedVLM`.
@@ -74,7 +74,7 @@ class PooledVLM(VideoLanguageNetwork):
         starts = [0]
         for count in rows.frame_counts:
             starts.append(starts[-1] + count * self.tokens_per_frame)
-        # rows that share a video take the same tokens; what stands behind a shorter video's end is never placed
+        # rows that share a video use the same tokens; those after a shorter video's end are not used
         first = torch.tensor([starts[video] for video in rows.videos])[:, None]
         index = (first + torch.arange(longest)[None]).clamp_max(len(tokens) - 1).to(tokens.device)
         return tokens[index], None, self.zero_of_unused()

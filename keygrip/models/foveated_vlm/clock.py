@@ -21,7 +21,7 @@ class FrameClock(nn.Module):
         nn.init.normal_(self.linear.weight, std=float(language.embedding_std) * waves**-0.5)
 
     def forward(self, first: int, count: int) -> Tensor:
-        """[count, C], of frames `first` to `first + count`."""
+        """Return the embeddings [count, C] of `count` frames from number `first` on."""
         return self.at(torch.arange(first, first + count, device=self.linear.weight.device, dtype=torch.float32))
 
     def at(self, times: Tensor) -> Tensor:

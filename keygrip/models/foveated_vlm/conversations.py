@@ -1,9 +1,9 @@
-"""From conversations to token ids: chat template, the visual tokens' place, and which tokens carry loss.
+"""Conversion of conversations to token ids: chat template, position of the visual tokens, and which tokens carry loss.
 
-A conversation is rendered by the language model's own template and cut where something begins or ends: the visual
-tokens, each answer, the end of each answer's turn. The pieces are encoded one by one, so that a prompt has the same
-ids in training, where the answer follows it, and in generation, where it does not. What a turn says is words: control
-tokens come from the template alone.
+A conversation is rendered with the language model's own template and split at the visual tokens, at the beginning of
+each answer and at the end of each answer's turn. The pieces are encoded one by one, so that a prompt has the same ids
+in training, where the answer follows it, and in generation, where it does not. The text of a turn is encoded as words:
+control tokens come from the template alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-KEPT_TEXTS = 4096  # encoded conversations that a collator remembers
-PLACE = "\ufdd1"  # stands behind words to find them in a rendered conversation; Unicode keeps it out of all text
+KEPT_TEXTS = 4096  # encoded conversations that a collator caches
+PLACE = "\ufdd1"  # marks the end of words in a rendered conversation; Unicode reserves it, so that no text contains it
 EXAMPLE = (Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
 PromptOrder = Literal["visual_first", "question_first"]
 Supervise = Literal["all", "answers"]
@@ -37,11 +37,11 @@ class EncodedText:
     """Ids of a conversation.
 
     Attributes:
-        ids: all tokens but the visual ones. loss, answer: for each whether it carries loss, and belongs to an answer
-            (with the token that ends it).
-        visual_at: how many tokens stand before the visual ones. prompt: how many before the last answer.
-        truncated: whether turns at the end were left out. whole: whether it holds a whole answer with its end; of a
-            text that is cut off the last answer that fits whole is the last thing kept.
+        ids: all tokens except the visual ones. loss, answer: whether each token carries loss, and whether it belongs to
+            an answer (including the token that ends the answer).
+        visual_at: number of tokens before the visual ones. prompt: number of tokens before the last answer.
+        truncated: whether turns at the end were left out. whole: whether the text contains a whole answer with its
+            end; a truncated text ends with the last answer that fits.
     """
 
     ids: list[int]
@@ -60,15 +60,15 @@ def encode_conversation(
     supervise: Supervise,
     max_tokens: int | None = None,
 ) -> EncodedText:
-    """Tokens of a conversation that ends with an answer or (for generation) with a question.
+    """Encode a conversation that ends with an answer or (for generation) with a question.
 
     Args:
-        prompt_order: `visual_first` puts the visual tokens before all text, `question_first` behind the words of the
-            first user turn; in one without words where they would begin.
+        prompt_order: `visual_first` puts the visual tokens before all text, `question_first` after the words of the
+            first user turn; if that turn has no words, where they would begin.
         supervise: `all` text tokens carry loss (captioning), or only `answers`: each assistant turn's words and the
             token that ends the turn.
-        max_tokens: of longer texts the last answers are left out, so that what remains ends with the token that ends
-            an answer's turn; where not even the first answer fits, with `max_tokens` and `whole` False.
+        max_tokens: longer texts lose their last answers, so that the text ends with the token that ends an answer's
+            turn. If not even the first answer fits, the text is cut after `max_tokens` and `whole` is False.
 
     Raises:
         ValueError: no user turn before the first answer, or a chat template that does not keep the words.
@@ -114,8 +114,8 @@ def encode_conversation(
 
 
 def encode_around(turns: Sequence[Turn], tokenizer: ChatTokenizer, mark: str) -> list[list[int]]:
-    """Ids before, between and behind the `mark` characters in the words of a conversation that ends with a question:
-    cut around its answers as `encode_conversation` cuts them, so that the same words have the same ids.
+    """Return the ids before, between and after the `mark` characters in the words of a conversation that ends with a
+    question. It is split around its answers as in `encode_conversation`, so that the same words have the same ids.
 
     Raises:
         ValueError: as `encode_conversation`.
@@ -138,9 +138,9 @@ def _encoded_between(tokenizer: ChatTokenizer, texts: Sequence[str], before: str
 
 
 def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str, generating: bool) -> int:
-    """Where the words of the first user turn end in the rendered conversation, and where they would begin if it has
-    none. The words may stand in other turns and in the template too, so the conversation is rendered again with a mark
-    behind them: the two differ first at the mark."""
+    """Return where the words of the first user turn end in the rendered conversation, or where they would begin if it
+    has none. The same words may occur in other turns and in the template too, so the conversation is rendered again
+    with a mark after them: the two renderings first differ at the mark."""
     number = next((n for n, (role, _) in enumerate(said) if role == "user"), None)
     if number is None:
         raise ValueError("prompt_order=question_first needs a user turn in every conversation")
@@ -157,7 +157,7 @@ def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer
 
 def _answer_spans(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> list[tuple[int, int]]:
     spans = [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):  # the token is that of a later turn
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):  # the end token is that of a later turn
         raise ValueError(
             f"the chat template does not end every assistant's turn with {tokenizer.end_text}: name the token that "
             "does as eos_token in tokenizer_config.json"
@@ -166,7 +166,7 @@ def _answer_spans(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: 
 
 
 def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, whole: str) -> tuple[int, int]:
-    """Where an answer begins and where the token that ends its turn does end, in the rendered conversation."""
+    """Return where, in the rendered conversation, an answer begins and the token that ends its turn ends."""
     if not turn:
         raise ValueError("a conversation begins with an answer: it needs a user turn before the first one")
     before = tokenizer.render(said[:turn], answering=True)
@@ -182,15 +182,15 @@ def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenize
 
 @model_part
 class ConversationCollator:
-    """Makes batches of videos with text for the foveated VLM; picklable, given to the data module.
+    """Make batches of videos with text for the foveated VLM; picklable, given to the data module.
 
     Args:
-        tokenizer: its source, loaded (or trained on the data's text) by `prepare`.
+        tokenizer: source of the tokenizer; `prepare` loads it (or trains it on the text of the data).
         prompt_order, supervise, max_tokens: see `encode_conversation`.
-        system: the system turn of conversations that have none; None: as the chat template has it.
-        timestamps: the first user turn begins with when the video's frames were taken (`frame_times`).
+        system: system turn for conversations without one; None: that of the chat template.
+        timestamps: begin the first user turn with the times of the video's frames (`frame_times`).
         tokens_per_frame: visual tokens of the network, for the budget of batches.
-        pack_rows: of the network too, for the padding that is told before training.
+        pack_rows: same as the network's, for the padding share that is reported before training.
     """
 
     def __init__(
@@ -220,14 +220,15 @@ class ConversationCollator:
         self.tokens_per_frame, self.pack_rows = tokens_per_frame, pack_rows
         self.tokenizer: ChatTokenizer | None = None
         self._encoded: dict[tuple[Turn, ...], EncodedText] = {}
-        self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # of the batch that is being made
+        self._recent: dict[tuple[Turn, ...], EncodedText] = {}  # texts of the batch in progress
 
     def prepare(self, folder: Path, texts: Callable[[], Iterator[str]]) -> None:
-        """Loads the tokenizer; one that is trained is trained on `texts()` first where `folder` has none yet.
+        """Load the tokenizer; if its source trains one and `folder` has none yet, train it on `texts()` first.
 
         Raises:
-            ValueError: its chat template cannot be trained with, as `encode_conversation` says of one question and its
-                answer. Where it is so of several questions alone, a warning says that these samples are refused.
+            ValueError: the chat template cannot be used for training: `encode_conversation` fails for one question
+                with its answer. If it fails only for several questions, a warning reports that such samples are
+                refused.
         """
         if self.tokenizer is None:
             try:
@@ -242,31 +243,31 @@ class ConversationCollator:
             self.tokenizer = tokenizer
 
     def _encode(self, turns: tuple[Turn, ...]) -> EncodedText:
-        """Simulated questions come again and again, and a template takes a while to fill in."""
+        """Encode a conversation, with a cache: simulated questions repeat, and rendering a template takes time."""
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
         found = self._encoded.get(turns) or self._recent.get(turns)
         if found is None:
             said = self.with_system(up_to_last_answer(turns))
             found = encode_conversation(said, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
-            if len(self._recent) >= KEPT_TEXTS:  # many texts that are measured, and no batch made of them
+            if len(self._recent) >= KEPT_TEXTS:  # many texts were measured without making a batch
                 self._recent.clear()
             kept = self._encoded if len(self._encoded) < KEPT_TEXTS else self._recent
             kept[turns] = found
         return found
 
     def with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """A conversation with the system turn that it is trained with."""
+        """Return a conversation with the system turn of training."""
         if self.system is None or (turns and turns[0].role == "system"):
             return turns
         return (Turn("system", self.system), *turns)
 
     def with_times(self, turns: Sequence[Turn], seconds: Sequence[float] | None) -> tuple[Turn, ...]:
-        """A conversation with the times of its video's frames, where they are told; none of images without a common
-        time, whose `seconds` are empty.
+        """Return a conversation with the times of its video's frames, if `timestamps` is set. Images without a common
+        time, whose `seconds` are empty, get no times.
 
         Raises:
-            ValueError: they are to be told and are not known.
+            ValueError: `timestamps` is set and the times are not known.
         """
         if not self.timestamps or (seconds is not None and not len(seconds)):
             return tuple(turns)
@@ -279,10 +280,10 @@ class ConversationCollator:
         return (*turns[:first], told, *turns[first + 1 :])
 
     def prompt(self, turns: Sequence[Turn], seconds: Sequence[float] | None = None) -> EncodedText:
-        """A conversation as the model is asked to continue it, or as it is scored: whole, and as in training.
+        """Encode a conversation for generation or scoring: as in training, but never truncated.
 
         Args:
-            seconds: when the frames of its video were taken; needed where `timestamps` are told, empty for text alone.
+            seconds: times of its video's frames; required if `timestamps` is set, empty for text alone.
         """
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
@@ -325,7 +326,7 @@ class ConversationCollator:
         return text
 
     def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
-        """A row for each conversation of each sample; those with a problem are left out and counted.
+        """Make a row of each conversation of each sample; conversations with a problem are left out and counted.
 
         Raises:
             ValueError: every conversation has a problem.
@@ -360,13 +361,13 @@ class ConversationCollator:
 
 
 def up_to_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """A conversation without what was asked after its last answer, which nobody answered; all of it without answers."""
+    """Return a conversation without the turns after its last answer; the whole conversation if it has no answer."""
     answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
     return turns[: answers[-1] + 1] if answers else turns
 
 
 def frame_times(seconds: Sequence[float]) -> str:
-    """When the frames of a video were taken, in words: "12 frames, one every 1 s, from 0 s to 11 s."."""
+    """Describe the times of a video's frames in words: "12 frames, one every 1 s, from 0 s to 11 s."."""
     count, first, last = len(seconds), seconds[0], seconds[-1]
     if count == 1:
         return f"1 frame, at {first:.4g} s."
@@ -374,7 +375,7 @@ def frame_times(seconds: Sequence[float]) -> str:
 
 
 def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:
-    """The columns of a `VideoTextBatch` that hold text, padded on the right to the longest row."""
+    """Return the text columns of a `VideoTextBatch`, padded on the right to the longest row."""
     longest = max((len(row.ids) for row in rows), default=0)
 
     def padded(columns: Sequence[Sequence[int]], kind: torch.dtype) -> Tensor:

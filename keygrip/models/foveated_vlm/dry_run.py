@@ -1,4 +1,4 @@
-"""Dry run of a training: shapes and parameter counts of one batch, and the memory of the largest.
+"""Dry run of a training: shapes and parameter counts of one batch, and the memory of the largest batch.
 
 `module` is a `FoveatedVLMModule`.
 """
@@ -18,12 +18,12 @@ from keygrip.models.foveated_vlm.loss import fused_cross_entropy, token_cross_en
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.training.memory import StepMemory, count_step, measure_step
 
-CPU_FRAMES = 64  # a batch for a GPU would take a processor minutes
+CPU_FRAMES = 64  # a batch for a GPU would take minutes on a CPU
 
 
 @torch.no_grad()
 def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
-    """Shapes, parameter counts by group and memory of one batch in each mode."""
+    """Report shapes, parameter counts by group and memory of one batch in each mode."""
     on_gpu = module.device.type == "cuda"
     if not on_gpu:
         batch = batch.first_videos(CPU_FRAMES)
@@ -60,7 +60,7 @@ def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
 
 
 def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
-    """Memory of a training step on a batch, with as many rounds of refinement as training may draw."""
+    """Return the memory of a training step on a batch, with the largest number of refinements that training samples."""
     network, was_training = module.network, module.training
     rows = text_rows(batch)
     predicted = int((batch.loss_mask | batch.answer_mask).sum())
@@ -70,7 +70,7 @@ def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool, accum
     def step(of_batch: Callable[[Tensor], Tensor]) -> Tensor:
         frames = normalised(of_batch(batch.frames), network.backbone.mean, network.backbone.std)
         output = network(frames, replace(rows, input_ids=of_batch(batch.input_ids)), module.mode, **refinement)
-        # which states predict depends on the batch; how many do, and so the memory, does not
+        # any states serve: the memory depends on how many states predict, not on which ones
         states = output.hidden.flatten(0, 1)
         picked = of_batch(torch.arange(predicted) % states.shape[0])
         targets = of_batch(torch.zeros(predicted, dtype=torch.int64))

@@ -1,12 +1,12 @@
 """Encoder pretraining with dense labels on the simulator's tours, where every cube's place and digit is known.
 
 With the language model's loss alone a random encoder learns nothing within minutes: queries retrieve noise until its
-features hold the digits, and it gets no useful gradient until queries attend to the right place. So the encoder is
-first trained for some minutes to predict, for each patch, which cube is there, which digit is on it and whether the
-gripper points at it. Its CLS token predicts the colour and the digit of the cube pointed at, and deep queries, a
-learned one for each colour, retrieve the digit of the cube of their colour, as the language model's queries will do. A
-run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`); `PretrainingStage` makes one
-where it is missing.
+features hold the digits, and the encoder gets no useful gradient until queries attend to the right place. So the
+encoder is first trained for some minutes to predict, for each patch, which cube is there, which digit is on it and
+whether the gripper points at it. Its CLS token predicts the colour and the digit of the cube pointed at. Deep queries,
+one learned query per colour, retrieve the digit of the cube of their colour, as the language model's queries will do
+later. A run of this pretraining is a source of backbone weights like any other (`backbone.init_from=runs/...`);
+`PretrainingStage` trains one if it is missing.
 
 Legend: M frames, N = h * w patches, K cubes of all frames, D backbone width, C colours.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DIGITS = 10
 IGNORED = -100  # the default ignore_index of torch's cross_entropy
-COVERED = 0.35  # share of a patch that a cube must cover to be what the patch shows
+COVERED = 0.35  # share of a patch that a cube must cover to be the patch's label
 
 
 @dataclass
@@ -46,8 +46,9 @@ class EncoderPretrainingBatch(Movable):
     Args:
         frames: uint8 [M, 3, S, S].
         frame: int64 [K], the frame of each cube. pixel: float32 [K, 2], its centre (x, y) in frames of size S.
-        area: float32 [K], pixels of it that are seen.
-        colour: int64 [K]. digit: int64 [K], IGNORED where it cannot be read. pointed: int64 [K], 1: at this one.
+        area: float32 [K], its visible pixels.
+        colour: int64 [K]. digit: int64 [K], IGNORED where it cannot be read. pointed: int64 [K], 1 if the gripper
+            points at the cube.
     """
 
     frames: Tensor
@@ -59,7 +60,7 @@ class EncoderPretrainingBatch(Movable):
     pointed: Tensor
 
     def sizes(self) -> dict[str, int]:
-        """How large it is, for reports."""
+        """Return the size of the batch, for reports."""
         return {"frames": len(self.frames)}
 
     def __len__(self) -> int:
@@ -68,17 +69,17 @@ class EncoderPretrainingBatch(Movable):
 
 @model_part
 class EncoderPretrainingCollator:
-    """Makes encoder-pretraining batches of tours; where which cube is follows from the metadata of their questions.
+    """Make encoder-pretraining batches from tours; the metadata of the questions gives the positions of the cubes.
 
     Args:
-        colours: names, in the order of their numbers.
+        colours: names of the colours; their order gives their class numbers.
     """
 
     def __init__(self, colours: Sequence[str]) -> None:
         self.colours = {name: number for number, name in enumerate(colours)}
 
     def __call__(self, samples: list[VideoTextSample]) -> EncoderPretrainingBatch:
-        """Raises ValueError: a sample without frames or without such evidence, or an unknown colour."""
+        """Make a batch. Raises ValueError: a sample without frames or without such metadata, or an unknown colour."""
         stacked, mask = stack_frames(samples)
         starts = mask.sum(1).cumsum(0).tolist()
         cubes: list[tuple[int, float, float, float, int, int, int]] = []
@@ -110,7 +111,7 @@ class EncoderPretrainingCollator:
 
 
 def cubes_of(sample: VideoTextSample) -> dict[tuple[int, str], dict[str, Any]]:
-    """(frame, colour) -> pixel, area, digit (IGNORED where no question tells it) and pointed, of a tour's cubes."""
+    """Return a tour's cubes: (frame, colour) -> pixel, area, digit (IGNORED if no question gives it) and pointed."""
     cubes: dict[tuple[int, str], dict[str, Any]] = {}
     for conversation in sample.conversations:
         evidence = conversation.evidence
@@ -133,10 +134,10 @@ def cubes_of(sample: VideoTextSample) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """What each patch shows: colour (0: no cube), digit and pointed, int64 [M, h * w] each, IGNORED where unclear.
+    """Return the labels of each patch: colour (0: no cube), digit and pointed, int64 [M, h * w] each.
 
-    A patch shows a cube that covers COVERED of it, and the one under its centre. Patches that a cube only touches are
-    left out.
+    The label of a patch is the cube whose centre lies in it, otherwise a cube that covers a share of at least COVERED.
+    Patches that a cube only touches have the label IGNORED.
     """
     size, device = batch.frames.shape[-1], batch.frames.device
     overlap = []
@@ -166,15 +167,16 @@ def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[
 
 @model_part
 class EncoderPretraining(nn.Module):
-    """A backbone and linear heads: patches say colour, digit and pointed, CLS the colour and digit pointed at, and a
-    deep query for each colour the digit of that cube.
+    """A backbone with linear heads: patches predict colour, digit and pointed, CLS predicts the colour and digit of the
+    cube pointed at, and a deep query per colour predicts the digit of the cube of that colour.
 
     Args:
         colours: C.
-        weight_std: random matrices of the blocks begin with this standard deviation; None: as the backbone makes them
-            (0.02, right for the widths of DINO, at 128 attention is uniform for long).
-        standardise: heads see features less their mean over their spread, as probes of frozen features do (He et al.
-            2022, arXiv:2111.06377, appendix A.1): what a few numbers of small spread say is else learned too slowly.
+        weight_std: standard deviation of the blocks' weight matrices at initialisation; None: that of the backbone
+            (0.02, which suits the widths of DINO; at width 128 attention stays uniform for long).
+        standardise: heads receive features minus their mean, divided by their standard deviation, as probes of frozen
+            features do (He et al. 2022, arXiv:2111.06377, appendix A.1). Otherwise the information in a few features
+            of small spread is learned too slowly.
     """
 
     def __init__(
@@ -222,18 +224,18 @@ class EncoderPretraining(nn.Module):
 
 @model_part
 class EncoderPretrainingModule(System):
-    """Trains a `EncoderPretraining`; `val/digit` is the share of readable cubes whose digit is right at their centre.
+    """Train an `EncoderPretraining`; `val/digit` is the share of patches labelled with a digit that predict it.
 
     Args:
-        network: the plain network. collator: for the data module. optimizer: the recipe.
-        weights: of the losses: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
+        network: the network without training code. collator: for the data module. optimizer: the optimizer recipe.
+        weights: loss weights: colour, digit and pointed of patches, colour and digit of the frame, digits asked for.
 
     Raises:
-        ValueError: weights that do not name every loss, or that are negative or all 0; another number of
-            colours, or two sources of the start.
+        ValueError: weights that do not name every loss, or that are negative or all 0, or a collator with another
+            number of colours.
     """
 
-    # of the data module, whose samples this model's own collator makes into EncoderPretrainingBatch
+    # batch type of the data module; this model's own collator converts its samples to EncoderPretrainingBatch
     batch_type = VideoTextBatch
     toy_overrides = (
         *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
@@ -273,7 +275,7 @@ class EncoderPretrainingModule(System):
         self._right: dict[str, list[float]] = {}
 
     def losses(self, batch: EncoderPretrainingBatch) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Losses by name, and (right, counted) by name."""
+        """Return the losses by name, and (number right, number counted) by name."""
         backbone = self.network.backbone
         with trained_on(batch.frames.device):
             patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
@@ -324,14 +326,14 @@ class EncoderPretrainingModule(System):
     def on_validation_epoch_end(self) -> None:
         for name, (good, count) in self._right.items():
             found = global_sum(torch.tensor([good, count], dtype=torch.float64, device=self.device))
-            if found[1]:  # over all processes: of a question that no process was asked nothing is known
+            if found[1]:  # over all processes; without any sample there is nothing to log
                 self.log(f"val/{name}", float(found[0] / found[1]), prog_bar=name == "digit", sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Nothing of the data is kept.
+        """Check the statistics of the data; nothing is stored.
 
         Raises:
-            ValueError: not all questions are read that say where cubes are.
+            ValueError: some of the questions that give the positions of cubes are not read.
         """
         if left := sorted({"mark", "glance"} & statistics.partial_kinds):
             raise ValueError(

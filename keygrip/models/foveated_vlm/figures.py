@@ -1,4 +1,4 @@
-"""Answers beside the frames that they are about, with each query's attention as a heatmap over every frame."""
+"""Figures of frames with the answers about them, and each query's attention as a heatmap over its frame."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN_TOKENS = 48  # of an answer
 
 
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
-    """Answers to some rows of different kinds: an image [H, W, 3] uint8 (None without frames) and a table."""
+    """Answer some rows of different kinds; return an image [H, W, 3] uint8 (None without frames) and a table."""
     network, counts = module.network, batch.frame_mask.sum(1).tolist()
     found = [(row, _question(module, batch, row, counts)) for row in one_of_each(batch.kind, rows)]
     shown = [(row, question) for row, question in found if question is not None]
@@ -72,8 +72,8 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
 def _question(
     module: FoveatedVLMModule, batch: VideoTextBatch, row: int, counts: Sequence[int]
 ) -> tuple[str, str, EncodedText] | None:
-    """The last question of a row that can be answered, its true answer and the prompt; None: the context is too short
-    for all (training cuts such rows)."""
+    """Return the last question of a row that fits into the context with an answer, its true answer and the prompt;
+    None: no question fits (training truncates such rows)."""
     turns, frames = batch.texts[row].turns, int(counts[int(batch.video_index[row])])
     for last in [n for n, turn in enumerate(turns) if turn.role == "assistant"][::-1] or [len(turns)]:
         prompt = module.collator.prompt(turns[:last], batch.seconds_of(row))
@@ -84,7 +84,7 @@ def _question(
 
 
 def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
-    """Rows of as many different kinds as there are, then further ones."""
+    """Return up to `count` rows: one row of each kind first, then further rows."""
     first = {kind: row for row, kind in reversed(list(enumerate(kinds)))}
     chosen = sorted(first.values())
     chosen += [row for row in range(len(kinds)) if row not in chosen]
@@ -92,10 +92,10 @@ def one_of_each(kinds: Sequence[str], count: int) -> list[int]:
 
 
 def draw_attention(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
-    """A row of images for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
+    """Draw a row of images for each (title, frames [F, S, S, 3] uint8, attention [F, h, w]); [H, W, 3] uint8.
 
-    Each heatmap has its own scale: what matters is where a query looked, not how sure it was. Of long videos,
-    frames evenly spread are shown.
+    Each heatmap has its own scale: the place of the attention matters, not its strength. For long videos, evenly spaced
+    frames are shown.
     """
     from matplotlib.figure import Figure  # imported here: training without images does not need matplotlib
 

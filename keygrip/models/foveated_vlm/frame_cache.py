@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of frames, kept in memory: it is the same every epoch.
+"""Cache in memory for a frozen encoder's outputs on frames, which are the same in every epoch.
 
 Legend: M real frames of a batch, H heads, R + N tokens, E head width, K pooled tokens, D backbone width.
 """
@@ -19,8 +19,8 @@ Encoded = Sequence[BlockKV] | Tensor
 
 
 def frame_names(batch: VideoTextBatch) -> list[bytes]:
-    """M names of a batch's real frames, video after video: a hash of their pixels, so that clips, single frames and
-    whole videos share what is kept, and no key that begins anew in another shard is mistaken."""
+    """Return the names of a batch's M real frames, video by video: hashes of their pixels. Clips, single frames and
+    whole videos then share entries, and samples of different shards with the same key are not confused."""
     frames = batch.frames[batch.frame_mask].cpu().numpy()
     return [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in frames]
 
@@ -29,30 +29,31 @@ SLAB_BYTES = 256 * 2**20
 
 
 class FrameCache:
-    """What the encoder makes of each frame, by the name of the frame, as long as there is room.
+    """The encoder's output for each frame, by the name of the frame, as long as there is room.
 
-    Each frame is encoded by itself, so that what is kept does not depend on the batch in which it first came, and a
-    resumed run computes what the uninterrupted one did. That is slower than many together: give it room for all.
+    Each frame is encoded alone, so that its entry does not depend on the batch in which it first occurred, and a
+    resumed run computes the same as an uninterrupted one. This is slower than encoding many frames together: give the
+    cache room for all frames.
 
     Args:
-        limit_gb: of memory; further frames are encoded each time.
+        limit_gb: memory limit; frames that do not fit are encoded each time.
 
     Attributes:
-        room: bytes that are left of it.
-        kept: by name, as `encode` gave it; views of slabs that hold many frames.
+        room: bytes that are left.
+        kept: outputs of `encode` by name; views of slabs that hold many frames.
     """
 
     def __init__(self, limit_gb: float) -> None:
         self.room = int(limit_gb * 2**30)
         self.kept: dict[bytes, Encoded] = {}
-        self._slabs: dict[tuple[object, ...], _Slab] = {}  # that are being filled, by what they hold
+        self._slabs: dict[tuple[object, ...], _Slab] = {}  # being filled, by shapes, types and devices
 
     def get(self, names: Sequence[bytes], frames: Tensor, encode: Callable[[Tensor], Encoded]) -> Encoded:
-        """Of all M frames, as `encode` would give it.
+        """Return the outputs for all M frames, as `encode` would return them.
 
         Args:
             names: M; the same name always stands for the same frame. frames: [M, 3, S, S].
-            encode: of some of these frames.
+            encode: computes the outputs of some of these frames.
         """
         found = []
         for place, name in enumerate(names):
@@ -76,11 +77,11 @@ class FrameCache:
 
 
 class _Slab:
-    """Memory for so many frames. Pieces for one each, made between the tensors of steps, would leave holes beside
-    them."""
+    """Memory for several frames. One allocation per frame, between the tensors of training steps, would fragment the
+    memory."""
 
     def __init__(self, like: Encoded, frames: int) -> None:
-        with torch.inference_mode(False):  # validation fills it too
+        with torch.inference_mode(False):  # validation (inference mode) fills it too
             self.parts = [
                 torch.empty((frames, *part.shape[1:]), dtype=part.dtype, device=part.device) for part in _tensors(like)
             ]
@@ -91,7 +92,7 @@ class _Slab:
         return self.used == len(self.parts[0])
 
     def add(self, one: Encoded) -> Encoded:
-        """Copies it into the next place; views of that."""
+        """Copy the output of a frame into the next place; return views of that place."""
         with torch.inference_mode(False), torch.no_grad():
             views = [part[self.used : self.used + 1] for part in self.parts]
             for view, part in zip(views, _tensors(one), strict=True):
@@ -107,12 +108,12 @@ def _tensors(encoded: Encoded) -> list[Tensor]:
 
 
 def _like(encoded: Encoded, tensors: Sequence[Tensor]) -> Encoded:
-    """As `encoded`, of other tensors."""
+    """Return other tensors in the form of `encoded`."""
     if isinstance(encoded, Tensor):
         return tensors[0]
     return [BlockKV(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
 
 
 def _joined(encoded: Sequence[Encoded]) -> Encoded:
-    """Of single frames, one behind the other."""
+    """Concatenate the outputs of single frames."""
     return _like(encoded[0], [torch.cat(parts) for parts in zip(*map(_tensors, encoded), strict=True)])

@@ -1,4 +1,4 @@
-"""Answers in words, for batches of conversations about videos, with the language model's cache."""
+"""Generation of answers to batches of conversations about videos, and likelihoods of given answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keygrip.models.foveated_vlm.video_language import Passes, VideoLanguageNetw
 from keygrip.models.language.cache import LanguageCache
 from keygrip.models.language.tokenizers import ChatTokenizer
 
-Seconds = Sequence[Sequence[float] | None] | None  # of V videos: when each frame was taken
+Seconds = Sequence[Sequence[float] | None] | None  # of V videos: the time of each frame
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Answers:
 
     Attributes:
         texts: B answers. ids: B lists, without the token at which they stopped.
-        passes: what was seen (None for text alone). rows: the prompts.
+        passes: results of the passes over the videos (None for text alone). rows: the prompts.
     """
 
     texts: list[str]
@@ -44,36 +44,36 @@ def rows_of(
     device: torch.device,
     seconds: Seconds = None,
 ) -> TextRows:
-    """Encoded texts as the network takes them."""
+    """Convert encoded texts to the rows that the network reads."""
     ids: Tensor = text_columns(texts)["input_ids"]
     lengths, places = [len(text.ids) for text in texts], [text.visual_at for text in texts]
     return TextRows(ids.to(device), lengths, places, list(videos), list(frame_counts), seconds)
 
 
 def refuse_half_characters(text: str, whose: str) -> None:
-    """Raises ValueError: a tokenizer cannot read the text, which holds half a surrogate pair."""
+    """Raise ValueError if the text contains half a surrogate pair, which a tokenizer cannot read."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{whose} holds half a surrogate pair, which is no character")
 
 
 def check_count(count: int, name: str = "max_new_tokens") -> None:
-    """Raises ValueError: it is no whole number of at least 1."""
+    """Raise ValueError if `count` is not a whole number of at least 1."""
     if not isinstance(count, Integral) or count < 1:
         raise ValueError(f"{name}={count}: it must be at least 1, and a whole number")
 
 
 def room(network: VideoLanguageNetwork, text: int, frames: int) -> int:
-    """How many tokens of an answer the language model's context holds behind so many of text and frames; below 0: these
-    do not fit themselves."""
+    """Return how many answer tokens fit into the language model's context after `text` tokens and `frames` frames;
+    below 0: text and frames do not fit."""
     return int(network.language.context - text - network.tokens_per_frame * frames)
 
 
 def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_tokens: int) -> None:
-    """Checks that a conversation of so many tokens of text and frames can be answered.
+    """Check that a conversation of `text` tokens and `frames` frames can be answered.
 
     Raises:
-        ValueError: it does not fit into the language model's context with the answer, or the network numbers fewer
-            frames.
+        ValueError: conversation and answer do not fit into the language model's context, or the network can number
+            fewer frames.
     """
     left, context = room(network, text, frames), network.language.context
     if left < max_new_tokens:
@@ -90,7 +90,7 @@ def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_to
 
 @torch.inference_mode()
 def encoded(network: VideoLanguageNetwork, frames: Tensor, frame_counts: Sequence[int]) -> list[BlockKV] | None:
-    """Keys and values of videos, for several questions and modes; None for a network that keeps none."""
+    """Compute the keys and values of videos, to use for several questions and modes; None if the network has none."""
     if not isinstance(network, FoveatedVLM) or not any(frame_counts):
         return None
     return network.encode(real_frames(frames, frame_counts))
@@ -111,18 +111,19 @@ def generate(
     seconds: Seconds = None,
     samples: Sequence[int] | None = None,
 ) -> Answers:
-    """Continues each prompt up to a token at which the tokenizer says that an answer stops.
+    """Continue each prompt up to a stop token of the tokenizer.
 
     Args:
-        frames: [V, F, 3, H, W], normalised; padding frames behind the real ones. frame_counts: V.
-        prompts: B conversations that end where the assistant is to speak. videos: the video of each.
-        mode: how the videos are looked at. max_new_tokens: an answer's longest.
-        sampling: how tokens are chosen. Of each prompt they are drawn as if it stood alone: equal prompts have equal
+        frames: [V, F, 3, H, W], normalised; padding frames after the real ones. frame_counts: V.
+        prompts: B conversations that end where the assistant's words begin. videos: B, the index of each prompt's
+            video.
+        mode: one of the network's modes. max_new_tokens: longest answer in tokens.
+        sampling: how tokens are chosen. Each prompt is sampled independently of the others: equal prompts get equal
             answers.
-        kv: keys and values of the real frames where they are known already (`encoded`).
-        seconds: V, when the frames were taken, for a clock that counts seconds.
-        samples: B, for prompts that are there several times: which of the answers to it (`Sampling.of`). None: each is
-            the first one.
+        kv: keys and values of the real frames if they are computed already (`encoded`).
+        seconds: V, times of the frames, for a clock that counts seconds.
+        samples: B, for prompts that occur several times: the number of each answer to the same prompt
+            (`Sampling.of`). None: all are the first answer.
 
     Raises:
         ValueError: a prompt, the frames and the answer do not fit into the language model's context.
@@ -138,7 +139,7 @@ def generate(
             f"language model holds {language.context}: lower max_new_tokens, or give fewer frames"
         )
     cache = LanguageCache()
-    # Rows are padded on the right; what padding leaves in the cache is a hole that no later token sees.
+    # Rows are padded on the right; padding leaves a gap in the cache, to which no later token attends.
     same = bool(layout.valid.all())
     hidden = language.extend(
         layout.place(language.embed(rows.input_ids), network.with_frame_positions_of(visual, rows)),
@@ -146,14 +147,14 @@ def generate(
         None if same else layout.valid,
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
-    # one for each row: an answer depends on nothing else that is asked in the batch
+    # one for each row: an answer does not depend on the other prompts of the batch
     generators = [sampling.of(sample).generator(device) for sample in samples or [0] * len(prompts)]
     ids: list[list[int]] = [[] for _ in prompts]
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(tokenizer.stop_tokens), dtype=torch.int64, device=device)
     for _ in range(max_new_tokens):
         logits = language.logits(state).float()
-        logits[:, tokenizer.size :] = -torch.inf  # rows of the table that no token has
+        logits[:, tokenizer.size :] = -torch.inf  # rows of the output table without a token
         token = sampling.next(logits, generators)
         going = going & ~torch.isin(token, stops)
         for row, (value, on) in enumerate(zip(token.tolist(), going.tolist(), strict=True)):
@@ -168,8 +169,8 @@ def generate(
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Of B given answers: the sum of their tokens' log-likelihoods, how many tokens, and whether each token is the
-    likeliest one; [B] each."""
+    """For B given answers: the sum of the tokens' log-likelihoods, the number of tokens, and whether every token is the
+    most probable one; [B] each."""
 
     total: Tensor
     tokens: Tensor
@@ -189,12 +190,12 @@ def answer_likelihoods(
     seconds: Seconds = None,
     tokens: int | None = None,
 ) -> Likelihoods:
-    """Log-likelihoods of each conversation's last answer.
+    """Compute the log-likelihood of each conversation's last answer.
 
     Args:
         frames, frame_counts, videos, mode, kv, seconds: as in `generate`.
         answered: B conversations that end with an answer.
-        with_end: the token that ends the answer's turn counts.
+        with_end: whether the token that ends the answer's turn counts.
         tokens: as in `token_cross_entropy`.
     """
     rows = rows_of(answered, videos, frame_counts, frames.device, seconds)

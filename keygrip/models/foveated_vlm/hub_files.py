@@ -1,4 +1,4 @@
-"""What an exported video-language model holds in the layout of the Hugging Face hub, beside its weights."""
+"""Files of an exported video-language model, besides its weights, in the layout of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 from keygrip.models.language.tokenizers import NAMED_TOKENS
 
 MODEL_TYPE = "keygrip_video_language"
-# Before the language model's own template, which knows text alone: of a message that is a list of items, the words, and
-# <image> or <video> where one is said. These have no tokens: KeygripProcessor takes them out and the model places them.
+# Prepended to the language model's own template, which supports text alone: a message that is a list of items becomes
+# its words, with <image> or <video> for such an item. These have no tokens: KeygripProcessor removes them, and the
+# model places the visual tokens.
 ITEMS = (
     "{%- set said = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -25,27 +26,27 @@ ITEMS = (
 
 
 def chat_template(own: str, system: str | None) -> str:
-    """The template of an export: for messages of text and of items, and with the system turn that the model was trained
-    with where a conversation has none.
+    """Return the chat template of an export: it accepts messages of text and of items, and adds the system turn of
+    training to a conversation without one.
 
     Args:
-        own: the language model's template. system: the words of the system turn; None: as `own` has it.
+        own: the language model's template. system: the words of the system turn; None: that of `own`.
     """
     if system is None:
         return ITEMS + own
-    # What Python's repr spells, Jinja reads as the same string.
+    # Jinja parses Python's repr of a string as the same string.
     turn = f"{{'role': 'system', 'content': {system!r}}}"
     told = f"{{%- set messages = [{turn}] + messages -%}}"
     return f"{ITEMS}{{%- if not messages or messages[0]['role'] != 'system' -%}}{told}{{%- endif -%}}{own}"
 
 
 def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Files by name, and facts for config.json. `module` is a `FoveatedVLMModule`.
+    """Return files by name, and entries of config.json. `module` is a `FoveatedVLMModule`.
 
     tokenizer.json, tokenizer_config.json and chat_template.jinja are what transformers' AutoTokenizer reads, for
     messages of text and of items; processor_config.json is what its AutoProcessor reads
-    (`keygrip.inference.processor`): how images become inputs and where they stand in a conversation;
-    generation_config.json says how answers end.
+    (`keygrip.inference.processor`): how images become inputs and their position in a conversation;
+    generation_config.json defines how answers end.
     """
     tokenizer, network, images = module.tokenizer, module.network, module.image_options
     state = tokenizer.state()

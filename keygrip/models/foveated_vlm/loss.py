@@ -1,4 +1,4 @@
-"""Cross-entropy of text tokens without ever holding the logits of all of them: in chunks, or by a fused kernel.
+"""Cross-entropy of text tokens without the logits of all tokens in memory at once: in chunks, or by a fused kernel.
 
 Legend: n predicted tokens, C language width, W vocabulary.
 """
@@ -21,15 +21,15 @@ OLDEST_LIGER = (0, 8, 2)  # in older versions the output layer's gradient is wro
 def token_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096, tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token, and whether its most probable token is the right one.
+    """Return the loss of each token, and whether the most probable token is the right one.
 
     Logits are computed for `chunk` tokens at a time, and again in the backward pass: with a vocabulary of 49152 they
     would take more memory than the rest of the network.
 
     Args:
         hidden: [n, C], the states that predict. weight: [W, C], the output layer. targets: int64 [n].
-        tokens: of the W rows the first that stand for tokens, among which the most probable one is sought: a table may
-            have more rows than the tokenizer tokens, and generation says none of the others. None: all.
+        tokens: number of rows of W, from the first on, among which the most probable token is searched: the output
+            layer may have more rows than the tokenizer has tokens, and generation never chooses the others. None: all.
 
     Returns:
         float32 [n] and bool [n].
@@ -48,11 +48,11 @@ def token_cross_entropy(
 
 
 def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `token_cross_entropy` of all rows, by the Triton kernel of the package liger-kernel: softmax, loss and
+    """Compute `token_cross_entropy` over all rows with the Triton kernel of the package liger-kernel: softmax, loss and
     gradient of the logits in one pass over each of its own chunks.
 
-    The output layer may be tied to the embeddings, or frozen. It must be whole: under strategy=fsdp it is within a
-    step, since it belongs to the module's outermost part. Gradients of the output layer are summed in float32.
+    The output layer may be tied to the embeddings, or frozen. It must not be sharded: under strategy=fsdp it is
+    gathered within a step, since it belongs to the module's outermost part. Its gradients are summed in float32.
 
     Paper: Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training (2024).
     """
@@ -67,7 +67,7 @@ def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tupl
 
 
 def check_liger(device: torch.device) -> None:
-    """Raises ValueError: the fused kernel cannot be used here, and what to do."""
+    """Raise ValueError, with advice, if the fused kernel cannot be used on this machine."""
     if device.type != "cuda":
         raise ValueError(
             "model.loss_kernel=liger computes on a GPU and this run is on the CPU: choose model.loss_kernel=chunked, "

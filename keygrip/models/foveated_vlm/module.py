@@ -1,4 +1,4 @@
-"""Training of the foveated video-language model and its baseline: loss, figures by mode and kind, health, images."""
+"""Training of the foveated video-language model and its baseline: loss, metrics by mode and question kind, images."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ COARSE_MISSES = 50  # coarse steps in a row without a question of coarse_kinds, 
 
 @model_part(from_checkpoint={"init_from": None})
 class FoveatedVLMModule(System):
-    """Text cross-entropy, in one of the network's modes.
+    """Train a video-language network with the cross-entropy of text tokens, in one of the network's modes.
 
     Args:
-        network: the plain network, foveated or baseline.
-        collator: how conversations become tokens; the data module uses the same one.
-        optimizer: the recipe.
-        mode: of the passes in training; one of the network's modes.
-        val_modes: in which validation does; None: all of the network's.
-        refinement: in training, queries are chosen again from their own tokens up to so many times, a number drawn for
-            each step from 0 to this: queries are then computed from tokens of chosen queries, as at inference.
+        network: the network without training code, foveated or baseline.
+        collator: converts conversations to tokens; the data module uses it too.
+        optimizer: the optimizer recipe.
+        mode: the mode of training; one of the network's modes.
+        val_modes: the modes that validation computes; None: all modes of the network.
+        refinement: the largest number of times that a training step recomputes the queries from the tokens that they
+            produced; each step samples a number from 0 to this. Queries then depend on fine tokens, as at inference.
         refinement_from: share of the run before refinement begins.
-        coarse_share: of the training steps, those that answer from the coarse pass alone (mode coarse_only), so that
-            its tokens learn to say what they can: they choose where to look.
-        coarse_kinds: of the questions whose answers carry the loss of those steps; None: all.
-        loss_chunk: tokens whose logits exist at the same time.
-        loss_kernel: in training; `chunked`, or `liger`, a fused Triton kernel for GPUs that has chunks of its own.
-        vision_cache_gb: memory for what a frozen encoder makes of training and validation frames.
-        init_from: run folder or checkpoint of such a model whose weights (EMA, where it has them) are the start;
-            read when training is set up, so that a trained module does not need it.
+        coarse_share: share of the training steps in mode coarse_only, which answer from the coarse pass alone, so that
+            coarse tokens learn to hold what they can: the queries of the fine pass are computed from them.
+        coarse_kinds: kinds of the questions whose answers carry the loss in those steps; None: all kinds.
+        loss_chunk: number of tokens whose logits are in memory at the same time.
+        loss_kernel: of the training loss: `chunked`, or `liger`, a fused Triton kernel for GPUs with its own chunks.
+        vision_cache_gb: memory for the outputs of a frozen encoder on training and validation frames.
+        init_from: run folder or checkpoint of such a model; training starts from its weights (EMA if it has them).
+            It is read when training is set up, so that a trained module does not need it.
         monitor_every_n_steps: training steps between health checks; 0: none.
-        monitor_from_step: warnings begin here.
+        monitor_from_step: first step with health warnings.
         log_images_every_n_steps: training steps between images in TensorBoard; 0: none.
 
     Raises:
-        ValueError: a mode that the network does not have, refinement or a share of coarse steps outside of coarse_fine,
-            keys and values that would change kept, or two sources of the encoder's weights.
+        ValueError: a mode that the network does not have, refinement or a share of coarse steps in a mode other than
+            coarse_fine, or a frame cache for an encoder that is trained.
     """
 
     read_where: ClassVar = {
@@ -171,12 +171,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     # ------------------------------------------------------------------ set-up
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Take over the tokenizer and how images are prepared; and the weights of the stage before, if there is one.
+        """Load the tokenizer and the weights of `init_from`, if it is set, and store how images are prepared.
 
         Raises:
-            FileNotFoundError, ValueError: that checkpoint is missing, or of another model or tokenizer; or the collator
-                counts another number of tokens per frame; `coarse_kinds` of which nothing is asked; or clips begin at
-                a second that frames cannot say.
+            FileNotFoundError, ValueError: the checkpoint of `init_from` is missing, or of another model or tokenizer;
+                the collator counts another number of tokens per frame; no question has one of the `coarse_kinds`; or
+                clips keep the video's seconds and the network has no clock of seconds.
         """
         if self.collator.tokens_per_frame != self.network.tokens_per_frame:
             raise ValueError(
@@ -211,13 +211,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     @property
     def longest_row(self) -> int:
-        """Positions that the language model's context holds, visual and text tokens together; the data leave out what
-        is longer."""
+        """Length of the language model's context in positions, visual and text tokens together; the data module leaves
+        out longer rows."""
         return self.network.language.context
 
     @property
     def tokenizer(self) -> ChatTokenizer:
-        """Raises ValueError: there is none yet."""
+        """The collator's tokenizer. Raises ValueError: it has none yet."""
         if self.collator.tokenizer is None:
             raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
         return self.collator.tokenizer
@@ -233,10 +233,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.image_options}
 
     def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
-        """A resumed run reads its texts with its own tokenizer, whichever lies beside the data by now.
+        """Use the checkpoint's tokenizer in a resumed run, even if another one is stored with the data by now.
 
         Raises:
-            ValueError: the checkpoint has none.
+            ValueError: the checkpoint has no tokenizer.
         """
         self._take_tokenizer(stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer"))
         if isinstance(collator := getattr(datamodule, "collator", None), ConversationCollator):
@@ -266,11 +266,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     # ------------------------------------------------------------------ steps
 
     def inputs(self, batch: VideoTextBatch) -> tuple[Tensor, TextRows]:
-        """Frames as the backbone wants them, and the rows of text."""
+        """Return normalised frames and the rows of text."""
         return batch.normalised(self.network.backbone.mean, self.network.backbone.std), text_rows(batch)
 
     def as_input(self, frames: np.ndarray) -> Tensor:
-        """One video, uint8 [F, S, S, 3], as the network takes it: [1, F, 3, S, S] on the module's device."""
+        """Convert one video, uint8 [F, S, S, 3], to the network's input: [1, F, 3, S, S] on the module's device."""
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         found = normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
         return found.to(next(self.network.backbone.parameters()).dtype)
@@ -282,14 +282,14 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         seconds: Sequence[float] | None = None,
         answer_tokens: int | None = None,
     ) -> VideoStream:
-        """A question about a video that is still coming: `push(frame)`, and `answer()` at any time.
+        """Open a stream for a question about a live video: `push(frame)` for each frame, `answer()` at any time.
 
         Args:
             mode: see `StreamingSession`; None: `answer_mode`.
             seconds, answer_tokens: see `VideoStream`.
 
         Raises:
-            ValueError: a baseline, a mode in which a frame depends on later ones, or seconds that are needed.
+            ValueError: a baseline, a mode in which a frame depends on later frames, or `seconds` missing but required.
         """
         if not isinstance(self.network, FoveatedVLM):
             raise ValueError(NO_STREAM.format(type(self.network).__name__))
@@ -300,26 +300,26 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         return self.network(frames, rows, mode, refinement)
 
     def score(self, output: VLMOutput, batch: VideoTextBatch) -> BatchScores:
-        """Loss and exactness of a network's output for a batch, by kind of question."""
+        """Compute the loss and the exact matches of a network's output for a batch, per row."""
         tokens = None if self.collator.tokenizer is None else self.collator.tokenizer.size
         weight = self.network.language.head_weight
         return score(output, batch, weight, self.loss_chunk, self.loss_kernel, tokens)
 
     def refinement_now(self) -> int:
-        """How often queries are chosen again in this step: a function of the step, the same in every process."""
+        """Return how often this step recomputes the queries: a function of the step, the same in every process."""
         if not self.refinement or self.progress() < self.refinement_from:
             return 0
         generator = torch.Generator().manual_seed(self.global_step)
         return int(torch.randint(self.refinement + 1, (), generator=generator))
 
     def mode_now(self) -> str:
-        """In which mode this step trains: a function of the step, the same in every process."""
+        """Return the mode in which this step trains: a function of the step, the same in every process."""
         generator = torch.Generator().manual_seed(self.global_step)
         coarse = self.coarse_share and float(torch.rand((), generator=generator)) < self.coarse_share
         return "coarse_only" if coarse else self.mode
 
     def _for_coarse_step(self, batch: VideoTextBatch, kinds: frozenset[str]) -> VideoTextBatch:
-        """The batch with a loss on questions of these kinds alone; ValueError where step after step has none."""
+        """Return the batch with a loss on questions of these kinds only; ValueError if too many steps have none."""
         self._coarse_misses = 0 if kinds & set(batch.kind) else self._coarse_misses + 1
         if self._coarse_misses >= COARSE_MISSES:
             raise ValueError(
@@ -329,8 +329,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         return batch.answering(kinds)
 
     def encoder_inputs(self, batch: VideoTextBatch, rows: TextRows) -> tuple[Tensor, Encoded | None]:
-        """The network's `frames` and `kv`: normalised frames and None; with a frame cache the frames as they came,
-        whose pixels nothing reads, and what the encoder made of them."""
+        """Return the network's arguments `frames` and `kv`: normalised frames and None; with a frame cache, the raw
+        frames, whose pixels are not read, and the encoder's outputs."""
         network, backbone = self.network, self.network.backbone
         if self.frame_cache is None or not any(rows.frame_counts):
             return batch.normalised(backbone.mean, backbone.std), None
@@ -352,7 +352,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
-        everywhere = global_sum(loss) / world_size()  # a process holds another share of the batch's rows than the next
+        everywhere = global_sum(loss) / world_size()  # processes hold different shares of the batch's rows
         self.log(f"{name}loss", everywhere, prog_bar=True, batch_size=size)
         accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
         self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
@@ -405,7 +405,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log(f"val/attention_{kind}", sum(shares) / len(shares))
 
     def _validated(self) -> dict[str, tuple[str, int]]:
-        """Names of what validation computes, each with the network's mode and refinement."""
+        """Return what validation computes: for each name, the network's mode and the number of refinements."""
         modes = {mode: (mode, 0) for mode in self.val_modes}
         if self.refinement and "coarse_fine" in modes:
             modes[REFINED] = ("coarse_fine", self.refinement)
@@ -413,12 +413,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     @property
     def answer_mode(self) -> str:
-        """The mode in which it answers where none is asked for: the network's last, or the coarse one where queries for
-        another were never trained."""
+        """Default mode for answers: the network's last one, or coarse_only if the model was trained in it, since its
+        other queries were never trained."""
         return "coarse_only" if self.mode == "coarse_only" else self.network.modes[-1]
 
     def _attended(self) -> str:
-        """The mode whose attention is reported: the one used at inference where it is validated."""
+        """Return the mode whose attention is reported: that of inference if it is validated, else that of training."""
         return "autoregressive" if "autoregressive" in self.val_modes else self.mode
 
     # ------------------------------------------------------------------ health
@@ -464,22 +464,22 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     # ------------------------------------------------------------------ dry run
 
     def dry_run(self, batch: VideoTextBatch) -> dict[str, Any]:
-        """One batch in each mode: shapes, parameter counts by group and memory, without training. On a CPU, of a large
-        batch the first videos alone."""
+        """Report shapes, parameter counts by group and memory of one batch in each mode, without training. On a CPU,
+        only the first videos of a large batch are used."""
         return report_on(self, batch)
 
     def step_memory(self, batch: VideoTextBatch, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
-        """Memory of a training step on a batch: measured where the module lies on a GPU, counted otherwise."""
+        """Return the memory of a training step on a batch: measured if the module is on a GPU, else calculated."""
         return step_memory(self, batch, bf16, ema, accumulated)
 
     def export_files(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Beside the weights in an export: files by name (tokenizer, chat template, processor), and what config.json
-        says to other programs."""
+        """Return what an export holds in addition to the weights: files by name (tokenizer, chat template, processor),
+        and entries of config.json for other programs."""
         return hub_files(self)
 
     def sharded_parts(self) -> list[Any]:
-        """None: how often a process calls the language model depends on its rows (text alone, the longest video), and
-        FSDP waits for all processes in each call. It gathers the whole once for each step instead."""
+        """Return no parts: the number of language model calls depends on the rows of a process (text alone, the longest
+        video), and FSDP waits for all processes in each call. Instead, FSDP gathers the whole model once per step."""
         return []
 
     def compiled_parts(self) -> list[Any]:

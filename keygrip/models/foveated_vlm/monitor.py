@@ -1,4 +1,4 @@
-"""Health metrics of the foveation, each with its healthy range, and counts of the rows of training.
+"""Health metrics of the foveation, each with its healthy range, and counts of training rows.
 
 Legend: V videos, F frames of the longest.
 """
@@ -47,11 +47,11 @@ RANGES = {
 
 
 class RowCounts:
-    """What the rows of training batches hold, summed since the last report: one batch says little, where texts come in
-    batches of their own.
+    """Counts of the rows of training batches, summed since the last report: a single batch is not representative if
+    texts come in batches of their own.
 
     Args:
-        tokens_per_frame, packed: of the network, for the language model's positions.
+        tokens_per_frame, packed: settings of the network, to count the language model's positions.
     """
 
     counted = ("rows", "text_only", "positions", "held", "truncated", "left_out", "clips")
@@ -62,14 +62,14 @@ class RowCounts:
         self._left_out = 0  # since training began or was resumed
 
     def add(self, batch: VideoTextBatch, rows: TextRows) -> None:
-        """A batch of this process, and its rows."""
+        """Count a batch of this process, given with its rows."""
         held, positions = rows.positions(self.tokens_per_frame, self.packed)
         text_only = sum(not rows.frame_counts[video] for video in rows.videos)
         self._counts.update(rows=len(batch), text_only=text_only, positions=positions, held=held)
         self._counts.update(truncated=batch.truncated, left_out=batch.left_out, clips=batch.clips)
 
     def report(self, device: torch.device) -> dict[str, float]:
-        """Shares and counts over the batches of all processes; begins anew, but for `left_out_rows`, all so far.
+        """Return shares and counts over the batches of all processes and reset them; `left_out_rows` is not reset.
 
         Every process must call it at the same step.
         """
@@ -95,13 +95,13 @@ def health_figures(
     scores: BatchScores,
     score: Callable[[VLMOutput], BatchScores],
 ) -> dict[str, Tensor]:
-    """Figures of `RANGES`, [] each, on one process's rows; those about frames are left out where all rows are text.
+    """Compute metrics for `RANGES`, [] each, on one process's rows; those about frames are left out if all are text.
 
-    Nothing here waits for other processes, whose rows may be text where these are not.
+    Nothing here waits for other processes, because their rows may be text when these are not.
 
     Args:
-        output, scores: of the training step. score: gives the scores of another output for the same batch.
-        frames: [V, F, 3, H, W], as the network was given them.
+        output, scores: results of the training step. score: computes the scores of another output for the same batch.
+        frames: [V, F, 3, H, W], the input of the network.
     """
     figures: dict[str, Tensor] = {}
     if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
@@ -124,7 +124,8 @@ def health_figures(
 
 
 def relative_entropy(attention: Tensor) -> Tensor:
-    """Entropy of attention [..., N] over log N, a mean over rows that hold any: 1 is uniform, 0 a single token."""
+    """Return the entropy of attention [..., N] divided by log N, averaged over rows with any: 1 is uniform, 0 a single
+    token."""
     mass = attention.sum(-1) > 0.5
     entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1) / math.log(attention.shape[-1])
     return (entropy * mass).sum() / mass.sum().clamp_min(1)

@@ -1,10 +1,12 @@
 """The foveated video-language network: one visual token per frame, from a query that the language model chooses.
 
 Legend: V videos, F frames of the longest, M real frames of all videos, S streams (`rows.Streams`: videos, or questions
-about videos), Q streams of a video, B rows of text, L text tokens, T positions, D backbone width, C language width.
+about videos), Q streams of a video, B rows of text, L text tokens, T positions, D backbone width, C language width,
+H heads and R + N prefix and patch tokens of the encoder.
 
-Every real frame goes once through the backbone, and the keys and values of all its blocks are kept. A query enters
-before block 1 and comes out as the frame's embedding z; any number of queries use the same keys and values:
+Every real frame passes through the backbone once, and the keys and values of all blocks are stored. A query enters
+before block 1 and leaves the last block as the frame's embedding z. All queries use the same keys and values. A chosen
+query is a projection of the language model's hidden state:
 
     coarse pass: one learned query for all frames            -> z_coarse -> language model -> hidden states
     fine pass:   hidden state before frame t, projected      -> z_fine   -> language model with the text -> answer
@@ -32,7 +34,7 @@ MODES = ("coarse_only", "coarse_fine", "autoregressive")
 
 
 def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
-    """A copy of a backbone of which only what queries go through is trained: its last blocks and its norm."""
+    """Copy a backbone for queries; only the parts that queries pass through are trained: last blocks and norm."""
     path = copy.deepcopy(backbone)
     for name, parameter in path.named_parameters():
         parameter.requires_grad_(path.layer_of(name) >= first_block)
@@ -41,33 +43,33 @@ def query_blocks(backbone: DinoBackbone, first_block: int) -> DinoBackbone:
 
 @model_part
 class FoveatedVLM(VideoLanguageNetwork):
-    """One visual token per frame: a query that the language model chooses goes through the encoder's blocks.
+    """Compute one visual token per frame: a query that the language model chooses passes through the encoder's blocks.
 
     Source: the architecture of fVLM (huggingface.co/sanps/fVLM-135M, code github.com/spsanps/nanoSmol).
 
     Args:
-        backbone, language: the parts.
-        deep_query: the query goes through all blocks; otherwise only through the last one (ablation).
-        query_std: of the two learned queries, and of the chosen ones at initialisation.
-        projection_std: of the chosen ones alone; None: as query_std.
-        query_start: what the learned query of the coarse pass begins as: `random`, or `cls`, the encoder's own CLS
-            token, so that the coarse pass begins with what CLS has learned to say.
-        query_bias: give the projection of hidden states to queries a bias; with `published_projections` that of all
-            queries into the encoder (ablation).
-        published_projections: two linear maps in place of one, as in the published model, with torch's own initial
-            values: hidden states to queries, with a bias, and all queries, the learned ones too, into the encoder;
-            likewise its embeddings before the connector.
-        query_path: `shared`, queries go through the encoder's own blocks; or `own`, through a copy of them that is
-            trained beside a frozen encoder, whose keys and values then never change and can be kept
-            (`frame_cache.py`). At the start both are the same.
-        query_source: whose hidden states choose the queries at inference: `fine`, what was seen so far with chosen
-            queries, or `coarse`, a second stream of coarse tokens with a cache of its own, as in training's parallel
-            pass.
-        visual_scale: of the visual tokens; None: the language model's embedding standard deviation.
+        backbone, language: the encoder and the language model.
+        deep_query: the query passes through all blocks; otherwise only through the last one (ablation).
+        query_std: standard deviation of the two learned queries, and of the chosen ones at initialisation.
+        projection_std: standard deviation of the chosen queries alone; None: query_std.
+        query_start: initial value of the learned query of the coarse pass: `random`, or `cls`, the encoder's CLS
+            token, so that the coarse pass starts with what CLS has learned.
+        query_bias: add a bias to the projection of hidden states to queries; with `published_projections`, to the
+            projection of all queries into the encoder instead (ablation).
+        published_projections: two linear maps in place of one, as in the published model, with torch's default
+            initial values: from hidden states to queries, with a bias, and from all queries (the learned ones too) to
+            the encoder's input. Another linear map is applied to the encoder's embeddings before the connector.
+        query_path: `shared`: queries pass through the encoder's own blocks. `own`: they pass through a copy that is
+            trained while the encoder is frozen. The encoder's keys and values then never change and can be cached
+            (`frame_cache.py`). Both start with the same weights.
+        query_source: hidden states that choose the queries at inference: `fine`, those after the fine tokens of
+            earlier frames, or `coarse`, those of a second stream of coarse tokens with its own cache, as in the
+            parallel pass of training.
+        visual_scale: scale of the visual tokens; None: the standard deviation of the language model's embeddings.
         frame_numbers, pack_rows, frame_clock: see `VideoLanguageNetwork`.
 
     Raises:
-        ValueError: an unknown choice, or a query path of its own beside an encoder that is trained.
+        ValueError: an unknown choice, or query_path=own with an encoder that is trained.
     """
 
     modes = MODES
@@ -133,37 +135,37 @@ class FoveatedVLM(VideoLanguageNetwork):
     # ------------------------------------------------------------------ passes
 
     def encode(self, frames: Tensor) -> list[BlockKV]:
-        """Keys and values of frames [M, 3, H, W] at every block that the query goes through."""
+        """Compute the keys and values of frames [M, 3, H, W] at every block that the query passes through."""
         return self.backbone.keys_and_values(frames)[self.first_block :]
 
     def query_frames(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
-        """Embeddings [M, Q, D] of frames under queries [M, Q, D]."""
+        """Compute the embeddings [M, Q, D] of frames for queries [M, Q, D]."""
         embeddings = self._query_encoder.query(self._into_encoder(queries), kv, self.first_block)
         return embeddings if self.embedding_output is None else self.embedding_output(embeddings).to(embeddings.dtype)
 
     def choose_queries(self, visual: Tensor, streams: Streams) -> Tensor:
-        """Queries [S, F, D] of all frames from visual tokens [S, F, C]: frame t's from the hidden state before it."""
+        """Compute queries [S, F, D] from visual tokens [S, F, C]: for each frame, from the hidden state before it."""
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
             placed = streams.layout.place(prefix, self.with_frame_positions(visual, 0, streams.seconds))
             lengths = [text + frames - 1 for text, frames in zip(streams.lengths, streams.frame_counts, strict=True)]
             hidden = take(self.hidden_of(placed, lengths), streams.query_at)
-        else:  # single frames with nothing before them: zero, with gradients (of zero) as in any other batch
+        else:  # single frames with nothing before them: zeros that depend on `visual`, so that it has a gradient
             hidden = 0.0 * visual
         return self._as_queries(self.with_clock(hidden, 0, streams.seconds), streams.first)
 
     def with_clock(self, hidden: Tensor, first: int, seconds: Tensor | None = None) -> Tensor:
-        """Hidden states [S, F, C] before the frames from `first` on, plus the clock's embedding of each frame's number
-        (or of its seconds [S, F]); unchanged without a clock."""
+        """Add the clock's embedding of each frame's number (or time, seconds [S, F]) to the hidden states [S, F, C]
+        before the frames from `first` on; return them unchanged without a clock."""
         if self.frame_clock is None:
             return hidden
         return hidden + self.clock_embeddings(first, hidden.shape[1], seconds)
 
     def run_passes(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Passes:
-        """Visual tokens of all streams from the keys and values of the M real frames, in one of the three modes.
+        """Compute the visual tokens of all streams from the keys and values of the M real frames, in one of the modes.
 
         Args:
-            refinement: coarse_fine only; how often the queries are chosen again from what they have just shown.
+            refinement: coarse_fine only; how often the queries are recomputed from the tokens that they produced.
         """
         coarse = self.query_frames(self.static_query.expand(len(kv[0].key), -1, -1), kv)
         driving = streams.to_streams(self.connector(coarse))  # [S, F, C]
@@ -197,7 +199,8 @@ class FoveatedVLM(VideoLanguageNetwork):
 
     @torch.no_grad()
     def attention(self, passes: Passes, streams: Streams) -> Tensor:
-        """Where the queries looked, [S, F, blocks, H, R + N]: rows sum to 1, and are zero behind a stream's end."""
+        """Return the attention of the queries, [S, F, blocks, H, R + N]; rows sum to 1 and are zero after a stream's
+        end."""
         table = self.attention_by_frame(passes, streams)
         return streams.to_streams(table.flatten(2)).unflatten(-1, table.shape[2:])
 
@@ -206,7 +209,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Attention [M, Q, blocks, H, R + N] of the chosen queries (the learned one, Q = 1, in coarse_only).
 
         Args:
-            limit: only the first so many frames.
+            limit: number of frames to use, from the first on; None: all.
         """
         if passes.queries is None:
             queries = self.static_query.expand(len(passes.coarse), -1, -1)
@@ -224,7 +227,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         return self.backbone if self.query_path is None else self.query_path
 
     def _into_encoder(self, queries: Tensor) -> Tensor:
-        # in the parameters' precision: the residual stream that they enter stays so under autocast
+        # in the parameters' precision, which the encoder's residual stream has under autocast too
         return queries if self.query_input is None else self.query_input(queries).to(queries.dtype)
 
     def _as_queries(self, hidden: Tensor, first: Tensor) -> Tensor:
@@ -232,28 +235,29 @@ class FoveatedVLM(VideoLanguageNetwork):
         return torch.where(first[..., None], self.first_query, projected.to(self.first_query.dtype))
 
     def query_after(self, state: Tensor | None, frame: int, seconds: Tensor | None = None) -> Tensor:
-        """The query [1, 1, D] of a frame from the hidden state [1, 1, C] before it; None: nothing stands before it.
+        """Compute the query [1, 1, D] of a frame.
 
         Args:
-            frame: its number. seconds: [1, 1], when it was taken.
+            state: hidden state [1, 1, C] before the frame; None: nothing precedes it.
+            frame: its number. seconds: [1, 1], its time.
         """
         if state is None:
             return self.first_query
         return self.query_projection(self.with_clock(state, frame, seconds)).to(self.first_query.dtype)
 
     def _fine_pass(self, kv: Sequence[BlockKV], streams: Streams, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [S, F, D] chosen from given visual tokens, and what they show [S, F, D]."""
+        """Return queries [S, F, D] chosen from given visual tokens, and the frames' embeddings for them [S, F, D]."""
         queries = self.choose_queries(visual, streams)
         return queries, streams.to_streams(self.query_frames(streams.to_frames(queries), kv))
 
     def _autoregressive_pass(self, kv: Sequence[BlockKV], streams: Streams, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        """As at inference: frame by frame, each query from the cached past."""
+        """Return queries and embeddings, computed as at inference: frame by frame, each query from the cached past."""
         cache = LanguageCache()
         state = coarse.new_zeros(len(streams), 1, self.language.width)
         if streams.input_ids.shape[1]:
             state = self._read_prefix(streams, cache)
         queries, fine = [], []
-        # the longest text and the longest video may be of two rows: what is behind a row's end takes no position then
+        # the longest text and video may belong to different rows: then nothing after a row's end may take a position
         full = cache.length + streams.longest > self.language.context
         counts = torch.tensor(streams.frame_counts, device=coarse.device)[:, None]
         for frame in range(streams.longest):
@@ -270,7 +274,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
 
     def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:
-        """The text before the frames goes into the cache; the hidden state of each stream's last token, [S, 1, C]."""
+        """Read the text before the frames into the cache; return the hidden state of each stream's last token
+        [S, 1, C]."""
         prefix = self.language.embed(streams.input_ids)
         width = streams.input_ids.shape[1]
         if all(length == width for length in streams.lengths):
@@ -280,7 +285,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         return take(self.language.extend(prefix, cache, valid), (length - 1).clamp_min(0))
 
     def _query_frame(self, query: Tensor, kv: Sequence[BlockKV], streams: Streams, frame: int) -> Tensor:
-        """What queries [S, 1, D] show of each stream's frame number `frame`, [S, 1, D]; zero where one has ended."""
+        """Return embeddings [S, 1, D] of frame number `frame` of each stream for queries [S, 1, D]; zero where a stream
+        has ended."""
         counts = [after - before for before, after in zip(streams.frame_starts, streams.frame_starts[1:], strict=False)]
         going = [video for video, count in enumerate(counts) if count > frame]
         place = {video: number for number, video in enumerate(going)}

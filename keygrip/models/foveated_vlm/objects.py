@@ -1,11 +1,11 @@
-"""What self-supervised pretraining takes for objects: connected patches of one colour, found without a label.
+"""Objects for self-supervised pretraining: connected regions of one colour, found without labels.
 
-A pixel is drawn, rare colours as often as common ones, and mean shift (Comaniciu and Meer 2002,
-doi:10.1109/34.1000236) moves a window to the middle of the pixels around it that have its colour. What is cut out there
-is centred on the object wherever in the patch grid it lies, so that the same mark on it is at the same place of every
-crop.
+A pixel is sampled, rare colours as often as common ones, and mean shift (Comaniciu and Meer 2002,
+doi:10.1109/34.1000236) moves a window to the centre of the surrounding pixels of the same colour. The crop taken there
+is centred on the object wherever the object lies in the patch grid, so that a mark on the object is at the same place
+in every crop.
 
-Legend: M frames, K objects drawn of each frame, S pixels of a frame's side, h x w cells, W cells of a window.
+Legend: M frames, K objects sampled per frame, S pixels of a frame's side, h x w cells, W cells of a window.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 SIDE = 20  # pixels of a crop
 CELL = 2  # pixels of a cell in which colours are compared
-REACH = 6  # cells of a window to each side of its middle: an object of up to 26 pixels
+REACH = 6  # cells of a window to each side of its centre: an object of up to 26 pixels
 SHIFTS = 6
-HUE, LIGHT = 0.06, 0.3  # distance in colour direction (unit vectors) and in brightness (0 to 1) that halves a likeness
-CANDIDATES = 256  # cells of a frame, drawn evenly, from which objects are drawn by how rare their colour is among them
+HUE, LIGHT = 0.06, 0.3  # difference in colour direction (unit vectors) and brightness (0 to 1) that halves the likeness
+CANDIDATES = 256  # cells sampled uniformly per frame; objects are sampled from them by the rarity of their colour
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Objects:
     """Objects of frames.
 
     Attributes:
-        centre: [M, K, 2] (x, y) in pixels, the first pixel's middle is 0. colour: [M, K, 3] mean of its pixels, 0 to 1.
-        drawn: [M, K, 2] the pixel (x, y) from which each was found.
+        centre: [M, K, 2] (x, y) in pixels, the first pixel's centre is 0. colour: [M, K, 3] mean of its pixels, 0 to 1.
+        drawn: [M, K, 2] the sampled pixel (x, y) from which each object was found.
     """
 
     centre: Tensor
@@ -39,45 +39,47 @@ class Objects:
 
 
 def colour_features(images: Tensor) -> Tensor:
-    """Colours 0 to 1 [M, 3, h, w] -> [M, h * w, 4]: direction and brightness, such that the squared distance of two is
-    1 where one of both halves a likeness. Faces of one object in light and shadow have one direction."""
+    """Convert colours 0 to 1 [M, 3, h, w] to features [M, h * w, 4]: direction and brightness, scaled so that a squared
+    distance of 1 halves the likeness. An object's faces in light and in shadow have the same direction."""
     colours = images.flatten(2).transpose(1, 2)
     direction = colours / (colours.norm(dim=-1, keepdim=True) + 0.05)
     return torch.cat([direction / HUE, colours.mean(-1, keepdim=True) / LIGHT], dim=-1)
 
 
 def likeness(one: Tensor, other: Tensor) -> Tensor:
-    """Of features [..., a, 4] and [..., b, 4], in 0 to 1: [..., a, b]."""
+    """Return the likeness of features [..., a, 4] and [..., b, 4], in 0 to 1: [..., a, b]."""
     return torch.exp2(-(one[..., :, None, :] - other[..., None, :, :]).square().sum(-1))
 
 
 def draw_objects(images: Tensor, count: int, random: torch.Generator) -> Objects:
-    """`count` objects of each frame, from images [M, 3, S, S] in 0 to 1; one object may be drawn more than once."""
+    """Sample `count` objects per frame from images [M, 3, S, S] in 0 to 1; an object may be sampled more than once."""
     cells = F.avg_pool2d(images, CELL)
     width, features = cells.shape[-1], colour_features(cells)
     drawn = _drawn(features, count, random)
     start = torch.stack([drawn % width, drawn // width], dim=-1).float()
     centre, colour = _at_rest(cells, features, start, _taken(features, drawn))
-    middle = (CELL - 1) / 2  # of a cell, in pixels
+    middle = (CELL - 1) / 2  # centre of a cell, in pixels
     return Objects(CELL * centre + middle, colour, CELL * start + middle)
 
 
 def _drawn(features: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Numbers of cells [M, K], in proportion to how rare their colour is among `CANDIDATES` of [M, h * w, 4]."""
+    """Sample indices of cells [M, K] from features [M, h * w, 4], in proportion to the rarity of their colour among
+    `CANDIDATES` cells."""
     frames, cells = features.shape[:2]
     among = torch.randint(cells, (frames, max(count, CANDIDATES)), generator=random).to(features.device)
     asked = _taken(features, among)
-    common = likeness(asked, asked).mean(-1)  # at least 1 / CANDIDATES: itself
+    common = likeness(asked, asked).mean(-1)  # at least 1 / CANDIDATES: the cell itself
     noise = torch.rand(common.shape, generator=random).to(common).clamp(1e-6, 1 - 1e-6)
-    keys = -common.log() - (-noise.log()).log()  # Gumbel: the largest K are a draw without repetition
+    keys = -common.log() - (-noise.log()).log()  # Gumbel: the K largest are a sample without replacement
     return among.gather(1, keys.topk(count, dim=1).indices)
 
 
 def _at_rest(cells: Tensor, features: Tensor, centre: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Where windows come to rest (x, y) in cells [M, K, 2], and the mean colour of what they found there [M, K, 3].
+    """Return where windows converge, (x, y) in cells [M, K, 2], and the mean colour of the pixels found [M, K, 3].
 
     Args:
-        cells: [M, 3, h, w]. features: of them [M, h * w, 4]. centre: [M, K, 2] where windows start. asked: [M, K, 4].
+        cells: [M, 3, h, w]. features: [M, h * w, 4], of the cells. centre: [M, K, 2], where windows start.
+        asked: [M, K, 4], features to search for.
     """
     height, width = cells.shape[-2:]
     colours, colour = cells.flatten(2).transpose(1, 2), cells.new_empty(0)
@@ -103,8 +105,8 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
 
 
 def crops_of(images: Tensor, centre: Tensor, side: int = SIDE) -> Tensor:
-    """Squares of `side` pixels of images [M, C, S, S] around centres [M, K, 2] (x, y): [M, K, C, side, side]; beyond an
-    image's edge its border goes on."""
+    """Cut squares of `side` pixels from images [M, C, S, S] around centres [M, K, 2] (x, y): [M, K, C, side, side];
+    beyond an image's edge its border is repeated."""
     steps = torch.arange(side, device=images.device) - (side - 1) / 2
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1)  # [side, side, 2] (x, y)
     where = ((centre[:, :, None, None] + offsets) * 2 + 1) / images.shape[-1] - 1

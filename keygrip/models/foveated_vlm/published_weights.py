@@ -1,8 +1,8 @@
-"""Weights of the published model, fVLM, under the names that `FoveatedVLM` has for them.
+"""Conversion of the weights of the published model, fVLM, to the names of `FoveatedVLM`.
 
 Source of the names: code github.com/spsanps/nanoSmol (fVLM/model.py, encoder.py and checkpoint.py), weights
 huggingface.co/sanps/fVLM-135M. A file holds the encoder as transformers' `Dinov2Model`, the language model as its
-`LlamaForCausalLM`, two learned queries and four linear maps; a checkpoint of its training holds them beside the
+`LlamaForCausalLM`, two learned queries and four linear maps; a checkpoint of its training holds them together with the
 optimizer's state.
 """
 
@@ -22,7 +22,7 @@ from keygrip.models.language.hub import file_of
 from keygrip.training.integrity import refuse_unfit_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # in the repository of the weights
-OF_TRAINING = "model_state_dict."  # where a checkpoint of the published training keeps them
+OF_TRAINING = "model_state_dict."  # prefix of the weights in a checkpoint of the published training
 ENCODER, LANGUAGE, OUTPUT_LAYER = "encoder.dino.", "llm.model.", "llm.lm_head.weight"
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 TABLE = f"{ENCODER}embeddings.position_embeddings"
@@ -44,7 +44,7 @@ HEAD_WIDTH = 64  # of every DINOv2
 
 
 def read_published(source: str) -> State:
-    """The published model's tensors by their own names.
+    """Read the published model's tensors, under their own names.
 
     Args:
         source: a file (.safetensors, or .pt of its training), a folder with model.safetensors, whole or in shards, or
@@ -76,7 +76,7 @@ def read_published(source: str) -> State:
 
 
 def encoder_sizes(state: State, source: str) -> dict[str, int]:
-    """Width, depth and heads of the encoder.
+    """Return width, depth and heads of the encoder.
 
     Raises:
         ValueError: its position table or the queries have another form than the published ones, or it is no DINOv2.
@@ -98,10 +98,10 @@ def encoder_sizes(state: State, source: str) -> dict[str, int]:
 
 
 def refuse_other_language(state: State, sizes: Mapping[str, Any], source: str, language: str) -> None:
-    """Raises ValueError: the language model that the weights are from has other sizes than one that is named.
+    """Raise ValueError if the language model in the weights has other sizes than the language model that is named.
 
     Args:
-        sizes: of that one, by their names in conf/language.
+        sizes: of the named language model, by their names in conf/language. language: its name, for the message.
     """
     table = state.get(EMBEDDINGS, state.get(OUTPUT_LAYER))
     assert table is not None
@@ -128,19 +128,19 @@ def refuse_other_language(state: State, sizes: Mapping[str, Any], source: str, l
 
 
 def layers_of(state: State, prefix: str) -> int:
-    """How many layers there are below a prefix that ends before their numbers."""
+    """Return the number of layers under a prefix, which ends before the layer numbers."""
     found = (re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name) for name in state)
     return len({int(match[1]) for match in found if match})
 
 
 def load_published(network: FoveatedVLM, state: State, source: str) -> None:
-    """Gives a network with `published_projections` the published weights, strictly and in the network's precision.
+    """Load the published weights into a network with `published_projections`, strictly and in its precision.
 
-    The encoder's position table is resampled to the network's image size as transformers does it, whose encoder the
-    published model was trained with; for other sizes it is resampled from there.
+    The encoder's position table is resampled to the network's image size as in transformers, because the published
+    model was trained with the encoder of transformers; for other image sizes, the result is resampled again.
 
     Args:
-        state: of `read_published`. source: where it is from, for messages.
+        state: result of `read_published`. source: origin of the weights, for messages.
 
     Raises:
         ValueError: weights that do not fit, are not finite, or an output layer that is not the embedding table.
@@ -204,7 +204,7 @@ def _load(module: Any, state: State, where: str) -> None:
 
 
 def _check(state: State, own: dict[str, Any], where: str) -> None:
-    """Raises ValueError: other names or shapes than a module's own."""
+    """Raise ValueError if names or shapes differ from the module's own."""
     other = sorted(own.keys() ^ state.keys())
     shapes = [
         f"{name} is {list(state[name].shape)} in place of {list(own[name].shape)}"

@@ -1,11 +1,11 @@
-"""Where text and visual tokens lie in the language model's input, computed once a batch on the CPU.
+"""Positions of text and visual tokens in the language model's input, computed once per batch on the CPU.
 
 Legend: V videos, F frames of the longest, M real frames of all videos, B rows of text, L text tokens of the longest
 row, N visual tokens of the longest row, T positions of the longest row, S streams (see `Streams`), C language width.
 
-A row is text with its visual tokens put in as one run. Rows are compact (no holes) and padded on the right, so that
-under causal attention nothing real ever sees padding: no mask is needed, and a row gives the same alone and in any
-batch.
+A row is text with its visual tokens inserted as one contiguous block. Rows have no gaps and are padded on the right, so
+that under causal attention no real token attends to padding: no mask is needed, and the result of a row does not depend
+on its batch.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class TextRows:
         lengths: B counts of real tokens.
         visual_at: B positions in the text before which the visual tokens stand (0: before all text).
         videos: B indices of videos. frame_counts: V counts of frames; a row about a video without frames is plain text.
-        seconds: V, when each frame was taken; () of images that have no common time; None (all, or of one video) where
-            it is not known.
+        seconds: V sequences of frame times; () for images without a common time; None (for all, or for one video) if
+            the times are not known.
     """
 
     input_ids: Tensor
@@ -54,8 +54,8 @@ class TextRows:
             raise ValueError(f"video indices must lie in 0..{len(self.frame_counts) - 1}")
 
     def seconds_of(self, videos: Sequence[int], frames: int) -> Tensor | None:
-        """When the frames of some videos were taken, float32 [len(videos), frames], 0 behind a video's end; None where
-        that is not known of all of them. Images without a common time are numbered."""
+        """Return the frame times of some videos, float32 [len(videos), frames], 0 after a video's end; None if those of
+        one video are not known. For images without a common time, they are the frame numbers."""
         if self.seconds is None:
             return None
         table = torch.zeros(len(videos), frames)
@@ -69,13 +69,13 @@ class TextRows:
         return table.to(self.input_ids.device, non_blocking=True)
 
     def layout(self, tokens_per_frame: int = 1) -> RowLayout:
-        """The whole rows, text and visual tokens."""
+        """Return the layout of whole rows, text and visual tokens."""
         counts = [self.frame_counts[video] * tokens_per_frame for video in self.videos]
         return RowLayout.build(self.lengths, self.visual_at, counts, self.input_ids.shape[1], self.input_ids.device)
 
     def positions(self, tokens_per_frame: int = 1, packed: bool = False) -> tuple[int, int]:
-        """How many of the language model's positions hold something, and how many there are: of the rows, each as long
-        as the longest, or of the bins that `Packing` fills."""
+        """Return how many positions of the language model hold tokens, and how many there are in total: in rows padded
+        to the longest one, or with `packed` in the bins that `Packing` fills."""
         pairs = zip(self.lengths, self.videos, strict=True)
         lengths = [length + self.frame_counts[video] * tokens_per_frame for length, video in pairs]
         return sum(lengths), int(positions_of(lengths, packed))
@@ -116,7 +116,7 @@ class RowLayout:
         width: int,
         device: torch.device | None = None,
     ) -> RowLayout:
-        """For texts of `lengths` in [B, width], with `counts` visual tokens before text token `visual_at`."""
+        """Lay out texts of `lengths` in [B, width], with `counts` visual tokens before text token `visual_at`."""
         length, at, count = (torch.tensor(list(v), dtype=torch.int64)[:, None] for v in (lengths, visual_at, counts))
         longest = max((text + frames for text, frames in zip(lengths, counts, strict=True)), default=0)
         position = torch.arange(longest)[None]
@@ -131,19 +131,19 @@ class RowLayout:
         return cls(*(part.to(device, non_blocking=True) for part in (source, valid, text_at, visual)))
 
     def place(self, text: Tensor, visual: Tensor) -> Tensor:
-        """Embeddings of text [B, L, C] and visual tokens [B, N, C] in their order, [B, T, C]."""
+        """Arrange embeddings of text [B, L, C] and visual tokens [B, N, C] in the order of the rows, [B, T, C]."""
         both = torch.cat([text, visual.to(text.dtype)], dim=1)
         return take(both, self.source)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """B rows one behind the other in n bins of X positions (`bins_of`), so that little is padding.
+    """B rows concatenated in n bins of X positions (`bins_of`), so that there is little padding.
 
     Attributes:
-        source: int64 [n, X], place in the flattened rows [B * T]. rows: int64 [n, X], which row it is of; -1: padding.
-        positions: int64 [n, X], in the row. places: int64 [B, T], place of each position in the flattened bins; padding
-            has that of the first.
+        source: int64 [n, X], index into the flattened rows [B * T]. rows: int64 [n, X], index of the row; -1: padding.
+        positions: int64 [n, X], position in the row. places: int64 [B, T], index of each position in the flattened
+            bins; 0 for padding.
     """
 
     source: Tensor
@@ -153,7 +153,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device | None = None) -> Packing:
-        """Of rows of these lengths in [B, width]."""
+        """Pack rows of these lengths in [B, width]."""
         bins, longest = bins_of(lengths)
         room = int(longest)
         source = torch.zeros(len(bins), room, dtype=torch.int64)
@@ -177,7 +177,7 @@ class Packing:
         return values.flatten(0, 1)[self.source]
 
     def unpack(self, values: Tensor) -> Tensor:
-        """[n, X, C] -> [B, T, C]; what stands in padding means nothing."""
+        """[n, X, C] -> [B, T, C]; values at padding are undefined."""
         return values.flatten(0, 1)[self.places]
 
 
@@ -185,22 +185,22 @@ class Packing:
 class Streams:
     """S streams: each a video with the text that stands before its visual tokens.
 
-    In the published order (visual tokens first) nothing stands before them: one stream per video, shared by its rows.
-    With the question first, a stream per row.
+    In the published order (visual tokens first) no text precedes them: there is one stream per video, shared by its
+    rows. With the question first, there is one stream per row.
 
     Attributes:
-        input_ids: int64 [S, P] of the text before the visual tokens, and its lengths.
+        input_ids: int64 [S, P] of the text before the visual tokens. lengths: S lengths of that text.
         frame_counts: S counts. videos: S indices.
-        of_row: int64 [B], each row's stream (0 for rows without frames, whose layout takes nothing from it).
-        layout: text before and all frames but the last, whose hidden state no query needs.
+        of_row: int64 [B], each row's stream (0 for rows without frames, whose layout does not use it).
+        layout: the text before the frames, and all frames except the last, whose hidden state no query needs.
         query_at: int64 [S, F], position in `layout` whose hidden state becomes the frame's query (clamped to 0).
-        first: bool [S, F], frames with nothing before them: the learned first query.
-        places: int64 [n], for each real frame of each stream its place in [S * F].
-        slots: int64 [n], its place in [M * Q], the query table of the M real frames with Q streams per video.
+        first: bool [S, F], frames with nothing before them, which use the learned first query.
+        places: int64 [n], for each real frame of each stream its index in [S * F].
+        slots: int64 [n], its index in [M * Q], the query table of the M real frames with Q streams per video.
         slots_per_frame: Q.
         frame_starts: V + 1 offsets of the videos in the M frames.
-        video_slots: S, the stream's number among those of its video.
-        seconds: float32 [S, F], when each frame was taken; None where that is not known.
+        video_slots: S, the stream's number among the streams of its video.
+        seconds: float32 [S, F], time of each frame; None if the times are not known.
     """
 
     input_ids: Tensor
@@ -232,7 +232,7 @@ class Streams:
         seeing = [row for row, video in enumerate(rows.videos) if rows.frame_counts[video]]
         by_video = all(rows.visual_at[row] == 0 for row in seeing)
         numbers: dict[int, int] = {}  # stream by video or by row
-        members: list[int] = []  # a row of each stream
+        members: list[int] = []  # one row of each stream
         of_row = [0] * len(rows.videos)
         for row in seeing:
             name = rows.videos[row] if by_video else row
@@ -292,23 +292,23 @@ class Streams:
         )
 
     def to_streams(self, values: Tensor) -> Tensor:
-        """[M, Q, C] by frame (Q = 1: the same for all streams) -> [S, F, C] by stream, zero behind a stream's end."""
+        """[M, Q, C] by frame (Q = 1: the same for all streams) -> [S, F, C] by stream, zero after a stream's end."""
         slots = self.slots if values.shape[1] == self.slots_per_frame else self.slots // self.slots_per_frame
         table = values.new_zeros(len(self) * self.longest, values.shape[-1])
         return table.index_copy(0, self.places, values.flatten(0, 1)[slots]).view(len(self), self.longest, -1)
 
 
 def text_rows(batch: VideoTextBatch) -> TextRows:
-    """A batch's rows as the network takes them."""
+    """Convert a batch to the rows that the network reads."""
     rows = len(batch)
-    # together, since each read waits for the GPU
+    # read together, since each read waits for the GPU
     numbers = torch.cat([batch.attention_mask.sum(1), batch.video_index, batch.frame_mask.sum(1)]).tolist()
     lengths, videos, frames = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows :]
     return TextRows(batch.input_ids, lengths, batch.visual_at, videos, frames, batch.seconds or None)
 
 
 def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
-    """[V, F, 3, H, W] -> the M real frames [M, 3, H, W] of all videos in order; padding is never computed with."""
+    """[V, F, 3, H, W] -> the M real frames [M, 3, H, W] of all videos in order, without padding."""
     videos, longest = frames.shape[:2]
     if list(counts) == [longest] * videos:
         return frames.flatten(0, 1)
@@ -317,7 +317,7 @@ def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, X, C] at index [B, Y] -> [B, Y, C]. Whole positions are looked up: the gradient of a `gather` is, in
-    deterministic mode on a GPU, sorted number by number."""
+    """values [B, X, C] at index [B, Y] -> [B, Y, C]. Whole positions are indexed: in deterministic mode on a GPU, the
+    gradient of `gather` sorts every single value."""
     first = torch.arange(len(values), device=index.device)[:, None] * values.shape[1]
-    return values.flatten(0, 1)[first + index]  # no view, which a compiled block would be compiled anew for
+    return values.flatten(0, 1)[first + index]  # no view, for which a compiled block is compiled again

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen: the most probable ones, or drawn ones."""
+"""How the tokens of an answer are chosen: the most probable ones, or sampled ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 MOST_TEMPERATURE = 1e4  # nearly uniform
-LEAST_TEMPERATURE = 1e-4  # logits over less may leave the numbers of float32
-SEEDS = 2**63  # torch takes whole numbers below it
+LEAST_TEMPERATURE = 1e-4  # logits divided by less may overflow float32
+SEEDS = 2**63  # torch accepts integers below it
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Sampling:
     """How tokens are chosen, with transformers' names.
 
     Args:
-        temperature: 0 takes the most probable token; above, tokens are drawn from softmax(logits / temperature).
-        seed: of the draws.
-        top_k: only the k most probable tokens are drawn from, and those that are as probable as the k-th. None or 0:
-            all.
-        top_p: of these only the most probable ones whose shares reach `top_p` together, at least one. None or 1: all.
+        temperature: 0 chooses the most probable token; above 0, tokens are sampled from softmax(logits / temperature).
+        seed: seed of the sampling.
+        top_k: sample only from the k most probable tokens, and those that are as probable as the k-th. None or 0: all.
+        top_p: of these, sample only from the most probable ones whose probabilities together reach `top_p`, at least
+            one. None or 1: all.
 
     Raises:
-        ValueError: a value that cannot be, or `top_k` or `top_p` where nothing is drawn.
+        ValueError: a value out of range, or `top_k` or `top_p` at temperature 0.
     """
 
     temperature: float = 0.0
@@ -63,16 +63,16 @@ class Sampling:
                 )
 
     def of(self, sample: int) -> Sampling:
-        """For one of several answers to the same conversation, counted from 0: with `seed` + `sample`, so that each of
-        them can be had again alone. Raises ValueError: there is no such seed."""
+        """Return the settings of one of several answers to the same conversation, counted from 0: with the seed `seed`
+        + `sample`, so that each answer can be reproduced alone. Raises ValueError: there is no such seed."""
         return replace(self, seed=int(self.seed) + sample) if sample else self
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """Of an answer's draws."""
+        """Return the random generator of an answer."""
         return torch.Generator(device).manual_seed(int(self.seed))
 
     def next(self, logits: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """The next token of each row, [B, W] -> int64 [B]; each row draws with its own generator."""
+        """Choose the next token of each row, [B, W] -> int64 [B]; each row samples with its own generator."""
         if not self.temperature:
             return logits.argmax(-1)
         shares = self.kept(logits / self.temperature).softmax(-1)
@@ -80,14 +80,14 @@ class Sampling:
         return torch.cat(drawn)
 
     def kept(self, logits: Tensor) -> Tensor:
-        """Logits [..., W], already divided by the temperature, with -inf for the tokens that are not drawn from."""
+        """Set logits [..., W], already divided by the temperature, to -inf for tokens that must not be sampled."""
         if self.top_k:
             least = logits.topk(min(int(self.top_k), logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, token = logits.sort(-1, descending=True)
             shares = ordered.softmax(-1)
-            # A token is left out where those before it reach the share already; before the first there is none.
+            # A token is left out if the tokens before it reach the share already; the first is never left out.
             before = shares.cumsum(-1) - shares
             out = before >= self.top_p
             out[..., 0] = False
@@ -96,7 +96,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
-# The settings of an answer that users give, and those of transformers' generation that say the same in other words.
+# Settings of generation in transformers, and what to use instead of them.
 INSTEAD = {
     "do_sample": "temperature says it: 0 takes the most probable token, above it tokens are drawn",
     "num_return_sequences": "samples=n gives n answers to each conversation",
@@ -105,8 +105,8 @@ INSTEAD = {
 
 
 def refuse_settings(others: Collection[str], known: Collection[str], what: str) -> None:
-    """Raises TypeError: settings that a function does not have, with those that it has and, of transformers', what is
-    given instead."""
+    """Raise TypeError for settings that a function does not have. The message lists its settings, and for settings of
+    transformers what to use instead."""
     if not others:
         return
     instead = [f"; in place of {name}: {INSTEAD[name]}" for name in others if name in INSTEAD]

@@ -1,4 +1,4 @@
-"""Loss and exactness of answers, summed by kind of question over any number of batches and processes.
+"""Loss and exact matches of answers, summed by kind of question over any number of batches and processes.
 
 Legend: B rows, n predicted tokens.
 """
@@ -18,18 +18,18 @@ from keygrip.models.foveated_vlm.loss import Kernel, fused_cross_entropy, token_
 from keygrip.models.foveated_vlm.video_language import VLMOutput
 from keygrip.training.distributed import world_size
 
-REFINED = "coarse_fine_refined"  # what `coarse_fine` is called where queries are chosen again
+REFINED = "coarse_fine_refined"  # name of `coarse_fine` with refinement
 
 
 @dataclass(frozen=True)
 class BatchScores:
-    """Of one batch.
+    """Scores of one batch.
 
     Attributes:
         loss: sum over the supervised tokens, with gradient. tokens: their count.
         row_loss: [B] sums, row_tokens: [B] counts, of the supervised tokens, without gradient.
-        answered: bool [B], rows with an answer in their text. exact: bool [B], where every token of the answers (the
-            end token too) is the most probable one given the true ones before it: what greedy generation would say.
+        answered: bool [B], rows with an answer in their text. exact: bool [B], rows where every token of the answers
+            (the end token too) is the most probable one given the true ones before it: greedy generation gives them.
     """
 
     loss: Tensor
@@ -48,11 +48,11 @@ def score(
     kernel: Kernel = "chunked",
     tokens: int | None = None,
 ) -> BatchScores:
-    """Scores of a network's output; `weight` is the language model's output layer [W, C], `tokens` as in
+    """Score a network's output; `weight` is the language model's output layer [W, C], `tokens` as in
     `token_cross_entropy`.
 
-    Without gradients the loss is computed in chunks whatever the kernel, so that any machine can evaluate. In training
-    the kernel `liger` seeks the most probable token among all rows.
+    Without gradients the loss is computed in chunks for either kernel, so that any machine can evaluate. In training,
+    the kernel `liger` searches for the most probable token among all rows of `weight`.
     """
     hidden, (row, token) = output.predicting(batch.loss_mask | batch.answer_mask)
     targets = batch.input_ids[row, token]
@@ -91,7 +91,8 @@ class Scores:
                 held[place] += value
 
     def figures(self) -> dict[str, float]:
-        """`loss`, `perplexity` per token, `accuracy` per row, and each by kind (`accuracy_mark`); of all processes."""
+        """Return `loss` and `perplexity` per token and `accuracy` per row over all processes, and loss and accuracy by
+        kind (`accuracy_mark`)."""
         sums = self._everywhere()
         total = [sum(held[place] for held in sums.values()) for place in range(4)]
         figures: dict[str, float] = {}
@@ -108,7 +109,7 @@ class Scores:
         return figures
 
     def questions(self) -> dict[str, int]:
-        """`questions_<kind>`: rows with an answer, of which `accuracy_<kind>` is the share; over all processes."""
+        """Return `questions_<kind>` over all processes: rows with an answer, the denominator of `accuracy_<kind>`."""
         return {f"questions_{kind}": int(held[2]) for kind, held in sorted(self._everywhere().items()) if held[2]}
 
     def _everywhere(self) -> dict[str, list[float]]:
@@ -124,7 +125,7 @@ class Scores:
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Ratios of the losses of two modes: `gap`, `gap_refined`, `fine_over_coarse`."""
+    """Compare the losses of two modes: ratio `fine_over_coarse`, relative differences `gap` and `gap_refined`."""
     loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
     found = {}
     if {"coarse_fine", "coarse_only"} <= loss.keys():

@@ -1,22 +1,22 @@
-"""Self-supervised encoder pretraining: on frames alone; questions and answers are never read.
+"""Self-supervised encoder pretraining on frames alone; questions and answers are never read.
 
-Five losses, each from pixels:
+There are five losses, whose targets are computed from pixels:
 
-- **pixels**: every patch token says the pixels of its patch, so that small marks are kept.
-- **objects**: the token of a drawn pixel's patch says the crop that is centred on the pixel's object
-  (`keygrip.models.foveated_vlm.objects`) and the object's colour, through a linear head.
-- **asked**: a deep query made from the object's colour brings the same back through the keys and values of all blocks,
-  as the language model's queries will do. Half of the colours are inexact, and some are no object's at all; the drawn
-  object nearest in colour is then meant, so that a query which is not yet right shows an object too.
-- **contrast**: what the query brought back finds its object's crop among those of all frames of the batch (InfoNCE; van
-  den Oord et al. 2018, arXiv:1807.03748). Of one object at several seconds the crops differ only in what changes there,
-  which is a small part of their pixels and all of this loss.
-- **frame**: CLS says the whole frame at a low resolution.
+- **pixels**: every patch token predicts the pixels of its patch, so that small marks are retained.
+- **objects**: pixels are sampled. Through a linear head, the token of a sampled pixel's patch predicts the crop centred
+  on the pixel's object (`keygrip.models.foveated_vlm.objects`) and the object's colour.
+- **asked**: a deep query computed from an object's colour retrieves the same targets through the keys and values of all
+  blocks, as the language model's queries will do later. Half of the colours are inexact, and some belong to no object.
+  The target is then the sampled object nearest in colour, so that a query that is not yet right finds an object too.
+- **contrast**: the result of the query must identify its object's crop among the crops of all frames of the batch
+  (InfoNCE; van den Oord et al. 2018, arXiv:1807.03748). Crops of one object at different times differ only in what
+  changes there. These are few of their pixels, but only they can separate the crops in this loss.
+- **frame**: CLS predicts the whole frame at a low resolution.
 
-A run of it is a source of backbone weights like any other (`backbone.init_from=runs/...`).
+A run of this pretraining is a source of backbone weights like any other (`backbone.init_from=runs/...`).
 
 Legend: M frames, N = h * w patches, P pixels of a patch's side, S pixels of a frame's side, D backbone width, K objects
-drawn of a frame, C pixels of a crop, E width in which queries and crops are compared.
+sampled per frame, C pixels of a crop, E width of the embeddings of queries and crops that are compared.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ if TYPE_CHECKING:
     from keygrip.data.batches import VideoTextStatistics
 
 LOSSES = ("pixels", "objects", "asked", "contrast", "frame")
-TEMPERATURE = 0.1  # of contrast
-SAME = 4.0  # pixels between the middles of two draws of a frame below which they are of one object
+TEMPERATURE = 0.1  # of the contrast loss
+SAME = 4.0  # pixels; two samples of a frame whose centres are closer belong to one object
 EMBEDDING = 64  # E
-FLAT = 0.1  # standard deviation of a patch or crop, in units of the whole image's, below which its detail is noise
-THUMBNAIL = 16  # side in pixels of the frame that CLS says
-COLOUR = 0.3  # weight of an object's colour beside its crop
-EXACT, NEAR = 0.5, 0.25  # shares of the queries made of an object's own colour and of one near it; the others of any
-NEAR_STD, ANY_STD = 0.5, 1.2  # of such colours, normalised as images are
+FLAT = 0.1  # standard deviation of a patch or crop, relative to whole images, below which its detail is noise
+THUMBNAIL = 16  # side in pixels of the frame that CLS predicts
+COLOUR = 0.3  # weight of an object's colour relative to its crop
+EXACT, NEAR = 0.5, 0.25  # shares of the queries with an object's own colour and a colour near it; the rest: any colour
+NEAR_STD, ANY_STD = 0.5, 1.2  # standard deviations of the near and of any colours, normalised like images
 
 
 @dataclass
 class FramesBatch(Movable):
-    """frames: uint8 [M, 3, S, S]. Nothing else is known of them."""
+    """frames: uint8 [M, 3, S, S], without labels."""
 
     frames: Tensor
 
     def sizes(self) -> dict[str, int]:
-        """How large it is, for reports."""
+        """Return the size of the batch, for reports."""
         return {"frames": len(self.frames)}
 
     def __len__(self) -> int:
@@ -70,10 +70,10 @@ class FramesBatch(Movable):
 
 @model_part
 class FramesCollator:
-    """Makes batches of the frames of samples; their text is not looked at."""
+    """Make batches from the frames of samples; their text is not read."""
 
     def __call__(self, samples: list[VideoTextSample]) -> FramesBatch:
-        """Raises ValueError: no sample has frames."""
+        """Make a batch. Raises ValueError: no sample has frames."""
         stacked, mask = stack_frames(samples)
         if not mask.any():
             raise ValueError("a batch without frames: leave out sources of text alone (data.sources.texts=null)")
@@ -81,35 +81,35 @@ class FramesCollator:
 
 
 def patches_of(images: Tensor, size: int) -> Tensor:
-    """Images [M, 3, S, S] -> pixels of their patches [M, N, 3 * P * P], row after row."""
+    """Images [M, 3, S, S] -> pixels of their patches [M, N, 3 * P * P], row by row."""
     return F.unfold(images, size, stride=size).transpose(1, 2)
 
 
 def patch_targets(patches: Tensor) -> Tensor:
-    """Pixels of patches [M, N, 3PP] as they are said: the detail of each (mean 0, standard deviation 1 where it is not
-    flat) behind its mean colour, [M, N, 3PP + 3]."""
+    """Convert pixels of patches [M, N, 3PP] to targets [M, N, 3PP + 3]: the detail of each patch (mean 0, and standard
+    deviation 1 where it is not flat), followed by its mean colour."""
     pixels = patches.unflatten(-1, (3, -1))
     mean = pixels.mean(-1)
     return torch.cat([detail_of(pixels - mean[..., None], 2), mean], dim=-1)
 
 
 def detail_of(values: Tensor, axes: int) -> Tensor:
-    """The last `axes` axes as one, with mean 0, and standard deviation 1 where they are not flat."""
+    """Flatten the last `axes` axes and normalise them to mean 0, and standard deviation 1 where they are not flat."""
     flat = values.flatten(-axes)
     flat = flat - flat.mean(-1, keepdim=True)
     return flat / (flat.square().mean(-1, keepdim=True) + FLAT**2).sqrt()
 
 
 def moved(images: Tensor, down: int, right: int) -> Tensor:
-    """Images [M, 3, S, S] moved by pixels, their edges drawn out."""
+    """Shift images [M, 3, S, S] by whole pixels; their edges are repeated."""
     places = torch.arange(images.shape[-1], device=images.device)
     rows, columns = ((places - by).clamp(0, len(places) - 1) for by in (down, right))
     return images[:, :, rows][..., columns]
 
 
 def inexact(colour: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Colours that are asked for, of objects' own [M, K, 3], and the numbers [M, K] of the objects that are meant: of
-    the K of a frame those nearest in colour."""
+    """Sample query colours [M, K, 3] from the objects' own colours [M, K, 3]; also return the indices [M, K] of the
+    target objects: of the K objects of the frame, those nearest to the query colours."""
     noise = torch.randn(colour.shape, generator=random).to(colour)
     kind = torch.rand(colour.shape[:2], generator=random).to(colour)[..., None]
     near = torch.where(kind < EXACT + NEAR, colour + NEAR_STD * noise, ANY_STD * noise)
@@ -119,10 +119,10 @@ def inexact(colour: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @model_part
 class SelfSupervisedEncoder(nn.Module):
-    """A backbone and heads for its tokens, its CLS and what deep queries bring back.
+    """A backbone with heads for its patch tokens, its CLS token and the outputs of deep queries.
 
     Args:
-        width: hidden width of the heads of patches and CLS, and of what makes a query of a colour.
+        width: hidden width of the heads of patches and CLS, and of the MLPs that embed crops and query colours.
     """
 
     def __init__(self, backbone: DinoBackbone, width: int = 256) -> None:
@@ -134,7 +134,7 @@ class SelfSupervisedEncoder(nn.Module):
             return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, out))
 
         self.patch_head, self.frame_head = head(pixels), head(3 * THUMBNAIL**2)
-        # linear: what they say is then in the features themselves, in the same way wherever the object lies
+        # linear: the features themselves then contain the prediction, in the same form wherever the object lies
         self.object_head, self.asked_head = nn.Linear(dim, SIDE**2 + 3), nn.Linear(dim, SIDE**2 + 3)
         self.asked_embedding = nn.Linear(dim, EMBEDDING)
         self.crop_embedding = nn.Sequential(nn.Linear(SIDE**2, width), nn.GELU(), nn.Linear(width, EMBEDDING))
@@ -143,18 +143,18 @@ class SelfSupervisedEncoder(nn.Module):
 
 @model_part
 class SelfSupervisedModule(System):
-    """Trains a `SelfSupervisedEncoder`; `val/pixels` and so on are the losses on held-out frames.
+    """Train a `SelfSupervisedEncoder`; `val/pixels` and so on are the losses on held-out frames.
 
     Args:
-        network: the plain network. collator: for the data module. optimizer: the recipe.
-        weights: of the losses: pixels, objects, asked, contrast and frame.
-        objects: K, drawn of each frame. shift: frames are moved by up to so many pixels.
+        network: the network without training code. collator: for the data module. optimizer: the optimizer recipe.
+        weights: loss weights: pixels, objects, asked, contrast and frame.
+        objects: K, objects sampled per frame. shift: frames are shifted by at most this many pixels.
 
     Raises:
         ValueError: weights that do not name every loss or are all 0, or a number out of its range.
     """
 
-    batch_type = VideoTextBatch  # of the data module, whose samples the collator of this model makes into FramesBatch
+    batch_type = VideoTextBatch  # of the data module; this model's collator converts its samples to FramesBatch
     toy_overrides = (
         *("data=robot_tours", "backbone.image_size=64", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"),
         *("data.sources.tours.make.options.train=6", "data.sources.tours.make.options.val=2"),
@@ -184,7 +184,7 @@ class SelfSupervisedModule(System):
         self._sums: dict[str, list[float]] = {}
 
     def losses(self, batch: FramesBatch, seed: int) -> dict[str, Tensor]:
-        """Losses by name; the seed decides how frames are moved and which objects are drawn."""
+        """Return the losses by name; the seed determines the shift of the frames and the sampled objects."""
         network, backbone = self.network, self.network.backbone
         random = torch.Generator().manual_seed(seed)
         most = min(self.shift, batch.frames.shape[-1] // 4)
@@ -217,11 +217,12 @@ class SelfSupervisedModule(System):
         }
 
     def _contrast(self, read: Tensor, crops: Tensor, centre: Tensor, meant: Tensor) -> Tensor:
-        """Mean cross-entropy with which what queries brought back finds the crop of the object meant among those of all
-        frames, without other draws of the same object in its frame.
+        """Return the mean cross-entropy of identifying the target object's crop from a query's result, among the crops
+        of all frames; other samples of the same object in its frame are excluded.
 
         Args:
-            read: [M, K, D]. crops: [M, K, C]. centre: [M, K, 2]. meant: [M, K].
+            read: [M, K, D], results of the queries. crops: [M, K, C]. centre: [M, K, 2]. meant: [M, K], indices of the
+                target objects.
         """
         own = F.normalize(self.network.asked_embedding(read).float().flatten(0, 1), dim=-1)
         others = F.normalize(self.network.crop_embedding(crops).float().flatten(0, 1), dim=-1)  # [M * K, E]
@@ -238,19 +239,19 @@ class SelfSupervisedModule(System):
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
 
     def loss(self, batch: FramesBatch) -> Tensor:
-        """The loss of a training step on a batch, with the draws of the first step."""
+        """The loss of a training step on a batch, with the random samples of the first step."""
         return self._total(self.losses(batch, 0))
 
     def training_step(self, batch: FramesBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, self._seed(batch_idx))
-        loss = global_mean(self._total(losses) * len(batch), len(batch))  # videos of other lengths in other processes
+        loss = global_mean(self._total(losses) * len(batch), len(batch))  # processes differ in their number of frames
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), batch_size=len(batch))
         return loss
 
     def _seed(self, batch_idx: int) -> int:
-        """Of a training batch's draws: other ones in each step, process and batch of an accumulated step."""
+        """Return the random seed of a training batch: it differs by step, process and batch of an accumulated step."""
         part = batch_idx % self.trainer.accumulate_grad_batches * world_size() + self.global_rank
         return self.global_step + (part << 32)
 
@@ -265,7 +266,7 @@ class SelfSupervisedModule(System):
     def on_validation_epoch_end(self) -> None:
         if not self._sums:
             return
-        (count,) = {count for _, count in self._sums.values()}  # each loss is of all samples
+        (count,) = {count for _, count in self._sums.values()}  # every loss covers all frames
         means = {name: total / count for name, (total, _) in self._sums.items()}
         for name, value in means.items():
             self.log(f"val/{name}", value, batch_size=count, sync_dist=True)
@@ -273,10 +274,10 @@ class SelfSupervisedModule(System):
         self.log("val/loss", total, prog_bar=True, batch_size=count, sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
-        """Nothing of the data is kept."""
+        """Nothing about the data is stored."""
 
 
 def _object_error(said: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of crops and, with its weight, of colours, both [M, K, C + 3]."""
+    """Return the mean squared error of crops plus COLOUR times that of colours, from tensors [M, K, C + 3]."""
     squared = (said - wanted).square()
     return squared[..., :-3].mean() + COLOUR * squared[..., -3:].mean()

@@ -1,7 +1,7 @@
-"""A video that is seen as it comes: frames and text one after the other, an answer at any time.
+"""Streaming of a live video: frames and text arrive one after the other, and an answer is possible at any time.
 
-Each frame costs the encoder, a query and a step of the language model or two; the past is in the language model's
-cache. The same as the autoregressive mode (or coarse_only) of a whole video, up to rounding.
+Each frame costs an encoder pass, a query and one or two steps of the language model; the past is in the language
+model's cache. The result is that of the autoregressive (or coarse_only) mode for the whole video, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from keygrip.models.language.tokenizers import ChatTokenizer
 
 STREAMED_MODES = ("autoregressive", "coarse_only")
 NO_STREAM = "a {} answers whole videos only: leave out stream=true (in Python, use generate)"
-MOST_SECONDS = 2.0**20  # 12 days; times of float32 are still a sixteenth of a second apart
+MOST_SECONDS = 2.0**20  # 12 days; up to here, neighbouring float32 times are at most 1/16 s apart
 UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
 class _Reader:
-    """A language model that reads a row in parts, with its cache."""
+    """A language model with its cache, which reads a row in parts."""
 
     def __init__(self, network: FoveatedVLM) -> None:
         self.language = network.language
@@ -45,34 +45,34 @@ class _Reader:
         return self.cache.length, self.state
 
     def back(self, mark: tuple[int, Tensor | None]) -> None:
-        """Forgets everything after a mark."""
+        """Discard everything after a mark."""
         length, self.state = mark
         self.cache.cut(length)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a stream: frames pushed so far, when the last one was taken, and where each of its readers stands."""
+    """A position in a stream: number of frames pushed so far, time of the last one, and the state of each reader."""
 
     frames: int
     second: float | None
     readers: tuple[tuple[int, Tensor | None], ...]
 
 
-ANSWER_TOKENS = 64  # kept for an answer
+ANSWER_TOKENS = 64  # reserved for an answer
 
 
 class StreamingSession:
-    """One row of text and frames that grows.
+    """A growing row of text and frames.
 
     Args:
-        network: foveated. tokenizer: its. mode: `autoregressive` or `coarse_only`.
+        network: a foveated network. tokenizer: its tokenizer. mode: `autoregressive` or `coarse_only`.
 
     Attributes:
-        frames: pushed so far.
+        frames: number of frames pushed so far.
 
     Raises:
-        ValueError: a mode in which a frame depends on later ones.
+        ValueError: a mode in which a frame depends on later frames.
     """
 
     def __init__(self, network: FoveatedVLM, tokenizer: ChatTokenizer, mode: str = "autoregressive") -> None:
@@ -83,12 +83,12 @@ class StreamingSession:
         self._second: float | None = None  # when the last frame was taken
         self._answering = False
         self._row = _Reader(network)
-        # Chosen queries come from the row itself, or from a second one of coarse tokens.
+        # Chosen queries come from the row itself, or from a second row of coarse tokens.
         self._driving = _Reader(network) if mode == "autoregressive" and network.query_source == "coarse" else self._row
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> None:
-        """Text, as token ids. Raises ValueError: it does not fit into the context, or an answer is under way."""
+        """Append token ids of text. Raises ValueError: they do not fit the context, or an answer is in progress."""
         self._check_free()
         self._append(ids)
 
@@ -100,7 +100,7 @@ class StreamingSession:
 
     @torch.inference_mode()
     def read_embedded(self, embedded: Tensor) -> None:
-        """What stands in the row, as the language model's input [1, T, C]. Raises ValueError: as `read`."""
+        """Append embeddings [1, T, C], the language model's input. Raises ValueError: as `read`."""
         self._check_free()
         self._append_embedded(embedded)
 
@@ -110,16 +110,16 @@ class StreamingSession:
 
     @torch.inference_mode()
     def push(self, frame: Tensor, second: float | None = None) -> None:
-        """A frame [3, H, W], normalised as the backbone wants it, on the network's device.
+        """Append a frame [3, H, W], normalised for the backbone, on the network's device.
 
         Args:
-            second: when it was taken, for a clock that counts seconds; None: a second after the last frame, 0 for the
-                first.
+            second: time of the frame, for a clock that counts seconds; None: one second after the last frame, 0 for
+                the first frame.
 
         Raises:
-            ValueError: the row does not fit into the language model's context, the network numbers fewer frames, an
-                answer is under way, or a second that is not finite or lies before that of the last frame. The stream
-                is then as it was.
+            ValueError: the row does not fit into the language model's context, the network can number fewer frames,
+                an answer is in progress, or `second` is not finite or before the time of the last frame. The stream
+                is then unchanged.
         """
         self._check_free()
         network, taken = self.network, self._time_of(second)
@@ -156,15 +156,15 @@ class StreamingSession:
 
     @property
     def positions(self) -> int:
-        """Of the row so far."""
+        """Number of positions of the row so far."""
         return self._row.cache.length
 
     def mark(self) -> Mark:
-        """Where the row stands, for `back`."""
+        """Return the current position of the row, for `back`."""
         return Mark(self.frames, self._second, tuple(reader.mark() for reader in self._readers()))
 
     def back(self, mark: Mark) -> None:
-        """Forgets everything after a mark."""
+        """Discard everything after a mark."""
         self.frames, self._second = mark.frames, mark.second
         for reader, place in zip(self._readers(), mark.readers, strict=True):
             reader.back(place)
@@ -173,22 +173,22 @@ class StreamingSession:
     def tokens(
         self, ids: Sequence[int], max_new_tokens: int = 64, sampling: Sampling = GREEDY, keep: bool = False
     ) -> Iterator[int]:
-        """Token ids of an answer to text that ends where the assistant is to speak, as they come.
+        """Generate an answer to text that ends where the assistant's words begin; yield the token ids one by one.
 
         Args:
-            sampling: how they are chosen.
-            keep: text and answer stay in the row (a conversation goes on); otherwise, and where the answer is not taken
-                to its end, the row is as before.
+            ids: token ids of the text. sampling: how tokens are chosen.
+            keep: keep text and answer in the row, to continue the conversation. Otherwise, and if the iteration stops
+                before the answer ends, the row is restored.
 
         Raises:
-            ValueError: they do not fit into the language model's context, or another answer is under way.
+            ValueError: text and answer do not fit into the language model's context, or another answer is in progress.
         """
         self._check_free()
         mark, self._answering, kept = self.mark(), True, False
         try:
             self._append(ids)
             said = yield from self._continue(max_new_tokens, sampling)
-            if keep:  # in every row: while the answer was made, only its own row had read it
+            if keep:  # append to every row: during generation, only `_row` read the answer
                 self.back(mark)
                 self._append([*ids, *said, self.tokenizer.end_of_turn])
                 kept = True
@@ -204,7 +204,7 @@ class StreamingSession:
         said: list[int] = []
         for _ in range(max_new_tokens):
             logits = language.logits(state[:, 0]).float()
-            logits[:, self.tokenizer.size :] = -torch.inf  # rows of the table that no token has
+            logits[:, self.tokenizer.size :] = -torch.inf  # rows of the output table without a token
             token = int(sampling.next(logits, generators))
             if token in self.tokenizer.stop_tokens:
                 break
@@ -216,7 +216,7 @@ class StreamingSession:
         return said
 
     def _check_free(self) -> None:
-        """An answer stands in the row until it ends: what came behind it would be forgotten with it."""
+        """Raise ValueError while an answer is in progress: what is appended after it would be discarded with it."""
         if self._answering:
             raise ValueError("an answer is under way: take its pieces to the end, or close it, before more is read")
 
@@ -225,19 +225,19 @@ class StreamingSession:
 
 
 class VideoStream:
-    """A question about a video that is still coming: ``push(frame)`` as often as wanted, ``answer()`` at any time.
+    """A question about a live video: call ``push(frame)`` for each frame and ``answer()`` at any time.
 
     Args:
-        module: a trained foveated model. question: what is asked. mode: see `StreamingSession`.
-        seconds: when the frames to come were taken, all of them: so many can be pushed, each of its second. A model
-            that reads times (`collator.timestamps`) needs it, and so cannot follow a camera. One with
-            `frame_clock="seconds"` can: see `push`.
-        answer_tokens: so much of the language model's context is kept for an answer: `push` takes no frame into it.
-            None: 64, or a quarter of what the question leaves where that is less.
+        module: a trained foveated model. question: text of the question. mode: see `StreamingSession`.
+        seconds: times of all frames to come, in seconds; no other frames can be pushed. A model that reads times
+            (`collator.timestamps`) requires it, and so cannot follow a camera. A model with `frame_clock="seconds"`
+            can: see `push`.
+        answer_tokens: positions of the language model's context that are reserved for an answer; `push` does not use
+            them. None: 64, or a quarter of the positions that the question leaves, if that is less.
 
     Raises:
         ValueError: a question that is no text, is empty or leaves no room for a frame, a mode in which a frame depends
-            on later ones, or seconds that are needed and not known, not finite or not in order.
+            on later frames, or seconds that are required but missing, not finite or not in order.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class VideoStream:
         self._rest = text.ids[text.visual_at :]
         left = max(4, module.network.language.context - len(text.ids))
         self.answer_tokens = min(ANSWER_TOKENS, left // 4) if answer_tokens is None else answer_tokens
-        if self.room < 0:  # text alone needs none
+        if self.room < 0:  # 0 is accepted: text alone needs no room for frames
             raise ValueError(
                 f"the question takes {len(text.ids)} positions and its answer up to {self.answer_tokens}; the "
                 f"language model holds {module.network.language.context}: no frame has room. Give a shorter question "
@@ -279,17 +279,17 @@ class VideoStream:
 
     @property
     def frames(self) -> int:
-        """Pushed so far."""
+        """Number of frames pushed so far."""
         return self.session.frames
 
     @property
     def room(self) -> int:
-        """Frames that can still be pushed: before the language model's context is full, and of those that the network
-        numbers and whose seconds the stream was told."""
+        """Number of frames that can still be pushed; the language model's context, the frame numbers of the network and
+        the stream's `seconds` limit it."""
         return min(room for room, _ in self._rooms())
 
     def _rooms(self) -> list[tuple[int, str]]:
-        """How many more frames each limit leaves room for, and what is said where it is none."""
+        """Return for each limit how many more frames it allows, and the error text for the case that it allows none."""
         network = self.module.network
         taken = self.session.positions + len(self._rest) + self.answer_tokens
         rooms = [
@@ -312,16 +312,16 @@ class VideoStream:
         return rooms
 
     def push(self, frame: np.ndarray | Image.Image, second: float | None = None) -> None:
-        """A frame, uint8 [H, W, 3] RGB or a PIL image, which is brought to the model's image size as in training. It is
-        one frame of a video: where a single image was shown as several frames (`data.image_frames`), push it as often.
+        """Append a frame, uint8 [H, W, 3] RGB or a PIL image; it is resized to the model's image size as in training.
+        It is one frame of a video: if training showed a single image as n frames (`data.image_frames`), push n frames.
 
         Args:
-            second: when it was taken; None: as the stream was told (`seconds`), or else a second after the last frame,
-                0 for the first.
+            second: time of the frame; None: the time in the stream's `seconds`, or without them one second after the
+                last frame, 0 for the first frame.
 
         Raises:
-            ValueError: another shape or type, no room for it (`room`), or a second that is not finite, lies before that
-                of the last frame or is not what the stream was told.
+            ValueError: another shape or type, no room for it (`room`), or `second` is not finite, is before the time
+                of the last frame or differs from the stream's `seconds`.
         """
         full = next((said for room, said in self._rooms() if room < 1), None)
         if full is not None:
@@ -357,15 +357,16 @@ class VideoStream:
         top_p: float | None = None,
         **others: Any,
     ) -> Iterator[str]:
-        """Pieces of the answer to what was seen so far, as they come; together they are `answer()`.
+        """Answer from the frames pushed so far; yield the text in pieces, which together are the text of `answer()`.
 
         Args:
-            max_new_tokens: of the answer. None: 64, or `answer_tokens` where that is more; fewer where there is no room
-                for so many.
+            max_new_tokens: longest answer in tokens. None: 64, or `answer_tokens` if that is more; fewer if the context
+                has no room for that many.
             temperature, seed, top_k, top_p: see `Sampling`.
 
         Raises:
-            ValueError: no new token, more than there is room for, or as `Sampling`. TypeError: another setting.
+            ValueError: `max_new_tokens` is below 1 or more than there is room for, or as `Sampling`.
+            TypeError: another setting.
         """
         refuse_settings(others, ("max_new_tokens", "temperature", "seed", "top_k", "top_p"), "a session's answer")
         sampling = Sampling(temperature, seed, top_k, top_p)
@@ -382,17 +383,17 @@ class VideoStream:
         yield from pieces(self.module.tokenizer, tokens)
 
     def answer(self, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0, **others: Any) -> str:
-        """The answer to what was seen so far; more frames may follow. Arguments as of `stream`."""
+        """Answer from the frames pushed so far; more frames may follow. Arguments as for `stream`."""
         return "".join(self.stream(max_new_tokens, temperature, seed, **others))
 
 
 def pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of tokens as they come, whole characters only, and without white space at both ends of the whole."""
+    """Yield the text of tokens as they arrive: whole characters, without white space at both ends of the whole text."""
     ids: list[int] = []
     shown = ""
     for token in tokens:
         ids.append(token)
-        if tokenizer.is_byte(token):  # bytes in a row are decoded together: an incomplete one spoils those before it
+        if tokenizer.is_byte(token):  # consecutive bytes are decoded together: an incomplete character spoils them
             continue
         text = tokenizer.decode(ids).strip()
         if not text.endswith(UNFINISHED) and text != shown and text.startswith(shown):

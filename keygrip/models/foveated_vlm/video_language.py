@@ -1,4 +1,4 @@
-"""What the foveated network and its baseline share: rows of text with visual tokens through a language model.
+"""Base class of the foveated network and its baseline: a language model reads rows of text with visual tokens.
 
 Legend: V videos, F frames of the longest, M real frames of all videos, S streams (`rows.Streams`: videos, or questions
 about videos), B rows of text, L text tokens, N visual tokens of a row, T positions, D backbone width, C language width.
@@ -26,9 +26,9 @@ class Passes:
     """Results of the passes over the videos.
 
     Attributes:
-        visual: [S, F, C], the visual tokens that the answer is made from, zero behind a stream's end.
-        coarse: [M, 1, D], embeddings under the learned query. fine: [S, F, D] under the chosen ones, None in
-            coarse_only.
+        visual: [S, F, C], the visual tokens that the answer is computed from, zero after a stream's end.
+        coarse: [M, 1, D], embeddings for the learned query. fine: [S, F, D], embeddings for the chosen queries, None
+            in coarse_only.
         queries: [S, F, D], the chosen queries, None in coarse_only.
         kv: keys and values of the M frames by block.
     """
@@ -45,8 +45,8 @@ class VLMOutput:
     """Hidden states of whole rows.
 
     Attributes:
-        hidden: [B, T, C] after the language model's last norm. layout: where what lies in them.
-        visual: [B, N, C], the visual tokens of the rows. passes: None where no row has frames, and for the baseline.
+        hidden: [B, T, C] after the language model's last norm. layout: positions of text and visual tokens in them.
+        visual: [B, N, C], the visual tokens of the rows. passes: None if no row has frames, and for the baseline.
     """
 
     hidden: Tensor
@@ -55,8 +55,8 @@ class VLMOutput:
     passes: Passes | None
 
     def predicting(self, mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Hidden states [n, C] that predict the text tokens under a mask [B, L], and which: their rows [n] and their
-        places in the text [n], with which to index other [B, L]. Indices, since each use of a mask waits for the GPU.
+        """Return the hidden states [n, C] that predict the text tokens selected by a mask [B, L], and the tokens' rows
+        [n] and positions in the text [n], to index other tensors [B, L]; each use of a mask would wait for the GPU.
 
         A token with nothing before it (the first of a row without frames) cannot be predicted and is left out.
         """
@@ -66,10 +66,11 @@ class VLMOutput:
 
 
 class Connector(nn.Module):
-    """Frame embeddings [..., D] to visual tokens [..., C] of about the scale of the language model's token embeddings.
+    """Map frame embeddings [..., D] to visual tokens [..., C] at about the scale of the language model's embeddings.
 
     Args:
-        scale: None takes the standard deviation of the language model's embeddings as they are loaded.
+        scale: factor of the visual tokens; None: the standard deviation of the language model's embeddings after
+            loading.
     """
 
     def __init__(self, dim: int, language: LanguageModel, scale: float | None) -> None:
@@ -84,18 +85,18 @@ class Connector(nn.Module):
 
 
 class VideoLanguageNetwork(nn.Module):
-    """What the foveated network and its baselines share: rows of text with visual tokens through a language model.
+    """Base class of the foveated network and its baselines: a language model reads rows of text with visual tokens.
 
     Args:
         backbone: the encoder. language: the language model.
         visual_scale: see `Connector`.
-        frame_numbers: a learned vector for each of the first so many frames, added to the frame's visual tokens. 0:
-            none (as published): the language model tells frames apart by their places in the row alone.
-        frame_clock: a learned map of sinusoids of the frame's number, added to its visual tokens and to the hidden
-            state that its query is made of: no limit on the number of frames. `seconds`: of the time at which the frame
-            was taken, which differs where a long video is thinned.
-        pack_rows: rows of different lengths go through the language model one behind the other, which costs a mask and
-            saves the padding; the same figures but for rounding.
+        frame_numbers: number of frames that get a learned vector each, added to the frame's visual tokens. 0: none (as
+            published); then only the positions in the row distinguish frames.
+        frame_clock: add a learned map of sinusoids of the frame's number to its visual tokens and to the hidden state
+            that its query is computed from; the number of frames has no limit. `seconds`: sinusoids of the frame's
+            time instead, which differs from its number where a long video is subsampled.
+        pack_rows: concatenate rows of different lengths for the language model, which costs a mask and saves the
+            padding; the results are the same up to rounding.
     """
 
     tokens_per_frame = 1
@@ -130,7 +131,7 @@ class VideoLanguageNetwork(nn.Module):
         self.frame_clock = FrameClock(language) if frame_clock else None
 
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
-        """Hidden states of rows with visual tokens [B, N, C]: [B, T, C], and their layout."""
+        """Return the hidden states [B, T, C] of rows with visual tokens [B, N, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
         visual = self.with_frame_positions_of(visual, rows)
         text = self.language.embed(rows.input_ids)
@@ -141,7 +142,7 @@ class VideoLanguageNetwork(nn.Module):
         return self.hidden_of(layout.place(text, visual), lengths), layout
 
     def hidden_of(self, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The language model's hidden states [B, T, C] of rows of these lengths; those of padding mean nothing."""
+        """Return the language model's hidden states [B, T, C] for rows of these lengths; undefined at padding."""
         if not self.pack_rows:
             return self.language(embeddings)
         packing = Packing.of(lengths, embeddings.shape[1], embeddings.device)
@@ -151,16 +152,16 @@ class VideoLanguageNetwork(nn.Module):
         return packing.unpack(packed)
 
     def with_frame_positions_of(self, visual: Tensor, rows: TextRows) -> Tensor:
-        """Visual tokens [B, N, C] of whole rows with their frames' positions; see `with_frame_positions`."""
+        """Add their frames' positions to visual tokens [B, N, C] of whole rows; see `with_frame_positions`."""
         frames = visual.shape[1] // self.tokens_per_frame
         seconds = rows.seconds_of(rows.videos, frames) if self.counts_seconds else None
         return self.with_frame_positions(visual, 0, seconds)
 
     def clock_embeddings(self, first: int, count: int, seconds: Tensor | None) -> Tensor:
-        """Embeddings of the clock for frames `first` to `first + count`, [count, C], or for their seconds [B, count].
+        """Return the clock's embeddings of `count` frames from `first` on, [count, C], or of their seconds [B, count].
 
         Raises:
-            ValueError: it counts seconds, and they are not known.
+            ValueError: the clock counts seconds, and they are not known.
         """
         assert self.frame_clock is not None
         if not self.counts_seconds:
@@ -173,10 +174,10 @@ class VideoLanguageNetwork(nn.Module):
         return self.frame_clock.at(seconds)
 
     def with_frame_positions(self, visual: Tensor, first: int = 0, seconds: Tensor | None = None) -> Tensor:
-        """Visual tokens [B, N, C], from that of frame `first` on, plus the vectors of their frames' numbers or seconds.
+        """Add the vectors of frame numbers or seconds to visual tokens [B, N, C], which begin with frame `first`.
 
         Args:
-            seconds: [B, N / tokens_per_frame], when the frames were taken; only for a clock that counts them.
+            seconds: [B, N / tokens_per_frame], times of the frames; only for a clock that counts seconds.
 
         Raises:
             ValueError: more frames than there are vectors, or seconds that are not known.
@@ -197,19 +198,19 @@ class VideoLanguageNetwork(nn.Module):
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Encoded:
-        """What all questions about frames [M, 3, H, W] share; see `Encoded`."""
+        """Compute what all questions about frames [M, 3, H, W] share; see `Encoded`."""
 
     @abstractmethod
     def visual_tokens(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> tuple[Tensor, Passes | None, Tensor]:
-        """Visual tokens [B, N, C] of the rows, results of the passes, and `zero_of_unused`.
+        """Return the visual tokens [B, N, C] of the rows, results of the passes, and `zero_of_unused`.
 
         Args:
-            frames: [V, F, 3, H, W], normalised as the backbone wants them; F may be 0. Unused where `kv` is given.
-            rows: the text. mode: how the videos are looked at.
-            refinement: coarse_fine only; how often queries are chosen again from what they have just shown.
-            kv: `encode` of the real frames where it is known already (another mode's `Passes.kv`).
+            frames: [V, F, 3, H, W], normalised for the backbone; F may be 0. Unused if `kv` is given.
+            rows: the text. mode: one of `modes`.
+            refinement: coarse_fine only; how often queries are recomputed from the tokens that they produced.
+            kv: `encode` of the real frames if it is computed already (another mode's `Passes.kv`).
 
         Raises:
             ValueError: an unknown mode, or refinement outside of coarse_fine.
@@ -218,19 +219,19 @@ class VideoLanguageNetwork(nn.Module):
     def forward(
         self, frames: Tensor, rows: TextRows, mode: str, refinement: int = 0, kv: Encoded | None = None
     ) -> VLMOutput:
-        """Hidden states of rows of text about videos; arguments and errors as in `visual_tokens`."""
+        """Compute the hidden states of rows of text about videos; arguments and errors as in `visual_tokens`."""
         visual, passes, zero = self.visual_tokens(frames, rows, mode, refinement, kv)
         hidden, layout = self.read(visual, rows)
         return VLMOutput(hidden + zero, layout, visual, passes)
 
     def _without_frames(self, rows: TextRows, *own: nn.Module | nn.Parameter | None) -> tuple[Tensor, None, Tensor]:
-        """What `visual_tokens` gives for text alone; ``own``: parts that other rows use, beside those of this class."""
+        """Return `visual_tokens` for text alone; ``own``: parts of a subclass that only rows with frames use."""
         visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
         parts = (self.backbone, self.connector, self.frame_tokens, self.frame_clock, *own)
         return visual, None, self.zero_of_unused(*(part for part in parts if part is not None))
 
     def zero_of_unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
-        """Zero that depends on parameters which this batch does not use: every process then has a gradient for all."""
+        """Return a zero that depends on parameters unused in this batch: every process then has gradients for all."""
         total = torch.zeros((), device=self.connector.scale.device)  # type: ignore[arg-type]
         if not (self.training and torch.is_grad_enabled()):
             return total

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class LanguageCache:
-    """Keys and values of B rows in slots, of which padding is never looked at.
+    """Keys and values of B rows in slots; no real position attends to slots of padding.
 
     Attributes:
         layers: transformers' cache. length: slots in use, at least the positions of the longest row.
@@ -27,7 +27,7 @@ class LanguageCache:
         self._next: Tensor | None = None  # [B] positions, where they differ
 
     def advance(self, rows: int, more: int, valid: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """Mask bool [B, 1, t, K] (or None: causal) and positions [B, t] for t further positions."""
+        """Return mask bool [B, 1, t, K] (or None: causal) and positions [B, t] for t further positions."""
         slot = torch.arange(self.length + more, device=device)
         query = slot[self.length :, None]
         past, self.length = self.length, self.length + more
@@ -47,14 +47,14 @@ class LanguageCache:
         return mask[:, None], positions
 
     def longest(self, more: int, valid: Tensor | None) -> int:
-        """Positions of the longest row after `more` further ones, of which `valid` [B, more] are real."""
+        """Return the length of the longest row after `more` further positions, of which `valid` [B, more] are real."""
         if self._next is None:  # no row has padding so far
             return self.length + more
         return int((self._next + (more if valid is None else valid.sum(1))).max())
 
     def cut(self, length: int) -> None:
-        """Forgets all but the first `length` positions; of rows without padding."""
+        """Discard all except the first `length` positions; only for rows without padding."""
         assert self._valid is None, "rows with padding have no common length"
         if length < self.length:
-            self.layers.crop(length - self.length)  # negative: so many fewer
+            self.layers.crop(length - self.length)  # negative: number of positions to remove
             self.length = length

@@ -1,11 +1,11 @@
-"""Chat templates of others, rendered with bounded work and memory.
+"""Rendering of untrusted chat templates with bounded work and memory.
 
-Jinja's sandbox keeps a template from everything but its variables; loops within loops, macros that call each other,
-texts that double with every line and filters whose time is not that of what they are given would still take all time
-or memory. Here a template has the filters, tests, functions and methods that templates of known models use, and no
-others. Each operation is counted, with the size of what it is given and of what it makes: the work of a rendering is at
-most some constant times the number of messages and of characters in them. What may be much larger than what it is made
-of is measured before it is made; all else grows by a constant factor at most and is measured right after.
+Jinja's sandbox restricts a template to its variables. Nested loops, macros that call each other, texts that double with
+every line, and filters whose time is not proportional to their input could still use unlimited time or memory. Here a
+template has only the filters, tests, functions and methods that templates of known models use. Each operation is
+counted, with the sizes of its inputs and its result: the work of a rendering is at most a constant times the number of
+messages and of their characters. A result that may be much larger than its inputs is measured before it is computed;
+all other results are larger by a constant factor at most and are measured right after.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
 LONGEST_TEMPLATE = 50_000  # characters; the longest of known models have some ten thousand
-OPERATIONS, OPERATIONS_A_MESSAGE = 20_000, 1_000  # known templates need less than three hundred for a message
-CHARACTERS_SAID_AN_OPERATION = 20  # known templates go through a long text some ten times
-LARGEST, LARGEST_A_CHARACTER = 1_000_000, 10  # characters of a value: in any case, and for each one that is said
+OPERATIONS, OPERATIONS_A_MESSAGE = 20_000, 1_000  # known templates need less than three hundred per message
+CHARACTERS_SAID_AN_OPERATION = 20  # known templates process a long text some ten times
+LARGEST, LARGEST_A_CHARACTER = 1_000_000, 10  # characters of a value: constant, and per character of the messages
 ITEM = 10  # characters that an item of a list or dictionary counts as
-CHARACTERS_AN_OPERATION = 1_000  # that count as one more operation
-NODES_AN_OPERATION = 10  # of a template's syntax tree: the attributes, assignments, ... of a loop's turn
+CHARACTERS_AN_OPERATION = 1_000  # characters that count as one more operation
+NODES_AN_OPERATION = 10  # nodes of the syntax tree (attributes, assignments, ...) that count as one operation
 LARGEST_INTEGER = 2**64
-LONGEST_TIME_FORMAT = 200  # characters; a conversion in it makes some 256 at most, as Python's strftime has it
-LONGEST_ERROR = 300  # characters of what a template says itself
-COMPARED_A_PLACE = 100  # characters: Python's search compares so many at each place of a text, whatever it looks for
-HOLDING = (set, frozenset, range, KeysView, ValuesView, ItemsView)  # beside lists, tuples and dictionaries
+LONGEST_TIME_FORMAT = 200  # characters; a conversion in it produces some 256 at most in Python's strftime
+LONGEST_ERROR = 300  # characters of a template's own error message
+COMPARED_A_PLACE = 100  # characters that Python's search compares at each place of a text, for search texts of any size
+HOLDING = (set, frozenset, range, KeysView, ValuesView, ItemsView)  # besides lists, tuples and dictionaries
 
-# What templates of known models use. All of it takes time in proportion to what it is given and makes, or is charged.
+# What templates of known models use. The time of each is proportional to its input and output, or is charged.
 FILTERS = {
     *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format", "indent"),
     *("int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr"),
@@ -68,7 +68,7 @@ METHODS: dict[type, set[str]] = {
     LoopContext: {"changed", "cycle"},
     Cycler: {"next", "reset"},
 }
-# Of these, what may take or make as much as the product of the sizes of what it is given, ...
+# Of these: those whose time or output may be as large as the product of the sizes of the inputs, ...
 GROWING = {"indent", "join", "lstrip", "replace", "rfind", "rpartition", "rsplit", "rstrip", "strip", "trim"}
 SEARCHING = {
     "count",
@@ -76,21 +76,21 @@ SEARCHING = {
     "index",
     "partition",
     "split",
-}  # ... what looks for one text in another, from its beginning, ...
-DIVIDING = {"rsplit", "split", "splitlines"}  # ... and what may make an item of every character or two.
-# Filters that look up an attribute, which may be a long path of them ("a.b.c"), of every item.
+}  # ... those that search for one text in another, from its beginning, ...
+DIVIDING = {"rsplit", "split", "splitlines"}  # ... and those that may make an item from every character or two.
+# Filters that look up an attribute of every item; it may be a long path of attributes ("a.b.c").
 BY_ATTRIBUTE = {"map", "selectattr", "rejectattr", "sort", "unique", "min", "max", "join"}
-OF_NUMBERS = {"divisibleby", "even", "odd"}  # tests that compute with %, which with a text is a format
-JINJAS_OWN = ("_loop_vars", "_block_vars")  # variables that it hands to every call, and no function gets
-# What is put into the two kinds of formats, with all that stands behind its key or name; "%%" and "{{" put nothing in,
-# but which signs these are depends on those before, so that they are found with it. Refused is a width of four digits,
-# or one that is an argument, and what begins as a key with brackets in it, behind which nothing is looked for.
+OF_NUMBERS = {"divisibleby", "even", "odd"}  # tests that compute with %, which formats if applied to a text
+JINJAS_OWN = ("_loop_vars", "_block_vars")  # variables that Jinja passes to every call, but not to functions
+# Fields of the two kinds of formats, with everything after their key or name; "%%" and "{{" are no fields, but which
+# signs these are depends on the signs before them, so they are matched too. Refused: a width of four digits, a width
+# that is an argument, and a field that begins with a key with brackets in it, after which nothing is matched.
 PUT_IN = {
     "%": re.compile(r"%%|%(?:\([^()]*\))?([-+ #0]*(?:\*|\d+)?(?:\.(?:\*|\d*))?[hlL]?[^*\d]?)"),
     "format": re.compile(r"\{\{|\{(?:\[[^\]]*\]?|[^\[{}:!])*([^{}]*\{?)"),
 }
 WIDE = {"%": re.compile(r"\d{4}|\*|\($"), "format": re.compile(r"\d{4}|\{$")}
-MOST_NESTED = 10  # loops, macros and blocks; what stands in each is counted once more for each around it
+MOST_NESTED = 10  # loops, macros and blocks; their content is counted once more for each that encloses it
 CREATING = (nodes.BinExpr, nodes.Call, nodes.Concat, nodes.Dict, nodes.List, nodes.Tuple)
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     **{"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le},
@@ -102,7 +102,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass
 class _Work:
-    """What a rendering may still do: operations, and the largest value that it may make."""
+    """Remaining budget of a rendering: operations, and the size of the largest value allowed."""
 
     operations: int
     largest: int
@@ -113,21 +113,21 @@ class _Work:
             raise SecurityError("it does more than a chat template needs: loops or calls without a near end")
 
 
-_work: ContextVar[_Work] = ContextVar("chat_template_work")  # of the rendering that is going on in this thread
+_work: ContextVar[_Work] = ContextVar("chat_template_work")  # of the current rendering in this thread
 
 
 def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], answering: bool, tokens: Mapping[str, Any]
 ) -> str:
-    """Messages in a chat template.
+    """Render messages with a chat template.
 
     Args:
-        messages: of plain texts, lists and dictionaries. answering: up to where the assistant begins to speak.
-        tokens: what the template may name ("bos_token").
+        messages: of plain strings, lists and dictionaries. answering: end where the assistant's words begin.
+        tokens: special tokens that the template may use ("bos_token").
 
     Raises:
-        ValueError: the template is none, cannot render the messages, uses a filter, a test, a function or a method
-            that no known template does, or does or makes more than a chat template needs.
+        ValueError: the template is invalid, cannot render the messages, uses a filter, a test, a function or a method
+            that no known template uses, or needs more work or memory than a chat template needs.
     """
     before, pieces, length = None, [], 0
     try:
@@ -142,8 +142,8 @@ def render_chat(
             length += len(piece)
             if length > work.largest:
                 raise SecurityError(f"it makes more than {work.largest} characters: it is no template")
-    except Exception as error:  # whatever a template of somebody else's does, in its sandbox
-        reason = " ".join(str(error).split())[:LONGEST_ERROR]  # which it may say itself, at any length
+    except Exception as error:  # whatever an untrusted template does in its sandbox
+        reason = " ".join(str(error).split())[:LONGEST_ERROR]  # the template may set it, at any length
         raise ValueError(
             f"the tokenizer's chat template cannot render this conversation ({type(error).__name__}: {reason})"
         ) from error
@@ -162,19 +162,19 @@ def _compiled(template: str) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_once(template: str) -> Any:
-    """The template, or the error that compiling it ends with, so that this too is done once."""
+    """Return the compiled template, or the error of compiling it, so that a failure is computed only once too."""
     if len(template) > LONGEST_TEMPLATE:
         return ValueError(f"it has {len(template)} characters, more than {LONGEST_TEMPLATE}: it is no template")
     try:
         environment = _environment()
         _refuse_nested(environment.parse(template))
         return environment.from_string(template)
-    except Exception as error:  # whatever somebody else's template makes of Jinja's parser and of Python's
+    except Exception as error:  # whatever an untrusted template causes in Jinja's and Python's parsers
         return error
 
 
 def _refuse_nested(tree: nodes.Template) -> None:
-    """Raises ValueError: loops, macros and blocks stand in each other more than MOST_NESTED times."""
+    """Raise ValueError if loops, macros and blocks are nested more than MOST_NESTED times."""
     left: list[tuple[nodes.Node, int]] = [(tree, 0)]
     while left:
         node, depth = left.pop()
@@ -185,8 +185,8 @@ def _refuse_nested(tree: nodes.Template) -> None:
 
 
 class _Generator(CodeGenerator):
-    """Measures every value that an expression makes, and counts the turns of loops and the calls of macros with what
-    stands in them."""
+    """Measures every value that an expression produces, and counts the iterations of loops and the calls of macros with
+    their content."""
 
     def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
         called: Any  # each of these has a body
@@ -213,7 +213,7 @@ class _Generator(CodeGenerator):
 
     def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
         first, *others = node.ops
-        if others:  # 1 < x < y: each is computed only where those before hold
+        if others:  # 1 < x < y: each is computed only if those before hold
             if any(each.op in ("in", "notin") for each in node.ops):
                 self.fail("comparisons in a row with `in` among them are not taken in chat templates", node.lineno)
             super().visit_Compare(node, frame)
@@ -248,28 +248,28 @@ class _Generator(CodeGenerator):
 
 
 def _size(parts: Sequence[nodes.Node]) -> int:
-    """Nodes of a part of the syntax tree."""
+    """Count the nodes of parts of the syntax tree."""
     return sum(1 + sum(1 for _ in part.find_all(nodes.Node)) for part in parts)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
-    functions: tuple[Any, ...] = ()  # that a template may call, beside its own macros and blocks
+    functions: tuple[Any, ...] = ()  # that a template may call, besides its own macros and blocks
 
     def measured(self, value: Any) -> Any:
-        """A value, after it is counted and found small enough."""
+        """Count a value, check that it is small enough, and return it."""
         work = _work.get()
         work.take(1 + _weight(value, work.largest) // CHARACTERS_AN_OPERATION)
         return value
 
     def joined(self, parts: tuple[Any, ...]) -> str:
-        """What the operator ~ makes."""
+        """Compute the operator ~."""
         text: str = self.measured("".join(map(str, self.measured(parts))))
         return text
 
     def compared(self, comparison: str, left: Any, right: Any) -> Any:
-        """Whether a comparison holds."""
+        """Compute a comparison."""
         self.measured(left)
         self.measured(right)
         if comparison in ("in", "notin"):
@@ -277,27 +277,27 @@ class _Environment(ImmutableSandboxedEnvironment):
         return COMPARISONS[comparison](left, right)
 
     def counted(self, items: Any, turn: int) -> Any:
-        """What a loop goes through, after its turns are counted, each as so many operations."""
+        """Count the iterations of a loop, each as `turn` operations, and return its items."""
         items = items if isinstance(items, Sized) else list(islice(items, _work.get().operations + 1))
         _work.get().take(len(items) * turn)
         return items
 
     def charged(self, size: int) -> None:
-        """Counts a call of a macro or block of so many nodes."""
+        """Count a call of a macro or block of `size` nodes."""
         _work.get().take(size // NODES_AN_OPERATION)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        # the hash of a tuple goes through all of it, each time
+        # the hash of a tuple iterates over all of it, each time
         return super().getitem(obj, argument if isinstance(argument, str | int) else self.measured(argument))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # a method's own, or that of the one for which the sandbox has put another in its place
+        # the owner of a method, or of the method that the sandbox has wrapped
         owner = getattr(function, "__self__", getattr(getattr(function, "__wrapped__", None), "__self__", None))
         if owner is self:  # `counted` and `charged`, which no template can name
             return function(*args)
-        if any(owner is each for each in self.extensions.values()):  # what its syntax calls, with a block
+        if any(owner is each for each in self.extensions.values()):  # called by an extension's syntax, with a block
             return super().call(context, function, *args, **kwargs)
-        if not isinstance(function, Macro | BlockReference | Undefined):  # which raises an error that names it
+        if not isinstance(function, Macro | BlockReference | Undefined):  # an Undefined raises an error with its name
             args, kwargs = tuple(map(_held, args)), {name: _held(each) for name, each in kwargs.items()}
             named = [each for name, each in kwargs.items() if name not in JINJAS_OWN]
             self._charge_call(function, owner, *args, *named)
@@ -325,7 +325,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
             _charge_product("*", left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            bits = (abs(left).bit_length() - 1) * right  # what it makes is at least 2 to the power of this
+            bits = (abs(left).bit_length() - 1) * right  # the result is at least 2 to the power of this
             if bits > 64:
                 raise SecurityError(f"it computes {left}**{right}, a number of more than 64 bits")
         return super().call_binop(context, operator, left, right)
@@ -333,7 +333,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> _Environment:
-    """What transformers gives chat templates and these need, in an environment that counts."""
+    """Build an environment that counts, with those of transformers' additions that chat templates need."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     theirs = _compile_jinja_template("").environment
@@ -341,9 +341,9 @@ def _environment() -> _Environment:
         trim_blocks=theirs.trim_blocks,
         lstrip_blocks=theirs.lstrip_blocks,
         extensions=[type(extension) for extension in theirs.extensions.values()],
-        optimized=False,  # Jinja would try every part of an expression again for each part above it
+        optimized=False,  # Jinja would evaluate every part of an expression again for each part above it
     )
-    # with the context, so that Jinja computes nothing of what is put out already when it compiles
+    # with the context, so that Jinja computes no output at compile time already
     own.finalize = pass_context(lambda context, value: own.measured(value))
     own.globals = {**theirs.globals, "strftime_now": _short_time(theirs.globals["strftime_now"])}
     own.functions = tuple(own.globals[name] for name in FUNCTIONS)
@@ -357,7 +357,7 @@ def _environment() -> _Environment:
 
 
 def _refused(kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """In the place of a filter or test that chat templates do not need; it is an error only where it is reached."""
+    """Replace a filter or test that chat templates do not need; it is an error only if it is called."""
 
     def refused(*_: Any, **__: Any) -> Any:
         raise SecurityError(f"the {kind} {name} is none of those that chat templates need")
@@ -366,9 +366,9 @@ def _refused(kind: str, name: str, function: Callable[..., Any]) -> Callable[...
 
 
 def _bounded(kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or a test with what it is given and gives measured."""
+    """Wrap a filter or a test so that its inputs and its output are measured."""
 
-    @functools.wraps(function)  # with Jinja's marks: whether its first argument is the environment, for instance
+    @functools.wraps(function)  # copies Jinja's marks, such as whether the first argument is the environment
     def bounded(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tuple(map(_held, args)), {name: _held(each) for name, each in kwargs.items()}
         measured = _environment().measured
@@ -388,7 +388,7 @@ def _bounded(kind: str, name: str, function: Callable[..., Any]) -> Callable[...
 
 
 def _short_time(function: Callable[[str], str]) -> Callable[[str], str]:
-    """The function strftime_now of short formats alone: a width in one may be any number."""
+    """Limit the function strftime_now to short formats: a width in a format may be any number."""
 
     @functools.wraps(function)
     def short_time(format: str) -> str:
@@ -400,8 +400,8 @@ def _short_time(function: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _charge(name: str, *given: Any) -> None:
-    """Counts what a filter or a text's method may take and make beyond the size of what it is given; the first is what
-    it is applied to. Raises SecurityError: that may be much larger than a chat."""
+    """Count the time and output of a filter or a text's method beyond the size of its inputs, of which the first is the
+    value that it is applied to. Raises SecurityError: the output may be much larger than a chat."""
     value, *options = given or ("",)
     if name in PUT_IN:
         text = str(value)
@@ -442,7 +442,7 @@ def _charge_search(text: Any, part: Any) -> None:
 
 
 def _width(option: Any) -> int:
-    """Characters that an option of tojson may put before or behind each item."""
+    """Return how many characters an option of tojson may put before or after each item."""
     if isinstance(option, str):
         return len(option)
     if isinstance(option, list | tuple):
@@ -451,7 +451,7 @@ def _width(option: Any) -> int:
 
 
 def _depth(value: Any) -> int:
-    """Of lists and dictionaries within each other."""
+    """Return the nesting depth of lists and dictionaries."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -460,7 +460,7 @@ def _depth(value: Any) -> int:
 
 
 def _held(value: Any) -> Any:
-    """A value; what can be gone through only once as a list, whose size is known."""
+    """Return a value; an iterator, which can be read only once, as a list, whose size is known."""
     return list(islice(value, LARGEST + 1)) if isinstance(value, Iterator) else value
 
 
@@ -470,19 +470,19 @@ def _refuse_integer(value: Any) -> None:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """What a value holds."""
+    """Return the elements of a value."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, Namespace):
-        return [object.__getattribute__(value, "__dict__")]  # its own is what the template has put in
+        return [object.__getattribute__(value, "__dict__")]  # Namespace's own lookup returns the template's
     if isinstance(value, Cycler | Joiner):
         return value.items if isinstance(value, Cycler) else [value.sep]
     return value if isinstance(value, (list, tuple, *HOLDING)) else ()
 
 
 def _weight(value: Any, largest: float) -> int:
-    """Characters of a value with all that it holds; other items count as some. Raises SecurityError: too many, or an
-    integer of more than 64 bits."""
+    """Return the characters of a value and its elements, each of which counts as ITEM more. Raises SecurityError: too
+    many, or an integer of more than 64 bits."""
     weight, waiting = 0, [value]
     while waiting:
         each = waiting.pop()

@@ -1,8 +1,8 @@
-"""The interface that video-language models use of a language model, over any decoder of transformers.
+"""The interface between video-language models and language models, over any decoder of transformers.
 
 A family of models (Llama, Qwen2, ...) is one file: a class that derives from `LanguageModel`, takes its sizes as
-arguments, makes the configuration of transformers, and hands it over. One with Llama's sizes derives from
-`keygrip.models.language.llama.LlamaSized`, which does so for it.
+arguments, builds the configuration of transformers, and passes it to `LanguageModel`. A family with Llama's sizes
+derives from `keygrip.models.language.llama.LlamaSized`, which does this.
 
 Shapes: B rows, T positions, C width, K positions in a cache, W vocabulary.
 """
@@ -39,7 +39,7 @@ SIZES = {
 
 
 class LanguageModel(KeptBuffers):
-    """A causal language model that reads embeddings and gives hidden states.
+    """A causal language model from embeddings to hidden states.
 
     The decoders of transformers share the parts that are used here: `embed_tokens`, `layers`, `norm` and `rotary_emb`.
     A family whose decoder differs (scaled embeddings, layers with a sliding window) overrides `embed` and `_run`.
@@ -47,19 +47,19 @@ class LanguageModel(KeptBuffers):
     Args:
         config: of transformers, with all sizes. Its padding, begin and end ids must be None: SmolLM2 names its end
             token as padding, and an embedding with a padding index would never train the end token.
-        decoder: class of transformers without output layer. whole: the one with it, whose weights the hub ships.
+        decoder: class of transformers without output layer. whole: the class with it, whose weights the hub has.
         weights: `random`, a local folder with config.json and model.safetensors, or a name on the Hugging Face hub.
         embedding_std: standard deviation of randomly initialised token embeddings.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
-        sizes: names of what must agree between `config` and the weights' own, theirs to ours.
+        sizes: settings that must agree between `config` and the weights' configuration: names in transformers to ours.
 
     Attributes:
         width, layers, vocabulary: C, number of layers, W. context: the longest row in positions, text and visual tokens
             together. loaded_weights: `weights`.
 
     Raises:
-        ValueError: weights of other sizes or of another family. FileNotFoundError: weights that are not there, or a
-            hub without a network.
+        ValueError: weights of other sizes or of another family. FileNotFoundError: weights that do not exist, or hub
+            weights without a network connection.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class LanguageModel(KeptBuffers):
         self.gradient_checkpointing = gradient_checkpointing
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The rotary frequencies, which transformers too has in float32 where it loads weights in bfloat16: rounded to
-        that, the angle between positions a thousand apart would be off by 0.4 radians (base 10 000) and more."""
+        """Return the rotary frequencies. transformers, too, keeps them in float32 when it loads weights in bfloat16:
+        with rounded ones, the angle between positions a thousand apart is off by 0.4 radians (base 10 000) or more."""
         return dict(self.model.rotary_emb.named_buffers(recurse=False))
 
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
@@ -106,7 +106,7 @@ class LanguageModel(KeptBuffers):
         return self.model.embed_tokens.weight.detach().float().std()
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Hidden states after the last norm, [B, T, C] -> [B, T, C]. Rows begin at position 0, padding is on the right.
+        """Hidden states after the last norm, [B, T, C] -> [B, T, C]. Rows begin at position 0; padding is on the right.
 
         Raises:
             ValueError: more positions than the context holds.
@@ -116,14 +116,14 @@ class LanguageModel(KeptBuffers):
         return self._run(embeddings, positions, None, None)
 
     def packed(self, embeddings: Tensor, rows: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Hidden states of several rows in one, [n, X, C] -> [n, X, C]; each sees its own row alone.
+        """Hidden states of several concatenated rows, [n, X, C] -> [n, X, C]; a position attends to its own row only.
 
         Args:
-            rows: int64 [n, X], which row a position is of; those of a row follow each other. positions: int64 [n, X],
-                in that row. longest: positions of the longest row.
+            rows: int64 [n, X], row of each position; the positions of a row are consecutive. positions: int64 [n, X],
+                position in that row. longest: positions of the longest row.
 
         Raises:
-            ValueError: a row has more positions than the context holds; several together may.
+            ValueError: a row has more positions than the context holds; several rows together may have more.
         """
         self._check_length(longest)
         place = torch.arange(embeddings.shape[1], device=embeddings.device)
@@ -136,15 +136,15 @@ class LanguageModel(KeptBuffers):
         Args:
             embeddings: the next t positions of each row.
             cache: extended in place.
-            valid: bool [B, t], False for padding, which leaves a hole: nothing real sees it and it takes no position.
+            valid: bool [B, t], False for padding: no real token attends to it, and it takes no position.
         """
-        if cache.length + embeddings.shape[1] > self.context:  # of padded rows perhaps none is so long
+        if cache.length + embeddings.shape[1] > self.context:  # with padding; rows may be shorter
             self._check_length(cache.longest(embeddings.shape[1], valid))  # before the cache counts them
         mask, positions = cache.advance(embeddings.shape[0], embeddings.shape[1], valid, embeddings.device)
         return self._run(embeddings, positions, mask, cache.layers)
 
     def _run(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        """The layers one by one: transformers' own loop drops the cache under gradient checkpointing."""
+        """Run the layers one by one: transformers' own loop drops the cache under gradient checkpointing."""
         hidden = embeddings.to(self.model.embed_tokens.weight.dtype)  # the residual stream, also under autocast
         angles = self.model.rotary_emb(hidden, position_ids=positions)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
@@ -183,10 +183,10 @@ class LanguageModel(KeptBuffers):
             )
 
     def refuse_other(self, found: Any, source: str, sizes: Mapping[str, str] = SIZES) -> None:
-        """Raises ValueError: weights that belong to a configuration would be of other sizes, or computed otherwise.
+        """Raise ValueError if weights with a given configuration have other sizes, or need another computation.
 
         Args:
-            found: of transformers. source: where it is from. sizes: as in the constructor.
+            found: the weights' configuration in transformers. source: its origin. sizes: as in the constructor.
         """
         own = self.model.config
         different = [
@@ -200,7 +200,7 @@ class LanguageModel(KeptBuffers):
             different.append(f"rope_theta is {theta}, config says {own.rope_parameters['rope_theta']}")
         if rope.get("rope_type", "default") != "default":
             different.append(f"its rotary positions are of type {rope['rope_type']}, which is not supported here")
-        for name in ("hidden_act", "head_dim", "attention_bias", "mlp_bias"):  # what `sizes` does not say
+        for name in ("hidden_act", "head_dim", "attention_bias", "mlp_bias"):  # not in `sizes`
             theirs, ours = getattr(found, name, None), getattr(own, name, None)
             if theirs is not None and theirs != ours:
                 different.append(f"{name} is {theirs}, here it is {ours}")

@@ -1,5 +1,5 @@
-"""Weights and tokenizers of a local folder or of the Hugging Face hub: the one place that calls `from_pretrained` for
-language models."""
+"""Loading of weights and tokenizers from a local folder or the Hugging Face hub: the only module that calls
+`from_pretrained` for language models."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ Loaded = TypeVar("Loaded")
 
 
 def read_config(source: str) -> Any:
-    """The configuration of a language model as the hub ships it.
+    """Read the configuration of a language model, in the layout of the hub.
 
     Args:
         source: a local folder or a name on the hub.
 
     Raises:
-        FileNotFoundError: not there, or a folder without config.json. ValueError: values in it that cannot be.
+        FileNotFoundError: the source does not exist, or is a folder without config.json. ValueError: config.json has
+            impossible values.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -51,21 +52,21 @@ def read_config(source: str) -> Any:
 
 
 def with_fused_attention(config: Any) -> Any:
-    """A configuration of transformers whose models attend through PyTorch's fused kernels. Changes it in place."""
+    """Set PyTorch's fused attention kernels in a configuration of transformers; it is changed in place and returned."""
     config._attn_implementation = "sdpa"  # transformers has no public name for it once a configuration is made
     return config
 
 
 def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
-    """A model of transformers with the weights of a folder or the hub, in float32: of safetensors where there are any,
-    else of PyTorch's own file, whose tensors alone are read (openai/clip-vit-base-patch32 has no other).
+    """Load a model of transformers with the weights of a folder or the hub, in float32: from safetensors if there are
+    any, else from PyTorch's own file, of which only tensors are read (openai/clip-vit-base-patch32 has no other).
 
     Args:
-        kind: class of transformers. source: as in `read_config`. title: what it is, for messages.
+        kind: class of transformers. source: as in `read_config`. title: name of the model, for messages.
         options: for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: not there. ValueError: weights are missing.
+        FileNotFoundError: the source does not exist. ValueError: weights are missing.
     """
     options = {"dtype": torch.float32, "output_loading_info": True, "weights_only": True, **options}
     model, report = from_pretrained(kind, source, **options)
@@ -75,16 +76,16 @@ def read_weights(kind: Any, source: str, title: str, **options: Any) -> Any:
 
 
 def read_tokenizer(source: str) -> Any:
-    """A tokenizer of transformers from a folder or the hub. Raises FileNotFoundError: not there; ValueError: as
-    `checked_tokenizer`."""
+    """Load a tokenizer of transformers from a folder or the hub. Raises FileNotFoundError: it does not exist;
+    ValueError: as `checked_tokenizer`."""
     from transformers import AutoTokenizer
 
     return checked_tokenizer(lambda: from_pretrained(AutoTokenizer, source), source)
 
 
 def read_stop_tokens(source: str) -> list[int]:
-    """Ids of the tokens that end an answer of a language model: eos_token_id of its generation_config.json, or where it
-    has none of its config.json, as transformers takes them. None where neither can be had, and the log says so.
+    """Return the ids of the tokens that end an answer of a language model, as in transformers: eos_token_id of
+    generation_config.json, or of config.json if there is no such file. Without either: no ids, and a log message.
 
     Args:
         source: as in `read_config`.
@@ -109,17 +110,17 @@ def read_stop_tokens(source: str) -> list[int]:
 
 
 def checked_tokenizer(load: Callable[[], Loaded], source: str, vocabulary: int | None = None, **options: Any) -> Loaded:
-    """A tokenizer of transformers, or a processor with one, whose files are checked before transformers reads them and
-    which is checked itself after that: it may be made of several of them.
+    """Load a tokenizer of transformers, or a processor with one. Its files are checked before transformers reads them,
+    and the tokenizer itself afterwards, since it may be built from several files.
 
     Args:
-        load: reads it. source: as in `read_config`, that it is read from. vocabulary: see
-            `keygrip.models.language.tokenizer_json.parse_tokenizer`. options: where it lies, as `from_pretrained` takes
-            them ("revision").
+        load: function that loads it. source: where `load` loads it from, as in `read_config`. vocabulary: see
+            `keygrip.models.language.tokenizer_json.parse_tokenizer`. options: its location, as in `from_pretrained`
+            ("revision").
 
     Raises:
-        ValueError: as `parse_tokenizer`, of any of the files. Whatever else `load` raises for files that are not there
-            or not to be read.
+        ValueError: as `parse_tokenizer`, for any of the files. Also any error of `load` for files that do not exist or
+            cannot be read.
     """
     find = _finder(source, **options)
     config = find(CONFIG_FILE)
@@ -130,14 +131,14 @@ def checked_tokenizer(load: Callable[[], Loaded], source: str, vocabulary: int |
         (VOCABULARY_FILES, check_vocabulary),
     ):
         for name in dict.fromkeys(names):
-            if (found := find(name)) is not None:  # otherwise reading it says so, where it is needed
+            if (found := find(name)) is not None:  # otherwise `load` reports it, if it is needed
                 check(found, vocabulary)
     where = f"the tokenizer of {source}"
     try:
         loaded = load()
     except (OSError, ValueError, ImportError):
         raise
-    except BaseException:  # as of damaged files, whatever it is: also a panic of Rust
+    except BaseException:  # any error is treated as one of damaged files: also a panic of Rust
         with tokenizer_errors(where):
             raise
     built: Any = loaded
@@ -146,10 +147,10 @@ def checked_tokenizer(load: Callable[[], Loaded], source: str, vocabulary: int |
 
 
 def file_of(source: str, name: str, **options: Any) -> Path | None:
-    """A file of a folder or the hub, as transformers finds it; None: not there, or not to be had.
+    """Return a file of a folder or the hub, as transformers finds it; None: it does not exist or is not available.
 
     Args:
-        source: as in `read_config`. options: where it lies, as `from_pretrained` takes them ("revision").
+        source: as in `read_config`. options: its location, as in `from_pretrained` ("revision").
     """
     from transformers.utils import cached_file
 
@@ -161,8 +162,8 @@ def file_of(source: str, name: str, **options: Any) -> Path | None:
 
 
 def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
-    """`file_of` for many files of a folder or the hub, which is asked once which it has. Where it cannot be reached,
-    those that were downloaded before are found."""
+    """Return `file_of` for many files of a folder or the hub; the hub's list of files is requested only once. If the
+    hub cannot be reached, files that were downloaded before are found."""
     options = cache_only_without_network(source, options)
     if not Path(source).is_dir() and not options.get("local_files_only"):
         from huggingface_hub import HfApi
@@ -171,7 +172,7 @@ def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
         try:
             asked = {name: options[name] for name in ("revision", "token") if name in options}
             there = set(HfApi().list_repo_files(source, **asked))
-        except Exception:  # whatever the network makes of it
+        except Exception:  # any error of the network
             options = options | {"local_files_only": True}
         else:
             return lambda name: file_of(source, name, **options) if folder + name in there else None
@@ -179,13 +180,13 @@ def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
 
 
 class ForeignCodeError(ValueError):
-    """What a folder or the hub holds needs Python code that it brings."""
+    """The content of a folder or the hub needs Python code that comes with it."""
 
 
 @contextmanager
 def foreign_code_errors(source: str) -> Iterator[None]:
-    """Makes a ForeignCodeError of what transformers raises where it was told trust_remote_code=False, and PyTorch of a
-    file of weights that holds more than tensors."""
+    """Convert to a ForeignCodeError: the error of transformers under trust_remote_code=False, and the error of PyTorch
+    for a weights file that holds more than tensors."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -203,12 +204,12 @@ def foreign_code_errors(source: str) -> Iterator[None]:
 
 
 def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained(source)` of an Auto class or a model of transformers; no code that a folder or the hub
-    brings is executed, nor does anything ask on the terminal whether it may be.
+    """Call `kind.from_pretrained(source)` of an Auto class or a model of transformers. Code from the folder or the hub
+    is never executed, and there is no prompt on the terminal to permit it.
 
     Raises:
-        FileNotFoundError: not there, or not to be had from the hub: one line says what to download.
-        ForeignCodeError: it needs such code.
+        FileNotFoundError: the source does not exist or is not available from the hub; one line states what to download.
+        ForeignCodeError: the source needs such code.
     """
     here = Path(source).is_dir()
     if not here and source.startswith((".", "/", "~")):

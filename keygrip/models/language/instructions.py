@@ -1,7 +1,7 @@
-"""A small instruction encoder that is trained along with its policy: sentences in, states of their words out.
+"""A small instruction encoder that is trained together with its policy: sentences in, states of their words out.
 
-Words are hashed into rows of an embedding table, so that there is no vocabulary to fit or to lose: the tokenizer is a
-pure function of the settings, which lie in the checkpoint. Two independent hashes per word keep different words apart
+Words are hashed into rows of an embedding table, so that there is no vocabulary to build or to lose: the tokenizer is a
+pure function of the settings, which are in the checkpoint. Two independent hashes per word distinguish different words
 ("Hash Embeddings for Efficient Word Representations", Svenstrup et al., 2017).
 
 Shape legend: B sentences, L tokens, E width of a state.
@@ -33,8 +33,8 @@ class InstructionStates:
     """An encoder's output for B sentences.
 
     Attributes:
-        words: ``[B, L, E]``. mask: bool ``[B, L]``, True for tokens, which come first; at least one a sentence.
-        whole: ``[B, E]``, of the sentence as a whole.
+        words: ``[B, L, E]``. mask: bool ``[B, L]``, True for tokens, which come first; at least one per sentence.
+        whole: ``[B, E]``, states of the whole sentences.
     """
 
     words: Tensor
@@ -43,7 +43,7 @@ class InstructionStates:
 
 
 def words_of(sentence: str) -> list[str]:
-    """Runs of letters, runs of digits and single other signs, in lower case."""
+    """Split a sentence into runs of letters, runs of digits and single other signs, in lower case."""
     return WORD.findall(sentence.lower())
 
 
@@ -70,11 +70,11 @@ class _Block(nn.Module):
 
 @model_part
 class WordTransformer(nn.Module):
-    """A tiny transformer over an instruction's words, trained along.
+    """A tiny transformer over an instruction's words, trained together with the policy.
 
     Args:
-        width: E, of a state. layers: transformer blocks. heads: of their attention; divides the width.
-        rows: of the embedding table into which words are hashed. length: L, tokens; longer sentences are refused.
+        width: E, width of a state. layers: transformer blocks. heads: attention heads; their number divides the width.
+        rows: rows of the embedding table into which words are hashed. length: L, tokens; longer sentences are refused.
 
     Raises:
         ValueError: a setting makes no sense.
@@ -94,21 +94,21 @@ class WordTransformer(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.register_buffer("places", sinusoidal_features(length, width), persistent=False)  # [L, E]
-        # Which rows training has moved: other words are noise, which `unknown_words` tells.
+        # Rows that training has changed: words in other rows are noise, and `unknown_words` returns them.
         self.register_buffer("trained", torch.zeros(FIRST_WORD + rows, dtype=torch.bool))
 
     def prepare(self, sentences: Iterable[str]) -> None:
-        """Records the words of the sentences that will be trained on."""
+        """Record the words of the training sentences."""
         for sentence in set(sentences):
             for word in words_of(sentence):
                 self.trained[list(_rows(word, self.rows))] = True
 
     def unknown_words(self, sentence: str) -> list[str]:
-        """Words of a sentence that no training sentence held."""
+        """Return the words of a sentence that no training sentence contained."""
         return [word for word in words_of(sentence) if not bool(self.trained[list(_rows(word, self.rows))].all())]
 
     def tokens(self, sentences: Sequence[str]) -> Tensor:
-        """int64 ``[B, L, 2]``: two rows of the table for each word, the whole-sentence token first, 0 at padding.
+        """Return int64 ``[B, L, 2]``: two rows of the table per word, the whole-sentence token first, 0 at padding.
 
         Raises:
             ValueError: a sentence has no word, or more than fit.
@@ -131,7 +131,7 @@ class WordTransformer(nn.Module):
         return found
 
     def forward(self, tokens: Tensor) -> InstructionStates:
-        """States of sentences given as ``tokens`` makes them, ``[B, L, 2]``."""
+        """Compute the states of sentences, given as the output ``[B, L, 2]`` of ``tokens``."""
         mask = tokens[..., 0] != PADDING
         x = self.embedding(tokens).sum(-2) + self.places
         for block in self.blocks:

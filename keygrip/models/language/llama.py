@@ -1,4 +1,4 @@
-"""Llama-type language models: SmolLM2, Llama 2 and 3, or a small one from scratch; and what their relatives share."""
+"""Llama-type language models: SmolLM2, Llama 2 and 3, or a small one from scratch; a base class for similar models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LlamaSized(LanguageModel):
     """A decoder of any size with Llama's settings. All sizes are in the config: a checkpoint rebuilds the model without
     other files.
 
-    A subclass names the classes of transformers by what they begin with (`architecture`: "Llama" for LlamaConfig,
+    A subclass gives the common prefix of the classes in transformers (`architecture`: "Llama" for LlamaConfig,
     LlamaModel and LlamaForCausalLM), and further settings of the configuration (`own`).
 
     Args:
@@ -25,7 +25,7 @@ class LlamaSized(LanguageModel):
         weights, embedding_std, gradient_checkpointing: see `LanguageModel`.
 
     Raises:
-        ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that are not there.
+        ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that do not exist.
     """
 
     architecture: ClassVar[str]

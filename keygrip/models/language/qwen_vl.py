@@ -1,4 +1,4 @@
-"""Semantics for the action head: Qwen2.5-VL, pretrained or small and random, as hidden states of its last layers.
+"""Semantics for the action head: hidden states of the last layers of Qwen2.5-VL, pretrained or small and random.
 
 Bai et al., "Qwen2.5-VL Technical Report" (2025).
 
@@ -29,12 +29,12 @@ from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
 
-# Mean and standard deviation of its vision tower's training images (CLIP's).
+# Mean and standard deviation of the vision tower's training images (CLIP's).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MERGE = 2  # patches along a side that become one token
-TEMPORAL = 2  # frames that a patch spans: an image is shown twice
-KEPT_PROMPTS = 4096  # instructions whose tokens are remembered
+TEMPORAL = 2  # frames that a patch spans: an image is used for both
+KEPT_PROMPTS = 4096  # instructions whose tokens are cached
 IMAGES = "<images>"  # a placeholder while a prompt is rendered
 EXTRA = -1  # id of a token whose embedding is given
 
@@ -49,8 +49,8 @@ class Semantics:
     Attributes:
         layers: hidden states ``[B, L, H]`` of the last layers, in the order of depth.
         mask: bool ``[B, L]``, False for padding; None: no padding.
-        places: ``[B, L, 3]`` where a token of an image lies: its view, counted from 1, row and column as shares
-            of the image; zeros for words.
+        places: ``[B, L, 3]`` position of an image's token: its view, counted from 1, row and column as shares of the
+            image; zeros for words.
     """
 
     layers: list[Tensor]
@@ -59,13 +59,13 @@ class Semantics:
 
 
 class PatchProjection(nn.Conv3d):
-    """The vision tower's first layer, whose kernels do not overlap, as the product of matrices that it is, which a
-    processor computes faster."""
+    """The vision tower's first layer as a matrix product, which a CPU computes faster than a convolution. It is the
+    same because the kernels do not overlap."""
 
     @classmethod
     def of(cls, convolution: nn.Conv3d) -> PatchProjection:
-        """In the place of a convolution, with its very parameters."""
-        with torch.device("meta"):  # no second set of weights, and nothing drawn for it
+        """Replace a convolution; the parameters are the same objects."""
+        with torch.device("meta"):  # no second set of weights, and no random initialisation
             found = cls(
                 convolution.in_channels,
                 convolution.out_channels,
@@ -88,7 +88,7 @@ class Vision:
 
     Args:
         layers, width, heads, mlp_width: of its transformer. patch_size: pixels along a patch.
-        window: pixels along a window of attention; full_attention: layers that see the whole image instead.
+        window: pixels along a window of attention; full_attention: layers that attend to the whole image instead.
     """
 
     layers: int
@@ -104,23 +104,23 @@ class Vision:
 class QwenVL(nn.Module):
     """Qwen2.5-VL without its output layer: views and an instruction in, hidden states of the last layers out.
 
-    The sizes are all in the config, so that a checkpoint rebuilds the model without any file of its maker.
+    All sizes are in the config, so that a checkpoint rebuilds the model without any file of the published model.
 
     Args:
         layers, width, heads, kv_heads, mlp_width, vocabulary: of the language model. vision: of the vision tower.
-        image_token, vision_start, vision_end: ids around and in place of an image; not the tokenizer's own words.
+        image_token, vision_start, vision_end: ids in place of and around an image; no words of the tokenizer.
         image_size: side in pixels to which images are resized.
-        tokenizer: where the tokenizer comes from.
-        rope_sections: pairs of a head's numbers that turn with time, height and width; their sum is half a head's.
-        prompt_order: images first, as it was trained, or the instruction first: then what an image's tokens hold
-            depends on the instruction.
+        tokenizer: source of the tokenizer.
+        rope_sections: pairs of a head's channels that time, height and width rotate; their sum is half a head's width.
+        prompt_order: images first, as in the published training, or the instruction first: the hidden states of image
+            tokens then depend on the instruction.
         weights: ``random``, a local folder with config.json and weights, or a name on the Hugging Face hub.
-        trainable: ``all``, ``language`` (the vision tower stays as it is) or ``frozen``.
+        trainable: ``all``, ``language`` (the vision tower is frozen) or ``frozen``.
         gradient_checkpointing: recompute activations in the backward pass.
-        lora: the language model keeps its weights and learns differences of low rank; the vision tower stays as it is.
+        lora: the language model's weights are frozen and it learns differences of low rank; the vision tower is frozen.
 
     Raises:
-        ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that are not there.
+        ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that do not exist.
     """
 
     def __init__(
@@ -209,12 +209,12 @@ class QwenVL(nn.Module):
         self.loaded_weights = weights
         self.precision: Precision = "float32"
         if gradient_checkpointing:
-            # Its name changed within transformers 5.
+            # The method's name changed within transformers 5.
             model = self.model
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False, "context_fn": recompute_contexts})
-            # It makes the output of every embedding need a gradient, which reentrant checkpointing alone asks for. A
-            # vision tower that is not trained, and so not checkpointed either, would keep all its activations for it.
+            # The method makes every embedding's output require a gradient, which only reentrant checkpointing needs. A
+            # frozen vision tower, which is not checkpointed, would store all its activations for that gradient.
             model.disable_input_require_grads()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable == "all" or (trainable == "language" and not name.startswith("visual")))
@@ -234,7 +234,7 @@ class QwenVL(nn.Module):
         return self
 
     def lower_precision(self, precision: Precision) -> None:
-        """Rounds the weights in place, for inference (`keygrip.models.nn.low_precision`).
+        """Round the weights in place, for inference (`keygrip.models.nn.low_precision`).
 
         Raises:
             ValueError: they were rounded to another precision before.
@@ -254,16 +254,16 @@ class QwenVL(nn.Module):
         return (self.image_size // (self.vision.patch_size * MERGE)) ** 2
 
     def prepare(self, folder: Path, instructions: Sequence[str]) -> None:
-        """Takes the tokenizer from its source; a trained one is trained on the instructions where ``folder`` has none.
+        """Load the tokenizer from its source, which may train it on the instructions if ``folder`` has none.
 
         Raises:
-            FileNotFoundError: not there. ValueError: it has more words than the model.
+            FileNotFoundError: the tokenizer does not exist. ValueError: it has more words than the model.
         """
         digest = hashlib.sha256("\n".join(sorted(set(instructions))).encode()).hexdigest()[:16]
         self.set_tokenizer(self.tokenizer_source.load(folder / f"instructions-{digest}", sorted(set(instructions))))
 
     def set_tokenizer(self, tokenizer: ChatTokenizer) -> None:
-        """Raises ValueError: the tokenizer's words and the ids of images do not fit into one vocabulary."""
+        """Set the tokenizer. Raises ValueError: its words and the ids of images do not fit into one vocabulary."""
         names = {"<|image_pad|>": self.image_token, "<|vision_start|>": self.vision_start}
         names |= {"<|vision_end|>": self.vision_end}
         taken = [id for name, id in names.items() if id < tokenizer.size and tokenizer.decode([id], True) != name]
@@ -276,7 +276,7 @@ class QwenVL(nn.Module):
         self._prompts.clear()
 
     def _around_images(self, instruction: str) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt before and behind its images. Whatever the instruction holds is text."""
+        """Return the token ids of a prompt before and after its images. All of the instruction is encoded as text."""
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
         order = "{0}{1}" if self.prompt_order == "images_first" else "{1}\n{0}"
@@ -288,14 +288,14 @@ class QwenVL(nn.Module):
         return self.tokenizer.encode(before), self.tokenizer.encode(after)
 
     def prompt(self, instruction: str, views: int, extra: int = 0) -> tuple[list[int], Tensor, Tensor]:
-        """Token ids of one sample's images and instruction, their positions ``[3, L]`` (time, height, width) and
-        their places ``[L, 3]`` (see `Semantics`).
+        """Return the token ids of one sample's images and instruction, their positions ``[3, L]`` (time, height, width)
+        and their places ``[L, 3]`` (see `Semantics`).
 
-        Positions as the model was trained with: words count up together; an image's tokens stand at one time, and at
-        their row and column beyond it; what follows goes on behind the largest.
+        Positions are those of the published training: for words, all three count up together; an image's tokens have
+        one time, and this number plus row or column as height and width; the next token follows the largest position.
 
         Args:
-            extra: tokens before the images, of id EXTRA, which count as words.
+            extra: number of tokens of id EXTRA before the images; they count as words.
 
         Raises:
             ValueError: there is no tokenizer yet.
@@ -329,8 +329,8 @@ class QwenVL(nn.Module):
     def tokens(
         self, instructions: Sequence[str], views: int, extra: int = 0
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` (None where all are of one length, which attention
-        is faster without) and places ``[B, L, 3]`` of a batch, padded on the right."""
+        """Return ids ``[B, L]``, positions ``[3, B, L]``, mask ``[B, L]`` (None if all lengths are equal, for faster
+        attention) and places ``[B, L, 3]`` of a batch, padded on the right."""
         prompts = [self.prompt(instruction, views, extra) for instruction in instructions]
         longest = max(len(ids) for ids, *_ in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -368,7 +368,7 @@ class QwenVL(nn.Module):
         # Inputs of a frozen model still get gradients through it.
         frozen = self.trainable == "frozen" and (extra is None or not extra.requires_grad)
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            # The language model alone: the whole one would also keep all hidden states of its vision tower.
+            # Only the language model: the whole model would also store all hidden states of its vision tower.
             output = self.model.language_model(
                 inputs_embeds=self._embedded(ids, images, extra),
                 attention_mask=None if mask is None else mask.long(),
@@ -388,8 +388,8 @@ class QwenVL(nn.Module):
         return known.masked_scatter((ids == self.image_token)[..., None], seen.to(known.dtype))
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as the vision tower reads them: patches ``[N, 3 * 2 * P * P]``, those of a token together, and the
-        grids ``[B V, 3]`` (frames, rows, columns of patches)."""
+        """Convert images to the vision tower's input: patches ``[N, 3 * 2 * P * P]``, the patches of a token next to
+        each other, and the grids ``[B V, 3]`` (frames, rows, columns of patches)."""
         pixels = normalised(images.flatten(0, 1), MEAN, STD)
         size, patch = self.image_size, self.vision.patch_size
         if pixels.shape[-2:] != (size, size):
@@ -425,8 +425,8 @@ def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
     from transformers import Qwen2_5_VLModel
 
     model = Qwen2_5_VLModel(_config(sizes, own))
-    # transformers draws all with a standard deviation of 0.02, which suits widths of thousands. The small
-    # video-language model learned nothing from such weights; here the first 200 steps were the same with either.
+    # transformers initialises all with a standard deviation of 0.02, which suits widths of thousands. The small
+    # video-language model learned nothing from such weights; here the first 200 steps were the same with both.
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -436,7 +436,7 @@ def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
 
 
 def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
-    """The model with weights of a folder or the hub, of exactly the config's sizes."""
+    """Load the model with weights of a folder or the hub, of exactly the config's sizes."""
     from transformers import Qwen2_5_VLModel
 
     found = read_config(source)
@@ -455,7 +455,7 @@ def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, i
 
 
 def _sizes(config: Any, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What must agree between two configs, by name."""
+    """Return the values that must agree between two configs, by name."""
     found: dict[str, Any] = {}
     for part, names in sizes.items():
         free = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")

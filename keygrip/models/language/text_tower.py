@@ -23,20 +23,20 @@ from keygrip.training.parts import model_part
 log = logging.getLogger(__name__)
 
 CLIP, SIGLIP = ("clip", "clip_text_model"), ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model")
-PROBE = "open the drawer left of 12 red cubes, slowly"  # a tokenizer is its vocabulary, and how it divides words
+PROBE = "open the drawer left of 12 red cubes, slowly"  # hashed with the vocabulary: how a tokenizer splits this text
 
 
 @model_part(external=["source"])
 class PretrainedTextTower(nn.Module):
     """A frozen CLIP or SigLIP text tower: states of a sentence's tokens, and its pooled state.
 
-    Weights and tokenizer stay in their folder: they are neither trained nor written into checkpoints, which hold a hash
-    of both, so that they are refused with another tower.
+    Weights and tokenizer stay in their folder: they are neither trained nor written into checkpoints. Checkpoints hold
+    a hash of both, and another tower is refused.
 
     Args:
-        source: a local folder as the hub ships it, of the whole model or of its text tower, or a name on the hub.
-        width: E, of a state (the tower's hidden_size). length: L, tokens, at most what the tower was trained with;
-            longer sentences are refused.
+        source: a local folder in the layout of the hub, of the whole model or of its text tower, or a name on the hub.
+        width: E, width of a state (the tower's hidden_size). length: L, number of tokens, at most that of the tower's
+            training; longer sentences are refused.
     """
 
     _digest: Tensor
@@ -45,15 +45,15 @@ class PretrainedTextTower(nn.Module):
         super().__init__()
         self.source, self.width, self.length = source, width, length
         self._loaded: list[Any] = []  # a list: no submodule, so neither trained nor in the checkpoint
-        self.register_buffer("_digest", torch.zeros(32, dtype=torch.uint8))  # of the tower that was trained with
+        self.register_buffer("_digest", torch.zeros(32, dtype=torch.uint8))  # of the tower used in training
         self.register_load_state_dict_pre_hook(_refuse_other)
 
     def _parts(self) -> tuple[Any, Any, int]:
-        """Tokenizer, tower and the token that pads, loaded when first asked for.
+        """Return tokenizer, tower and the padding token's id, loaded at the first call.
 
         Raises:
-            ImportError: transformers is not installed. FileNotFoundError: not there. ValueError: another kind of model,
-                another width, too short a tower, or weights that are missing.
+            ImportError: transformers is not installed. FileNotFoundError: the source does not exist. ValueError:
+                another kind of model, another width, a tower for fewer tokens, or weights that are missing.
         """
         if not self._loaded:
             try:
@@ -81,7 +81,7 @@ class PretrainedTextTower(nn.Module):
         return self._loaded[0], self._loaded[1], self._loaded[2]
 
     def digest(self) -> Tensor:
-        """uint8 [32] the SHA-256 of the tower's weights, whatever their names, and of its tokenizer."""
+        """Return uint8 [32], the SHA-256 of the tower's weights, independent of their names, and of its tokenizer."""
         tokenizer, tower, _ = self._parts()
         flat = (weight.detach().cpu().reshape(-1).numpy() for weight in tower.parameters())
         weights = sorted(hashlib.sha256(numbers.data).hexdigest() for numbers in flat)
@@ -89,16 +89,16 @@ class PretrainedTextTower(nn.Module):
         return torch.tensor(list(bytes.fromhex(sha256_bytes(json.dumps([weights, text]).encode()))), dtype=torch.uint8)
 
     def prepare(self, sentences: Iterable[str]) -> None:
-        """Refuses training sentences that do not fit, before training starts, and takes the hash of the tower."""
+        """Refuse training sentences that do not fit, before training starts, and store the hash of the tower."""
         self.tokens(sorted(set(sentences)))
         self._digest.copy_(self.digest())
 
     def unknown_words(self, sentence: str) -> list[str]:
-        """Empty: the tower was trained on more words than any robot's data set holds."""
+        """Return an empty list: the tower was trained on more words than any robot's data set has."""
         return []
 
     def tokens(self, sentences: Sequence[str]) -> Tensor:
-        """int64 ``[B, L, 2]``: id, and whether it belongs to the sentence.
+        """Return int64 ``[B, L, 2]``: the token's id, and whether it belongs to the sentence.
 
         Raises:
             ValueError: an empty sentence, or one that is longer than `length`.
@@ -118,12 +118,12 @@ class PretrainedTextTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> InstructionStates:
-        """States of sentences given as `tokens` makes them, ``[B, L, 2]``."""
+        """Compute the states of sentences, given as the output ``[B, L, 2]`` of `tokens`."""
         _, tower, padding = self._parts()
         tower.to(tokens.device)
         ids, mask = tokens[..., 0], tokens[..., 1].bool()
-        # CLIP's causal tower never looks at what comes after. SigLIP was trained on sentences padded to its own length,
-        # without a mask; its pooled state is that of the last place.
+        # CLIP's causal tower does not attend to later tokens. SigLIP was trained on sentences padded to its own length,
+        # without a mask; its pooled state is that of the last position.
         if tower.config.model_type in SIGLIP:
             ids = F.pad(ids, (0, tower.config.max_position_embeddings - self.length), value=padding)
         found = tower(input_ids=ids)
@@ -132,8 +132,8 @@ class PretrainedTextTower(nn.Module):
 
 
 def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Raises ValueError: the weights that are loaded were trained with another tower. Older ones name none: this one
-    then stands in for theirs."""
+    """Raise ValueError if the weights to load were trained with another tower. Older checkpoints have no hash: for
+    them, this tower is assumed."""
     stored = state_dict.get(f"{prefix}_digest")
     if stored is None:
         log.warning(
@@ -143,7 +143,7 @@ def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], pre
         )
         state_dict[f"{prefix}_digest"] = tower.digest()
         return
-    if not bool(stored.any()):  # nothing was trained with any
+    if not bool(stored.any()):  # no tower was used in training
         return
     found = tower.digest()
     if not torch.equal(stored.cpu(), found):

@@ -1,10 +1,10 @@
-"""The files beside tokenizer.json of which transformers makes a tokenizer, checked before it reads them, and what it
-has made of all of them.
+"""Checks of the files, besides tokenizer.json, from which transformers builds a tokenizer, and of the tokenizer built.
 
-tokenizer_config.json may name another file in place of tokenizer.json, tokens of its own and numbers of tokens to make;
-where there is no tokenizer.json, or the tokenizer's class does not read it, other vocabularies are converted. Which of
-these transformers reads depends on its version, so that all are checked. What is checked before is what would take all
-time or memory while it is read; the tokenizer itself then has the limits of `tokenizer_json`.
+tokenizer_config.json may name another file in place of tokenizer.json, further tokens, and numbers of tokens to create.
+If there is no tokenizer.json, or the tokenizer's class does not read it, other vocabulary files are converted. Which of
+these transformers reads depends on its version, so all are checked. Before transformers reads the files, they are
+checked for contents that would take unlimited time or memory to read; then the tokenizer that was built is checked
+against the limits of `tokenizer_json`.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ VOCABULARY_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tiktoken.model", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "source.spm", "target.spm"),
 )
-OTHER_FILES = "fast_tokenizer_files"  # in the configuration: those of which some versions of transformers take one
+OTHER_FILES = "fast_tokenizer_files"  # in the configuration: files of which some versions of transformers read one
 NO_TOKENS = ("chat_template", "response_schema", "response_template")  # in the configuration: may be long
-MADE = ("extra_ids", "num_madeup_words", "offset")  # in the configuration: how many tokens a tokenizer makes itself
-MOST_MADE = 10_000  # T5 and Pegasus make some hundred
-# Of all tokens of a vocabulary, the sum of the squares of their lengths: finding the merges of a token that may be any
-# two parts of it takes so long. The largest known have some ten millions.
+MADE = ("extra_ids", "num_madeup_words", "offset")  # in the configuration: how many tokens a tokenizer creates itself
+MOST_MADE = 10_000  # T5 and Pegasus create some hundred
+# Limit for the sum of the squared lengths of all tokens of a vocabulary: the time to find the merges of a token, which
+# may be any two parts of it, grows like this. The largest known vocabularies have some ten millions.
 MOST_DIVISIONS = 1 << 28
-# Numbers of the fields in a SentencePiece's file: of the whole, of a piece, of a normalizer. Of the trainer's settings
-# those from the first to the last are texts of special tokens, and what is written for an unknown one.
+# Field numbers in a SentencePiece file: of the whole file, of a piece, of a normalizer. The fields SPECIAL of the
+# trainer's settings are the texts of special tokens, and the text that is written for an unknown token.
 PIECES, TRAINER, NORMALIZERS = 1, 2, (3, 5)
 PIECE, CHARSMAP, SPECIAL = 1, 2, range(44, 49)
 
 
 def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
-    """Checks tokenizer_config.json.
+    """Check tokenizer_config.json.
 
     Returns:
-        Names of files, beside it, of which transformers may take one in place of tokenizer.json.
+        Names of files in the same folder, of which transformers may read one in place of tokenizer.json.
 
     Raises:
         ValueError: it is damaged, has a token that is longer, or an id that is larger, than any tokenizer needs, or
@@ -79,15 +79,15 @@ def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
 
 
 def check_tokens(file: Path, vocabulary: int | None = None) -> None:
-    """Raises ValueError as `check_config` for special_tokens_map.json and added_tokens.json."""
+    """Check special_tokens_map.json or added_tokens.json. Raises ValueError as `check_config`."""
     content = _json_of(file)
     _refuse_texts([*_texts_of(content)], str(file))
     refuse_ids(((token, each) for token, each in content.items() if type(each) is int), str(file), vocabulary)
 
 
 def check_vocabulary(file: Path, vocabulary: int | None = None) -> None:
-    """Raises ValueError: a vocabulary without tokenizer.json has a token that is longer, or an id that is larger, than
-    any tokenizer needs, or makes far more of a text than there was."""
+    """Check a vocabulary without tokenizer.json. Raises ValueError: it has a token that is longer, or an id that is
+    larger, than any tokenizer needs, or it may expand a text far beyond its length."""
     if file.suffix == ".json":
         check_tokens(file, vocabulary)
         return
@@ -95,7 +95,7 @@ def check_vocabulary(file: Path, vocabulary: int | None = None) -> None:
     if file.suffix != ".txt" and not content.isascii():
         check_sentencepiece(content, str(file))
         return
-    # lines of tokens, which some have under the name of a SentencePiece: two of a merge, or one in base64, with its id
+    # lines of tokens, sometimes in a file named like SentencePiece: two tokens of a merge, or one in base64 with its id
     lines = content.splitlines()
     if long := next((line for line in lines if len(line) > 4 * LONGEST_TOKEN), None):
         raise ValueError(f"{file}: a line has {len(long)} bytes; no tokenizer has one of {4 * LONGEST_TOKEN}")
@@ -104,7 +104,7 @@ def check_vocabulary(file: Path, vocabulary: int | None = None) -> None:
 
 
 def check_sentencepiece(content: bytes, where: str) -> None:
-    """Raises ValueError as `check_vocabulary` for the file of a SentencePiece model; `where` is for messages."""
+    """Check the file of a SentencePiece model; `where` is for messages. Raises ValueError as `check_vocabulary`."""
     texts: list[str] = []
     charsmaps = [b""]
     for number, value in _fields(content, where):
@@ -126,17 +126,17 @@ def check_sentencepiece(content: bytes, where: str) -> None:
 
 
 def check_built(tokenizer: Any, where: str, vocabulary: int | None = None) -> None:
-    """Checks a tokenizer of transformers, whatever files it was made of.
+    """Check a tokenizer of transformers, whatever files it was built from.
 
     Args:
-        where: it comes from, for messages. vocabulary: see `keygrip.models.language.tokenizer_json.parse_tokenizer`.
+        where: its origin, for messages. vocabulary: see `keygrip.models.language.tokenizer_json.parse_tokenizer`.
 
     Raises:
         ValueError: as `parse_tokenizer`.
     """
     with tokenizer_errors(where):
         known = dict(tokenizer.get_vocab())
-    refuse_ids(known.items(), where, vocabulary)  # first, since writing a tokenizer goes through all ids
+    refuse_ids(known.items(), where, vocabulary)  # first, since writing a tokenizer iterates over all ids
     refuse_long(known, where)
     refuse_long(tokenizer.all_special_tokens, where)
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
@@ -158,7 +158,7 @@ def _json_of(file: Path) -> dict[str, Any]:
 
 
 def _texts_of(content: Any) -> Iterator[str]:
-    """All texts in JSON, names too."""
+    """Yield all strings in JSON content, keys too."""
     waiting = [content]
     while waiting:
         each = waiting.pop()
@@ -185,10 +185,10 @@ def _refuse_divisions(lengths: Iterable[int], where: str) -> None:
 
 
 def _fields(content: bytes, where: str) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of the fields of a message in the format of protobuf; those of fixed width as bytes.
+    """Yield number and value of the fields of a protobuf message; fields of fixed width as bytes.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is no such message.
     """
     place, end = 0, len(content)
     damaged = f"{where} is damaged or no SentencePiece model: download it again, or leave it out"

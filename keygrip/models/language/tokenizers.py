@@ -1,6 +1,6 @@
 """Tokenizers with a chat template, and where they come from.
 
-A source (`TokenizerSource`) is a part of a model's configuration; it gives a `ChatTokenizer`, which goes into the
+A source (`TokenizerSource`) is a part of a model's configuration; it loads a `ChatTokenizer`, which is stored in the
 checkpoint, so that a checkpoint needs neither the hub nor the training data.
 """
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
-BEHIND = ("\n", ".", "0")  # what a piece of text is put behind to be encoded as the continuation of a text
-SPELT = "\ufdd0"  # stands before and behind what is spelt (see `as_words`); Unicode keeps it out of all text
-# Which chat templates may name, if the tokenizer has them: in a state, and as transformers calls them.
+BEHIND = ("\n", ".", "0")  # texts to which a piece of text is appended, to encode it as a continuation
+SPELT = "\ufdd0"  # encloses text to spell out (see `as_words`); Unicode reserves it, so that no text contains it
+# Special tokens that chat templates may name, if the tokenizer has them: key in a state, and name in transformers.
 NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
-TEMPLATE = "chat_template"  # in a state
-STOP = "stop"  # in a state: further ids at which generation stops
+TEMPLATE = "chat_template"  # key in a state
+STOP = "stop"  # key in a state: further ids at which generation stops
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# ChatML, as SmolLM2 has it but without a system turn of its own.
+# ChatML as in SmolLM2, but without a default system turn.
 TINY_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -46,35 +46,35 @@ class TokenizerSource(Protocol):
     """Where a tokenizer comes from: `PretrainedTokenizer` or `TrainedTokenizer`."""
 
     def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
-        """The tokenizer.
+        """Load the tokenizer.
 
         Args:
-            folder: where one that is trained on these texts is kept. texts: what it is trained on where there is none.
+            folder: where a tokenizer trained on these texts is stored. texts: training texts if there is none.
 
         Raises:
-            FileNotFoundError: there is none, and no texts.
+            FileNotFoundError: there is no tokenizer, and no texts.
         """
         ...
 
 
 class ChatTokenizer:
-    """A tokenizer with a chat template and the ids that matter. Picklable, and kept in checkpoints by `state`.
+    """A tokenizer with a chat template and special ids. Picklable; checkpoints store its `state`.
 
     Args:
-        stop_tokens: ids at which its language model stops besides `end_of_turn` and the tokenizer's eos token; those
-            that the tokenizer does not have are never said.
+        stop_tokens: ids at which its language model stops besides `end_of_turn` and the tokenizer's eos token; ids
+            that the tokenizer does not have are ignored.
 
     Attributes:
         end_of_turn: id of the token that ends an assistant's turn, in training.
         stop_tokens: all ids at which generation stops.
-        size: the largest id and one, at most the model's vocabulary.
+        size: the largest id plus one, at most the model's vocabulary.
 
     Raises:
         ValueError: it has no chat template, no token that ends a turn, or cannot encode a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_tokens: Iterable[int] = ()) -> None:
-        if isinstance(tokenizer.chat_template, dict):  # several by name, of which transformers renders this one
+        if isinstance(tokenizer.chat_template, dict):  # several by name; transformers uses this one
             tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: take an instruction-tuned model's")
@@ -94,18 +94,18 @@ class ChatTokenizer:
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
-        # SentencePiece's (Llama 2, Mistral): a space before the first word of whatever is encoded
+        # SentencePiece (Llama 2, Mistral) puts a space before the first word of each text that it encodes
         self._adds_space = self._ids("\nx") != self._ids("\n") + self._ids("x")
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """Ids of a text as it is, none added; special tokens in it are recognised, except in `as_words`.
+        """Return the ids of a text without adding any; special tokens in it are recognised, except in `as_words`.
 
         Args:
             after: the text that it continues: a tokenizer that puts a space before the first word of a text puts none
-                here, or what it puts behind a special token.
+                here, or, after a special token, what it puts there.
 
         Raises:
-            ValueError: such a tokenizer joins the text to everything that it is put behind.
+            ValueError: such a tokenizer merges the text with every text before it.
         """
         ids: list[int] = []
         for number, part in enumerate(text.split(SPELT)):
@@ -132,12 +132,12 @@ class ChatTokenizer:
         raise ValueError(f"the tokenizer has no ids of its own for a text that continues another: {text[:40]!r}")
 
     def as_words(self, text: str) -> str:
-        """Somebody's words for a chat template: where they spell a special token, `encode` spells it too. Words can
-        then neither end a turn nor begin one."""
+        """Mark special tokens in the words of a turn, so that `encode` encodes them as plain text. Words can then
+        neither end a turn nor begin one."""
         return self._special.sub(lambda found: f"{SPELT}{found[0]}{SPELT}", text.replace(SPELT, ""))
 
     def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
-        """Text of ids, with special tokens where `special`."""
+        """Decode ids to text, with special tokens if `special` is set."""
         values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         return str(self._tokenizer.decode(values, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
@@ -147,17 +147,17 @@ class ChatTokenizer:
         return isinstance(name, str) and re.fullmatch(r"<0x[0-9A-F]{2}>", name) is not None
 
     def render(self, turns: Sequence[tuple[str, str]], answering: bool = False) -> str:
-        """(role, text) turns in the chat template; with `answering`, up to where the assistant begins to speak."""
+        """Render (role, text) turns with the chat template; `answering`: end where the assistant's words begin."""
         return self.render_messages([{"role": role, "content": text} for role, text in turns], answering)
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], answering: bool = False) -> str:
-        """As `render`, messages of plain texts, lists and dictionaries. Raises ValueError as `render_chat`."""
+        """As `render`, for messages of plain strings, lists and dictionaries. Raises ValueError as `render_chat`."""
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
         return render_chat(template, messages, answering, self._tokenizer.special_tokens_map)
 
     def state(self) -> dict[str, str]:
-        """All of it as plain text, for a checkpoint."""
+        """Return the whole tokenizer as plain text, for a checkpoint."""
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
         named = {name: getattr(self._tokenizer, token) for name, token in NAMED_TOKENS.items()}
@@ -169,18 +169,18 @@ class ChatTokenizer:
         }
 
     def words(self) -> dict[str, str]:
-        """The state but for where it stops: all that ids, and so the lengths of texts, depend on."""
+        """Return the state without the stop tokens: all that ids, and so the lengths of texts, depend on."""
         return {name: text for name, text in self.state().items() if name != STOP}
 
     def same_words(self, other: ChatTokenizer, template: bool = True) -> bool:
-        """Whether ids mean the same in another tokenizer, and with `template` its chat template is the same, wherever
-        the two stop."""
+        """Return whether another tokenizer assigns the same ids and, with `template`, has the same chat template; stop
+        tokens may differ."""
         own, others = self.words(), other.words()
         return all(own.get(name) == others.get(name) for name in own.keys() | others if template or name != TEMPLATE)
 
     @classmethod
     def from_state(cls, state: dict[str, str], vocabulary: int | None = None) -> ChatTokenizer:
-        """The tokenizer of a stored state (see `state`); reads no file.
+        """Build the tokenizer of a stored state (see `state`); no file is read.
 
         Args:
             vocabulary: tokens of its language model; None: not known.
@@ -212,22 +212,22 @@ class PretrainedTokenizer:
         self.source = source
 
     def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
-        """The tokenizer; neither argument matters.
+        """Load the tokenizer; both arguments are ignored.
 
         Raises:
-            FileNotFoundError: not there. ValueError: damaged files.
+            FileNotFoundError: the source does not exist. ValueError: damaged files.
         """
         return ChatTokenizer(read_tokenizer(self.source), read_stop_tokens(self.source))
 
 
 @model_part(from_checkpoint={"init_from": None})
 class TrainedTokenizer:
-    """Source of a byte-level BPE tokenizer trained on the data's own text, kept where the data say, one for each size.
+    """Source of a byte-level BPE tokenizer trained on the data's own text and stored in a folder of the data, one file
+    per size.
 
     Args:
-        vocabulary: at most so many tokens. Every byte is one, so that nothing is unknown.
-        init_from: a run folder or checkpoint whose tokenizer is taken over in place of training one: for the next
-            stage.
+        vocabulary: largest number of tokens. Every byte is a token, so that no text is unknown.
+        init_from: a run folder or checkpoint whose tokenizer is used instead of training one, for the next stage.
     """
 
     def __init__(self, vocabulary: int = 1024, init_from: str | None = None) -> None:
@@ -236,10 +236,10 @@ class TrainedTokenizer:
         self.vocabulary, self.init_from = vocabulary, init_from
 
     def load(self, folder: Path, texts: Iterable[str] | None = None) -> ChatTokenizer:
-        """The tokenizer in `folder`, trained on `texts` first where it is not there; or that of `init_from`.
+        """Load the tokenizer in `folder`, after training it on `texts` if it does not exist; or that of `init_from`.
 
         Raises:
-            FileNotFoundError: not there and no texts given, or no such run. ValueError: the run has none.
+            FileNotFoundError: it does not exist and no texts are given, or no such run. ValueError: the run has none.
         """
         if self.init_from is not None:
             return _tokenizer_of(self.init_from)
@@ -258,12 +258,12 @@ class TrainedTokenizer:
         )
 
     def file_in(self, folder: Path) -> Path:
-        """Where the tokenizer of this size is kept in a folder: `load` knows it by its name alone, so that the folder
-        must be that of the texts."""
+        """Return the file of the tokenizer of this size in a folder. `load` identifies it only by its name, so the
+        folder must be that of the texts."""
         return Path(folder) / f"tokenizer-{self.vocabulary}.json"
 
     def _trained(self, texts: Iterable[str]) -> str:
-        """A tokenizer trained on texts, as JSON."""
+        """Train a tokenizer on texts and return it as JSON."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())

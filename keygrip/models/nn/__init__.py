@@ -1,1 +1,1 @@
-"""What several networks are made of, written once."""
+"""Building blocks that several networks share."""

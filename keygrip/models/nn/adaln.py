@@ -15,7 +15,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class AdaLNModulation(nn.Module):
-    """From a condition ``[..., d_cond]`` to ``parts`` vectors ``[..., d_model]``, all zero at initialisation."""
+    """Map a condition ``[..., d_cond]`` to ``parts`` vectors ``[..., d_model]``, all zero at initialisation."""
 
     def __init__(self, d_cond: int, d_model: int, parts: int) -> None:
         super().__init__()

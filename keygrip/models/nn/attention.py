@@ -18,7 +18,7 @@ from keygrip.models.nn.processor_attention import training_attention
 
 @dataclass(frozen=True)
 class KeyValues:
-    """What attention reads of a context: ``keys`` and ``values``, both ``[B, H, M, d]``."""
+    """Keys and values of a context for attention: ``keys`` and ``values``, both ``[B, H, M, d]``."""
 
     keys: Tensor
     values: Tensor
@@ -33,11 +33,11 @@ class KeyValues:
         return KeyValues(keys, torch.cat([self.values, other.values.to(self.values.dtype)], dim=2))
 
     def rows(self, index: Tensor | slice) -> KeyValues:
-        """The contexts of some samples: ``index`` picks along the batch."""
+        """Select the contexts of some samples: ``index`` applies to the batch axis."""
         return KeyValues(self.keys[index], self.values[index])
 
     def repeated(self, times: int) -> KeyValues:
-        """Every sample ``times`` times in a row, ``[B * times, H, M, d]``: several draws of noise share a context."""
+        """Repeat every sample ``times`` times in a row, ``[B * times, H, M, d]``: noise samples can share a context."""
         return KeyValues(self.keys.repeat_interleave(times, dim=0), self.values.repeat_interleave(times, dim=0))
 
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         d_model: D, width of the queries and of the output. heads: H, divides D.
         d_context: Dc, width of what is attended to; None is D.
         qk_norm: normalise queries and keys.
-        zero_output: the output layer starts at zero, so that a residual branch starts as nothing.
+        zero_output: the output layer starts at zero, so that a residual branch adds nothing at first.
         bias: of the query, key and value layers.
 
     Raises:
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             nn.init.zeros_(self.output.bias)
 
     def keys_values(self, context: Tensor, angles: Tensor | None = None) -> KeyValues:
-        """Keys and values of a context ``[B, M, Dc]``; a sampler computes those of a fixed context once.
+        """Compute keys and values of a context ``[B, M, Dc]``; a sampler computes those of a fixed context once.
 
         Args:
             angles: see ``forward``.
@@ -99,10 +99,10 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         angles: Tensor | None = None,
     ) -> Tensor:
-        """``[B, N, D]``: what each query of ``x`` ``[B, N, D]`` reads.
+        """Return the attention output ``[B, N, D]`` of each query of ``x`` ``[B, N, D]``.
 
         Args:
-            keys_values: of the context; None attends to ``x`` itself.
+            keys_values: those of the context; None attends to ``x`` itself.
             mask: bool ``[B, M]``, ``[B, 1, M]`` or ``[B, N, M]``, True = attend. None attends to everything, which lets
                 the fastest kernels run; a mask over the context alone (the first two forms) is broadcast, never copied,
                 so that the memory-efficient kernels run. A query that may attend to nothing has no defined output.
@@ -120,7 +120,7 @@ class Attention(nn.Module):
     def shares(
         self, x: Tensor, groups: Sequence[int], keys_values: KeyValues | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """The share of attention that goes to each group of context tokens, ``[B, G]`` float32, averaged over heads and
+        """Return the share of attention to each group of context tokens, ``[B, G]`` float32, averaged over heads and
         queries; the rows add up to 1.
 
         This computes the attention matrix, which the fused kernels never hold: for monitoring, not for every step.
@@ -137,10 +137,10 @@ class Attention(nn.Module):
     def reads(
         self, x: Tensor, groups: Sequence[int], keys_values: KeyValues | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """The share, by root mean square over queries and width, of each group of context tokens in what this layer
-        gives, ``[B, G]`` float32; the rows add up to 1. Much attention on small values is little.
+        """Return the share of each group of context tokens in this layer's output, ``[B, G]`` float32, by root mean
+        square over queries and width; the rows add up to 1. Much attention on small values gives a small share.
 
-        For monitoring, as `shares`, which see for the arguments.
+        For monitoring, with the arguments of `shares`.
         """
         weights, context = self._weights(x, groups, keys_values, mask)
         parts = zip(weights.split(list(groups), -1), context.values.float().split(list(groups), 2), strict=True)
@@ -152,7 +152,7 @@ class Attention(nn.Module):
     def _weights(
         self, x: Tensor, groups: Sequence[int], keys_values: KeyValues | None, mask: Tensor | None
     ) -> tuple[Tensor, KeyValues]:
-        """The attention matrix ``[B, H, N, M]`` float32, and what it is over."""
+        """Return the attention matrix ``[B, H, N, M]`` float32, and the context that it attends to."""
         if keys_values is None:
             keys_values = self.keys_values(x)
         if sum(groups) != len(keys_values):
@@ -180,8 +180,9 @@ class AttentionRecord:
 
     Attributes:
         groups: sizes of consecutive groups of context tokens.
-        shares: of the attention, a tensor ``[B, groups]`` per block. reads: of what it adds, likewise, where asked for.
-        sizes: whether `reads` are asked for.
+        shares: `Attention.shares`, a tensor ``[B, groups]`` per block. reads: `Attention.reads`, in the same form, if
+            `sizes` is set.
+        sizes: whether `reads` are recorded.
     """
 
     groups: Sequence[int]
@@ -190,15 +191,15 @@ class AttentionRecord:
     reads: list[Tensor] = field(default_factory=list)
 
     def add(self, attention: Attention, x: Tensor, keys_values: KeyValues, mask: Tensor | None) -> None:
-        """Records one block's attention; arguments as of `Attention.forward`."""
+        """Record one block's attention; arguments as for `Attention.forward`."""
         self.shares.append(attention.shares(x, self.groups, keys_values, mask))
         if self.sizes:
             self.reads.append(attention.reads(x, self.groups, keys_values, mask))
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """Queries or keys ``[B, H, N, d]`` with number i and number i + d / 2 of each head turned as a pair by the i-th
-    angle of its token: products of queries and keys then depend on the difference of their angles alone.
+    """Rotate queries or keys ``[B, H, N, d]``: values i and i + d / 2 of each head are rotated as a pair by the i-th
+    angle of the token. Products of queries and keys then depend only on the difference of their angles.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 
@@ -212,13 +213,13 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm in the type of ``x``: autocast would take it to float32 and back."""
+    """Apply the norm in the type of ``x``: autocast would convert to float32 and back."""
     with without_autocast(x):
         return F.layer_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), None, norm.eps)
 
 
 def _broadcast(mask: Tensor | None) -> Tensor | None:
-    """``[B, 1, 1 | N, M]`` of any of the forms that `Attention.forward` takes."""
+    """Convert any form of mask that `Attention.forward` accepts to ``[B, 1, 1 | N, M]``."""
     if mask is None:
         return None
     if mask.dtype != torch.bool or mask.ndim not in (2, 3):

@@ -4,10 +4,10 @@ One convention everywhere. The noise level s runs from 0 (data) to 1 (noise)::
 
     x_s = (1 - s) data + s noise          velocity = dx_s / ds = noise - data
 
-and sampling integrates from s = 1 down to s = 0. Texts that count time the other way (t = 1 - s, x_t = (1 - t) noise +
-t data, target = data - noise, as policies do with actions for data) mean the same path with the sign of the velocity
-turned: their target is ``-velocity(data, noise)``, and a step of theirs from t to t + dt is a step here from s to s -
-dt.
+and sampling integrates from s = 1 down to s = 0. Papers that count time the other way (t = 1 - s, x_t = (1 - t) noise +
+t data, target = data - noise; usual for policies, where data are actions) describe the same path with the opposite sign
+of the velocity: their target is ``-velocity(data, noise)``, and their step from t to t + dt is a step here from s to
+s - dt.
 
 Sources: Lipman et al., "Flow Matching for Generative Modeling" (2023); Liu et al., "Flow Straight and Fast" (2023);
 logit-normal times and the shift of the noise levels from Esser et al., "Scaling Rectified Flow Transformers" (2024).
@@ -38,7 +38,7 @@ def interpolate(data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 
 
 def velocity(data: Tensor, noise: Tensor) -> Tensor:
-    """What the network is to predict, the same at every level of one path: noise - data."""
+    """Return the target of the network, which is the same at every level of one path: noise - data."""
     return noise - data
 
 
@@ -63,7 +63,7 @@ def _align(level: Tensor, like: Tensor) -> Tensor:
 
 
 class TimestepSampler(Protocol):
-    """Draws noise levels for training."""
+    """Samples noise levels for training."""
 
     def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
         """``[count]`` float32 levels in [0, 1], from torch's global generator (so that resuming restores them)."""
@@ -71,11 +71,11 @@ class TimestepSampler(Protocol):
 
 @model_part
 class LogitNormalTimesteps:
-    """sigmoid(mean + std * normal): levels in the middle, where the prediction is hardest, come more often.
+    """sigmoid(mean + std * normal): levels in the middle, where the prediction is hardest, are more frequent.
 
     Args:
         mean: above 0 shifts towards noise. std: width, positive.
-        uniform_share: of the draws that are uniform instead, so that no level is left out; 1: all of them.
+        uniform_share: share of the samples that are uniform instead, so that no level is left out; 1: all of them.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.0) -> None:
@@ -95,11 +95,12 @@ class LogitNormalTimesteps:
 
 @model_part
 class BetaTimesteps:
-    """min(Beta(alpha, beta) / top, 1): with (1.5, 1) more often near noise, as flow-matching action heads are trained
-    (Black et al., "pi0: A Vision-Language-Action Flow Model for General Robot Control", 2024).
+    """min(Beta(alpha, beta) / top, 1): with (1.5, 1) levels near noise are more frequent, as in the training of
+    flow-matching action heads (Black et al., "pi0: A Vision-Language-Action Flow Model for General Robot Control",
+    2024).
 
     Args:
-        alpha, beta: positive. top: draws above it count as pure noise.
+        alpha, beta: positive. top: samples above it count as pure noise.
     """
 
     def __init__(self, alpha: float = 1.5, beta: float = 1.0, top: float = 0.999) -> None:
@@ -110,20 +111,20 @@ class BetaTimesteps:
         self.alpha, self.beta, self.top = alpha, beta, top
 
     def __call__(self, count: int, device: torch.device | str | None = None) -> Tensor:
-        # torch has no in-place beta draw: a ratio of gamma draws is one. They run on the CPU and take no time.
+        # torch has no in-place sampling of beta: a ratio of gamma samples is beta. On the CPU they take no time.
         first, second = Gamma(torch.tensor([[self.alpha], [self.beta]]).expand(2, count), 1.0).sample()
         return (first / (first + second) / self.top).clamp(max=1.0).to(device)
 
 
 def shifted(level: Tensor, shift: float) -> Tensor:
-    """Noise levels moved towards noise by a factor above 1 (towards data below 1): s' = shift s / (1 + (shift - 1) s).
-    Two shifts one after the other are one by their product."""
+    """Move noise levels towards noise by a factor above 1 (towards data below 1): s' = shift s / (1 + (shift - 1) s).
+    Two successive shifts equal one shift by their product."""
     return shift * level / (1 + (shift - 1) * level)
 
 
 def resolution_shift(tokens: int, base: int) -> float:
-    """The shift under which images of so many latent tokens look as noisy as ones of `base` tokens without
-    it: sqrt(tokens / base) (Esser et al., 2024, section 5.3.2)."""
+    """Return the shift with which images of `tokens` latent tokens are as noisy as images of `base` tokens without a
+    shift: sqrt(tokens / base) (Esser et al., 2024, section 5.3.2)."""
     return float((tokens / base) ** 0.5)
 
 
@@ -131,7 +132,7 @@ def resolution_shift(tokens: int, base: int) -> float:
 
 
 def noise_levels(steps: int, shift: float = 1.0) -> list[float]:
-    """The ``steps + 1`` levels from 1 to 0 at which a sampler stops.
+    """Return the ``steps + 1`` levels from 1 to 0 between which a sampler steps.
 
     Args:
         shift: above 1 spends more of the steps near noise: s' = shift s / (1 + (shift - 1) s), for large images.
@@ -142,7 +143,7 @@ def noise_levels(steps: int, shift: float = 1.0) -> list[float]:
         )
     even = [1 - index / steps for index in range(steps)] + [0.0]
     levels = [shift * level / (1 + (shift - 1) * level) for level in even]
-    return [1.0, *levels[1:]]  # that of pure noise is 1 under every shift, and rounding would put some above it
+    return [1.0, *levels[1:]]  # pure noise is 1 under every shift; rounding might put it above 1
 
 
 def seeded_noise(
@@ -153,7 +154,7 @@ def seeded_noise(
 ) -> Tensor:
     """Standard normal noise ``[len(seeds), *shape]``, each sample a function of its own seed alone.
 
-    Drawn on the CPU, so that a seed gives the same image on every device and in every batch.
+    Sampled on the CPU, so that a seed gives the same image on every device and in every batch.
     """
     draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(draws).to(device, dtype)
@@ -166,15 +167,15 @@ def integrate(
     solver: Solver = "euler",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """The sample at the last of ``levels`` on the path from ``noise`` at the first.
+    """Integrate from ``noise`` at the first of ``levels`` to the sample at the last.
 
     Args:
         velocity_at: v(x, s), of the shape of x.
         noise: ``[B, ...]``, the sample at ``levels[0]``.
-        levels: falling noise levels, as `noise_levels` gives.
-        solver: "euler", first order; "adams_bashforth", second order at one evaluation per step (it extends the
-            last velocity); "heun", second order at two evaluations per step (one in the last, where the model's
-            velocity at s = 0 is least reliable).
+        levels: falling noise levels, as returned by `noise_levels`.
+        solver: "euler", first order; "adams_bashforth", second order at one evaluation per step (it extrapolates from
+            the last velocity); "heun", second order at two evaluations per step (one in the last step, because the
+            model's velocity at s = 0 is least reliable).
         on_step: called with the number of steps done and the sample after each.
 
     Raises:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def two_hot(position: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The two bins ``[*, 2]`` around a position on the bins' scale (bin i spans [i, i + 1]) and their linear weights.
+    """Return the two bins ``[*, 2]`` around a position in bin units (bin i spans [i, i + 1]) and their linear weights.
 
-    Beyond the outer centres all mass lies on the outer bin.
+    Beyond the outermost centres, the outermost bin has all the weight.
     """
     centred = (position - 0.5).clamp(0, count - 1)
     lower = centred.floor().clamp(max=max(count - 2, 0))
@@ -45,7 +45,7 @@ def sample_features(feature_map: Tensor, pixels: Tensor, image_size: int) -> Ten
     outside."""
     # grid_sample with align_corners=False has the corner convention
     grid = (pixels / image_size * 2 - 1).nan_to_num(0.0)
-    kind = torch.promote_types(feature_map.dtype, torch.float32)  # in bf16 places would be off by a twentieth of a cell
+    kind = torch.promote_types(feature_map.dtype, torch.float32)  # bf16 positions would be off by 1/20 cell
     flat = grid.flatten(1, -2)[:, :, None].to(kind)  # [B, N, 1, 2]
     sampled = F.grid_sample(feature_map.to(kind), flat, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[..., 0].transpose(1, 2).unflatten(1, pixels.shape[1:-1])

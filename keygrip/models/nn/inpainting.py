@@ -4,7 +4,7 @@ Source: Black et al., "Real-Time Execution of Action Chunking Flow Policies" (ar
 with a soft mask. Levels here run from 1 (noise) to 0 (data), velocity = noise - data (see `flow_matching`); the paper's
 time is 1 - level and its velocity the negative.
 
-Shape legend: B samples, T steps, D numbers of a step.
+Shape legend: B samples, T steps, D values per step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def soft_mask(steps: int, fixed: int, known: int, device: torch.device | str | N
     """Weights ``[T]`` of the known steps: 1 for the `fixed` first, falling to 0 at the `known`-th and beyond.
 
     Args:
-        steps: T. fixed: steps that will have been executed when the sample arrives. known: steps that the sample under
-            way has.
+        steps: T. fixed: steps that will have been executed when the sample arrives. known: steps of the sample that is
+            being executed.
     """
     index = torch.arange(steps, dtype=torch.float32, device=device)
     share = ((known - index) / (known - fixed + 1)).clamp(0, 1)
@@ -35,12 +35,12 @@ def guided_velocity(
     weight: Tensor,
     strongest: float = 5.0,
 ) -> Callable[[Tensor, float], Tensor]:
-    """A velocity function that leads to samples which agree with `known` where `weight` says so.
+    """Return a velocity function whose samples agree with `known` as strongly as `weight` sets.
 
     Args:
         velocity_at: v(x, s) of the model, differentiable in x.
         known: ``[B, T, D]``. weight: ``[T]``, see `soft_mask`.
-        strongest: bound of the guidance, which grows without end near noise (the paper's beta).
+        strongest: upper bound of the guidance, which would grow without limit near noise (the paper's beta).
     """
 
     def guided(x: Tensor, level: float) -> Tensor:

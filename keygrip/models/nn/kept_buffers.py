@@ -1,4 +1,4 @@
-"""Buffers that keep their numbers where a module is brought into another type."""
+"""Buffers that keep their values when a module is converted to another type."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 class KeptBuffers(nn.Module, ABC):
-    """A module of which `to`, `half` and other casts leave some buffers as they are; these move with it."""
+    """A module whose casts (`to`, `half`, ...) do not change the values of some buffers; they still change device."""
 
     @abstractmethod
     def kept(self) -> Mapping[str, Tensor]:
-        """The buffers by name."""
+        """Return these buffers by name."""
 
     @abstractmethod
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
-        """Gives the module the buffers that it had, on the device where it lies now."""
+        """Restore the module's previous buffers, on its present device."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = self.kept()

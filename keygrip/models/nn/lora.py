@@ -1,10 +1,10 @@
-"""Low-rank adaptation by peft: a trained network stays as it is, and its linear layers each learn a small difference.
+"""Low-rank adaptation with peft: a trained network is frozen, and each of its linear layers learns a small difference.
 
     y = W x + b + (alpha / rank) B A x          A [rank, in], B [out, rank], B starts at zero
 
-The layers are peft's; its files are written and read by `keygrip.inference.adapters`. What has been trained is merged
-for export and for inference in fewer bits, which needs no peft. Source: Hu et al., "LoRA: Low-Rank Adaptation of Large
-Language Models" (2021).
+The layers are peft's; `keygrip.inference.adapters` writes and reads peft's files. Trained differences are merged into
+the weights for export and for inference in fewer bits; merging does not need peft. Source: Hu et al., "LoRA: Low-Rank
+Adaptation of Large Language Models" (2021).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ BASE, LOW, HIGH = "base_layer", f"lora_A.{NAME}", f"lora_B.{NAME}"
 @model_part
 @dataclass(frozen=True)
 class LoRA:
-    """What is adapted, and how.
+    """Settings of low-rank adaptation.
 
     Args:
-        rank: of the differences. alpha: they are scaled by alpha / rank. targets: last names of the linear layers.
+        rank: rank of the differences. alpha: they are scaled by alpha / rank. targets: linear layers to adapt, by the
+            last part of their names.
 
     Raises:
-        ValueError: no rank, scale or layers.
+        ValueError: rank or alpha is not positive, or `targets` is empty.
     """
 
     rank: int
@@ -49,9 +50,10 @@ class Adapter:
     """The trained differences of a network.
 
     Args:
-        network: that `add_lora` changed. lora: as it was told. prefix: of the network's names within the model that
-            others know it as, with its dot. inputs: fingerprint of how the network's inputs are normalised, where that
-            is no part of its weights: the differences fit no other normalisation.
+        network: the network that `add_lora` changed. lora: the settings of that call. prefix: prefix of the network's
+            parameter names in the published model that contains it, with the dot. inputs: fingerprint of the
+            normalisation of the network's inputs, if that is not part of its weights: the differences fit no other
+            normalisation.
     """
 
     network: nn.Module
@@ -64,7 +66,7 @@ class Adapter:
 
 
 def add_lora(network: nn.Module, lora: LoRA) -> list[str]:
-    """Puts peft's layers in the place of the named ones and freezes everything else; the layers' names.
+    """Replace the named layers by peft's, freeze everything else, and return the layers' names.
 
     Raises:
         ValueError: there is no such linear layer. ImportError: peft is not installed.
@@ -85,7 +87,7 @@ def add_lora(network: nn.Module, lora: LoRA) -> list[str]:
 
 
 def peft_config(lora: LoRA, targets: list[str] | str) -> Any:
-    """peft's `LoraConfig`, of last names of layers or a regular expression of whole ones."""
+    """Return peft's `LoraConfig` for layers given by the last parts of their names or by a regular expression."""
     from peft import LoraConfig
 
     alpha: Any = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
@@ -93,17 +95,17 @@ def peft_config(lora: LoRA, targets: list[str] | str) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """The name that a layer's weight has without LoRA; one of a difference stays."""
+    """Return the name that a layer's weight has without LoRA; names of differences are not changed."""
     return name.replace(f".{BASE}.", ".")
 
 
 def is_difference(name: str) -> bool:
-    """Whether a weight belongs to a difference."""
+    """Return whether a weight belongs to a difference."""
     return f".{LOW}." in name or f".{HIGH}." in name
 
 
 def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """peft's layers with their names, known without peft."""
+    """Yield peft's layers with their names, without importing peft."""
     for name, module in network.named_modules():
         if hasattr(module, BASE) and hasattr(module, "lora_A"):
             yield name, module
@@ -114,7 +116,7 @@ def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def merge(network: nn.Module) -> None:
-    """Adds the differences to the weights and leaves plain linear layers; without LoRA nothing changes."""
+    """Add the differences to the weights and restore plain linear layers; without LoRA nothing changes."""
     for name, layer in list(adapted_layers(network)):
         layer.merge()
         parent, _, last = name.rpartition(".")
@@ -123,7 +125,7 @@ def merge(network: nn.Module) -> None:
 
 @torch.no_grad()
 def merged_weights(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
-    """A state dictionary as of the network without LoRA, with the differences added."""
+    """Return the state dictionary of the network without LoRA, with the differences added to its weights."""
     found = {}
     for name, value in weights.items():
         if is_difference(name):
@@ -139,7 +141,7 @@ def merged_weights(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tenso
 def merged_checkpoint(
     content: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """A checkpoint's content and those of its weights that are used, as of the model without LoRA."""
+    """Convert a checkpoint's content, and those of its weights that are used, to those of the model without LoRA."""
     header = content["keygrip"]
     config, lora = without_lora(header["config"])
     if lora is None:
@@ -148,7 +150,7 @@ def merged_checkpoint(
 
 
 def without_lora(config: Any) -> tuple[Any, LoRA | None]:
-    """A stored configuration with null for its LoRA, and that."""
+    """Return a stored configuration with null in place of its LoRA settings, and these settings."""
     if isinstance(config, Mapping):
         if config.get("_target_") == f"{LoRA.__module__}.{LoRA.__qualname__}":
             return None, LoRA(config["rank"], config["alpha"], config["targets"])

@@ -1,6 +1,6 @@
 """Weights of a frozen network in fewer bits, for inference: bfloat16, or int8 for linear layers.
 
-Shape legend: I numbers in, O numbers out of a linear layer.
+Shape legend: I inputs, O outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ LARGEST = 127  # largest absolute int8 value used
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are int8 with a scale for each number out; products are computed in the precision
-    of what comes in, with the weights turned back layer by layer (Dettmers et al., "LLM.int8()", 2022, without its
-    treatment of outliers).
+    """A linear layer whose weights are int8 with a scale per output; products are computed in the precision of the
+    input, with the weights dequantised layer by layer (Dettmers et al., "LLM.int8()", 2022, without its treatment of
+    outliers).
 
     Args:
-        layer: its weights ``[O, I]`` are rounded to 255 steps of a row's largest value; its bias stays.
+        layer: its weights ``[O, I]`` are rounded to 255 levels, scaled by the largest value of a row; its bias is not
+            changed.
     """
 
     weight_int8: Tensor
@@ -45,11 +46,11 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def lower_precision(network: nn.Module, precision: Precision) -> None:
-    """Rounds a network's weights in place; it cannot be trained afterwards. Buffers (rotary frequencies) stay in
-    float32, where rounding would move positions.
+    """Round a network's weights in place; it cannot be trained afterwards. Buffers (rotary frequencies) stay in
+    float32, because rounding would shift positions.
 
     Args:
-        precision: ``bfloat16`` all parameters; ``int8`` the weights of linear layers, the others bfloat16.
+        precision: ``bfloat16``: all parameters; ``int8``: the weights of linear layers, with the others in bfloat16.
 
     Raises:
         ValueError: an unknown precision.
@@ -58,7 +59,7 @@ def lower_precision(network: nn.Module, precision: Precision) -> None:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     if precision == "float32":
         return
-    merge(network)  # what LoRA added is rounded with the weights
+    merge(network)  # LoRA's differences are rounded together with the weights
     if precision == "int8":
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):

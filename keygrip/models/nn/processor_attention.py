@@ -1,5 +1,5 @@
-"""Attention of a training step on a processor: what is in bf16 around it is faster with torch's fused kernel in
-float32, on rows of up to `FLOAT32_KEYS` positions (`attention_ms_*` of ``python -m keygrip.bench case=cpu_precision``).
+"""Attention of a training step on a CPU: in bf16 training, torch's fused kernel is faster in float32, on rows of up to
+`FLOAT32_KEYS` positions (`attention_ms_*` of ``python -m keygrip.bench case=cpu_precision``).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.overrides import TorchFunctionMode
 from keygrip.models.nn.precision import without_autocast
 from keygrip.training.memory import is_counting
 
-# Keys up to which float32 is used. On a processor with AMX (benchmarks/cpu_precision_amx.json) it is faster on shorter
-# rows; on longer ones with heads of 64 numbers it is slower (`attention_ms_*_wide`), with heads of 32 somewhat faster.
+# Largest number of keys for float32. On a CPU with AMX (benchmarks/cpu_precision_amx.json) float32 is faster on shorter
+# rows; on longer rows it is slower with heads of width 64 (`attention_ms_*_wide`), somewhat faster with width 32.
 FLOAT32_KEYS = 512
 
 _thread = threading.local()
 
 
 def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, computed in float32 where it is trained in bf16 on a processor and has no more
-    than `FLOAT32_KEYS` keys.
+    """`F.scaled_dot_product_attention`, computed in float32 if it is trained in bf16 on a CPU and has no more than
+    `FLOAT32_KEYS` keys.
 
     Args:
         queries: ``[..., N, d]``; keys: ``[..., M, d]``; values: ``[..., M, e]``, of any type.
-        options: of torch's function; a mask that is added is taken to float32 too.
+        options: options of torch's function; an additive mask is converted to float32 too.
 
-    Returns ``[..., N, e]`` of the type that torch's own function gives, bf16 under autocast. In compiled graphs it is
-    torch's function, and where memory is counted, which is that of a GPU.
+    Returns ``[..., N, e]`` in the type of torch's own function, bf16 under autocast. Compiled graphs use torch's
+    function, and so does the counting of memory, which is that of a GPU.
     """
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     bf16 = queries.device.type == "cpu" and (autocast or queries.dtype == torch.bfloat16)
@@ -44,7 +44,7 @@ def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options:
 
 
 def float32_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    """As `training_attention`, in float32 however long the rows are; always bf16 ``[..., N, e]``."""
+    """As `training_attention`, in float32 for rows of any length; the result ``[..., N, e]`` is always bf16."""
     mask = options.get("attn_mask")
     if mask is not None and mask.is_floating_point():
         options = {**options, "attn_mask": mask.float()}
@@ -54,7 +54,7 @@ def float32_attention(queries: Tensor, keys: Tensor, values: Tensor, **options: 
 
 
 class _TrainingAttention(TorchFunctionMode):
-    """Every attention within, that of other libraries' models too, is `training_attention`."""
+    """In this context every attention, also in models of other libraries, is `training_attention`."""
 
     def __torch_function__(
         self,
@@ -81,12 +81,12 @@ class _TrainingAttention(TorchFunctionMode):
 
 
 def within() -> bool:
-    """Whether this thread is inside of what `trained_on` gave for a processor in bf16."""
+    """Return whether this thread is inside a context of `trained_on` for a CPU under autocast."""
     return getattr(_thread, "within", False)
 
 
 def trained_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context for the forward pass of a training step: under autocast on a processor, `training_attention`."""
+    """Return a context for the forward pass of a training step: under autocast on a CPU, `training_attention`."""
     if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return _TrainingAttention()
     return contextlib.nullcontext()
@@ -95,7 +95,7 @@ def trained_on(device: torch.device) -> contextlib.AbstractContextManager[object
 def recompute_contexts() -> tuple[contextlib.AbstractContextManager[object], contextlib.AbstractContextManager[object]]:
     """`context_fn` for torch.utils.checkpoint: activations are recomputed as in the forward pass.
 
-    The backward pass runs outside of `trained_on`; with another type there the recomputed tensors would not be those
-    that were saved, which torch refuses.
+    The backward pass runs outside of `trained_on`. Without this context, recomputed tensors would have another type
+    than the saved ones, which torch refuses.
     """
     return contextlib.nullcontext(), _TrainingAttention() if within() else contextlib.nullcontext()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def sinusoidal_features(count: int, dim: int) -> Tensor:
     """The fixed sine and cosine table of ``count`` evenly spaced positions.
 
-    Periods are spaced geometrically from 2 positions (the shortest that sampling can show) to ``4 * count`` (a quarter
+    Periods are spaced geometrically from 2 positions (the shortest that can be sampled) to ``4 * count`` (a quarter
     turn over the whole range, hence monotonic), so that an inner product with the table can be a sharp peak at one
     position as well as a broad trend.
 
@@ -33,12 +33,12 @@ def sinusoidal_features(count: int, dim: int) -> Tensor:
 def level_features(level: Tensor, dim: int, longest: float = 10.0, endpoint: bool = True) -> Tensor:
     """Cosines and sines of continuous values in [0, 1], such as noise levels of flow matching.
 
-    Periods are spaced geometrically from ``2 pi / 1000`` (so that a thousandth makes a difference) to ``2 pi longest``,
-    as in Ho et al., "Denoising Diffusion Probabilistic Models" (2020), with their 1000 steps for the unit interval.
+    Periods are spaced geometrically from ``2 pi / 1000`` (so that a thousandth has an effect) to ``2 pi longest``, as
+    in Ho et al., "Denoising Diffusion Probabilistic Models" (2020), with their 1000 steps for the unit interval.
 
     Args:
-        level: ``[...]``. dim: even width. longest: of the periods, in units of 2 pi.
-        endpoint: the longest period is the last one; False: it would be the one after the last, as in Peebles and Xie,
+        level: ``[...]``. dim: even width. longest: longest period, in units of 2 pi.
+        endpoint: the longest period is the last one; False: it would come after the last one, as in Peebles and Xie,
             "Scalable Diffusion Models with Transformers" (2023).
 
     Returns:
@@ -57,10 +57,10 @@ def level_features(level: Tensor, dim: int, longest: float = 10.0, endpoint: boo
 
 
 class LevelEmbedding(nn.Module):
-    """From noise levels ``[...]`` in [0, 1] to a condition ``[..., d_cond]``: sinusoids and an MLP of two layers.
+    """Map noise levels ``[...]`` in [0, 1] to a condition ``[..., d_cond]``: sinusoids and an MLP of two layers.
 
     Args:
-        d_cond: width of the condition. features: number of sinusoids. hidden: of the MLP; None is ``d_cond``.
+        d_cond: width of the condition. features: number of sinusoids. hidden: width of the MLP; None is ``d_cond``.
         endpoint: see `level_features`.
     """
 

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from keygrip.training.distributed import global_sum
 
-SMALLEST = 1e-3  # a number that hardly changes is not blown up
+SMALLEST = 1e-3  # smallest standard deviation: nearly constant values are not amplified
 
 
 class RunningStandardisation(nn.Module):
-    """Every number of a sample less its mean over the samples seen in training, over their spread.
+    """Subtract from each value of a sample its mean over the training samples, and divide by the standard deviation.
 
-    Unlike in batch normalisation the statistics are those of many batches in training too, and no gradient goes through
-    them. Several processes have common ones.
+    Unlike in batch normalisation, the statistics cover many batches in training too, and no gradient flows through
+    them. All processes share them.
 
     Args:
-        shape: of a sample. memory: batches that the statistics remember.
+        shape: shape of a sample. memory: number of batches over which the running averages extend.
     """
 
     mean: Tensor
@@ -32,7 +32,7 @@ class RunningStandardisation(nn.Module):
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, *shape]`` float32, from the same."""
+        """Standardise ``[B, *shape]`` float32."""
         if self.training:
             self._update(x.detach())
         spread = (self.square - self.mean.square()).clamp(min=SMALLEST**2).sqrt()
@@ -43,6 +43,6 @@ class RunningStandardisation(nn.Module):
         count = global_sum(torch.tensor(float(len(x)), device=x.device))
         mean, square = (global_sum(values.sum(dim=0)) / count for values in (x, x.square()))
         self.batches += 1
-        share = (1 / self.batches).clamp(min=1 / self.memory)  # the first batches count alike
+        share = (1 / self.batches).clamp(min=1 / self.memory)  # the first batches have equal weights
         # new tensors: the backward pass of an earlier batch may still need the old ones
         self.mean, self.square = torch.lerp(self.mean, mean, share), torch.lerp(self.square, square, share)

@@ -1,4 +1,4 @@
-"""What LeRobot's observations and actions do not say, and keygrip's policies need."""
+"""Configuration: information that keygrip's policies need and LeRobot's observations and actions do not contain."""
 
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
@@ -12,12 +12,13 @@ OF_STEPS = ("step_m", "body_offset", "body_low", "body_high", "closed_effort", "
 
 @dataclass
 class CameraCalibration:
-    """One image of the observation.
+    """Calibration of the camera of one image of the observation.
 
     Args:
-        intrinsics: 3 x 3, pixels of the image as LeRobot gives it (flips included), corner convention.
+        intrinsics: 3 x 3, in pixels of the image as LeRobot returns it (after any flips), corner convention.
         world_to_camera: 4 x 4 rigid, OpenCV camera, metres.
-        width, height: the image size that the intrinsics are for; images of other sizes scale them. 0: as they come.
+        width, height: the image size that the intrinsics are for; for images of other sizes they are scaled. 0: the
+            intrinsics are used unchanged.
         name: keygrip's name of the camera; empty: the last part of the feature's name.
     """
 
@@ -30,13 +31,13 @@ class CameraCalibration:
 
 @dataclass
 class ArmLayout:
-    """Where one arm's pose stands in `observation.state`.
+    """The indices of one arm's pose in `observation.state`.
 
     Args:
-        position: indices of x, y, z, metres in the world. offset: added to it, metres in the world, where the state's
-            point is not the gripper point of the demonstrations.
-        quaternion: indices of w, x, y, z; empty: the gripper does not turn, its quaternion is `fixed_quaternion`.
-        gripper: index of the opening; closed, open: its values there.
+        position: indices of x, y, z, metres in the world. offset: added to the position, metres in the world; needed if
+            the point in the state is not the gripper point of the demonstrations.
+        quaternion: indices of w, x, y, z; empty: the gripper does not rotate, its quaternion is `fixed_quaternion`.
+        gripper: index of the opening; closed, open: the state's values for a closed and an open gripper.
     """
 
     position: list[int]
@@ -54,28 +55,30 @@ class KeygripConfig(PreTrainedConfig):
     """A trained keygrip policy.
 
     Args:
-        checkpoint: run folder, checkpoint file or exported folder; None: `keygrip/` beside this configuration.
-        server: URL of `python -m keygrip.serve`, in place of a checkpoint.
-        trust: packages beside keygrip whose model parts the checkpoint may name.
-        external: files that the model needs and the checkpoint does not hold, by dotted setting, e.g.
+        checkpoint: run folder, checkpoint file or exported folder; None: `keygrip/` in the folder of this
+            configuration.
+        server: URL of `python -m keygrip.serve`, instead of a checkpoint.
+        trust: packages other than keygrip whose model parts the checkpoint may name.
+        external: files that the model needs and the checkpoint does not contain, by dotted setting, e.g.
             `network.instruction.source` (a frozen text tower).
-        planning: changes to how it plans, e.g. `{"compiled": True}` (geometry_vla) or `{"decoder": "viterbi"}`
-            (volume_query); of a checkpoint alone, a server has its own.
+        planning: changes to the policy's planning, e.g. `{"compiled": True}` (geometry_vla) or
+            `{"decoder": "viterbi"}` (volume_query); only with a checkpoint, because a server has its own.
         control_hz: calls of `select_action` per second.
         control: changes to keygrip's controller, e.g. `execute_seconds`, `still_distance_m`.
         cameras: calibration by image feature.
-        arms: one entry per arm, in the policy's order; empty: 8 numbers per arm, x, y, z, qw, qx, qy, qz, gripper.
-        action: "pose": 8 numbers per arm, the commanded pose. "position_step": a step of the point that one arm's hand
-            follows (Meta-World's mocap body), within -1 .. 1, to the commanded position, and the gripper's effort. The
-            observation does not hold that point: it is known from where it stands when an episode begins, and the steps
-            since then. It is not for environments whose step is from where the hand itself is.
-        step_gain: no longer read; policies that were saved with it say so.
-        step_m: of "position_step", metres of a step of 1; 0.01 is Meta-World's.
-        body_offset: of "position_step", where that point stands beside the hand when an episode begins, metres.
-        body_low, body_high: of "position_step", x, y, z between which the environment keeps that point, metres, as
-            positions stand in the state (Meta-World's `hand_low`, `hand_high`); empty: it does not.
-        closed_effort, open_effort: of "position_step", where the commanded opening is below 0.5 and elsewhere; those of
-            keygrip's Meta-World environment (which closes with 0.1 in pick-out-of-hole-v3).
+        arms: one entry per arm, in the policy's order; empty: the state has 8 values per arm, x, y, z, qw, qx, qy, qz,
+            gripper.
+        action: "pose": 8 values per arm, the commanded pose. "position_step": a step towards the commanded position,
+            within -1 .. 1, of the point that the hand of one arm follows (Meta-World's mocap body), and the gripper's
+            effort. The observation does not contain that point: it is computed from its position at the start of the
+            episode and the steps since then. Do not use it in environments whose step starts at the hand itself.
+        step_gain: no longer read; a policy that was saved with it is refused with a message.
+        step_m: for "position_step": length in metres of a step of 1; Meta-World's is 0.01.
+        body_offset: for "position_step": offset of that point from the hand at the start of an episode, metres.
+        body_low, body_high: for "position_step": lowest and highest x, y, z to which the environment limits that point,
+            metres, in the frame of the state's positions (Meta-World's `hand_low`, `hand_high`); empty: no limits.
+        closed_effort, open_effort: for "position_step": effort where the commanded opening is below 0.5, and elsewhere;
+            the defaults are those of keygrip's Meta-World environment (which closes with 0.1 in pick-out-of-hole-v3).
     """
 
     checkpoint: str | None = None
@@ -104,7 +107,7 @@ class KeygripConfig(PreTrainedConfig):
         if self.action not in ACTIONS:
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {self.action!r}")
         if self.action == "pose":
-            self.step_gain = None  # older configurations hold it whatever their action
+            self.step_gain = None  # older configurations contain it with any action
         if self.checkpoint and self.server:
             raise ValueError("give checkpoint or server, not both")
         if self.step_m <= 0:
@@ -119,9 +122,9 @@ class KeygripConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has no effect with server: give it to `python -m keygrip.serve`")
 
     def validate_features(self) -> None:
-        """Raises ValueError: an image that no camera is calibrated for, or none at all; an older `position_step`; a
-        setting of steps with poses."""
-        # The first two not while the file is read: LeRobot would hide the reason.
+        """Raise ValueError if no camera is calibrated or a calibrated image is not in the observation, if the
+        configuration has an older `position_step`, or if a setting of "position_step" is given with "pose"."""
+        # The first two are not checked in __post_init__: LeRobot would hide an error raised while it reads the file.
         changed = [each.name for each in fields(self) if each.name in OF_STEPS and not _is_default(self, each)]
         if self.action == "pose" and changed:
             raise ValueError(

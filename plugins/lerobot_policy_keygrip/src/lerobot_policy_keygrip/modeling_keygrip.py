@@ -1,4 +1,4 @@
-"""A keygrip policy behind LeRobot's interface. Shapes: B environments, A arms, T planned steps, F state numbers."""
+"""A keygrip policy with LeRobot's interface. Shapes: B environments, A arms, T planned steps, F state values."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from keygrip.runtime.sessions import stochastic
 from lerobot_policy_keygrip.configuration_keygrip import ArmLayout, CameraCalibration, KeygripConfig
 from lerobot_policy_keygrip.processor_keygrip import make_keygrip_pre_post_processors
 
-WEIGHTS = "keygrip"  # the checkpoint's folder beside config.json
+WEIGHTS = "keygrip"  # folder of the checkpoint, next to config.json
 
 
 class KeygripPolicy(PreTrainedPolicy):
-    """Gives one action a call from keygrip's plans, for each environment of the batch on its own.
+    """Returns one action per call from keygrip's plans, separately for each environment of the batch.
 
-    What a policy draws by chance follows from the number of the episode: that of environment b in the n-th batch of B
-    episodes is n B + b.
+    The seed of a policy's sampling is the number of the episode: environment b in the n-th batch of B episodes has
+    number n B + b.
 
     Args:
-        config: see there. dataset_stats, dataset_meta: what LeRobot's factory passes; keygrip normalises by itself.
+        config: see `KeygripConfig`. dataset_stats, dataset_meta: passed by LeRobot's factory and not used, because
+            keygrip has its own normalisation.
 
     Raises:
-        FileNotFoundError, ValueError: there is no checkpoint, or the configuration does not suit the policy.
+        FileNotFoundError, ValueError: there is no checkpoint, or the configuration does not fit the policy.
     """
 
     config_class = KeygripConfig
@@ -64,7 +65,7 @@ class KeygripPolicy(PreTrainedPolicy):
         trained = (self.needs.camera,) if self.needs.camera else ()
         read = self.needs.cameras or trained
         absent = [name for name in read if name not in names]
-        if absent and max(len(read), len(names)) > 1:  # one camera is one camera, whatever the two sides call it
+        if absent and max(len(read), len(names)) > 1:  # with a single camera on each side, the names need not match
             raise ValueError(
                 f"the policy was trained on camera {absent[0]!r}; cameras calibrates {', '.join(names)}: give the one "
                 f"in its place name={absent[0]!r}, or of a policy of one camera calibrate that one alone"
@@ -74,17 +75,17 @@ class KeygripPolicy(PreTrainedPolicy):
                 "the policy does not say which camera it was trained on (an older checkpoint): calibrate that one "
                 f"alone, not {', '.join(names)}"
             )
-        self.camera = read[0] if read and not absent else next(iter(names))  # its image is the observation's own
-        self.controllers: list[RecedingHorizon] = []  # one an environment, of the episodes that run
-        self.bodies: list[Body] = []  # likewise, of action="position_step"
-        self._policies: list[Any] = []  # one an environment, kept over episodes
-        self._episodes = 0  # begun so far
+        self.camera = read[0] if read and not absent else next(iter(names))  # its image is observation["image"]
+        self.controllers: list[RecedingHorizon] = []  # one per environment, for the running episodes
+        self.bodies: list[Body] = []  # one per environment, with action="position_step"
+        self._policies: list[Any] = []  # one per environment, reused for all episodes
+        self._episodes = 0  # episodes started so far
 
     @classmethod
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
     ) -> KeygripPolicy:
-        """The policy of a folder that `save_policy` wrote."""
+        """Load the policy from a folder that `save_policy` wrote."""
         if config is None:
             config = PreTrainedConfig.from_pretrained(pretrained_name_or_path)
         assert isinstance(config, KeygripConfig)
@@ -93,16 +94,16 @@ class KeygripPolicy(PreTrainedPolicy):
         return cls(config).eval()
 
     def reset(self) -> None:
-        """Forgets the running plans: called at the start of an episode."""
+        """Discard the running plans; called at the start of an episode."""
         self.controllers = []
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **options: Any) -> Tensor:
-        """[B, 8 A] the commanded poses, or [B, 4] with `action=position_step`.
+        """Return the commanded poses [B, 8 A], or with `action=position_step` the steps [B, 4].
 
         Args:
-            batch: `observation.state` [B, F], images [B, 3, H, W] in 0 .. 1, and `task`, B sentences, where the policy
-                reads an instruction.
+            batch: `observation.state` [B, F], images [B, 3, H, W] in 0 .. 1, and, if the policy reads an instruction,
+                `task`, B sentences.
         """
         observations = self._observations(batch)
         controllers = self._running(len(observations))
@@ -117,7 +118,7 @@ class KeygripPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], **options: Any) -> Tensor:
-        """[B, T, 8 A] the planned poses, `step_seconds` of the plan apart.
+        """Return the planned poses [B, T, 8 A], one every `step_seconds` of the plan.
 
         Raises:
             ValueError: the action is not a pose.
@@ -141,7 +142,7 @@ class KeygripPolicy(PreTrainedPolicy):
         return {}
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes the configuration and the checkpoint that it names."""
+        """Write the configuration and the checkpoint that it names."""
         folder = Path(save_directory)
         config = self.config
         if config.checkpoint and Path(config.checkpoint).resolve() != (folder / WEIGHTS).resolve():
@@ -158,13 +159,13 @@ class KeygripPolicy(PreTrainedPolicy):
                         )
                     )
                 )
-        # also of the folder that it was loaded from: a path would not outlive a move
+        # without the checkpoint's path, also for the folder it was loaded from: a path would be wrong after a move
         dataclasses.replace(config, checkpoint=None)._save_pretrained(folder)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
     def _running(self, environments: int) -> list[RecedingHorizon]:
-        """The controllers of the episodes that run, one an environment; begins new ones after `reset`."""
+        """Return the controllers of the running episodes, one per environment; create new ones after `reset`."""
         if len(self.controllers) != environments:
             draws = stochastic(self.policy)
             while len(self._policies) < environments:
@@ -185,7 +186,7 @@ class KeygripPolicy(PreTrainedPolicy):
         return RecedingHorizon(policy, self.config.control_hz, **changes)
 
     def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """keygrip's observation of each environment."""
+        """Return keygrip's observation of each environment."""
         states = batch["observation.state"].detach().cpu().numpy().astype(np.float64)
         views = {name: _view(batch, name, camera) for name, camera in self.config.cameras.items()}
         found = []
@@ -209,13 +210,13 @@ class KeygripPolicy(PreTrainedPolicy):
         return found
 
     def _body(self, position: np.ndarray) -> Body:
-        """What the steps of an episode move that begins with the gripper at this position."""
+        """Return the body that the steps move, for an episode that starts with the gripper at this position."""
         offset = np.asarray(self.layouts[0].offset, np.float64)
         low, high = (np.add(edge, offset) if edge else None for edge in (self.config.body_low, self.config.body_high))
         return Body(np.add(position, self.config.body_offset), self.config.step_m, low, high)
 
     def _step(self, command: np.ndarray, body: Body) -> np.ndarray:
-        """[4] LeRobot's action for the command [8] of the one arm."""
+        """Return LeRobot's action [4] for the command [8] of the arm."""
         effort = self.config.closed_effort if command[7] < 0.5 else self.config.open_effort
         return np.append(body.step_to(command[:3]), effort)
 
@@ -225,8 +226,8 @@ class Body:
     """The point that the steps of `action="position_step"` move and the hand follows.
 
     Args:
-        position: [3] where it is, metres in the world; `step_to` moves it. step_m: metres of a step of 1.
-        low, high: [3] bounds within which the environment keeps it; None: none are known.
+        position: [3] current position, metres in the world; `step_to` changes it. step_m: metres of a step of 1.
+        low, high: [3] bounds to which the environment limits it; None: not known.
     """
 
     position: np.ndarray
@@ -235,7 +236,7 @@ class Body:
     high: np.ndarray | None = None
 
     def step_to(self, goal: np.ndarray) -> np.ndarray:
-        """[3] the step towards a position [3], within -1 .. 1 along each axis; the body is then there or nearer."""
+        """Return the step [3] towards a position [3], within -1 .. 1 along each axis, and move the body by it."""
         if self.low is not None and self.high is not None:
             goal = np.clip(goal, self.low, self.high)
         step = np.clip((goal - self.position) / self.step_m, -1, 1)
@@ -244,11 +245,11 @@ class Body:
 
 
 def save_policy(config: KeygripConfig, folder: str | Path) -> Path:
-    """Writes a folder for `--policy.path`: configuration, processors, and the checkpoint's weights.
+    """Write a folder for `--policy.path`: configuration, processors, and the checkpoint's weights.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint cannot be loaded, or the configuration does not suit it.
-        FileExistsError: the folder holds something.
+        FileNotFoundError, ValueError: the checkpoint cannot be loaded, or the configuration does not fit it.
+        FileExistsError: the folder is not empty.
     """
     policy = KeygripPolicy(config)
     with atomic_folder(folder) as temporary:
@@ -279,7 +280,8 @@ def _turn(arm: int) -> list[int]:
 
 
 def _view(batch: dict[str, Any], feature: str, camera: CameraCalibration) -> tuple[str, dict[str, Any]]:
-    """keygrip's name of a camera; its images [B, H, W, 3] uint8, intrinsics at their size and world_to_camera."""
+    """Return keygrip's name of a camera, and its images [B, H, W, 3] uint8 with intrinsics for their size and
+    world_to_camera."""
     if feature not in batch:
         raise ValueError(f"the observation has no image {feature!r}; it has {', '.join(batch)}")
     images = batch[feature].detach().cpu().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -297,7 +299,7 @@ def _view(batch: dict[str, Any], feature: str, camera: CameraCalibration) -> tup
 
 
 def _pose(layout: ArmLayout, state: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Position [3], unit quaternion [4] and opening of one arm."""
+    """Return position [3], unit quaternion [4] and opening of one arm."""
     quaternion = state[layout.quaternion] if layout.quaternion else np.asarray(layout.fixed_quaternion, np.float64)
     opening = (state[layout.gripper] - layout.closed) / (layout.open - layout.closed)
     position = state[layout.position] + np.asarray(layout.offset, np.float64)

@@ -1,4 +1,4 @@
-"""LeRobot's processing around a keygrip policy: names, batch axis and device; no normalisation, which keygrip does."""
+"""LeRobot's processing around a keygrip policy: names, batch axis and device. keygrip itself normalises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lerobot_policy_keygrip.configuration_keygrip import KeygripConfig
 def make_keygrip_pre_post_processors(
     config: KeygripConfig, dataset_stats: Any = None
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """The pipelines before and after the policy; `dataset_stats` is what LeRobot's factory passes, and unused."""
+    """Return the pipelines before and after the policy; `dataset_stats` is passed by LeRobot's factory and not used."""
     before = PolicyProcessorPipeline(
         steps=[
             RenameObservationsProcessorStep(rename_map={}),
