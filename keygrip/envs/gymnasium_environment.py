@@ -1,11 +1,11 @@
 """Any gymnasium environment with calibrated cameras and pose commands as an `Environment`.
 
 Its observation is a dictionary with `image` [H, W, 3] uint8, `intrinsics` [3, 3], `world_to_camera` [4, 4], `position`
-[3], `quaternion` [4] wxyz and `gripper` []; several cameras lie in `cameras`, by name, each with the first three. Its
-action is a gripper pose [8]. With two arms, left before right, these have one axis more at the front. Its `info` holds
-`success` (or `is_success`) and may hold `instruction`. To be recorded it, or a wrapper of it, has `expert_action()`,
-which gives the next action of a demonstration, or None where it gives up. An environment with other observations or
-actions gets one `gymnasium.Wrapper` that converts them: see ``docs/environments.md``.
+[3], `quaternion` [4] wxyz and `gripper` []. Several cameras are in `cameras`, by name, each with the first three. Its
+action is a gripper pose [8]. With two arms, these have an additional first axis, left before right. Its `info` holds
+`success` (or `is_success`) and may hold `instruction`. For recording, it or a wrapper of it has `expert_action()`,
+which returns the next action of a demonstration, or None if the expert gives up. An environment with other observations
+or actions needs one `gymnasium.Wrapper` that converts them: see ``docs/environments.md``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NEEDED = (*CAMERA, "position", "quaternion", "gripper")
 
 @dataclass(frozen=True)
 class GymnasiumTask:
-    """A registered gymnasium environment. No stored configuration may build one: its `id` imports a module.
+    """A registered gymnasium environment. No stored configuration may build one, because its `id` imports a module.
 
     Args:
         id: as for `gymnasium.make`; "my_lab.envs:Lift-v0" imports the module that registers it.
-        name: for reports. instruction: where the environment's `info` has none.
+        name: for reports. instruction: used if the environment's `info` has none.
         time_limit_s: of an episode. options: arguments of `gymnasium.make`.
     """
 
@@ -41,35 +41,37 @@ class GymnasiumTask:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("env.task.id is missing: the environment as gymnasium.make takes it, my_lab.envs:Lift-v0")
-        object.__setattr__(self, "options", dict(self.options))  # plain, for other processes
+        # a plain dictionary, which other processes can unpickle
+        object.__setattr__(self, "options", dict(self.options))
 
 
 class GymnasiumEnvironment:
     """See the module.
 
     Args:
-        task: which one. image_size: shorter edge of the images, which the environment must give. hz: its control rate.
-        cameras: must be in the observation's `cameras`, where that has any; the first is then what `image` shows.
+        task: selects the environment. image_size: shorter edge of the images, which the environment must provide. hz:
+            its control rate. cameras: must be in the observation's `cameras`, if it has any; the first is then the main
+            one.
 
     Raises:
-        ValueError: there is no such environment.
+        ValueError: The environment does not exist.
     """
 
-    arms = ("left", "right")  # of two: one has no name
+    arms = ("left", "right")  # names of two arms; a single arm has no name
 
     def __init__(self, task: GymnasiumTask, image_size: int, hz: float, cameras: tuple[str, ...] | None = None) -> None:
         self.task, self.image_size, self.hz, self.cameras = task, image_size, float(hz), cameras
         try:
             self.env = gymnasium.make(task.id, disable_env_checker=True, **dict(task.options))
-        except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: options that it does not take
+        except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: options that it does not accept
             raise ValueError(f"gymnasium cannot make {task.id!r}: {error}") from error
         self._elapsed = 0
 
     def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Starts the episode of a seed.
+        """Start the episode of a seed.
 
         Raises:
-            ValueError: the observation is not what a policy reads.
+            ValueError: The observation is not the input of a policy.
         """
         self._seen, self._info = self.env.reset(seed=seed)
         self._instruction = str(self._info.get("instruction", self.task.instruction))
@@ -119,14 +121,15 @@ class GymnasiumEnvironment:
                 raise ValueError(f"{part} of {where} has shape {found}: it is {shape[0]} x {shape[1]}")
 
     def advance(self, action: np.ndarray) -> None:
-        """One step of the environment."""
+        """Do one step of the environment."""
         self._seen, _, terminated, truncated, self._info = self.env.step(action)
-        self._instruction = str(self._info.get("instruction", self._instruction))  # many say it at the start alone
+        # many environments give it only at the start
+        self._instruction = str(self._info.get("instruction", self._instruction))
         self._elapsed += 1
         self._over = bool(terminated or truncated)
 
     def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
-        """Success as the environment's `info` says."""
+        """Return success according to the environment's `info`."""
         success = bool(self._info.get("success", self._info.get("is_success", False)))
         over = not success and (self._over or self._elapsed / self.hz >= self.task.time_limit_s)
         reason = self._info.get("failure_reason") or "timeout"
@@ -134,16 +137,16 @@ class GymnasiumEnvironment:
         return success, over, info | {"instruction": self._instruction}
 
     def observation(self) -> dict[str, Any]:
-        """The last observation, with the instruction; of the named cameras the first is the main one."""
+        """Return the last observation, with the instruction; the first of the named cameras is the main one."""
         views = self._seen.get("cameras") or {}
         main = {part: views[self.cameras[0]][part] for part in CAMERA} if self.cameras and views else {}
         return {"instruction": self._instruction, **self._seen, **main}
 
     def expert_action(self) -> np.ndarray | None:
-        """The next action of a demonstration, [8] or [A, 8]; None: the expert gives up.
+        """Return the next action of a demonstration, [8] or [A, 8]; None: the expert gives up.
 
         Raises:
-            ValueError: the environment has no expert.
+            ValueError: The environment has no expert.
         """
         try:
             expert = self.env.get_wrapper_attr("expert_action")
@@ -156,5 +159,5 @@ class GymnasiumEnvironment:
         return None if action is None else np.asarray(action, dtype=np.float64)
 
     def close(self) -> None:
-        """Closes it."""
+        """Close the gymnasium environment."""
         self.env.close()

@@ -24,14 +24,14 @@ class Lens:
     def from_field_of_view(
         cls, width: int, height: int, fovy_deg: float, shift: tuple[float, float] = (0.0, 0.0)
     ) -> Lens:
-        """A lens whose optical axis meets the image at its centre plus `shift` (fractions of width and height)."""
+        """Create a lens whose optical axis meets the image at its centre plus `shift` (fractions of the size)."""
         focal = 0.5 * height / np.tan(np.deg2rad(fovy_deg) / 2)
         centre = (width * (0.5 + shift[0]), height * (0.5 + shift[1]))
         return cls(width, height, np.array([[focal, 0.0, centre[0]], [0.0, focal, centre[1]], [0.0, 0.0, 1.0]]))
 
 
 def world_to_camera(data: mujoco.MjData, camera: int) -> np.ndarray:
-    """[4, 4] world-to-camera transform of a MuJoCo camera in OpenCV axes (x right, y down, z forward)."""
+    """Return the [4, 4] world-to-camera transform of a MuJoCo camera in OpenCV axes (x right, y down, z forward)."""
     rotation = data.cam_xmat[camera].reshape(3, 3) @ np.diag([1.0, -1.0, -1.0])  # camera to world
     transform = np.eye(4)
     transform[:3, :3] = rotation.T
@@ -40,23 +40,23 @@ def world_to_camera(data: mujoco.MjData, camera: int) -> np.ndarray:
 
 
 class CameraRenderer:
-    """Draws one model at one image size, through any camera and lens.
+    """Render one model at one image size, through any camera and lens.
 
     Raises:
-        RenderingUnavailableError: no GL context can be made.
+        RenderingUnavailableError: No GL context can be created.
     """
 
     def __init__(self, model: mujoco.MjModel, width: int, height: int, shadows: bool = False) -> None:
         self.width, self.height = width, height
         try:
             self._renderer = mujoco.Renderer(model, height, width)
-        except Exception as error:  # MuJoCo raises whatever its backend raises
+        except Exception as error:  # the error depends on MuJoCo's backend
             backend = os.environ.get("MUJOCO_GL", "")
             raise RenderingUnavailableError(f"MuJoCo (MUJOCO_GL={backend}) cannot draw: {INSTALL_ADVICE}") from error
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = int(shadows)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._options = mujoco.MjvOption()
-        self._options.sitegroup[:] = 0  # sites would be painted into the image
+        self._options.sitegroup[:] = 0  # sites would be visible in the image
 
     def _draw(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
         if (lens.width, lens.height) != (self.width, self.height):
@@ -71,11 +71,11 @@ class CameraRenderer:
         return self._renderer.render().copy()
 
     def image(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
-        """[H, W, 3] uint8 RGB."""
+        """Render [H, W, 3] uint8 RGB."""
         return self._draw(data, camera, lens)
 
     def depth(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
-        """[H, W] float32, metres along the optical axis."""
+        """Render [H, W] float32, metres along the optical axis."""
         self._renderer.enable_depth_rendering()
         try:
             return self._draw(data, camera, lens)
@@ -83,7 +83,7 @@ class CameraRenderer:
             self._renderer.disable_depth_rendering()
 
     def segmentation(self, data: mujoco.MjData, camera: str, lens: Lens) -> np.ndarray:
-        """[H, W] int32 geom number of each pixel, -1 where there is none."""
+        """Render [H, W] int32 geom ids, -1 where there is none."""
         self._renderer.enable_segmentation_rendering()
         try:
             labels = self._draw(data, camera, lens)
@@ -92,16 +92,17 @@ class CameraRenderer:
         return np.where(labels[..., 1] == int(mujoco.mjtObj.mjOBJ_GEOM), labels[..., 0], -1).astype(np.int32)
 
     def close(self) -> None:
-        """Frees the GL context."""
+        """Free the GL context."""
         self._renderer.close()
 
 
 class CameraViews:
-    """What the cameras of a simulated cell see, for the cells to inherit from.
+    """The images of the cameras of a simulated cell; a base class of the cells.
 
     Attributes:
-        model, data: of MuJoCo. cameras: names, the first is meant where one is. lenses: of each. image_size: edge of
-            the square images, pixels. shadows: whether they are drawn. render_images: whether observations have images.
+        model, data: of MuJoCo. cameras: names; the first is the main one. lenses: of each camera. image_size: edge of
+            the square images, pixels. shadows: whether shadows are rendered. render_images: whether observations have
+            images.
     """
 
     model: mujoco.MjModel
@@ -116,7 +117,7 @@ class CameraViews:
     def _set_cameras(
         self, cameras: Sequence[str], known: Collection[str], image_size: int, shadows: bool, render_images: bool
     ) -> None:
-        """Raises ValueError: a camera that is not known, or an image size outside [16, 1280]."""
+        """Raise ValueError if a camera is unknown, or the image size is outside [16, 1280]."""
         unknown = [name for name in cameras if name not in known]
         if unknown:
             raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(known)}")
@@ -131,35 +132,35 @@ class CameraViews:
         return self._renderer
 
     def close(self) -> None:
-        """Frees the GL context; the next image makes a new one."""
+        """Free the GL context; the next image creates a new one."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
 
     def frame(self, camera: str) -> np.ndarray:
-        """[H, W, 3] uint8 image of one of `cameras`."""
+        """Return the [H, W, 3] uint8 image of one of `cameras`."""
         return self._draw().image(self.data, camera, self.lenses[camera])
 
     @property
     def far(self) -> float:
-        """Metres to the far plane: the depth of what shows nothing."""
+        """Metres to the far plane: the depth of the empty background."""
         return float(self.model.vis.map.zfar * self.model.stat.extent)
 
     def depth(self, camera: str) -> np.ndarray:
-        """[H, W] float32 metres along the optical axis; `far` where there is nothing."""
+        """Return [H, W] float32 metres along the optical axis; `far` where there is nothing."""
         return self._draw().depth(self.data, camera, self.lenses[camera])
 
     def segmentation(self, camera: str) -> np.ndarray:
-        """[H, W] int32 geom number of each pixel, -1 for none."""
+        """Return [H, W] int32 geom ids, -1 for none."""
         return self._draw().segmentation(self.data, camera, self.lenses[camera])
 
     def world_to_camera(self, camera: str) -> np.ndarray:
-        """[4, 4] of the camera now (a camera on the wrist moves)."""
+        """Return [4, 4] of the camera's current pose (a camera on the wrist moves)."""
         return world_to_camera(self.data, self.model.camera(camera).id)
 
     def views(self) -> dict[str, Any]:
-        """Entries of an observation: `image`, `intrinsics` and `world_to_camera` of the first camera, and where there
-        are several, all in `cameras` by name; none without `render_images`."""
+        """Return entries of an observation: `image`, `intrinsics` and `world_to_camera` of the first camera, and if
+        there are several, all in `cameras` by name; none without `render_images`."""
         if not self.render_images:
             return {}
         views = {
@@ -174,7 +175,7 @@ class CameraViews:
 
 
 def substeps_of(hz: float, timestep: float) -> int:
-    """Steps of the physics in a control period. Raises ValueError: a period that is not whole steps."""
+    """Return the physics steps per control period. Raises ValueError if the period is not a whole number of steps."""
     if not hz > 0:
         raise ValueError(f"hz={hz}: give a rate above 0")
     substeps = round(1 / hz / timestep)

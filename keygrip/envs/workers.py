@@ -1,8 +1,8 @@
-"""Worker processes of another Python environment, for simulators whose packages cannot be installed beside keygrip's.
+"""Worker processes of another Python environment, for simulators whose packages are incompatible with keygrip's.
 
 A worker is a module of keygrip that calls `serve_jobs`. Jobs and reports are lines of JSON on its standard input and
-output; what libraries print goes to standard error. The other environment needs keygrip itself (`pip install
---no-deps`) and the few packages that the worker imports, not torch.
+output; output that libraries print goes to standard error. The other environment needs keygrip itself (`pip install
+--no-deps`) and the few packages that the worker imports, but not torch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ Report = dict[str, Any]
 def run_jobs(
     python: str | Path, module: str, setup: Report, jobs: Sequence[Report], processes: int, advice: str = ""
 ) -> Iterator[tuple[int, Report]]:
-    """Spreads jobs over workers; yields (number of the job, report) as they come, several for a job if it sends them.
+    """Distribute jobs over workers; yield (index of the job, report) as they arrive. A job may send several reports.
 
-    A worker that dies before it has reported anything of its job is started again, and the job repeated once.
+    If a worker dies before it has reported anything about its job, it is started again and the job is repeated once.
 
     Args:
         python: interpreter of the other environment. module: started with ``python -m``. setup: sent to each worker
-            first. jobs: one line each. processes: workers. advice: what to do where the interpreter is missing.
+            first. jobs: one line each. processes: number of workers. advice: what to do if the interpreter is missing.
 
     Raises:
-        ValueError: no such interpreter, a worker refused its setup or a job, or died at a job twice or in its middle.
+        ValueError: The interpreter does not exist, or a worker refused its setup or a job, died twice at a job, or died
+            after it had reported something about the job.
     """
     file = Path(python)
     if not file.is_file() or not os.access(file, os.X_OK):
@@ -64,16 +65,16 @@ def run_jobs(
 
 
 class _DeadError(Exception):
-    """A worker process ended, or said that it cannot go on; the message says how."""
+    """A worker process ended, or reported that it cannot continue; the message states the reason."""
 
 
 class _Worker:
-    """A process of the other environment and the conversation with it, which one thread holds."""
+    """A process of the other environment and the communication with it, which uses one thread."""
 
     def __init__(self, python: Path, module: str, setup: Report) -> None:
         self._command = [str(python), "-W", "ignore", "-m", module]
         self._setup = setup
-        self._lock = threading.Lock()  # between a restart and the end of all
+        self._lock = threading.Lock()  # protects a restart against a concurrent `close`
         self._closed = False
         self._process: subprocess.Popen[str] | None = None
 
@@ -83,7 +84,7 @@ class _Worker:
         waiting: queue.SimpleQueue[int],
         reports: queue.SimpleQueue[tuple[int, Report]],
     ) -> None:
-        """Takes jobs from `waiting` until there are none; puts what the process says into `reports`. The last report
+        """Process jobs from `waiting` until it is empty, and put the process's reports into `reports`. The last report
         of a job is ``done`` or ``error``."""
         while not self._closed:
             try:
@@ -105,21 +106,21 @@ class _Worker:
                         reports.put((number, {"error": died}))
                         return
                     log.warning("%s", died)
-            else:  # a second time
+            else:  # died a second time
                 reports.put((number, {"error": died}))
                 return
 
     def close(self) -> None:
-        """Ends the process; none is started any more."""
+        """End the process; it is not started again."""
         with self._lock:
             self._closed = True
         self._stop()
 
     def _reports(self, job: Report) -> Iterator[Report]:
-        """What the process says to a job, up to its end.
+        """Yield the process's reports about a job, up to its end.
 
         Raises:
-            _DeadError: the process has ended, or ends because of something that may not happen again.
+            _DeadError: The process has ended, or ends because of an error that may not happen again.
         """
         process = None
         try:
@@ -145,7 +146,7 @@ class _Worker:
             yield {"error": f"a worker sent what is no report: {error}"}
 
     def _running(self) -> subprocess.Popen[str]:
-        """The process, started and set up where there is none."""
+        """Return the process; start and set it up if there is none."""
         with self._lock:
             if self._closed:
                 raise BrokenPipeError
@@ -172,13 +173,14 @@ def _send(worker: subprocess.Popen[str], content: Report) -> None:
 
 
 def serve_jobs(start: Callable[[Report], Callable[[Report], Iterator[Report]]]) -> None:
-    """The worker's side: ``start(setup)`` gives the function that yields the reports of a job. Ends with its input.
+    """The worker's side: ``start(setup)`` returns the function that yields the reports of a job. Ends at the end of the
+    input.
 
-    A ValueError or another error that names its cause becomes a report, and the worker ends: refusals as ``error``,
-    what may not happen again (a simulator or a connection that failed) as ``ends``.
+    A ValueError or another expected error becomes a report, and the worker ends: refusals as ``error``, errors that may
+    not happen again (a simulator or a connection that failed) as ``ends``.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print to standard output
     try:
         work = None
         for line in sys.stdin:

@@ -1,49 +1,50 @@
 """Patterns of the forms in which models answer multiple-choice questions.
 
-They are matched against answers of which NFKC and `WRAPPED` have been applied: "don't" is "don t" there.
+They are matched against answers after NFKC normalisation and removal of `WRAPPED`; for example "don't" has become
+"don t".
 """
 
 from __future__ import annotations
 
 import re
 
-# What models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
+# Marks that models put around a letter: brackets, quotes, Markdown, LaTeX, tags.
 WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|<[^<>]{2,20}>|[*_`$\"'“”‘’]")
 THOUGHT = re.compile(
     r"<think(?:ing)?>.*?(?:</think(?:ing)?>|$)|^.*</think(?:ing)?>|◁think▷.*?(?:◁/think▷|$)|^.*◁/think▷|"
     r"\[think\].*?(?:\[/think\]|$)|^.*\[/think\]",
     re.DOTALL | re.IGNORECASE,
 )
-# Where the answer stands behind tagged reasoning: <conclusion>, LLaVA-CoT's, where no <answer> has one.
+# Tags of the answer after tagged reasoning. <conclusion> (LLaVA-CoT) is used if there is no <answer>.
 TAGGED = tuple(
     re.compile(rf"<{tag}>(.*?)(?:</{tag}>|$)", re.DOTALL | re.IGNORECASE) for tag in ("answer", "conclusion")
 )
-# Where a model that does not stop goes on with a further question of its own.
+# A further question that a model invents when it does not stop after its answer.
 GOES_ON = re.compile(r"\n[^\S\n]*(?:<\|\w+\|>\s*)?(?:(?:question|q)(?:\s*\d+)?|user|human)\s*:", re.IGNORECASE)
-# Words of the announcement that may be options too ("The right answer is left"); at a line's end they announce nothing.
+# Words of an announcement that may also be options ("The right answer is left"). At a line's end they announce nothing.
 QUALIFIES = re.compile(
     r"(^[^\w\n]*|\b(?:an?|my|the)[^\S\n]+)(?:(?:best|correct|final|right|true)[^\S\n]+)+"
     r"(?=(?:answer|choice|option)[^\S\n]*(?:(?:is|was|would be|should be)\b|[:=-]))",
     re.IGNORECASE | re.MULTILINE,
 )
-# Words that agree, and are no option "right" ("All right: B", "That's right, it moves up").
+# Words of agreement that are not an option "right" ("All right: B", "That's right, it moves up").
 AGREES = re.compile(
     r"(?:(?<=[\n.;!?])|^)\W{0,4}(?:all\s+right|(?:that|this|you)\s(?:s|is|re|are)\s+right)[,:.!;–—-](?=\s*\w)",
     re.IGNORECASE,
 )
-# The "A:" of an answer behind a question that the text repeats ("Q: What colour? A: B"), or before a letter at its end.
+# "A:" that means "Answer:", after a repeated question ("Q: What colour? A: B") or before a letter at the text's end.
 ANSWERS_IT = re.compile(
     r"(?:(?:^|\n)[^\S\n]*(?:question|q)(?:[^\S\n]*\d+)?[^\S\n]*:[^\n]*\n\s*A:(?=\s*\w)|\n[^\S\n]*A:(?=\s*[(\[]?[B-Z]\W*$))",
     re.IGNORECASE,
 )
 ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
-# Capitals that are no letters of a list: "A/C unit", "U.S.A.".
+# Capitals that are no option letters: "A/C unit", "U.S.A.".
 COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
-CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts that put no space beside a letter
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts without spaces around a letter
 BESIDE_CJK = re.compile(rf"(?<=[{CJK}])(?=[A-Za-z])|(?<=[A-Za-z])(?=[{CJK}])")
 NAMES = r"\b(?:(?:answer|option|choice|correct one|solution|answer choice)\b|(?:ans|opt)\b\.?)"
 OPENED = r"\s*(?:option|opt\b\.?|choice|letter|answer)?\s*[:=-]?\s*[(\[{]?\s*"
-# Words that announce a letter, the surest first: whichever of them name one, the surest decide.
+# Words that announce a letter, in order of reliability: the first group that names a letter decides.
 SAYS = (
     rf"{NAMES}\s*(?:(?:is|are|was|would be|should be|must be|will be|seems to be|here is)\s*[:=-]?|[:=-]){OPENED}"
     r"|\bi(?: would| ll| will| d| am| m)? (?:choose|chose|pick|picked|select|selected|go with|go for|opt for|"
@@ -57,12 +58,12 @@ I_SAY = (
     r"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it ?s|it must be|(?:most\s+likely|probably))\b\s*,?"
     + OPENED
 )
-# A letter that takes back one before it ("The answer is A. No wait, C.").
+# A letter that corrects an earlier one ("The answer is A. No wait, C.").
 CORRECTS = (
     r"(?:\b(?:actually|however|rather|correction|(?:no\W+)?wait(?:\W+no)?)\b|(?<!anything )(?<!everything )(?<!any )"
     rf"(?<!all )\bbut\b|\bno\s*[,:.–—-])[\s,:.–—-]*(?:(?:the\s+)?(?:{SAYS})|{I_SAY})?{OPENED}"
 )
-# What stands in the sentence before a letter that is only supposed ("If it were red, the answer would be A").
+# Words earlier in the sentence that make a letter hypothetical ("If it were red, the answer would be A").
 SUPPOSES = re.compile(
     r"\b(?:at first|first glance|initially|first thought|(?:might|may|could|would) (?:think|say|assume|guess)|"
     r"if the answer|if (?!(?:i|we) (?:had|have|must)\b|asked\b|forced\b|you\b)[^.;!?]*\b(?:was|were|had)\b)"
@@ -70,7 +71,7 @@ SUPPOSES = re.compile(
     re.IGNORECASE,
 )
 REASON = r"(?:because|since|as(?!\s+well)|given|based|due|and\s+not)\b"
-# What follows a letter that is named as the answer ("B is the most likely answer"), or is said not to be it.
+# Words after a letter that call it the answer ("B is the most likely answer"), or not the answer.
 FITTING = r"(?:accurate|appropriate|consistent|fitting|likely|logical|plausible|probable|reasonable|suitable)"
 MOST = rf"most\s+{FITTING}|more\s+{FITTING}(?=\s*(?:[.,;:!)]|$|(?:than|because|since)\b))"
 BETTER = r"better(?=\s*(?:[.,;:!)]|$|(?:than|answer|choice|option|fit|match)\b))"
@@ -82,7 +83,7 @@ RIGHT = (
     r"right(?!\s+(?:behind|next|beside|after|before)))|"
     rf"(?:the|my)\s+(?:(?:only|single|final)\s+)?(?:answer|choice|one))|(?:best|most \w+ly)\s+{FITS}|{FITS}\s+best)\b"
 )
-# What says of one option alone that it fits, where no other is said to ("Option C matches the video").
+# Words that say of an option that it fits; used if they refer to only one option ("Option C matches the video").
 SHOWN = (
     r"\s+(?:(?:\w+ly\s+)?(?:aligns\s+with|corresponds\s+to|"
     rf"{FITS})|(?:is|was)\s+(?:\w+ly\s+)?(?:confirmed|depicted|seen|shown|supported|visible))\b"
@@ -93,8 +94,8 @@ WRONG = (
     r"(?:not|incorrect|wrong|false|unlikely|impossible|less|least|ruled|excluded|eliminated)\b|"
     r"(?:does|did|can|could|would)\s+not\b|(?:isn|doesn|didn|can|couldn|wouldn)\s?t\b|cannot\b))"
 )
-# A verdict on options of which several may be joined, and on one that is granted only ("I may be true, but"). Not every
-# "not" is one: "II is not ruled out", "II does not contradict it".
+# A rejection of an option, where several options may be joined, and a concession ("I may be true, but"). Not every
+# "not" is a rejection: "II is not ruled out", "II does not contradict it".
 SAID_WRONG = (
     r"[)\]]?\s+(?:(?:is|are|was|were|seems?|looks?|(?:may|might|must|should|will|would|can|could)\s+be)\s+"
     r"(?:(?:both|all)\s+)?(?:\w+ly\s+)?(?:incorrect|wrong|false|unlikely|impossible)\b|"
@@ -103,7 +104,7 @@ SAID_WRONG = (
     r"(?:answer|option|choice|one))\b|"
     r"(?:may|might|could|can)\s+be\s+\w+\W*\b(?:but|however|yet)\b)"
 )
-# Of a question ("a yes/no question"), or of what has no answer ("yes or no").
+# Part of a question ("a yes/no question"), or an undecided answer ("yes or no").
 EITHER_WAY = (
     r"(?<!\w)(?:yes(?:\s*[/&]\s*|,?[\s-]+or[\s-]+|\s+and\s+)no|no(?:\s*[/&]\s*|,?[\s-]+or[\s-]+|\s+and\s+)yes)(?!\w)"
 )
@@ -113,45 +114,46 @@ NOT = re.compile(
     rf"{DENIES}(?:\s+(?:actually|even|ever|quite|really))?(?:\s+(?:appear|be|become|contain|depict|find|have|look|see|seem"
     r"|show|turn)s?(?:\s+(?:like|to\s+be|to\s+have))?)?(?:\s+any)?|"
     r"(?:any|anything|everything|all)\s+(?:but|except)|"
-    # "A: wrong. B" says so of the one before
+    # in "A: wrong. B" the word refers to the previous option
     r"instead of|(?<![:;,.)–—-]\s)(?:wrong|incorrect|worst)|"
     r"(?:not|don t|doesn t|didn t|cannot|can t)\s+(?:think|believe|say|mean)(?:\s+that)?(?:\s+the)?|doubt(?:\s+that)?))"
     r"\s*(?:option|opt\.?|choice)?\s*[(\[]?$",
     re.IGNORECASE,
 )
-# A line that ends in what it says of an option ("C. Green - No."): it says nothing of what the next line begins with. A
-# line of "No." alone takes back what stands before it.
+# A line that ends with a verdict on an option ("C. Green - No."): the verdict does not refer to the next line. A line
+# with only "No." rejects the text before it.
 VERDICT = re.compile(
     r"\b(?:no|not|never|wrong|incorrect|false|worst|hardly|unlikely|impossible)\s*[)\]}]*$|(?!^)\bno\s*[)\]}]*[,:.–—-]$",
     re.IGNORECASE,
 )
-# What is said of an option by itself, behind its letter.
+# A verdict on an option directly after its letter.
 SAID_OF_IT = r"[)\]}.:]*\s*[:–—>(-]*\s*(?i:no|not|yes|wrong|right|correct|incorrect|false|true|unlikely)\b"
-# Between an option's words, perhaps with a full stop of their own, and what is said of it ("A man runs. - No").
+# Text between an option's words, which may end in a full stop, and its verdict ("A man runs. - No").
 BEFORE_SAID = r"(?:\.?\s*[:,;(\[>=\u2192\u2013\u2014-][\s:,;(\[>=\u2192\u2013\u2014-]*|\s*)"
-# What a further sentence says of an option ("B. red. This is wrong").
+# A verdict in a further sentence ("B. red. This is wrong").
 SAID_OF_THAT_WRONG = (
     r"[\s.:,;(–—-]*\b(?:(?:this|that|it)\b|(?:this|that|the)\s+(?:option|answer|choice|one|statement))\s*(?:is|was|s)"
     r"(?:\s+(?:\w+ly\s+)?(?:incorrect|wrong|false)|(?:\s+not|n\s?t)\s+(?:the\s+)?(?:correct|right|true))\b"
 )
 SAID_NO = rf"(?i:(?:\.{{1,2}}\s+|{BEFORE_SAID})(?:(?:is|was)\s+)?(?:no|not|wrong|incorrect|false)\b)"
-SET_OFF = r"\.?[^\S\n]*(?:[:,;(\[>=\u2192\u2013\u2014-]|(?:is|was)\b)"  # in the option's line: it is said of that alone
-# A verdict behind which the next option may follow at once ("A. red - No B. blue - Yes").
+# in the option's line, so it refers only to this option
+SET_OFF = r"\.?[^\S\n]*(?:[:,;(\[>=\u2192\u2013\u2014-]|(?:is|was)\b)"
+# A verdict that the next option may follow directly ("A. red - No B. blue - Yes").
 ENDS_SAID = r"\b(?i:yes|no|wrong|right|incorrect|correct|false|true)[)\]]?"
-# "Is it C?", and what stands before a letter whose truth is left open ("whether A or B is right").
+# "Is it C?", and words before a letter that leave its truth open ("whether A or B is right").
 ASKS = re.compile(
     r"\b(?i:is|was|could|would|might|can|should)\s+(?i:it|that|this)\s+(?i:be\s+)?"
     r"(?i:(?:option|opt\.?|choice|letter)\s+)?[(\[]?[A-Z][)\]]?\s*\?"
 )
 OPEN = re.compile(r"\b(?:or|whether|if)\s*(?:(?:option|opt\.?|choice)\s*)?[(\[]?$", re.IGNORECASE)
-# Words before capitals that may name something else than an option ("clip A", "Player B").
+# Words before capitals that may name something other than an option ("clip A", "Player B").
 LABELS = re.compile(
     r"\b(?:angle|camera|chart|clip|column|exhibit|figure|frame|graph|group|image|line|panel|part|person|phase|photo|"
     r"picture|plan|player|point|position|room|row|scene|section|segment|shot|side|speaker|step|team|type|video|view|"
     r"vitamin|zone)\s+$",
     re.IGNORECASE,
 )
-# Texts that have little beside a letter, or beside the number of an option.
+# Texts that contain little besides a letter, or besides the number of an option.
 LIKE = r"(?:(?i:(?:it|that|this)\s+)?(?i:looks|seems)\s+(?i:like)\s+)"
 SURE = r"(?:\s+(?i:for sure|it is|to me))"
 COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -164,6 +166,5 @@ NUMBERED = re.compile(
 )
 
 
-# What stands behind an option "no" or "I" that is an answer, and not a part of a sentence ("there is no cat", "I see",
-# "i.e.").
+# Text after an option "no" or "I" that is an answer and not part of a sentence ("there is no cat", "I see", "i.e.").
 ENDS_NO = rf"(?!\.\s?e\b)\s*(?:[.,;:!)\]}}]|$|{REASON})"

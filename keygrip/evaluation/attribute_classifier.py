@@ -1,8 +1,9 @@
-"""A classifier of images of the simulated table: a small network that says where cube and block are, which colour the
-cube has, and which objects there are at all. Trained on real images alone; its own error on held-out ones is stated
-beside every figure that it gives.
+"""A classifier for images of the simulated table: a small network that predicts the positions of cube and block, the
+cube's colour, and which objects are present. It is trained on real images only. Its own error on held-out images is
+reported with every figure that it gives.
 
-Its features also give a distance between images, a named substitute where the weights of LPIPS are not at hand.
+Its features also give a distance between images, a substitute under its own name when the LPIPS weights are not
+available.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # version of the network and its training; a file of another version is trained again
+VERSION = 3  # version of the network and its training; files of another version are not used
 THINGS = ("cube", "block")
-NEAR_PX = 4.0  # distance in an image whose shorter side has 64 pixels
+NEAR_PX = 4.0  # pixels, for an image whose shorter side is scaled to 64 pixels
 REFERENCE_EDGE = 64
 
 
 @dataclass(frozen=True)
 class ClassifierOptions:
-    """How a classifier is trained.
+    """Training options of a classifier.
 
     Args:
         width: of its layers. steps, batch_size, lr: of training; on the simulator's images a hundred steps are nearly
-            enough. noise: images get up to so much; none by default: one that was trained on grainy images does not
-            see grain.
+            enough. noise: largest noise added to images; none by default, because a classifier trained on noisy images
+            does not detect noise.
     """
 
     width: int = 24
@@ -62,9 +63,10 @@ class Verdict:
     Args:
         places: [B, 2, 2] cube and block, (x, y) in fractions of the image.
         colours: [B, K] logits.
-        features: [B, F, h, w] of its layers, one behind the other.
+        features: [B, F, h, w] of its layers, concatenated.
         heat: [B, 2, h, w] logits of the maps.
-        objects: [B, K + 1, h, w] logits that the centre of a cube of each colour, or of a block (the last), is here.
+        objects: [B, K + 1, h, w] logits for the centre of a cube of each colour, or of a block (the last), at this
+            cell.
     """
 
     places: Tensor
@@ -75,8 +77,9 @@ class Verdict:
 
 
 class AttributeClassifier(nn.Module):
-    """Convolutions at half the image's resolution; a map for each thing, whose centre of mass is its place, and maps of
-    centres, which may show none of a kind or several (Zhou et al., "Objects as Points", 2019).
+    """Convolutions at half the image's resolution. A map for each object, whose centre of mass is the object's
+    position, and maps of object centres, which can represent none or several of a kind (Zhou et al., "Objects as
+    Points", 2019).
 
     Args:
         colours: names. width: of the layers.
@@ -90,11 +93,11 @@ class AttributeClassifier(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(4, width) for _ in range(4))
         self.maps = nn.Conv2d(width, len(THINGS), 1)
         self.centres = nn.Conv2d(width, len(self.colours) + 1, 1)
-        nn.init.constant_(self.centres.bias, -4.0)  # type: ignore[arg-type]  # nearly everywhere there is none
+        nn.init.constant_(self.centres.bias, -4.0)  # type: ignore[arg-type]  # there is no centre in nearly all cells
         self.colour = nn.Sequential(nn.Linear(width + 3, 64), nn.GELU(), nn.Linear(64, len(self.colours)))
 
     def forward(self, images: Tensor) -> Verdict:
-        """Of images [B, 3, H, W] in 0..1."""
+        """Predict for images [B, 3, H, W] in 0..1."""
         x = functional.gelu(self.stem(images * 2 - 1))
         features = []
         for layer, norm in zip(self.layers, self.norms, strict=True):
@@ -106,14 +109,14 @@ class AttributeClassifier(nn.Module):
         places = torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], dim=-1)
         small = functional.adaptive_avg_pool2d(images, heat.shape[2:])
         seen = torch.cat([x, small], dim=1)
-        pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], seen)  # what lies where the cube is
+        pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], seen)  # features at the cube's position
         return Verdict(places, self.colour(pooled), torch.cat(features, dim=1), heat, self.centres(x))
 
 
 def count_objects(objects: Tensor) -> tuple[Tensor, Tensor]:
-    """How many cubes of each colour [B, K] and how many blocks [B] images show.
+    """Count the cubes of each colour [B, K] and the blocks [B] in images.
 
-    An object is a place where its probability is above one half and the highest within 4 pixels (at 64) of there.
+    An object is a cell whose probability is above one half and the highest within 4 pixels (of 64).
 
     Args:
         objects: logits [B, K + 1, h, w], of a `Verdict`.
@@ -125,14 +128,14 @@ def count_objects(objects: Tensor) -> tuple[Tensor, Tensor]:
         return (shares == highest) & (shares > 0.5)
 
     shares = objects.sigmoid()
-    cube, colour = shares[:, :-1].max(dim=1)  # one place has one cube, whatever its colour
+    cube, colour = shares[:, :-1].max(dim=1)  # one cell has at most one cube, of any colour
     colours = torch.arange(objects.shape[1] - 1, device=objects.device)
     kinds = (colour[..., None] == colours) & peaks(cube)[..., None]  # [B, h, w, K]
     return kinds.sum(dim=(1, 2)), peaks(shares[:, -1]).sum(dim=(1, 2))
 
 
 def objects_as_named(objects: Tensor, colours: Tensor) -> Tensor:
-    """Whether images show one cube, of the colour [B], and one block, and nothing else of the kind: bool [B]."""
+    """Return bool [B]: whether images show exactly one cube, of the colour [B], and one block."""
     cubes, blocks = count_objects(objects)
     named = cubes.gather(1, colours.to(cubes.device)[:, None])[:, 0]
     return (named == 1) & (cubes.sum(dim=1) == 1) & (blocks == 1)
@@ -143,8 +146,8 @@ class ClassifierError:
     """The classifier's own error on held-out real images.
 
     Args:
-        images: how many. cube_px, block_px: mean distance, at 64 pixels. near: share of cubes found within 4 px.
-        colour: share named rightly. objects: share in which exactly the cube and the block that are there were found.
+        images: their number. cube_px, block_px: mean distance, at 64 pixels. near: fraction of cubes found within 4 px.
+        colour: fraction of correct colours. objects: fraction of images with exactly the true cube and block found.
     """
 
     images: int
@@ -157,7 +160,7 @@ class ClassifierError:
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier with what is known of it."""
+    """A classifier with its measured error."""
 
     network: AttributeClassifier
     error: ClassifierError
@@ -176,26 +179,26 @@ class Truth:
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], names: Sequence[str]) -> Truth:
-        """From the records of some images that all have evidence."""
+        """Read the ground truth from the records of images that all have evidence."""
         told = [record["evidence"] for record in records]
         places = torch.tensor([[e[thing] for thing in THINGS] for e in told], dtype=torch.float32)
         return cls(places, torch.tensor([list(names).index(e["colour"]) for e in told]))
 
 
 def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
-    """Whether all records hold ground truth: places of cube and block, and the cube's colour."""
+    """Return whether all records hold ground truth: positions of cube and block, and the cube's colour."""
     return all({*THINGS, "colour"} <= set(record.get("evidence") or {}) for record in records)
 
 
 def real_images(encoders: Encoders, batch: ImageTextBatch) -> Tensor:
-    """uint8 [B, 3, H, W]: the images of a batch; where the shards do not keep them, what its latents decode to."""
+    """Return uint8 [B, 3, H, W]: the images of a batch, or its decoded latents if the shards do not store images."""
     if batch.images is not None:
         return batch.images.cpu()
     return (encoders.decode_latents(batch.latents) * 255).round().to(torch.uint8).cpu()
 
 
 def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Distances [...] in pixels of images whose shorter side has 64; places and truth [..., 2] in fractions.
+    """Return distances [...] in pixels of images whose shorter side has 64; places and truth [..., 2] in fractions.
 
     Args:
         size: (height, width) of the images, in any unit.
@@ -210,11 +213,11 @@ def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
 def classifier_for(
     data: ImageShards, encoders: Encoders, options: ClassifierOptions | None = None
 ) -> TrainedClassifier | None:
-    """The classifier of some image shards: kept beside them, trained first where it is not there. None where the shards
+    """Return the classifier of some image shards, stored next to them and trained first if missing. None if the shards
     hold no ground truth.
 
     Raises:
-        ValueError: there are no held-out images to test it on.
+        ValueError: There are no held-out images to test it on.
     """
     options = options or ClassifierOptions()
     firsts = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
@@ -255,7 +258,7 @@ def _save(trained: TrainedClassifier, held_out: str, options: ClassifierOptions,
 
 
 def load_classifier(file: Path, fingerprint: str) -> TrainedClassifier:
-    """A classifier from its file. Raises ValueError: it is another one."""
+    """Load a classifier from its file. Raises ValueError if it is a different one."""
     content = load_tensors(file)
     if content["fingerprint"] != fingerprint:
         raise ValueError(
@@ -273,7 +276,7 @@ class _Bucket:
 
 
 def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str]) -> list[_Bucket]:
-    """All images of a split with their truth, by size. Fills `colours` with the names found, in order."""
+    """Load all images of a split with their truth, by size. Adds the colours found to `colours`, in order."""
     images: dict[tuple[int, int], list[Tensor]] = {}
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for batch in data.held_out(split, with_images=True):
@@ -291,7 +294,7 @@ def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str])
 def train_classifier(
     data: ImageShards, encoders: Encoders, options: ClassifierOptions, fingerprint: str
 ) -> TrainedClassifier:
-    """Trains a classifier on the training split and tests it on the validation split. A pure function of both."""
+    """Train a classifier on the training split and test it on the validation split. A pure function of both."""
     colours: list[str] = []
     buckets = _load(data, encoders, "train", colours)
     held_out = _held_out(data, encoders, colours)
@@ -320,7 +323,7 @@ def train_classifier(
 
 
 def tested_again(trained: TrainedClassifier, data: ImageShards, encoders: Encoders) -> TrainedClassifier:
-    """A classifier with its error on the validation split of now. Raises ValueError: that shows other colours."""
+    """Measure a classifier's error on the current validation split. Raises ValueError if it shows other colours."""
     held_out = _held_out(data, encoders, trained.network.colours)
     return replace(trained, error=_error(trained.network, held_out))
 
@@ -349,7 +352,7 @@ def _error(classifier: AttributeClassifier, held_out: Sequence[_Bucket]) -> Clas
 
 
 def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tensor:
-    """The right cell of each map, the place to a fraction of a cell, the colour, and the maps of centres."""
+    """Loss of the correct cell of each map, the position within the cell, the colour, and the maps of centres."""
     verdict = classifier(images)
     heat = verdict.heat
     height, width = heat.shape[2:]
@@ -363,7 +366,7 @@ def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tens
 
 
 def _centres_loss(objects: Tensor, truth: Truth) -> Tensor:
-    """Focal loss of the maps of centres: beside a centre a wrong peak costs less (Zhou et al., 2019, equation 1)."""
+    """Focal loss of the maps of centres; wrong peaks next to a centre cost less (Zhou et al., 2019, equation 1)."""
     count, kinds, height, width = objects.shape
     y, x = (torch.arange(n) + 0.5 for n in (height, width))
     columns, rows = truth.places[..., 0, None] * width, truth.places[..., 1, None] * height  # [B, 2, 1]
@@ -381,7 +384,7 @@ def _centres_loss(objects: Tensor, truth: Truth) -> Tensor:
 
 @torch.no_grad()
 def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[Tensor, Truth]]) -> ClassifierError:
-    """The error on real images uint8 [N, 3, H, W], bucket by bucket."""
+    """Measure the error on real images uint8 [N, 3, H, W], bucket by bucket."""
     distances, right, found = [], [], []
     for images, truth in buckets:
         for start in range(0, len(images), 64):
@@ -403,6 +406,6 @@ def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[
 
 
 def feature_distance(left: Tensor, right: Tensor) -> Tensor:
-    """1 - cosine between features [B, F, ...] of the same places, averaged over places: [B]."""
+    """Return [B]: 1 - cosine between features [B, F, ...] at the same positions, averaged over positions."""
     cosine = functional.cosine_similarity(left.flatten(2), right.flatten(2), dim=1)
     return 1 - cosine.mean(dim=1)

@@ -1,4 +1,4 @@
-"""Closed-loop evaluation at the end of training: success among the headline metrics, videos in TensorBoard."""
+"""Closed-loop evaluation at the end of training: success rates in the headline metrics, videos in TensorBoard."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ BREAKDOWNS = ("by_colour", "by_height", "by_difficulty")  # of a condition's fig
 
 
 class EvaluateClosedLoop(Callback):
-    """Drives the robot of an environment with the run's latest checkpoint once training has ended.
+    """Evaluate the run's latest checkpoint in closed loop in an environment when training has ended.
 
-    The environment is that of ``keygrip evaluate env=NAME`` on the run. Before training it is opened once, so that a
-    missing interpreter, camera or arm is said then. Writes ``closed_loop/result.json`` and videos into the run folder,
-    logs ``closed_loop/<condition>/success_rate`` (of several tasks also their mean, ``closed_loop/all/success_rate``)
-    and shows the videos in TensorBoard.
+    The environment is that of ``keygrip evaluate env=NAME`` on the run. It is opened once before training, so that a
+    missing interpreter, camera or arm is reported early. Writes ``closed_loop/result.json`` and videos into the run
+    folder, logs ``closed_loop/<condition>/success_rate`` (for several tasks also their mean,
+    ``closed_loop/all/success_rate``) and shows the videos in TensorBoard.
 
     Args:
-        closed_loop: settings of a partial call of `ClosedLoop`: what to evaluate, beside the environment.
+        closed_loop: settings of a partial call of `ClosedLoop`: what to evaluate, without the environment.
         env: settings of the environment, an option of the group env.
         run_dir: the run folder, whose latest checkpoint is used.
     """
@@ -56,15 +56,15 @@ class EvaluateClosedLoop(Callback):
         self.closed_loop: ClosedLoop | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Builds the evaluation and refuses what the environment or the policy cannot do.
+        """Build the evaluation and refuse what the environment or the policy cannot do.
 
         Raises:
-            ValueError: the model drives no robot, or the environment does not give what it reads.
+            ValueError: The model is not a robot policy, or the environment does not provide the policy's inputs.
         """
         if stage != "fit" or not trainer.is_global_zero:
             return
         config = run_config(trainer)
-        # What the user's own configuration names was named by the user: its checkpoint is opened with that.
+        # Packages and files in the user's own configuration are trusted: the checkpoint is opened with them.
         trust, external = named_packages([config["model"], config["data"]]), external_settings(config["model"])
         env = environment_settings(config["data"], self.env, trust)
         make = partial(ClosedLoop, **{"trust": trust, "external": external, **self.settings})
@@ -107,11 +107,12 @@ class EvaluateClosedLoop(Callback):
 
 
 def _needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
-    """What the module's policy reads. The module stays as it is, in its modes of training: changes to how the policy
-    plans are looked at by name alone, since some convert weights in place.
+    """Return the inputs that the module's policy needs. The module and its training modes are unchanged. Changes to the
+    policy's settings are checked by name only, because some of them convert weights in place.
 
     Raises:
-        ValueError: it drives no robot, has no such setting, or the model tells several robots apart and none is named.
+        ValueError: The model is not a robot policy, a setting does not exist, or the model needs the name of one of
+            several robots and none is given.
     """
     if not hasattr(module, "policy"):
         raise ValueError(f"closed_loop=...: a {type(module).__name__} is no robot policy: leave it out")
@@ -128,7 +129,7 @@ def _needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
 
 
 def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path) -> None:
-    """Success rates as scalars and the recorded episodes as videos."""
+    """Log success rates as scalars and the recorded episodes as videos."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     step, scalars = trainer.global_step, {}
@@ -155,8 +156,8 @@ def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[Con
 def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
     """Show frames ``[N, H, W, 3]`` uint8 as an animation among TensorBoard's images.
 
-    torch's own ``add_video`` needs moviepy, and prints a line and does nothing where it is missing; a GIF needs
-    nothing.
+    torch's own ``add_video`` needs moviepy; without it, it prints a line and does nothing. A GIF needs no further
+    package.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -1,4 +1,4 @@
-"""Which option of a multiple-choice question an answer in words names."""
+"""Find the option of a multiple-choice question that an answer in words names."""
 
 from __future__ import annotations
 
@@ -55,31 +55,29 @@ from keygrip.evaluation.weighed_options import Weighed, called_right, left_over,
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Which option an answer names: by its words alone, by a letter ("B", "(b)", "B. red", "Answer: B", "**B**"), or
-    by words among others; None: none, or several.
+    """Return the option that an answer names: by its words alone, by a letter ("B", "(b)", "B. red", "Answer: B",
+    "**B**"), or by words within a text; None if it names none or several.
 
-    A word is no letter: "A person jumps" and "The answer is A person" do not name A. Behind words that announce an
-    answer every other letter names its option, whatever follows ("The answer is B as shown"); A, and I, do so before
-    punctuation and words that give a reason, and so names I an option "I" where the list has no such letter.
-    Of options that are gone through from A on, with something said of them, it is the one that is announced behind
-    them, called right or left over, and none where nothing decides ("A: 10%, B: 70%"). "A:" before another option alone
-    means "Answer:".
-    Words that are denied ("not the red cube") name nothing, nor does the "no" of a sentence ("there is no cat"). A
-    letter within an option's own words ("Team B") is a part of these. What a model thinks before it answers
-    (`<think>`), a repetition of the options, though it be cut off, and what it says to a further question of its own
-    are no answer.
+    A word is not a letter: "A person jumps" and "The answer is A person" do not name A. After words that announce an
+    answer, every other letter names its option, whatever follows ("The answer is B as shown"). A and I do so only
+    before punctuation and words that give a reason; the same holds for an option "I" if the list has no letter I. If a
+    text discusses the options one by one from A on, the chosen option is the one announced afterwards, called right or
+    left over; it is None if none of these applies ("A: 10%, B: 70%"). "A:" before only another option means "Answer:".
+    Denied words ("not the red cube") name nothing, nor does the "no" of a sentence ("there is no cat"). A letter within
+    an option's own words ("Team B") is part of them. Not part of the answer are: reasoning before the answer
+    (`<think>`), a repetition of the options, even if cut off, and answers to further questions that the model invents.
     """
     known = Options.of(options)
     said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     said = next((each for tag in TAGGED for each in reversed(tag.findall(said)) if each.strip()), said)
-    announced = GOES_ON.split(said, maxsplit=1)[0]  # what only describes something there is no answer yet
+    announced = GOES_ON.split(said, maxsplit=1)[0]  # a text that only describes something is no answer yet
     if announced != said and (found := _read(announced, known, announced_only=True)) is not None:
         return found
     return _read(said, known)
 
 
 def _read(said: str, known: Options, announced_only: bool = False) -> int | None:
-    """The option of a text; None where it is one of words or capitals among others, and only announced ones count."""
+    """Return the option of a text. `announced_only`: options named only by words or capitals do not count."""
     whole = known.whole(said)
     if whole is not None:
         return whole
@@ -124,8 +122,8 @@ def _read(said: str, known: Options, announced_only: bool = False) -> int | None
 
 
 def _without_answer_mark(said: str, known: Options) -> str:
-    """The text without an "A:" at its begin that means "Answer:", since another option alone follows it, by letter or
-    in words ("A: B", "A: C. green", "A: It is green.")."""
+    """Remove an "A:" at the beginning if it means "Answer:", because only another option follows it, by letter or in
+    words ("A: B", "A: C. green", "A: It is green.")."""
     mark = re.match(r"\W*A:\s*(?=[(\[]?\w)", said)
     if mark is None:
         return said
@@ -140,16 +138,16 @@ def _without_answer_mark(said: str, known: Options) -> str:
 
 
 def _in_a_row(text: str) -> str:
-    """The lines of a text in one, with a semicolon behind each that ends in a verdict: no pattern of a correction or a
-    denial reaches over it."""
+    """Join the lines of a text, with a semicolon after each line that ends in a verdict, so that patterns of
+    corrections and denials do not match across it."""
     lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
     closed = [f"{line};" if VERDICT.search(line) else line for line in lines[:-1]]
     return " ".join(closed + lines[-1:])
 
 
 def _without_repetition(text: str, known: Options) -> str:
-    """The text without its options, two or more of them from A on, lettered and in their order, as the question gave
-    them; the last one may be cut off where the text ends."""
+    """Remove a repetition of the question's options: two or more of them from A on, lettered and in order. The last one
+    may be cut off at the end of the text."""
     lines = [line.strip() for line in re.sub(r"[^\w\n]+", " ", text).split("\n") if line.strip()]
     if len(lines) > 1 and "".join(lines) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(lines)] and known.literal[0] != "b":
         return ""
@@ -164,7 +162,7 @@ def _without_repetition(text: str, known: Options) -> str:
 
 
 def _repeated_to(text: str, start: int, known: Options) -> int | None:
-    """Where a repetition of options that begins at `start` ends; None: there are fewer than two."""
+    """Return the end of a repetition of options that begins at `start`; None if it has fewer than two."""
     end, whole = start, 0
     for number, option in enumerate(known.literal):
         letter = chr(ord("A") + number)
@@ -173,7 +171,7 @@ def _repeated_to(text: str, start: int, known: Options) -> int | None:
             break
         own = r"\s+".join(re.escape(word) for word in option.split())
         words = re.compile(rf"{own}(?!\w)", re.IGNORECASE).match(text, label.end())
-        if words is None:  # the last one, cut off, or another text
+        if words is None:  # the last option is cut off, or another text follows
             cut = whole > 0 and option.startswith(literal_text(text[label.end() :]))
             return len(text) if cut else end if whole > 1 else None
         end, whole = words.end(), whole + 1
@@ -181,17 +179,17 @@ def _repeated_to(text: str, start: int, known: Options) -> int | None:
 
 
 def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
-    """Whether a text goes through options from A on and says something of them, and what it arrives at: a letter
-    announced after them, the only option that has a tick or is called right, or the only one that is left over."""
+    """Return whether a text discusses options one by one from A on, and its conclusion: a letter announced after them,
+    the only option with a tick or called right, or the only option left over."""
     weighed = weighed_options(said, known)
     if not weighed:
         return False, None
-    # What follows the list is the answer, whatever was weighed within it.
+    # The text after the list is the answer, whatever the list says.
     listed_to = next((one.end for one, each in pairwise(weighed) if each.option != one.option + 1), weighed[-1].end)
     behind = said[listed_to:]
     arrived = _arrived(behind, known, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
     before, _, last_line = behind.strip().rpartition("\n")
-    if arrived is None and re.search(r"\w", before):  # else it is the list that goes on
+    if arrived is None and re.search(r"\w", before):  # otherwise the list continues
         arrived = _alone(last_line, known)
         arrived = known.lettered(last_line) if arrived is None else arrived
     speaks = says_something(weighed)
@@ -205,7 +203,7 @@ def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
 
 
 def _without_verdicts(said: str, weighed: Sequence[Weighed]) -> str:
-    """The text without the "no" in the line of each option that ends there: it corrects nothing ("- No. B. blue")."""
+    """Remove the "no" at the end of each option's line, because it corrects nothing ("- No. B. blue")."""
     for each in reversed(weighed):
         if re.match(SET_OFF, said[each.end :]):
             said = f"{said[: each.end]}; {re.sub(rf'^{SAID_NO}', '', said[each.end :])}"
@@ -213,14 +211,14 @@ def _without_verdicts(said: str, weighed: Sequence[Weighed]) -> str:
 
 
 def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | None:
-    """The option that a text announces or says to be right."""
+    """Return the option that a text announces or calls right."""
     text = apart(_in_a_row(said), known)
     announced = _announced(announcements, text, known)
     return _stated(text, known.last) if announced is None else announced
 
 
 def _another(last: str) -> str:
-    """Pattern of a further letter behind one ("B or C", "(B), (C)", "B, maybe C"): none of them is the answer."""
+    """Return a pattern of a further letter ("B or C", "(B), (C)", "B, maybe C"); then no letter is the answer."""
     return (
         r"[)\]}.:]?\s*(?:[,;/&]|[,;]?\s*\b(?:or|and)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
         rf"(?:(?:the\s+)?(?i:option|opt\.?|choice|letter)\s+)?[(\[{{]*[A-{last}]"
@@ -229,25 +227,25 @@ def _another(last: str) -> str:
 
 
 def _listed(text: str, known: Options) -> set[int] | None:
-    """The letters of a text that has nothing else, two or more of them; None: it is another text."""
+    """Return the letters of a text that consists of two or more letters only; None for any other text."""
     last, between = known.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
     if not re.fullmatch(rf"[\W_]*[A-{last}](?:{between}[A-{last}])+[\W_]*", text):
         return None
     letters = re.findall(rf"[A-{last}]", text)
     if len(letters) == 2 and known.literal[number_of(letters[0])] == letters[1].lower():
-        return {number_of(letters[0])}  # "B. A" of an option that is the letter A
+        return {number_of(letters[0])}  # "B. A", for an option that is the letter A
     return {number_of(letter) for letter in letters}
 
 
 def _alone(text: str, known: Options) -> int | None:
-    """Nothing but a letter, with any punctuation, perhaps again and again ("C.C.C.")."""
+    """Return the option of a text that is only a letter, with any punctuation, possibly repeated ("C.C.C.")."""
     match = re.fullmatch(rf"[\W_]*([A-{known.last}a-{known.last.lower()}])(?:[\W_]+\1)*[\W_]*", text)
     return number_of(match.group(1)) if match else None
 
 
 def _leading(text: str, known: Options) -> int | None:
-    """A letter first, set off from what follows, or followed by that option's words. Where options are gone through
-    ("A: wrong. B: right. The answer is B.") the letter that the text arrives at."""
+    """Return the option of a letter at the beginning, separated from the text or followed by that option's words. If
+    the text discusses several options ("A: wrong. B: right. The answer is B."), return the letter of its conclusion."""
     last, plain = known.last, known.plain
     match = re.match(
         rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)", text
@@ -275,8 +273,8 @@ def _leading(text: str, known: Options) -> int | None:
 
 
 def _one_per_line(text: str, known: Options) -> bool:
-    """Whether each line is a letter, or one with its option's words, and they are not all the same. What follows an
-    empty line is another text."""
+    """Return whether each line is a letter, or a letter with its option's words, and the letters differ. Text after an
+    empty line is not considered."""
     found = set()
     for line in map(str.strip, text.split("\n")):
         letter = re.match(rf"[(\[]?([A-{known.last}])(?:[.):\]]+\s*(.*)|)$", line)
@@ -288,17 +286,17 @@ def _one_per_line(text: str, known: Options) -> bool:
 
 
 def _without_denied(said: str, known: Options) -> str:
-    """The text without the option with which it begins, where it says of it that it is wrong ("A. red: wrong.",
-    "A. red. This is wrong.", "A: No B: Yes")."""
+    """Remove the option at the beginning of a text if the text rejects it ("A. red: wrong.", "A. red. This is wrong.",
+    "A: No B: Yes")."""
     label = re.match(rf"\W*(?P<letter>[A-{known.last}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", said, re.IGNORECASE)
     if label is None:
         return said
     number = number_of(label["letter"])
     own = re.compile(rf"\s*{own_words(number, known)}(?!\w)", re.IGNORECASE).match(said, label.end())
     rest = said[label.end() if own is None else own.end() :]
-    # a full stop is perhaps the option's own ("A. A man runs. is not shown")
+    # a full stop may belong to the option ("A. A man runs. is not shown")
     begun = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
-    # "B. blue, not red" denies another
+    # "B. blue, not red" denies another option
     denial = (
         rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)})){begun}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     )
@@ -312,7 +310,8 @@ def _others(number: int, known: Options) -> str:
 
 
 def _names_another(text: str, number: int, known: Options) -> bool:
-    """Whether behind a letter stand its option's words and then another option, lettered too ("B. blue / C. green")."""
+    """Return whether a letter is followed by its option's words and then another lettered option ("B. blue / C.
+    green")."""
     own = own_words(number, known)
     between = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
     other = re.match(rf"\s*(?i:{own})(?!\w){between}[(\[]?([A-{known.last}])[.):]\s*", text)
@@ -320,15 +319,15 @@ def _names_another(text: str, number: int, known: Options) -> bool:
 
 
 def _said(text: str, known: Options) -> int | None:
-    """A letter behind words that say that an answer follows, or before words that say that it is the answer."""
+    """Return the option of a letter after words that announce an answer, or before words that call it the answer."""
     found = _announced((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, known)
     found = _stated(text, known.last) if found is None else found
     return _shown(text, known.last) if found is None else found
 
 
 def _announced(announcements: Sequence[str], text: str, known: Options) -> int | None:
-    """The letter behind the first of these announcements that has one; its last such letter, and none that is denied or
-    is one of several. One that is only supposed counts where there is no other."""
+    """Return the last letter after the first announcement that has one, without denied letters and letters of a list. A
+    hypothetical letter counts only if there is no other."""
     last, supposed = known.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
     several = rf"(?!{_another(last)})"
@@ -339,7 +338,7 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
                 before, behind = before_place(text, match.start()), _behind(text, match.end(1), known)
                 if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
                     continue
-                if re.match(r"\s*\?", behind):  # it asks
+                if re.match(r"\s*\?", behind):  # a question
                     continue
                 if says == CORRECTS and (
                     _is_an_options(match.group().split()[0], known) or _is_verdict(match.group(), behind)
@@ -370,32 +369,32 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
 
 
 def _behind(text: str, place: int, known: Options) -> str:
-    """The same of what follows a place, where two options may stand."""
+    """Return the text after a place, limited to a length in which two options fit."""
     return text[place : place + 300 + 2 * max(map(len, known.literal))]
 
 
 def _is_verdict(correction: str, behind: str) -> bool:
-    """Whether a "no" before a letter says so of the option before it ("C: no. D: no."), and takes nothing back."""
+    """Return whether a "no" before a letter is a verdict on the previous option ("C: no. D: no."), no correction."""
     return (
         re.match(r"no\s*[.:,–—-]", correction, re.IGNORECASE) is not None and re.match(SAID_OF_IT, behind) is not None
     )
 
 
 def _is_an_options(word: str, known: Options) -> bool:
-    """Whether a word is one of an option's own."""
+    """Return whether a word occurs in an option."""
     own = re.compile(rf"(?<!\w){re.escape(word.strip(',.:;').lower())}(?!\w)")
     return any(own.search(option) for option in known.literal)
 
 
 def _begins_with(text: str, plain: Sequence[str]) -> int | None:
-    """The option of several words with which a text begins."""
+    """Return the option of several words with which a text begins."""
     own = f"{plain_text(normal_text(text))} "
     begun = [number for number, option in enumerate(plain) if " " in option and own.startswith(f"{option} ")]
     return max(begun, key=lambda number: len(plain[number]), default=None)
 
 
 def _begins_literally(text: str, known: Options) -> int | None:
-    """The option with which a text begins and which is a letter with signs (C#, A+), or several letters (b, e, a)."""
+    """Return the option with which a text begins, for letters with signs (C#, A+) or several letters (b, e, a)."""
     own = normal_text(text).lower()
     begun = [
         number
@@ -407,7 +406,7 @@ def _begins_literally(text: str, known: Options) -> int | None:
 
 
 def _stated(text: str, last: str) -> int | None:
-    """The first letter that is said to be the answer; one that only seems to be it where no other is it."""
+    """Return the first letter called the answer; a letter that only "seems" to be it is used if there is no other."""
     seeming: int | None = None
     for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?({RIGHT})", text):
         before = before_place(text, match.start(1))
@@ -420,7 +419,7 @@ def _stated(text: str, last: str) -> int | None:
 
 
 def _shown(text: str, last: str) -> int | None:
-    """The one option of which a text says that it fits ("Option C matches the video")."""
+    """Return the option of which a text says that it fits ("Option C matches the video"), if it is only one."""
     option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
     found = {
         number_of(match.group(1))
@@ -431,14 +430,14 @@ def _shown(text: str, last: str) -> int | None:
 
 
 def _bracketed(text: str, known: Options) -> int | None:
-    """The one letter in brackets."""
+    """Return the letter in brackets, if it is only one."""
     found = {number_of(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
     return found.pop() if len(found) == 1 else None
 
 
 def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
-    """The capitals that are no words of a sentence: by themselves, and behind a word that they may name something with
-    ("clip A")."""
+    """Return the capitals that are not words of a sentence: those that stand alone, and those after a word that they
+    may label ("clip A")."""
     own, labelling = set[int](), set[int]()
     if re.search(rf"\b[A-{known.last}]\b{_another(known.last)}", text):
         return own, labelling
@@ -452,7 +451,7 @@ def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
 
 
 def _is_letter(letter: str, behind: str) -> bool:
-    """Whether a capital before this text is no word of a sentence."""
+    """Return whether a capital before this text is not a word of a sentence."""
     return not re.match(r"\s+[a-z]|-[a-z]", behind) or (
         letter not in "AI" and re.match(rf"\s+{REASON}", behind) is not None
     )

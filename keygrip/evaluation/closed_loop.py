@@ -1,7 +1,7 @@
 """Closed-loop evaluation: a trained policy drives a robot in an environment over held-out seeds.
 
-Episodes are spread over processes; each process loads the checkpoint once. An episode depends on (checkpoint, task,
-seed, control) alone, so the number of processes does not change the result.
+Episodes are distributed over processes; each process loads the checkpoint once. An episode depends only on (checkpoint,
+task, seed, control), so the number of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from keygrip.runtime.chunk_execution import RecedingHorizon
 log = logging.getLogger(__name__)
 
 EPISODES_FILE = "episodes.jsonl"
-# Seeds from here on are never used for recording, training or choosing settings (those start at 500000).
+# Seeds from this one on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
 HEIGHT_STEP_CM = 2  # height step of the breakdown by height
-DIED = (  # what may have happened to a process
+DIED = (  # possible causes of the end of a process
     "died (out of memory, no working GL library, or a script without an `if __name__ == '__main__'` guard?)"
 )
 
@@ -54,11 +54,11 @@ class ConditionResult:
     episodes: list[EpisodeResult] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the condition: success rate with its 95 % Wilson interval, failure counts, times.
+        """Return the figures of the condition: success rate with its 95 % Wilson interval, failure counts, times.
 
-        Where the object's colour or height varies, `by_colour` and `by_height` hold the rates of its kinds. Where plans
-        were followed by their joints, `joint_plans` is the share of such plans. Of a policy that keeps its plans near
-        the positions seen in training, see `clamped`.
+        If the object's colour or height varies, `by_colour` and `by_height` hold the rates of each value. If plans were
+        followed by their joints, `joint_plans` is the fraction of such plans. For a policy that clamps its plans to the
+        positions seen in training, see `clamped`.
         """
         yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
         kinds: dict[str, Any] = {}
@@ -79,7 +79,7 @@ class ConditionResult:
 
 
 def success_rates(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Success rate with its 95 % Wilson interval, and the counts behind it."""
+    """Return the success rate with its 95 % Wilson interval, and the counts."""
     won = sum(episode.success for episode in episodes)
     low, high = wilson_interval(won, len(episodes))
     rates = {"success_rate": won / len(episodes), "success_low": low, "success_high": high}
@@ -87,9 +87,9 @@ def success_rates(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
 
 
 def clamped(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """`clamped_plans`: how many of the `plans` were held back near the positions seen in training; `clamped_episodes`:
-    how many had such a plan; `clamped_most_m`: the largest distance along an axis. Empty of a policy that holds none
-    back."""
+    """Return `clamped_plans`: how many of the `plans` were clamped to the positions seen in training;
+    `clamped_episodes`: how many episodes had such a plan; `clamped_most_m`: the largest distance along an axis. Empty
+    for a policy without clamping."""
     counts = [episode.clamped_plans for episode in episodes if episode.clamped_plans is not None]
     if not counts:
         return {}
@@ -102,7 +102,7 @@ def clamped(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
 
 
 def _by_kind(episodes: Sequence[EpisodeResult], kind: Callable[[EpisodeResult], str]) -> dict[str, dict[str, Any]]:
-    """The rates of each kind of episode, by its name."""
+    """Return the rates of each kind of episode, by its name."""
     groups: dict[str, list[EpisodeResult]] = {}
     for episode in episodes:
         groups.setdefault(kind(episode), []).append(episode)
@@ -119,23 +119,23 @@ class ClosedLoop:
     """What to evaluate in an environment.
 
     Args:
-        task: what to do there, usually as in the recordings; its class names the environment.
+        task: the task, usually as in the recordings; its class determines the environment.
         conditions: name -> list of option overrides; a name with several entries is a grid whose episodes are pooled;
-            None leaves out a condition that another config has set.
-        episodes: a condition (shared out over its grid; fewer than its entries: the last ones are left out, with a
-            warning).
+            None removes a condition that another config has set.
+        episodes: per condition (distributed over its grid; if there are fewer than entries, the last entries are left
+            out with a warning).
         first_seed: episodes use first_seed, first_seed + 1, ...
         image_size: side of the rendered image, as recorded. hz: control periods per second.
-        cameras: what the policy sees, the main one first; None: the task's own camera.
-        control: the controller with its settings, still without policy and rate (a partial call in the configs).
-        processes: None takes one for each core.
-        videos: episodes recorded as videos, for each condition.
+        cameras: inputs of the policy, the main one first; None: the task's own camera.
+        control: the controller with its settings, without policy and rate (a partial call in the configs).
+        processes: None uses one per core.
+        videos: number of episodes recorded as videos, per condition.
         policy: changes to the model's own policy, by the names of its fields.
-        trust: packages beside keygrip whose parts the checkpoint may name.
+        trust: packages besides keygrip whose parts the checkpoint may name.
         external: files that the model needs and the checkpoint does not hold, by dotted setting.
-        python: interpreter of another Python environment that has the simulator: episodes run there, the policy here.
+        python: interpreter of another Python environment with the simulator: episodes run there, the policy here.
             None: both run in this one.
-        of_tasks: the conditions are the tasks of a benchmark, whose mean is a figure too.
+        of_tasks: the conditions are the tasks of a benchmark, and their mean is reported too.
     """
 
     task: Task
@@ -164,7 +164,7 @@ class ClosedLoop:
                 f"closed_loop.videos is at least 0, image_size at least 1 and hz above 0, got {self.videos}, "
                 f"{self.image_size} and {self.hz}."
             )
-        self.control(policy=None, control_hz=self.hz)  # what it cannot do is refused now, not in a worker
+        self.control(policy=None, control_hz=self.hz)  # refuses invalid settings now, not in a worker
         if not self.grids:
             raise ValueError("closed_loop.conditions is empty: name at least one, e.g. {in_distribution: [{}]}.")
         for name, grid in self.grids.items():
@@ -179,14 +179,14 @@ class ClosedLoop:
         return {name: grid for name, grid in self.conditions.items() if grid is not None}
 
     def check(self, needs: Needs | None) -> None:
-        """Opens the environment of the first episode and looks at what it gives, in a process of its own: drawing
-        would leave a GL context here, which the processes of data loaders must not inherit.
+        """Open the environment of the first episode and check its observation, in a separate process, because rendering
+        would leave a GL context in this process, which the processes of data loaders must not inherit.
 
         Args:
-            needs: what the policy reads; None: it does not say.
+            needs: inputs of the policy; None: unknown.
 
         Raises:
-            ValueError: the environment cannot be opened, or does not give what the policy reads.
+            ValueError: The environment cannot be opened, or does not provide the policy's inputs.
         """
         job = self._jobs(None)[0]
         task = changed(self.task, job.overrides)
@@ -203,11 +203,12 @@ class ClosedLoop:
                 raise ValueError(f"the process that opens {type(task).__name__} {DIED}") from error
 
     def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
-        """Drive every episode with the policy in ``checkpoint``; videos go to ``output`` / videos, and each episode's
-        result to ``output`` / episodes.jsonl as soon as it has ended. A process that dies is started again once.
+        """Run every episode with the policy in ``checkpoint``. Videos are written to ``output`` / videos, and each
+        episode's result to ``output`` / episodes.jsonl as soon as it has ended. If a process dies, it is started again
+        once.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint cannot be loaded, or a worker process died twice.
+            FileNotFoundError, ValueError: The checkpoint cannot be loaded, or a worker process died twice.
         """
         for name, grid in self.grids.items():
             if len(grid) > self.episodes:
@@ -256,14 +257,14 @@ class ClosedLoop:
         context = multiprocessing.get_context("spawn")
         others = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
-            with _deaf_to_the_terminal():  # they are ended from here, without a trace of each
+            with _deaf_to_the_terminal():  # this process ends them, so that each does not print a traceback
                 waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
                 for future in as_completed(waiting):
                     results.add(waiting[future], future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():  # what they would still find out, nobody reads
+                for process in multiprocessing.active_children():  # their results are no longer needed
                     if process not in others:
                         process.terminate()
                 raise
@@ -280,7 +281,7 @@ class ClosedLoop:
         return RemoteSettings(str(self.python), name, self.image_size, self.hz, self.cameras, self.control)
 
     def policy_in(self, checkpoint: Path) -> Any:
-        """The policy in a checkpoint, with the changes that the settings ask for; errors as `load_policy`."""
+        """Load the policy of a checkpoint, with the changes in the settings; raises the errors of `load_policy`."""
         return load_policy(checkpoint, self.policy, trust=self.trust, external=self.external)
 
     def _jobs(self, output: Path | None) -> list[_Job]:
@@ -292,14 +293,14 @@ class ClosedLoop:
                 if output is not None and index < self.videos:
                     video = output / "videos" / f"{name}-{seed}.mp4"
                 jobs.append(_Job(name, dict(grid[index % len(grid)]), seed, video))
-        # Tasks that differ need their own scene: neighbours that share one save building it again.
+        # Each task with other options needs its own scene; sorting by it avoids building scenes repeatedly.
         return sorted(jobs, key=lambda job: (job.video is None, job.condition))
 
 
 @contextlib.contextmanager
 def _deaf_to_the_terminal() -> Iterator[None]:
-    """Processes that are started within take no notice of SIGINT and SIGHUP, as of a terminal."""
-    if threading.current_thread() is not threading.main_thread():  # no other may say so
+    """Processes that are started in this context ignore SIGINT and SIGHUP, such as from a terminal."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
@@ -356,7 +357,7 @@ _worker: _Worker | None = None
 def _start_worker(checkpoint: Path, settings: ClosedLoop) -> None:
     import torch
 
-    torch.set_num_threads(1)  # as many processes as cores: more threads would fight over them
+    torch.set_num_threads(1)  # one process per core: more threads would slow each other down
     global _worker
     _worker = _Worker(checkpoint, settings)
 
@@ -367,15 +368,15 @@ def _work(job: _Job) -> EpisodeResult:
 
 
 class _Results:
-    """Episodes by condition. Each is written to a file when it has ended, so that an evaluation that fails loses none;
-    a bar on standard error shows the running success rate."""
+    """Episodes by condition. Each is written to a file when it has ended, so that a failed evaluation loses none. A
+    progress bar on standard error shows the running success rate."""
 
     def __init__(self, conditions: Iterable[str], total: int, file: Path | None) -> None:
         self.episodes: dict[str, list[EpisodeResult]] = {name: [] for name in conditions}
         self.done: list[_Job] = []
         self._total, self._file = total, file
         if file is not None:
-            write_text(file, "")  # of an earlier evaluation
+            write_text(file, "")  # delete results of an earlier evaluation
         self._bar = Progress(total=total, desc="closed loop", unit="episode")
 
     def __enter__(self) -> _Results:
@@ -387,7 +388,7 @@ class _Results:
             log.warning("%d of %d episodes had ended: %s", len(self.done), self._total, self._file)
 
     def add(self, job: _Job, episode: EpisodeResult) -> None:
-        """Takes the result of a job."""
+        """Add the result of a job."""
         self.episodes[job.condition].append(episode)
         self.done.append(job)
         if self._file is not None:

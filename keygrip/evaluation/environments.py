@@ -1,8 +1,8 @@
-"""Which environment a policy is evaluated in, for `keygrip evaluate` and for the evaluation at the end of training.
+"""Select the environment in which a policy is evaluated, for `keygrip evaluate` and for the evaluation after training.
 
-``env=NAME`` (an option of the group ``env``) names it; what its settings leave open (null) is as in the recording of
-the demonstrations, where they were recorded there, and a default elsewhere. ``env=recorded`` names the environment of
-the recording.
+``env=NAME`` (an option of the group ``env``) selects it. Settings left open (null) are those of the recording of the
+demonstrations, if they were recorded in this environment, and defaults otherwise. ``env=recorded`` selects the
+environment of the recording.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 RECORDING_FILE = "recording.json"
 LARGEST_RECORDING_FILE = 10_000_000  # bytes
-# Options of the group env by the tasks of their recordings.
+# Option of the group env by the task class of its recordings.
 ENVIRONMENTS: dict[type, str] = {
     TaskOptions: "yam",
     HandoverTask: "yam_handover",
@@ -42,7 +42,7 @@ ENVIRONMENTS: dict[type, str] = {
     GymnasiumTask: "gymnasium",
 }
 CHOICE = "env=yam, yam_handover, metaworld or gymnasium"
-# Where neither the settings nor a recording say it.
+# Used if neither the settings nor a recording contain the value.
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_HZ = {"metaworld": HZ}
 OTHER_HZ = 10.0
@@ -51,8 +51,8 @@ DEFAULT_TASKS = {"metaworld": MT10}
 
 @dataclass(frozen=True)
 class EnvironmentSettings:
-    """What `ClosedLoop` takes of an environment: see there. `tasks` are the conditions, where there are several;
-    `recorded` says what was recorded there for training."""
+    """The arguments of `ClosedLoop` that depend on the environment; see `ClosedLoop`. `tasks` are the conditions, if
+    there are several; `recorded` describes the recording for training."""
 
     task: Any
     image_size: int
@@ -64,14 +64,15 @@ class EnvironmentSettings:
     recorded: Recorded | None = None
 
     def closed_loop(self, make: partial[ClosedLoop], changes: Mapping[str, Any] | None = None) -> ClosedLoop:
-        """The evaluation in this environment.
+        """Create the evaluation in this environment.
 
         Args:
-            make: `ClosedLoop` with all else: conditions (none where there are several tasks), episodes, control, ...
+            make: `ClosedLoop` with all other arguments: conditions (none if there are several tasks), episodes,
+            control, ...
             changes: to the task.
 
         Raises:
-            ValueError: conditions beside several tasks, or settings that do not exist.
+            ValueError: Conditions are given together with several tasks, or a setting does not exist.
         """
         conditions = {name: grid for name, grid in make.keywords.get("conditions", {}).items() if grid is not None}
         if self.tasks and conditions:
@@ -100,7 +101,7 @@ class EnvironmentSettings:
         return evaluation
 
     def _recorded_seeds(self, tasks: Sequence[Any]) -> Container[int]:
-        """Seeds that were recorded of one of these tasks, or of `tasks`: an episode of another has its number alone."""
+        """Return the recorded seeds of one of these tasks, or of `tasks`. Another task's episode of a seed differs."""
         if self.recorded is None:
             return ()
         if self.tasks:
@@ -115,10 +116,10 @@ class Recorded:
     """Where demonstrations were recorded.
 
     Attributes:
-        environment: option of the group env; None: an environment that has none. task: None: a file of data does not
-            say it. hz: control periods per second. tasks: of which there are demonstrations, where that is asked for.
-        seeds: of the recorded episodes (of one that is yet to be made: of its first ones). upside_down: cameras whose
-            images lie there as the scene mounts them, and which the environment now turns upright.
+        environment: option of the group env; None: an environment without option. task: None: the data files do not
+            contain it. hz: control periods per second. tasks: tasks with demonstrations, for environments with several.
+        seeds: of the recorded episodes (of a recording not yet made: of its first ones). upside_down: cameras whose
+            recorded images are as the scene mounts them, and which the environment now rotates upright.
     """
 
     environment: str | None
@@ -131,28 +132,28 @@ class Recorded:
 
 
 def task_conditions(tasks: str | Sequence[str]) -> dict[str, list[dict[str, str]]]:
-    """A condition for each of several Meta-World tasks."""
+    """Return a condition for each of several Meta-World tasks."""
     return {name: [{"name": name}] for name in task_names(tasks)}
 
 
 def environment_settings(
     data: Mapping[str, Any], env: Mapping[str, Any], trust: Sequence[str] = ()
 ) -> EnvironmentSettings:
-    """The environment that `env` names, for a policy that was trained on `data`.
+    """Return the environment that `env` selects, for a policy that was trained on `data`.
 
     Args:
-        data: the run's data settings. env: an option of the group env, with changes. trust: packages beside keygrip
+        data: the run's data settings. env: an option of the group env, with changes. trust: packages besides keygrip
             whose tasks `data` may name.
 
     Raises:
-        ValueError: with env=recorded, the run's demonstrations do not say where they were recorded; or the settings do
-            not fit.
+        ValueError: With env=recorded, the run's demonstrations do not contain where they were recorded; or the settings
+            do not fit.
     """
     data = plain(data)
     if env["name"] == "recorded":
         _refuse_changes(env)
         recorded = recorded_in(data, trust)
-        if recorded.environment == "gymnasium":  # a file of data does not say which package is imported
+        if recorded.environment == "gymnasium":  # a data file must not choose which package is imported
             raise SettingError(f"{data['root']} was recorded in gymnasium: give env=gymnasium env.task.id=...")
         if recorded.environment is None:
             cameras = _trained_cameras(data, recorded.task)
@@ -170,7 +171,7 @@ def environment_settings(
 def _settings(
     data: Mapping[str, Any], env: Mapping[str, Any], task: Any, recorded: Recorded | None
 ) -> EnvironmentSettings:
-    """As `env` says, else as recorded, else the default."""
+    """Use the setting of `env`, else that of the recording, else the default."""
     name = env["name"]
     _warn_of_others(env, recorded)
     image_size, hz, tasks = env["image_size"], env["hz"], env["tasks"]
@@ -192,7 +193,7 @@ def _settings(
 
 
 def _refuse_changes(env: Mapping[str, Any]) -> None:
-    """Raises ValueError: settings of an environment that is as recorded."""
+    """Raise ValueError if settings are given for an environment that is used as recorded."""
     given = [key for key in ("tasks", "image_size", "hz", "cameras", "python") if env[key] is not None]
     if given:
         raise ValueError(f"env.{given[0]} is as recorded: give {CHOICE} to choose it")
@@ -202,7 +203,7 @@ def _refuse_changes(env: Mapping[str, Any]) -> None:
 
 
 def _warn_of_others(env: Mapping[str, Any], recorded: Recorded | None) -> None:
-    """Says which settings differ from the recording of the same environment."""
+    """Warn of settings that differ from the recording of the same environment."""
     if recorded is None:
         return
     for name, there in (("image_size", recorded.image_size), ("hz", recorded.hz)):
@@ -215,7 +216,7 @@ def _warn_of_others(env: Mapping[str, Any], recorded: Recorded | None) -> None:
 
 
 def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, kind: type) -> Recorded | None:
-    """How the demonstrations were recorded, if that was in the environment of these tasks; says why not."""
+    """Return the recording of the demonstrations, if it was in the environment of these tasks; else log the reason."""
     try:
         recorded = recorded_in(data, trust)
     except ValueError:
@@ -244,13 +245,13 @@ def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, ki
 
 
 def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
-    """Where and how the demonstrations of a run were recorded.
+    """Return where and how the demonstrations of a run were recorded.
 
     Args:
-        data: the run's data settings, plain. trust: packages beside keygrip whose tasks they may name.
+        data: the run's data settings, plain. trust: packages besides keygrip whose tasks they may name.
 
     Raises:
-        ValueError: nothing says it; UntrustedPartError: a task of another package.
+        ValueError: The data do not contain it; UntrustedPartError: The task belongs to another package.
     """
     record = data.get("record")
     if record is not None and data.get("root") is None:
@@ -260,7 +261,7 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
             raise UntrustedPartError(f"{error}; say where to judge it: {CHOICE}") from error
         first, demos = record.get("seed", 0), record.get("demos", 0)
         known = isinstance(first, int) and isinstance(demos, int)
-        seeds = range(first, first + demos) if known else ()  # a file of data may say anything
+        seeds = range(first, first + demos) if known else ()  # a data file may contain any value
         return Recorded(ENVIRONMENTS.get(type(task)), task, record["image_size"], record["hz"], seeds=seeds)
     if not isinstance(data.get("root"), str):
         raise ValueError(
@@ -270,13 +271,13 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
 
 
 def _folder_of(root: str) -> Path:
-    """The folder that a setting `data.root` names."""
+    """Return the folder that a setting `data.root` names."""
     name = hub_name(root)
     return Path(root) if name is None else hub_folder(name)
 
 
 def _of_folder(root: Path) -> Recorded:
-    """What a recorded folder says of itself; its settings are data that is checked."""
+    """Read the description of a recorded folder; its settings are untrusted data and are checked."""
     file, advice = root / RECORDING_FILE, f"give {CHOICE}, or simulate=false"
     if not root.exists():
         raise ValueError(
@@ -308,10 +309,10 @@ def _of_folder(root: Path) -> Recorded:
 
 
 def _tasks_there(root: Path) -> tuple[str, ...]:
-    """The Meta-World tasks of which a folder holds demonstrations, in the benchmark's order.
+    """Return the Meta-World tasks with demonstrations in a folder, in the benchmark's order.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: There are none.
     """
     names = {file.parent.name.rpartition("_")[0] for file in root.glob("[!.]*/metadata.json")}
     found = tuple(name for name in dict.fromkeys((*MT10, *MT50)) if name in names)
@@ -321,22 +322,22 @@ def _tasks_there(root: Path) -> tuple[str, ...]:
 
 
 def _seeds_there(root: Path) -> frozenset[int]:
-    """The seeds of a folder's demonstrations, with which their names end."""
+    """Return the seeds of a folder's demonstrations, which are at the end of their names."""
     ends = (file.parent.name.rpartition("_")[2] for file in root.glob("[!.]*/metadata.json"))
     return frozenset(int(end) for end in ends if end.isdecimal() and len(end) < 20)
 
 
 def _trained_cameras(data: Mapping[str, Any], task: Any) -> list[str] | None:
-    """The cameras that a run was trained on, where they are not the task's own one; None: the task's own."""
+    """Return the cameras that a run was trained on, if they are not the task's own camera; None: the task's own."""
     if data.get("cameras"):
         return list(data["cameras"])
     name = data.get("camera")
     if name is None or name == getattr(task, "camera", None):
         return None
     if isinstance(task, GymnasiumTask):
-        return [name] if data.get("root") is not None else None  # simulated recordings name the YAM cell's cameras
+        return [name] if data.get("root") is not None else None  # simulated recordings have cameras of the YAM cell
     try:
         replace(task, camera=name)
-    except (TypeError, ValueError):  # another robot's camera: the environment has its own
+    except (TypeError, ValueError):  # another robot's camera: the environment uses its own
         return None
     return [name]

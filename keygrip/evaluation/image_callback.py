@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class EvaluateImages(Callback):
-    """Runs the validation suite on the run's latest checkpoint once training has ended.
+    """Run the image suite on the run's latest checkpoint when training has ended.
 
     Writes `images/` (report, images, result.json) into the run folder, logs `images/<case>/<figure>` among the
     headline metrics and shows the images in TensorBoard.
@@ -38,7 +38,7 @@ class EvaluateImages(Callback):
         self.suite, self.data, self.run_dir = suite, data, Path(run_dir)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError: there are no images to evaluate, which is better said now than after the training."""
+        """Raise ValueError if there are no images to evaluate. Reported before training, not after it."""
         self.data.prepare_data()
         self.data.setup()
         if not len(self.data.samples(self.suite.split)):
@@ -52,13 +52,14 @@ class EvaluateImages(Callback):
         if not trainer.is_global_zero:
             return
         own = run_config(trainer)["model"]
-        # What the user's own configuration names was named by the user: its checkpoint is opened with that.
+        # Packages and files in the user's own configuration are trusted: the checkpoint is opened with them.
         trust, external = named_packages(own), external_settings(own)
         module = load_module(self.run_dir, expected=PatchDiTModule, trust=trust, external=external)  # with EMA weights
-        module.to(trainer.strategy.root_device)  # where it was trained: by now the trainer has taken its own to the CPU
+        # the device of training; the trainer has moved its own module to the CPU
+        module.to(trainer.strategy.root_device)
         assert isinstance(module, PatchDiTModule)
         data = copy.copy(self.data)
-        data.trainer = None  # by whose processes batches are divided; this one evaluates alone
+        data.trainer = None  # the trainer would divide batches among its processes; this process evaluates alone
         output = self.run_dir / "images"
         figures, images = run_suite(module, data, self.suite, output)
         write_json(output / "result.json", figures)

@@ -1,4 +1,4 @@
-"""Captions in the evaluation of images: a word of them changed, and how well images show what they say."""
+"""Captions in the evaluation of images: change a word, and measure how well images match captions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WORD = re.compile(r"\w+(?:-\w+)*")
 
 
 def word_changes(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> dict[str, str]:
-    """What `replace_words` says, {word: other word}: a mapping, or pairs, since a command line has no mapping in which
-    a word is a number. None: nothing.
+    """Convert `replace_words` to {word: other word}. It is a mapping, or pairs, because a mapping on the command line
+    cannot have a word that is a number. None: no words.
 
     Raises:
-        ValueError: no pair of texts, no single word, or one that is named twice.
+        ValueError: An entry is no pair of texts or no single word, or a word occurs twice.
     """
     if given is not None and (isinstance(given, str) or not isinstance(given, Mapping | Sequence)):
         raise ValueError(f"replace_words={given!r}: give pairs, [[WORD,OTHER],...], or a mapping")
@@ -45,7 +45,7 @@ def word_changes(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> d
 
 
 def change_note(case: str, changed: int, total: int, words: Mapping[str, str]) -> str:
-    """How many of a case's captions were changed; empty where all were and no words were given."""
+    """Describe how many of a case's captions were changed; empty if all were changed and no words were given."""
     if not words and changed == total:
         return ""
     what = "a word of replace_words" if words else "the colour that the image's evidence says"
@@ -55,11 +55,11 @@ def change_note(case: str, changed: int, total: int, words: Mapping[str, str]) -
 def change_caption(
     caption: str, record: Mapping[str, Any], number: int, colours: Sequence[str], words: Mapping[str, str]
 ) -> tuple[str, str | None] | None:
-    """A caption with a word changed, and the colour asked for then; None where no word of it can be changed.
+    """Return a caption with a word changed, and the new colour; None if it has no word to change.
 
     Args:
-        number: of the image; it chooses among the other colours. colours: all that there are. words: word -> other
-            word; empty: the colour of the record's evidence is changed.
+        number: of the image; selects one of the other colours. colours: all colours. words: word -> other word;
+            empty: the colour in the record's evidence is changed.
     """
     if words:
         changed = with_other_words(caption, words)
@@ -74,7 +74,7 @@ def change_caption(
 
 
 def with_other_words(caption: str, words: Mapping[str, str]) -> str:
-    """Whole words replaced whatever their case, which the new word takes over; punctuation stays."""
+    """Replace whole words in any case; the new word takes the case of the old one, and punctuation is unchanged."""
     lower = {word.lower(): other for word, other in words.items()}
 
     def other(match: re.Match[str]) -> str:
@@ -92,10 +92,10 @@ class ClipSimilarity:
     factor).
 
     Args:
-        folder: a CLIP of transformers with both towers and its tokenizer, e.g. openai/clip-vit-large-patch14.
+        folder: a transformers CLIP with both towers and its tokenizer, e.g. openai/clip-vit-large-patch14.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: it lacks the text tower or the tokenizer.
+        FileNotFoundError: The folder does not exist. ValueError: It lacks the text tower or the tokenizer.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -108,8 +108,8 @@ class ClipSimilarity:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Images ``[B, 3, H, W]`` in 0..1 and their captions -> ``[N]`` float32 of the N images whose caption is not
-        blank. Captions are cut at CLIP's 77 tokens."""
+        """Return ``[N]`` float32 for images ``[B, 3, H, W]`` in 0..1 and their captions; N is the number of images
+        whose caption is not blank. Captions are truncated to CLIP's 77 tokens."""
         told = [number for number, caption in enumerate(captions) if caption.strip()]
         if not told:
             return torch.zeros(0)

@@ -1,4 +1,4 @@
-"""The cases of the image suite: conditions, generated images, and how well these fit the conditions."""
+"""The cases of the image suite: conditions, generated images, and how well the images match the conditions."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ log = logging.getLogger(__name__)
 
 CURVES = ("scales", "steps")  # evaluated on fewer images, for each of several settings
 CASES = ("reconstruction", "dino_swap", "text_only", "changed_words", "shuffled_patches", *CURVES)
-PAIRED = 8  # images of a batch at least: runs that are trained on one image at a time are evaluated on pairs too
-SIDE_MARGIN = 0.05  # share of the width; for nearer objects left and right are not asked about
+PAIRED = 8  # minimum batch size, because images of a batch are paired, also for runs trained on single images
+SIDE_MARGIN = 0.05  # fraction of the width; if objects are closer, left and right are not evaluated
 CHANGED_NONE = "no caption holds a word to change (replace_words, or the colour in the image's evidence)"
-# Why a case may apply to no image.
+# Why a case may not apply to any image.
 UNASKED = {
     "dino_swap": "no batch holds two of one bucket: raise images or batch_size",
     "changed_words": CHANGED_NONE,
     "scales": CHANGED_NONE,
 }
-# Settings that only some cases read.
+# Settings that only some cases use.
 NEEDS = {
     "text_scales": ("scales",),
     "dino_scales": ("scales",),
     "step_counts": ("steps",),
     "replace_words": ("changed_words", "scales"),
 }
-# Parts of `sampling` that a case does not read: it varies them itself, or draws from words alone.
+# Parts of `sampling` that a case does not use, because it varies them itself or generates from text only.
 UNREAD = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",), "text_only": NOT_OF_WORDS}
 UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
 
 
 def real_of(case: str) -> str:
-    """Name of the anchor of a case that applies to some of the images only: the real ones of these alone."""
+    """Return the name of the anchor of a case that applies to some images only: the real images among these."""
     return f"{REAL}_of_{case}"
 
 
@@ -72,25 +72,25 @@ class ImageSuite:
 
     Args:
         cases: of `CASES`; None: all that the model and the data allow.
-        split: of the run's data. images: so many of it, spread evenly over its buckets.
-        batch_size: images drawn at once, of one bucket; `dino_swap` and the anchor `another_picture` pair the images of
-            a batch. None: that of the run's training, but 8 at least.
+        split: of the run's data. images: number of its images, spread evenly over its buckets.
+        batch_size: images generated at once, of one bucket; `dino_swap` and the anchor `another_picture` pair the
+            images of a batch. None: that of the run's training, but at least 8.
         text_scales, dino_scales: of the case `scales`. step_counts: of the case `steps`. grid_images: images for each
             pair of scales and each number of steps.
-        sampling: changes to the model's own sampling, by name: {"steps": 50}; None leaves a part as it is.
-        precision: of drawing: "32-true", "bf16-mixed"; "auto": that of `keygrip sample` on this machine.
-        lpips: "auto" where its weights are at hand; "none".
+        sampling: changes to the model's own sampling, by name: {"steps": 50}; None keeps the model's own value.
+        precision: of sampling: "32-true", "bf16-mixed"; "auto": that of `keygrip sample` on this machine.
+        lpips: "auto": if its weights are available; "none".
         replace_words: for `changed_words` on captions of any kind: {word: other word}, or pairs [[word, other word]],
-            in which a word may be a number. Without it the cube's colour is changed, where the data say which it is.
+            in which a word may be a number. Without it the cube's colour is changed, if the data contain it.
         shown: images in each row of the report.
-        classifier: how a classifier is trained where there is none yet.
-        features: in which sets of images are compared with real ones.
-        clip: a folder of CLIP, by which images are compared with their captions; None: that of `features`, where its
-            kind is clip, and otherwise they are not.
+        classifier: how a classifier is trained if there is none yet.
+        features: features in which sets of images are compared with real ones.
+        clip: a folder of CLIP, which compares images with their captions; None: that of `features`, if its kind is
+            clip, and otherwise no comparison.
 
     Raises:
-        ValueError: an unknown case, a number below 1, a word to replace that is none, or a setting that none of `cases`
-            reads.
+        ValueError: A case is unknown, a number is below 1, a word to replace is invalid, or none of `cases` uses a
+            setting.
     """
 
     cases: Sequence[str] | None = None
@@ -139,7 +139,7 @@ class ImageSuite:
         return word_changes(self.replace_words)
 
     def _refuse_idle(self) -> None:
-        """Raises ValueError: a setting has no effect, because its case is left out."""
+        """Raise ValueError if a setting has no effect because its case is left out."""
         for name, needed in NEEDS.items():
             usual: Any = ImageSuite.__dataclass_fields__[name].default
             given = list(getattr(self, name) or ())
@@ -157,8 +157,9 @@ class Asked:
 
     Args:
         conditions: normalised. target: [B, 3, H, W] the real images to compare with.
-        records: whose layout is asked for, B of them. colours: of the cube, in words. sides_told: so are their sides.
-        seeds: B of them, from which the images are drawn; an image of the data has the same one in every case.
+        records: whose layout is requested, B of them. colours: of the cube, in the text. sides_told: whether the text
+            also contains the cube's side.
+        seeds: B seeds of the sampled images; an image of the data has the same seed in every case.
     """
 
     conditions: Conditions
@@ -171,10 +172,10 @@ class Asked:
 
 
 class Suite:
-    """Evaluates one model on one set of shards.
+    """Evaluate one model on one set of shards.
 
     Args:
-        module: a trained model. data: set up. classifier: of the data; None: it holds no ground truth.
+        module: a trained model. data: set up. classifier: of the data; None: the data hold no ground truth.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Suite:
         self.samples = Samples(options.shown)  # of one batch, by case
 
     def _refuse_impossible(self) -> None:
-        """Before anything is drawn. Raises ValueError: a way of sampling that is impossible or without effect."""
+        """Raise ValueError, before anything is generated, if a way of sampling is impossible or without effect."""
         for text in self.options.text_scales:
             for dino in self.options.dino_scales:
                 self.sampling.replaced(text_scale=float(text), dino_scale=float(dino))
@@ -210,14 +211,14 @@ class Suite:
 
     @cached_property
     def features(self) -> FeatureEncoder:
-        """The encoder in whose features sets of images are compared; trained at first access where it is missing."""
+        """The encoder in whose features sets of images are compared; trained at first access if it is missing."""
         return feature_encoder(self.data, self.encoders, self.options.features)
 
     def cases(self) -> list[str]:
-        """The cases that can be evaluated here.
+        """Return the cases that can be evaluated here.
 
         Raises:
-            ValueError: one was named that cannot.
+            ValueError: A case was requested that cannot be evaluated.
         """
         cannot = {}
         if not self.module.network.use_dino_patches:
@@ -238,7 +239,7 @@ class Suite:
         return list(self.options.cases)
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
-        """Held-out batches on the model's device, their real images, and the numbers of their images."""
+        """Yield held-out batches on the model's device, their real images, and the indices of their images."""
         number, size = 0, self.options.batch_size or max(self.data.batch_size, PAIRED)
         for batch in self.data.held_out(self.options.split, limit, with_images=True, batch_size=size):
             batch = batch.to(self.module.device)
@@ -251,7 +252,7 @@ class Suite:
     # ------------------------------------------------------------------------------------------------------------ cases
 
     def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
-        """Conditions of a case for a batch; None where it applies to none of its images."""
+        """Return the conditions of a case for a batch; None if it applies to none of its images."""
         own = self.module.statistics.conditions(batch)
         colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
         asked = Asked(own, real, batch.records, list(numbers), colours, list(batch.captions))
@@ -294,7 +295,7 @@ class Suite:
         return Asked(conditions, asked.target[index], records, seeds, colours, captions, sides_told=not words)
 
     def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
-        """Images [B, 3, H, W] in 0..1, in the suite's precision."""
+        """Generate images [B, 3, H, W] in 0..1, in the suite's precision."""
         with torch.autocast(self.module.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             drawn = self.module.draw(asked.conditions, size, asked.seeds, sampling or self.sampling)
         if not bool(torch.isfinite(drawn).all()):
@@ -305,7 +306,7 @@ class Suite:
 
     @torch.no_grad()
     def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
-        """Of each image, by name, [B] each (fewer where something was not asked of all)."""
+        """Return the figures of each image, by name, [B] each (fewer if a figure does not apply to all images)."""
         found = self.distances(drawn, asked.target) | {"grain": grain(drawn)}
         if self.clip is not None:
             found["clip_similarity"] = self.clip(drawn, asked.captions)
@@ -336,12 +337,12 @@ class Suite:
         return found
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures by case, and of real images in the place of a case that applies to some of them only; fills
-        `samples` with images."""
+        """Return the figures by case, and for a case that applies to some images only also those of its real images.
+        Fills `samples` with images."""
         wanted = self.cases()
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         sets: dict[str, list[Tensor]] = defaultdict(list)
-        drawn_of: dict[str, list[int]] = defaultdict(list)  # numbers of the images, by case
+        drawn_of: dict[str, list[int]] = defaultdict(list)  # indices of the images, by case
         total = min(self.options.images, len(self.data.samples(self.options.split)))
         with Progress(total=total, desc="evaluate", unit="image") as bar:
             for batch, real, numbers in self.batches(self.options.images):
@@ -349,7 +350,7 @@ class Suite:
                 rows = [SampleRow("real", range(len(batch)), real)]
                 for name, asked, drawn in self._references(batch, real, numbers):
                     found = self.measure(drawn, asked)
-                    if name == REAL:  # an image's distance to itself says nothing
+                    if name == REAL:  # an image's distance to itself is not informative
                         found = {figure: value for figure, value in found.items() if figure not in self.distances.names}
                     self._add(values[name], found)
                     if name in (REAL, DECODED):
@@ -375,13 +376,13 @@ class Suite:
         for case, measured in values.items():
             of_set = set_figures(torch.cat(sets[case]), self.reference) if case in sets else {}
             figures[case] = summarise(measured) | of_set
-            if 0 < len(drawn_of[case]) < len(features):  # figures of sets depend on how many images there are
+            if 0 < len(drawn_of[case]) < len(features):  # figures of sets depend on the number of images
                 own = torch.tensor(drawn_of[case])
                 figures[real_of(case)] = real_figures(features[own], grains[own], self.reference)
         return figures
 
     def without_images(self, case: str) -> None:
-        """Says that a case applies to none of the images. Raises ValueError: it was asked for by name."""
+        """Log that a case applies to none of the images. Raises ValueError if it was requested by name."""
         reason = f"the case {case} applies to none of the images: {UNASKED.get(case, 'they lack what it asks for')}"
         if self.options.cases is not None:
             raise ValueError(reason)
@@ -390,16 +391,16 @@ class Suite:
     @cached_property
     @torch.no_grad()
     def reference(self) -> Tensor:
-        """Features [N, F] of real training images, with which sets are compared; real held-out ones too."""
+        """Features [N, F] of real training images, with which all sets are compared, real held-out images too."""
         features, device = self.features.features, self.module.device
         batches = training_batches(self.data, self.encoders, self.options.features.reference_images)
         parts = (part for batch in batches for part in batch.split(64))
         return torch.cat([features(part.to(device).float() / 255).float().cpu() for part in parts])
 
     def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
-        """Real images in the place of drawn ones: another one of the set, each as an autoencoder brings it back (than
-        which no drawn one can be better), and each itself: the classifier's own error, and what sets of real images are
-        from each other."""
+        """Yield real images in place of generated ones: another one of the set; each as reconstructed by the
+        autoencoder, which no generated image can surpass; and each itself, which gives the classifier's own error and
+        the distance between sets of real images."""
         own = self.ask("reconstruction", batch, real, numbers)
         assert own is not None
         if len(batch) > 1:
@@ -423,12 +424,12 @@ class Suite:
 
     @property
     def scaled_case(self) -> str:
-        """The case that is drawn for each pair of scales: where no word can be changed, reconstructions."""
+        """The case that is generated for each pair of scales: reconstructions if no word can be changed."""
         return "changed_words" if self.options.words or self.classifier is not None else "reconstruction"
 
 
 def refuse_empty(data: ImageShards, split: str) -> None:
-    """Raises ValueError: a split of opened data holds no image, with those that do."""
+    """Raise ValueError if a split of opened data holds no image; the message lists the splits that do."""
     if len(data.samples(split)):
         return
     held = {name: len(data.samples(name)) for name in ("val", "test", "train")}

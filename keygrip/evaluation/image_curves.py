@@ -15,19 +15,19 @@ from keygrip.evaluation.image_statistics import grain, real_figures, set_figures
 from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.progress import Progress
 
-STEPPED = ("reconstruction", "text_only")  # what is drawn in the case `steps`
+STEPPED = ("reconstruction", "text_only")  # cases that are generated in the case `steps`
 
 
 class Curves:
-    """Draws the same `grid_images` images of a suite in many ways."""
+    """Generate the same `grid_images` images of a suite with many settings."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite, self.options, self.sampling = suite, suite.options, suite.sampling
         self._grids: dict[str, list[tuple[Asked, tuple[int, int]]]] = {}
-        self._anchors: dict[tuple[int, ...], dict[str, float]] = {}  # by the numbers of the images
+        self._anchors: dict[tuple[int, ...], dict[str, float]] = {}  # by the indices of the images
 
     def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
-        """Figures of `Suite.scaled_case` for each pair of scales, and a row of images for each text scale."""
+        """Return the figures of `Suite.scaled_case` for each pair of scales, and a row of images per text scale."""
         case = self.suite.scaled_case
         pairs = [(float(t), float(d)) for t in self.options.text_scales for d in self.options.dino_scales]
         images: dict[float, list[Tensor]] = defaultdict(list)
@@ -43,7 +43,7 @@ class Curves:
         return table, rows
 
     def word_scales(self) -> list[dict[str, Any]]:
-        """Figures of images from words alone for each text scale."""
+        """Return the figures of images from text only for each text scale."""
         table = []
         for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
             found, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
@@ -52,8 +52,7 @@ class Curves:
         return table
 
     def steps(self) -> list[dict[str, Any]]:
-        """Figures of reconstructions and of images from words alone for each number of steps, with what an image
-        costs."""
+        """Return the figures of reconstructions and images from text only by number of steps, with an image's cost."""
         table = []
         pairs = [(case, steps) for case in STEPPED for steps in self.options.step_counts]
         for case, steps in Progress(pairs, desc="steps", unit="curve point", leave=False):
@@ -64,8 +63,8 @@ class Curves:
 
     @torch.no_grad()
     def real(self, case: str) -> dict[str, float]:
-        """The anchor of a case: the real images of those that it is drawn of, against the same training images; empty
-        where it applies to none."""
+        """Return the anchor of a case: the real images that it uses, compared with the same training images; empty if
+        it applies to no image."""
         grid = self._grid(case)
         numbers = tuple(seed for asked, _ in grid for seed in asked.seeds)
         if numbers and numbers not in self._anchors:
@@ -75,11 +74,11 @@ class Curves:
         return self._anchors.get(numbers, {})
 
     def _with_grain_off(self, case: str, found: dict[str, Any]) -> dict[str, Any]:
-        """With how far the grain is from that of the same real images: more is noise, less is blur."""
+        """Add the difference between the grain and that of the same real images: higher is noise, lower is blur."""
         return {**found, "grain_off": round(abs(found["grain"] - self.real(case)["grain"]), 5)}
 
     def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
-        """What a case asks of the images of the curves: with the latents' size of each batch."""
+        """Return the conditions of a case for the images of the curves, with the latents' size of each batch."""
         if case not in self._grids:
             self._grids[case] = [
                 (asked, (batch.latents.shape[2], batch.latents.shape[3]))
@@ -90,8 +89,8 @@ class Curves:
 
     @torch.no_grad()
     def _drawn_so(self, case: str, sampling: Sampling, most: int = 0) -> tuple[dict[str, Any], Tensor]:
-        """Figures of a case drawn in one way, and up to `most` images of the first batch that has as many, or of the
-        largest; empty where nothing is asked."""
+        """Return the figures of a case generated with the given sampling, and up to `most` images of the first batch
+        with that many, or else of the largest batch; empty if the case applies to no image."""
         suite, values = self.suite, defaultdict[str, list[Tensor]](list)
         parts, shown, spent, evaluations = [], torch.zeros(0), 0.0, 0
         for asked, size in self._grid(case):

@@ -16,15 +16,15 @@ from keygrip.models.patch_dit.encoders import Encoders
 log = logging.getLogger(__name__)
 
 LPIPS_NET: Literal["alex"] = "alex"
-LPIPS_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's weights, in torch's hub folder
+LPIPS_FILE = "alexnet-owt-7be5be79.pth"  # file name of torchvision's weights, in torch's hub folder
 
 
 class Distances:
-    """Between drawn and real images [B, 3, H, W] in 0..1, a number for each pair.
+    """Distances between generated and real images [B, 3, H, W] in 0..1, one value for each pair.
 
     Args:
-        encoders: whose DINO gives `dino_distance` (of the colour image, whatever the model is shown). classifier: gives
-            `judge_distance`; None: there is none. lpips: see :class:`ImageSuite`.
+        encoders: their DINO gives `dino_distance` (of the colour image, whatever view the model receives). classifier:
+            gives `judge_distance`; None: none is computed. lpips: see :class:`ImageSuite`.
     """
 
     def __init__(self, encoders: Encoders, classifier: TrainedClassifier | None, lpips: str) -> None:
@@ -47,7 +47,7 @@ class Distances:
 
     @torch.no_grad()
     def __call__(self, drawn: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """By name, [B] each."""
+        """Return the distances by name, [B] each."""
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         error = (drawn - real).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)

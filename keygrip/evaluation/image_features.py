@@ -1,5 +1,4 @@
-"""Frozen encoders in whose features sets of images are compared: one that is trained here without labels, or a known
-one from its weights."""
+"""Frozen encoders whose features compare sets of images: one trained here without labels, or a published one."""
 
 from __future__ import annotations
 
@@ -30,26 +29,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # version of the network and its training; a file of another version is trained again
+VERSION = 2  # version of the network and its training; files of another version are not used
 KINDS = ("trained", "dinov3", "clip", "inception")
 TEMPERATURE = 0.2
 
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """In which features sets of images are compared.
+    """Features in which sets of images are compared.
 
     Args:
-        kind: "trained", without labels on the training images of the shards and kept beside them; from `weights`
-            "dinov3", the CLS vector of a backbone; "clip", the embedding on which CMMD is defined; "inception", the
-            pooled features of the FID.
-        weights: a local file, of "clip" a folder; None for "trained". variant: of the backbone. reference_images: real
-            training images that sets are compared with.
-        width, steps, batch_size, lr: of the encoder that is trained here. training_images: most that it is trained on,
-            spread evenly over the set; they are held in memory, 786 kB each at 512 px.
+        kind: "trained": an encoder trained without labels on the training images of the shards and stored next to
+            them. From `weights`: "dinov3", the CLS vector of a backbone; "clip", the embedding on which CMMD is
+            defined; "inception", the pooled features of the FID.
+        weights: a local file, for "clip" a folder; None for "trained". variant: of the backbone. reference_images:
+            number of real training images that sets are compared with.
+        width, steps, batch_size, lr: of the encoder that is trained here. training_images: maximum number it is trained
+            on, spread evenly over the set; they are held in memory, 786 kB each at 512 px.
 
     Raises:
-        ValueError: an unknown kind, weights that it does not take or lacks, or settings of another kind.
+        ValueError: The kind is unknown, weights are missing or not accepted, or a setting belongs to another kind.
     """
 
     kind: str = "trained"
@@ -97,10 +96,10 @@ class FeatureEncoder:
 
 
 class SmallEncoder(nn.Module):
-    """Four strided convolutions; the means and the spreads of the last two maps are the features, [B, 12 width].
+    """Four strided convolutions; the features are means and standard deviations of the last two maps, [B, 12 width].
 
     Args:
-        width: of the first layer; later ones have twice and four times as much.
+        width: of the first layer; later layers have two and four times as much.
     """
 
     def __init__(self, width: int) -> None:
@@ -117,16 +116,17 @@ class SmallEncoder(nn.Module):
             x = functional.gelu(norm(layer(x)))
             maps.append(x)
         kept = []
-        for found in maps[-2:]:  # of a map of one cell the spread is 0, and its slope must be a number
+        # for a map of one cell the variance is 0, and its square root must have a finite gradient
+        for found in maps[-2:]:
             kept += [found.mean(dim=(2, 3)), (found.var(dim=(2, 3), correction=0) + 1e-6).sqrt()]
         return torch.cat(kept, dim=1)
 
 
 def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
-    """The encoder that the options name; the trained one is kept beside the shards, and made first where it is missing.
+    """Return the encoder selected by the options. The trained one is stored next to the shards and trained if missing.
 
     Raises:
-        FileNotFoundError, ValueError: no such weights, or of another network.
+        FileNotFoundError, ValueError: The weights do not exist or belong to another network.
     """
     if options.kind == "trained":
         return _trained(data, encoders, options)
@@ -160,13 +160,13 @@ def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> 
 
 
 def training_batches(data: ImageShards, encoders: Encoders, limit: int) -> Iterator[Tensor]:
-    """The images of `training_images` as uint8 [B, 3, H, W] of one size each, of which one batch is held in memory."""
+    """Yield the images of `training_images` as uint8 [B, 3, H, W] of one size; only one batch is held in memory."""
     for batch in data.held_out("train", limit, with_images=True):
         yield real_images(encoders, batch)
 
 
 def training_images(data: ImageShards, encoders: Encoders, limit: int) -> list[Tensor]:
-    """uint8 [N, 3, H, W] of each size: so many training images at most, spread evenly over the buckets."""
+    """Return uint8 [N, 3, H, W] of each size: at most `limit` training images, spread evenly over the buckets."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
     for shown in training_batches(data, encoders, limit):
         found.setdefault(tuple(shown.shape[2:]), []).append(shown)
@@ -174,12 +174,12 @@ def training_images(data: ImageShards, encoders: Encoders, limit: int) -> list[T
 
 
 def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder:
-    """Trains by telling two views of an image from those of others, without labels (Chen et al., "SimCLR", 2020). A
-    pure function of its arguments.
+    """Train the encoder contrastively, without labels: two views of an image must be more similar than views of
+    different images (Chen et al., "SimCLR", 2020). A pure function of its arguments.
 
-    Views are crops of at least half the area, mirrored, and a little lighter or darker: what tells images apart then is
-    which things they show, how they look and how they lie to each other. Grain is no part of the views, so that
-    features may tell it.
+    Views are crops of at least half the area, mirrored, and slightly lighter or darker. So images are distinguished by
+    the objects that they show, their appearance and their arrangement. Grain is not changed between views, so that
+    features may represent it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -206,8 +206,7 @@ def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder
 
 
 def _view(images: Tensor, rng: Any) -> Tensor:
-    """One crop, mirrored or not, and lightness for the whole batch: the views of a batch differ from each other in the
-    images alone."""
+    """Return a view: one crop, mirroring and lightness per batch, so that its views differ only in the images."""
     height, width = images.shape[2:]
     share = math.sqrt(rng.uniform(0.5, 1.0))
     high, wide = max(8, round(height * share)), max(8, round(width * share))

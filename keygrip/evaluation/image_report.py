@@ -48,8 +48,8 @@ FIGURES = {
     "recall": "share of real images that lie among these",
     "grain_off": "how far grain is off that of real images",
 }
-# What is weighed against each other over the scales; a minus: less is better. The first pair of figures that were
-# measured; where several pairs of scales have the very same best shares, these are weighed by `QUALITY`.
+# Figures that are traded off over the scales; a minus: lower is better. The first pair that was measured is used. If
+# several pairs of scales have the same best fractions, they are compared by `QUALITY`.
 SHARES_PARETO = ("colour_as_asked", "cube_within_4px")
 SCALES_PARETO = (SHARES_PARETO, ("clip_similarity", "-dino_distance"), ("-frechet", "-dino_distance"))
 QUALITY = ("-frechet", "-grain_off")
@@ -59,8 +59,8 @@ AXES = {"colour_as_asked": "colour as asked in words", "cube_within_4px": "cube 
 AXES |= {"frechet": "Frechet distance", "dino_distance": "distance in DINO features"}
 AXES |= {"grain_off": "grain off that of real images, 1/255", "clip_similarity": "similarity to the words (CLIP)"}
 AXES |= {"objects_as_named": "exactly the named objects"}
-# Figures of the anchors, of real images against others of their kind, and how far a good model may be from them: the
-# least and the most of its figure over theirs. Too little grain is blur.
+# Figures compared with an anchor, real images against other real images: the lowest and the highest acceptable ratio of
+# a case's figure to the anchor's. Too little grain is blur.
 LIMITS = (
     ("reconstruction", "frechet", "real", 0.0, 1.5, "Frechet distance of reconstructions", "of real images"),
     ("text_only", "frechet", "real", 0.0, 3.0, "Frechet distance of images from words alone", "of real images"),
@@ -78,7 +78,7 @@ SHARES = (
 
 
 def explained(case: str) -> str:
-    """What a column of the table holds."""
+    """Describe a column of the table."""
     of = case.removeprefix("real_of_")
     if of == case:
         return EXPLAINED[case]
@@ -86,9 +86,9 @@ def explained(case: str) -> str:
 
 
 def shortcomings(cases: Mapping[str, Mapping[str, float]], split: str = "test") -> list[str]:
-    """Measured faults of the images, a sentence each; empty where there are none.
+    """Return measured shortcomings of the images, one sentence each; empty if there are none.
 
-    Of the split `train` the real images are among those that sets are compared with: their own distance is no anchor.
+    For the split `train`, the real images are among those that sets are compared with: their own distance is no anchor.
     """
     found = []
     for case, name, anchor, least, most, what, whose in LIMITS:
@@ -106,8 +106,8 @@ def shortcomings(cases: Mapping[str, Mapping[str, float]], split: str = "test") 
 
 
 def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[int]:
-    """Numbers of the rows than which no other one is better in all of the named figures: larger is better, and less
-    where a minus stands before the name."""
+    """Return the indices of the rows that no other row surpasses in all of the named figures: higher is better, or
+    lower if the name begins with a minus."""
     points = [[-row[name[1:]] if name.startswith("-") else row[name] for name in names] for row in rows]
 
     def beaten(own: Sequence[float]) -> bool:
@@ -121,9 +121,10 @@ def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[in
 def weighed(
     rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]
 ) -> tuple[tuple[str, str], list[int]] | None:
-    """The first of the pairs that all rows have figures of, and the numbers of the rows on its front; None: none.
+    """Return the first of the pairs for which all rows have figures, and the indices of the rows on its front; None if
+    there is none.
 
-    Shares end at 1: rows that reach the same best ones are weighed by `QUALITY` among themselves.
+    Fractions cannot exceed 1: rows that reach the same best fractions are compared among themselves by `QUALITY`.
     """
     pair = next((pair for pair in pairs if has_figures(rows, pair)), None)
     if pair is None:
@@ -137,7 +138,7 @@ def weighed(
 
 
 def has_figures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bool:
-    """Whether there are rows and all have the named figures."""
+    """Return whether there are rows and all have the named figures."""
     return bool(rows) and all(name.lstrip("-") in row for row in rows for name in names)
 
 
@@ -147,7 +148,7 @@ def write_report(
     rows: Sequence[tuple[str, Tensor]],
     scale_rows: Sequence[tuple[str, Tensor]],
 ) -> list[Path]:
-    """Writes `report.md` and its images; returns the images.
+    """Write `report.md` and its images; return the images.
 
     Args:
         figures: see `keygrip.evaluation.image_text.run_suite`. rows, scale_rows: titles and images
@@ -170,7 +171,7 @@ def write_report(
 
 
 def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
-    """The report's text."""
+    """Return the report's text."""
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
     lines = [f"# Images of the {figures['split']} split", ""]
     wrong = shortcomings(figures["cases"], figures["split"])
@@ -251,7 +252,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A Markdown table: one column per row of figures, one line for each figure that any has, to fit a page."""
+    """Return a Markdown table: one column per row of figures, one line per figure that any row has, to fit a page."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = ["| | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
     for name in names:
@@ -261,7 +262,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def png(image: np.ndarray) -> bytes:
-    """[H, W, 3] uint8 as a PNG file."""
+    """Encode [H, W, 3] uint8 as a PNG file."""
     import io
 
     from PIL import Image
@@ -272,7 +273,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
-    """Two maps over (text_scale, dino_scale): the colour asked for is drawn, and the cube is where it shall be."""
+    """Plot two maps over (text_scale, dino_scale): colours as requested, and cubes at the requested position."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -299,9 +300,9 @@ def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
 
 
 def curves(figures: Mapping[str, Any]) -> bytes:
-    """Three plots: what is weighed against each other over the guidance scales, with its Pareto front; the same of
-    images from words alone; and the Frechet distance against the evaluations that an image costs, by case, beside that
-    of real images."""
+    """Return three plots: the traded-off figures over the guidance scales, with their Pareto front; the same for images
+    from text only; and the Frechet distance against the network evaluations per image, by case, together with that of
+    real images."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""The rows of `samples.png`: images of one batch, case below case, in the columns of the real images."""
+"""The rows of `samples.png`: images of one batch, one row per case, in the columns of the real images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ EMPTY = 1.0  # white, as between the images
 
 @dataclass(frozen=True)
 class SampleRow:
-    """What a case drew of a batch.
+    """The images that a case generated for a batch.
 
     Args:
-        places: in the batch, of those of its images that the case applies to. images: [N, 3, H, W] in 0..1, as many.
-        labels: words that belong to them, for the title.
+        places: positions in the batch of the images that the case applies to. images: [N, 3, H, W] in 0..1, as many.
+        labels: text for each image, for the title.
     """
 
     title: str
@@ -27,10 +27,10 @@ class SampleRow:
 
 
 class Samples:
-    """Keeps the rows of the batch that fills most cells, the first of several.
+    """Store the rows of the batch that fills most cells; of equal batches the first.
 
     Args:
-        columns: images of a row at most.
+        columns: maximum number of images in a row.
     """
 
     def __init__(self, columns: int) -> None:
@@ -39,8 +39,8 @@ class Samples:
         self._filled = (0, 0)  # columns, and cells with an image
 
     def offer(self, size: int, rows: Sequence[SampleRow]) -> None:
-        """Takes the rows of a batch of `size` images in the place of those it has, where they fill more columns, or as
-        many with fewer empty cells: neighbouring columns, of which those with most images."""
+        """Replace the stored rows by those of a batch of `size` images if they fill more columns, or equally many with
+        fewer empty cells. The columns are neighbouring ones, those with most images."""
         width = min(size, self.columns)
         windows = [range(start, start + width) for start in range(size - width + 1)]
         cells = [sum(place in window for row in rows for place in row.places) for window in windows]
@@ -53,7 +53,7 @@ class Samples:
 
 
 def _placed(row: SampleRow, window: range) -> tuple[str, Tensor]:
-    """Title and images [N, 3, H, W] of the columns, white where the row has none."""
+    """Return title and images [N, 3, H, W] of the columns, white where the row has none."""
     images = torch.full((len(window), *row.images.shape[1:]), EMPTY)
     labels = ["-"] * len(window)
     for number, place in enumerate(row.places):

@@ -1,29 +1,28 @@
-"""The validation suite of the patch-conditioned DiT: how well words and reference images are each followed.
+"""The validation suite of the patch-conditioned DiT: how well text and reference images are each followed.
 
 Cases, each on the same held-out images and seeds:
 
 - `reconstruction`: an image's own text and DINO features.
-- `dino_swap`: an image's text with another one's features: the layout is to follow the features.
+- `dino_swap`: an image's text with another one's features: the layout should follow the features.
 - `text_only`: no features.
 - `changed_words`: its own features, and a caption in which a word was changed (the cube's colour).
 - `shuffled_patches`: as `reconstruction`, with the patches in random order.
-- `scales`: `changed_words` over a grid of guidance scales: where words and features each have their say; without words
-  to change, `reconstruction`. And `text_only` over the text scales.
-- `steps`: `reconstruction` and `text_only` over numbers of steps, with the evaluations and seconds that an image costs.
+- `scales`: `changed_words` over a grid of guidance scales, which shows the trade-off between text and features; if no
+  words can be changed, `reconstruction`. Also `text_only` over the text scales.
+- `steps`: `reconstruction` and `text_only` over numbers of steps, with the evaluations and seconds per image.
 
-Each figure stands beside two anchors: `real`, the held-out images themselves against other real ones, and
-`another_picture`, an unrelated real image in the place of the one that was asked for. A case that applies to some of
-the images only (`changed_words` where few captions hold a word) has an anchor of its own, `real_of_changed_words`:
-the real images of these alone. Sets of images are compared in the features of a frozen encoder that no model was
-trained with (`features`).
+Each figure is reported with two anchors: `real`, the held-out images themselves compared with other real ones, and
+`another_picture`, an unrelated real image in place of the requested one. A case that applies to some images only
+(`changed_words` if few captions hold a word) has its own anchor, `real_of_changed_words`: the real images of these
+only. Sets of images are compared in the features of a frozen encoder that no model was trained with (`features`).
 
-With a CLIP at hand (`clip`, or `features.kind=clip`) the images of every case are compared with the words that they
-were asked by; `real` says what the own caption has of a real image, `another_picture` what one of another image has.
+If a CLIP is given (`clip`, or `features.kind=clip`), the images of every case are compared with the text that they
+were generated from. `real` then compares a real image with its own caption, `another_picture` with the caption of
+another image.
 
-Single images are compared with the real ones that the shards keep, and where they keep none with what their latents
-decode to, which the report says. LPIPS needs weights that are not part of any
-package; where they are not at hand this is said, and two distances that are no LPIPS stand in for it under their own
-names.
+Single images are compared with the real images in the shards. If the shards store none, they are compared with the
+decoded latents, and the report states this. LPIPS needs weights that are not part of any package. If they are not
+available, the report states this, and two other distances are reported instead, under their own names.
 """
 
 from __future__ import annotations
@@ -59,19 +58,19 @@ DECODED_NOTE = (
 def run_suite(
     module: PatchDiTModule, data: ImageShards, options: ImageSuite, output: Path
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Runs the suite and writes `report.md` and its images into a folder.
+    """Run the suite and write `report.md` and its images into a folder.
 
     Args:
-        module: with trained weights, on its device. data: its shards, made where they are missing.
+        module: with trained weights, on its device. data: its shards, created if they are missing.
 
     Returns:
         the figures: `cases`, `scales`, `word_scales`, `steps`, `real_scales` (the anchor of `scales`), `real_grid`
-            (that of the other two, of all `grid_images`), `words_note` (how many captions a word could be changed in),
-            `classifier` (its own error), `clip`, `lpips_note`, `sampling`, `drawn_in` (the precision in which images
-            were drawn, named as `strategy.precision` is); and the image files.
+            (the anchor of the other two, of all `grid_images`), `words_note` (in how many captions a word could be
+            changed), `classifier` (its own error), `clip`, `lpips_note`, `sampling`, `drawn_in` (the precision of
+            sampling, named as in `strategy.precision`); and the image files.
 
     Raises:
-        FileNotFoundError: no shards. ValueError: no image in the split, or a case that cannot be evaluated.
+        FileNotFoundError: There are no shards. ValueError: The split has no image, or a case cannot be evaluated.
     """
     data.prepare_data()
     data.setup()
@@ -122,7 +121,7 @@ def run_suite(
 
 
 def headline(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics used to compare models, under one name each."""
+    """Return the metrics used to compare models, each under one name."""
     wanted = {
         "reconstruction": (
             *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
@@ -151,7 +150,7 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """What `python -m keygrip.evaluate` does with a patch-conditioned DiT."""
+    """Evaluate a patch-conditioned DiT for `python -m keygrip.evaluate`."""
     import torch
 
     settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}

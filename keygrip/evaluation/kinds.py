@@ -1,8 +1,8 @@
-"""Kinds of tasks that `keygrip evaluate` knows, each with its settings and the function that evaluates it.
+"""Kinds of tasks that `keygrip evaluate` supports, each with its settings and the function that evaluates it.
 
-A LightningModule names its kind by a class attribute, ``evaluation_kind = "policy"``; models import nothing of this
-package. To add a kind: a schema and a line in `KINDS` here, its settings in ``conf/evaluate/<kind>.yaml``, and a module
-with the function.
+A LightningModule names its kind by a class attribute, ``evaluation_kind = "policy"``; models import nothing from this
+package. To add a kind, add a schema and a line in `KINDS` here, its settings in ``conf/evaluate/<kind>.yaml``, and a
+module with the function.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Settings that a kind reads only where another one has not a certain value: (kind, other, value, settings, those of
-# them that it reads all the same).
+# Settings that a kind does not use if another setting has a certain value: (kind, other setting, value, unused
+# settings, those of them that are used nevertheless).
 IDLE = (
     (
         "policy",
@@ -41,8 +41,8 @@ IDLE = (
     ("video_text", "split", "none", ("limit_batches", "data"), ()),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
-# What a checkpoint's data settings may take of the machine, unless the caller names them: at most what they have by
-# default (of several kinds of data, the most), and none of what only training uses.
+# Machine resources that a checkpoint's data settings may use unless the caller sets them: at most the defaults (of
+# several kinds of data, the largest), and none of those used only in training.
 MOST_TAKEN = {"num_workers": 4, "prefetch_batches": 4, "memory_gb": 0.0, "cache_gb": 200.0}
 KIND = "evaluation_kind"  # attribute of a module's class, and its name in a checkpoint's header
 
@@ -144,12 +144,12 @@ for _name, _kind in KINDS.items():
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What is evaluated, and where the files of the evaluation go.
+    """What is evaluated, and where the files of the evaluation are written.
 
     Args:
         module: with the weights of the checkpoint. config: of the run that trained it. checkpoint: its file.
-        output: a folder, made by what writes into it. trust: packages beside keygrip whose parts may be built.
-        external: files that the model needs and the checkpoint does not hold, by dotted setting.
+        output: a folder, created when something is written into it. trust: packages besides keygrip whose parts may be
+            built. external: files that the model needs and the checkpoint does not hold, by dotted setting.
     """
 
     module: LightningModule
@@ -160,17 +160,18 @@ class Evaluated:
     external: Mapping[str, Any] = field(default_factory=dict)
 
     def stored_data(self, changes: Mapping[str, Any] | None = None) -> Any:
-        """The data module of the run, built from the stored configuration; it makes nothing that is missing, fetches
-        nothing from an address that `changes` do not name, and takes no more of the machine than `MOST_TAKEN`. Where
-        `changes` do not name ``cache_gb``, copies of remote shards that a training made stay: it may be running.
+        """Build the data module of the run from the stored configuration. It creates nothing that is missing, downloads
+        nothing from an address that is not in `changes`, and uses no more machine resources than `MOST_TAKEN`. If
+        `changes` do not contain ``cache_gb``, copies of remote shards made by a training are kept, because it may be
+        running.
 
         Args:
-            changes: settings that take the place of stored ones, nested as these are.
+            changes: settings that replace stored ones, nested like them.
 
         Raises:
-            UntrustedPartError: the configuration names what may not be built or fetched. ValueError: the data have no
-                such setting, or no such part: a source that is not there has nothing that could be changed; or a value
-                of another type.
+            UntrustedPartError: The configuration names parts that must not be built or downloaded. ValueError: The data
+                have no such setting or part (a source that does not exist has nothing to change), or a value has
+                another type.
         """
         stored = OmegaConf.create(_within_limits(plain(self.config.data), changes or {}))
         _refuse_unknown_parts(stored, changes or {}, "data")
@@ -194,7 +195,7 @@ class Evaluated:
 
 
 def _within_limits(stored: Any, named: Mapping[str, Any]) -> Any:
-    """Stored data settings that take no more of this machine than `MOST_TAKEN`, but for those that are named."""
+    """Limit stored data settings to the resources of `MOST_TAKEN`, except for settings in `named`."""
     if not isinstance(stored, Mapping):
         return stored
     lowered = {}
@@ -207,14 +208,13 @@ def _within_limits(stored: Any, named: Mapping[str, Any]) -> Any:
 
 
 def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -> None:
-    """Raises ValueError: `changes` set something of a part that the stored mapping of parts does not have, or
-    leave it out."""
+    """Raise ValueError if `changes` set or remove a part that the stored mapping of parts does not have."""
     for name, value in changes.items():
         if value is not None and not isinstance(value, Mapping):
             continue
         parts = {str(key): node for key, node in stored.items()} if isinstance(stored, DictConfig) else {}
         of_parts = [node for node in parts.values() if isinstance(node, DictConfig) and "_target_" in node]
-        known = name in parts if value is None else "_target_" in value  # a new part of its own; null leaves one out
+        known = name in parts if value is None else "_target_" in value  # a complete new part; null removes a part
         if value is not None and parts.get(name) is not None:
             _refuse_unknown_parts(parts[name], value, f"{place}.{name}")
         elif of_parts and "_target_" not in parts and not known:
@@ -224,13 +224,13 @@ def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -
 
 
 def checked_kind(name: str | None, what: str) -> str:
-    """``name`` if it is a kind of `KINDS`.
+    """Return ``name`` if it is a kind of `KINDS`.
 
     Args:
-        name: `evaluation_kind` of a module's class; None where it has none. what: is evaluated, for messages.
+        name: `evaluation_kind` of a module's class; None if it has none. what: the evaluated object, for messages.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not a kind.
     """
     if name is None:
         raise ValueError(f"{what}, which has no evaluation")
@@ -240,13 +240,13 @@ def checked_kind(name: str | None, what: str) -> str:
 
 
 def choose_kind(overrides: Sequence[str]) -> list[str]:
-    """The override that selects the settings of the checkpoint that ``overrides`` name; none where they name no
-    checkpoint, or a kind. The checkpoint's header is read as data: nothing of it is imported.
+    """Return the override that selects the settings for the checkpoint in ``overrides``; none if they contain no
+    checkpoint, or already a kind. The checkpoint's header is read as data; nothing from it is imported.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, one of a model without evaluation, or checkpoints of several
-            kinds in one sweep.
-        SettingError: a setting of another kind.
+        FileNotFoundError, ValueError: The checkpoint does not exist or its model has no evaluation, or a sweep has
+            checkpoints of several kinds.
+        SettingError: A setting belongs to another kind.
     """
     given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
     paths = values_of("checkpoint", given.get("checkpoint", ""))
@@ -279,15 +279,15 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
 
 
 def plain(node: Any) -> Any:
-    """A config node as dictionaries, lists and scalars."""
+    """Convert a config node to dictionaries, lists and scalars."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
-    """A dataclass of options with some of them changed.
+    """Return a dataclass of options with some of them changed.
 
     Raises:
-        ValueError: an option that does not exist or a value that it cannot have.
+        ValueError: An option does not exist or cannot have the value.
     """
     if not overrides:
         return options
@@ -301,7 +301,7 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
 
 
 def refuse_unknown(names: Iterable[str], kind: type) -> None:
-    """Raise ValueError, naming the nearest, where ``kind`` (a dataclass) has no such setting."""
+    """Raise ValueError, with the nearest name, if ``kind`` (a dataclass) has no such setting."""
     hints = hints_of(kind)
     known = [option.name for option in fields(kind) if option.init and not _is_given(option, hints.get(option.name))]
     for name in names:
@@ -312,6 +312,6 @@ def refuse_unknown(names: Iterable[str], kind: type) -> None:
 
 
 def _is_given(option: Field[Any], hint: Any) -> bool:
-    """Whether a field is no setting, but a part that whoever makes the object gives it: a policy's network."""
-    required = option.default is option.default_factory  # both are missing
+    """Return whether a field is not a setting but a part that the creator of the object passes: a policy's network."""
+    required = option.default is option.default_factory  # both are MISSING
     return required and isinstance(hint, type) and hint.__module__ != "builtins"

@@ -1,6 +1,6 @@
-"""Known image encoders from their weights, as features of images [B, 3, H, W] in 0..1: DINOv3, CLIP, Inception.
+"""Published image encoders with their weights, as features of images [B, 3, H, W] in 0..1: DINOv3, CLIP, Inception.
 
-Whole images are resized to what each takes, without a crop. Nothing is downloaded.
+Whole images are resized to the input size of each encoder, without a crop. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FID_CLASSES = 1008  # classes of the Inception network on whose features the FID
 
 
 def known_encoder(kind: str, place: Path, variant: str) -> tuple[Features, str, str]:
-    """Features of images, a name for reports and the SHA-256 of the weights.
+    """Return features of images, a name for reports and the SHA-256 of the weights.
 
     Args:
-        kind: "dinov3", the CLS vector; "clip", the projected embedding of CMMD; "inception", the pooled 2048 numbers.
-        place: a file of weights; of "clip" a folder. variant: of DINOv3.
+        kind: "dinov3", the CLS vector; "clip", the projected embedding of CMMD; "inception", the pooled 2048 values.
+        place: a file of weights; for "clip" a folder. variant: of DINOv3.
 
     Raises:
-        FileNotFoundError, ValueError: no such weights, or of another network.
+        FileNotFoundError, ValueError: The weights do not exist or belong to another network.
     """
     if kind == "clip":
         features = _clip(place)
@@ -57,7 +57,7 @@ def _dinov3(file: Path, variant: str) -> Features:
 
 
 def _clip(folder: Path) -> Features:
-    """As CMMD is defined: the whole image bicubically resized to the model's size, the projected embedding."""
+    """As CMMD is defined: the whole image resized bicubically to the model's size, the projected embedding."""
     from transformers import CLIPVisionModelWithProjection
 
     network = clip_part(CLIPVisionModelWithProjection, folder)
@@ -71,10 +71,10 @@ def _clip(folder: Path) -> Features:
 
 
 def clip_part(kind: Any, folder: Path) -> Any:
-    """A tower or the tokenizer of a CLIP of transformers, by its class.
+    """Load a tower or the tokenizer of a transformers CLIP, by its class.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: it does not hold that part.
+        FileNotFoundError: The folder does not exist. ValueError: It does not hold that part.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -83,7 +83,7 @@ def clip_part(kind: Any, folder: Path) -> Any:
         )
     is_tower = hasattr(kind, "config_class")
     told: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if is_tower:  # in float32, whatever type the folder was saved in: a figure must not depend on that
+    if is_tower:  # in float32, whatever dtype the folder has, because a figure must not depend on it
         told |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
         if is_tower:
@@ -96,13 +96,13 @@ def clip_part(kind: Any, folder: Path) -> Any:
         return part
     network, report = part
     missing = sorted(report["missing_keys"])
-    if missing:  # it would be random
+    if missing:  # it would be initialised randomly
         raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {missing[0]} is missing")
     return network.eval().requires_grad_(False)
 
 
 def clip_pixels(images: Tensor, edge: int) -> Tensor:
-    """Images ``[B, 3, H, W]`` in 0..1 as CLIP takes them, ``[B, 3, edge, edge]``."""
+    """Convert images ``[B, 3, H, W]`` in 0..1 to CLIP's input ``[B, 3, edge, edge]``."""
     resized = functional.interpolate(images, (edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return (resized - mean) / std
@@ -112,8 +112,8 @@ def clip_pixels(images: Tensor, edge: int) -> Tensor:
 
 
 def _inception(file: Path) -> tuple[Features, str]:
-    """With the weights of the FID (pt_inception-2015-12-05-6726825d.pth) the features are those that it is defined on,
-    resized as its port to PyTorch does; torchvision's are of another training."""
+    """With the FID's weights (pt_inception-2015-12-05-6726825d.pth) the features are those on which the FID is defined,
+    resized as in its PyTorch port. torchvision's weights are from another training."""
     try:
         weights = load_tensors(file)
         ours = weights["fc.weight"].shape[0] == FID_CLASSES
@@ -145,8 +145,8 @@ def _torchvision_inception() -> Any:
 
 
 def fid_inception() -> Any:
-    """Inception of December 2015, whose pooled features the FID is defined on (Heusel et al., 2017), from torchvision's
-    parts: averages leave padding out, and the last block pools by the maximum."""
+    """Inception of December 2015, on whose pooled features the FID is defined (Heusel et al., 2017), built from
+    torchvision's parts: average pooling excludes padding, and the last block uses max pooling."""
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, init_weights=False, aux_logits=False, num_classes=FID_CLASSES)
@@ -158,6 +158,6 @@ def fid_inception() -> Any:
 
 
 def _pooled_otherwise(pool: nn.Module, block: Any, given: tuple[Tensor], found: Tensor) -> Tensor:
-    """A block's output with the last of its branches computed anew behind another pooling."""
+    """Return a block's output with its last branch recomputed after another pooling."""
     branch: Tensor = block.branch_pool(pool(given[0]))
     return torch.cat([found[:, : -branch.shape[1]], branch], dim=1)

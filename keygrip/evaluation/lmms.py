@@ -1,8 +1,8 @@
 """keygrip's video-language models as a model of lmms-eval: ``lmms-eval --model keygrip --model_args checkpoint=RUN``.
 
-With ``accelerate launch --num_processes N -m lmms_eval ...`` lmms-eval gives each process its share of the documents.
-lmms-eval (`pip install 'keygrip[lmms]'`) finds it by its entry point (`lmms_entry`); nothing else imports this
-module. Its requests are (text, settings, function from a document to its images and videos, number, task, split).
+With ``accelerate launch --num_processes N -m lmms_eval ...`` lmms-eval distributes the documents over the processes.
+lmms-eval (`pip install 'keygrip[lmms]'`) finds this model by its entry point (`lmms_entry`); nothing else imports this
+module. Its requests are (text, settings, function from a document to its images and videos, index, task, split).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from keygrip.training.checkpoints import load_module
 log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 64  # default where a task gives none
-# SystemExit: the task of Video-MME leaves Python where a video is not there
+# SystemExit: the task of Video-MME exits Python if a video does not exist
 FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)
-FAILED = "-"  # an answer that names nothing: MVBench's task leaves empty answers out, which would count in our favour
+FAILED = "-"  # names no option. MVBench's task skips empty answers, which would improve the result
 Given = TypeVar("Given")
-Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...]], Any]  # a video, and its keys and values
-Timed = tuple[np.ndarray, tuple[float, ...]]  # frames and when each was taken; () of several images or videos
+Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...]], Any]  # a video with its keys and values
+Timed = tuple[np.ndarray, tuple[float, ...]]  # frames and their times; () for several images or videos
 
 
 class KeygripModel(lmms):
@@ -49,16 +49,17 @@ class KeygripModel(lmms):
 
     Args:
         checkpoint: a run folder, a checkpoint file, or an export.
-        mode: how videos are looked at; None: as at inference.
-        max_frames: of longer videos so many evenly spaced ones; None: as in training.
-        device: None or "cuda": this process's GPU where there is one.
-        max_failed_share: requests that fail (a video that is not there or cannot be decoded, a row that does not fit)
-            are named in the log and counted as wrong; of 200 and more, more than this share ends the evaluation.
-        batch_size, max_batch_size: lmms-eval gives them; requests go one by
-            one, since each has a video of its own.
+        mode: how the model attends to videos; None: as at inference.
+        max_frames: longer videos are reduced to that many evenly spaced frames; None: as in training.
+        device: None or "cuda": this process's GPU, if there is one.
+        max_failed_share: failed requests (a video that does not exist or cannot be decoded, a row that does not fit)
+            are named in the log and counted as wrong. If there are at least 200 and more than this fraction fails, the
+            evaluation ends.
+        batch_size, max_batch_size: passed by lmms-eval; requests are processed one
+            by one, because each has its own video.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or a mode that the model does not have.
+        FileNotFoundError, ValueError: The checkpoint does not exist, or the model does not have the mode.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class KeygripModel(lmms):
             int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1))
         )
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(own if device in (None, "cuda") else device)  # where lmms-eval gathers counts
+        self.device = torch.device(own if device in (None, "cuda") else device)  # lmms-eval gathers counts on it
         module: Any = load_module(checkpoint, map_location=str(self.device), expected=FoveatedVLMModule, dtype="auto")
         self.module: FoveatedVLMModule = module.eval()
         self.mode = mode or self.module.answer_mode
@@ -90,16 +91,15 @@ class KeygripModel(lmms):
         self._told: set[str] = set()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers, each cut off before the first of the task's `until`; `FAILED` where nothing is said or a request
-        fails.
+        """Generate answers, each truncated before the first of the task's `until` strings; `FAILED` if the answer is
+        empty or the request fails.
 
-        A task's `max_new_tokens` (32768 in some) that the language model's context has no room for means as many as
-        there is room for. Where tokens are drawn (`temperature`, unless `do_sample` is false; `top_k` and `top_p`) it
-        is with seed 0, and of a request that is made several times (`repeats`) with 1, 2, ... after that. What has no
-        effect is said in the log.
+        If a task's `max_new_tokens` (32768 in some) exceeds the language model's context, the rest of the context is
+        used. If tokens are sampled (`temperature`, unless `do_sample` is false; `top_k` and `top_p`), the seed is 0,
+        and for a request that is repeated (`repeats`) 1, 2, ... after that. Settings without effect are logged.
 
         Raises:
-            ValueError: too many requests fail, or all.
+            ValueError: Too many requests fail, or all.
         """
         made: Counter[int] = Counter()
 
@@ -110,28 +110,29 @@ class KeygripModel(lmms):
         return self._each(requests, drawn, lambda _: FAILED)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """How likely each target's words are, without the end of the turn: a number, and whether greedy decoding gives
-        them, as the pair (`text`) that a task is handed.
+        """Return the likelihood of each target's text, without the end of the turn: a value, and whether greedy
+        decoding gives the text, as the pair (`text`) that a task receives.
 
-        lmms-eval 0.7.3 (`ConfigurableTask.process_results`, and the tasks' own `..._mc_ppl`) reads the number in two
-        ways, which the form of the target tells apart:
+        lmms-eval 0.7.3 (`ConfigurableTask.process_results`, and the tasks' own `..._mc_ppl`) uses the value in two
+        ways, which are distinguished by the form of the target:
 
-        - an option of a `multiple_choice` task, a text: the lowest number is chosen, since its models return losses. It
-          is the mean cross-entropy per token, nats. One that fails is infinite and never chosen before another. Where
-          all options of a question fail, `multiple_choice` takes the first, and the tasks' own functions none.
-        - the target of a `loglikelihood` task, a function of the document: `perplexity` is exp(-mean). It is the sum of
-          the tokens' log-likelihoods, nats, as lmms-eval's base class says; minus infinity where it fails.
+        - an option of a `multiple_choice` task, a text: the lowest value is chosen, because its models return losses.
+          The value is the mean cross-entropy per token, nats. A failed option has infinity and is never preferred. If
+          all options of a question fail, `multiple_choice` chooses the first, and the tasks' own functions none.
+        - the target of a `loglikelihood` task, a function of the document: `perplexity` is exp(-mean). The value is the
+          sum of the tokens' log-likelihoods, nats, as in lmms-eval's base class; minus infinity if the request fails.
 
         Raises:
-            ValueError: too many requests fail, or all.
+            ValueError: Too many requests fail, or all.
         """
-        # its evaluator makes a string of a bare pair (`unwrap_generation_output`, 0.7 to 0.7.3), which no task can read
+        # its evaluator converts a bare pair to a string (`unwrap_generation_output`, 0.7 to 0.7.3), which no task can
+        # read
         return [GenerationResult(pair) for pair in self._each(requests, self._likelihood, _no_likelihood)]
 
     def _each(
         self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Callable[[Any], Given]
     ) -> list[Given]:
-        """The answer to each request, or what stands for one that failed."""
+        """Return the answer to each request, or the replacement for a failed one."""
         found: list[Given] = []
         bad = BadSamples(self.max_failed_share, "max_failed_share")
         for request in Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0):
@@ -201,12 +202,12 @@ class KeygripModel(lmms):
         return total if callable(target) else -total / int(likelihoods.tokens[0]), greedy
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Raises NotImplementedError: the tasks' rounds depend on answers in forms of their own."""
+        """Raise NotImplementedError: the rounds of such tasks depend on task-specific forms of answers."""
         raise NotImplementedError("keygrip answers tasks of one round: choose a task of type generate_until")
 
     def _seen(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> Seen:
-        """A document's video with its keys and values. Those of the last video are kept: documents about one video
-        follow each other, and likelihoods ask once for each option."""
+        """Return a document's video with its keys and values. Those of the last video are cached, because documents
+        about one video follow each other, and likelihoods need it once per option."""
         visuals = see(self.task_dict[task][split][number]) or []
         name = tuple(map(str, visuals)) if all(isinstance(each, str | Path) for each in visuals) else None
         if name is None or self._last is None or self._last[0] != name:
@@ -217,8 +218,8 @@ class KeygripModel(lmms):
     def _video(
         self, see: Callable[[Any], Any], task: str, split: str, number: int
     ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...]]]:
-        """A document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their seconds (()
-        where several have no common time)."""
+        """Return a document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their times
+        (() if there are several, which have no common time)."""
         images = self.module.image_options
         found = [
             self._frames(item, images["image_size"], images["fit"])
@@ -234,8 +235,8 @@ class KeygripModel(lmms):
         return self.module.as_input(frames), [len(frames)], [seconds]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:
-        """uint8 [F, S, S, 3] of what lmms-eval calls a visual, and its seconds: a path, an image, a list of either, or
-        {"type": "video", "url": PATH, "video_start": S, "video_end": S} of a part of a video."""
+        """Return uint8 [F, S, S, 3] of an lmms-eval visual, and its times. A visual is a path, an image, a list of
+        either, or {"type": "video", "url": PATH, "video_start": S, "video_end": S} for a part of a video."""
         if isinstance(item, str | Path):
             return read_timed_frames(item, size, fit, self.max_frames)
         if isinstance(item, Mapping):
@@ -254,17 +255,17 @@ class KeygripModel(lmms):
 
 
 def _joined(parts: Sequence[Timed]) -> Timed:
-    """Frames one behind the other; several parts have no common time."""
+    """Concatenate frames; several parts have no common time."""
     return np.concatenate([frames for frames, _ in parts]), parts[0][1] if len(parts) == 1 else ()
 
 
 def _question(text: str) -> str:
-    """Without the marks of where images go: the model has its own place for them."""
+    """Remove the marks of image positions, because the model has its own position for images."""
     return Placeholders().without(text).strip()
 
 
 def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
-    """How a task wants tokens chosen: a `top_p` of 0 leaves the most probable one, a `top_k` of 0 or -1 leaves all."""
+    """Return a task's sampling settings: `top_p` 0 means the most probable token, `top_k` 0 or -1 means all tokens."""
     temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
     top_k, top_p = settings.get("top_k"), settings.get("top_p")
     if not temperature or (top_p is not None and float(top_p) == 0):
@@ -274,7 +275,7 @@ def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
 
 
 def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """What a task sets beside the temperature, and would answer otherwise with."""
+    """Return the task's settings that would change the answers but have no effect here."""
     idle = {name: settings[name] for name in ("num_beams", "repetition_penalty") if settings.get(name) not in (None, 1)}
     if not temperature and settings.get("temperature"):
         why = "do_sample=False" if settings.get("do_sample") is False else "top_p=0"
@@ -292,5 +293,5 @@ def _until(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def _no_likelihood(request: Any) -> tuple[float, bool]:
-    """What `loglikelihood` gives for a request that failed: the worst of log-likelihoods, or of losses."""
+    """Return the result of `loglikelihood` for a failed request: the worst log-likelihood, or the worst loss."""
     return (-math.inf if callable(request.args[1]) else math.inf), False

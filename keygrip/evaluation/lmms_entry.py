@@ -1,6 +1,6 @@
-"""What lmms-eval's entry point `lmms_eval.models` gives: where keygrip's adapter is.
+"""The entry point `lmms_eval.models` of lmms-eval: the location of keygrip's adapter.
 
-By itself, since lmms-eval loads it while its own modules are being imported, perhaps by the adapter.
+A separate module, because lmms-eval loads it while its own modules are being imported, perhaps by the adapter.
 """
 
 from __future__ import annotations
@@ -9,5 +9,5 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 
 def manifest() -> ModelManifest:
-    """keygrip's models, by name; the adapter is imported where one is asked for."""
+    """Return keygrip's models by name; the adapter is imported only when it is used."""
     return ModelManifest(model_id="keygrip", simple_class_path="keygrip.evaluation.lmms.KeygripModel")

@@ -25,8 +25,8 @@ from keygrip.progress import Progress
 log = logging.getLogger(__name__)
 
 FOLDER_FPS = 3.0  # frame rate of MVBench's folders of frames
-WHOLE = (0.0, 100_000.0)  # seconds; a clip that ends with the video, whose frames are taken as a clip's
-ROWS = 32  # questions, or their lettered answers, at a time
+WHOLE = (0.0, 100_000.0)  # seconds; a clip that ends with the video, so that its frames are selected as for a clip
+ROWS = 32  # number of questions, or of their letter answers, at a time
 
 
 @torch.no_grad()
@@ -37,29 +37,29 @@ def evaluate_choices(
     max_new_tokens: int = 64,
     record: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy by mode: `likelihood`, the letter that is likeliest as the answer, and `generation`, the option that a
-    generated answer names; over all, by task and further group, and as the mean over tasks (`..._task_mean`: MLVU's
-    M-Avg).
+    """Return the accuracy by mode: `likelihood`, for the letter with the highest likelihood as the answer, and
+    `generation`, for the option that a generated answer names; over all questions, by task and further group, and as
+    the mean over tasks (`..._task_mean`: MLVU's M-Avg).
 
-    Each video (or clip of one) is decoded and encoded once, for all its questions and modes. Questions whose video
-    cannot be decoded (`unreadable`) and those that do not fit into the language model's context with their frames
-    (`too_long`) are counted and left out of the accuracy; generated answers that name no option count as wrong, and are
-    counted (`share_without_option`).
+    Each video (or clip of a video) is decoded and encoded once, for all its questions and modes. Questions whose video
+    cannot be decoded (`unreadable`) and questions that do not fit into the language model's context with their frames
+    (`too_long`) are counted and excluded from the accuracy. Generated answers that name no option count as wrong; their
+    fraction is `share_without_option`.
 
-    Beside the accuracy stand `tokens_per_frame` and, by mode, `ms_per_frame`: the encoder, and queries and language
-    model for a question with one of its letters; no decoding of files and no generation, and of several videos without
-    the first.
+    Further figures are `tokens_per_frame` and, by mode, `ms_per_frame`: the time of the encoder, and of queries and
+    language model for a question with one of its letters. It includes neither decoding of files nor generation and, if
+    there are several videos, not the first video.
 
     Args:
-        max_new_tokens: of a generated answer; what a model thinks before it answers counts.
-        record: each answer is added to it, plain values.
+        max_new_tokens: of a generated answer; reasoning before the answer counts.
+        record: each answer is appended to it, as plain values.
 
     Returns:
-        The counts and the figures of each mode; of no question that is left the counts alone.
+        The counts and the figures of each mode; if no question is left, only the counts.
     """
     module.eval()
     right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
-    seconds_of: dict[str, float] = defaultdict(float)  # of the encoder, and of the likelihoods by mode
+    seconds_of: dict[str, float] = defaultdict(float)  # times of the encoder, and of the likelihoods by mode
     unreadable = too_long = videos = frames_seen = row_frames = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
         for asked in _by_video(questions):
@@ -74,7 +74,7 @@ def evaluate_choices(
             too_long += len(asked) - len(group)
             if not group:
                 continue
-            if videos == 1:  # the first one warmed everything up, in the encoder and the first mode
+            if videos == 1:  # the first video was the warm-up of the encoder and the first mode
                 seconds_of.clear()
                 frames_seen = row_frames = 0
             videos += 1
@@ -121,7 +121,7 @@ def evaluate_choices(
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Adds the seconds that pass inside to `seconds[name]`; a GPU has finished what it was given."""
+    """Add the duration of the block in seconds to `seconds[name]`, after waiting for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -150,7 +150,7 @@ def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | 
 def _fitting(
     module: FoveatedVLMModule, asked: Sequence[ChoiceQuestion], seconds: Sequence[float], max_new_tokens: int
 ) -> list[ChoiceQuestion]:
-    """The questions about a video that the model has room for, with its frames and an answer."""
+    """Return the questions about a video that fit into the model's context, with its frames and an answer."""
     fitting, reason = [], ""
     for each in asked:
         text = len(module.collator.prompt((Turn("user", each.prompt),), seconds).ids)
@@ -166,7 +166,7 @@ def _fitting(
 
 
 def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:
-    """Questions about the same seconds of the same video together, in the order of the videos."""
+    """Group questions about the same seconds of the same video, in the order of the videos."""
     groups: dict[Any, list[ChoiceQuestion]] = {}
     for question in questions:
         groups.setdefault((question.video, question.clip), []).append(question)
@@ -175,7 +175,7 @@ def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuesti
 
 def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.ndarray, tuple[float, ...]]:
     images, clip = module.image_options, question.clip
-    if clip is None and question.middles and not question.video.is_dir():  # of a folder a second has few images
+    if clip is None and question.middles and not question.video.is_dir():  # a folder has only a few images per second
         clip = WHOLE
     found = read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], clip, FOLDER_FPS
@@ -184,7 +184,7 @@ def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.nda
 
 
 def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str) -> list[int]:
-    """For each question the option whose letter is the likeliest answer."""
+    """Return for each question the option whose letter has the highest likelihood as the answer."""
     inputs, counts, kv, seconds = video
     rows = [
         (number, module.collator.prompt((Turn("user", question.prompt), Turn("assistant", letter)), seconds[0]))
@@ -204,7 +204,7 @@ def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video
 def _said(
     module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str, max_new_tokens: int
 ) -> list[str]:
-    """What is generated for each question."""
+    """Return the generated answer to each question."""
     inputs, counts, kv, seconds = video
     said: list[str] = []
     for start in range(0, len(group), ROWS):

@@ -1,4 +1,4 @@
-"""Which option of a multiple-choice question a text names by the option's words or by its place in the list."""
+"""Find the option of a multiple-choice question that a text names by the option's words or by its place in the list."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from keygrip.evaluation.option_texts import Options, before_place, plain_text
 
 
 def by_words(text: str, known: Options) -> int | None:
-    """The one option whose words stand in the text, not denied and not as part of another's ("red" of "dark red")."""
-    # Without points and commas none is an answer.
+    """Return the only option whose words are in the text, not denied and not part of another's ("red", "dark red")."""
+    # Without full stops and commas, "no" and "I" cannot be recognised as answers.
     plain = ["" if option in ("no", "i") else option for option in known.plain]
     for own, options in ((text.lower(), known.literal), (plain_text(text), plain)):
         found = [
@@ -29,13 +29,13 @@ def by_words(text: str, known: Options) -> int | None:
             for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
             if option not in ("no", "i") or _is_answer(option, own, match.start(), match.end(), options)
         ]
-        longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: it reaches furthest of those before
+        longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: the match that ends last so far
         for this in sorted(found, key=lambda each: (each[0], -each[1])):
             if this[1] > widest[1] or this[1] - this[0] >= widest[1] - widest[0]:
                 longest.append(this)
             widest = max(widest, this, key=lambda each: each[1])
         named: set[int] = set()
-        denied_to: int | None = None  # where the last one ends that is denied
+        denied_to: int | None = None  # end of the last denied option
         wrong = _said_wrong(own, longest) if "i" in known.plain else set()
         for start, end, number in longest:
             before = re.sub(r"\b(?:the|an?)\s+$", "", before_place(own, start), flags=re.IGNORECASE)
@@ -51,9 +51,9 @@ def by_words(text: str, known: Options) -> int | None:
 
 
 def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
-    """The ends of those options in a text of which it says that they are wrong ("I is wrong", "I and II are wrong");
-    among statements that are numbered, each may be said to be right or wrong. Empty where no other is named: a question
-    may ask which one is wrong."""
+    """Return the ends of the options that a text calls wrong ("I is wrong", "I and II are wrong"), because each of
+    several numbered statements may be called right or wrong. Empty if no other option is named, because a question may
+    ask which one is wrong."""
     wrong = set[int]()
     for place, (_, end, _) in reversed(list(enumerate(found))):
         of_next = place + 1 < len(found) and found[place + 1][1] in wrong
@@ -65,8 +65,8 @@ def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
 
 
 def without_either_way(text: str, known: Options) -> str:
-    """The text without "yes or no" where these are two options: it names the kind of a question, or neither. In a
-    longer row ("yes or no or maybe") it stays."""
+    """Remove "yes or no" if yes and no are two options: it names the kind of a question, or neither option. In a longer
+    list ("yes or no or maybe") it is kept."""
     if not {"yes", "no"} <= set(known.literal) or any(re.search(EITHER_WAY, option) for option in known.literal):
         return text
     others = "|".join(re.escape(option) for option in known.literal if option not in ("", "yes", "no")) or r"(?!)"
@@ -76,8 +76,7 @@ def without_either_way(text: str, known: Options) -> str:
 
 
 def numbered(text: str, known: Options) -> int | None:
-    """The option that a text names by its place ("Option 2", "The second option") and by nothing else; None where
-    options are themselves numbers."""
+    """Return the option named only by its place ("Option 2", "The second option"); None if options are numbers."""
     match = NUMBERED.fullmatch(text)
     if match is None or re.search(rf"\d|\b(?:{'|'.join((*COUNTED, *ORDINALS))})\b", " ".join(known.literal)):
         return None
@@ -90,8 +89,8 @@ def numbered(text: str, known: Options) -> int | None:
 
 
 def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[str]) -> bool:
-    """Whether a "no" or "I" there is an answer, and not a part of a sentence ("there is no cat", "I see"). One that is
-    joined to another option is ("I and III", "III or I is right"), but for "II, and I am sure"."""
+    """Return whether a "no" or "I" is an answer, and not part of a sentence ("there is no cat", "I see"). It is an
+    answer if joined to another option ("I and III", "III or I is right"), except in "II, and I am sure"."""
     begins = not text[:start].strip() and not re.match(r"\s+(?:idea|clue|answer|option|information|way)\b", text[end:])
     if (begins and option == "no") or re.match(ENDS_NO, text[end:]):
         return True
@@ -101,12 +100,12 @@ def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[s
     if re.compile(joined + other).match(text, end):
         return True
     before, own = before_place(text, start), r"(?:(?:option|opt\.?|choice)\s+)?[(\[]?$"
-    if option == "no":  # "Yes, no doubt" joins nothing
+    if option == "no":  # "Yes, no doubt" joins no options
         return re.search(other + r"\s*(?:\band\b|\bor\b|/)\s*" + own, before) is not None
     said_of_it = r"[)\]]?\s+(?:is|are|was|were|(?:may|might|could|can|should|must)\s+be|seems?|looks?)\b"
     if re.compile(said_of_it).match(text, end) is None:
         return False
-    # "I is", "I seems": no pronoun, which "I was" may be
+    # "I is" and "I seems" contain no pronoun, while "I was" may
     alone = re.compile(r"[)\]]?\s+(?:is|seems)\b").match(text, end) is not None
     called = re.search(r"\b(?:option|opt\.?|choice|statement)\s+[(\[]?$", before) is not None
     return alone or called or re.search(other + joined + own, before) is not None

@@ -1,7 +1,7 @@
-"""Policies of a sweep compared with a reference on the same episodes: `paired.md` and `paired.json` in its folder.
+"""Compare policies of a sweep with a reference on the same episodes: `paired.md` and `paired.json` in its folder.
 
-The jobs of an arm differ in the training seed alone. Those that differ in anything else (`shift=flat`, `max_steps=...`)
-are another setting: their tasks may be others under the same names and seeds of episodes, and are never paired with
+The jobs of an arm differ only in the training seed. Jobs that differ in anything else (`shift=flat`, `max_steps=...`)
+form another setting. Their tasks may differ even with the same names and episode seeds, so they are never paired with
 these. All comparisons of the report count in Holm's correction.
 """
 
@@ -31,24 +31,24 @@ NOTE = (
     "comparisons of this table. Neither knows of the spread between training seeds, which stands beside."
 )
 
-# Overrides that say where or how a job runs, and change no episode.
+# Overrides that determine where or how a job runs, without an effect on episodes.
 WITHOUT_EFFECT = frozenset(
     ("run_dir", "resume", "logger", "debug", "callbacks.closed_loop.closed_loop.processes")
     + ("callbacks.closed_loop.closed_loop.videos",)
 )
-# Success by condition and number of the episode, of each training seed of each arm.
+# Success by condition and index of the episode, for each training seed of each arm.
 Episodes = dict[tuple[str, int], bool]
 Arms = dict[str, dict[str, Episodes]]
-# Arms that all others are compared with, or with each of them the arms that are compared with it.
+# Arms with which all others are compared, or for each of them the arms that are compared with it.
 References = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 class PairedReport(Callback):
-    """Hydra callback: makes the report when the sweep has ended.
+    """Hydra callback: write the report when the sweep has ended.
 
     Args:
-        references: values of `by` that all others are compared with, or with each of them those that are compared with
-            it. by: the override that tells arms apart.
+        references: values of `by` with which all others are compared, or for each of them the values that are compared
+            with it. by: the override that distinguishes arms.
     """
 
     def __init__(self, references: References, by: str = "ablation") -> None:
@@ -61,13 +61,14 @@ class PairedReport(Callback):
 
 
 def make_report(folder: str | Path, references: References, by: str = "ablation") -> dict[str, Any]:
-    """Writes ``paired.md`` and ``paired.json`` into a sweep's folder, prints the table, returns what the latter holds.
+    """Write ``paired.md`` and ``paired.json`` into a sweep's folder, print the table, return the content of the latter.
 
     Arms without a reference's seeds and episodes are left out and named in both files; references without a finished
     job are left out and logged.
 
     Raises:
-        FileNotFoundError: no finished job with a closed-loop evaluation. ValueError: no reference is among them.
+        FileNotFoundError: There is no finished job with a closed-loop evaluation. ValueError: No reference is among
+            them.
     """
     folder = Path(folder)
     settings = read_arms(folder, by)
@@ -94,11 +95,11 @@ def make_report(folder: str | Path, references: References, by: str = "ablation"
 
 
 def read_arms(folder: Path, by: str) -> dict[str, Arms]:
-    """Episodes of the finished jobs below a folder, by setting (the overrides beside arm and training seed), arm and
-    training seed.
+    """Read the episodes of the finished jobs below a folder, by setting (the overrides except arm and training seed),
+    arm and training seed.
 
     Raises:
-        ValueError: two jobs of one arm have the same training seed.
+        ValueError: Two jobs of one arm have the same training seed.
     """
     settings: dict[str, Arms] = {}
     for path in sorted(folder.glob(f"**/{RESULT}")):
@@ -126,7 +127,7 @@ def read_arms(folder: Path, by: str) -> dict[str, Arms]:
 
 
 def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str, str]]:
-    """Arm and reference of each comparison among finished arms; two arms are compared once."""
+    """Return arm and reference of each comparison among finished arms; two arms are compared once."""
     pairs: list[tuple[str, str]] = []
     for reference in references:
         named = references[reference] if isinstance(references, Mapping) else None
@@ -139,8 +140,8 @@ def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str,
 
 
 def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Success of all arms, and of each arm against its reference on the training seeds and episodes that both have;
-    pairs that share none are listed under `not_compared`."""
+    """Return the success of all arms, and of each arm compared with its reference on the training seeds and episodes
+    that both have. Pairs without common ones are listed under `not_compared`."""
     rows = []
     missing: list[dict[str, str]] = []
     for name, reference in pairs:
@@ -168,7 +169,7 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
 
 
 def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One line per comparison. Successes are those on the training seeds and episodes that both arms have."""
+    """Return one line per comparison. Successes are counted on the training seeds and episodes that both arms have."""
     header = [
         "arm",
         "success",

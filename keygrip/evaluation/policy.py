@@ -22,23 +22,24 @@ from keygrip.training.fit import quiet_lightning
 log = logging.getLogger(__name__)
 
 DEFAULT_SUITES = ["in_distribution", "position", "viewpoint"]  # as in conf/evaluate/policy.yaml
-# Options that a condition adds to the task's own: the camera is moved from where the demonstrations had it.
+# Options that a condition adds to the task's own values: it moves the camera from its place in the demonstrations.
 AZIMUTH = "camera_azimuth_deg"
 CAMERA_MOVES = (AZIMUTH, "camera_elevation_deg")
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """`open_loop` and `closed_loop`, as far as they are asked for; `conditions_left_out` by name, with the
+    """Return `open_loop` and `closed_loop`, if requested, and `conditions_left_out` by name, with the
     reason.
 
     Raises:
-        ValueError: nothing is asked for, or what is cannot be done.
+        ValueError: Nothing is requested, or a request cannot be met.
     """
     if not (cfg.open_loop or cfg.simulate):
         raise ValueError("open_loop=false and simulate=false: there is nothing to evaluate")
     result: dict[str, Any] = {}
     settings = None
-    if cfg.simulate:  # first: what cannot be done is refused before the validation demonstrations are gone through
+    # first, so that impossible requests are refused before the validation demonstrations are evaluated
+    if cfg.simulate:
         settings, left_out = closed_loop_settings(evaluated, cfg)
         if left_out:
             result["conditions_left_out"] = left_out
@@ -56,10 +57,10 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
 
 
 def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Errors on the run's validation demonstrations, as in training's validation; empty where it has none.
+    """Return the errors on the run's validation demonstrations, as in training's validation; empty if there are none.
 
     Args:
-        changes: settings of the run's data that take the place of stored ones.
+        changes: settings of the run's data that replace stored ones.
     """
     import torch
     from lightning.pytorch import Trainer
@@ -68,12 +69,12 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
     datamodule = evaluated.stored_data(changes)
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(evaluated.module)
-    if getattr(datamodule, "fit_to_workspace", False):  # the run has chosen; other data would choose otherwise
+    if getattr(datamodule, "fit_to_workspace", False):  # use the run's choice; other data would lead to another one
         datamodule.fit_to_workspace, datamodule.geometry = False, evaluated.module.statistics.geometry  # type: ignore
     datamodule.prepare_data()
     datamodule.setup("validate")
     trainer = Trainer(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",  # as in training: "auto" takes a Mac's MPS
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",  # as in training; "auto" would select MPS on a Mac
         devices=1,
         logger=False,
         enable_checkpointing=False,
@@ -85,12 +86,12 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
 
 
 def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedLoop, dict[str, str]]:
-    """What is evaluated in the environment, under the conditions of the chosen suites or in each of its tasks; and of
-    the default suites the conditions that its task cannot do, with the reason.
+    """Return the evaluation in the environment, under the conditions of the chosen suites or in each of its tasks; and
+    the conditions of the default suites that its task does not support, with the reason.
 
     Raises:
-        ValueError: the model drives no robot, its demonstrations do not say which environment they are from, or it
-            cannot do what a setting asks for.
+        ValueError: The model is not a robot policy, its demonstrations do not contain their environment, or it cannot
+            do what a setting requests.
     """
     for name, least in (("episodes", 1), ("processes", 1), ("videos", 0)):
         if cfg[name] is not None and cfg[name] < least:
@@ -110,7 +111,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
     elif plain(cfg.suites) != DEFAULT_SUITES:
         raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
     policy = plain(cfg.policy) or {}
-    policy_of(module, checkpoint, policy)  # what it cannot do is refused now, not in a worker
+    policy_of(module, checkpoint, policy)  # refuses invalid settings now, not in a worker
     make = partial(
         ClosedLoop,
         conditions=conditions,
@@ -127,15 +128,15 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
 
 
 def _data_there(stored: Any, changes: Any) -> dict[str, Any]:
-    """The run's data settings, with the folder to which its demonstrations have moved."""
+    """Return the run's data settings, with the folder to which its demonstrations were moved."""
     data, root = dict(plain(stored)), (plain(changes) or {}).get("root")
-    if root is None or data.get("root") is None:  # of what was recorded for the run, the run itself says how
+    if root is None or data.get("root") is None:  # a run that recorded its own data contains how it did
         return data
     return {**data, "root": root}
 
 
 def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
-    """Success by condition; of several tasks `tasks` and `all`."""
+    """Return the success by condition; for several tasks `tasks` and `all`."""
     output = evaluated.output
     report = write_report(settings.run(evaluated.checkpoint, output), output / "closed_loop.json", settings.of_tasks)
     figures: dict[str, Any] = report["conditions"]
@@ -143,11 +144,11 @@ def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
 
 
 def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The conditions of the chosen suites for a task, and those of the default suites that it cannot do, with the
-    reason.
+    """Return the conditions of the chosen suites for a task, and the conditions of the default suites that it does not
+    support, with the reason.
 
     Raises:
-        ValueError: a suite that does not exist, or that was chosen and has a condition that the task cannot do.
+        ValueError: A suite does not exist, or a chosen suite has a condition that the task does not support.
     """
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -177,7 +178,7 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
 
 
 def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
-    """A condition's options, with the camera's moves added to the task's own."""
+    """Return a condition's options, with the camera's moves added to the task's own values."""
     moves = {name: entry[name] for name in CAMERA_MOVES if isinstance(entry.get(name), int | float)}
     moved = {name: getattr(task, name, 0.0) + by for name, by in moves.items()}
     if abs(moved.get(AZIMUTH, 0.0)) > 180:
@@ -186,6 +187,6 @@ def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _control(options: dict[str, Any]) -> partial[RecedingHorizon]:
-    """The controller with some settings changed."""
+    """Return the controller with some settings changed."""
     refuse_unknown(options, RecedingHorizon)
     return partial(RecedingHorizon, **options)

@@ -1,4 +1,4 @@
-"""Episodes in another Python environment: the policy is served from here, workers there ask it for plans."""
+"""Episodes in another Python environment: this process serves the policy, and workers there request plans from it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from keygrip.runtime.server import Limits, PolicyServer
 
 WORKER = "keygrip.evaluation.rollout_worker"
-# A simulator takes what a robot must not be sent: refusals would make failures other than those of local rollouts.
+# A simulator accepts plans that no robot should receive. Refusals would cause failures that local rollouts do not have.
 EVERYTHING = Bounds(start_m=1e9, plan_m=1e9, speed_m_s=1e9, image_levels=0, centre_share=1e9)
 ADVICE = "`make metaworld-install` makes Meta-World's; or give env.python=PATH of an environment with the simulator."
 
 
 @dataclass(frozen=True)
 class RemoteSettings:
-    """What a worker needs beside the episode.
+    """Settings of a worker, without the episode.
 
     Args:
-        python: interpreter with the simulator. task_class: dotted name. image_size, hz, cameras: as for
+        python: interpreter with the simulator. task_class: dotted name. image_size, hz, cameras: as in
             `open_environment`. control: a partial call of `RecedingHorizon`, or the class.
     """
 
@@ -43,10 +43,10 @@ class RemoteSettings:
     control: Callable[..., RecedingHorizon]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values.
+        """Convert to plain values.
 
         Raises:
-            ValueError: a controller that cannot be sent to another process.
+            ValueError: The controller cannot be sent to another process.
         """
         options: dict[str, Any] = {}
         if isinstance(self.control, partial) and self.control.func is RecedingHorizon and not self.control.args:
@@ -60,12 +60,12 @@ class RemoteSettings:
 def run_remote(
     policy: Any, settings: RemoteSettings, episodes: Sequence[tuple[Any, int, Path | None]], processes: int
 ) -> Iterator[tuple[int, EpisodeResult]]:
-    """Runs (task, seed, video) episodes; yields (number, result) as they end.
+    """Run (task, seed, video) episodes; yield (index, result) as they end.
 
-    The policy plans in this process, one observation after the other; what it draws by chance follows from the seed.
+    The policy plans in this process, one observation after another; its random samples are determined by the seed.
 
     Raises:
-        ValueError: the interpreter is missing, or a worker cannot go on. ModuleNotFoundError: serving needs a package.
+        ValueError: The interpreter is missing, or a worker fails. ModuleNotFoundError: Serving needs a package.
     """
     plain = settings.as_dict()
     jobs = [
@@ -78,19 +78,19 @@ def run_remote(
 
 
 def check_remote(settings: RemoteSettings, task: Any, seed: int, needs: Needs | None) -> None:
-    """As `keygrip.evaluation.rollouts.check_environment`, in the other environment.
+    """Check as `keygrip.evaluation.rollouts.check_environment`, in the other environment.
 
     Raises:
-        ValueError: also where the interpreter is missing. ModuleNotFoundError: serving needs a package.
+        ValueError: also if the interpreter is missing. ModuleNotFoundError: Serving needs a package.
     """
-    _server_classes()  # what an evaluation after training would miss is missed now
+    _server_classes()  # a package missing for an evaluation after training is reported now
     job = {"task": asdict(task), "seed": seed, "needs": None if needs is None else asdict(needs)}
     for _ in run_jobs(settings.python, WORKER, settings.as_dict() | {"url": None}, [job], 1, ADVICE):
         pass
 
 
 def _server_classes() -> tuple[type[Limits], type[PolicyServer]]:
-    """What serves the policy. Raises ModuleNotFoundError: it needs a package."""
+    """Return the classes that serve the policy. Raises ModuleNotFoundError if a package is missing."""
     try:
         from keygrip.runtime.server import Limits, PolicyServer
     except ModuleNotFoundError as error:
@@ -100,8 +100,8 @@ def _server_classes() -> tuple[type[Limits], type[PolicyServer]]:
 
 @contextlib.contextmanager
 def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
-    """The address of a server of a policy for so many workers, as long as the block lasts. One that dies leaves its
-    session open, and is started again once an episode."""
+    """Yield the address of a server of a policy for that many workers, running until the block ends. A worker that dies
+    leaves its session open and is started again once per episode, so the limit of sessions allows for these."""
     limits_class, server_class = _server_classes()
     limits = limits_class(
         requests=processes + 4,

@@ -1,4 +1,4 @@
-"""A grid of rollout videos: what succeeds (green frame) and what fails (red frame), side by side."""
+"""A grid of rollout videos: successes (green frame) and failures (red frame), side by side."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GREEN, RED = (40, 160, 70), (200, 50, 50)
 
 
 def grid_of_rollouts(results: Sequence[ConditionResult], folder: Path, output: Path, fps: float = 10.0) -> Path | None:
-    """Joins the recorded episodes of several conditions into one video.
+    """Join the recorded episodes of several conditions into one video.
 
     Args:
-        results: whose episodes name their videos in `folder`. output: the file to write. fps: of the videos.
+        results: their episodes name their videos in `folder`. output: the file to write. fps: of the videos.
 
     Returns:
-        `output`, or None where no episode has a video.
+        `output`, or None if no episode has a video.
     """
     clips: list[np.ndarray] = []
     for result in results:
@@ -40,7 +40,7 @@ def grid_of_rollouts(results: Sequence[ConditionResult], folder: Path, output: P
     frames = np.zeros((length, rows * side, columns * side, 3), np.uint8)
     for index, clip in enumerate(clips):
         row, column = divmod(index, columns)
-        held = clip[np.minimum(np.arange(length), len(clip) - 1)]  # the last frame stays
+        held = clip[np.minimum(np.arange(length), len(clip) - 1)]  # repeat the last frame
         frames[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = held
     with atomic_path(output) as path:
         write_video(path, frames, fps)
@@ -48,10 +48,11 @@ def grid_of_rollouts(results: Sequence[ConditionResult], folder: Path, output: P
 
 
 def _cell(frames: np.ndarray, name: str, success: bool) -> np.ndarray:
-    """[N, SIDE + 2 BORDER, SIDE + 2 BORDER, 3] frames with a coloured border and the condition's name."""
+    """Return [N, SIDE + 2 BORDER, SIDE + 2 BORDER, 3] frames with a coloured border and the condition's name."""
     cells = []
     for frame in frames:
         image = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        image = Image.fromarray(captioned(np.asarray(image), name, top=True))  # an instruction stands at the foot
+        # at the top; the instruction is at the bottom
+        image = Image.fromarray(captioned(np.asarray(image), name, top=True))
         cells.append(np.asarray(ImageOps.expand(image, BORDER, GREEN if success else RED)))
     return np.stack(cells)

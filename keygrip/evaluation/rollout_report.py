@@ -1,4 +1,4 @@
-"""What an evaluation in closed loop leaves: figures of each condition, every episode, and a grid of the videos."""
+"""The report of a closed-loop evaluation: figures of each condition, every episode, and a grid of the videos."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from keygrip.evaluation.rollout_grid import grid_of_rollouts
 
 
 def write_report(results: list[ConditionResult], file: Path, tasks: bool) -> dict[str, Any]:
-    """Writes figures and episodes as JSON, and beside it, for several tasks, a grid of their videos.
+    """Write figures and episodes as JSON, and for several tasks also a grid of their videos in the same folder.
 
     Args:
         file: in the folder that holds `videos`. tasks: whether the conditions are tasks.
 
     Returns:
-        `conditions`: the figures by name; of several tasks also `all`: see `over_tasks`.
+        `conditions`: the figures by name; for several tasks also `all`: see `over_tasks`.
     """
     report: dict[str, Any] = {"conditions": summarise(results)}
     if tasks:
@@ -32,7 +32,7 @@ def write_report(results: list[ConditionResult], file: Path, tasks: bool) -> dic
 
 
 def over_tasks(results: Sequence[ConditionResult]) -> dict[str, Any]:
-    """Figures over several tasks, each a condition: the mean of their success rates, and by difficulty group.
+    """Return figures over several tasks, each a condition: the mean of their success rates, and by difficulty group.
 
     `success_low` and `success_high` are the 95 % Wilson interval of the pooled episodes.
     """

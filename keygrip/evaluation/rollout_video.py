@@ -16,11 +16,10 @@ PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 
 
 class RolloutVideo:
-    """Writes an H.264 video (or, for a path that ends in .gif, an animation); nothing is left behind if it is not
-    closed.
+    """Write an H.264 video, or an animation if the path ends in .gif. If it is not closed, no file is written.
 
     Args:
-        path: the file to write. fps: frames per second. caption: written at the foot of every frame, e.g. the
+        path: the file to write. fps: frames per second. caption: written at the bottom of every frame, e.g. the
             instruction.
     """
 
@@ -29,7 +28,7 @@ class RolloutVideo:
         self._frames: list[np.ndarray] = []
 
     def add(self, observation: Observation, plan: Plan | None) -> None:
-        """Append the image of an observation with the running plan projected into it."""
+        """Append the image of an observation with the current plan projected into it."""
         frame = draw_plan(observation, plan)
         self._frames.append(captioned(frame, self.caption) if self.caption else frame)
 
@@ -46,9 +45,10 @@ class RolloutVideo:
 
 
 def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
-    """The observation's image, enlarged, with the plan's poses as dots coloured by time (dark: soon, light: late).
+    """Draw the plan's poses into the enlarged image of an observation, as dots coloured by time (dark: soon, light:
+    late).
 
-    A ring means an open gripper, a filled dot a closed one. Returns ``[2H, 2W, 3]`` uint8.
+    A ring is an open gripper, a filled dot a closed one. Returns ``[2H, 2W, 3]`` uint8.
     """
     image = Image.fromarray(np.asarray(observation["image"]))
     image = image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
@@ -76,7 +76,7 @@ def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
 
 
 def captioned(frame: np.ndarray, caption: str, *, top: bool = False) -> np.ndarray:
-    """The frame with words at its foot, or at its top, on a dark ground."""
+    """Return the frame with a caption at the bottom, or at the top, on a dark background."""
     image = Image.fromarray(frame)
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(10, image.height // 28))

@@ -1,4 +1,4 @@
-"""Runs episodes in the Python environment of a simulator; plans come from a policy server of this machine.
+"""Run episodes in the Python environment of a simulator; plans come from a policy server on this machine.
 
 Started by `keygrip.evaluation.closed_loop`; needs neither torch nor Hydra.
 """
@@ -19,12 +19,12 @@ from keygrip.models.policy import Needs
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
 
-PLAN_TIMEOUT_S = 300.0  # a large model on a few cores, with other workers waiting
+PLAN_TIMEOUT_S = 300.0  # for a large model on a few cores, with other workers waiting
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The function that runs one episode; neighbouring jobs of one task share its environment. Without an address
-    of a server: the function that checks an environment."""
+    """Return the function that runs one episode; consecutive jobs of one task share its environment. If the settings
+    have no server address, return the function that checks an environment."""
     if settings["url"] is None:
         return partial(_check, settings)
     policy = RemotePolicy(settings["url"], timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
@@ -48,7 +48,7 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
 
 
 def _check(settings: dict[str, Any], job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Refuses an environment that does not give what the policy needs; reports nothing else."""
+    """Refuse an environment that does not provide what the policy needs; nothing else is reported."""
     task = pkgutil.resolve_name(settings["task_class"])(**job["task"])
     needs = None if job["needs"] is None else Needs(**job["needs"])
     follow = settings["control"].get("follow", "auto")

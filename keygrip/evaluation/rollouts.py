@@ -1,5 +1,5 @@
-"""One episode: a policy drives an environment through a controller. Imports neither torch nor a simulator, so that
-workers of another Python environment run the same loop."""
+"""Run one episode: a policy drives an environment through a controller. Imports neither torch nor a simulator, so that
+workers in another Python environment run the same loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keygrip.models.policy import Needs, arm_axis, held_back_m, views_there
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.plan_terms import POSE, Follow, refuse_idle_follow
 
-VIDEO_HZ = 10.0  # most frames per second of a video: drawing takes most of an episode's time
+VIDEO_HZ = 10.0  # maximum frames per second of a video: rendering takes most of an episode's time
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class EpisodeResult:
     Attributes:
         failure: None on success, else missed, dropped, wrong_place, wrong_object, unreachable, timeout, or policy_error
             (the policy could not plan).
-        seconds: simulated time. plans: how often it planned. joint_plans: how many of them were followed by their
-            joints. plan_ms: median time of a plan.
-        yaw_error_deg: of the first grip, where there was one. video: file name, where one was made.
-        clamped_plans: how many of `plans` the policy held back near the positions seen in training; clamped_most_m: by
-            at most so much along an axis. None: it holds none back.
-        instruction: what was asked for. colour: of the object to move. height_cm: of what it stood on.
+        seconds: simulated time. plans: number of plans. joint_plans: how many of them were followed by their joints.
+            plan_ms: median planning time.
+        yaw_error_deg: of the first grasp, if there was one. video: file name, if one was written.
+        clamped_plans: how many of `plans` the policy clamped to the positions seen in training; clamped_most_m: the
+            largest distance along an axis. None: the policy does not clamp.
+        instruction: of the task. colour: of the object to move. height_cm: of the surface under it.
     """
 
     seed: int
@@ -59,15 +59,15 @@ def run_episode(
     seed: int,
     video: Path | None = None,
 ) -> EpisodeResult:
-    """Drives the episode of a seed to success or its end.
+    """Run the episode of a seed until success or its end.
 
     Args:
-        environment: is reset here. policy: plans; reset with the seed where it can be.
-        control: the controller, still without policy and rate. video: the file for the episode's video, or None.
+        environment: is reset here. policy: computes plans; reset with the seed if it has `reset`.
+        control: the controller, without policy and rate. video: the file for the episode's video, or None.
 
     Raises:
-        ValueError: the environment does not give what the policy reads, or cannot follow what the controller asks for;
-            that is no failed episode.
+        ValueError: The environment does not provide the policy's inputs, or cannot follow the controller's commands.
+            This is not counted as a failed episode.
     """
     timed = _TimedPolicy(policy)
     controller = control(policy=timed, control_hz=environment.hz)
@@ -88,7 +88,8 @@ def run_episode(
             action = controller.act(observation)
             if not np.isfinite(action).all():
                 raise ValueError("the policy's plan is not finite")
-        except ValueError as error:  # no valid 3D point: the episode counts as policy_error and the evaluation goes on
+        # no valid 3D point: the episode counts as policy_error and the evaluation continues
+        except ValueError as error:
             failure, detail = "policy_error", str(error)
             break
         if recording is not None and steps % draw_every == 0:
@@ -103,7 +104,7 @@ def run_episode(
         over = success or truncated
         drawn = recording is not None and (over or steps % draw_every == 0)
         if drawn or (controller.wants_observation and not over):
-            observation = environment.observation()  # only now: drawing takes most of an episode's time
+            observation = environment.observation()  # rendered only when needed: it takes most of an episode's time
     if recording is not None:
         recording.add(observation, controller.last_plan)
         recording.close()
@@ -136,14 +137,15 @@ def check_environment(
     needs: Needs | None,
     follow: Follow = "auto",
 ) -> None:
-    """Opens an environment and looks at what it gives at the start of an episode.
+    """Open an environment and check its observation at the start of an episode.
 
     Args:
-        task, image_size, hz, cameras: as for `open_environment`. needs: of the policy; None: it does not say.
+        task, image_size, hz, cameras: as in `open_environment`. needs: of the policy; None: unknown.
         follow: of the controller.
 
     Raises:
-        ValueError: it refuses its settings, does not give what the policy reads, or cannot follow what is asked for.
+        ValueError: The environment refuses its settings, does not provide the policy's inputs, or cannot follow
+            `follow`.
     """
     environment = open_environment(task, image_size, hz, cameras)
     try:
@@ -167,7 +169,7 @@ def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> N
         raise ValueError(
             f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
         )
-    # one arm is one arm, whatever both sides call it; of another kind `arms` is the package's own matter
+    # with one arm the names may differ; in other environments `arms` may be something else
     given = getattr(environment, "arms", None) if arms > 1 else None
     order = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     if not all(isinstance(name, str) for name in order):

@@ -1,7 +1,8 @@
-"""The outcome of a comparison sweep (``sweep=shifts``): success by condition and model, as a table and a plot.
+"""The result of a comparison sweep (``sweep=shifts``): success by condition and model, as a table and a plot.
 
-``shifts.csv`` has one line for each condition and model, ``shifts.md`` the same side by side, ``shifts.png`` the bars.
-They lie in the sweep's folder beside its ``summary.csv``, and :func:`make_report` makes them again from there.
+``shifts.csv`` has one line per condition and model, ``shifts.md`` the same as a table of conditions by models,
+``shifts.png`` a bar chart. They are in the sweep's folder next to its ``summary.csv``. :func:`make_report` can write
+them again from there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 CLOSED_LOOP = "closed_loop"
 NAME = "shifts"
 NOT_EVALUATED = "not evaluated"
-# Overrides that make no column of their own: shifts make rows, and runs that differ in the seed alone are pooled.
+# Overrides without a column of their own: shifts are rows, and runs that differ only in the seed are pooled.
 SHIFT, SEED = "shift", "seed"
 NO_MODEL = "policy"
 NOTE = (
@@ -45,9 +46,9 @@ class Cell:
     """All runs of one model under one condition.
 
     Attributes:
-        shift: what the runs were trained on. condition: what they were tested on. model: a column's name.
-        successes, episodes: of each finished run. failures: how its failed episodes ended.
-        unfinished: the status of the others: failed, missing, killed, interrupted, not evaluated.
+        shift: condition of the training data. condition: of the evaluation. model: a column's name.
+        successes, episodes: of each finished run. failures: reasons of its failed episodes.
+        unfinished: the status of the other runs: failed, missing, killed, interrupted, not evaluated.
     """
 
     shift: str
@@ -60,12 +61,12 @@ class Cell:
 
     @property
     def rate(self) -> float | None:
-        """Success rate over all episodes of all runs; None without any."""
+        """Success rate over all episodes of all runs; None if there are none."""
         return sum(self.successes) / sum(self.episodes) if self.episodes else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the pooled episodes. It knows nothing of the spread between training seeds."""
+        """95 % Wilson interval of the pooled episodes. It does not include the spread between training seeds."""
         return wilson_interval(sum(self.successes), sum(self.episodes))
 
     @property
@@ -80,7 +81,7 @@ class Cell:
         return ", ".join(f"{number} {status}" for status, number in counts.items()) or FINISHED
 
     def text(self) -> str:
-        """For the Markdown table."""
+        """Return the text of the cell in the Markdown table."""
         if self.rate is None:
             return self.status
         low, high = self.interval
@@ -91,7 +92,7 @@ class Cell:
 
 
 class ShiftReport(Callback):
-    """Hydra callback: makes the report when the sweep has ended."""
+    """Hydra callback: write the report when the sweep has ended."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         with failure_said_at_end(f"no report of the shifts in {config.hydra.sweep.dir}"):
@@ -99,12 +100,12 @@ class ShiftReport(Callback):
 
 
 def make_report(sweep_dir: str | Path) -> list[Cell]:
-    """Writes ``shifts.csv``, ``.md`` and ``.png`` into a sweep's folder, prints the table, returns its cells.
+    """Write ``shifts.csv``, ``.md`` and ``.png`` into a sweep's folder, print the table, return its cells.
 
-    Jobs that did not finish stand in the table with their status.
+    Jobs that did not finish are in the table with their status.
 
     Raises:
-        FileNotFoundError: the folder holds no sweep. ValueError: a sweep without jobs.
+        FileNotFoundError: The folder holds no sweep. ValueError: The sweep has no jobs.
     """
     folder = Path(sweep_dir)
     if not (folder / PLAN).is_file():
@@ -124,12 +125,12 @@ def make_report(sweep_dir: str | Path) -> list[Cell]:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """Results of a sweep's jobs, in the order of the jobs and of their conditions."""
+    """Read the results of a sweep's jobs, in the order of the jobs and of their conditions."""
     rows = collect(folder)
     folders = {_identity(overrides): path for path, overrides in _job_folders(folder)}
     columns = _columns([row["overrides"] for row in rows])
     measured: list[dict[str, Any]] = []
-    known: dict[str, list[str]] = defaultdict(list)  # conditions by shift, as far as any job tells
+    known: dict[str, list[str]] = defaultdict(list)  # conditions by shift, collected from all jobs
     for row in rows:
         conditions = _conditions(folders.get(_identity(row["overrides"]))) if row["status"] == FINISHED else {}
         measured.append(conditions)
@@ -150,7 +151,7 @@ def read_cells(folder: Path) -> list[Cell]:
 
 
 def long_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[Any]]]:
-    """One line a cell, for programs."""
+    """Return one line per cell, for programs."""
     header = ["shift", "condition", "model", "status", "success_rate", "success_low", "success_high"]
     header += ["successes", "episodes", "seeds", "lowest_seed_rate", "highest_seed_rate", "failures"]
     lines = []
@@ -167,7 +168,7 @@ def long_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[Any]]]:
 
 
 def wide_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """One line per condition and one column per model, in Markdown."""
+    """Return one line per condition and one column per model, for Markdown."""
     models = _models(cells)
     by_place = {(cell.shift, cell.condition, cell.model): cell.text() for cell in cells}
     lines = [
@@ -178,9 +179,9 @@ def wide_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def plot(cells: Sequence[Cell]) -> Figure:
-    """Bars of the success rate, grouped by condition, with 95 % intervals.
+    """Plot bars of the success rate, grouped by condition, with 95 % intervals.
 
-    Dots are single seeds; words stand where runs did not finish.
+    Dots are single seeds; text marks runs that did not finish.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -217,7 +218,7 @@ def plot(cells: Sequence[Cell]) -> Figure:
 
 
 def _job_folders(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Folders of jobs with their overrides; files of the same name below them (of the evaluation) have none."""
+    """Yield folders of jobs with their overrides. Result files of evaluations below them have no overrides."""
     for path in sorted(folder.glob(f"**/{RESULT}")):
         result = read_result(path.parent)
         if "overrides" in result:
@@ -229,10 +230,10 @@ def _identity(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
 
 
 def _conditions(job: Path | None) -> dict[str, Any]:
-    """``{condition: figures}`` of a job's closed-loop evaluation; empty where there was none.
+    """Return ``{condition: figures}`` of a job's closed-loop evaluation; empty if there was none.
 
     Raises:
-        ValueError: the stored conditions are no object.
+        ValueError: The stored conditions are no object.
     """
     if job is None:
         return {}
@@ -243,7 +244,7 @@ def _conditions(job: Path | None) -> dict[str, Any]:
 
 
 def _columns(overrides: Sequence[dict[str, str]]) -> list[str]:
-    """A name for each job's column: the model, and whatever else was varied beside shift and seed."""
+    """Return a name for each job's column: the model, and all other varied settings except shift and seed."""
     names = dict.fromkeys(name for each in overrides for name in each if name not in (SHIFT, SEED, "resume"))
     varied = [name for name in names if len({each.get(name) for each in overrides}) > 1]
     others = [name for name in varied if name != "model"]
@@ -258,7 +259,7 @@ def _models(cells: Sequence[Cell]) -> list[str]:
 
 
 def _labels(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
-    """A label for each shift and condition; the shift is named where a condition occurs under several."""
+    """Return a label for each shift and condition; it includes the shift if the condition occurs under several."""
     places = dict.fromkeys((cell.shift, cell.condition) for cell in cells)
     count = Counter(condition for _, condition in places)
     return {

@@ -12,12 +12,12 @@ RESAMPLES = 10_000  # bootstrap resamples of episodes, for an interval
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a success rate (Wilson, 1927).
+    """Return the Wilson score interval of a success rate (Wilson, 1927).
 
-    Unlike the normal approximation it stays inside [0, 1] and says something sensible at 0 and 100 %.
+    Unlike the normal approximation it stays inside [0, 1] and is meaningful at 0 and 100 %.
 
     Raises:
-        ValueError: no trials, or more successes than trials.
+        ValueError: There are no trials, or more successes than trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"A success rate needs trials and at most as many successes, got {successes} of {trials}.")
@@ -31,9 +31,9 @@ class PairedDifference:
 
     Attributes:
         difference: of the success rates. low, high: 95 % interval over episodes.
-        p_value: two-sided, of no difference.
-        only_first, only_second: pairs in which one of them alone succeeded. pairs: all of them.
-        by_seed: the difference of each training seed; the test knows nothing of their spread.
+        p_value: two-sided, for the null hypothesis of no difference.
+        only_first, only_second: number of pairs in which only this policy succeeded. pairs: number of all pairs.
+        by_seed: the difference of each training seed; the test does not include their spread.
     """
 
     difference: float
@@ -47,18 +47,18 @@ class PairedDifference:
 
 
 def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> PairedDifference:
-    """Compares two policies episode by episode.
+    """Compare two policies episode by episode.
 
-    The p-value is that of the sign-flip test, exact: an episode's unit is its difference over all training seeds,
-    because the same episode is no independent draw for each of them, and without a difference between the policies each
-    sign is as likely as the other. With one seed that is McNemar's exact test (McNemar, 1947). The interval is a
-    bootstrap over episodes, seeded.
+    The p-value is that of the exact sign-flip test. Its unit is an episode's difference over all training seeds,
+    because the same episode is not an independent sample for each seed. Without a difference between the policies, both
+    signs are equally likely. With one seed it is McNemar's exact test (McNemar, 1947). The interval is a seeded
+    bootstrap over episodes.
 
     Args:
         first, second: success ``[seeds][episodes]`` on the same episodes in the same order.
 
     Raises:
-        ValueError: nothing to compare, or not the same number of seeds and episodes.
+        ValueError: There is nothing to compare, or the numbers of seeds and episodes differ.
     """
     one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if one.ndim != 2 or one.shape != other.shape or not one.size:
@@ -70,7 +70,7 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
     by_episode = pairs.mean(axis=0)
     ahead, behind = int((pairs > 0).sum()), int((pairs < 0).sum())
     generator = np.random.default_rng(0)
-    # How often a resample holds each of the few different values: the same as drawing episodes, without their memory.
+    # How often a resample holds each of the few different values: equivalent to sampling episodes, with less memory.
     values, counts = np.unique(pairs.sum(axis=0), return_counts=True)
     drawn = generator.multinomial(len(by_episode), counts / len(by_episode), RESAMPLES)
     low, high = np.quantile(drawn @ values / pairs.size, [0.025, 0.975])
@@ -87,22 +87,22 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
 
 
 def _sign_flip(differences: np.ndarray) -> float:
-    """The two-sided p-value of whole differences whose signs are as likely as their opposites: the distribution of
-    their sum is built up one difference after the other."""
+    """Return the two-sided p-value of integer differences whose signs are equally likely. The distribution of their sum
+    is computed by adding one difference after another."""
     sizes = np.abs(differences)
     reach = int(sizes.sum())
-    chances = np.zeros(2 * reach + 1)  # of each sum from -reach to reach
+    chances = np.zeros(2 * reach + 1)  # probability of each sum from -reach to reach
     chances[reach] = 1.0
     for size in sizes[sizes > 0]:
-        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # nothing is left at the ends to wrap around
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # the ends are zero, so nothing wraps around
     sums = np.arange(-reach, reach + 1)
     return min(1.0, float(chances[np.abs(sums) >= abs(int(differences.sum()))].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number by Holm's step-down method (Holm, 1979), in the given order.
+    """Return p-values adjusted for their number by Holm's step-down method (Holm, 1979), in the given order.
 
-    Rejecting what is at most 0.05 afterwards keeps the chance of any false rejection at 5 %, whatever the dependence
+    Rejecting adjusted p-values of at most 0.05 limits the probability of any false rejection to 5 %, for any dependence
     between the tests.
     """
     count, adjusted, largest = len(p_values), [0.0] * len(p_values), 0.0

@@ -1,4 +1,4 @@
-"""Figures for generated text: BLEU, CIDEr and METEOR for captions, the ten-annotator rule for question answering."""
+"""Metrics of generated text: BLEU, CIDEr and METEOR for captions, the ten-annotator rule for question answering."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 log = logging.getLogger(__name__)
 
 METEOR_S = 120.0
-NOTHING_SAID = "xxnothingxx"  # the Java program waits forever where a caption is empty
+NOTHING_SAID = "xxnothingxx"  # replaces an empty caption, for which the Java program waits forever
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# Apostrophes of contractions, with which and without which an answer is the same.
+# Apostrophes of contractions; an answer is the same with and without them.
 CONTRACTED = re.compile(
     r"\b(\w+(?='(?:ve|re|ll|d|m)\b)|\w*n(?='t\b)|"
     r"(?:he|how|let|she|somebody|someone|that|there|what|when|where|who|why)(?='s\b))'"
@@ -25,17 +25,17 @@ NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none
 
 
 def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu_1` .. `bleu_4`, `cider`, and `meteor` where Java is installed, by pycocoevalcap.
+    """Return `bleu_1` .. `bleu_4`, `cider`, and `meteor` if Java is installed, computed by pycocoevalcap.
 
-    With Java, sentences are split by the Penn Treebank tokenizer, as in published figures; without, at white space
-    after punctuation is dropped, which is said. CIDEr weighs words by how rare they are among all references: of
-    fewer than two captions it means nothing and is left out.
+    With Java, sentences are split by the Penn Treebank tokenizer, as in published figures. Without Java, they are split
+    at white space after punctuation is removed, and a warning is logged. CIDEr weights words by their rarity in all
+    references; with fewer than two captions it is meaningless and left out.
 
     Args:
         candidates: one caption per video. references: the true captions of each.
 
     Raises:
-        ValueError: no caption, or a video without a reference.
+        ValueError: There is no caption, or a video without a reference.
         ImportError: pycocoevalcap is not installed.
     """
     if not candidates or len(candidates) != len(references) or not all(references):
@@ -69,7 +69,7 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
 
 
 def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | None:
-    """METEOR by its Java program, which never answers to some inputs: it is given a time, and left out after it."""
+    """Compute METEOR with its Java program, which never answers to some inputs; it is left out after a time limit."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
@@ -82,14 +82,15 @@ def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | N
         log.warning(
             "METEOR's Java program failed (%s): going on without it", (str(error).splitlines() or ["no answer"])[0]
         )
-        scorer.lock = threading.Lock()  # the failed call has kept the old one, for which the end would wait
+        # the failed call still holds the old lock, and the scorer's end would wait for it
+        scorer.lock = threading.Lock()
         return None
     finally:
         watchdog.cancel()
 
 
 def _line(text: str) -> str:
-    """Without line breaks, and never empty: the Java programs read line by line."""
+    """Remove line breaks, and never return empty text, because the Java programs read line by line."""
     return " ".join(text.split()) or "."
 
 
@@ -98,11 +99,11 @@ def _words(text: str) -> list[str]:
 
 
 def normalised_answer(answer: str) -> str:
-    """An answer as the VQA rule compares it: lower case, digits for number words, no articles and no punctuation.
+    """Normalise an answer for the VQA rule: lower case, digits for number words, no articles and no punctuation.
 
-    Points that no digit follows go ("5 p.m." is "5 pm", 3.5 stays), and so do commas between digits (1,000) and the
-    apostrophes of contractions ("don't" is "dont", "it's" and "its" differ). Other punctuation becomes a space; signs
-    that the evaluation script does not count as punctuation stay (50%, $5, 5:30).
+    Points without a following digit are removed ("5 p.m." is "5 pm", 3.5 stays), and so are commas between digits
+    (1,000) and the apostrophes of contractions ("don't" is "dont", "it's" and "its" differ). Other punctuation becomes
+    a space; signs that the evaluation script does not count as punctuation stay (50%, $5, 5:30).
 
     Source: vqaEval.py of the VQA data set's evaluation script (github.com/GT-Vision-Lab/VQA).
     """
@@ -113,14 +114,14 @@ def normalised_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """VQA accuracy: the mean of min(1, agreeing annotators / 3) over all choices of all annotators but one.
+    """VQA accuracy: the mean of min(1, agreeing annotators / 3) over all subsets that leave out one annotator.
 
-    With the usual ten annotators, an answer that three or more gave counts (nearly) whole. Of fewer than four
-    annotators one who agrees is enough. Where all annotators agree answers are normalised too, which the data set's
-    script leaves out: it calls "Yes" wrong where all ten said "yes".
+    With the usual ten annotators, an answer given by three or more has (nearly) full accuracy. With fewer than four
+    annotators, one who agrees is enough. Answers are normalised also if all annotators agree. The data set's script
+    omits this and counts "Yes" as wrong if all ten annotators gave "yes".
 
     Raises:
-        ValueError: there is no annotated answer.
+        ValueError: There is no annotated answer.
     """
     if not annotated:
         raise ValueError("the VQA rule needs at least one annotated answer")

@@ -1,4 +1,4 @@
-"""Trained modules as policies that plan as a user says."""
+"""Trained modules as policies with the user's planning settings."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def load_policy(
     trust: Sequence[str] = (),
     external: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The policy in a checkpoint, with some of its settings changed.
+    """Load the policy of a checkpoint, with some of its settings changed.
 
-    It is made ready in the processor's memory: a GPU never holds more of it than what plans are made with, be that a
-    quarter of the weights' size (`vlm_precision=int8`).
+    It is prepared in CPU memory, so that a GPU never holds more than what planning needs, which may be a quarter of the
+    weights' size (`vlm_precision=int8`).
 
     Args:
         path, trust, external: see `load_module`. changes, device: see `policy_of`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_module` and `policy_of`.
+        FileNotFoundError, ValueError: as in `load_module` and `policy_of`.
     """
     refuse_missing_device(device)
     policy = policy_of(load_module(path, trust=trust, external=external), path, changes, device)
@@ -38,14 +38,14 @@ def load_policy(
 
 
 def policy_of(module: Any, source: object, changes: Mapping[str, Any], device: str | None = None) -> Any:
-    """The policy of a trained module, with some of its settings changed.
+    """Return the policy of a trained module, with some of its settings changed.
 
     Args:
-        module: a LightningModule. source: where it is from, for messages. changes: by the names of the policy's fields.
-        device: where it plans; None: where the module is.
+        module: a LightningModule. source: its origin, for messages. changes: by the names of the policy's fields.
+        device: where it plans; None: on the module's device.
 
     Raises:
-        ValueError: the model drives no robot, the policy has no such setting, or one that it cannot do without is not
+        ValueError: The model is not a robot policy, the policy has no such setting, or a required setting is not
             given.
     """
     if not hasattr(module, "policy"):
@@ -54,9 +54,10 @@ def policy_of(module: Any, source: object, changes: Mapping[str, Any], device: s
             "(keygrip.load loads any model)"
         )
     policy = changed(module.policy(), changes)
-    # Said here, since an episode counts what a plan raises as an episode that failed.
+    # Checked here, because in an episode an error while planning counts as a failed episode.
     robot_number(getattr(module, "embodiments", ()), getattr(policy, "embodiment", None))
     if device is None or device == "cpu":
         return policy
     module.to(device)
-    return changed(module.policy(), changes)  # again: a policy may keep parts of its own on the module's device
+    # again, because a policy may store parts of its own on the module's device
+    return changed(module.policy(), changes)

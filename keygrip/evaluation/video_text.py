@@ -33,16 +33,16 @@ from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
 
-ENCODER = "encoder"  # its time, beside those of the modes
+ENCODER = "encoder"  # name of its time, next to the times of the modes
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """The rows of a batch that are scored by what the model says, captions and VQA.
+    """The rows of a batch whose generated text is scored: captions and VQA questions.
 
     Attributes:
-        rows: B indices. prompts: B conversations up to the answer. too_long: which other rows do not fit.
-            unanswered: which more end with the user's turn.
+        rows: B indices. prompts: B conversations up to the answer. too_long: further rows that do not fit.
+            unanswered: further rows that end with the user's turn.
     """
 
     rows: list[int]
@@ -58,26 +58,26 @@ def evaluate_modes(
     modes: Sequence[str],
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """Figures of each mode over batches, and what they say about each other (`gap`, `fine_over_coarse`).
+    """Return the figures of each mode over batches, and comparisons between modes (`gap`, `fine_over_coarse`).
 
-    A model that was trained with refinement is evaluated with it too, as `coarse_fine_refined` (and `gap_refined`).
-    The videos of a batch are encoded once, for all modes and what they say.
+    A model that was trained with refinement is also evaluated with it, as `coarse_fine_refined` (and `gap_refined`).
+    The videos of a batch are encoded once, for all modes and their generated text.
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
-    `cider`, `meteor` (kind caption), `vqa_accuracy` (where the evidence has `answers`, of ten annotators or fewer; over
-    all, and as `vqa_accuracy/<collection>` where it names one),
-    `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, where they differ in length), the number of
-    questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` beside the modes),
-    `attention_<kind>` (on the thing asked about, relative to uniform, where the evidence says where it is; in the last
-    block, and as `..._all_blocks` over all but the first), and `ms_per_frame` (encoder, queries and language model for
-    all questions of a video, at the batches' size; no generation, no batches of text alone, and of several with frames
-    without the first). Beside the modes, `too_long`: captions and VQA questions for which nothing is generated, since
-    with their frames and an answer they do not fit into the language model's context, and `unanswered`: those that end
-    with the user's turn, so that it is not known what the annotators answered, and `left_out_rows`: conversations of
-    these videos that are not scored, since they are too long or cannot be rows.
+    `cider`, `meteor` (kind caption), `vqa_accuracy` (if the evidence has `answers`, of ten annotators or fewer; over
+    all, and as `vqa_accuracy/<collection>` if it names a collection); `accuracy_<kind>_of_<n>` (videos of up to n
+    frames, n a power of two, if they differ in length), the number of questions of each (`questions_<kind>`,
+    `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` next to the modes); `attention_<kind>` (on the object of the
+    question, relative to uniform, if the evidence has its position; in the last block, and as `..._all_blocks` over all
+    blocks but the first); and `ms_per_frame` (encoder, queries and language model for all questions of a video, at the
+    batches' size; without generation, without batches of text only, and without the first batch if several have
+    frames). Next to the modes: `too_long`: captions and VQA questions for which nothing is generated, because they do
+    not fit into the language model's context with their frames and an answer; `unanswered`: those that end with the
+    user's turn, so that the annotators' answers are unknown; and `left_out_rows`: conversations of these videos that
+    are not scored, because they are too long or cannot be rows.
 
     Raises:
-        ValueError: a mode that the network does not have, or no batch.
+        ValueError: The network does not have a mode, or there is no batch.
     """
     for mode in modes:
         if mode not in module.network.modes:
@@ -100,11 +100,11 @@ def evaluate_modes(
         left_out += batch.left_out
         frames = int(batch.frame_mask.sum())
         with_frames += bool(frames)
-        if frames and with_frames == 2:  # the first such batch warmed everything up, in the encoder and the first mode
+        if frames and with_frames == 2:  # the first such batch was the warm-up of the encoder and the first mode
             seconds.clear()
             frames_seen = 0
         frames_seen += frames
-        clock = seconds if frames else defaultdict[str, float](float)  # text alone has no frame to share its time
+        clock = seconds if frames else defaultdict[str, float](float)  # text only has no frames for its time
         lengths = _octaves(batch, image_frames)
         videos.update(f"videos_of_{length}" for length in lengths)
         asked = _asked(module, batch, max_new_tokens)
@@ -166,8 +166,8 @@ def evaluate_modes(
 
 
 def _octaves(batch: VideoTextBatch, image_frames: int) -> list[int]:
-    """The number of frames of each video, rounded up to a power of two; 0 of text alone, 1 of an image that is shown as
-    `image_frames` equal ones."""
+    """Return the number of frames of each video, rounded up to a power of two; 0 for text only, 1 for an image that is
+    repeated as `image_frames` equal frames."""
     counts = batch.frame_mask.sum(1).tolist()
     if image_frames > 1:
         alike = (batch.frames == batch.frames[:, :1]).flatten(2).all(2) | ~batch.frame_mask
@@ -177,12 +177,12 @@ def _octaves(batch: VideoTextBatch, image_frames: int) -> list[int]:
 
 
 def _kinds_and_lengths(batch: VideoTextBatch, lengths: Sequence[int]) -> list[str]:
-    """The kind of each row and the octave of its video, as one label."""
+    """Return the kind of each row and the octave of its video, as one label."""
     return [f"{kind}_of_{lengths[at]}" for kind, at in zip(batch.kind, batch.video_index.tolist(), strict=True)]
 
 
 def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int) -> _Asked:
-    """Captions and VQA questions that fit into the language model's context with their frames and an answer."""
+    """Select captions and VQA questions that fit into the language model's context with their frames and an answer."""
     scored = [row for row, text in enumerate(batch.texts) if batch.kind[row] == "caption" or "answers" in text.evidence]
     wanted = [row for row in scored if batch.texts[row].turns[-1].role == "assistant"]
     unanswered = [_place(batch, row) for row in scored if row not in wanted]
@@ -212,7 +212,7 @@ def _generated(
     mode: str,
     max_new_tokens: int,
 ) -> list[tuple[str, str, dict[str, Any], str]]:
-    """(kind, true answer, evidence, generated) of the rows asked; `frames` and `kv` are those of the batch."""
+    """Return (kind, true answer, evidence, generated) of the rows in `asked`; `frames` and `kv` are the batch's."""
     if not asked.rows:
         return []
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
@@ -236,7 +236,7 @@ def _generated(
 
 
 def _of_videos(kv: Sequence[BlockKV] | None, counts: Sequence[int], kept: Sequence[int]) -> Sequence[BlockKV] | None:
-    """Keys and values of some of the videos, out of those of all videos' frames one behind the other."""
+    """Select keys and values of some of the videos from those of the concatenated frames of all videos."""
     if kv is None or len(kept) == len(counts):
         return kv
     starts = [0, *itertools.accumulate(counts)]
@@ -264,11 +264,11 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
-    """Figures of a video-language model, by mode, on a split of its run's data and on local VQA benchmarks.
+    """Return the figures of a video-language model, by mode, on a split of its run's data and on local VQA benchmarks.
 
     Raises:
-        ValueError: a mode that the model does not have, a split without samples, a benchmark of another form, or
-            nothing to evaluate. FileNotFoundError: a benchmark that is not there.
+        ValueError: The model does not have a mode, a split has no samples, a benchmark has another form, or there is
+            nothing to evaluate. FileNotFoundError: A benchmark does not exist.
     """
     module: Any = evaluated.module
     chosen = module.network.modes if cfg.mode is None else cfg.mode
@@ -288,7 +288,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     module.image_options = {**module.image_options, **frames, **images}  # benchmarks are read like the split
     if module.image_options.get("image_frames", 1) != 1:
         frames["image_frames"] = image_frames_of(module.image_options)
-    # before anything that takes hours
+    # checked before anything that takes hours
     named = {name: root for name, root in (plain(cfg.vqa_benchmarks) or {}).items() if root is not None}
     benchmarks = {name: read_benchmark(name, root) for name, root in named.items()}
     if cfg.split == "none" and not benchmarks:
@@ -306,11 +306,12 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
                 f"data.image_size={changed['image_size']}: the model was trained on frames of {size} pixels"
             )
         datamodule = evaluated.stored_data(changed | frames)
-        datamodule.collator = module.collator  # with the tokenizer of the checkpoint
+        datamodule.collator = module.collator  # with the checkpoint's tokenizer
         if "fit" not in changed and hasattr(datamodule, "given_fit"):
-            datamodule.given_fit = module.image_options["fit"]  # as in training, whatever a set says that was not
+            # as in training, whatever a set not used in training specifies
+            datamodule.given_fit = module.image_options["fit"]
         if hasattr(datamodule, "asked_by"):
-            datamodule.asked_by(module)  # as training does: rows beyond the context are left out of both
+            datamodule.asked_by(module)  # as in training: rows beyond the context are left out of both
         datamodule.prepare_data()
         datamodule.setup("validate")
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()
@@ -328,7 +329,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             "open_ended": benchmark.open_ended,
         }
         answers += [{"benchmark": name, **entry} for entry in record]
-        if cfg.vqa_answers is not None:  # what is known by now stays where a later set ends all, and no earlier run's
+        # known answers are kept if a later set fails, and those of an earlier run are replaced
+        if cfg.vqa_answers is not None:
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]
             write_text(Path(cfg.vqa_answers), "".join(lines))
     if benchmarks and not answers:

@@ -1,6 +1,6 @@
 """Readers of local copies of Video-MME, MLVU and MVBench: multiple-choice questions about videos.
 
-Each takes the folder as downloaded from the Hugging Face hub, with the videos unpacked anywhere below it.
+Each reads the folder as downloaded from the Hugging Face hub, with the videos unpacked anywhere below it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keygrip.data.untrusted_files import read_json
 log = logging.getLogger(__name__)
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
-# Where MVBench's videos lie, by its question file: the same name occurs in several of its sources.
+# Folders of MVBench's videos, by question file, because the same name occurs in several of its sources.
 MVBENCH_FOLDERS = {
     "action_sequence": "star/Charades_v1_480",
     "action_prediction": "star/Charades_v1_480",
@@ -53,14 +53,14 @@ VIDEO_MME_GROUPS = ("domain", "sub_category", "task_type")
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A question with options, one of them right.
+    """A question with options, one of which is correct.
 
     Attributes:
-        video: file or folder of frames. question, options: without letters. answer: index of the right option.
-        task: the set's own category; figures are kept apart by it, and averaged over it.
-        clip: seconds of the video that the question is about; None: all of it.
+        video: file or folder of frames. question, options: without letters. answer: index of the correct option.
+        task: the set's own category; figures are reported by task, and averaged over tasks.
+        clip: seconds of the video that the question is about; None: the whole video.
         groups: further categories that the set's own script reports ("domain/Knowledge").
-        middles: of a longer whole video too the set's own script shows the middles of equal parts.
+        middles: the set's own script samples the middles of equal parts also for whole videos that are longer.
     """
 
     video: Path
@@ -74,12 +74,12 @@ class ChoiceQuestion:
 
     @property
     def letters(self) -> list[str]:
-        """What the prompt asks for, one for each option."""
+        """One letter for each option, which the prompt asks for."""
         return [chr(ord("A") + number) for number in range(len(self.options))]
 
     @property
     def prompt(self) -> str:
-        """The question with lettered options, as the model is asked."""
+        """The question with lettered options, as given to the model."""
         lettered = [f"{letter}. {option}" for letter, option in zip(self.letters, self.options, strict=True)]
         return "\n".join([self.question, *lettered, "Answer with the option's letter."])
 
@@ -89,9 +89,9 @@ class Benchmark:
     """A local copy of a benchmark.
 
     Attributes:
-        questions: those whose video is there. without_video: how many others it has. unscored: how many more whose
-            answer is none of their candidates, or is not said. open_ended: how many entries have no candidates at all,
-            to be answered in words of one's own, as MLVU's of generation.
+        questions: those with a video. without_video: number of questions whose video is missing. unscored: number of
+            further questions whose answer is missing or not one of their candidates. open_ended: number of entries
+            without candidates, which need a free-form answer, such as MLVU's generation tasks.
     """
 
     questions: list[ChoiceQuestion]
@@ -102,29 +102,29 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Unscored:
-    """An entry whose right option is not known, and why."""
+    """An entry whose correct option is unknown, and the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class OpenEnded:
-    """An entry without candidates, and where it stands."""
+    """An entry without candidates, and its location."""
 
     where: str
 
 
-# What a set's entry gives: a question, the name of its video, which is not there, or why nothing is chosen.
+# The result of an entry: a question, the name of a missing video, or why it has no choice that can be scored.
 Entry = ChoiceQuestion | str | Unscored | OpenEnded
 
 
 def read_benchmark(name: str, root: str | Path) -> Benchmark:
-    """The questions of a benchmark; those whose video is not there, whose answer is none of their candidates, or that
-    have none, are counted and named in the log.
+    """Read the questions of a benchmark. Questions whose video is missing, whose answer is none of their candidates, or
+    that have no candidates are counted and named in the log.
 
     Raises:
-        FileNotFoundError: no question files, or none of the videos. ValueError: an unknown benchmark, entries of
-            another form, or most of them without an answer that is one of their candidates.
+        FileNotFoundError: There are no question files, or none of the videos. ValueError: The benchmark is unknown,
+            entries have another form, or most of them have no answer among their candidates.
     """
     if name not in READERS:
         raise ValueError(f"benchmark={name!r}: known are {', '.join(READERS)}")
@@ -171,8 +171,8 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
 
 
 def _video_mme(root: Path) -> Iterator[Entry]:
-    """Parquet with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and perhaps
-    `domain`, `sub_category`, `task_type`. What a file repeats of another one is left out."""
+    """Read Parquet files with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and
+    perhaps `domain`, `sub_category`, `task_type`. Entries that another file also has are left out."""
     files = [file for file in files_in(root, ".parquet", below=True) if _asks(file)]
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
@@ -201,7 +201,7 @@ def _video_mme(root: Path) -> Iterator[Entry]:
 
 
 def _asks(file: Path) -> bool:
-    """Whether a parquet file holds questions of Video-MME. Raises ValueError: some of their columns alone."""
+    """Return whether a parquet file holds Video-MME questions. Raises ValueError if columns are missing."""
     columns = [*column_types(file)]
     lacks = [name for name in VIDEO_MME_COLUMNS if name not in columns]
     if "question" in lacks and "options" in lacks:
@@ -213,7 +213,7 @@ def _asks(file: Path) -> bool:
 
 
 def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Options without their letters where all have their own ("A. red", "B. blue")."""
+    """Remove the letters from options if all have their own letter ("A. red", "B. blue")."""
     labels = [re.match(rf"\s*\(?{chr(ord('A') + number)}[.):]\s*", option) for number, option in enumerate(options)]
     lettered = None not in labels
     return tuple(
@@ -223,9 +223,9 @@ def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _candidates(root: Path) -> Iterator[Entry]:
-    """JSON lists, a task per file, of `video`, `question`, `candidates` and `answer` (the words of one candidate), and
-    perhaps `start` and `end`. What a file repeats of another one is left out: some copies hold a list of all tasks
-    beside the folder with theirs, which comes first, or one without the answers, which comes last."""
+    """Read JSON lists, a task per file, of `video`, `question`, `candidates` and `answer` (the words of one candidate),
+    and perhaps `start` and `end`. Entries that another file also has are left out: besides the folder with a list per
+    task, which is read first, some copies have a list of all tasks, or a list without answers, which is read last."""
     files = sorted(files_in(root, ".json", below=True), key=lambda file: (-len(file.parts), file))
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
@@ -254,7 +254,7 @@ def _candidates(root: Path) -> Iterator[Entry]:
                 known = first.get(asked)
                 if known is None or len(known.parts) <= len(file.parts):
                     raise
-                repeated[file] += 1  # the list of all tasks does not say which of two videos of a name
+                repeated[file] += 1  # in the list of all tasks, two videos of the same name cannot be distinguished
                 continue
             if video is not None and clip is not None and _is_cut(video, clip):
                 clip = None
@@ -275,7 +275,7 @@ def _candidates(root: Path) -> Iterator[Entry]:
 
 
 def _find_candidates_video(videos: Videos, file: Path, entry: Mapping[str, Any]) -> Path | None:
-    """The video of an entry, or the part of it that the entry is about where that alone is there."""
+    """Return the video of an entry, or the file with only the clip that the entry is about, if only that exists."""
     name, folder = str(entry["video"]), MVBENCH_FOLDERS.get(file.stem, file.stem)
     video = videos.find(name, folder)
     if video is None and _clip(entry) is not None:
@@ -300,8 +300,8 @@ def _say_repeated(repeated: Counter[Path]) -> None:
 
 
 def _place(answer: Any, options: tuple[str, ...]) -> int | None:
-    """Which option an answer is; of equal ones the last, as MVBench's own script has it; of none by the letter, the one
-    that differs in case, white space or full stops alone. None: none, or several."""
+    """Return the option that equals an answer. Of equal options the last is used, as in MVBench's own script. If none
+    is exactly equal, use the option that differs only in case, white space or full stops. None: none, or several."""
     if answer is None:
         return None
 
@@ -316,14 +316,14 @@ def _place(answer: Any, options: tuple[str, ...]) -> int | None:
 
 
 def _options(given: Any) -> tuple[str, ...]:
-    """Raises ValueError: they are no list of texts and numbers."""
+    """Convert candidates to texts. Raises ValueError if they are not a list of texts and numbers."""
     if not isinstance(given, list) or not all(isinstance(option, str | int | float) for option in given):
         raise ValueError(f"its candidates {str(given)[:80]} are no list of texts")
     return tuple(str(option) for option in given)
 
 
 def _mvbench(root: Path) -> Iterator[Entry]:
-    """As `_candidates`; its script takes the frames of whole videos as it does those of clips."""
+    """As `_candidates`; MVBench's script samples the frames of whole videos like those of clips."""
     for entry in _candidates(root):
         yield replace(entry, middles=True) if isinstance(entry, ChoiceQuestion) else entry
 
@@ -336,8 +336,8 @@ READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
 
 
 def _clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
-    """`start` and `end` of an entry, seconds; some of MVBench's come the wrong way round or are one moment, for which
-    its script shows what lies between them. Raises ValueError: only one of them, or no numbers."""
+    """Return `start` and `end` of an entry, seconds. Some of MVBench's are reversed or a single moment; its script then
+    shows the frames between them. Raises ValueError if one is missing or not a number."""
     start, end = entry.get("start"), entry.get("end")
     if start is None and end is None:
         return None
@@ -348,7 +348,7 @@ def _clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _is_cut(video: Path, clip: tuple[float, float]) -> bool:
-    """Whether a file holds the clip alone: MVBench's copies for lmms-eval are called NAME_START_END.mp4."""
+    """Return whether a file holds only the clip: MVBench's copies for lmms-eval are named NAME_START_END.mp4."""
     try:
         start, end = (float(part) for part in video.stem.rsplit("_", 2)[-2:])
     except ValueError:
@@ -373,7 +373,7 @@ def _question(
 
 
 class _named:
-    """Names the file and the question of an entry that does not have the set's form."""
+    """Add the file and the question to the error of an entry that does not have the set's form."""
 
     def __init__(self, file: Path, entry: Mapping[str, Any]) -> None:
         self.file, self.entry = file, entry
@@ -388,13 +388,13 @@ class _named:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file, or files of the same content."""
+    """Return whether two paths are one file, or files with the same content."""
     return one == other or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
 
 
 class Videos:
-    """Video files and folders of frames below a folder, found by what a question calls them; copies of one file count
-    as one (MVBench's archives hold some twice)."""
+    """Find video files and folders of frames below a folder by the name in a question. Copies of a file count as one
+    (MVBench's archives hold some files twice)."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -412,16 +412,16 @@ class Videos:
             self._by_name.setdefault(folder.name, []).append(folder)
 
     def find(self, name: str, folder: str) -> Path | None:
-        """The video of a name; None where it is not there.
+        """Return the video with a name; None if it does not exist.
 
         Args:
-            name: a path whose folders must be the last ones of the video's own, or a file's name. Another format's
-                ending, or none, is the same video; an ending that is no video's is part of the name.
-            folder: the part of a path that decides where the name occurs in several places. One of MVBench's folders
-                also says that a video in another one of them is another video.
+            name: a path, whose folders must be the last ones of the video's path, or a file name. Another video
+                extension, or none, is the same video; an extension of another kind is part of the name.
+            folder: part of a path that selects the video if the name occurs in several places. If it is one of
+                MVBench's folders, a video in another of these folders is a different video.
 
         Raises:
-            ValueError: it occurs in several places, and nothing decides.
+            ValueError: The name occurs in several places and cannot be resolved.
         """
         wanted = Path(name)
         stem = wanted.with_suffix("") if wanted.suffix.lower() in VIDEOS else wanted
@@ -441,7 +441,7 @@ class Videos:
         return None
 
     def _ends(self, path: Path, wanted: Path) -> bool:
-        """Whether a path, with its ending or without, ends with another one."""
+        """Return whether a path, with or without its extension, ends with another path."""
         stem = path.with_suffix("") if path.suffix.lower() in VIDEOS else path
         return any(f"/{each.as_posix()}".endswith(f"/{wanted.as_posix()}") for each in (path, stem))
 
@@ -449,7 +449,7 @@ class Videos:
         return f"/{folder}/" in f"/{path.relative_to(self.root).as_posix()}"
 
     def _of_another(self, path: Path, folder: str) -> bool:
-        """Whether a video lies in one of MVBench's folders, and not in the one that a question is about."""
+        """Return whether a video is in one of MVBench's folders, but not in the one of the question."""
         known = set(MVBENCH_FOLDERS.values())
         if folder not in known or self._lies_in(path, folder):
             return False

@@ -1,4 +1,4 @@
-"""What a text says of each option where it goes through them one by one, from A on, before it answers or instead."""
+"""Read the remarks of a text that discusses options one by one, from A on, before or instead of an answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keygrip.evaluation.answer_forms import DENIES, ENDS_SAID, SET_OFF, TICK
 from keygrip.evaluation.option_texts import Options, number_of, own_words
 
 CALLS = r"(?:^|\b(?:is|was|be|seems|looks)\s)\W*(?:\w+ly\s+)?(?:the\s+|an?\s+)?(?:only\s+)?"
-# What calls an option right, and no direction ("the cup is right of it") and no concession ("correct, but").
+# Words that call an option right, excluding directions ("the cup is right of it") and concessions ("correct, but").
 APPROVES = re.compile(
     rf"{CALLS}(?:yes|right|correct|true)(?:\s+(?:answer|choice|one|option|statement))?(?!\W*\bbut\b)"
     r"(?=\s*(?:[.,;:!)\]\n–—-]|$)|\s+(?:because|since|as)\b)|^\W*(?:because|since)\b",
@@ -20,7 +20,7 @@ REJECTS = re.compile(
     rf"\b{DENIES}\s+(?:be\s+)?(?:the\s+)?(?:\w+ly\s+)?(?:correct|right|true)\b",
     re.IGNORECASE,
 )
-# What denies a clause, but for "not only", "not wrong" and "no other", and what speaks for the option in it.
+# Words that deny a clause, except "not only", "not wrong" and "no other", and words that support the option in it.
 DENIED = re.compile(
     rf"\b(?:{DENIES}(?!\s+(?:only|just|wrong|incorrect|false|ruled|eliminated)\b)|no(?!\s+(?:other|doubt)\b)|neither|nor|"
     r"absent|(?<!not )(?:ruled\s+out|eliminated))\b",
@@ -31,7 +31,7 @@ SUPPORTS = r"appears?|depicted|fits|matches|present|seen|shown|supported|visible
 
 @dataclass(frozen=True)
 class Weighed:
-    """An option that a text comes to: its number, where its letter and its words end, and the remark behind them."""
+    """An option in a text: its index, the end of its letter and words, and the remark after them."""
 
     option: int
     end: int
@@ -39,18 +39,18 @@ class Weighed:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is said of it."""
+        """Whether the text contains no remark on it."""
         return re.search(rf"\w|{TICK}", self.remark) is None
 
 
 def weighed_options(said: str, known: Options) -> list[Weighed]:
-    """The options of a text, each lettered where a line, sentence or part of one begins, with its own words or with the
-    letter that follows the one before. Empty where they do not begin with A and B."""
+    """Return the options of a text, each lettered at the beginning of a line, a sentence or a part of a sentence, with
+    its own words or with the letter after the previous one. Empty if they do not begin with A and B."""
     begun = re.compile(
         rf"(?:^|[\n.;!?,%][)\]]?|{ENDS_SAID})\s*(?P<label>(?:[-*•]\s*)?(?:(?i:option|choice)\s+)?[(\[]?"
         rf"(?P<letter>[A-{known.last}])(?:[)\].:]+|\s+[–—-]+(?=\s))\s*)"
     )
-    found: list[tuple[int, int, int]] = []  # the option, where its label begins and where its words end
+    found: list[tuple[int, int, int]] = []  # the option, the start of its label and the end of its words
     for match in begun.finditer(said):
         number = number_of(match["letter"])
         own = re.compile(own_words(number, known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
@@ -59,19 +59,19 @@ def weighed_options(said: str, known: Options) -> list[Weighed]:
     if [number for number, _, _ in found[:2]] != [0, 1]:
         return []
     ends = [start for _, start, _ in found[1:]]
-    last = re.compile(r"\n[^\S\n]*\n|$").search(said, found[-1][2])  # what stands behind an empty line is said of all
+    last = re.compile(r"\n[^\S\n]*\n|$").search(said, found[-1][2])  # text after an empty line refers to all options
     ends.append(len(said) if last is None else last.start())
     return [Weighed(number, end, said[end:stop]) for (number, _, end), stop in zip(found, ends, strict=True)]
 
 
 def says_something(weighed: list[Weighed]) -> bool:
-    """Whether something is said of the options, and they are not only repeated: behind the last one may stand the
-    answer, unless it is set off in the option's own line."""
+    """Return whether there are remarks on the options and not only a repetition of them. Text after the last option may
+    be the answer, unless it is separated in the option's own line."""
     return any(not each.empty for each in weighed[:-1]) or re.match(SET_OFF, weighed[-1].remark) is not None
 
 
 def called_right(weighed: list[Weighed], known: Options) -> int | None:
-    """The only option that has a tick, or that is called right."""
+    """Return the only option that has a tick, or that is called right."""
     for found in (
         {each.option for each in weighed if re.match(rf"\W{{0,4}}{TICK}", each.remark)},
         {each.option for each in weighed if _verdict(each, known) == "right"},
@@ -82,8 +82,8 @@ def called_right(weighed: list[Weighed], known: Options) -> int | None:
 
 
 def left_over(weighed: list[Weighed], known: Options) -> int | None:
-    """The only option that is not denied, where all are gone through, or something speaks for it, or it stands alone
-    before others that are denied ("A. red. B. blue is wrong")."""
+    """Return the only option that is not denied, if all options are discussed, or something supports it, or it stands
+    without a remark before others that are denied ("A. red. B. blue is wrong")."""
     verdicts = [_verdict(each, known) for each in weighed]
     denied = {each.option for each, verdict in zip(weighed, verdicts, strict=True) if verdict == "denied"}
     left = {each.option for each in weighed} - denied
@@ -96,9 +96,9 @@ def left_over(weighed: list[Weighed], known: Options) -> int | None:
 
 
 def _verdict(weighed: Weighed, known: Options) -> str | None:
-    """What a remark says of its option: "right" or "denied" where it calls it so, else what the first clause says that
-    denies something ("denied") or has the option's own words or others that speak for it ("supported"); None: nothing
-    of that."""
+    """Return the verdict of a remark on its option: "right" or "denied" if it says so. Otherwise the verdict of the
+    first clause that denies something ("denied") or has the option's own words or other supporting words ("supported").
+    None if there is no such clause."""
     right, wrong = APPROVES.search(weighed.remark), REJECTS.search(weighed.remark)
     if right or wrong:
         return "right" if right and (wrong is None or right.start() < wrong.start()) else "denied"

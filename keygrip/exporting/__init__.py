@@ -1,1 +1,1 @@
-"""Trained models in the formats that other programs read: safetensors folders, torch.export, ONNX."""
+"""Export trained models to the formats of other programs: safetensors folders, torch.export, ONNX."""

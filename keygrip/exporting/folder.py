@@ -1,13 +1,13 @@
 """An exported model: a folder with weights as safetensors and everything else as JSON.
 
-    model.safetensors      the weights that are meant to be used (EMA where the run kept one), buffers included
-    processor.safetensors  tensors that the module stores beside its weights; only where it has any
-    config.json            format, model configuration, step, metadata, what the module stores (tokenizer, statistics),
-                           and the SHA-256 of each safetensors file and of these values themselves
+    model.safetensors      the weights for inference (EMA if the run has them), buffers included
+    processor.safetensors  tensors that the module stores besides its weights; only if it has any
+    config.json            format, model configuration, step, metadata, data stored by the module (tokenizer,
+                           statistics), and the SHA-256 of each safetensors file and of these values themselves
     README.md              the model card
 
-Nothing in it is code. A folder is read back as the content of a checkpoint, and the model is built from it under the
-same rules as from any checkpoint.
+Nothing in it is code. A folder is read as the content of a checkpoint, and the model is built from it under the same
+rules as from any checkpoint.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SCHEMA = "keygrip.export/1"
 CONVERTED_FROM = (
     "converted_from"  # in a checkpoint's header: whose weights they are, where another program trained them
 )
-TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} stands for a tensor in config.json
+TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} replaces a tensor in config.json
 TUPLE = "__tuple__"
-LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer of a large vocabulary is some tens of megabytes
+LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer with a large vocabulary has tens of megabytes
 DEEPEST = 64
 USAGE = 'import keygrip\n\nmodel = keygrip.load("{name}")'
 POLICY_USAGE = """import keygrip
@@ -44,14 +44,14 @@ policy = keygrip.load_policy("{name}")
 print(policy.needs)  # the arms, cameras and further entries of an observation that it reads
 plan = policy.plan(observation)  # poses in metres; docs/serving.md of keygrip builds an observation
 print(plan.position, plan.quaternion, plan.gripper)"""
-# What users call, by a module's `evaluation_kind`: lines of Python, and commands.
+# Usage for users, by a module's `evaluation_kind`: lines of Python, and commands.
 USAGES = {"policy": POLICY_USAGE}
 COMMANDS = {
     "policy": ("evaluate checkpoint={name}", "run checkpoint={name} robot=sim_yam", "serve checkpoint={name}"),
     "video_text": ('generate checkpoint={name} video=clip.mp4 question="..."',),
     "image_text": ('sample checkpoint={name} prompt="..." image=reference.png',),
 }
-# What Lightning and the callbacks store for training alone.
+# Data that Lightning and the callbacks store for training only.
 TRAINING_ONLY = frozenset(
     {"epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers", "hparams_name", "hyper_parameters"}
     | {"datamodule_hparams_name", "datamodule_hyper_parameters", "pytorch-lightning_version", "sampler_state"}
@@ -59,12 +59,12 @@ TRAINING_ONLY = frozenset(
 
 
 def _of_data(value: Any) -> bool:
-    """Whether a part of a checkpoint is a data module's position, with the names of all that it was trained on."""
+    """Return whether a part of a checkpoint is a data module's position, with the names of all its training data."""
     return isinstance(value, Mapping) and "batches_done" in value
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether a folder looks like an export."""
+    """Return whether a folder has the files of an export."""
     folder = Path(path)
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
@@ -78,20 +78,20 @@ def write_export(
     files: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes an export, whole or not at all.
+    """Write an export atomically.
 
     Args:
         folder: new or empty. content: of the checkpoint. weights: the state dictionary to write. card: Markdown.
-        also: writes further files into the folder; where it fails nothing remains.
-        files: further files by name, text or what JSON holds (a tokenizer, a chat template). facts: what other programs
-            look for in config.json; where there are any, the weights' `dtype` stands there too, as transformers has it.
+        also: writes further files into the folder; if it fails, nothing remains.
+        files: further files by name, text or JSON values (a tokenizer, a chat template). facts: entries of config.json
+            for other programs; if there are any, the weights' `dtype` is added, as in transformers.
 
     Raises:
-        FileExistsError: the folder holds something. ValueError: the checkpoint holds values that are not plain data.
+        FileExistsError: The folder holds something. ValueError: The checkpoint holds values that are not plain data.
     """
     tensors: dict[str, Tensor] = {}
     rest = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
-    rest.pop("ema", None)  # its parameters are the weights that are written
+    rest.pop("ema", None)  # its parameters are the exported weights
     rest = {key: value for key, value in rest.items() if not _of_data(value)}
     stored = _plain({key: value for key, value in rest.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
@@ -114,7 +114,7 @@ def write_export(
 
 
 def _dtype_of(weights: Mapping[str, Tensor]) -> str | None:
-    """The type of most of a state dictionary's floating-point numbers; rotary periods stay in float32 in any model."""
+    """Return the most common floating-point dtype of a state dictionary; rotary periods are always float32."""
     counts: Counter[torch.dtype] = Counter()
     for value in weights.values():
         if value.is_floating_point():
@@ -123,10 +123,10 @@ def _dtype_of(weights: Mapping[str, Tensor]) -> str | None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions of any new file; safetensors itself makes it its owner's alone.
+    """Write a safetensors file with the permissions of any new file; safetensors itself would allow only the owner.
 
     Raises:
-        OSError: it cannot be written, for instance because the disk is full.
+        OSError: The file cannot be written, for instance because the disk is full.
     """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -139,10 +139,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def read_export(folder: str | Path) -> dict[str, Any]:
-    """The content of the checkpoint that an export was made from, without what only training needs.
+    """Return the content of the checkpoint from which an export was made, without data for training only.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: it is not an export, or a byte has changed.
+        FileNotFoundError: A file is missing. ValueError: It is not an export, or a byte has changed.
     """
     root = Path(folder)
     file = root / CONFIG
@@ -160,7 +160,7 @@ def read_export(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} does not name the hashes of its weights and values: the export is incomplete")
     parts: dict[str, dict[str, Tensor]] = {PROCESSOR: {}}
     for name in sorted(hashes.keys() - {CONFIG}):
-        if not (root / name).is_file():  # a pipe or a device would be read for ever
+        if not (root / name).is_file():  # reading from a pipe or a device could block forever
             raise FileNotFoundError(f"{root / name} is missing, or is no file: copy the export again")
         if sha256_file(root / name) != hashes[name]:
             raise ValueError(f"{root / name} is not the file that was exported (its SHA-256 differs): copy it again")
@@ -185,15 +185,15 @@ def model_card(
     module: Any = None,
     closed_loop: Mapping[str, Any] | None = None,
 ) -> str:
-    """A short model card in Markdown.
+    """Return a short model card in Markdown.
 
     Args:
         name: of the exported folder. content: of the checkpoint. weights: those that were exported.
-        which: EMA or last step, in words.
+        which: description of the weights, EMA or last step.
         result: `result.json` of the run, or empty.
-        module: the model, which says what it is and how it is used (`keygrip.training.system.System`); None: nothing.
-        closed_loop: `closed_loop/result.json` of the run, or empty. Success is told with the counts that are in there,
-            and not at all without.
+        module: the model, with its description and usage (`keygrip.training.system.System`); None: neither is written.
+        closed_loop: `closed_loop/result.json` of the run, or empty. Success is reported with the counts in it, and not
+            at all without it.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
@@ -237,7 +237,7 @@ def model_card(
 
 
 def _figures(metrics: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, str]:
-    """A run's finite metrics in words; of a success rate how many episodes it is of, left out where that is unknown."""
+    """Format a run's finite metrics; success rates have the number of episodes, or are left out if it is unknown."""
     figures = {}
     for key, value in metrics.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -254,12 +254,12 @@ def _figures(metrics: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[
 
 
 def _digest(stored: Any) -> str:
-    """Of what JSON holds, however it is laid out in the file."""
+    """Return the hash of JSON values, independent of the file's formatting."""
     return sha256_bytes(json.dumps(stored, sort_keys=True).encode())
 
 
 def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value, tensors moved to ``tensors`` under their path."""
+    """Convert a value to JSON; tensors are moved to ``tensors`` under their path."""
     if isinstance(value, Tensor):
         name = path.lstrip("/")
         tensors[name] = value

@@ -1,7 +1,7 @@
 """A network as one graph for other runtimes: torch.export programs and ONNX files.
 
-A module that can be exported has ``export_graph()``, which returns an :class:`ExportGraph`. Every export is checked
-against the eager network on fresh inputs of another batch size before the file is kept.
+A module that can be exported has ``export_graph()``, which returns an :class:`ExportGraph`. Every export is compared
+with the eager network on new inputs of another batch size before the file is written.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ class ExportGraph:
 
 
 def export_program(graph: ExportGraph) -> torch.export.ExportedProgram:
-    """The network as a torch.export program with a dynamic batch."""
+    """Export the network as a torch.export program with a dynamic batch."""
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    two = tuple(torch.cat([value[:1]] * 2) for value in graph.inputs.values())  # 1 would be taken for a constant
+    # a batch of 1 would be treated as a constant
+    two = tuple(torch.cat([value[:1]] * 2) for value in graph.inputs.values())
     with torch.no_grad():
         return torch.export.export(graph.network, two, dynamic_shapes=tuple({0: batch} for _ in two), strict=False)
 
 
 def write_torch_export(graph: ExportGraph, file: Path) -> float:
-    """Writes a ``.pt2`` file; returns the largest difference from the eager network.
+    """Write a ``.pt2`` file; return the largest difference from the eager network.
 
     Raises:
-        ValueError: the exported program differs from the network by more than 1e-4.
+        ValueError: The exported program differs from the network by more than 1e-4.
     """
     program = export_program(graph)
     differences = []
@@ -61,10 +62,10 @@ def write_torch_export(graph: ExportGraph, file: Path) -> float:
 
 
 def write_onnx(graph: ExportGraph, file: Path) -> float:
-    """Writes an ``.onnx`` file; returns the largest difference of onnxruntime from the eager network.
+    """Write an ``.onnx`` file; return the largest difference of onnxruntime from the eager network.
 
     Raises:
-        ImportError: the extra `onnx` is not installed. ValueError: the graphs differ by more than 1e-4.
+        ImportError: The extra `onnx` is not installed. ValueError: The graphs differ by more than 1e-4.
     """
     try:
         import onnxruntime
@@ -92,7 +93,7 @@ def write_onnx(graph: ExportGraph, file: Path) -> float:
 
 
 def fresh_inputs(graph: ExportGraph, batches: Sequence[int] = (1, 3)) -> Iterator[dict[str, Tensor]]:
-    """Random inputs of other batch sizes than the example's, as large as the example's own values."""
+    """Yield random inputs with other batch sizes than the example's, in the range of the example's values."""
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         inputs = {}
@@ -122,6 +123,6 @@ def _checked(difference: float, runtime: str) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter prints its progress on standard output, which carries the command's JSON."""
+    """Suppress the progress of torch's exporter on standard output, which carries the command's JSON."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -1,1 +1,1 @@
-"""Trained models on users' inputs: generated images, answered questions."""
+"""Apply trained models to users' inputs: generate images, answer questions."""

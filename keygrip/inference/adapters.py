@@ -1,7 +1,7 @@
-"""Adapters in files: what LoRA trained (`keygrip.models.nn.lora`), as peft lays it out.
+"""Read and write LoRA adapters (`keygrip.models.nn.lora`) as files in peft's layout.
 
-They are written so that peft reads them, and read by a few known settings and tensors alone: nothing else that they
-name is looked at.
+The files are written so that peft can read them. When a file is read, only a few known settings and tensors are used;
+everything else in it is ignored.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INPUTS = "keygrip.inputs"  # in the weights' metadata: how the network's inputs were normalised
-BASE_WEIGHTS = "keygrip.base"  # likewise: `base_digest` of the network
-PREFIX = "base_model.model."  # peft's prefix before a network's own names
-# Settings of peft that change what an adapter means; only these values are known here.
+BASE_WEIGHTS = "keygrip.base"  # in the weights' metadata too: `base_digest` of the network
+PREFIX = "base_model.model."  # the prefix that peft puts before a network's own parameter names
+# Settings of peft that change how an adapter is applied. Only the values listed here are supported.
 PLAIN: dict[str, Any] = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
 PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "kasa_config": None}
 PLAIN |= {"alora_invocation_tokens": None, "layer_replication": None, "arrow_config": None, "use_qalora": False}
 PLAIN |= {"trainable_token_indices": None, "target_parameters": None}
-# Ways of peft to initialise an adapter that leave the base weights as they were. With the others (pissa, pissa_niter_N,
-# olora, corda, lora_ga, loftq) it is a difference to weights from which its first value was taken away, or which were
-# quantised: added to the unchanged ones it is wrong.
+# Initialisations of peft that leave the base weights unchanged. The others (pissa, pissa_niter_N, olora, corda,
+# lora_ga, loftq) subtract the adapter's initial value from the base weights or quantise them. Such an adapter is a
+# difference to those modified weights; added to the unchanged weights it gives wrong results.
 OF_UNCHANGED_WEIGHTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def write_lora(adapter: Adapter, folder: Path) -> None:
-    """The adapter's two files as peft writes them, into a folder that is there.
+    """Write the adapter's two files in peft's format into an existing folder.
 
     Raises:
-        ValueError: the network has no adapter.
+            ValueError: The network has no adapter.
     """
     tensors, lora = {}, adapter.lora
     for name, layer in adapted_layers(adapter.network):
@@ -62,7 +62,7 @@ def write_lora(adapter: Adapter, folder: Path) -> None:
 
 
 def write_adapter(folder: Path, module: Any, *_: object) -> None:
-    """What ``keygrip export format=lora`` writes. Raises ValueError: a model without an adapter."""
+    """Write the files of ``keygrip export format=lora``. Raises ValueError if the model has no adapter."""
     adapter = getattr(module, "adapter", None)
     if not isinstance(adapter, Adapter):
         raise ValueError("this model was trained without LoRA: give format=safetensors")
@@ -71,13 +71,14 @@ def write_adapter(folder: Path, module: Any, *_: object) -> None:
 
 @torch.no_grad()
 def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> list[str]:
-    """Adds an adapter's differences to the weights of a network; the layers' names.
+    """Add an adapter's differences to the weights of a network. Return the names of the changed layers.
 
     Args:
-        inputs: how the network's inputs are normalised, see `Adapter`; adapters of others do not say it.
+        inputs: how the network's inputs are normalised, see `Adapter`. Adapters from other tools do not contain this.
 
     Raises:
-        FileNotFoundError: no adapter there. ValueError: of another kind or another network; nothing is changed then.
+        FileNotFoundError: The folder holds no adapter. ValueError: The adapter is of another kind or belongs to another
+            network. The network is unchanged in both cases.
     """
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
@@ -128,7 +129,7 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
 
 
 def base_digest(network: nn.Module) -> str:
-    """Fingerprint of a network's weights without its differences."""
+    """Return a fingerprint of a network's weights without the adapter's differences."""
     return tensors_digest(
         {plain_name(name): value for name, value in network.named_parameters() if not is_difference(f"{name}.")}
     )

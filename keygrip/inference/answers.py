@@ -1,4 +1,4 @@
-"""Answers questions about videos, or continues conversations, with a trained video-language model."""
+"""Answer questions about videos, or continue conversations, with a trained video-language model."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from keygrip.training.checkpoints import find_checkpoint, load_module, trusted_p
 
 log = logging.getLogger(__name__)
 
-MOST_STRIPS = 64  # most rows of a figure: each is two inches high
+MOST_STRIPS = 64  # largest number of rows of a figure; each row is two inches high
 NO_STRIPS = "figure=... shows where queries attended, which this model (or text alone) does not give: leave it out"
 
 
 @dataclass(frozen=True)
 class Video:
-    """A decoded video. path: None for text alone. frames: uint8 [F, S, S, 3]. seconds: F, when each was taken."""
+    """A decoded video. path: None for text alone. frames: uint8 [F, S, S, 3]. seconds: F, the time of each frame."""
 
     path: str | None
     frames: np.ndarray
@@ -59,7 +59,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a video, and the prompt that they make. sample: which of the answers to it is to be drawn."""
+    """A question about a video and the prompt built from both. sample: index of the answer that is sampled for it."""
 
     video: Video
     question: str
@@ -68,15 +68,18 @@ class Asked:
 
 
 def answer(cfg: DictConfig) -> dict[str, Any]:
-    """Answers one question or a list of them about one video or a list of them, or the conversations of a file;
-    returns what is printed.
+    """Answer one or several questions about one or several videos, or continue the conversations of a file.
 
-    Of several videos or conversations, those that cannot be read are named in the log and in the result (`unreadable`),
-    and so are questions that do not fit into the language model's context with their video (`unanswered`).
+    If there are several videos or conversations, those that cannot be read are listed in the log and in the result
+    (`unreadable`). Questions that do not fit into the language model's context together with their video are listed the
+    same way (`unanswered`).
+
+    Returns:
+        The result that the command prints.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, nothing that can be read or answered, a mode that the model
-            does not have, or settings that do not go together.
+        FileNotFoundError, ValueError: The checkpoint does not exist, nothing can be read or answered, the model does
+            not have the requested mode, or settings exclude each other.
     """
     checked_samples(cfg.samples, _sampling(cfg))
     for name in ("max_frames", "max_new_tokens", "batch_frames"):
@@ -119,7 +122,7 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _refuse_stream(model: Mapping[str, Any]) -> None:
-    """Raises ValueError: the model of this configuration answers whole videos only."""
+    """Raise ValueError if the model of this configuration answers whole videos only."""
     network = model.get("network")
     target = network.get("_target_") if isinstance(network, Mapping) else None
     if target == f"{PooledVLM.__module__}.{PooledVLM.__qualname__}":
@@ -131,7 +134,7 @@ def _sampling(cfg: DictConfig) -> Sampling:
 
 
 def _videos_and_questions(cfg: DictConfig) -> tuple[list[Any], list[str]]:
-    """Paths, None for text alone, and what is asked about each. Raises as `answer`."""
+    """Return the paths (None for text alone) and the questions to ask about each. Raises the errors of `answer`."""
     one = cfg.video is None or isinstance(cfg.video, str | int | float)
     paths: list[Any] = [cfg.video] if one else list(cfg.video)
     questions = [] if cfg.question is None else texts_of("question", cfg.question)
@@ -172,7 +175,7 @@ def _continued(
                 left_out[number] = str(error)
     else:
         texts = chat.generate(talks, *how, cfg.batch_frames, left_out, samples=cfg.samples, **cut)
-    left_out |= broken  # the line that could not be read says more than the conversation that it is not
+    left_out |= broken  # a line that could not be parsed: its reason replaces that of its empty conversation
     if len(left_out) == len(talks):
         raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
     for number, reason in left_out.items():
@@ -231,8 +234,8 @@ def _asked(
 def _batches(
     module: FoveatedVLMModule, paths: Sequence[Any], batch_frames: int, unreadable: dict[str, str]
 ) -> Iterator[list[Video]]:
-    """Decoded videos, so many that they have at most `batch_frames` frames, padding counted; those that cannot be read
-    go to `unreadable`. Raises what the first raised where none can be read."""
+    """Decode videos and yield them in batches of at most `batch_frames` frames, padding included. Videos that cannot be
+    read are added to `unreadable`. If no video can be read, the first error is raised."""
     images = module.image_options
     size = images["image_size"]
     waiting: list[Video] = []
@@ -267,7 +270,7 @@ def _fitting(
     max_new_tokens: int,
     unanswered: list[dict[str, Any]],
 ) -> list[Asked]:
-    """Every question about each video; those that do not fit go to `unanswered` with the reason."""
+    """Return every question about each video. Questions that do not fit are added to `unanswered` with the reason."""
     asked: list[Asked] = []
     for video in videos:
         for question in questions:
@@ -284,7 +287,7 @@ def _fitting(
 def _together(
     module: FoveatedVLMModule, asked: Sequence[Asked], mode: str, cfg: DictConfig
 ) -> Iterator[tuple[list[Asked], Answers]]:
-    """Answers to the questions of a batch of videos, which are encoded once."""
+    """Answer the questions about a batch of videos. Each video is encoded once."""
     if not asked:
         return
     network = module.network
@@ -318,8 +321,9 @@ def _together(
 
 
 def _parts(asked: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
-    """Rows that are answered together: at most `batch_frames` frames, padding counted, and `BATCH_ROWS` rows. Each row
-    has its video's tokens in the language model, so many questions about one video are bounded too."""
+    """Yield rows that are answered together: at most `batch_frames` frames, padding included, and `BATCH_ROWS` rows.
+    Each row holds its video's tokens in the language model, so the number of questions about one video is limited
+    too."""
     waiting: list[Asked] = []
     for each in asked:
         longest = max(len(other.video.frames) for other in (*waiting, each))
@@ -334,8 +338,7 @@ def _parts(asked: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
 def _attention_strips(
     module: FoveatedVLMModule, asked: Sequence[Asked], answers: Answers
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Title, frames and attention of the queries for each question about frames. Raises ValueError: a model without
-    queries."""
+    """Return title, frames and query attention of each question about frames. Raises ValueError without queries."""
     network = module.network
     if not isinstance(network, FoveatedVLM):
         raise ValueError(NO_STRIPS)
@@ -353,7 +356,7 @@ def _attention_strips(
 
 
 def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfig) -> str:
-    """An answer, written to standard error as it comes."""
+    """Return an answer and write it to standard error while it is generated."""
     stream = module.stream(asked.question, mode, asked.video.seconds, cfg.max_new_tokens)
     for frame, second in zip(asked.video.frames, asked.video.seconds, strict=True):
         stream.push(frame, second)
@@ -362,7 +365,7 @@ def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfi
 
 
 def _shown(title: str, pieces: Iterator[str]) -> str:
-    """An answer in pieces, written to standard error as they come."""
+    """Join the pieces of an answer and write them to standard error as they arrive."""
     sys.stderr.write(f"{title} ")
     said = ""
     try:

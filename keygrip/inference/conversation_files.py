@@ -1,13 +1,13 @@
-"""Files of conversations that are to be answered: JSON Lines, each a list of messages or an object with `messages`.
+"""Read files of conversations to answer: JSON Lines, each line a list of messages or an object with `messages`.
 
-In place of `messages` an object may have `conversations`, and a message {"from": "human" | "gpt", "value"} in place of
-role and content: the lines of ShareGPT and LLaVA, which `keygrip prepare step=video_sft` reads too.
+Instead of `messages` an object may have `conversations`, with messages of the form {"from": "human" | "gpt", "value"}
+instead of role and content. This is the format of ShareGPT and LLaVA, which `keygrip prepare step=video_sft` reads too.
 
-Beside `messages` an object may name its files under `images` and `videos` (`image`, `video`), as ms-swift and
-LLaMA-Factory write them. They take the places of the placeholders in users' messages, in their order or by the numbers
-of <image_1>, and stand before the first user's words where there are none. Several images under `video` or `videos` are
-the frames of one video where the messages have one place or none. A path, beside messages or in an item of one, is
-relative to the file's folder, or to the present one.
+Next to `messages` an object may list its files under `images` and `videos` (or `image`, `video`), as ms-swift and
+LLaMA-Factory write them. The files replace the placeholders in the users' messages, in order or by the numbers of
+<image_1>. Without placeholders they are placed before the first user's text. Several images under `video` or `videos`
+are the frames of one video if the messages have one placeholder or none. A path, next to the messages or in an item of
+a message, is relative to the folder of the file, or otherwise to the current folder.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from keygrip.data.video_text.foreign_text import ROLES, media_key, with_system
 from keygrip.data.video_text.placeholders import Placeholders, number_of
 from keygrip.data.video_text.video_files import SUFFIXES
 
-SHOWN = ("image", "video", "path", "url")  # where an item says what it shows
+SHOWN = ("image", "video", "path", "url")  # keys under which an item names its image or video
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
-TURNS = ("messages", "conversations")  # keys of a line under which its messages are
+TURNS = ("messages", "conversations")  # keys of a line that hold its messages
 ONE_PER_LINE = "each conversation stands on a line of its own"
 SEVERAL = f"{ONE_PER_LINE} (jq -c '.[]' FILE makes such lines of a JSON list)"
-Item = tuple[Any, int | None]  # of a message, with the number that its placeholder has
+Item = tuple[Any, int | None]  # an item of a message, with the number of its placeholder
 
 
 def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str]]:
-    """The conversations of a file.
+    """Read the conversations of a file.
 
     Returns:
-        The conversations, and by number why one has another form; it stands empty among them.
+        The conversations, and the error message of each line that has another form, by its number. Such a line is an
+        empty conversation in the list.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it holds none.
+        FileNotFoundError: The file does not exist. ValueError: It holds no conversation.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"conversations={path}: there is no such file")
@@ -47,7 +48,7 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
     talks: list[list[Any]] = []
     broken: dict[int, str] = {}
     text = read_text(path)
-    for number, line in enumerate(text.split("\n"), 1):  # text may hold other ends of lines
+    for number, line in enumerate(text.split("\n"), 1):  # text may contain other line separators
         if not line.strip():
             continue
         talk: Any = None
@@ -82,7 +83,7 @@ def _is_json(line: str) -> bool:
 
 
 def _is_list_of_them(content: Any) -> bool:
-    """Whether JSON is a list of conversations, in any of the usual forms, and not of the messages of one."""
+    """Return whether JSON is a list of conversations, in any of the usual forms, and not the messages of one."""
     if not isinstance(content, list) or not content:
         return False
     first = content[0]
@@ -90,16 +91,16 @@ def _is_list_of_them(content: Any) -> bool:
 
 
 def _how_to_split(text: str) -> str:
-    """How lines of conversations are made of JSON over several lines: one that is indented, several, or a list."""
+    """Explain how to convert JSON over several lines (one object, several objects, a list) to JSON Lines."""
     try:
         return SEVERAL if _is_list_of_them(parse_json(text, "JSON")) else f"{ONE_PER_LINE} (jq -c . FILE makes it)"
-    except BadSample:  # one behind the other, perhaps
+    except BadSample:  # perhaps several objects, one after the other
         return f"{ONE_PER_LINE} (jq -c . FILE makes such lines of JSON)"
 
 
 def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
-    """Messages with the files that are named beside them, and with the system's that stands there. Raises ValueError:
-    there are not as many places as files, or another key names some."""
+    """Insert the files and the system message of an object into its messages. Raises ValueError if the number of
+    placeholders and the number of files differ, or if another key names files."""
     unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, *TURNS)})
     if unknown is not None:
         raise ValueError(f"its `{unknown}` names an image or a video; known beside messages are {', '.join(NAMING)}")
@@ -148,8 +149,8 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
 
 
 def _as_message(entry: Any) -> Any:
-    """A message of role and content of one of {"from", "value"}; any other as it is. Raises ValueError: it is from
-    nobody known."""
+    """Convert {"from", "value"} to a message with role and content; return any other entry unchanged. Raises ValueError
+    if `from` is an unknown role."""
     if not isinstance(entry, Mapping) or "from" not in entry or "role" in entry:
         return entry
     role = ROLES.get(str(entry["from"]).lower())
@@ -159,7 +160,7 @@ def _as_message(entry: Any) -> Any:
 
 
 def _in_folder(message: Any, folder: Path) -> Any:
-    """A message whose items name their own files as they are found from the present folder."""
+    """Return a message with the paths in its items relative to the current folder."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
     return {**message, "content": [_found(item, folder) for item in message["content"]]}
@@ -179,8 +180,8 @@ def _paths_beside(folder: Path, value: Any) -> Any:
 
 
 def _beside(folder: Path, name: str) -> str:
-    """A path relative to the file's folder, or, where nothing is there, to the present one."""
-    with contextlib.suppress(OSError):  # too long for a name
+    """Return the path relative to the file's folder, or unchanged if nothing exists there."""
+    with contextlib.suppress(OSError):  # the name may be too long
         if name and (folder / name).exists():
             return str(folder / name)
     return name
@@ -199,8 +200,8 @@ def _copied(item: Any) -> Any:
 
 
 def _items(parts: list[tuple[str, str]]) -> list[Item]:
-    """The items of a text that `Placeholders.split` split, without the white space at its ends that training takes
-    away with the places."""
+    """Return the items of a text split by `Placeholders.split`. White space at its ends is removed as in training,
+    where it is removed together with the placeholders."""
     items: list[Item] = [
         ({"type": kind}, number_of(said)) if kind else ({"type": "text", "text": said}, None) for kind, said in parts
     ]
@@ -214,13 +215,13 @@ def _items(parts: list[tuple[str, str]]) -> list[Item]:
 
 
 def _are_frames(kind: str, names: list[str]) -> bool:
-    """Whether files can be the frames of one video."""
+    """Return whether the files can be the frames of one video."""
     return kind == "video" and len(names) > 1 and all(name.lower().endswith(SUFFIXES) for name in names)
 
 
 def _fill(places: list[Item], files: dict[str, list[str]]) -> None:
-    """Puts files into their places: by number, the others in their order. <image> is a place for a video where no image
-    is named."""
+    """Assign files to placeholders: numbered placeholders by number, the others in order. <image> is a placeholder for
+    a video if the object lists no image."""
     for place, _ in places:
         if place["type"] == "image" and not files["image"]:
             place["type"] = "video"

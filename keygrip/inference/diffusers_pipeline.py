@@ -1,27 +1,27 @@
 """A patch-conditioned DiT as a `DiffusionPipeline` of diffusers.
 
-    model_index.json       names the two classes here, and pipeline.py for diffusers' own DiffusionPipeline
-    pipeline.py            an import of the class here, nothing else
+    model_index.json       names the two classes of this module, and pipeline.py for diffusers' own DiffusionPipeline
+    pipeline.py            imports the class of this module, nothing else
     transformer/           an exported keygrip folder (`keygrip.exporting.folder`): weights, configuration, statistics
     scheduler/             FlowMatchEulerDiscreteScheduler, with the shift of the model's own sampling
 
-``keygrip export format=diffusers`` writes it. Reading it takes keygrip and diffusers (``pip install 'keygrip[dit]'``)::
+``keygrip export format=diffusers`` writes it. To read it, install keygrip and diffusers (``pip install
+'keygrip[dit]'``)::
 
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
     image = PatchDiTPipeline.from_pretrained(FOLDER)(prompt="a red cube", image=reference).images[0]
 
-A model with encoders that its folder does not hold (``encoders=flux_t5_dinov3``) is opened with their files, for the
-folder is not believed which ones to read or to download::
+If the folder does not hold the encoders (``encoders=flux_t5_dinov3``), the caller gives their files, because the folder
+is not trusted to choose which files are read or downloaded::
 
     files = {"encoders.autoencoder.source": PATH, "encoders.text.source": PATH, "encoders.view.weights_path": FILE}
     PatchDiTPipeline.from_pretrained(FOLDER, external=files)
 
-``"encoders.view.download": True`` in place of a file lets DINO's weights be fetched; neither is needed where an earlier
-download has left them.
-
-Nothing in the folder is executed so: the model is built from it under the same rules as from any checkpoint. diffusers
-finds the class by itself with ``DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)``, which executes the
-folder's ``pipeline.py``; without that it refuses, as for every pipeline of a class that is not its own.
+``"encoders.view.download": True`` instead of a file allows DINO's weights to be downloaded. Neither is needed if an
+earlier download has cached them. Nothing in the folder is executed: the model is built from it under the same rules as
+from any checkpoint. diffusers finds the class itself with ``DiffusionPipeline.from_pretrained(FOLDER,
+trust_remote_code=True)``, which executes the folder's ``pipeline.py``. Without this option it refuses, as for every
+pipeline class that is not its own.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ from keygrip.training.strategies import automatic_autocast
 
 CLASS = "PatchDiTPipeline"
 OUTPUTS = ("pil", "np", "pt", "latent")
-STUB = "pipeline"  # the file of the folder that diffusers' own DiffusionPipeline executes where it is told to
+STUB = "pipeline"  # the file in the folder that diffusers' own DiffusionPipeline executes if the caller allows it
 STUB_TEXT = f'''"""keygrip's class, for diffusers' DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
 
 from {__name__} import {CLASS}
 
 __all__ = ["{CLASS}"]
 '''
-# Keywords that diffusers gives every model of a pipeline: how weights get into memory, which are read in one way here.
-# Not those that name other files, which the folder does not hold: variant and use_flashpack.
+# Keywords that diffusers passes to every model of a pipeline: how weights are loaded, which keygrip does in one way.
+# Keywords that name other files are not listed, because the folder does not hold those: variant and use_flashpack.
 LOADING = (
     *("device_map", "max_memory", "offload_folder", "offload_state_dict"),
     *("low_cpu_mem_usage", "use_safetensors", "disable_mmap"),
 )
-# And how a model is fetched from the hub: a folder is there.
+# Keywords for fetching a model from the hub, without effect on a local folder.
 FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-# What a pipeline's caller named, for its transformer: diffusers hands no keyword on to the models that it loads.
+# The caller's options for the transformer: diffusers passes no keyword on to the models that it loads.
 _named: ContextVar[Mapping[str, Any] | None] = ContextVar("named", default=None)
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -80,11 +80,11 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
     """The trained module, with its frozen encoders and the statistics of its features.
 
     Args:
-        module: as `keygrip.load` gives it. content: of the export that it was read from.
+        module: returned by `keygrip.load`. content: of the export that the module was read from.
 
     Attributes:
-        precision: in which the network computes, as `dtype` or `to` said; None: as `keygrip sample`, bfloat16 on
-            a GPU that has it and float32 elsewhere.
+        precision: dtype of the network's computations, set by `dtype` or `to`. None: as in `keygrip sample`, bfloat16
+            on a GPU that supports it and float32 elsewhere.
     """
 
     config_name: Any = "config.json"
@@ -104,15 +104,15 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         trust: Sequence[str] = (),
         **others: Any,
     ) -> Self:
-        """From an exported folder.
+        """Load an exported folder.
 
         Args:
-            external, trust: as of `keygrip.load`. others: what diffusers takes for every model; see `LOADING`
+            external, trust: as in `keygrip.load`. others: what diffusers passes to every model; see `LOADING`
                 and `FETCHING`.
 
         Raises:
-            FileNotFoundError, ValueError: it is none, a byte of it has changed, it needs files that were not named, a
-                type in which nothing is drawn, or a keyword without effect.
+            FileNotFoundError, ValueError: It is not an export, a byte of it has changed, it needs files that were not
+                given, images cannot be generated in this dtype, or a keyword has no effect.
         """
         idle = sorted(name for name, value in others.items() if value and name not in LOADING + FETCHING)
         if idle:
@@ -133,7 +133,7 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         return found if precision is None else found.to(precision)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """To a device, a type, or both, as of any module; the network alone changes its type, since the statistics of
+        """Move to a device, a dtype, or both, as in any module. Only the network changes its dtype: the statistics of
         features need float32."""
         given = [*args, kwargs.get("device"), kwargs.get("dtype")]
         dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
@@ -148,32 +148,32 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         return self
 
     def half(self) -> Self:
-        """The network in float16, as `to` makes it."""
+        """Convert the network to float16 with `to`."""
         return self.to(torch.float16)
 
     def bfloat16(self) -> Self:
-        """The network in bfloat16, as `to` makes it."""
+        """Convert the network to bfloat16 with `to`."""
         return self.to(torch.bfloat16)
 
     def float(self) -> Self:
-        """The network in float32, as `to` makes it."""
+        """Convert the network to float32 with `to`."""
         return self.to(torch.float32)
 
     def autocast(self) -> torch.autocast:
-        """The context in which the network is evaluated."""
+        """Return the context in which the network is evaluated."""
         device, dtype = self.module.device, self.precision
         if dtype is None:
             return automatic_autocast(device)
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """As an exported folder, new or empty: what stands in another is not overwritten (FileExistsError)."""
+        """Write an export to a new or empty folder. Raises FileExistsError if the folder holds something."""
         weights = self.module.state_dict()
         write_export(save_directory, self.content, weights, model_card(CLASS, self.content, weights, "stored", {}))
 
 
 class PatchDiTPipeline(DiffusionPipeline):
-    """Draws images from words, from a reference image, or from both."""
+    """Generate images from text, from a reference image, or from both."""
 
     transformer: Any
     scheduler: Any
@@ -191,16 +191,16 @@ class PatchDiTPipeline(DiffusionPipeline):
         trust: Sequence[str] = (),
         **kwargs: Any,
     ) -> Self:
-        """From a folder that ``keygrip export format=diffusers`` wrote.
+        """Load a folder written by ``keygrip export format=diffusers``.
 
         Args:
             external: files that the model needs and the folder does not hold, by dotted setting
-                ("encoders.text.source"), and whether DINO's may be downloaded ("encoders.view.download").
-            trust: as of `keygrip.load`. kwargs: as of diffusers.
+                ("encoders.text.source"), and whether DINO's weights may be downloaded ("encoders.view.download").
+            trust: as in `keygrip.load`. kwargs: as in diffusers.
 
         Raises:
-            FileNotFoundError, ValueError: as of `PatchDiTTransformer.from_pretrained`, or files are named for a
-                transformer that is given.
+            FileNotFoundError, ValueError: as in `PatchDiTTransformer.from_pretrained`, or files are given together with
+                a transformer.
         """
         if (external or trust) and kwargs.get("transformer") is not None:
             raise ValueError("external and trust have no effect on a transformer that is given: leave them out")
@@ -214,10 +214,10 @@ class PatchDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of diffusers, with this class in the place of the folder's `pipeline.py`, which is not executed.
+        """Load the configuration as diffusers does, but with this class instead of the folder's `pipeline.py`.
 
         Raises:
-            ValueError: the folder names other parts than this pipeline's, of which diffusers would import the modules.
+            ValueError: The folder names parts that this pipeline does not have; diffusers would import their modules.
         """
         own: Any = super()
         found = own.load_config(*args, **kwargs)
@@ -228,13 +228,13 @@ class PatchDiTPipeline(DiffusionPipeline):
         return found
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Into a new or empty folder that diffusers' own `DiffusionPipeline` reads too."""
+        """Write a new or empty folder that diffusers' own `DiffusionPipeline` can read too."""
         own: Any = super()
         own.save_pretrained(save_directory, *args, **kwargs)
         _name_class(Path(save_directory))
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """Raises ValueError: diffusers' hooks see none of the calls by which an image is drawn."""
+        """Raise ValueError: diffusers' offload hooks do not cover the calls that generate an image."""
         raise ValueError("the pipeline keeps its weights on one device: give pipeline.to('cuda')")
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
@@ -274,26 +274,26 @@ class PatchDiTPipeline(DiffusionPipeline):
         guidance_scale: None = None,
         negative_prompt: None = None,
     ) -> Any:
-        """Images.
+        """Generate images.
 
         Args:
-            prompt, image: one or a list; of one, as many as of the other. height, width: pixels; None: the trained size
-                of the likest shape as the image to start from or the first that steers, else the most usual one.
+            prompt, image: one or a list; two lists have equal lengths. height, width: pixels; None: the trained size
+                closest in aspect ratio to the start image or else the first image; without images the most common.
             num_inference_steps, text_scale, dino_scale, guidance, solver, full_scale, cls_scale, guide_scale,
                 text_rescale, dino_rescale, full_rescale, interval: None: the model's own, see
-                `keygrip.models.patch_dit.sampler.Sampling`. Steps of the solver euler are the scheduler's.
+                `keygrip.models.patch_dit.sampler.Sampling`. The solver euler takes the scheduler's steps.
             generator, num_images_per_prompt, latents, return_dict: as in diffusers.
-            output_type: "pil", "np", "pt" or, as `latents` are given, not decoded, "latent".
+            output_type: "pil", "np", "pt", or "latent" for latents in the format of `latents`, not decoded.
             image_mask, blend, start_image, strength, redraw: see
                 `keygrip.inference.steered_images.SteeredImages`.
-            callback_on_step_end: as in diffusers: called with the pipeline, the number of the step from 0, its timestep
-                and ``{"latents": ...}``; what it returns as latents is gone on with, by the solver euler alone.
-            callback_on_step_end_tensor_inputs: the latents are all there is.
-            guidance_scale, negative_prompt: of other pipelines, and refused with what does it here.
+            callback_on_step_end: as in diffusers: called with the pipeline, the step number from 0, its timestep
+                and ``{"latents": ...}``. Latents that it returns replace the current ones, with the solver euler only.
+            callback_on_step_end_tensor_inputs: only "latents" exist.
+            guidance_scale, negative_prompt: of other pipelines; refused with a message that names the option to use.
 
         Raises:
-            ValueError: neither words nor image, lists of different lengths, a size that does not divide, an image of
-                several frames, or a way of sampling that is impossible or without effect.
+            ValueError: Neither text nor image is given, lists have different lengths, a size is not divisible, an image
+                has several frames, or a sampling option is impossible or without effect.
         """
         module: PatchDiTModule = self.transformer.module
         if output_type not in OUTPUTS:
@@ -373,7 +373,7 @@ class PatchDiTPipeline(DiffusionPipeline):
             guided = sampling.combine(found, x, level, conditions)
             if kept is None:
                 return guided
-            mask, latents = kept  # the velocity that leads to these, from whatever noise a scheduler has added
+            mask, latents = kept  # the velocity that leads to these latents, whatever noise a scheduler has added
             return mask * guided + (1 - mask) * (x - latents) / level
 
         def after_step(number: int, x: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ class PatchDiTPipeline(DiffusionPipeline):
             drawn = x if output_type == "latent" else encoders.decode_latents(module.statistics.restored(x)).cpu()
         if not bool(torch.isfinite(drawn).all()):
             raise ValueError(NOT_FINITE)
-        if start is not None and start.redrawn is not None:  # pixels that stay are the image's own
+        if start is not None and start.redrawn is not None:  # pixels outside the mask are those of the start image
             drawn = start.redrawn * drawn + (1 - start.redrawn) * start.pixels
         shown: Any = drawn
         if output_type == "pil":
@@ -449,7 +449,7 @@ class PatchDiTPipeline(DiffusionPipeline):
 
 
 def _refuse_type(name: str, value: Any, kind: type | None) -> None:
-    """Raises ValueError: an argument is no number, or no whole one (`kind`: int)."""
+    """Raise ValueError if an argument is not a number, or (`kind`: int) not a whole number."""
     if value is None or kind is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
@@ -457,7 +457,7 @@ def _refuse_type(name: str, value: Any, kind: type | None) -> None:
 
 
 def _refuse_other_parts(config: Mapping[str, Any]) -> None:
-    """Raises ValueError: model_index.json names other parts than the transformer here and a scheduler of diffusers."""
+    """Raise ValueError if model_index.json names other parts than this transformer and a diffusers scheduler."""
     for name, part in config.items():
         if name.startswith("_"):
             continue
@@ -475,7 +475,7 @@ def _refuse_other_parts(config: Mapping[str, Any]) -> None:
 def write_pipeline(
     folder: Path, module: Any, content: Mapping[str, Any], weights: Mapping[str, Tensor], card: str
 ) -> None:
-    """The files of a pipeline, into a folder that is there. Raises ValueError: no image model."""
+    """Write the files of a pipeline into an existing folder. Raises ValueError if the module is not an image model."""
     if not isinstance(module, PatchDiTModule):
         raise ValueError(f"{type(module).__name__} is no image model: give format=safetensors")
     write_export(folder / "transformer", content, weights, card)
@@ -491,7 +491,7 @@ def write_pipeline(
 
 
 def _name_class(folder: Path) -> None:
-    """Tells diffusers' own `DiffusionPipeline` where the class of a folder is: in a file that imports it from here."""
+    """Write the file that imports this module's class, so that diffusers' own `DiffusionPipeline` finds it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     write_json(folder / "model_index.json", index | {"_class_name": [STUB, CLASS]})
     with atomic_write(folder / f"{STUB}.py") as file:

@@ -1,4 +1,4 @@
-"""Drives a robot with a trained policy, or with one that a server has: policy, robot, limits and watchdog together."""
+"""Drive a robot with a policy, local or on a server: connect policy, robot, limits and watchdog."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 
 
 class StoppedError(ValueError):
-    """The watchdog stopped the arm; the message says why. An error of the run, not of the program."""
+    """The watchdog stopped the arm; the message gives the reason. This is an error of the run, not of the program."""
 
 
 def drive(cfg: DictConfig) -> dict[str, Any]:
-    """Runs as ``cfg`` says and returns the report's figures.
+    """Run the robot with the settings of ``cfg`` and return the report's figures.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, a policy that needs other arms or cameras than the robot has,
-            or a setting that cannot be. ConnectionError: robot or server do not answer.
+        FileNotFoundError, ValueError: The checkpoint does not exist, the policy needs other arms or cameras than the
+            robot has, or a setting is invalid. ConnectionError: The robot or the server does not respond.
     """
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
     if not cfg.seconds > 0:
@@ -65,7 +65,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         limits = instantiate(cfg.limits, _convert_="all")
         if limits is None:
             log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
-        # a server has bounds of its own
+        # a server applies bounds itself
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
         planner = ThreadPlanner(planning, awaited=cfg.server is None)
         execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
@@ -76,7 +76,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             return dry_run(planning, robot, limits, Path(cfg.dry_run), execution)
         with contextlib.ExitStack() as stack:
             recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
-            takeover = instantiate(cfg.takeover)  # from here on the keyboard is its own
+            takeover = instantiate(cfg.takeover)  # from here on the takeover reads the keyboard
             if takeover is not None:
                 stack.callback(takeover.close)
             loop = ControlLoop(robot, execution, limits, Watchdog(instantiate(cfg.watchdog)), takeover, recorder)
@@ -109,7 +109,7 @@ def _policy(cfg: DictConfig) -> Policy:
             raise ValueError(f"{idle[0]} has no effect with server=...: give it to keygrip serve")
         try:
             remote: Policy = RemotePolicy(cfg.server, token=cfg.token, ca=cfg.ca, renews=True)
-        except ServerError as error:  # a wrong token, or a policy that is stuck: no fault of this program
+        except ServerError as error:  # a wrong token, or a policy that is stuck: not an error of this program
             raise ConnectionError(f"server={cfg.server}: {error}") from error
         return remote
     for name in ("token", "ca"):
@@ -123,13 +123,13 @@ def _policy(cfg: DictConfig) -> Policy:
 
 
 def _for_policy(cfg: DictConfig, policy: Any) -> DictConfig:
-    """The settings of the robot with `arms` in the order of the policy's, where both name the same ones, and with the
-    camera of a policy that reads one first.
+    """Return the robot's settings in the order that the policy needs: its `arms` in the policy's order, if both have
+    the same names, and the camera that a single-camera policy reads in first place.
 
-    Observations and plans know arms by their place alone, an arm that is added on the command line stands behind those
-    of the file, and the first camera's image is the observation's own.
+    Observations and plans identify arms by position only, and an arm that is added on the command line comes after
+    those of the file. The first camera's image is the observation's main image.
     """
-    needs, fitted = policy.needs, copy.deepcopy(cfg)  # a part of the root, whose settings it may refer to
+    needs, fitted = policy.needs, copy.deepcopy(cfg)  # part of the root, which its settings may refer to
     robot, arms, cameras = fitted.robot, fitted.robot.get("arms"), fitted.robot.get("cameras")
     if isinstance(arms, DictConfig) and sorted(map(str, arms)) == sorted(needs.arms):
         robot.arms = _first(arms, needs.arms)
@@ -142,7 +142,7 @@ def _for_policy(cfg: DictConfig, policy: Any) -> DictConfig:
 
 
 def _first(named: DictConfig | ListConfig, names: Sequence[str]) -> Any:
-    """The same entries, those with these names first."""
+    """Return the same entries, with the given names first."""
     entries: Any = OmegaConf.to_container(named, resolve=False)
     order = [*names, *(name for name in entries if name not in names)]
     return {name: entries[name] for name in order} if isinstance(entries, dict) else order
@@ -150,7 +150,7 @@ def _first(named: DictConfig | ListConfig, names: Sequence[str]) -> Any:
 
 def _refuse_mismatch(policy: Any, robot: Any) -> None:
     needs = policy.needs
-    # one arm is one arm, whatever both sides call it; of several the names say which is which
+    # with one arm the names may differ; with several the names decide which arm is which
     if len(needs.arms) != len(robot.arms) or (len(needs.arms) > 1 and set(needs.arms) != set(robot.arms)):
         raise ValueError(
             f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}: give robot.arms the "
@@ -161,7 +161,7 @@ def _refuse_mismatch(policy: Any, robot: Any) -> None:
             f"the policy's arms are {', '.join(needs.arms)} in this order, the robot gives {', '.join(robot.arms)}: "
             "plans would move the wrong arm; give the robot the policy's order"
         )
-    # one camera is one camera, too
+    # with one camera, the names may differ too
     missing = [name for name in needs.cameras if name not in robot.cameras]
     if missing and not (len(needs.cameras) == 1 and len(robot.cameras) == 1):
         raise ValueError(f"the policy reads camera {missing[0]!r}; the robot has {', '.join(robot.cameras)}")
@@ -172,7 +172,7 @@ def _refuse_mismatch(policy: Any, robot: Any) -> None:
 
 
 def _refuse_other_camera(trained: str | None, cameras: Sequence[str]) -> None:
-    """Raises ValueError: the first of several cameras, whose image is given, is not the one trained on."""
+    """Raise ValueError if the first of several cameras, whose image is used, is not the one trained on."""
     if trained is None:
         log.warning(
             "the policy does not say which camera it was trained on (an older checkpoint): it is given %s, the first "
@@ -215,7 +215,7 @@ def _recorder(folder: Path, robot: Any) -> CorrectionRecorder:
 
 
 def _task_over(robot: Any) -> bool:
-    """Whether a simulated robot's task is done or has failed; a real one's run ends by time."""
+    """Return whether a simulated robot's task is done or has failed. The run of a real robot ends by time."""
     if not hasattr(robot, "outcome"):
         return False
     success, failure = robot.outcome()

@@ -1,4 +1,4 @@
-"""Settings of commands that are texts, or lists of them."""
+"""Read settings of commands that are texts or lists of texts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from omegaconf import ListConfig, OmegaConf
 
 
 def texts_of(name: str, value: Any) -> list[str]:
-    """A setting that is one text or a list of them, as a list; a number is the text that is written so.
+    """Convert a setting that is one text or several to a list. A number is converted to text.
 
     Args:
         name: of the setting, for messages.
 
     Raises:
-        ValueError: something else, such as null, true or a mapping, which YAML reads where no quotes are; or an empty
-            list.
+        ValueError: The setting has another type, such as null, true or a mapping (which YAML may read from unquoted
+            text), or is an empty list.
     """
     return [text_of(name, each) for each in each_of(name, value)]
 
 
 def each_of(name: str, value: Any) -> list[Any]:
-    """The values of a setting that is one or a list of them. Raises ValueError: an empty list."""
+    """Return the values of a setting, which is one value or a list. Raises ValueError if the list is empty."""
     found = list(value) if isinstance(value, ListConfig | list | tuple) else [value]
     if not found:
         raise ValueError(f"{name}=[] is an empty list: give at least one, or leave it out")
@@ -30,7 +30,7 @@ def each_of(name: str, value: Any) -> list[Any]:
 
 
 def text_of(name: str, value: Any) -> str:
-    """One text; a number is the text that is written so. Raises ValueError as `texts_of`."""
+    """Return one text; a number is converted to text. Raises ValueError as in `texts_of`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         given = json.dumps(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, default=str)
         raise ValueError(f"{name} holds {given}, which is no text: put words in quotes, or leave it out")

@@ -1,4 +1,4 @@
-"""Files of `keygrip sample`: each image as soon as it is drawn, then grids of them; all in their places, or none."""
+"""Files of `keygrip sample`: images, each written when it is generated, then grids. A failed run leaves none."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.inference.image_requests import SampleRequest
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
 
-GRID_ROWS = 24  # of one grid file
-GRID_COLUMNS = 64  # drawn images in a row of it
+GRID_ROWS = 24  # rows of one grid file
+GRID_COLUMNS = 64  # generated images in one row of a grid
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Names of what a command writes.
+    """Names of the files that a command writes.
 
     Args:
-        images: file name of each request. grids: file names. rows: of the grids, one for each pair of words and
-            references at one size: its title and the numbers of its requests.
+        images: file name of each request. grids: file names. rows: of the grids, one for each pair of prompt and
+            references at one size: its title and the indices of its requests.
     """
 
     images: tuple[str, ...]
@@ -37,17 +37,18 @@ class ImageFiles:
     rows: tuple[tuple[str, tuple[int, ...]], ...]
 
     def refuse_names(self, folder: Path) -> None:
-        """Raises ValueError: a folder has the name of one of them."""
+        """Raise ValueError if a folder already has the name of one of the files."""
         for path in (folder / name for name in (*self.images, *self.grids)):
             if path.is_dir():
                 raise ValueError(f"{path} is a folder, and an image would have its name: give another run_dir")
 
 
 def files_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket]) -> ImageFiles:
-    """The files of some requests, each drawn at the size of its bucket."""
+    """Return the files of some requests, each generated at the size of its bucket."""
     rows: dict[tuple[Any, ...], list[int]] = {}
     for number, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
-        rows.setdefault((request.prompt, request.images, bucket), []).append(number)  # titles leave out folders
+        # not by title: it has no folder names
+        rows.setdefault((request.prompt, request.images, bucket), []).append(number)
     grids = range(-(-len(rows) // GRID_ROWS))
     return ImageFiles(
         tuple(f"{number:03d}_seed{request.seed}.png" for number, request in enumerate(requests)),
@@ -57,15 +58,15 @@ def files_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket]) -> Im
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """[3, H, W] in 0..1 as a PNG file."""
+    """Write an image [3, H, W] in 0..1 as a PNG file."""
     _write(path, as_bytes(image[None])[0])
 
 
 def write_grids(folder: Path, files: ImageFiles, shown: Callable[[int], Sequence[Tensor]]) -> None:
-    """The grids, from the images that lie in the folder.
+    """Write the grids from the image files in the folder.
 
     Args:
-        shown: of the number of a request, its references [3, H, W] in 0..1, which stand first in its row.
+        shown: maps the index of a request to its references [3, H, W] in 0..1, which come first in its row.
     """
     for place, name in enumerate(files.grids):
         rows = files.rows[place * GRID_ROWS : (place + 1) * GRID_ROWS]
@@ -73,11 +74,11 @@ def write_grids(folder: Path, files: ImageFiles, shown: Callable[[int], Sequence
 
 
 def move_files(scratch: Path, folder: Path, files: ImageFiles) -> None:
-    """From the folder in which they were written to their own.
+    """Move the files from the temporary folder to their final folder.
 
     Raises:
-        OSError: they cannot be moved; none of them is there then, but files of their names that were there before may
-            be gone.
+        OSError: The files cannot be moved. None of them is in the final folder then, but earlier files with the same
+            names may have been deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as undone:
@@ -88,7 +89,7 @@ def move_files(scratch: Path, folder: Path, files: ImageFiles) -> None:
 
 
 def refuse_folder(folder: Path) -> None:
-    """Raises ValueError: no folder can be made there. Nothing is made yet: a failure leaves nothing behind."""
+    """Raise ValueError if the folder cannot be created. It is not created yet: a failed run leaves nothing behind."""
     there = nearest_existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"run_dir={folder}: {there} is {'not writable' if there.is_dir() else 'no folder'}")

@@ -1,4 +1,4 @@
-"""Sample requests of `keygrip sample`: prompts and images of the command line, or the rows of a file."""
+"""Sample requests of `keygrip sample`: prompts and images from the command line, or the rows of a file."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from keygrip.inference.given_texts import each_of, text_of, texts_of
 COLUMNS = ("prompt", "image", "seed")
 MOST_REQUESTS = 100_000
 BLENDED = "blend=true puts several images together: give image=[FILE,FILE]"
-SEEDS = range(-(2**63), 2**63)  # torch takes them, and those that follow from them by `samples`
+SEEDS = range(-(2**63), 2**63)  # torch accepts these seeds, and those derived from them for `samples`
 
-Row = tuple[str | None, tuple[str, ...], int]  # words, images that steer together, and the seed of the first sample
+Row = tuple[str | None, tuple[str, ...], int]  # prompt, images that condition together, first seed
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One image to draw.
+    """One image to generate.
 
     Args:
-        prompt: words; None: none. images: files that steer it together, none, one or several. seed: of its noise.
+        prompt: text; None: no prompt. images: files that condition the sample together: none, one or several.
+            seed: of its noise.
     """
 
     prompt: str | None
@@ -37,22 +38,23 @@ class SampleRequest:
 
     @property
     def reference(self) -> str | list[str] | None:
-        """Its images as they are printed."""
+        """The images in the form in which they are printed."""
         return list(self.images) if len(self.images) > 1 else self.images[0] if self.images else None
 
     @property
     def title(self) -> str:
-        """Of its row in a grid."""
+        """Title of the request's row in a grid."""
         names = " + ".join(Path(image).name for image in self.images)
         return ": ".join(part for part in (names, self.prompt) if part)
 
 
 def requested(cfg: DictConfig) -> list[SampleRequest]:
-    """One request for each pair of words and reference (a single one goes with all of the other) and each seed.
+    """Return one request for each pair of prompt and reference and each seed. A single prompt or reference is used for
+    all values of the other.
 
     Raises:
-        FileNotFoundError: no such file of prompts. ValueError: nothing is requested, what is no text, lists of
-            different lengths, a seed out of range, or a file that cannot be read.
+        FileNotFoundError: The file of prompts does not exist. ValueError: Nothing is requested, a value is not text,
+            lists have different lengths, a seed is out of range, or a file cannot be read.
     """
     if cfg.samples < 1 or cfg.batch_size < 1:
         raise ValueError("samples and batch_size must be at least 1")
@@ -68,7 +70,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
 
 
 def _of_file(cfg: DictConfig, images: list[str]) -> list[Row]:
-    """Of a file of prompts, with the images of the command line where it names none."""
+    """Read the rows of a file of prompts. If the file has no images, those of the command line are used."""
     if cfg.prompt is not None:
         raise ValueError("prompt and prompts both say what to draw: give one of them")
     rows = read_prompts(Path(cfg.prompts))
@@ -89,7 +91,7 @@ def _of_file(cfg: DictConfig, images: list[str]) -> list[Row]:
 
 
 def _of_command_line(cfg: DictConfig, images: list[str]) -> list[Row]:
-    """Of words and images: as many of each, or one that goes with all of the other."""
+    """Combine prompts and images: as many of each, or one that is used for all values of the other."""
     prompts = prompts_of(cfg.prompt)
     if prompts == [None] and not images:
         raise ValueError('nothing to draw: give prompt="...", image=FILE, or both')
@@ -106,24 +108,25 @@ def _of_command_line(cfg: DictConfig, images: list[str]) -> list[Row]:
 
 
 def prompts_of(value: Any) -> list[str | None]:
-    """The prompts of the command line; null or a blank one, alone or in a list, is none: the image alone steers then.
+    """Return the prompts of the command line. null or blank text, alone or in a list, is None: only the image
+    conditions.
 
     Raises:
-        ValueError: what is neither text nor null; an empty list.
+        ValueError: A value is neither text nor null, or the list is empty.
     """
     told = ["" if each is None else text_of("prompt", each) for each in each_of("prompt", value)]
     return [text if text.strip() else None for text in told]
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Rows `prompt`, `image`, `seed` (each may be None) of a file.
+    """Read the rows of a file: `prompt`, `image`, `seed`, each of which may be None.
 
-    .txt: a prompt in each line. .jsonl: an object in each line. .csv: a table with these columns. Images that are no
-    absolute paths lie beside the file. Empty lines are left out.
+    .txt: a prompt in each line. .jsonl: an object in each line. .csv: a table with these columns. Relative image paths
+    are relative to the folder of the file. Empty lines are ignored.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, or a row that says nothing or whose seed is
-            out of range (named by line).
+        FileNotFoundError: The file does not exist. ValueError: The file is of another kind, or a row is empty or has a
+            seed out of range (the message gives its line).
     """
     if not path.exists():
         raise FileNotFoundError(f"prompts={path}: there is no such file")

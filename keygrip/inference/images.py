@@ -1,4 +1,4 @@
-"""Draws images from words, from reference images, or from both, with a trained patch-conditioned DiT."""
+"""Generate images from text, from reference images, or from both, with a trained patch-conditioned DiT."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Steering:
-    """What all images of a command have in common.
+    """Conditions that all images of a command share.
 
     Args:
-        image_masks: files, one for each image that steers: where it counts. start_image: file to start from.
-        strength: how far from it. redraw: file, white where it is drawn anew.
+        image_masks: files, one for each reference image: where its patches are used. start_image: file to start from.
+        strength: how far the result may differ from it. redraw: file, white where the image is generated again.
     """
 
     image_masks: tuple[str, ...] = ()
@@ -63,15 +63,15 @@ class Steering:
 
 
 def sample(cfg: DictConfig) -> dict[str, Any]:
-    """Draws as ``cfg`` says; returns what is printed.
+    """Generate images with the settings of ``cfg`` and return the result that the command prints.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint or image, neither words nor image, an impossible size, or
-            encoders other than those that the model was trained with.
+        FileNotFoundError, ValueError: A checkpoint or image does not exist, neither text nor image is given, a size is
+            impossible, or the encoders are not those that the model was trained with.
     """
     requests = requested(cfg)
     steering = steering_of(cfg, requests)
-    if cfg.run_dir:  # before the model is read
+    if cfg.run_dir:  # checked before the model is loaded
         refuse_folder(Path(cfg.run_dir))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
@@ -111,7 +111,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         return [reference.shown for reference in opened]
 
     started = time.perf_counter()
-    with scratch_folder(nearest_existing(target) / "samples") as scratch:  # on the same disk
+    with scratch_folder(nearest_existing(target) / "samples") as scratch:  # on the same file system
         for number, image in draw(module, requests, buckets, sampling, cfg.batch_size, steering):
             write_image(scratch / files.images[number], image)
         wall_s = time.perf_counter() - started
@@ -137,8 +137,9 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _leave_out_guide(module: PatchDiTModule, cfg: DictConfig) -> None:
-    """Autoguidance goes away from what an earlier state of the same weights gets wrong: an adapter that the guide does
-    not have would be added (1 + guide_scale) times. Raises ValueError: the command asks for it."""
+    """Remove the guide model. Autoguidance extrapolates away from an earlier state of the same weights. The guide does
+    not have the adapter, so the adapter's effect would be multiplied by (1 + guide_scale). Raises ValueError if the
+    command requests guidance by the guide."""
     if cfg.guide_scale:
         raise ValueError(
             f"guide_scale={cfg.guide_scale} cannot be had with lora={cfg.lora}: the guide of {cfg.checkpoint} is an "
@@ -152,7 +153,7 @@ def _leave_out_guide(module: PatchDiTModule, cfg: DictConfig) -> None:
 
 
 def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
-    """Masks and the image to start from. Raises ValueError: a setting that has no effect, or too few masks."""
+    """Return masks and start image. Raises ValueError if a setting has no effect or the number of masks is wrong."""
     masks = () if cfg.image_mask is None else tuple(texts_of("image_mask", cfg.image_mask))
     for number, request in enumerate(requests):
         if masks and len(masks) != len(request.images):
@@ -168,8 +169,9 @@ def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
 def buckets_of(
     size: Any, module: PatchDiTModule, requests: Sequence[SampleRequest], steering: Steering
 ) -> list[Bucket]:
-    """The size of each request: as asked; else of the trained sizes the one of the likest shape as the image to start
-    from or the first reference; else the most usual one in training. Warns of each image that is cut for that."""
+    """Return the size of each request. If none is given, it is the trained size closest in aspect ratio to the start
+    image or else the first reference; without images it is the most common size in training. Warns of each image that
+    is cropped for it."""
     usual = bucket_of(size, module)
     if size is not None:
         return [usual] * len(requests)
@@ -187,10 +189,11 @@ def buckets_of(
 
 
 def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
-    """The size to draw, from a number (square), "WIDTHxHEIGHT" or [width, height]; None: the most usual in training.
+    """Return the size from a number (square), "WIDTHxHEIGHT" or [width, height]. None: the most common size in
+    training.
 
     Raises:
-        ValueError: no size, or sides that do not divide.
+        ValueError: It is not a size, or its sides are not divisible by the step.
     """
     stride = module.encoders.latent_stride
     trained = [Bucket(width * stride, height * stride) for height, width in module.statistics.latent_sizes]
@@ -219,7 +222,7 @@ def _whole(side: Any) -> int:
 
 
 def batches_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of requests that can be drawn as one batch: of one size, with words all or none, and as many images."""
+    """Yield indices of requests of one batch: same size, all or none with prompt, equally many images."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
         kinds.setdefault((bucket, request.prompt is None, len(request.images)), []).append(number)
@@ -236,14 +239,14 @@ def draw(
     batch_size: int,
     steering: Steering,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Number of a request and its image ``[3, H, W]`` in 0..1 on the CPU, batch by batch; no batch is kept."""
+    """Yield index and image ``[3, H, W]`` in 0..1 on the CPU of each request. Only one batch is in memory."""
     encoders = module.ready_encoders()
     stride = encoders.latent_stride
     batches = list(batches_of(requests, buckets, batch_size))
-    if len(batches) > 1:  # before anything is drawn
+    if len(batches) > 1:  # checked before anything is generated
         for image in dict.fromkeys(image for request in requests for image in request.images):
             decoded_file(image, "image")
-    opened: dict[str, Reference] = {}  # of one batch
+    opened: dict[str, Reference] = {}  # the references of one batch
     with Progress(total=len(batches) * sampling.steps, desc="sampling", unit="step", leave=False) as bar:
         for numbers in batches:
             bucket, batch = buckets[numbers[0]], [requests[number] for number in numbers]
@@ -263,7 +266,7 @@ def draw(
                 found = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
             if not bool(torch.isfinite(found).all()):
                 raise ValueError(NOT_FINITE)
-            if below is not None:  # pixels that stay are those of the file, whatever the autoencoder makes of them
+            if below is not None:  # unmasked pixels are those of the file, not those that the autoencoder reconstructs
                 found = below[1] * found + (1 - below[1]) * below[0]
             yield from zip(numbers, found, strict=True)
 
@@ -271,7 +274,7 @@ def draw(
 def _edit(
     module: PatchDiTModule, bucket: Bucket, count: int, steering: Steering
 ) -> tuple[Edit | None, tuple[Tensor, Tensor] | None]:
-    """The latents to start from, and for a part that stays its pixels [3, H, W] and mask [1, H, W]."""
+    """Return the latents to start from, and with redraw also the pixels [3, H, W] and the mask [1, H, W]."""
     if steering.start_image is None:
         return None, None
     start = open_reference(steering.start_image, bucket, module.encoders, "start_image")
@@ -280,7 +283,7 @@ def _edit(
 
 
 def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -> list[list[Tensor]]:
-    """For each file its mask in every request: it covers its image, which may be another in each."""
+    """Return for each file its mask in every request. It covers the request's image; images may differ."""
     masks = []
     for place, file in enumerate(files):
         images = {each[place].file: each[place] for each in references}
@@ -290,6 +293,6 @@ def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -
 
 
 def _samples_of(checkpoint: Path) -> Path:
-    """The folder of a run in which each command's samples have a folder of their own."""
+    """Return the folder of a run that holds a folder of samples for each command."""
     run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run_folder / "samples"

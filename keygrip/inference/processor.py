@@ -6,12 +6,12 @@
                                                      {"type": "text", "text": "What happens?"}]}])
 
 Nothing in a folder is executed. Importing this module also registers the processor, so that
-`AutoProcessor.from_pretrained(FOLDER)` reads an export; but what kind of processor a folder holds transformers finds
-out itself, and of a folder that only looks like an export it may load other classes, or ask on the terminal whether to
-execute code that lies in it: the line above is the one for folders of others.
+`AutoProcessor.from_pretrained(FOLDER)` reads an export. But transformers itself decides what kind of processor a folder
+holds: from a folder that only resembles an export it may load other classes, or ask on the terminal whether to execute
+code from the folder. For untrusted folders, use `KeygripProcessor.from_pretrained` as above.
 
-Ids and frames are those that `VideoChat` gives its model. The model itself is keygrip's (`keygrip.load`): transformers
-has no class for it.
+The ids and frames are the same as those that `VideoChat` gives its model. The model itself is keygrip's
+(`keygrip.load`): transformers has no class for it.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # o
 
 
 class KeygripConfig(PretrainedConfig):
-    """Under which the processor is registered: `model_type` of an export's config.json."""
+    """Configuration under which the processor is registered: `model_type` of an export's config.json."""
 
     model_type = MODEL_TYPE
 
 
 class KeygripProcessor(ProcessorMixin):
-    """Conversations with images and videos as inputs of a network.
+    """Convert conversations with images and videos to inputs of a network.
 
     Args:
         tokenizer: with a chat template. image_size, fit, max_frames, image_frames: see `PromptReader`.
         image_mean, image_std: [3], of pixels in 0-1.
         prompt_order, system, timestamps: see `ConversationCollator`.
-        chat_template: transformers hands over the tokenizer's own; kept for `save_pretrained`.
+        chat_template: transformers passes the tokenizer's own; stored for `save_pretrained`.
 
     Raises:
-        ValueError: settings that cannot be.
+        ValueError: A setting is invalid.
     """
 
     def __init__(
@@ -93,18 +93,19 @@ class KeygripProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:  # type: ignore[override]
-        """As of transformers, with the tokenizer and its files checked; no code of the folder's is executed.
+        """Load the processor as transformers does, but check the tokenizer and its files; no code of the folder is
+        executed.
 
         Raises:
-            ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`; settings that cannot be; the
-                folder needs Python code of its own, or names an audio tokenizer.
+            ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`. Also: a setting is invalid, or the
+                folder needs Python code of its own or names an audio tokenizer.
         """
         source = str(pretrained_model_name_or_path)
         if options.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code: keygrip executes no code of a folder or the hub, leave it out")
         where = {name: options[name] for name in WHERE if name in options}
         _refuse_audio_tokenizer(source, where)
-        loader = super()  # which has no meaning in a function within this one
+        loader = super()  # super() without arguments does not work inside the lambda
         vocabulary = _vocabulary(pretrained_model_name_or_path)
         found: Self = checked_tokenizer(lambda: from_pretrained(loader, source, **options), source, vocabulary, **where)
         return found
@@ -119,21 +120,22 @@ class KeygripProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **others: Any,
     ) -> BatchFeature:
-        """Inputs for the answers to a conversation, or to several.
+        """Return the inputs for answering one conversation or several.
 
         Args:
-            images, text, videos: what transformers' processors also take; refused, for images and videos belong into
-                conversations here. return_tensors: "pt"; None gives the same.
-            others: what transformers' processors also take, where it says what is done anyway (`DONE`): `padding=True`.
+            images, text, videos: arguments of transformers' processors; refused, because images and videos are part of
+                the conversations here. return_tensors: "pt"; None has the same effect.
+            others: further arguments of transformers' processors. Accepted only if they request what is done anyway
+                (`DONE`): `padding=True`.
 
         Returns:
-            input_ids int64 [B, T] up to where the assistant begins to speak, attention_mask bool [B, T] (padded on the
-            right), visual_at [B] (tokens before the visual ones), pixel_values float32 [B, F, 3, S, S], frame_counts
-            [B], and seconds: for each conversation when its frames were taken, or None where that is not known.
+            input_ids int64 [B, T] up to the beginning of the assistant's answer, attention_mask bool [B, T] (padded on
+            the right), visual_at [B] (number of tokens before the visual ones), pixel_values float32 [B, F, 3, S, S],
+            frame_counts [B], and seconds: for each conversation the times of its frames, or None if they are unknown.
 
         Raises:
-            ValueError: as `PromptReader.read`, images and videos elsewhere than before the first user's words, or an
-                argument that is refused. FileNotFoundError: an image or a video is not there.
+            ValueError: as in `PromptReader.read`, or images and videos are not before the first user's text, or an
+                argument is refused. FileNotFoundError: An image or a video does not exist.
         """
         if (
             conversations is None
@@ -190,18 +192,19 @@ class KeygripProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **others: Any,
     ) -> Any:
-        """A conversation in the chat template with <image> and <video> where they are said, and with the system turn
-        that `__call__` gives it; with `tokenize` what `__call__` gives, without `return_dict` the ids alone.
+        """Render a conversation with the chat template, including the system turn that `__call__` adds. Images and
+        videos become <image> and <video>. With `tokenize` return the result of `__call__`, without `return_dict` only
+        the ids.
 
-        The rendered text holds no times of frames (`timestamps`): they are known when a video is decoded.
+        The rendered text contains no times of frames (`timestamps`), which are known only after a video is decoded.
 
         Raises:
-            ValueError: as `__call__`, or ids are asked for without the beginning of an answer. Rendered as text, a
-                conversation may end with an answer where none is to begin, and no file is looked for.
+            ValueError: as in `__call__`, or ids are requested without the beginning of an answer. When rendered as
+                text, a conversation may end with an answer if no new answer follows, and files need not exist.
         """
         _check_tensors(return_tensors)
         named = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors")
-        inner = others.pop("processor_kwargs", None) or {}  # where transformers has those of `__call__`
+        inner = others.pop("processor_kwargs", None) or {}  # transformers' name for those of `__call__`
         _refuse_others({**others, **inner}, "apply_chat_template", named)
         if not tokenize:
             refuse_message(conversation)
@@ -218,15 +221,15 @@ class KeygripProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def _with_system(self, talk: Sequence[Message]) -> Sequence[Message]:
-        """As `ConversationCollator.with_system`. The exported template does it too; one of an earlier export, or of
-        another system turn than this processor's, does not."""
+        """Add the system turn as `ConversationCollator.with_system`. The exported template does the same, but the
+        template of an earlier export, or of an export with another system turn, does not."""
         if self.system is None or (talk and talk[0].get("role") == "system"):
             return talk
         return [{"role": "system", "content": self.system}, *talk]
 
 
 def _plain(talk: Sequence[Message]) -> list[dict[str, Any]]:
-    """A checked conversation as a template of somebody else's may see it: no image, whose methods would write files."""
+    """Return a checked conversation without image objects: a foreign template could call methods that write files."""
 
     def shown(item: Mapping[str, Any]) -> dict[str, str]:
         return {"type": str(item["type"])} | ({"text": str(item["text"])} if item["type"] == "text" else {})
@@ -239,19 +242,19 @@ def _plain(talk: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
-    """Tokens of the model that a folder's config.json describes; None: it has none."""
+    """Return the vocabulary size of the model that the folder's config.json describes; None: it has none."""
     file = Path(folder) / CONFIG
     try:
         content = read_json(file) if file.is_file() else None
     except BadSample:
-        return None  # transformers, which needs it, says so
+        return None  # transformers needs the file and reports the error
     found = content.get("vocab_size") if isinstance(content, dict) else None
     return found if type(found) is int else None
 
 
 def _refuse_audio_tokenizer(source: str, where: Mapping[str, Any]) -> None:
-    """Raises ValueError: one is named. transformers would load it, by a class and from a place of the folder's choice,
-    without a word on what may be executed."""
+    """Raise ValueError if an audio tokenizer is named. transformers would load it, with a class and from a location
+    chosen by the folder, without asking whether code may be executed."""
     named = file_of(source, "audio_tokenizer_config.json", **where)
     if (file := file_of(source, "processor_config.json", **where)) is not None:
         try:
@@ -268,7 +271,7 @@ def _check_tensors(return_tensors: str | None) -> None:
         raise ValueError(f"return_tensors={return_tensors!r}: inputs are PyTorch's tensors, give 'pt' or leave it out")
 
 
-# Of what transformers' processors take, what says that to be done which is done here anyway.
+# Arguments of transformers' processors with the values that request what this processor does anyway.
 DONE: dict[str, tuple[Any, ...]] = {
     "padding": (True, "longest"),
     "padding_side": ("right",),
@@ -285,9 +288,9 @@ REASONS = {
 
 
 def _refuse_others(others: Mapping[str, Any], what: str, named: Sequence[str]) -> None:
-    """Raises ValueError: an argument of transformers' processors that asks for something else than what is done."""
+    """Raise ValueError if an argument of transformers' processors requests something that is not done here."""
     for name, value in others.items():
-        # 1 equals True, and is no padding that transformers knows
+        # 1 equals True, but transformers does not accept it as padding
         if value is None or any(type(value) is type(done) and value == done for done in DONE.get(name, ())):
             continue
         known = [f"{key}={done[0]!r}" for key, done in DONE.items()]

@@ -1,8 +1,8 @@
-"""Conversations as users give them, with their images and videos decoded: what `VideoChat` and `KeygripProcessor` read.
+"""Conversations from users, with their images and videos decoded, for `VideoChat` and `KeygripProcessor`.
 
-They have the form that transformers' processors take: messages with a role and content, which is text or a list of
-{"type": "text" | "image" | "video"} items; an image or video is a path, a PIL image, a list of images or of their paths
-(frames of a video), or an array uint8 [H, W, 3] or [F, H, W, 3], under the item's type, `path` or `url`.
+They have the form that transformers' processors take: messages with a role and content. The content is text or a list
+of {"type": "text" | "image" | "video"} items. An image or video is a path, a PIL image, a list of images or of their
+paths (frames of a video), or an array uint8 [H, W, 3] or [F, H, W, 3], under the item's type, `path` or `url`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 
 ROLES = ("system", "user", "assistant")
-# What Qwen's messages say of a video beside where it is: which frames are seen is the model's.
+# Further keys of a video in Qwen's messages. They choose frames, which the model's settings do here.
 FRAMES_OF_IT = ("fps", "sample_fps", "nframes", "num_frames", "min_frames", "max_frames", "video_start", "video_end")
-AS_IT_IS = {"fps": ("1", "1.0"), "sample_fps": ("1", "1.0"), "video_start": ("0", "0.0")}  # what changes nothing
+AS_IT_IS = {"fps": ("1", "1.0"), "sample_fps": ("1", "1.0"), "video_start": ("0", "0.0")}  # values without effect
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-MARK = "\ue000"  # stands for an image or video in text that a template renders; user text never holds it
+MARK = "\ue000"  # placeholder for an image or video in text that a template renders; removed from user text
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation in parts.
+    """A conversation split into text and visuals.
 
     Attributes:
-        turns: with a `MARK` where an image or video stands among the words. visuals: their frames, uint8 [F, S, S, 3].
-        times: of each, when its frames were taken; of frames that come as arrays or one by one, one per second.
-        before_text: how many of them stand before all text, without a mark.
+        turns: with a `MARK` in the text for each image or video. visuals: their frames, uint8 [F, S, S, 3].
+        times: of each visual, the times of its frames; frames given as arrays or one by one count as one per second.
+        before_text: number of visuals that come before all text, without a mark.
     """
 
     turns: tuple[Turn, ...]
@@ -52,7 +52,7 @@ class Prompt:
 
     @property
     def seconds(self) -> tuple[float, ...] | None:
-        """When all frames were taken; None where several visuals have no common time."""
+        """The times of all frames; None for several visuals, which have no common time."""
         if len(self.times) > 1:
             return None
         return self.times[0] if self.times else ()
@@ -63,15 +63,15 @@ class Prompt:
         return at_its_place(self.turns)
 
     def placed(self, prompt_order: PromptOrder) -> Prompt:
-        """The same with what stands before the first user's words where training places it (`encode_conversation`),
-        also where further images or videos come later; these stay where they are said."""
+        """Return the prompt with the visuals before the first user's text moved to the position used in training
+        (`encode_conversation`), also if further images or videos follow. The others keep their position in the text."""
         first = next((n for n, turn in enumerate(self.turns) if turn.role == "user"), None)
         if self.at_its_place or first is None:
             return self
         text = self.turns[first].text
         rest = text.lstrip(MARK)
         leading = len(text) - len(rest)
-        end = len(rest.rstrip(MARK + string.whitespace))  # of its words
+        end = len(rest.rstrip(MARK + string.whitespace))  # end of its text
         if not leading or not end:
             return self
         if prompt_order == "visual_first":
@@ -89,16 +89,16 @@ class Prompt:
 
     @property
     def words(self) -> tuple[Turn, ...]:
-        """The turns without marks, otherwise letter by letter."""
+        """The turns without marks, otherwise unchanged."""
         return tuple(Turn(turn.role, turn.text.replace(MARK, "")) for turn in self.turns)
 
 
 class PromptReader:
-    """Decodes what conversations show, as a model was trained.
+    """Decode the images and videos of conversations with the settings that the model was trained with.
 
     Args:
-        image_size: S, of square frames. fit: see `fit_image`. max_frames: of a longer video, so many evenly spaced.
-        image_frames: a single image, with no other and no video beside it, is shown as so many frames.
+        image_size: S, of square frames. fit: see `fit_image`. max_frames: a longer video is reduced to that many
+            evenly spaced frames. image_frames: a single image without other visuals is repeated as that many frames.
     """
 
     def __init__(self, image_size: int, fit: str, max_frames: int, image_frames: int = 1) -> None:
@@ -106,10 +106,10 @@ class PromptReader:
         self.image_frames = image_frames
 
     def read(self, messages: Sequence[Message]) -> Prompt:
-        """A conversation with its images and videos decoded.
+        """Decode the images and videos of a conversation.
 
         Raises:
-            ValueError: as `check`, or an image or a video that cannot be decoded. FileNotFoundError: as `check`.
+            ValueError: as in `check`, or an image or a video cannot be decoded. FileNotFoundError: as in `check`.
         """
         turns, shown = marked(messages)
         found = [self._frames(content, kind) for kind, content in shown]
@@ -118,8 +118,8 @@ class PromptReader:
         return Prompt(turns, tuple(frames for frames, _ in found), tuple(seconds for _, seconds in found))
 
     def together(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[int]]:
-        """The frames of each prompt one behind the other, uint8 [B, F, S, S, 3] with black ones behind the shorter, and
-        how many each has."""
+        """Concatenate the frames of each prompt, uint8 [B, F, S, S, 3], padded at the end with black frames. Also
+        return the number of frames of each prompt."""
         none = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
         videos = [np.concatenate([none, *prompt.visuals]) for prompt in prompts]
         counts = [len(video) for video in videos]
@@ -152,7 +152,7 @@ class PromptReader:
         return fitted, tuple(map(float, kept))
 
     def _still_files(self, paths: Sequence[str | Path], kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        """The frames of a video that are images in files."""
+        """Read a video that is given as image files, one per frame."""
         if kind == "image" and len(paths) > 1:
             raise ValueError(f"an image of {len(paths)} frames: give them as a video")
         kept = evenly(len(paths), self.max_frames)
@@ -164,10 +164,10 @@ class PromptReader:
         return np.concatenate(found), tuple(map(float, kept))
 
     def _one_image(self, path: Path) -> np.ndarray | None:
-        """[1, S, S, 3]; None of a folder or a file of several frames."""
+        """Return [1, S, S, 3], or None for a folder or a file with several frames."""
         if path.is_file() and path.suffix.lower() in SUFFIXES:
             return None if is_animation(path) else read_image(path, self.image_size, self.fit)[None]
-        frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)  # one too many, which is refused
+        frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)  # two, so that a second frame is noticed
         return None if len(frames) > 1 or path.is_dir() else frames
 
 
@@ -176,7 +176,7 @@ def _are_paths(given: Any) -> bool:
 
 
 def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
-    """PIL images or arrays uint8 [H, W, 3] of an item that is no path. Raises ValueError: it is none of the known."""
+    """Return an item that is no path as PIL images or arrays uint8 [H, W, 3]. Raises ValueError for any other type."""
     if isinstance(given, Image.Image):
         return [given]
     if isinstance(given, Sequence) and given and all(isinstance(each, Image.Image) for each in given):
@@ -196,7 +196,7 @@ def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
 
 
 def refuse_message(conversations: Any) -> None:
-    """Raises ValueError: no list (a message, a text, a generator, ...) in the place of conversations or of one."""
+    """Raise ValueError if a value is not a list (but a message, a text, a generator, ...)."""
     if isinstance(conversations, str) or not isinstance(conversations, Sequence):
         raise ValueError(
             'a conversation is a list of messages: [{"role": "user", "content": ...}], and several are a list of such; '
@@ -205,11 +205,11 @@ def refuse_message(conversations: Any) -> None:
 
 
 def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
-    """Checks a conversation without decoding anything; its turns, with a `MARK` for each image and video.
+    """Check a conversation without decoding anything. Return its turns, with a `MARK` for each image and video.
 
     Raises:
-        ValueError: an unknown role or item, or it does not end with a user's turn that has words. FileNotFoundError: an
-            image or a video is not there.
+        ValueError: A role or item is unknown, or the conversation does not end with a user's turn that has text.
+        FileNotFoundError: An image or a video does not exist.
     """
     turns, shown = marked(messages)
     for _, content in shown:
@@ -220,13 +220,14 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
 
 
 def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[Turn, ...], list[tuple[str, Any]]]:
-    """Turns of a conversation with a `MARK` for each image and video, and these as (kind, content) in their order.
+    """Return the turns of a conversation with a `MARK` for each image and video, and the visuals in order as (kind,
+    content).
 
     Args:
-        answering: an answer to it is to begin, so that it ends with a user's message that has words.
+        answering: an answer follows, so the conversation must end with a user's message that has text.
 
     Raises:
-        ValueError: it has another form, or does not end so.
+        ValueError: The conversation has another form or another end.
     """
     refuse_message(messages)
     turns: list[Turn] = []
@@ -251,7 +252,7 @@ def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[T
 
 
 def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
-    """A message as a turn, what it shows put into `shown`. Raises ValueError: it has another form."""
+    """Convert a message to a turn and append its visuals to `shown`. Raises ValueError if it has another form."""
     if not isinstance(message, Mapping):
         raise ValueError(f"a message is no object but {str(message)[:80]!r}")
     role, content = message.get("role"), message.get("content")
@@ -277,11 +278,11 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
 
 
 def _visual(item: Mapping[str, Any], kind: str) -> Any:
-    """What an item shows: a path, a PIL image, a list of them or an array. Raises ValueError: nothing, what lies
-    elsewhere, or other frames of it than are seen."""
+    """Return the path, PIL image, list of them or array of an item. Raises ValueError if it has none, is an address on
+    the network, or selects frames itself."""
     given: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
     paths = [path for path in (given if _are_paths(given) else [given]) if isinstance(path, str)]
-    if given is None or not all(map(str.strip, paths)):  # an empty path would be the present folder
+    if given is None or not all(map(str.strip, paths)):  # an empty path would be the current folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):
         raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
@@ -298,7 +299,7 @@ def _visual(item: Mapping[str, Any], kind: str) -> Any:
 
 
 def at_its_place(turns: Sequence[Turn]) -> bool:
-    """Whether all images and videos are in the first user turn, before its words: the place of training's."""
+    """Return whether all visuals are in the first user turn, before its text: the position used in training."""
     marks = [turn.text.count(MARK) for turn in turns]
     first = next((n for n, turn in enumerate(turns) if turn.role == "user"), 0)
     if not any(marks):
@@ -307,5 +308,5 @@ def at_its_place(turns: Sequence[Turn]) -> bool:
 
 
 def padded_frames(prompts: Sequence[Prompt]) -> int:
-    """Frames of a batch of conversations, the padding of shorter videos with them."""
+    """Return the number of frames of a batch of conversations, padding of shorter videos included."""
     return len(prompts) * max((sum(map(len, prompt.visuals)) for prompt in prompts), default=0)

@@ -1,4 +1,4 @@
-"""The published video-language model, fVLM, as a model of keygrip: `keygrip prepare step=published_vlm`."""
+"""Convert the published video-language model, fVLM, to a keygrip model: `keygrip prepare step=published_vlm`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from keygrip.training.metadata import run_metadata
 
 log = logging.getLogger(__name__)
 
-LEAST_TEXT = 64  # positions of a question and its answer
-VISUAL_SCALE = 0.14  # of the published model, whatever the language model's embeddings have
+LEAST_TEXT = 64  # minimum number of positions for a question and its answer
+VISUAL_SCALE = 0.14  # of the published model, independent of the scale of the language model's embeddings
 OVERRIDES = ("experiment=vlm_stage3_published", "model.init_from=null", "backbone.weights=random")
 
 
@@ -41,24 +41,25 @@ def export_published(
     max_frames: int = 64,
     image_frames: int = 8,
 ) -> dict[str, Any]:
-    """Writes the published model as `keygrip export` would: `keygrip generate`, `keygrip evaluate`,
-    `VideoChat.from_pretrained` and `model.init_from` take the folder.
+    """Write the published model in the format of `keygrip export`. The folder can be given to `keygrip generate`,
+    `keygrip evaluate`, `VideoChat.from_pretrained` and `model.init_from`.
 
     Args:
         weights: a file, a folder with model.safetensors, or a name on the Hugging Face hub (sanps/fVLM-135M).
-        language_model: the one that it was trained from, a folder or a name on the hub: its config.json says the
-            sizes, and its tokenizer is kept.
+        language_model: the language model that it was trained from, a folder or a name on the hub. Its config.json
+            gives the sizes, and its tokenizer is used.
         to: a new folder. image_size: edge of the square frames in pixels.
-        fit: how frames become square (see `fit_image`): the published training saw the middle square of videos and
-            images (its download scripts), and its card's example stretches them.
-        max_frames: of longer videos so many, evenly. image_frames: a single image is shown as so many, as in training.
+        fit: how frames become square (see `fit_image`). The published training used the central square of videos and
+            images (according to its download scripts), while the example in its model card stretches them.
+        max_frames: longer videos are reduced to that many evenly spaced frames. image_frames: a single image is
+            repeated as that many frames, as in training.
 
     Returns:
         What was written: folder, weights, parameters.
 
     Raises:
-        FileNotFoundError: weights or language model are not there. FileExistsError: `to` holds something.
-        ValueError: they are damaged, of another model, or do not belong together.
+        FileNotFoundError: weights or language model do not exist. FileExistsError: `to` holds something.
+        ValueError: They are damaged, belong to another model, or do not match each other.
     """
     refuse_existing(to)
     how = frame_settings(image_size, fit, max_frames, image_frames)
@@ -97,11 +98,11 @@ def export_published(
 def _configuration(
     found: Any, sizes: dict[str, Any], encoder: dict[str, int], language_model: str, how: dict[str, Any]
 ) -> DictConfig:
-    """The recipe of the published model's last stage, with the sizes of what is there.
+    """Return the recipe of the published model's last stage, with the sizes of the given weights.
 
     Args:
-        found: configuration of the language model, of transformers. sizes: its, by their names in conf/language.
-            encoder: sizes of the encoder. how: frames are prepared, see `frame_settings`.
+        found: transformers' configuration of the language model. sizes: its sizes, by their names in conf/language.
+            encoder: sizes of the encoder. how: how frames are prepared, see `frame_settings`.
     """
     config = compose("train", OVERRIDES)
     model = config.language.model

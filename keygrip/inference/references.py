@@ -1,4 +1,4 @@
-"""Reference images of `keygrip sample`: their crops, masks of regions, and several of them together."""
+"""Reference images of `keygrip sample`: crops, masks of regions, and combinations of several references."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from keygrip.models.patch_dit.sampler import Edit
 
 log = logging.getLogger(__name__)
 
-MOST_CUT = 0.05  # of an image, which is cut off without a word to give it the shape of a trained size
+MOST_CUT = 0.05  # largest fraction of an image that is cropped without a warning to fit a trained size
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An image at the size to draw.
+    """An image at the size to generate.
 
     Args:
-        pixels: uint8 [H, W, 3]. view: uint8 [vh, vw, 3], the same crop for DINO. file: where it comes from.
-        size: (width, height) of the whole image, pixels. box: what is shown of it.
+        pixels: uint8 [H, W, 3]. view: uint8 [vh, vw, 3], the same crop for DINO. file: its path.
+        size: (width, height) of the whole image, pixels. box: the crop within the image.
     """
 
     pixels: np.ndarray
@@ -49,8 +49,8 @@ class Reference:
 
 
 def image_size(image: str, name: str = "image") -> tuple[int, int]:
-    """(width, height) of a file, which the setting `name` gives. Raises FileNotFoundError, ValueError: there is none,
-    or it cannot be read."""
+    """Return (width, height) of a file given by the setting `name`. Raises FileNotFoundError or ValueError if it does
+    not exist or cannot be read."""
     if not Path(image).exists():
         raise FileNotFoundError(f"{name}={image}: there is no such file")
     try:
@@ -60,11 +60,11 @@ def image_size(image: str, name: str = "image") -> tuple[int, int]:
 
 
 def warn_of_cut(size: tuple[int, int], bucket: Bucket, called: str, otherwise: str) -> None:
-    """Warns where much of an image is cut off to give it the shape of a trained size that nobody asked for.
+    """Warn if much of an image is cropped to fit a trained size that the user did not request.
 
     Args:
-        size: (width, height) of the image, pixels. bucket: what is drawn. called: the image, and `otherwise` what gives
-            another size, in the warning.
+        size: (width, height) of the image, pixels. bucket: the size to generate. called: name of the image in the
+            warning. otherwise: the option that sets another size, for the warning.
     """
     left, top, right, bottom = shared_crop(*size, bucket)
     if (right - left) * (bottom - top) < (1 - MOST_CUT) * size[0] * size[1]:
@@ -76,19 +76,19 @@ def warn_of_cut(size: tuple[int, int], bucket: Bucket, called: str, otherwise: s
 
 
 def open_reference(image: str, bucket: Bucket, encoders: Encoders, name: str = "image") -> Reference:
-    """What an image shows of itself at the size to draw, and the DINO view of the very same crop.
+    """Open an image, crop it to the size to generate, and take the DINO view from the same crop.
 
     Args:
         name: of the setting, for messages.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it cannot be read.
+        FileNotFoundError, ValueError: The file does not exist or cannot be read.
     """
     return reference_of(decoded_file(image, name), bucket, encoders, image)
 
 
 def reference_of(whole: Image, bucket: Bucket, encoders: Encoders, called: str) -> Reference:
-    """The same of an opened image, 8-bit RGB; `called` in messages."""
+    """The same as `open_reference` for an opened image, 8-bit RGB. called: its name in messages."""
     box = shared_crop(*whole.size, bucket)
     view = encoders.view_size(bucket.width, bucket.height)
     pixels = cut_out(whole, box, (bucket.width, bucket.height))
@@ -96,15 +96,16 @@ def reference_of(whole: Image, bucket: Bucket, encoders: Encoders, called: str) 
 
 
 def open_mask(mask: str, of: Reference, name: str) -> Tensor:
-    """float [1, H, W] in 0..1: the lightness of a mask where its image is shown, at the size to draw; white is 1.
+    """Return float [1, H, W] in 0..1: the brightness of a mask at the size to generate, cropped as its image; white is
+    1.
 
     Args:
-        mask: a file that covers the whole image `of`, at any scale: what is shown of the image is cut out of it too.
+        mask: a file that covers the whole image `of`, at any scale. It is cropped like the image.
         name: of the setting, for messages.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it cannot be read, or it has another shape than the image, so
-            that nobody knows which part of the image it covers; or parts of it are transparent, which says nothing.
+        FileNotFoundError, ValueError: The file does not exist or cannot be read. Its aspect ratio differs from the
+            image's, so the covered part of the image is unknown. Or it has transparent parts, which are ambiguous.
     """
     whole = decoded_file(mask, name)
     try:
@@ -116,9 +117,9 @@ def open_mask(mask: str, of: Reference, name: str) -> Tensor:
 
 
 def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
-    """The same of an opened mask; `called` in messages. Raises ValueError: it has another shape than the image."""
+    """The same for an opened mask. called: its name in messages. Raises ValueError if its aspect ratio differs."""
     (width, height), (own_width, own_height) = whole.size, of.size
-    # Sides that were rounded to whole pixels differ by less than one, those of the mask or those of the image.
+    # Sides rounded to whole pixels, of the mask or of the image, have errors below one pixel.
     if abs(width * own_height - height * own_width) > max(*whole.size, *of.size):
         raise ValueError(
             f"{called} has {width} x {height} pixels and its image {of.file} {own_width} x {own_height}, another "
@@ -127,14 +128,14 @@ def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
     scale = width / own_width, height / own_height
     left, top, right, bottom = of.box
     box = left * scale[0], top * scale[1], min(right * scale[0], width), min(bottom * scale[1], height)
-    # Means of areas: other filters would let what is white shine into pixels that are black all over.
+    # Area averages: other filters would spread white into pixels that are entirely black.
     size = of.pixels.shape[1], of.pixels.shape[0]
     pixels = np.asarray(whole.convert("RGB").resize(size, Resampling.BOX, box=box))
     return torch.from_numpy(pixels.astype(np.float32).mean(axis=2) / 255)[None]
 
 
 def decoded_file(image: str, name: str) -> Image:
-    """A whole image in RGB. Raises FileNotFoundError, ValueError: there is none, or it cannot be read."""
+    """Decode a whole image as RGB. Raises FileNotFoundError or ValueError if it does not exist or cannot be read."""
     if not Path(image).exists():
         raise FileNotFoundError(f"{name}={image}: there is no such file")
     try:
@@ -144,12 +145,12 @@ def decoded_file(image: str, name: str) -> Image:
 
 
 def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """bool [gh * gw]: patches of which at least half lies where a mask [1, H, W] is white."""
+    """Return bool [gh * gw]: True for patches of which at least half is white in a mask [1, H, W]."""
     return functional.adaptive_avg_pool2d(mask[None], grid).flatten() >= 0.5
 
 
 def cell_mask(mask: Tensor, stride: int) -> Tensor:
-    """float [1, h, w]: 1 for latent cells any pixel of which lies where a mask [1, H, W] is at least half white."""
+    """Return float [1, h, w]: 1 for latent cells with any pixel where a mask [1, H, W] is at least half white."""
     return functional.max_pool2d((mask >= 0.5).float()[None], stride)[0]
 
 
@@ -161,15 +162,15 @@ def conditions_of(
     masks_called: Sequence[str],
     bucket: Bucket,
 ) -> Conditions:
-    """Words and reference images of some drawings, as the network takes them, on its device.
+    """Return text and reference images of some samples as network conditions, on the module's device.
 
     Args:
-        prompts: of each drawing; empty: none. references: of each drawing, as many of all; empty: none.
-        masks: for each reference of a drawing, float [1, H, W] of each drawing: where its patches count; empty:
-            everywhere. masks_called: each of them, in messages.
+        prompts: of each sample; empty: none. references: of each sample, equally many for all; empty: none.
+        masks: for each reference of a sample, float [1, H, W] for each sample: where its patches are used; empty:
+            everywhere. masks_called: their names in messages.
 
     Raises:
-        ValueError: a mask under which no patch of its image counts.
+        ValueError: A mask excludes all patches of its image.
     """
     encoders, statistics = module.encoders, module.statistics
     grid = encoders.dino_grid(bucket.width, bucket.height)
@@ -200,7 +201,7 @@ def conditions_of(
 
 
 def edit_of(module: PatchDiTModule, start: Reference, redraw: Tensor | None, strength: float, count: int) -> Edit:
-    """The latents that `count` drawings start from. redraw: float [1, H, W], where they are drawn anew; None: all."""
+    """Return the latents from which `count` samples start. redraw: float [1, H, W], where to generate; None: all."""
     pixels = torch.from_numpy(start.pixels.copy()).permute(2, 0, 1)[None]
     latents = module.statistics.normalised("latent", module.encoders.encode_images(pixels).to(module.device))
     cells = None if redraw is None else cell_mask(redraw, module.encoders.latent_stride)[None].to(module.device)
@@ -210,14 +211,15 @@ def edit_of(module: PatchDiTModule, start: Reference, redraw: Tensor | None, str
 
 
 def blended(parts: Sequence[Conditions], masks: Sequence[Tensor] | None) -> Conditions:
-    """Several references of the same samples as one.
+    """Combine several references of the same samples into one.
 
     Args:
         parts: the same text with the DINO features of each reference. masks: bool [B, P] of each: where its
-            patches count; where several do, the last one; where none does, no patch. None: every patch is their mean.
+            patches are used. Where several masks are True, the last reference is used; where none is, no patch.
+            None: every patch is the mean of the references.
 
     Returns:
-        with the mean of the CLS vectors.
+        Conditions with the mean of the CLS vectors.
     """
     first = parts[0]
     cls = [part.cls for part in parts if part.cls is not None]

@@ -1,4 +1,4 @@
-"""Noise levels of a model, given to a scheduler of diffusers."""
+"""Set the noise levels of a model on a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from keygrip.models.nn.flow_matching import noise_levels, shifted
 
 OWN_SCHEDULER = "leave the pipeline the scheduler that it came with"
 LEVEL_TOLERANCE = 1e-4  # of noise levels; schedulers compute them in float32
-START_TOLERANCE = 0.01  # of the level that drawing starts at, where a scheduler's own options choose the others
+START_TOLERANCE = 0.01  # of the initial noise level, if a scheduler's own options choose the other levels
 
 
 def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device: torch.device) -> None:
-    """Sets a scheduler's noise levels, from `strength` to 0: as those of `sample`, since two shifts are one by their
-    product and the scheduler has that of its own configuration.
+    """Set a scheduler's noise levels, from `strength` to 0, to those that `sample` uses. The scheduler applies its own
+    configured shift to the levels given here; two shifts in sequence equal one shift by their product.
 
     Args:
-        steps: from pure noise; fewer from a lower `strength`. shift: the resolution's.
+        steps: from pure noise; a lower `strength` takes fewer. shift: the resolution's.
 
     Raises:
-        ValueError: it cannot take them, would draw at others, or takes the model's output for something else than a
-            velocity.
+        ValueError: The scheduler cannot take noise levels, would sample at others, or does not interpret the model's
+            output as a velocity.
     """
     own = _own_shift(scheduler)
     if not isinstance(own, int | float) or isinstance(own, bool) or not 0 < own < math.inf:
         raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json, set_shift): a number above 0")
-    own_options = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # which may ask for other levels
+    own_options = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # whose options may change the levels
     named = type(scheduler).__name__
     levels = torch.tensor(noise_levels(max(1, round(steps * strength)), shift)[:-1], dtype=torch.float64)
     if strength != 1 and not own_options:
         raise ValueError(f"strength={strength:g} starts between noise and data, where {named} cannot: {OWN_SCHEDULER}")
-    if strength != 1:  # the scheduler's shift comes last: taken off here, put on again there
+    if strength != 1:  # the scheduler applies its own shift last: remove it here
         levels = shifted(strength * shifted(levels, own), 1 / own)
     if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{named} takes no noise levels (sigmas): {OWN_SCHEDULER}")
@@ -48,7 +48,7 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
             f"give use_dynamic_shifting=False, or {OWN_SCHEDULER}"
         )
     try:
-        scheduler.set_timesteps(sigmas=levels.numpy(), device=device)  # some compute with them, which lists do not
+        scheduler.set_timesteps(sigmas=levels.numpy(), device=device)  # some compute with arrays only
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{named} does not take the model's noise levels ({error}): {OWN_SCHEDULER}") from error
     wanted = [*shifted(levels, own).tolist(), 0.0]
@@ -73,25 +73,25 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
 def take_step(
     scheduler: Any, velocity: Tensor, time: Tensor, x: Tensor, generator: torch.Generator | list[torch.Generator] | None
 ) -> Tensor:
-    """One step of a scheduler; one that adds noise takes it from `generator`, of a list each image's from its own."""
+    """Take one step of a scheduler. Added noise comes from `generator`, or from each image's generator in a list."""
     given = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     found: Tensor = scheduler.step(velocity, time, x, return_dict=False, **given)[0]
     return found
 
 
 def _own_shift(scheduler: Any) -> Any:
-    """The shift that a scheduler puts on the levels that it is given; 1 where it has none."""
+    """Return the shift that a scheduler applies to the given levels; 1 if it has none."""
     name = "flow_shift" if _has(scheduler, "flow_shift") else "shift"
     return getattr(scheduler, "shift", scheduler.config.get(name, 1.0))  # set_shift may change it
 
 
 def _has(scheduler: Any, setting: str) -> bool:
-    """Whether it is a setting of the scheduler: its configuration may hold those of another, which it was made from."""
+    """Return whether the scheduler has this setting. Its configuration may contain settings of another scheduler."""
     return setting in inspect.signature(type(scheduler).__init__).parameters
 
 
 def _first_other(found: Sequence[float], wanted: Sequence[float]) -> str:
-    """The first noise level that is another than wanted, with its place; empty where all are as wanted."""
+    """Return a message with the first noise level that differs from the wanted one; empty if all agree."""
     for number, (left, right) in enumerate(zip_longest(found, wanted), 1):
         if left is None or right is None:
             return f"{len(found)} levels in place of {len(wanted)}"

@@ -1,6 +1,6 @@
-"""What steers images that are drawn from opened images instead of files: words, references, masks, an image to edit.
+"""Conditions for image generation from opened images: text, references, masks, an image to edit.
 
-As of `keygrip sample`, for callers that hold PIL images.
+The same as `keygrip sample` does with files, for callers that have PIL images.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Edit, Sampling
 
 Images = Image.Image | Sequence[Image.Image] | None
-MOST_PIXELS = 2**24  # of a drawn image: 4096 x 4096
-USUAL_STRENGTH = 0.6  # of an image that is changed as a whole
+MOST_PIXELS = 2**24  # of a generated image: 4096 x 4096
+USUAL_STRENGTH = 0.6  # if an image is changed as a whole
 
 
 def strength_of(given: float | None, redraws_a_part: bool) -> float:
-    """How far drawings go from the image that they start from: as given; else 0.6 of the way, or all of it where only
-    a part is drawn anew."""
+    """Return how far samples may differ from the start image: the given strength; otherwise 0.6, or 1 if only a part is
+    generated again."""
     if given is not None:
         return float(given)
     return 1.0 if redraws_a_part else USUAL_STRENGTH
@@ -36,11 +36,11 @@ def strength_of(given: float | None, redraws_a_part: bool) -> float:
 
 @dataclass(frozen=True)
 class Start:
-    """An image to start from, for a batch.
+    """A start image for a batch.
 
     Args:
-        edit: its latents, and where they stay. pixels: ``[3, H, W]`` in 0..1. redrawn: ``[1, H, W]`` in 0..1, where
-            they are drawn anew; None: everywhere.
+        edit: its latents, and where they are kept. pixels: ``[3, H, W]`` in 0..1. redrawn: ``[1, H, W]`` in 0..1, where
+            pixels are generated again; None: everywhere.
     """
 
     edit: Edit
@@ -49,17 +49,18 @@ class Start:
 
 
 class SteeredImages:
-    """Words and images of some drawings, all of one size.
+    """Text and images that condition some samples, all of one size.
 
     Args:
-        module: the model. prompt, image: one or a list; of one, as many as of the other.
-        image_mask: its patches count where it is white; with ``blend`` one for each image.
-        blend: all images together steer each drawing, by their masks or by their mean.
-        start_image: all drawings start from it. strength: how far they go, in (0, 1]; None: 0.6, with redraw 1.
-        redraw: white where it is drawn anew; the rest stays pixel by pixel.
+        module: the model. prompt, image: one or a list; two lists have equal lengths.
+        image_mask: the image's patches are used where it is white; with ``blend`` one for each image.
+        blend: all images condition each sample together, by their masks or by their mean.
+        start_image: all samples start from it. strength: how far they may differ, in (0, 1]; None: 0.6, with redraw 1.
+        redraw: white where the image is generated again; all other pixels stay unchanged.
 
     Raises:
-        ValueError: nothing to draw, lists of different lengths, an image that cannot be used, or what has no effect.
+        ValueError: There is nothing to generate, lists have different lengths, an image cannot be used, or a setting
+            has no effect.
     """
 
     def __init__(
@@ -108,22 +109,22 @@ class SteeredImages:
 
     @property
     def shown(self) -> dict[str, Image.Image]:
-        """All images by name. In the shape of the first is drawn: the one to start from, or the first that steers."""
+        """All images by name. The first, the start image or else the first reference, determines the aspect ratio."""
         start = {} if self.start_image is None else {"start_image": self.start_image}
         return start | {f"image {place}": image for place, image in enumerate(self.images)}
 
     def refuse_idle(self, given: Collection[str], sampling: Sampling) -> None:
-        """As `keygrip.models.patch_dit.idle_guidance.refuse_idle_guidance`.
+        """Check as `keygrip.models.patch_dit.idle_guidance.refuse_idle_guidance`.
 
         Args:
-            given: names of the parts of `Sampling` that the caller gives. sampling: with them.
+            given: names of the fields of `Sampling` that the caller sets. sampling: includes them.
 
         Raises:
-            ValueError: names the first of them.
+            ValueError: A setting has no effect; the message names the first one.
         """
         told = [bool(prompt.strip()) for prompt in self.prompts]
         words, images = any(told), bool(self.steering)
-        if words and images and not all(told) and sampling.full_scale:  # its term is of both conditions
+        if words and images and not all(told) and sampling.full_scale:  # its term uses both conditions
             raise ValueError(
                 f"prompt {told.index(False)} is empty, and full_scale={sampling.full_scale} is for words and image "
                 "together: draw images without words by a call of their own"
@@ -140,8 +141,8 @@ class SteeredImages:
         warn_of_untrained(self.module, conditions)
 
     def conditions(self, bucket: Bucket) -> Conditions:
-        """Of all drawings, normalised, on the model's device. Raises ValueError: a mask of another shape, or under
-        which no patch counts."""
+        """Return the conditions of all samples, normalised, on the model's device. Raises ValueError if a mask has
+        another aspect ratio or excludes all patches."""
         encoders = self.module.encoders
         references = [
             [reference_of(image, bucket, encoders, f"image {place}") for place, image in enumerate(images)]
@@ -154,7 +155,7 @@ class SteeredImages:
         return conditions_of(self.module, self.prompts, references, masks, called, bucket)
 
     def start(self, bucket: Bucket, total: int) -> Start | None:
-        """What ``total`` drawings start from; None: noise alone. Raises ValueError: a mask of another shape."""
+        """Return what ``total`` samples start from; None: noise. Raises ValueError if a mask's aspect ratio differs."""
         if self.start_image is None:
             return None
         start = reference_of(self.start_image, bucket, self.module.encoders, "start_image")
@@ -163,14 +164,14 @@ class SteeredImages:
 
 
 def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
-    """One image or several as 8-bit RGB, turned as their cameras say.
+    """Return one image or several as 8-bit RGB, rotated according to their EXIF orientation.
 
     Args:
-        name: of the setting, for messages. mask: they are masks, of which no part may be transparent.
+        name: of the setting, for messages. mask: the images are masks, which must not have transparent parts.
 
     Raises:
-        ValueError: one is no PIL image, has several frames or pages, cannot be decoded (PIL reads the pixels of an
-            opened file when they are first asked for), or cannot be converted.
+        ValueError: An image is not a PIL image, has several frames or pages, cannot be decoded (PIL decodes the pixels
+            of an opened file at their first use), or cannot be converted.
     """
     found = []
     listed: Sequence[Any] = () if images is None else images if isinstance(images, list | tuple) else (images,)

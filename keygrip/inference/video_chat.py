@@ -1,12 +1,12 @@
-"""Chat with a video-language model: conversations with images and videos in, answers out.
+"""Chat with a video-language model: give conversations with images and videos, receive answers.
 
     chat = VideoChat.from_pretrained("runs/foveated_vlm_webvid/...")      # or an export, or what save_pretrained wrote
     chat.generate([{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
                                                 {"type": "text", "text": "What happens?"}]}])
-    session = chat.stream("What happens?")      # a video that is still coming: session.push(frame), session.answer()
+    session = chat.stream("What happens?")      # for live video: session.push(frame), session.answer()
     chat.save_pretrained("my-model")
 
-What a conversation may hold: `keygrip.inference.prompts`.
+For the form of conversations see `keygrip.inference.prompts`.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from keygrip.training.checkpoints import (
 )
 from keygrip.training.integrity import refuse_unfit_weights
 
-BATCH_ROWS = 64  # conversations that are answered together at most
-BATCH_TEXT = 16384  # tokens of text that are answered together at most, padding with them
-BATCH_FRAMES = 256  # answered together: their keys and values take 9 MB per frame in DINOv2 small, float32
+BATCH_ROWS = 64  # maximum number of conversations that are answered together
+BATCH_TEXT = 16384  # maximum number of text tokens that are answered together, padding included
+BATCH_FRAMES = 256  # answered together; keys and values take 9 MB per frame in DINOv2 small, float32
 SETTINGS = ("max_new_tokens", "temperature", "seed", "top_k", "top_p", "mode")  # of an answer
 
 
@@ -57,8 +57,8 @@ class VideoChat:
     """A trained foveated model with its processor.
 
     Args:
-        module: the model. source: the run, checkpoint or export that it is from; `save_pretrained` takes its
-            configuration from there, and without one from the run that is training the module.
+        module: the model. source: the run, checkpoint or export that it was loaded from. `save_pretrained` reads the
+            configuration from there; without a source it uses the run that is training the module.
     """
 
     def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
@@ -75,26 +75,27 @@ class VideoChat:
         trust: Sequence[str] = (),
         dtype: str | torch.dtype = "auto",
     ) -> Self:
-        """Loads a run folder, a checkpoint, an export or what `save_pretrained` wrote; nothing in it is executed.
+        """Load a run folder, a checkpoint, an export or a folder of `save_pretrained`. Nothing in it is executed.
 
         Args:
-            dtype: as of transformers: "auto", in which the weights were saved (those of a run: float32), or a type or
-                its name, as torch.bfloat16 or "bfloat16".
+            dtype: as in transformers: "auto" for the dtype of the saved weights (float32 for a run), or a dtype or its
+                name, such as torch.bfloat16 or "bfloat16".
 
         Raises:
-            FileNotFoundError, ValueError: no such model, damaged, or of another kind; no such dtype.
+            FileNotFoundError, ValueError: The model does not exist, is damaged or is of another kind; or the dtype does
+                not exist.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         module: Any = load_module(path, map_location=place, expected=FoveatedVLMModule, trust=tuple(trust), dtype=dtype)
         return cls(module, path)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes config.json, tokenizer, chat template, processor and the weights that the model has now in the hub's
-        layout, as `keygrip export`.
+        """Write config.json, tokenizer, chat template, processor and the model's current weights in the hub's layout,
+        as `keygrip export` does.
 
         Raises:
-            FileExistsError: the folder holds something. ValueError: the model's configuration is not known, it is no
-                longer that of the weights or of the collator, weights are not finite, or of several types.
+            FileExistsError: The folder holds something. ValueError: The model's configuration is unknown or no longer
+                matches the weights or the collator, or weights are not finite or have several dtypes.
         """
         if changed := [name for name, value in _layout(self.module).items() if value != self._given[name]]:
             raise ValueError(
@@ -115,11 +116,11 @@ class VideoChat:
         return write_export(folder, content, weights, card, files=files, facts=facts)
 
     def _described(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
-        """What an export says beside the weights, and in words which weights they are."""
+        """Return the contents of an export besides the weights, and a description of which weights they are."""
         if self.source is None:
             try:
                 trainer = self.module.trainer
-            except RuntimeError as error:  # what Lightning raises for a module that nothing trains
+            except RuntimeError as error:  # Lightning raises this for a module without a trainer
                 raise ValueError(
                     "save_pretrained: this model's configuration is not known; load it with from_pretrained, or give "
                     "VideoChat the source that it is from"
@@ -162,29 +163,28 @@ class VideoChat:
         top_p: float | None = None,
         **others: Any,
     ) -> Any:
-        """The answer to a conversation, or answers to several, which are computed together.
+        """Answer one conversation, or several together in batches.
 
-        Images and videos that stand in the first user's message before its words are placed where training placed
-        them; others stand where they are said, which no training has shown the model. Several have no common
-        time: a clock of seconds (`frame_clock`) then counts their frames.
+        Images and videos before the text of the first user's message are placed where training placed them. Others stay
+        where they are in the text, which does not occur in training. Several visuals have no common time; a clock of
+        seconds (`frame_clock`) then counts their frames.
 
         Args:
-            temperature, seed, top_k, top_p: how tokens are chosen, see `Sampling`. Each conversation is drawn as if it
-                stood alone: the same one several times has the same answer each time. Several answers to it are
-                `samples`.
-            mode: how videos are looked at; None: as at inference. Images or videos in several places, or behind words,
-                are read one after the other: in `STREAMED_MODES` of the foveated model alone.
-            batch_frames: conversations are decoded and answered so many frames at a time (of one that has more, all),
-                where each sample counts its conversation's.
-            left_out: conversations that have another form, cannot be read or do not fit go here, by number with the
-                reason, and have the answer "" (each sample of them); None: the first of them ends all.
-            samples: answers to draw to each conversation, which then has a list of so many: the first is the answer
-                without `samples`, the others are drawn with `seed` + 1, `seed` + 2, ... None: one answer, no list.
+            temperature, seed, top_k, top_p: how tokens are chosen, see `Sampling`. Each conversation is sampled as if
+                it were alone: repeated conversations have the same answer. For several answers to one, give `samples`.
+            mode: how the model attends to videos; None: as at inference. Images or videos in several places, or after
+                text, are read one after the other; this requires the foveated model in a mode of `STREAMED_MODES`.
+            batch_frames: maximum number of frames decoded and answered at a time. A conversation with more frames is
+                answered alone. Each sample counts the frames of its conversation.
+            left_out: conversations with an invalid form, unreadable files or too much content are added here, by number
+                with the reason; their answers are "" (for each sample). None: the first such conversation raises.
+            samples: number of answers sampled for each conversation, returned as a list. The first is the answer
+                without `samples`, the others are sampled with `seed` + 1, `seed` + 2, ... None: one answer, no list.
 
         Raises:
-            ValueError, FileNotFoundError: as `check`, before anything is decoded; as `PromptReader.read`; as
-                `Sampling`; several samples where nothing is drawn, no new token, or no list.
-            TypeError: a setting that is none of these.
+            ValueError, FileNotFoundError: as in `check`, before anything is decoded; as in `PromptReader.read`; as in
+                `Sampling`; several samples are requested without sampling, no new token, or a value is not a list.
+            TypeError: An unknown setting is given.
         """
         refuse_settings(others, (*SETTINGS, "samples", "batch_frames", "left_out"), "VideoChat.generate")
         sampling = Sampling(temperature, seed, top_k, top_p)
@@ -204,7 +204,7 @@ class VideoChat:
                     raise
                 unfit[number] = str(error)
         answers: list[list[str]] = [[""] * count for _ in wanted]
-        waiting: list[tuple[int, Prompt, int]] = []  # with the tokens of its text
+        waiting: list[tuple[int, Prompt, int]] = []  # with the number of tokens of its text
 
         def answer_waiting() -> None:
             prompts = [prompt for _, prompt, _ in waiting]
@@ -279,16 +279,17 @@ class VideoChat:
         top_p: float | None = None,
         **others: Any,
     ) -> VideoStream | Iterator[str]:
-        """Of a question (a text) about a video that is still coming, its session: `push(frame)`, and `answer()` at any
-        time. Of a conversation (a list of messages), pieces of the answer as they come.
+        """Return a session for a question (a text) about live video: `push(frame)`, and `answer()` at any time. For a
+        conversation (a list of messages), yield pieces of the answer while it is generated.
 
         Args:
-            max_new_tokens, temperature, seed, top_k, top_p: of a conversation's answer, as in `generate`; a session's
-                `answer` takes them. seconds, answer_tokens: of a session, see `VideoStream`.
+            max_new_tokens, temperature, seed, top_k, top_p: for the answer to a conversation, as in `generate`; for a
+                session, give them to its `answer`. seconds, answer_tokens: for a session, see `VideoStream`.
 
         Raises:
-            ValueError: of a question as `FoveatedVLMModule.stream`, of a conversation as `generate`, or an argument of
-                the other one. FileNotFoundError: as `generate`. TypeError: another setting.
+            ValueError: for a question as in `FoveatedVLMModule.stream`, for a conversation as in `generate`, or an
+                argument belongs to the other use. FileNotFoundError: as in `generate`. TypeError: An unknown setting is
+                given.
         """
         refuse_settings(others, (*SETTINGS, "seconds", "answer_tokens"), "VideoChat.stream")
         if isinstance(messages, str):
@@ -312,14 +313,14 @@ class VideoChat:
         return self._streamed(prompt, max_new_tokens, sampling, how)
 
     def check(self, messages: Sequence[Message], mode: str, streamed: bool = False) -> None:
-        """Checks a conversation without decoding anything.
+        """Check a conversation without decoding anything.
 
         Args:
-            mode: how it is to be looked at. streamed: it is to be read part by part, as `stream` does.
+            mode: how the model attends to the videos. streamed: the conversation is read part by part, as in `stream`.
 
         Raises:
-            ValueError, FileNotFoundError: as `keygrip.inference.prompts.check`; a mode that the network does not have
-                or in which it cannot read the conversation; several images or videos where times are told.
+            ValueError, FileNotFoundError: as in `keygrip.inference.prompts.check`; the network does not have the mode
+                or cannot read the conversation in it; several images or videos for a model that receives frame times.
         """
         turns, network = check(messages), self.module.network
         if mode not in network.modes:
@@ -343,7 +344,7 @@ class VideoChat:
         return self.reader.read(messages).placed(self.module.collator.prompt_order)
 
     def _check_room(self, prompt: Prompt, max_new_tokens: int) -> int:
-        """Tokens of its text. Raises ValueError: with its frames and the answer they do not fit into the context."""
+        """Return the number of text tokens. Raises ValueError if text, frames and answer exceed the context."""
         text = sum(len(part) for part in self._parts(prompt) if isinstance(part, list))
         check_room(self.module.network, text, sum(map(len, prompt.visuals)), max_new_tokens)
         return text
@@ -357,14 +358,14 @@ class VideoChat:
         samples: int,
         batch_frames: int,
     ) -> list[list[str]]:
-        """So many answers to each prompt, with as many of them at a time as there is room for."""
+        """Return `samples` answers to each prompt, computing as many at a time as the limits allow."""
         module = self.module
         padded, counts = self.reader.together(prompts)
         frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
-        seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): numbered
+        seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): frames are numbered
         texts = [module.collator.prompt(prompt.words, prompt.seconds) for prompt in prompts]
         together = max(1, _repeats(prompts, max(len(text.ids) for text in texts), batch_frames))
-        kv = encoded(module.network, frames, counts) if samples > together else None  # once for all parts
+        kv = encoded(module.network, frames, counts) if samples > together else None  # encoded once for all parts
         answers: list[list[str]] = [[] for _ in prompts]
         for first in range(0, samples, together):
             numbers = range(first, min(first + together, samples))
@@ -392,11 +393,11 @@ class VideoChat:
         yield from pieces(self.module.tokenizer, session.tokens(ids, max_new_tokens, sampling))
 
     def _read_in_parts(self, prompt: Prompt, mode: str) -> tuple[StreamingSession, list[int]]:
-        """A session that has read a conversation up to its last text, and the ids of this."""
+        """Return a session that has read a conversation up to its last text, and the ids of that text."""
         module = self.module
         session = StreamingSession(module.network, module.tokenizer, mode)
         parts = self._parts(prompt)
-        # Several visuals have no common time: their frames are numbered, as training numbers such images.
+        # Several visuals have no common time: their frames are numbered, as such images are in training.
         times = iter(prompt.times if prompt.seconds is not None else [[None] * len(each) for each in prompt.times])
         for part in parts[:-1]:
             if isinstance(part, list):
@@ -408,7 +409,7 @@ class VideoChat:
         return session, parts[-1]
 
     def _parts(self, prompt: Prompt) -> list[list[int] | np.ndarray]:
-        """Token ids and frames in the order in which they are read; ids come last."""
+        """Return token ids and frames in reading order. The last element is token ids."""
         module = self.module
         if prompt.at_its_place:
             text = module.collator.prompt(prompt.words, prompt.seconds)
@@ -422,14 +423,14 @@ class VideoChat:
 
 
 def _layout(module: FoveatedVLMModule) -> dict[str, Any]:
-    """What decides how a conversation becomes a row, and stands in a run's configuration too."""
+    """Return the settings that determine a conversation's row and that are also in a run's configuration."""
     collator = module.collator
     return {"system": collator.system, "prompt_order": collator.prompt_order, "timestamps": collator.timestamps}
 
 
 def checked_samples(samples: int | None, sampling: Sampling) -> int:
-    """How many answers are drawn to each conversation. Raises ValueError: no such number, nothing is drawn, or there
-    are not so many seeds."""
+    """Return how many answers are sampled for each conversation. Raises ValueError if the number is invalid, nothing is
+    sampled, or there are not enough seeds."""
     if samples is None:
         return 1
     check_count(samples, "samples")
@@ -443,12 +444,12 @@ def checked_samples(samples: int | None, sampling: Sampling) -> int:
 
 
 def _repeats(prompts: Sequence[Prompt], longest: int, batch_frames: int) -> int:
-    """How often prompts can be answered together, 0: not once. longest: tokens of the longest text."""
+    """Return how often prompts can be answered together; 0: not even once. longest: tokens of the longest text."""
     frames, rows = padded_frames(prompts), len(prompts)
     by_frames = batch_frames // frames if frames else BATCH_ROWS
     return min(by_frames, BATCH_TEXT // max(1, longest * rows), BATCH_ROWS // rows)
 
 
 def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
-    """Whether weights are the stored ones, or these rounded to another type."""
+    """Return whether the weights are the stored ones, possibly rounded to another dtype."""
     return all(torch.equal(value.cpu(), stored[name].to(value.dtype)) for name, value in weights.items())

@@ -1,1 +1,1 @@
-"""Data recorded in simulated environments."""
+"""Record data in simulated environments."""

@@ -1,7 +1,7 @@
-"""Records the expert's demonstrations into native demo folders, in parallel and resumably.
+"""Record the expert's demonstrations into native demo folders, in parallel and resumable.
 
-A folder is named after its episode's seed and is a function of (task, seed, settings) alone, so neither the number of
-processes nor an interruption changes what ends up on the disk.
+A folder is named after its episode's seed and is a function of (task, seed, settings) only, so neither the number of
+processes nor an interruption changes the result on disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ARM = "right"
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """What a recording is made of, apart from how many and which seeds."""
+    """The settings of a recording, without the number and choice of seeds."""
 
     task: TaskOptions | HandoverTask
     image_size: int = 224
@@ -51,7 +51,7 @@ class RecordSettings:
     jpeg_quality: int = 95
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in recording.json."""
+        """Convert to plain values, as in recording.json."""
         plain = asdict(self)
         plain["cameras"] = list(self.cameras)
         return plain
@@ -59,12 +59,12 @@ class RecordSettings:
 
 @dataclass(frozen=True)
 class RecordSummary:
-    """What `record` did."""
+    """The result of `record`."""
 
     root: Path
     demos: int  # complete in the folder for this request
-    recorded: int  # of these, made by this call
-    failed: int  # episodes in which the expert failed; their seeds were passed over
+    recorded: int  # of these, recorded by this call
+    failed: int  # episodes in which the expert failed; their seeds were skipped
     seconds: float
 
 
@@ -82,27 +82,27 @@ def record(
     jpeg_quality: int = 95,
     progress: bool = True,
 ) -> RecordSummary:
-    """Records the first `demos` episodes from `seed` on in which the expert succeeds; those already there are kept.
+    """Record the first `demos` episodes from `seed` on in which the expert succeeds. Existing ones are kept.
 
     Args:
-        task: what happens and what varies.
-        root: folder of the demo folders; made if missing.
-        demos: how many shall be there in the end, counted from `seed`.
+        task: the task and its variations.
+        root: folder of the demo folders; created if missing.
+        demos: total number when finished, counted from `seed`.
         seed: first episode seed; the following ones are used in order.
         image_size: edge of the square images, pixels.
         hz: frames and commands per second.
         processes: worker processes (spawned); the result does not depend on it.
         cameras: names among "over", "front", "wrist"; the task's own camera by default.
         depth: also write 16-bit depth in millimetres.
-        video: one H.264 file per camera in place of JPEG files.
+        video: one H.264 file per camera instead of JPEG files.
         jpeg_quality: 92..100.
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: a setting out of range, `root` holds a recording made with other settings, or the expert fails in
-            more than half of the episodes.
-        RenderingUnavailableError: this machine cannot draw off screen.
-        ChildProcessError: a worker process died.
+        ValueError: A setting is out of range, `root` holds a recording made with other settings, or the expert fails
+            in more than half of the episodes.
+        RenderingUnavailableError: This machine cannot render off screen.
+        ChildProcessError: A worker process died.
     """
     if demos < 1 or processes < 1:
         raise ValueError(f"demos and processes must be at least 1, got demos={demos}, processes={processes}")
@@ -113,7 +113,7 @@ def record(
     settings = RecordSettings(task, image_size, float(hz), tuple(cameras or (task.camera,)), depth, video, jpeg_quality)
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / LOCK_FILE):  # a second recorder of this folder waits and then finds the demos there
+    with locked(root / LOCK_FILE):  # a second recorder of this folder waits and then finds the demos
         return _record(settings, root, demos, seed, processes, progress)
 
 
@@ -168,7 +168,7 @@ def _record(
 
 
 def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root: Path, seed: int) -> bool:
-    """Records one episode; returns whether the expert succeeded (a failed episode leaves no folder)."""
+    """Record one episode; return whether the expert succeeded (a failed episode leaves no folder)."""
     task = settings.task
     if isinstance(cell, HandoverCell):
         folder, video = root / demo_name(task.name, seed), settings.video
@@ -239,8 +239,8 @@ def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, join
 
 
 def _millimetres(depth: np.ndarray, far: float) -> np.ndarray:
-    """uint16 millimetres; 0 (no reading, as depth cameras have it) at the far plane, which is the sky, and beyond what
-    16 bits hold."""
+    """Convert to uint16 millimetres; 0 (no reading, as in depth cameras) at the far plane, which is the sky, and beyond
+    the range of 16 bits."""
     return np.where(depth < min(0.99 * far, 65.0), np.round(depth * 1000), 0).astype(np.uint16)
 
 
@@ -248,7 +248,7 @@ def _millimetres(depth: np.ndarray, far: float) -> np.ndarray:
 
 
 class _Workers:
-    """Records seeds here or in spawned processes; cells are built when the first seed asks for one."""
+    """Record seeds in this process or in spawned processes; cells are built when they are first needed."""
 
     def __init__(self, settings: RecordSettings, root: Path, processes: int) -> None:
         self.settings, self.root, self.processes = settings, root, processes
@@ -265,7 +265,7 @@ class _Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, seeds: list[int]) -> Iterator[tuple[int, bool]]:
-        """(seed, success) of each seed, in no particular order."""
+        """Yield (seed, success) of each seed, in no particular order."""
         if not seeds:
             return
         if self.processes == 1:
@@ -274,7 +274,7 @@ class _Workers:
                 yield seed, record_episode(self._cell, self.settings, self.root, seed)
             return
         if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # a forked GL context is broken
+            context = multiprocessing.get_context("spawn")  # a GL context does not survive a fork
             self._pool = ProcessPoolExecutor(
                 self.processes, context, _start_worker, (self.settings, self.root, os.getpid())
             )
@@ -288,7 +288,7 @@ class _Workers:
             ) from error
 
 
-# Of a worker process: what it records and where, and its one cell, used for all its episodes.
+# State of a worker process: settings and target folder, and its one cell, used for all its episodes.
 _worker: tuple[RecordSettings, Path] | None = None
 _cell: YamCell | HandoverCell | None = None
 
@@ -309,5 +309,5 @@ def _run_in_worker(seed: int) -> tuple[int, bool]:
     global _cell
     assert _worker is not None
     settings, root = _worker
-    _cell = _cell or _build_cell(settings)  # not while the process starts: an error there reads as its death
+    _cell = _cell or _build_cell(settings)  # not at process start, where an error would look like a dead process
     return seed, record_episode(_cell, settings, root, seed)

@@ -1,4 +1,4 @@
-"""``keygrip prepare step=record``: the recorder of the environment that is asked for."""
+"""``keygrip prepare step=record``: select the recorder of the requested environment."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def record_step(
     env_task: Any = None,
     unread: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Records demonstrations; see `demonstrations.record` (yam), `metaworld.record_step` and `gymnasium.record_step`.
-    Returns their report.
+    """Record demonstrations; see `demonstrations.record` (yam), `metaworld.record_step` and `gymnasium.record_step`.
+    Return their report.
 
     Args:
-        env_task: of the group env: the environment of env=gymnasium; of others it belongs to evaluations.
-        unread: settings of the group env that only an evaluation reads, with their values: None where they are not set.
+        env_task: of the group env: the environment of env=gymnasium; for other environments it belongs to evaluations.
+        unread: settings of the group env that only an evaluation uses, with their values: None if they are not set.
 
     Raises:
-        ValueError: an environment without scripted expert, or a setting that it does not have.
+        ValueError: The environment has no scripted expert, or does not have a setting.
     """
     for name, value in (unread or {}).items():
         if value is not None:
@@ -95,7 +95,7 @@ def record_step(
 
 
 def _refuse_task(task: TaskOptions | HandoverTask, environment: str, instead: str) -> None:
-    if task != TaskOptions(name="pick_place"):  # what the settings say where nobody chose a task
+    if task != TaskOptions(name="pick_place"):  # the default of the settings
         raise ValueError(f"task is no setting of the recordings of env={environment}: give {instead}")
 
 

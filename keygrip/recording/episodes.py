@@ -1,4 +1,4 @@
-"""The loop that recorders of scripted experts share: episodes from a seed on, until enough have succeeded."""
+"""The common loop of recorders of scripted experts: record episodes from a seed on until enough have succeeded."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from keygrip.progress import Progress
 from keygrip.recording.recorded_folder import demo_name
 
-FAILURES = 10  # before an expert that fails more often than it succeeds ends the recording
+FAILURES = 10  # failures before the recording of an expert that fails more often than it succeeds is ended
 
 
 @dataclass
 class EpisodeCounts:
-    """Episodes of a recording. demos: complete in the folder. recorded: of these, by this call. failed: by the
-    expert."""
+    """Number of episodes of a recording. demos: complete in the folder. recorded: of these, recorded by this call.
+    failed: episodes in which the expert failed."""
 
     demos: int = 0
     recorded: int = 0
@@ -32,20 +32,20 @@ def record_successes(
     store_failed: Callable[[], None],
     bar: Progress,
 ) -> EpisodeCounts:
-    """Records the first `demos` episodes from `seed` on in which the expert succeeds; those already there are kept.
+    """Record the first `demos` episodes from `seed` on in which the expert succeeds. Existing ones are kept.
 
     Args:
-        root: folder of the demo folders. task: its name, with which theirs begin.
-        failed: seeds in which the expert is known to fail; those found are added.
-        run: records the episodes of some seeds; gives (seed, whether the expert succeeded) in any order.
+        root: folder of the demo folders. task: its name, with which their names begin.
+        failed: seeds in which the expert is known to fail; new ones are added.
+        run: records the episodes of some seeds; yields (seed, whether the expert succeeded) in any order.
         store_failed: called whenever `failed` has grown. bar: counts demos.
 
     Raises:
-        ValueError: the expert fails in more than half of the episodes.
+        ValueError: The expert fails in more than half of the episodes.
     """
     counts, next_seed = EpisodeCounts(), seed
     while counts.demos < demos:
-        # As many further seeds as demos are missing: the same seeds whatever the number of processes.
+        # As many further seeds as demos are missing, so that the seeds do not depend on the number of processes.
         batch = range(next_seed, next_seed + demos - counts.demos)
         next_seed = batch.stop
         there = {s for s in batch if (root / demo_name(task, s) / "metadata.json").is_file()}

@@ -1,4 +1,4 @@
-"""Records the scripted expert of any gymnasium environment into native folders, in several processes and resumably.
+"""Record the scripted expert of any gymnasium environment into native folders, in several processes and resumable.
 
 The environment is one that `env=gymnasium` evaluates (`keygrip.envs.gymnasium_environment`), with a method
 `expert_action()`. A folder is named after its episode's seed and is a function of (task, seed, settings).
@@ -38,25 +38,25 @@ def record_step(
     video: bool,
     python: str | None,
 ) -> dict[str, Any]:
-    """Records the first `demos` episodes from `seed` on in which the expert succeeds; those already there are kept.
+    """Record the first `demos` episodes from `seed` on in which the expert succeeds. Existing ones are kept.
 
     Args:
-        task: which environment. root: folder of the demo folders; made if missing.
-        demos: how many shall be there in the end. seed: of the first episode; seeds from 500000 on are kept for tuning
-            and evaluation.
-        image_size: shorter edge of the images, which the environment must give. hz: its control rate; every step is a
-            frame.
-        cameras: names among the observation's `cameras`; where it has none, one name for its `image`. None: all of
-            them, or "camera".
-        video: one H.264 file per camera in place of JPEG files.
-        processes: workers; None: one for each core. python: interpreter with the environment; None: this one.
+        task: selects the environment. root: folder of the demo folders; created if missing.
+        demos: total number when finished. seed: of the first episode; seeds from 500000 on are reserved for tuning and
+            evaluation.
+        image_size: shorter edge of the images, which the environment must provide. hz: its control rate; every step is
+            a frame.
+        cameras: names among the observation's `cameras`; if it has none, one name for its `image`. None: all of them,
+            or "camera".
+        video: one H.264 file per camera instead of JPEG files.
+        processes: workers; None: one per core. python: interpreter with the environment; None: this one.
 
     Returns:
         Counts and seconds.
 
     Raises:
-        ValueError: a setting out of range, another recording in `root`, an environment that does not fit or has no
-            expert, or more failures than successes.
+        ValueError: A setting is out of range, `root` holds another recording, the environment does not fit or has no
+            expert, or there are more failures than successes.
     """
     if demos < 1 or hz <= 0 or not 16 <= image_size <= 4096:
         raise ValueError("demos is at least 1, hz above 0, image_size within 16 .. 4096")

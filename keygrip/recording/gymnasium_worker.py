@@ -1,4 +1,4 @@
-"""Records a gymnasium environment's scripted expert; run by `keygrip.recording.gymnasium`."""
+"""Record a gymnasium environment's scripted expert; run by `keygrip.recording.gymnasium`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from keygrip.envs.workers import serve_jobs
 from keygrip.models.policy import arm_axis
 from keygrip.recording.recorded_folder import demo_name
 
-ARMS = {1: ("right",), 2: GymnasiumEnvironment.arms}  # names by number, in the order of the axis of arms
-CAMERA = "camera"  # the name of an unnamed one
+ARMS = {1: ("right",), 2: GymnasiumEnvironment.arms}  # names by number of arms, in the order of the axis of arms
+CAMERA = "camera"  # the name of an unnamed camera
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The function that records the episode of a seed."""
+    """Return the function that records the episode of a seed."""
     task = GymnasiumTask(**settings["task"])
     cameras = None if settings["cameras"] is None else tuple(settings["cameras"])
     environment = GymnasiumEnvironment(task, settings["image_size"], settings["hz"], cameras)
@@ -32,12 +32,12 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
 
 
 def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, video: bool) -> bool:
-    """Records the episode of a seed; returns whether the expert succeeded (a failure leaves no folder).
+    """Record the episode of a seed; return whether the expert succeeded (a failure leaves no folder).
 
-    Row i is what was seen before the expert's i-th pose, which is row i's command.
+    Row i holds the observation before the expert's i-th pose, and this pose as its command.
 
     Raises:
-        ValueError: the expert's poses are not those of one arm or two, or the observation has another number of arms.
+        ValueError: The expert's poses are not those of one arm or two, or the observation has another number of arms.
     """
     observation, info = environment.reset(seed=seed)
     task = environment.task
@@ -73,7 +73,7 @@ def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, v
 
 
 def _views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> dict[str, Mapping[str, Any]]:
-    """The cameras that are recorded, by name."""
+    """Return the recorded cameras, by name."""
     views = observation.get("cameras")
     if not views:
         return {cameras[0] if cameras else CAMERA: observation}
@@ -81,7 +81,7 @@ def _views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> d
 
 
 def _poses(arms: tuple[str, ...], position: Any, quaternion: Any, gripper: Any) -> dict[str, ArmPose]:
-    """By arm, from [A, 3], [A, 4] and [A]; with one arm the A axis may be left out."""
+    """Convert [A, 3], [A, 4] and [A] to poses by arm; with one arm the A axis may be omitted."""
     count = len(arms)
     if np.size(gripper) != count:
         raise ValueError(f"the observation has {np.size(gripper)} arms, and expert_action() moves {count}")

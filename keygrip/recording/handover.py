@@ -1,4 +1,4 @@
-"""Records one episode of the two-arm handover; `keygrip.recording.demonstrations.record` does the rest."""
+"""Record one episode of the two-arm handover; `keygrip.recording.demonstrations.record` does the rest."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def record_handover(
     video: bool,
     jpeg_quality: int,
 ) -> bool:
-    """Records the episode of a seed; returns whether the expert succeeded (a failed episode leaves no folder).
+    """Record the episode of a seed; return whether the expert succeeded (a failed episode leaves no folder).
 
     Args:
-        folder: of the demo; must not exist. robot: its name in the metadata. cameras: which are recorded.
-        video, jpeg_quality: as for `DemoWriter`.
+        folder: of the demo; must not exist. robot: its name in the metadata. cameras: recorded cameras.
+        video, jpeg_quality: as in `DemoWriter`.
     """
     cell.reset(seed=seed)
     assert cell.layout is not None

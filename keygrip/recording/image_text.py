@@ -1,4 +1,4 @@
-"""Shards of images of the simulated table, with captions and ground truth: `data=robot_images` makes them itself."""
+"""Shards of images of the simulated table, with captions and ground truth; `data=robot_images` creates them itself."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from keygrip.recording.split_seeds import split_seeds
 
 @dataclass
 class ImageMaker:
-    """Makes the sample of an image's seed. The simulator and the encoders are built in the process that uses them.
+    """Create the sample of an image's seed. The simulator and the encoders are built in the process that uses them.
 
     Args:
-        buckets: of which the image's shape chooses one. encoders: config of the encoders.
+        buckets: the bucket closest to the image's aspect ratio is used. encoders: config of the encoders.
     """
 
     options: StillOptions
@@ -37,7 +37,7 @@ class ImageMaker:
         return {**self.__dict__, "_built": None}
 
     def bucket_of(self, seed: int) -> Bucket:
-        """The bucket of a seed's image."""
+        """Return the bucket of a seed's image."""
         return nearest_bucket(*self.options.size_of(seed), self.buckets)
 
     def __call__(self, seed: int) -> Iterable[MadeSample]:
@@ -54,19 +54,19 @@ class ImageMaker:
         yield MadeSample(ready.key, *encoded.sample(0, ready.record, trim_text=False, image=kept))
 
     def close(self) -> None:
-        """Frees the GL contexts of this process."""
+        """Free the GL contexts of this process."""
         if self._built is not None:
             self._built[0].close()
             self._built = None
 
 
 def build_encoders(config: Mapping[str, Any]) -> Any:
-    """The encoders of a config."""
+    """Build the encoders of a config."""
     return instantiate(dict(config), _convert_="all")
 
 
 def evidence(still: Still, bucket: Bucket) -> dict[str, Any]:
-    """Ground truth of an image: places as (x, y) in fractions of the crop, the cube's colour, the seed."""
+    """Return an image's ground truth: positions (x, y) in fractions of the crop, the cube's colour, the seed."""
     height, width = still.pixels.shape[:2]
     left, top, right, bottom = shared_crop(width, height, bucket)
 
@@ -77,12 +77,12 @@ def evidence(still: Still, bucket: Bucket) -> dict[str, Any]:
 
 
 def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Draws images and encodes them into `<root>/train`, `val` and `test`; their seeds never meet.
+    """Render images and encode them into `<root>/train`, `val` and `test`; no seed is in two splits.
 
     Args:
         root: folder of the splits.
-        options: `train`, `val`, `test` (how many), `images_per_shard`, `processes` (None: one for each core), `buckets`
-            ([[width, height], ...]), `encoders` (their config), and `picture`: the fields of
+        options: `train`, `val`, `test` (numbers of images), `images_per_shard`, `processes` (None: one per core),
+            `buckets` ([[width, height], ...]), `encoders` (their config), and `picture`: the fields of
             :class:`keygrip.envs.yam.stills.StillOptions`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Records demonstrations of Meta-World's scripted policies into native folders: one process per task, resumably.
+"""Record demonstrations of Meta-World's scripted policies into native folders: one process per task, resumable.
 
 The recorder's processes run in the Python environment that has `metaworld`. A folder is a function of (task, seed,
-settings); tasks share one root and their folders are named ``<task>_<seed>``.
+settings); tasks share one root, with folders named ``<task>_<seed>``.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def record_step(
     processes: int | None = None,
     python: str | None = None,
 ) -> dict[str, Any]:
-    """Records, for each task, the first `demos` episodes from `seed` on in which the scripted policy succeeds.
+    """Record, for each task, the first `demos` episodes from `seed` on in which the scripted policy succeeds.
 
     Args:
         tasks: "mt10", "mt50", a difficulty group, or names.
-        root: folder of the demo folders; made if missing. Demos that are there are kept.
-        demos: of each task. seed: of the first episode; seeds from 500000 are kept for tuning and evaluation.
+        root: folder of the demo folders; created if missing. Existing demos are kept.
+        demos: per task. seed: of the first episode; seeds from 500000 on are reserved for tuning and evaluation.
         image_size: edge of the square images, pixels. hz: stored frames per second, a divisor of 80.
         cameras: of the scene, the main one first.
-        recoveries: share of episodes that start in the middle of the task, after a disturbance.
-        shadows, video, jpeg_quality: as for the task and `DemoWriter`.
-        processes: workers; None: one for each core. python: interpreter with metaworld; None: this one.
+        recoveries: fraction of episodes that start in the middle of the task, after a disturbance.
+        shadows, video, jpeg_quality: as in the task and `DemoWriter`.
+        processes: workers; None: one per core. python: interpreter with metaworld; None: this one.
 
     Returns:
-        Counts and seconds, by task where the expert failed.
+        Counts and seconds; failures of the expert by task.
 
     Raises:
-        ValueError: a setting out of range, another recording in `root`, no such interpreter, or more failures than
-            successes.
+        ValueError: A setting is out of range, `root` holds another recording, the interpreter does not exist, or there
+            are more failures than successes.
     """
     names = task_names(tasks)
     every = _control_steps(hz)
@@ -70,7 +70,7 @@ def record_step(
         )
     root = Path(root).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    turned = lately_turned(cameras)  # noted, so that a folder where they are not turned is not continued
+    turned = lately_turned(cameras)  # stored, so that a folder with images that were not rotated is not continued
     settings = {
         "environment": "metaworld",
         "image_size": image_size,
@@ -86,7 +86,7 @@ def record_step(
     with locked(root / LOCK_FILE):
         failed: dict[str, list[int]] = failed_seeds(root, settings, {})
         jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
-        kept, lost = dict.fromkeys(names, 0), dict.fromkeys(names, 0)  # episodes gone through by this call
+        kept, lost = dict.fromkeys(names, 0), dict.fromkeys(names, 0)  # number of episodes processed by this call
         bar = Progress(total=demos * len(names), desc="record metaworld", unit="demo")
         with bar:
             for _, episode in run_jobs(
@@ -118,7 +118,7 @@ def record_step(
 
 
 def _control_steps(hz: float) -> int:
-    """Control periods per stored frame. Raises ValueError: not a whole number."""
+    """Return the control periods per stored frame. Raises ValueError if it is not a whole number."""
     every = round(HZ / hz)
     if every < 1 or abs(every * hz - HZ) > 1e-9:
         raise ValueError(f"hz={hz}: stored frames must be whole control periods of 1/{HZ:g} s; use 10, 20 or 40")
@@ -126,7 +126,7 @@ def _control_steps(hz: float) -> int:
 
 
 def _refuse_failing(task: str, kept: int, failed: int) -> None:
-    """Raises ValueError: of 20 episodes or more fewer than a tenth succeeded."""
+    """Raise ValueError if of at least 20 episodes fewer than a tenth succeeded."""
     tried = kept + failed
     if tried >= 20 and kept < 0.1 * tried:
         raise ValueError(f"the scripted policy failed in {failed} of {tried} episodes of {task}")

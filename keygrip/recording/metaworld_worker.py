@@ -1,4 +1,4 @@
-"""Records Meta-World's scripted policies; run by `keygrip.recording.metaworld` in the Python environment of
+"""Record Meta-World's scripted policies; run by `keygrip.recording.metaworld` in the Python environment of
 `metaworld`."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from keygrip.recording.recorded_folder import demo_name
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The function that records one task's demonstrations, one report per episode."""
+    """Return the function that records one task's demonstrations, one report per episode."""
     root = Path(settings["root"])
 
     def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -39,13 +39,13 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
 
 
 def record_episode(environment: MetaWorldEnvironment, settings: dict[str, Any], folder: Path, seed: int) -> bool:
-    """Records the episode of a seed; returns whether the expert succeeded (a failure leaves no folder).
+    """Record the episode of a seed; return whether the expert succeeded (a failure leaves no folder).
 
-    Row i's command is where the mocap body has been sent at row i + 1: replaying the commands replays the
+    Row i's command is the mocap body's target at row i + 1, so that replaying the commands replays the
     demonstration.
     """
     task, every = environment.task, settings["every"]
-    environment.render_images = False  # images are drawn for the rows that are kept
+    environment.render_images = False  # images are rendered only for recorded rows
     environment.reset(seed=seed)
     expert = Expert(environment, seed, settings["recoveries"])
     expert.prepare()
@@ -79,7 +79,7 @@ def record_episode(environment: MetaWorldEnvironment, settings: dict[str, Any], 
             if step % every:
                 continue
             if waiting is not None:
-                write((*waiting, expert.opening))  # the command that was in force until now
+                write((*waiting, expert.opening))  # the command that was active until now
             views = {name: environment.view(name) for name in environment.cameras}
             reached = ArmPose(environment.position.copy(), DOWN, environment.opening)
             waiting = (round(step * 1e9 / HZ), views, reached)

@@ -1,6 +1,6 @@
-"""What recorders keep in their folder beside the demonstrations: its lock, its settings and the seeds that failed.
+"""Files of recorders next to the demonstrations: lock, settings and the seeds that failed.
 
-Imports no simulator: workers in a simulator's own environment use it too.
+Imports no simulator, because workers in a simulator's own environment use it too.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ LOCK_FILE = ".recording.lock"
 
 
 def demo_name(task: str, seed: int) -> str:
-    """Folder name of an episode."""
+    """Return the folder name of an episode."""
     return f"{task}_{seed:07d}"
 
 
 def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
-    """What a recording in `root` stored of failed seeds. A new one notes its settings, and `none` for the seeds.
+    """Read the failed seeds of a recording in `root`. For a new recording, store its settings, with `none` for the
+    seeds.
 
     Raises:
-        ValueError: `root` holds demonstrations with other settings; two recordings are never mixed. Or what it says of
-            itself is damaged.
+        ValueError: `root` holds demonstrations with other settings (two recordings are never mixed), or its description
+            is damaged.
     """
     path = root / SETTINGS_FILE
     try:
         stored = read_record(path) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{error}: record into another folder, or remove this one") from error
-    # a try that ended before its first demonstration (an image size that the environment does not have) binds nobody
+    # a recording that ended before its first demonstration (e.g. an invalid image size) does not fix the settings
     empty = not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
     if not stored or (empty and stored.get("settings") != json_values(settings)):
         store(root, settings, none)
@@ -48,12 +49,12 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
 
 
 def store(root: Path, settings: dict[str, Any], failed: Any) -> None:
-    """Writes settings and failed seeds, whole or not at all."""
+    """Write settings and failed seeds atomically."""
     write_json(root / SETTINGS_FILE, {"settings": json_values(settings), "failed_seeds": failed})
 
 
 def _refuse_other_settings(root: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError, with the settings that differ, where those of a recording are not those asked for."""
+    """Raise ValueError, with the settings that differ, if a recording was made with other settings."""
     there, now = dict(_by_name(there)), dict(_by_name(now))
     keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if keys:
@@ -64,7 +65,7 @@ def _refuse_other_settings(root: Path, there: Mapping[str, Any], now: Mapping[st
 
 
 def _by_name(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings, those of a mapping by names of their own (task.region)."""
+    """Yield settings; those of a mapping have dotted names (task.region)."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from _by_name(value, f"{prefix}{name}.")

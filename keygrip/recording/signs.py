@@ -6,7 +6,7 @@ import numpy as np
 
 
 class SignKeeper:
-    """Gives each quaternion of a trajectory the sign that is nearer to the one before: q and -q are the same rotation,
+    """Choose the sign of each quaternion of a trajectory closest to the previous one. q and -q are the same rotation,
     but readers interpolate."""
 
     def __init__(self) -> None:

@@ -1,19 +1,19 @@
-"""Seeds of the samples that the simulator makes, by split."""
+"""Seeds of simulated samples, by split."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-SEEDS = 500_000  # of a split
+SEEDS = 500_000  # number of seeds of a split
 FIRST_SEEDS = {"train": 0, "val": SEEDS, "test": 2 * SEEDS}  # no seed is in two splits
 
 
 def split_seeds(options: Mapping[str, Any]) -> dict[str, range]:
-    """The seeds of each split, as many as `options` names for it; empty for a split of 0.
+    """Return the seeds of each split, as many as `options` gives for it; empty for a split of 0.
 
     Raises:
-        ValueError: fewer than none, or so many that they would be those of the next split too.
+        ValueError: A number is negative, or so large that the seeds would overlap with those of the next split.
     """
     counts = {split: int(options[split]) for split in FIRST_SEEDS}
     for split, count in counts.items():

@@ -40,14 +40,14 @@ from keygrip.recording.split_seeds import FIRST_SEEDS, split_seeds
 
 log = logging.getLogger(__name__)
 
-TOUR_QUALITY = 95  # JPEG quality; lower ones blur small digits
+TOUR_QUALITY = 95  # JPEG quality; lower values blur small digits
 TOURS, DEMOS = "tours", "demos"
-# Questions about what one camera shows; others are about the motion, whichever camera sees it.
+# Questions about one camera's image; other questions are about the motion, independent of the camera.
 OF_ONE_CAMERA = frozenset({"side_of_goal", "side_of_object", "nearest", "count", "shape", "digit", "goal_colour"})
 
 
 def conversations_of(text: Mapping[str, Any], without: Collection[str] = ()) -> list[Conversation]:
-    """What `text.json` of a demo says: its captions of the whole video, and all questions but those of some kinds."""
+    """Return a demo's `text.json`: its captions of the whole video, and its questions except kinds in `without`."""
     told = [
         caption(c["text"], c.get("evidence"))
         for c in text.get("captions", [])
@@ -66,7 +66,7 @@ def conversations_of(text: Mapping[str, Any], without: Collection[str] = ()) -> 
 
 @dataclass
 class TourMaker:
-    """Makes the sample of a tour's seed."""
+    """Create the sample of a tour's seed."""
 
     options: TourOptions
     _cell: TourCell | None = field(default=None, repr=False)
@@ -82,16 +82,16 @@ class TourMaker:
 
 
 def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Records tours into `<root>/train`, `val` and `test`; their seeds never meet.
+    """Record tours into `<root>/train`, `val` and `test`; no seed is in two splits.
 
     Args:
         root: folder of the splits.
-        options: `train`, `val`, `test` (how many), `videos_per_shard`, `processes` (None: one for each core), `tour`:
-            the fields of :class:`keygrip.envs.yam.tours.TourOptions`, and `even_lengths`: the splits that have as many
-            short tours as long ones, as `TourOptions.even_lengths` says.
+        options: `train`, `val`, `test` (numbers of videos), `videos_per_shard`, `processes` (None: one per core),
+            `tour`: the fields of :class:`keygrip.envs.yam.tours.TourOptions`, and `even_lengths`: the splits with
+            equally many short and long tours, see `TourOptions.even_lengths`.
 
     Raises:
-        ValueError: `even_lengths` names no split.
+        ValueError: `even_lengths` contains an unknown split.
 
     Returns:
         samples by split and seconds.
@@ -124,8 +124,8 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DemoMaker:
-    """Makes the sample of a demonstration: one frame per second, of longer ones `max_frames`, and its instruction as
-    caption where it has no text. Of a text about another camera, questions about the scene are left out."""
+    """Create the sample of a demonstration: one frame per second, at most `max_frames`, and its instruction as caption
+    if it has no text. If the text describes another camera, questions about the scene are left out."""
 
     camera: str | None
     image_size: int
@@ -151,7 +151,7 @@ class DemoMaker:
         text = read_json(path) if path.is_file() else {}
         if not isinstance(text, dict):
             raise BadSample(path, "it holds no object of JSON")
-        described = text.get("camera") or camera  # texts of other sources name none
+        described = text.get("camera") or camera  # texts of other sources contain no camera
         if described != camera:
             _say_left_out(camera, described)
         with guard(path):
@@ -163,11 +163,11 @@ class DemoMaker:
 
 
 def _first_camera(demo: Demo) -> str:
-    """The first that is calibrated, or the first of all where none is."""
+    """Return the first calibrated camera, or the first of all if none is calibrated."""
     return min(demo.cameras, key=lambda name: bool(demo.cameras[name].uncalibrated))
 
 
-@cache  # once in a process
+@cache  # once per process
 def _say_left_out(camera: str, described: str) -> None:
     log.warning(
         "videos of camera %s: questions about the scene (%s) are left out, since the recording's text describes what "
@@ -192,19 +192,20 @@ def robot_videos(
     simulated: Mapping[str, Any] | None = None,
     max_frames: int = MAX_FRAMES,
 ) -> dict[str, Any]:
-    """Writes shards of recorded demonstrations, one frame per second, with the captions and questions that they carry.
+    """Write shards of recorded demonstrations, one frame per second, with their captions and questions.
 
     Args:
         source: folder of demonstrations of any known format; None: tours from the simulator, with the options
             `simulated` (see :func:`make_tours`). root: receives `train/` and `val/`.
-        camera: whose images; None: each demo's first that is calibrated, or its first. Of a camera that a simulated
-            recording's text does not describe (it describes the first recorded), questions about the scene are left
-            out. image_size, fit: of the images.
+        camera: camera of the images; None: each demo's first calibrated camera, or its first. A simulated recording's
+            text describes its first recorded camera; for another camera, questions about the scene are left out.
+            image_size, fit: of the images.
         val_fraction: whole demos, by the same rule as for training a policy.
-        max_frames: of demonstrations of more seconds, so many evenly spaced ones.
+        max_frames: longer demonstrations are reduced to that many evenly spaced frames.
 
     Raises:
-        FileNotFoundError, ValueError: no demonstrations, or too many are broken; max_frames out of range, or of tours.
+        FileNotFoundError, ValueError: There are no demonstrations, or too many are broken; max_frames is out of range,
+            or given for tours.
     """
     frames = shard_frame_settings(image_size, fit, max_frames)
     if source is None and "max_frames" in frames:
@@ -233,12 +234,12 @@ def robot_videos(
 
 
 def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Records demonstrations in the simulator and writes them as shards, every split from seeds of its own.
+    """Record demonstrations in the simulator and write them as shards, with separate seeds for every split.
 
     Args:
-        root: folder of the splits; the demonstrations go to `<root>/demos-<split>`.
-        options: `train`, `val`, `test` (how many), `videos_per_shard`, `image_size`, `processes`, and `task`: the
-            fields of :class:`keygrip.envs.yam.tasks.TaskOptions`.
+        root: folder of the splits; the demonstrations are written to `<root>/demos-<split>`.
+        options: `train`, `val`, `test` (numbers of videos), `videos_per_shard`, `image_size`, `processes`, and `task`:
+            the fields of :class:`keygrip.envs.yam.tasks.TaskOptions`.
     """
     task = TaskOptions(**(options.get("task") or {}))
     size, processes = int(options["image_size"]), options.get("processes")
@@ -271,14 +272,14 @@ def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TextMaker:
-    """Makes a text-only sample of a seed: stories of a gripper among cubes, and a question about them."""
+    """Create a text-only sample of a seed: a story about a gripper and cubes, and a question about it."""
 
     def __call__(self, seed: int) -> Iterable[MadeSample]:
         yield MadeSample(f"text-{seed:07d}", *video_text_parts([], [story(seed)], "robot_texts"))
 
 
 def story(seed: int) -> Conversation:
-    """A few sentences and a question that they answer. A pure function of the seed."""
+    """Return a few sentences and a question that they answer. A pure function of the seed."""
     rng = np.random.default_rng([seed, 7])
     colours = ("red", "blue", "green", "yellow", "purple", "orange", "white")
     count = int(rng.integers(2, 6))
@@ -303,10 +304,10 @@ def story(seed: int) -> Conversation:
 
 
 def make_texts(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes text-only samples: what keeps the text path exercised where no SmolTalk is at hand.
+    """Write text-only samples, which exercise the text path when SmolTalk is not available.
 
     Args:
-        root: folder of the splits. options: `train`, `val`, `test` (how many).
+        root: folder of the splits. options: `train`, `val`, `test` (numbers of samples).
     """
     report: dict[str, Any] = {"root": str(root)}
     for split, seeds in split_seeds(options).items():

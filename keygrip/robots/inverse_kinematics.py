@@ -12,7 +12,7 @@ from keygrip.robots.kinematics import ArmChain, arm_chain
 
 @dataclass(frozen=True)
 class Solution:
-    """Joint angles and what is left between the tool and its target."""
+    """Joint angles and the remaining error between the tool and its target."""
 
     joints: np.ndarray  # [6] rad
     position_error: float  # m
@@ -31,16 +31,16 @@ def solve(
     angle_tolerance: float = 1e-3,
     patience: int = 15,
 ) -> Solution:
-    """Joints that bring the grasp site to a pose, found from `start` so that successive targets give a smooth path.
+    """Find joints that move the grasp site to a pose, from `start`, so that successive targets give a smooth path.
 
     Args:
         position: [3] m in the base frame.
         rotation: [3, 3].
         start: [6] rad.
-        patience: gives up after so many iterations without getting closer (the target is out of reach).
+        patience: stop after this many iterations without improvement (the target is out of reach).
 
     Returns:
-        The closest solution found within the joint limits; an unreachable target shows as a large `position_error`.
+        The closest solution found within the joint limits; an unreachable target has a large `position_error`.
     """
     chain = chain or arm_chain()
     joints = np.clip(np.asarray(start, float), chain.limits[:, 0], chain.limits[:, 1])
@@ -50,7 +50,8 @@ def solve(
         error = np.concatenate([position - tool, Rotation.from_matrix(rotation @ turned.T).as_rotvec()])
         distance, angle = float(np.linalg.norm(error[:3])), float(np.linalg.norm(error[3:]))
         stalled += 1
-        if distance + 0.1 * angle < best.position_error + 0.1 * best.angle_error:  # 0.1 m/rad turns angles into lengths
+        # 0.1 m/rad converts angles to lengths
+        if distance + 0.1 * angle < best.position_error + 0.1 * best.angle_error:
             best, stalled = Solution(joints, distance, angle), 0
         if stalled == patience or (distance < position_tolerance and angle < angle_tolerance):
             break
@@ -62,9 +63,9 @@ def solve(
 
 
 def pointing_down(yaw: float, tilt: float = 0.0) -> np.ndarray:
-    """[3, 3] rotation of a gripper that points down, closing along (-sin yaw, cos yaw, 0).
+    """Return the [3, 3] rotation of a gripper that points down, closing along (-sin yaw, cos yaw, 0).
 
-    `tilt` (rad) leans the approach outwards, away from the base, in the plane of `yaw`.
+    `tilt` (rad) tilts the approach outwards, away from the base, in the plane of `yaw`.
     """
     c, s = np.cos(yaw), np.sin(yaw)
     closing = np.array([-s, c, 0.0])
@@ -73,5 +74,5 @@ def pointing_down(yaw: float, tilt: float = 0.0) -> np.ndarray:
 
 
 def yaw_of(rotation: np.ndarray) -> float:
-    """Yaw (rad) of the closing axis, the inverse of `pointing_down`."""
+    """Return the yaw (rad) of the closing axis, the inverse of `pointing_down`."""
     return float(np.arctan2(-rotation[0, 1], rotation[1, 1]))

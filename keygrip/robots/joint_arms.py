@@ -1,4 +1,4 @@
-"""Arms that are driven by joints: the interface that a follower of planned joints needs.
+"""Arms that are driven by joints: the interface for following planned joints.
 
 Units: metres, radians; quaternions wxyz. Shape legend: A arms, J joints of an arm.
 """
@@ -15,12 +15,12 @@ class JointArms(Protocol):
     """The arms of a robot or of an environment.
 
     Attributes:
-        joint_ranges: [A, J, 2] lowest and highest angle that each joint may be sent to.
+        joint_ranges: [A, J, 2] lowest and highest angle that may be commanded for each joint.
     """
 
     @property
     def joint_ranges(self) -> np.ndarray: ...
 
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
-        """Where the tools are at joints: [A, ..., 7] position and quaternion in the world, of [A, ..., J]."""
+        """Return the tool poses at joints [A, ..., J]: [A, ..., 7] position and quaternion in the world."""
         ...

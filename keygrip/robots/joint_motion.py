@@ -1,4 +1,4 @@
-"""From tool poses to joint angles that arms may be sent: inverse kinematics with everything checked.
+"""Convert tool poses to joint angles that arms may be commanded to: inverse kinematics with all checks.
 
 Units: metres, radians, seconds; poses of one arm in its base frame, of several in the world. Shape legend: A arms,
 J = 6 joints.
@@ -25,15 +25,15 @@ from keygrip.robots.self_collision import (
     link_heights,
 )
 
-CURVED_M = 1e-3  # by which a short way of the joints may move the tool farther than a straight one
-NEARER_POSES = 4  # tried where the way is curved, each half as far, with so many iterations: a period is short
+CURVED_M = 1e-3  # largest distance by which a short joint motion may move the tool farther than a straight path
+NEARER_POSES = 4  # tried if the path is curved, each half as far, with few iterations, because a period is short
 NEARER_ITERATIONS = 20
-POSTURE_RAD = 0.1  # joints of the same pose that differ by more are of another posture
-STILL_RAD = 1e-6  # joints that turn by less do not move
+POSTURE_RAD = 0.1  # joints of the same pose that differ by more belong to another posture
+STILL_RAD = 1e-6  # joints that rotate by less do not move
 
 
 class JointMotionError(ValueError):
-    """A pose that may not be sent to the joints; the message says why and by how much."""
+    """A pose that must not be commanded; the message states why and by how much."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class JointLimits:
     """Limits of the joints.
 
     Args:
-        speed_rad_s: of every joint; a faster command is slowed, all joints alike, or led to a nearer pose of its way.
-        position_tolerance_m, angle_tolerance_rad: a pose that the arm misses by more is out of its reach.
-        margin_rad: distance kept from the ends of each joint's range.
-        clearance_m: least distance between links that are not neighbours; None: not looked at.
-        arms_clearance_m: least distance between the links of two arms; None: not looked at (grippers that meet).
-        table_clearance_m: least height of the links above the table; None: no table.
+        speed_rad_s: of every joint; a faster command is slowed for all joints equally, or replaced by a closer pose on
+            its path.
+        position_tolerance_m, angle_tolerance_rad: a pose with a larger remaining error is out of reach.
+        margin_rad: distance from the ends of each joint's range.
+        clearance_m: smallest distance between links that are not neighbours; None: not checked.
+        arms_clearance_m: smallest distance between the links of two arms; None: not checked (grippers that meet).
+        table_clearance_m: smallest height of the links above the table; None: no table.
         table_height_m: of the table in the base frame.
     """
 
@@ -70,15 +71,15 @@ class JointLimits:
 
 
 class JointMotion:
-    """Joint commands of one arm, each within the limits of the one before.
+    """Joint commands of one arm, each within the limits relative to the previous one.
 
     Args:
-        limits: see there.
-        joints: [J] rad where the arm is.
+        limits: see `JointLimits`.
+        joints: [J] rad, current joints of the arm.
         chain: of the arm; None: the YAM with its linear gripper.
 
     Attributes:
-        held_back: whether the last step was cut short by the joints' speed, so that the tool is short of its pose.
+        held_back: whether the speed limit shortened the last step, so that the tool has not reached its pose.
     """
 
     def __init__(self, limits: JointLimits, joints: np.ndarray, chain: ArmChain | None = None) -> None:
@@ -88,7 +89,7 @@ class JointMotion:
         self.reset(joints)
 
     def reset(self, joints: np.ndarray) -> None:
-        """The arm is at these joints [J] now."""
+        """Set the current joints [J] of the arm."""
         joints = np.asarray(joints, float)
         if joints.shape != (len(self.chain.limits),) or not np.isfinite(joints).all():
             raise ValueError(f"joints are {len(self.chain.limits)} finite angles in rad, got {joints.tolist()}")
@@ -96,21 +97,21 @@ class JointMotion:
 
     def _take(self, joints: np.ndarray, held_back: bool = False) -> None:
         self.joints, self.held_back = joints, held_back
-        # a command that moves out of a collision is allowed, one that moves further in is not
+        # a command that moves out of a collision is allowed, one that moves further into it is not
         self._gaps, self._heights = link_gaps(joints, self.chain), link_heights(joints, self.chain)
 
     def step(self, pose: np.ndarray, seconds: float, joints: np.ndarray | None = None) -> np.ndarray:
-        """The joints [J] for a tool pose at the end of a control period.
+        """Return the joints [J] for a tool pose at the end of a control period.
 
         Args:
             pose: [8] position, quaternion wxyz, opening (not used). seconds: length of the period.
-            joints: [J] that a plan has for it: they are taken where they put the tool there, else those found from
-                them. None: those found from where the arm is.
+            joints: [J] that a plan has for the pose: used if their tool pose is this pose, otherwise inverse kinematics
+                starts from them. None: it starts from the current joints.
 
         Raises:
-            JointMotionError: not finite, out of reach, a collision of the arm with itself, a link below the table,
-                joints at whose speed no way to the pose begins, or planned ones so far from the present ones that the
-                tool would leave its way. Nothing has changed then.
+            JointMotionError: A value is not finite, the pose is out of reach, the arm would collide with itself, a link
+                would be below the table, the speed limit allows no motion towards the pose, or planned joints are so
+                far from the current ones that the tool would leave its path. Nothing is changed then.
         """
         wanted = self.check(pose, joints)
         most = self.limits.speed_rad_s * seconds
@@ -120,12 +121,12 @@ class JointMotion:
             if joints is not None and not self._is_straight(short, pose):
                 self._refuse_other_posture(wanted, short, pose)
             wanted = self._straightened(short, pose, most)
-            self._refuse_collision(wanted)  # a way to a free pose that is cut short may end in one
+            self._refuse_collision(wanted)  # a shortened path to a collision-free pose may end in a collision
         self._take(wanted, held_back)
         return wanted.copy()
 
     def check(self, pose: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-        """The joints [J] of a tool pose [8], found from `start` [J]; None: from where the arm is now. Raises
+        """Return the joints [J] of a tool pose [8], found from `start` [J]; None: from the current joints. Raises
         JointMotionError as `step`."""
         limits = self.limits
         start = self.joints if start is None else start
@@ -146,14 +147,14 @@ class JointMotion:
         return np.clip(joints, np.minimum(low, self.joints), np.maximum(high, self.joints))
 
     def _cut_short(self, joints: np.ndarray, most: float) -> np.ndarray:
-        """Joints [J] on the way to others, none of which turns by more than `most` rad."""
+        """Return joints [J] on the way to the given ones, none of which rotates by more than `most` rad."""
         change = joints - self.joints
         return self.joints + change * min(1.0, most / max(float(np.abs(change).max()), 1e-12))
 
     def _straightened(self, joints: np.ndarray, pose: np.ndarray, most: float) -> np.ndarray:
-        """Joints [J] that are cut short on the way to a pose, where the tool would leave its own way those on the way
-        to a nearer pose: the straighter, the nearer it is. Raises JointMotionError: those of the nearest leave it, too,
-        or do not move."""
+        """Return shortened joints [J] on the way to a pose. If the tool would leave its path, use the way to closer
+        poses, because a closer pose gives a straighter path. Raises JointMotionError if the closest pose leaves the
+        path too, or does not move the joints."""
         tool, turned, *_ = self.chain.frames(self.joints)
         turn = Rotation.from_matrix(matrix_from_quaternion(pose[3:7]) @ turned.T).as_rotvec()
         way, limits = pose[:3] - tool, self.limits
@@ -176,20 +177,20 @@ class JointMotion:
         return joints
 
     def _is_straight(self, joints: np.ndarray, pose: np.ndarray) -> bool:
-        """Whether joints on the way to a pose move the tool no farther than straight to it, and not away from it."""
+        """Return whether joints on the way to a pose move the tool no farther than straight to it, and not away."""
         moved, left, straight = self._way(joints, pose)
         return max(moved, left) <= straight + CURVED_M
 
     def _way(self, joints: np.ndarray, pose: np.ndarray) -> tuple[float, float, float]:
-        """How far the tool moves to joints [J], how far it is from a pose [8] then, and how far from it now, metres."""
+        """Return the tool's motion to joints [J], its distance from a pose [8] then, and its distance now, metres."""
         before, after = (self.chain.frames(angles)[0] for angles in (self.joints, joints))
         ways = (after - before, pose[:3] - after, pose[:3] - before)
         moved, left, straight = (float(np.linalg.norm(way)) for way in ways)
         return moved, left, straight
 
     def _refuse_other_posture(self, planned: np.ndarray, short: np.ndarray, pose: np.ndarray) -> None:
-        """Raises JointMotionError: planned joints are not those that would be found for their pose from here; `short`
-        are those on the way to them."""
+        """Raise JointMotionError if planned joints differ from those that inverse kinematics finds for their pose from
+        the current joints. `short`: shortened joints on the way to them."""
         found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), self.joints, self.chain)
         if np.abs(found.joints - planned).max() > POSTURE_RAD:
             moved, left, straight = self._way(short, pose)
@@ -220,7 +221,8 @@ class JointMotion:
 
 
 class ArmMotions:
-    """Joint commands of the arms of a robot, each within the limits of the one before: all arms move, or none.
+    """Joint commands of a robot's arms, each within the limits relative to the previous one. Either all arms move or
+    none.
 
     Args:
         motions: of the arms, with the same limits. world_from_base: [4, 4] of each arm. names: of the arms.
@@ -239,12 +241,12 @@ class ArmMotions:
 
     @property
     def held_back(self) -> np.ndarray:
-        """[A] whether the joints' speed has cut an arm's last step short."""
+        """[A] whether the speed limit shortened an arm's last step."""
         return np.array([motion.held_back for motion in self.motions])
 
     def step(self, poses: np.ndarray, seconds: float, joints: np.ndarray | None = None) -> np.ndarray:
-        """The joints [A, J] for poses [A, 8] in the world at the end of a control period; `joints` [A, J] and errors
-        as of `JointMotion.step`. JointMotionError also where two arms would meet."""
+        """Return the joints [A, J] for poses [A, 8] in the world at the end of a control period; `joints` [A, J] and
+        errors as in `JointMotion.step`. Also raises JointMotionError if two arms would collide."""
         before = [motion.joints.copy() for motion in self.motions]
         try:
             for index, motion in enumerate(self.motions):
@@ -258,14 +260,14 @@ class ArmMotions:
         return self.joints
 
     def _in_base(self, index: int, pose: np.ndarray) -> np.ndarray:
-        """[8] of a pose [8] in the world."""
+        """Convert a pose [8] from the world to the arm's base."""
         base = self.world_from_base[index]
         turn = Rotation.from_matrix(base[:3, :3].T)
         quaternion = (turn * Rotation.from_quat(pose[3:7], scalar_first=True)).as_quat(scalar_first=True)
         return np.concatenate([turn.apply(pose[:3] - base[:3, 3]), quaternion, pose[7:]])
 
     def _refuse_meeting(self, before: Sequence[np.ndarray]) -> None:
-        """Raises JointMotionError: links of two arms come too close to each other, unless the arms move apart."""
+        """Raise JointMotionError if links of two arms come too close to each other, unless the arms move apart."""
         least = self.motions[0].limits.arms_clearance_m
         if least is None:
             return

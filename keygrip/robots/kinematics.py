@@ -1,4 +1,4 @@
-"""Forward kinematics of the YAM arms, read from the robot models' XML; needs neither MuJoCo nor a driver.
+"""Forward kinematics of the YAM arms, read from the robot models' XML; requires neither MuJoCo nor a driver.
 
 Frames: the base frame of the arm is the simulator's world frame (z up, x forward). The tool is the gripper's
 `grasp_site`: the midpoint of the finger tips, z along the approach, y along the closing axis.
@@ -40,7 +40,7 @@ def _listed(folder: Path, pattern: str) -> str:
 
 
 def arm_file(arm: str = "yam") -> Path:
-    """Path of an arm's XML; raises ValueError naming the known arms."""
+    """Return the path of an arm's XML. Raises ValueError, with the known arms, if it does not exist."""
     path = robot_models() / "arm" / arm / "v1" / f"{arm}.xml"
     if not path.is_file():
         raise ValueError(f"unknown arm {arm!r}; known: {_listed(robot_models() / 'arm', '*')}")
@@ -48,7 +48,7 @@ def arm_file(arm: str = "yam") -> Path:
 
 
 def gripper_file(gripper: str = "linear_4310") -> Path:
-    """Path of a gripper's XML; raises ValueError naming the known grippers."""
+    """Return the path of a gripper's XML. Raises ValueError, with the known grippers, if it does not exist."""
     path = robot_models() / "gripper" / gripper / f"{gripper}.xml"
     if not path.is_file():
         raise ValueError(f"unknown gripper {gripper!r}; known: {_listed(robot_models() / 'gripper', '*')}")
@@ -60,7 +60,7 @@ def _numbers(element: ElementTree.Element, name: str, default: str) -> np.ndarra
 
 
 def _pose(element: ElementTree.Element) -> tuple[np.ndarray, np.ndarray]:
-    """Position [3] and rotation matrix [3, 3] of an XML element in its parent."""
+    """Return position [3] and rotation matrix [3, 3] of an XML element in its parent."""
     quaternion = _numbers(element, "quat", "1 0 0 0")
     return _numbers(element, "pos", "0 0 0"), Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
 
@@ -77,7 +77,7 @@ class ArmChain:
     tool_rotation: np.ndarray  # [3, 3]
 
     def frames(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tool position [3] and rotation [3, 3], and of every joint its origin [J, 3] and axis [J, 3], in the base."""
+        """Return tool position [3] and rotation [3, 3], and each joint's origin [J, 3] and axis [J, 3], in the base."""
         position, rotation = np.zeros(3), np.eye(3)
         origins, axes = np.empty((ARM_JOINTS, 3)), np.empty((ARM_JOINTS, 3))
         for i in range(ARM_JOINTS):
@@ -89,7 +89,7 @@ class ArmChain:
 
 
 def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
-    """[3, 3] of a turn by an angle, rad, about a unit axis [3]: Rodrigues' formula."""
+    """Return the [3, 3] rotation by an angle, rad, about a unit axis [3]: Rodrigues' formula."""
     x, y, z = axis
     c, s = np.cos(angle), np.sin(angle)
     k = 1 - c
@@ -104,7 +104,7 @@ def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def arm_chain(arm: str = "yam", gripper: str = "linear_4310") -> ArmChain:
-    """Reads the chain of an arm with a gripper from the robot models."""
+    """Read the chain of an arm with a gripper from the robot models."""
     body = ElementTree.parse(arm_file(arm)).getroot().find("worldbody/body")
     assert body is not None
     offsets, rotations, axes, limits = [], [], [], []
@@ -142,10 +142,10 @@ def arm_chain(arm: str = "yam", gripper: str = "linear_4310") -> ArmChain:
 
 
 def quaternion_from_matrix(rotation: np.ndarray) -> np.ndarray:
-    """Unit quaternion wxyz [..., 4] of [..., 3, 3], on the half sphere of a gripper that points down.
+    """Return the unit quaternion wxyz [..., 4] of [..., 3, 3], on the hemisphere of a gripper that points down.
 
-    Straight down is a half turn about a horizontal axis, where the usual "w >= 0" flips with every tremor of the hand;
-    the reference (0, 1, 0, 0) keeps a recording continuous.
+    Pointing down is a rotation by 180 degrees about a horizontal axis. There the usual convention "w >= 0" changes sign
+    with every small motion; the reference (0, 1, 0, 0) keeps a recording continuous.
     """
     flat = np.asarray(rotation, float).reshape(-1, 3, 3)
     quaternion = Rotation.from_matrix(flat).as_quat(scalar_first=True)
@@ -154,7 +154,7 @@ def quaternion_from_matrix(rotation: np.ndarray) -> np.ndarray:
 
 
 def matrix_from_quaternion(quaternion: np.ndarray) -> np.ndarray:
-    """Rotation matrix [..., 3, 3] of a quaternion wxyz [..., 4] (normalised here)."""
+    """Return the rotation matrix [..., 3, 3] of a quaternion wxyz [..., 4] (normalised here)."""
     flat = np.asarray(quaternion, float).reshape(-1, 4)
     return Rotation.from_quat(flat, scalar_first=True).as_matrix().reshape(*np.shape(quaternion)[:-1], 3, 3)
 
@@ -162,7 +162,7 @@ def matrix_from_quaternion(quaternion: np.ndarray) -> np.ndarray:
 def forward_kinematics(
     joints: np.ndarray, arm: str = "yam", gripper: str = "linear_4310"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pose of the grasp site in the arm's base frame.
+    """Return the pose of the grasp site in the arm's base frame.
 
     Args:
         joints: [..., 6] joint angles, rad.
@@ -171,7 +171,7 @@ def forward_kinematics(
         position [..., 3] m and quaternion [..., 4] wxyz.
 
     Raises:
-        ValueError: the last axis is not 6, or the arm or gripper is unknown.
+        ValueError: The last axis is not 6, or the arm or gripper is unknown.
     """
     joints = np.asarray(joints, float)
     if joints.ndim == 0 or joints.shape[-1] != ARM_JOINTS:

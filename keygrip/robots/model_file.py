@@ -1,7 +1,7 @@
-"""The surface of an arm from its MJCF or URDF file, read by MuJoCo: what is drawn, and where its joints put it.
+"""The surface of an arm from its MJCF or URDF file, read by MuJoCo: visual shapes, and their poses at given joints.
 
-Hinges and slides are read, ball and free joints refused. What MJCF puts into the world itself is left out: it does not
-move. Frames: the base is the file's world (MJCF) or root link (URDF). Metres, rad.
+Hinges and slides are read, ball and free joints refused. Shapes that MJCF adds to the world itself are left out,
+because they do not move. Frames: the base is the file's world (MJCF) or root link (URDF). Metres, rad.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keygrip.robots.xml_text import LARGEST_XML_BYTES, parse_xml
 
 MOST_BODIES = 500
 NEVER_DRAWN = {int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_HFIELD)}
-COLLISION_GROUP = 3  # by the convention of MuJoCo's own robots: what is drawn is in 0 to 2
+COLLISION_GROUP = 3  # by the convention of MuJoCo's own robots, visual shapes are in groups 0 to 2
 
 
 def surface_from_file(
@@ -30,19 +30,18 @@ def surface_from_file(
     fingers: Mapping[str, Sequence[float]] | None = None,
     density: float = POINTS_PER_M2,
 ) -> RobotSurface:
-    """The surface of the arm in an MJCF or URDF file.
+    """Return the surface of the arm in an MJCF or URDF file.
 
     Args:
-        path: the file; meshes are looked for from its folder.
-        tool: the body, link or MJCF site whose pose recordings hold; None: not known, and the base is taken for the
-            world.
+        path: the file; mesh paths are relative to its folder.
+        tool: the body, link or MJCF site whose pose recordings hold; None: unknown, and the base is used as the world.
         fingers: joints that the gripper's opening moves: [closed, open], m or rad. All others, in the file's order, are
             the recorded joints.
-        density: points for each square metre.
+        density: points per square metre.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not such a file, has nothing to draw or no joint, or names something that is not there.
+        FileNotFoundError: The file is missing.
+        ValueError: It is not such a file, has no shapes or no joint, or names something that does not exist.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,10 +69,11 @@ def surface_from_file(
 
 @lru_cache(maxsize=4)
 def yam_surface(arm: str = "yam", gripper: str = "linear_4310", density: float = POINTS_PER_M2) -> RobotSurface:
-    """The surface of a YAM arm with its gripper, from the models of dreamscale-i2rt; the tool is the `grasp_site`.
+    """Return the surface of a YAM arm with its gripper, from the models of dreamscale-i2rt; the tool is the
+    `grasp_site`.
 
     Raises:
-        ValueError, FileNotFoundError: as `arm_file`.
+        ValueError, FileNotFoundError: as in `arm_file`.
     """
     spec, mounted = (_for_poses(mujoco.MjSpec.from_file(str(file))) for file in (arm_file(arm), gripper_file(gripper)))
     spec.body("gripper").add_frame().attach_body(mounted.body("gripper"), "grip_", "")
@@ -86,16 +86,16 @@ def yam_surface(arm: str = "yam", gripper: str = "linear_4310", density: float =
 def _surface(
     name: str, model: mujoco.MjModel, tool: str | None, fingers: Mapping[str, Sequence[float]], density: float
 ) -> RobotSurface:
-    """The surface of a compiled model that has the tool and the fingers; its links are the model's bodies."""
+    """Return the surface of a compiled model that has the tool and the fingers; its links are the model's bodies."""
     points, links = _drawn(model, density)
     joint_names = _joint_names(model)
     arm = [number for number, each in enumerate(joint_names) if each not in fingers]
     sites = _names(model.site, model.nsite)
 
-    # With hinges and slides alone, joint i is qpos[i].
+    # With only hinges and slides, joint i is qpos[i].
     def placed(joints: np.ndarray, opening: np.ndarray, site: int | None = None) -> np.ndarray:
-        """[N, L, 4, 4] of all links, or [N, 1, 4, 4] of one site."""
-        data = mujoco.MjData(model)  # one for each call: threads may place the same robot
+        """Return [N, L, 4, 4] of all links, or [N, 1, 4, 4] of one site."""
+        data = mujoco.MjData(model)  # one per call, because several threads may use the same robot
         poses = np.zeros((len(joints), model.nbody if site is None else 1, 4, 4))
         poses[..., 3, 3] = 1
         for number, (arm_joints, opened) in enumerate(zip(joints, opening, strict=True)):
@@ -129,10 +129,10 @@ def _joint_names(model: mujoco.MjModel) -> list[str]:
 def arm_model(
     path: str | Path | None, tool: str | None = None, fingers: Mapping[str, Sequence[float]] | None = None
 ) -> RobotSurface | None:
-    """As `surface_from_file`; None where no file is named.
+    """As `surface_from_file`; None if no file is given.
 
     Raises:
-        ValueError: a tool or fingers without a file; and as `surface_from_file`.
+        ValueError: A tool or fingers are given without a file; also as in `surface_from_file`.
     """
     if path is None:
         if tool is not None or fingers:
@@ -142,7 +142,7 @@ def arm_model(
 
 
 def _compiled(path: Path) -> mujoco.MjModel:
-    """The file as MuJoCo's model, with all bodies and all that is drawn."""
+    """Compile the file to a MuJoCo model, with all bodies and all visual shapes."""
     with path.open("rb") as file:
         text = file.read(LARGEST_XML_BYTES + 1)
     try:
@@ -156,7 +156,7 @@ def _compiled(path: Path) -> mujoco.MjModel:
             spec = mujoco.MjSpec.from_string(_urdf_for_mujoco(path, root))
         elif path.suffix.lower() == ".xml":
             spec = mujoco.MjSpec.from_file(str(path))
-        else:  # MuJoCo opens MJCF by no other ending
+        else:  # MuJoCo reads MJCF only from files with the extension .xml
             spec = mujoco.MjSpec.from_string(text.decode())
             spec.modelfiledir = str(path.resolve().parent)
         model = _for_poses(spec).compile()
@@ -168,7 +168,7 @@ def _compiled(path: Path) -> mujoco.MjModel:
 
 
 def _for_poses(spec: mujoco.MjSpec) -> mujoco.MjSpec:
-    """The specification, compiled without masses and closed meshes, which many files lack and no pose needs."""
+    """Configure compiling without masses and closed meshes, which many files lack and poses do not need."""
     spec.compiler.fusestatic = False
     spec.compiler.boundmass, spec.compiler.boundinertia = 1e-3, 1e-6
     for mesh in spec.meshes:
@@ -177,7 +177,7 @@ def _for_poses(spec: mujoco.MjSpec) -> mujoco.MjSpec:
 
 
 def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
-    """The URDF with settings for MuJoCo: visual shapes are kept, mesh paths are relative to the file."""
+    """Add settings for MuJoCo to the URDF: visual shapes are kept, mesh paths are relative to the file."""
     for link in root.iter("link"):
         if link.find("visual") is not None:
             for collision in link.findall("collision"):
@@ -195,11 +195,11 @@ def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
 
 
 def _drawn(model: mujoco.MjModel, density: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points [P, 3] in their bodies' frames, and the body [P] of each; those of a body lie together."""
+    """Return points [P, 3] in their bodies' frames, and the body [P] of each; the points of a body are contiguous."""
     points, links = [np.zeros((0, 3))], [np.zeros(0, int)]
-    # Body 0 is the world: its own shapes (table, floor) do not move and are not the arm.
+    # Body 0 is the world: its shapes (table, floor) do not move and are not part of the arm.
     own = [n for n in range(model.ngeom) if model.geom_bodyid[n] > 0 and int(model.geom_type[n]) not in NEVER_DRAWN]
-    # A file may have collision shapes alone.
+    # A file may have only collision shapes.
     drawn = [number for number in own if model.geom_group[number] < COLLISION_GROUP] or own
     for number in sorted(drawn, key=lambda number: int(model.geom_bodyid[number])):
         size, kind = model.geom_size[number], mujoco.mjtGeom(model.geom_type[number])
@@ -233,7 +233,7 @@ def _mesh_points(model: mujoco.MjModel, mesh: int, density: float) -> np.ndarray
 
 
 def box(half: np.ndarray, density: float) -> np.ndarray:
-    """[P, 3] points on a box of half edges [3]."""
+    """Return [P, 3] points on a box of half edges [3]."""
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * half
     faces = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     triangles = [[corners[f[0]], corners[f[i]], corners[f[i + 1]]] for f in faces for i in (1, 2)]
@@ -241,7 +241,7 @@ def box(half: np.ndarray, density: float) -> np.ndarray:
 
 
 def round_shape(kind: str, size: np.ndarray, density: float, steps: int = 24) -> np.ndarray:
-    """[P, 3] points on a sphere (radius), ellipsoid (3 radii), cylinder or capsule (radius, half length), along z."""
+    """Return [P, 3] points on a sphere (radius), ellipsoid (3 radii), cylinder or capsule (radius, half length)."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, steps // 2 + 1)
     across, up = np.cos(angle), np.sin(angle)
     if kind == "cylinder":

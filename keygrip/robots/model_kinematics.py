@@ -1,8 +1,8 @@
-"""Where joints put the tool of an arm, from its MJCF or URDF file alone: forward kinematics of any serial arm.
+"""Forward kinematics of any serial arm from only its MJCF or URDF file: the tool's pose at given joints.
 
-The file may come with a data set that nobody vouches for. Of it only bodies, joints and sites are given to MuJoCo: no
-file that it names is opened, and what is drawn, collides or drives is left out. Frames: the base is the file's world
-(MJCF) or root link (URDF). Metres, rad.
+The file may come with an untrusted data set. Only its bodies, joints and sites are passed to MuJoCo; files that it
+names are not opened, and visual shapes, collision shapes and actuators are left out. Frames: the base is the file's
+world (MJCF) or root link (URDF). Metres, rad.
 
 Shape legend: N poses, J joints.
 """
@@ -23,7 +23,7 @@ HINGE, SLIDE = int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE
 
 _TURNS = ("quat", "axisangle", "xyaxes", "zaxis", "euler")
 _KEPT = {
-    "mujoco": {  # elements, and what is kept of each
+    "mujoco": {  # elements, and the attributes kept of each
         "mujoco": (),
         "compiler": ("angle", "autolimits", "eulerseq"),
         "default": ("class",),
@@ -46,7 +46,7 @@ _KEPT = {
     },
 }
 _NUMBERS = {"pos", "axis", "range", "ref", "size", "fromto", "xyz", "rpy", "lower", "upper", *_TURNS}
-_ELSEWHERE = ("include", "attach", "replicate")  # of MJCF: what is meant stands in another place or file
+_ELSEWHERE = ("include", "attach", "replicate")  # of MJCF: elements whose content is in another place or file
 
 
 class ToolKinematics:
@@ -54,15 +54,15 @@ class ToolKinematics:
 
     Args:
         text: content of an MJCF or URDF file. name: of the file, for messages.
-        tool: the body, link or MJCF site whose pose is wanted.
-        joints: J names, in the order of the numbers that are given later. Others of the file may not move the tool.
+        tool: the body, link or MJCF site whose pose is computed.
+        joints: J names, in the order of the values given later. Other joints of the file must not move the tool.
 
     Attributes:
-        joints: as given. hinges: [J] bool, whether a joint turns (else it slides).
-        limits: [J, 2] its lowest and highest value, infinite where the file sets none.
+        joints: as given. hinges: [J] bool, whether a joint rotates (else it slides).
+        limits: [J, 2] lowest and highest value, infinite if the file has none.
 
     Raises:
-        ValueError: it is no such file, or names something that is not there.
+        ValueError: It is not such a file, or names something that does not exist.
     """
 
     def __init__(self, text: bytes, name: str, tool: str, joints: Sequence[str]) -> None:
@@ -87,10 +87,10 @@ class ToolKinematics:
         self.limits = np.where(limited, model.jnt_range[self._order], [-np.inf, np.inf])
 
     def poses(self, joints: np.ndarray) -> np.ndarray:
-        """base_from_tool [N, 4, 4] of joints [N, J], rad (of slides m).
+        """Return base_from_tool [N, 4, 4] of joints [N, J], rad (m for slides).
 
         Raises:
-            ValueError: other numbers of joints, or values that are not finite.
+            ValueError: The number of joints differs, or values are not finite.
         """
         joints = np.asarray(joints, dtype=np.float64)
         if joints.ndim != 2 or joints.shape[1] != len(self.joints):
@@ -112,7 +112,7 @@ class ToolKinematics:
         return poses
 
     def _refuse_unnamed(self, names: Sequence[str]) -> None:
-        """Raises ValueError: a joint moves the tool and is not among those that were named."""
+        """Raise ValueError if a joint moves the tool and is not among the named ones."""
         body = self._body
         while body > 0:
             first = int(self._model.body_jntadr[body])
@@ -132,7 +132,7 @@ def _nearest(wanted: str, known: Sequence[str]) -> str:
 
 
 def _compiled(text: bytes, name: str) -> mujoco.MjModel:
-    """The bodies, joints and sites of a file as MuJoCo's model."""
+    """Compile the bodies, joints and sites of a file to a MuJoCo model."""
     try:
         root = parse_xml(text)
     except ValueError as error:
@@ -156,9 +156,10 @@ def _compiled(text: bytes, name: str) -> mujoco.MjModel:
     try:
         spec = mujoco.MjSpec.from_string(ElementTree.tostring(root, encoding="unicode"))
         spec.compiler.fusestatic = False
-        spec.compiler.boundmass, spec.compiler.boundinertia = 1e-3, 1e-6  # masses were left out, no pose needs them
+        # masses were left out, because poses do not need them
+        spec.compiler.boundmass, spec.compiler.boundinertia = 1e-3, 1e-6
         model = spec.compile()
-    except ValueError as error:  # MuJoCo's own messages name the element
+    except ValueError as error:  # MuJoCo's own messages contain the element
         raise ValueError(f"{name} is not read by MuJoCo: {' '.join(str(error).split())}") from error
     if odd := [number for number, kind in enumerate(model.jnt_type.tolist()) if kind not in (HINGE, SLIDE)]:
         joint = model.joint(odd[0]).name or f"joint {odd[0]}"
@@ -167,11 +168,11 @@ def _compiled(text: bytes, name: str) -> mujoco.MjModel:
 
 
 def _strip(element: ElementTree.Element, kept: dict[str, tuple[str, ...]]) -> None:
-    """Removes every element and attribute that is not kept. Raises ValueError: a number is NaN."""
+    """Remove every element and attribute that is not kept. Raises ValueError if a number is NaN."""
     for attribute in set(element.attrib) - set(kept[element.tag]):
         del element.attrib[attribute]
     for attribute in set(element.attrib) & _NUMBERS:
-        if "nan" in element.attrib[attribute].lower().split():  # MuJoCo reads it, and writes a file that warns of it
+        if "nan" in element.attrib[attribute].lower().split():  # MuJoCo accepts it, and writes a file with a warning
             raise ValueError(f"{attribute} of an element <{element.tag}> holds NaN")
     for child in list(element):
         if child.tag in kept:

@@ -1,6 +1,6 @@
-"""Imports MuJoCo with a backend that can draw off screen: every module of keygrip takes `mujoco` from here.
+"""Import MuJoCo with a backend that can render off screen. Every module of keygrip imports `mujoco` from here.
 
-MuJoCo reads `MUJOCO_GL` while it is imported, once in a process, and its own error names no missing library.
+MuJoCo reads `MUJOCO_GL` while it is imported, once per process, and its own error message names no missing library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EGL_PLATFORM_DEVICE = 0x313F
 
 
 class RenderingUnavailableError(RuntimeError):
-    """No GL backend can draw off screen on this machine."""
+    """No GL backend can render off screen on this machine."""
 
 
 def _load_library(*names: str) -> ctypes.CDLL | None:
@@ -33,7 +33,7 @@ def _load_library(*names: str) -> ctypes.CDLL | None:
 
 
 def egl_works() -> bool:
-    """Whether EGL is installed with a device that initialises (a library without a driver does not count)."""
+    """Return whether EGL is installed with a device that initialises (a library without a driver does not count)."""
     egl = _load_library("libEGL.so.1", "libEGL.so")
     if egl is None or _load_library("libGL.so.1", "libOpenGL.so.0", "libGL.so") is None:
         return False
@@ -57,15 +57,15 @@ def egl_works() -> bool:
 
 
 def osmesa_works() -> bool:
-    """Whether the software renderer OSMesa is installed."""
+    """Return whether the software renderer OSMesa is installed."""
     return _load_library("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so") is not None
 
 
 def choose_backend() -> str:
-    """The value for `MUJOCO_GL`: the user's own, else egl, else osmesa, else "disable" (physics only).
+    """Return the value for `MUJOCO_GL`: the user's own, else egl, else osmesa, else "disable" (physics only).
 
     Raises:
-        RenderingUnavailableError: the user asked for egl or osmesa and it does not work here.
+        RenderingUnavailableError: The user requested egl or osmesa and it does not work on this machine.
     """
     asked = os.environ.get("MUJOCO_GL", "").strip().lower()
     probes = {"egl": egl_works, "osmesa": osmesa_works}
@@ -79,10 +79,10 @@ def choose_backend() -> str:
 
 
 def load_compiler_first() -> None:
-    """Loads the library of triton, where it is installed, before Mesa is touched.
+    """Load triton's library, if it is installed, before Mesa is used.
 
-    Mesa's software renderer and triton, which torch imports on the way to `lightning`, each bring an LLVM. In this
-    order they live together; a process that draws first dies of a segmentation fault when triton comes.
+    Mesa's software renderer and triton, which torch imports indirectly for `lightning`, each contain an LLVM. In this
+    order both work; a process that renders first ends with a segmentation fault when triton is loaded.
     """
     if "triton" in sys.modules:
         return
@@ -93,7 +93,7 @@ def load_compiler_first() -> None:
 
 
 load_compiler_first()
-logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it says at every start which accelerator it lacks
+logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it logs at every start which accelerator is missing
 if "mujoco" not in sys.modules and (_backend := choose_backend()):
     os.environ["MUJOCO_GL"] = _backend
 

@@ -1,8 +1,9 @@
 """Collisions of YAM arms with themselves, with each other and with their table: distances between capsules around the
 links.
 
-A capsule encloses every vertex of a link's mesh (the finger tips at every opening), so that what the check calls free
-is free; it may call a pose a collision that has some centimetres left. Neighbouring links are joined and not compared.
+A capsule encloses every vertex of a link's mesh (the finger tips at every opening), so a pose that the check accepts
+is free of collisions. The check may refuse a pose that is still some centimetres away from a collision. Neighbouring
+links are connected and not compared.
 
 Frames: the arm's base, metres. Shape legend: C capsules, P pairs of capsules, M capsules of moving links.
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from keygrip.robots.kinematics import ARM_JOINTS, ArmChain, arm_chain, axis_rotation
 
-# Link (0 base, 1 to 6 what turns with that joint, 7 the gripper in the tool's frame), both ends of the axis, radius.
+# Link (0 base, 1 to 6 moved by that joint, 7 the gripper in the tool's frame), both ends of the axis, radius.
 # Fitted to the meshes of dreamscale-i2rt: the smallest capsules that hold all vertices.
 CAPSULES: tuple[tuple[int, tuple[float, float, float], tuple[float, float, float], float], ...] = (
     (0, (0.0, -0.083, 0.033), (0.0, 0.073, 0.029), 0.050),
@@ -28,17 +29,17 @@ CAPSULES: tuple[tuple[int, tuple[float, float, float], tuple[float, float, float
     (7, (-0.001, 0.018, -0.111), (-0.002, -0.020, -0.112), 0.051),
     (7, (0.0, -0.032, -0.053), (-0.001, 0.032, -0.053), 0.057),
 )
-# Arms and grippers that they hold: other arms' links are of another shape or have other frames, and other grippers are
-# of another shape.
+# Arms and grippers that the capsules enclose. Other arms' links have other shapes or frames, and other grippers have
+# other shapes.
 HELD = (("yam", "linear_4310"), ("yam", "flexible_4310"))
 GRIPPER = 7
-# Links fewer joints apart touch by construction: the wrist is one block.
+# Links fewer joints apart touch by construction, because the wrist is one block.
 APART = 3
-ROUNDING_M = 1e-9  # of sums of distances that stay as they are: of a turn of the base's joint alone
+ROUNDING_M = 1e-9  # of sums of distances that do not change, e.g. when only the base joint rotates
 
 
 def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Origins [8, 3] and rotations [8, 3, 3] of base, the six links and the tool.
+    """Return origins [8, 3] and rotations [8, 3, 3] of base, the six links and the tool.
 
     Args:
         joints: [6] rad.
@@ -53,14 +54,14 @@ def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.n
 
 
 def capsules_at(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Ends [C, 2, 3] of the capsules' axes in the base frame, and their radii [C]."""
+    """Return the ends [C, 2, 3] of the capsules' axes in the base frame, and their radii [C]."""
     origins, rotations = link_frames(joints, chain)
     ends = np.stack([origins[link] + np.array([start, end]) @ rotations[link].T for link, start, end, _ in CAPSULES])
     return ends, np.array([radius for *_, radius in CAPSULES])
 
 
 def link_gaps(joints: np.ndarray, chain: ArmChain | None = None) -> np.ndarray:
-    """Distances [P] in metres between the links of an arm that are not neighbours, `PAIRS`, negative where they
+    """Return distances [P] in metres between the links of an arm that are not neighbours, `PAIRS`, negative if they
     overlap.
 
     Args:
@@ -74,7 +75,7 @@ def link_gaps(joints: np.ndarray, chain: ArmChain | None = None) -> np.ndarray:
 def link_gaps_of_two(
     joints: Sequence[np.ndarray], chains: Sequence[ArmChain], world_from_base: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Distances [P] in metres between the links of two arms, one of each, `PAIRS_OF_TWO`.
+    """Return distances [P] in metres between the links of two arms, one of each, `PAIRS_OF_TWO`.
 
     Args:
         joints: [6] rad of each. chains: of each. world_from_base: [4, 4] of each.
@@ -89,18 +90,18 @@ def link_gaps_of_two(
 
 
 def link_heights(joints: np.ndarray, chain: ArmChain | None = None) -> np.ndarray:
-    """Heights [M] in metres of the lowest points of the moving links 2 to 5, `MOVING`, in the base frame.
+    """Return heights [M] in metres of the lowest points of the moving links 2 to 5, `MOVING`, in the base frame.
 
-    The gripper is left out: it works at the table, and its tool's height is limited for itself.
+    The gripper is left out, because it works at the table and its tool has a separate height limit.
     """
     ends, radii = capsules_at(joints, chain)
     return np.asarray(ends[_MOVING, :, 2].min(axis=1) - radii[_MOVING])
 
 
 def intrusion(values: np.ndarray, before: np.ndarray, least: float) -> int | None:
-    """Index of a gap or height [P or M] for which links may not move so, None: they may. Those that are at `least` or
-    above may not fall below it, and the others may not, in sum, fall further: a way out of a collision may bring two
-    links that are in it a little closer, and no collision hides another."""
+    """Return the index of a gap or height [P or M] whose change is not allowed; None if the motion is allowed. Values
+    of at least `least` must not fall below it. The sum of the others must not decrease: on the way out of a collision
+    two colliding links may come slightly closer, and one collision does not hide another."""
     fallen = (values < least) & (values < before)
     entered = fallen & (before >= least)
     if not entered.any():
@@ -135,7 +136,7 @@ MOVING = [_name(index) for index in _MOVING]
 
 
 def _segment_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Smallest distances [P] between segments [P, 2, 3]: an inner minimum, or one with an end of either."""
+    """Return the smallest distances [P] between segments [P, 2, 3]: an inner minimum, or one with an end of either."""
     a, b = first[:, 0], second[:, 0]
     u, v = first[:, 1] - a, second[:, 1] - b
     w = a - b
@@ -143,7 +144,7 @@ def _segment_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     uw, vw = (u * w).sum(1), (v * w).sum(1)
     between = uu * vv - uv * uv
     along = np.where(between > 1e-12, np.clip((uv * vw - vv * uw) / np.maximum(between, 1e-12), 0, 1), 0.0)
-    # for the best point on one segment the best on the other, and back once more: exact for two segments
+    # the best point on the other segment for the best on one, and back once more: exact for two segments
     across = np.clip((uv * along + vw) / np.maximum(vv, 1e-12), 0, 1)
     along = np.clip((uv * across - uw) / np.maximum(uu, 1e-12), 0, 1)
     return np.asarray(np.linalg.norm(w + along[:, None] * u - across[:, None] * v, axis=1))

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-POINTS_PER_M2 = 90_000.0  # one every 3.3 mm: no holes at the resolution at which silhouettes are compared
+POINTS_PER_M2 = 90_000.0  # one per 3.3 mm: no holes at the resolution at which silhouettes are compared
 MOST_POINTS = 30_000
 
 LinkPoses = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -24,10 +24,10 @@ class RobotSurface:
     Args:
         name: for messages.
         points: [P, 3] in the frame of their link.
-        links: [P] number of the link.
+        links: [P] index of the link.
         link_poses: (joints [N, J], opening [N]) -> base_from_link [N, L, 4, 4].
-        tool: joints [N, J] -> base_from_tool [N, 4, 4], the frame whose pose recordings hold; None: not known.
-        joints: J, how many joints a recording must have.
+        tool: joints [N, J] -> base_from_tool [N, 4, 4], the frame whose pose recordings hold; None: unknown.
+        joints: J, number of joints that a recording must have.
     """
 
     name: str
@@ -38,11 +38,11 @@ class RobotSurface:
     joints: int
 
     def at(self, joints: np.ndarray, opening: np.ndarray, every: int = 1, base: np.ndarray | None = None) -> np.ndarray:
-        """float32 [N, P, 3] points in the base frame, or where `base` [4, 4] puts it; `every`: of each n points one."""
+        """Return float32 [N, P, 3] points in the base frame, transformed by `base` [4, 4]; only every n-th point."""
         poses = self.link_poses(np.asarray(joints, float), np.asarray(opening, float))
         poses = (poses if base is None else base @ poses).astype(np.float32)
         points, links = self.points[::every].astype(np.float32), self.links[::every]
-        starts = np.flatnonzero(np.diff(links, prepend=-1))  # points of a link lie together
+        starts = np.flatnonzero(np.diff(links, prepend=-1))  # the points of a link are contiguous
         placed = np.empty((len(poses), len(points), 3), dtype=np.float32)
         for start, end in pairwise([*starts, len(points)]):
             pose = poses[:, links[start]]
@@ -51,14 +51,14 @@ class RobotSurface:
         return placed
 
     def some(self, joints: np.ndarray, opening: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """[N, 3]: of each pose one point, number `which` [N] of all points."""
+        """Return [N, 3]: for each pose one point, with index `which` [N] among all points."""
         poses = self.link_poses(np.asarray(joints, float), np.asarray(opening, float))
         poses = poses[np.arange(len(poses)), self.links[which]]
         return np.asarray((poses[:, :3, :3] @ self.points[which][..., None])[..., 0] + poses[:, :3, 3])
 
 
 def sample_triangles(triangles: np.ndarray, density: float = POINTS_PER_M2) -> np.ndarray:
-    """[P, 3] points spread evenly over triangles [F, 3, 3], `density` for each square metre; always the same."""
+    """Return [P, 3] points spread evenly over triangles [F, 3, 3], `density` per square metre; deterministic."""
     edges = triangles[:, 1:] - triangles[:, :1]
     areas = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1) / 2
     total = float(areas.sum())
@@ -74,9 +74,9 @@ def sample_triangles(triangles: np.ndarray, density: float = POINTS_PER_M2) -> n
 
 
 def gripper_blob() -> RobotSurface:
-    """A stand-in for any gripper's surface: a capsule from the finger tips back along the approach.
+    """Approximate any gripper's surface by a capsule from the finger tips back along the approach.
 
-    `link_poses` takes joints [N, 12], the tool's pose as the first three rows of a matrix, row by row.
+    `link_poses` takes joints [N, 12], the first three rows of the tool's pose matrix, row by row.
     """
     length, radius = 0.16, 0.035  # metres
     count = int(2 * np.pi * radius * length * POINTS_PER_M2)

@@ -1,4 +1,4 @@
-"""XML that nobody vouches for: descriptions of robots, and the models that recordings bring along."""
+"""Untrusted XML: descriptions of robots, and the models in recordings."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import xml.etree.ElementTree as ElementTree
 from xml.parsers import expat
 
 LARGEST_XML_BYTES = 8 << 20
-DEEPEST_XML = 200  # nested elements; those of a robot are its bodies, one in another
+DEEPEST_XML = 200  # nested elements; in a robot each body is nested in its parent
 
 
 def parse_xml(text: str | bytes) -> ElementTree.Element:
-    """The root of an XML text. Nothing that it declares is expanded: entities that name one another would take all the
-    memory, or end the process.
+    """Return the root of an XML text. Entities are not expanded, because entities that refer to each other could use
+    all memory, or crash the process.
 
     Raises:
-        ValueError: it is no XML, declares entities, is larger than `LARGEST_XML_BYTES` or nested too deeply. The
-            message goes on from the name of the text.
+        ValueError: It is not XML, declares entities, is larger than `LARGEST_XML_BYTES` or nested too deeply. The
+            message continues after the name of the text.
     """
     if len(text) > LARGEST_XML_BYTES:
         raise ValueError(f"has more than {LARGEST_XML_BYTES >> 20} MB: not a robot's description")
@@ -34,7 +34,7 @@ def parse_xml(text: str | bytes) -> ElementTree.Element:
         nonlocal depth
         depth -= 1
 
-    # asked of the parser, not sought in the text, which may be in another encoding
+    # checked by the parser, not in the text, which may have another encoding
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler, parser.EndElementHandler = begin, end

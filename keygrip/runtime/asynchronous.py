@@ -1,12 +1,12 @@
-"""Asynchronous chunk execution: plans carry their observation's time; the arm moves while the next one is computed.
+"""Asynchronous chunk execution: the arm moves along the current plan while the next plan is computed.
 
-A plan says where the arm shall be k steps after its observation. It arrives later than that: its first steps have
-passed. Executed by the clock, what is left of it is right; executed from its start, the arm would lag behind by the
-latency. So commands are read off the plan at their own time, and a new plan is blended with the one under way. The
-next plan is asked for early by the latency that was measured, so that it arrives when the executed part ends.
+A plan contains the arm's poses k steps after its observation. It arrives later than the observation, so its first steps
+have already passed. If the plan were executed from its first step, the arm would lag behind by the latency. So commands
+are interpolated from the plan at the current time, and a new plan is blended with the current one. The next plan is
+requested early by the measured latency, so that it arrives when the executed part ends.
 
-Shape legend: A arms, T planned steps, W = 8 numbers of a pose with its opening, or more with the joints behind them
-where these are followed (:mod:`keygrip.runtime.plan_terms`).
+Shape legend: A arms, T planned steps, W = 8 values of a pose with gripper opening, or more if joints are followed and
+come after them (:mod:`keygrip.runtime.plan_terms`).
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, obs
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, blended, check_grip, executed_steps, gripped
 
-LATENCIES_KEPT = 8  # the next plan is expected to take as long as the slowest of this many
+LATENCIES_KEPT = 8  # the expected latency of the next plan is the largest of this many
 
 
 @dataclass
 class ChunkExecution:
-    """Turns plans into one target pose for each control period, on the robot's clock.
+    """Convert plans to one target pose for each control period, on the robot's clock.
 
     Args:
         planner: computes plans. control_hz: commands per second.
-        asynchronous: the arm moves on while a plan is computed. False: it holds, and the plan starts when it arrives.
-        execute_seconds: a plan is followed for so long after its observation (after its arrival where the arm holds).
-        blend_seconds: over which a new plan replaces the one under way.
+        asynchronous: the arm moves while a plan is computed. False: it holds, and the plan starts when it arrives.
+        execute_seconds: how long a plan is followed after its observation (after its arrival if the arm holds).
+        blend_seconds: time over which a new plan replaces the current one.
         still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
             one), as in :class:`~keygrip.runtime.chunk_execution.RecedingHorizon`.
-        grip_below, release_above: dead band of the gripper's command; None: the predicted opening is sent as it is.
-        continue_chunks: real-time chunking: the policy is given the plan under way and continues it (flow-matching
-            policies; others are refused).
-        follow: what of a plan that holds joints beside its poses: joints, poses, or auto, the joints where the arms
-            take them.
-        accept: called with every plan, in the terms in which it is followed, and the present time before it is used;
+        grip_below, release_above: dead band of the gripper's command; None: the predicted opening is sent unchanged.
+        continue_chunks: real-time chunking: the policy is given the current plan and continues it (flow-matching
+            policies only; others are refused).
+        follow: what is followed if a plan holds joints as well as poses: joints, poses, or auto (joints if the arms
+            accept them).
+        accept: called with every plan, converted to what is followed, and the current time before the plan is used;
             raises ValueError to refuse it.
-        arms: set by whoever sends the commands, where the arms take joints.
+        arms: set by the sender of the commands if the arms accept joints.
         joint_plans: how many of `plans` were followed by their joints.
-        held_back: by how many metres at most the policy held each of `plans` back, 0: not at all; empty where it holds
-            none back.
+        held_back: for each of `plans`, the largest distance in metres by which the policy clamped it, 0: none; empty if
+            the policy clamps none.
     """
 
     planner: Planner
@@ -81,18 +81,18 @@ class ChunkExecution:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the running plan and the gripper's state: call it at the start of an episode."""
+        """Forget the current plan and the gripper's state. Call it at the start of an episode."""
         self._gripper: np.ndarray | None = None
         self._target: np.ndarray | None = None
         self.plans, self.joint_plans, self.held_back, self.last_plan = 0, 0, [], None
         self.drop()
 
     def reset_gripper(self, opening: np.ndarray) -> None:
-        """Sets the gripper's command [A] after another controller has changed it."""
+        """Set the gripper's command [A] after another controller has changed it."""
         self._gripper = np.array(opening) if self.grip_below is None else np.where(opening < 0.5, 0.0, 1.0)
 
     def drop(self) -> None:
-        """Forget the running plan, and the one being computed: the arm was held, or moved by another controller."""
+        """Forget the current plan and any plan being computed: the arm was held, or moved by another controller."""
         self._current: Trajectory | None = None
         self._previous: Trajectory | None = None
         self._blend_from = self._due = 0.0
@@ -100,8 +100,8 @@ class ChunkExecution:
         self._outdated = self.planner.busy_since is not None
 
     def discard(self, now: float) -> None:
-        """Takes a plan from before `drop` off the planner once it is ready, so that the next can be asked for: call it
-        in every control period, also while the arm is held, or moved by another controller."""
+        """Remove a plan requested before `drop` from the planner once it is ready, so that the next can be requested.
+        Call it in every control period, also while the arm is held or moved by another controller."""
         if self._outdated and self.planner.poll(now) is not None:
             self._outdated = False
 
@@ -112,17 +112,17 @@ class ChunkExecution:
 
     @property
     def expected_latency_s(self) -> float:
-        """Of the next plan, from its observation to its arrival: the longest of the last few."""
+        """Expected time of the next plan from observation to arrival: the largest of the last few."""
         return max(self.all_latencies[-LATENCIES_KEPT:], default=0.0)
 
     @property
     def expected_wait_s(self) -> float:
-        """For the next plan, from the request to its arrival: the latency without the age of the observation, which
-        the request cannot precede."""
+        """Expected time of the next plan from request to arrival: the latency without the age of the observation,
+        because the request cannot be earlier."""
         return max(self._waits, default=0.0)
 
     def wants_plan(self, now: float) -> bool:
-        """Whether the next `target` asks for a plan and so reads the cameras."""
+        """Return whether the next `target` requests a plan and so needs camera images."""
         if self.planner.busy_since is not None:
             return False
         lead = self.expected_wait_s if self.asynchronous else 0.0
@@ -131,17 +131,17 @@ class ChunkExecution:
     def target(
         self, observation: Observation, now: float, commanded: np.ndarray | None = None, may_ask: bool = True
     ) -> np.ndarray:
-        """Where the arms [A, W] shall be one control period from now; the present pose where there is no plan.
+        """Return the target poses [A, W] one control period from now; the current pose if there is no plan.
 
         Args:
-            observation: of now; it needs images where `wants_plan`.
-            commanded: [A, 8] the command that the arm is under, where a plan begins, with `arms` and their joints
-                [A, 8 + J]; None: the last target, or the observed pose, of arms that take no joints.
-            may_ask: False: the observation has no images, and the next plan is asked for a period later.
+            observation: the current one; it needs images if `wants_plan`.
+            commanded: [A, 8] the last command, where a plan starts; with `arms`, [A, 8 + J] with their joints. None:
+                the last target, or the observed pose, if the arms accept no joints.
+            may_ask: False: the observation has no images, and the next plan is requested one period later.
 
         Raises:
-            ValueError: the policy has no plan for its observation, or `accept` refuses it. Exception: whatever else the
-                policy ended with. Hold the arm and call `drop` then.
+            ValueError: The policy has no plan for its observation, or `accept` refuses it. Exception: any other error
+                of the policy. Hold the arm and call `drop` then.
         """
         if commanded is not None:
             self._target = np.array(commanded, float)
@@ -197,13 +197,14 @@ class ChunkExecution:
         times = plan.time_s + plan.step_seconds * np.arange(steps + 1)
         waypoints = waypoints_of(plan).transpose(1, 0, 2)  # [T, A, W]
         poses = np.concatenate([anchor[None, :, : waypoints.shape[2]], waypoints])
-        poses[0, :, 7] = self._gripper  # the last opening asked for: the command may be on its way, the plan be older
+        # the last commanded opening: the gripper may still be moving, and the plan may be older
+        poses[0, :, 7] = self._gripper
         self._previous = self._current if self.asynchronous else None
         self._current, self._blend_from = Trajectory(times, poses, self.arms), now
         self._due = plan.time_s + plan.step_seconds * self.steps_followed(plan, poses[0])
 
     def steps_followed(self, plan: Plan, start: np.ndarray) -> int:
-        """How many steps of a plan are followed from poses [A, 7 or more] before the next plan replaces it."""
+        """Return how many steps of a plan are followed from poses [A, 7 or more] before the next plan replaces it."""
         positions = np.concatenate([start[None, :, :3], plan.position.transpose(1, 0, 2)])
         execute = max(1, round(self.execute_seconds / plan.step_seconds))
         return executed_steps(positions, execute, self.still_distance_m)
@@ -212,12 +213,12 @@ class ChunkExecution:
         assert self._current is not None
         assert self._gripper is not None
         if not self.asynchronous:
-            moment = min(moment, self._due)  # holds there until the next plan has come
+            moment = min(moment, self._due)  # holds there until the next plan arrives
         pose = self._current.at(moment)
         if self._previous is not None:
             before = self._previous.at(moment)
             reached = moment >= self._current.times[1] - ROUNDING_S
-            if not reached:  # plans that follow each other within a step would never move the gripper
+            if not reached:  # otherwise plans that replace each other within a step would never move the gripper
                 pose[:, 7] = before[:, 7]
             share = (moment - self._blend_from) / self.blend_seconds if self.blend_seconds > 0 else 1.0
             if share < 1:

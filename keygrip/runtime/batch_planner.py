@@ -1,8 +1,9 @@
-"""One thread that computes the plans of all sessions: waiting requests form one batch, and a stuck policy is replaced.
+"""One thread computes the plans of all sessions. Waiting requests form a batch; a stuck policy is replaced.
 
-A request that waits is computed with those beside it (`batch` of them at most); nothing waits for a batch to fill. A
-computation that outlives `stuck_s` is abandoned in its thread, which Python cannot end, and the policy is made anew in
-another. Everything but the computation happens on the event loop, so that no state here needs a lock but the queue.
+A waiting request is computed together with the other waiting requests (at most `batch` of them); no request waits for a
+batch to fill. A computation that takes longer than `stuck_s` is abandoned in its thread, because Python cannot end a
+thread, and the policy is created again in another thread. Everything except the computation runs on the event loop, so
+only the queue needs a lock.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class UnavailableError(RuntimeError):
-    """The policy is stuck, being replaced, or was replaced while a request waited; the text says which."""
+    """The policy is stuck, is being replaced, or was replaced while a request waited; the text states which."""
 
 
 @dataclass(eq=False)
@@ -37,12 +38,12 @@ class _Job:
 
 @dataclass(eq=False)
 class _Worker:
-    """A thread and the policy that it computes with."""
+    """A thread and the policy that it uses."""
 
     jobs: deque[_Job] = field(default_factory=deque)
     awake: threading.Condition = field(default_factory=threading.Condition)
     computing: list[_Job] = field(default_factory=list)
-    since: float | None = None  # when the running computation began (monotonic)
+    since: float | None = None  # when the current computation began (monotonic)
     abandoned: bool = False
     thread: threading.Thread | None = None
 
@@ -51,11 +52,11 @@ class BatchPlanner:
     """The policy's thread, used from the event loop.
 
     Args:
-        policy: plans. make: another one like it, for when it is stuck; None: the server then ends.
-        batch: requests computed together, where the policy has `plan_batch`.
-        plan_s: a computation that takes longer is overdue. stuck_s: one that takes longer is stuck.
-        replacements: of a stuck policy; after that `failed` is set.
-        observe: called with the seconds of a computation and how many plans it gave.
+        policy: computes plans. make: creates an equal policy to replace a stuck one; None: the server ends instead.
+        batch: number of requests computed together, if the policy has `plan_batch`.
+        plan_s: a longer computation is overdue. stuck_s: a longer computation is stuck.
+        replacements: how often a stuck policy is replaced; after that `failed` is set.
+        observe: called with the duration of a computation in seconds and its number of plans.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class BatchPlanner:
     ) -> None:
         self.policy: Policy | None = policy
         self.replaced = 0
-        self.pending = 0  # waiting or computing, whether or not anyone still waits for them
+        self.pending = 0  # requests that wait or are computed, also those whose clients have given up
         self.failed = asyncio.Event()
         self._make, self._batch, self._plan_s, self._stuck_s = make, batch, plan_s, stuck_s
         self._replacements, self._observe = replacements, observe
@@ -80,7 +81,7 @@ class BatchPlanner:
     # ---- on the event loop -----------------------------------------------------------------------------------------
 
     def trouble(self) -> str | None:
-        """Why no plan can be expected, or None."""
+        """Return why no plan can be expected, or None."""
         if self.failed.is_set():
             return f"the policy was stuck {self.replaced + 1} times: the server ends"
         if self.policy is None:
@@ -91,13 +92,13 @@ class BatchPlanner:
         return None
 
     async def plan(self, policy: Policy, observation: Observation, under_way: UnderWay | None = None) -> Plan:
-        """The plan of a session's policy, which `self.policy` or its `session()` made.
+        """Return the plan of a session's policy, which is `self.policy` or was created by its `session()`.
 
         Args:
-            under_way: the plan that it continues, of a policy that can.
+            under_way: the plan to continue, for policies that support it.
 
         Raises:
-            UnavailableError: there is no policy, or it was replaced meanwhile. Whatever the policy raises.
+            UnavailableError: There is no policy, or it was replaced in the meantime. Also any error of the policy.
         """
         if self.policy is None or self.failed.is_set():
             raise UnavailableError(self.trouble())
@@ -110,7 +111,7 @@ class BatchPlanner:
         return await job.answer
 
     async def watch(self) -> None:
-        """Replaces the policy whenever it is stuck; runs until cancelled."""
+        """Replace the policy whenever it is stuck. Runs until cancelled."""
         while True:
             await asyncio.sleep(min(0.5, self._stuck_s / 10))
             worker = self._worker
@@ -141,7 +142,7 @@ class BatchPlanner:
             log.warning("the policy was replaced (%d of at most %d times)", self.replaced, self._replacements)
 
     def close(self) -> None:
-        """Ends the thread after its present computation, and waits for that unless it is stuck; what waits is not
+        """End the thread after its current computation, and wait for it unless it is stuck. Waiting requests are not
         computed."""
         worker = self._worker
         with worker.awake:
@@ -152,14 +153,14 @@ class BatchPlanner:
 
     def _start(self) -> _Worker:
         worker = _Worker()
-        # A daemon: a stuck computation must not keep the process from ending.
+        # A daemon thread, so that a stuck computation does not keep the process running.
         worker.thread = threading.Thread(target=self._work, args=(worker,), name="policy", daemon=True)
         worker.thread.start()
         return worker
 
     def _finish(self, worker: _Worker, jobs: Sequence[_Job], results: Sequence[Plan | BaseException]) -> None:
         if worker is not self._worker or worker.abandoned:
-            return  # the jobs were answered when it was found stuck
+            return  # the jobs were answered when the worker was found to be stuck
         self.pending -= len(jobs)
         for job, result in zip(jobs, results, strict=True):
             _settle(job.answer, result)
@@ -174,7 +175,7 @@ class BatchPlanner:
                     return
                 jobs = [worker.jobs.popleft() for _ in range(min(self._batch, len(worker.jobs)))]
                 worker.computing, worker.since = jobs, time.monotonic()
-            wanted = [job for job in jobs if not job.answer.done()]  # the others' clients have given up
+            wanted = [job for job in jobs if not job.answer.done()]  # the clients of the others have given up
             started = time.perf_counter()
             results: dict[_Job, Plan | BaseException] = dict.fromkeys(jobs, asyncio.CancelledError())
             results |= zip(wanted, plans_of(wanted), strict=True)
@@ -187,9 +188,9 @@ class BatchPlanner:
 
 
 def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
-    """A plan or an error for each job; one that fails, however, does not take others with it.
+    """Return a plan or an error for each job. A failing job does not affect the others.
 
-    Those that continue a plan are computed one by one: each is led along a plan of its own.
+    Jobs that continue a plan are computed one by one, because each continues a different plan.
     """
     together = [job for job in jobs if job.under_way is None and hasattr(job.policy, "plan_batch")]
     found: dict[_Job, Plan | BaseException] = {}
@@ -199,8 +200,8 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
             plans = policy.plan_batch([job.observation for job in together], [job.policy for job in together])
             found = {job: checked_plan(plan, job.policy) for job, plan in zip(together, plans, strict=True)}
         except ValueError:
-            pass  # one of them, and each says below whether it is the one
-        except BaseException:  # a panic of a Rust extension too: the thread is everybody's
+            pass  # caused by one of the observations; the loop below finds which
+        except BaseException:  # also a panic of a Rust extension, because all sessions share the thread
             log.exception("a batch of %d failed; planning one by one", len(together))
     for job in jobs:
         if job in found:
@@ -213,20 +214,20 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
 
 
 def _settle(answer: asyncio.Future[Any], result: Any) -> None:
-    """Gives a future its result, or the error that `result` is; one that has one, or was cancelled, is left alone."""
+    """Set a future's result, or its exception if `result` is an error. A finished or cancelled future is unchanged."""
     if answer.done():
         return
     if isinstance(result, asyncio.CancelledError):
         answer.cancel()
     elif isinstance(result, BaseException):
         answer.set_exception(result)
-        answer.exception()  # nobody may be waiting for it any more
+        answer.exception()  # mark it as retrieved, because the client may have gone
     else:
         answer.set_result(result)
 
 
 async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
-    """The result of a call that may itself never return."""
+    """Return the result of a call that may never return, run in a daemon thread."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 

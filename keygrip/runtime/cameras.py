@@ -1,4 +1,4 @@
-"""Cameras of a real robot: the newest image of a video device, a file or a stream, with the time of its arrival."""
+"""Cameras of a real robot: the newest image of a video device, a file or a stream, with its arrival time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from keygrip.runtime.robot import RobotLostError
 
 log = logging.getLogger(__name__)
 
-REPEATS_TOLD_S = 0.5  # from the first of equal images on
+REPEATS_TOLD_S = 0.5  # repeated images are reported after this time
 
 
 class Camera(Protocol):
     """One camera."""
 
     def read(self) -> tuple[np.ndarray, float]:
-        """The newest image [H, W, 3] uint8 RGB, and when it was taken, seconds of the machine's monotonic clock.
+        """Return the newest image [H, W, 3] uint8 RGB, and when it was taken, in seconds of the machine's monotonic
+        clock.
 
         Raises:
-            RobotLostError: there is none.
+            RobotLostError: There is no image.
         """
         ...
 
@@ -33,21 +34,21 @@ class Camera(Protocol):
 
 
 class VideoCamera:
-    """A video device, file or stream, read in a thread by PyAV; only the newest frame is kept.
+    """A video device, file or stream, read in a thread by PyAV; only the newest frame is stored.
 
-    A frame that equals the one before, byte for byte, keeps that one's time: bridges of streams, loopback devices and
-    some drivers give their last image again and again once they stall, and the noise of a sensor makes live ones
-    differ. So what repeats its image grows old, and the watchdog finds it.
+    A frame that equals the previous frame byte for byte gets the time of the previous frame. Stream bridges, loopback
+    devices and some drivers return their last image again and again when they stall, while sensor noise makes live
+    images differ. So a repeated image becomes older, and the watchdog detects it.
 
     Args:
-        source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: found out. width, height, fps: asked of the
-            device; None: its own. wait_seconds: for the first image.
-        repeats_are_new: equal frames have times of their own. For a source whose live frames may be equal: a drawn
-            film, or a strongly compressed stream of a scene in which nothing moves. One that stalls with its last image
-            is then not found.
+        source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: detected. width, height, fps: requested from
+            the device; None: its own. wait_seconds: maximum waiting time for the first image.
+        repeats_are_new: equal frames have their own times. For sources whose live frames may be equal: a rendered
+            video, or a strongly compressed stream of a static scene. If such a source stalls and repeats its last
+            image, this is not detected.
 
     Raises:
-        RobotLostError: it cannot be opened, or gives no image.
+        RobotLostError: The source cannot be opened, or gives no image.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class VideoCamera:
         return self._newest
 
     def close(self) -> None:
-        """Gives the device back."""
+        """Close the device."""
         self._closing.set()
         self._thread.join(2.0)
 
@@ -98,10 +99,10 @@ class VideoCamera:
         except (OSError, ValueError) as error:
             self._error = str(error)
         finally:
-            self._there.set()  # an image that grows old is found by the watchdog
+            self._there.set()  # the watchdog detects an image that is too old
 
     def _taken(self, image: np.ndarray) -> float:
-        """When an image that has just arrived was taken, as far as it tells."""
+        """Return when a newly arrived image was taken; an image equal to the last one keeps the earlier time."""
         now, held = self._clock(), self._newest
         if self._repeats_are_new or held is None or not np.array_equal(image, held[0]):
             return now

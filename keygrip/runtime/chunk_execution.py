@@ -1,10 +1,10 @@
-"""From plans to commands: receding horizon and temporal ensembling, for every policy of keygrip.
+"""Convert plans to commands: receding horizon and temporal ensembling, for every policy of keygrip.
 
-A policy looks at one observation and gives a :class:`~keygrip.models.policy.Plan`, a few future poses some tenths of a
-second apart. A controller decides when to plan again and turns the plan into one command for each control period.
+A policy receives one observation and returns a :class:`~keygrip.models.policy.Plan`, a few future poses some tenths of
+a second apart. A controller decides when to plan again and converts the plan to one command per control period.
 
-Shape legend: A arms, W = 8 numbers of a pose with its opening, or more with the joints behind them where these are
-followed (:mod:`keygrip.runtime.plan_terms`).
+Shape legend: A arms, W = 8 values of a pose with gripper opening, or more if joints are followed and come after them
+(:mod:`keygrip.runtime.plan_terms`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ class RecedingHorizon:
     """Execute the first part of a plan, then plan again; the arm waits while the policy computes.
 
     Args:
-        policy: gives the plans.
+        policy: computes the plans.
         control_hz: commands per second.
-        execute_seconds: of a plan that are executed before the next one, rounded to whole steps of the plan (at least
+        execute_seconds: executed time of a plan before the next plan, rounded to whole steps of the plan (at least
             one).
         still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
-            one): where a demonstration pauses, e.g. while the gripper closes, a short look ahead never gets past the
-            pause. 0 switches this off.
+            one). If a demonstration pauses, e.g. while the gripper closes, a short executed part would never get past
+            the pause. 0 switches this off.
         ensemble: average each step with the poses that earlier plans predicted for the same time, weighted by
-            ``exp(-ensemble_decay * age in plans)``: the newest plan counts most, where Zhao et al. ("Learning
-            Fine-Grained Bimanual Manipulation with Low-Cost Hardware", 2023) let the oldest count most; a negative
-            decay does as they do. Needs ``execute_seconds`` shorter than the plan to have any effect.
-        grip_below, release_above: the gripper is commanded shut below the one and open above the other, and keeps its
-            state between: a half-open command does not hold an object. Equal None: the predicted opening is sent as it
-                is.
-        follow: what of a plan that holds joints beside its poses: joints, poses, or auto, the joints where the arms
-            take them.
-        arms: set by whoever sends the commands, where the arms take joints; observations then hold `joints`. Without
-            them commands hold poses alone.
+            ``exp(-ensemble_decay * age in plans)``. The newest plan has the largest weight. In Zhao et al. ("Learning
+            Fine-Grained Bimanual Manipulation with Low-Cost Hardware", 2023) the oldest has; a negative decay gives
+            that. Needs ``execute_seconds`` shorter than the plan to have any effect.
+        grip_below, release_above: the gripper is commanded closed below the first and open above the second, and its
+            state does not change in between, because a half-open command does not hold an object. Both None: the
+            predicted opening is sent unchanged.
+        follow: what is followed if a plan holds joints as well as poses: joints, poses, or auto (joints if the arms
+            accept them).
+        arms: set by the sender of the commands if the arms accept joints; observations then hold `joints`. Without
+            it, commands hold poses only.
         joint_plans: how many of `plans` were followed by their joints.
     """
 
@@ -71,9 +71,9 @@ class RecedingHorizon:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the running plan: call it at the start of an episode."""
+        """Forget the current plan. Call it at the start of an episode."""
         self._queue: list[np.ndarray] = []
-        self._commanded: np.ndarray | None = None  # [A, W] the last waypoint that was sent in full
+        self._commanded: np.ndarray | None = None  # [A, W] the last waypoint of the plan, sent completely
         self._gripper: np.ndarray | None = None  # [A] commanded opening
         self._history: list[tuple[float, Plan]] = []  # start time in seconds and plan, newest last
         self._time = 0.0
@@ -82,15 +82,16 @@ class RecedingHorizon:
 
     @property
     def wants_observation(self) -> bool:
-        """Whether the next `act` plans and so reads its observation; else an old one does, and none need be drawn."""
+        """Whether the next `act` plans and so needs a new observation; otherwise an old one suffices, without
+        rendering."""
         return not self._queue
 
     def act(self, observation: Observation) -> np.ndarray:
-        """The command for the next control period: ``[A, 8]`` position, quaternion wxyz, gripper opening; where joints
-        are followed ``[A, 8 + J]``, the joints behind them.
+        """Return the command for the next control period: ``[A, 8]`` position, quaternion wxyz, gripper opening; if
+        joints are followed ``[A, 8 + J]``, with the joints last.
 
         Raises:
-            ValueError: the policy has no plan for the observation, or one that is refused.
+            ValueError: The policy has no plan for the observation, or its plan is refused.
         """
         if not self._queue:
             self._replan(observation)
@@ -123,13 +124,13 @@ class RecedingHorizon:
             for pose in poses[1:]:
                 pose[:, 7] = self._gripper = gripped(pose[:, 7], self._gripper, self.grip_below, self.release_above)
         self._commanded = poses[-1]
-        # read off by time: the steps of a plan need not be whole control periods
+        # sampled by time, because a step of a plan need not be a whole number of control periods
         way = Trajectory(plan.step_seconds * np.arange(len(poses)), poses, self.arms)
         periods = control_periods(way.times[-1], self.control_hz)
         self._queue.extend(way.at(tick / self.control_hz) for tick in range(1, periods + 1))
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
-        """The waypoint ``[A, W]`` of one step, ensembled if asked for."""
+        """Return the waypoint ``[A, W]`` of one step, with ensembling if enabled."""
         if self.ensemble and len(self._history) > 1:
             return placed(self._ensembled(plan, step), self.arms)
         return waypoints_of(plan)[:, step]
@@ -139,7 +140,7 @@ class RecedingHorizon:
         poses, weights = [], []
         for age, (start, old) in enumerate(reversed(self._history)):
             if plan.joints is not None and old.joints is None:
-                continue  # it says nothing of joints
+                continue  # this plan has no joints
             index = (moment - start) / old.step_seconds - 1
             low = int(np.floor(index + 1e-9))
             if low < 0 or low > old.gripper.shape[1] - 1 or index > old.gripper.shape[1] - 1 + 1e-6:

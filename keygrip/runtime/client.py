@@ -1,4 +1,4 @@
-"""A policy on another machine, with the interface of a local one.
+"""A policy on another machine, with the same interface as a local policy.
 
 ::
 
@@ -24,12 +24,12 @@ from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_plan, enco
 
 log = logging.getLogger(__name__)
 
-LARGEST_ANSWER = 1 << 26  # bytes; a plan has some thousands
-NO_JSON = (ValueError, TypeError, KeyError, RecursionError)  # what text that is not the expected JSON raises
+LARGEST_ANSWER = 1 << 26  # bytes; a plan has a few thousand
+NO_JSON = (ValueError, TypeError, KeyError, RecursionError)  # errors raised by text that is not the expected JSON
 
 
 class ServerError(RuntimeError):
-    """The server refused or failed. `status` is the HTTP status; the text is the server's own sentence."""
+    """The server refused or failed. `status` is the HTTP status; the text is the server's message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"the policy server answers {status}: {message}")
@@ -37,26 +37,27 @@ class ServerError(RuntimeError):
 
 
 class RemotePolicy:
-    """Asks a server of ``python -m keygrip.serve`` for plans, over one connection that is kept open.
+    """Request plans from a server of ``python -m keygrip.serve``, over one persistent connection.
 
-    Not for several threads at once: give each a client of its own.
+    Not thread-safe: give each thread its own client.
 
-    A policy that draws by chance draws for each client by a generator of its own, from seed 0 or that of `reset`.
-    `continues` says whether the server's policy can continue the plan under way.
+    A stochastic policy samples for each client with a separate generator, from seed 0 or that of `reset`.
+    `continues` is True if the server's policy can continue the current plan.
 
     Args:
-        url: as the server says when it starts, e.g. ``http://127.0.0.1:8421``.
-        timeout_s: of a connection and of a plan. patience_s: how long to ask again while the server is busy.
-        token: the server's, where it has one. ca: PEM file of the certificate (or authority) to trust with https;
+        url: as the server prints it at the start, e.g. ``http://127.0.0.1:8421``.
+        timeout_s: of a connection and of a plan. patience_s: how long to repeat a request while the server is busy.
+        token: the server's token, if it has one. ca: PEM file of the certificate (or authority) to trust with https;
             None: those that the system trusts.
-        renews: a session that the server no longer knows (it was started again, replaced a stuck policy, or was not
-            asked for `limits.session_s`) is opened anew with the last seed: an arm drives on, and its plans are no
-            longer those of one episode's seed. False: that is a ServerError, so that no episode is of two sequences.
+        renews: if the server no longer has the session (it was restarted, replaced a stuck policy, or received no
+            request for `limits.session_s`), a new session is opened with the last seed. The arm continues to move, but
+            its plans no longer follow from the episode's seed alone. False: this raises ServerError, so that no
+            episode mixes two random sequences.
 
     Raises:
-        ValueError: no such address, or no such certificate.
-        ConnectionError: nothing answers there, or not with a certificate that is trusted. ServerError: it does not take
-            the token, or has no policy at present.
+        ValueError: The address is not valid, or the certificate does not exist.
+        ConnectionError: No server responds, or its certificate is not trusted. ServerError: The server refuses the
+            token, or has no policy at present.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class RemotePolicy:
         self.close()
 
     def close(self) -> None:
-        """Closes the session and the connection."""
+        """Close the session and the connection."""
         if self._session is not None:
             with contextlib.suppress(ConnectionError):
                 self._ask("DELETE", "/session", session=self._session)
@@ -123,17 +124,17 @@ class RemotePolicy:
         self._connection.close()
 
     def reset(self, seed: int) -> None:
-        """Starts an episode: what the policy draws is from here on a function of the seed, as of the local policy.
+        """Start an episode. From here on, the policy's samples are a function of the seed, as with the local policy.
 
         Raises:
-            ServerError: too many sessions are open, or the policy is stuck. ConnectionError: it is gone.
+            ServerError: Too many sessions are open, or the policy is stuck. ConnectionError: The server is gone.
         """
         if not self._stochastic:
             return
         self._seed = seed
         body = json.dumps({"seed": seed}).encode()
         status, answer = self._ask("POST", "/reset", body, self._session, "application/json")
-        if status == 404 and self._session is not None:  # expired between episodes: a new one is as good
+        if status == 404 and self._session is not None:  # expired between episodes: a new session is equivalent
             status, answer = self._ask("POST", "/reset", body, None, "application/json")
         if status != 200:
             raise ServerError(status, _sentence(answer))
@@ -143,39 +144,39 @@ class RemotePolicy:
             raise ServerError(status, "the answer to /reset names no session") from error
 
     def session(self) -> RemotePolicy:
-        """Another client of the same server: a connection and, where the policy draws by chance, a generator of its
-        own. Raises as the constructor does."""
+        """Return another client of the same server, with its own connection and, if the policy is stochastic, its own
+        generator. Raises the same errors as the constructor."""
         return RemotePolicy(self.url, *self._options)
 
     def health(self) -> dict[str, Any]:
-        """The server's `/health`: state, model, expected observation, limits, counts."""
+        """Return the server's `/health`: state, model, expected observation, limits, counts."""
         status, body = self._ask("GET", "/health")
         said: dict[str, Any] = {}
         with contextlib.suppress(*NO_JSON):
             said = dict(json.loads(body))
-        if status not in (200, 503) or "needs" not in said:  # 503 with the usual answer: the policy is stuck
+        if status not in (200, 503) or "needs" not in said:  # 503 with the usual content: the policy is stuck
             raise ServerError(status, _sentence(body))
         return said
 
     def plan(self, observation: Observation) -> Plan:
-        """The policy's plan for an observation (see `keygrip.runtime.chunk_execution.Observation`).
+        """Return the policy's plan for an observation (see `keygrip.runtime.chunk_execution.Observation`).
 
         Raises:
-            ValueError: the observation does not suit the policy, or the policy finds no plan for it.
-            ServerError: the server is too busy for longer than `patience_s`, or has failed.
-            ConnectionError: it is gone.
+            ValueError: The observation does not fit the policy, or the policy finds no plan for it.
+            ServerError: The server is busy for longer than `patience_s`, or has failed.
+            ConnectionError: The server is gone.
         """
         return self._plan(encode_observation(observation, self.needs))
 
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
-        """A plan that continues the one under way (real-time chunking), of a server whose policy `continues`.
+        """Return a plan that continues the current one (real-time chunking). The server's policy must have `continues`.
 
         Args:
-            observation: with `time_s`. executing: a plan with its `time_s`, of the same clock.
-            delay_s: until the new plan arrives; so long the one under way is executed in any case.
+            observation: with `time_s`. executing: a plan with `time_s` of the same clock.
+            delay_s: time until the new plan arrives; the current plan is executed at least that long.
 
         Raises:
-            As `plan`; ValueError also where the server's policy does not continue plans.
+            As `plan`; also ValueError if the server's policy does not continue plans.
         """
         return self._plan(encode_observation(observation, self.needs, UnderWay(executing, delay_s)))
 
@@ -216,7 +217,7 @@ class RemotePolicy:
                 return answer.status, content
             except (http.client.HTTPException, OSError) as error:
                 self._connection.close()
-                # A kept connection may have been closed by the server meanwhile: a plan asked for again is the same.
+                # The server may have closed a persistent connection in the meantime. Repeating a plan request is safe.
                 if fresh or attempt == 2 or isinstance(error, TimeoutError):
                     raise ConnectionError(
                         f"no policy server answers at {self.url} ({type(error).__name__}: {error}); {_remedy(error)}"
@@ -235,7 +236,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _sentence(body: bytes) -> str:
-    """The server's explanation, or whatever a proxy between says."""
+    """Return the server's error message, or the text of a proxy in between."""
     with contextlib.suppress(*NO_JSON):
         return str(json.loads(body)["error"])
     return body[:200].decode(errors="replace")

@@ -1,7 +1,7 @@
 """The control loop: observation, plan, limits, watchdog, command, at a fixed rate on the robot's clock.
 
-At every control period the arm gets a command that obeys the limits, or, after a fault, brakes within them and holds.
-A fault that lasts ends in `Robot.stop`. Whatever ends the loop, the robot is stopped.
+In every control period the arm receives a command within the limits. After a fault it brakes within the limits and
+holds. A lasting fault ends in `Robot.stop`. The robot is stopped at the end of the loop, whatever ends it.
 
 Shape legend: A arms.
 """
@@ -28,7 +28,7 @@ from keygrip.runtime.watchdog import State, Watchdog
 
 log = logging.getLogger(__name__)
 
-BESIDE_M, BESIDE_RAD = 1e-3, 1e-2  # a tool that its joints put farther from a pose has not reached it
+BESIDE_M, BESIDE_RAD = 1e-3, 1e-2  # a tool farther than this from a commanded pose has not reached it
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Tick:
     """One control period.
 
     Attributes:
-        time_s: on the robot's clock. target: [A, 8] what the plan (or a person) asked for, None while the arm is held.
-        command: [A, 8] what was sent. state: of the watchdog. corrected: whether a person moved the arm.
-        late_s: by which the period began late.
+        time_s: on the robot's clock. target: [A, 8] from the plan (or a person), None while the arm is held.
+        command: [A, 8] the command sent. state: of the watchdog. corrected: whether a person moved the arm.
+        late_s: delay of the period's start.
     """
 
     time_s: float
@@ -51,8 +51,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class RunReport:
-    """How a run went. `reason`: why it was stopped, None where it ended by itself. `joint_plans`: how many of `plans`
-    were followed by their joints. `held_back`: see `ChunkExecution`. `events`: what the watchdog did."""
+    """Result of a run. `reason`: why it was stopped, None if it ended normally. `joint_plans`: how many of `plans` were
+    followed by their joints. `held_back`: see `ChunkExecution`. `events`: the actions of the watchdog."""
 
     state: State
     reason: str | None
@@ -67,8 +67,8 @@ class RunReport:
     corrected_ticks: int
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for a line of JSON. Of a policy that holds plans back near the positions seen in training,
-        `clamped_plans` says how many it held back, and `clamped_most_m` the largest distance along an axis."""
+        """Return plain values for a line of JSON. For a policy that clamps plans to the positions seen in training,
+        `clamped_plans` is how many plans it clamped, and `clamped_most_m` the largest distance along an axis."""
         latencies = 1e3 * np.array(self.latencies_s) if self.latencies_s else np.zeros(1)
         return {
             "state": self.state.value,
@@ -94,13 +94,13 @@ class RunReport:
 
 
 class ControlLoop:
-    """Drives a robot with a policy.
+    """Drive a robot with a policy.
 
     Args:
-        robot: see `Robot`; plans are followed by their joints where it is a `JointRobot` and `execution.follow` says
-            so. execution: turns plans into targets; its `accept` and `arms` are set here.
-        limits: None: none but the robot's own (the plan is sent as it is).
-        watchdog: its faults and their ends. takeover: a person who may move the arm. recorder: keeps what they did.
+        robot: see `Robot`; plans are followed by their joints if it is a `JointRobot` and `execution.follow` allows
+            it. execution: converts plans to targets; its `accept` and `arms` are set here.
+        limits: None: only the robot's own (the plan is sent unchanged).
+        watchdog: handles faults. takeover: a person who may move the arm. recorder: records the corrections.
         on_tick: called with every control period.
     """
 
@@ -121,14 +121,14 @@ class ControlLoop:
         self.execution.accept, self.execution.arms = self._accept, self._jointed
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
-        self._plan_fault: str | None = None  # of a plan or a command: until the next plan, or a person, is there
-        self._lost = False  # the robot has not been seen since it did not answer
+        self._plan_fault: str | None = None  # fault of a plan or command, until the next plan or a person's command
+        self._lost = False  # True if the robot has not been observed since it failed to respond
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
-        """Runs for so many seconds of the robot's clock, or until `over`.
+        """Run for the given seconds of the robot's clock, or until `over`.
 
         Raises:
-            RobotLostError: the robot does not answer at the start; nothing has moved.
+            RobotLostError: The robot does not respond at the start; nothing has moved.
         """
         robot, period = self.robot, 1.0 / self.robot.control_hz
         self._rest(robot.observe(images=False))
@@ -142,7 +142,7 @@ class ControlLoop:
                 corrected += tick.corrected
                 if tick.state is State.STOPPED:
                     break
-                # lost time is not made up: the arm would exceed its limits
+                # lost time is not caught up, because the arm would exceed its limits
                 due = max(due, now) + period
                 robot.wait_until(due)
                 now = robot.now()
@@ -175,7 +175,7 @@ class ControlLoop:
                 correction = self.takeover.read(now, self._command)
             except TakeoverLostError as error:
                 fault = str(error)
-        if correction is None:  # a person needs no plan
+        if correction is None:  # with a person's command no plan is needed
             fault = fault or self._stuck(now)
         target: np.ndarray | None = None
         if fault is not None:
@@ -190,7 +190,7 @@ class ControlLoop:
         self._send(target)
         if correction is not None:
             self.execution.reset_gripper(self._command[:, 7])
-        # what was seen while the arm was held is kept too: without it the poses on both sides would stand side by side
+        # frames seen while the arm was held are recorded too; otherwise the poses before and after would be adjacent
         if self.recorder is not None and "image" in observation and state is not State.STOPPED:
             self.recorder.add(observation, self._command, correction is not None and state is State.RUNNING, now)
         shown = None if target is None else target[:, :POSE]
@@ -202,35 +202,36 @@ class ControlLoop:
         return tick
 
     def _observe(self, now: float, images: bool) -> tuple[dict[str, Any], str | None]:
-        """The present observation, empty where it cannot be used, and the fault, None where there is none."""
+        """Return the current observation, empty if it cannot be used, and the fault or None."""
         settings = self.watchdog.settings
         try:
             observation = self.robot.observe(images=images)
         except RobotLostError as error:
             self._lost = True
             return {}, f"lost the robot: {error}"
-        age = self.robot.now() - float(observation["time_s"])  # a driver that hangs, or waits for a camera, took time
-        if not age >= -1.0 / self.robot.control_hz:  # also a time that is not a number
+        # a driver that hangs, or waits for a camera, makes it old
+        age = self.robot.now() - float(observation["time_s"])
+        if not age >= -1.0 / self.robot.control_hz:  # also true for NaN
             return {}, f"the observation is {-age:.2f} s ahead of the robot's clock"
         if age > settings.stale_seconds:
             return {}, f"stale observation: {age:.2f} s old"
         for name in ("position", "quaternion", "gripper"):
             if not np.isfinite(np.asarray(observation[name], float)).all():
                 return {}, f"the observation's {name} is not finite"
-        if self._lost:  # it may have sunk, or been pushed, meanwhile: from the old command it would jump back
+        if self._lost:  # the arm may have sunk or been pushed meanwhile; from the old command it would jump
             self._rest(observation, gripper=self._command[:, 7:])
             self._lost = False
         return observation, None
 
     def _stuck(self, now: float) -> str | None:
-        """The fault of a plan that does not come."""
+        """Return the fault of a plan that takes too long."""
         busy = self.execution.planner.busy_since
         if busy is not None and now - busy > self.watchdog.settings.stuck_seconds:
             return f"stuck policy: a plan has taken {now - busy:.1f} s"
         return None
 
     def _follow(self, observation: dict[str, Any], now: float, images: bool) -> np.ndarray | None:
-        """The plan's target for this period; None: there is a fault of the plan."""
+        """Return the plan's target for this period; None if the plan has a fault."""
         command = self._command
         if self._jointed is not None:
             command = np.concatenate([command, self._jointed.commanded_joints], axis=1)
@@ -257,8 +258,8 @@ class ControlLoop:
     # ---- motion ------------------------------------------------------------------------------------------------------
 
     def _rest(self, observation: dict[str, Any], gripper: np.ndarray | None = None) -> None:
-        """The arm is at rest where it is seen; `gripper` [A, 1]: its command, None: the opening that is seen, which is
-        wider than the command where something is held."""
+        """Set the arm at rest at the observed pose. `gripper` [A, 1]: its command. None: the observed opening, which is
+        wider than the command while an object is held."""
         self._command = observed_poses(observation)
         if gripper is not None:
             self._command[:, 7:] = gripper
@@ -266,12 +267,12 @@ class ControlLoop:
             self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
 
     def _send(self, target: np.ndarray | None) -> None:
-        """Sends the limited command towards a target [A, 8], or [A, 8 + J] with the joints for it; None: brakes and
-        holds."""
+        """Send the limited command towards a target [A, 8], or [A, 8 + J] with its joints. None: brake and hold."""
         period, joints = 1.0 / self.robot.control_hz, None
         if target is not None and target.shape[1] > POSE:
             target, joints = target[:, :POSE], target[:, POSE:]
-        before = [copy(motion) for motion in self._motions]  # a motion replaces its arrays and changes none in place
+        # a motion replaces its arrays and never changes them in place
+        before = [copy(motion) for motion in self._motions]
         if self.limits is None:
             command = self._command if target is None else target
         elif target is None:
@@ -288,8 +289,8 @@ class ControlLoop:
             self._lose(error)
 
     def _sent(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
-        """Sends poses [A, 8], with joints [A, J] where a plan has them; returns where the tools are led: where planned
-        joints put them, and behind the command where the joints' own speed held them back."""
+        """Send poses [A, 8], with joints [A, J] if a plan has them. Return the commanded tool poses: those of the
+        planned joints, and behind the command if the joint speed limit held them back."""
         robot = self._jointed
         if robot is None:
             self.robot.command(command)
@@ -302,8 +303,8 @@ class ControlLoop:
         return command if joints is None else np.concatenate([reached, command[:, 7:]], axis=1)
 
     def _brake(self, motions: list[LimitedMotion]) -> None:
-        """In the period of a refused command: brakes from where the motions were before it. The arm stays under the
-        last command where that is refused, too."""
+        """In the period of a refused command, brake from the motions before it. If this command is refused too, the arm
+        stays under the last command."""
         self._motions = motions
         period = 1.0 / self.robot.control_hz
         try:
@@ -323,12 +324,12 @@ class ControlLoop:
         self._stand()
 
     def _stand(self) -> None:
-        """The arm is still under the last command: the limited motion goes back there."""
+        """Reset the limited motion to the last command, which the arm still follows."""
         for motion, pose in zip(self._motions, self._command, strict=False):
             motion.reset(pose)
 
     def _accept(self, plan: Plan, now: float) -> None:
-        """Refuses a plan that cannot be followed from here. Steps that have passed do not count."""
+        """Refuse a plan that cannot be followed from here. Steps that have passed are not checked."""
         if self.limits is None:
             return
         assert plan.time_s is not None
@@ -344,7 +345,7 @@ class ControlLoop:
 
 
 def _beside(reached: np.ndarray, command: np.ndarray) -> np.ndarray:
-    """[A] whether tools at [A, 7] are not where the command [A, 8] puts them."""
+    """Return [A] whether tools at [A, 7] differ from the command [A, 8]."""
     is_, wanted = (Rotation.from_quat(poses[:, 3:7], scalar_first=True) for poses in (reached, command))
     distance = np.linalg.norm(reached[:, :3] - command[:, :3], axis=1)
     return np.asarray((distance > BESIDE_M) | ((is_.inv() * wanted).magnitude() > BESIDE_RAD))

@@ -1,6 +1,6 @@
-"""A dry run: one plan from the robot's cameras, the motion within limits that follows from it, and its latency.
+"""A dry run: compute one plan from the robot's cameras, the resulting motion within limits, and the latency.
 
-Writes a figure (.png, any format that matplotlib writes) or a recording for the rerun viewer (.rrd, extra `rerun`).
+Writes a figure (.png, or any format of matplotlib) or a recording for the rerun viewer (.rrd, extra `rerun`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from keygrip.runtime.plan_terms import POSE, followed, observed_poses, waypoints
 from keygrip.runtime.robot import JointRobot, Robot
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods
 
-LINES = ("-", "--", ":")  # of the first arm, the second, ...
-TIMED_PLANS = 5  # the first one is slower: memory is allocated, kernels are chosen
+LINES = ("-", "--", ":")  # line styles of the first arm, the second, ...
+TIMED_PLANS = 5  # the first plan is slower, because memory is allocated and kernels are selected
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Rehearsal:
     """Result of a dry run.
 
     Attributes:
-        observation: as it is. plan: in the terms in which it is followed. refused: why the plan, or a command on the
-            part of its way that is followed and blended out, would be refused, None: none would. refused_later: why a
-            command past that part would be, which the next plan replaces.
-        times: [K] seconds from the observation, where the arms stand, to the plan's end, or 60 s.
-        targets, commands: [K, A, 8] of the plan, and within the limits, those of the joints up to a refused command
-            only; the present pose where the plan is no path.
+        observation: unchanged. plan: in the form in which it is followed. refused: why the plan, or a command in the
+            part that is followed and blended out, would be refused; None: it would not. refused_later: why a command
+            after that part would be refused; the next plan normally replaces that part.
+        times: [K] seconds from the observation to the plan's end, or to 60 s.
+        targets, commands: [K, A, 8] of the plan, and within the limits. Joint limits apply up to a refused command
+            only. The current pose if the plan is not a valid path.
         plan_ms: of each timed plan.
-        arms: names of the A arms, as the robot and its calibration have them.
+        arms: names of the A arms, as in the robot and its calibration.
     """
 
     observation: dict[str, Any]
@@ -64,7 +64,7 @@ class Rehearsal:
     arms: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for a line of JSON."""
+        """Return plain values for a line of JSON."""
         moved = np.diff(self.commands[:, :, :3], axis=0) / np.diff(self.times)[:, None, None]
         behind = np.linalg.norm(self.targets[..., :3] - self.commands[..., :3], axis=-1)
         return {
@@ -81,7 +81,7 @@ class Rehearsal:
 
 
 def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, execution: ChunkExecution) -> Rehearsal:
-    """Plans from the robot's observation; no command is sent. `execution`: says what of the plan is followed."""
+    """Plan from the robot's observation and send no command. `execution`: determines what of the plan is followed."""
     milliseconds, plan, observation = [], None, {}
     for _ in range(TIMED_PLANS):
         observation = robot.observe()
@@ -114,7 +114,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
         path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
         way = np.stack([path.at(tick * period) for tick in range(periods + 1)])
         until = seconds * execution.steps_followed(plan, start) + ROUNDING_S
-        if execution.asynchronous:  # the next plan begins a period later, and this one is blended out
+        if execution.asynchronous:  # the next plan starts one period later, and this plan is blended out
             until += execution.blend_seconds + period
     else:
         refused = refused or "the plan is no path of finite poses"
@@ -133,8 +133,8 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
 def _commands(
     way: np.ndarray, motions: list[LimitedMotion], arms: JointRobot | None, period: float
 ) -> tuple[np.ndarray, tuple[float, str] | None]:
-    """The commands [K, A, 8] that lead along a way [K, A, W] within the limits, and after how many seconds the joints
-    would refuse one, and why; from there on they are those without joints."""
+    """Return the commands [K, A, 8] along a path [K, A, W] within the limits, and when (seconds) and why the joints
+    would refuse one. After that, the commands ignore the joints."""
     trial: ArmMotions | None = copy.deepcopy(getattr(arms, "joint_motion", None))
     commands: list[np.ndarray] = [way[0, :, :POSE]]
     refused: tuple[float, str] | None = None
@@ -154,7 +154,7 @@ def _commands(
 
 
 def _is_path(plan: Plan, arms: int) -> bool:
-    """Whether a plan says where that many arms shall be when, in whatever haste."""
+    """Return whether a plan contains finite poses and times for that many arms, at any speed."""
     parts = (plan.position, plan.quaternion, plan.gripper, np.asarray(plan.step_seconds))
     finite = len(plan.gripper) == arms and all(np.isfinite(part).all() for part in parts)
     return finite and plan.step_seconds > 0 and bool((np.linalg.norm(plan.quaternion, axis=-1) > 0).all())
@@ -163,7 +163,7 @@ def _is_path(plan: Plan, arms: int) -> bool:
 def dry_run(
     policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path, execution: ChunkExecution
 ) -> dict[str, Any]:
-    """Rehearses, writes the figure or the rerun recording, and returns the figures. `execution`: as of `rehearse`.
+    """Do a dry run, write the figure or the rerun recording, and return the results. `execution`: as in `rehearse`.
 
     Raises:
         ModuleNotFoundError: `path` is a .rrd file and rerun is not installed.
@@ -179,7 +179,7 @@ def dry_run(
 
 
 def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
-    """The camera's image, positions, speed and gripper over time, and the times of planning."""
+    """Plot the camera's image, positions, speed and gripper over time, and the planning times."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3)
     image = found.observation.get("image")
@@ -215,7 +215,7 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
 
 
 def described(found: Rehearsal, limits: MotionLimits | None) -> list[str]:
-    """The figures of a rehearsal in words, with the limits that they are to be read against, as lines."""
+    """Describe the results as lines of text, together with the limits that apply to them."""
     figures = found.summary()
 
     def limit(value: float | None, text: str) -> str:
@@ -246,7 +246,7 @@ def described(found: Rehearsal, limits: MotionLimits | None) -> list[str]:
 
 
 def write_rerun(found: Rehearsal, path: Path) -> None:
-    """A recording for `rerun FILE`: image, planned and limited path, speed, and the summary."""
+    """Write a recording for `rerun FILE`: image, planned and limited path, speed, and the summary."""
     try:
         import rerun
     except ModuleNotFoundError as error:

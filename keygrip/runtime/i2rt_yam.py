@@ -1,11 +1,11 @@
 """Real YAM arms through the driver interface of the i2rt package (`i2rt.robots.robot.Robot`).
 
-No real arm was at hand when this was written: it is exercised against i2rt's own simulated robot
-(`get_yam_robot(sim=True)`) and a stand-in with the same methods.
+This module has not been tested on a real arm, because none was available. It was tested with i2rt's own simulated robot
+(`get_yam_robot(sim=True)`) and a mock with the same methods.
 
-The driver takes joint angles and the gripper's opening (0 closed .. 1 open) as one vector, repeats the last command to
-the motors by itself, and keeps to its own joint limits. Poses become joint angles here: inverse kinematics, joint
-limits, collisions of an arm with itself and of arms with each other (:mod:`keygrip.robots.joint_motion`).
+The driver accepts joint angles and the gripper's opening (0 closed .. 1 open) as one vector, repeats the last command
+to the motors itself, and applies its own joint limits. This module converts poses to joint angles: inverse kinematics,
+joint limits, collisions of an arm with itself and between arms (:mod:`keygrip.robots.joint_motion`).
 
 Shape legend: A arms.
 """
@@ -41,13 +41,13 @@ START_SLACK_RAD = 0.15  # the driver itself accepts this much beyond the joints'
 
 
 class Driver(Protocol):
-    """What is used of i2rt's robot."""
+    """The methods of i2rt's robot that are used."""
 
     def get_joint_pos(self) -> np.ndarray:
-        """[7] joint angles in rad and the gripper's opening, 0 to 1."""
+        """Return [7] joint angles in rad and the gripper's opening, 0 to 1."""
 
     def command_joint_pos(self, joint_pos: np.ndarray) -> None:
-        """Commands [7] joint angles in rad and an opening; returns at once."""
+        """Command [7] joint angles in rad and an opening; return immediately."""
 
     def close(self) -> None: ...
 
@@ -55,16 +55,16 @@ class Driver(Protocol):
 def connect(
     channel: str, arm: str, gripper: str, sim: bool = False, gripper_limits: Sequence[float] | None = None
 ) -> Driver:
-    """The driver of the YAM arm on a CAN channel; it holds the arm where it is from here on.
+    """Connect the driver of the YAM arm on a CAN channel. From then on it holds the arm at its position.
 
     Args:
-        channel: e.g. can0. arm, gripper: models, by i2rt's names; motors, gains, gravity and ranges depend on them.
-        sim: i2rt's simulated robot in place of an arm.
+        channel: e.g. can0. arm, gripper: model names of i2rt; motors, gains, gravity and ranges depend on them.
+        sim: use i2rt's simulated robot instead of an arm.
         gripper_limits: the gripper motor's angles closed and open, rad. None: i2rt drives the fingers of a real arm to
-            both ends to find them, and holds its joints by constant torques alone meanwhile.
+            both ends to find them, and meanwhile holds its joints by constant torques only.
 
     Raises:
-        RobotLostError: nothing answers there.
+        RobotLostError: No arm responds.
     """
     from i2rt.robots.get_robot import get_yam_robot
     from i2rt.robots.utils import ArmType, GripperType
@@ -81,21 +81,21 @@ def connect(
         driver: Driver = get_yam_robot(
             channel=channel, zero_gravity_mode=False, sim=sim, gripper_limits_override=limits, **models
         )
-    except Exception as error:  # whatever CAN, sockets and motors raise
+    except Exception as error:  # any error of CAN, sockets or motors
         raise RobotLostError(f"no YAM arm answers on {channel}: {type(error).__name__}: {error}") from error
     return driver
 
 
 def _has_ended(driver: Driver) -> bool:
-    """Whether a thread of i2rt's has ended (CAN, a motor's error, a joint beyond its range). The driver goes on to
-    report the last state and to take commands then."""
+    """Return whether a thread of i2rt has ended (CAN, a motor error, a joint out of its range). The driver continues to
+    report the last state and to accept commands then."""
     server = getattr(driver, "_server_thread", None)
     chain_runs = getattr(getattr(driver, "motor_chain", None), "running", True)
     return not chain_runs or (server is not None and not server.is_alive())
 
 
 def _checked_ends(given: Any, arms: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The gripper limits, closed and open, of some of the arms. Raises ValueError: they are no such."""
+    """Return the gripper limits [closed, open] of the given arms. Raises ValueError if they are invalid."""
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"robot.gripper_limits is {{ARM: [closed, open]}}, got {given!r}")
     ends = {}
@@ -113,17 +113,17 @@ def _checked_ends(given: Any, arms: Mapping[str, Any]) -> dict[str, list[float]]
 
 
 class YamArms:
-    """One or several YAM arms with the cameras around them.
+    """One or several YAM arms with their cameras.
 
     Args:
-        arms: CAN channel of each arm by name, in the order of the policy's arms, or a driver that is connected.
-        cameras: by name, in the order that the policy names them.
-        calibration: calibration file with an entry for every camera, and where each of several arms stands.
-        joints: limits of the joints. control_hz: commands per second. sim: i2rt's simulated robots in place of arms.
-        instruction: what the arms are told to do. gripper_limits: of some of the arms, see `connect`.
+        arms: CAN channel, or a connected driver, of each arm by name, in the order of the policy's arms.
+        cameras: by name, in the policy's order.
+        calibration: calibration file with an entry for every camera, and the base pose of each of several arms.
+        joints: limits of the joints. control_hz: commands per second. sim: i2rt's simulated robots instead of arms.
+        instruction: the task instruction for the policy. gripper_limits: of some of the arms, see `connect`.
 
     Raises:
-        RobotLostError: an arm does not answer. ValueError: the calibration lacks something, or limits are no such.
+        RobotLostError: An arm does not respond. ValueError: The calibration is incomplete, or limits are invalid.
     """
 
     robot = "yam"
@@ -160,8 +160,9 @@ class YamArms:
         limits = joints or JointLimits()
         self._refuse_unknown_links(limits)
         self._drivers: list[Driver] = []
-        self._openings: list[float | None] = [None] * len(self.arms)  # the last commands that were taken
-        self._connected = [isinstance(given, str) for given in arms.values()]  # here, and held from then on
+        self._openings: list[float | None] = [None] * len(self.arms)  # the last accepted commands
+        # connected by this object, and held since then
+        self._connected = [isinstance(given, str) for given in arms.values()]
         self.stopped = self._lost = False
         try:
             for (name, given), model in zip(arms.items(), self._models, strict=True):
@@ -169,13 +170,13 @@ class YamArms:
                 self._drivers.append(driver)
             motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
             self.joint_motion = ArmMotions(motions, self._world_from_base, self.arms)
-        except BaseException:  # the drivers' threads would keep the process, and the motors, running
+        except BaseException:  # the drivers' threads would keep the process and the motors running
             self.close()
             raise
 
     def _refuse_unknown_links(self, limits: JointLimits) -> None:
-        """Raises ValueError: distances between links, or to the table, are to be kept of an arm whose links are not
-        known; the gripper's distance to the table is not among them."""
+        """Raise ValueError if distances between links, or to the table, are set for an arm whose links are not known.
+        The gripper is not part of the check of distances to the table."""
         for name, (arm, gripper) in self.models.items():
             unknown = {}
             if limits.clearance_m is not None and (arm, gripper) not in HELD:
@@ -193,7 +194,8 @@ class YamArms:
                 )
 
     def _start(self, index: int) -> np.ndarray:
-        """The joints [6] of an arm now, refused where they are beyond its range: its zero position is wrong then."""
+        """Return the current joints [6] of an arm; refuse them if out of range, because the zero position is wrong
+        then."""
         joints, limits = self._state(index)[:JOINTS], self._chains[index].limits
         beyond = np.maximum(limits[:, 0] - joints, joints - limits[:, 1])
         if beyond.max() > START_SLACK_RAD:
@@ -208,7 +210,7 @@ class YamArms:
 
     @property
     def models(self) -> dict[str, tuple[str, str]]:
-        """Arm and gripper of each arm, by i2rt's names."""
+        """Arm and gripper model of each arm, by i2rt's names."""
         return dict(zip(self.arms, self._models, strict=True))
 
     def now(self) -> float:
@@ -220,7 +222,7 @@ class YamArms:
     def observe(self, images: bool = True) -> dict[str, Any]:
         taken = self.now()
         states = np.stack([self._state(index) for index in range(len(self.arms))])
-        if self._lost:  # the arms may have moved meanwhile: joint speed is bounded from where they are
+        if self._lost:  # the arms may have moved meanwhile: apply the speed limit from their current joints
             for motion, state in zip(self.joint_motion.motions, states, strict=True):
                 motion.reset(np.clip(state[:JOINTS], motion.ranges[:, 0], motion.ranges[:, 1]))
             self._lost = False
@@ -265,9 +267,9 @@ class YamArms:
             self._openings[index] = opening
 
     def stop(self) -> None:
-        """Holds every arm where it is, and what its gripper has hold of: the driver keeps that command until it is
-        closed. An arm that has taken no command is left alone where it was connected here: its driver holds it since
-        then. A driver that was handed in may let it float, so that it is held."""
+        """Hold every arm at its pose, with its gripper's command; the driver repeats this command until it is closed.
+        An arm without any command is left unchanged if it was connected here, because its driver has held it since. A
+        driver that was passed in may let the arm float, so that arm is commanded to hold."""
         if self.stopped:
             return
         self.stopped = True
@@ -277,32 +279,32 @@ class YamArms:
             try:
                 held = self._state(index)
                 if opening is not None:
-                    held[JOINTS] = opening  # an object keeps the fingers wider than this
+                    held[JOINTS] = opening  # not the measured opening, which a held object makes wider
                 self._send(driver, held)
             except RobotLostError as error:
                 log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
 
     def close(self) -> None:
-        """Gives the motors back. A real arm loses its torque then and sinks: support it first."""
-        arms = zip(self.arms, self._drivers, strict=False)  # fewer drivers where one did not answer
+        """Close arms and cameras. A real arm loses its torque then and sinks: support it first."""
+        arms = zip(self.arms, self._drivers, strict=False)  # fewer drivers if an arm did not respond
         devices: list[tuple[str, Driver | Camera]] = [*arms, *self._feeds.items()]
         for name, device in devices:
             try:
                 device.close()
-            except Exception as error:  # the others' threads would keep the process running
+            except Exception as error:  # the remaining threads would keep the process running
                 log.error("%s could not be closed: %s: %s", name, type(error).__name__, error)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def _state(self, index: int) -> np.ndarray:
-        """[7] joints and opening."""
+        """Return [7] joints and opening."""
         driver = self._drivers[index]
         if _has_ended(driver):
             self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: its driver has ended with an error, which stands above")
         try:
             state = np.array(driver.get_joint_pos(), float)
-        except Exception as error:  # the driver's thread may have ended with anything
+        except Exception as error:  # the driver's thread may have raised any error
             self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: {type(error).__name__}: {error}") from error
         if state.shape != (JOINTS + 1,) or not np.isfinite(state).all():
@@ -317,7 +319,7 @@ class YamArms:
             raise RobotLostError(f"a command was not taken: {type(error).__name__}: {error}") from error
 
     def _pose(self, index: int, joints: np.ndarray) -> np.ndarray:
-        """[4, 4] world_from_gripper."""
+        """Return [4, 4] world_from_gripper."""
         position, quaternion = forward_kinematics(joints, *self._models[index])
         pose = np.eye(4)
         pose[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()

@@ -1,14 +1,14 @@
 """Motion limits between a policy's plan and a robot: speed, acceleration, workspace, table and gripper.
 
-A policy is a learned function: its plans are bounded by nothing but the data. :class:`MotionLimits` states what the
-arm may do, :class:`LimitedMotion` turns any sequence of target poses into commands that obey it at every control
-period, and :func:`refuse_unsafe` rejects a plan that cannot be followed within the limits.
+The plans of a learned policy are not bounded by anything except its data. :class:`MotionLimits` states what the arm may
+do, :class:`LimitedMotion` converts any sequence of target poses to commands within the limits at every control period,
+and :func:`refuse_unsafe` rejects a plan that cannot be followed within the limits.
 
 The command's position is a point mass. Each axis may accelerate by a / sqrt(3), so that the norm of the acceleration
-stays below a. Before a wall of the workspace an axis is slowed to the largest speed w from which it can still stop,
-w dt + w^2 / (2 a) <= distance; if that holds at one period, braking at full rate makes it hold at the next, so the
-workspace is never left. Speed is bounded because each new velocity lies on the segment between the old velocity and
-the wanted one, both inside the ball of the speed limit.
+stays below a. Near a wall of the workspace an axis is slowed to the largest speed w from which it can still stop,
+w dt + w^2 / (2 a) <= distance; if that holds in one period, braking at full rate makes it hold in the next, so the
+command never leaves the workspace. Speed is bounded because each new velocity lies on the segment between the old
+velocity and the desired one, and both are inside the ball of the speed limit.
 
 Frames and units: world frame, metres, seconds, radians; quaternions w, x, y, z; gripper 0 closed .. 1 open.
 Shape legend: A arms, T planned steps.
@@ -26,14 +26,15 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Plan
 
-QUATERNION_TOLERANCE = 0.05  # deviation of the norm from 1; more is not rounding but another quantity
+QUATERNION_TOLERANCE = 0.05  # deviation of the norm from 1; a larger one is not a rounding error
 ROUNDING_M = 1e-9
 ROUNDING_RAD = 1e-12
-LONGEST_PLAN_S = 60.0  # a plan is tried out before it is followed, while the arm waits for its next command
+# longer plans are refused: a plan is simulated before it is followed, while the arm waits for its next command
+LONGEST_PLAN_S = 60.0
 
 
 class UnsafePlanError(ValueError):
-    """A plan that cannot be executed within the limits; the message says which limit and by how much."""
+    """A plan that cannot be executed within the limits; the message states which limit and by how much."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,16 @@ class MotionLimits:
 
     Args:
         speed_m_s: of the tool, along any direction.
-        acceleration_m_s2: of the commanded position; also the rate at which it brakes.
+        acceleration_m_s2: of the commanded position; also the braking rate.
         turn_rad_s: angular speed of the tool.
         turn_acceleration_rad_s2: rate of change of the angular velocity.
-        gripper_per_s: share of the full opening per second.
-        workspace_low, workspace_high: corners [3] of the box that the tool stays in, metres; None: no bound.
-        table_height_m: the tool stays above it, whatever the workspace says; None: no table.
-        tolerance_m: how far outside the workspace a planned position may lie and be moved to its edge; beyond that the
-            plan is refused.
-        lag_m: a plan from which the limited motion falls behind by more is refused: it asks for speeds that the arm
-            may not have.
+        gripper_per_s: fraction of the full opening per second.
+        workspace_low, workspace_high: corners [3] of the box that the tool must stay in, metres; None: no bound.
+        table_height_m: the tool stays above it, independent of the workspace; None: no table.
+        tolerance_m: a planned position outside the workspace by at most this is moved to its edge; if it is farther
+            outside, the plan is refused.
+        lag_m: a plan is refused if the limited motion falls behind it by more than this, because it then requires
+            speeds above the limit.
     """
 
     speed_m_s: float = 0.6
@@ -83,11 +84,11 @@ class MotionLimits:
 
     @property
     def axis_acceleration_m_s2(self) -> float:
-        """Of each axis of the position: with all three at it, the acceleration has the norm `acceleration_m_s2`."""
+        """Acceleration of each axis: if all three axes have it, the norm is `acceleration_m_s2`."""
         return self.acceleration_m_s2 / math.sqrt(3)
 
     def box(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper corner [3] of where the tool may be, metres; infinite where nothing bounds it."""
+        """Return the lower and upper corner [3] of the allowed tool positions, metres; infinite without a bound."""
         low = np.array(self.workspace_low or (-np.inf,) * 3, dtype=np.float64)
         high = np.array(self.workspace_high or (np.inf,) * 3, dtype=np.float64)
         if self.table_height_m is not None:
@@ -99,12 +100,12 @@ class LimitedMotion:
     """Commands that follow targets within limits, for one arm.
 
     Args:
-        limits: see there.
-        pose: [8] where the arm is, at rest: position, quaternion, gripper opening. A start outside the workspace is
-            allowed; from there the arm only moves inwards.
+        limits: see `MotionLimits`.
+        pose: [8] current pose of the arm at rest: position, quaternion, gripper opening. A start outside the workspace
+            is allowed; from there the arm only moves inwards.
 
     Raises:
-        ValueError: the pose is not finite or its quaternion not a rotation.
+        ValueError: The pose is not finite, or its quaternion is not a rotation.
     """
 
     def __init__(self, limits: MotionLimits, pose: np.ndarray) -> None:
@@ -113,7 +114,7 @@ class LimitedMotion:
         self.reset(pose)
 
     def reset(self, pose: np.ndarray) -> None:
-        """At rest at a pose [8], as at the start of an episode or after a stop."""
+        """Reset to rest at a pose [8], at the start of an episode or after a stop."""
         pose = _checked_pose(np.asarray(pose, dtype=np.float64))
         self.position = pose[:3].copy()
         self.velocity = np.zeros(3)
@@ -122,8 +123,8 @@ class LimitedMotion:
         self.gripper = float(np.clip(pose[7], 0.0, 1.0))
 
     def held_back_at(self, pose: np.ndarray, seconds: float) -> None:
-        """The arm was sent to a pose [8] short of the last command, which was for a period of so many seconds: the
-        motion goes on from there, at the speed with which the arm gets there."""
+        """Continue from a pose [8] that the arm was sent to instead of the last command, at the speed at which the arm
+        gets there. `seconds`: length of that command's period."""
         pose = _checked_pose(np.asarray(pose, dtype=np.float64))
         before = Rotation.from_rotvec(-self.turn_velocity * seconds) * self.rotation
         self.velocity = self.velocity + (pose[:3] - self.position) / seconds
@@ -131,12 +132,12 @@ class LimitedMotion:
         self.turn_velocity = (self.rotation * before.inv()).as_rotvec() / seconds
 
     def command(self) -> np.ndarray:
-        """[8] the present command."""
+        """Return the current command [8]."""
         quaternion = self.rotation.as_quat(canonical=True, scalar_first=True)
         return np.concatenate([self.position, quaternion, [self.gripper]])
 
     def step(self, target: np.ndarray, seconds: float) -> np.ndarray:
-        """Moves towards a target pose for one control period.
+        """Move towards a target pose for one control period.
 
         Args:
             target: [8] position, quaternion, gripper opening.
@@ -146,7 +147,7 @@ class LimitedMotion:
             [8] the command at the end of the period.
 
         Raises:
-            ValueError: the target is not finite, or the period not above 0.
+            ValueError: The target is not finite, or the period is not above 0.
         """
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"a control period is above 0 s, got {seconds}")
@@ -158,7 +159,7 @@ class LimitedMotion:
         return self.command()
 
     def hold(self, seconds: float) -> np.ndarray:
-        """Brakes to a halt within the limits and stays there; returns the command [8]."""
+        """Brake to a stop within the limits and stay there; return the command [8]."""
         change = self.limits.axis_acceleration_m_s2 * seconds
         speed = np.abs(self.velocity).max()
         self._advance(self.velocity * (max(0.0, speed - change) / speed if speed > 0 else 0.0), seconds)
@@ -166,7 +167,7 @@ class LimitedMotion:
         return self.command()
 
     def move(self, goal: np.ndarray, seconds: float) -> None:
-        """Moves the position alone towards a goal [3] for one control period."""
+        """Move only the position towards a goal [3] for one control period."""
         limits, most = self.limits, self.limits.axis_acceleration_m_s2 * seconds
         offset = np.clip(goal, self._low, self._high) - self.position
         distance = float(np.linalg.norm(offset))
@@ -182,7 +183,7 @@ class LimitedMotion:
         self._advance(self.velocity + share * change, seconds)
 
     def _advance(self, velocity: np.ndarray, seconds: float) -> None:
-        """Takes a velocity for one period, slowed before the walls of the workspace."""
+        """Apply a velocity for one period, reduced near the walls of the workspace."""
         for axis in range(3):
             position = self.position[axis]
             room = self._high[axis] - position if velocity[axis] > 0 else position - self._low[axis]
@@ -191,7 +192,7 @@ class LimitedMotion:
         self.velocity = velocity
         moved = self.position + velocity * seconds
         inside = (self.position >= self._low) & (self.position <= self._high)
-        # rounding may not carry the command past a wall
+        # rounding must not move the command past a wall
         self.position = np.where(inside, np.clip(moved, self._low, self._high), moved)
 
     def _turn(self, goal: Rotation, seconds: float) -> None:
@@ -207,7 +208,7 @@ class LimitedMotion:
         self._accelerate_turn(wanted, seconds)
 
     def _accelerate_turn(self, wanted: np.ndarray, seconds: float) -> None:
-        """Turns for one period at an angular velocity [3] rad/s, or as near to it as the acceleration allows."""
+        """Rotate for one period at an angular velocity [3] rad/s, or as close to it as the acceleration permits."""
         change = wanted - self.turn_velocity
         most = self.limits.turn_acceleration_rad_s2 * seconds
         self.turn_velocity = self.turn_velocity + change * min(1.0, most / max(float(np.linalg.norm(change)), 1e-300))
@@ -217,12 +218,12 @@ class LimitedMotion:
 def held_back(
     command: np.ndarray, reached: np.ndarray, which: np.ndarray, motions: Sequence[LimitedMotion], seconds: float
 ) -> np.ndarray:
-    """Commands [A, 8], of the arms that their joints' speed holds back those that they were sent to; the motions of
-    these go on from there.
+    """Return commands [A, 8] in which arms held back by their joint speed limit have their reached poses. The motions
+    of these arms continue from there.
 
     Args:
-        command: [A, 8] within the limits. reached: [A, 7] where the joints put the tools. which: [A] arms that are held
-            back. motions: of each arm; none: there are no limits. seconds: length of the control period.
+        command: [A, 8] within the limits. reached: [A, 7] tool poses of the joints. which: [A] arms that are held
+            back. motions: of each arm; empty: there are no limits. seconds: length of the control period.
     """
     command = command.copy()
     for arm in np.flatnonzero(which).tolist():
@@ -233,13 +234,13 @@ def held_back(
 
 
 def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -> None:
-    """Raises where a plan cannot be executed within the limits.
+    """Raise UnsafePlanError if a plan cannot be executed within the limits.
 
     Args:
-        plan: of all arms. motions: the present motion of each arm (left unchanged). control_hz: commands per second.
+        plan: of all arms. motions: the current motion of each arm (left unchanged). control_hz: commands per second.
 
     Raises:
-        UnsafePlanError: a value is not finite, a quaternion is no rotation, an opening is far from 0 .. 1, the plan
+        UnsafePlanError: A value is not finite, a quaternion is not a rotation, an opening is far from 0 .. 1, the plan
             lasts longer than `LONGEST_PLAN_S`, a position lies outside the workspace by more than the tolerance, or the
             plan moves so fast that the limited motion falls behind by more than `lag_m`.
     """
@@ -256,7 +257,8 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
         raise UnsafePlanError(f"a planned opening is {plan.gripper.min():.3g} .. {plan.gripper.max():.3g}, not 0 .. 1")
     if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
         raise UnsafePlanError(f"the plan's step_seconds is {plan.step_seconds}")
-    if steps * max(plan.step_seconds, 1 / control_hz) > LONGEST_PLAN_S:  # each step is tried out, however short
+    # each step is simulated for at least one period
+    if steps * max(plan.step_seconds, 1 / control_hz) > LONGEST_PLAN_S:
         raise UnsafePlanError(
             f"the plan has {steps} steps of {plan.step_seconds:g} s: plans of up to {LONGEST_PLAN_S:g} s are followed"
         )
@@ -269,7 +271,7 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
                 f"step {step + 1} of the plan lies {100 * beyond[step]:.1f} cm outside the workspace, at "
                 f"{np.round(plan.position[arm, step], 3).tolist()} m"
             )
-        trial, ticks = copy(motion), 0  # a motion replaces its arrays and changes none in place
+        trial, ticks = copy(motion), 0  # a motion replaces its arrays and never changes them in place
         for step in range(steps):
             goal, due = plan.position[arm, step], round((step + 1) * plan.step_seconds * control_hz)
             for _ in range(due - ticks):  # a step need not be a whole number of control periods

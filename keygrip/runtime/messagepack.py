@@ -1,8 +1,8 @@
-"""MessagePack with numpy arrays, as openpi's client writes it, read with limits on everything that a sender chooses.
+"""MessagePack with numpy arrays in the format of openpi's client, with limits on everything that a sender controls.
 
 The format is that of https://github.com/msgpack/msgpack/blob/master/spec.md without extension types. An array is a map
-of ``__ndarray__``, ``data``, ``dtype`` and ``shape``, a numpy scalar one of ``__npgeneric__``, ``data`` and ``dtype``
-(keys as bytes or strings). Reading builds plain values and arrays of numbers alone and never runs code.
+with ``__ndarray__``, ``data``, ``dtype`` and ``shape``; a numpy scalar is a map with ``__npgeneric__``, ``data`` and
+``dtype`` (keys as bytes or strings). Reading creates only plain values and numeric arrays and never runs code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 MOST_VALUES = 512  # values per message; an observation of eight cameras has about 170
-DEEPEST = 8  # maps and lists within each other
+DEEPEST = 8  # nesting depth of maps and lists
 LONGEST_TEXT = 4096  # bytes of a string; a key has at most LONGEST_KEY
 LONGEST_KEY = 128
 MOST_DIMENSIONS = 4
@@ -31,14 +31,14 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class MessagePackError(ValueError):
-    """A message that is not in the format, or larger in some respect than any that is expected."""
+    """A message that is not in the format, or exceeds a limit."""
 
 
 def unpack(message: bytes) -> Any:
-    """The value of a message; its arrays are read-only views of the message's bytes.
+    """Decode a message; its arrays are read-only views of the message's bytes.
 
     Raises:
-        MessagePackError: not in the format, or beyond one of this module's limits.
+        MessagePackError: The message is not in the format, or exceeds one of this module's limits.
     """
     reader = _Reader(message)
     value = reader.value(0)
@@ -48,10 +48,10 @@ def unpack(message: bytes) -> Any:
 
 
 def pack(value: Any) -> bytes:
-    """A message of maps with string keys, lists, strings, bytes, numbers, booleans, None and numpy arrays.
+    """Encode a value of maps with string keys, lists, strings, bytes, numbers, booleans, None and numpy arrays.
 
     Raises:
-        TypeError: a value of another type. OverflowError: an integer of more than 64 bits.
+        TypeError: A value has another type. OverflowError: An integer has more than 64 bits.
     """
     parts: list[bytes] = []
     _write(value, parts)
@@ -131,7 +131,7 @@ class _Reader:
 
 
 def _array(entries: Mapping[str, Any]) -> np.ndarray:
-    """The array [...] of a map that stands for one."""
+    """Return the array [...] that a map represents."""
     dtype, data = entries.get("dtype"), entries.get("data")
     if isinstance(dtype, memoryview):
         dtype = bytes(dtype).decode(errors="replace")
@@ -157,7 +157,7 @@ def _array(entries: Mapping[str, Any]) -> np.ndarray:
         raise MessagePackError(f"the message has an array of shape {shape} and type {dtype} in {len(data)} bytes")
     try:
         return np.frombuffer(data, kind).reshape(shape)
-    except (ValueError, OverflowError) as error:  # sides beyond numpy's, beside one of 0
+    except (ValueError, OverflowError) as error:  # dimensions beyond numpy's maximum, next to a dimension of 0
         raise MessagePackError(f"the message has an array of shape {shape}, which no array has") from error
 
 
@@ -216,7 +216,7 @@ def _integer(value: int) -> bytes:
 
 
 def _head(length: int, short: int | None, kinds: tuple[int | None, int, int]) -> bytes:
-    """Type and length: in one byte where the type has a `short` form, else with a length of 1, 2 or 4 bytes."""
+    """Encode type and length: in one byte if the type has a `short` form, else with a length of 1, 2 or 4 bytes."""
     if short is not None and length < 16:
         return bytes([short | length])
     for kind, form, most in zip(kinds, "BHI", (0xFF, 0xFFFF, 0xFFFFFFFF), strict=True):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-PLANS_REMEMBERED = 1000  # plan times kept for the quantiles
+PLANS_REMEMBERED = 1000  # number of plan times stored for the quantiles
 
 
 class Metrics:
-    """What a server counts; written from the event loop and, `computed` alone, from the policy's thread."""
+    """Counters of a server. Written from the event loop; only `computed` is called from the policy's thread."""
 
     def __init__(self) -> None:
         self.answers: Counter[tuple[str, int]] = Counter()  # by protocol and status
@@ -23,20 +23,20 @@ class Metrics:
         self._total_s, self._batches, self._plans = 0.0, 0, 0
 
     def computed(self, seconds: float, plans: int) -> None:
-        """Counts one computation that gave so many plans."""
+        """Count one computation of `plans` plans."""
         self._seconds.append(seconds)
         self._buckets[bisect_left(BUCKETS_S, seconds)] += 1
         self._total_s, self._batches, self._plans = self._total_s + seconds, self._batches + 1, self._plans + plans
 
     def statuses(self) -> dict[str, int]:
-        """Answers by status, over all protocols."""
+        """Return the number of answers by status, over all protocols."""
         counts: Counter[int] = Counter()
         for (_, status), count in self.answers.items():
             counts[status] += count
         return {str(status): count for status, count in sorted(counts.items())}
 
     def quantiles(self) -> dict[str, float]:
-        """Median and 95th percentile of the last computations, milliseconds; nothing before there are two."""
+        """Return median and 95th percentile of the last computations, milliseconds; empty for fewer than two."""
         seconds = list(self._seconds)
         if len(seconds) < 2:
             return {}
@@ -44,10 +44,10 @@ class Metrics:
         return {"plan_p50_ms": round(1e3 * cuts[9], 3), "plan_p95_ms": round(1e3 * cuts[18], 3)}
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """All of it.
+        """Return all metrics as text.
 
         Args:
-            gauges: further values of this moment, by name: help and value.
+            gauges: further current values, by name: help and value.
         """
         lines = ["# HELP keygrip_answers_total Answers by protocol and status.", "# TYPE keygrip_answers_total counter"]
         for (protocol, status), count in sorted(self.answers.items()):

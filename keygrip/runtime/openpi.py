@@ -1,11 +1,11 @@
 """Observations and plans in the messages of openpi's policy client (`openpi_client.websocket_client_policy`).
 
-On connecting, the server sends one message of metadata. Then the client sends an observation and gets a map with
-`actions` in return, or a text frame with what is wrong, which its client raises as an error. Messages are MessagePack
+After a client connects, the server sends one message of metadata. Then the client sends an observation and receives a
+map with `actions`, or a text frame with an error message, which its client raises as an error. Messages are MessagePack
 with numpy arrays (`keygrip.runtime.messagepack`).
 
 Keys of an observation are those of the HTTP protocol, nested (``{"cameras": {"over": {"image": ...}}}``) or with
-slashes (``"cameras/over/image"``); the instruction is a string under `prompt` or `instruction`. A message
+slashes (``"cameras/over/image"``). The instruction is a string under `prompt` or `instruction`. A message
 ``{"reset": seed}`` starts an episode.
 
 Shape legend: A arms, T planned steps.
@@ -27,17 +27,18 @@ POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
 
 
 def metadata(about: Mapping[str, Any], needs: Needs) -> bytes:
-    """The first message of a connection: the model, what it reads, and what the columns of `actions` are."""
+    """Return the first message of a connection: the model, its inputs, and the columns of `actions`."""
     observation = {name: entry.describe() for name, entry in entries_of(needs).items()}
     names = [f"{arm}/{part}" for arm in needs.arms for part in POSE]
     return pack({**about, "needs": asdict(needs), "observation": observation, "action_names": names})
 
 
 def decode_message(body: bytes, needs: Needs) -> dict[str, Any] | int:
-    """An observation, or the seed of a reset.
+    """Decode an observation, or the seed of a reset.
 
     Raises:
-        WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense.
+        WireError: The message is not in the format, or an array is missing, unknown, of wrong type or shape, or
+            invalid.
     """
     try:
         message = unpack(body)
@@ -65,9 +66,9 @@ def decode_message(body: bytes, needs: Needs) -> dict[str, Any] | int:
 
 
 def encode_plan(plan: Plan, infer_ms: float) -> bytes:
-    """A plan: `actions` [T, 8 A], for each arm position (metres), quaternion w x y z and gripper opening; with it
-    `uncertainty` [T, A], `joints` [T, A, J], `controller` [T, A, D] and `held_back` [A, 3] where the policy has them,
-    `step_seconds` and `server_timing`."""
+    """Encode a plan: `actions` [T, 8 A], for each arm position (metres), quaternion w x y z and gripper opening;
+    `step_seconds` and `server_timing`; and, if the policy has them, `uncertainty` [T, A], `joints` [T, A, J],
+    `controller` [T, A, D] and `held_back` [A, 3]."""
     poses = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=-1)  # [A, T, 8]
     actions = poses.transpose(1, 0, 2).reshape(poses.shape[1], -1).astype(np.float64)
     answer: dict[str, Any] = {
@@ -86,7 +87,7 @@ def encode_plan(plan: Plan, infer_ms: float) -> bytes:
 
 
 def encode_reset(seed: int) -> bytes:
-    """The answer to a reset."""
+    """Encode the answer to a reset."""
     return pack({"reset": seed})
 
 
@@ -98,9 +99,9 @@ def _flat(message: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 
 def _array(name: str, value: Any, kind: str) -> np.ndarray:
-    """A value of a message as the array that the HTTP protocol would bring."""
+    """Convert a value of a message to the array that the HTTP protocol would contain."""
     if kind == "float" and isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()  # numpy.int64(1) is the number 1
+        value = value.item()  # numpy.int64(1) is treated as the number 1
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A websocket connection of openpi's policy client: one episode after the other, each with its own generator."""
+"""A websocket connection of openpi's policy client: one episode after another, each with its own generator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 async def converse(service: PolicyService, request: web.Request) -> web.StreamResponse:
-    """Answers the messages of one connection until it is closed, or silent for `limits.session_s`."""
+    """Answer the messages of one connection until it is closed, or silent for `limits.session_s`."""
     if service.conversations + len(service.sessions) >= service.limits.sessions:
         raise Refusal(503, f"{service.limits.sessions} sessions are open: ask again later", again=True)
     policy = service.policy(0)
@@ -65,7 +65,7 @@ async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, pol
                 answer = openpi.encode_plan(plan, 1e3 * (time.perf_counter() - began))
         except Refusal as refusal:
             status, answer = refusal.status, f"{refusal.status}: {refusal.sentence}"
-        except Exception as error:  # as HTTP answers it: the conversation goes on
+        except Exception as error:  # as with HTTP, the connection stays open
             log.error("a message could not be answered", exc_info=error)
             status, answer = 500, f"500: the server failed: {type(error).__name__}"
         service.metrics.answers["openpi", status] += 1
@@ -73,7 +73,7 @@ async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, pol
 
 
 async def _next(service: PolicyService, socket: web.WebSocketResponse) -> WSMessage | None:
-    """The next message; None where there is none for too long or the server ends: the socket is then closed."""
+    """Return the next message. Return None and close the socket after too long a wait or when the server ends."""
     waits = [asyncio.ensure_future(socket.receive()), asyncio.ensure_future(service.ending.wait())]
     try:
         await asyncio.wait(waits, timeout=service.limits.session_s, return_when=asyncio.FIRST_COMPLETED)
@@ -83,14 +83,14 @@ async def _next(service: PolicyService, socket: web.WebSocketResponse) -> WSMess
         for wait in waits:
             wait.cancel()
     with contextlib.suppress(asyncio.CancelledError):
-        await waits[0]  # a socket cannot be closed while it is read
+        await waits[0]  # a socket cannot be closed while a read is pending
     reason = b"the server ends" if service.ending.is_set() else b"no message for too long"
     await socket.close(code=WSCloseCode.GOING_AWAY, message=reason)
     return None
 
 
 async def _send(service: PolicyService, socket: web.WebSocketResponse, answer: bytes | str) -> None:
-    """Sends, to a client that reads: one that does not is dropped."""
+    """Send an answer; a client that does not read it in time is disconnected."""
     async with asyncio.timeout(service.limits.read_s):
         if isinstance(answer, str):
             await socket.send_str(answer)

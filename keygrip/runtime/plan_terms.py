@@ -1,8 +1,8 @@
-"""In which terms a plan is followed: its poses, or the joints that it may hold beside them.
+"""Select what is followed of a plan: its poses, or its joints if it holds both.
 
-Commands on the way of a plan are rows of W numbers for each arm: pose (7) and gripper opening (1), and behind them the
-joints (J) where these are followed. The pose is then where those joints put the tool, so that whatever bounds poses
-bounds joints too; the arm is sent the joints themselves as long as nothing has moved the pose away from them.
+Commands along a plan are rows of W values for each arm: pose (7), gripper opening (1), and the joints (J) last if they
+are followed. The pose is then the tool pose of those joints, so limits on poses also limit the joints. The arm is sent
+the joints themselves unless a limit has changed the pose.
 
 Shape legend: A arms, T planned steps, J joints of an arm, W = 8 or 8 + J.
 """
@@ -19,26 +19,27 @@ from keygrip.robots.joint_arms import JointArms
 from keygrip.runtime.limits import UnsafePlanError
 
 Follow = Literal["auto", "joints", "poses"]
-"""auto: joints where the arms take them and the plan has them, else poses; joints: a plan without them is refused;
-poses: a plan's joints are left unused."""
+"""auto: joints if the arms accept them and the plan has them, else poses; joints: a plan without them is refused;
+poses: a plan's joints are ignored."""
 
-POSE = 8  # numbers of a pose with its opening
-BESIDE_M, BESIDE_RAD = 0.02, 0.1  # most that joints may put the tool beside the poses of the same plan
+POSE = 8  # values of a pose with its opening
+# largest difference between the tool poses of a plan's joints and the poses of the same plan
+BESIDE_M, BESIDE_RAD = 0.02, 0.1
 
 
 def check_follow(follow: Follow, setting: str) -> None:
-    """Raises ValueError: there is no such option. `setting`: its name, for the message."""
+    """Raise ValueError if the option does not exist. `setting`: its name, for the message."""
     if follow not in get_args(Follow):
         raise ValueError(f"{setting} is one of {', '.join(get_args(Follow))}, not {follow!r}")
 
 
 def refuse_idle_follow(follow: Follow, setting: str, needs: Needs | None, takes_joints: bool) -> None:
-    """Raises ValueError where joints are asked for that cannot be followed, or poses where nothing else is there.
+    """Raise ValueError if joints are requested that cannot be followed, or poses if there is nothing else.
 
     Args:
-        setting: name of the option, for the message. needs: of the policy; None: it does not say what its plans hold,
-            and each plan is looked at when it is there.
-        takes_joints: whether the robot or the environment does.
+        setting: name of the option, for the message. needs: of the policy; None: it is unknown what its plans hold,
+            and each plan is checked when it arrives.
+        takes_joints: whether the robot or the environment accepts joints.
     """
     if follow == "auto" or (needs is None and takes_joints):
         return
@@ -54,16 +55,16 @@ def refuse_idle_follow(follow: Follow, setting: str, needs: Needs | None, takes_
 
 
 def followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
-    """The plan in the terms in which it is followed: it holds joints where these are, and its poses are then theirs.
+    """Return the plan in the form in which it is followed: with joints if they are followed, and then with their poses.
 
-    Joints beyond their range are moved to its end.
+    Joints out of their range are clipped to it.
 
     Args:
-        plan: as the policy made it. arms: that are driven; None: they take no joints.
+        plan: of the policy. arms: the arms that are driven; None: they accept no joints.
 
     Raises:
-        UnsafePlanError: its joints are asked for and missing, of another shape than the arms', not finite, or put the
-            tool elsewhere than the plan's own poses.
+        UnsafePlanError: Joints are required and missing, have another shape than the arms', are not finite, or give
+            other tool poses than the plan's own poses.
     """
     if follow == "poses" or (follow == "auto" and (plan.joints is None or arms is None)):
         return plan if plan.joints is None else replace(plan, joints=None)
@@ -88,7 +89,7 @@ def followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
     away = np.linalg.norm(poses[..., :3] - plan.position, axis=-1).max()
     cosine = np.abs((poses[..., 3:] * plan.quaternion).sum(-1)) / np.linalg.norm(plan.quaternion, axis=-1)
     turned = 2 * np.arccos(np.minimum(cosine, 1.0)).max()
-    if not (away <= BESIDE_M and turned <= BESIDE_RAD):  # also where the poses are not finite
+    if not (away <= BESIDE_M and turned <= BESIDE_RAD):  # also true if the poses are not finite
         beyond = np.abs(joints - plan.joints).max()
         why = f"joints are up to {beyond:.2f} rad out of their range" if beyond > 0 else "are they of another arm?"
         raise UnsafePlanError(
@@ -99,20 +100,20 @@ def followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
 
 
 def observed_poses(observation: Observation) -> np.ndarray:
-    """[A, 8] the poses and gripper openings that an observation shows."""
+    """Return [A, 8] the poses and gripper openings of an observation."""
     position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
     return np.concatenate([position, quaternion, arm_axis(observation["gripper"], 0)[:, None]], axis=1)
 
 
 def waypoints_of(plan: Plan) -> np.ndarray:
-    """[A, T, W] the steps of a plan, in the terms in which it is followed."""
+    """Return [A, T, W] the steps of a plan, in the form in which it is followed."""
     parts = [plan.position, plan.quaternion, plan.gripper[..., None]]
     return np.concatenate(parts if plan.joints is None else [*parts, plan.joints], axis=2, dtype=np.float64)
 
 
 def placed(command: np.ndarray, arms: JointArms | None) -> np.ndarray:
-    """A command [A, W] between two others; with joints, its pose is where these put the tool, and not between the two
-    poses."""
+    """Complete an interpolated command [A, W]: with joints, its pose becomes the tool pose of those joints instead of
+    the interpolated pose."""
     if command.shape[1] == POSE:
         return command
     assert arms is not None

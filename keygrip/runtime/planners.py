@@ -1,4 +1,4 @@
-"""Plans beside the control loop: in a thread on a real clock, or after a set latency on a simulated one."""
+"""Planners parallel to the control loop: in a thread on a real clock, or with a set latency on a simulated clock."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from keygrip.models.policy import Observation, Plan, Policy, UnderWay
 
 log = logging.getLogger(__name__)
 
-ENDING_S = 5.0  # that the end of the process waits for a computation
+ENDING_S = 5.0  # how long the end of the process waits for a computation
 
 
 class PolicyPanicError(RuntimeError):
-    """A policy ended with something that is no error of Python's: a panic of a Rust extension, an exit. The text says
-    with what."""
+    """A policy ended with an exception that is no Python Exception: a panic of a Rust extension, an exit. The text
+    contains it."""
 
 
 class ContinuingPolicy(Policy, Protocol):
-    """A policy whose plans can continue the one that is being executed (real-time chunking)."""
+    """A policy whose plans can continue the currently executed plan (real-time chunking)."""
 
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
-        """A plan whose first `delay_s` seconds agree with `executing`, a plan with its `time_s`."""
+        """Return a plan whose first `delay_s` seconds agree with `executing`, a plan with `time_s`."""
         ...
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is asked for with.
+    """The input of a plan.
 
     Attributes:
-        observation: with `time_s`. time_s: when it was asked for, on the robot's clock.
+        observation: with `time_s`. time_s: time of the request, on the robot's clock.
         under_way: the plan that is executed meanwhile, for policies that continue it.
     """
 
@@ -46,7 +46,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanOutcome:
-    """The end of a request: a plan, or the error that the policy ended with."""
+    """The result of a request: a plan, or the policy's error."""
 
     request: PlanRequest
     plan: Plan | None = None
@@ -54,38 +54,38 @@ class PlanOutcome:
 
 
 class Planner(Protocol):
-    """Computes one plan at a time while the arm moves."""
+    """Compute one plan at a time while the arm moves."""
 
     def request(self, request: PlanRequest) -> None:
-        """Begins a plan; none may be under way."""
+        """Start a plan; no other plan may be in progress."""
         ...
 
     def poll(self, now: float) -> PlanOutcome | None:
-        """The plan that is ready by now, once."""
+        """Return the plan if it is ready by now. It is returned only once."""
         ...
 
     @property
     def busy_since(self) -> float | None:
-        """When the plan under way was asked for, or None."""
+        """When the plan in progress was requested, or None."""
         ...
 
     def close(self) -> None:
-        """Ends it, at the end of the process; a plan that is under way is lost."""
+        """End the planner, at the end of the process. A plan in progress is lost."""
         ...
 
 
 class ThreadPlanner:
-    """Plans in a thread of its own. A policy that never returns blocks nothing but its thread.
+    """Plan in a separate thread. A policy that never returns blocks only this thread.
 
     Args:
-        policy: called from that thread alone.
-        awaited: `close` waits for the plan under way. False for a policy on a server: nothing here computes then, and
-            the answer may be long in coming.
+        policy: called from that thread only.
+        awaited: `close` waits for the plan in progress. Use False for a policy on a server: nothing is computed in
+            this process then, and the answer may take long.
     """
 
     def __init__(self, policy: Policy, awaited: bool = True) -> None:
         self._policy, self._awaited = policy, awaited
-        self._asked: queue.Queue[PlanRequest | None] = queue.Queue(1)  # None: the end
+        self._asked: queue.Queue[PlanRequest | None] = queue.Queue(1)  # None: end of the thread
         self._done: queue.Queue[PlanOutcome] = queue.Queue(1)
         self._busy_since: float | None = None
         self._closed = False
@@ -110,9 +110,9 @@ class ThreadPlanner:
         return outcome
 
     def close(self) -> None:
-        """Ends the thread after its present plan, and waits for that if `awaited`."""
+        """End the thread after its current plan, and wait for it if `awaited`."""
         self._closed = True
-        with contextlib.suppress(queue.Full):  # a request that the thread has not taken up wakes it, too
+        with contextlib.suppress(queue.Full):  # a pending request wakes the thread too
             self._asked.put_nowait(None)
         if self._awaited:
             await_end(self._thread)
@@ -130,10 +130,10 @@ class ThreadPlanner:
 
 
 class SimulatedPlanner:
-    """Plans at once and hands the plan over after a latency on the robot's clock, so that a run can be repeated.
+    """Plan immediately and return the plan after a latency on the robot's clock, so that a run can be repeated.
 
     Args:
-        policy: plans. latency_s: gives the latency of the next plan; infinite: it never comes.
+        policy: computes plans. latency_s: returns the latency of the next plan; infinite: it never arrives.
     """
 
     def __init__(self, policy: Policy, latency_s: Callable[[], float]) -> None:
@@ -163,7 +163,7 @@ class SimulatedPlanner:
 
 
 def await_end(thread: threading.Thread) -> None:
-    """Waits for a thread of a policy, `ENDING_S` at most: one that is inside torch when Python ends aborts the
+    """Wait for a policy's thread, at most `ENDING_S`. A thread that is inside torch when Python ends aborts the
     process."""
     thread.join(ENDING_S)
     if thread.is_alive():
@@ -171,10 +171,10 @@ def await_end(thread: threading.Thread) -> None:
 
 
 def planned(policy: Policy, observation: Observation, under_way: UnderWay | None) -> Plan:
-    """The policy's plan, which continues the one under way where there is one.
+    """Return the policy's plan, which continues the current plan if one is given.
 
     Raises:
-        TypeError: it gives no `Plan`. Whatever the policy raises.
+        TypeError: The policy does not return a `Plan`. Also any error of the policy.
     """
     if under_way is None:
         return checked_plan(policy.plan(observation), policy)
@@ -183,15 +183,15 @@ def planned(policy: Policy, observation: Observation, under_way: UnderWay | None
 
 
 def checked_plan(plan: object, policy: Policy) -> Plan:
-    """What a policy gave. Raises TypeError: it is no `Plan`."""
+    """Return the result of a policy. Raises TypeError if it is not a `Plan`."""
     if not isinstance(plan, Plan):
         raise TypeError(f"{type(policy).__name__} gave {type(plan).__name__} in place of a Plan")
     return plan
 
 
 def ordinary(error: BaseException) -> Exception:
-    """What a policy ended with, as an error that can be handed to another thread: what is no `Exception` would end the
-    thread, or the event loop, that takes it up, and a future takes no StopIteration."""
+    """Convert an exception of a policy to one that can be passed to another thread. An exception that is no `Exception`
+    would end the receiving thread or event loop, and a future does not accept StopIteration."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     panic = PolicyPanicError(f"{type(error).__name__}: {error}")

@@ -1,10 +1,10 @@
-"""Bounds from the training data on observations and plans, checked by the server.
+"""Bounds on observations and plans, derived from the training data and checked by the server.
 
-A network extrapolates without a word: a start pose in millimetres gives a plan that looks right, one of 1e20 gives
-NaN, and so do a covered lens and the intrinsics of another resolution. :meth:`Bounds.refuse_start`,
-:meth:`Bounds.refuse_images` and :meth:`Bounds.refuse_plan` refuse them with a sentence. The limits of the robot
-itself (speed, workspace, table) are those of `keygrip.runtime.limits`, at the robot; these are wider, and stop what no
-robot should ever receive.
+A network extrapolates without a warning: a start pose in millimetres gives a plan that seems plausible, one of 1e20
+gives NaN. A covered lens and the intrinsics of another resolution are not detected by the network either.
+:meth:`Bounds.refuse_start`, :meth:`Bounds.refuse_images` and :meth:`Bounds.refuse_plan` refuse them with a message. The
+limits of the robot itself (speed, workspace, table) are in `keygrip.runtime.limits`, at the robot. The bounds here are
+wider and stop plans that no robot should ever receive.
 
 Frames and units: world frame, metres, seconds; quaternions w, x, y, z; gripper 0 closed .. 1 open.
 Shape legend: A arms, T planned steps.
@@ -27,18 +27,18 @@ GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
 
 
 class ImplausibleError(ValueError):
-    """An observation far from the training data, or a plan that must not be sent; the text says why."""
+    """An observation far from the training data, or a plan that must not be sent; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far an observation and a plan may leave the box of the positions seen in training.
+    """How far an observation and a plan may be outside the box of the positions seen in training.
 
     Args:
-        start_m: of the arm's position. plan_m: of a planned position.
-        speed_m_s: between planned positions, the arm's own first.
-        image_levels: an image whose brightness varies by less, of 255, shows nothing; 0: every image is taken.
-        centre_share: of an image's side, by which the centre in the intrinsics may lie beside the middle.
+        start_m: for the arm's position. plan_m: for a planned position.
+        speed_m_s: between planned positions, starting from the arm's own.
+        image_levels: an image whose brightness varies by less (of 255) counts as dark; 0: every image is accepted.
+        centre_share: largest offset of the intrinsics' principal point from the image centre, as a fraction of a side.
     """
 
     start_m: float = 0.2
@@ -54,11 +54,11 @@ class Bounds:
                 raise ValueError(f"bounds.{bound.name} must be finite and above 0, not {value}")
 
     def refuse_images(self, observation: Observation, needs: Needs, masks: bool = False) -> None:
-        """Raise ImplausibleError where a camera shows nothing, or its intrinsics are of another resolution.
+        """Raise ImplausibleError if a camera image is dark, or its intrinsics belong to another resolution.
 
         Args:
-            needs: what the policy reads. masks: it leaves out images that show nothing by its own criterion
-                (`keygrip.models.dark_images`); they are let through, unless all are such.
+            needs: inputs of the policy. masks: the policy masks dark images by its own criterion
+                (`keygrip.models.dark_images`); such images are accepted unless all images are dark.
         """
         names: Sequence[str] = needs.cameras or ("",)
         told = names
@@ -87,7 +87,7 @@ class Bounds:
                 continue
             height, width = np.shape(view["image"])[:2]
             centre = np.asarray(view["intrinsics"], float)[:2, 2]
-            if not np.abs(centre / (width, height) - 0.5).max() <= self.centre_share:  # also what is not a number
+            if not np.abs(centre / (width, height) - 0.5).max() <= self.centre_share:  # also true for NaN
                 raise ImplausibleError(
                     f"{_image(said)} has {width} x {height} pixels and its intrinsics put the centre at "
                     f"({centre[0]:.4g}, {centre[1]:.4g}), farther from the middle than bounds.centre_share="
@@ -95,19 +95,18 @@ class Bounds:
                 )
 
     def refuse_start(self, observation: Observation, workspace: np.ndarray | None) -> None:
-        """Raise ImplausibleError where an arm is far from every position seen in training.
+        """Raise ImplausibleError if an arm is far from every position seen in training.
 
         Args:
-            workspace: [2, 3] lowest and highest training position; None: nothing is known, all is taken.
+            workspace: [2, 3] lowest and highest training position; None: unknown, every position is accepted.
         """
         self._refuse_far("'position'", arm_axis(observation["position"], 1), workspace)
 
     def refuse_under_way(self, plan: Plan, workspace: np.ndarray | None) -> None:
-        """Raise ImplausibleError where a plan under way, as a client says it is, leads far from all positions seen in
-        training.
+        """Raise ImplausibleError if the current plan sent by a client leads far outside the positions seen in training.
 
         Args:
-            workspace: as of `refuse_start`.
+            workspace: as in `refuse_start`.
         """
         self._refuse_far("'executing/position'", plan.position.reshape(-1, 3), workspace)
 
@@ -123,10 +122,10 @@ class Bounds:
             )
 
     def refuse_plan(self, plan: Plan, observation: Observation, workspace: np.ndarray | None) -> None:
-        """Raise ImplausibleError where a plan is not one of finite, unit, reachable poses.
+        """Raise ImplausibleError if a plan does not consist of finite, unit, reachable poses.
 
         Args:
-            observation: that the plan was made for. workspace: as of `refuse_start`.
+            observation: the plan's observation. workspace: as in `refuse_start`.
         """
         start = arm_axis(observation["position"], 1)
         arms, steps = len(start), np.shape(plan.gripper)[-1] if np.ndim(plan.gripper) else 0
@@ -170,23 +169,23 @@ class Bounds:
 
 @dataclass
 class PlausiblePolicy:
-    """A policy that refuses what a server would refuse: observations far from the training data.
+    """A policy that refuses the observations that a server would refuse: those far from the training data.
 
     Args:
-        policy: plans. bounds: see there; plans themselves are held to the robot's limits.
+        policy: computes plans. bounds: see `Bounds`; plans themselves are checked against the robot's limits.
     """
 
     policy: Any
     bounds: Bounds
 
     def plan(self, observation: Observation) -> Plan:
-        """The policy's plan. Raises ImplausibleError: the observation is not one to plan from."""
+        """Return the policy's plan. Raises ImplausibleError if the observation is implausible."""
         self._refuse(observation)
         plan: Plan = self.policy.plan(observation)
         return plan
 
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
-        """As `plan`, of a policy that continues the plan under way."""
+        """As `plan`, for a policy that continues the current plan."""
         self._refuse(observation)
         plan: Plan = self.policy.plan_continuing(observation, executing, delay_s)
         return plan
@@ -197,7 +196,7 @@ class PlausiblePolicy:
 
 
 def masks_views(policy: Policy) -> bool:
-    """Whether a policy leaves out cameras that show nothing."""
+    """Return whether a policy masks cameras with dark images."""
     return bool(getattr(policy, "masks_views", False))
 
 
@@ -206,7 +205,7 @@ def _image(camera: str) -> str:
 
 
 def _outside(positions: np.ndarray, workspace: np.ndarray) -> tuple[float, int]:
-    """How far the farthest of positions [N, 3] lies outside a box [2, 3] along one axis, metres, and which it is."""
+    """Return the largest distance of positions [N, 3] outside a box [2, 3] along one axis, metres, and its index."""
     beyond = np.maximum(workspace[0] - positions, positions - workspace[1]).max(axis=1)
     where = int(np.argmax(beyond))
     return float(beyond[where]), where

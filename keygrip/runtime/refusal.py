@@ -1,10 +1,10 @@
-"""Answers of the policy server that are no plan."""
+"""Answers of the policy server that contain no plan."""
 
 from __future__ import annotations
 
 
 class Refusal(Exception):
-    """An answer without a plan: a status of HTTP, a sentence, and whether to ask again soon."""
+    """An answer without a plan: an HTTP status, a message, and whether the client may retry soon."""
 
     def __init__(self, status: int, sentence: str, again: bool = False) -> None:
         super().__init__(sentence)

@@ -14,11 +14,11 @@ from keygrip.robots.joint_arms import JointArms
 
 
 class RobotLostError(ConnectionError):
-    """The robot does not answer, or what it answers cannot be read."""
+    """The robot does not respond, or its response cannot be read."""
 
 
 class Robot(Protocol):
-    """What the control loop needs of a robot.
+    """The interface that the control loop requires of a robot.
 
     Attributes:
         control_hz: commands per second.
@@ -27,68 +27,68 @@ class Robot(Protocol):
     control_hz: float
 
     def now(self) -> float:
-        """Seconds on the robot's clock, which starts anywhere and never goes back."""
+        """Seconds on the robot's clock, which has an arbitrary start and never goes back."""
         ...
 
     def wait_until(self, moment: float) -> None:
-        """Returns at a moment of that clock, at once where it has passed."""
+        """Return at a moment of that clock, immediately if it has passed."""
         ...
 
     def observe(self, images: bool = True) -> dict[str, Any]:
-        """An observation as in :mod:`keygrip.models.policy`, with `time_s`: when the oldest part of it was measured,
-        which may be after the call began (a camera's next frame), and is not after it returns.
+        """Return an observation as in :mod:`keygrip.models.policy`, with `time_s`: when its oldest part was measured.
+        This may be after the call began (a camera's next frame) and is not after it returns.
 
         Args:
-            images: whether cameras are wanted; without them only the arm's own entries need be there.
+            images: whether to read cameras; without them only the arm's own entries are needed.
 
         Raises:
-            RobotLostError: the arm or a camera does not answer.
+            RobotLostError: The arm or a camera does not respond.
         """
         ...
 
     def command(self, poses: np.ndarray) -> None:
-        """Where the tools shall be one control period from now.
+        """Command the tool poses for one control period from now.
 
         Args:
             poses: [A, 8] position, quaternion, gripper opening.
 
         Raises:
-            keygrip.robots.joint_motion.JointMotionError: a pose that the joints may not take; the arm stays under its
-                last command. RobotLostError: the arm does not answer.
+            keygrip.robots.joint_motion.JointMotionError: A pose that the joints must not take; the arm stays under its
+                last command. RobotLostError: The arm does not respond.
         """
         ...
 
     def stop(self) -> None:
-        """Ends the motion where the arm is and takes no further command. Safe to call twice."""
+        """End the motion at the current pose and accept no further command. Safe to call twice."""
         ...
 
     def close(self) -> None:
-        """Gives back devices; after `stop`."""
+        """Close devices; call it after `stop`."""
         ...
 
 
 @runtime_checkable
 class JointRobot(Robot, JointArms, Protocol):
-    """A robot that also follows the joints of a plan, where a policy plans them; others follow its poses.
+    """A robot that can follow the joints of a plan, if the policy plans joints. Other robots follow its poses.
 
-    It may have an attribute `joint_motion` (:class:`keygrip.robots.joint_motion.ArmMotions`, or None): what bounds the
-    joints, after the last command. It says which arms the joints' speed has held back, and a copy of it tries out the
-    commands of a dry run.
+    It may have an attribute `joint_motion` (:class:`keygrip.robots.joint_motion.ArmMotions`, or None): the joint limits
+    with the state after the last command. It reports which arms the joint speed limit has held back, and a dry run
+    tests its commands on a copy.
     """
 
     @property
     def commanded_joints(self) -> np.ndarray:
-        """[A, J] rad of the last command, however it was given; at the start, where the joints are."""
+        """[A, J] rad of the last command, given as joints or poses; at the start, the current joints."""
         ...
 
     def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:
         """As `Robot.command`.
 
         Args:
-            poses: [A, 8]. joints: [A, J] rad that a plan has for them: they are sent as they are where they put the
-                tools at the poses, else those found from them that do.
+            poses: [A, 8]. joints: [A, J] rad that a plan has for them. They are sent unchanged if their tool poses are
+                the given poses; otherwise joints are computed from the poses, starting at the given joints.
 
         Raises:
-            As `Robot.command`; `JointMotionError` also for joints in a collision.
+            As `Robot.command`; also `JointMotionError` for joints in a collision.
         """
         ...

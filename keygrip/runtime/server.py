@@ -1,11 +1,11 @@
 """The policy server: HTTP, and openpi's websocket protocol at the same address.
 
-``POST /plan`` takes an observation and answers with a plan, ``POST /reset`` opens a session or starts its next episode,
-``DELETE /session`` closes it; ``GET /health``, ``/healthz`` and ``/metrics`` say how things are. A websocket at ``/``
-speaks openpi's protocol (`openpi_socket`).
+``POST /plan`` receives an observation and returns a plan, ``POST /reset`` opens a session or starts its next episode,
+``DELETE /session`` closes it; ``GET /health``, ``/healthz`` and ``/metrics`` report the server's state. A websocket at
+``/`` uses openpi's protocol (`openpi_socket`).
 
 All client input is untrusted: sizes are limited before bytes are read, reading has a time limit, bodies are
-arrays and never objects (see `wire` and `messagepack`), and without the token nothing is answered.
+arrays and never objects (see `wire` and `messagepack`), and without the token no request is answered.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from keygrip.runtime.wire import CONTENT_TYPE, SESSION_HEADER, decode_request, e
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-LINGER_S = 1.0  # a refused body is still read for this long, so that the sender gets the answer
+LINGER_S = 1.0  # a refused body is still read for this time, so that the client receives the answer
 LONGEST_RESET = 1000  # bytes of the body of POST /reset
 PLACES = "there is POST /plan, POST /reset, DELETE /session, GET /health, /healthz and /metrics, and a websocket at /"
 
 
 class PolicyServer:
-    """A policy behind an address.
+    """Serve a policy at an address.
 
     Args:
-        policy: plans; called from one thread. needs: what it reads.
-        about: what `/health` says of the model, plain values. limits, bounds: see there.
-        make: another policy like it, for when it is stuck; None: the server then ends.
-        token: that every request but `/healthz` must bring; None: everybody is answered.
+        policy: computes plans; called from one thread. needs: its inputs.
+        about: what `/health` reports about the model, plain values. limits, bounds: see `Limits` and `Bounds`.
+        make: creates an equal policy to replace a stuck one; None: the server ends instead.
+        token: required in every request except `/healthz`; None: every client is answered.
         tls: certificate and key; None: no encryption.
     """
 
@@ -69,19 +69,19 @@ class PolicyServer:
         self.service = PolicyService(policy, needs, about, self.limits, bounds or Bounds(), make)
         self._token, self._tls = token, tls
         self._in_progress = 0
-        self._names: set[str] | None = None  # of the Host header, beside IP addresses; None: any
+        self._names: set[str] | None = None  # allowed in the Host header, in addition to IP addresses; None: any
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
     async def serve(self, host: str, port: int, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
-        """Answers at one address until `stop` is set, then finishes what it has begun.
+        """Serve at one address until `stop` is set, then finish the requests in progress.
 
         Args:
-            host: the address to listen on, and no other. port: 0 takes a free one. ready: called with the URL.
+            host: the only address to listen on. port: 0 selects a free one. ready: called with the URL.
 
         Raises:
-            OSError: the address is not this machine's, or the port is taken.
-            RuntimeError: the policy was stuck more often than it may be replaced.
+            OSError: The address does not belong to this machine, or the port is in use.
+            RuntimeError: The policy was stuck more often than it may be replaced.
         """
         application = web.Application(client_max_size=self.limits.request_bytes, middlewares=[self._answer])
         application.router.add_get("/", self._socket, allow_head=False)
@@ -98,11 +98,11 @@ class PolicyServer:
             handle_signals=False,
             keepalive_timeout=self.limits.idle_s,
             lingering_time=LINGER_S,
-            auto_decompress=False,  # a small body may not become a large one
+            auto_decompress=False,  # otherwise a small body could expand to a large one
             shutdown_timeout=self.limits.plan_s,
         )
         await runner.setup()
-        # A full garbage collection over the objects of torch and the policy stops every thread for 0.1 s and more.
+        # A full garbage collection over the objects of torch and the policy blocks all threads for 0.1 s or longer.
         gc.collect()
         gc.freeze()
         watch = asyncio.create_task(self.service.planner.watch())
@@ -135,8 +135,8 @@ class PolicyServer:
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answers every refusal with a sentence, and counts the answers."""
-        conversation = request.path == "/"  # it may last, and counts its own answers
+        """Answer every refusal with a message, and count the answers."""
+        conversation = request.path == "/"  # a websocket may last long, and counts its answers itself
         self._in_progress += not conversation
         try:
             response = await self._response(request, handler)
@@ -170,11 +170,12 @@ class PolicyServer:
         return response
 
     def _admit(self, request: web.Request) -> None:
-        """Raises Refusal: it is a web page's request, it has no token, or too many are in progress."""
-        if "Origin" in request.headers:  # browsers let any web page post to any address, and say so here
+        """Raise Refusal if the request comes from a web page, has no token, or too many requests are in progress."""
+        # browsers let any web page post to any address, and mark such requests with Origin
+        if "Origin" in request.headers:
             raise Refusal(403, "no answers for web pages (the request has an Origin)")
         if self._names is not None and not _is_one_of(self._names, request.headers.get("Host", "localhost")):
-            # A web page's own name can be made to lead to this machine; then its requests need not have an Origin.
+            # DNS rebinding: a web page's own name can point to this machine; its requests then need not have an Origin.
             raise Refusal(
                 403, "the server answers this machine alone: ask for localhost or 127.0.0.1, or start it with a token"
             )
@@ -236,9 +237,10 @@ class PolicyServer:
         return web.json_response({"closed": True})
 
     async def _body(self, request: web.Request, kind: str) -> bytes:
-        """The request's body. Raises Refusal where it is not read."""
+        """Return the request's body. Raises Refusal if it is not accepted."""
         if request.headers.get("Content-Type") != kind:
-            # Browsers send other types, or none, to any address that a web page names; for this one they ask first.
+            # Browsers send other types, or none, to any address on behalf of a web page; for this type they ask the
+            # server first.
             raise Refusal(415, f"the header Content-Type must say {kind}")
         if "Content-Encoding" in request.headers:
             raise Refusal(415, "compressed bodies are not taken")
@@ -250,12 +252,12 @@ class PolicyServer:
                 return await request.read()
         except TimeoutError:
             raise Refusal(408, f"the body did not arrive within {self.limits.read_s:g} s") from None
-        except web.HTTPRequestEntityTooLarge:  # of a body whose length was not said
+        except web.HTTPRequestEntityTooLarge:  # a body without a stated length
             raise large from None
 
 
 def _is_one_of(names: set[str], host: str) -> bool:
-    """Whether a Host header says one of these names, or an IP address, which no web page's name can stand for."""
+    """Return whether a Host header is one of these names or an IP address, which no web page's name can imitate."""
     name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]")
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)

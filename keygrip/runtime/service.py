@@ -1,7 +1,7 @@
-"""What both protocols of the policy server share: from an encoded observation to a plan or a refusal.
+"""The common part of both protocols of the policy server: from an encoded observation to a plan or a refusal.
 
-Decoding runs in threads of its own, so that the event loop answers `/health` meanwhile; the policy runs in another
-(`batch_planner`); what goes in and what comes out is held to the training data (`plausibility`).
+Decoding runs in separate threads, so that the event loop can answer `/health` meanwhile. The policy runs in another
+thread (`batch_planner`). Observations and plans are checked against the training data (`plausibility`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Limits:
     """Limits of a server: sizes, counts, times.
 
     Args:
-        request_mb: size of a request's body. requests: in progress at once, those still arriving included.
-        waiting: plans that wait or are computed at once; more are refused with 503.
-        batch: plans computed at once, of requests that wait; None: 1.
-        sessions: open at once, websocket connections included. session_s: after which an unused one is closed.
-        read_s: time in which a body must have arrived. idle_s: time in which a connection must send a request's head.
-        plan_s: time for a plan, waiting included; then the answer is 504.
-        stuck_s: a computation that takes longer is stuck, and the policy is replaced. replacements: of those; one more
-            and the server ends.
+        request_mb: size of a request's body. requests: number in progress at once, including those still arriving.
+        waiting: number of plans that wait or are computed at once; further requests are refused with 503.
+        batch: number of waiting requests computed together; None: 1.
+        sessions: open at once, websocket connections included. session_s: an unused session is closed after this time.
+        read_s: time limit for receiving a body. idle_s: time limit for receiving a request's header.
+        plan_s: time limit for a plan, waiting included; then the answer is 504.
+        stuck_s: a longer computation is stuck, and the policy is replaced. replacements: how often; the next time the
+            server ends.
     """
 
     request_mb: float = 16.0
@@ -72,14 +72,14 @@ class Limits:
 
 
 class PolicyService:
-    """A policy and the requests for it, whatever they come through. Used from one event loop.
+    """A policy and the requests for it, over any protocol. Used from one event loop.
 
     Args:
-        policy: plans; called from one thread. needs: what it reads. about: what `/health` says of the model.
-        make: another policy like it, for when it is stuck; None: the server then ends.
+        policy: computes plans; called from one thread. needs: its inputs. about: model information in `/health`.
+        make: creates an equal policy to replace a stuck one; None: the server ends instead.
 
     Raises:
-        ValueError: the policy draws by chance and cannot be shared by sessions.
+        ValueError: The policy is stochastic and cannot be shared by sessions.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PolicyService:
         self.masks = masks_views(policy)
         self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
         self.conversations = 0  # open websocket connections
-        self.ending = asyncio.Event()  # they close once they have answered
+        self.ending = asyncio.Event()  # they close after their current answer
         self._decoding = 0
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._make = make
@@ -112,31 +112,31 @@ class PolicyService:
         )
 
     def close(self) -> None:
-        """Ends the threads once they have finished what they do."""
+        """End the threads after their current work."""
         self.planner.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     @property
     def waiting(self) -> int:
-        """Plans under way: decoded, waiting or computed."""
+        """Number of plans in progress: decoded, waiting or computed."""
         return self._decoding + self.planner.pending
 
     def policy(self, seed: int | None = None) -> Policy:
-        """The policy, or with a seed one that draws by a generator of its own.
+        """Return the policy, or with a seed a policy with its own generator.
 
         Raises:
-            Refusal: it is stuck.
+            Refusal: The policy is stuck.
         """
         if self.planner.policy is None:
             raise Refusal(503, self.planner.trouble() or "there is no policy", again=True)
         return self.planner.policy if seed is None else seeded(self.planner.policy, seed)
 
     async def read(self, decode: Callable[[], Decoded]) -> Decoded:
-        """What `decode` returns, computed beside the event loop; `plan` must follow at once where that is an
-        observation.
+        """Return the result of `decode`, computed outside the event loop. If it is an observation, `plan` must follow
+        immediately.
 
         Raises:
-            Refusal: too many plans wait, or what was sent makes no sense.
+            Refusal: Too many plans wait, or the input is invalid.
         """
         if self.waiting >= self.limits.waiting:
             trouble = self.planner.trouble()
@@ -150,13 +150,13 @@ class PolicyService:
             self._decoding -= 1
 
     async def plan(self, observation: Observation, policy: Policy, under_way: UnderWay | None = None) -> Plan:
-        """The plan of a session's policy.
+        """Return the plan of a session's policy.
 
         Args:
-            under_way: the plan that it continues, of a policy that can.
+            under_way: the plan to continue, for policies that support it.
 
         Raises:
-            Refusal: with the status that says whose fault it is.
+            Refusal: with the status that identifies the cause.
         """
         try:
             async with asyncio.timeout(self.limits.plan_s):
@@ -171,7 +171,7 @@ class PolicyService:
             raise Refusal(504, f"the plan took longer than {self.limits.plan_s:g} s") from None
         except UnavailableError as error:
             raise Refusal(503, str(error), again=True) from error
-        except ValueError as error:  # implausible, or the policy finds no plan: a ray that meets no plane, ...
+        except ValueError as error:  # implausible input, or the policy finds no plan: a ray that meets no plane, ...
             if isinstance(error, ImplausibleError):
                 log.warning("refused: %s", error)
             raise Refusal(422, str(error)) from error
@@ -180,7 +180,7 @@ class PolicyService:
             raise Refusal(500, f"the policy failed: {type(error).__name__}: {error}") from error
 
     def health(self) -> dict[str, Any]:
-        """State, model, what an observation holds, limits, counts, times."""
+        """Return state, model, expected observation, limits, counts, times."""
         trouble = self.planner.trouble()
         workspace = None if self.workspace is None else np.asarray(self.workspace, float).tolist()
         return {
@@ -199,7 +199,7 @@ class PolicyService:
         }
 
     def metrics_text(self) -> str:
-        """For Prometheus."""
+        """Return the metrics in Prometheus' text format."""
         return self.metrics.text(
             {
                 "up": ("1 while plans can be expected.", float(self.planner.trouble() is None)),
@@ -213,7 +213,7 @@ class PolicyService:
     def _remake(self) -> Policy:
         assert self._make is not None
         policy = self._make()
-        self.sessions.clear()  # their policies compute with the network that is stuck
+        self.sessions.clear()  # their policies use the network that is stuck
         return policy
 
 

@@ -1,7 +1,7 @@
-"""Sessions of a policy server: each client's policy has a random generator of its own.
+"""Sessions of a policy server: each client's policy has its own random generator.
 
-A policy that draws by chance has `reset(seed)` and `session()`: another one on the same network with a generator of
-its own. Policies without chance need no session; theirs is the policy itself.
+A stochastic policy has `reset(seed)` and `session()`, which returns a policy on the same network with its own
+generator. Deterministic policies need no session; all clients share the policy itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Session:
 
 
 def stochastic(policy: Policy) -> bool:
-    """Whether a policy draws by chance.
+    """Return whether a policy is stochastic.
 
     Raises:
-        ValueError: it does, and cannot be shared: it has `reset` and no `session`.
+        ValueError: It is and cannot be shared, because it has `reset` but no `session`.
     """
     if not hasattr(policy, "reset"):
         return False
@@ -42,7 +42,7 @@ def stochastic(policy: Policy) -> bool:
 
 
 def seeded(policy: Policy, seed: int) -> Policy:
-    """A policy on the same network with its own generator from `seed`; the policy itself if it is deterministic."""
+    """Return a policy on the same network with a generator from `seed`; the policy itself if it is deterministic."""
     if not stochastic(policy):
         return policy
     source: Any = policy
@@ -55,7 +55,7 @@ class Sessions:
     """The open sessions, by names that cannot be guessed.
 
     Args:
-        most: that are open at once. idle_s: after which one that is not used is closed.
+        most: maximum number open at once. idle_s: an unused session is closed after this time.
     """
 
     def __init__(self, most: int, idle_s: float) -> None:
@@ -67,10 +67,10 @@ class Sessions:
         return len(self._open)
 
     def start(self, policy: Policy, seed: int) -> str:
-        """The name of a new session.
+        """Open a session and return its name.
 
         Raises:
-            Refusal: too many are open.
+            Refusal: Too many sessions are open.
         """
         if len(self) >= self._most:
             raise Refusal(503, f"{self._most} sessions are open: close one (DELETE /session), or ask again later")
@@ -79,11 +79,11 @@ class Sessions:
         return name
 
     def restart(self, name: str, policy: Policy, seed: int) -> None:
-        """Starts an episode of a session. Raises Refusal where it is not open."""
+        """Start an episode of a session. Raises Refusal if it is not open."""
         self.find(name).policy = seeded(policy, seed)
 
     def find(self, name: str) -> Session:
-        """An open session. Raises Refusal where it is not open."""
+        """Return an open session. Raises Refusal if it is not open."""
         self._close_idle()
         session = self._open.get(name)
         if session is None:
@@ -94,12 +94,12 @@ class Sessions:
         return session
 
     def end(self, name: str) -> None:
-        """Closes a session. Raises Refusal where it is not open."""
+        """Close a session. Raises Refusal if it is not open."""
         self.find(name)
         del self._open[name]
 
     def clear(self) -> None:
-        """Closes all."""
+        """Close all sessions."""
         self._open.clear()
 
     def _close_idle(self) -> None:
@@ -109,7 +109,7 @@ class Sessions:
 
 
 def checked_seed(value: object) -> int:
-    """The seed of a request. Raises Refusal where it is none."""
+    """Return the seed of a request. Raises Refusal if it is invalid."""
     if type(value) is not int or not 0 <= value < LARGEST_SEED:
         raise Refusal(400, f"a seed is a whole number from 0 to {LARGEST_SEED - 1}, not {str(value)[:40]!r}")
     return value

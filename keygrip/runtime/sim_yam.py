@@ -19,12 +19,12 @@ class SimulatedYam:
     """One simulated arm at a table (see :class:`keygrip.envs.yam.environment.YamCell`).
 
     Args:
-        task: what stands on the table. image_size: edge of the square image, pixels. cameras: None: the task's own;
-            `keygrip run` then gives those that the policy was trained on, where they are `known_cameras`.
+        task: objects on the table. image_size: edge of the square image, pixels. cameras: None: the task's own;
+            `keygrip run` then selects those that the policy was trained on, if they are `known_cameras`.
         control_hz: commands per second. seed: of the episode.
-        joints: limits of the joints, checked before every command; None: the cell's own inverse kinematics alone.
-        real_time: the clock is that of the machine; False: it advances by a period with every command that is taken,
-            and to what `wait_until` waits for, so that a run does not depend on the machine's speed.
+        joints: limits of the joints, checked before every command; None: only the cell's own inverse kinematics.
+        real_time: use the machine's clock. False: the clock advances by one period with every accepted command, and to
+            the moment given to `wait_until`, so that a run does not depend on the machine's speed.
     """
 
     robot, arms = "yam", ("right",)
@@ -46,7 +46,7 @@ class SimulatedYam:
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
-        """The episode of a seed, the arm at rest."""
+        """Start the episode of a seed, with the arm at rest."""
         self._observation, info = self.cell.reset(seed=seed)
         self.instruction = str(info["instruction"])
         self.stopped = self._refused = False
@@ -59,12 +59,12 @@ class SimulatedYam:
         return time.monotonic() if self.real_time else self._ticks / self.control_hz
 
     def wait_until(self, moment: float) -> None:
-        if self._refused:  # a period without a command: the arm stays under the last one
+        if self._refused:  # a period without a command: the arm stays under the last command
             self._advance(np.append(np.concatenate(self.cell.commanded_pose), self.cell.commanded_gripper))
         if self.real_time:
             time.sleep(max(0.0, moment - time.monotonic()))
             return
-        while self.now() < moment - 1e-9:  # a stopped robot takes no command, and time goes on
+        while self.now() < moment - 1e-9:  # a stopped robot accepts no command, but time advances
             self._ticks += 1
 
     def observe(self, images: bool = True) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class SimulatedYam:
 
     @property
     def joint_motion(self) -> ArmMotions | None:
-        """What bounds the joints, after the last command; None: nothing but the cell does."""
+        """The joint limits with the state after the last command; None: only the cell limits joints."""
         return None if self._motion is None else ArmMotions([self._motion], [np.eye(4)], self.arms)
 
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ class SimulatedYam:
             try:
                 allowed = self._motion.step(pose, 1.0 / self.control_hz, planned)
             except JointMotionError:
-                self._refused = True  # another command may follow within the period
+                self._refused = True  # another command may follow in the same period
                 raise
             position, quaternion = forward_kinematics(allowed)
             pose, planned = np.concatenate([position, quaternion, pose[7:]]), allowed
@@ -117,7 +117,7 @@ class SimulatedYam:
         self._ticks += not self.real_time
 
     def outcome(self) -> tuple[bool, str | None]:
-        """Whether the task is done, and why it has failed, None while it goes on."""
+        """Return whether the task is done, and why it has failed; None while it continues."""
         success, truncated, info = self.cell.outcome()
         return success, info["failure_reason"] if truncated else None
 

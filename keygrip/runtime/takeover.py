@@ -1,8 +1,8 @@
 """Corrections by a person while a policy drives: read from a device, limited like plans, and recorded.
 
-Corrections are recorded as native demonstrations in which those frames are marked (`intervention` in trajectory.npz);
-training weighs them by `data.intervention_weight` (Ross et al., "A Reduction of Imitation Learning and Structured
-Prediction to No-Regret Online Learning", 2011; Kelly et al., "HG-DAgger", 2019).
+Corrections are recorded as native demonstrations in which the corrected frames are marked (`intervention` in
+trajectory.npz). Training weights them by `data.intervention_weight` (Ross et al., "A Reduction of Imitation Learning
+and Structured Prediction to No-Regret Online Learning", 2011; Kelly et al., "HG-DAgger", 2019).
 
 Shape legend: A arms.
 """
@@ -37,7 +37,7 @@ class Correction:
 
     Attributes:
         velocity: [3] m/s of the tool, world axes. turn: [3] rad/s about world axes.
-        gripper: opening 0 .. 1, None: as it is. arm: which one.
+        gripper: opening 0 .. 1, None: unchanged. arm: index.
     """
 
     velocity: np.ndarray = field(default_factory=lambda: np.zeros(3))
@@ -47,26 +47,26 @@ class Correction:
 
 
 class TakeoverLostError(Exception):
-    """The device through which a person drives the arm can no longer be read."""
+    """The device with which a person drives the arm can no longer be read."""
 
 
 class Takeover(Protocol):
     """A person at a device, or a script."""
 
     def read(self, now: float, command: np.ndarray) -> Correction | None:
-        """The correction at this moment; None: the policy drives.
+        """Return the current correction; None: the policy drives.
 
         Args:
-            now: seconds on the robot's clock. command: [A, 8] the present one.
+            now: seconds on the robot's clock. command: [A, 8] the current one.
 
         Raises:
-            TakeoverLostError: the person has the arm, and what they do cannot be read: the arm is to be held.
+            TakeoverLostError: The person drives the arm, and the device cannot be read: the arm must be held.
         """
         ...
 
 
 def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.ndarray:
-    """The target [A, 8] of a correction: the present command moved on for one control period."""
+    """Return the target [A, 8] of a correction: the current command advanced by one control period."""
     target = command.copy()
     arm = target[correction.arm]
     arm[:3] += np.asarray(correction.velocity, float) * seconds
@@ -78,14 +78,15 @@ def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.
 
 
 class Device:
-    """A device with which a person takes the arm over and gives it back.
+    """A device with which a person takes control of the arm and returns it.
 
-    One that goes away while a person has the arm is a fault, which holds the arm and then stops it: the policy was
-    taken off the arm for a reason. Where the policy drives it goes on, without anybody who could take over.
+    If the device is lost while a person drives the arm, this is a fault, which holds the arm and then stops it, because
+    the person interrupted the policy for a reason. If it is lost while the policy drives, the policy continues, and
+    nobody can take over.
 
     Attributes:
-        active: whether the person has the arm. opening: of the gripper, 0 to 1, that they have asked for since they
-            took over; None: the gripper stays as it is, so that taking over drops nothing.
+        active: whether the person drives the arm. opening: of the gripper, 0 to 1, last requested since the takeover;
+            None: the gripper is unchanged, so that a takeover does not drop an object.
     """
 
     def __init__(self) -> None:
@@ -94,15 +95,15 @@ class Device:
         self._gone = False
 
     def switch(self) -> None:
-        """Takes over, or gives back."""
+        """Take control, or return it."""
         self.active, self.opening = not self.active, None
 
     def switch_gripper(self, present: float) -> None:
-        """Closes what is open and opens what is closed; `present` opening, 0 to 1, where nothing was asked for yet."""
+        """Close an open gripper and open a closed one. `present`: opening, 0 to 1, used if none was requested yet."""
         self.opening = 0.0 if (present if self.opening is None else self.opening) > 0.5 else 1.0
 
     def lost(self, message: str) -> None:
-        """The device cannot be read. Raises TakeoverLostError while a person has the arm, else says it once."""
+        """Handle an unreadable device. Raises TakeoverLostError while a person drives the arm, else logs it once."""
         if self.active:
             raise TakeoverLostError(message)
         if not self._gone:
@@ -111,15 +112,15 @@ class Device:
 
 
 class KeyboardTakeover(Device):
-    """A terminal's keyboard: t takes over and gives back, w s a d r f move (x, y, z), q e turn, space the gripper.
+    """A terminal's keyboard: t takes or returns control, w s a d r f move (x, y, z), q e rotate, space the gripper.
 
-    A terminal reports no releases: a motion lasts `repeat_seconds` after its last key press.
+    A terminal does not report key releases, so a motion lasts `repeat_seconds` after its last key press.
 
     Args:
         speed_m_s: of the tool. turn_rad_s: about the vertical. repeat_seconds: longer than the keyboard's repeat.
 
     Raises:
-        ValueError: standard input is no terminal.
+        ValueError: Standard input is not a terminal.
     """
 
     MOVES: Mapping[str, tuple[int, float]] = {
@@ -146,11 +147,11 @@ class KeyboardTakeover(Device):
         tty.setcbreak(self._stdin)
 
     def close(self) -> None:
-        """Gives the terminal back."""
+        """Restore the terminal's settings."""
         if self._terminal is not None:
             import termios
 
-            with contextlib.suppress(termios.error):  # it is gone
+            with contextlib.suppress(termios.error):  # the terminal is gone
                 termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._terminal)
             self._terminal = None
 
@@ -172,7 +173,7 @@ class KeyboardTakeover(Device):
         return Correction(velocity, turn, self.opening)
 
     def press(self, key: str, now: float, opening: float) -> None:
-        """A key press at a moment, when the gripper's command was an opening of 0 to 1."""
+        """Handle a key press. `opening`: the gripper's command at this time, 0 to 1."""
         if key == "t":
             self.switch()
             self._pressed.clear()
@@ -188,24 +189,24 @@ class KeyboardTakeover(Device):
                 pressed = os.read(self._stdin.fileno(), 64)
             except OSError:
                 pressed = b""
-            if not pressed:  # a terminal that waits for keys is not ready: this one has ended, and is ready for ever
+            if not pressed:  # a terminal without input is not ready; this one has ended and is always ready
                 raise EOFError
             keys += pressed.decode(errors="ignore")
         return keys
 
 
 class GamepadTakeover(Device):
-    """A gamepad through Linux's joystick interface: the left stick moves in x and y, the right one in z and turns;
-    button 0 takes over and gives back, button 1 closes and opens.
+    """A gamepad through Linux's joystick interface: the left stick moves in x and y, the right one in z and rotates;
+    button 0 takes or returns control, button 1 closes and opens.
 
     Args:
-        device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: of a stick, share of its way.
-        axes: numbers of the left stick's axes across and along, and of the right one's; those of the xpad driver, whose
-            axes 2 and 5 are triggers. An axis counts from when it was first seen at rest: one that is a trigger after
-            all rests at an end.
+        device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: fraction of a stick's range.
+        axes: indices of the left stick's horizontal and vertical axis, then the right stick's. Defaults are those of
+            the xpad driver, whose axes 2 and 5 are triggers. An axis is used only after it was seen at rest near 0; a
+            trigger rests at an end of its range.
 
     Raises:
-        FileNotFoundError: no such device. ValueError: not four axes.
+        FileNotFoundError: The device does not exist. ValueError: There are not four axes.
     """
 
     EVENT = struct.Struct("<IhBB")  # time ms, value, type, number
@@ -232,14 +233,14 @@ class GamepadTakeover(Device):
         self._rest = b""
 
     def close(self) -> None:
-        """Gives the device back."""
+        """Close the device."""
         os.close(self._file)
 
     def read(self, now: float, command: np.ndarray) -> Correction | None:
         try:
             self._rest += os.read(self._file, 4096)
         except BlockingIOError:
-            pass  # nothing has happened since
+            pass  # no new events
         except OSError as error:
             self.lost(f"lost the gamepad with which a person drove the arm ({error})")
         whole = len(self._rest) // self.EVENT.size * self.EVENT.size
@@ -269,15 +270,15 @@ class GamepadTakeover(Device):
 
 
 class CorrectionRecorder:
-    """Writes a run as a native demonstration in which corrected frames are marked; a run without any leaves none.
+    """Write a run as a native demonstration in which corrected frames are marked. A run without corrections is deleted.
 
-    A run that Ctrl-C, SIGTERM or a closed terminal ends is kept: it is how a run on an arm usually ends.
+    A run that ends by Ctrl-C, SIGTERM or a closed terminal is kept, because runs on an arm usually end this way.
 
     Args:
         folder: of the demonstration; must not exist. robot, task, instruction: for its metadata.
-        arms: names, in the order of the observation's A axis. cameras: names of the entries of `cameras`; one name
-            alone stands for the observation's own image. fps: control periods per second.
-        models: arm and gripper of each arm by i2rt's names, of a YAM; None: the usual ones.
+        arms: names, in the order of the observation's A axis. cameras: names of the entries of `cameras`; a single name
+            refers to the observation's own image. fps: control periods per second.
+        models: arm and gripper of each arm by i2rt's names, for YAM arms; None: the default models.
     """
 
     def __init__(
@@ -313,7 +314,7 @@ class CorrectionRecorder:
         self._writer.__exit__(kind, error, trace)
 
     def add(self, observation: Mapping[str, Any], command: np.ndarray, corrected: bool, now: float) -> None:
-        """A frame: what was seen, the command [A, 8] given there, and when, in seconds on the robot's clock."""
+        """Add a frame: the observation, its command [A, 8], and its time in seconds on the robot's clock."""
         if self._began is None:
             self._began = now
         views = observation.get("cameras") or {self.cameras[0]: observation}

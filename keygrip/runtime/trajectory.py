@@ -1,7 +1,7 @@
-"""A plan as a motion over time: what both ways of executing plans, and a dry run, read commands from.
+"""A plan as a motion over time, from which both ways of executing plans, and a dry run, read commands.
 
-Shape legend: A arms, T planned steps, W = 8 numbers of a pose with its opening, or more with the joints behind them
-where these are followed (:mod:`keygrip.runtime.plan_terms`).
+Shape legend: A arms, T planned steps, W = 8 values of a pose with gripper opening, or more if joints are followed and
+come after them (:mod:`keygrip.runtime.plan_terms`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ ROUNDING_S = 1e-6
 
 
 def control_periods(seconds: float, control_hz: float) -> int:
-    """Control periods until a motion of so many seconds is over. The last one may be begun alone; what rounding adds to
-    the seconds begins none."""
+    """Return the number of control periods of a motion of given length. The last period may be partial; rounding errors
+    of the length start no further period."""
     return math.ceil((seconds - ROUNDING_S) * control_hz)
 
 
 class Trajectory:
-    """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening when it is reached.
+    """Poses over time: smooth at every waypoint; the gripper takes a waypoint's opening when the waypoint is reached.
 
     Args:
-        times: [T + 1] seconds, rising. poses: [T + 1, A, W], the first where the motion begins.
-        arms: where their joints put the tools; needed where there are joints.
+        times: [T + 1] seconds, increasing. poses: [T + 1, A, W], the first where the motion begins.
+        arms: forward kinematics of the joints; required if the poses have joints.
     """
 
     def __init__(self, times: np.ndarray, poses: np.ndarray, arms: JointArms | None = None) -> None:
@@ -38,7 +38,7 @@ class Trajectory:
         ]
 
     def at(self, moment: float) -> np.ndarray:
-        """[A, W] at a moment; the first pose before the beginning, the last one after the end."""
+        """Return [A, W] at a moment; the first pose before the beginning, the last pose after the end."""
         times, poses = self.times, self.poses
         moment = float(np.clip(moment, times[0], times[-1]))
         index = min(max(int(np.searchsorted(times, moment - ROUNDING_S)), 1), len(times) - 1)
@@ -53,8 +53,8 @@ class Trajectory:
 
 
 def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
-    """Between two poses [A, W], `share` of the new one, at most 1; the gripper's opening is the new one's. The joints
-    are left out where one of the two has none."""
+    """Interpolate between two poses [A, W], with fraction `share` (at most 1) of the new one; the gripper's opening is
+    the new one's. Joints are dropped if one of the two has none."""
     width = min(old.shape[1], new.shape[1])
     old, new = old[:, :width], new[:, :width]
     pose = old + share * (new - old)
@@ -66,11 +66,12 @@ def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
 
 
 def executed_steps(positions: np.ndarray, steps: int, still_distance_m: float) -> int:
-    """How many steps of a plan are followed: `steps`, or more (up to its last but one) while the arm stands still.
+    """Return how many steps of a plan are followed: `steps`, or more (up to its last but one) while the arm stands
+    still.
 
     Args:
-        positions: [T + 1, A, 3] m, the first where the motion begins. steps: that are followed in any case.
-        still_distance_m: a motion that is shorter counts as none.
+        positions: [T + 1, A, 3] m, the first where the motion begins. steps: number followed in any case.
+        still_distance_m: a shorter motion counts as standing still.
     """
     moved, last = 0.0, len(positions) - 1
     for step in range(last):
@@ -82,7 +83,7 @@ def executed_steps(positions: np.ndarray, steps: int, still_distance_m: float) -
 
 
 def check_grip(below: float | None, above: float | None, settings: str) -> None:
-    """Raises ValueError: the two ends of the gripper's dead band, `grip_below` and `release_above` of a group of
+    """Raise ValueError if the two ends of the gripper's dead band, `grip_below` and `release_above` of a group of
     settings, are not in order, or one is missing."""
     if (below is None) != (above is None):
         raise ValueError(f"{settings}.grip_below and {settings}.release_above are given together or not at all.")
@@ -91,10 +92,11 @@ def check_grip(below: float | None, above: float | None, settings: str) -> None:
 
 
 def gripped(opening: np.ndarray, before: np.ndarray, below: float | None, above: float | None) -> np.ndarray:
-    """[A] the gripper's command: shut below the one opening, open above the other, between them as `before` [A].
+    """Return [A] the gripper's command: closed below the first opening, open above the second, in between as `before`
+    [A].
 
     Args:
-        opening: [A] that is planned. below, above: None: the planned opening is commanded as it is.
+        opening: [A] planned. below, above: None: the planned opening is commanded unchanged.
     """
     if below is None or above is None:
         return opening

@@ -1,4 +1,4 @@
-"""The watchdog of a control loop: a fault holds the arm, a fault that lasts stops it."""
+"""The watchdog of a control loop: a fault holds the arm; a fault that lasts stops it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class State(Enum):
-    """Of a control loop."""
+    """State of a control loop."""
 
     RUNNING = "running"
     HOLDING = "holding"
@@ -18,13 +18,13 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class WatchdogSettings:
-    """When the arm is held, and when it is stopped.
+    """Conditions under which the arm is held or stopped.
 
     Args:
-        stale_seconds: an observation older than this holds the arm (a camera that froze, a driver that hangs).
+        stale_seconds: an older observation holds the arm (a frozen camera, a driver that hangs).
         stuck_seconds: a plan that takes longer holds the arm.
-        hold_seconds: a fault that lasts so long stops the arm for good; one that ends before lets it go on.
-        most_holds: the arm is stopped at the next fault after so many.
+        hold_seconds: a fault that lasts this long stops the arm permanently; after a shorter one the arm continues.
+        most_holds: after this many holds, the next fault stops the arm.
     """
 
     stale_seconds: float = 0.5
@@ -41,10 +41,10 @@ class WatchdogSettings:
 
 
 class Watchdog:
-    """Follows the faults of a run.
+    """Track the faults of a run.
 
     Args:
-        settings: see there.
+        settings: see `WatchdogSettings`.
     """
 
     def __init__(self, settings: WatchdogSettings | None = None) -> None:
@@ -56,10 +56,10 @@ class Watchdog:
         self._holds = 0
 
     def update(self, now: float, fault: str | None) -> State:
-        """The state after a control period.
+        """Return the state after a control period.
 
         Args:
-            now: seconds on the robot's clock. fault: what is wrong now, or None.
+            now: seconds on the robot's clock. fault: the current fault, or None.
         """
         if self.state is State.STOPPED:
             return self.state

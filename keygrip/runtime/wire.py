@@ -1,12 +1,12 @@
 """The messages between a robot and the policy server: named arrays in the safetensors format.
 
-A robot that executes a plan may send it along, for a policy that continues it (real-time chunking).
+A robot that executes a plan may send this plan, for a policy that continues it (real-time chunking).
 
-The format is a JSON header with names, types and shapes, then the raw bytes: reading it runs no code, and its lengths
-are checked before anything is allocated. A sentence travels as its UTF-8 bytes. Every array of an observation is
-checked for type, shape and sense before a policy sees it.
+The format is a JSON header with names, types and shapes, followed by the raw bytes. Reading it runs no code, and its
+lengths are checked before memory is allocated. An instruction is sent as its UTF-8 bytes. Every array of an observation
+is checked for type, shape and plausible values before a policy receives it.
 
-Shape legend: A arms, T planned steps, H x W an image, L bytes of a sentence.
+Shape legend: A arms, T planned steps, H x W an image, L bytes of an instruction.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096  # pixels of an image
 LONGEST_HEADER = 16384  # bytes of names, types and shapes: sixty cameras
-LONGEST_NAME = 128  # characters of an array's name that a refusal repeats
-LONGEST_PLAN = 1000  # steps of a plan under way
-WIDEST_STEP = 64  # joints, or inputs of a controller, of one step of it
-LARGEST_INPUT = 1e6  # of those
-OLDEST_PLAN_S = 600.0  # a plan under way whose observation is older is of another clock
-EARLIEST_S = 1.0  # by which an observation may precede it: cameras are older than the plan's arrival
+LONGEST_NAME = 128  # characters of an array's name that an error message repeats
+LONGEST_PLAN = 1000  # steps of a current plan
+WIDEST_STEP = 64  # joints, or controller inputs, of one step of the plan
+LARGEST_INPUT = 1e6  # largest absolute value of joints and controller inputs
+OLDEST_PLAN_S = 600.0  # if the plan's observation is older, the clocks differ
+EARLIEST_S = 1.0  # an observation may precede the plan's by this much: camera images are older than the plan's arrival
 LONGEST_DELAY_S = 60.0
-UNDER_WAY = "executing/"  # what the arrays of a plan under way begin with
-OF_SOME = ("uncertainty", "joints", "controller", "held_back")  # parts of a plan that some policies give
+UNDER_WAY = "executing/"  # prefix of the arrays of a current plan
+OF_SOME = ("uncertainty", "joints", "controller", "held_back")  # parts of a plan that only some policies have
 VIEW = ("image", "intrinsics", "world_to_camera")
 
 
 class WireError(ValueError):
-    """A message that cannot be used; the text says what is wrong with it."""
+    """A message that cannot be used; the text states the error."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Entry:
     """One array of a message.
 
     Attributes:
-        kind: "float" (32 or 64 bit) or "uint8". shape: numbers, or a letter where the size is the sender's.
-        arms: how many arms the first dimension counts (it may be left out with one), 0 where it does not.
+        kind: "float" (32 or 64 bit) or "uint8". shape: sizes, or a letter for a size chosen by the sender.
+        arms: number of arms in the first dimension (which may be omitted for one arm), 0 if it is no arm dimension.
         optional: the policy does not read it.
     """
 
@@ -59,13 +59,13 @@ class Entry:
     optional: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """As `/health` shows it."""
+        """Return the entry as shown in `/health`."""
         said = {"dtype": self.kind if self.kind == "uint8" else ["float32", "float64"], "shape": list(self.shape)}
         return said | ({"optional": True} if self.optional else {})
 
 
 def entries_of(needs: Needs) -> dict[str, Entry]:
-    """The arrays that make up an observation for a policy."""
+    """Return the arrays of an observation for a policy."""
     entries = {}
     for camera in needs.cameras or ("",):
         prefix, unread = f"cameras/{camera}/" if camera else "", not needs.calibrated(camera)
@@ -81,8 +81,8 @@ def entries_of(needs: Needs) -> dict[str, Entry]:
 
 
 def under_way_entries(needs: Needs) -> dict[str, Entry]:
-    """The arrays that tell a policy which plan is under way: all of them, but for joints and a controller's inputs, or
-    none."""
+    """Return the arrays that describe the current plan to a policy. A request has none of them or all of them; only
+    joints and controller inputs may be missing."""
     arms, number = len(needs.arms), Entry("float", ())
     arrays = {
         "position": Entry("float", (arms, "T", 3)),
@@ -97,13 +97,13 @@ def under_way_entries(needs: Needs) -> dict[str, Entry]:
 
 
 def encode_observation(observation: Observation, needs: Needs, under_way: UnderWay | None = None) -> bytes:
-    """The parts of an observation that a policy reads, as the body of a request.
+    """Encode the parts of an observation that a policy reads, as the body of a request.
 
     Args:
-        under_way: the plan to be continued; the observation then has its `time_s`.
+        under_way: the plan to continue; the observation needs `time_s` then.
 
     Raises:
-        ValueError: the observation lacks one of them, or the plan under way its time.
+        ValueError: The observation lacks a part, or the current plan has no time.
     """
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
@@ -118,7 +118,8 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     names = [name for name, entry in entries_of(needs).items() if name not in arrays and not entry.optional]
     absent = [name for name in names if name not in observation]
     if absent:
-        alone = len(needs.cameras) == 1 and not observation.get("cameras")  # its camera's entries have no prefix then
+        # the entries of a single camera have no prefix then
+        alone = len(needs.cameras) == 1 and not observation.get("cameras")
         name = absent[0].removeprefix(f"cameras/{needs.cameras[0]}/") if alone else absent[0]
         raise ValueError(f"the observation lacks {name!r}, which the policy reads")
     arrays |= {name: np.asarray(observation[name]) for name in names}
@@ -140,14 +141,15 @@ def _arrays_under_way(observation: Observation, under_way: UnderWay) -> dict[str
 
 
 def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[dict[str, Any], UnderWay | None]:
-    """The inverse of `encode_observation`, for untrusted input: an observation, and the plan under way if there is one.
+    """Decode a request of `encode_observation` from untrusted input: an observation, and the current plan if there is
+    one.
 
     Args:
         continues: whether the policy can continue a plan.
 
     Raises:
-        WireError: not in the format; an array is missing, unknown, of another type or shape, or makes no sense; a plan
-            under way for a policy that does not continue it.
+        WireError: The request is not in the format; an array is missing, unknown, of wrong type or shape, or invalid;
+            or a current plan is sent to a policy that does not continue it.
     """
     names, further = _names(body), under_way_entries(needs)
     given = [name for name in names if name in further]
@@ -163,7 +165,7 @@ def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[
 
 
 def _checked_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> tuple[float, UnderWay]:
-    """The observation's time, and the plan under way. Raises WireError as `decode_request`."""
+    """Return the observation's time and the current plan. Raises WireError as `decode_request`."""
     absent = [name for name, entry in entries.items() if name not in arrays and not entry.optional]
     if absent:
         raise WireError(f"a plan under way lacks {absent[0]!r}: {entries[absent[0]].describe()}")
@@ -186,10 +188,10 @@ def _checked_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, E
 
 
 def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
-    """The observation of named arrays from a client, in any format.
+    """Return the observation of named arrays from a client, in any format.
 
     Raises:
-        WireError: an array is missing, unknown, of another type or shape, or makes no sense.
+        WireError: An array is missing, unknown, of wrong type or shape, or invalid.
     """
     entries = entries_of(needs)
     _refuse_unknown(arrays, entries)
@@ -211,10 +213,10 @@ def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[
 
 
 def _names(body: bytes) -> list[str]:
-    """The names in a message's header, which must be small: what follows it costs time and memory by name.
+    """Return the names in a message's header, which must be small, because each name costs time and memory later.
 
     Raises:
-        WireError: no header, or a long one.
+        WireError: There is no header, or it is too long.
     """
     length = int.from_bytes(body[:8], "little")
     if length > LONGEST_HEADER:
@@ -241,8 +243,8 @@ def _refuse_unknown(names: Iterable[str], entries: Mapping[str, Entry]) -> None:
 
 
 def encode_plan(plan: Plan) -> bytes:
-    """A plan as the body of an answer: position [A, T, 3], quaternion [A, T, 4], gripper [A, T], step_seconds [] and,
-    where the policy has them, uncertainty [A, T], joints [A, T, J], controller [A, T, D] and held_back [A, 3]; all
+    """Encode a plan as the body of an answer: position [A, T, 3], quaternion [A, T, 4], gripper [A, T], step_seconds []
+    and, if the policy has them, uncertainty [A, T], joints [A, T, J], controller [A, T, D] and held_back [A, 3]; all
     float64."""
     arrays = {
         "position": plan.position,
@@ -255,7 +257,7 @@ def encode_plan(plan: Plan) -> bytes:
 
 
 def decode_plan(body: bytes) -> Plan:
-    """The inverse of `encode_plan`. Raises WireError where it is none."""
+    """Decode the body of `encode_plan`. Raises WireError if it is not a plan."""
     arrays = _load(body)
     names = {"position", "quaternion", "gripper", "step_seconds"}
     if not names <= set(arrays) <= names | set(OF_SOME):
@@ -265,7 +267,7 @@ def decode_plan(body: bytes) -> Plan:
     shapes |= {"position": (*gripper.shape, 3), "quaternion": (*gripper.shape, 4), "step_seconds": ()}
     shapes["held_back"] = (*gripper.shape[:1], 3)
     for name, array in arrays.items():
-        any_number = (*gripper.shape, *array.shape[-1:])  # of joints, or of a controller's inputs
+        any_number = (*gripper.shape, *array.shape[-1:])  # for joints and controller inputs
         if array.shape != shapes.get(name, any_number):
             raise WireError(f"the answer is no plan: {name} is {array.shape}, gripper {gripper.shape}")
     parts: dict[str, Any] = arrays | {"step_seconds": float(arrays["step_seconds"])}
@@ -273,19 +275,19 @@ def decode_plan(body: bytes) -> Plan:
 
 
 def _save(arrays: Mapping[str, np.ndarray]) -> bytes:
-    # numpy's ascontiguousarray would give a single number a dimension
+    # numpy's ascontiguousarray would add a dimension to a scalar
     return bytes(save({name: np.asarray(value, order="C") for name, value in arrays.items()}))
 
 
 def _load(body: bytes) -> dict[str, np.ndarray]:
     try:
         return dict(load(body))
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # what it raises depends on what is wrong
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # the type of the error depends on the input
         raise WireError(f"the body is not in the safetensors format: {error}") from error
 
 
 def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
-    """The array with all its dimensions, floats as float64."""
+    """Return the array with all its dimensions, floats as float64."""
     kinds = ("float32", "float64") if entry.kind == "float" else (entry.kind,)
     if value.dtype.name not in kinds:
         raise WireError(f"{name!r} must be {' or '.join(kinds)}, not {value.dtype.name}")
@@ -302,7 +304,7 @@ def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
         value = value.astype(np.float64)
         if not np.isfinite(value).all():
             raise WireError(f"{name!r} holds numbers that are not finite")
-    with np.errstate(all="ignore"):  # huge numbers are named, not warned about
+    with np.errstate(all="ignore"):  # huge numbers are reported, without numpy warnings
         problem = _nonsense(name.rpartition("/")[2], value)
     if problem:
         raise WireError(f"{name!r} {problem}")
@@ -310,7 +312,7 @@ def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
 
 
 def _nonsense(kind: str, value: np.ndarray) -> str | None:
-    """What is wrong with an array of the right type and shape."""
+    """Return what is wrong with an array of the right type and shape, or None."""
     if kind == "image" and not SMALLEST_SIDE <= min(value.shape[:2]) <= max(value.shape[:2]) <= LARGEST_SIDE:
         return f"has sides of {value.shape[0]} and {value.shape[1]} pixels, outside {SMALLEST_SIDE} to {LARGEST_SIDE}"
     if kind in ("joints", "controller"):

@@ -1,10 +1,10 @@
-"""Meta-World's scripted policies as experts for demonstrations, with the corrections that these need.
+"""Meta-World's scripted policies as experts for demonstrations, with necessary corrections.
 
-Demonstrations differ from the benchmark's own rollouts: the arm starts up to 6 cm away from its usual
-place; the goals of reaching and placing tasks are raised for the expert, which brings the hand, not the fingertips, to
-them; the gripper closes where the arm stands still; some tasks are done more slowly; the mocap body does not run
-further ahead of the hand than it must; some episodes are recoveries, which start in the middle, after a disturbance;
-and an episode goes on after success until the arm stands still.
+Demonstrations differ from the benchmark's own rollouts as follows. The arm starts up to 6 cm away from its usual
+place. The goals of reaching and placing tasks are raised for the expert, which moves the hand, not the fingertips, to
+them. The gripper closes while the arm stands still. Some tasks are done more slowly. The lead of the mocap body over
+the hand is limited. Some episodes are recoveries, which start in the middle, after a disturbance. An episode continues
+after success until the arm stands still.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from keygrip.envs.metaworld.environment import DOWN, MetaWorldEnvironment
 from keygrip.envs.metaworld.own_scripts import DoorOpen, HandlePull, Script
 from keygrip.envs.metaworld.tasks import MT50
 
-# The scripted hand ends 4 to 4.5 cm below the goal's height at the fingertips: near the success radius of 5 to 7 cm.
+# The scripted hand ends with the fingertips 4 to 4.5 cm below the goal: close to the success radius of 5 to 7 cm.
 GOAL_RAISED_M = 0.045
 RAISED_GOALS = ("reach-v3", "reach-wall-v3", "pick-place-v3", "pick-place-wall-v3")
 START_NOISE_M = np.array([[-0.06, -0.06, -0.015], [0.06, 0.06, 0.045]])
 START_STEPS = 25
 DISTURBANCE_M = np.array([[-0.08, -0.08, -0.02], [0.08, 0.08, 0.08]])
 DISTURBANCE_STEPS = 20
-SETTLING_STEPS = (16, 60)  # after success: at least, at most
-STILL_M = 0.003  # moved by the mocap body within 0.1 s
-# The scripts close the gripper while the hand is still on its way down and lift in the step after: a policy that is
-# 0.1 s off misses the object. The expert stops first, then closes, then waits until the fingers hold.
-ARRIVED = 0.2  # of the largest step of the mocap body: a slower approach is over
-APPROACH_STEPS = 60  # at most, from where the script would close
+SETTLING_STEPS = (16, 60)  # steps after success: minimum, maximum
+STILL_M = 0.003  # movement of the mocap body within 0.1 s that counts as still
+# The scripts close the gripper while the hand is still moving down, and lift in the next step. A policy that is 0.1 s
+# off misses the object. The expert stops first, then closes, then waits until the fingers hold.
+ARRIVED = 0.2  # fraction of the largest step of the mocap body; a slower approach has ended
+APPROACH_STEPS = 60  # maximum, counted from where the script would close
 STOP_STEPS, HOLD_STEPS = 10, 28
-# Scripts that swing at 2 to 3 Hz, or pass their object at full speed, fail more often where they are followed from
-# positions every 0.1 s; at `dial-turn` and `lever-pull` only the policies did. For these tasks: the share of the
-# script's own gain, and of the largest step of the mocap body; chosen on tuning seeds.
+# Some scripts oscillate at 2 to 3 Hz, or pass their object at full speed. They fail more often when followed from
+# positions every 0.1 s; at `dial-turn` and `lever-pull` only the policies did. The values for these tasks are fractions
+# of the script's own gain and of the largest step of the mocap body, chosen on tuning seeds.
 EASED = {
     "box-close-v3": (0.4, 0.6),
     "coffee-pull-v3": (0.4, 1.0),
@@ -49,22 +49,23 @@ EASED = {
     "sweep-into-v3": (0.4, 0.5),
 }
 OWN_SCRIPTS: dict[str, type[Script]] = {"door-open-v3": DoorOpen, "handle-pull-v3": HandlePull}
-HALF_OPEN = {"box-close-v3": 0.6}  # the script's efforts below are meant to hold the fingers half open: open, here
-# Where a wall blocks the hand the scripts push the mocap body up to 35 cm past it: no image shows that place.
+# the script uses efforts below this to hold the fingers half open; here it means open
+HALF_OPEN = {"box-close-v3": 0.6}
+# If a wall blocks the hand, the scripts move the mocap body up to 35 cm past it, which no image shows.
 LEAD_M = 0.12
 
 
 @dataclass
 class Expert:
-    """Drives an environment, one control step at each iteration.
+    """Drive an environment, one control step per iteration.
 
     Args:
         environment: just reset.
-        seed: of the episode; start and disturbance follow from it.
-        recoveries: share of episodes that start after a disturbance.
-        step_limit: after which an episode has failed.
-        as_published: with the script as the benchmark has it, neither replaced nor eased; raised goals, stops before
-            grasping and the limit of the lead stay.
+        seed: of the episode; determines start and disturbance.
+        recoveries: fraction of episodes that start after a disturbance.
+        step_limit: after this many steps an episode has failed.
+        as_published: use the benchmark's script, neither replaced nor slowed; raised goals, stops before grasping and
+            the limit of the lead stay.
     """
 
     environment: MetaWorldEnvironment
@@ -84,7 +85,7 @@ class Expert:
         self._grasp = _Grasp(grasps=self._wanted()[3] <= 0)  # a script that starts with a closed gripper only pushes
 
     def prepare(self) -> None:
-        """Brings the arm to where the demonstration starts; nothing of this is recorded."""
+        """Move the arm to the start of the demonstration; this is not recorded."""
         environment = self.environment
         self._go(environment.position + self._rng.uniform(*START_NOISE_M), 1.0, START_STEPS)
         if not self.recovery:
@@ -95,14 +96,14 @@ class Expert:
                 break  # too late for a disturbance: the demonstration shows how to stay
         target = environment.position + self._rng.uniform(*DISTURBANCE_M)
         self._go(target, float(self._rng.random() < 0.7), DISTURBANCE_STEPS)
-        self._grasp = _Grasp(self._grasp.grasps)  # whatever was held is taken up again
+        self._grasp = _Grasp(self._grasp.grasps)  # a held object is grasped again
 
     def _go(self, position: np.ndarray, opening: float, steps: int) -> None:
         for _ in range(steps):
             self.environment.advance(np.concatenate([position, DOWN, [opening]]))
 
     def _wanted(self) -> np.ndarray:
-        """[4] what the script wants now: a step in units of 1 cm, and the gripper's effort."""
+        """[4] the script's current action: a step in units of 1 cm, and the gripper's effort."""
         task, sensed = self.environment.task.name, self.environment.sensed.copy()
         if task in RAISED_GOALS:
             sensed[-1] += GOAL_RAISED_M
@@ -124,8 +125,8 @@ class Expert:
         self.environment.step_body((further - lead) / self.environment.env.action_scale, self.opening)
 
     def __iter__(self) -> Iterator[int]:
-        """Numbers of the control steps, each yielded before it is made; ends once the arm has settled after success,
-        or with `succeeded` False at the limit."""
+        """Yield the index of each control step before the step is made. Ends when the arm has settled after success, or
+        at the limit with `succeeded` False."""
         since, places = 0, [self.environment.commanded_position.copy()]
         for step in range(self.step_limit + SETTLING_STEPS[1]):
             if self.succeeded:
@@ -143,20 +144,20 @@ class Expert:
 
 @dataclass
 class _Grasp:
-    """Puts a stop between arriving at an object and lifting it.
+    """Insert a stop between arriving at an object and lifting it.
 
     Args:
-        grasps: whether the script opens the gripper before it closes it; the others are left as they are.
+        grasps: whether the script opens the gripper before it closes it; other scripts are unchanged.
     """
 
     grasps: bool
-    _approach: np.ndarray | None = None  # the step that the script wanted when it first wanted to close
+    _approach: np.ndarray | None = None  # the script's step when it first commanded closing
     _waited: int = 0  # control steps since then, or since the arm stopped
     _stopped: bool = False
     _held: bool = False
 
     def step(self, wanted: np.ndarray) -> tuple[np.ndarray, float]:
-        """The step of the mocap body, and the opening, for what the script wants."""
+        """Return the step of the mocap body, and the opening, for the script's action."""
         change, closing = wanted[:3], bool(wanted[3] > 0)
         if not self.grasps:
             return change, 0.0 if closing else 1.0

@@ -1,11 +1,11 @@
-"""Scripts of our own for tasks where Meta-World's scripted policy does not suit imitation.
+"""Own scripts for tasks in which Meta-World's scripted policy is unsuitable for imitation.
 
 `handle-pull`: Meta-World's script lifts the handle by swinging up and down against it two to three times per second,
-which positions every 0.1 s do not reproduce. Ours comes from the front, presses shut fingers against the bar, and lifts
-it by friction in one slow stroke.
+which positions every 0.1 s do not reproduce. This script approaches from the front, presses closed fingers against the
+bar, and lifts it by friction in one slow stroke.
 
-`door-open`: Meta-World's script comes down while the hand is still up to 6 cm short of the handle's far side: a policy
-that is 3 cm behind in x lands on top of the handle and pulls at nothing. Ours comes down once the hand is there.
+`door-open`: Meta-World's script moves down while the hand is still up to 6 cm short of the handle's far side. A policy
+that is 3 cm behind in x then lands on top of the handle and misses it. This script moves down once the hand is there.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ import numpy as np
 
 
 class Script(Protocol):
-    """Drives one task from what the benchmark observes."""
+    """Drive one task from the benchmark's observations."""
 
     def get_action(self, sensed: np.ndarray) -> np.ndarray:
-        """[4] a step in units of 1 cm, and the gripper's effort, from an observation [39] of the benchmark."""
+        """Return [4] a step in units of 1 cm, and the gripper's effort, from an observation [39] of the benchmark."""
         ...
 
 
 # Metres from the handle; y points from the front to the back, z up.
-# Where the hand is to be at `handle-pull`, whose bar runs along x.
+# Target positions of the hand at `handle-pull`, whose bar runs along x.
 IN_FRONT, PRESSED = -0.075, -0.03
 ABOVE, BELOW = 0.1, -0.02
-TOUCHES = -0.05  # the fingers are at the bar where y is above this
-SLIPPED = 0.05  # they have lost it where z is above this
+TOUCHES = -0.05  # the fingers touch the bar if y is above this
+SLIPPED = 0.05  # they have lost it if z is above this
 IN_LINE = 0.02  # in x
 GAIN, FASTEST = 10.0, 0.5
-# At `door-open`: the handle stands out towards the front, the hand pulls it from its far side.
+# At `door-open`: the handle protrudes towards the front, the hand pulls it from its far side.
 HOOK = np.array([0.01, 0.02, 0.0])  # behind the handle
-CENTRE = np.array([-0.05, 0.0, 0.0])  # where a pull goes to
+CENTRE = np.array([-0.05, 0.0, 0.0])  # target of a pull
 HIGH = np.array([0.0, 0.0, 0.12])
-ARRIVED = 0.05  # horizontally from HOOK: down from here
-HELD = 0.12  # horizontally from CENTRE: further away the hand has lost the handle
+ARRIVED = 0.05  # horizontal distance from HOOK at which the hand moves down
+HELD = 0.12  # horizontal distance from CENTRE beyond which the hand has lost the handle
 LOW_ENOUGH = 0.04
-DOOR_GAIN = 25.0  # as Meta-World's: a slow hand loses the handle
+DOOR_GAIN = 25.0  # as in Meta-World; a slow hand loses the handle
 
 
 class HandlePull:
-    """Steps as Meta-World's scripted policies give them, from where hand and handle are."""
+    """Steps like those of Meta-World's scripted policies, from the positions of hand and handle."""
 
     def get_action(self, sensed: np.ndarray) -> np.ndarray:
-        """[4] a step in units of 1 cm, and the gripper's effort, from an observation [39] of the benchmark."""
+        """Return [4] a step in units of 1 cm, and the gripper's effort, from an observation [39] of the benchmark."""
         hand, handle = sensed[:3], sensed[4:7]
         change = GAIN * (self._target(hand, handle) - hand)
         return np.append(np.clip(change, -FASTEST, FASTEST), 1.0)
@@ -64,10 +64,10 @@ class HandlePull:
 
 
 class DoorOpen:
-    """Comes down behind the handle, then pulls; goes up again where it has lost it."""
+    """Move down behind the handle, then pull; move up again if the handle was lost."""
 
     def get_action(self, sensed: np.ndarray) -> np.ndarray:
-        """[4] a step in units of 1 cm, and the gripper's effort, from an observation [39] of the benchmark."""
+        """Return [4] a step in units of 1 cm, and the gripper's effort, from an observation [39] of the benchmark."""
         hand, handle = sensed[:3], sensed[4:7]
         change = DOOR_GAIN * (self._target(hand, handle) - hand)
         return np.append(np.clip(change, -1.0, 1.0), 1.0)

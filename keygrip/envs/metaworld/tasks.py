@@ -1,6 +1,6 @@
-"""The tasks of Meta-World: names, sentences, sets and difficulty groups.
+"""The tasks of Meta-World: names, instructions, sets and difficulty groups.
 
-Sentences and groups are those of LeRobot's Meta-World environment, so that results by group can be compared; the
+Instructions and groups are those of LeRobot's Meta-World environment, so that results by group can be compared. The
 groups come from Seo et al., "Masked World Models for Visual Control" (2022).
 """
 
@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 from keygrip.training.parts import data_part
 
-HZ = 80.0  # control periods per second: MuJoCo steps of 2.5 ms, five to a control step
+HZ = 80.0  # control periods per second: MuJoCo steps of 2.5 ms, five per control step
 STEP_LIMIT = 500  # of an episode, as in the benchmark
 # Episode seeds, as in the YAM cell: training from 0, tuning from 500 000, held-out evaluation from 1 000 000.
 TRAINING_SEED, TUNING_SEED, HELD_OUT_SEED = 0, 500_000, 1_000_000
 CAMERAS = ("corner2", "corner", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
-UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # as the scenes mount them; their images are turned upright
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # as the scenes mount them; their images are rotated upright
 
 INSTRUCTIONS: dict[str, dict[str, str]] = {  # by difficulty
     "easy": {
@@ -98,15 +98,15 @@ SETS = {"mt10": MT10, "mt50": MT50}
 
 
 def lately_turned(cameras: Sequence[str]) -> list[str]:
-    """Those of some cameras whose images are turned upright and once were not, unlike corner2's."""
+    """Return the cameras whose images are rotated upright now but were not in earlier versions, unlike corner2's."""
     return [camera for camera in cameras if camera in UPSIDE_DOWN and camera != "corner2"]
 
 
 def task_names(tasks: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of tasks from "mt10", "mt50", a difficulty group, one name or several.
+    """Return names of tasks from "mt10", "mt50", a difficulty group, one name or several.
 
     Raises:
-        ValueError: an unknown name, or one that is given twice.
+        ValueError: A name is unknown, or given twice.
     """
     given = [tasks] if isinstance(tasks, str) else list(tasks)
     names: list[str] = []
@@ -120,10 +120,10 @@ def task_names(tasks: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def checked_name(name: str) -> str:
-    """The name of a task, which may be given without its version ("-v3").
+    """Return the full name of a task, which may be given without its version ("-v3").
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: The task does not exist.
     """
     full = name if name.endswith("-v3") else f"{name}-v3"
     if full not in DIFFICULTY:
@@ -139,17 +139,17 @@ def checked_name(name: str) -> str:
 @data_part
 @dataclass(frozen=True)
 class MetaWorldTask:
-    """One task of Meta-World and how it is seen.
+    """One task of Meta-World and its camera.
 
     Args:
         name: of the task, with or without "-v3".
-        camera: of the scene. "corner2" is moved to LeRobot's place, 0.75 0.075 0.7 m. The upside-down images of the
-            four corner cameras are turned upright, with their extrinsics.
-        shadows: with shadows and reflections, which take five times as long to draw.
+        camera: of the scene. "corner2" is moved to LeRobot's position, 0.75 0.075 0.7 m. The upside-down images of the
+            four corner cameras are rotated upright, together with their extrinsics.
+        shadows: with shadows and reflections, which take five times as long to render.
         step_limit: control steps of an episode, 1/80 s each.
 
     Raises:
-        ValueError: an unknown task or camera, or a limit out of range.
+        ValueError: The task or camera is unknown, or a limit is out of range.
     """
 
     environment: ClassVar[str] = "keygrip.envs.metaworld.environment.MetaWorldEnvironment"
@@ -167,9 +167,9 @@ class MetaWorldTask:
 
     @property
     def instruction(self) -> str:
-        """The task's sentence."""
+        """The task's instruction."""
         return INSTRUCTIONS[DIFFICULTY[self.name]][self.name]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to plain values."""
         return asdict(self)

@@ -16,7 +16,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 
 
 def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, float]]:
-    """Hues brought to one luminance (Rec. 709, linear light): bright ones are dimmed, dark ones mixed with white."""
+    """Scale hues to one luminance (Rec. 709, linear light): bright hues are dimmed, dark ones mixed with white."""
     weights = np.array([0.2126, 0.7152, 0.0722])
     hues = {
         "red": (1.0, 0.05, 0.05),
@@ -36,4 +36,4 @@ def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, f
     return colours
 
 
-EQUAL_LUMINANCE = _equal_luminance()  # only hue tells these apart
+EQUAL_LUMINANCE = _equal_luminance()  # these differ only in hue

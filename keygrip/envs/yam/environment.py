@@ -1,4 +1,4 @@
-"""The closed-loop environment: a YAM arm at a table, one target pose a control period.
+"""The closed-loop environment: a YAM arm at a table, one target pose per control period.
 
 Frames: world = the arm's base frame, z up, metres; camera OpenCV; quaternions wxyz; gripper 0 closed .. 1 open.
 """
@@ -22,43 +22,43 @@ from keygrip.robots.inverse_kinematics import yaw_of
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
 from keygrip.robots.mujoco_backend import mujoco
 
-PICK_HEIGHT = 0.07  # m above its rest at which `pick` is done
+PICK_HEIGHT = 0.07  # m that `pick` must lift the object
 REACH_DISTANCE = 0.015
 STILL_SPEED = 0.05  # m/s
-SUNK = 0.002  # m below the table's surface at which a pedestal that is not needed ends
+SUNK = 0.002  # m below the table's surface: the top of an unused pedestal
 
 
 @dataclass
 class TaskProgress(Progress):
-    """What has happened in an episode of one arm so far."""
+    """The events in an episode of one arm so far."""
 
     held: bool = False
-    let_go: bool = False  # it was released by command after being lifted
-    yaw_error: float | None = None  # rad, closing axis against the object, when the first grip begins
-    other_lifted: bool = False  # named_place: an object that was not named was lifted
-    other_in_bowl: bool = False  # or lies in the bowl now
+    let_go: bool = False  # released by command after being lifted
+    yaw_error: float | None = None  # rad, closing axis relative to the object, at the start of the first grasp
+    other_lifted: bool = False  # named_place: an object that the instruction does not name was lifted
+    other_in_bowl: bool = False  # such an object is in the bowl now
 
 
 class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     """One arm, one task.
 
-    Action, float64 [8]: tool position (3, world, m), quaternion wxyz (4), gripper opening (1). The arm is told to be
-    there one control period later; the joint targets between are interpolated.
+    Action, float64 [8]: tool position (3, world, m), quaternion wxyz (4), gripper opening (1). It is the target for the
+    end of the control period; the joint targets in between are interpolated.
 
     Observation: `image` [H, W, 3] uint8, `intrinsics` [3, 3] and `world_to_camera` [4, 4] of that image, `position`
     [3], `quaternion` [4], `gripper` [] and `joints` [6] as reached (not as commanded), `instruction` a sentence. With
-    several `cameras` the first is meant, and `cameras` holds the three camera entries of each by name. Without
-    `render_images` what cameras see is absent and no GL library is needed. A second arm would give the robot's entries
-    a leading axis.
+    several `cameras` these are of the first, and `cameras` holds the three camera entries of each by name. Without
+    `render_images` the camera entries are absent and no GL library is needed. With a second arm the robot's entries
+    would have a leading axis.
 
-    `terminated` is success. `truncated` is the time limit, or the object gone off the table. `info`: `success`,
+    `terminated` is success. `truncated` is the time limit, or the object fell off the table. `info`: `success`,
     `failure_reason` (None before the end and on success, else missed, dropped, wrong_place, wrong_object, unreachable
     or timeout), `commanded_position`, `commanded_quaternion`, `commanded_gripper`, `yaw_error_rad` (None before the
-    first grip), `instruction`, `seed`, `object_colour` and `object_height_m` (of what the object
-    stands on at the start, above the table).
+    first grasp), `instruction`, `seed`, `object_colour` and `object_height_m` (height above the table of the surface
+    that the object stands on at the start).
 
     Args:
-        task: what to do and what may vary.
+        task: the task and its variations.
         image_size: edge of the square image, pixels.
         hz: control periods per second.
         cameras: names among "over", "front", "wrist"; the task's own camera by default.
@@ -129,7 +129,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             model.body_pos[index], model.body_quat[index] = position, quaternion
 
     def _take_shape(self, thing: Placed) -> None:
-        """Of a distractor that can be a cube, a ball or a cylinder, leaves one: seen and touched."""
+        """Enable one shape, visible and with contacts, of a distractor that can be a cube, a ball or a cylinder."""
         if not (self.task.varied_shapes and thing.name != "object"):
             return
         for shape in tasks.SHAPES:
@@ -144,7 +144,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         self.model.geom_matid[geoms] = -1 if digit is None else self.model.material(f"digit{digit}").id
 
     def _arrange(self, layout: EpisodeLayout) -> None:
-        """Writes a layout into the model and the data."""
+        """Write a layout into the model and the data."""
         model, data, look = self.model, self.data, layout.appearance
         mujoco.mj_resetData(model, data)
         data.qpos[self._arm_qpos] = layout.start_joints
@@ -155,7 +155,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             self._place(thing.name, thing.position + [0, 0, 0.001], thing.yaw)
             self._paint(thing.name, self.task.palette[thing.colour], thing.digit)
             if self.task.pedestal_m:
-                # what shows of a pedestal is its top; as the table in colour, it has no edge but its shading
+                # only the top of a pedestal is visible; in the table's colour its edges show only by shading
                 sunk = thing.pedestal - self.task.pedestal_m / 2 - (0.0 if thing.pedestal else SUNK)
                 self._place(f"{thing.name}_pedestal", np.array([*thing.position[:2], sunk]), thing.yaw)
                 self._paint(f"{thing.name}_pedestal", look.table_rgb)
@@ -193,7 +193,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Starts the episode of `seed` (drawn at random without one); `options` are not used and must be empty."""
+        """Start the episode of `seed` (random without one); `options` are not used and must be empty."""
         if options:
             raise ValueError(f"YamCell takes its options when it is built, not at reset: {sorted(options)}")
         super().reset(seed=seed)
@@ -209,31 +209,31 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         return self.observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """One control period; the reward is 1 on success, else 0.
+        """Simulate one control period; the reward is 1 on success, else 0.
 
         Raises:
-            ValueError: the action is not 8 finite numbers with a usable quaternion.
+            ValueError: The action is not 8 finite numbers with a valid quaternion.
         """
         self.advance(action)
         success, truncated, info = self.outcome()
         return self.observation(), float(success), success, truncated, info
 
     def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
-        """`terminated`, `truncated` and `info` of the present state, as `step` gives them, without drawing."""
+        """Return `terminated`, `truncated` and `info` of the current state, as in `step`, without rendering."""
         progress = self.progress
         truncated = not progress.success and (progress.lost or self.elapsed / self.hz >= self.task.time_limit_s)
         return progress.success, truncated, self._info(truncated)
 
     def advance(self, action: np.ndarray, joints: np.ndarray | None = None) -> None:
-        """The physics of `step` without drawing (see `outcome` for the rest); may go on after success (the recorder
-        finishes the motion).
+        """Simulate the physics of `step` without rendering (see `outcome` for the rest). May continue after success,
+        because the recorder finishes the motion.
 
         Args:
-            action: [8]. joints: [6] rad that a plan has for its pose: taken where they put the tool there, else the
-                start of the inverse kinematics. None: it starts from the joints commanded before.
+            action: [8]. joints: [6] rad that a plan has for its pose: used if they put the tool there, else the start
+                of the inverse kinematics. None: it starts from the last commanded joints.
 
         Raises:
-            ValueError: as `step`; or the joints are not 6 finite angles.
+            ValueError: as in `step`; or the joints are not 6 finite angles.
         """
         if self.layout is None:
             raise RuntimeError("YamCell: call reset(seed=...) before the first step")
@@ -252,19 +252,19 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         for i in range(self._substeps):
             self.data.ctrl[:] = before + (after - before) * (i + 1) / self._substeps
             mujoco.mj_step(self.model, self.data)
-        mujoco.mj_forward(self.model, self.data)  # sites lag a step behind mj_step
+        mujoco.mj_forward(self.model, self.data)  # positions of sites are one step behind after mj_step
         self.commanded_joints, self.commanded_gripper = after[:6], gripper
         self.elapsed += 1
         self._judge(position_error)
 
     def render(self) -> np.ndarray:
-        """[H, W, 3] uint8 image of the first camera."""
+        """Return the [H, W, 3] uint8 image of the first camera."""
         return self.frame(self.cameras[0])
 
     # ---- what can be seen ------------------------------------------------------------------------------------------
 
     def observation(self) -> dict[str, Any]:
-        """The observation of the present state."""
+        """Return the observation of the current state."""
         position, quaternion = self.tool_pose
         return {
             "position": position,
@@ -282,7 +282,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
 
     @property
     def commanded_pose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Position [3] and quaternion [4] that the commanded joints would give; the arm trails it by about 1 cm."""
+        """Position [3] and quaternion [4] of the commanded joints; the arm lags behind by about 1 cm."""
         return forward_kinematics(self.commanded_joints)
 
     @property
@@ -296,7 +296,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         return arm_chain().limits[None]
 
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
-        """[1, ..., 7] where the tool is at joints [1, ..., 6]."""
+        """Return [1, ..., 7] the tool poses of joints [1, ..., 6]."""
         return np.concatenate(forward_kinematics(joints), axis=-1)
 
     @property
@@ -305,7 +305,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         return float(self.data.qpos[self._finger_qpos].sum() / (2 * self._finger_range))
 
     def body_position(self, name: str) -> np.ndarray:
-        """[3] centre of a body: "object", "goal" or "distractor<i>"."""
+        """Return [3] the centre of a body: "object", "goal" or "distractor<i>"."""
         return self.data.xpos[self.model.body(name).id].copy()
 
     @property
@@ -315,14 +315,14 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
 
     @property
     def yaw_error(self) -> float:
-        """Angle (rad, >= 0) by which the closing axis misses the object's nearest grip, about the vertical."""
+        """Angle (rad, >= 0) about the vertical between the closing axis and the object's nearest grasp."""
         across = self.data.xmat[self._object].reshape(3, 3)[:2, 1]
         period = self.task.yaw_period
         turn = yaw_of(self.data.site_xmat[self._tool].reshape(3, 3)) - np.arctan2(-across[0], across[1])
         return float(abs((turn + period / 2) % period - period / 2))
 
     def sight(self, camera: str) -> Sight:
-        """Where the loose objects and the goal are in a camera's image, and how much of them is visible."""
+        """Return where the loose objects and the goal are in a camera's image, and how much of them is visible."""
         labels = self.segmentation(camera)
         bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)
         transform, intrinsics = self.world_to_camera(camera), self.lenses[camera].intrinsics
@@ -339,7 +339,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     # ---- what has happened -----------------------------------------------------------------------------------------
 
     def _judge(self, position_error: float) -> None:
-        """Updates the progress after a control period."""
+        """Update the progress after a control period."""
         progress, touched = self.progress, touching(self.model, self.data, self._object)
         speed = float(np.linalg.norm(self.data.cvel[self._object][3:]))
         held = all(finger in touched for finger in self._finger_bodies)
@@ -354,7 +354,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         progress.update(1 / self.hz, height, position_error, self._goal_met(held, raised, touched, speed))
 
     def _judge_others(self) -> None:
-        """Whether an object that was not named is being moved in place of the one that was."""
+        """Check whether an object that the instruction does not name is moved instead."""
         self.progress.other_in_bowl = False
         for body, rest in zip(self._others, self._other_rests, strict=True):
             touched = touching(self.model, self.data, body)

@@ -1,4 +1,4 @@
-"""What the cells with one and with two arms share: where the joints go, what touches what, what has happened so far."""
+"""The common part of the cells with one and with two arms: joint targets, contacts, and the progress of an episode."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import matrix_from_quaternion
 from keygrip.robots.mujoco_backend import mujoco
 
-LIFTED = 0.03  # m above its rest at which the object counts as lifted
-STEADY_S = 0.3  # a success must last this long
-OUT_OF_REACH = 0.01  # m left by the inverse kinematics, a centimetre or more for half a second
+LIFTED = 0.03  # m above its initial height at which the object counts as lifted
+STEADY_S = 0.3  # the goal must be met for this long
+OUT_OF_REACH = 0.01  # m of remaining error of the inverse kinematics; more than this for half a second is unreachable
 OUT_OF_REACH_S = 0.5
-FASTEST_JOINT = 4.0  # rad/s: a wild command becomes a fast motion, not a jump
+FASTEST_JOINT = 4.0  # rad/s: an extreme command causes a fast motion, not a jump
 SETTLE_STEPS = 100
 
 
 @dataclass
 class Progress:
-    """What has happened in the episode so far."""
+    """The events in the episode so far."""
 
     lifted: bool = False
     steady_s: float = 0.0
@@ -30,11 +30,12 @@ class Progress:
     success: bool = False
 
     def update(self, period_s: float, height: float, position_error: float, goal_met: bool) -> None:
-        """After a control period.
+        """Update the progress after a control period.
 
         Args:
-            height: of the object's centre above the table, m. position_error: m left by the inverse kinematics.
-            goal_met: whether the object is now where it shall be.
+            height: of the object's centre above the table, m. position_error: m, remaining error of the inverse
+            kinematics.
+            goal_met: whether the object is at its goal now.
         """
         self.lost = height < -0.05
         self.out_of_reach_s = self.out_of_reach_s + period_s if position_error > OUT_OF_REACH else 0.0
@@ -44,7 +45,7 @@ class Progress:
 
 
 def settle(model: mujoco.MjModel, data: mujoco.MjData) -> None:
-    """Lets what was placed come to rest; the clock then stands at 0."""
+    """Simulate until the placed objects are at rest; the clock is then set to 0."""
     mujoco.mj_forward(model, data)
     for _ in range(SETTLE_STEPS):
         mujoco.mj_step(model, data)
@@ -53,13 +54,13 @@ def settle(model: mujoco.MjModel, data: mujoco.MjData) -> None:
 
 
 def touching(model: mujoco.MjModel, data: mujoco.MjData, body: int) -> set[int]:
-    """Numbers of the bodies in contact with a body."""
+    """Return the ids of the bodies in contact with a body."""
     pairs = model.geom_bodyid[data.contact.geom[: data.ncon]]  # [C, 2]
     return set(pairs[(pairs == body).any(axis=1)].ravel().tolist()) - {body}
 
 
 def next_joints(pose: np.ndarray, start: np.ndarray, commanded: np.ndarray, hz: float) -> tuple[np.ndarray, float]:
-    """The joints [6] of an arm at the end of a control period, and the metres by which the pose is out of its reach.
+    """Return the joints [6] of an arm at the end of a control period, and by how many metres the pose is out of reach.
 
     Args:
         pose: [8] of the tool in the arm's base frame; its opening is not used. start: [6] of the inverse kinematics.
@@ -72,10 +73,10 @@ def next_joints(pose: np.ndarray, start: np.ndarray, commanded: np.ndarray, hz: 
 
 
 def start_of(planned: np.ndarray | None, commanded: np.ndarray) -> np.ndarray:
-    """The joints from which inverse kinematics starts: those of a plan where there are any.
+    """Return the joints from which inverse kinematics starts: those of the plan, if it has any.
 
     Raises:
-        ValueError: they are not as many finite angles as the commanded ones.
+        ValueError: They are not finite angles in the shape of the commanded ones.
     """
     if planned is None:
         return commanded

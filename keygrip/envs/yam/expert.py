@@ -1,7 +1,7 @@
-"""The scripted expert: plans from the known layout, with random variation in path, speed and grip.
+"""The scripted expert: plans from the known layout, with random variation in path, speed and grasp.
 
-Motions are straight lines with smooth starts and stops; what varies from episode to episode is the speed, the approach
-(often off-centre and then corrected), heights, the bow of a carry, and small errors of position and yaw.
+Motions are straight lines with smooth starts and stops. Episodes vary in speed, approach (often off-centre and then
+corrected), heights, the curve of the carrying path, and small errors of position and yaw.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from keygrip.robots.inverse_kinematics import pointing_down
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
 
 OPEN, CLOSED = 1.0, 0.0
-LOWEST_TOOL = 0.008  # m: finger tips never press on the table
-CLEARANCE = 0.015  # m between the finger tips and what they travel over: the arm trails by a centimetre
-PICKED = 0.08  # m above its grasp at which a picked object is held
+LOWEST_TOOL = 0.008  # m: the finger tips never press on the table
+CLEARANCE = 0.015  # m between the finger tips and objects below their path; the arm lags behind by a centimetre
+PICKED = 0.08  # m above its grasp pose at which a picked object is held
 CLOSING_S = 0.6  # the fingers need 0.4 s from fully open to a firm grip
 OPENING_S = 0.5
 
 
 @dataclass(frozen=True)
 class Waypoint:
-    """Where the tool shall be after `seconds`, with its gripper opening held on the way there."""
+    """The tool's target after `seconds`; its gripper opening applies on the way there."""
 
     position: tuple[float, float, float]
     yaw: float
@@ -36,37 +36,37 @@ class Waypoint:
 
 
 def nearest_turn(yaw: float, period: float, reference: float) -> float:
-    """The yaw equal to `yaw` modulo `period` that lies closest to `reference`."""
+    """Return the yaw equal to `yaw` modulo `period` that is closest to `reference`."""
     return reference + (yaw - reference + period / 2) % period - period / 2
 
 
 def grasp_height(options: TaskOptions) -> float:
-    """Height of the tool above what the object stands on when the fingers close: the tips well below the object's
-    middle, above the table."""
-    if options.name == "peg":  # near its top: in the slot the tips stay above the walls
+    """Return the height of the tool above the object's support when the fingers close: the tips are well below the
+    object's middle and above the table."""
+    if options.name == "peg":  # near its top, so that in the slot the tips stay above the walls
         return 1.4 * float(options.half_extents[2])
     return max(LOWEST_TOOL, 0.7 * float(options.half_extents[2]))
 
 
 def _clear_height(layout: EpisodeLayout, options: TaskOptions) -> float:
-    """Height at which the finger tips travel above everything that stands on a pedestal; 0 without pedestals, where
-    every travelling height of the expert is above everything."""
+    """Return the height at which the finger tips travel above all objects on pedestals; 0 without pedestals, because
+    then all travelling heights of the expert are above all objects."""
     if not options.pedestal_m:
         return 0.0
     return max(thing.pedestal for thing in layout.placed) + options.object_size_m + CLEARANCE
 
 
 def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, pace: float) -> list[Waypoint]:
-    """To the object, down, close."""
+    """Move to the object, down, close."""
     x, y = layout.object.position[:2]
     bearing = float(np.arctan2(y, x))
-    habit = float(rng.normal(0, 0.1))  # which of two equivalent grips is taken where both are about as far
+    habit = float(rng.normal(0, 0.1))  # random choice between two equivalent grasps that are about equally far
     yaw = nearest_turn(layout.object.yaw, options.yaw_period, bearing + (0.0 if options.steady_grip else habit))
     yaw += float(rng.normal(0, 0.04))
     x, y = float(x + rng.normal(0, 0.0025)), float(y + rng.normal(0, 0.0025))
     low, path = grasp_height(options) + layout.object.pedestal, []
     least = _clear_height(layout, options)
-    if rng.random() < 0.6:  # comes in beside the object, then corrects
+    if rng.random() < 0.6:  # approach beside the object, then correct
         aside = rng.normal(0, 0.02, 2)
         above = (float(x + aside[0]), float(y + aside[1]), max(least, float(rng.uniform(0.075, 0.13))))
         path.append(Waypoint(above, yaw + float(rng.normal(0, 0.3)), OPEN, float(rng.uniform(0.9, 1.5)) * pace))
@@ -80,7 +80,7 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
 
 
 def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, grip: Waypoint) -> list[Waypoint]:
-    """From the closed grip to above the goal, down, open, up."""
+    """From the closed gripper to above the goal, down, open, up."""
     pace = float(rng.uniform(0.85, 1.2))
     x, y, _ = grip.position
     low = grasp_height(options)
@@ -88,7 +88,7 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
     bearing = float(np.arctan2(goal_y, goal_x))
     if options.name == "stack":
         scatter, release = 0.001, tasks.BLOCK_SIZE + low + 0.003
-        # The grip's yaw error turns with the cube, so the cube's faces and not the fingers are aligned.
+        # The grasp's yaw error rotates with the cube; align the cube's faces, not the fingers.
         yaw = nearest_turn(layout.goal_yaw + grip.yaw - layout.object.yaw, np.pi / 2, bearing)
     elif options.name == "peg":
         scatter, release = 0.001, low + tasks.SLOT_FLOOR + 0.002
@@ -103,7 +103,7 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
     across = np.array([goal_y - y, x - goal_x]) / max(np.hypot(goal_x - x, goal_y - y), 1e-6)
     middle = np.array([(x + goal_x) / 2, (y + goal_y) / 2]) + across * rng.normal(0, 0.015)
     reach = float(np.hypot(*middle))
-    middle *= min(1.0, 0.40 / reach)  # a bow may not leave the arm's reach
+    middle *= min(1.0, 0.40 / reach)  # the curve must stay within the arm's reach
     travel = (0.5 + 3.0 * float(np.hypot(goal_x - x, goal_y - y))) * pace
     path = [
         Waypoint((x, y, high), grip.yaw, CLOSED, 0.9 * pace),
@@ -113,9 +113,9 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
         Waypoint((goal_x, goal_y, release), yaw, OPEN, OPENING_S),
         Waypoint((goal_x, goal_y, high), yaw, OPEN, 0.7 * pace),
     ]
-    if options.name in ("stack", "peg"):  # the arm trails by a centimetre while it moves: wait before letting go
+    if options.name in ("stack", "peg"):  # a moving arm lags by a centimetre: wait before release
         path.insert(4, Waypoint((goal_x, goal_y, release), yaw, CLOSED, 0.3))
-    if options.name == "peg":  # and before it goes into the slot, slowly
+    if options.name == "peg":  # and before slowly inserting it into the slot
         above = release + tasks.SLOT_HEIGHT + 0.008
         path[3:4] = [
             Waypoint((goal_x, goal_y, above), yaw, CLOSED, 0.7 * pace),
@@ -126,7 +126,7 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
 
 
 def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator) -> list[Waypoint]:
-    """The expert's plan for a layout; `rng` draws the variation."""
+    """Return the expert's plan for a layout; `rng` samples the variation."""
     pace = float(rng.uniform(0.85, 1.2))
     if options.name == "reach":
         ball = (float(layout.goal[0]), float(layout.goal[1]), float(layout.goal[2]))
@@ -152,10 +152,10 @@ def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
 
 
 def expert_actions(layout: EpisodeLayout, options: TaskOptions, seed: int, hz: float = 10.0) -> np.ndarray:
-    """The expert's actions for an episode, at `hz` per second.
+    """Return the expert's actions for an episode, at `hz` per second.
 
     Returns:
-        [N, 8]: tool position 3 (m), quaternion wxyz 4, gripper opening 1, as `YamCell.step` takes them.
+        [N, 8]: tool position 3 (m), quaternion wxyz 4, gripper opening 1, as in `YamCell.step`.
     """
     position, quaternion = forward_kinematics(layout.start_joints)
     here = Rotation.from_matrix(matrix_from_quaternion(quaternion))

@@ -1,6 +1,6 @@
-"""The two-arm task `handover`: the right arm picks up a bar and gives it to the left arm in the air.
+"""The two-arm task `handover`: the right arm picks up a bar and hands it to the left arm in the air.
 
-World frame = the right arm's base; the left arm's base stands `LEFT_BASE` beside it, turned alike. Arms are in the
+World frame = the right arm's base. The left arm's base is at `LEFT_BASE` with the same orientation. Arms are in the
 order of `ARMS` wherever an array has an axis of arms. Metres, radians.
 """
 
@@ -23,16 +23,16 @@ ARMS = ("left", "right")
 LEFT_BASE = np.array([0.0, 0.40, 0.0])
 BASES = np.stack([LEFT_BASE, np.zeros(3)])  # [2, 3]
 BAR_HALF = (0.060, 0.011, 0.011)
-GRIP_APART = 0.035  # of each hand from the middle of the bar
-BAR_X, BAR_Y = (0.22, 0.36), (-0.10, 0.10)  # where the middle of the bar lies at the start
+GRIP_APART = 0.035  # distance of each hand from the middle of the bar
+BAR_X, BAR_Y = (0.22, 0.36), (-0.10, 0.10)  # position of the middle of the bar at the start
 BAR_TURN = np.deg2rad(35.0)  # the bar points at the left arm within this angle
 MEETING = np.array([0.30, 0.20])  # between the arms, in reach of both
-DRAWS = 5000  # of a layout: most lie out of one arm's reach, and of a hundred draws sometimes all
+DRAWS = 5000  # of a layout: most are out of reach of one arm; of a hundred draws sometimes all are
 MEETING_HEIGHT = (0.12, 0.15)
-SETTLE_S = 0.3  # both hands stand still for so long before they close
+SETTLE_S = 0.3  # how long both hands stand still before they close
 CAMERAS = {"over": (0.0, 52.0, 1.12, 38.0), "front": (-30.0, 35.0, 1.12, 38.0)}  # azimuth, elevation, distance, fovy
 CAMERA_TARGET = (0.28, 0.18, 0.06)
-REACHED_M, REACHED_RAD = 1e-3, 1e-2  # what inverse kinematics may leave of a pose of the plan
+REACHED_M, REACHED_RAD = 1e-3, 1e-2  # largest error of inverse kinematics at a pose of the plan
 HALF_TURN = np.pi
 
 
@@ -42,14 +42,14 @@ class HandoverTask:
     """The options of the two-arm handover.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: The name is unknown.
     """
 
     environment: ClassVar[str] = "keygrip.envs.yam.two_arms.HandoverCell"
     name: str = "handover"
     camera: str = "over"
     random_start: bool = True  # the arms start anywhere above their halves of the table, else near their home poses
-    shadows: bool = False  # 3 times slower to draw
+    shadows: bool = False  # 3 times slower to render
 
     def __post_init__(self) -> None:
         if self.name != "handover":
@@ -58,18 +58,18 @@ class HandoverTask:
             raise ValueError(f"task option camera={self.camera!r} is unknown; choose from {', '.join(CAMERAS)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for metadata files."""
+        """Convert to plain values, for metadata files."""
         return asdict(self)
 
     @property
     def time_limit_s(self) -> float:
-        """Seconds after which an episode is cut, about twice what the expert needs."""
+        """Seconds after which an episode is truncated, about twice the expert's time."""
         return 25.0
 
 
 @dataclass(frozen=True)
 class HandoverLayout:
-    """What a seed gives: the middle of the bar [3], its yaw, both arms' joints [2, 6] and the sentence."""
+    """The layout of a seed: the middle of the bar [3], its yaw, both arms' joints [2, 6] and the instruction."""
 
     bar: np.ndarray
     yaw: float
@@ -81,7 +81,7 @@ class HandoverLayout:
 
 @dataclass(frozen=True)
 class HandoverPhase:
-    """Where both tools shall be after `seconds`: position [3] in the world, yaw and gripper of each, by arm."""
+    """The targets of both tools after `seconds`: position [3] in the world, yaw and gripper of each, by arm."""
 
     seconds: float
     position: dict[str, np.ndarray]
@@ -90,10 +90,10 @@ class HandoverPhase:
 
 
 def sample_handover(task: HandoverTask, seed: int) -> HandoverLayout:
-    """The layout of an episode: a pure function of the options and the seed; both arms can do it.
+    """Sample the layout of an episode, which both arms can do: a pure function of the options and the seed.
 
     Raises:
-        ValueError: no layout within reach was found.
+        ValueError: No layout within reach was found.
     """
     rng = stream(seed, "objects")
     for _ in range(DRAWS):
@@ -137,7 +137,7 @@ def _nearest_half_turn(yaw: float, reference: float) -> float:
 
 
 def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[HandoverPhase]:
-    """The expert's plan: pick, lift, meet, grip from the other side, let go, move apart."""
+    """Return the expert's plan: pick, lift, meet, grasp with the other hand, release, move apart."""
     pace = float(rng.uniform(0.85, 1.2))
     along = np.array([np.cos(layout.yaw), np.sin(layout.yaw)])
     near = layout.bar[:2] - (GRIP_APART + rng.normal(0, 0.002)) * along + rng.normal(0, 0.0015, 2)
@@ -160,7 +160,7 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
     then(1.4 * pace)
     right = np.array([*near, low])
     then(0.9 * pace)
-    then(SETTLE_S)  # as the left hand below; policies trained without this pause succeed as often
+    then(SETTLE_S)  # as with the left hand below; policies trained without this pause succeed as often
     grips["right"] = CLOSED
     then(CLOSING_S)
     right = np.array([*near, height])
@@ -185,8 +185,8 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
 
 
 def handover_actions(layout: HandoverLayout, seed: int, hz: float = 10.0) -> np.ndarray:
-    """The expert's actions for an episode, at `hz` per second: [N, 2, 8], of each arm as `HandoverCell.advance` takes
-    them."""
+    """Return the expert's actions for an episode, at `hz` per second: [N, 2, 8], for each arm as in
+    `HandoverCell.advance`."""
     here, turned = [], []
     for joints, base in zip(layout.start_joints, BASES, strict=True):
         position, quaternion = forward_kinematics(joints)

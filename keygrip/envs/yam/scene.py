@@ -1,7 +1,7 @@
-"""Builds the MuJoCo model: table, YAM arm with gripper, objects, bowl, cameras.
+"""Build the MuJoCo model: table, YAM arm with gripper, objects, bowl, cameras.
 
-The robot models have no actuators, no cameras and garish colours, and their finger meshes cannot grip (the convex hull
-of a finger tip is a pyramid), so all of that is added here. Angles in radians, lengths in metres.
+The robot models have no actuators, no cameras and bright colours, and their finger meshes cannot grasp (the convex hull
+of a finger tip is a pyramid). This module adds or replaces these parts. Angles in radians, lengths in metres.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from keygrip.robots.mujoco_backend import mujoco
 
 @dataclass(frozen=True)
 class RobotNames:
-    """What the parts of one arm are called in the model."""
+    """Names of the parts of one arm in the model."""
 
     prefix: str
-    motors: str = ""  # before the names of the motors
+    motors: str = ""  # prefix of the names of the motors
 
     @property
     def joints(self) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ class RobotNames:
 
     @property
     def finger_joints(self) -> tuple[str, str]:
-        """The slides of both fingers."""
+        """The sliding joints of both fingers."""
         return f"{self.prefix}grip_joint7", f"{self.prefix}grip_joint8"
 
     @property
@@ -66,30 +66,30 @@ ROBOT_COLOURS = {
     "tip_left": (0.10, 0.10, 0.12),
     "tip_right": (0.10, 0.10, 0.12),
 }
-MESH_CELL = 0.003  # m: vertices closer than this are merged, which draws three times faster
+MESH_CELL = 0.003  # m: closer vertices are merged, which makes rendering three times faster
 OBJECT_MASS = 0.05
-PEDESTAL_RIM = 0.004  # m that a pedestal is wider than what stands on it, each way; the open fingers pass beside it
-# A screen that hides an object from a camera: its half edge, and where it stands on the way from the camera.
+PEDESTAL_RIM = 0.004  # m by which a pedestal is wider than its object on each side; the open fingers pass beside it
+# A screen that hides an object from a camera: half its edge, and its position as a fraction of the way from the camera.
 SCREEN_HALF, SCREEN_SHARE = 0.03, 0.4
 HIDDEN_GROUP = 3  # MuJoCo draws groups 0 to 2
 
-# Nominal views: the point looked at, and the field of view; where they stand: tasks.CAMERA_ORBITS.
-# "over" looks from the front right, where the wrist hides the gripped object least (two thirds of it stay visible; from
-# behind the arm, or more than 55 degrees up, less than half); its image is filled by the work area.
+# Nominal views: the point at the image centre, and the field of view; for camera positions see tasks.CAMERA_ORBITS.
+# "over" is at the front right, where the wrist hides the grasped object least (two thirds of it stay visible; from
+# behind the arm, or more than 55 degrees up, less than half); the work area fills its image.
 CAMERA_TARGETS = {"over": (0.30, 0.01, 0.055), "front": (0.30, 0.0, 0.10)}
 CAMERA_FOVY = {"over": 29.0, "front": 36.0, "wrist": 58.0}
-# D405 on the wrist mount: optical frame in the flange, from the station's calibration, then to MuJoCo's camera axes.
+# D405 on the wrist mount: optical frame relative to the flange, from the station's calibration, in MuJoCo camera axes.
 WRIST_POSITION = (0.0, -0.070435, 0.077006)
 WRIST_OPTICAL = (-0.976294888, 0.2164446617, 0.0, 0.0)
 
 
 def lens_of(camera: str, width: int, height: int) -> Lens:
-    """The pinhole lens of a named camera."""
+    """Return the pinhole lens of a named camera."""
     return Lens.from_field_of_view(width, height, CAMERA_FOVY[camera])
 
 
 def camera_pose(camera: str, azimuth_deg: float = 0.0, elevation_deg: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Position [3] and MuJoCo quaternion [4] of an outer camera, turned around the point that it looks at."""
+    """Return position [3] and MuJoCo quaternion [4] of an outer camera, rotated around its target point."""
     azimuth, elevation, distance = tasks.CAMERA_ORBITS[camera]
     return orbit_pose(CAMERA_TARGETS[camera], azimuth + azimuth_deg, elevation + elevation_deg, distance)
 
@@ -97,8 +97,9 @@ def camera_pose(camera: str, azimuth_deg: float = 0.0, elevation_deg: float = 0.
 def orbit_pose(
     target: tuple[float, float, float], azimuth_deg: float, elevation_deg: float, distance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Position [3] and MuJoCo quaternion [4] of a camera that looks at a point from an azimuth (from +x) and elevation.
-    One outside of 5 to 88 degrees, to which the jitter of an episode may lead, is taken to that end."""
+    """Return position [3] and MuJoCo quaternion [4] of a camera aimed at a point from an azimuth (from +x) and
+    elevation. An elevation outside of 5 to 88 degrees, which an episode's jitter may cause, is clipped to that
+    range."""
     a, e = np.deg2rad(azimuth_deg), np.deg2rad(np.clip(elevation_deg, *tasks.ELEVATIONS_DEG))
     back = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     right = np.cross([0.0, 0.0, 1.0], back)
@@ -110,7 +111,7 @@ def orbit_pose(
 
 @lru_cache(maxsize=32)
 def _coarse_mesh(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] and triangles [F, 3] of a binary STL with all vertices of a grid cell merged into their mean."""
+    """Return vertices [V, 3] and triangles [F, 3] of a binary STL with each grid cell's vertices merged."""
     raw = path.read_bytes()
     count = int.from_bytes(raw[80:84], "little")
     record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
@@ -131,18 +132,18 @@ def _coarse_mesh(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load(path: Path) -> mujoco.MjSpec:
-    """A robot part with coarse meshes and sober colours, colliding with nothing."""
+    """Load a robot part with coarse meshes and plain colours, without collisions."""
     spec = mujoco.MjSpec.from_file(str(path))
     folder = path.parent / (spec.meshdir or "")
     for mesh in spec.meshes:
         vertices, faces = _coarse_mesh(folder / mesh.file, MESH_CELL)
         mesh.file = ""
         mesh.uservert, mesh.userface = vertices.ravel(), faces.astype(np.int32).ravel()
-        # Bodies state their inertia; without "shell" the compiler refuses the thin meshes.
+        # Bodies specify their inertia; without "shell" the compiler refuses the thin meshes.
         mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
     for body in spec.bodies:
         for geom in body.geoms:
-            # The hulls of the arm's links touch each other and jam it; the fingers get pads instead.
+            # The convex hulls of the arm's links overlap and would block it; the fingers get pads instead.
             geom.contype, geom.conaffinity = 0, 0
             if geom.meshname in ROBOT_COLOURS:
                 geom.rgba = [*ROBOT_COLOURS[geom.meshname], 1.0]
@@ -164,7 +165,7 @@ def add_robot(
     names: RobotNames = YAM,
     base: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> None:
-    """An arm with motors and finger pads, its base at a point of the world and turned as the world."""
+    """Add an arm with motors and finger pads, its base at a point of the world with the world's orientation."""
     arm_spec, gripper_spec = _load(arm_file(arm)), _load(gripper_file(gripper))
     arm_spec.body("gripper").add_frame().attach_body(gripper_spec.body("gripper"), "grip_", "")
     spec.worldbody.add_frame(pos=list(base)).attach_body(arm_spec.body("base"), names.prefix, "")
@@ -190,7 +191,7 @@ def add_robot(
 
 
 def _add_finger_pads(spec: mujoco.MjSpec, names: RobotNames) -> None:
-    """Boxes that collide in place of the finger meshes: a flat pad at the tip and the finger's shank above it."""
+    """Add boxes that collide instead of the finger meshes: a flat pad at the tip and the finger's shank above it."""
     model = spec.compile()
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
@@ -218,7 +219,7 @@ def _add_finger_pads(spec: mujoco.MjSpec, names: RobotNames) -> None:
 
 
 def _noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.ndarray:
-    """[size, size] smooth noise in 0..1 with about `cells` bumps down and across."""
+    """Return [size, size] smooth noise in 0..1 with about `cells` bumps down and across."""
     coarse = rng.random((cells[0] + 1, cells[1] + 1))
     y, x = np.linspace(0, cells[0] - 1e-6, size), np.linspace(0, cells[1] - 1e-6, size)
     iy, ix = y.astype(int), x.astype(int)
@@ -230,7 +231,7 @@ def _noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.nd
 
 
 def _table_textures() -> list[np.ndarray]:
-    """Grey textures [S, S] in 0..1 that the table's colour is multiplied with: wood, checks, speckle."""
+    """Return grey textures [S, S] in 0..1 that are multiplied with the table's colour: wood, checks, speckle."""
     size, rng = 256, np.random.default_rng(7)
     rings = _noise(rng, size, (3, 24)) + 0.4 * _noise(rng, size, (6, 90))
     wood = 0.78 + 0.22 * (0.5 + 0.5 * np.sin(14 * rings))
@@ -250,9 +251,9 @@ def _add_texture(spec: mujoco.MjSpec, name: str, pixels: np.ndarray, repeat: tup
 
 
 def _add_digit(spec: mujoco.MjSpec, digit: int) -> None:
-    """A material that prints a digit on the six faces of a cube, upright on the sides and never mirrored."""
+    """Add a material that prints a digit on the six faces of a cube, upright on the sides and never mirrored."""
     image = np.round(digit_image(digit) * 255).astype(np.uint8)
-    # Order +x, -x, +y, -y, +z, -z; each face of MuJoCo's cube texture has its own idea of up.
+    # Order +x, -x, +y, -y, +z, -z; each face of MuJoCo's cube texture has its own up direction.
     faces = np.concatenate([np.rot90(image, turns) for turns in (1, 3, 2, 0, 0, 0)])
     size, name = image.shape[0], f"digit{digit}"
     kind = mujoco.mjtTexture.mjTEXTURE_CUBE
@@ -262,21 +263,21 @@ def _add_digit(spec: mujoco.MjSpec, digit: int) -> None:
 
 
 def digit_image(digit: int, size: int = 64) -> np.ndarray:
-    """[size, size, 3] in 0..1: a dark digit on white, multiplied with the cube's colour when drawn."""
+    """Return [size, size, 3] in 0..1: a dark digit on white, multiplied with the cube's colour when rendered."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("L", (size, size), 255)
     font = ImageFont.load_default(size=int(size * 0.84))
     draw = ImageDraw.Draw(image)
-    # bold: on a cube of 16 pixels a thin stroke is lost between the pixels
+    # bold, because on a cube of 16 pixels a thin stroke would not be visible
     draw.text((size / 2, size / 2), str(digit), fill=0, font=font, anchor="mm", stroke_width=size // 64)
-    if digit in (6, 9):  # on a turned cube they are told apart by the line under them
+    if digit in (6, 9):  # on a rotated cube the line under them distinguishes them
         draw.rectangle((size * 0.3, size * 0.88, size * 0.7, size * 0.93), fill=0)
     return np.repeat(np.asarray(image, float)[..., None] / 255, 3, axis=2)
 
 
 def add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.ndarray) -> None:
-    """A body that lies loose. With several shapes it has a geom "<name>_<shape>" each, of which an episode uses one."""
+    """Add a loose body. With several shapes it has a geom "<name>_<shape>" for each, of which an episode uses one."""
     kinds = {
         "cube": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
         "bar": (mujoco.mjtGeom.mjGEOM_BOX, list(half)),
@@ -288,15 +289,14 @@ def add_loose(spec: mujoco.MjSpec, name: str, shapes: tuple[str, ...], half: np.
     body.add_freejoint(name=f"{name}_free")
     for shape in shapes:
         kind, size = kinds[shape]
-        # A ball rolls forever without rolling friction, hence condim 6 and the third number for it.
+        # A ball without rolling friction rolls forever, hence condim 6 and the third value.
         friction, condim = ([1.0, 0.02, 0.02], 6) if shape == "ball" else ([1.0, 0.02, 0.001], 4)
         label, mass = name if len(shapes) == 1 else f"{name}_{shape}", OBJECT_MASS / len(shapes)
         body.add_geom(name=label, type=kind, size=size, mass=mass, friction=friction, condim=condim)
 
 
 def _add_pedestal(spec: mujoco.MjSpec, name: str, half: np.ndarray, height: float) -> None:
-    """A block under a loose body. It is as high as any may be: the environment sinks it into the table as far as
-    needed."""
+    """Add a block of the maximum height under a loose body; the environment lowers it into the table as needed."""
     body = spec.worldbody.add_body(name=f"{name}_pedestal", pos=[0.3, 0.0, -height])
     size = [half[0] + PEDESTAL_RIM, half[1] + PEDESTAL_RIM, height / 2]
     body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, friction=[1.0, 0.02, 0.001])
@@ -316,7 +316,7 @@ def _add_bowl(spec: mujoco.MjSpec, walls: int = 20) -> None:
 
 
 def _add_slot(spec: mujoco.MjSpec) -> None:
-    """A box without lid, into which the peg goes in two of all turns."""
+    """Add a box without a lid, into which the peg fits in two orientations."""
     body = spec.worldbody.add_body(name="goal", pos=[0.3, -0.1, 0.0])
     (long, wide), wall, half = tasks.SLOT_HALF, tasks.SLOT_WALL / 2, tasks.SLOT_HEIGHT / 2
     parts: list[tuple[tuple[float, float, float], tuple[float, float, float]]]
@@ -334,7 +334,7 @@ def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
         _add_slot(spec)
     elif options.name == "stack":
         add_loose(spec, "goal", ("cube",), np.full(3, tasks.BLOCK_SIZE / 2))
-    elif options.name == "reach":  # a ball on a post: seen, never touched
+    elif options.name == "reach":  # a ball on a post: visible, without contacts
         body = spec.worldbody.add_body(name="goal", mocap=True)
         ghost = {"contype": 0, "conaffinity": 0}
         body.add_geom(name="goal_ball", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[0.012, 0, 0], **ghost)
@@ -343,7 +343,7 @@ def _add_goal(spec: mujoco.MjSpec, options: TaskOptions) -> None:
 
 
 def _add_screen(spec: mujoco.MjSpec) -> None:
-    """Seen, never touched; out of sight until an episode places it."""
+    """Add a screen: visible, without contacts; out of view until an episode places it."""
     body = spec.worldbody.add_body(name="screen", mocap=True, pos=[0, 0, -2])
     size, grey = [SCREEN_HALF, SCREEN_HALF, 0.001], [0.3, 0.3, 0.32, 1.0]
     body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, rgba=grey, contype=0, conaffinity=0)
@@ -362,7 +362,7 @@ def _add_cameras(spec: mujoco.MjSpec) -> None:
 
 
 def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_4310") -> mujoco.MjSpec:
-    """The scene of a task; what differs between its episodes is written into the compiled model."""
+    """Build the scene of a task; differences between its episodes are written into the compiled model."""
     spec = empty_cell()
     if options.randomise_table:
         for i, pixels in enumerate(_table_textures()):
@@ -387,18 +387,18 @@ def build_spec(options: TaskOptions, arm: str = "yam", gripper: str = "linear_43
 
 
 def empty_cell(centre: tuple[float, float] = (0.3, 0.0)) -> mujoco.MjSpec:
-    """Light, floor and a table of 1 x 1.2 m around a point, its surface at z = 0."""
+    """Create light, floor and a table of 1 x 1.2 m around a point, its surface at z = 0."""
     spec = mujoco.MjSpec()
     spec.modelname = "keygrip_yam_cell"
     spec.compiler.degree = False
     spec.option.timestep = 0.002
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
-    spec.option.impratio = 10  # stiff friction: a held cube does not creep
+    spec.option.impratio = 10  # stiff friction, so that a held cube does not slip
     spec.visual.quality.offsamples = 0  # multisampling makes a software renderer seven times slower
     spec.visual.quality.shadowsize = 1024
     spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 1280
-    # MuJoCo takes the far floor for the scene's size; near plane and shadow resolution follow from it.
+    # MuJoCo would use the far floor as the scene's size, which determines near plane and shadow resolution.
     spec.stat.center, spec.stat.extent = [*centre, 0.1], 1.2
     spec.visual.map.znear = 0.005  # of the extent: the wrist camera sees its own fingers from 7 cm
     spec.visual.map.shadowclip = 0.9

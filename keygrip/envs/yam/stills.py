@@ -1,8 +1,8 @@
 """Images of a coloured cube and a blue block on the table, with captions that name colour and layout.
 
-An image is a function of (options, seed). Only hue tells the cubes' colours apart: all have one luminance, so that a
-grey view of the image shows where the cube is and not which. The block is long and flat, so that it is known from the
-cube without colour. Left and right are meant in the image.
+An image is a function of (options, seed). The cubes' colours differ only in hue: all have the same luminance, so that a
+grey view of the image shows the cube's position but not its colour. The block is long and flat, so that it can be
+distinguished from the cube without colour. Left and right are those of the image.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from keygrip.envs.yam.colours import EQUAL_LUMINANCE
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import Appearance, EpisodeLayout, TaskOptions, stream
 
-CUBE_COLOURS = {"red": "red", "gold": "yellow", "teal": "cyan", "purple": "purple"}  # as seen: as the palette has them
+CUBE_COLOURS = {"red": "red", "gold": "yellow", "teal": "cyan", "purple": "purple"}  # caption name: name in the palette
 BLOCK_COLOUR = "blue"
 CUBE, BLOCK = "distractor0", "object"  # bodies of the scene
-SIDE_MARGIN = 0.05  # of the image's width: nearer than this, left and right are a matter of taste
-SEEN_SHARE = 0.25  # of a cube's pixels as seen straight from the front; with less, something stands before it
+SIDE_MARGIN = 0.05  # fraction of the image's width; if the objects are closer, left and right are ambiguous
+SEEN_SHARE = 0.25  # fraction of a cube's pixels in an unobstructed front view; with less, something is in front of it
 ATTEMPTS = 50
 TABLE_TINT, FLOOR_TINT = (1.0, 0.93, 0.82), (0.9, 0.95, 1.0)
 
@@ -33,15 +33,15 @@ class StillOptions:
     """What varies between images.
 
     Args:
-        sizes: (width, height) in pixels and how often each comes: [[208, 192, 6], [320, 200, 1], ...].
+        sizes: (width, height) in pixels and relative frequency of each: [[208, 192, 6], [320, 200, 1], ...].
         object_size_m: edge of the cube; the block is 2.5 x 1.25 x 0.75 of it.
         fovy_deg: field of view over the shorter side.
-        randomise_table: brightness of table and floor (their hue stays: a grey view is to tell everything but the
-            cube's colour). textures: also wood, checks and speckle.
-        randomise_light: direction and strength. shadows: 3 times slower to draw.
+        randomise_table: brightness of table and floor (their hue stays, because a grey view should show everything
+            except the cube's colour). textures: also wood, checks and speckle.
+        randomise_light: direction and strength. shadows: 3 times slower to render.
 
     Raises:
-        ValueError: out of range.
+        ValueError: A value is out of range.
     """
 
     sizes: Sequence[Sequence[int]] = field(default=((208, 192, 6), (320, 200, 1), (200, 320, 1)))
@@ -79,11 +79,11 @@ class StillOptions:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to plain values."""
         return {**asdict(self), "sizes": [list(size) for size in self.sizes]}
 
     def size_of(self, seed: int) -> tuple[int, int]:
-        """(width, height) of a seed's image."""
+        """Return (width, height) of a seed's image."""
         shares = np.array([size[2] for size in self.sizes], float)
         chosen = self.sizes[int(stream(seed, "picture size").choice(len(shares), p=shares / shares.sum()))]
         return int(chosen[0]), int(chosen[1])
@@ -94,7 +94,7 @@ class Still:
     """An image and its ground truth.
 
     Args:
-        pixels: uint8 [H, W, 3]. caption: in words.
+        pixels: uint8 [H, W, 3]. caption: text.
         colour: of the cube. cube, block: centre (x, y) in pixels, corner convention.
     """
 
@@ -107,7 +107,7 @@ class Still:
 
 
 class StillCell(YamCell):
-    """The cell in which images are taken; built once, used for many seeds."""
+    """The cell that renders the images; built once, used for many seeds."""
 
     def __init__(self, options: StillOptions) -> None:
         super().__init__(options.task, image_size=64, render_images=False)
@@ -115,14 +115,14 @@ class StillCell(YamCell):
         self._renderers: dict[tuple[int, int], CameraRenderer] = {}
 
     def lens_of_size(self, width: int, height: int) -> Lens:
-        """Of an image: the field of view spans its shorter side."""
+        """Return the lens of an image: the field of view spans its shorter side."""
         square = Lens.from_field_of_view(min(width, height), min(width, height), self.options.fovy_deg)
         intrinsics = square.intrinsics.copy()
-        intrinsics[:2, 2] = width / 2, height * 0.46  # the work area lies a little below the axis
+        intrinsics[:2, 2] = width / 2, height * 0.46  # the work area is slightly below the axis
         return Lens(width, height, intrinsics)
 
     def layout_of(self, seed: int, attempt: int) -> EpisodeLayout:
-        """The scene of a seed; further attempts move the objects alone."""
+        """Return the scene of a seed; further attempts change only the objects."""
         layout = tasks.sample_layout(self.task, seed)
         if attempt:
             moved = tasks.sample_layout(self.task, int(stream(seed, f"again {attempt}").integers(2**31)))
@@ -137,23 +137,23 @@ class StillCell(YamCell):
         )
 
     def _look(self, look: Appearance, seed: int) -> Appearance:
-        """Table and floor of one hue each, and a light that leaves no face overexposed: a clipped colour would have
-        another luminance than the others."""
+        """Return an appearance with one hue each for table and floor, and with a light that overexposes no face,
+        because a clipped colour would have another luminance than the others."""
         rng = stream(seed, "picture look")
         if not self.options.textures:
             look = replace(look, table=0)
         if self.options.randomise_table:
-            table, floor = rng.uniform(0.68, 0.95), rng.uniform(0.15, 0.5)  # objects stand out darker from the table
+            table, floor = rng.uniform(0.68, 0.95), rng.uniform(0.15, 0.5)  # objects are darker than the table
             look = replace(look, table_rgb=_tinted(TABLE_TINT, table), floor_rgb=_tinted(FLOOR_TINT, floor))
         if self.options.randomise_light:
             look = replace(look, ambient=float(rng.uniform(0.25, 0.4)), diffuse=float(rng.uniform(0.15, 0.3)))
         return look
 
     def still(self, seed: int) -> Still:
-        """The image of a seed: cube and block are inside it and mostly seen.
+        """Return the image of a seed: cube and block are inside it and mostly visible.
 
         Raises:
-            ValueError: no such arrangement was found.
+            ValueError: No such arrangement was found.
         """
         size = self.options.size_of(seed)
         lens = self.lens_of_size(*size)
@@ -177,11 +177,12 @@ class StillCell(YamCell):
         return float(u / depth), float(v / depth)
 
     def _take(self, lens: Lens) -> tuple[np.ndarray, float]:
-        """The image, and the visible share of the cube, counted in an image of half the size."""
+        """Return the image, and the visible fraction of the cube, counted in an image of half the size."""
         small = Lens(lens.width // 2, lens.height // 2, np.diag([0.5, 0.5, 1.0]) @ lens.intrinsics)
         labels = self._renderer_of(small).segmentation(self.data, "over", small)
         bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)
-        edge = self.options.object_size_m * small.intrinsics[0, 0]  # pixels at a metre, where the cube is
+        # edge of the cube in pixels, at a distance of one metre, where the cube is
+        edge = self.options.object_size_m * small.intrinsics[0, 0]
         seen = float((bodies == self.model.body(CUBE).id).sum() / edge**2)
         return self._renderer_of(lens).image(self.data, "over", lens), seen
 
@@ -192,7 +193,7 @@ class StillCell(YamCell):
         return self._renderers[size]
 
     def close(self) -> None:
-        """Frees the GL contexts."""
+        """Free the GL contexts."""
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
@@ -209,12 +210,12 @@ def _name(palette: str) -> str:
 
 
 def palette() -> dict[str, tuple[float, float, float]]:
-    """The cubes' colours by the names that captions use."""
+    """Return the cubes' colours by the names that captions use."""
     return {name: EQUAL_LUMINANCE[key] for name, key in CUBE_COLOURS.items()}
 
 
 def describe(colour: str, cube_x: float, block_x: float, seed: int) -> str:
-    """A caption, in one of several wordings; `cube_x` and `block_x` in fractions of the width."""
+    """Return a caption in one of several wordings; `cube_x` and `block_x` in fractions of the width."""
     cube, block = f"a {colour} cube", f"the {BLOCK_COLOUR} block"
     if abs(cube_x - block_x) < SIDE_MARGIN:
         return (f"{cube} near {block}", f"{cube} and {block} on the table")[int(stream(seed, "words").integers(2))]

@@ -1,7 +1,7 @@
-"""Tasks of the YAM cell: their options, and the layout that a seed gives.
+"""Tasks of the YAM cell: their options, and the layout of a seed.
 
-Every part of an episode (objects, camera, appearance, the expert's habits) draws from a random stream of its own, so
-that moving the camera or recolouring the table leaves the objects of a seed where they were.
+Every part of an episode (objects, camera, appearance, variation of the expert) has its own random stream, so that
+moving the camera or recolouring the table does not change the objects of a seed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TASKS = ("reach", "pick", "pick_place", "stack", "named_place", "peg")
 OBJECTS = ("cube", "bar")
 REGIONS = ("all", "left", "right", "near", "far")
 CAMERAS = ("over", "front", "wrist")
-OUTER_CAMERAS = ("over", "front")  # those that stand beside the table
-# Their nominal views: azimuth from +x and elevation, degrees, around the point that they look at; distance, m.
+OUTER_CAMERAS = ("over", "front")  # cameras beside the table
+# Their nominal views: azimuth from +x and elevation, degrees, around their target point; distance, m.
 CAMERA_ORBITS = {"over": (-35.0, 46.0, 1.0), "front": (0.0, 33.0, 0.95)}
-ELEVATIONS_DEG = (5.0, 88.0)  # over the table and not straight above it
+ELEVATIONS_DEG = (5.0, 88.0)  # above the table but not vertically above it
 SHAPES = ("cube", "ball", "cylinder")
 IN_BOWL = ("pick_place", "named_place")  # tasks whose object goes into the bowl
 PHRASES = (  # of named_place
@@ -34,23 +34,23 @@ PHRASES = (  # of named_place
     "take {thing}, then let go of it over the bowl",
 )
 
-# Where the tool can point straight down with 13 cm of air below it, m (base frame: x forward, y left).
+# Where the tool can point vertically down with 13 cm of free space below it, m (base frame: x forward, y left).
 WORKSPACE_X = (0.20, 0.40)
 WORKSPACE_Y = (-0.17, 0.17)
 WORKSPACE_RADIUS = 0.43
-REGION_GAP = 0.01  # each half keeps this distance from the dividing line, so that left and right never touch
+REGION_GAP = 0.01  # distance of each half from the dividing line, so that left and right never touch
 MIDDLE_X = 0.30
 
-HOME = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0])  # rad: tool 25 cm above the table, leaning outwards
+HOME = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0])  # rad: tool 25 cm above the table, tilted outwards
 
 BOWL_RADIUS, BOWL_HEIGHT = 0.068, 0.044
 BLOCK_SIZE = 0.05  # m, the base of a stack
-PEG_HALF = (0.018, 0.008, 0.030)  # m: a flat peg that stands, gripped across its thin side
-SLOT_HALF = (0.025, 0.015)  # m: 7 mm of play on each side; a rigid peg fits to 25 degrees, a held one is turned
+PEG_HALF = (0.018, 0.008, 0.030)  # m: a flat standing peg, grasped across its thin side
+SLOT_HALF = (0.025, 0.015)  # m: 7 mm clearance per side; a rigid peg fits up to 25 degrees, a held one rotates
 SLOT_HEIGHT, SLOT_FLOOR, SLOT_WALL = 0.024, 0.004, 0.005
 SLOT_RADIUS = float(np.hypot(*SLOT_HALF)) + SLOT_WALL
 TABLE_MATERIALS = 4  # plain, wood, checks, speckle: see scene.py
-PEDESTAL_LEAST = 0.003  # m: what is lower stands on the table
+PEDESTAL_LEAST = 0.003  # m: with a lower pedestal the object stands on the table
 TOOL_CLEARANCE = 0.115  # m between centres: an open gripper (12 cm across) beside the next object
 
 
@@ -60,22 +60,22 @@ class TaskOptions:
     """A task and everything that may vary in it. Lengths in metres, angles in degrees.
 
     Raises:
-        ValueError: an unknown name or a value out of range, naming what is allowed.
+        ValueError: A name is unknown or a value out of range; the message lists what is allowed.
     """
 
     environment: ClassVar[str] = "keygrip.envs.yam.environment.YamCell"
     name: str = "pick_place"
     object: str = "cube"
     object_size_m: float = 0.04  # edge of the cube; a bar is 2.5 x 1.25 x 0.75 of it
-    region: str = "all"  # where the moved object starts, or the ball to reach lies; the rest may be anywhere
+    region: str = "all"  # where the moved object or the ball to reach starts; the rest may be anywhere
     distractors: int = 0
     random_start: bool = True  # the arm starts anywhere above the table, else near its home pose
     camera: str = "over"
     camera_azimuth_deg: float = 0.0  # shifts the camera around the table's middle
-    camera_elevation_deg: float = 0.0  # added to its own, see CAMERA_ORBITS
-    camera_jitter_deg: float = 0.0  # each episode's camera lies within this angle of that view, 5 to 88 degrees up
-    camera_views: int = 0  # 0: a fresh view each episode; n: one of n fixed views
-    shadows: bool = False  # 3 times slower to draw
+    camera_elevation_deg: float = 0.0  # added to the camera's own, see CAMERA_ORBITS
+    camera_jitter_deg: float = 0.0  # the camera of each episode is within this angle of that view, 5 to 88 degrees up
+    camera_views: int = 0  # 0: a new view in each episode; n: one of n fixed views
+    shadows: bool = False  # 3 times slower to render
     randomise_light: bool = False
     randomise_table: bool = False
     randomise_colours: bool = False
@@ -83,10 +83,10 @@ class TaskOptions:
     varied_shapes: bool = False  # distractors may be balls and cylinders
     digits: bool = False  # cubes carry a printed digit on every face
     pedestal_m: float = 0.0  # each object stands on a pedestal of random height up to this
-    phrasings: int = 1  # named_place: an instruction is worded in one of so many ways
-    jitter_every_camera: bool = False  # camera_jitter_deg moves each outer camera by itself, not only the task's own
-    hidden_share: float = 0.0  # of episodes: a screen stands between one of the outer cameras and the object's place
-    steady_grip: bool = False  # the expert always takes the equivalent grip nearest to its bearing, not one by habit
+    phrasings: int = 1  # named_place: number of different wordings of an instruction
+    jitter_every_camera: bool = False  # camera_jitter_deg moves each outer camera separately, not only the task's
+    hidden_share: float = 0.0  # of episodes: fraction with a screen between one of the outer cameras and the object
+    steady_grip: bool = False  # the expert always uses the grasp nearest to its bearing, without random choice
 
     def __post_init__(self) -> None:
         for key, known in (("name", TASKS), ("object", OBJECTS), ("region", REGIONS), ("camera", CAMERAS)):
@@ -151,15 +151,15 @@ class TaskOptions:
             raise ValueError("task 'peg' has its own object: digits and object_size_m have no effect")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for metadata files."""
+        """Convert to plain values, for metadata files."""
         return asdict(self)
 
     @property
     def half_extents(self) -> np.ndarray:
         """[3] half lengths of the moved object.
 
-        A bar is long along its own x, longer than the fingers open, and wide enough that a grip turned by 45 degrees
-        fails four times in five while one turned by 30 degrees still holds.
+        A bar is long along its own x axis, longer than the gripper's opening, and so wide that a grasp rotated by 45
+        degrees fails four times in five, while one rotated by 30 degrees still holds.
         """
         if self.name == "peg":
             return np.array(PEG_HALF)
@@ -169,17 +169,17 @@ class TaskOptions:
 
     @property
     def time_limit_s(self) -> float:
-        """Seconds after which an episode is cut, about twice what the expert needs."""
+        """Seconds after which an episode is truncated, about twice the expert's time."""
         return {"reach": 8.0, "pick": 12.0}.get(self.name, 20.0)
 
     @property
     def shape(self) -> str:
-        """The moved object's: cube, bar or peg."""
+        """Shape of the moved object: cube, bar or peg."""
         return "peg" if self.name == "peg" else self.object
 
     @property
     def yaw_period(self) -> float:
-        """Turns of the gripper about the vertical that grip the object alike, rad."""
+        """Period of the gripper's yaw after which the grasp is equivalent, rad."""
         return np.pi / 2 if self.shape == "cube" else np.pi
 
     @property
@@ -198,12 +198,12 @@ class Placed:
     position: np.ndarray  # [3] m, centre
     yaw: float
     digit: int | None = None
-    pedestal: float = 0.0  # m, height of what it stands on
+    pedestal: float = 0.0  # m, height of its pedestal
 
 
 @dataclass(frozen=True)
 class CameraPose:
-    """Turn of the outer cameras around the middle of the table, on top of their nominal view, degrees."""
+    """Rotation of the outer cameras around the middle of the table, relative to their nominal view, degrees."""
 
     azimuth_deg: float
     elevation_deg: float
@@ -213,7 +213,7 @@ class CameraPose:
 class Appearance:
     """Light and table of one episode."""
 
-    table: int  # number of the table material
+    table: int  # index of the table material
     table_rgb: tuple[float, float, float]
     floor_rgb: tuple[float, float, float]
     ambient: float
@@ -223,7 +223,7 @@ class Appearance:
 
 @dataclass(frozen=True)
 class EpisodeLayout:
-    """Everything that is drawn from the seed before an episode starts."""
+    """Everything that is sampled from the seed before an episode starts."""
 
     object: Placed
     goal: np.ndarray  # [3] m: bowl centre, block centre or the ball to reach
@@ -234,8 +234,8 @@ class EpisodeLayout:
     camera: CameraPose
     appearance: Appearance
     instruction: str
-    other_cameras: dict[str, CameraPose] = field(default_factory=dict)  # turns of outer cameras beside the task's own
-    hidden_from: str | None = None  # the outer camera that sees a screen in place of the object
+    other_cameras: dict[str, CameraPose] = field(default_factory=dict)  # rotations of outer cameras except the task's
+    hidden_from: str | None = None  # the outer camera whose view of the object a screen blocks
 
     @property
     def placed(self) -> tuple[Placed, ...]:
@@ -244,14 +244,14 @@ class EpisodeLayout:
 
 
 def stream(seed: int, purpose: str) -> np.random.Generator:
-    """The random stream of one purpose ("objects", "camera", "appearance", "expert") of one seed."""
+    """Return the random stream of one purpose ("objects", "camera", "appearance", "expert") of one seed."""
     if seed < 0:
         raise ValueError(f"episode seeds are non-negative integers, got {seed}")
     return np.random.default_rng([int(seed), *purpose.encode()])
 
 
 def in_region(position: np.ndarray, region: str) -> bool:
-    """Whether a point of the table lies in a named region; left is +y, far is +x, as the robot sees it."""
+    """Return whether a point of the table is in a named region; left is +y, far is +x, as seen from the robot."""
     x, y = float(position[0]), float(position[1])
     inside = WORKSPACE_X[0] <= x <= WORKSPACE_X[1] and WORKSPACE_Y[0] <= y <= WORKSPACE_Y[1]
     inside = inside and np.hypot(x, y) <= WORKSPACE_RADIUS
@@ -268,7 +268,7 @@ def in_region(position: np.ndarray, region: str) -> bool:
 def _free_spot(
     rng: np.random.Generator, region: str, taken: list[tuple[np.ndarray, float]], keep_out: float
 ) -> np.ndarray | None:
-    """A random point of the region at least `keep_out + radius` from every (point, radius) taken, or None."""
+    """Return a random point of the region, at least `keep_out + radius` from each (point, radius) taken, or None."""
     for _ in range(400):
         point = rng.uniform([WORKSPACE_X[0], WORKSPACE_Y[0]], [WORKSPACE_X[1], WORKSPACE_Y[1]])
         if in_region(point, region) and all(np.hypot(*(point - p)) >= keep_out + r for p, r in taken):
@@ -305,10 +305,10 @@ def _appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
 
 
 def _camera(options: TaskOptions, seed: int, which: str = "") -> CameraPose:
-    """How the task's camera is turned; with `which`, another one, which jitters by itself."""
+    """Return the rotation of the task's camera; with `which`, of another camera, which has independent jitter."""
     azimuth, elevation = (0.0, 0.0) if which else (options.camera_azimuth_deg, options.camera_elevation_deg)
     if options.camera_jitter_deg:
-        # With a fixed set of views, the view's own number seeds its pose, so view 7 is the same in every run.
+        # With a fixed set of views, the view's index seeds its pose, so view 7 is the same in every run.
         view = int(stream(seed, "view").integers(0, options.camera_views)) if options.camera_views else None
         rng = stream(seed, "camera" + which) if view is None else stream(view, "fixed view" + which)
         angle, radius = rng.uniform(0, 2 * np.pi), options.camera_jitter_deg * np.sqrt(rng.uniform())
@@ -329,10 +329,10 @@ def _instruction(options: TaskOptions, colour: str, goal_colour: str, phrase: in
 
 
 def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
-    """The layout of an episode: a pure function of the options and the seed.
+    """Return the layout of an episode: a pure function of the options and the seed.
 
     Raises:
-        ValueError: no arrangement without overlap was found (too many distractors for the region).
+        ValueError: No arrangement without overlap was found (too many distractors for the region).
     """
     layout = _named_layout(options, seed) if options.name == "named_place" else _plain_layout(options, seed)
     layout = _on_pedestals(layout, options, seed)
@@ -346,7 +346,7 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
 
 
 def _on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> EpisodeLayout:
-    """The layout with each loose object raised by a height of its own."""
+    """Return the layout with each loose object raised by its own height."""
     if not options.pedestal_m:
         return layout
     heights = stream(seed, "pedestals").uniform(0, options.pedestal_m, len(layout.placed))
@@ -359,10 +359,10 @@ def _on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> Epi
 
 
 def _named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
-    """Cubes that differ in nothing but colour, place and height; which of them is named is drawn apart.
+    """Cubes that differ only in colour, position and height; which of them is named is sampled independently.
 
-    Placed by the rules of `_plain_layout` the object would give itself away: it keeps farther from the others than they
-    keep from one another.
+    With the rules of `_plain_layout` the object could be identified by its position, because its distance from the
+    others is larger than the distances between them.
     """
     rng = stream(seed, "objects")
     count = options.distractors + 1
@@ -382,7 +382,7 @@ def _named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
             break
     else:
         raise ValueError(f"no room on the table for {count} cubes with region={options.region!r}: ask for fewer")
-    if options.region == "all":  # else the first spot is the one in the region
+    if options.region == "all":  # otherwise the first spot is the one in the region
         spots = [spots[i] for i in rng.permutation(count)]
     turns, printed = rng.uniform(-np.pi, np.pi, count), rng.permutation(10)
     names = list(options.palette)
@@ -425,7 +425,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         yaw = float(rng.uniform(-np.pi, np.pi))
         if spot is None:
             continue
-        taken.append((spot, max(0.0, reach_of_object - 0.028)))  # 0.028: the reach of the 4 cm cube, in TOOL_CLEARANCE
+        taken.append((spot, max(0.0, reach_of_object - 0.028)))  # 0.028: for the 4 cm cube, included in TOOL_CLEARANCE
         goal_radius = BOWL_RADIUS if options.name in IN_BOWL else SLOT_RADIUS if options.name == "peg" else 0.03
         goal_yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
         goal_height = float(rng.uniform(0.04, 0.13))
@@ -440,7 +440,7 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
             if free is None:
                 break
             spots.append((free, float(rng.uniform(-np.pi, np.pi))))
-            taken.append((free, -0.035))  # distractors keep less distance: no gripper goes between them
+            taken.append((free, -0.035))  # distractors may be closer: no gripper goes between them
         if len(spots) == options.distractors:
             break
     else:

@@ -1,14 +1,14 @@
-"""Captions and questions with checkable answers, made from the simulator's state and not from the expert's plan.
+"""Captions and questions with verifiable answers, generated from the simulator's state and not from the expert's plan.
 
-`describe` returns what `text.json` of a demo holds:
+`describe` returns the content of `text.json` of a demo:
 
-- `camera`: whose image questions about the scene and frame captions are of; the recorder adds it.
-- `captions`: {"text", "kind", "start_s", "end_s", "evidence"}; kind "video" tells the whole episode, "event" one thing
-  that happens between two times, "frame" what one image shows (start = end).
+- `camera`: the camera whose image is used in questions about the scene and frame captions; the recorder adds it.
+- `captions`: {"text", "kind", "start_s", "end_s", "evidence"}; kind "video" describes the whole episode, "event" one
+  event between two times, "frame" the content of one image (start = end).
 - `questions`: {"question", "answer", "kind", "evidence"}; the answer follows from the evidence, which is ground truth.
-  Its `demo_frame` counts frames of the demo; `frame`, in a tour's, those of the video.
+  Its `demo_frame` counts frames of the demo; `frame`, in a tour's evidence, those of the video.
 
-Left and right are meant in the image, as a viewer sees them. What the image hides is not asked.
+Left and right are those of the image. There are no questions about what the image hides.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import numpy as np
 from keygrip.envs.yam.tasks import IN_BOWL, EpisodeLayout, TaskOptions, stream
 
 LIFTED = 0.03  # m
-SIDE_MARGIN = 0.06  # of the image's width: nearer than this, left and right are a matter of taste
+SIDE_MARGIN = 0.06  # fraction of the image's width; if objects are closer, left and right are ambiguous
 NEAREST_MARGIN = 0.03  # m
 MOMENT_MARGIN_S = 0.3
 Ask = Callable[[str, str, str, dict[str, Any]], None]  # question, answer, kind, evidence
-SMALLEST_SHARE = 2e-4  # of the image's pixels: 10 at 224 x 224
+SMALLEST_SHARE = 2e-4  # fraction of the image's pixels: 10 at 224 x 224
 
 
 @dataclass
 class Sight:
-    """What the first camera sees at one moment: by name, the centre (x, y) in pixels and the visible pixels."""
+    """The first camera's view at one moment: by name, the centre (x, y) in pixels and the number of visible pixels."""
 
     centres: dict[str, tuple[float, float]]
     visible: dict[str, int]
@@ -40,13 +40,13 @@ class Sight:
     height: int
 
     def shows(self, name: str) -> bool:
-        """Whether enough of a thing is visible to be asked about."""
+        """Return whether enough of an object is visible for a question about it."""
         return self.visible.get(name, 0) >= max(4.0, SMALLEST_SHARE * self.width * self.height)
 
 
 @dataclass
 class EpisodeTrace:
-    """The simulator's account of an episode of N frames; positions in metres."""
+    """The simulator's record of an episode of N frames; positions in metres."""
 
     task: TaskOptions
     layout: EpisodeLayout
@@ -61,19 +61,19 @@ class EpisodeTrace:
     success: bool = False
 
     def add(self, object_position: np.ndarray, tool_position: np.ndarray, held: bool) -> None:
-        """Adds a frame."""
+        """Add a frame."""
         self.object_positions.append(object_position)
         self.tool_positions.append(tool_position)
         self.held.append(bool(held))
 
     def moment(self, frame: int) -> float:
-        """Seconds of a frame, to the hundredth."""
+        """Return the time of a frame in seconds, to the hundredth."""
         return round(frame / self.hz, 2)
 
 
 @dataclass(frozen=True)
 class Events:
-    """Frames at which something begins; None where it does not happen."""
+    """Frames at which events begin; None if an event does not happen."""
 
     grip: int | None
     lift: int | None
@@ -82,7 +82,7 @@ class Events:
 
 
 def events_of(trace: EpisodeTrace) -> Events:
-    """When the object is gripped, lifted and let go, from contact and height."""
+    """Return when the object is grasped, lifted and released, from contact and height."""
     held = np.array(trace.held, bool)
     height = np.array([p[2] for p in trace.object_positions])
     raised = held & (height > height[0] + LIFTED)
@@ -97,7 +97,7 @@ def events_of(trace: EpisodeTrace) -> Events:
 
 
 def describe(trace: EpisodeTrace) -> dict[str, list[dict[str, Any]]]:
-    """Captions and questions of an episode: a pure function of the trace (wording is drawn from the seed)."""
+    """Return captions and questions of an episode: a pure function of the trace (wording is sampled from the seed)."""
     rng = stream(trace.seed, "text")
     return {"captions": _captions(trace, rng), "questions": _questions(trace, rng)}
 
@@ -135,7 +135,7 @@ def _sentence(words: str) -> str:
 
 
 def _side(sight: Sight, one: str, other: str) -> str | None:
-    """Whether `one` is left or right of `other` in the image; None when too close or hidden."""
+    """Return whether `one` is left or right of `other` in the image; None if too close or hidden."""
     if not (sight.shows(one) and sight.shows(other)):
         return None
     gap = (sight.centres[one][0] - sight.centres[other][0]) / sight.width
@@ -145,7 +145,7 @@ def _side(sight: Sight, one: str, other: str) -> str | None:
 
 
 def _place_at_end(trace: EpisodeTrace) -> str | None:
-    """Where the moved object is in the last frame, in words."""
+    """Describe where the moved object is in the last frame."""
     if trace.held[-1] and trace.object_positions[-1][2] > trace.object_positions[0][2] + LIFTED:
         return "in the gripper"
     if trace.success and trace.task.name in IN_BOWL:
@@ -206,7 +206,7 @@ def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, A
 
 
 def _scene_sentence(trace: EpisodeTrace, sight: Sight) -> str:
-    """What one image shows: visible things from left to right, and how two of them stand."""
+    """Describe one image: visible objects from left to right."""
     words = {p.name: f"{p.colour} {p.shape}" for p in trace.layout.placed}
     if _goal_word(trace):
         words["goal"] = f"{trace.layout.goal_colour} {_goal_word(trace)}"
@@ -244,9 +244,9 @@ def _ask_about_scene(trace: EpisodeTrace, ask: Ask) -> None:
     if len(seen) == len(layout.placed):
         by_shape = Counter(p.shape for p in layout.placed)
         if trace.task.name == "reach":
-            by_shape["ball"] += 1  # the ball to reach is one too
+            by_shape["ball"] += 1  # the ball to reach counts too
         elif trace.task.name == "stack":
-            del by_shape["cube"]  # the block below, which is not placed, is a cube to the eye
+            del by_shape["cube"]  # the lower block is not in `placed`, but looks like a cube
         for shape, count in sorted(by_shape.items()):
             evidence = {"objects": [[p.colour, p.shape] for p in layout.placed]}
             ask(f"How many {shape}s are there?", str(count), "count", evidence)
@@ -292,7 +292,7 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
         for d in layout.distractors
         if d.name in trace.final_positions
     }
-    if all(distance < 0.01 for distance in still.values()):  # a pushed distractor would make the question unfair
+    if all(distance < 0.01 for distance in still.values()):  # pushed distractors would make the question ambiguous
         evidence = {"moved_m": {layout.object.colour: moved, **still}}
         ask("What colour is the object that the arm moves?", layout.object.colour, "moved_colour", evidence)
         for d in layout.distractors[:1]:
@@ -317,6 +317,6 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
         ask(f"Is {thing} lifted in the first or the second half of the video?", half, "when_lifted", frames_of)
     if events.release is not None:
         carried = (events.release - events.grip) / trace.hz
-        if abs(carried % 1 - 0.5) > 0.2:  # not near the middle of two answers
+        if abs(carried % 1 - 0.5) > 0.2:  # not close to the middle between two answers
             question = f"For about how many whole seconds is {thing} in the gripper?"
             ask(question, str(round(carried)), "how_long", {"held_s": round(carried, 2)})

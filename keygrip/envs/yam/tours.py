@@ -1,13 +1,13 @@
 """Videos for foveation: a gripper points at one cube per second, and the cubes' digits change every second.
 
-An episode is a function of (options, seed). An image is taken whenever the gripper has come to rest above a cube.
-Kinds of questions, apart in every report:
+An episode is a function of (options, seed). An image is recorded whenever the gripper has come to rest above a cube.
+Kinds of questions, separate in every report:
 
-- "mark": the digit on the cube of some colour at some second. The question names the cube.
-- "cue": the digit on the cube at which the gripper pointed a second earlier: the video itself says where to look next.
+- "mark": the digit on the cube of a given colour at a given second. The question names the cube.
+- "cue": the digit on the cube at which the gripper pointed a second earlier: the video shows where to attend next.
 - "glance": at which cube the gripper points; a coarse pass is enough.
 
-Nothing is asked that the image hides.
+There are no questions about what the image hides.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from keygrip.robots.mujoco_backend import mujoco
 
 CUBE = 0.05  # m
 HOVER = 0.035  # m from a cube's top to the finger tips
-SEEN_SHARE = 0.7  # of what is seen of a cube without the arm: with less, its digit may be hidden
-NOT_DRAWN = 4  # a group of geoms that MuJoCo does not draw
+SEEN_SHARE = 0.7  # fraction of a cube's visible pixels without the arm; with less, its digit may be hidden
+NOT_DRAWN = 4  # a group of geoms that MuJoCo does not render
 CUBES = (1, 5)
 FRAMES = (1, 4096)
 
@@ -37,19 +37,19 @@ class TourOptions:
     """What varies between tours. Angles in degrees.
 
     Raises:
-        ValueError: out of range.
+        ValueError: A value is out of range.
     """
 
     cubes: int = 5
-    digits: int = 8  # 0 to digits - 1; chance is one in so many
+    digits: int = 8  # 0 to digits - 1; chance is one in `digits`
     min_frames: int = 4  # seconds of the video
     max_frames: int = 4
     image_size: int = 128  # a cube is 17 pixels wide, and its digit is printed on its top and on its side
     fovy_deg: float = 23.0  # the work area fills the image
-    yaw_deg: float = 20.0  # cubes are turned by up to this from facing the camera: their digits stay readable
-    even_lengths: bool = False  # as many tours of 1, 2, 3-4, 5-8, ... frames; false: every number of frames alike
-    changing: bool = True  # new digits every second; false: the same through the whole video
-    shadows: bool = False  # 3 times slower to draw
+    yaw_deg: float = 20.0  # cubes are rotated by up to this from facing the camera: their digits stay readable
+    even_lengths: bool = False  # equally many tours of 1, 2, 3-4, 5-8, ... frames; false: all lengths equally likely
+    changing: bool = True  # new digits every second; false: the same in the whole video
+    shadows: bool = False  # 3 times slower to render
     randomise_light: bool = False
     randomise_table: bool = False
 
@@ -68,7 +68,7 @@ class TourOptions:
 
     @property
     def task(self) -> TaskOptions:
-        """The scene: loose cubes with digits, nothing to carry."""
+        """The scene: loose cubes with digits, no object to move."""
         return TaskOptions(
             name="pick",
             object_size_m=CUBE,
@@ -81,11 +81,11 @@ class TourOptions:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; without `even_lengths` where it is false, as sets say that were made before there was one."""
+        """Convert to plain values; `even_lengths` is left out if false, to match data sets made before it existed."""
         return {name: value for name, value in asdict(self).items() if name != "even_lengths" or value}
 
     def length(self, seed: int, rng: np.random.Generator) -> int:
-        """How many frames the tour of a seed has; with `even_lengths` seeds go through the octaves in turn."""
+        """Return the number of frames of a seed's tour; with `even_lengths` seeds use the octaves in turn."""
         if not self.even_lengths:
             return int(rng.integers(self.min_frames, self.max_frames + 1))
         every = octaves(self.min_frames, self.max_frames)
@@ -94,7 +94,7 @@ class TourOptions:
 
 
 def octaves(fewest: int, most: int) -> list[tuple[int, int]]:
-    """Ranges of numbers of frames that end with a power of two, as `keygrip evaluate` reports accuracy by length."""
+    """Return ranges of frame counts that end with a power of two, as in `keygrip evaluate`'s accuracy by length."""
     found = []
     while fewest <= most:
         end = min(most, 1 << (fewest - 1).bit_length())
@@ -109,9 +109,9 @@ class Tour:
 
     Args:
         frames: uint8 [F, S, S, 3], a second apart.
-        colours: [K]. pointed: [F] number of the cube at which the gripper points. digits: [F, K].
-        pixels: [F, K, 2] centre of each cube (x, y). visible: [F, K] pixels of each cube that are seen. uncovered: [K]
-            those that would be seen without the arm.
+        colours: [K]. pointed: [F] index of the cube at which the gripper points. digits: [F, K].
+        pixels: [F, K, 2] centre of each cube (x, y). visible: [F, K] visible pixels of each cube. uncovered: [K]
+            visible pixels without the arm.
     """
 
     frames: np.ndarray
@@ -124,7 +124,7 @@ class Tour:
     seed: int
 
     def readable(self) -> np.ndarray:
-        """bool [F, K]: whether enough of a cube is seen to read its digit."""
+        """Return bool [F, K]: whether enough of a cube is visible to read its digit."""
         return self.visible >= SEEN_SHARE * np.maximum(self.uncovered, 1)
 
 
@@ -138,7 +138,7 @@ class TourCell(YamCell):
         self.lenses["over"] = Lens.from_field_of_view(size, size, options.fovy_deg, shift=(0.0, -0.02))
 
     def layout_of(self, seed: int) -> EpisodeLayout:
-        """The scene of a seed: cubes that face the camera."""
+        """Return the scene of a seed: cubes that face the camera."""
         rng = stream(seed, "tour layout")
         facing = np.deg2rad(tasks.CAMERA_ORBITS["over"][0])
         layout = tasks.sample_layout(self.task, seed)
@@ -147,7 +147,7 @@ class TourCell(YamCell):
         return replace(layout, object=placed[0], distractors=tuple(placed[1:]))
 
     def tour(self, seed: int) -> Tour:
-        """Records the tour of a seed."""
+        """Record the tour of a seed."""
         options, rng = self.options, stream(seed, "tour")
         self.seed, self.layout = int(seed), self.layout_of(seed)
         self._arrange(self.layout)
@@ -176,7 +176,7 @@ class TourCell(YamCell):
         )
 
     def _uncovered(self) -> np.ndarray:
-        """[K] pixels of each cube that would be seen without the arm."""
+        """Return [K] pixels of each cube that would be visible without the arm."""
         assert self.layout is not None
         names = [thing.name for thing in self.layout.placed]
         stay = [0, *(self.model.body(name).id for name in names)]  # the first body is the world
@@ -189,7 +189,7 @@ class TourCell(YamCell):
         return np.array([visible[name] for name in names])
 
     def _go_above(self, cube: np.ndarray) -> None:
-        """Puts the arm at rest above a cube. Nothing is touched on the way, so the way there is not computed."""
+        """Place the arm at rest above a cube. The way there touches nothing and is not simulated."""
         goal = np.array([cube[0], cube[1], CUBE + HOVER])
         turn = pointing_down(float(np.arctan2(goal[1], goal[0])), 0.0)
         self.commanded_joints = solve(goal, turn, self.commanded_joints).joints
@@ -199,7 +199,7 @@ class TourCell(YamCell):
 
 
 def _walk(rng: np.random.Generator, cubes: int, count: int) -> np.ndarray:
-    """[count] cubes, never one twice running where there are several."""
+    """Return [count] cubes; if there are several, never the same one twice in a row."""
     order = [int(rng.integers(cubes))]
     if cubes == 1:
         return np.zeros(count, dtype=int)
@@ -209,7 +209,8 @@ def _walk(rng: np.random.Generator, cubes: int, count: int) -> np.ndarray:
 
 
 def describe(tour: Tour) -> dict[str, list[dict[str, Any]]]:
-    """A caption and all questions of a tour, each with its metadata, as :func:`keygrip.envs.yam.text.describe`."""
+    """Return a caption and all questions of a tour, each with its metadata, as
+    :func:`keygrip.envs.yam.text.describe`."""
     readable = tour.readable()
     names = [f"the {tour.colours[cube]} cube" for cube in tour.pointed]
     story = "A robot arm points at " + ", then at ".join(names) + "."

@@ -17,22 +17,22 @@ from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_
 from keygrip.robots.mujoco_backend import mujoco
 
 NAMES = {"left": scene.RobotNames("left_yam_", "left_"), "right": scene.YAM}
-HANDED_HEIGHT = 0.06  # m above the table at which the bar must be when the left arm holds it
-GONE = 0.06  # m from the middle of the bar at which the right hand has left it
+HANDED_HEIGHT = 0.06  # m above the table: minimum height of the bar when the left arm holds it
+GONE = 0.06  # m from the middle of the bar at which the right hand counts as gone
 
 
 class HandoverCell(CameraViews):
     """Both arms and a bar.
 
-    Action, float64 [2, 8]: of each arm, tool position (3, world, m), quaternion wxyz (4), gripper opening (1).
-    Observation: as of `YamCell`, with a leading axis of arms in `position`, `quaternion`, `gripper` and `joints`.
+    Action, float64 [2, 8]: for each arm, tool position (3, world, m), quaternion wxyz (4), gripper opening (1).
+    Observation: as in `YamCell`, with a leading axis of arms in `position`, `quaternion`, `gripper` and `joints`.
     `info`: `success`, `failure_reason` (None before the end and on success, else missed, dropped, unreachable or
     timeout), `instruction`, `seed`.
 
     Args:
         task: what may vary. image_size: edge of the square image, pixels. hz: control periods per second.
         cameras: names among "over" and "front"; the task's own by default.
-        render_images: without, observations hold no images, and no GL library is needed.
+        render_images: False: observations hold no images, and no GL library is needed.
     """
 
     arms = ARMS
@@ -66,7 +66,7 @@ class HandoverCell(CameraViews):
         self.seed: int | None = None
 
     def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Starts the episode of a seed."""
+        """Start the episode of a seed."""
         model, data = self.model, self.data
         self.seed, self.layout = int(seed), sample_handover(self.task, int(seed))
         layout = self.layout
@@ -84,14 +84,14 @@ class HandoverCell(CameraViews):
         return self.observation(), self._info()
 
     def advance(self, action: np.ndarray, joints: np.ndarray | None = None) -> None:
-        """One control period towards the arms' poses [2, 8]; draws nothing.
+        """Simulate one control period towards the arms' poses [2, 8]; nothing is rendered.
 
         Args:
-            joints: [2, 6] rad that a plan has for these poses, as of `YamCell`.
+            joints: [2, 6] rad that a plan has for these poses, as in `YamCell`.
 
         Raises:
-            ValueError: the action is not twice 8 finite numbers with usable quaternions, or the joints are not twice 6
-                finite angles.
+            ValueError: The action is not two times 8 finite numbers with valid quaternions, or the joints are not two
+                times 6 finite angles.
         """
         if self.layout is None:
             raise RuntimeError("HandoverCell: call reset(seed=...) before the first step")
@@ -117,7 +117,7 @@ class HandoverCell(CameraViews):
         self._judge(position_error)
 
     def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
-        """Success, whether the episode is over without it, and `info`."""
+        """Return success, whether the episode is over without it, and `info`."""
         over = self.progress.lost or self.elapsed / self.hz >= self.task.time_limit_s
         truncated = over and not self.progress.success
         return self.progress.success, truncated, self._info(truncated)
@@ -125,7 +125,7 @@ class HandoverCell(CameraViews):
     # ---- what can be seen ------------------------------------------------------------------------------------------
 
     def observation(self) -> dict[str, Any]:
-        """The observation of the present state."""
+        """Return the observation of the current state."""
         position, quaternion = self.tool_poses
         return {
             "position": position,
@@ -143,7 +143,7 @@ class HandoverCell(CameraViews):
 
     @property
     def commanded_poses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions [2, 3] and quaternions [2, 4] that the commanded joints would give."""
+        """Positions [2, 3] and quaternions [2, 4] of the commanded joints."""
         poses = self.poses_at(self.commanded_joints)
         return poses[:, :3], poses[:, 3:]
 
@@ -158,7 +158,7 @@ class HandoverCell(CameraViews):
         return np.stack([arm_chain().limits] * len(ARMS))
 
     def poses_at(self, joints: np.ndarray) -> np.ndarray:
-        """[2, ..., 7] where the tools are at joints [2, ..., 6]."""
+        """Return [2, ..., 7] the tool poses of joints [2, ..., 6]."""
         poses = np.concatenate(forward_kinematics(joints), axis=-1)
         poses[..., :3] += BASES.reshape(len(ARMS), *[1] * (poses.ndim - 2), 3)
         return poses
@@ -206,7 +206,7 @@ class HandoverCell(CameraViews):
 
 
 def build_two_arms(arm: str = "yam", gripper: str = "linear_4310") -> mujoco.MjSpec:
-    """Two arms side by side, the bar and the cameras."""
+    """Build two arms side by side, the bar and the cameras."""
     middle = (0.3, float(handover.LEFT_BASE[1]) / 2)
     spec = scene.empty_cell(middle)
     for name, base in zip(ARMS, BASES, strict=True):
